@@ -1,0 +1,204 @@
+"""`prune` on another device: masks and weights are those of the CPU, to the bit.
+
+`tests/test_device.py` runs this file in a process of its own. The device (`support.remote`) runs the CPU's kernels in
+the caller's thread, and has no allocator for storages. So these tests cannot cover activations of waiting batches that
+`park="cpu"` moves (PyTorch lets no tensor of such a device point to the host), pinned memory, streams and events,
+kernels that are not deterministic or round otherwise, autocast, TF32, several accelerators, and what only CUDA runs
+(2:4).
+"""
+
+import pytest
+import support.remote
+import torch
+from support.both import DEVICES, assert_equal, on
+from support.disk import CHOICES, batches, save_llama, weights
+from support.disk import same as same_weights
+from support.zoo import ZOO
+
+from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune, prune_from_disk, shrink
+from wanda_lightning.methods import METHODS, PRESETS
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of few tokens; and PyTorch's, that the device has no fused kernels
+
+
+def on_both(specimen, **choices):
+    """Prune the same model on the CPU and on the device."""
+    models, reports = [], []
+    for device in DEVICES:
+        models.append(ZOO[specimen].build().to(device))
+        reports.append(prune(models[-1], ZOO[specimen].batches(), progress=False, **choices))
+    assert_equal(*models)
+    assert (reports[0].layers, reports[0].notes) == (reports[1].layers, reports[1].notes)
+    return models[1], " ".join(reports[1].notes)
+
+
+@pytest.fixture
+def no_float64(monkeypatch):
+    """Take float64 from the device, as `mps` has none."""
+    monkeypatch.setattr(support.remote, "HAS_FLOAT64", False)
+    monkeypatch.setattr("wanda_lightning.common.widest.WITHOUT_FLOAT64", {"remote"})
+
+
+class TestTheDevice:
+    @pytest.mark.usefixtures("no_float64")
+    def test_float64_can_be_missing(self):
+        with pytest.raises(TypeError, match="doesn't support float64"):
+            torch.ones(3, device="remote").double()
+
+    @pytest.mark.parametrize(
+        "refused",
+        [
+            lambda here, there: here + there,
+            lambda here, there: here.add_(there),
+            lambda here, there: here[0, 0].add_(there[0, 0]),
+            lambda here, there: there @ here,
+            lambda here, there: there.index_select(0, torch.tensor([1])),
+            lambda here, there: here[torch.tensor([1], device="remote")],
+            lambda here, there: torch.stack([here[0, 0], there[0, 0]]),
+            lambda here, there: torch.bernoulli(there.sigmoid(), generator=torch.Generator()),
+        ],
+    )
+    def test_it_refuses_what_cuda_refuses(self, refused):
+        here = torch.ones(3, 3)
+        with pytest.raises(RuntimeError, match=r"Expected all tensors to be on the same device|for generator"):
+            refused(here, here.to("remote"))
+
+    @pytest.mark.parametrize(
+        "taken",
+        [
+            lambda here, there: there * here[0, 0],
+            lambda here, there: there[torch.tensor([1, 0])],
+            lambda here, there: there.masked_fill(there > 0, here[0, 0]),
+            lambda here, there: torch.zeros_like(there).copy_(here),
+            lambda here, there: here.to(there),
+        ],
+    )
+    def test_it_takes_what_cuda_takes(self, taken):
+        here = torch.arange(9.0).view(3, 3)
+        found = taken(here, here.to("remote"))
+        assert found.device.type == "remote"
+        assert torch.equal(found.cpu(), taken(here, here))
+
+
+@pytest.mark.usefixtures("no_float64")
+@pytest.mark.parametrize("method", [*METHODS, *PRESETS])
+def test_methods(method):
+    on_both("llama", method=method)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("specimen", ["llama_left_padded", "mixtral_padded"])
+def test_sequential(specimen, sequential):
+    on_both(specimen, sequential=sequential)
+
+
+@pytest.mark.usefixtures("no_float64")
+@pytest.mark.parametrize("allocation", ["owl", "owl_layer", "alpha", "alpha_layer"])
+def test_allocations(allocation):
+    on_both("llama", allocation=allocation)
+
+
+@pytest.mark.parametrize("pattern", ["equal_share", "4:8"])
+def test_patterns(pattern):
+    on_both("llama", method="sparsegpt" if pattern == "4:8" else "wanda", pattern=pattern)
+
+
+@pytest.mark.parametrize("pattern", [NM(n=2, m=4), Unstructured("row"), Unstructured("layer")], ids=str)
+def test_masks_of_a_large_matrix(pattern):
+    """Many and large groups are compared in other ways than few and small ones, and on a CPU by NumPy."""
+    scores = torch.randint(50_000, (32, 8192), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(pattern(scores.to("remote"), 0.5).cpu(), pattern(scores, 0.5))
+
+
+@pytest.mark.usefixtures("no_float64")
+def test_permutation():
+    _, notes = on_both("llama", method="ria", pattern="2:4", permutation="assignment")
+    assert "permuted" in notes
+
+
+@pytest.mark.usefixtures("no_float64")
+@pytest.mark.parametrize(("specimen", "method"), [("resnet18", "wanda"), ("vit", "best"), ("convnext", "ria")])
+def test_image_models(specimen, method):
+    _, notes = on_both(specimen, method=method)
+    assert ("BatchNorm" in notes) == (specimen == "resnet18")
+
+
+@pytest.mark.usefixtures("no_float64")
+def test_structured():
+    shrunk = []
+    for device in DEVICES:
+        shrunk.append(ZOO["llama"].build().to(device))
+        prune(shrunk[-1], ZOO["llama"].batches(), method="best", pattern="structured", progress=False)
+        shrink(shrunk[-1])
+    assert_equal(*shrunk)
+    assert shrunk[1].model.layers[0].mlp.up_proj.weight.shape[0] < 64
+
+
+@pytest.mark.usefixtures("no_float64")
+def test_experts():
+    model, _ = on_both("qwen3_moe", pattern="experts")
+    assert model.config.num_experts == 2
+
+
+@pytest.mark.parametrize("method", ["wanda", "refit"])
+def test_batches_of_the_other_device(method):
+    """The batches of a model on the CPU may be on an accelerator, and those of one on it may be there already."""
+    models = [ZOO["llama_padded"].build() for _ in range(2)] + [ZOO["llama_padded"].build().to("remote")]
+    for model, device in zip(models, ("cpu", "remote", "remote"), strict=True):
+        prune(model, on(device, ZOO["llama_padded"].batches()), method=method, progress=False)
+    assert_equal(models[0], models[2])
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+def spread(model):
+    """Put every second block on the device, as accelerate does with a `device_map`."""
+
+    def move_inputs(module, args, kwargs):
+        return on(module.lm_device, args), on(module.lm_device, kwargs)
+
+    rest = [model.model.embed_tokens, model.model.norm, model.lm_head, model.model.rotary_emb]
+    for index, module in enumerate([*rest, *model.model.layers]):
+        module.lm_device = DEVICES[index % 2 if module not in rest else 0]
+        module.to(module.lm_device).register_forward_pre_hook(move_inputs, with_kwargs=True)
+    return model
+
+
+CASES = {
+    "wanda": {"method": "wanda"},
+    "owl": {"method": "balanced", "allocation": "owl_layer"},
+    "best": {"method": "best", "pattern": "2:4"},
+    "structured": {"pattern": "structured"},
+}
+
+
+@pytest.mark.parametrize("choices", CASES.values(), ids=CASES)
+def test_a_model_on_two_devices(choices):
+    models = ZOO["llama"].build(), spread(ZOO["llama"].build())
+    for model in models:
+        prune(model, ZOO["llama"].batches(), progress=False, **choices)
+    assert_equal(*models)
+    assert len({parameter.device for parameter in models[1].parameters()}) == 2
+
+
+def test_errors_say_where_an_activation_is_not_finite():
+    messages = []
+    for device in DEVICES:
+        model = ZOO["llama_left_padded"].build().to(device)
+        with torch.no_grad():
+            model.model.layers[0].self_attn.v_proj.weight[3].mul_(1e30)
+        with pytest.raises(ValueError, match=r"o_proj holds NaN or infinity.* in calibration batch") as caught:
+            prune(model, ZOO["llama_left_padded"].batches(), progress=False)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_from_disk(tmp_path):
+    save_llama(tmp_path / "source")
+    for device in DEVICES:
+        folder = tmp_path / device
+        prune_from_disk(tmp_path / "source", folder, batches(), 0.5, progress=False, device=device, **CHOICES["fisher"])
+    assert same_weights(*(weights(tmp_path / device) for device in DEVICES))
+    perplexities = [
+        perplexity_from_disk(tmp_path / "source", batches(), progress=False, device=device) for device in DEVICES
+    ]
+    assert perplexities[0] == perplexities[1]

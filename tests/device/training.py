@@ -1,0 +1,202 @@
+"""Training and evaluation on another device: weights and results are those of the CPU, to the bit.
+
+`tests/test_device.py` runs this file in a process of its own. See `pruning.py` for what such a device cannot cover.
+"""
+
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from peft import LoraConfig, get_peft_model
+from support import lora, modules, tasks
+from support.both import DEVICES, assert_equal, on
+from support.callbacks import ADAMW, SGD, Manual, Net, loader, trainer
+from support.zoo import ZOO
+from torch.utils.data import DataLoader
+
+from wanda_lightning import (
+    CausalLMModule,
+    CubicSchedule,
+    DistillFromDense,
+    KeepZeros,
+    MagnitudePrune,
+    PruningCallback,
+    WandaPrune,
+    keep_zeros,
+    prune,
+    sample_windows,
+)
+from wanda_lightning.evaluation.tasks import load_tasks, zero_shot
+from wanda_lightning.lora import merge
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def train(model, optimizer, device, clip=None):
+    for batch in on(device, ZOO["llama"].batches() * 2):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class TestPlainLoops:
+    @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+    @pytest.mark.parametrize("moves", ["before", "after"])
+    def test_zeros_are_kept(self, optimizer, moves):
+        """The model may also move after the call of `keep_zeros`, as Fabric and accelerate move it."""
+        models = []
+        for device in DEVICES:
+            model = ZOO["llama"].build().to(device if moves == "before" else "cpu")
+            prune(model, method="magnitude", progress=False)
+            zeros = {name: (p == 0).cpu() for name, p in model.named_parameters() if p.ndim > 1}
+            updates = optimizer(model.parameters())
+            with keep_zeros(model, updates):
+                train(model.to(device), updates, device, clip=1.0)
+            kept = [torch.equal(zeros[name], (model.get_parameter(name) == 0).cpu()) for name in zeros]
+            assert all(kept)
+            models.append(model)
+        assert_equal(*models)
+
+    def test_a_run_resumes(self):
+        models = []
+        for device in DEVICES:
+            model = ZOO["llama"].build().to(device)
+            prune(model, method="magnitude", progress=False)
+            updates = SGD(model.parameters())
+            with keep_zeros(model, updates) as held:
+                with torch.no_grad():
+                    model.model.layers[0].mlp.up_proj.weight[:, :3] = 0  # by chance
+                state = held.state_dict()
+            with keep_zeros(model, updates, state=state):
+                train(model, updates, device)
+            assert (model.model.layers[0].mlp.up_proj.weight[:, :3] != 0).any()
+            models.append(model)
+        assert_equal(*models)
+
+
+class TestLora:
+    @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}])
+    @pytest.mark.parametrize("build", [lora.llama, lora.gpt2])
+    def test_adapters_merge(self, monkeypatch, build, options):
+        merged = []
+        for device in DEVICES:
+            monkeypatch.setattr(lora, "TOKENS", lora.TOKENS.to(device))
+            base = build()
+            zeros = lora.zeros_of(base)
+            model = get_peft_model(base, lora.config(target_modules="all-linear", **options)).to(device)
+            torch.manual_seed(0)
+            lora.train(model)
+            merged.append(merge(model))
+            lora.assert_zeros(merged[-1], {name: zero.to(device) for name, zero in zeros.items()})
+        assert_equal(*merged)
+
+    def test_plain_adapters_merge_with_the_zeros(self):
+        merged = []
+        for device in DEVICES:
+            model = get_peft_model(lora.llama().to(device), LoraConfig(r=4, target_modules=lora.TARGETS))
+            merged.append(merge(lora.randomize(model), reprune=True))
+        assert_equal(*merged)
+
+
+class Remote(Accelerator):
+    """The device for a Trainer."""
+
+    def setup_device(self, device):
+        assert device.type == "remote"
+
+    def teardown(self):
+        pass
+
+    def get_device_stats(self, device):
+        return {}
+
+    parse_devices = get_parallel_devices = staticmethod(lambda devices: devices)
+    auto_device_count = staticmethod(lambda: 1)
+    is_available = staticmethod(lambda: True)
+    name = staticmethod(lambda: "remote")
+
+
+class WhereItRan(L.Callback):
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        self.device = pl_module.device.type
+
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
+
+def trainers(callbacks, **options):
+    """A Trainer on the CPU, and one on the device."""
+    for device in DEVICES:
+        place = WhereItRan()
+        made = trainer(*callbacks(), place, **options)
+        if device != "cpu":
+            strategy = SingleDeviceStrategy(torch.device(device), accelerator=Remote())
+            quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+            made = L.Trainer(
+                strategy=strategy, callbacks=made.callbacks, enable_checkpointing=False, **quiet, **options
+            )
+        yield made
+        assert place.device == device.partition(":")[0]
+
+
+FITS = {
+    "wanda": lambda: [WandaPrune(num_samples=12), KeepZeros()],
+    "magnitude": lambda: [MagnitudePrune(), KeepZeros()],
+    "best": lambda: [PruningCallback(num_samples=12, method="best")],
+    "thorough": lambda: [PruningCallback(num_samples=12, method="thorough")],
+    "schedule": lambda: [WandaPrune(num_samples=12, schedule=CubicSchedule(2, 8, 2))],
+    "distillation": lambda: [WandaPrune(num_samples=12), DistillFromDense()],
+    "SWA": lambda: [WandaPrune(num_samples=12), StochasticWeightAveraging(1e-2, swa_epoch_start=1)],
+    "EMA on the CPU": lambda: [WandaPrune(num_samples=12), EMAWeightAveraging(device="cpu")],
+}
+
+
+class TestTrainer:
+    @pytest.mark.parametrize("callbacks", FITS.values(), ids=FITS)
+    def test_fit(self, callbacks):
+        nets = []
+        for number, made in enumerate(trainers(callbacks, max_epochs=2)):
+            torch.manual_seed(0)
+            net = Net(ADAMW) if callbacks is FITS["wanda"] else Net()
+            made.fit(net, loader(24), loader(8))
+            nets.append(net.to(DEVICES[number]))  # Lightning moves it to the CPU at the end
+        assert_equal(*nets)
+
+    def test_manual_optimization(self):
+        nets = [Manual(), Manual()]
+        for net, made in zip(nets, trainers(FITS["wanda"], max_epochs=2), strict=True):
+            made.fit(net, loader(24))
+        assert_equal(nets[0], nets[1].to("remote"))
+
+    @pytest.mark.parametrize("options", [{"dataloader": loader()}, {"calibrate_on": "validation"}], ids=list)
+    def test_validate(self, options):
+        nets, results = [Net(), Net()], []
+        for net, made in zip(nets, trainers(lambda: [WandaPrune(num_samples=12, **options)]), strict=True):
+            results.append(made.validate(net, loader(8), verbose=False))
+        assert_equal(nets[0], nets[1].to("remote"))
+        assert results[0] == results[1]
+
+
+class TestEvaluation:
+    def test_perplexity(self):
+        windows = DataLoader([{"input_ids": ids} for ids in modules.windows_of_text()], 3)
+        found = [made.validate(CausalLMModule(modules.tiny_llama()), windows, verbose=False) for made in trainers(list)]
+        assert found[0] == found[1]
+
+    @tasks.needs_lm_eval
+    def test_zero_shot(self, tmp_path):
+        tasks.write_tasks(tmp_path)
+        loaded = load_tasks(["rte", "arc_easy"], tmp_path)
+        models = [tasks.tiny_llama(0).to(device) for device in DEVICES]
+        found = [zero_shot(model, tasks.tiny_tokenizer(), loaded) for model in models]
+        assert found[0] == found[1]
+
+    def test_text_that_the_model_writes(self):
+        special = SimpleNamespace(bos_token_id=5, eos_token_id=7)
+        texts = [sample_windows(modules.tiny_llama().to(d), special, 5, 12, seed=3, progress=False) for d in DEVICES]
+        assert torch.equal(*texts)

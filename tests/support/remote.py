@@ -1,0 +1,183 @@
+"""A device "remote" whose tensors lie in the memory of the CPU, and cannot be combined with tensors of the CPU.
+
+They are ordinary tensors of PyTorch's `PrivateUse1` backend, with storages and addresses: DLPack makes them from CPU
+tensors if the capsule says so. Every operator that has a kernel for the CPU gets one for the device, in Python, which
+refuses mixed devices as CUDA does and runs the CPU's kernel on the same memory. So results are equal to the bit.
+`connect` registers the device in the process, which cannot be undone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+_CPU, _EXTENSION = 1, 12  # kinds of devices in DLPack; the second one is PyTorch's PrivateUse1
+_aten = torch.ops.aten
+_libraries: list[torch.library.Library] = []  # they undo their registrations when they are freed
+# For these, the CPU's kernel returns a tensor with the device and the storage of its argument.
+_VIEWS = {"as_strided", "view", "_reshape_alias", "unfold", "view_as_real", "view_as_complex", "set_"}
+# What CUDA takes besides CPU scalars in elementwise operators: copies, CPU indices, a CPU scalar to fill with.
+_COPIES = {"_copy_from", "_copy_from_and_resize", "_foreach_copy_"}
+_INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+_FILLS = {"fill_", "masked_fill_"}
+HAS_FLOAT64 = True  # a test may take it away, as from `mps`
+_AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)  # not for the device, though its kernels call the CPU's
+
+
+def connect() -> torch.device:
+    """Register the device in this process and return it."""
+    if not _libraries:
+        _setup_privateuseone_for_python_backend("remote", backend_module=_Module())
+        torch.__future__.set_swap_module_params_on_conversion(True)  # or tied weights would not stay tied
+        torch.Generator, torch.UntypedStorage.clone = _Generator, _clone_storage
+        aten, others = (torch.library.Library(name, "IMPL") for name in ("aten", "_"))
+        names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+        for name in (*names, *(f"aten::{name}" for name in _REPLACED)):
+            if name.startswith("aten::"):
+                packet, _, overload = name.removeprefix("aten::").partition(".")
+                op = getattr(getattr(_aten, packet), overload or "default")
+                on_cpu = partial(op.redispatch, DispatchKeySet(DispatchKey.CPU))
+                aten.impl(op, on_cpu if packet in _VIEWS else partial(_run, op), "PrivateUse1")
+        others.fallback(_run, "PrivateUse1")
+        others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+        for name in ("_copy_from", "_copy_from_and_resize"):
+            for key in ("Conjugate", "Negative"):  # they would copy before a copy, without an end
+                aten.impl(name, torch.library.fallthrough_kernel, key)
+        _libraries.extend((aten, others))
+    return torch.device("remote", 0)
+
+
+class _Module(_DummyBackendModule):
+    """What PyTorch looks up as `torch.remote`; random numbers are those of the CPU."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+    def get_rng_state(self, device: Any = None) -> Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+
+class _Generator(torch._C.Generator):
+    """A generator of the device, which draws the numbers of the CPU."""
+
+    addresses: ClassVar[set[int]] = set()  # kernels get another object of Python
+
+    def __new__(cls, device: Any = "cpu") -> torch._C.Generator:
+        is_remote = torch.device(device).type == "remote"
+        made = super().__new__(cls if is_remote else torch._C.Generator)
+        (cls.addresses.add if is_remote else cls.addresses.discard)(made._cdata)
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("remote", 0)
+
+
+def _clone_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """Clone a storage by a tensor: the device has no allocator for storages."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone().untyped_storage()
+
+
+def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the CPU's kernel on the memory of the arguments."""
+    with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+        name = op._schema.name.removeprefix("aten::")
+        pairs: list[tuple[Tensor, Tensor]] = []  # tensors of the device, and CPU tensors on their memory
+        others: list[Tensor] = []
+        local_args = [_localize(each, pairs, others) for each in args]
+        local_kwargs = {key: _localize(each, pairs, others) for key, each in kwargs.items()}
+        if others and pairs and name not in _COPIES:
+            _refuse_mixed(op, name, args[0], others)
+        generator = kwargs.get("generator")
+        if generator is not None and generator._cdata not in _Generator.addresses:
+            raise RuntimeError("Expected a 'remote' device type for generator but found 'cpu'")
+        if name.startswith("_copy_from"):
+            local_args[1].copy_(local_args[0])
+            return args[1]
+        if op._overloadname == "Tensor" and any(isinstance(each, int | float) for each in args):
+            op = op.overloadpacket  # a number in place of a tensor belongs to another overload
+        result = _REPLACED.get(name, op)(*local_args, **local_kwargs)
+        for remote, local in pairs:
+            if not remote.numel() and local.numel():  # resized
+                moved = _moved(local, _EXTENSION)
+                remote.set_(moved.untyped_storage(), 0, moved.shape, moved.stride())
+        return _wrap(result, pairs)
+
+
+def _refuse_mixed(op: Any, name: str, first: Any, local: list[Tensor]) -> None:
+    into_local = any(first is each for each in local)
+    if name in _INDEXED and not into_local:
+        return
+    takes_scalars = (torch.Tag.pointwise in op.tags or name in _FILLS) and not (op._schema.is_mutable and into_local)
+    if not takes_scalars or any(each.ndim for each in local):
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, remote:0 and cpu! "
+            f"(in {op})"
+        )
+
+
+def _localize(value: Any, pairs: list[tuple[Tensor, Tensor]], others: list[Tensor]) -> Any:
+    """Return an argument for the CPU's kernel; collect its tensors."""
+    if isinstance(value, Tensor):
+        if value.device.type != "remote":
+            others.append(value)
+            return value
+        # The operator may resize an empty tensor, which it could not do if another tensor owned the memory.
+        local = _moved(value, _CPU) if value.numel() else torch.empty_like(value, device="cpu")
+        pairs.append((value, local))
+        return local
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    if isinstance(value, list | tuple):
+        return [_localize(each, pairs, others) for each in value]
+    return value
+
+
+def _wrap(value: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+    """Return the result of the CPU's kernel on the device; of an operator in place, its argument."""
+    if isinstance(value, Tensor):
+        if value.dtype == torch.float64 and not HAS_FLOAT64:
+            raise TypeError("Cannot convert a remote Tensor to float64 dtype as the framework doesn't support float64")
+        same = [remote for remote, local in pairs if local is value]
+        return same[0] if same else _moved(value, _EXTENSION)
+    if isinstance(value, list | tuple):
+        return type(value)(_wrap(each, pairs) for each in value)
+    return value
+
+
+def _moved(tensor: Tensor, kind: int) -> Tensor:
+    """Return a tensor of another kind of device on the same memory, which it keeps alive."""
+    if tensor.is_conj() or tensor.is_neg():
+        toggle = torch._conj if tensor.is_conj() else torch._neg_view
+        return toggle(_moved(toggle(tensor), kind))
+    capsule = torch._C._to_dlpack(tensor)
+    start = _pointer(capsule, b"dltensor")  # of the fields: address, kind of device, its index, ...
+    ctypes.c_int64.from_address(start + 8).value = kind  # and the index 0
+    moved = torch._C._from_dlpack(capsule)
+    stride = tensor.stride()  # DLPack changes those of dimensions with one entry
+    return moved if moved.stride() == stride else moved.as_strided(tensor.shape, stride)
+
+
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+
+
+def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
+    bias_sizes = [gradient.shape[1]] if rest[-1][2] else None
+    return _aten.convolution_backward(gradient, x, weight, bias_sizes, *rest)
+
+
+# The names of convolutions on backends that PyTorch does not know.
+_REPLACED = {
+    "convolution_overrideable": _aten.convolution.default,
+    "convolution_backward_overrideable": _convolution_backward,
+}

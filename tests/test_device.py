@@ -1,0 +1,14 @@
+"""The tests on another device, in a process of their own: a process cannot unregister a device."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+DEVICE = Path(__file__).parent / "device"
+
+
+def test_equal_on_another_device():
+    files = [DEVICE / "pruning.py", DEVICE / "training.py"]  # not test_*.py, so that nothing else collects them
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *files]
+    done = subprocess.run(command, cwd=DEVICE.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
