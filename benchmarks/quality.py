@@ -31,6 +31,7 @@ import torch
 from measuring import MIB, PeakMemory, columns, fingerprint, medians, seconds
 from result import Result, Runs, Samples, sparsity_of
 from rich.console import Console
+from rich.table import Table
 from sparsegpt_by_hand import prune_by_hand
 from torch import Tensor, nn
 
@@ -298,34 +299,40 @@ def measure_images(options: argparse.Namespace, console: Console) -> None:
     from recipes.vision import demo
 
     runs = Runs(options.save, "images")
-    for name in demo.MODELS:
+
+    def measure_one(name: str) -> None:
         module, data, accuracy = demo.train(name, options.epochs)
         dense = copy.deepcopy(module.state_dict())
         trained = Result(
             model=name, method="dense", case={"weights": fingerprint(module)}, evaluation=Samples("digits", 360)
         )
-        runs(trained, lambda accuracy=accuracy: {"top1": accuracy})
-        table = columns(f"{name}: top-1; dense {accuracy:.2%}", "method", *options.goals)
+        runs(trained, lambda: {"top1": accuracy})
 
-        def measure(chosen: Mapping[str, Any], module=module, data=data) -> Measured:
+        def measure(chosen: Mapping[str, Any]) -> Measured:
             return {"top1": demo.run(module, data, PruningCallback(**chosen, num_samples=data.num_samples))}
 
-        for method in options.methods:
-            row = []
-            for goal in options.goals:
-                if ":" in goal and method in UNSTRUCTURED:
-                    row.append("-")
-                    continue
-                chosen = choices(IMAGES[method], goal)
-                module.load_state_dict(dense)
-                if reason := refusal(module.model, chosen):
-                    row.append(reason)
-                    continue
-                planned = replace(trained, method=method, **sparsity_of(goal), arguments=arguments(chosen))
-                planned = replace(planned, calibration=Samples("digits", data.num_samples))
-                row.append(f"{runs(planned, partial(measure, chosen)).measured['top1']:.2%}")
-            table.add_row(method, *row)
-        console.print(table)
+        def cell(method: str, goal: str) -> str:
+            chosen = choices(IMAGES[method], goal)
+            module.load_state_dict(dense)
+            if reason := refusal(module.model, chosen):
+                return reason
+            planned = replace(trained, method=method, **sparsity_of(goal), arguments=arguments(chosen))
+            planned = replace(planned, calibration=Samples("digits", data.num_samples))
+            return f"{runs(planned, partial(measure, chosen)).measured['top1']:.2%}"
+
+        print_cells(columns(f"{name}: top-1; dense {accuracy:.2%}", "method", *options.goals), options, cell, console)
+
+    for name in demo.MODELS:
+        measure_one(name)
+
+
+def print_cells(table: Table, options: argparse.Namespace, cell: Callable[[str, str], str], console: Console) -> None:
+    """Print a table of image classifiers, with one row for each method; what is not for N:M is not measured there."""
+    for method in options.methods:
+        goals = options.goals
+        row = ("-" if ":" in goal and method in UNSTRUCTURED else cell(method, goal) for goal in goals)
+        table.add_row(method, *row)
+    console.print(table)
 
 
 def measure_photos(options: argparse.Namespace, console: Console) -> None:
@@ -351,18 +358,14 @@ def measure_photos(options: argparse.Namespace, console: Console) -> None:
     planned = Result(model=Path(options.photos).name, method="dense", evaluation=Samples(name, len(labels)))
     known = runs(planned, lambda: measure(None)).measured["top1"]
     table = columns(f"{planned.model}: top-1 (divergence); dense {known:.2%}", "method", *options.goals)
-    for method in options.methods:
-        row = []
-        for goal in options.goals:
-            if ":" in goal and method in UNSTRUCTURED:
-                row.append("-")
-                continue
-            chosen = choices(PHOTOS[method], goal)
-            run = replace(planned, method=method, **sparsity_of(goal), arguments=arguments(chosen))
-            run = runs(replace(run, calibration=Samples(name, options.nsamples)), partial(measure, chosen))
-            row.append(f"{run.measured['top1']:.2%} ({run.measured['divergence']:.3f})")
-        table.add_row(method, *row)
-    console.print(table)
+
+    def cell(method: str, goal: str) -> str:
+        chosen = choices(PHOTOS[method], goal)
+        run = replace(planned, method=method, **sparsity_of(goal), arguments=arguments(chosen))
+        run = runs(replace(run, calibration=Samples(name, options.nsamples)), partial(measure, chosen))
+        return f"{run.measured['top1']:.2%} ({run.measured['divergence']:.3f})"
+
+    print_cells(table, options, cell, console)
 
 
 @torch.no_grad()

@@ -87,10 +87,9 @@ class Distil(Recovery):
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
-        check(self, passes=at_least_1)
+        check(self, passes=at_least_1, seed=Number(minimum=0, whole=True), next_token=Number(minimum=0, maximum=1))
         if self.learning_rate is not None:
             check(self, learning_rate=Number(above=0, maximum=1))
-        check(self, seed=Number(minimum=0, whole=True), next_token=Number(minimum=0, maximum=1))
         if self.batch_size is not None:
             check(self, batch_size=at_least_1)
         if self.loss is not None:
