@@ -416,6 +416,8 @@ def main() -> None:
     known = {"digits": IMAGES, "photos": PHOTOS, "text": TEXT}[kind]
     options.methods, options.goals = options.methods or list(known), options.goals or GOALS[kind]
     check_options(parser, options, known)
+    if kind == "photos" and not options.data:
+        parser.error("--photos needs --data, a folder with train/CLASS and val/CLASS.")
     if not options.model and kind == "text":
         parser.error("--model must be given, except with --images and --photos.")
     run = {"digits": measure_images, "photos": measure_photos, "text": measure_text}[kind]
