@@ -28,6 +28,15 @@ def test_lines_where_there_is_no_terminal(capsys, clock):
     assert capsys.readouterr().err.splitlines() == ["Pruning 1/4 b (10 s, 30 s left)", "Pruning 4/4 done (12 s)"]
 
 
+def test_lines_of_steps_without_names(capsys, clock):
+    with ProgressBar("Reading", 4) as bar:
+        clock[0] += 10
+        bar.advance()
+        clock[0] += 2
+        bar.advance(3)
+    assert capsys.readouterr().err.splitlines() == ["Reading 1/4 (10 s, 30 s left)", "Reading 4/4 done (12 s)"]
+
+
 def test_a_long_line_is_one_line(capsys, clock, monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
     with ProgressBar("Pruning", None) as bar:

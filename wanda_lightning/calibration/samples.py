@@ -92,7 +92,6 @@ class Samples:
             for batch in self._batches:
                 held.append(batch)
                 bar.advance()
-                bar.show("")
         self._batches, self.length = held, len(held)
 
     def __iter__(self) -> Iterator[Sample]:

@@ -19,6 +19,7 @@ class ProgressBar:
         self._console = Console(stderr=True)
         self._enabled = enabled and total != 0
         self._started = self._last_line = time.monotonic()
+        self._has_names = False
         self._bar: Progress | None = None
 
     def __enter__(self) -> ProgressBar:
@@ -50,16 +51,23 @@ class ProgressBar:
 
     def show(self, name: str) -> None:
         """Show the name of the next step."""
+        self._has_names = True
         if self._bar is not None:
             self._bar.update(self._task, description=f"{self._title} {name}")
-        elif self._enabled and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._line(name)
+        else:
+            self._line_if_due(name)
 
     def advance(self, steps: float = 1) -> None:
         """Count steps as done."""
         self._done += steps
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done)
+        elif not self._has_names:
+            self._line_if_due("")
+
+    def _line_if_due(self, name: str) -> None:
+        if self._enabled and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._line(name)
 
     def _line(self, name: str) -> None:
         self._last_line = time.monotonic()
@@ -69,4 +77,5 @@ class ProgressBar:
             steps += f"/{self._total}"
             if 0 < self._done < self._total and name != "stopped":
                 left = f", {elapsed * (self._total - self._done) / self._done:.0f} s left"
-        self._console.print(f"{self._title} {steps} {name} ({elapsed:.0f} s{left})", highlight=False, soft_wrap=True)
+        words = " ".join(filter(None, (self._title, steps, name)))
+        self._console.print(f"{words} ({elapsed:.0f} s{left})", highlight=False, soft_wrap=True)

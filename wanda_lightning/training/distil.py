@@ -168,11 +168,11 @@ class _Distillation(ModelRecovery):
             passes, stopped = [TrainingPass(None, lowest)], ""
             try:
                 for number in range(1, config.passes + 1):
-                    bar.show(f"pass {number}")
                     losses = []
                     generator = torch.Generator().manual_seed(config.seed + number)
                     order = torch.randperm(len(trained), generator=generator).tolist()
                     for chosen in self._batches([trained[index] for index in order]):
+                        bar.show(f"pass {number}")
                         losses.append(weights.step(optimizer, partial(self._losses, chosen, len(chosen))))
                         schedule.step()
                         bar.advance()
