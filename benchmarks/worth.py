@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from wanda_lightning import (
     CausalLMModule,
-    DistillFromDense,
+    Distil,
     Fisher,
     ImageClassifierModule,
     ImageDataModule,
@@ -60,6 +60,7 @@ class Row:
         goal: Percentage of zeros or N:M; with `units`, the percentage of hidden units that are taken out.
         units: Whether whole hidden units are zero.
         code: Whose implementation.
+        data: Calibration samples, if they are not those of the other lines.
     """
 
     method: str
@@ -67,11 +68,13 @@ class Row:
     goal: str = "0"
     units: bool = False
     code: str = OURS
+    data: Samples | None = None
 
     def planned(self, base: Result) -> Result:
         """Return the result that the line will have."""
         pattern = {"pattern": "structured"} if self.units else {}
-        return replace(base, method=self.method, code=self.code, **{**sparsity_of(self.goal), **pattern})
+        own = {"method": self.method, "code": self.code, "calibration": self.data or base.calibration}
+        return replace(base, **own, **{**sparsity_of(self.goal), **pattern})
 
 
 def quantized(model: nn.Module, bits: int) -> nn.Module:
@@ -215,9 +218,16 @@ def common_rows(batches: list[Any], forward: Callable[[nn.Module, Any], object])
 def text(options: argparse.Namespace) -> tuple[Comparison, list[Row], Result]:
     """Prepare a language model."""
     module = CausalLMModule(options.model, dtype="float32")
-    sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
-    data = TextDataModule(
-        module.tokenizer, options.calibration, options.eval, **sizes, train_samples=options.train_windows, batch_size=1
+    data, longer = (
+        TextDataModule(
+            module.tokenizer,
+            options.calibration,
+            options.eval,
+            seqlen=options.seqlen,
+            num_samples=windows,
+            limit=options.limit,
+        )
+        for windows in (options.nsamples, options.distil_windows)
     )
     model, evaluated = module.model.eval(), data.evaluation_windows.split(4)
 
@@ -230,16 +240,13 @@ def text(options: argparse.Namespace) -> tuple[Comparison, list[Row], Result]:
     def forward(model: Any, batch: Mapping[str, Tensor]) -> object:
         return model(**batch, use_cache=False)
 
-    def distilled(goal: str, model: Any) -> nn.Module:
-        dense = copy.deepcopy(model)
-        chosen = {"pattern": "structured", "allocation": BY_LOSS, "forward": partial(forward, model)}
-        prune(model, batches, float(goal) / 100, **chosen, progress=False)
-        own = CausalLMModule(model, tokenizer=module.tokenizer, lr=options.lr, lr_decay=True)
-        fit(own, data, DistillFromDense(dense, weight=1.0), gradient_clip_val=1.0)
+    def distilled(goal: str, model: nn.Module) -> nn.Module:
+        chosen = {"pattern": "structured", "allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
+        prune(model, more, float(goal) / 100, **chosen, forward=partial(forward, model), progress=False)
         shrink(model)
         return model
 
-    batches = [{"input_ids": part} for part in data.calibration_windows.split(4)]
+    batches, more = ([{"input_ids": part} for part in each.calibration_windows.split(4)] for each in (data, longer))
     clocks = text_clocks(model.config.get_text_config().vocab_size)
     names = [name if name == "python-docs" else Path(name).name for name in (options.calibration, options.eval)]
     planned = Result(
@@ -248,21 +255,16 @@ def text(options: argparse.Namespace) -> tuple[Comparison, list[Row], Result]:
         calibration=Samples(names[0], options.nsamples, options.seqlen),
         evaluation=Samples(names[1], options.limit, options.seqlen),
     )
-    ids = data.calibration_windows
+    ids, samples = data.calibration_windows, Samples(names[0], options.distil_windows, options.seqlen)
     rows = [
         *common_rows(batches, forward),
         *(Row("GroupMagnitude", partial(by_peer, ids, goal), goal, units=True, code=PEER) for goal in WIDTHS[:2]),
-        *(Row("structured, distilled", partial(distilled, goal), goal, units=True) for goal in WIDTHS[:2]),
+        *(
+            Row("structured, distilled", partial(distilled, goal), goal, units=True, data=samples)
+            for goal in WIDTHS[:2]
+        ),
     ]
     return Comparison(model, clocks, quality, options.runs), rows, planned
-
-
-def fit(module: L.LightningModule, data: L.LightningDataModule, *callbacks: L.Callback, **more: Any) -> None:
-    """Train with zeros kept."""
-    L.seed_everything(0, verbose=False)
-    quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0, "devices": 1}
-    L.Trainer(**{"max_epochs": 1, **quiet, **more}, callbacks=[KeepZeros(), *callbacks]).fit(module, data)
-    module.eval()
 
 
 def images_of(
@@ -281,7 +283,10 @@ def images_of(
     def trained(goal: str, model: nn.Module) -> nn.Module:
         prune(model, calibration, float(goal) / 100, pattern="structured", progress=False)
         own = ImageClassifierModule(model, num_classes=module.num_classes, lr=module.hparams["lr"])
-        fit(own, data, max_epochs=epochs)
+        L.seed_everything(0, verbose=False)
+        quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0, "devices": 1}
+        L.Trainer(max_epochs=epochs, callbacks=[KeepZeros()], **quiet).fit(own, data)
+        own.eval()
         shrink(model)
         return model
 
@@ -336,8 +341,7 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, help="default 16; with --images 128")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
-    parser.add_argument("--train_windows", type=int, default=128, help="windows of the calibration text to train on")
-    parser.add_argument("--lr", type=float, default=1e-4, help="peak learning rate of this training")
+    parser.add_argument("--distil_windows", type=int, default=128, help="windows to calibrate and distil with")
     parser.add_argument("--rows", nargs="+", help="only these methods")
     parser.add_argument("--runs", type=int, default=2, help="0 measures no speeds and no memory")
     parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
