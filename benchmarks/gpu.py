@@ -7,9 +7,9 @@
 
 The model is built on the device. `block` prunes with two forward passes, `layer` with one: `forward passes`
 divides the time of pruning by that of so many plain forward passes. Peak memory is that of the device and includes the
-model; it is not measured on a CPU. With `--folder`, the model is saved there and also pruned from disk; the time then
-includes reading and writing. Activations of waiting batches are on the device or, with `park cpu`, in memory of the
-CPU, and are copied back while the batch before runs. `equal` says whether the weights equal those pruned in memory.
+model; on a CPU, it is that of the process. With `--folder`, the model is saved there and also pruned from disk; the
+time then includes reading and writing. Activations of waiting batches are on the device or, with `park cpu`, in memory
+of the CPU. `equal` says whether the weights equal those pruned in memory.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measuring import MIB, seconds
+from measuring import MIB, PeakMemory, seconds
+from result import machine
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -51,18 +52,16 @@ def build(options: argparse.Namespace) -> LlamaForCausalLM:
 
 
 def measured(options: argparse.Namespace, step: Callable[[], object]) -> tuple[float, str]:
-    """Return the seconds of a step, with all kernels it has started, and the peak memory of the device in MiB."""
-    if options.device != "cuda":
-        return seconds(step), "-"
+    """Return the seconds of a step, with all kernels it has started, and the peak memory in MiB."""
 
     def synchronized() -> None:
         step()
-        torch.cuda.synchronize()
+        if options.device != "cpu":
+            torch.accelerator.synchronize()
 
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    took = seconds(synchronized)
-    return took, f"{torch.cuda.max_memory_allocated() / MIB:.0f}"
+    with PeakMemory(options.device) as memory:
+        took = seconds(synchronized)
+    return took, f"{(memory.start + memory.peak) / MIB:.0f}"
 
 
 @torch.no_grad()
@@ -95,10 +94,8 @@ def main() -> None:
         {"input_ids": torch.randint(options.vocabulary, (1, options.seqlen), generator=generator).to(options.device)}
         for _ in range(options.samples)
     ]
-    name = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
-    table = Table(
-        "", "seconds", "peak MiB", "forward passes", "equal", title=f"{name}, {options.samples} x {options.seqlen}"
-    )
+    title = f"{machine()}, {options.samples} x {options.seqlen}"
+    table = Table("", "seconds", "peak MiB", "forward passes", "equal", title=title)
     model = build(options)
     forward(model, batches[:1])  # warm up, as does the next line
     prune(build(options), batches[:1], method=options.method[0], sequential="layer", progress=False)

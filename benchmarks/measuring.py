@@ -8,8 +8,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
+import psutil
+import torch
 from rich.table import Table
 from torch import nn
 
@@ -46,10 +47,21 @@ def columns(title: str, *headings: str) -> Table:
 
 
 class PeakMemory:
-    """Sample the resident memory of this process. `peak` is its largest increase, in bytes."""
+    """Measure the bytes of memory at the `start`, and their largest increase: `peak`.
+
+    It is the memory that an accelerator has allocated for tensors, or the resident memory of this process, sampled.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._on_accelerator = torch.device(device).type != "cpu"
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()
+        if self._on_accelerator:
+            torch.accelerator.synchronize()
+            torch.accelerator.reset_peak_memory_stats()
+            self.start = torch.accelerator.memory_allocated()
+            return self
         with suppress(OSError, AttributeError):  # glibc: return freed memory first, or the start would count it
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.start, self.peak, self._stop = _resident(), 0, threading.Event()
@@ -58,6 +70,9 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._on_accelerator:
+            self.peak = torch.accelerator.max_memory_allocated() - self.start
+            return
         self._stop.set()
         self._thread.join()
 
@@ -67,5 +82,4 @@ class PeakMemory:
 
 
 def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    return int(psutil.Process().memory_info().rss)

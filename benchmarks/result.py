@@ -225,7 +225,9 @@ def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
     cores = f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
-    return f"{cores}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cores
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is None:
+        return cores
+    return f"{cores}, {getattr(torch.get_device_module(accelerator), 'get_device_name', lambda: accelerator.type)()}"
 
 
 def sparsity_of(goal: str) -> dict[str, Any]:

@@ -152,34 +152,47 @@ def test_a_process_wide_context_that_ends_before_the_last_unit(sequential, insid
     assert {dtype for place, dtype in seen if place == "outside"} == {outside}
 
 
-# ---- CUDA streams
+# ---- streams of accelerators
 
 
-class FakeCuda:
-    """Streams as torch.cuda keeps them, one current stream for each thread, without a GPU."""
+class FakeAccelerator(threading.local):
+    """Three devices and the current streams of each thread, as in torch.accelerator. A stream is (device, name)."""
 
     def __init__(self):
-        self.local, self.entered = threading.local(), []
+        self.device, self.streams = 0, [(device, "default") for device in range(3)]
+
+    def current_accelerator(self, check_available=False):
+        return torch.device("cpu")  # for autocast
+
+    def device_count(self):
+        return len(self.streams)
+
+    def current_device_index(self):
+        return self.device
+
+    def set_device_index(self, device):
+        self.device = device
 
     def current_stream(self, device=None):
-        return getattr(self.local, "stream", "default")
+        return self.streams[self.device if device is None else device]
+
+    def set_stream(self, stream):
+        self.device, _ = stream
+        self.streams[self.device] = stream
 
     @contextlib.contextmanager
     def stream(self, stream):
-        before, self.local.stream = self.current_stream(), stream
-        self.entered.append((threading.current_thread(), stream))
+        device, before = self.device, self.streams[stream[0]]
+        self.set_stream(stream)
         yield
-        self.local.stream = before
+        self.set_stream(before)
+        self.device = device
 
-    def patch(self, monkeypatch):
-        for name, value in {"is_initialized": True, "device_count": 1, "current_device": 0}.items():
-            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-        monkeypatch.setattr(torch.cuda, "current_stream", self.current_stream)
-        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+    def state(self):
+        return self.device, tuple(self.streams)
 
 
-def streams(cuda_stream, side, current):
+def streams(stream, side, current):
     """The streams that the glue and the blocks of a model see, in lockstep and in a plain forward."""
     seen = []
 
@@ -187,7 +200,7 @@ def streams(cuda_stream, side, current):
         def forward(self, x):
             seen.append(current())
             x = self.blocks[0](x)
-            with cuda_stream(side):
+            with stream(side):
                 x = self.blocks[1](x)
             return self.blocks[2](x)
 
@@ -199,19 +212,25 @@ def streams(cuda_stream, side, current):
     return seen[len(plain) :], plain
 
 
-@pytest.mark.parametrize("caller", ["default", "callers"])
-def test_the_stream_of_the_caller_and_of_the_model_is_entered(monkeypatch, caller):
-    fake = FakeCuda()
-    fake.patch(monkeypatch)
-    with fake.stream(caller) if caller != "default" else contextlib.nullcontext():
-        locked, plain = streams(fake.stream, "side", fake.current_stream)
-        assert fake.current_stream() == caller
-    assert locked == plain == [caller, caller, "side", caller]
+@pytest.mark.parametrize("caller", [(0, "default"), (0, "callers"), (2, "callers")])
+@pytest.mark.parametrize("side", [(0, "side"), (1, "side"), (2, "side"), (1, "default")])
+def test_the_streams_of_the_caller_and_of_the_model_are_entered(monkeypatch, caller, side):
+    fake = FakeAccelerator()
+    for name in ("current_accelerator", "device_count", "current_device_index", "set_device_index"):
+        monkeypatch.setattr(torch.accelerator, name, getattr(fake, name))
+    for name in ("current_stream", "set_stream"):
+        monkeypatch.setattr(torch.accelerator, name, getattr(fake, name))
+    with fake.stream(caller):
+        outside = fake.state()
+        locked, plain = streams(fake.stream, side, fake.state)
+        assert fake.state() == outside
+    assert locked == plain
+    assert outside == plain[0] == plain[1] == plain[3] != plain[2]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_the_stream_on_a_gpu():
-    with torch.cuda.stream(torch.cuda.Stream()) as _:
-        locked, plain = streams(torch.cuda.stream, torch.cuda.Stream(), torch.cuda.current_stream)
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="needs an accelerator")
+def test_the_stream_on_an_accelerator():
+    with torch.Stream():
+        locked, plain = streams(lambda stream: stream, torch.Stream(), torch.accelerator.current_stream)
     assert locked == plain
     assert len(set(plain)) == 2

@@ -2,13 +2,12 @@
 
 `tests/test_device.py` runs this file in a process of its own. The device (`support.remote`) runs the CPU's kernels in
 the caller's thread, and has no allocator for storages. So these tests cannot cover activations of waiting batches that
-`park="cpu"` moves (PyTorch lets no tensor of such a device point to the host), pinned memory, streams and events,
-kernels that are not deterministic or round otherwise, autocast, TF32, several accelerators, and what only CUDA runs
-(2:4).
+`park="cpu"` moves (PyTorch lets no tensor of such a device point to the host), pinned memory, streams and events, of
+which `torch.accelerator` shows a single one here, the memory of devices, kernels that round otherwise, autocast, TF32,
+several accelerators, and what only CUDA runs (2:4).
 """
 
 import pytest
-import support.remote
 import torch
 from support.both import DEVICES, assert_equal, on
 from support.disk import CHOICES, batches, save_llama, weights
@@ -16,6 +15,8 @@ from support.disk import same as same_weights
 from support.zoo import ZOO
 
 from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune, prune_from_disk, shrink
+from wanda_lightning.common.memory import free_memory
+from wanda_lightning.common.seeded import seeded
 from wanda_lightning.methods import METHODS, PRESETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of few tokens; and PyTorch's, that the device has no fused kernels
@@ -30,13 +31,6 @@ def on_both(specimen, **choices):
     assert_equal(*models)
     assert (reports[0].layers, reports[0].notes) == (reports[1].layers, reports[1].notes)
     return models[1], " ".join(reports[1].notes)
-
-
-@pytest.fixture
-def no_float64(monkeypatch):
-    """Take float64 from the device, as `mps` has none."""
-    monkeypatch.setattr(support.remote, "HAS_FLOAT64", False)
-    monkeypatch.setattr("wanda_lightning.common.widest.WITHOUT_FLOAT64", {"remote"})
 
 
 class TestTheDevice:
@@ -78,6 +72,22 @@ class TestTheDevice:
         found = taken(here, here.to("remote"))
         assert found.device.type == "remote"
         assert torch.equal(found.cpu(), taken(here, here))
+
+
+def test_free_memory():
+    """That of the machine, for devices that do not say."""
+    assert all(free_memory(torch.device(device)) > 10**8 for device in ("remote", "meta"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
+    seeds, before = [], torch.get_rng_state()
+    monkeypatch.setattr(torch.remote, "manual_seed_all", seeds.append)
+    with seeded(3, torch.device(device)):
+        drawn = torch.rand(4)
+    assert torch.equal(drawn, torch.rand(4, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seeds == [3] * (device != "cpu")
 
 
 @pytest.mark.usefixtures("no_float64")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import support.remote
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
@@ -32,6 +33,7 @@ from wanda_lightning import (
 )
 from wanda_lightning.evaluation.tasks import load_tasks, zero_shot
 from wanda_lightning.lora import merge
+from wanda_lightning.training.distil_loss import _mixed_precision
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -182,8 +184,20 @@ class TestTrainer:
         assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("supported", [True, False, None])
+def test_distillation_in_bfloat16(monkeypatch, supported):
+    """A model in float32 runs in bfloat16 if the device says that it can."""
+    if supported is not None:
+        monkeypatch.setattr(torch.remote, "is_bf16_supported", lambda including_emulation: supported, raising=False)
+    with _mixed_precision(torch.nn.Linear(1, 1).to("remote")):
+        assert torch.is_autocast_enabled("remote") == bool(supported)
+        assert not supported or torch.get_autocast_dtype("remote") == torch.bfloat16
+
+
 class TestEvaluation:
-    def test_perplexity(self):
+    @pytest.mark.parametrize("has_float64", [True, False])
+    def test_perplexity(self, monkeypatch, has_float64):
+        monkeypatch.setattr(support.remote, "HAS_FLOAT64", has_float64)
         windows = DataLoader([{"input_ids": ids} for ids in modules.windows_of_text()], 3)
         found = [made.validate(CausalLMModule(modules.tiny_llama()), windows, verbose=False) for made in trainers(list)]
         assert found[0] == found[1]

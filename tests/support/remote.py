@@ -26,6 +26,7 @@ _VIEWS = {"as_strided", "view", "_reshape_alias", "unfold", "view_as_real", "vie
 _COPIES = {"_copy_from", "_copy_from_and_resize", "_foreach_copy_"}
 _INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 _FILLS = {"fill_", "masked_fill_"}
+_NOT_DETERMINISTIC = {"bincount", "cumsum", "cumsum_", "histc", "kthvalue", "median", "nanmedian"}  # of floats, on CUDA
 HAS_FLOAT64 = True  # a test may take it away, as from `mps`
 _AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)  # not for the device, though its kernels call the CPU's
 
@@ -95,6 +96,8 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         others: list[Tensor] = []
         local_args = [_localize(each, pairs, others) for each in args]
         local_kwargs = {key: _localize(each, pairs, others) for key, each in kwargs.items()}
+        if name in _NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+            assert not any(local.is_floating_point() for _, local in pairs), f"{op} is not deterministic"
         if others and pairs and name not in _COPIES:
             _refuse_mixed(op, name, args[0], others)
         generator = kwargs.get("generator")

@@ -12,7 +12,7 @@ from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.openmp import end_idle_workers
 from wanda_lightning.calibration.samples import Sample
-from wanda_lightning.calibration.thread_state import ProcessSwitches, ThreadState
+from wanda_lightning.calibration.thread_state import Switches, ThreadState
 from wanda_lightning.common.errors import UserError
 
 Forward = Callable[..., Any]
@@ -112,7 +112,7 @@ class BatchThread(threading.Thread):
         self.call, self._output = None, output
         del output
         self.sample.parking.restore()
-        switches = ProcessSwitches()
+        switches = Switches()
         try:
             self._go.release()
             self._wait()
@@ -132,7 +132,7 @@ class BatchThread(threading.Thread):
         """End the thread if it runs, and wait at most `timeout` seconds until it has ended."""
         if not self.is_alive():
             return
-        switches = ProcessSwitches()
+        switches = Switches()
         self._cancelled = True
         self._go.release()
         self.join(timeout)

@@ -1,9 +1,9 @@
 """Copy the PyTorch state of one thread to another.
 
-PyTorch keeps grad mode, autocast, inference mode, the default device, the current CUDA device and the current CUDA
-streams per thread, and a few switches per process. A forward pass depends on all of them, and a model may change them
-between two units, for example in a `with torch.autocast(...)` block. Calibration batches run in threads of their own,
-and their units run in the scheduler's thread, so each call must carry this state along.
+PyTorch keeps grad mode, autocast, inference mode, the default device, the current accelerator and its current streams
+per thread, and a few switches per process. A forward pass depends on all of them, and a model may change them between
+two units, for example in a `with torch.autocast(...)` block. Calibration batches run in threads of their own, and
+their units run in the scheduler's thread, so each call must carry this state along.
 """
 
 from __future__ import annotations
@@ -14,6 +14,26 @@ from typing import Any
 
 import torch
 
+
+def _current_streams() -> tuple[int, list[torch.Stream]] | None:
+    """Return the current device and the current stream of each device; None before the accelerator is used."""
+    accelerator = torch.accelerator.current_accelerator()
+    # `mps` has no such function, and a single stream.
+    if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", bool)():
+        return None
+    streams = [torch.accelerator.current_stream(device) for device in range(torch.accelerator.device_count())]
+    return torch.accelerator.current_device_index(), streams
+
+
+def _set_streams(current: tuple[int, list[torch.Stream]] | None) -> None:
+    if current is not None:
+        device, streams = current
+        for index, stream in enumerate(streams):
+            if stream != torch.accelerator.current_stream(index):
+                torch.accelerator.set_stream(stream)  # changes the current device, too
+        torch.accelerator.set_device_index(device)
+
+
 # Process-wide switches: without restoring them, a batch would see the values that another batch has set.
 _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -21,11 +41,12 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (_current_streams, _set_streams),  # of this thread
 )
 
 
-class ProcessSwitches:
-    """The current values of PyTorch's process-wide switches that models set in a `with` block."""
+class Switches:
+    """What models set in a `with` block: the values of PyTorch's process-wide switches, and this thread's streams."""
 
     def __init__(self) -> None:
         self._values = [read() for read, _ in _SWITCHES]
@@ -38,42 +59,28 @@ class ProcessSwitches:
 
 
 class ThreadState:
-    """The state of the current thread, and the process-wide switches, at the time of construction."""
+    """The state of the current thread, and the switches, at the time of construction."""
 
     def __init__(self) -> None:
         devices = {"cpu"}
         if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
             devices.add(accelerator.type)
-        self.switches = ProcessSwitches()
+        self.switches = Switches()
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
         self._default_device = torch.get_default_device()
-        self._cuda_device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self._streams = _current_streams()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Switch the current thread to this state, without gradients; restore its own state at the end."""
         with ExitStack() as stack:
-            stack.callback(ProcessSwitches().restore)
+            stack.callback(Switches().restore)
             self.switches.restore()
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.no_grad())
             if self._default_device != torch.get_default_device():
                 stack.enter_context(self._default_device)
-            for stream, current in zip(self._streams, _current_streams(), strict=False):
-                if stream != current:
-                    stack.enter_context(torch.cuda.stream(stream))
-            if self._cuda_device is not None:  # after the streams: entering one changes the current device
-                stack.enter_context(torch.cuda.device(self._cuda_device))
             for device, enabled, dtype in self._autocast:
                 # No cache: it would give the pruned run the cast of a dense weight.
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
-
-
-def _current_streams() -> list[torch.cuda.Stream]:
-    """The current stream of each CUDA device; none before CUDA is used."""
-    if not torch.cuda.is_initialized():
-        return []
-    return [torch.cuda.current_stream(device) for device in range(torch.cuda.device_count())]

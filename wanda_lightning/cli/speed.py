@@ -35,7 +35,7 @@ def run(options: SpeedOptions) -> None:
     import torch
 
     source = options.source(options.model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     refuse_devices({device})
     refuse_long_windows(options.seqlen + options.tokens, source, "--seqlen plus --tokens")
     model: Any = CausalLMModule(options.model, dtype=options.dtype or "auto", **source.hub).model.eval().to(device)
@@ -90,8 +90,8 @@ def _seconds(model: Any, prompt: Any, tokens: int) -> float:
     started = time.perf_counter()
     lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0, **lengths)
-    if prompt.is_cuda:
-        torch.cuda.synchronize()
+    if prompt.device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - started
 
 

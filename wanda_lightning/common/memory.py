@@ -32,7 +32,7 @@ def free_memory(device: torch.device | None = None) -> int:
     if device is not None and device.type != "cpu":
         import torch
 
-        with suppress(RuntimeError):  # some backends do not say
+        with suppress(RuntimeError, ValueError):  # some backends do not say; another device than the accelerator
             return torch.accelerator.get_memory_info(device)[0]
     import psutil
 

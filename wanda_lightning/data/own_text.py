@@ -12,6 +12,7 @@ from torch import Tensor
 from wanda_lightning.common.checks import check_at_least, check_positive
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.seeded import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,11 +61,10 @@ def sample_windows(
     windows = []
     with (
         torch.inference_mode(False),  # or training on the windows would fail
-        torch.random.fork_rng(devices=[] if model.device.type == "cpu" else [model.device]),
+        seeded(seed, model.device),
         _sampling(model),
         ProgressBar("Writing text", len(sizes) * seqlen, progress) as bar,
     ):
-        torch.manual_seed(seed)
         for size in sizes:
             first = torch.full((size, 1), start, device=model.device)
             written = model.generate(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.widest import has_float64
 
 _CHUNK = 2**22  # logits per step of the loss, 16 MiB in float32
 
@@ -74,8 +75,8 @@ class WindowPerplexity(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # MPS has no float64, and Lightning moves metrics to the model's device.
-        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
+        device = torch.accelerator.current_accelerator(check_available=True)  # to which Lightning moves metrics
+        dtype = torch.float64 if device is None or has_float64(device) else torch.float32
         self.add_state("loss_sum", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("windows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.seeded import seeded
 from wanda_lightning.common.widest import widest
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import RemovableUnits, reads_images
@@ -122,8 +123,8 @@ class Trial:
             if units and module is units.reader.module and isinstance(output, Tensor):
                 results.read.append(output.clone())
 
-        with ExitStack() as hooks, _evaluating(self._model), torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)  # of models that draw numbers in evaluation, too
+        # Seeded: some models draw numbers in evaluation, too.
+        with ExitStack() as hooks, _evaluating(self._model), seeded(0, _device(self._model)):
             for module in _layers(units) if units else ():
                 hooks.callback(module.register_forward_hook(enter).remove)
             output = self._forward(self._batch)

@@ -195,8 +195,7 @@ class _Distillation(ModelRecovery):
     def _optimizer(self, weights: MaskedWeights, steps: int) -> tuple[Any, Any]:
         assert self._config.learning_rate
         groups = weights.groups(self._config.learning_rate)
-        fused = all(parameter.device.type in ("cpu", "cuda") for parameter in self._parameters)
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=fused)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
         def factor(step: int) -> float:
             return min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2

@@ -77,9 +77,10 @@ def _mixed_precision(model: nn.Module) -> torch.autocast:
     parameter = next(model.parameters())
     kind = parameter.device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    if not enabled and parameter.dtype == torch.float32 and kind in ("cuda", "cpu"):
+    if not enabled and parameter.dtype == torch.float32:
         dtype, features = torch.bfloat16, torch.cpu.get_capabilities()
         on_cpu = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        enabled = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else on_cpu
+        supports = getattr(torch.get_device_module(kind), "is_bf16_supported", None)  # `mps` does not say
+        enabled = on_cpu if kind == "cpu" else supports is not None and supports(including_emulation=False)
     # A cached cast that was made without gradients would cut the graph of the recomputed block.
     return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
