@@ -1,6 +1,7 @@
 """`wanda-lightning shrink` and `prune --shrink`: ordinary, smaller folders."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from huggingface_hub import ModelCard
 from support.cli import IGNORED_WARNINGS, everything_in, run
 from transformers import AutoModelForCausalLM
+
+from wanda_lightning.streaming.shrinking_from_disk import _Stream
+from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 pytestmark = IGNORED_WARNINGS
 
@@ -76,12 +80,36 @@ def test_prune_saves_the_zeros_if_they_cannot_be_taken_out(inputs, capsys):
     assert any((m.weight == 0).any() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 
+def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, monkeypatch):
+    """If it is interrupted, the pruned model stays, and the same command goes on from there."""
+    command = [*text, *STRUCTURED, "--stream", "--shrink", "--save_model", "small", "--save", "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(_Stream, "finish", lambda self: signal.raise_signal(signal.SIGINT))
+        assert run(*command) != 0
+    assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small"}
+    assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 64
+    monkeypatch.setattr(StreamedWeights, "stops", None)  # nothing is pruned again
+    assert run(*command) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small", "out"}
+    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+    assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 32
+    assert "not in the saved model" in ModelCard.load("small/README.md").text
+    assert not (tmp_path / "small/pruning_progress.json").exists()
+
+
+def test_prune_from_disk_saves_the_zeros_if_there_are_too_few(text, capsys):
+    more = ["--pattern", "structured", "--sparsity", "0.01", "--stream", "--shrink", "--save_model", "small"]
+    assert run(*text, *more) == 0
+    assert "Note: the model is saved with its zeros. shrink=True must remove something." in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 64
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--shrink", *STRUCTURED], "--shrink has no meaning for pruning without --save_model"),
         (["--shrink", "--save_model", "x"], "--shrink has no meaning for --pattern unstructured, whose zeros do not"),
-        (["--shrink", "--stream", *STRUCTURED, "--save_model", "x"], "--shrink has no meaning for --stream"),
+        (["--shrink", "--stream", *STRUCTURED, "--save_model", "."], "--save_model . is the working directory or"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(text, more, message, capsys, tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,7 @@ from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
 from wanda_lightning.report.page import write_report
 from wanda_lightning.shrinking import LEFT_OUT
-from wanda_lightning.streaming import perplexity_from_disk
+from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.disk_and_host_parking import refuse_parking
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 
@@ -100,16 +101,21 @@ def run(options: PruneOptions) -> None:
 
 
 def _save_model(module: Any, options: PruneOptions, report: PruningReport) -> Path | None:
-    """Save the model, with its zeros if they cannot be taken out: pruning may have taken hours."""
     if options.shrink:
-        try:
-            folder = save_model(module, options.save_model, options.overwrite, shrink=True)
-        except UserError as error:
-            print_line(f"Note: the model is saved with its zeros. {error}")
-        else:
-            report.notes.append(LEFT_OUT)
-            return folder
+        with _tolerating_zeros(report):
+            return save_model(module, options.save_model, options.overwrite, shrink=True)
     return save_model(module, options.save_model, options.overwrite)
+
+
+@contextmanager
+def _tolerating_zeros(report: PruningReport) -> Iterator[None]:
+    """Print a note if the zeros cannot be taken out, since pruning may have taken hours; else the report has one."""
+    try:
+        yield
+    except UserError as error:
+        print_line(f"Note: the model is saved with its zeros. {error}")
+    else:
+        report.notes.append(LEFT_OUT)
 
 
 def _stream(options: PruneOptions) -> None:
@@ -131,6 +137,9 @@ def _stream(options: PruneOptions) -> None:
     with pruned_from_disk(choices, source, output, batches, tokenizer=tokenizer, dtype=dtype, **where) as report:
         pruned = _perplexities(partial(read, output), data)
         _record_run(report, options, data, choices, dense, pruned)
+        if options.shrink:
+            with _tolerating_zeros(report):
+                print_line(str(shrink_from_disk(output, output, overwrite=True, **source.hub)))
         _write_card(Path(output), options, report)
         files = files_in(output)
         if options.report is not None:

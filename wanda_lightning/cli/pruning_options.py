@@ -35,6 +35,7 @@ from wanda_lightning.common.refuse_path import (
     refuse_nonempty,
     refuse_replacement,
     refuse_unresumable,
+    resolved,
 )
 from wanda_lightning.config import NAMES, PruningConfig
 from wanda_lightning.data import image_sources, text_sources
@@ -202,7 +203,7 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
         if self.stream:
             self.refuse_streamed_gguf()
             writes = self.save or self.report
-            self.refuse_given("--stream", f"shrink {'' if writes else 'overwrite '}eval_zero_shot")
+            self.refuse_given("--stream", f"{'' if writes else 'overwrite '}eval_zero_shot")
             if self.save_model is None:
                 raise UsageError("--stream writes each pruned block to --save_model, which is missing. Add it.")
             if self.calibration == text_sources.SELF:
@@ -248,6 +249,11 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
         """Refuse files that do not exist, places that cannot be written, and too many samples."""
         self.refuse_missing("model checkpoint tasks_dir")
         self.refuse_place("save_model", refuse_unresumable if self.stream else refuse_replacement)
+        if self.stream and self.shrink and Path.cwd().is_relative_to(resolved(self.save_model or "")):
+            raise UsageError(
+                f"--save_model {self.save_model} is the working directory or contains it, but --shrink replaces the "
+                "folder at the end. Choose a folder inside it."
+            )
         if not (self.stream and (Path(self.save_model or "").expanduser() / PROGRESS_NAME).is_file()):
             self.refuse_place("save", refuse_nonempty)  # a run that continues may find its model there
         if self.report is not None:

@@ -75,14 +75,12 @@ def refuse_replacement(path: str | os.PathLike[str], overwrite: bool = False) ->
 
 def refuse_unresumable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
     """Raise an OSError for a folder that is neither empty nor left by an interrupted run, whatever `overwrite` is."""
+    refuse_nonempty(path, overwrite=True)  # first, since this undoes a replacement that was killed
     target = resolved(path)
-    if (target / PROGRESS_NAME).is_file():
-        return
-    if target.is_dir() and entries(target):
+    if entries(target) and not (target / PROGRESS_NAME).is_file():
         raise FileExistsError(
             f"{path} is a folder that is not empty, and no interrupted run left it. Choose another, or empty it."
         )
-    refuse_nonempty(path)
 
 
 def refuse_full(path: str | os.PathLike[str], size: int) -> None:

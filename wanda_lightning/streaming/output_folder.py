@@ -236,7 +236,7 @@ class OutputFolder:
         with self._in_first() as is_first:
             if is_first:
                 (self.path / ROW_WEIGHTS_NAME).unlink(missing_ok=True)
-                (self.path / PROGRESS_NAME).unlink()
+                (self.path / PROGRESS_NAME).unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
 
     def close(self) -> None:
         """Allow other runs to write into the folder; undo its making if there are no parts, as after a refusal."""
