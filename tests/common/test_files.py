@@ -11,7 +11,14 @@ import pytest
 from safetensors import SafetensorError
 
 from wanda_lightning.common import killed_runs
-from wanda_lightning.common.refuse_path import refuse_existing, refuse_full, refuse_nonempty, refuse_replacement
+from wanda_lightning.common.refuse_path import (
+    PROGRESS_NAME,
+    refuse_existing,
+    refuse_full,
+    refuse_nonempty,
+    refuse_replacement,
+    refuse_unresumable,
+)
 from wanda_lightning.common.write_whole import reserved, unclaimed, whole_file, whole_folder
 
 
@@ -281,6 +288,14 @@ def test_a_folder_that_a_killed_run_moved_aside_comes_back(tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         refuse_replacement(tmp_path / "model")
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == ["model/config.json"]
+
+
+def test_a_run_continues_in_a_folder_that_a_killed_run_moved_aside(tmp_path):
+    old = tmp_path / f"{killed_runs._label(tmp_path / 'model')}12345678" / killed_runs._OLD
+    old.mkdir(parents=True)
+    (old / PROGRESS_NAME).touch()
+    refuse_unresumable(tmp_path / "model")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")] == [f"model/{PROGRESS_NAME}"]
 
 
 def test_a_half_written_folder_is_not_taken_for_an_old_one(tmp_path):

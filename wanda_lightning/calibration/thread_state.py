@@ -1,9 +1,9 @@
 """Copy the PyTorch state of one thread to another.
 
-PyTorch keeps grad mode, autocast, inference mode, the default device, the current accelerator and its current streams
-per thread, and a few switches per process. A forward pass depends on all of them, and a model may change them between
-two units, for example in a `with torch.autocast(...)` block. Calibration batches run in threads of their own, and
-their units run in the scheduler's thread, so each call must carry this state along.
+PyTorch keeps grad mode, autocast, inference mode, the default device, and the current device and streams of the
+accelerator per thread, and a few switches per process. A forward pass depends on all of them, and a model may change
+them between two units, for example in a `with torch.autocast(...)` block. Calibration batches run in threads of their
+own, and their units run in the scheduler's thread, so each call must carry this state along.
 """
 
 from __future__ import annotations
