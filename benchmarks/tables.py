@@ -4,6 +4,7 @@ Each function in `FRAGMENTS` returns the text of one table with its source. `ben
 pages that ask for it.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -321,6 +322,25 @@ def finetuning() -> str:
     return markdown(headings, rows) + "\n\n" + source(results)
 
 
+def repair() -> str:
+    """Perplexity before and after adapters in closed form, and the share of the gap that they remove."""
+    results = sorted(read_table("repair"), key=lambda result: -result.measured["perplexity_before"])
+    dense = next(result for result in read_table("methods") if result.method == "dense").measured["perplexity"]
+    rows = []
+    for result in results:
+        before, after = result.measured["perplexity_before"], result.measured["perplexity"]
+        share = 1 - math.log(after / dense) / math.log(before / dense)
+        numbers = (
+            number(result, "perplexity_before"),
+            perplexity(result),
+            f"{share:.0%}",
+            f"{result.measured['added']:.1%}",
+        )
+        rows.append([f"{LABELS[result.method]}, {result.goal}", *numbers])
+    headings = ("perplexity", "pruned", "repaired, rank 32", "share of the gap removed", "parameters added")
+    return f"{markdown(headings, rows)}\n\nDense: {dense:.2f}. The gap is that of the logarithms. {source(results)}"
+
+
 def keeping_zeros() -> str:
     """Cost of keeping zeros in a training step."""
     results, rows = read_table("keeping_zeros"), []
@@ -540,6 +560,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "scaling": scaling,
     "finetuning": finetuning,
     "keeping_zeros": keeping_zeros,
+    "repair": repair,
     "sparsegpt": sparsegpt,
     "file_size": file_size,
     "quantization": quantization,

@@ -38,6 +38,7 @@ SMALLER = {
     "num_samples=4096": "num_samples=64",
     "num_samples=1024": "num_samples=64",
     '"embed_dim": 96, "depth": 4': '"embed_dim": 32, "depth": 2',
+    "rank=32": "rank=4",
     "max_epochs=30": "max_epochs=1, limit_train_batches=1",
 }
 

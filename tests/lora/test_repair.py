@@ -1,0 +1,94 @@
+"""Adapters in closed form that make up for the errors of pruning."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel
+from support.lora import TOKENS, gpt2, llama
+
+from wanda_lightning import prune
+from wanda_lightning.lora import repair
+
+BATCHES = [{"input_ids": TOKENS}, {"input_ids": TOKENS.flip(1)}]
+
+
+@pytest.fixture(params=[llama, gpt2])
+def pair(request):
+    """A pruned model, and its dense copy."""
+    dense = request.param(sparsity=0).eval()
+    pruned = copy.deepcopy(dense)
+    prune(pruned, BATCHES, 0.5, progress=False)
+    return pruned, dense
+
+
+@torch.no_grad()
+def distance(model, dense):
+    return (model(input_ids=TOKENS).logits - dense(input_ids=TOKENS).logits).square().sum()
+
+
+def test_it_is_the_nearest_product_of_this_rank(pair):
+    pruned, dense = pair
+    name = "model.layers.1.mlp.down_proj" if hasattr(pruned, "model") else "transformer.h.1.mlp.c_proj"
+    transposed = hasattr(pruned, "transformer")
+    rows = []
+    hook = pruned.get_submodule(name).register_forward_pre_hook(lambda _, args: rows.append(args[0].flatten(0, -2)))
+    for batch in BATCHES:
+        pruned(**batch)
+    hook.remove()
+    error = (dense.get_submodule(name).weight - pruned.get_submodule(name).weight).detach()
+    x, error = torch.cat(rows).detach(), error if transposed else error.T  # (tokens, d_in), (d_in, d_out)
+    outputs = x @ error
+    singular = torch.linalg.svdvals(outputs.double())
+    adapted = repair(pruned, dense, BATCHES, rank=4, progress=False)
+    layer = adapted.base_model.model.get_submodule(name)
+    left = outputs - x @ layer.lora_A["default"].weight.T @ layer.lora_B["default"].weight.T
+    torch.testing.assert_close(left.square().sum().double(), singular[4:].square().sum(), rtol=1e-4, atol=1e-9)
+
+
+def test_more_rank_is_nearer_and_peft_loads_it_alone(pair, tmp_path):
+    pruned, dense = pair
+    found = [distance(pruned, dense)]
+    for rank in (2, 8, 16):
+        adapted = repair(copy.deepcopy(pruned), dense, BATCHES, rank=rank, progress=False).eval()
+        found.append(distance(adapted, dense))
+    assert found == sorted(found, reverse=True)
+    assert found[-1] < found[0] / 4
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(pruned), tmp_path)
+    assert again.peft_config["default"].peft_type == "LORA"
+    assert distance(again, adapted) == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "text"),
+    [
+        ("rank", "rank must be at most 16, the smaller side of model.layers.0.self_attn.k_proj, but it is 17."),
+        ("zero", "rank must be at least 1, but it is 0"),
+        ("same", "all its linear layers have the same weights as in dense"),
+        ("wider", r"weight of shape \(56, 32\) in the pruned model and one of shape \(64, 32\) in the dense one"),
+        ("other", "differ by more than their size"),
+        ("elsewhere", "batches must reach at least one pruned linear layer"),
+        ("batches", "batches must be a list of batches or a dataloader"),
+    ],
+)
+def test_what_is_refused(case, text):
+    dense = llama(sparsity=0).eval()
+    pruned = copy.deepcopy(dense)
+    prune(pruned, BATCHES, 0.5, progress=False)
+    before = copy.deepcopy(pruned.state_dict())
+    if case == "same":
+        dense = pruned
+    if case == "wider":
+        dense = llama(sparsity=0, intermediate_size=64)
+    if case == "other":
+        with torch.no_grad():
+            for parameter in dense.parameters():
+                parameter.neg_()
+    rank = {"rank": 17, "zero": 0}.get(case, 4)
+    batches, forward = None if case == "batches" else BATCHES, (lambda _: None) if case == "elsewhere" else None
+    with pytest.raises(ValueError, match=text):
+        repair(pruned, dense, batches, rank=rank, forward=forward, progress=False)
+    after = pruned.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
