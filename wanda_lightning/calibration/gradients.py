@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -21,7 +21,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
 from wanda_lightning.models import Layer, Unit, find_predictions, fitting_mask
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, fsdp_calls_checked, reshard
 
 _SAMPLES_AT_ONCE = 32  # with one prediction each
 SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE = 8, 16384  # of a group that passes side by side, at least
@@ -63,13 +63,20 @@ def gradient_statistics(
     sums = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
     reached = torch.zeros(len(layers), dtype=torch.int64)
     on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
-    with without_gradients(model), intercept(layers, on_product) as mode:
+    reshard(model)  # `without_gradients` must see the shards
+    with (
+        without_gradients(model),
+        fsdp_calls_checked(model, processes) as check_calls,
+        intercept(layers, on_product) as mode,
+    ):
         if hold is not None:
             for group in _groups(samples, _Backward(limit)):
                 pass_side_by_side(group, blocks, mode, hold)
         else:
             with recomputing([block.module for block in blocks if block.module], mode), torch.enable_grad():
-                _pass_backward(samples, tick, processes, _Backward(limit))
+                together = processes.fail_together if samples.in_step else nullcontext
+                _pass_backward(samples, tick, processes, _Backward(limit, together))
+            check_calls("", 0)
     processes.all_reduce_sum([reached, *(each for total in sums.values() for each in total if each is not None)])
     for name, total in sums.items():
         if not all(each.isfinite().all() for each in total if each is not None):
@@ -88,16 +95,31 @@ def gradient_statistics(
 
 
 class _Backward:
-    """Runs the backward passes of samples, until there are enough samples and predictions."""
+    """Runs the backward passes of samples, until there are enough samples and predictions.
 
-    def __init__(self, limit: GradientLimit) -> None:
+    Forward passes run in contexts from `together`, because an error must end those of all processes if FSDP2
+    communicates.
+    """
+
+    def __init__(
+        self, limit: GradientLimit, together: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self._limit, self.last = limit, limit.samples  # the number of samples; None if all of them pass backward
+        self._together = together
         self.predictions = 0  # of each sample; 0 until the first one has run
 
     def run(self, sample: Sample, first: int) -> None:
         """Run the backward pass of a sample; `first` is its index, or that of the first of several joined samples."""
-        objective, predictions = _objective(sample, first, sample.size if self.last is None else self.last - first)
-        self.expect(predictions)
+        with self._together():
+            count = sample.size if self.last is None else self.last - first
+            objective, predictions = _objective(sample, first, count)
+            self.expect(predictions)
+        objective.backward()
+
+    def run_along(self, sample: Sample) -> None:
+        """Run the backward pass of a sample with gradients of 0, because another process runs one at the same time."""
+        with self._together():
+            objective, _ = _objective(sample, 0, 0)
         objective.backward()
 
     def expect(self, predictions: int) -> None:
@@ -137,13 +159,15 @@ def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:
 def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Processes, backward: _Backward) -> None:
     """Run backward passes for one batch of each process, then for the next, until enough samples are done.
 
-    The index of a sample is its position in this order; in a single process this is the order of the batches.
+    The index of a sample is its position in this order; in a single process this is the order of the batches. If FSDP2
+    communicates in each pass, all processes run the same number of passes.
     """
     batches, done = iter(samples), 0
     while backward.left(done) != 0:
         with processes.fail_together():
             batch = next(batches, None)
-            own = samples.split(batch) if batch and batch.counts else []
+            parts = samples.split(batch) if batch else []
+            own = parts if batch and batch.counts else []
         sizes = processes.all_gather([batch is not None, sum(sample.size for sample in own)])
         if not any(has_batch for has_batch, _ in sizes):
             return
@@ -152,14 +176,21 @@ def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Proces
             if not backward.predictions and any(size for _, size in sizes):
                 first = next(rank for rank, (_, size) in enumerate(sizes) if size)
                 if processes.rank == first:
-                    sample = own.pop(0)
+                    sample, *own = own
                     backward.run(sample, index)
                     index += sample.size
+                elif samples.in_step:
+                    backward.run_along(parts[0])
                 backward.expect(processes.broadcast(backward.predictions, first))
             own = own[: backward.left(index)]
-            for sample in _joined(samples, own) if backward.predictions == 1 else own:
+            own = list(_joined(samples, own)) if backward.predictions == 1 else own
+        passes = max(number for (number,) in processes.all_gather([len(own)])) if samples.in_step else len(own)
+        with processes.fail_together():
+            for sample in own:
                 backward.run(sample, index)
                 index += sample.size
+            for _ in range(passes - len(own)):
+                backward.run_along(parts[0])
             tick()
         done += sum(size for _, size in sizes)
 

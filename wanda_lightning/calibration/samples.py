@@ -72,7 +72,7 @@ class Samples:
         self._forward = forward or self._forward_on_device
         self._predict = predict or self._forward
         # FSDP2 communicates in every forward pass, so all processes must run the same number of them.
-        self._padded_to_equal = processes.world_size > 1 and is_sharded(model)
+        self.in_step = processes.world_size > 1 and is_sharded(model)
         self._counted = 0  # batches of this process in the latest pass
         self.total = 0  # batches of all processes, once they have run
         self.length = len(self._batches) if isinstance(self._batches, Sized) else None  # None if it is unknown
@@ -97,7 +97,7 @@ class Samples:
     def __iter__(self) -> Iterator[Sample]:
         """Read the batches one by one; in several processes, inside `Processes.fail_together`."""
         batches: Iterable[tuple[Any, bool]] = ((batch, True) for batch in self._batches)
-        if self._padded_to_equal:
+        if self.in_step:
             batches = _pad_to_equal(self._batches, self._processes)
         self._counted = 0
         for index, (batch, counts) in enumerate(batches):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import partial, wraps
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,11 +14,13 @@ from wanda_lightning.calibration.batch_thread import Call, park
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.calibration.thread_state import ThreadState
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Unit
-from wanda_lightning.parallel import Processes, fsdp_calls_checked
+from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.parallel import Processes, free, fsdp_calls_checked, managers_around
 
 Record = Callable[[Iterable[Call]], Iterable[Call]]
 
@@ -29,14 +32,15 @@ class UnitStop:
     unit: Unit
     inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
     calls: Iterable[Call] | None = None  # to iterate once: through the unit, or one by one through the whole model
-    check: Callable[[], None] = lambda: None  # after that: refuses samples that took other paths in other processes
+    # After that: refuses samples that took other paths in other processes, or frees gathered weights.
+    done: Callable[[], None] = lambda: None
 
     def observe(self, observer: Observer, record: Record) -> Mapping[str, InputStatistics]:
         """Return the statistics of the layers, over all processes; `record` sees each call that runs."""
         if self.calls is None:
             return self.inputs
         inputs = observer(self.unit, record(self.calls))
-        self.check()
+        self.done()
         return inputs
 
 
@@ -69,13 +73,54 @@ def stop_at_units(
                 check_calls("", 0)
                 samples.refuse_if_empty()
 
-            yield UnitStop(units[0], calls=whole_model_calls(samples, tick), check=check)
+            yield UnitStop(units[0], calls=whole_model_calls(samples, tick), done=check)
             return
-        held = _parking_at_products(samples.hold(), units)
-        for stop in lockstep(held, *_modules(units), processes, revisited):
-            check_calls(units[stop.unit].name, len(stop.calls))
-            yield UnitStop(units[stop.unit], calls=stop.calls)
-            tick()
+        held = samples.hold()
+        with ExitStack() as patches:
+            stops, managers = _with_exits(model, units, patches)
+            held, found = _parking_at_products(held, stops), set[int]()
+            names = [*(stop.name for stop in stops), "the end of the model"]
+            for stop in lockstep(held, [stop.module for stop in stops], names, processes, found):
+                unit = stops[stop.unit]
+                manager = managers.get(unit.name)
+                if manager is None:  # otherwise the unit does not communicate, so its batches may differ in number
+                    check_calls(unit.name, len(stop.calls))
+                if unit.module is not None:
+                    yield UnitStop(unit, calls=stop.calls, done=partial(free, manager) if manager else lambda: None)
+                    if manager:
+                        manager.unshard()
+                    tick()
+            revisited.update(index for index, unit in enumerate(units) if stops.index(unit) in found)
+
+
+def _with_exits(
+    model: nn.Module, units: Sequence[Unit], patches: ExitStack
+) -> tuple[list[Unit], dict[str, Any]]:
+    """Add a stop without a module at the end of each FSDP2 module inside which batches park, after its last unit.
+
+    FSDP2 frees the weights of a module when a batch leaves it. So all batches wait at its end for each other, and all
+    processes gather the next module together. Also return the module that manages each such unit, by name.
+    """
+    around = managers_around(model, [(unit.module, unit.layers[0].module) for unit in units if unit.module])
+    last = {module: index for index, inside in enumerate(around) for module in inside}
+    stops, ends = list[Unit](), {module: name for name, module in named_modules(model).items()}
+    for index, unit in enumerate(units):
+        stops.append(unit)
+        for module in reversed([module for module, end in last.items() if end == index]):  # inner modules first
+            patches.enter_context(patched(module, "forward", _parking_at_end(module.forward, len(stops))))
+            if index < len(units) - 1:  # afterwards no batch continues
+                stops.append(Unit(f"the end of {ends[module] or 'the model'}", None, ()))
+    return stops, {unit.name: inside[-1] for unit, inside in zip(units, around, strict=True) if inside}
+
+
+def _parking_at_end(forward: Callable[..., Any], stop: int) -> Callable[..., Any]:
+    @wraps(forward)
+    def parking(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        park(stop, lambda: None)
+        return output
+
+    return parking
 
 
 def watch_units(

@@ -142,7 +142,7 @@ class Unstructured(Pattern):
     def keep_block(self, scores: Score, sparsity: float, block: ColumnBlock) -> KeepMask:
         """Prune each group to the zeros due by the end of the block, but leave room for existing zeros to its right."""
         groups = self._groups(scores)
-        rows = len(scores) // len(groups)
+        rows = 1 if self.group == "row" else len(scores)
         left, right = (zeros.reshape(len(groups), rows).sum(dim=1) for zeros in (block.zeros_left, block.zeros_right))
         due = zeros_among(rows * block.stop, sparsity) - left
         room = zeros_among(rows * block.d_in, sparsity) - left - right

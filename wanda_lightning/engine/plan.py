@@ -9,7 +9,6 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
@@ -25,6 +24,7 @@ from wanda_lightning.engine.refusals import (
     refuse_too_wide,
     refuse_unprunable,
 )
+from wanda_lightning.engine.sharded_rows import rows_of
 from wanda_lightning.models import Inventory, Layer, RemovableUnits, Unit, find_layers, reads_images, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module
@@ -86,8 +86,8 @@ class Plan:
         return tied_tensors(self.model)
 
     def fitted_bias(self, layer: Layer) -> Tensor | None:
-        """Return the bias of a layer if the solver fits it, too; not one that is shared or sharded."""
-        if not self.config.solver.intercept or isinstance(layer.parameter, DTensor):
+        """Return the bias of a layer if the solver fits it, too; not one that is shared."""
+        if not self.config.solver.intercept:
             return None
         return None if (layer.module, layer.bias_name) in self._tied else layer.bias
 
@@ -117,7 +117,7 @@ class Plan:
 
         def read(layer: Layer) -> Tensor:
             reading(layer.name)
-            return layer.read()
+            return rows_of(layer, self.processes).gather(layer.read())
 
         return [
             DenseLayer(
@@ -163,9 +163,10 @@ class Plan:
         with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
             if processes.rank == 0 and self.coupled:
                 sparsities = self._unit_sparsities(gradients)
-            elif processes.rank == 0 and layers:
+            elif layers and (processes.rank == 0 or (allocation.reads_weights and is_sharded(self.model))):
                 sparsities = allocation(self.dense_layers(layers, inputs, gradients, reading), self.config.sparsity)
-            # One process computes them: singular values that differ in the last digit could give different masks.
+            # One process decides: singular values that differ in the last digit could give different masks. All read
+            # the layers if they are sharded, because each holds some rows.
             sparsities = processes.broadcast(sparsities, 0)
         weighed = gradients if self.config.pattern.weigh_rows else {}
         return self.selections(sparsities, {name: each.row_weights() for name, each in weighed.items()})
@@ -232,6 +233,6 @@ def make_plan(
         if has_weights:
             refuse_unprunable(inventory.layers)
         refuse_too_wide(config, inventory)
-        refuse_sharding(config, model, plan.units, processes)
+        refuse_sharding(config, model, inventory, processes)
         config.allocation.check(plan.dense_layers(plan.layers), config.sparsity)
     return plan

@@ -13,7 +13,7 @@ from wanda_lightning.common.memory import free_memory
 from wanda_lightning.common.words import as_gib, counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Structured
-from wanda_lightning.models import Inventory, Layer, SkipReason, Unit
+from wanda_lightning.models import Inventory, Layer, SkipReason
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_values, refuse_sharded_experts
 from wanda_lightning.parallel import Processes, local
@@ -119,16 +119,15 @@ def refuse_too_wide(config: PruningConfig, inventory: Inventory) -> None:
         )
 
 
-def refuse_sharding(config: PruningConfig, model: nn.Module, units: Iterable[Unit], processes: Processes) -> None:
+def refuse_sharding(config: PruningConfig, model: nn.Module, inventory: Inventory, processes: Processes) -> None:
     """Refuse layers that are sharded by FSDP2 or tensor parallelism in a way that pruning does not support."""
     managers = [name for name, module in named_modules(model).items() if isinstance(module, FSDPModule)]
-    for unit in units:
-        for layer in unit.layers:
-            _refuse_sharded(config, managers, unit, layer, processes)
+    for layer in inventory.layers:
+        _refuse_sharded(config, managers, inventory.blocks[layer.name], layer, processes)
 
 
 def _refuse_sharded(
-    config: PruningConfig, managers: Sequence[str], unit: Unit, layer: Layer, processes: Processes
+    config: PruningConfig, managers: Sequence[str], block: str, layer: Layer, processes: Processes
 ) -> None:
     weight, name = layer.parameter, layer.name
     managed = getattr(layer.module, "_is_fsdp_managed_module", False)
@@ -149,13 +148,12 @@ def _refuse_sharded(
     if not isinstance(weight, DTensor):  # fully_shard(ignored_params=...): each process has all of it
         return
     _refuse_layout(layer, weight, processes)
-    _refuse_choices_across_rows(config, layer, processes)
     stops_at_units = bool(config.unit_needs) and config.sequential != "none"
-    if stops_at_units and not f"{managers[-1]}.".startswith(_prefix(unit.name)):
+    if stops_at_units and not f"{managers[-1]}.".startswith(_prefix(block)):
         raise UserError(
-            f"{config.shown('sequential')} stops at {unit.name}, but fully_shard manages {name} as a part of "
-            f"{managers[-1] or 'the whole model'}. Apply fully_shard to {unit.name} too, leave it dense with "
-            f"skip=['{unit.name}'], or use sequential='none'."
+            f"{config.shown('sequential')} stops in {block}, but fully_shard manages {name} as a part of "
+            f"{managers[-1] or 'the whole model'}. Apply fully_shard to {block} too, leave it dense with "
+            f"skip=['{block}'], or use sequential='none'."
         )
 
 
@@ -185,25 +183,6 @@ def _refuse_layout(layer: Layer, weight: DTensor, processes: Processes) -> None:
             "columns, so fully_shard leaves no process whole rows. Prune before sharding (devices=1), or leave it "
             f"dense with skip=['{name}']."
         )
-
-
-def _refuse_choices_across_rows(config: PruningConfig, layer: Layer, processes: Processes) -> None:
-    """Refuse choices that prevent each process from pruning its rows without the others."""
-    where = f"{layer.name}, but they are sharded across {processes.world_size} processes"
-    if config.pattern.spans_rows:
-        raise UserError(
-            f"{config.shown('pattern')} compares the rows of {where}. Use pattern='unstructured' or N:M, which compare "
-            "weights of one row, or prune before sharding (devices=1)."
-        )
-    for option, spans_rows in (
-        ("criterion", config.criterion.spans_rows),
-        ("allocation", config.allocation.reads_weights),
-    ):
-        if spans_rows:
-            raise UserError(
-                f"{config.shown(option)} reads all rows of {where}. Use criterion='wanda' or 'magnitude' with "
-                "allocation='uniform', which read single rows, or prune before sharding (devices=1)."
-            )
 
 
 def _prefix(name: str) -> str:

@@ -6,7 +6,6 @@ import logging
 import time
 from dataclasses import replace
 
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.common.errors import UserError
@@ -37,9 +36,6 @@ def make_report(run: Run) -> PruningReport:
             f"batches must reach the layers, but no token except padding reached any of the {len(plan.layers)} layers, "
             "so nothing was pruned. Check that the batches hold more than padding and that forward= runs the model."
         )
-    shards = [layer for layer in plan.layers if layer.name in run.layers and isinstance(layer.parameter, DTensor)]
-    for layer, count in zip(shards, zero_counts([s.parameter for s in shards], plan.processes), strict=True):
-        run.layers[layer.name].sparsity = count / layer.size
     notes = notes_on(run)
     for note in notes:
         if note.is_warning and plan.processes.rank == 0:

@@ -6,14 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.gram import relative_error
+from wanda_lightning.core.selection import ALL_ROWS, Rows
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import Weight
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
+from wanda_lightning.engine.sharded_rows import rows_of
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.parallel import reshard
 from wanda_lightning.report import POOLED, PrunedLayer
@@ -79,29 +80,23 @@ def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], pl
 
 def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) -> Iterator[PrunedLayer]:
     """Solve layers that share one input, and write their weights."""
-    weights = {layer.name: layer.read() for layer in layers}
-    rows = {name: weight for name, weight in weights.items() if len(weight)}  # a process may hold no row of a layer
-    solved: dict[str, Weight] = {}
+    weights = [layer.read() for layer in layers]
     biases = {layer.name: bias for layer in layers if (bias := run.plan.fitted_bias(layer)) is not None}
     fitted = inputs.centered() if biases else inputs
-    if rows:
-        device = next(iter(rows.values())).device
-        with torch.autocast(device.type, enabled=False):  # a mixed-precision Trainer's would round the statistics
-            selections = [run.selections[name] for name in rows]
-            pairs = run.plan.config.solver.solve_together([*rows.values()], fitted, selections)
-        solved = {name: weight for name, (weight, _) in zip(rows, pairs, strict=True)}
-    for layer in layers:
+    rows = [rows_of(layer, run.plan.processes) for layer in layers]
+    with torch.autocast(weights[0].device.type, enabled=False):  # a mixed-precision Trainer's would round statistics
+        selections = [replace(run.selections[x.name], rows=own) for x, own in zip(layers, rows, strict=True)]
+        solved = run.plan.config.solver.solve_together(weights, fitted, selections)
+    for layer, own, dense, (sparse, _) in zip(layers, rows, weights, solved, strict=True):
         target, block = run.selections[layer.name].sparsity, run.plan.inventory.blocks[layer.name]
         pruned = PrunedLayer(layer.name, layer.shape, target, 0.0, inputs.count, siblings=layer.siblings, block=block)
-        if layer.name in solved:
-            dense, sparse = weights[layer.name], solved[layer.name]
-            pruned.before, pruned.sparsity = _share_of_zeros(dense), _share_of_zeros(sparse)
-            if "gram" in inputs.sums and not isinstance(layer.parameter, DTensor):
-                pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"])
-            if layer.name in biases:  # the means of the outputs stay
-                lost = dense.to(fitted.mean().dtype) - sparse
-                biases[layer.name].add_((lost @ fitted.mean()).to(biases[layer.name].dtype))
-            layer.write(sparse)
+        pruned.before, pruned.sparsity = _share_of_zeros(dense, own), _share_of_zeros(sparse, own)
+        if "gram" in inputs.sums and own is ALL_ROWS:
+            pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"])
+        if layer.name in biases:  # the means of the outputs stay
+            lost = dense.to(fitted.mean().dtype) - sparse
+            biases[layer.name].add_((lost @ fitted.mean()).to(biases[layer.name].dtype))
+        layer.write(sparse)
         yield pruned
 
 
@@ -125,8 +120,9 @@ def _zero_units(run: Run, read: PrunedLayer) -> dict[str, PrunedLayer]:
     return written
 
 
-def _share_of_zeros(weight: Weight) -> float:
-    return int((weight == 0).count_nonzero()) / weight.numel()
+def _share_of_zeros(weight: Tensor, rows: Rows = ALL_ROWS) -> float:
+    zeros = rows.gather((weight == 0).sum(dim=1))
+    return int(zeros.sum()) / (len(zeros) * weight.shape[1])
 
 
 def _layer_notes(run: Run, pruned: PrunedLayer, inputs: InputStatistics, observer: Observer) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from wanda_lightning.core.statistics import sum_squares
@@ -204,10 +205,12 @@ class Layer:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, (d_out,), without gradients; None if there is none."""
+        """The bias, (d_out,), without gradients; if the weight is sharded, its shard; None if there is none."""
         bias = getattr(self.module, self.bias_name, None)
-        part = self.part(local(bias.detach())) if isinstance(bias, nn.Parameter) else None
-        return part if part is not None and tuple(part.shape) == self.shape[:1] else None
+        if not isinstance(bias, nn.Parameter) or isinstance(bias, DTensor) != isinstance(self.parameter, DTensor):
+            return None
+        shape = self.part(torch.empty(bias.shape, device="meta")).shape
+        return self.part(local(bias.detach())) if tuple(shape) == self.shape[:1] else None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

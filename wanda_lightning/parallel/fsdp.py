@@ -1,13 +1,13 @@
 """Everything that touches the internals of FSDP2 (`fully_shard`).
 
 FSDP2 gathers a module's weights in its forward hooks and frees them after the call. Calibration interrupts forward
-passes between these points. Therefore it must know where a call begins, check that all processes make the same calls,
-and reset FSDP2 after a pass that did not end.
+passes between these points. Therefore it must know where a call begins, which modules are gathered while batches wait
+inside of them, check that all processes make the same calls, and reset FSDP2 after a pass that did not end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -74,8 +74,29 @@ def _managed(model: nn.Module) -> list[Any]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 manages any part of a model."""
-    return bool(_managed(model))
+    """Whether FSDP2 manages any part of a model, perhaps from a module around it."""
+    return any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
+
+
+def managers_around(model: nn.Module, units: Sequence[tuple[nn.Module, nn.Module]]) -> list[list[Any]]:
+    """Return for each unit the FSDP2 modules around it, outermost first, if the last one manages its weights.
+
+    A unit is given with a module inside of it that has a weight. Its list is empty if the unit, or a module inside of
+    it, manages the weight: then no batch waits while it is gathered.
+    """
+    managed = [(module, set(module.modules())) for module in _managed(model)]
+    found: list[list[Any]] = []
+    for unit, inside in units:
+        around = [(module, members) for module, members in managed if inside in members]
+        from_outside = around and around[-1][0] is not unit and unit in around[-1][1]
+        found.append([module for module, _ in around] if from_outside else [])
+    return found
+
+
+def free(module: Any) -> None:
+    """Free the gathered weights of an FSDP2 module inside which batches wait; `unshard` it before they continue."""
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        group._to_sharded()  # unlike `reshard`, also between the two forward hooks
 
 
 def reshard(model: nn.Module) -> None:

@@ -67,7 +67,8 @@ class Recovery:
         """Raise a ValueError if the recovery does not support sharded models."""
         raise UserError(
             f"recovery={type(self).__name__}() trains a model that each process holds as a whole, but this one is "
-            "sharded. Prune before sharding (devices=1), or without recovery."
+            "sharded. Prune without recovery, and train with DistillFromDense in Trainer.fit; or prune before sharding "
+            "(devices=1)."
         )
 
     def workspace(self, unit: Unit) -> int:

@@ -150,14 +150,13 @@ class _Chooser:
         alive = self._alive[start:stop]
         # Updates have changed weights that were zero at the start; as zeros, they score lowest.
         weight = self._columns[start:stop].mul(as_numbers(alive)).t().contiguous()
-        scores = self._selection.weigh(self._selection.criterion(weight, self._inputs.columns(start, stop)))
-        pattern, sparsity = self._selection.pattern, self._selection.sparsity
+        scores = self._selection.score(weight, self._inputs.columns(start, stop))
         if self.group_size:
-            self._pruned[start:stop] = as_numbers(~(pattern(scores, sparsity).t() & alive))
+            self._pruned[start:stop] = as_numbers(~(self._selection.choose(scores).t() & alive))
             return
         self._zeros_right = self._zeros_right - (~alive).sum(dim=0)
         block = ColumnBlock(stop, len(self._columns), self._zeros_left, self._zeros_right)
-        pruned = ~(pattern.keep_block(scores, sparsity, block).t() & alive)
+        pruned = ~(self._selection.choose_block(scores, block).t() & alive)
         self._zeros_left = self._zeros_left + pruned.sum(dim=0)
         self._pruned[start:stop] = as_numbers(pruned)
 
