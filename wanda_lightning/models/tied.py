@@ -25,6 +25,6 @@ def tied_tensors(model: nn.Module) -> set[tuple[nn.Module, str]]:
 
 def _memory(tensor: Tensor) -> int:
     """Return what identifies the memory of a tensor; the tensor itself if it has none, as on the meta device."""
-    tensor = local(tensor)
-    has_memory = not is_unloaded(tensor) and tensor.device.type != "meta" and tensor.numel() and not is_wrapper(tensor)
-    return tensor.untyped_storage().data_ptr() if has_memory else id(tensor)
+    shard = local(tensor)
+    has_memory = not is_unloaded(shard) and shard.device.type != "meta" and shard.numel() and not is_wrapper(tensor)
+    return shard.untyped_storage().data_ptr() if has_memory else id(tensor)
