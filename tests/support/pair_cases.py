@@ -27,13 +27,13 @@ from wanda_lightning import (
     DistillFromDense,
     Fisher,
     KeepZeros,
-    PerLayer,
     Reconstruct,
     TextDataModule,
     WandaPrune,
     prune,
     prune_from_disk,
 )
+from wanda_lightning.calibration.batches import map_tensors
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.callbacks import SavePretrained
@@ -306,14 +306,24 @@ def vectors(count=4):
     return list(torch.randn(count, 6, 16, generator=torch.Generator().manual_seed(1)))
 
 
-def sharded(rank, name, shares=None, compiled=False, dtype=None, **choices):
+def specimen(name, wide=False):
+    """A model and its batches, perhaps in float64."""
+    model, batches = (few_rows(), vectors()) if name == "few_rows" else (ZOO[name].build(), ZOO[name].batches())
+    return (model.double(), map_tensors(widened, batches)) if wide else (model, batches)
+
+
+def widened(tensor):
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def sharded(rank, name, shares=None, compiled=False, dtype=None, wide=False, columns=False, **choices):
     """Prune a specimen sharded by FSDP2; how it answers, and a step of training, afterwards."""
-    model = few_rows() if name == "few_rows" else ZOO[name].build()
-    batches = vectors() if name == "few_rows" else ZOO[name].batches()
+    model, batches = specimen(name, wide)
     if compiled:
         for unit in find_layers(model, "block").units:
             unit.module.compile(backend="eager")
-    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+    by_columns = {"shard_placement_fn": lambda p: Shard(p.ndim - 1)} if columns else {}
+    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype), **by_columns)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # before the first forward pass: of the shards
     with torch.no_grad():
         run(model, batches[0])  # the root module holds all its weights after this
@@ -352,29 +362,21 @@ def ends_early(rank):
 
 
 CHOICES = {
-    "layer": {"sequential": "layer"},
-    "unstructured_layer": {"pattern": "unstructured_layer"},
-    "equal_share": {"pattern": "equal_share"},
     "structured": {"pattern": "structured"},
-    "owl": {"allocation": "owl"},
-    "alpha": {"allocation": "alpha"},
-    "per_layer": {"allocation": PerLayer({"*.mlp": 0.6})},
-    "ria": {"criterion": "ria"},
+    "reconstruct": {"recovery": "reconstruct"},
+    "thorough": {"method": "thorough"},
 }
 
 
 def refused(rank, case):
     """Why a sharded model is not pruned, and whether it was left as it was."""
     mesh = init_device_mesh("cpu", (2,))
-    name = {"columns": "gpt2", "routed": "routed", "experts": "mixtral"}.get(case, "llama")
+    name = "routed" if case == "routed" else "llama"
     model, batches = ZOO[name].build(), ZOO[name].batches()
     target, units = model, find_layers(model).units
     blocks = [unit.module for unit in units]
     if case in ("root_only", "outside", "outside_awake"):
         fully_shard(model, mesh=mesh)
-    elif case == "second_dimension":
-        for block in blocks:
-            fully_shard(block, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim > 1 else Shard(0))
     elif case == "two_dimensions":
         for block in blocks:
             fully_shard(block, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))

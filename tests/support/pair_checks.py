@@ -2,17 +2,14 @@
 
 import torch
 from support import pair_cases as cases
-from support.zoo import ZOO
 
 from wanda_lightning import prune
 
 
-def alone(name, batches=None, **choices):
+def alone(name, batches=None, wide=False, **choices):
     """The same in one process: what comes out, and the report."""
-    model = cases.few_rows() if name == "few_rows" else ZOO[name].build()
-    if batches is None:
-        batches = cases.vectors() if name == "few_rows" else ZOO[name].batches()
-    report = prune(model, batches, progress=False, **choices)
+    model, own = cases.specimen(name, wide)
+    report = prune(model, own if batches is None else batches, progress=False, **choices)
     return model, report
 
 

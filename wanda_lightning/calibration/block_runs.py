@@ -88,7 +88,8 @@ class BlockRuns:
 
     def same_results(self) -> bool:
         """Run all calls, and return whether the block gives the same results as at first, to rounding."""
-        return all(_same_results(record, self._run_again(index)) for index, record in enumerate(self._records))
+        again = [self._run_again(index) for index in range(len(self._records))]  # equally many runs in each process
+        return all(map(_same_results, self._records, again))
 
     def same_after(self, change: Callable[[], object], read: tuple[Layer, Tensor] | None = None) -> bool:
         """Run the first call, take something out of the block, and run it again: whether it computes the same.

@@ -17,6 +17,7 @@ from wanda_lightning.calibration.interception import OnProduct, Product, interce
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.calibration.side_by_side import pass_side_by_side
+from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
@@ -66,7 +67,7 @@ def gradient_statistics(
     reshard(model)  # `without_gradients` must see the shards
     with (
         without_gradients(model),
-        fsdp_calls_checked(model, processes) as check_calls,
+        fsdp_calls_checked(model, processes, weights_moved) as check_calls,
         intercept(layers, on_product) as mode,
     ):
         if hold is not None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.patched import patched
-from wanda_lightning.calibration.weight_memory import WeightMemory
+from wanda_lightning.calibration.weight_memory import WeightMemory, weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Layer
 
@@ -74,6 +74,12 @@ class WeightInterceptor(TorchFunctionMode):
         self._in_a_forward = False
         self._attention: tuple[int, int] | None = None
         self._gathered: deque[tuple[weakref.ref[Tensor], weakref.ref[Tensor], Tensor]] = deque(maxlen=_GATHERED)
+
+    def __enter__(self) -> Any:
+        """Activate the mode."""
+        if self._memory.is_sharded:
+            weights_moved()  # in a backward pass, no hook of a module tells that FSDP2 has gathered its weights
+        return super().__enter__()
 
     @property
     def watches(self) -> bool:

@@ -82,7 +82,8 @@ def lockstep(
                 revisited.add(unit)
             if not pending and not to_end:
                 modules = [unit for unit in units if unit is not None]
-                if here and not any(map(is_sharded, modules)):
+                # FSDP2 communicates: all processes continue, or none.
+                if processes.all_agree(bool(here)) if any(map(is_sharded, modules)) else here:
                     find_revisits(here[0], modules, revisited)
                 return
             with processes.fail_together():

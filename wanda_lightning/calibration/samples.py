@@ -143,7 +143,8 @@ class Samples:
     def head(self, count: int) -> list[Sample]:
         """Return this process's part of the first `count` samples, which are taken from all processes in turn.
 
-        They are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does.
+        They are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does. If
+        FSDP2 communicates in each pass, samples that do not count follow until all processes have equally many.
         """
         with self._processes.fail_together():
             found = self.first(count)
@@ -154,6 +155,9 @@ class Samples:
             if left > 0:
                 own.append(self.part(sample, 0, min(left, sample.size)))
             left -= sample.size
+        if self.in_step:
+            padded = [batch for batch, _ in _pad_to_equal([sample.batch for sample in own], self._processes)]
+            own += [replace(self._sample(batch, 0, 1), counts=False) for batch in padded[len(own) :]]
         return own
 
     def count(self) -> None:

@@ -17,6 +17,7 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.calibration.thread_state import ThreadState
+from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Unit
 from wanda_lightning.models.module_names import named_modules
@@ -66,7 +67,7 @@ def stop_at_units(
     after each stop, or after each sample of the whole model. `revisited` receives the indices of units that a sample
     reaches again.
     """
-    with fsdp_calls_checked(model, processes) as check_calls:
+    with fsdp_calls_checked(model, processes, weights_moved) as check_calls:
         if units[0].module is None:
 
             def check() -> None:
@@ -89,13 +90,12 @@ def stop_at_units(
                     yield UnitStop(unit, calls=stop.calls, done=partial(free, manager) if manager else lambda: None)
                     if manager:
                         manager.unshard()
+                        weights_moved()
                     tick()
             revisited.update(index for index, unit in enumerate(units) if stops.index(unit) in found)
 
 
-def _with_exits(
-    model: nn.Module, units: Sequence[Unit], patches: ExitStack
-) -> tuple[list[Unit], dict[str, Any]]:
+def _with_exits(model: nn.Module, units: Sequence[Unit], patches: ExitStack) -> tuple[list[Unit], dict[str, Any]]:
     """Add a stop without a module at the end of each FSDP2 module inside which batches park, after its last unit.
 
     FSDP2 frees the weights of a module when a batch leaves it. So all batches wait at its end for each other, and all

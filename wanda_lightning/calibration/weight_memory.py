@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import Layer
@@ -42,21 +43,21 @@ def weights_moved() -> None:
 class WeightMemory:
     """The memory ranges of the weights of some layers.
 
-    Convolutions, sharded weights and weights on the meta device have no plain matrix in memory and are left out, as are
-    weights that are not loaded, until `weights_moved` is called.
+    Convolutions and weights on the meta device have no plain matrix in memory and are left out, as are weights that are
+    not loaded, or sharded and not gathered, until `weights_moved` is called.
     """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self._layers = [layer for layer in layers if _is_plain(layer)]
         self.has_experts = any(layer.expert is not None for layer in self._layers)
+        self.is_sharded = any(isinstance(layer.parameter, DTensor) for layer in self._layers)
         self._read()
 
     def _read(self) -> None:
         self._moves = _moves
         stacks: dict[int, _Stack] = {}
         for layer in self._layers:
-            weight = layer.parameter.detach()
-            if is_unloaded(weight):
+            if isinstance(layer.parameter, DTensor) or is_unloaded(weight := layer.parameter.detach()):
                 continue
             start, end = weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size()
             if start not in stacks:
@@ -109,4 +110,4 @@ class WeightMemory:
 def _is_plain(layer: Layer) -> bool:
     weight = layer.parameter.detach()
     dimensions = 2 if layer.expert is None else 3
-    return type(weight) is Tensor and not weight.is_meta and weight.ndim == dimensions and weight.numel() > 0
+    return type(weight) in (Tensor, DTensor) and not weight.is_meta and weight.ndim == dimensions and weight.numel() > 0

@@ -56,7 +56,7 @@ class Pattern(ABC):
 
     @property
     def spans_rows(self) -> bool:
-        """Whether the mask of a row depends on other rows, so that a process that holds some rows cannot choose it."""
+        """Whether the mask of a row depends on other rows; processes that hold some rows gather the scores then."""
         return False
 
     @property

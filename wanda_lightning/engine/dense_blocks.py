@@ -6,9 +6,11 @@ from collections.abc import Generator, Sequence
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.engine.run import Run
 from wanda_lightning.models import Unit
+from wanda_lightning.parallel import fsdp_calls_checked
 
 
 def dense_blocks(
@@ -24,9 +26,14 @@ def dense_blocks(
     if not any(number for (number,) in processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
     modules, names = [block.module for block in blocks], [block.name for block in blocks]
-    with ProgressBar(title, len(blocks), run.progress) as bar, store.dense():
+    with (
+        ProgressBar(title, len(blocks), run.progress) as bar,
+        store.dense(),
+        fsdp_calls_checked(run.plan.model, processes, weights_moved) as check_calls,
+    ):
         for stop in lockstep(samples, modules, names, processes, revisited):
             block = blocks[stop.unit]
+            check_calls(block.name, len(stop.calls))
             bar.show(block.name)
             store.hold(block.name)
             yield block, stop.calls

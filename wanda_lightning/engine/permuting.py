@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 
@@ -15,13 +15,15 @@ from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
+from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders, Score
 from wanda_lightning.engine.dense_blocks import dense_blocks
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
+from wanda_lightning.engine.sharded_layers import gathered_parameters
 from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.parallel import is_sharded
+from wanda_lightning.parallel import Processes, kept_gathered, managers_around
 from wanda_lightning.report import Permuted
 
 _SAMPLES = 8  # over all processes; as many as for the gradients of `best`
@@ -38,11 +40,11 @@ def permute(run: Run) -> Permuted:
     permuted, its results must be the same for all samples; otherwise the units are put back in their original order.
     """
     plan, store = run.plan, run.store
-    if is_sharded(plan.model):
-        return Permuted(why_not="the model is sharded")
     units = plan.block_units
     if not units:
         return Permuted(why_not="no layer to prune lies in a block")
+    if any(managers_around(plan.model, [(unit.module, unit.layers[0].module) for unit in units if unit.module])):
+        return Permuted(why_not="the blocks are not sharded one by one")
     search, observer, again = _Search(plan), Observer(Wanda.needs, plan.processes), set[str]()
     with closing(dense_blocks(run, units, _SAMPLES, "Permuting", again)) as blocks, noting(search.state):
         for unit, calls in blocks:
@@ -52,7 +54,7 @@ def permute(run: Run) -> Permuted:
             store.undo(partial(search.put_back, name))
             search.forget(name)
         else:
-            store.repeat(name, partial(_permute_all, search.done.get(name, ())))
+            store.repeat(name, partial(_permute_all, search.done.get(name, ()), plan.processes))
     return search.permuted
 
 
@@ -70,26 +72,33 @@ class _Search:
         """Permute the hidden units that layers of this block read."""
         assert unit.module is not None
         runs = BlockRuns(unit.module, calls)
-        inputs = observer(unit, runs.recording())
+        with kept_gathered(unit.module):
+            inputs = observer(unit, runs.recording())
+            with self._plan.processes.fail_together():
+                chosen = list(self._find(unit, runs, inputs))
         with self._plan.processes.fail_together():
-            chosen = list[Reordering]()
-            for hidden in [hidden for layer in unit.layers for hidden in self._fitting(layer, unit, runs)]:
-                scores = Wanda()(hidden.reader.read(), inputs[hidden.reader.name])
-                orders = self._choose(hidden, scores)
-                both = torch.arange(scores.shape[1]), hidden.source(orders)
-                if not torch.equal(*both):
-                    before, after = (kept_score(scores, each, self._plan.config.pattern) for each in both)
-                    self.permuted.kept[hidden.reader.name] = before, after
-                    chosen.append((hidden, orders))
-            _permute_all(chosen)
+            _permute_all(chosen, self._plan.processes)
             self.done[unit.name] = chosen
-            if not self._plan.processes.all_agree(runs.same_results()):
+            with kept_gathered(unit.module):
+                same = self._plan.processes.all_agree(runs.same_results())
+            if not same:
                 self.put_back(unit.name)
+
+    def _find(self, unit: Unit, runs: BlockRuns, inputs: Mapping[str, InputStatistics]) -> Iterator[Reordering]:
+        """Yield the hidden units of a block that can be permuted, with another order for them."""
+        for hidden in [hidden for layer in unit.layers for hidden in self._fitting(layer, unit, runs)]:
+            scores = Wanda()(hidden.reader.read(), inputs[hidden.reader.name])
+            orders = self._choose(hidden, scores)
+            both = torch.arange(scores.shape[1]), hidden.source(orders)
+            if not torch.equal(*both):
+                before, after = (kept_score(scores, each, self._plan.config.pattern) for each in both)
+                self.permuted.kept[hidden.reader.name] = before, after
+                yield hidden, orders
 
     def put_back(self, name: str) -> None:
         """Put the hidden units of a block, which is in memory, back into their order, and report it."""
-        for hidden, orders in reversed(self.done.get(name, [])):
-            hidden.permute(orders.argsort(dim=1))
+        back = [(hidden, orders.argsort(dim=1)) for hidden, orders in reversed(self.done.get(name, []))]
+        _permute_all(back, self._plan.processes)
         self.forget(name)
 
     def forget(self, name: str) -> None:
@@ -161,6 +170,7 @@ def _candidates(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[
         yield HiddenUnits(reader, units.slots, units.inner)
 
 
-def _permute_all(reorderings: Iterable[Reordering]) -> None:
+def _permute_all(reorderings: Iterable[Reordering], processes: Processes) -> None:
     for hidden, orders in reorderings:
-        hidden.permute(orders)
+        with gathered_parameters(((slot.module, slot.name) for slot in hidden.slots), processes):
+            hidden.permute(orders)

@@ -24,7 +24,7 @@ from wanda_lightning.engine.refusals import (
     refuse_too_wide,
     refuse_unprunable,
 )
-from wanda_lightning.engine.sharded_rows import rows_of
+from wanda_lightning.engine.sharded_layers import WholeMatrices
 from wanda_lightning.models import Inventory, Layer, RemovableUnits, Unit, find_layers, reads_images, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module
@@ -114,10 +114,11 @@ class Plan:
         reading: Callable[[str], None] = lambda name: None,
     ) -> list[DenseLayer]:
         """Describe layers to an allocation, which calls `reading` with a layer's name before it reads the weight."""
+        whole = WholeMatrices(self.processes)
 
         def read(layer: Layer) -> Tensor:
             reading(layer.name)
-            return rows_of(layer, self.processes).gather(layer.read())
+            return whole(layer)
 
         return [
             DenseLayer(
@@ -230,9 +231,9 @@ def make_plan(
     with torch.inference_mode(False), torch.no_grad():
         refuse_nothing_to_prune(config, inventory)
         refuse_rounding(config, {layer.name: layer.width for layer in inventory.layers})
+        refuse_sharding(config, model, inventory, processes)
         if has_weights:
             refuse_unprunable(inventory.layers)
         refuse_too_wide(config, inventory)
-        refuse_sharding(config, model, inventory, processes)
         config.allocation.check(plan.dense_layers(plan.layers), config.sparsity)
     return plan

@@ -15,7 +15,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.models import Inventory, Layer, SkipReason
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.models.refuse_model import refuse_no_values, refuse_sharded_experts
+from wanda_lightning.models.refuse_model import refuse_no_values
 from wanda_lightning.parallel import Processes, local
 
 
@@ -49,7 +49,6 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
 def refuse_unprunable(layers: Iterable[Layer]) -> None:
     """Refuse weights without values, weights that cannot be written, NaN and infinity."""
     for layer in layers:
-        refuse_sharded_experts(layer)
         refuse_no_values(layer)
         weight = layer.weight
         if layer.parameter.is_inference():
@@ -158,7 +157,7 @@ def _refuse_sharded(
 
 
 def _refuse_layout(layer: Layer, weight: DTensor, processes: Processes) -> None:
-    """Refuse a layer unless each process holds whole rows of its matrix."""
+    """Refuse a layer unless each process holds another part of it."""
     name = layer.name
     if weight.device_mesh.size() != processes.world_size:
         raise UserError(
@@ -166,22 +165,11 @@ def _refuse_layout(layer: Layer, weight: DTensor, processes: Processes) -> None:
             f"{weight.device_mesh.size()} processes and {processes.world_size} prune. Prune inside a Trainer with "
             "ModelParallelStrategy (WandaPrune does), or call prune_as(..., processes=Processes(group))."
         )
-    if len(weight.placements) != 1 or type(weight.placements[0]) is not Shard or weight.placements[0].dim != 0:
+    if len(weight.placements) != 1 or type(weight.placements[0]) is not Shard:
         raise UserError(
-            f"model must be sharded by rows, but the weight of {name} is sharded by {weight.placements}. Use "
-            "fully_shard with its defaults (a mesh of one dimension, no shard_placement_fn), or leave the layer dense "
-            f"with skip=['{name}']."
-        )
-    if layer.size < weight.numel():
-        raise UserError(
-            f"include_grouped=True needs whole groups of a convolution, but fully_shard leaves no process whole groups "
-            f"of {name}. Prune before sharding (devices=1), or without include_grouped=True."
-        )
-    if not layer.kind.rows_first:
-        raise UserError(
-            f"model must be sharded by rows, but {name}, a {type(layer.module).__name__}, stores its weight by "
-            "columns, so fully_shard leaves no process whole rows. Prune before sharding (devices=1), or leave it "
-            f"dense with skip=['{name}']."
+            f"model must be sharded over one group of processes, but the weight of {name} is sharded by "
+            f"{weight.placements}. Use fully_shard with a mesh of one dimension, or leave the layer dense with "
+            f"skip=['{name}']."
         )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from wanda_lightning.core.selection import ALL_ROWS, Rows
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
-from wanda_lightning.engine.sharded_rows import rows_of
+from wanda_lightning.engine.sharded_layers import gathered, rows_of
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.parallel import reshard
 from wanda_lightning.report import POOLED, PrunedLayer
@@ -32,16 +34,17 @@ def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], obse
             else:
                 reached.append(layer)
         statistics = InputStatistics()
-        for layers in _by_input(reached, inputs, plan):
-            if (following := inputs.get(layers[0].name, InputStatistics())) is not statistics:
-                statistics.forget_derived()
-            statistics = following
-            for pruned in _prune_layers(run, layers, statistics):
-                pruned.tokens = observer.pooled.get(pruned.name, pruned.tokens)
-                pruned.note = "; ".join(_layer_notes(run, pruned, statistics, observer))
-                run.layers[pruned.name] = pruned
-                if pruned.name in plan.coupled:
-                    run.layers |= _zero_units(run, pruned)
+        with closing(_gathered_groups(reached, inputs, plan)) as groups:
+            for layers in groups:
+                if (following := inputs.get(layers[0].name, InputStatistics())) is not statistics:
+                    statistics.forget_derived()
+                statistics = following
+                for pruned in _prune_layers(run, layers, statistics):
+                    pruned.tokens = observer.pooled.get(pruned.name, pruned.tokens)
+                    pruned.note = "; ".join(_layer_notes(run, pruned, statistics, observer))
+                    run.layers[pruned.name] = pruned
+                    if pruned.name in plan.coupled:
+                        run.layers |= _zero_units(run, pruned)
         run.few_tokens |= observer.pooled
 
 
@@ -76,6 +79,15 @@ def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], pl
                 part = []
             part.append(layer)
         yield part
+
+
+def _gathered_groups(
+    layers: Sequence[Layer], inputs: Mapping[str, InputStatistics], plan: Plan
+) -> Generator[list[Layer]]:
+    """Yield the groups of `_by_input`, gathered if FSDP2 shards them otherwise than by rows."""
+    for modules, groups in groupby(_by_input(layers, inputs, plan), lambda group: {layer.module for layer in group}):
+        with gathered((layer for layer in layers if layer.module in modules), plan.processes):
+            yield from groups
 
 
 def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) -> Iterator[PrunedLayer]:

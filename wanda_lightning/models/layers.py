@@ -18,7 +18,7 @@ from wanda_lightning.core.statistics import sum_squares
 from wanda_lightning.models.experts import siblings_of, stacked_experts
 from wanda_lightning.models.linear_subclasses import computes_linear
 from wanda_lightning.models.quantized import is_packed, quantizer
-from wanda_lightning.parallel import local
+from wanda_lightning.parallel import first_index, local
 
 _AT_ONCE = 2**24  # numbers in the tokens of a convolution
 
@@ -187,11 +187,21 @@ class Layer:
         return weight
 
     def part(self, tensor: Tensor) -> Tensor:
-        """Return this layer's part of a tensor with the shape of its parameter."""
+        """Return this layer's part of a tensor with the shape of its parameter, or of the shard of this process.
+
+        It is empty if the shard holds other experts or groups.
+        """
+        if self.group is None and self.expert is None:
+            return tensor
+        whole = self.parameter
+        first = first_index(whole) if len(tensor) < len(whole) else 0
         if self.group is not None:
             which, groups = self.group
-            return tensor.chunk(groups)[which]
-        return tensor if self.expert is None else tensor[self.expert]
+            start, size = which * (len(whole) // groups) - first, len(whole) // groups
+            return tensor[max(0, start) : max(0, start + size)]
+        assert self.expert is not None
+        index = self.expert - first
+        return tensor[index] if 0 <= index < len(tensor) else tensor[:0].flatten(0, 1)
 
     @property
     def weight(self) -> Tensor:

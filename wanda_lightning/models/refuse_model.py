@@ -1,9 +1,8 @@
-"""Refuse anything but a model, and layers whose weights no process can read or write."""
+"""Refuse anything but a model, and layers whose weights cannot be read."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.layers import Layer
@@ -22,15 +21,4 @@ def refuse_no_values(layer: Layer) -> None:
         raise UserError(
             f"model must hold its weights, but {layer.name} is on the meta device and has no values. Load the "
             "weights first."
-        )
-
-
-def refuse_sharded_experts(layer: Layer) -> None:
-    """Refuse experts that are sharded across processes: no process holds all of them."""
-    if layer.expert is not None and isinstance(layer.parameter, DTensor):
-        module = layer.siblings.removesuffix(".*").removesuffix(f".{layer.parameter_name}").rpartition(".")[2]
-        raise UserError(
-            f"model must hold all experts of a module in one process, but {layer.siblings} are sharded across "
-            "processes. Prune before sharding (devices=1, or DDPStrategy), or leave them dense with "
-            f"skip=['*.{module}']."
         )

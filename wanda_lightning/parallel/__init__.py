@@ -5,18 +5,21 @@ from wanda_lightning.parallel.fsdp import (
     free,
     fsdp_calls_checked,
     is_sharded,
+    kept_gathered,
     managers_around,
     reshard,
 )
-from wanda_lightning.parallel.processes import SINGLE_PROCESS, Processes, local, zero_counts
+from wanda_lightning.parallel.processes import SINGLE_PROCESS, Processes, first_index, local, zero_counts
 
 __all__ = [
     "SINGLE_PROCESS",
     "Processes",
     "entry_point",
+    "first_index",
     "free",
     "fsdp_calls_checked",
     "is_sharded",
+    "kept_gathered",
     "local",
     "managers_around",
     "reshard",

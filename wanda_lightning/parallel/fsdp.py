@@ -29,11 +29,14 @@ def entry_point(module: nn.Module) -> str:
 
 
 @contextmanager
-def fsdp_calls_checked(model: nn.Module, processes: Processes) -> Iterator[Callable[[str, int], None]]:
+def fsdp_calls_checked(
+    model: nn.Module, processes: Processes, moved: Callable[[], None]
+) -> Iterator[Callable[[str, int], None]]:
     """Record the calls of FSDP2 modules in this block, and reset these modules at its end.
 
     All processes must call the same FSDP2 modules in the same order, because each call gathers weights. If a model
     routes its batches, the order may differ. Then a process would get the weights of another module, or wait forever.
+    `moved` is called whenever a call has gathered or freed weights.
 
     Yields:
         A function that compares the calls so far across all processes. It takes the name of the current unit and the
@@ -44,6 +47,7 @@ def fsdp_calls_checked(model: nn.Module, processes: Processes) -> Iterator[Calla
     def record(index: int, *_: object) -> None:
         nonlocal calls
         calls = hash((calls, index))
+        moved()
 
     def check(unit: str, parked: int) -> None:
         # Python's hashes of integers are the same in all processes.
@@ -58,8 +62,9 @@ def fsdp_calls_checked(model: nn.Module, processes: Processes) -> Iterator[Calla
     managed = _managed(model)
     is_distributed = bool(managed) and processes.world_size > 1
     with ExitStack() as hooks:
-        for index, module in enumerate(managed if is_distributed else ()):
+        for index, module in enumerate(managed):
             hooks.callback(module.register_forward_pre_hook(partial(record, index)).remove)
+            hooks.callback(module.register_forward_hook(lambda *_: moved()).remove)
         try:
             yield check
         finally:  # forward passes may have stopped halfway
@@ -91,6 +96,25 @@ def managers_around(model: nn.Module, units: Sequence[tuple[nn.Module, nn.Module
         from_outside = around and around[-1][0] is not unit and unit in around[-1][1]
         found.append([module for module, _ in around] if from_outside else [])
     return found
+
+
+@contextmanager
+def kept_gathered(module: nn.Module) -> Iterator[None]:
+    """Gather the weights of the FSDP2 modules in a module for several calls; changes to them are lost at the end."""
+    managed = _managed(module)
+    groups = [group for inner in managed for group in inner._get_fsdp_state()._fsdp_param_groups]
+    after_forward = [group.post_forward_mesh_info for group in groups]
+    try:
+        for inner in managed:
+            inner.unshard()
+        for group in groups:
+            group.post_forward_mesh_info = None  # what `set_reshard_after_forward(False)` sets
+        yield
+    finally:
+        for group, mesh in zip(groups, after_forward, strict=True):
+            group.post_forward_mesh_info = mesh
+        for inner in managed:
+            free(inner)
 
 
 def free(module: Any) -> None:

@@ -138,6 +138,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def first_index(tensor: Tensor) -> int:
+    """Return the index at which this process's shard of a tensor starts, if it is sharded on its first dimension."""
+    if not isinstance(tensor, DTensor):
+        return 0
+    return tensor.device_mesh.get_local_rank() * -(-len(tensor) // tensor.device_mesh.size())  # as by torch.chunk
+
+
 def zero_counts(tensors: Sequence[Tensor], processes: Processes = SINGLE_PROCESS) -> list[int]:
     """Count the zeros of each tensor over all processes; copies of one tensor count once."""
     counts = torch.zeros(len(tensors), dtype=torch.int64)

@@ -19,8 +19,8 @@ from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
-from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values, refuse_sharded_experts
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard, zero_counts
+from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard
 from wanda_lightning.training.masked_weights import keep_masks
 
 
@@ -103,7 +103,6 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         found = _sharded_layers(model)
         if not layers:
             for layer in found.values():
-                refuse_sharded_experts(layer)
                 refuse_no_values(layer)
             zeros = _count_zeros(found.values(), processes)
             layers = [name for name, count in zeros.items() if 0 < count < found[name].size]
@@ -128,8 +127,6 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self.release()
         unheld, self._loaded, self._at_release = self._loaded, {}, {}
         self.layers = [layer.name for layer in layers]
-        for layer in layers:
-            refuse_sharded_experts(layer)
         self._keep = keep_masks(layers, elsewhere=True)
         self._held_layers = [(layer, layer.parameter) for layer in layers]
         for layer, weight in self._held_layers:
@@ -241,10 +238,13 @@ def _sharded_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def _count_zeros(layers: Iterable[Layer], processes: Processes) -> dict[str, int]:
-    # Sharded experts are never pruned, see `refuse_sharded_experts`.
-    layers = [x for x in layers if x.expert is None or not isinstance(x.parameter, DTensor)]
-    counts = zero_counts([layer.part(layer.parameter.detach()) for layer in layers], processes)
-    return {layer.name: count for layer, count in zip(layers, counts, strict=True)}
+    layers = list(layers)
+    counts = torch.zeros(len(layers), dtype=torch.int64)
+    for index, layer in enumerate(layers):
+        if processes.rank == 0 or isinstance(layer.parameter, DTensor):
+            counts[index] = (layer.weight == 0).count_nonzero()
+    processes.all_reduce_sum([counts])
+    return {layer.name: count for layer, count in zip(layers, counts.tolist(), strict=True)}
 
 
 def prunable_layers(model: nn.Module) -> tuple[Layer, ...]:

@@ -64,7 +64,7 @@ class Allocation(ABC):
     Attributes:
         needs: The input statistics of the dense model that it reads.
         reads_gradients: Whether it reads gradients of the dense model.
-        reads_weights: Whether it reads whole layers. A process that holds only some of the rows cannot compute it then.
+        reads_weights: Whether it reads whole layers, which the processes gather if each holds only some of the rows.
         prunes_units: Whether it can distribute hidden units.
     """
 
