@@ -19,10 +19,11 @@ from wanda_lightning.calibration.nonfinite import Check, refuse_nonfinite
 from wanda_lightning.calibration.pooling import all_reduce_statistics, merged, pool_experts
 from wanda_lightning.calibration.reader import BatchReader, Identity
 from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, Unit, token_masks
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, gathering_noticed
 
 
 @dataclass
@@ -169,7 +170,8 @@ class PassiveCalibration:
         run = partial(forward_batch, self._model, batch)
         sample = Sample(run, run, batch, token_masks(self._model, batch), batch_index=self._batches)
         self._batches += 1
-        with calibration_mode(self._model), self.observer.collect(self._unit, sample):
+        noticed = gathering_noticed(self._model, weights_moved)
+        with calibration_mode(self._model), noticed, self.observer.collect(self._unit, sample):
             yield
 
     def finish(self) -> tuple[dict[str, InputStatistics], int]:

@@ -66,9 +66,9 @@ def gathered_parameters(names: Iterable[tuple[nn.Module, str]], processes: Proce
     """Gather those parameters of modules that are sharded; at the end, write the shards."""
     every = {(module, name): module._parameters.get(name) for module, name in names}
     shards = {key: parameter for key, parameter in every.items() if isinstance(parameter, DTensor)}
-    for (module, name), shard in shards.items():
-        module._parameters[name] = nn.Parameter(_full(shard, processes), requires_grad=False)
     try:
+        for (module, name), shard in shards.items():
+            module._parameters[name] = nn.Parameter(_full(shard, processes), requires_grad=False)
         yield
     finally:
         for (module, name), shard in shards.items():

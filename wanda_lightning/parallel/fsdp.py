@@ -29,14 +29,24 @@ def entry_point(module: nn.Module) -> str:
 
 
 @contextmanager
+def gathering_noticed(model: nn.Module, notice: Callable[[], None]) -> Iterator[None]:
+    """Call `notice` in this block whenever the call of an FSDP2 module has gathered its weights, or freed them."""
+    with ExitStack() as hooks:
+        for module in _managed(model):  # after the hooks of FSDP2
+            hooks.callback(module.register_forward_pre_hook(lambda *_: notice()).remove)
+            hooks.callback(module.register_forward_hook(lambda *_: notice()).remove)
+        yield
+
+
+@contextmanager
 def fsdp_calls_checked(
-    model: nn.Module, processes: Processes, moved: Callable[[], None]
+    model: nn.Module, processes: Processes, notice: Callable[[], None]
 ) -> Iterator[Callable[[str, int], None]]:
     """Record the calls of FSDP2 modules in this block, and reset these modules at its end.
 
     All processes must call the same FSDP2 modules in the same order, because each call gathers weights. If a model
     routes its batches, the order may differ. Then a process would get the weights of another module, or wait forever.
-    `moved` is called whenever a call has gathered or freed weights.
+    `notice` is that of `gathering_noticed`.
 
     Yields:
         A function that compares the calls so far across all processes. It takes the name of the current unit and the
@@ -47,7 +57,6 @@ def fsdp_calls_checked(
     def record(index: int, *_: object) -> None:
         nonlocal calls
         calls = hash((calls, index))
-        moved()
 
     def check(unit: str, parked: int) -> None:
         # Python's hashes of integers are the same in all processes.
@@ -61,10 +70,9 @@ def fsdp_calls_checked(
 
     managed = _managed(model)
     is_distributed = bool(managed) and processes.world_size > 1
-    with ExitStack() as hooks:
-        for index, module in enumerate(managed):
+    with ExitStack() as hooks, gathering_noticed(model, notice):
+        for index, module in enumerate(managed if is_distributed else ()):
             hooks.callback(module.register_forward_pre_hook(partial(record, index)).remove)
-            hooks.callback(module.register_forward_hook(lambda *_: moved()).remove)
         try:
             yield check
         finally:  # forward passes may have stopped halfway
