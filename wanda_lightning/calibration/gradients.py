@@ -75,10 +75,17 @@ def gradient_statistics(
                 pass_side_by_side(group, blocks, mode, hold)
         else:
             with recomputing([block.module for block in blocks if block.module], mode), torch.enable_grad():
+                together: Callable[[], AbstractContextManager[None]]
                 together = processes.fail_together if samples.in_step else nullcontext
                 _pass_backward(samples, tick, processes, _Backward(limit, together))
             check_calls("", 0)
     processes.all_reduce_sum([reached, *(each for total in sums.values() for each in total if each is not None)])
+    _refuse_unusable(sums, bool(reached.any()))
+    return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
+
+
+def _refuse_unusable(sums: Mapping[str, GradientStatistics], reached: bool) -> None:
+    """Refuse gradients that are not finite, or all 0 although a layer was reached."""
     for name, total in sums.items():
         if not all(each.isfinite().all() for each in total if each is not None):
             raise UserError(
@@ -86,13 +93,12 @@ def gradient_statistics(
                 "model in a wider dtype (float32 or bfloat16), or choose allocation='uniform' and "
                 "pattern='unstructured_layer', which read no gradients."
             )
-    if reached.any() and not any(total.inputs.any() for total in sums.values()):
+    if reached and not any(total.inputs.any() for total in sums.values()):
         raise UserError(
             "calibration batches must give predictions that depend on the layers, but all gradients are 0, for example "
             "because the output head is zero or all predictions have probability 1. Use a trained model, or choose "
             "allocation='uniform' and pattern='unstructured_layer', which read no gradients."
         )
-    return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
 
 class _Backward:
