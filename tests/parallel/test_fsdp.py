@@ -75,7 +75,7 @@ def test_blocks_that_are_compiled(pair):
     ("name", "shares", "choices"),
     [
         ("llama", None, {"method": "balanced"}),
-        ("llama", ((0,), (1, 2, 3)), {"method": "best"}),
+        ("llama", ((), (0, 1)), {"method": "best"}),
         ("few_rows", None, {"method": "best"}),  # biases; a process without a row
         ("llama", None, {"method": "sparsegpt", "sequential": "layer", "allocation": "owl"}),
         ("llama", None, {"criterion": "ria", "pattern": "unstructured_layer", "allocation": "alpha"}),
@@ -105,8 +105,8 @@ def test_experts_and_layers_by_columns_are_gathered(pair, name, sequential):
     check_sharded(pair.run(cases.sharded, name, wide=True, **choices), name, wide=True, **choices)
 
 
-def test_every_second_half_of_the_columns(pair):
-    check_sharded(pair.run(cases.sharded, "few_rows", columns=True, pattern="2:4"), "few_rows", pattern="2:4")
+def test_a_model_sharded_by_columns(pair):
+    check_sharded(pair.run(cases.sharded, "llama", columns=True, pattern="2:4"), "llama", pattern="2:4")
 
 
 def test_magnitude_needs_no_forward_and_any_layout(pair):
