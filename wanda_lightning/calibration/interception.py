@@ -79,7 +79,7 @@ class WeightInterceptor(TorchFunctionMode):
         """Activate the mode."""
         if self._memory.is_sharded:
             weights_moved()  # in a backward pass, no hook of a module tells that FSDP2 has gathered its weights
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     @property
     def watches(self) -> bool:

@@ -188,12 +188,13 @@ class Plan:
         selections: dict[str, Selection] = {}
         for layer in self.layers:
             sparsity = sparsities.get(layer.name, self.config.sparsity)
-            weights = {"row_weights": row_weights[layer.name]} if layer.name in row_weights else {}
             pattern = self.config.pattern.for_sparsity(sparsity)
             if layer.name in self.coupled:
                 assert isinstance(pattern, Structured)
                 pattern = replace(pattern, columns=self.coupled[layer.name].columns)
-            selections[layer.name] = Selection(self.config.criterion, pattern, sparsity, **weights)
+            selection = Selection(self.config.criterion, pattern, sparsity)
+            weighed = layer.name in row_weights
+            selections[layer.name] = replace(selection, row_weights=row_weights[layer.name]) if weighed else selection
         return selections
 
 

@@ -64,8 +64,8 @@ def gathered(layers: Iterable[Layer], processes: Processes) -> Iterator[None]:
 @contextmanager
 def gathered_parameters(names: Iterable[tuple[nn.Module, str]], processes: Processes) -> Iterator[None]:
     """Gather those parameters of modules that are sharded; at the end, write the shards."""
-    every = {(module, name): module._parameters.get(name) for module, name in names}
-    shards = {key: parameter for key, parameter in every.items() if isinstance(parameter, DTensor)}
+    every: dict[tuple[nn.Module, str], Any] = {key: key[0]._parameters.get(key[1]) for key in names}
+    shards: dict[tuple[nn.Module, str], Any] = {key: each for key, each in every.items() if isinstance(each, DTensor)}
     try:
         for (module, name), shard in shards.items():
             module._parameters[name] = nn.Parameter(_full(shard, processes), requires_grad=False)
@@ -99,4 +99,5 @@ class WholeMatrices:
 
 def _full(shard: DTensor, processes: Processes) -> Tensor:
     processes.all_reduce_min(0)  # raises the failure of another process
-    return shard.detach().full_tensor()
+    full: Tensor = shard.full_tensor().detach()
+    return full
