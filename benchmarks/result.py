@@ -24,7 +24,7 @@ OURS = "wanda_lightning"
 PACKAGES = (OURS, "lightning", "timm", "torch", "transformers")
 QUANTITIES: Mapping[str, str] = {
     "perplexity": "on the evaluation windows",
-    "perplexity_before": "the same before fine-tuning",
+    "perplexity_before": "the same before fine-tuning or repair",
     "top1": "fraction of the evaluation images that are classified correctly",
     "top1_uncorrected": "the same without the correction of BatchNorm statistics",
     "divergence": "mean KL divergence from the dense predictions on the evaluation images",
@@ -45,6 +45,7 @@ QUANTITIES: Mapping[str, str] = {
     "zeros_kept": "fraction of the pruned weights that are still zero",
     "trained_tokens": "tokens that training has read",
     "new_zeros": "fraction of the kept weights that became zero",
+    "added": "parameters of adapters / all other parameters",
     "weights_mib": "bytes of all weights, in MiB",
     "zstd_mib": "the same after zstd -3",
     **{
