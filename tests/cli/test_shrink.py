@@ -93,7 +93,10 @@ def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, mon
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small", "out"}
     torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
     assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 32
-    assert "not in the saved model" in ModelCard.load("small/README.md").text
+    card = ModelCard.load("small/README.md")
+    assert "not in the saved model" in card.text
+    assert "were taken out" in card.text
+    assert "sparse" not in card.data.tags
     assert not (tmp_path / "small/pruning_progress.json").exists()
 
 

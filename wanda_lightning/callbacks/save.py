@@ -25,8 +25,7 @@ from wanda_lightning.common.refuse_path import files_in, is_replaceable
 from wanda_lightning.common.write_whole import reserved, unclaimed
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import refuse_upload, upload
-from wanda_lightning.report import PruningReport
-from wanda_lightning.shrinking import LEFT_OUT
+from wanda_lightning.report import LEFT_OUT, PruningReport
 from wanda_lightning.training.held_zeros import zeros_of
 
 

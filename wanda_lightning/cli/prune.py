@@ -47,11 +47,10 @@ from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
-from wanda_lightning.report import REPORT_NAME, Measured, PruningReport, Run
+from wanda_lightning.report import LEFT_OUT, REPORT_NAME, Measured, PruningReport, Run
 from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
 from wanda_lightning.report.page import write_report
-from wanda_lightning.shrinking import LEFT_OUT
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.disk_and_host_parking import refuse_parking
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model

@@ -18,7 +18,7 @@ from wanda_lightning.common.words import count, counted, duration
 from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.hub.source import CARD_NAME, Source, find_source
 from wanda_lightning.report import Measured, PruningReport, Run
-from wanda_lightning.report.descriptions import choices_of, fate, method_in_words
+from wanda_lightning.report.descriptions import LEFT_OUT, choices_of, fate, method_in_words
 from wanda_lightning.report.metrics import METRICS, TOP1
 from wanda_lightning.report.page import write_report
 
@@ -49,7 +49,7 @@ def write_card(
     place = {name: command[name] for name in ("revision", "cache_dir") if command.get(name)}
     source = find_source(ModelSource(run.model, **place)) if run.model else Source()
     report = replace(report, run=_to_publish(run))
-    has_picture = all(map(find_spec, ("jinja2", "matplotlib")))
+    has_picture = all(map(find_spec, ("jinja2", "matplotlib"))) and LEFT_OUT not in report.notes
     if has_picture:
         write_report(report, folder / PICTURE_NAME)
     saved = _Saved(os.fspath(name), _read_config(folder), on_hub)
@@ -181,11 +181,12 @@ def _metadata(report: PruningReport, run: Run, source: Source, saved: _Saved) ->
     results = _eval_results(run)
     derived = {"base_model": source.hub_id, "base_model_relation": "finetune"} if source.hub_id else {}
     method = choices_of(report.config).partition(",")[0].lower()
+    kept_zeros = [] if LEFT_OUT in report.notes else ["sparse"]
     data = ModelCardData(
         **{**source.metadata, **derived},
         library_name=saved.library,
         pipeline_tag=saved.task,
-        tags=["pruned", "sparse", "wanda_lightning", *([method] if method else [])],
+        tags=["pruned", *kept_zeros, "wanda_lightning", *([method] if method else [])],
         model_name=saved.title if results else None,
         eval_results=results or None,
     )
@@ -213,7 +214,7 @@ def _summary(report: PruningReport, run: Run, source: Source, trained_steps: int
     trained = f" The same run trained it for {counted(trained_steps, 'step')}." if trained_steps else ""
     return (
         f"{base or 'A model'}, pruned with wanda_lightning: {report.sparsity:.2%} of the weights in "
-        f"{counted(len(report.layers), 'layer')} {fate(report.config)}, which is {report.model_sparsity:.2%} of all "
+        f"{counted(len(report.layers), 'layer')} {fate(report)}, which is {report.model_sparsity:.2%} of all "
         f"{count(report.parameters)} parameters.{trained}"
     )
 

@@ -1,5 +1,6 @@
 """The report of a pruning: every matrix of the model, pruned or skipped with its reason."""
 
+from wanda_lightning.report.descriptions import LEFT_OUT
 from wanda_lightning.report.pruning_report import REPORT_NAME, PruningReport, skipped_table
 from wanda_lightning.report.records import (
     POOLED,
@@ -17,6 +18,7 @@ from wanda_lightning.report.records import (
 )
 
 __all__ = [
+    "LEFT_OUT",
     "POOLED",
     "REPORT_NAME",
     "BatchNormCorrection",

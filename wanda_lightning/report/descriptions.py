@@ -12,6 +12,11 @@ from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report.metrics import METRICS, Metric
 from wanda_lightning.report.records import Measured, ReportData, Run, grouped
 
+LEFT_OUT = (
+    "the hidden units that became zero are not in the saved model, so its matrices are smaller than in this report"
+)
+"""The note on a pruned model that was saved without them."""
+
 _NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that change nothing
 
 
@@ -26,7 +31,7 @@ def verdict(report: ReportData) -> str:
     """Return a summary in two sentences: the pruning, and its effect on the metric."""
     text = (
         f"Pruned with {method_in_words(report.config)} in {duration(report.total_seconds)}: {report.sparsity:.2%} of "
-        f"the weights in {counted(len(report.layers), 'layer')} {fate(report.config)}, {report.model_sparsity:.2%} of "
+        f"the weights in {counted(len(report.layers), 'layer')} {fate(report)}, {report.model_sparsity:.2%} of "
         f"all {count(report.parameters)} parameters."
     )
     run = report.run
@@ -35,9 +40,10 @@ def verdict(report: ReportData) -> str:
     return " ".join([text, *(change_of(METRICS[run.metric], each) for each in run.results)])
 
 
-def fate(config: Mapping[str, Any]) -> str:
-    """Return what has become of the pruned weights."""
-    return "were taken out" if choice_of(config, "pattern") == "Experts" else "are zero"
+def fate(report: ReportData) -> str:
+    """Return what has become of the pruned weights in the saved model."""
+    is_smaller = choice_of(report.config, "pattern") == "Experts" or LEFT_OUT in report.notes
+    return "were taken out" if is_smaller else "are zero"
 
 
 def change_of(metric: Metric, result: Measured) -> str:

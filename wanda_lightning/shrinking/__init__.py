@@ -6,11 +6,7 @@ from wanda_lightning.shrinking.take_out import Shrunk, shrink, shrunk
 from wanda_lightning.shrinking.timm_arguments import fitting_arguments
 from wanda_lightning.shrinking.trial import example_batch
 
-LEFT_OUT = "the hidden units that became zero are not in the saved model, so its matrices are smaller than shown here"
-"""For the report of a pruned model that was saved without them."""
-
 __all__ = [
-    "LEFT_OUT",
     "Shrunk",
     "example_batch",
     "fit_configuration",
