@@ -77,12 +77,19 @@ def test_blocks_that_are_compiled(pair):
         ("llama", None, {"method": "balanced"}),
         ("llama", ((), (0, 1)), {"method": "best"}),
         ("few_rows", None, {"method": "best"}),  # biases; a process without a row
-        ("llama", None, {"method": "sparsegpt", "sequential": "layer", "allocation": "owl"}),
+        pytest.param(
+            "llama",
+            None,
+            {"method": "sparsegpt", "sequential": "layer", "allocation": "owl"},
+            marks=pytest.mark.nightly,
+        ),
         ("llama", None, {"criterion": "ria", "pattern": "unstructured_layer", "allocation": "alpha"}),
-        ("few_rows", None, {"method": "sparsegpt", "pattern": "equal_share"}),
-        ("few_rows", None, {"method": "admm", "pattern": "2:4", "sequential": "none"}),
+        pytest.param("few_rows", None, {"method": "sparsegpt", "pattern": "equal_share"}, marks=pytest.mark.nightly),
+        pytest.param(
+            "few_rows", None, {"method": "admm", "pattern": "2:4", "sequential": "none"}, marks=pytest.mark.nightly
+        ),
         ("llama", None, {"method": "best", "pattern": "2:4"}),  # permuted
-        ("convnext", None, {"method": "best"}),  # convolutions
+        pytest.param("convnext", None, {"method": "best"}, marks=pytest.mark.nightly),  # convolutions
         pytest.param("convnext", None, {"method": "best", "sequential": "none"}, marks=pytest.mark.nightly),
         pytest.param("block_twice", None, {"method": "balanced"}, marks=pytest.mark.nightly),
         pytest.param("expert_list", None, {"method": "best"}, marks=pytest.mark.nightly),
