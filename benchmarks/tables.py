@@ -333,8 +333,8 @@ def repair() -> str:
         numbers = (
             number(result, "perplexity_before"),
             perplexity(result),
-            f"{share:.0%}",
-            f"{result.measured['added']:.1%}",
+            f"{100 * share:.0f} %",
+            f"{100 * result.measured['added']:.1f} %",
         )
         rows.append([f"{LABELS[result.method]}, {result.goal}", *numbers])
     headings = ("perplexity", "pruned", "repaired, rank 32", "share of the gap removed", "parameters added")
@@ -397,16 +397,21 @@ def quantization() -> str:
 def tasks() -> str:
     """Zero-shot accuracy beside perplexity."""
     results = read_table("tasks")
+    names = _distinct(result.case["task"] for result in results)
+    found: dict[tuple[str, str], dict[str, Result]] = defaultdict(dict)
+    for result in sorted(results, key=_perplexity):
+        found[result.method, result.goal][result.case["task"]] = result
 
-    def accuracy(result: Result, metric: str) -> str:
-        return f"{100 * result.measured[metric]:.1f} ± {100 * result.measured[f'{metric}_error']:.1f} %"
+    def accuracy(result: Result | None) -> str:
+        if result is None:
+            return ""
+        return f"{100 * result.measured['acc']:.1f} ± {100 * result.measured['acc_error']:.1f} %"
 
     rows = []
-    for result in sorted(results, key=_perplexity):
-        goal = "" if result.method == "dense" else f", {result.goal}"
-        shown = (accuracy(result, "acc"), accuracy(result, "acc_norm"))
-        rows.append([LABELS[result.method] + goal, perplexity(result), *shown])
-    return markdown(("", "perplexity", "acc", "acc_norm"), rows) + "\n\n" + source(results)
+    for (method, goal), own in found.items():
+        label = LABELS[method] + ("" if method == "dense" else f", {goal}")
+        rows.append([label, perplexity(next(iter(own.values()))), *(accuracy(own.get(name)) for name in names)])
+    return markdown(("", "perplexity", *names), rows) + "\n\n" + source(results)
 
 
 def streaming() -> str:
