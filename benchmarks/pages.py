@@ -106,7 +106,7 @@ def zeros() -> str:
         f"to {number(small['dense'], 'zstd_3', '.2f')} without; the file must be decompressed before it is loaded. "
         "8-bit quantization takes 0.50.",
         "**Speed**: dense kernels multiply by zeros, too. On a CPU, nothing is gained: dense 8-bit weights are as fast "
-        "as a kernel for sparse ones was, and the better model ([tried](docs/tried.md)). For NVIDIA GPUs, 2:4 on "
+        "as a kernel for sparse ones was, and give the better model ([tried](docs/tried.md)). For NVIDIA GPUs, 2:4 on "
         "sparse tensor cores is [built in](docs/speed.md), but not measured.",
         f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
         f"{perplexity(ours['thorough', '50 %'])} at 50 %. The perplexities are for one small model, one seed and "

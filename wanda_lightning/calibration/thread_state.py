@@ -46,7 +46,7 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 
 
 class Switches:
-    """What models set in a `with` block: the values of PyTorch's process-wide switches, and this thread's streams."""
+    """PyTorch's process-wide switches and this thread's streams, which models change in a `with` block."""
 
     def __init__(self) -> None:
         self._values = [read() for read, _ in _SWITCHES]

@@ -92,7 +92,8 @@ def stop_at_units(
                         manager.unshard()
                         weights_moved()
                     tick()
-            revisited.update(index for index, unit in enumerate(units) if stops.index(unit) in found)
+            again = {stops[index].name for index in found}
+            revisited.update(index for index, unit in enumerate(units) if unit.name in again)
 
 
 def _with_exits(model: nn.Module, units: Sequence[Unit], patches: ExitStack) -> tuple[list[Unit], dict[str, Any]]:
