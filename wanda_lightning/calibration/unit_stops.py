@@ -92,7 +92,7 @@ def stop_at_units(
                         manager.unshard()
                         weights_moved()
                     tick()
-            again = {stops[index].name for index in found}
+            again = {stop.name for index, stop in enumerate(stops) if index in found}
             revisited.update(index for index, unit in enumerate(units) if unit.name in again)
 
 
