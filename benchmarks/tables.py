@@ -45,6 +45,7 @@ LABELS: Mapping[str, str] = {
     "best+row_weights": "`best` with row weights",
     "best": "`best`",
     "thorough": "`thorough`",
+    "thorough, one pass": "`thorough`, one pass",
     "fixed": "then `DistillFromDense`",
     "trained longer": "dense, trained as long",
     "structured": "units",
