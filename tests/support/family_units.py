@@ -14,9 +14,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +81,21 @@ def mlp_of(model: nn.Module, batch: Any) -> str:
     blocks = [unit.layers for unit in every.units if len({layer.module for layer in unit.layers}) > 1]
     for block in blocks or [every.layers]:
         whole = list({layer.module: layer for layer in block if layer.expert is None}.values())
-        for reader in whole:
-            width = _width(reader, "in_channels")
-            writers = [other for other in whole if _width(other, "out_channels") in (width, 2 * width)]
-            found = [
-                other for other in writers if other is not reader and _is_element_wise(model, batch, other, reader)
-            ]
+        before = _inputs_of(model, batch, whole, {})
+        order, read_from = list(before), cache(partial(_element_wise, model, batch, readers=whole, before=before))
+        for reader in filter(lambda layer: layer.module in before, whole):
+            widths = (_width(reader, "in_channels"), 2 * _width(reader, "in_channels"))
+            earlier = [layer for layer in whole if layer.module in order[: order.index(reader.module)]]
+            fitting = [layer for layer in earlier if _width(layer, "out_channels") in widths]
+            found = [layer for layer in fitting if reader.module in read_from(layer)]
             if found and _determines(model, batch, found, reader):
                 return reader.name if reader.group is None else reader.name.rpartition(".")[0]
     has_experts = any(layer.expert is not None for layer in every.layers)
     return "experts" if has_experts or any("expert" in matrix.name for matrix in every.skipped) else ""
+
+
+class _Reached(Exception):
+    """Ends a forward pass."""
 
 
 def _width(layer: Layer, channels: str) -> int:
@@ -101,24 +106,34 @@ def _width(layer: Layer, channels: str) -> int:
     return layer.width if channels == "in_channels" else layer.shape[0]
 
 
-def _input_of(model: nn.Module, batch: Any, reader: Layer, changes: Mapping[nn.Module, Callable[..., Any]]) -> Tensor:
-    """Return the first input of a layer, while hooks change outputs of modules."""
-    found: list[Tensor] = []
+def _inputs_of(
+    model: nn.Module, batch: Any, readers: Sequence[Layer], changes: Mapping[nn.Module, Callable[..., Any]]
+) -> dict[nn.Module, Tensor]:
+    """Return the first input of each layer that runs, while hooks change outputs of modules."""
+    found: dict[nn.Module, Tensor] = {}
 
-    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        if not found:
-            found.append(next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)).clone())
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module not in found:
+            found[module] = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)).clone()
+        if len(found) == len(readers):
+            raise _Reached
 
     with ExitStack() as hooks:
-        hooks.callback(reader.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for reader in readers:
+            hooks.callback(reader.module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         for module, change in changes.items():
             hooks.callback(module.register_forward_hook(change).remove)
         torch.manual_seed(0)
-        run(model, copy.deepcopy(batch))
-    return found[0] if found else torch.zeros(0)
+        with suppress(_Reached):
+            run(model, copy.deepcopy(batch))
+    return found
 
 
-def _is_element_wise(model: nn.Module, batch: Any, writer: Layer, reader: Layer) -> bool:
+def _element_wise(
+    model: nn.Module, batch: Any, writer: Layer, *, readers: Sequence[Layer], before: Mapping[nn.Module, Tensor]
+) -> set[nn.Module]:
+    """Return the modules in whose inputs a change of one number that a layer writes changes at most one number."""
+
     def raising(channel: int) -> Callable[..., Tensor]:
         calls: list[None] = []
 
@@ -134,13 +149,15 @@ def _is_element_wise(model: nn.Module, batch: Any, writer: Layer, reader: Layer)
 
         return change
 
-    before, counts, channels = _input_of(model, batch, reader, {}), [], _width(writer, "out_channels")
+    channels = _width(writer, "out_channels")
+    counts: dict[nn.Module, list[int]] = {module: [] for module in before}
     for channel in (0, channels // 2, channels - 1):
-        after = _input_of(model, batch, reader, {writer.module: raising(channel)})
-        counts.append(int((before != after).sum()) if before.shape == after.shape else 2)
-        if counts[-1] > 1:
-            return False
-    return any(counts)  # a ReLU, or a gate that it closes, may hide some
+        after = _inputs_of(model, batch, readers, {writer.module: raising(channel)})
+        for module, x in before.items():
+            y = after.get(module)
+            counts[module].append(2 if y is None or x.shape != y.shape else int((x != y).sum()))
+    # a ReLU, or a gate that it closes, may hide some
+    return {module for module, changed in counts.items() if any(changed) and max(changed) <= 1}
 
 
 def _determines(model: nn.Module, batch: Any, writers: Sequence[Layer], reader: Layer) -> bool:
@@ -155,13 +172,13 @@ def _determines(model: nn.Module, batch: Any, writers: Sequence[Layer], reader: 
         is_number = isinstance(output, Tensor) and output.is_floating_point()
         return output * (1 + 0.1 * torch.randn_like(output)) if is_number else output
 
-    before = _input_of(model, batch, reader, {layer.module: record for layer in writers})
+    before = _inputs_of(model, batch, [reader], {layer.module: record for layer in writers})
     matrices = [m for m in model.modules() if kind_of(m) or isinstance(m, nn.Embedding)]
     try:
-        after = _input_of(model, batch, reader, dict.fromkeys(matrices, disturb))
+        after = _inputs_of(model, batch, [reader], dict.fromkeys(matrices, disturb))
     except Exception:  # a choice that the model makes has changed, and shapes with it
         return False
-    return torch.equal(before, after)
+    return torch.equal(before[reader.module], after[reader.module])
 
 
 # ---- pruning, taking out, loading
