@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tables
+from larger import larger
 from result import Result, read_table
 from tables import ROOT, Lookup, lookup, markdown, number, percent, perplexity, seconds
 
@@ -259,6 +260,7 @@ PARTS: Mapping[str, Callable[..., str]] = {
     "choices": choices,
     "options": options,
     "card": card,
+    "larger": larger,
     **tables.FRAGMENTS,
 }
 

@@ -19,6 +19,15 @@ def test_weights_that_matter_less_get_more_sparsity():
     assert got["c"] == pytest.approx(0.35, abs=0.01)
 
 
+def test_above_60_percent_the_differences_are_limited_by_what_is_kept():
+    weight, tokens = torch.randn(8, 100, generator=torch.Generator().manual_seed(0)), torch.ones(1, 100)
+    layers = [(name, name, weight * factor, tokens) for name, factor in (("a", 0.1), ("b", 1.0), ("c", 10.0))]
+    for sparsity, deviation in ((0.6, 0.15), (0.7, 0.1125), (0.8, 0.075)):
+        got = allocate(Fisher(), layers, sparsity, Unstructured("layer"))
+        assert got["a"] - sparsity == pytest.approx(deviation, abs=0.01)
+        assert sparsity - got["c"] == pytest.approx(deviation, abs=0.01)
+
+
 def test_the_score_of_a_weight_is_its_square_times_input_and_row():
     """A layer whose rows differ loses what the product of both says, against scores written out."""
     generator = torch.Generator().manual_seed(0)
