@@ -11,11 +11,10 @@ import argparse
 import math
 
 import torch
-from measuring import medians, seconds
+from measuring import medians, random_llama, seconds
 from result import Result, Runs, Samples
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import prune
 
@@ -25,16 +24,11 @@ SIZES = {"windows": (8, 16, 32, 64), "blocks": (8, 16, 32), "width": (256, 512, 
 LENGTH, VOCABULARY = 512, 1024
 
 
-def build(blocks: int, width: int) -> LlamaForCausalLM:
-    """Return a random Llama with heads of size 64."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=blocks, vocab_size=VOCABULARY)).eval()
-
-
 def measure(windows: int, blocks: int, width: int, runs: int) -> dict[str, float]:
     """Return the median seconds of a forward pass and of each method, measured alternately."""
-    model = build(blocks, width)
+    heads = width // 64
+    shape = {"hidden": width, "mlp": 11 * heads * 16, "layers": blocks, "heads": heads, "vocabulary": VOCABULARY}
+    model = random_llama(shape, LENGTH)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = [{"input_ids": torch.randint(VOCABULARY, (4, LENGTH))} for _ in range(windows // 4)]
 
