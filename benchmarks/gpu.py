@@ -44,7 +44,7 @@ LARGE = {"hidden": 4096, "mlp": 11008, "layers": 32, "heads": 32, "vocabulary": 
 SMALL = {"hidden": 512, "mlp": 1408, "layers": 8, "heads": 8, "vocabulary": 32000}
 COUNTS = {"samples": 128, "seqlen": 2048, "small_samples": 8, "small_seqlen": 512, "runs": 5}
 NEW = 64  # tokens to generate
-PATIENCE = timedelta(minutes=2)  # with a process that the other one waits for
+PATIENCE = timedelta(minutes=3)  # with a process that the other one waits for
 
 Measured = dict[str, float]
 
@@ -118,7 +118,7 @@ class Small:
         """Prune the model with the windows of this process."""
         model, wanda = self.load(dtype, device), Recorded()
         vocabulary = model.config.get_text_config().vocab_size
-        windows = random_windows(vocabulary, self.options.small_samples, self.options.small_seqlen, device)
+        windows = random_windows(vocabulary, self.options.small_samples, self.options.small_seqlen)
         chosen: dict[str, Any] = {"method": method, **({"criterion": wanda} if method == "wanda" else {})}
         config, own = PruningConfig.from_names(SPARSITY, **chosen), windows[processes.rank :: processes.world_size]
         report = prune_as(config, model, own, progress=False, processes=processes)
@@ -205,8 +205,8 @@ class Large:
 
     @cached_property
     def batches(self) -> Batches:
-        """The calibration windows, on the device."""
-        return random_windows(self.options.vocabulary, self.options.samples, self.options.seqlen, self.options.device)
+        """The calibration windows."""
+        return random_windows(self.options.vocabulary, self.options.samples, self.options.seqlen)
 
     def measured(self, step: Callable[[], object]) -> Measured:
         """Return the seconds, also in forward passes, and the peak memory."""
@@ -222,7 +222,7 @@ class Large:
 
         def run(batches: Batches) -> None:
             for batch in batches:
-                body(**batch, use_cache=False)
+                body(batch["input_ids"].to(body.device), use_cache=False)
 
         run(self.batches[:1])
         measured = self.measured(lambda: run(self.batches))
@@ -247,7 +247,7 @@ class Large:
         """Compare 2:4 weights on sparse tensor cores with the same weights as dense ones."""
         from wanda_lightning.cli.speed import measure_speeds  # needs the libraries of the command line
 
-        model, prompt = self.build(), self.batches[0]["input_ids"]
+        model, prompt = self.build(), self.batches[0]["input_ids"].to(self.options.device)
         prune(model, None, SPARSITY, method="magnitude", pattern="2:4", progress=False)
         largest = float(model(prompt).logits.abs().max())
         speeds, sizes, changed = measure_speeds(model, prompt, NEW)

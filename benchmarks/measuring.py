@@ -72,10 +72,10 @@ def random_llama(shape: Mapping[str, int], length: int, dtype: str = "float32", 
         return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
-def random_windows(vocabulary: int, samples: int, length: int, device: str = "cpu") -> Batches:
+def random_windows(vocabulary: int, samples: int, length: int) -> Batches:
     """Return windows of random tokens, each a batch."""
     ids = torch.randint(vocabulary, (samples, 1, length), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": window} for window in ids.to(device)]
+    return [{"input_ids": window} for window in ids]
 
 
 def columns(title: str, *headings: str) -> Table:
