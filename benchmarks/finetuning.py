@@ -16,14 +16,12 @@ from pathlib import Path
 
 import torch
 from measuring import MIB, PeakMemory, medians, seconds
-from peft import LoraConfig, get_peft_model
 from result import Result, Runs, Samples
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from wanda_lightning import CausalLMModule, Magnitude, prune
-from wanda_lightning.lora import KeepZerosLoraConfig
 from wanda_lightning.training.held_zeros import HeldZeros
 
 ADAPTERS = {
@@ -32,34 +30,73 @@ ADAPTERS = {
 }
 
 
-def training(model: nn.Module, ids: torch.Tensor) -> Callable[[], float]:
-    """Return a clock for one step of AdamW on the trainable parameters."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+class Training:
+    """A model that is pruned by magnitude, and random tokens to train it on."""
 
-    def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def __init__(self, model: nn.Module, batch_size: int, seqlen: int, runs: int) -> None:
+        self.model, self.runs = model.train(), runs
+        report = prune(model, None, 0.5, criterion=Magnitude(), progress=False)
+        self.layers = [layer.name for layer in report.layers]
+        self.ids = torch.randint(model.config.get_text_config().vocab_size, (batch_size, seqlen)).to(model.device)
 
-    return lambda: seconds(step)
+    def keep_zeros(self) -> dict[str, float]:
+        """Measure a step of all weights with KeepZeros, and without."""
+        pruned, zeros, step = copy.deepcopy(self.model.state_dict()), HeldZeros(), self._steps(self.model)
 
+        def free() -> float:
+            self.model.load_state_dict(pruned)  # a step without KeepZeros revives all zeros
+            return step()
 
-def peak(clock: Callable[[], float]) -> float:
-    """Return the peak memory of a step after the first one, in MiB above the start: the median of three."""
+        def held() -> float:
+            self.model.load_state_dict(pruned)
+            zeros.hold(self.model, self.layers)
+            duration = step()
+            zeros.release()
+            return duration
 
-    def once() -> float:
-        with PeakMemory() as memory:
-            clock()
-        return memory.peak / MIB
+        measured = self._compare(free, held)
+        self.model.load_state_dict(pruned)
+        return measured
 
-    return statistics.median(once() for _ in range(3))
+    def adapters(self, name: str) -> dict[str, float]:
+        """Measure a step of adapters that keep zeros, and of those that do not."""
+        from peft import LoraConfig, get_peft_model
 
+        from wanda_lightning.lora import KeepZerosLoraConfig
 
-def measure(without: Callable[[], float], kept: Callable[[], float], runs: int) -> dict[str, float]:
-    """Return the time and peak memory of a step without and with kept zeros."""
-    plain, ours = medians(without, kept, runs=runs)
-    memory = {"peak_mib": peak(kept), "plain_peak_mib": peak(without)}
-    return {"seconds": ours, "plain_seconds": plain, "ratio": ours / plain, **memory}
+        arguments = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **ADAPTERS[name]}
+        plain, keeping = (
+            self._steps(get_peft_model(copy.deepcopy(self.model), config(**arguments)))
+            for config in (LoraConfig, KeepZerosLoraConfig)
+        )
+        return self._compare(plain, keeping)
+
+    def _steps(self, model: nn.Module) -> Callable[[], float]:
+        """Return a clock for one step of AdamW on the trainable parameters."""
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+        def step() -> None:
+            model(input_ids=self.ids, labels=self.ids, use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return lambda: seconds(step)
+
+    def _compare(self, without: Callable[[], float], kept: Callable[[], float]) -> dict[str, float]:
+        """Return the time and peak memory of a step without and with kept zeros."""
+        plain, ours = medians(without, kept, runs=self.runs)
+        memory = {"peak_mib": self._peak(kept), "plain_peak_mib": self._peak(without)}
+        return {"seconds": ours, "plain_seconds": plain, "ratio": ours / plain, **memory}
+
+    def _peak(self, clock: Callable[[], float]) -> float:
+        """Return the peak memory of a step after the first one, in MiB above the start: the median of three."""
+
+        def once() -> float:
+            with PeakMemory(self.ids.device) as memory:
+                clock()
+            return memory.peak / MIB
+
+        return statistics.median(once() for _ in range(3))
 
 
 def row(measured: dict[str, float]) -> list[str]:
@@ -80,43 +117,20 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    model = CausalLMModule(options.model, dtype="float32").model.train()
-    report = prune(model, None, 0.5, criterion=Magnitude(), progress=False)
-    pruned = copy.deepcopy(model.state_dict())
-    ids = torch.randint(model.config.get_text_config().vocab_size, (options.batch_size, options.seqlen))
+    model = CausalLMModule(options.model, dtype="float32").model
+    training = Training(model, options.batch_size, options.seqlen, options.runs)
     table = Table(title=f"A step of AdamW, {options.batch_size} x {options.seqlen} tokens")
     for heading in ("what", "without (s)", "with (s)", "ratio", "without (MiB)", "with (MiB)", "ratio"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
-
-    zeros, step = HeldZeros(), training(model, ids)
-
-    def free() -> float:
-        model.load_state_dict(pruned)  # a step without KeepZeros revives all zeros
-        return step()
-
-    def held() -> float:
-        model.load_state_dict(pruned)
-        zeros.hold(model, layers)
-        duration = step()
-        zeros.release()
-        return duration
-
-    layers = [layer.name for layer in report.layers]
     runs, tokens = Runs(options.save, "keeping_zeros"), Samples("random tokens", options.batch_size, options.seqlen)
     planned = Result(model=Path(options.model).name, method="KeepZeros", sparsity=0.5, calibration=tokens)
     planned = replace(planned, arguments={"method": "magnitude"})
-    run = runs.save(planned, measure(free, held, options.runs))
+    run = runs.save(planned, training.keep_zeros())
     table.add_row("KeepZeros, all weights", *row(run.measured))
-    model.load_state_dict(pruned)
-
-    for name, arguments in ADAPTERS.items():
-        arguments = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **arguments}
-        plain = training(get_peft_model(copy.deepcopy(model), LoraConfig(**arguments)), ids)
-        keeping = training(get_peft_model(copy.deepcopy(model), KeepZerosLoraConfig(**arguments)), ids)
+    for name in ADAPTERS:
         adapted = replace(planned, method="KeepZerosLoraConfig", case={"adapters": name})
-        run = runs.save(adapted, measure(plain, keeping, options.runs))
+        run = runs.save(adapted, training.adapters(name))
         table.add_row(f"KeepZerosLora / LoRA: {name}", *row(run.measured))
-        del plain, keeping
     Console(width=130).print(table)
 
 

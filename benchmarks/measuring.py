@@ -1,4 +1,4 @@
-"""Clocks, memory, fingerprints and empty tables for the benchmarks."""
+"""Clocks, memory, fingerprints, random models and empty tables for the benchmarks."""
 
 import ctypes
 import gc
@@ -6,22 +6,33 @@ import hashlib
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Any
 
 import psutil
 import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 MIB = 2**20
 
+Batches = list[dict[str, Tensor]]
+
 
 def seconds(step: Callable[[], object]) -> float:
-    """Return how long a step takes."""
+    """Return how long a step takes, with all kernels that it starts on an accelerator."""
+    _wait_for_kernels()
     started = time.perf_counter()
     step()
+    _wait_for_kernels()
     return time.perf_counter() - started
+
+
+def _wait_for_kernels() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def medians(*clocks: Callable[[], float], runs: int, warm_up: bool = True) -> list[float]:
@@ -38,6 +49,35 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:6]
 
 
+def random_llama(shape: Mapping[str, int], length: int, dtype: str = "float32", device: str = "cpu") -> Any:
+    """Build a random model for windows of up to `length` tokens.
+
+    Args:
+        shape: Numbers by name: `hidden` (width), `mlp` (its inner width), `layers`, `heads`, `vocabulary`.
+        length: Number of tokens.
+        dtype: Of the weights.
+        device: Where the weights are drawn; devices draw different ones.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["mlp"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["heads"],
+        vocab_size=shape["vocabulary"],
+        max_position_embeddings=length,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def random_windows(vocabulary: int, samples: int, length: int) -> Batches:
+    """Return windows of random tokens, each a batch."""
+    ids = torch.randint(vocabulary, (samples, 1, length), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": window} for window in ids]
+
+
 def columns(title: str, *headings: str) -> Table:
     """Return an empty table with numbers aligned to the right."""
     table = Table(title=title)
@@ -52,7 +92,7 @@ class PeakMemory:
     It is the memory that an accelerator has allocated for tensors, or the resident memory of this process, sampled.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str | torch.device = "cpu") -> None:
         self._on_accelerator = torch.device(device).type != "cpu"
 
     def __enter__(self) -> "PeakMemory":

@@ -21,7 +21,7 @@ from wanda_lightning.common.write_whole import whole_file
 
 FOLDER = Path(__file__).parent / "results"
 OURS = "wanda_lightning"
-PACKAGES = (OURS, "lightning", "timm", "torch", "transformers")
+PACKAGES = ("lightning", "timm", "torch", "transformers")
 QUANTITIES: Mapping[str, str] = {
     "perplexity": "on the evaluation windows",
     "perplexity_before": "the same before fine-tuning or repair",
@@ -39,16 +39,26 @@ QUANTITIES: Mapping[str, str] = {
     "ratio": "seconds / plain_seconds",
     "peak_mib": "largest increase of resident memory, in MiB",
     "plain_peak_mib": "the same for what it is compared with",
+    "device_mib": "peak memory of the device with the model, in MiB; of the process if the device is the CPU",
     "peak_rss_mib": "peak resident memory of the whole process, in MiB",
     "estimate_mib": "the same as `inspect --stream` estimates it",
     "read_gb": "gigabytes read",
     "written_gb": "gigabytes written",
+    "mask_difference": "fraction of the mask entries that differ from those of what it is compared with",
+    "score_difference": "mean relative difference of the scores",
+    "tie_distance": "mean relative distance between the threshold of a row and a score whose mask entry differs",
+    "output_error": "mean relative squared error of the outputs of a layer",
+    "plain_output_error": "the same for what it is compared with",
+    "logit_difference": "largest difference of a logit / largest logit",
+    "prefill_speed": "tokens of a prompt per second / those with dense weights",
+    "decode_speed": "generated tokens per second / those with dense weights",
     "zeros_kept": "fraction of the pruned weights that are still zero",
     "trained_tokens": "tokens that training has read",
     "new_zeros": "fraction of the kept weights that became zero",
     "added": "parameters of adapters / all other parameters",
     "weights_mib": "bytes of all weights, in MiB",
-    "zstd_mib": "the same after zstd -3",
+    "plain_weights_mib": "the same for what it is compared with",
+    "zstd_mib": "weights_mib after zstd -3",
     **{
         f"{what}_{size}": f"{text} per second with a batch of {size} / those of the dense float32 model"
         for what, text in (("prefill", "tokens of a prompt"), ("decode", "generated tokens"), ("images", "images"))
@@ -212,9 +222,13 @@ def here() -> dict[str, Any]:
     saved = sys.argv.index("--save") if "--save" in sys.argv else len(sys.argv)
     given = sys.argv[1:saved] + sys.argv[saved + 2 :]
     arguments = (Path(each).name if each.startswith(("/", "~")) else each for each in given)
+    # A clone need not be installed.
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    ours = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)[0]
+    others = {name: metadata.version(name) for name in PACKAGES}
     return {
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), OURS: ours, **others},
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "date": date.today().isoformat(),
     }

@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from measuring import MIB, PeakMemory, columns
+from measuring import MIB, PeakMemory, columns, random_llama
 from result import Result, Runs, Samples
 from rich.console import Console
 from tables import exponent
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import prune
 
@@ -30,16 +29,11 @@ SIZES = {  # what varies, and the other sizes
 }
 
 
-def build(blocks: int, width: int) -> LlamaForCausalLM:
-    """Return a random Llama with heads of size 64."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=blocks, vocab_size=VOCABULARY)).eval()
-
-
 def measure(method: str, windows: int, blocks: int, width: int) -> dict[str, float]:
     """Return processor seconds and peak memory of one method, or of a forward pass of all windows."""
-    model = build(blocks, width)
+    heads = width // 64
+    shape = {"hidden": width, "mlp": 11 * width // 4, "layers": blocks, "heads": heads, "vocabulary": VOCABULARY}
+    model = random_llama(shape, LENGTH)
     batches = [{"input_ids": torch.randint(VOCABULARY, (4, LENGTH))} for _ in range(windows // 4)]
 
     def forward() -> None:

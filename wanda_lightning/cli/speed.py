@@ -41,7 +41,7 @@ def run(options: SpeedOptions) -> None:
     model: Any = CausalLMModule(options.model, dtype=options.dtype or "auto", **source.hub).model.eval().to(device)
     prompt = torch.randint(model.get_input_embeddings().num_embeddings, (1, options.seqlen), device=device)
     with torch.inference_mode(False), torch.no_grad():
-        speeds, sizes, difference = _measure(model, prompt, options.tokens)
+        speeds, sizes, difference = measure_speeds(model, prompt, options.tokens)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
     title = f"{options.model}, {str(model.dtype).removeprefix('torch.')} on {machine}, {_ROUNDS} rounds"
     print_table(_table(title, speeds, sizes, difference))
@@ -49,7 +49,7 @@ def run(options: SpeedOptions) -> None:
         print_line(verdict(what, getattr(speeds["dense"], what), getattr(speeds["2:4"], what)))
 
 
-def _measure(model: Any, prompt: Any, tokens: int) -> tuple[dict[str, Speeds], dict[str, int], float]:
+def measure_speeds(model: Any, prompt: Any, tokens: int) -> tuple[dict[str, Speeds], dict[str, int], float]:
     """Return the speeds, the bytes of the weights, and the largest difference of a logit.
 
     The executions take turns, so that another load on the machine affects both.
