@@ -190,12 +190,12 @@ def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
 
 
 def scaling() -> dict[str, Any]:
-    """Processor seconds by windows, blocks and width."""
+    """Seconds by windows, blocks and width."""
     data: dict[str, dict[str, list[Any]]] = {
         size: {name: [] for name in SCALED} for size in ("windows", "blocks", "width")
     }
     for run in sorted(read_table("scaling"), key=lambda run: run.case["value"]):
-        data[run.case["by"]][run.method].append([run.case["value"], round(run.measured["processor_seconds"], 3)])
+        data[run.case["by"]][run.method].append([run.case["value"], round(run.measured["seconds"], 2)])
     return data
 
 
@@ -212,7 +212,7 @@ def draw_scaling(data: Mapping[str, Any]) -> "Figure":
         values = [value for value, _ in points]
         panel.set(xlabel=size, title=f"by {size}")
         panel.set_xticks(values, [str(value) for value in values])
-    panels[0].set_ylabel("processor seconds")
+    panels[0].set_ylabel("seconds")
     panels[0].legend(frameon=False)
     return figure
 

@@ -3,7 +3,6 @@
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
         --nsamples 16 --seqlen 512 --limit 40 --save benchmarks/results
     python benchmarks/quality.py --model M.gguf --calibration self --eval wikitext2_test.raw.txt --goals 60
-    python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt --nsamples 64
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --held_out
     python benchmarks/quality.py --model M.gguf --baseline --goals 50 2:4
     python benchmarks/quality.py --images --save benchmarks/results
@@ -11,8 +10,7 @@
 
 Windows are those of `wanda-lightning prune` with seed 0, in batches of 4, in float32. With `--save`, each cell is a
 file (benchmarks/result.py), and the same command again measures only cells that are missing or used other choices.
-With `--calibration self`, the dense model writes the windows. Such runs, those with another number of windows than 16,
-and those with another `--seed` each have a table of their own.
+With `--calibration self`, the dense model writes the windows, and the files are in a table of their own.
 `--held_out` measures on the part of the calibration text that calibration does not use, to choose hyperparameters.
 `--baseline` compares our SparseGPT and `balanced` with a plain implementation of SparseGPT. `--images` trains and
 prunes the models of recipes/vision/demo.py, and `--photos` prunes a timm model with its weights.
@@ -41,7 +39,6 @@ from wanda_lightning import (
     NM,
     OWL,
     CausalLMModule,
-    Distil,
     EqualShare,
     Fisher,
     ImageClassifierModule,
@@ -59,7 +56,6 @@ from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.modules import WindowPerplexity
 
-WINDOWS = 16  # of the main table
 Choices = dict[str, Any]  # arguments of `prune`, without the sparsity
 Measured = dict[str, float]
 
@@ -71,7 +67,6 @@ TEXT: dict[str, Choices] = {
     "fisher": {"method": "wanda", "allocation": Fisher(num_samples=8)},
     **{name: {"method": name} for name in PRESETS},
     **{f"{name}+distil": {"method": name, "recovery": "distil"} for name in ("wanda", "balanced")},
-    "thorough, one pass": {"method": "thorough", "recovery": Distil(passes=1)},
     "wanda+permutation": {"method": "wanda", "permutation": "assignment"},
     "balanced+permutation": {"method": "balanced", "permutation": "assignment"},
     "best-permutation": {"method": "best", "permutation": "none"},
@@ -163,7 +158,7 @@ class LanguageModel:
         module = CausalLMModule(options.model, dtype="float32")
         sources = (options.calibration, options.calibration if options.held_out else options.eval)
         windows = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
-        data = TextDataModule(module.tokenizer, *sources, **windows, seed=options.seed)
+        data = TextDataModule(module.tokenizer, *sources, **windows, seed=0)
         self.tokenizer, self.model = module.tokenizer, module.model.eval()
         if options.calibration == SELF:  # no Trainer runs the model
             self.samples = sample_windows(self.model, self.tokenizer, options.nsamples, options.seqlen)
@@ -180,7 +175,7 @@ class LanguageModel:
         self.planned = Result(
             model=Path(options.model).name,
             method="dense",
-            case=what_differs(options),
+            case={"calibration": options.calibration} if options.calibration == SELF else {},
             calibration=Samples(names[0], options.nsamples, options.seqlen),
             evaluation=Samples(evaluated, options.limit, options.seqlen),
         )
@@ -244,20 +239,9 @@ class LanguageModel:
         }
 
 
-def what_differs(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what sets the runs apart from those of the main table."""
-    if options.calibration == SELF:
-        return {"calibration": SELF}
-    if options.nsamples != WINDOWS:
-        return {"windows": options.nsamples}
-    return {"seed": options.seed} if options.seed else {}
-
-
 def measure_text(options: argparse.Namespace, console: Console) -> None:
     """Measure all methods with a language model."""
-    tables = {"calibration": "own_text", "windows": "windows", "seed": "draws"}
-    differs = next(iter(what_differs(options)), "")
-    table_name = "held_out" if options.held_out else tables.get(differs, "methods")
+    table_name = "held_out" if options.held_out else "own_text" if options.calibration == SELF else "methods"
     language, runs = LanguageModel(options), Runs(options.save, table_name)
     table = columns(f"{options.model}: perplexity (seconds of pruning)", "method", *options.goals, "peak MiB")
     dense = runs(replace(language.planned, case={}, calibration=None), language.measure_dense)
@@ -394,8 +378,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub id, folder or .gguf file")
     parser.add_argument("--calibration", default="python-docs")
     parser.add_argument("--eval", default="python-docs")
-    parser.add_argument("--nsamples", type=int, default=WINDOWS)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the windows")
+    parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
     parser.add_argument("--goals", nargs="+", help="percentages for unstructured pruning, and N:M, such as: 50 2:4")

@@ -34,7 +34,6 @@ QUANTITIES: Mapping[str, str] = {
     "acc_norm_error": "its standard error",
     "sparsity": "fraction of zeros in the pruned layers",
     "seconds": "duration",
-    "processor_seconds": "the same, summed over all threads that ran",
     "plain_seconds": "duration of what it is compared with, in the same process",
     "ratio": "seconds / plain_seconds",
     "peak_mib": "largest increase of resident memory, in MiB",

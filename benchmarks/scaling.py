@@ -1,85 +1,81 @@
-"""Measure how processor time and memory of pruning grow with calibration tokens, layers and width.
+"""Measure how the seconds of pruning grow with calibration tokens, layers and width.
 
     python benchmarks/scaling.py --save benchmarks/results
 
-The model is a random Llama in float32, pruned in memory to 50 % with `sequential="layer"`. Each line varies one size.
-Processor seconds are those of all threads. Peak memory is what a run needs beside the model and the batches. The
-exponent is the slope of a line through the last three points, both axes logarithmic: 1 is linear.
+The model is a random Llama in float32, pruned in memory to 50 % with `sequential="layer"`. Each line varies one size;
+the others keep their defaults: 16 windows of 512 tokens, 8 blocks, width 512. The exponent is the slope of a line
+through the points, both axes logarithmic: 1 is linear.
 """
 
 import argparse
-import time
-from collections.abc import Callable
+import math
 
 import torch
-from measuring import MIB, PeakMemory, columns, random_llama
+from measuring import medians, random_llama, seconds
 from result import Result, Runs, Samples
 from rich.console import Console
-from tables import exponent
+from rich.table import Table
 
 from wanda_lightning import prune
 
 METHODS = ("wanda", "sparsegpt", "admm")
-FORWARD = "forward pass"
+DEFAULTS = {"windows": 16, "blocks": 8, "width": 512}
+SIZES = {"windows": (8, 16, 32, 64), "blocks": (8, 16, 32), "width": (256, 512, 1024)}
 LENGTH, VOCABULARY = 512, 1024
-SIZES = {  # what varies, and the other sizes
-    "windows": ((4, 8, 16, 32, 64, 128), {"blocks": 2, "width": 512}),
-    "blocks": ((2, 4, 8, 16), {"windows": 16, "width": 512}),
-    "width": ((256, 512, 1024, 2048, 4096), {"windows": 4, "blocks": 1}),
-}
 
 
-def measure(method: str, windows: int, blocks: int, width: int) -> dict[str, float]:
-    """Return processor seconds and peak memory of one method, or of a forward pass of all windows."""
+def measure(windows: int, blocks: int, width: int, runs: int) -> dict[str, float]:
+    """Return the median seconds of a forward pass and of each method, measured alternately."""
     heads = width // 64
-    shape = {"hidden": width, "mlp": 11 * width // 4, "layers": blocks, "heads": heads, "vocabulary": VOCABULARY}
+    shape = {"hidden": width, "mlp": 11 * heads * 16, "layers": blocks, "heads": heads, "vocabulary": VOCABULARY}
     model = random_llama(shape, LENGTH)
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = [{"input_ids": torch.randint(VOCABULARY, (4, LENGTH))} for _ in range(windows // 4)]
 
-    def forward() -> None:
+    def forward() -> float:
         with torch.no_grad():
-            for batch in batches:
-                model.model(**batch, use_cache=False)
+            return seconds(lambda: [model.model(**batch, use_cache=False) for batch in batches])
 
-    def pruning() -> None:
-        prune(model, batches, 0.5, method=method, sequential="layer", progress=False)
+    def pruning(method: str) -> float:
+        model.load_state_dict(dense)
+        return seconds(lambda: prune(model, batches, 0.5, method=method, sequential="layer", progress=False))
 
-    step: Callable[[], None] = forward if method == FORWARD else pruning
-    with PeakMemory() as memory:
-        started = time.process_time()
-        step()
-        took = time.process_time() - started
-    return {"processor_seconds": took, "peak_mib": memory.peak / MIB}
+    clocks = [forward, *(lambda method=method: pruning(method) for method in METHODS)]
+    return dict(zip(("forward pass", *METHODS), medians(*clocks, runs=runs, warm_up=False), strict=True))
+
+
+def exponent(points: list[tuple[int, float]]) -> float:
+    """Return the slope of a line through the points, fitted to their logarithms."""
+    xs, ys = ([math.log(value) for value in column] for column in zip(*points, strict=True))
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description="Measure how pruning grows with tokens, layers and width.")
-    parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
     options = parser.parse_args()
-    console, runs = Console(width=140), Runs(options.save, "scaling")
-    measure(METHODS[0], 4, 1, 256)  # warm up
-    for size, (values, others) in SIZES.items():
-        table = columns("processor seconds (peak MiB)", f"by {size}", *map(str, values), "exponents")
-        for method in (FORWARD, *METHODS):
-            found = []
-            for value in values:
-                sizes = {**others, size: value}
+    console, runs = Console(width=120), Runs(options.save, "scaling")
+    for size, values in SIZES.items():
+        table = Table("seconds by", *(f"{size} {value}" for value in values), "exponent")
+        lines: dict[str, list[tuple[int, float]]] = {name: [] for name in ("forward pass", *METHODS)}
+        for value in values:
+            sizes = {**DEFAULTS, size: value}
+            for name, duration in measure(**sizes, runs=options.runs).items():
+                lines[name].append((value, duration))
                 planned = Result(
                     model="random Llama",
-                    method=method,
-                    sparsity=0.5 if method in METHODS else 0.0,
+                    method=name,
+                    sparsity=0.5 if name in METHODS else 0.0,
                     case={"by": size, "value": value},
-                    arguments={"method": method, "sequential": "layer"} if method in METHODS else {},
+                    arguments={"method": name, "sequential": "layer"} if name in METHODS else {},
                     calibration=Samples("random tokens", sizes["windows"], LENGTH),
                 )
-                found.append(runs(planned, lambda method=method, sizes=sizes: measure(method, **sizes)).measured)
-            slopes = [
-                exponent([(value, run[kind]) for value, run in zip(values, found, strict=True)])
-                for kind in ("processor_seconds", "peak_mib")
-            ]
-            cells = [f"{run['processor_seconds']:.2f} ({run['peak_mib']:.0f})" for run in found]
-            table.add_row(method, *cells, " (".join(f"{slope:.2f}" for slope in slopes) + ")")
+                runs.save(planned, {"seconds": duration})
+        for name, points in lines.items():
+            table.add_row(name, *(f"{duration:.2f}" for _, duration in points), f"{exponent(points):.2f}")
         console.print(table)
 
 

@@ -5,7 +5,6 @@ pages that ask for it.
 """
 
 import math
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -46,7 +45,6 @@ LABELS: Mapping[str, str] = {
     "best+row_weights": "`best` with row weights",
     "best": "`best`",
     "thorough": "`thorough`",
-    "thorough, one pass": "`thorough`, one pass",
     "fixed": "then `DistillFromDense`",
     "trained longer": "dense, trained as long",
     "structured": "units",
@@ -170,9 +168,9 @@ def _distinct(values: Iterable[str | None]) -> list[str]:
 
 def all_methods() -> str:
     """Perplexity, seconds and memory of all methods with a language model."""
-    results, goals = read_table("methods"), ("50 %", "60 %", "2:4")
+    results, goals = read_table("methods"), ("50 %", "60 %", "70 %", "2:4")
     found = lookup(results)
-    rows = [["dense", *[perplexity(found["dense", "dense"])] * 3, "", ""]]
+    rows = [["dense", *[perplexity(found["dense", "dense"])] * len(goals), "", ""]]
     worse = []
     for method in methods_of(found):
         cells = [found.get((method, goal)) for goal in goals]
@@ -299,30 +297,17 @@ def image_costs() -> str:
 
 
 def scaling() -> str:
-    """Processor seconds and peak memory by windows, blocks and width, with the exponent of each line."""
+    """Seconds by windows, blocks and width."""
     results, parts = read_table("scaling"), []
     for size in ("windows", "blocks", "width"):
         runs = {(r.method, r.case["value"]): r for r in results if r.case["by"] == size}
         values = sorted({value for _, value in runs})
-        for quantity, unit, form in (
-            ("processor_seconds", "processor seconds", ".3g"),
-            ("peak_mib", "peak MiB", ".0f"),
-        ):
-            rows = []
-            for method in SCALED:
-                slope = exponent([(value, runs[method, value].measured[quantity]) for value in values])
-                numbers = (number(runs[method, value], quantity, form) for value in values)
-                rows.append([LABELS.get(method, method), *numbers, f"{slope:.2f}"])
-            parts.append(markdown((f"{unit} by {size}", *map(str, values), "exponent"), rows))
+        rows = [[LABELS.get(m, m), *(number(runs[m, v], "seconds", ".1f") for v in values)] for m in SCALED]
+        parts.append(markdown((f"seconds by {size}", *map(str, values)), rows))
     return "\n\n".join([*parts, source(results, data=False)])
 
 
 SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
-
-
-def exponent(points: Sequence[tuple[int, float]]) -> float:
-    """Return the slope of the line through the last three points that fits their logarithms best."""
-    return statistics.linear_regression(*zip(*((math.log(x), math.log(y)) for x, y in points[-3:]), strict=True)).slope
 
 
 def finetuning() -> str:
@@ -466,22 +451,6 @@ def own_text() -> str:
     return markdown(("perplexity", *columns), rows) + "\n\n" + source([*results, *web])
 
 
-def windows() -> str:
-    """Perplexity by the number of calibration windows."""
-    goals, more = ("50 %", "60 %", "70 %", "2:4"), [r for r in read_table("windows") if r.method != "dense"]
-    alike = {result.method.partition(",")[0] for result in more}
-    results = [r for r in read_table("methods") if r.method in alike and r.goal in goals] + more
-    found: dict[tuple[str, int], dict[str, Result]] = defaultdict(dict)
-    for result in results:
-        if result.calibration and result.calibration.windows:
-            found[result.method, result.calibration.windows][result.goal] = result
-    rows = [
-        [LABELS[method], str(number), *(perplexity(found[method, number].get(goal)) for goal in goals)]
-        for method, number in sorted(found, key=lambda key: (list(LABELS).index(key[0]), key[1]))
-    ]
-    return markdown(("perplexity", "windows", *goals), rows) + "\n\n" + source(more)
-
-
 def training() -> str:
     """Perplexity and seconds of models that are trained on after pruning."""
 
@@ -594,7 +563,6 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "costs": costs,
     "image_costs": image_costs,
     "scaling": scaling,
-    "windows": windows,
     "finetuning": finetuning,
     "keeping_zeros": keeping_zeros,
     "repair": repair,

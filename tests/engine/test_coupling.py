@@ -277,6 +277,32 @@ def test_blocks_with_the_same_parameters_and_other_attributes_are_tried_again():
     assert list(found_in(model, vectors()).coupled) == ["blocks.1.down", "blocks.3.down"]
 
 
+def test_parts_that_look_alike_lose_units_of_their_own():
+    """Without a list of blocks, the whole network is one; its branches of one width are still apart."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Sequential(nn.Conv2d(16, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+            self.up = nn.Sequential(nn.Conv2d(12, 16, 3, padding=1))
+
+        def forward(self, x):
+            return x + self.up(self.down(x))
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Linear(16, 10)
+            self.first, self.second, self.third = Branches(), Branches(), Branches()
+
+        def forward(self, x):
+            return self.head(self.third(self.second(self.first(self.stem(x)))).mean(dim=(2, 3)))
+
+    units = found_in(seeded(Network), images()).coupled
+    assert units.keys() == {"first.up.0", "second.up.0", "third.up.0"}
+    assert all(len(each.writers) == 1 for each in units.values())
+
+
 def test_a_branch_of_a_tiny_scale_is_still_found():
     model = seeded(lambda: Blocks(Mlp(scale=1e-6), Mlp(scale=1e-6)))
     plan = found_in(model, vectors())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import re
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -38,6 +39,7 @@ from wanda_lightning.shrinking.modeling import _auto_classes
 HEADING = "## Hidden units that can be taken out"
 ORDINARY, OWN_FILE, NO_FOLDER = "ordinary", "with a modeling file", "none"
 _PROPERTIES = ("found", "taken out", "loaded")
+_MINUTES = 10  # of processor time for a family
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Units:
     @property
     def properties(self) -> dict[str, bool]:
         """Whether hidden units were found and taken out, and whether the folder loaded."""
-        taken_out = 0 < self.zero == self.removed
+        taken_out = 0 < self.zero <= self.removed
         return dict(zip(_PROPERTIES, (self.width > 0, taken_out, self.folder != NO_FOLDER), strict=True))
 
     def __str__(self) -> str:
@@ -94,7 +96,7 @@ def mlp_of(model: nn.Module, batch: Any) -> str:
     return "experts" if has_experts or any("expert" in matrix.name for matrix in every.skipped) else ""
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """Ends a forward pass."""
 
 
@@ -116,7 +118,7 @@ def _inputs_of(
         if module not in found:
             found[module] = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)).clone()
         if len(found) == len(readers):
-            raise _Reached
+            raise _ReachedError
 
     with ExitStack() as hooks:
         for reader in readers:
@@ -124,7 +126,7 @@ def _inputs_of(
         for module, change in changes.items():
             hooks.callback(module.register_forward_hook(change).remove)
         torch.manual_seed(0)
-        with suppress(_Reached):
+        with suppress(_ReachedError):
             run(model, copy.deepcopy(batch))
     return found
 
@@ -305,14 +307,28 @@ def examine(family: Family) -> Units:
     """Call `check`, and return errors as results."""
     result = Units(family.kind, family.name, family.model)
     started = time.process_time()
+    signal.signal(signal.SIGPROF, _stop)
+    signal.setitimer(signal.ITIMER_PROF, 60 * _MINUTES)
     try:
         check(family, result)
+    except _OutOfTimeError:
+        result.cause = f"not finished in {_MINUTES} minutes of processor time"
     except CannotBuild as error:
         result.cause = f"cannot be built here: {error}"
     except Exception as error:
         result.cause = families._first_line(error)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
     result.seconds = time.process_time() - started
     return result
+
+
+class _OutOfTimeError(Exception):
+    pass
+
+
+def _stop(*_: Any) -> None:
+    raise _OutOfTimeError
 
 
 # ---- the table

@@ -6,9 +6,10 @@ block must compute the same with units that are zero as without them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,8 +124,9 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
         vectors = [*_carried(scope, width)]
         # The largest layer is the reader: its weights say which units matter, not those of a squeeze-and-excitation.
         readers = [columns_of(layer) for layer in layers if layer.width == width and layer.size <= reader.size]
-        for written in written_units(width, layers):
-            first, end = min(index[slot.module] for slot in written), index.get(reader.module, len(index))
+        end = index.get(reader.module, len(index))
+        for written in sorted(written_units(width, layers), key=partial(_remoteness, index=index, end=end)):
+            first = min(index[slot.module] for slot in written)
             between = [slot for slot in vectors if first < index[slot.module] < end]
             inner = [slot for slot in readers if first < index[slot.module] < end]
             for more in (between, [*between, *inner], vectors, [*vectors, *readers], []):
@@ -134,6 +136,15 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
                     proposed.add(key)
                     others = [layer for layer in layers if layer.module in {slot.module for slot in slots}]
                     yield RemovableUnits(reader, tuple(others), width, slots, tuple(dict.fromkeys((parent, scope))))
+
+
+def _remoteness(written: Sequence[Slot], index: Mapping[nn.Module, int], end: int) -> tuple[bool, bool, int]:
+    """Order the writers of units: up to two, the nearest before the reader at `end`, first.
+
+    More are tried last: they fit, too, if parts of a model are alike, but then all lose the units that one loses.
+    """
+    last = max(index[slot.module] for slot in written)
+    return len({slot.module for slot in written}) > 2, last > end, abs(end - last)
 
 
 def _carried(scope: nn.Module, width: int) -> Iterator[Slot]:
