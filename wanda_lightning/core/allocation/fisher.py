@@ -26,8 +26,8 @@ class Fisher(Allocation):
     layer's outputs, and `r_j` is the sum of `g_j²` relative to its mean over the outputs. The score estimates the
     increase of the loss if the weight becomes zero, to second order and with the diagonal of the Fisher information as
     curvature (LeCun et al. 1989). One threshold for the whole model gives each layer the fraction of its weights that
-    are below, at most `max_deviation` from the target, and less above 60 %. The cost is one forward and backward pass of
-    the dense model; no labels are needed.
+    are below, at most `max_deviation` from the target. The cost is one forward and backward pass of the dense model; no
+    labels are needed.
 
     The score of a hidden unit is the sum over tokens of its squared activation times the squared gradient there. The
     units with the smallest scores of the whole model become zero: of a layer at most 60 %, or halfway from the target
