@@ -40,6 +40,7 @@ HEADING = "## Hidden units that can be taken out"
 ORDINARY, OWN_FILE, NO_FOLDER = "ordinary", "with a modeling file", "none"
 _PROPERTIES = ("found", "taken out", "loaded")
 _MINUTES = 10  # of processor time for a family
+_UNKNOWN = "unknown"  # whether it has an MLP
 
 
 @dataclass
@@ -312,6 +313,7 @@ def examine(family: Family) -> Units:
     try:
         check(family, result)
     except _OutOfTimeError:
+        result.mlp = result.mlp or _UNKNOWN
         result.cause = f"not finished in {_MINUTES} minutes of processor time"
     except CannotBuild as error:
         result.cause = f"cannot be built here: {error}"
@@ -379,11 +381,11 @@ def shares(results: Sequence[Units]) -> Iterator[str]:
 
 
 def _with_mlp(result: Units) -> bool:
-    return bool(result.mlp) or result.width > 0
+    return result.mlp not in ("", _UNKNOWN) or result.width > 0
 
 
 def _outside_experts(result: Units) -> bool:
-    return result.width > 0 or result.mlp not in ("", "experts")
+    return result.width > 0 or result.mlp not in ("", "experts", _UNKNOWN)
 
 
 def _summary(title: str, results: Sequence[Units]) -> str:
@@ -393,7 +395,7 @@ def _summary(title: str, results: Sequence[Units]) -> str:
 
 
 def _row(result: Units) -> str:
-    mlp = {"": "no", "experts": "experts"}.get(result.mlp, "yes")
+    mlp = {"": "no", "experts": "experts", _UNKNOWN: _UNKNOWN}.get(result.mlp, "yes")
     smaller = f"-{result.smaller:.0%}" if result.removed else ""
     shown = (mlp, result.width, f"{result.removed} of {result.zero}", smaller, result.folder)
     return f"| {result.name} | {result.model} | {' | '.join(map(str, shown))} | {families._cell(result.cause)} |"
