@@ -277,7 +277,8 @@ def test_blocks_with_the_same_parameters_and_other_attributes_are_tried_again():
     assert list(found_in(model, vectors()).coupled) == ["blocks.1.down", "blocks.3.down"]
 
 
-def test_parts_that_look_alike_lose_units_of_their_own():
+@pytest.mark.parametrize("number", [2, 3])
+def test_parts_that_look_alike_lose_units_of_their_own(number):
     """Without a list of blocks, the whole network is one; its branches of one width are still apart."""
 
     class Branches(nn.Module):
@@ -293,13 +294,17 @@ def test_parts_that_look_alike_lose_units_of_their_own():
         def __init__(self):
             super().__init__()
             self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Linear(16, 10)
-            self.first, self.second, self.third = Branches(), Branches(), Branches()
+            for place in range(number):
+                self.add_module(f"part{place}", Branches())
 
         def forward(self, x):
-            return self.head(self.third(self.second(self.first(self.stem(x)))).mean(dim=(2, 3)))
+            x = self.stem(x)
+            for place in range(number):
+                x = self.get_submodule(f"part{place}")(x)
+            return self.head(x.mean(dim=(2, 3)))
 
     units = found_in(seeded(Network), images()).coupled
-    assert units.keys() == {"first.up.0", "second.up.0", "third.up.0"}
+    assert units.keys() == {f"part{place}.up.0" for place in range(number)}
     assert all(len(each.writers) == 1 for each in units.values())
 
 

@@ -138,13 +138,13 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
                     yield RemovableUnits(reader, tuple(others), width, slots, tuple(dict.fromkeys((parent, scope))))
 
 
-def _remoteness(written: Sequence[Slot], index: Mapping[nn.Module, int], end: int) -> tuple[bool, bool, int]:
-    """Order the writers of units: up to two, the nearest before the reader at `end`, first.
+def _remoteness(written: Sequence[Slot], index: Mapping[nn.Module, int], end: int) -> tuple[int, bool, int]:
+    """Order proposals for the writers of units: the fewest first, then the nearest before the reader at `end`.
 
-    More are tried last: they fit, too, if parts of a model are alike, but then all lose the units that one loses.
+    More writers than needed fit, too, if parts of a model are alike, but then all lose the units that one loses.
     """
     last = max(index[slot.module] for slot in written)
-    return len({slot.module for slot in written}) > 2, last > end, abs(end - last)
+    return len({slot.module for slot in written}), last > end, abs(end - last)
 
 
 def _carried(scope: nn.Module, width: int) -> Iterator[Slot]:
