@@ -62,7 +62,7 @@ class Units:
     @property
     def properties(self) -> dict[str, bool]:
         """Whether hidden units were found and taken out, and whether the folder loaded."""
-        taken_out = 0 < self.zero <= self.removed
+        taken_out = 0 < self.zero == self.removed
         return dict(zip(_PROPERTIES, (self.width > 0, taken_out, self.folder != NO_FOLDER), strict=True))
 
     def __str__(self) -> str:
