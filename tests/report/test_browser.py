@@ -11,6 +11,7 @@ pytest.importorskip("selenium", reason="selenium is not installed")
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
 from wanda_lightning import prune
 
@@ -52,6 +53,8 @@ def show(browser, page, width=1400, theme="light", scripts=True):
     scheme = [{"name": "prefers-color-scheme", "value": theme}]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
     browser.get(page.as_uri())
+    # `get` may return before the page is there if the machine is busy.
+    WebDriverWait(browser, 30).until(lambda browser: browser.find_elements(By.CSS_SELECTOR, "table tbody tr"))
 
 
 NAMES = ("full", "experts")
