@@ -9,11 +9,12 @@ those of factorizations and triangular solves are from Golub and Van Loan, Matri
 import torch
 from rich.console import Console
 from tables import LABELS, markdown
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from wanda_lightning import ADMM
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.streaming.memory_estimate import Samples, memory_to_prune
+from wanda_lightning.streaming.memory_estimate import Memory, Samples, memory_to_prune
 
 METHODS = ("wanda", "sparsegpt", "admm")
 SAMPLES = Samples(128, 2048, 1)
@@ -56,34 +57,33 @@ def operations(config: LlamaConfig) -> dict[str, float]:
     return {name: count * config.num_hidden_layers for name, count in each.items()}
 
 
-def memory(config: LlamaConfig, method: str, park: str) -> tuple[float, float]:
-    """Return GiB with the model in memory, and from disk."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-    needed = memory_to_prune(model, PruningConfig.from_names(0.5, method=method, sequential="layer"), SAMPLES, park)
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return (weights + needed.activations + needed.work) / 2**30, needed.total / 2**30
+def memory(model: nn.Module, method: str, park: str) -> Memory:
+    """Return the estimate for a model on the meta device, pruned from disk."""
+    return memory_to_prune(model, PruningConfig.from_names(0.5, method=method, sequential="layer"), SAMPLES, park)
 
 
 def larger() -> str:
     """Return the table."""
-    rows: list[list[str]] = []
-    counted = {shape: operations(config) for shape, config in SHAPES.items()}
-    rows.append(["a forward pass, 10^15 operations", *(f"{c['forward pass'] / 1e15:.1f}" for c in counted.values())])
-    for name, label in {"Gram matrices": "Gram matrices", **{m: LABELS[m] + ", solving" for m in METHODS[1:]}}.items():
-        shares = (f"{c[name] / c['forward pass']:.2f}" for c in counted.values())
-        rows.append([f"{label} / a forward pass", *shares])
+    with torch.device("meta"):
+        models = [AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16) for config in SHAPES.values()]
+    counted = [operations(config) for config in SHAPES.values()]
+    rows = [["a forward pass, 10^15 operations", *(f"{each['forward pass'] / 1e15:.1f}" for each in counted)]]
+    for name, label in {"Gram matrices": "Gram matrices", **{m: f"{LABELS[m]}, solving" for m in METHODS[1:]}}.items():
+        rows.append([f"{label} / a forward pass", *(f"{each[name] / each['forward pass']:.2f}" for each in counted)])
     for method in METHODS:
-        both = [memory(config, method, "memory") for config in SHAPES.values()]
-        rows.append([f"{LABELS[method]}, model in memory, GiB", *(f"{inside:.0f}" for inside, _ in both)])
-        rows.append([f"{LABELS[method]}, from disk, GiB", *(f"{streamed:.0f}" for _, streamed in both)])
-        parked = [memory(config, method, "disk")[1] for config in SHAPES.values()]
-        rows.append([f"{LABELS[method]}, from disk, activations on disk, GiB", *(f"{value:.0f}" for value in parked)])
+        needed = [memory(model, method, "memory") for model in models]
+        whole = [
+            2 * model.num_parameters() + each.activations + each.work
+            for model, each in zip(models, needed, strict=True)
+        ]
+        parked = [memory(model, method, "disk").total for model in models]
+        streamed = [each.total for each in needed]
+        for place, sizes in {
+            "model in memory": whole,
+            "from disk": streamed,
+            "from disk, activations on disk": parked,
+        }.items():
+            rows.append([f"{LABELS[method]}, {place}, GiB", *(f"{size / 2**30:.0f}" for size in sizes)])
     return markdown((f"computed for {SAMPLES.count} x {SAMPLES.length} tokens", *SHAPES), rows)
 
 

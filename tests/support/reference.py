@@ -294,7 +294,8 @@ def alpha(layers, sparsity, per_block=True):
 
 
 def fisher(layers, sparsity, max_deviation=0.15):
-    """One threshold for w² times the square sum of its input in all layers, each at most 0.15 from the target."""
+    """One threshold for w² times the square sum of its input; layers differ by 0.15, or 3/8 of what is kept."""
+    max_deviation = min(max_deviation, 3 / 8 * (1 - sparsity))
     scores = {name: (weight**2 * square_sum(tokens)).ravel() for name, _, weight, tokens in layers}
     everything = np.sort(np.concatenate([*scores.values()]))
     best = None

@@ -34,9 +34,8 @@ class Fisher(Allocation):
     to all.
 
     Attributes:
-        max_deviation: Maximum difference between a layer's sparsity and the target. It is never more than 3/8 of the
-            fraction that is kept, since a layer that keeps far less than the others cannot be made up for: 0.15 is
-            used up to 60 %, and 0.1125 at 70 %.
+        max_deviation: Maximum difference between a layer's sparsity and the target, and at most 3/8 of the fraction
+            that is kept: 0.15 up to 60 %, and 0.1125 at 70 %, where a language model lost its quality with 0.15.
         num_samples: Number of calibration samples, the first ones of all processes together, that are passed backward;
             None for all.
         num_predictions: Take more samples, if there are any, until they have this many predictions: a window of text
