@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from result import OURS, Result, read_table
-from tables import LABELS, ROOT, SCALED
+from tables import LABELS, ROOT, SCALED, exponent
 
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.write_whole import whole_file
@@ -190,30 +190,35 @@ def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
 
 
 def scaling() -> dict[str, Any]:
-    """Seconds by windows, blocks and width."""
-    data: dict[str, dict[str, list[Any]]] = {
-        size: {name: [] for name in SCALED} for size in ("windows", "blocks", "width")
-    }
-    for run in sorted(read_table("scaling"), key=lambda run: run.case["value"]):
-        data[run.case["by"]][run.method].append([run.case["value"], round(run.measured["seconds"], 2)])
+    """Processor seconds and peak memory by windows, blocks and width: points of each method, with the exponent."""
+    runs = sorted(read_table("scaling"), key=lambda run: run.case["value"])
+    data: dict[str, dict[str, Any]] = {}
+    for quantity, name in (("processor_seconds", "processor seconds"), ("peak_mib", "MiB beyond the model")):
+        data[name] = {}
+        for size in ("windows", "blocks", "width"):
+            lines = data[name][size] = {}
+            for method in SCALED:
+                own = [run for run in runs if (run.case["by"], run.method) == (size, method)]
+                points = [[run.case["value"], round(run.measured[quantity], 3)] for run in own]
+                lines[method] = {"points": points, "exponent": round(exponent(points), 2)}
     return data
 
 
 def draw_scaling(data: Mapping[str, Any]) -> "Figure":
-    """Draw one panel for each size, both axes logarithmic."""
+    """Draw one panel for each quantity and size, both axes logarithmic, with exponents in the legends."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(data), figsize=(10, 3.6), layout="constrained", sharey=True)
-    for panel, (size, lines) in zip(panels, data.items(), strict=True):
-        _logarithmic(panel, "x", "y")
-        for (name, points), color in zip(lines.items(), (FAINT, BLUE, GREEN, ORANGE), strict=True):
-            label = _short(name) if name in LABELS else name
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.5, label=label, color=color)
-        values = [value for value, _ in points]
-        panel.set(xlabel=size, title=f"by {size}")
-        panel.set_xticks(values, [str(value) for value in values])
-    panels[0].set_ylabel("seconds")
-    panels[0].legend(frameon=False)
+    figure, grid = plt.subplots(len(data), 3, figsize=(11, 7.5), layout="constrained", sharex="col", sharey="row")
+    for row, (quantity, sizes) in zip(grid, data.items(), strict=True):
+        for panel, (size, lines) in zip(row, sizes.items(), strict=True):
+            _logarithmic(panel, "x", "y")
+            for (name, line), color in zip(lines.items(), (FAINT, BLUE, GREEN, ORANGE), strict=True):
+                label = f"{_short(name) if name in LABELS else name}: {line['exponent']:.2f}"
+                panel.plot(*zip(*line["points"], strict=True), marker="o", markersize=4, label=label, color=color)
+            panel.set_xticks(*zip(*((value, str(value)) for value, _ in line["points"]), strict=True))
+            panel.legend(frameon=False, fontsize=8, title="exponent")
+            panel.set_xlabel(size)
+        row[0].set_ylabel(quantity)
     return figure
 
 

@@ -34,6 +34,7 @@ QUANTITIES: Mapping[str, str] = {
     "acc_norm_error": "its standard error",
     "sparsity": "fraction of zeros in the pruned layers",
     "seconds": "duration",
+    "processor_seconds": "duration in which the processor worked for this process, over all threads",
     "plain_seconds": "duration of what it is compared with, in the same process",
     "ratio": "seconds / plain_seconds",
     "peak_mib": "largest increase of resident memory, in MiB",

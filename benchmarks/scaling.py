@@ -1,70 +1,70 @@
-"""Measure how the seconds of pruning grow with calibration tokens, layers and width.
+"""Measure how the cost of pruning grows with calibration tokens, layers and width.
 
     python benchmarks/scaling.py --save benchmarks/results
 
 The model is a random Llama in float32, pruned in memory to 50 % with `sequential="layer"`. Each line varies one size;
-the others keep their defaults: 16 windows of 512 tokens, 8 blocks, width 512. The exponent is the slope of a line
-through the points, both axes logarithmic: 1 is linear.
+the others keep their defaults: 16 windows of 256 tokens, 2 blocks, width 512; by width, the model has one block.
+Seconds are those of the processor, in one thread. Memory is what is needed beyond the model and the windows. The
+exponent is the slope of a line through the three largest sizes, both axes logarithmic: 1 is linear.
 """
 
 import argparse
-import math
+import time
+from typing import Any
 
 import torch
-from measuring import medians, random_llama, seconds
+from measuring import MIB, PeakMemory, random_llama
 from result import Result, Runs, Samples
 from rich.console import Console
 from rich.table import Table
+from tables import SCALED, exponent
 
 from wanda_lightning import prune
 
-METHODS = ("wanda", "sparsegpt", "admm")
-DEFAULTS = {"windows": 16, "blocks": 8, "width": 512}
-SIZES = {"windows": (8, 16, 32, 64), "blocks": (8, 16, 32), "width": (256, 512, 1024)}
-LENGTH, VOCABULARY = 512, 1024
+DEFAULTS = {"windows": 16, "blocks": 2, "width": 512}
+SIZES = {"windows": (4, 16, 64, 128), "blocks": (1, 4, 16), "width": (256, 512, 1024, 2048, 4096)}
+LENGTH, VOCABULARY = 256, 1024
+METHODS = SCALED[1:]
 
 
-def measure(windows: int, blocks: int, width: int, runs: int) -> dict[str, float]:
-    """Return the median seconds of a forward pass and of each method, measured alternately."""
+def measure(method: str, windows: int, blocks: int, width: int) -> dict[str, float]:
+    """Return the processor's seconds and the peak memory of a forward pass, or of pruning."""
     heads = width // 64
     shape = {"hidden": width, "mlp": 11 * heads * 16, "layers": blocks, "heads": heads, "vocabulary": VOCABULARY}
     model = random_llama(shape, LENGTH)
-    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = [{"input_ids": torch.randint(VOCABULARY, (4, LENGTH))} for _ in range(windows // 4)]
 
-    def forward() -> float:
+    def forward(batch: dict[str, Any]) -> None:
+        model.model(**batch, use_cache=False)
+
+    def run() -> None:
+        if method in METHODS:
+            prune(model, batches, 0.5, method=method, sequential="layer", forward=forward, progress=False)
+            return
         with torch.no_grad():
-            return seconds(lambda: [model.model(**batch, use_cache=False) for batch in batches])
+            for batch in batches:
+                forward(batch)
 
-    def pruning(method: str) -> float:
-        model.load_state_dict(dense)
-        return seconds(lambda: prune(model, batches, 0.5, method=method, sequential="layer", progress=False))
-
-    clocks = [forward, *(lambda method=method: pruning(method) for method in METHODS)]
-    return dict(zip(("forward pass", *METHODS), medians(*clocks, runs=runs, warm_up=False), strict=True))
-
-
-def exponent(points: list[tuple[int, float]]) -> float:
-    """Return the slope of a line through the points, fitted to their logarithms."""
-    xs, ys = ([math.log(value) for value in column] for column in zip(*points, strict=True))
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+    with PeakMemory() as memory:
+        started = time.process_time()
+        run()
+        taken = time.process_time() - started
+    return {"processor_seconds": taken, "peak_mib": memory.peak / MIB}
 
 
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description="Measure how pruning grows with tokens, layers and width.")
-    parser.add_argument("--runs", type=int, default=1)
-    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
+    parser.add_argument("--save", help="FOLDER in which each run becomes a file; a run that it holds is not repeated")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     console, runs = Console(width=120), Runs(options.save, "scaling")
     for size, values in SIZES.items():
         table = Table("seconds by", *(f"{size} {value}" for value in values), "exponent")
-        lines: dict[str, list[tuple[int, float]]] = {name: [] for name in ("forward pass", *METHODS)}
-        for value in values:
-            sizes = {**DEFAULTS, size: value}
-            for name, duration in measure(**sizes, runs=options.runs).items():
-                lines[name].append((value, duration))
+        for name in SCALED:
+            points = []
+            for value in values:
+                sizes = {**DEFAULTS, **({"blocks": 1} if size == "width" else {}), size: value}
                 planned = Result(
                     model="random Llama",
                     method=name,
@@ -73,9 +73,9 @@ def main() -> None:
                     arguments={"method": name, "sequential": "layer"} if name in METHODS else {},
                     calibration=Samples("random tokens", sizes["windows"], LENGTH),
                 )
-                runs.save(planned, {"seconds": duration})
-        for name, points in lines.items():
-            table.add_row(name, *(f"{duration:.2f}" for _, duration in points), f"{exponent(points):.2f}")
+                found = runs(planned, lambda name=name, sizes=sizes: measure(name, **sizes))
+                points.append((value, found.measured["processor_seconds"]))
+            table.add_row(name, *(f"{taken:.2f}" for _, taken in points), f"{exponent(points):.2f}")
         console.print(table)
 
 

@@ -297,17 +297,71 @@ def image_costs() -> str:
 
 
 def scaling() -> str:
-    """Seconds by windows, blocks and width."""
+    """Processor seconds and peak memory by windows, blocks and width, with exponents."""
     results, parts = read_table("scaling"), []
     for size in ("windows", "blocks", "width"):
-        runs = {(r.method, r.case["value"]): r for r in results if r.case["by"] == size}
-        values = sorted({value for _, value in runs})
-        rows = [[LABELS.get(m, m), *(number(runs[m, v], "seconds", ".1f") for v in values)] for m in SCALED]
-        parts.append(markdown((f"seconds by {size}", *map(str, values)), rows))
+        for quantity, name, form in (("processor_seconds", "seconds", ".2f"), ("peak_mib", "MiB", ".0f")):
+            runs = {(r.method, r.case["value"]): r for r in results if r.case["by"] == size}
+            values = sorted({value for _, value in runs})
+            rows = [
+                [
+                    LABELS.get(method, method),
+                    *(number(runs[method, value], quantity, form) for value in values),
+                    f"{exponent([(value, runs[method, value].measured[quantity]) for value in values]):.2f}",
+                ]
+                for method in SCALED
+            ]
+            parts.append(markdown((f"{name} by {size}", *map(str, values), "exponent"), rows))
     return "\n\n".join([*parts, source(results, data=False)])
 
 
+def exponent(points: Sequence[tuple[float, float]]) -> float:
+    """Return the slope of a line through the last three points, fitted to their logarithms."""
+    xs, ys = ([math.log(value) for value in column] for column in zip(*points[-3:], strict=True))
+    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
 SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
+
+
+def processes() -> str:
+    """Pruning in several processes: seconds, memory of a process, and masks."""
+    order = ["one process", "DDP", "FSDP2"]
+    results = sorted(
+        read_table("processes"),
+        key=lambda r: (
+            r.case["width"],
+            list(LABELS).index(r.method),
+            r.case["processes"],
+            order.index(r.case["strategy"]),
+        ),
+    )
+    ddp = {(r.case["width"], r.method, r.case["processes"]): r for r in results if r.case["strategy"] == "DDP"}
+    rows = []
+    for result in results:
+        width, number_of, strategy = (result.case[name] for name in ("width", "processes", "strategy"))
+        ratio = (
+            result.measured["seconds"] / ddp[width, result.method, number_of].measured["seconds"]
+            if number_of > 1
+            else 1
+        )
+        memory = [number(result, name, ".0f") for name in ("weights_mib", "plain_peak_mib", "peak_mib")]
+        differ = f"{100 * result.measured['mask_difference']:.2g} %" if number_of > 1 else ""
+        name = f"{LABELS[result.method]}, {strategy if number_of == 1 else f'{number_of} x {strategy}'}"
+        shown = f"{ratio:.2f}" if strategy == "FSDP2" else ""
+        rows.append([str(width), name, seconds(result), shown, *memory, differ])
+    headings = (
+        "width",
+        "",
+        "seconds",
+        "FSDP2 / DDP",
+        "weights, MiB",
+        "forward pass, MiB",
+        "pruning, MiB",
+        "other masks",
+    )
+    return markdown(headings, rows) + "\n\n" + source(results)
 
 
 def finetuning() -> str:
@@ -563,6 +617,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "costs": costs,
     "image_costs": image_costs,
     "scaling": scaling,
+    "processes": processes,
     "finetuning": finetuning,
     "keeping_zeros": keeping_zeros,
     "repair": repair,

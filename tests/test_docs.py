@@ -3,11 +3,16 @@
 The blocks run with smaller models and data. `SMALLER` is all that is replaced.
 """
 
+import os
 import re
 import shlex
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from markdown_it import MarkdownIt
@@ -17,7 +22,7 @@ from support.zoo import save_llama_of_bytes
 from transformers import AutoModelForCausalLM
 
 import wanda_lightning
-from wanda_lightning import prune
+from wanda_lightning import CausalLMModule, TextDataModule, WandaPrune, prune
 from wanda_lightning.cli import COMMANDS, parse_options
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -91,6 +96,45 @@ def test_the_commands_on_a_page_have_these_options(page):
             words = shlex.split(line, comments=True)
             if words[:1] == ["wanda-lightning"] and words[1] in COMMANDS:
                 parse_options(words[1], words[2:])
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")
+def test_two_machines_prune_together(folder, tmp_path):
+    """The script and the commands of the page, with both machines on this one, give the zeros of one process."""
+    here = tmp_path / "here"
+    shutil.copytree(folder, here)
+    shutil.rmtree(here / "out")
+    page = DOCS / "processes.md"
+    ((_, script),) = blocks(page, "py")
+    few = {'"c4", "wikitext2"': '"text.txt", "text.txt", seqlen=16, num_samples=4'}
+    for large, small in {**few, **SMALLER}.items():
+        script = script.replace(large, small)
+    (here / "prune.py").write_text(script)
+    (commands,) = (text for _, text in blocks(page, "bash") if text.startswith("torchrun"))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    smaller = {"--nproc_per_node 4": "--nproc_per_node 2", "10.0.0.1": "127.0.0.1", "29500": port}
+    machines = []
+    for command in commands.splitlines():
+        for large, small in smaller.items():
+            command = command.replace(large, small)
+        words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)[1:]]
+        machines.append(subprocess.Popen(words, cwd=here, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"}))
+    try:
+        assert [machine.wait(300) for machine in machines] == [0, 0]
+    finally:
+        for machine in machines:
+            machine.kill()
+    alone = CausalLMModule(str(here / "folder"))
+    data = TextDataModule(alone.tokenizer, str(here / "text.txt"), str(here / "text.txt"), seqlen=16, num_samples=4)
+    L.Trainer(callbacks=[WandaPrune(sparsity=0.5)], logger=False, accelerator="cpu").validate(alone, data)
+    together = AutoModelForCausalLM.from_pretrained(here / "out" / "model").state_dict()
+    differ = sum(int(((value == 0) != (together[name] == 0)).sum()) for name, value in alone.model.state_dict().items())
+    zeros = sum(int((value == 0).sum()) for value in together.values())
+    assert zeros > 0
+    assert differ <= 0.001 * zeros
 
 
 def tokens(page: Path) -> list[Token]:
