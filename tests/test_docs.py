@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lightning as L
@@ -40,6 +41,7 @@ SMALLER = {
     '"convnext_tiny.fb_in1k"': '"convnext_atto", False, 10, model_kwargs={"in_chans": 1, "depths": (1, 1, 1, 1)}',
     '"/data/imagenet", model': '"digits", model, image_size=32',
     "devices=4": 'devices=2, accelerator="cpu"',
+    "data_parallel_size=4": "data_parallel_size=2",
     "num_samples=4096": "num_samples=64",
     "num_samples=1024": "num_samples=64",
     '"embed_dim": 96, "depth": 4': '"embed_dim": 32, "depth": 2',
@@ -101,7 +103,9 @@ def test_the_commands_on_a_page_have_these_options(page):
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore")
 def test_two_machines_prune_together(folder, tmp_path):
-    """The script and the commands of the page, with both machines on this one, give the zeros of one process."""
+    """The script and the commands of the page, with both machines on this one, give the zeros of one process.
+
+    Near ties excepted, at most one in a thousand."""
     here = tmp_path / "here"
     shutil.copytree(folder, here)
     shutil.rmtree(here / "out")
@@ -123,17 +127,22 @@ def test_two_machines_prune_together(folder, tmp_path):
         words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)[1:]]
         machines.append(subprocess.Popen(words, cwd=here, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"}))
     try:
-        assert [machine.wait(300) for machine in machines] == [0, 0]
+        deadline = time.monotonic() + 300
+        while any(machine.poll() is None for machine in machines) and time.monotonic() < deadline:
+            assert not any(machine.poll() for machine in machines)
+            time.sleep(0.5)
+        assert [machine.poll() for machine in machines] == [0, 0]
     finally:
         for machine in machines:
-            machine.kill()
+            machine.terminate()  # with its processes
+            machine.wait(60)
     alone = CausalLMModule(str(here / "folder"))
     data = TextDataModule(alone.tokenizer, str(here / "text.txt"), str(here / "text.txt"), seqlen=16, num_samples=4)
     L.Trainer(callbacks=[WandaPrune(sparsity=0.5)], logger=False, accelerator="cpu").validate(alone, data)
     together = AutoModelForCausalLM.from_pretrained(here / "out" / "model").state_dict()
     differ = sum(int(((value == 0) != (together[name] == 0)).sum()) for name, value in alone.model.state_dict().items())
     zeros = sum(int((value == 0).sum()) for value in together.values())
-    assert zeros > 0
+    assert zeros == sum(int((value == 0).sum()) for value in alone.model.state_dict().values()) > 0
     assert differ <= 0.001 * zeros
 
 

@@ -12,6 +12,7 @@ from support.pair_checks import alone, assert_equal_everywhere, assert_same_repo
 from support.pairwise import pairwise
 from support.zoo import ZOO
 from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning import KeepZeros, WandaPrune, prune
 from wanda_lightning.callbacks.calibration_data import calibration_batches
@@ -51,8 +52,16 @@ def test_lightnings_own_loader_is_already_divided(pair, strategy):
 
 @pytest.mark.parametrize("sequential", ["block", pytest.param("none", marks=pytest.mark.nightly)])
 def test_a_language_model_of_ours_under_fsdp2(pair, tmp_path, sequential):
-    ZOO["llama"].build().save_pretrained(tmp_path)
-    (weights, report, sharded), (others, *_) = pair.run(cases.fit_llama, str(tmp_path), sequential)
+    ZOO["llama"].build().save_pretrained(tmp_path / "dense")
+    saved = tmp_path / "saved"
+    (weights, report, sharded, refused, trained), (others, *_) = pair.run(
+        cases.fit_llama, str(tmp_path / "dense"), sequential, saved
+    )
+    assert refused[0] == "UserError"
+    assert "FSDP2 shards the model" in refused[1]
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
+    assert loaded.config.architectures == ["LlamaForCausalLM"]
+    assert_equal_everywhere(trained, loaded.state_dict())
     assert sharded == ["FSDPLlamaForCausalLM", *["FSDPLlamaDecoderLayer"] * 2]
     model, expected = alone("llama", sequential=sequential)
     assert_equal_everywhere(weights, others)
@@ -109,7 +118,7 @@ def test_all_processes_wait_until_the_folder_is_saved(pair, tmp_path):
 def test_a_folder_is_not_saved_from_shards(pair, tmp_path):
     for error in pair.run(cases.save_shards, tmp_path / "out"):
         assert error[0] == "MisconfigurationException"
-        assert "ModelParallelStrategy distributes the model. Use Lightning's ModelCheckpoint" in error[1]
+        assert "ModelParallelStrategy distributes the model. After fit, call save_pretrained" in error[1]
     assert not (tmp_path / "out").exists()
 
 

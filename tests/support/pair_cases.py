@@ -534,14 +534,16 @@ def distill(rank, strategy):
     return whole(module)
 
 
-def fit_llama(rank, folder, sequential):
+def fit_llama(rank, folder, sequential, saved):
     windows = [batch["input_ids"] for batch in ZOO["llama"].batches()]
     callback = PruneAtStart(PruningConfig.from_names(sequential=sequential), 1000, windows)
     module = CausalLMModule(folder)
     trainer(strategy_named("fsdp2"), callback).fit(module, DataLoader(windows, batch_size=None))
     module.configure_model()  # once more
     sharded = [type(each).__name__ for each in module.modules() if isinstance(each, FSDPModule)]
-    return callback.weights, callback.report, sharded
+    refused = attempt(lambda: module.save_pretrained(saved, shrink=True))
+    module.save_pretrained(saved)
+    return callback.weights, callback.report, sharded, refused, whole(module.model)
 
 
 def save_shards(rank, folder):

@@ -40,6 +40,7 @@ from wanda_lightning.modules.loading import (
     load_own_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
+from wanda_lightning.parallel import gathered_state_dict, is_sharded
 from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
 
 
@@ -316,9 +317,10 @@ class CausalLMModule(Uploadable, L.LightningModule):
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
     ) -> Shrunk | None:
-        """Write a Hugging Face folder with model and tokenizer atomically. Call it in one process only.
+        """Write a Hugging Face folder with model and tokenizer atomically.
 
-        If the model has adapters that are not merged, peft writes only the adapters.
+        Call it in one process only. If FSDP2 shards the model, call it in every process; the first one writes. If the
+        model has adapters that are not merged, peft writes only the adapters.
 
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
@@ -331,12 +333,22 @@ class CausalLMModule(Uploadable, L.LightningModule):
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If `shrink` finds nothing to leave out.
+            ValueError: If `shrink` finds nothing to leave out, or FSDP2 shards the model.
         """
+        whole: dict[str, Any] = {}
+        if is_sharded(self.model):
+            if shrink:
+                raise UserError(
+                    "shrink=True needs whole layers, but FSDP2 shards the model. Save it without shrink, and use "
+                    "`wanda-lightning shrink` on the folder."
+                )
+            whole = {"state_dict": gathered_state_dict(self.model)}
+            if torch.distributed.get_rank() > 0:
+                return None
         with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
             with shrunk(self.model) if shrink else nullcontext() as result:
                 write_modeling_file(self.pruning_target, new)
-                self.model.save_pretrained(new)
+                self.model.save_pretrained(new, **whole)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(new)
         return result

@@ -22,6 +22,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.hub.upload import Uploadable
 from wanda_lightning.modules.loading import create_classifier, explaining_other_widths, load_checkpoint
+from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking import Shrunk, example_batch, fitting_arguments, shrunk
 
 
@@ -199,12 +200,18 @@ class ImageClassifierModule(Uploadable, L.LightningModule):
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
             ValueError: If timm did not build the model, and so cannot rebuild it from the configuration; if no
-                arguments of `timm.create_model` give its widths; or if `shrink` finds nothing to leave out.
+                arguments of `timm.create_model` give its widths; if FSDP2 shards it; or if `shrink` finds nothing to
+                leave out.
         """
         if not hasattr(self.model, "pretrained_cfg"):
             raise UserError(
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
+            )
+        if is_sharded(self.model):
+            raise UserError(
+                "save_pretrained needs the whole model in one process, but FSDP2 shards it. Save it with Lightning's "
+                "ModelCheckpoint and ModelParallelStrategy(save_distributed_checkpoint=False)."
             )
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()

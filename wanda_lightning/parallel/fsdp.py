@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
 from wanda_lightning.common.errors import UserError
@@ -135,3 +136,11 @@ def reshard(model: nn.Module) -> None:
     """Free the gathered weights of every FSDP2 module, because only writes to the shards persist."""
     for module in _managed(model):
         module.reshard()
+
+
+def gathered_state_dict(model: nn.Module) -> dict[str, Any]:
+    """Return the whole state dict of a sharded model, on the CPU of the first process; in others it is empty.
+
+    All processes must call it.
+    """
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
