@@ -3,11 +3,12 @@
 import ctypes
 import gc
 import hashlib
+import re
 import statistics
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -89,11 +90,12 @@ def columns(title: str, *headings: str) -> Table:
 class PeakMemory:
     """Measure the bytes of memory at the `start`, and their largest increase: `peak`.
 
-    It is the memory that an accelerator has allocated for tensors, or the resident memory of this process, sampled.
+    It is the memory that an accelerator has allocated for tensors, or the resident memory of this process as Linux
+    records it. `start=` counts from an earlier start.
     """
 
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        self._on_accelerator = torch.device(device).type != "cpu"
+    def __init__(self, device: str | torch.device = "cpu", start: int | None = None) -> None:
+        self._on_accelerator, self._given = torch.device(device).type != "cpu", start
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()
@@ -104,22 +106,13 @@ class PeakMemory:
             return self
         with suppress(OSError, AttributeError):  # glibc: return freed memory first, or the start would count it
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self.start, self.peak, self._stop = _resident(), 0, threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
+        self.start = int(psutil.Process().memory_info().rss) if self._given is None else self._given
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._on_accelerator:
             self.peak = torch.accelerator.max_memory_allocated() - self.start
             return
-        self._stop.set()
-        self._thread.join()
-
-    def _sample(self) -> None:
-        while not self._stop.wait(0.002):
-            self.peak = max(self.peak, _resident() - self.start)
-
-
-def _resident() -> int:
-    return int(psutil.Process().memory_info().rss)
+        status = Path("/proc/self/status").read_text()
+        self.peak = 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0]) - self.start

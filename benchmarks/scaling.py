@@ -10,10 +10,12 @@ exponent is the slope of a line through the three largest sizes, both axes logar
 
 import argparse
 import time
+from functools import partial
 from typing import Any
 
 import torch
-from measuring import MIB, PeakMemory, random_llama
+import torch.multiprocessing as mp
+from measuring import MIB, Batches, PeakMemory, random_llama
 from result import Result, Runs, Samples
 from rich.console import Console
 from rich.table import Table
@@ -27,29 +29,46 @@ LENGTH, VOCABULARY = 256, 1024
 METHODS = SCALED[1:]
 
 
-def measure(method: str, windows: int, blocks: int, width: int) -> dict[str, float]:
-    """Return the processor's seconds and the peak memory of a forward pass, or of pruning."""
+def measure(_: int, method: str, sizes: dict[str, int], queue: Any) -> None:
+    """Put the processor's seconds and the peak memory into a queue; it runs in a new process."""
+    torch.set_num_threads(1)
+    run(method, *build(4, 1, 128))  # what the first run loads does not count
+    model, batches = build(**sizes)
+    with PeakMemory() as memory:
+        started = time.process_time()
+        run(method, model, batches)
+        taken = time.process_time() - started
+    queue.put({"processor_seconds": taken, "peak_mib": memory.peak / MIB})
+
+
+def build(windows: int, blocks: int, width: int) -> tuple[Any, Batches]:
+    """Return a random model and its windows, in batches of four."""
     heads = width // 64
     shape = {"hidden": width, "mlp": 11 * heads * 16, "layers": blocks, "heads": heads, "vocabulary": VOCABULARY}
-    model = random_llama(shape, LENGTH)
     batches = [{"input_ids": torch.randint(VOCABULARY, (4, LENGTH))} for _ in range(windows // 4)]
+    return random_llama(shape, LENGTH), batches
+
+
+def run(method: str, model: Any, batches: Batches) -> None:
+    """Prune, or run a plain forward pass, without logits."""
 
     def forward(batch: dict[str, Any]) -> None:
         model.model(**batch, use_cache=False)
 
-    def run() -> None:
-        if method in METHODS:
-            prune(model, batches, 0.5, method=method, sequential="layer", forward=forward, progress=False)
-            return
-        with torch.no_grad():
-            for batch in batches:
-                forward(batch)
+    if method in METHODS:
+        prune(model, batches, 0.5, method=method, sequential="layer", forward=forward, progress=False)
+        return
+    with torch.no_grad():
+        for batch in batches:
+            forward(batch)
 
-    with PeakMemory() as memory:
-        started = time.process_time()
-        run()
-        taken = time.process_time() - started
-    return {"processor_seconds": taken, "peak_mib": memory.peak / MIB}
+
+def alone(method: str, sizes: dict[str, int]) -> dict[str, float]:
+    """Measure in a process of its own, since memory that another run has used would not count."""
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(measure, (method, sizes, queue))
+    found: dict[str, float] = queue.get()
+    return found
 
 
 def main() -> None:
@@ -57,12 +76,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how pruning grows with tokens, layers and width.")
     parser.add_argument("--save", help="FOLDER in which each run becomes a file; a run that it holds is not repeated")
     options = parser.parse_args()
-    torch.set_num_threads(1)
     console, runs = Console(width=120), Runs(options.save, "scaling")
     for size, values in SIZES.items():
-        table = Table("seconds by", *(f"{size} {value}" for value in values), "exponent")
+        table = Table("seconds, MiB by", *(f"{size} {value}" for value in values), "exponents")
         for name in SCALED:
-            points = []
+            found = []
             for value in values:
                 sizes = {**DEFAULTS, **({"blocks": 1} if size == "width" else {}), size: value}
                 planned = Result(
@@ -70,12 +88,18 @@ def main() -> None:
                     method=name,
                     sparsity=0.5 if name in METHODS else 0.0,
                     case={"by": size, "value": value},
-                    arguments={"method": name, "sequential": "layer"} if name in METHODS else {},
+                    arguments={
+                        "method": name,
+                        "sequential": "layer",
+                        **{key: str(each) for key, each in sizes.items()},
+                    },
                     calibration=Samples("random tokens", sizes["windows"], LENGTH),
                 )
-                found = runs(planned, lambda name=name, sizes=sizes: measure(name, **sizes))
-                points.append((value, found.measured["processor_seconds"]))
-            table.add_row(name, *(f"{taken:.2f}" for _, taken in points), f"{exponent(points):.2f}")
+                found.append(runs(planned, partial(alone, name, sizes)).measured)
+            points = [(each["processor_seconds"], each["peak_mib"]) for each in found]
+            exponents = (exponent([*zip(values, numbers, strict=True)]) for numbers in zip(*points, strict=True))
+            cells = (f"{taken:.2f}, {memory:.0f}" for taken, memory in points)
+            table.add_row(name, *cells, ", ".join(f"{each:.2f}" for each in exponents))
         console.print(table)
 
 

@@ -327,41 +327,30 @@ SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
 
 def processes() -> str:
     """Pruning in several processes: seconds, memory of a process, and masks."""
-    order = ["one process", "DDP", "FSDP2"]
-    results = sorted(
-        read_table("processes"),
-        key=lambda r: (
-            r.case["width"],
-            list(LABELS).index(r.method),
-            r.case["processes"],
-            order.index(r.case["strategy"]),
-        ),
-    )
-    ddp = {(r.case["width"], r.method, r.case["processes"]): r for r in results if r.case["strategy"] == "DDP"}
+    order = [("one process", 1), *((strategy, count) for count in (2, 4) for strategy in ("DDP", "FSDP2"))]
+    found = {(r.method, r.case["strategy"], r.case["processes"]): r for r in read_table("processes")}
     rows = []
-    for result in results:
-        width, number_of, strategy = (result.case[name] for name in ("width", "processes", "strategy"))
-        ratio = (
-            result.measured["seconds"] / ddp[width, result.method, number_of].measured["seconds"]
-            if number_of > 1
-            else 1
-        )
-        memory = [number(result, name, ".0f") for name in ("weights_mib", "plain_peak_mib", "peak_mib")]
-        differ = f"{100 * result.measured['mask_difference']:.2g} %" if number_of > 1 else ""
-        name = f"{LABELS[result.method]}, {strategy if number_of == 1 else f'{number_of} x {strategy}'}"
-        shown = f"{ratio:.2f}" if strategy == "FSDP2" else ""
-        rows.append([str(width), name, seconds(result), shown, *memory, differ])
+    for method in sorted({method for method, *_ in found}, key=list(LABELS).index):
+        for strategy, count in order:
+            result = found[method, strategy, count]
+            ratio, differ = "", ""
+            if strategy == "FSDP2":
+                ratio = f"{result.measured['seconds'] / found[method, 'DDP', count].measured['seconds']:.2f}"
+            if count > 1:
+                fractions = (result.measured[name] for name in ("first_mask_difference", "mask_difference"))
+                differ = ", ".join(f"{100 * fraction:.2g} %" for fraction in fractions)
+            memory = [number(result, name, ".0f") for name in ("weights_mib", "plain_peak_mib", "peak_mib")]
+            name = f"{LABELS[method]}, {strategy if count == 1 else f'{count} x {strategy}'}"
+            rows.append([name, seconds(result), ratio, *memory, differ])
     headings = (
-        "width",
-        "",
         "seconds",
         "FSDP2 / DDP",
         "weights, MiB",
         "forward pass, MiB",
         "pruning, MiB",
-        "other masks",
+        "mask entries that differ",
     )
-    return markdown(headings, rows) + "\n\n" + source(results)
+    return markdown(("", *headings), rows) + "\n\n" + source([*found.values()])
 
 
 def finetuning() -> str:
