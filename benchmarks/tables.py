@@ -307,7 +307,7 @@ def scaling() -> str:
                 [
                     LABELS.get(method, method),
                     *(number(runs[method, value], quantity, form) for value in values),
-                    f"{exponent([(value, runs[method, value].measured[quantity]) for value in values]):.2f}",
+                    f"{exponent([(value, runs[method, value].measured[quantity]) for value in values]):z.2f}",
                 ]
                 for method in SCALED
             ]
