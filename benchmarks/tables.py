@@ -303,14 +303,11 @@ def scaling() -> str:
         for quantity, name, form in (("processor_seconds", "seconds", ".2f"), ("peak_mib", "MiB", ".0f")):
             runs = {(r.method, r.case["value"]): r for r in results if r.case["by"] == size}
             values = sorted({value for _, value in runs})
-            rows = [
-                [
-                    LABELS.get(method, method),
-                    *(number(runs[method, value], quantity, form) for value in values),
-                    f"{exponent([(value, runs[method, value].measured[quantity]) for value in values]):z.2f}",
-                ]
-                for method in SCALED
-            ]
+            rows = []
+            for method in SCALED:
+                points = [(value, runs[method, value].measured[quantity]) for value in values]
+                slope = round(exponent(points), 2) or 0.0  # not -0.0
+                rows.append([LABELS.get(method, method), *(f"{y:{form}}" for _, y in points), f"{slope:.2f}"])
             parts.append(markdown((f"{name} by {size}", *map(str, values), "exponent"), rows))
     return "\n\n".join([*parts, source(results, data=False)])
 
