@@ -39,6 +39,7 @@ from wanda_lightning import (
     NM,
     OWL,
     CausalLMModule,
+    Distil,
     EqualShare,
     Fisher,
     ImageClassifierModule,
@@ -66,6 +67,7 @@ TEXT: dict[str, Choices] = {
     "alpha": {"method": "wanda", "allocation": "alpha"},
     "fisher": {"method": "wanda", "allocation": Fisher(num_samples=8)},
     **{name: {"method": name} for name in PRESETS},
+    "thorough, 3 passes": {"method": "thorough", "recovery": Distil(passes=3)},
     **{f"{name}+distil": {"method": name, "recovery": "distil"} for name in ("wanda", "balanced")},
     "wanda+permutation": {"method": "wanda", "permutation": "assignment"},
     "balanced+permutation": {"method": "balanced", "permutation": "assignment"},
@@ -88,6 +90,7 @@ GOALS = {
     "photos": ("50", "60", "70", "2:4"),
 }
 PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "best+row_weights", "thorough")}
+WINDOWS = 16  # for calibration, in the table of all methods
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE: dict[str, Choices] = {
     "sparsegpt": {"method": "sparsegpt"},
@@ -172,10 +175,13 @@ class LanguageModel:
         named = {SELF: OWN_TEXT, "python-docs": "python-docs"}
         names = [named.get(source, Path(source).name) for source in sources]
         evaluated = f"{names[1]}, held out" if options.held_out else names[1]
+        case: dict[str, Any] = {"calibration": options.calibration} if options.calibration == SELF else {}
+        if options.nsamples != WINDOWS:
+            case["windows"] = options.nsamples
         self.planned = Result(
             model=Path(options.model).name,
             method="dense",
-            case={"calibration": options.calibration} if options.calibration == SELF else {},
+            case=case,
             calibration=Samples(names[0], options.nsamples, options.seqlen),
             evaluation=Samples(evaluated, options.limit, options.seqlen),
         )
@@ -241,7 +247,8 @@ class LanguageModel:
 
 def measure_text(options: argparse.Namespace, console: Console) -> None:
     """Measure all methods with a language model."""
-    table_name = "held_out" if options.held_out else "own_text" if options.calibration == SELF else "methods"
+    table_name = "methods" if options.nsamples == WINDOWS else "windows"
+    table_name = "held_out" if options.held_out else "own_text" if options.calibration == SELF else table_name
     language, runs = LanguageModel(options), Runs(options.save, table_name)
     table = columns(f"{options.model}: perplexity (seconds of pruning)", "method", *options.goals, "peak MiB")
     dense = runs(replace(language.planned, case={}, calibration=None), language.measure_dense)
@@ -378,7 +385,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="hub id, folder or .gguf file")
     parser.add_argument("--calibration", default="python-docs")
     parser.add_argument("--eval", default="python-docs")
-    parser.add_argument("--nsamples", type=int, default=16)
+    parser.add_argument("--nsamples", type=int, default=WINDOWS, help="other numbers are saved in a table of their own")
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
     parser.add_argument("--goals", nargs="+", help="percentages for unstructured pruning, and N:M, such as: 50 2:4")

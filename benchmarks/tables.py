@@ -45,6 +45,7 @@ LABELS: Mapping[str, str] = {
     "best+row_weights": "`best` with row weights",
     "best": "`best`",
     "thorough": "`thorough`",
+    "thorough, 3 passes": "`thorough`, always 3 passes",
     "fixed": "then `DistillFromDense`",
     "trained longer": "dense, trained as long",
     "structured": "units",
@@ -475,6 +476,22 @@ def streaming() -> str:
     return "\n\n".join([*parts, markdown(("seconds", "from disk", "in memory", "ratio"), rows), source(results)])
 
 
+def windows() -> str:
+    """Perplexity by the number of calibration windows."""
+    more = [run for run in read_table("windows") if run.method != "dense"]
+    usual = lookup(read_table("methods"))
+    goals = [goal for goal in ("50 %", "60 %", "70 %", "2:4") if any(run.goal == goal for run in more)]
+    rows, used = [], list(more)
+    for method in sorted({run.method for run in more}, key=list(LABELS).index):
+        runs = {("16", goal): usual[method, goal] for goal in goals if (method, goal) in usual}
+        used += runs.values()
+        runs |= {(str(run.case["windows"]), run.goal): run for run in more if run.method == method}
+        for number_of in sorted({count for count, _ in runs}, key=int):
+            cells = (perplexity(runs.get((number_of, goal))) for goal in goals)
+            rows.append([f"{LABELS[method]}, {number_of} windows", *cells])
+    return markdown(("perplexity", *goals), rows) + "\n\n" + source(used)
+
+
 def own_text() -> str:
     """Perplexity after calibration with web text, and with text that the dense model writes."""
     results = [r for r in read_table("own_text") if r.method != "dense"]
@@ -612,6 +629,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "quantization": quantization,
     "tasks": tasks,
     "streaming": streaming,
+    "windows": windows,
     "own_text": own_text,
     "training": training,
     "training_images": training_images,

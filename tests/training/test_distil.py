@@ -126,6 +126,15 @@ def test_other_models_have_no_next_token(name):
     torch.testing.assert_close(*(model.state_dict() for model in models), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("count", "enough", "passes"), [(16, 1, 3), (32, 1, 2), (64, 1, 1), (64, 512, 3)])
+def test_more_samples_need_fewer_passes(monkeypatch, count, enough, passes):
+    """But not if a step has few predictions, as with images."""
+    monkeypatch.setattr("wanda_lightning.training.distil._ENOUGH", enough)
+    report = prune(classifier(), some_batches(count), 0.5, recovery=Distil(batch_size=1), progress=False)
+    assert len(report.training.passes) == 1 + passes
+    assert f"passes={passes}," in report.training.recovery
+
+
 @pytest.mark.parametrize("size", [1, 8])
 def test_samples_with_one_prediction_run_together(size):
     """By default 8 of them make a step; they may come from different batches, and held-out ones never train."""

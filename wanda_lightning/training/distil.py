@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _WARM_UP = 4  # optimizer steps
 _PREDICTIONS = 8  # in an optimizer step, at least; a window of text has one for each token, an image a single one
 _ENOUGH = 512  # predictions in a step for the largest usual learning rate
+_STEPS = 48  # of so many predictions, which the usual number of passes takes about
+_MOST_PASSES = 3  # usually: more of them overfit few samples
 _STOPPED = "The model is pruned. It holds the best weights that distillation found before it was stopped."
 
 
@@ -61,7 +63,8 @@ class Distil(Recovery):
     hardware supports it. Weights in bfloat16 and float16 are trained as copies in float32.
 
     Attributes:
-        passes: Number of passes over the samples.
+        passes: Number of passes over the samples. None chooses 1 to 3, so that there are about 48 steps of 512
+            predictions: 3 passes over 16 windows, 2 over 32, 1 over 64 or more, and 3 over images.
         learning_rate: Largest learning rate of AdamW, relative to the root mean square of a tensor's kept weights. None
             chooses 0.001 for steps of 512 predictions or more, and `0.001 * sqrt(n / 512)` for n, since the gradients
             of few are noisy (Malladi et al. 2022): 0.000125 for 8 images.
@@ -76,7 +79,7 @@ class Distil(Recovery):
         seed: Seed of the order of the samples.
     """
 
-    passes: int = 3
+    passes: int | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
     loss: Literal["kl", "mse"] | None = None
@@ -87,7 +90,9 @@ class Distil(Recovery):
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
-        check(self, passes=at_least_1, seed=Number(minimum=0, whole=True), next_token=Number(minimum=0, maximum=1))
+        check(self, seed=Number(minimum=0, whole=True), next_token=Number(minimum=0, maximum=1))
+        if self.passes is not None:
+            check(self, passes=at_least_1)
         if self.learning_rate is not None:
             check(self, learning_rate=Number(above=0, maximum=1))
         if self.batch_size is not None:
@@ -137,37 +142,42 @@ class _Distillation(ModelRecovery):
                 "batches must hold at least one sample for recovery=Distil(), but all of them are empty. Give batches "
                 "whose tensors have samples in their first dimension."
             )
+        self._held = [index for index in range(len(self._samples)) if index % HELD_OUT == HELD_OUT - 1]
+        self._trained = [index for index in range(len(self._samples)) if index not in self._held]
         self._loss = DistilLoss(dense.model, config.loss, config.next_token)
-        self._batch_size, rate = self._usual_step(config.batch_size)
-        self._config = config if config.learning_rate else replace(config, learning_rate=rate)
+        self._batch_size, rate, self._passes = self._usual(config.batch_size)
+        self._passes = config.passes or self._passes
+        self._config = replace(config, passes=self._passes, learning_rate=config.learning_rate or rate)
 
-    def _usual_step(self, size: int | None) -> tuple[int, float]:
-        """Return the size of a step, or else the number of samples that have enough predictions, and its learning rate.
+    def _usual(self, size: int | None) -> tuple[int, float, int]:
+        """Return the size of a step, its learning rate, and the number of passes.
 
-        The number of predictions of a sample is the mean over all processes.
+        A size of None becomes that of a step with enough predictions. The number of predictions of a sample is the mean
+        over all processes.
         """
         rows = [len(target.rows) for _, target in filter(None, self._samples)]
         counts = self._processes.all_gather([len(rows), sum(rows)])
         samples, predictions = (sum(column) for column in zip(*counts, strict=True))
         size = size or max(1, _PREDICTIONS * samples // max(1, predictions))
-        return size, 1e-3 * min(1.0, math.sqrt(size * max(1, predictions) / samples / _ENOUGH))
+        share = min(1.0, size * max(1, predictions) / samples / _ENOUGH)
+        steps = math.ceil(len(self._trained) / size) * share
+        return size, 1e-3 * math.sqrt(share), min(_MOST_PASSES, max(1, round(_STEPS / steps)))
 
     def train(self) -> Training:
         config, dense = self._config, self._dense
-        held = [index for index in range(len(self._samples)) if index % HELD_OUT == HELD_OUT - 1]
-        trained = [index for index in range(len(self._samples)) if index not in held]
+        held, trained = self._held, self._trained
         steps = math.ceil(len(trained) / self._batch_size)
         with (
             noting(lambda: _STOPPED, log.warning),  # Lightning does not show the notes of an interrupted run
             MaskedWeights(dense.model, self._parameters, dense.layers, self._processes) as weights,
             recomputing(dense.blocks),
-            ProgressBar("Distilling", config.passes * (steps + 1), dense.progress) as bar,
+            ProgressBar("Distilling", self._passes * (steps + 1), dense.progress) as bar,
         ):
-            optimizer, schedule = self._optimizer(weights, config.passes * steps)
+            optimizer, schedule = self._optimizer(weights, self._passes * steps)
             lowest = self._mean_loss(held)
             passes, stopped = [TrainingPass(None, lowest)], ""
             try:
-                for number in range(1, config.passes + 1):
+                for number in range(1, self._passes + 1):
                     losses = []
                     generator = torch.Generator().manual_seed(config.seed + number)
                     order = torch.randperm(len(trained), generator=generator).tolist()
