@@ -1,5 +1,6 @@
 """Compare what two processes pruned with what one process prunes."""
 
+import pytest
 import torch
 from support import pair_cases as cases
 
@@ -30,6 +31,8 @@ def assert_same_report(report, expected):
 
     assert plain(report.layers) == plain(expected.layers)
     assert [layer.zeros for layer in report.layers] == [layer.zeros for layer in expected.layers]
+    for layer, other in zip(report.layers, expected.layers, strict=True):
+        assert layer.error == (None if other.error is None else pytest.approx(other.error, rel=1e-3)), layer.name
     assert report.skipped == expected.skipped
     assert (report.parameters, report.zeros) == (expected.parameters, expected.zeros)
     assert report.config == expected.config

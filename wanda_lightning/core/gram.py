@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.types import Gram, PerInput, Weight
@@ -78,22 +80,31 @@ def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:
     return scale, result.div_(scale).div_(scale[:, None])
 
 
-def relative_error(dense: Weight, pruned: Weight, gram: Gram, fitted: Gram | None = None) -> float | None:
+def relative_error(
+    dense: Weight,
+    pruned: Weight,
+    gram: Gram,
+    fitted: Gram | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> float | None:
     """Return `||(W - W') X^T||^2 / ||W X^T||^2`, the relative squared error of a layer's outputs; None if it overflows.
 
-    Of a layer with more than 256 rows, only about 256, evenly spaced, are compared. `fitted` is the Gram matrix of the
-    error if it is not `gram`: that of centered inputs if the bias was fitted, too.
+    Of more than 256 rows, about 256, evenly spaced, are compared. `fitted` is the Gram matrix of the error if it is
+    not `gram`: that of centered inputs if the bias was fitted, too. `total` adds the sums over rows that other
+    processes hold.
 
     Example:
         >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]), torch.eye(2))
         0.36
     """
-    rows = slice(None, None, -(-len(dense) // _ROWS))
-    weight = dense[rows].to(gram.dtype)
-    lost = weight - pruned[rows].to(gram.dtype)
+    every = max(1, -(-len(dense) // _ROWS))
+    weight = dense[::every].to(gram.dtype)
+    lost = weight - pruned[::every].to(gram.dtype)
     with torch.autocast(gram.device.type, enabled=False):
         pairs = (lost, gram if fitted is None else fitted), (weight, gram)
-        error, energy = (float((torch.mm(each, matrix) * each).sum()) for each, matrix in pairs)
+        sums = torch.stack([(torch.mm(each, matrix) * each).sum() for each, matrix in pairs])
+    share = len(dense) / max(1, len(weight))  # other processes may compare another fraction of their rows
+    error, energy = (total(sums * share) if total else sums).tolist()
     if not math.isfinite(error + energy):
         return None
     return max(0.0, error) / energy if energy > 0 else 0.0

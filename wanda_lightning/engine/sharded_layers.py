@@ -37,6 +37,13 @@ class ShardedRows(Rows):
         """Return the entries of the own rows."""
         return entries[self._own]
 
+    def sum(self, part: Tensor) -> Tensor:
+        """Return the sum over all processes."""
+        self._processes.all_reduce_min(0)
+        total = part.clone()
+        self._processes.all_reduce_sum([total])
+        return total
+
 
 def rows_of(layer: Layer, processes: Processes) -> Rows:
     """Return the rows of a layer that this process holds; of a layer that is gathered, all of them."""

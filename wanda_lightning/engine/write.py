@@ -103,8 +103,9 @@ def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) ->
         target, block = run.selections[layer.name].sparsity, run.plan.inventory.blocks[layer.name]
         pruned = PrunedLayer(layer.name, layer.shape, target, 0.0, inputs.count, siblings=layer.siblings, block=block)
         pruned.before, pruned.sparsity = _share_of_zeros(dense, own), _share_of_zeros(sparse, own)
-        if "gram" in inputs.sums and own is ALL_ROWS:
-            pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"])
+        if "gram" in inputs.sums:
+            total = None if own is ALL_ROWS else own.sum
+            pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"], total)
         if layer.name in biases:  # the means of the outputs stay
             lost = dense.to(fitted.mean().dtype) - sparse
             biases[layer.name].add_((lost @ fitted.mean()).to(biases[layer.name].dtype))
