@@ -17,8 +17,10 @@ def remote():
 def same_way(remote, monkeypatch):
     """Let the CPU use what other devices use where both have a way of their own, so that results are equal to the bit.
 
-    These are the sum of squares in parts, and fused attention. Kernels must be deterministic, as a user may ask for.
+    These are the sum of squares in parts, fused attention, and distillation in bfloat16 where the processor has it.
+    Kernels must be deterministic, as a user may ask for.
     """
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     sum_squares = statistics.SUMS["square_sum"]
     plain = {"cpu": lambda tokens: tokens.square().sum(dim=0)}
     monkeypatch.setitem(statistics.SUMS, "square_sum", lambda x: plain.get(x.device.type, sum_squares)(x))

@@ -249,7 +249,8 @@ def test_the_output_of_a_segmentation_model_is_its_logits():
 
 
 @pytest.mark.parametrize("name", with_nightly(["retinanet"], ONE_STAGE))
-def test_a_detector_learns_from_what_its_head_computes(name):
+def test_a_detector_learns_from_what_its_head_computes(name, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # rounding to bfloat16 exceeds the loss of random weights
     model, batches = build(name), scenes(*[1] * 8)
     before, dense = copy.deepcopy(model), []
 
