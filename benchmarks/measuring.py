@@ -102,8 +102,10 @@ class PeakMemory:
         if self._on_accelerator:
             torch.accelerator.synchronize()
             torch.accelerator.reset_peak_memory_stats()
-            self.start = torch.accelerator.memory_allocated()
+            self.start = torch.accelerator.memory_allocated() if self._given is None else self._given
             return self
+        if not Path("/proc/self/clear_refs").exists():
+            raise RuntimeError("Peak memory needs Linux, which records it in /proc/self, but this system does not.")
         with suppress(OSError, AttributeError):  # glibc: return freed memory first, or the start would count it
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.start = int(psutil.Process().memory_info().rss) if self._given is None else self._given

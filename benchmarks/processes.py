@@ -107,16 +107,17 @@ def worker(rank: int, options: argparse.Namespace, method: str, strategy: str, w
         zeros[layer.name] = (weight.full_tensor() if isinstance(weight, DTensor) else weight) == 0
     if rank == 0:
         largest = {key: max(each[key] for each in every) for key in measured}
-        torch.save(largest | differences(here / f"masks-{method}", zeros), here / "measured")
+        file = here / f"masks-{method}"
+        if strategy == ALONE:
+            torch.save(zeros, file)
+        else:
+            largest |= differences(torch.load(file), zeros)
+        torch.save(largest, here / "measured")
     dist.destroy_process_group()
 
 
-def differences(file: Path, zeros: dict[str, Tensor]) -> dict[str, float]:
-    """Return the fractions of mask entries that differ from those of one process, which are saved first."""
-    if not file.exists():
-        torch.save(zeros, file)
-        return {}
-    alone = torch.load(file)
+def differences(alone: Mapping[str, Tensor], zeros: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the fractions of mask entries that differ from those of one process."""
     others = {name: float((zeros[name] != alone[name]).double().mean()) for name in zeros}
     first = next((fraction for fraction in others.values() if fraction), 0.0)
     sizes = [each.numel() for each in zeros.values()]

@@ -83,16 +83,13 @@ def main() -> None:
             found = []
             for value in values:
                 sizes = {**DEFAULTS, **({"blocks": 1} if size == "width" else {}), size: value}
+                shape = {key: str(each) for key, each in sizes.items()}
                 planned = Result(
                     model="random Llama",
                     method=name,
                     sparsity=0.5 if name in METHODS else 0.0,
                     case={"by": size, "value": value},
-                    arguments={
-                        "method": name,
-                        "sequential": "layer",
-                        **{key: str(each) for key, each in sizes.items()},
-                    },
+                    arguments=({"method": name, "sequential": "layer"} if name in METHODS else {}) | shape,
                     calibration=Samples("random tokens", sizes["windows"], LENGTH),
                 )
                 found.append(runs(planned, partial(alone, name, sizes)).measured)

@@ -135,6 +135,7 @@ def test_two_machines_prune_together(folder, tmp_path):
     finally:
         for machine in machines:
             machine.terminate()  # with its processes
+        for machine in machines:
             machine.wait(60)
     alone = CausalLMModule(str(here / "folder"))
     data = TextDataModule(alone.tokenizer, str(here / "text.txt"), str(here / "text.txt"), seqlen=16, num_samples=4)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
+from safetensors.torch import load_file
 from support import pair_cases as cases
 from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
 from support.pairwise import pairwise
@@ -54,11 +55,13 @@ def test_lightnings_own_loader_is_already_divided(pair, strategy):
 def test_a_language_model_of_ours_under_fsdp2(pair, tmp_path, sequential):
     ZOO["llama"].build().save_pretrained(tmp_path / "dense")
     saved = tmp_path / "saved"
-    (weights, report, sharded, refused, trained), (others, *_) = pair.run(
+    (weights, report, sharded, refused, trained), (others, *_, refused_too, _) = pair.run(
         cases.fit_llama, str(tmp_path / "dense"), sequential, saved
     )
-    assert refused[0] == "UserError"
-    assert "FSDP2 shards the model" in refused[1]
+    for shrinking, again, uploading in (refused, refused_too):
+        assert "shrink=True needs whole layers" in shrinking[1]
+        assert "is a folder that is not empty" in again[1]  # in every process
+        assert "push_to_hub needs the whole model" in uploading[1]
     loaded = AutoModelForCausalLM.from_pretrained(saved)
     assert loaded.config.architectures == ["LlamaForCausalLM"]
     assert_equal_everywhere(trained, loaded.state_dict())
@@ -115,10 +118,17 @@ def test_all_processes_wait_until_the_folder_is_saved(pair, tmp_path):
     assert pair.run(cases.save_slowly, tmp_path / "out") == [True, True]
 
 
+def test_tied_weights_are_saved_once(pair, tmp_path):
+    weights, _ = pair.run(cases.save_tied, tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert_equal_everywhere(weights, loaded.state_dict())
+
+
 def test_a_folder_is_not_saved_from_shards(pair, tmp_path):
     for error in pair.run(cases.save_shards, tmp_path / "out"):
         assert error[0] == "MisconfigurationException"
-        assert "ModelParallelStrategy distributes the model. After fit, call save_pretrained" in error[1]
+        assert "ModelParallelStrategy distributes the model. With ModelParallelStrategy (FSDP2), call" in error[1]
     assert not (tmp_path / "out").exists()
 
 

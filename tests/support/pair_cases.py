@@ -541,9 +541,21 @@ def fit_llama(rank, folder, sequential, saved):
     trainer(strategy_named("fsdp2"), callback).fit(module, DataLoader(windows, batch_size=None))
     module.configure_model()  # once more
     sharded = [type(each).__name__ for each in module.modules() if isinstance(each, FSDPModule)]
-    refused = attempt(lambda: module.save_pretrained(saved, shrink=True))
+    shrinking = attempt(lambda: module.save_pretrained(saved, shrink=True))
     module.save_pretrained(saved)
+    assert (saved / "config.json").is_file()  # in every process
+    again = attempt(lambda: module.save_pretrained(saved))
+    refused = shrinking, again, attempt(lambda: module.push_to_hub("a/b"))
     return callback.weights, callback.report, sharded, refused, whole(module.model)
+
+
+def save_tied(rank, folder):
+    torch.manual_seed(0)
+    config = ZOO["llama"].build().config
+    config.tie_word_embeddings = True
+    module = CausalLMModule(shard(type(ZOO["llama"].build())(config)))
+    module.save_pretrained(folder)
+    return whole(module.model)
 
 
 def save_shards(rank, folder):

@@ -92,9 +92,9 @@ class SavePretrained(Callback):
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
                 f"SavePretrained saves from one process that holds the whole model, but "
-                f"{type(trainer.strategy).__name__} distributes the model. After fit, call save_pretrained of "
-                "CausalLMModule in every process; or use Lightning's ModelCheckpoint, with "
-                "ModelParallelStrategy(save_distributed_checkpoint=False) for one ordinary file."
+                f"{type(trainer.strategy).__name__} distributes the model. With ModelParallelStrategy (FSDP2), call "
+                "save_pretrained of a CausalLMModule in every process after fit, or use Lightning's ModelCheckpoint "
+                "with save_distributed_checkpoint=False for one ordinary file."
             )
         self._reserved.close()  # of an interrupted run
         with processes_of(trainer).fail_together():

@@ -90,8 +90,8 @@ def relative_error(
     """Return `||(W - W') X^T||^2 / ||W X^T||^2`, the relative squared error of a layer's outputs; None if it overflows.
 
     Of more than 256 rows, about 256, evenly spaced, are compared. `fitted` is the Gram matrix of the error if it is
-    not `gram`: that of centered inputs if the bias was fitted, too. `total` adds the sums over rows that other
-    processes hold.
+    not `gram`: that of centered inputs if the bias was fitted, too. `total` sums a tensor over all
+    processes, if each holds only some of the rows.
 
     Example:
         >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]), torch.eye(2))
@@ -103,8 +103,8 @@ def relative_error(
     with torch.autocast(gram.device.type, enabled=False):
         pairs = (lost, gram if fitted is None else fitted), (weight, gram)
         sums = torch.stack([(torch.mm(each, matrix) * each).sum() for each, matrix in pairs])
-    share = len(dense) / max(1, len(weight))  # other processes may compare another fraction of their rows
-    error, energy = (total(sums * share) if total else sums).tolist()
+    rows_per_compared = len(dense) / max(1, len(weight))  # which may differ between processes
+    error, energy = (total(sums * rows_per_compared) if total else sums).tolist()
     if not math.isfinite(error + energy):
         return None
     return max(0.0, error) / energy if energy > 0 else 0.0

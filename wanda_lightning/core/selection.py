@@ -25,7 +25,7 @@ class Rows:
         return entries
 
     def sum(self, part: Tensor) -> Tensor:
-        """Return a sum over all rows, given that over the own rows."""
+        """Return the sum over all rows, given the sum over the rows of this process."""
         return part
 
 

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from wanda_lightning.common.checks import Number, check_values, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.refuse_path import refuse_replacement
 from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.hub.upload import Uploadable
 from wanda_lightning.models import check_tokens
@@ -40,7 +41,7 @@ from wanda_lightning.modules.loading import (
     load_own_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
-from wanda_lightning.parallel import gathered_state_dict, is_sharded
+from wanda_lightning.parallel import gathered_state_dict, is_sharded, sharing
 from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
 
 
@@ -314,6 +315,15 @@ class CausalLMModule(Uploadable, L.LightningModule):
 
             self.model = merge(self.model, reprune)
 
+    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
+        """Save and upload the model; see `Uploadable.push_to_hub`. A model that FSDP2 shards is refused."""
+        if is_sharded(self.model):
+            raise UserError(
+                "push_to_hub needs the whole model in one process, but FSDP2 shards it. Call save_pretrained in every "
+                "process, and upload the folder with `hf upload`."
+            )
+        return super().push_to_hub(repo_id, private)
+
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
     ) -> Shrunk | None:
@@ -333,22 +343,32 @@ class CausalLMModule(Uploadable, L.LightningModule):
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If `shrink` finds nothing to leave out, or FSDP2 shards the model.
+            ValueError: With `shrink`, if there is nothing to leave out, or if FSDP2 shards the model.
         """
-        whole: dict[str, Any] = {}
-        if is_sharded(self.model):
-            if shrink:
-                raise UserError(
-                    "shrink=True needs whole layers, but FSDP2 shards the model. Save it without shrink, and use "
-                    "`wanda-lightning shrink` on the folder."
-                )
-            whole = {"state_dict": gathered_state_dict(self.model)}
-            if torch.distributed.get_rank() > 0:
-                return None
+        if not is_sharded(self.model):
+            return self._write_folder(folder, overwrite, shrink)
+        if shrink:
+            raise UserError(
+                "shrink=True needs whole layers, but FSDP2 shards the model. Save it without shrink, and use "
+                "`wanda-lightning shrink` on the folder."
+            )
+        processes = sharing(self.model)
+        with processes.fail_together():
+            if processes.rank == 0:
+                refuse_replacement(folder, overwrite)
+        whole = gathered_state_dict(self.model)
+        with processes.fail_together():
+            if processes.rank == 0:
+                self._write_folder(folder, overwrite, state_dict=whole)
+        return None
+
+    def _write_folder(
+        self, folder: str | os.PathLike[str], overwrite: bool, shrink: bool = False, **state_dict: Any
+    ) -> Shrunk | None:
         with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
             with shrunk(self.model) if shrink else nullcontext() as result:
                 write_modeling_file(self.pruning_target, new)
-                self.model.save_pretrained(new, **whole)
+                self.model.save_pretrained(new, **state_dict)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(new)
         return result

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.parallel.processes import Processes
@@ -138,9 +139,21 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
+def sharing(model: nn.Module) -> Processes:
+    """Return the processes that FSDP2 shards a model over."""
+    shard = next(parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
+    return Processes(shard.device_mesh.get_group(), shard.device)
+
+
 def gathered_state_dict(model: nn.Module) -> dict[str, Any]:
     """Return the whole state dict of a sharded model, on the CPU of the first process; in others it is empty.
 
-    All processes must call it.
+    All processes must call it. Tied weights are one tensor, as in the model.
     """
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if name in whole and first in whole:
+            whole[name] = whole[first]
+    return whole

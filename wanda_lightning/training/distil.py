@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 _WARM_UP = 4  # optimizer steps
 _PREDICTIONS = 8  # in an optimizer step, at least; a window of text has one for each token, an image a single one
 _ENOUGH = 512  # predictions in a step for the largest usual learning rate
-_STEPS = 48  # of so many predictions, which the usual number of passes takes about
-_MOST_PASSES = 3  # usually: more of them overfit few samples
+_STEPS = 48  # optimizer steps of `_ENOUGH` predictions that the default number of passes aims at
+_MOST_PASSES = 3  # by default
 _STOPPED = "The model is pruned. It holds the best weights that distillation found before it was stopped."
 
 
@@ -63,8 +63,9 @@ class Distil(Recovery):
     hardware supports it. Weights in bfloat16 and float16 are trained as copies in float32.
 
     Attributes:
-        passes: Number of passes over the samples. None chooses 1 to 3, so that there are about 48 steps of 512
-            predictions: 3 passes over 16 windows, 2 over 32, 1 over 64 or more, and 3 over images.
+        passes: Number of passes over the samples. None chooses 1 to 3, for about 48 steps of 512 predictions. For
+            windows of 512 tokens or more, one in a step, that is 3 passes over 16, 2 over 32, and 1 over 64 or more;
+            for up to about 10,000 images, 3.
         learning_rate: Largest learning rate of AdamW, relative to the root mean square of a tensor's kept weights. None
             chooses 0.001 for steps of 512 predictions or more, and `0.001 * sqrt(n / 512)` for n, since the gradients
             of few are noisy (Malladi et al. 2022): 0.000125 for 8 images.
@@ -152,8 +153,8 @@ class _Distillation(ModelRecovery):
     def _usual(self, size: int | None) -> tuple[int, float, int]:
         """Return the size of a step, its learning rate, and the number of passes.
 
-        A size of None becomes that of a step with enough predictions. The number of predictions of a sample is the mean
-        over all processes.
+        If the size is None, the smallest with enough predictions is chosen. The number of predictions of a sample is
+        the mean over all processes.
         """
         rows = [len(target.rows) for _, target in filter(None, self._samples)]
         counts = self._processes.all_gather([len(rows), sum(rows)])
