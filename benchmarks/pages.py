@@ -96,6 +96,12 @@ def which() -> str:
     return markdown(("preset", "what it does", "when", *GOALS, "seconds"), rows).replace("---: | ---:", "--- | ---", 1)
 
 
+def more_windows() -> str:
+    """What `thorough` gains from more calibration windows."""
+    runs = lookup(run for run in read_table("windows") if run.case.get("windows") == 64)
+    return f"With 64 windows instead of 16, `thorough` has {', '.join(perplexity(runs['thorough', g]) for g in GOALS)}."
+
+
 def zeros() -> str:
     """What zeros are not good for."""
     ours: Lookup = lookup(read_table("methods"))
@@ -251,6 +257,7 @@ def _filled(paragraph: str) -> str:
 PARTS: Mapping[str, Callable[..., str]] = {
     "claims": claims,
     "which": which,
+    "more_windows": more_windows,
     "zeros": zeros,
     "worth_short": worth_short,
     "demo_table": demo_table,
