@@ -36,9 +36,9 @@ def repair(
     """Return the pruned model with LoRA adapters that replace a part of what pruning has removed, without training.
 
     For each pruned linear layer, B A of the given rank minimizes the sum of `||(W_dense - W - B A) x||^2` over the
-    tokens x of the calibration batches, which run through the pruned model. It takes one forward pass, and for each layer the
-    eigenvectors of a matrix (d_out, d_out). The adapters are plain LoRA: PEFT loads them without this package, and they
-    can be trained. Do not merge them, because that fills the zeros.
+    tokens x of the calibration batches, which run through the pruned model. It takes one forward pass, and for each
+    layer the eigenvectors of a matrix (d_out, d_out). The adapters are plain LoRA: PEFT loads them without this
+    package, and they can be trained. Do not merge them, because that fills the zeros.
 
     Args:
         model: The pruned model. It gets the adapters and must not be used on its own afterward, as with PEFT.
