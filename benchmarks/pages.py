@@ -100,7 +100,7 @@ def more_windows() -> str:
     """What `thorough` gains from more calibration windows."""
     runs = lookup(run for run in read_table("windows") if run.case.get("windows") == 64)
     first, second, third = (f"{perplexity(runs['thorough', goal])} at {goal}" for goal in GOALS)
-    return f"With 64 windows instead of 16, `thorough` has {first}, {second} and {third}."
+    return f"With 64 windows instead of 16, `thorough` has a perplexity of {first}, {second} and {third}."
 
 
 def zeros() -> str:

@@ -22,14 +22,14 @@ import torch.multiprocessing as mp
 from measuring import MIB, Batches, PeakMemory, columns, random_llama, random_windows
 from result import Result, Runs, Samples
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.prune import prune_as
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local
 from wanda_lightning.report import PruningReport
 
 BLOCKS, VOCABULARY = 8, 1024
@@ -47,11 +47,6 @@ def build(width: int, length: int, strategy: str, world_size: int) -> Any:
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model
-
-
-def local(parameter: nn.Parameter) -> Tensor:
-    """Return what this process holds of a parameter."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class Run:

@@ -125,6 +125,13 @@ def test_tied_weights_are_saved_once(pair, tmp_path):
     assert_equal_everywhere(weights, loaded.state_dict())
 
 
+def test_an_image_classifier_is_not_saved_from_shards(pair, tmp_path):
+    for error in pair.run(cases.save_classifier, tmp_path / "out"):
+        assert error[0] == "UserError"
+        assert "save_pretrained needs the whole model" in error[1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_is_not_saved_from_shards(pair, tmp_path):
     for error in pair.run(cases.save_shards, tmp_path / "out"):
         assert error[0] == "MisconfigurationException"

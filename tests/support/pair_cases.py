@@ -26,6 +26,7 @@ from wanda_lightning import (
     Distil,
     DistillFromDense,
     Fisher,
+    ImageClassifierModule,
     KeepZeros,
     Reconstruct,
     TextDataModule,
@@ -556,6 +557,11 @@ def save_tied(rank, folder):
     module = CausalLMModule(shard(type(ZOO["llama"].build())(config)))
     module.save_pretrained(folder)
     return whole(module.model)
+
+
+def save_classifier(rank, folder):
+    module = ImageClassifierModule(shard(ZOO["convnext"].build()))
+    return attempt(lambda: module.save_pretrained(folder))
 
 
 def save_shards(rank, folder):

@@ -104,8 +104,7 @@ def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) ->
         pruned = PrunedLayer(layer.name, layer.shape, target, 0.0, inputs.count, siblings=layer.siblings, block=block)
         pruned.before, pruned.sparsity = _share_of_zeros(dense, own), _share_of_zeros(sparse, own)
         if "gram" in inputs.sums:
-            total = None if own is ALL_ROWS else own.sum
-            pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"], total)
+            pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"], own.sum)
         if layer.name in biases:  # the means of the outputs stay
             lost = dense.to(fitted.mean().dtype) - sparse
             biases[layer.name].add_((lost @ fitted.mean()).to(biases[layer.name].dtype))

@@ -41,7 +41,7 @@ from wanda_lightning.modules.loading import (
     load_own_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
-from wanda_lightning.parallel import gathered_state_dict, is_sharded, sharing
+from wanda_lightning.parallel import gathered_state_dict, is_sharded, shard_processes
 from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
 
 
@@ -352,7 +352,7 @@ class CausalLMModule(Uploadable, L.LightningModule):
                 "shrink=True needs whole layers, but FSDP2 shards the model. Save it without shrink, and use "
                 "`wanda-lightning shrink` on the folder."
             )
-        processes = sharing(self.model)
+        processes = shard_processes(self.model)
         with processes.fail_together():
             if processes.rank == 0:
                 refuse_replacement(folder, overwrite)

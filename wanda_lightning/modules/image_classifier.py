@@ -203,15 +203,15 @@ class ImageClassifierModule(Uploadable, L.LightningModule):
                 arguments of `timm.create_model` give its widths; if FSDP2 shards it; or if `shrink` finds nothing to
                 leave out.
         """
-        if not hasattr(self.model, "pretrained_cfg"):
-            raise UserError(
-                f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
-                "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
-            )
         if is_sharded(self.model):
             raise UserError(
                 "save_pretrained needs the whole model in one process, but FSDP2 shards it. Save it with Lightning's "
                 "ModelCheckpoint and ModelParallelStrategy(save_distributed_checkpoint=False)."
+            )
+        if not hasattr(self.model, "pretrained_cfg"):
+            raise UserError(
+                f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
+                "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()

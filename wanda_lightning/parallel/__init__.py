@@ -10,7 +10,7 @@ from wanda_lightning.parallel.fsdp import (
     kept_gathered,
     managers_around,
     reshard,
-    sharing,
+    shard_processes,
 )
 from wanda_lightning.parallel.processes import SINGLE_PROCESS, Processes, first_index, local, zero_counts
 
@@ -28,6 +28,6 @@ __all__ = [
     "local",
     "managers_around",
     "reshard",
-    "sharing",
+    "shard_processes",
     "zero_counts",
 ]

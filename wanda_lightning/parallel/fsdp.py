@@ -139,7 +139,7 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def sharing(model: nn.Module) -> Processes:
+def shard_processes(model: nn.Module) -> Processes:
     """Return the processes that FSDP2 shards a model over."""
     shard = next(parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
     return Processes(shard.device_mesh.get_group(), shard.device)

@@ -146,9 +146,8 @@ class _Distillation(ModelRecovery):
         self._held = [index for index in range(len(self._samples)) if index % HELD_OUT == HELD_OUT - 1]
         self._trained = [index for index in range(len(self._samples)) if index not in self._held]
         self._loss = DistilLoss(dense.model, config.loss, config.next_token)
-        self._batch_size, rate, self._passes = self._usual(config.batch_size)
-        self._passes = config.passes or self._passes
-        self._config = replace(config, passes=self._passes, learning_rate=config.learning_rate or rate)
+        self._batch_size, rate, passes = self._usual(config.batch_size)
+        self._config = replace(config, passes=config.passes or passes, learning_rate=config.learning_rate or rate)
 
     def _usual(self, size: int | None) -> tuple[int, float, int]:
         """Return the size of a step, its learning rate, and the number of passes.
@@ -167,18 +166,19 @@ class _Distillation(ModelRecovery):
     def train(self) -> Training:
         config, dense = self._config, self._dense
         held, trained = self._held, self._trained
+        assert config.passes
         steps = math.ceil(len(trained) / self._batch_size)
         with (
             noting(lambda: _STOPPED, log.warning),  # Lightning does not show the notes of an interrupted run
             MaskedWeights(dense.model, self._parameters, dense.layers, self._processes) as weights,
             recomputing(dense.blocks),
-            ProgressBar("Distilling", self._passes * (steps + 1), dense.progress) as bar,
+            ProgressBar("Distilling", config.passes * (steps + 1), dense.progress) as bar,
         ):
-            optimizer, schedule = self._optimizer(weights, self._passes * steps)
+            optimizer, schedule = self._optimizer(weights, config.passes * steps)
             lowest = self._mean_loss(held)
             passes, stopped = [TrainingPass(None, lowest)], ""
             try:
-                for number in range(1, self._passes + 1):
+                for number in range(1, config.passes + 1):
                     losses = []
                     generator = torch.Generator().manual_seed(config.seed + number)
                     order = torch.randperm(len(trained), generator=generator).tolist()
