@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from result import OURS, Result, read_table
-from tables import LABELS, ROOT, SCALED, exponent
+from tables import LABELS, ROOT, SCALED, by_goal, exponent
 
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.write_whole import whole_file
@@ -44,6 +44,7 @@ GOALS = {"50 %": (BLUE, "o"), "60 %": (ORANGE, "s"), "2:4": (GREEN, "D")}
 REFERENCE, ALPS = "locuslab/wanda", "ALPS"
 Point = Sequence[Any]  # seconds, perplexity, name
 PRESETS = ("thorough", "best", "balanced", "fast")
+GROWING = ("wanda", "sparsegpt", "balanced", "best", "thorough")  # measured with more calibration windows, too
 COMPARED = (  # method, whose implementation, label
     *((name, OURS, name) for name in PRESETS),
     ("alps", ALPS, "ALPS, authors' code"),
@@ -189,6 +190,37 @@ def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
                 text.remove()
 
 
+def windows() -> dict[str, Any]:
+    """Perplexity by the number of calibration windows, for each goal and method."""
+    usual, more = runs_of("methods"), [run for run in read_table("windows") if run.method in GROWING]
+    panels: dict[str, dict[str, Any]] = {}
+    for method, goal in sorted({(run.method, run.goal) for run in more}, key=lambda key: GROWING.index(key[0])):
+        own = [run for run in more if (run.method, run.goal) == (method, goal)]
+        points = {run.case["windows"]: run.measured["perplexity"] for run in own}
+        points[usual[method, goal].calibration.windows] = usual[method, goal].measured["perplexity"]
+        panels.setdefault(goal, {})[method] = [[count, round(value, 2)] for count, value in sorted(points.items())]
+    return {"dense": _dense(), "panels": {goal: panels[goal] for goal in sorted(panels, key=by_goal)}}
+
+
+def draw_windows(data: Mapping[str, Any]) -> "Figure":
+    """Draw one panel for each goal, with one line for each method."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(data["panels"]), figsize=(11, 4.3), layout="constrained", squeeze=False)
+    for panel, (goal, lines) in zip(panels[0], data["panels"].items(), strict=True):
+        _logarithmic(panel, "x", "y")
+        for name, points in lines.items():
+            color = (FAINT, INK, GREEN, ORANGE, BLUE)[GROWING.index(name)]
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=_short(name))
+        panel.axhline(data["dense"], color=FAINT, linewidth=1, linestyle="--")
+        counts = sorted({count for points in lines.values() for count, _ in points})
+        panel.set_xticks(counts, map(str, counts))
+        panel.set(title=f"{goal} zeros" if "%" in goal else goal, xlabel="windows of 512 tokens")
+    panels[0][0].set_ylabel("perplexity")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    return figure
+
+
 def scaling() -> dict[str, Any]:
     """Processor seconds and peak memory by windows, blocks and width: points of each method, with the exponent."""
     runs = sorted(read_table("scaling"), key=lambda run: run.case["value"])
@@ -225,6 +257,7 @@ def draw_scaling(data: Mapping[str, Any]) -> "Figure":
 FIGURES: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], "Figure"]]] = {
     "methods": (methods, draw_methods),
     "frontier": (frontier, draw_frontier),
+    "windows": (windows, draw_windows),
     "scaling": (scaling, draw_scaling),
 }
 

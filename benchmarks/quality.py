@@ -4,13 +4,15 @@
         --nsamples 16 --seqlen 512 --limit 40 --save benchmarks/results
     python benchmarks/quality.py --model M.gguf --calibration self --eval wikitext2_test.raw.txt --goals 60
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --held_out
+    python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt --draw 1
     python benchmarks/quality.py --model M.gguf --baseline --goals 50 2:4
     python benchmarks/quality.py --images --save benchmarks/results
     python benchmarks/quality.py --photos .cache/efficientnet_lite0 --data imagenet_sample --nsamples 512
 
 Windows are those of `wanda-lightning prune` with seed 0, in batches of 4, in float32. With `--save`, each cell is a
 file (benchmarks/result.py), and the same command again measures only cells that are missing or used other choices.
-With `--calibration self`, the dense model writes the windows, and the files are in a table of their own.
+With `--calibration self`, the dense model writes the windows, and the files are in a table of their own. `--draw` draws
+the calibration windows with another seed, measures on a second text as well, and also has a table of its own.
 `--held_out` measures on the part of the calibration text that calibration does not use, to choose hyperparameters.
 `--baseline` compares our SparseGPT and `balanced` with a plain implementation of SparseGPT. `--images` trains and
 prunes the models of recipes/vision/demo.py, and `--photos` prunes a timm model with its weights.
@@ -91,6 +93,7 @@ GOALS = {
 }
 PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "best+row_weights", "thorough")}
 WINDOWS = 16  # for calibration, in the table of all methods
+SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE: dict[str, Choices] = {
     "sparsegpt": {"method": "sparsegpt"},
@@ -145,11 +148,16 @@ def held_out(data: TextDataModule) -> Tensor:
     return torch.stack(windows)
 
 
+def batches(windows: Tensor) -> list[dict[str, Tensor]]:
+    """Return windows in batches of 4."""
+    return [{"input_ids": part} for part in windows.split(4)]
+
+
 @torch.no_grad()
-def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+def perplexity(model: nn.Module, windows: Iterable[Mapping[str, Tensor]]) -> float:
     """Return the perplexity over the windows of all batches."""
     metric = WindowPerplexity()
-    for batch in batches:
+    for batch in windows:
         metric.update(model(**batch, use_cache=False).logits, batch["input_ids"])
     return float(metric.compute())
 
@@ -161,16 +169,17 @@ class LanguageModel:
         module = CausalLMModule(options.model, dtype="float32")
         sources = (options.calibration, options.calibration if options.held_out else options.eval)
         windows = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
-        data = TextDataModule(module.tokenizer, *sources, **windows, seed=0)
+        texts = tuple(dict.fromkeys((sources[1], SECOND_TEXT)))
+        data = TextDataModule(module.tokenizer, sources[0], texts, **windows, seed=options.draw or 0)
         self.tokenizer, self.model = module.tokenizer, module.model.eval()
         if options.calibration == SELF:  # no Trainer runs the model
             self.samples = sample_windows(self.model, self.tokenizer, options.nsamples, options.seqlen)
         else:
             self.samples = data.calibration_windows
         evaluated_on = held_out(data) if options.held_out else data.evaluation_windows
-        self.calibration, self.evaluation = (
-            [{"input_ids": part} for part in windows.split(4)] for windows in (self.samples, evaluated_on)
-        )
+        self.calibration, self.evaluation = batches(self.samples), batches(evaluated_on)
+        self.texts = {"perplexity": self.evaluation}
+        self.texts |= {"perplexity_second": batches(data.windows_of(SECOND_TEXT))} if options.draw is not None else {}
         self.dense = copy.deepcopy(self.model.state_dict())
         named = {SELF: OWN_TEXT, "python-docs": "python-docs"}
         names = [named.get(source, Path(source).name) for source in sources]
@@ -178,6 +187,8 @@ class LanguageModel:
         case: dict[str, Any] = {"calibration": options.calibration} if options.calibration == SELF else {}
         if options.nsamples != WINDOWS:
             case["windows"] = options.nsamples
+        if options.draw is not None:
+            case["draw"] = options.draw
         self.planned = Result(
             model=Path(options.model).name,
             method="dense",
@@ -203,9 +214,9 @@ class LanguageModel:
 
         return prune(self.model, self.calibration, **chosen, forward=forward, progress=False).sparsity
 
-    def measure_dense(self) -> Measured:
-        """Measure the dense model."""
-        return {"perplexity": perplexity(self.model, self.evaluation)}
+    def measure_perplexity(self) -> Measured:
+        """Measure the model as it is."""
+        return {name: perplexity(self.model, windows) for name, windows in self.texts.items()}
 
     def measure(self, chosen: Mapping[str, Any]) -> Measured:
         """Prune, and return one cell of the table."""
@@ -213,8 +224,8 @@ class LanguageModel:
         sparsities: list[float] = []
         with PeakMemory() as memory:
             duration = seconds(lambda: sparsities.append(self.prune(chosen)))
-        measured = {"perplexity": perplexity(self.model, self.evaluation), "seconds": duration}
-        return {**measured, "peak_mib": memory.peak / MIB, "sparsity": sparsities[0]}
+        cost = {"seconds": duration, "peak_mib": memory.peak / MIB}
+        return {**self.measure_perplexity(), **cost, "sparsity": sparsities[0]}
 
     def against_baseline(
         self, methods: Mapping[str, Mapping[str, Any]], runs: int, warm_up: bool
@@ -248,10 +259,11 @@ class LanguageModel:
 def measure_text(options: argparse.Namespace, console: Console) -> None:
     """Measure all methods with a language model."""
     table_name = "methods" if options.nsamples == WINDOWS else "windows"
+    table_name = "draws" if options.draw is not None else table_name
     table_name = "held_out" if options.held_out else "own_text" if options.calibration == SELF else table_name
     language, runs = LanguageModel(options), Runs(options.save, table_name)
     table = columns(f"{options.model}: perplexity (seconds of pruning)", "method", *options.goals, "peak MiB")
-    dense = runs(replace(language.planned, case={}, calibration=None), language.measure_dense)
+    dense = runs(replace(language.planned, case={}, calibration=None), language.measure_perplexity)
     table.add_row("dense", *[f"{dense.measured['perplexity']:.2f}"] * len(options.goals), "")
     cells: dict[tuple[str, str], Result] = {}
     for name in options.methods:
@@ -406,6 +418,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the quality of all methods in one table.")
     add_options(parser)
     parser.add_argument("--held_out", action="store_true", help="measure on the unused part of the calibration text")
+    parser.add_argument("--draw", type=int, help="seed of the calibration windows; measures on a second text, too")
     parser.add_argument("--methods", nargs="+", help=f"of: {shlex.join(TEXT)}; with --images of: {shlex.join(IMAGES)}")
     parser.add_argument("--baseline", action="store_true", help="only compare with a plain SparseGPT")
     parser.add_argument("--runs", type=int, default=1, help="runs of --baseline, of which medians count")

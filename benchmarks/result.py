@@ -24,7 +24,10 @@ OURS = "wanda_lightning"
 PACKAGES = ("lightning", "timm", "torch", "transformers")
 QUANTITIES: Mapping[str, str] = {
     "perplexity": "on the evaluation windows",
+    "perplexity_second": "on as many windows of a second text",
     "perplexity_before": "the same before fine-tuning or repair",
+    "perplexity_trained": "after training the adapters that a repair has made",
+    "perplexity_trained_plain": "after training adapters that start at zero for as long",
     "top1": "fraction of the evaluation images that are classified correctly",
     "top1_uncorrected": "the same without the correction of BatchNorm statistics",
     "divergence": "mean KL divergence from the dense predictions on the evaluation images",

@@ -492,6 +492,34 @@ def windows() -> str:
     return markdown(("perplexity", *goals), rows) + "\n\n" + source(used)
 
 
+def draws() -> str:
+    """Mean perplexity over draws of the calibration windows, with the lowest and the highest, on two texts."""
+    more, usual = read_table("draws"), read_table("methods")
+    methods = sorted({run.method for run in more} - {"dense"}, key=list(LABELS).index)
+    goals = [goal for goal in ("50 %", "60 %", "2:4") if any(run.goal == goal for run in more)]
+    rows = []
+    for method in ("dense", *methods):
+        for quantity, runs, text in (
+            ("perplexity", [*more, *usual], "WikiText-2"),
+            ("perplexity_second", more, "python-docs"),
+        ):
+            own = [run for run in runs if run.method == method and quantity in run.measured]
+            drawn = {run.goal for run in more if run.method == method}
+            cells = [
+                spread([run.measured[quantity] for run in own if run.goal in drawn & {goal, "dense"}]) for goal in goals
+            ]
+            rows.append([f"{LABELS[method]}, {text}", *cells])
+    return markdown(("perplexity", *goals), rows) + "\n\n" + source(more)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean, and the lowest and highest value unless both look the same."""
+    if not values:
+        return ""
+    low, mean, high = (f"{value:#.4g}" for value in (min(values), sum(values) / len(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
 def own_text() -> str:
     """Perplexity after calibration with web text, and with text that the dense model writes."""
     results = [r for r in read_table("own_text") if r.method != "dense"]
@@ -630,6 +658,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "tasks": tasks,
     "streaming": streaming,
     "windows": windows,
+    "draws": draws,
     "own_text": own_text,
     "training": training,
     "training_images": training_images,

@@ -56,7 +56,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--methods", nargs="+", default=METHODS, help=f"of: {shlex.join(TEXT)}")
     parser.add_argument("--tasks_dir", required=True, help="folder with TASK.jsonl")
-    parser.set_defaults(goals=("50", "2:4"), held_out=False)
+    parser.set_defaults(goals=("50", "2:4"), held_out=False, draw=None)
     options = parser.parse_args()
     check_options(parser, options, TEXT)
     if not options.model:
