@@ -44,7 +44,7 @@ GOALS = {"50 %": (BLUE, "o"), "60 %": (ORANGE, "s"), "2:4": (GREEN, "D")}
 REFERENCE, ALPS = "locuslab/wanda", "ALPS"
 Point = Sequence[Any]  # seconds, perplexity, name
 PRESETS = ("thorough", "best", "balanced", "fast")
-GROWING = ("wanda", "sparsegpt", "balanced", "best", "thorough")  # measured with more calibration windows, too
+BY_WINDOWS = {"wanda": FAINT, "sparsegpt": INK, "balanced": GREEN, "best": ORANGE, "thorough": BLUE}
 COMPARED = (  # method, whose implementation, label
     *((name, OURS, name) for name in PRESETS),
     ("alps", ALPS, "ALPS, authors' code"),
@@ -192,9 +192,9 @@ def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
 
 def windows() -> dict[str, Any]:
     """Perplexity by the number of calibration windows, for each goal and method."""
-    usual, more = runs_of("methods"), [run for run in read_table("windows") if run.method in GROWING]
+    usual, more = runs_of("methods"), [run for run in read_table("windows") if run.method in BY_WINDOWS]
     panels: dict[str, dict[str, Any]] = {}
-    for method, goal in sorted({(run.method, run.goal) for run in more}, key=lambda key: GROWING.index(key[0])):
+    for method, goal in sorted({(run.method, run.goal) for run in more}, key=lambda key: [*BY_WINDOWS].index(key[0])):
         own = [run for run in more if (run.method, run.goal) == (method, goal)]
         points = {run.case["windows"]: run.measured["perplexity"] for run in own}
         points[usual[method, goal].calibration.windows] = usual[method, goal].measured["perplexity"]
@@ -210,14 +210,15 @@ def draw_windows(data: Mapping[str, Any]) -> "Figure":
     for panel, (goal, lines) in zip(panels[0], data["panels"].items(), strict=True):
         _logarithmic(panel, "x", "y")
         for name, points in lines.items():
-            color = (FAINT, INK, GREEN, ORANGE, BLUE)[GROWING.index(name)]
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, color=color, label=_short(name))
-        panel.axhline(data["dense"], color=FAINT, linewidth=1, linestyle="--")
+            style = {"marker": "o", "markersize": 4, "color": BY_WINDOWS[name]}
+            panel.plot(*zip(*points, strict=True), **style, label=_short(name))
+        panel.axhline(data["dense"], color=FAINT, linewidth=1, linestyle="--", label="dense")
         counts = sorted({count for points in lines.values() for count, _ in points})
         panel.set_xticks(counts, map(str, counts))
         panel.set(title=f"{goal} zeros" if "%" in goal else goal, xlabel="windows of 512 tokens")
     panels[0][0].set_ylabel("perplexity")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    fullest = max(panels[0], key=lambda panel: len(panel.get_legend_handles_labels()[0]))
+    fullest.legend(frameon=False, fontsize=8)
     return figure
 
 

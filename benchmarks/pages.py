@@ -70,8 +70,8 @@ def claims() -> str:
         f"{perplexity(theirs['sparsegpt', '50 %', reference])}. [All methods](docs/measured.md#all-methods)",
         f"**Images, too.** With half of its weights, EfficientNet-Lite0 classifies {top1['best', '50 %']} of 650 "
         f"images of ImageNet correctly after `best`, and {top1['sparsegpt', '50 %']} after SparseGPT (dense: "
-        f"{top1['dense', 'dense']}); with 30 %, {top1['best', '70 %']} and {top1['sparsegpt', '70 %']}. The standard "
-        "error is 1.5 to 2 points. [Real images](docs/measured.md#real-images)",
+        f"{top1['dense', 'dense']}); with 70 % zeros, {top1['best', '70 %']} and {top1['sparsegpt', '70 %']}. The "
+        "standard error is 1.5 to 2 points. [Real images](docs/measured.md#real-images)",
         f"**Any family of models.** {families()} families of transformers and timm can be pruned, without code for any "
         "of them: a small model of each, with random weights, was pruned and checked. [All families](docs/models.md)",
         "**Zeros that stay zero.** 200 steps of LoRA on the Wanda model lower its perplexity from "
@@ -100,22 +100,23 @@ def which() -> str:
 
 
 def other_windows() -> str:
-    """What more calibration windows, other ones and another text change."""
+    """How the number of calibration windows, their draw, and the text that is measured on change the perplexity."""
     runs = lookup(run for run in read_table("windows") if run.case.get("windows") == 64)
     first, second, third = (f"{perplexity(runs['thorough', goal])} at {goal}" for goal in GOALS)
     draws = [run for run in read_table("draws") if run.goal in ("50 %", "dense")]
     usual = lookup(read_table("methods"))["best", "50 %"]
     best = [run.measured["perplexity"] for run in (usual, *draws) if run.method == "best"]
-    on_docs = {
-        name: mean(run.measured["perplexity_second"] for run in draws if run.method == name)
-        for name in ("dense", "fast", "sparsegpt", *PRESETS)
+    docs = {
+        name: f"{mean(run.measured['perplexity_second'] for run in draws if run.method == name):#.4g}"
+        for name in ("dense", "sparsegpt", *PRESETS)
     }
-    dense, fast, sparsegpt, balanced, best_on_docs, thorough = (f"{value:#.4g}" for value in on_docs.values())
     return (
-        f"With 64 windows instead of 16, `thorough` has a perplexity of {first}, {second} and {third}. Over three "
-        f"draws of 16 windows, `best` has {min(best):.1f} to {max(best):.1f} at 50 %. On Python's documentation, which "
-        f"is unlike the calibration text, updating weights helps less: at 50 %, `fast` has {fast}, SparseGPT "
-        f"{sparsegpt}, `balanced` {balanced}, `best` {best_on_docs} and `thorough` {thorough} (dense: {dense}). "
+        f"With 64 windows instead of 16, `thorough` has a perplexity of {first}, {second} and {third}. Over "
+        f"{len(best)} draws of 16 windows, the perplexity of `best` at 50 % is between {min(best):.1f} and "
+        f"{max(best):.1f}. On Python's documentation, which is unlike the calibration text, updating weights can do "
+        f"harm: at 50 %, `fast` has a perplexity of {docs['fast']}, SparseGPT {docs['sparsegpt']}, `balanced` "
+        f"{docs['balanced']}, `best` {docs['best']} and `thorough` {docs['thorough']} (dense: {docs['dense']}; means "
+        "of two draws). "
         "[Draws and texts](docs/measured.md#other-calibration-windows-and-another-text)"
     )
 
@@ -134,8 +135,9 @@ def zeros() -> str:
         "as a kernel for sparse ones was, and give the better model ([tried](docs/tried.md)). For NVIDIA GPUs, 2:4 on "
         "sparse tensor cores is [built in](docs/speed.md), but not measured.",
         f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
-        f"{perplexity(ours['thorough', '50 %'])} at 50 %. The perplexities are for one small model and, if no range "
-        "is given, for one draw of 8 thousand calibration tokens.",
+        f"{perplexity(ours['thorough', '50 %'])} at 50 %. These perplexities are for one small model and one draw "
+        "of 8 thousand calibration tokens; [other draws](docs/measured.md#other-calibration-windows-and-another-text) "
+        "change them by 1 to 3 %.",
     )
     return "\n".join(f"- {line}" for line in lines)
 

