@@ -87,14 +87,15 @@ def main() -> None:
     if options.steps:
         data = {"seqlen": options.seqlen, "num_samples": options.steps, "seed": 1}
         windows = [*TextDataModule(language.tokenizer, options.calibration, options.eval, **data).calibration_windows]
-    table = columns(f"{options.model}: perplexity, rank {options.rank}", "", "pruned", "repaired", "parameters added")
+    shown = ["perplexity_before", "perplexity", "added"]
+    shown += ["perplexity_trained", "perplexity_trained_plain"] if windows else []
+    table = columns(f"{options.model}: rank {options.rank}", "", *shown)
     for name in options.methods:
         for goal in options.goals:
             case = {"rank": options.rank} | ({"steps": options.steps} if options.steps else {})
             planned = replace(language.plan(name, goal, choices(TEXT[name], goal)), case=case)
             found = runs(planned, partial(measure, language, name, goal, options.rank, windows)).measured
-            numbers = f"{found['perplexity_before']:.2f}", f"{found['perplexity']:.2f}", f"{found['added']:.1%}"
-            table.add_row(f"{name}, {goal}", *numbers)
+            table.add_row(f"{name}, {goal}", *(f"{found[quantity]:.4g}" for quantity in shown))
     Console(width=120).print(table)
 
 

@@ -369,7 +369,7 @@ def repair() -> str:
     results = sorted(read_table("repair"), key=lambda result: -result.measured["perplexity_before"])
     dense = next(result for result in read_table("methods") if result.method == "dense").measured["perplexity"]
     rows = []
-    for result in results:
+    for result in (result for result in results if "steps" not in result.case):
         before, after = result.measured["perplexity_before"], result.measured["perplexity"]
         share = 1 - math.log(after / dense) / math.log(before / dense)
         numbers = (
@@ -380,7 +380,16 @@ def repair() -> str:
         )
         rows.append([f"{LABELS[result.method]}, {result.goal}", *numbers])
     headings = ("perplexity", "pruned", "repaired, rank 32", "share of the gap removed", "parameters added")
-    return f"{markdown(headings, rows)}\n\nDense: {dense:.2f}. The gap is that of the logarithms. {source(results)}"
+    parts = [markdown(headings, rows)]
+    quantities = ("perplexity_before", "perplexity", "perplexity_trained", "perplexity_trained_plain")
+    if trained := [
+        [f"{LABELS[r.method]}, {r.goal}", *(number(r, quantity) for quantity in quantities)]
+        for r in results
+        if "steps" in r.case
+    ]:
+        headings = ("then 200 steps", "pruned", "repaired", "trained from there", "ordinary adapters, trained")
+        parts.append(markdown(headings, trained))
+    return "\n\n".join([*parts, f"Dense: {dense:.2f}. The gap is that of the logarithms. {source(results)}"])
 
 
 def keeping_zeros() -> str:
