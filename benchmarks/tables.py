@@ -387,7 +387,7 @@ def repair() -> str:
         for r in results
         if "steps" in r.case
     ]:
-        headings = ("then 200 steps", "pruned", "repaired", "trained from there", "ordinary adapters, trained")
+        headings = ("perplexity, 200 steps", "pruned", "repaired", "trained from there", "ordinary adapters, trained")
         parts.append(markdown(headings, trained))
     return "\n\n".join([*parts, f"Dense: {dense:.2f}. The gap is that of the logarithms. {source(results)}"])
 
