@@ -137,7 +137,7 @@ def zeros() -> str:
         f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
         f"{perplexity(ours['thorough', '50 %'])} at 50 %. These perplexities are for one small model and one draw "
         "of 8 thousand calibration tokens; [other draws](docs/measured.md#other-calibration-windows-and-another-text) "
-        "change it by 1 to 3 % at 50 %.",
+        "change those at 50 % by 1 to 3 %.",
     )
     return "\n".join(f"- {line}" for line in lines)
 

@@ -4,6 +4,8 @@ import ast
 import importlib.util
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,16 @@ def load(folder):
     if "architecture" in json.loads(Path(folder, "config.json").read_text()):
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("script", ["llm/get_smollm2.py", "vision/get_efficientnet.py"])
+def test_a_download_refuses_a_folder_that_it_cannot_use(script, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    command = [sys.executable, ROOT / "recipes" / script, tmp_path / "file"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "error: folder must be writable, but: " in ended.stderr.splitlines()[-1]
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_efficientnet_is_converted_by_the_order_of_its_tensors(tmp_path):

@@ -1,4 +1,4 @@
-"""What a batch holds: its tensors, its samples, and how a model is called on it."""
+"""Find the tensors and the samples of a batch, and call a model on it."""
 
 from __future__ import annotations
 

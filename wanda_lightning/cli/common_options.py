@@ -1,4 +1,4 @@
-"""What the options of several commands share: their help, the rules for their values, and checks without a model."""
+"""Help, rules for values and checks without a model, for the options of several commands."""
 
 from __future__ import annotations
 

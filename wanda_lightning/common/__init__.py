@@ -1,1 +1,1 @@
-"""What every room uses: progress, files, names of models and layers, checks and words."""
+"""Code for every part of the package: progress, files, names of models and layers, checks and words."""

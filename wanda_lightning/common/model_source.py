@@ -1,4 +1,4 @@
-"""Where a model comes from: a hub id, a local folder, a GGUF file or a timm model.
+"""The source of a model: a hub id, a local folder, a GGUF file or a timm model.
 
 All code that loads or describes a model by name uses this module, so that a wrong name or a broken file always raises
 the same error. Libraries are imported inside functions, so that checking a local path is fast.
@@ -23,7 +23,7 @@ _LOCAL_FOLDER, _ON_HUB = "local-dir:", "hf-hub:"  # timm's prefixes of a folder 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from.
+    """The source of a model.
 
     Attributes:
         name: Hub id, folder or `.gguf` file of a language model; or `timm:NAME` of an image classifier.

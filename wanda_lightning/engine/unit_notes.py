@@ -16,7 +16,7 @@ from wanda_lightning.models.module_names import named_modules
 
 @dataclass(frozen=True)
 class Cost:
-    """What the layers that write, carry or read hidden units cost."""
+    """The cost of the layers that write, carry or read hidden units."""
 
     parameters: int
     bytes: int  # with buffers
