@@ -217,8 +217,8 @@ def draw_windows(data: Mapping[str, Any]) -> "Figure":
         panel.set_xticks(counts, map(str, counts))
         panel.set(title=f"{goal} zeros" if "%" in goal else goal, xlabel="windows of 512 tokens")
     panels[0][0].set_ylabel("perplexity")
-    fullest = max(panels[0], key=lambda panel: len(panel.get_legend_handles_labels()[0]))
-    fullest.legend(frameon=False, fontsize=8)
+    every = max((panel.get_legend_handles_labels() for panel in panels[0]), key=lambda pair: len(pair[1]))
+    figure.legend(*every, loc="outside lower center", ncols=len(every[1]), frameon=False)
     return figure
 
 
