@@ -93,7 +93,7 @@ GOALS = {
     "photos": ("50", "60", "70", "2:4"),
 }
 PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "best+row_weights", "thorough")}
-WINDOWS = 16  # for calibration, in the table of all methods
+WINDOWS, PHOTOS_TO_CALIBRATE = 16, 512  # in the tables of all methods
 SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE: dict[str, Choices] = {
@@ -362,7 +362,8 @@ def print_cells(table: Table, options: argparse.Namespace, cell: Callable[[str, 
 
 def measure_photos(options: argparse.Namespace, console: Console) -> None:
     """Measure presets with a classifier and its weights, on images in the layout of ImageNet."""
-    module, runs = ImageClassifierModule(f"timm:local-dir:{options.photos}"), Runs(options.save, "photos")
+    module, usual = ImageClassifierModule(f"timm:local-dir:{options.photos}"), options.nsamples == PHOTOS_TO_CALIBRATE
+    runs = Runs(options.save, "photos" if usual else "more_photos")
     data = ImageDataModule(options.data, module, num_samples=options.nsamples)
     data.setup("validate")
     model, name = module.model.eval(), Path(options.data).name
@@ -386,7 +387,8 @@ def measure_photos(options: argparse.Namespace, console: Console) -> None:
 
     def cell(method: str, goal: str) -> str:
         chosen = choices(PHOTOS[method], goal)
-        run = replace(planned, method=method, **sparsity_of(goal), arguments=arguments(chosen))
+        case = {} if usual else {"images": options.nsamples}
+        run = replace(planned, method=method, case=case, **sparsity_of(goal), arguments=arguments(chosen))
         run = runs(replace(run, calibration=Samples(name, options.nsamples)), partial(measure, chosen))
         return f"{run.measured['top1']:.2%} ({run.measured['divergence']:.3f})"
 

@@ -235,13 +235,14 @@ def images() -> str:
 
 def photos() -> str:
     """Accuracy of classifiers with their weights, and the divergence from the dense predictions."""
-
-    def cell(result: Result | None) -> str:
-        return f"{percent(result, 'top1', 1)} ({number(result, 'divergence', '.3f')})" if result else ""
-
     results = read_table("photos")
     measured = {result.goal for result in results}
-    return _by_model(results, cell, [goal for goal in ("50 %", "60 %", "70 %", "2:4") if goal in measured])
+    goals = [goal for goal in ("50 %", "60 %", "70 %", "2:4") if goal in measured]
+    return _by_model(results, _accuracy_and_divergence, goals)
+
+
+def _accuracy_and_divergence(result: Result | None) -> str:
+    return f"{percent(result, 'top1', 1)} ({number(result, 'divergence', '.3f')})" if result else ""
 
 
 def batch_norm() -> str:
@@ -488,18 +489,27 @@ def streaming() -> str:
 
 def windows() -> str:
     """Perplexity by the number of calibration windows."""
-    more = [run for run in read_table("windows") if run.method != "dense"]
-    usual = lookup(read_table("methods"))
+    return _by_number("perplexity", "windows", read_table("windows"), read_table("methods"), perplexity)
+
+
+def more_photos() -> str:
+    """Accuracy and divergence of classifiers with their weights, by the number of calibration images."""
+    more, usual = read_table("more_photos"), read_table("photos")
+    return _by_number("accuracy (divergence)", "images", more, usual, _accuracy_and_divergence)
+
+
+def _by_number(heading: str, samples: str, more: Sequence[Result], usual: Sequence[Result], cell: Cell) -> str:
+    """Return a table by method and number of calibration samples."""
+    methods = {run.method for run in more if run.calibration}
     goals = [goal for goal in ("50 %", "60 %", "70 %", "2:4") if any(run.goal == goal for run in more)]
-    rows, used = [], list(more)
-    for method in sorted({run.method for run in more}, key=list(LABELS).index):
-        runs = {("16", goal): usual[method, goal] for goal in goals if (method, goal) in usual}
-        used += runs.values()
-        runs |= {(str(run.case["windows"]), run.goal): run for run in more if run.method == method}
-        for number_of in sorted({count for count, _ in runs}, key=int):
-            cells = (perplexity(runs.get((number_of, goal))) for goal in goals)
-            rows.append([f"{LABELS[method]}, {number_of} windows", *cells])
-    return markdown(("perplexity", *goals), rows) + "\n\n" + source(used)
+    runs = [run for run in (*more, *usual) if run.calibration and run.method in methods and run.goal in goals]
+    found = {(run.method, run.calibration.windows, run.goal): run for run in runs if run.calibration}
+    counted = sorted({key[:2] for key in found}, key=lambda key: (list(LABELS).index(key[0]), key[1]))
+    rows = [
+        [f"{LABELS[method]}, {count:,} {samples}", *(cell(found.get((method, count, goal))) for goal in goals)]
+        for method, count in counted
+    ]
+    return markdown((heading, *goals), rows) + "\n\n" + source(runs)
 
 
 def draws() -> str:
@@ -668,6 +678,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "tasks": tasks,
     "streaming": streaming,
     "windows": windows,
+    "more_photos": more_photos,
     "draws": draws,
     "own_text": own_text,
     "training": training,
