@@ -103,20 +103,23 @@ def other_windows() -> str:
     """How the number of calibration windows, their draw, and the text that is measured on change the perplexity."""
     runs = lookup(run for run in read_table("windows") if run.case.get("windows") == 64)
     first, second, third = (f"{perplexity(runs['thorough', goal])} at {goal}" for goal in GOALS)
-    draws = [run for run in read_table("draws") if run.goal in ("50 %", "dense")]
-    usual = lookup(read_table("methods"))["best", "50 %"]
-    best = [run.measured["perplexity"] for run in (usual, *draws) if run.method == "best"]
+    draws, usual = read_table("draws"), lookup(read_table("methods"))
+    best = {
+        goal: [r.measured["perplexity"] for r in (usual["best", goal], *draws) if (r.method, r.goal) == ("best", goal)]
+        for goal in GOALS
+    }
+    half, more, groups = (f"{min(values):.1f} to {max(values):.1f} at {goal}" for goal, values in best.items())
+    at_half = [run for run in draws if run.goal in ("50 %", "dense")]
     docs = {
-        name: f"{mean(run.measured['perplexity_second'] for run in draws if run.method == name):#.4g}"
+        name: f"{mean(run.measured['perplexity_second'] for run in at_half if run.method == name):#.4g}"
         for name in ("dense", "sparsegpt", *PRESETS)
     }
     return (
         f"With 64 windows instead of 16, `thorough` has a perplexity of {first}, {second} and {third}. Over "
-        f"{len(best)} draws of 16 windows, the perplexity of `best` at 50 % is between {min(best):.1f} and "
-        f"{max(best):.1f}. On Python's documentation, which is unlike the calibration text, updating weights can do "
-        f"harm: at 50 %, `fast` has a perplexity of {docs['fast']}, SparseGPT {docs['sparsegpt']}, `balanced` "
-        f"{docs['balanced']}, `best` {docs['best']} and `thorough` {docs['thorough']} (dense: {docs['dense']}; means "
-        "of two draws). "
+        f"{len(best['50 %'])} draws of 16 windows, the perplexity of `best` is {half}, {more} and {groups}. On "
+        "Python's documentation, which is unlike the calibration text, updating weights can do harm: at 50 %, `fast` has a "
+        f"perplexity of {docs['fast']}, SparseGPT {docs['sparsegpt']}, `balanced` {docs['balanced']}, `best` "
+        f"{docs['best']} and `thorough` {docs['thorough']} (dense: {docs['dense']}; means of two draws). "
         "[Draws and texts](docs/measured.md#other-calibration-windows-and-another-text)"
     )
 
