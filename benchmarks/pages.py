@@ -117,8 +117,8 @@ def other_windows() -> str:
     return (
         f"With 64 windows instead of 16, `thorough` has a perplexity of {first}, {second} and {third}. Over "
         f"{len(best['50 %'])} draws of 16 windows, the perplexity of `best` is {half}, {more} and {groups}. On "
-        "Python's documentation, which is unlike the calibration text, updating weights can do harm: at 50 %, `fast` has a "
-        f"perplexity of {docs['fast']}, SparseGPT {docs['sparsegpt']}, `balanced` {docs['balanced']}, `best` "
+        "Python's documentation, which is unlike the calibration text, updating weights can do harm: at 50 %, `fast` "
+        f"has a perplexity of {docs['fast']}, SparseGPT {docs['sparsegpt']}, `balanced` {docs['balanced']}, `best` "
         f"{docs['best']} and `thorough` {docs['thorough']} (dense: {docs['dense']}; means of two draws). "
         "[Draws and texts](docs/measured.md#other-calibration-windows-and-another-text)"
     )
