@@ -102,24 +102,26 @@ def which() -> str:
 def other_windows() -> str:
     """How the number of calibration windows, their draw, and the text that is measured on change the perplexity."""
     runs = lookup(run for run in read_table("windows") if run.case.get("windows") == 64)
-    first, second, third = (f"{perplexity(runs['thorough', goal])} at {goal}" for goal in GOALS)
+    more = [f"{perplexity(runs['thorough', goal])} at {goal}" for goal in GOALS]
     draws, usual = read_table("draws"), lookup(read_table("methods"))
     best = {
         goal: [r.measured["perplexity"] for r in (usual["best", goal], *draws) if (r.method, r.goal) == ("best", goal)]
         for goal in GOALS
     }
-    half, more, groups = (f"{min(values):.1f} to {max(values):.1f} at {goal}" for goal, values in best.items())
+    ranges = [f"{min(values):.1f} to {max(values):.1f} at {goal}" for goal, values in best.items()]
     at_half = [run for run in draws if run.goal in ("50 %", "dense")]
     docs = {
         name: f"{mean(run.measured['perplexity_second'] for run in at_half if run.method == name):#.4g}"
         for name in ("dense", "sparsegpt", *PRESETS)
     }
+    three = "{}, {} and {}"
     return (
-        f"With 64 windows instead of 16, `thorough` has a perplexity of {first}, {second} and {third}. Over "
-        f"{len(best['50 %'])} draws of 16 windows, the perplexity of `best` is {half}, {more} and {groups}. On "
-        "Python's documentation, which is unlike the calibration text, updating weights can do harm: at 50 %, `fast` "
-        f"has a perplexity of {docs['fast']}, SparseGPT {docs['sparsegpt']}, `balanced` {docs['balanced']}, `best` "
-        f"{docs['best']} and `thorough` {docs['thorough']} (dense: {docs['dense']}; means of two draws). "
+        f"With 64 windows instead of 16, `thorough` has a perplexity of {three.format(*more)}. Over "
+        f"{len(best['50 %'])} draws of 16 windows, the perplexity of `best` ranges from {three.format(*ranges)}. On "
+        "Python's documentation, which is unlike the calibration text, updating weights can do harm: at 50 %, "
+        f"SparseGPT has a perplexity of {docs['sparsegpt']} and `balanced` {docs['balanced']}, but `fast`, which "
+        f"updates none, {docs['fast']}. `best` ({docs['best']}) and `thorough` ({docs['thorough']}) are still better "
+        f"(dense: {docs['dense']}; means of two draws). "
         "[Draws and texts](docs/measured.md#other-calibration-windows-and-another-text)"
     )
 

@@ -93,7 +93,8 @@ GOALS = {
     "photos": ("50", "60", "70", "2:4"),
 }
 PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "best+row_weights", "thorough")}
-WINDOWS, PHOTOS_TO_CALIBRATE = 16, 512  # in the tables of all methods
+WINDOWS = 16  # for calibration, in the table of all methods
+CALIBRATION_PHOTOS = 512  # likewise
 SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation
 BASELINE = "sparsegpt by hand"
 AGAINST_BASELINE: dict[str, Choices] = {
@@ -362,7 +363,8 @@ def print_cells(table: Table, options: argparse.Namespace, cell: Callable[[str, 
 
 def measure_photos(options: argparse.Namespace, console: Console) -> None:
     """Measure presets with a classifier and its weights, on images in the layout of ImageNet."""
-    module, usual = ImageClassifierModule(f"timm:local-dir:{options.photos}"), options.nsamples == PHOTOS_TO_CALIBRATE
+    module = ImageClassifierModule(f"timm:local-dir:{options.photos}")
+    usual = options.nsamples == CALIBRATION_PHOTOS
     runs = Runs(options.save, "photos" if usual else "more_photos")
     data = ImageDataModule(options.data, module, num_samples=options.nsamples)
     data.setup("validate")
@@ -425,6 +427,7 @@ def main() -> None:
     """Measure the missing cells and print the table."""
     parser = argparse.ArgumentParser(description="Compare the quality of all methods in one table.")
     add_options(parser)
+    parser.set_defaults(nsamples=None)
     parser.add_argument("--held_out", action="store_true", help="measure on the unused part of the calibration text")
     parser.add_argument(
         "--draw", type=int, help="another seed of the calibration windows; also measures on a second text"
@@ -438,6 +441,8 @@ def main() -> None:
     parser.add_argument("--data", help="images for --photos: a folder with train/CLASS and val/CLASS")
     parser.add_argument("--epochs", type=int, default=30, help="training epochs of --images")
     options = parser.parse_args()
+    if options.nsamples is None:
+        options.nsamples = CALIBRATION_PHOTOS if options.photos else WINDOWS
     if options.baseline and (options.methods or options.images):
         parser.error(
             f"--baseline compares {', '.join(AGAINST_BASELINE)} with a language model. Remove --methods and --images."

@@ -498,18 +498,21 @@ def more_photos() -> str:
     return _by_number("accuracy (divergence)", "images", more, usual, _accuracy_and_divergence)
 
 
-def _by_number(heading: str, samples: str, more: Sequence[Result], usual: Sequence[Result], cell: Cell) -> str:
+def _by_number(heading: str, noun: str, more: Sequence[Result], usual: Sequence[Result], cell: Cell) -> str:
     """Return a table by method and number of calibration samples."""
     methods = {run.method for run in more if run.calibration}
     goals = [goal for goal in ("50 %", "60 %", "70 %", "2:4") if any(run.goal == goal for run in more)]
-    runs = [run for run in (*more, *usual) if run.calibration and run.method in methods and run.goal in goals]
-    found = {(run.method, run.calibration.windows, run.goal): run for run in runs if run.calibration}
-    counted = sorted({key[:2] for key in found}, key=lambda key: (list(LABELS).index(key[0]), key[1]))
-    rows = [
-        [f"{LABELS[method]}, {count:,} {samples}", *(cell(found.get((method, count, goal))) for goal in goals)]
-        for method, count in counted
-    ]
-    return markdown((heading, *goals), rows) + "\n\n" + source(runs)
+    used = [run for run in (*more, *usual) if run.method in methods and run.goal in goals]
+    groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
+    for run in used:
+        assert run.calibration
+        assert run.calibration.windows
+        groups[run.method, run.calibration.windows].append(run)
+    rows = []
+    for method, count in sorted(groups, key=lambda key: (list(LABELS).index(key[0]), key[1])):
+        found = lookup(groups[method, count])
+        rows.append([f"{LABELS[method]}, {count:,} {noun}", *(cell(found.get((method, goal))) for goal in goals)])
+    return markdown((heading, *goals), rows) + "\n\n" + source(used)
 
 
 def draws() -> str:
