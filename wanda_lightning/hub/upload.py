@@ -91,7 +91,7 @@ def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str],
 
 
 class Uploadable:
-    """What can save a model with `save_pretrained(folder, overwrite)`, and so upload it."""
+    """An object that saves its model with `save_pretrained(folder, overwrite)`, as an upload needs it."""
 
     save_pretrained: Callable[..., object]
 

@@ -51,7 +51,7 @@ class Slot:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What equal slots have in common."""
+        """The properties that equal slots share."""
         places = None if self.places is None else (self.places.shape, self.places.numpy().tobytes())
         return *self.line, places
 

@@ -1,4 +1,4 @@
-"""What a model reads, and what it predicts."""
+"""The kind of input that a model reads, and the kind of output that it predicts."""
 
 from __future__ import annotations
 

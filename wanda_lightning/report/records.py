@@ -1,4 +1,4 @@
-"""What a report records: every matrix of the model, the stages of the pruning, and the run around it."""
+"""The records of a report: every matrix of the model, the stages of the pruning, and the run around it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from wanda_lightning.shrinking.trial import Trial
 
 @dataclass
 class Shrunk:
-    """What `shrink` has taken out."""
+    """The result of `shrink`: what was taken out, and what stays."""
 
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # by reader: its units before and after
     one_sided: int = 0  # units that stay, since they are zero on one side only

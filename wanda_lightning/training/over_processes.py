@@ -1,4 +1,4 @@
-"""What several processes that train one model have in common: the order of their samples, and their losses."""
+"""The order of samples and the sum of losses, for several processes that train one model."""
 
 from __future__ import annotations
 
