@@ -96,8 +96,9 @@ class PruningConfig:
 
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
-            method: Name of a method, or of a preset: `fast` (Wanda in one pass), `balanced` (better at every sparsity),
-                `best`, or `thorough` (`best`, then distillation); it sets the defaults of the other choices.
+            method: Name of a method (by default `wanda`, and `refit` for hidden units), or of a preset: `fast` (Wanda in
+                one pass), `balanced` (masks and weights together, by ADMM), `best`, or `thorough` (`best`, then
+                distillation); it sets the defaults of the other choices.
             criterion: How weights are scored, by default as in the paper of the method or the solver.
             pattern: Where zeros may fall: `unstructured`, N:M such as `2:4`, which keeps N of every M weights, or
                 `structured`: they fill whole hidden units, which `shrink` takes out; `sparsity` is a fraction of units.

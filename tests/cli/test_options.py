@@ -8,7 +8,7 @@ import psutil
 import pytest
 from support.cli import run
 
-from wanda_lightning import PruningConfig
+from wanda_lightning import PruningConfig, Refit
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.common_options import DTYPES
 from wanda_lightning.cli.explain import UsageError
@@ -137,11 +137,20 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name
         (["--method", "wanda", "--criterion", "magnitude"], "magnitude"),
         (["--recovery", "distil"], "wanda_distil"),
         (["--pattern", "experts"], "reap"),
+        (["--pattern", "structured"], "refit"),
+        (["--pattern", "structured", "--method", "wanda"], "wanda"),
         (["--method", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
     ],
 )
 def test_results_are_labeled_with_what_was_chosen(given, name):
     assert parse_options("prune", ["--model", "x", *given]).name == name
+
+
+def test_hidden_units_are_pruned_as_in_python():
+    options = parse_options("prune", ["--model", "x", "--pattern", "structured"])
+    chosen = PruningConfig.from_names(**options.choices)
+    assert chosen == PruningConfig.from_names(pattern="structured")
+    assert chosen.solver == Refit()
 
 
 @pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "use_variant", "prune_granularity", "save", "seed"])

@@ -52,7 +52,7 @@ def test_what_is_printed_reads_back(capsys):
         parse(*arguments, "--print_config")
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert (yaml.safe_load(printed)["pattern"], yaml.safe_load(printed)["method"]) == ("2:4", "wanda")
+    assert (yaml.safe_load(printed)["pattern"], yaml.safe_load(printed)["method"]) == ("2:4", None)
     Path("printed.yaml").write_text(printed.replace("use_variant: true", "use_variant: false"))
     assert parse("--config", "printed.yaml") == parse(*arguments[:-1])
 
@@ -124,7 +124,8 @@ def test_two_names_with_two_values():
 def test_flags_of_the_reference_that_stand_for_a_pattern(given, pattern):
     flags = [word for name, value in given.items() for word in (f"--{name}", value) if word != "true"]
     options = parse("--model", "x", *flags)
-    assert options == parse("--model", "x", "--pattern", pattern, "--method", options.method)
+    method = ["--method", options.method] if options.method else []
+    assert options == parse("--model", "x", "--pattern", pattern, *method)
     Path("old.yaml").write_text(yaml.safe_dump(given))
     assert parse("--model", "x", "--config", "old.yaml") == options
 

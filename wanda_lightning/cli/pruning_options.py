@@ -60,7 +60,7 @@ def _choices(without: Collection[str] = ()) -> Any:
     described = dict(re.findall(r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE))
     options = []
     for name in (each for each in _ARGUMENTS if each not in without):
-        default = "wanda" if name == "method" else _ARGUMENTS[name].default  # which means the same
+        default = _ARGUMENTS[name].default
         help = " ".join(described.get(name, "").replace("`", "").split())
         rule = OneOf(tuple(NAMES[name])) if name in NAMES else None
         if name == "pattern":
@@ -227,7 +227,7 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
             meant = "equal_share"
         if given not in ("unstructured", meant):
             self.refuse_given(f"--pattern {given}", "use_variant prune_granularity")
-        scores = self.method, self.criterion or "wanda", self.solver or "zero_out"
+        scores = self.method or "wanda", self.criterion or "wanda", self.solver or "zero_out"
         if self.use_variant and (scores != ("wanda", "wanda", "zero_out") or self.prune_granularity == "layer"):
             raise UsageError(
                 f"--use_variant compares Wanda's scores within rows, but --method is {self.name} and "
@@ -241,7 +241,9 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
         """The label of the results: the method, and the choices that replace its own."""
         if self.pattern == "experts":
             return "reap"
-        method = None if self.method == "wanda" and (self.criterion or self.solver) else self.method
+        method = self.method or ("refit" if self.pattern == "structured" else "wanda")
+        if self.method in (None, "wanda") and (self.criterion or self.solver):
+            method = None
         names = (method, self.criterion, self.solver, self.allocation, self.recovery)
         return "_".join(name for name in names if name is not None)
 
