@@ -449,21 +449,28 @@ def quantization() -> str:
 def tasks() -> str:
     """Zero-shot accuracy beside perplexity."""
     results = read_table("tasks")
-    names = _distinct(result.case["task"] for result in results)
     found: dict[tuple[str, str], dict[str, Result]] = defaultdict(dict)
     for result in sorted(results, key=_perplexity):
         found[result.method, result.goal][result.case["task"]] = result
+    columns = [
+        (task, metric)
+        for task in _distinct(result.case["task"] for result in results)
+        for metric in ("acc", "acc_norm")
+        if any(result.case["task"] == task and metric in result.measured for result in results)
+    ]
 
-    def accuracy(result: Result | None) -> str:
+    def accuracy(result: Result | None, metric: str) -> str:
         if result is None:
             return ""
-        return f"{100 * result.measured['acc']:.1f} ± {100 * result.measured['acc_error']:.1f} %"
+        return f"{100 * result.measured[metric]:.1f} ± {100 * result.measured[f'{metric}_error']:.1f} %"
 
     rows = []
     for (method, goal), own in found.items():
         label = LABELS[method] + ("" if method == "dense" else f", {goal}")
-        rows.append([label, perplexity(next(iter(own.values()))), *(accuracy(own.get(name)) for name in names)])
-    return markdown(("", "perplexity", *names), rows) + "\n\n" + source(results)
+        cells = [accuracy(own.get(task), metric) for task, metric in columns]
+        rows.append([label, perplexity(next(iter(own.values()))), *cells])
+    headings = ("", "perplexity", *(f"{task}, {metric}" for task, metric in columns))
+    return markdown(headings, rows) + "\n\n" + source(results)
 
 
 def streaming() -> str:

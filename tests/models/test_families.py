@@ -136,7 +136,7 @@ def test_the_document_names_what_fails():
     fails = families.Result("causal", "xlm", "XLMWithLMHeadModel", "fails", "RuntimeError: why")
     absent = families.Result("timm", "vit", "vit_tiny", "cannot be built here", "ImportError: no")
     text = families.document([passes, fails, absent])
-    assert "1 of 2 families that can be built pass: 50.0%." in text.splitlines()
+    assert "1 of 2 models that can be built pass: 50.0%." in text.splitlines()
     assert "| llama | LlamaForCausalLM | 50.0% | 75% | 25% a \\| b | float64 | 1.0 |" in text.splitlines()
     assert "| xlm | XLMWithLMHeadModel | fails | RuntimeError: why |" in text.splitlines()
     assert "| vit | vit_tiny | cannot be built here | ImportError: no |" in text.splitlines()

@@ -673,7 +673,7 @@ def document(results: Sequence[Result]) -> str:
     lines = [
         "# Which models can be pruned",
         "",
-        "For every family, a script builds one small random model, prunes it to 50 % and to 2:4 with "
+        "For every row of the lists, a script builds one small random model, prunes it to 50 % and to 2:4 with "
         '`sequential="block"` and `"layer"` (timm models also with `"none"`), and checks the result. Each matrix '
         "inside the blocks has exactly its sparsity or is skipped with a reason, skipped weights have not changed, "
         'outputs are finite, and the masks for `"block"` equal those of a slow, independent procedure. '
@@ -685,7 +685,7 @@ def document(results: Sequence[Result]) -> str:
         "slow procedure. Seconds are the total on one CPU thread. The sizes are tiny, so small matrices count for more "
         "than in real models.",
         "",
-        "| | families | pass | fail | cannot be built here | median coverage | coverage below 80 % |",
+        "| | models | pass | fail | cannot be built here | median coverage | coverage below 80 % |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     kinds = [kind for kind in KINDS if any(result.kind == kind for result in results)]
@@ -708,7 +708,7 @@ def share(results: Sequence[Result]) -> str:
     """Return the summary sentence."""
     built = [result for result in results if result.status != "cannot be built here"]
     passed = [result for result in built if result.status == "passes"]
-    return f"{len(passed)} of {len(built)} families that can be built pass: {len(passed) / max(1, len(built)):.1%}."
+    return f"{len(passed)} of {len(built)} models that can be built pass: {len(passed) / max(1, len(built)):.1%}."
 
 
 def _summary(title: str, results: Sequence[Result]) -> str:

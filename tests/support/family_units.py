@@ -341,17 +341,17 @@ def document(results: Sequence[Units]) -> str:
     lines = [
         HEADING,
         "",
-        'For every family, a script prunes a quarter of the hidden units with `pattern="structured"`, takes them out '
+        'For each of these models, a script prunes a quarter of the hidden units with `pattern="structured"`, takes them out '
         "with `shrink`, compares the outputs, saves a folder, loads it with transformers or timm, and compares again. "
         "Numbers of kept units are multiples of 8 for timm, and any for the tiny models of transformers. "
         "`PYTHONPATH=tests python tests/support/family_units.py --write` wrote this part.",
         "",
-        "A family has an MLP if the input of one of its layers is an element-wise function of what other layers of the "
+        "A model has an MLP if the input of one of its layers is an element-wise function of what other layers of the "
         "same block write. This is measured: a change of one number that these write changes at most one number of the "
         "input, and the input stays the same while the outputs of all other matrices change. Experts in one tensor are "
         'MLPs, too, but `pattern="structured"` leaves them dense.',
         "",
-        "| | families | with an MLP | units found | taken out | folder loaded | of these with a modeling file |",
+        "| | models | with an MLP | units found | taken out | folder loaded | of these with a modeling file |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     kinds = [kind for kind in families.KINDS if any(result.kind == kind for result in results)]
@@ -359,8 +359,8 @@ def document(results: Sequence[Units]) -> str:
     lines += [_summary("all", results), "", *shares(results)]
     every = sum(len(families.names(kind)) for kind in families.KINDS)
     if len(results) < every:
-        lines += [f"The run was stopped before its end: {every - len(results)} of {every} families are missing."]
-    lines += ["", "| reason | families |", "| --- | --- |"]
+        lines += [f"The run was stopped before its end: {every - len(results)} of {every} models are missing."]
+    lines += ["", "| reason | models |", "| --- | --- |"]
     reasons = Counter(re.sub(r"\d+ units", "units", result.cause) for result in results if result.cause)
     lines += [f"| {families._cell(reason)} | {number} |" for reason, number in reasons.most_common()]
     for kind in kinds:
@@ -372,12 +372,12 @@ def document(results: Sequence[Units]) -> str:
 
 
 def shares(results: Sequence[Units]) -> Iterator[str]:
-    """Yield the summary sentence for the families with an MLP, and for those without experts only."""
+    """Yield the summary sentence for the models with an MLP, and for those without experts only."""
     for chosen, which in ((_with_mlp, "with an MLP"), (_outside_experts, "with an MLP outside of experts")):
         own = [result for result in results if chosen(result)]
         counts = Counter(name for result in own for name, holds in result.properties.items() if holds)
         shown = ", ".join(f"{name} for {counts[name]} ({counts[name] / max(1, len(own)):.1%})" for name in _PROPERTIES)
-        yield f"Of {len(own)} families {which}, hidden units are {shown}."
+        yield f"Of {len(own)} models {which}, hidden units are {shown}."
 
 
 def _with_mlp(result: Units) -> bool:
