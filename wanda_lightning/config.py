@@ -100,11 +100,11 @@ class PruningConfig:
                 one pass), `balanced` (masks and weights together, by ADMM), `best`, or `thorough` (`best`, then
                 distillation); it sets the defaults of the other choices.
             criterion: How weights are scored, by default as in the paper of the method or the solver.
-            pattern: Where zeros may fall: `unstructured`, N:M such as `2:4`, which keeps N of every M weights, or
-                `structured`: they fill whole hidden units, which `shrink` takes out; `sparsity` is a fraction of units.
-                `experts` takes that fraction of the experts out of each layer of a mixture of experts.
-                `"unstructured"` compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"`
-                compare as they say; `"equal_share"` is the paper's variant.
+            pattern: Where zeros may fall: anywhere (`unstructured`), in N:M such as `2:4`, which keeps N of every M
+                weights, or in whole hidden units (`structured`), which `shrink` takes out; or whole experts leave each
+                mixture of experts (`experts`); `sparsity` is then a fraction of units or experts. `"unstructured"`
+                compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"` compare as they say;
+                `"equal_share"` is the paper's variant.
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
                 outliers (`owl`), the spectrum a heavier tail (`alpha`), or the predictions depend more (`fisher`).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
@@ -112,8 +112,8 @@ class PruningConfig:
             permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that
                 groups keep larger scores (`assignment`). The dense model computes the same, to rounding.
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
-                layers (`layer`) or nothing (`none`). The usual default `auto` is none for image models, layer for
-                structured patterns, else block.
+                layers (`layer`) or nothing (`none`); the usual `auto` is none for image models, layer for structured
+                patterns, else block.
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
                 order of their rows and columns.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
