@@ -87,9 +87,9 @@ def families(page: Path = ROOT / "docs" / "models.md") -> str:
     (passed,) = re.findall(r"^(\d+ of \d+) models that can be built pass", text, re.M)
     causal, others, images = re.findall(r"^\| [^|]+ \| (\d+) \| \d+ \| \d+ \| \d+ \| \d+% \|", text, re.M)
     return (
-        f"A small model, with random weights, of each of the {causal} families of causal language models in transformers "
-        f"and the {images} modules of image models in timm, and of {others} other classes of transformers, was pruned "
-        f"and checked: {passed} pass"
+        f"A small model, with random weights, of each of the {causal} families of causal language models in "
+        f"transformers and the {images} modules of image models in timm, and of {others} other classes of "
+        f"transformers, was pruned and checked: {passed} pass"
     )
 
 
@@ -139,8 +139,9 @@ def zeros() -> str:
     small = {result.goal: result for result in sizes}
     lines = (
         "**Smaller files**: a safetensors file stores zeros like other numbers. `zstd -3` compresses "
-        f"EfficientNet-Lite0 in bfloat16 to {number(small['50 %'], 'zstd_3', '.2f')} of its bytes with 50 % zeros by magnitude, and "
-        f"to {number(small['dense'], 'zstd_3', '.2f')} without; the file must be decompressed before it is loaded.",
+        f"EfficientNet-Lite0 in bfloat16 to {number(small['50 %'], 'zstd_3', '.2f')} of its bytes with 50 % zeros by "
+        f"magnitude, and to {number(small['dense'], 'zstd_3', '.2f')} without; the file must be decompressed before "
+        "it is loaded.",
         "**Speed**: dense kernels multiply by zeros, too. On a CPU, nothing is gained: dense 8-bit weights are as fast "
         "as a kernel for sparse ones was, and give the better model ([tried](docs/tried.md)). For NVIDIA GPUs, 2:4 on "
         "sparse tensor cores is [built in](docs/speed.md), but not measured.",

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import (
     CausalLMModule,
+    Distil,
     DistillFromDense,
     ImageClassifierModule,
     ImageDataModule,
@@ -22,6 +23,7 @@ from wanda_lightning import (
     prune_from_disk,
     sample_windows,
 )
+from wanda_lightning.lora import merge
 
 
 def net():
@@ -54,7 +56,7 @@ def net():
         ),
         (lambda: TextDataModule(calibration=None), "calibration must be the name of a text"),
         (lambda: TextDataModule(evaluation=3), "evaluation must be the name of a text"),
-        (lambda: TextDataModule(seed=None), "seed must be a whole number, but it is None"),
+        (lambda: TextDataModule(seed=None), "seed must be a whole number of at least 0 .* but it is None"),
         (lambda: ImageDataModule(""), "data must be the path"),
         (lambda: ImageDataModule("digits", num_samples="64"), "num_samples must be a whole number, but it is '64'"),
         (lambda: ImageDataModule("digits", image_size=0), "image_size must be at least 1"),
@@ -71,6 +73,18 @@ def net():
             "r of KeepZerosLoraConfig must be a whole number of at least 1",
         ),
         (lambda: ImageClassifierModule("test_vit", checkpoint=3), "checkpoint must be the path"),
+        (lambda: ImageClassifierModule("test_vit", pretrained="no"), "pretrained must be True or False"),
+        (lambda: ImageClassifierModule("test_vit", num_classes="4"), "num_classes must be a whole number"),
+        (lambda: ImageClassifierModule("test_vit", model_kwargs=3), "model_kwargs must be a mapping"),
+        (lambda: CausalLMModule("folder", trust_remote_code="false"), "trust_remote_code must be True or False"),
+        (lambda: CausalLMModule(tiny_llama(), lr_decay="false"), "lr_decay must be True or False"),
+        (lambda: CausalLMModule(tiny_llama()).save_pretrained(""), "folder must be the path"),
+        (lambda: CausalLMModule(tiny_llama()).save_pretrained("out", "false"), "overwrite must be True or False"),
+        (lambda: CausalLMModule(tiny_llama()).save_pretrained("out", shrink="no"), "shrink must be True or False"),
+        (lambda: CausalLMModule(tiny_llama()).push_to_hub("a/b", private="no"), "private must be True or False"),
+        (lambda: SavePretrained("out", private=True), "private must be False without push_to_hub"),
+        (lambda: merge(tiny_llama(), reprune="no"), "reprune must be True or False"),
+        (lambda: Distil(seed=2**32), "seed of Distil must be a whole number of at least 0 and at most 4294967295"),
     ],
 )
 def test_a_wrong_type_is_named(call, message):

@@ -96,7 +96,7 @@ class PruningConfig:
 
         Args:
             sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
-            method: Name of a method (by default `wanda`, and `refit` for hidden units), or of a preset: `fast` (Wanda in
+            method: Name of a method (by default `wanda`, and `refit` for hidden units) or of a preset: `fast` (Wanda in
                 one pass), `balanced` (masks and weights together, by ADMM), `best`, or `thorough` (`best`, then
                 distillation); it sets the defaults of the other choices.
             criterion: How weights are scored, by default as in the paper of the method or the solver.

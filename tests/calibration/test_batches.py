@@ -1,5 +1,6 @@
 """Calibration batches as forward passes: which are refused, and what an error in one says."""
 
+import copy
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 from support.refusals import refusal
 from support.zoo import ZOO
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from wanda_lightning import prune
 from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, map_tensors
@@ -104,6 +106,23 @@ def test_a_batch_of_another_width_names_layer_and_batch(sequential):
 def test_nothing_that_reaches_the_layers_is_an_error(sequential, batches, forward):
     message = refusal(mlp(), batches, forward=forward, sequential=sequential)
     assert "no token except padding reached any of the 2 layers, so nothing was pruned" in message
+
+
+def test_zeros_alone_are_an_error():
+    layers = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False))
+    assert "only zeros reached any of the 2 layers, so nothing was pruned" in refusal(layers, [torch.zeros(4, 8)])
+
+
+def test_a_stream_of_unknown_length_is_read():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+    streamed = mlp()
+    held = copy.deepcopy(streamed)
+    prune(streamed, DataLoader(Stream(), batch_size=2), 0.5)
+    prune(held, list(DataLoader(Stream(), batch_size=2)), 0.5)
+    assert all(map(torch.equal, streamed.parameters(), held.parameters()))
 
 
 def test_padding_alone_is_an_error():

@@ -73,6 +73,18 @@ def test_a_bias_that_other_layers_use_stays(tokens):
     assert torch.equal(model[0].bias, before)
 
 
+@pytest.mark.parametrize("method", ["admm", "refit"])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_layer_whose_inputs_never_change_is_pruned(method, value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    tokens = torch.full((64, 8), value)
+    expected = model(tokens)
+    prune(model, [tokens], 0.5, method=method, progress=False)
+    assert (model[2].weight == 0).sum() == 64
+    assert torch.allclose(model(tokens), expected, atol=1e-5)
+
+
 def test_inputs_that_never_change_are_taken_over_by_the_bias(tokens):
     tokens[:, 3] = 7
     dense = layer()

@@ -201,6 +201,13 @@ def test_batches_that_could_not_run_refuse_no_others(source, streamed, tmp_path)
     assert contents(tmp_path / "out") == contents(streamed("alpha")[1])
 
 
+def test_padding_alone_leaves_no_folder(source, tmp_path):
+    padding = {"input_ids": torch.zeros(2, 8, dtype=torch.long), "attention_mask": torch.zeros(2, 8, dtype=torch.long)}
+    with pytest.raises(ValueError, match="no token except padding reached any of"):
+        prune_from_disk(source, tmp_path / "out", [padding], progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_name_is_not_a_tokenizer(source, tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer must be one of transformers, but it is 'gpt2'"):
         prune_from_disk(source, tmp_path / "out", batches(), tokenizer="gpt2", **WANDA)

@@ -341,8 +341,9 @@ def document(results: Sequence[Units]) -> str:
     lines = [
         HEADING,
         "",
-        'For each of these models, a script prunes a quarter of the hidden units with `pattern="structured"`, takes them out '
-        "with `shrink`, compares the outputs, saves a folder, loads it with transformers or timm, and compares again. "
+        'For each of these models, a script prunes a quarter of the hidden units with `pattern="structured"`, takes '
+        "them out with `shrink`, compares the outputs, saves a folder, loads it with transformers or timm, and "
+        "compares again. "
         "Numbers of kept units are multiples of 8 for timm, and any for the tiny models of transformers. "
         "`PYTHONPATH=tests python tests/support/family_units.py --write` wrote this part.",
         "",

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from wanda_lightning.common.errors import UserError
 
 
+def length_of(batches: Any) -> int | None:
+    """Return the number of batches; None if it is unknown, as for a DataLoader of a stream."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
 def forward_batch(model: nn.Module, batch: Any) -> object:
     """Call a model on a batch.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -16,6 +16,7 @@ from wanda_lightning.calibration.batches import (
     forward_batch,
     have_one_layout,
     is_even,
+    length_of,
     outside_inference,
     take,
     tensors_of,
@@ -75,7 +76,7 @@ class Samples:
         self.in_step = processes.world_size > 1 and is_sharded(model)
         self._counted = 0  # batches of this process in the latest pass
         self.total = 0  # batches of all processes, once they have run
-        self.length = len(self._batches) if isinstance(self._batches, Sized) else None  # None if it is unknown
+        self.length = length_of(self._batches)
 
     def _forward_on_device(self, batch: Any) -> object:
         try:

@@ -80,7 +80,7 @@ class PruningCallback(ZerosCallback):
         ValueError: If a value is out of range, or choices contradict each other. When a loop starts: if the model
             cannot be pruned as requested, now or at a later stage.
         MisconfigurationException: When a loop starts: if the strategy distributes the model in a way that cannot be
-            pruned, another callback prunes the same layers, or training ends before the last stage.
+            pruned, or training ends before the last stage.
     """
 
     def __init__(

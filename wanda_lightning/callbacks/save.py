@@ -69,6 +69,8 @@ class SavePretrained(Callback):
     ) -> None:
         check_path(folder=folder)
         check_flags(overwrite=overwrite, private=private, shrink=shrink)
+        if private and push_to_hub is None:
+            raise UserError("private must be False without push_to_hub, but it is True. Add push_to_hub.")
         self.shrink = shrink
         self.folder, self.overwrite, self.push_to_hub, self.private = folder, overwrite, push_to_hub, private
         self._reserved = ExitStack()

@@ -33,7 +33,6 @@ SEQLEN_HELP = "Number of tokens in a window; by default the model's context, at 
 
 COUNT = Number(minimum=1, whole=True)
 WINDOW = Number(minimum=2, whole=True)
-SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
 
 
 @dataclass(kw_only=True)

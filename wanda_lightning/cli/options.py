@@ -11,7 +11,6 @@ from wanda_lightning.cli.common_options import (
     IMAGES_HELP,
     LIMIT_HELP,
     PAPER_SEQLEN,
-    SEED,
     SEQLEN_HELP,
     TEXTS_HELP,
     TIMM,
@@ -22,7 +21,7 @@ from wanda_lightning.cli.common_options import (
 from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import option
 from wanda_lightning.cli.pruning_options import InspectOptions, PruneOptions
-from wanda_lightning.common.checks import Number, OneOf
+from wanda_lightning.common.checks import SEED, Number, OneOf
 from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.refuse_path import refuse_existing, refuse_replacement
 from wanda_lightning.data import image_sources, text_sources

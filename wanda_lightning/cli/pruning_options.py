@@ -16,7 +16,6 @@ from wanda_lightning.cli.common_options import (
     LIMIT_HELP,
     PAPER_SEQLEN,
     PAPER_SEQUENCES,
-    SEED,
     SEQLEN_HELP,
     SEQUENCES_AT_ONCE,
     TEXTS_HELP,
@@ -27,7 +26,7 @@ from wanda_lightning.cli.common_options import (
 )
 from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import option
-from wanda_lightning.common.checks import OneOf, check_report_path
+from wanda_lightning.common.checks import SEED, OneOf, check_report_path
 from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.refuse_path import (
     PROGRESS_NAME,

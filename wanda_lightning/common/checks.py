@@ -53,6 +53,9 @@ class OneOf:
         return f"one of {', '.join(self.names)}"
 
 
+SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
+
+
 def check(method: object, **rules: Number | OneOf) -> None:
     """Raise a ValueError for an attribute of a method that breaks its rule."""
     for name, rule in rules.items():
@@ -88,8 +91,8 @@ def shown(value: object) -> str:
 
 
 def check_seed(seed: object) -> None:
-    """Raise a ValueError for a seed that is not a whole number."""
-    check_values(Number(whole=True), seed=seed)
+    """Raise a ValueError for a seed that a random generator of PyTorch or NumPy does not take."""
+    check_values(SEED, seed=seed)
 
 
 def check_flags(**values: object) -> None:

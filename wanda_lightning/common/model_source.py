@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.errors import MissingPackageError, UserError
 from wanda_lightning.common.words import did_you_mean, one_line
 
@@ -36,6 +36,9 @@ class ModelSource:
     revision: str = "main"
     cache_dir: str | None = None
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(trust_remote_code=self.trust_remote_code)
 
     def __str__(self) -> str:
         return str(self.name)

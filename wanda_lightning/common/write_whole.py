@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from wanda_lightning.common.checks import check_flags, check_path
 from wanda_lightning.common.killed_runs import entries, flush_folder, replace_entries, replace_folder, temporary
 from wanda_lightning.common.refuse_path import (
     existing_parent,
@@ -56,6 +57,8 @@ def whole_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Itera
     folder of a model with everything in it, unless `refuse_replacement` refuses; the old content is deleted last, when
     the new one is on the disk.
     """
+    check_path(folder=path)
+    check_flags(overwrite=overwrite)
     with reserved(path, overwrite) as new:
         with _explaining_a_full_disk(path, new):
             yield new

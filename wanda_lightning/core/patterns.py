@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from wanda_lightning.common.checks import Number, OneOf, check
+from wanda_lightning.common.checks import Number, OneOf, check, check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each, nondeterministic_kernels
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
@@ -118,6 +118,8 @@ class Unstructured(Pattern):
 
     def __post_init__(self) -> None:
         check(self, group=_GROUP)
+        if self.weigh_rows is not None:
+            check_flags(weigh_rows=self.weigh_rows)
         if self.weigh_rows is not False and self.group == "row":
             raise UserError(
                 "weigh_rows of Unstructured must be False for group='row', which compares the weights of one row only. "

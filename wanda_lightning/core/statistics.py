@@ -167,7 +167,8 @@ class InputStatistics:
         def center() -> InputStatistics:
             result = InputStatistics(self.needs)
             gram = torch.addr(self.sums["gram"], self.sums["sum"], self.mean(), alpha=-1)
-            gram.diagonal().clamp_(min=0)  # rounding
+            is_constant = gram.diagonal() <= 16 * torch.finfo(gram.dtype).eps * self.sums["gram"].diagonal()
+            gram[is_constant], gram[:, is_constant] = 0, 0  # the rest is rounding
             result.count, result.sums = self.count, {**self.sums, "gram": gram}
             return result
 

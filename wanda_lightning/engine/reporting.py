@@ -13,7 +13,7 @@ from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.engine.notes import notes_on
 from wanda_lightning.engine.run import Run, unreached
 from wanda_lightning.engine.unit_notes import with_zero_filters
-from wanda_lightning.models import is_wrapper
+from wanda_lightning.models import SkipReason, is_wrapper
 from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import PruningReport
 
@@ -32,9 +32,12 @@ def make_report(run: Run) -> PruningReport:
             why = replace(run.skipped[name], name=writer.name, shape=writer.stored_shape)
             run.skipped.setdefault(writer.name, why)
     if not run.layers and plan.config.sparsity > 0:
+        found = "no token except padding reached any"
+        if any(each.reason == SkipReason.INACTIVE for each in run.skipped.values()):
+            found = "only zeros reached any"
         raise UserError(
-            f"batches must reach the layers, but no token except padding reached any of the {len(plan.layers)} layers, "
-            "so nothing was pruned. Check that the batches hold more than padding and that forward= runs the model."
+            f"batches must reach the layers, but {found} of the {len(plan.layers)} layers, so nothing was pruned. "
+            "Check that the batches hold more than padding or zeros, and that forward= runs the model."
         )
     notes = notes_on(run)
     for note in notes:

@@ -66,8 +66,10 @@ class Run:
         """Say, for an error, which layers are pruned already; return nothing if none is."""
         if not (names := list(self.layers)):
             return ""
-        layers = f"{len(names)} layers are already pruned, from {names[0]} to {names[-1]}; the others are dense. "
-        return layers + self.store.advice
+        pruned = f"{len(names)} layers are already pruned, from {names[0]} to {names[-1]}"
+        if len(names) == 1:
+            pruned = f"{names[0]} is already pruned"
+        return f"{pruned}; the others are dense. {self.store.advice}"
 
 
 @contextmanager

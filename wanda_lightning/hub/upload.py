@@ -11,6 +11,7 @@ from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
+from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.refuse_path import files_in
 from wanda_lightning.common.words import one_line
@@ -26,6 +27,7 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+    check_flags(private=private)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:

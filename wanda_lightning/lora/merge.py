@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear
@@ -39,6 +40,7 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
 
     Source: Hu et al. 2021, section 4.1, for merging. Sun et al. 2024 do not merge the adapters of a pruned model.
     """
+    check_flags(reprune=reprune)
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, BaseTuner):
         raise UserError(

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wanda_lightning.common.checks import Number, check_values, require_extra
+from wanda_lightning.common.checks import Number, check_flags, check_values, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.refuse_path import refuse_replacement
@@ -94,6 +94,7 @@ class CausalLMModule(Uploadable, L.LightningModule):
         self._modules["model"] = None  # `__getattr__` loads it
         check_dtype(dtype)
         check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
+        check_flags(lr_decay=lr_decay)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         if lora is not None and not isinstance(lora, Mapping):
@@ -302,6 +303,7 @@ class CausalLMModule(Uploadable, L.LightningModule):
         Raises:
             ImportError: If peft is not installed.
         """
+        check_flags(keep_zeros=keep_zeros)
         self.model = _with_adapters(self.model, keep_zeros, **arguments)
 
     def merge(self, reprune: bool = False) -> None:
@@ -345,6 +347,7 @@ class CausalLMModule(Uploadable, L.LightningModule):
             FileExistsError: If the folder is not empty and `overwrite` is false.
             ValueError: With `shrink`, if there is nothing to leave out, or if FSDP2 shards the model.
         """
+        check_flags(shrink=shrink)
         if not is_sharded(self.model):
             return self._write_folder(folder, overwrite, shrink)
         if shrink:

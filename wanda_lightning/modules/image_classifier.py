@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from wanda_lightning.common.checks import Number, check_path, check_values
+from wanda_lightning.common.checks import Number, check_flags, check_path, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.hub.upload import Uploadable
@@ -61,8 +61,13 @@ class ImageClassifierModule(Uploadable, L.LightningModule):
     ) -> None:
         super().__init__()
         check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
+        check_flags(pretrained=pretrained)
         if checkpoint is not None:
             check_path(checkpoint=checkpoint)
+        if num_classes is not None:
+            check_values(Number(minimum=0, whole=True), num_classes=num_classes)
+        if not isinstance(model_kwargs, Mapping | None):
+            raise UserError(f"model_kwargs must be a mapping such as {{'drop_rate': 0.1}}, but it is {model_kwargs!r}.")
         self._model_kwargs = dict(model_kwargs or {})
         checkpoint = None if checkpoint is None else os.fspath(checkpoint)
         if isinstance(model, (str, os.PathLike)):
@@ -203,6 +208,7 @@ class ImageClassifierModule(Uploadable, L.LightningModule):
                 arguments of `timm.create_model` give its widths; if FSDP2 shards it; or if `shrink` finds nothing to
                 leave out.
         """
+        check_flags(shrink=shrink)
         if is_sharded(self.model):
             raise UserError(
                 "save_pretrained needs the whole model in one process, but FSDP2 shards it. Save it with Lightning's "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
 from math import ceil
@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from wanda_lightning.calibration.batches import length_of
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample
@@ -89,7 +90,8 @@ def perplexity_from_disk(
     modules, names = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks], checkpoint.blocks
     runs = ((index, partial(run, batch)) for index, batch in enumerate(batches))
     samples = (Sample(each, each, batch_index=index, parking=make_parking()) for index, each in runs)
-    total = ceil(len(batches) / AT_ONCE) * len(names) if isinstance(batches, Sized) else None
+    number = length_of(batches)
+    total = None if number is None else ceil(number / AT_ONCE) * len(names)
     with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
         while together := list(islice(samples, AT_ONCE)):
             loader = BlockLoader(checkpoint)

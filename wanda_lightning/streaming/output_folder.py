@@ -239,8 +239,12 @@ class OutputFolder:
                 (self.path / PROGRESS_NAME).unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
 
     def close(self) -> None:
-        """Allow other runs to write into the folder; undo its making if there are no parts, as after a refusal."""
+        """Allow other runs to write into the folder; undo its making if nothing is pruned, as after a refusal."""
         if self._lock is not None:
+            written, is_refused = self.progress.written, not self.progress.report
+            if is_refused and written.keys() >= set(self._parts) and not any(part.layers for part in written.values()):
+                for file in (self.path / ROW_WEIGHTS_NAME, *map(self._path, written)):
+                    file.unlink(missing_ok=True)
             if self._is_begun and [file.name for file in self.path.iterdir()] == [PROGRESS_NAME]:
                 (self.path / PROGRESS_NAME).unlink()
             if self._is_new and not any(self.path.iterdir()):

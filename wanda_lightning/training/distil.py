@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
-from wanda_lightning.common.checks import Number, OneOf, check
+from wanda_lightning.common.checks import SEED, Number, OneOf, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.report import Training, TrainingPass
@@ -91,7 +91,7 @@ class Distil(Recovery):
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
-        check(self, seed=Number(minimum=0, whole=True), next_token=Number(minimum=0, maximum=1))
+        check(self, seed=SEED, next_token=Number(minimum=0, maximum=1))
         if self.passes is not None:
             check(self, passes=at_least_1)
         if self.learning_rate is not None:
