@@ -135,6 +135,14 @@ PLACES = {
 }
 
 
+def test_links_that_form_a_loop_are_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for refuse in (refuse_existing, refuse_nonempty, refuse_replacement, refuse_unresumable):
+        for path in (tmp_path / "loop", tmp_path / "loop/x"):
+            with pytest.raises(OSError, match=f"^{path} cannot be written: .*symbolic links. Choose another path.$"):
+                refuse(path, True)
+
+
 @pytest.mark.parametrize("refuse", [refuse_existing, refuse_nonempty, refuse_replacement])
 @pytest.mark.parametrize("place", PLACES)
 def test_places_that_cannot_be_written_are_named(tmp_path, refuse, place):

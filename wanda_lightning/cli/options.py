@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 
 from wanda_lightning.cli.common_options import (
     COUNT,
@@ -79,7 +79,7 @@ class FinetuneOptions(SaveOptions):
             self.refuse_given("--method full, which trains no adapters", adapters)
         if self.distill and self.dense is None:
             raise UsageError("--distill learns from the dense model, but none is given. Name it with --dense.")
-        if self.distill and self.dense is not None and Path(self.dense).resolve() == Path(self.model).resolve():
+        if self.distill and self.dense is not None and os.path.realpath(self.dense) == os.path.realpath(self.model):
             raise UsageError(f"--distill learns from the dense model, but --dense is the pruned one, {self.model}.")
         for name in (self.model, self.dense or ""):
             if name.startswith(TIMM):

@@ -18,8 +18,11 @@ ROW_WEIGHTS_NAME = "pruning_row_weights.safetensors"
 
 
 def resolved(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path, without symbolic links and `~`."""
-    return Path(os.path.expanduser(path)).resolve()  # Path.expanduser refuses ~ of an unknown user
+    """Return the absolute path, without symbolic links and `~`; raise an OSError for links that form a loop."""
+    target = Path(os.path.realpath(os.path.expanduser(path)))  # Path.expanduser refuses ~ of an unknown user
+    if any(map(os.path.islink, (target, *target.parents))):
+        raise OSError(f"{path} cannot be written: {os.strerror(errno.ELOOP)}. Choose another path.")
+    return target
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> None:

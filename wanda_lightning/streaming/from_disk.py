@@ -191,6 +191,5 @@ def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]
                 "prune_from_disk(source, output, batches), or prune(model, batches) for a model in memory."
             )
     check_path(source=source, output=output)
-    folder = resolved(source)
-    if folder.is_dir() and resolved(output).is_relative_to(folder):
+    if os.path.isdir(os.path.expanduser(source)) and resolved(output).is_relative_to(resolved(source)):
         raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")
