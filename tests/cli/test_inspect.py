@@ -91,6 +91,7 @@ def test_inspect_a_mixture_of_experts(capsys):
     assert "router" in out
     assert "gate_up_proj.*" in out
     assert "gate_up_proj.0" not in out
+    assert run("inspect", "--model", "experts", "--pattern", "experts") == 0
 
 
 def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch):
@@ -124,6 +125,7 @@ def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
         (["--model", "gone"], "gone is not in the cache, and the hub cannot be reached"),
         (["--model", "timm:test_vitt"], "Did you mean test_vit"),
         (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix"),
+        (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts"),
         (["--model", "gone", "--stream", "--recovery", "distil"], "recovery='distil'"),
     ],
 )

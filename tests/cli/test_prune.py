@@ -245,6 +245,12 @@ def test_refused_for_a_language_model(inputs, text, refused, more, message, code
     assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
 
 
+def test_a_model_without_experts_is_refused_before_it_is_measured(text, images, refused, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.cli.prune.measure", None)
+    for command in (text, images):
+        refused(*command, "--pattern", "experts", message="pattern='experts' needs a mixture of experts, but")
+
+
 def test_refused_with_stream(text, refused):
     refused(*text, "--stream", message="--save_model, which is missing", code=2)
     message = "--overwrite has no meaning for --stream"

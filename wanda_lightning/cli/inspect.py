@@ -17,8 +17,9 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.memory import free_memory
 from wanda_lightning.common.words import as_gib, counted
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
-from wanda_lightning.engine.plan import config_for
+from wanda_lightning.engine.plan import config_for, make_plan
 from wanda_lightning.engine.refusals import refuse_nothing_to_prune
 from wanda_lightning.models import Inventory, find_layers
 from wanda_lightning.modules.loading import model_from_config
@@ -51,6 +52,8 @@ def run(options: InspectOptions) -> None:
             "them by running the blocks."
         )
     refuse_nothing_to_prune(config, found)
+    if config.pattern.drops_experts:
+        find_mixtures(make_plan(config, model, has_weights=False))
     if options.stream:
         _print_memory(options, model, config)
 

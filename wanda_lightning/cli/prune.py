@@ -42,6 +42,7 @@ from wanda_lightning.common.write_whole import unclaimed, whole_file
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.data.text_sources import SELF
+from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.hub.card import write_card
@@ -70,7 +71,9 @@ def run(options: PruneOptions) -> None:
     tasks = load_tasks(task_names(["paper"]), options.tasks_dir, options.cache_dir) if options.eval_zero_shot else {}
     L.seed_everything(options.seed, verbose=False)
     module, data = _load(options, samples)
-    make_plan(callback.config, module.model)  # to refuse the model before it is measured
+    plan = make_plan(callback.config, module.model)  # to refuse the model before it is measured
+    if plan.config.pattern.drops_experts:
+        find_mixtures(plan)
     refuse_no_space(options.save_model, module)
     if callback.config.data_reader and isinstance(data, TextDataModule) and data.calibration != SELF:
         _ = data.calibration_windows  # to refuse a short text, too

@@ -42,7 +42,7 @@ def drop_experts(run: Run) -> PruningReport:
     """
     plan, model, keep = run.plan, run.plan.model, dict[str, Units]()
     with plan.processes.fail_together():
-        found = _find(plan)
+        found = find_mixtures(plan)
     with run.timed("observe"), pruning_mode(model):
         saliency = _observe(run, found)
         for mixture in found:
@@ -71,7 +71,7 @@ def drop_experts(run: Run) -> PruningReport:
     return report
 
 
-def _find(plan: Plan) -> list[Mixture]:
+def find_mixtures(plan: Plan) -> list[Mixture]:
     """Return the mixtures of the model, or refuse the model."""
     found, shown, pattern = list(mixtures(plan.model)), plan.config.shown("pattern"), plan.config.pattern
     adapted = adapted_module(plan.model) is not None
