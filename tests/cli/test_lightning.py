@@ -121,6 +121,21 @@ def test_a_recipe_is_refused(recipe, refused, pruning, message):
     refused("validate", "--config", recipe(**pruning), message=message)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("pattern: 2:4", 'pattern: YAML reads 2:4 as the number 124. Quote it: "2:4".'),
+        (None, "--config must map options to values, like those in recipes/, but it is empty."),
+        ("only\ntext", "--config must map options to values, like those in recipes/, but it is another text."),
+    ],
+)
+def test_a_file_that_is_no_recipe_or_needs_quotes_is_refused_in_one_line(recipe, refused, wrong, message):
+    path = Path(recipe(pattern="2:4"))
+    is_recipe = wrong and wrong.startswith("pattern")
+    path.write_text(path.read_text().replace("pattern: '2:4'", wrong) if is_recipe else wrong or "")
+    assert refused("validate", "--config", str(path), message=message, code=2).count("\n") == 1
+
+
 def test_a_wrong_class_path_is_refused(recipe, refused):
     path = Path(recipe())
     path.write_text(path.read_text().replace("wanda_lightning.WandaPrune", "wanda_lightning.WandaPrun"))

@@ -32,7 +32,14 @@ class _Parser(LightningArgumentParser):
 def one_line(message: str) -> str:
     """Shorten a message of jsonargparse, which lists every type that it tried, to the option and the first cause."""
     first, *lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if first.startswith("Unexpected config:"):  # with the whole content of the file
+        found = "is another text" if [*first.split()[2:], *lines] else "is empty"
+        return f"--config must map options to values, like those in recipes/, but it {found}."
     key = re.fullmatch(r'Parser key "([^"]+)":', first)
+    given = re.search(r"^ *Given value: (\d+)$", message, re.MULTILINE)
+    n, m = divmod(int(given[1]) if given else 0, 60)
+    if key and key[1].endswith("pattern") and 1 <= n < m:
+        return f'{key[1]}: YAML reads {n}:{m} as the number {60 * n + m}. Quote it: "{n}:{m}".'
     causes = [line for line in lines if not line.startswith(_NO_CAUSE)] if key else [first, *lines]
     following = [number for number, line in enumerate(causes) if number and line.startswith(("- ", "Given value"))]
     cause = " ".join(causes[: following[0]] if following else causes).removeprefix("- ").rstrip(".")
