@@ -34,6 +34,8 @@ REFUSED = {
         (["--use_variant", "--method", "magnitude"], "Use --method wanda within rows"),
         (["--use_variant", "--pattern", "2:4"], "--use_variant has no meaning for --pattern 2:4. Leave it"),
         (["--data", "digits"], "--data has no meaning for a language model. Leave it out."),
+        (["--evaluation", ","], "--evaluation must name at least one text, and each only once, but it names none."),
+        (["--evaluation", "c4,c4"], "--evaluation must name at least one text, and each only once, but it names c4, c4."),
         (["--tasks_dir", "x"], "--tasks_dir has no meaning for pruning without --eval_zero_shot. Leave it out."),
         ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit have no meaning for an image classifier. Leave"),
         (["--model", "timm:vit_base"], "--data is required for the image classifier timm:vit_base: give a folder"),

@@ -181,7 +181,7 @@ def _text(options: PruneOptions, tokenizer: Any, config: Any) -> TextDataModule:
     return TextDataModule(
         tokenizer,
         options.calibration or "c4",
-        options.evaluation or ["wikitext2"],
+        ["wikitext2"] if options.evaluation is None else options.evaluation,
         seqlen=checked_seqlen(options.seqlen, config, PAPER_SEQLEN),
         num_samples=options.num_samples or PAPER_SEQUENCES,
         batch_size=options.batch_size or SEQUENCES_AT_ONCE,

@@ -197,6 +197,9 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
             "seqlen limit calibration evaluation dtype revision trust_remote_code stream eval_zero_shot tasks_dir"
         )
         self.refuse_other_kind(self.model, self.data, language)
+        if self.evaluation is not None and len(set(self.evaluation)) != max(1, len(self.evaluation)):
+            found = ", ".join(self.evaluation) or "none"
+            raise UsageError(f"--evaluation must name at least one text, and each only once, but it names {found}.")
         if not self.eval_zero_shot:
             self.refuse_given("pruning without --eval_zero_shot", "tasks_dir")
         if self.stream:
