@@ -120,17 +120,17 @@ def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("more", "message", "code"),
     [
-        (["--model", "gone"], "gone is not in the cache, and the hub cannot be reached"),
-        (["--model", "timm:test_vitt"], "Did you mean test_vit"),
-        (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix"),
-        (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts"),
-        (["--model", "gone", "--stream", "--recovery", "distil"], "recovery='distil'"),
+        (["--model", "gone"], "gone is not in the cache, and the hub cannot be reached", 1),
+        (["--model", "timm:test_vitt"], "Did you mean test_vit", 1),
+        (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix", 1),
+        (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts", 1),
+        (["--model", "gone", "--stream", "--recovery", "distil"], "recovery='distil'", 2),
     ],
 )
-def test_inspect_refuses(refused, more, message):
-    refused("inspect", *more, message=message)
+def test_inspect_refuses(refused, more, message, code):
+    refused("inspect", *more, message=message, code=code)
 
 
 def sum_of(out):

@@ -224,18 +224,20 @@ def test_the_digits_that_need_no_network(inputs, few_digits):
 
 REFUSED = [
     (["--model", "{}/images"], "has no config.json", 2),
+    (["--model", "{}/long.txt"], "long.txt is neither a folder nor a .gguf file. Give the folder", 2),
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65", 2),
     (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but", 1),
     (["--calibration", "c4"], "The data set allenai/c4 is not in the cache, and the Hugging Face hub cannot be rea", 1),
     (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of", 1),
     (["--skip", "[down_proj]"], "skip='down_proj' matches no matrix of the model; the nearest is", 1),
-    (["--stream", "--device", "cuda:99"], "device must be one that PyTorch can use on this machine", 1),
+    (["--stream", "--device", "cuda:99"], "device must be one that PyTorch can use on this machine", 2),
     (["--device", "cuda"], "--device has no meaning for pruning without --stream", 2),
     (["--park", "disk"], "--park has no meaning for pruning without --stream", 2),
     (["--stream", "--model", "{}/gone.gguf"], "safetensors", 2),
     (["--stream", "--calibration", "self"], "--calibration self needs the whole model in memory", 2),
-    (["--stream", "--method", "thorough"], "needs the whole model in memory", 1),
-    (["--stream", "--sequential", "none", "--solver", "admm"], "needs the Gram matrices of all layers in memory", 1),
+    (["--stream", "--method", "thorough"], "needs the whole model in memory", 2),
+    (["--stream", "--sequential", "none", "--solver", "admm"], "needs the Gram matrices of all layers in memory", 2),
+    (["--stream", "--park", "cpu"], "park='cpu' moves activations from the device", 2),
 ]
 
 
@@ -347,7 +349,7 @@ def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images
 
 REFUSED_FOR_IMAGES = [
     (["--data", "{}/llama"], "data must have folders of classes", 2),
-    (["--checkpoint", "{}/long.txt"], "must be a .safetensors file", 1),
+    (["--checkpoint", "{}/long.txt"], "must be a .safetensors file", 2),
     (["--model", "timm:test_vitt"], "Did you mean test_vit", 1),
 ]
 

@@ -71,7 +71,7 @@ def test_missing_models_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.gguf does not exist"):
         CausalLMModule(str(tmp_path / "nothing.gguf"))
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(OSError, match=r"a folder or a \.gguf file, but .*model\.safetensors is another file"):
+    with pytest.raises(OSError, match=r"but .*model\.safetensors is neither a folder nor a \.gguf file"):
         CausalLMModule(str(tmp_path / "model.safetensors"))
 
 
@@ -95,7 +95,7 @@ def test_checkpoint(tmp_path):
 
 
 def test_only_safetensors_are_read(tmp_path):
-    with pytest.raises(ValueError, match=r"\.safetensors file, but it is .*weights\.pth.*save_file"):
+    with pytest.raises(ValueError, match=r"weights\.pth must be a \.safetensors file.*save_file"):
         tiny_vit(checkpoint=str(tmp_path / "weights.pth"))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         tiny_vit(checkpoint=str(tmp_path / "weights.safetensors"))

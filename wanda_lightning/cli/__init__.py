@@ -13,8 +13,7 @@ from os.path import exists
 from signal import SIGINT, SIGTERM
 from typing import TYPE_CHECKING, Any
 
-from wanda_lightning.cli.explain import UsageError, explain
-from wanda_lightning.common.errors import UserError
+from wanda_lightning.cli.explain import UsageError, as_usage_errors, explain
 
 if TYPE_CHECKING:
     from wanda_lightning.cli.signals import Signals
@@ -121,11 +120,9 @@ def _show(command: str) -> None:
 
 
 def _run_command(command: str, arguments: list[str]) -> None:
-    try:
+    with as_usage_errors():
         options = parse_options(command, arguments)
         options.refuse_early()
-    except (UserError, OSError) as error:
-        raise UsageError(str(error)) from error
     from wanda_lightning.cli.output import quiet_libraries, readable_warnings
     from wanda_lightning.common.write_whole import reserved
 

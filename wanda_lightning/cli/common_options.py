@@ -11,7 +11,7 @@ from typing import Any
 from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import default_of, option
 from wanda_lightning.common.checks import Number, OneOf
-from wanda_lightning.common.model_source import ModelSource, why_missing, why_no_language_model
+from wanda_lightning.common.model_source import ModelSource, why_missing, why_no_checkpoint, why_no_language_model
 from wanda_lightning.hub.upload import refuse_upload
 
 TIMM = "timm:"  # before the name of an image classifier
@@ -67,6 +67,8 @@ class ModelOptions:
                 if name in ("checkpoint", "tasks_dir") or path != value:
                     path = os.path.abspath(path)  # never a hub id
                 reason = why_missing(path)
+                if not reason and name == "checkpoint":
+                    reason = why_no_checkpoint(Path(path))
                 if not reason and name in ("model", "dense", "pruned") and path == value:
                     reason = why_no_language_model(Path(path))
                 if reason:

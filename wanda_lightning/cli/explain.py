@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from wanda_lightning.common.errors import UserError
 
 
 class UsageError(UserError):
     """A wrong option. The command ends with status 2."""
+
+
+@contextmanager
+def as_usage_errors() -> Iterator[None]:
+    """Turn errors that are meant for the user into a `UsageError`, while only options are checked."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        raise UsageError(str(error)) from error
 
 
 def refusal_in(error: BaseException) -> BaseException | None:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.cli.common_options import PAPER_SEQLEN, PAPER_SEQUENCES, SEQUENCES_AT_ONCE
+from wanda_lightning.cli.explain import as_usage_errors
 from wanda_lightning.cli.measure import checked_seqlen
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.pruning_options import InspectOptions
@@ -31,7 +32,8 @@ from wanda_lightning.streaming.from_disk import refuse_whole_model
 def run(options: InspectOptions) -> None:
     """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
     if options.stream:
-        refuse_whole_model(options.config)
+        with as_usage_errors():
+            refuse_whole_model(options.config)
     model: Any = model_from_config(options.source(options.model))
     config = config_for(options.config, model)
     found = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)

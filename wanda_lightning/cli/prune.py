@@ -23,6 +23,7 @@ from wanda_lightning.cli.common_options import (
     SEQUENCES_AT_ONCE,
 )
 from wanda_lightning.cli.examples import Examples, ImageExamples, TextExamples
+from wanda_lightning.cli.explain import as_usage_errors
 from wanda_lightning.cli.measure import (
     checked_seqlen,
     measure,
@@ -53,6 +54,7 @@ from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
 from wanda_lightning.report.page import write_report
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
+from wanda_lightning.streaming.checkpoint import available_device
 from wanda_lightning.streaming.disk_and_host_parking import refuse_parking
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 
@@ -124,8 +126,10 @@ def _stream(options: PruneOptions) -> None:
     """Prune from disk, one block at a time."""
     source, output = options.source(options.model), options.save_model or ""
     choices = PruningConfig.from_names(**options.choices)
-    refuse_whole_model(choices)
-    refuse_parking(options.park, options.device)
+    with as_usage_errors():
+        refuse_whole_model(choices)
+        refuse_parking(options.park, options.device)
+        available_device(options.device)
     L.seed_everything(options.seed, verbose=False)
     config, tokenizer = load_config(source), load_tokenizer(source)
     refuse_long_windows(options.seqlen, source)

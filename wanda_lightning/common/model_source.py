@@ -84,11 +84,6 @@ def load_config(source: ModelSource) -> Any:
     inconsistent.
     """
     arguments, path = source.locate(), source.path
-    if path.is_file() and path.suffix != ".gguf":
-        raise OSError(
-            f"model must be a folder or a .gguf file, but {path} is another file. Give the folder with config.json and "
-            "the safetensors weights."
-        )
     if reason := why_no_language_model(path):
         raise OSError(f"model must be a folder that Hugging Face transformers can load, but {path} {reason}")
     _refuse_files_outside(path)
@@ -100,7 +95,9 @@ def load_config(source: ModelSource) -> Any:
 
 
 def why_no_language_model(path: Path) -> str:
-    """Return why a folder is no language model, as a predicate; empty if it may be one, and for other paths."""
+    """Return why a folder or file is no language model, as a predicate; empty if it may be one or does not exist."""
+    if path.is_file() and path.suffix != ".gguf":
+        return "is neither a folder nor a .gguf file. Give the folder with config.json and the safetensors weights."
     if not path.is_dir():
         return ""
     try:
@@ -112,6 +109,16 @@ def why_no_language_model(path: Path) -> str:
     if isinstance(config, dict) and "architecture" in config and "model_type" not in config:
         return f"is an image classifier of timm: its name is timm:{_LOCAL_FOLDER}{path}."
     return ""
+
+
+def why_no_checkpoint(path: Path) -> str:
+    """Return why a file is no checkpoint of an image classifier, as a predicate; empty if it may be one."""
+    if path.suffix == ".safetensors":
+        return ""
+    return (
+        "must be a .safetensors file. Convert one that you trust: "
+        "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
+    )
 
 
 def _refuse_files_outside(folder: Path) -> None:

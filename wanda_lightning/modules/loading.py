@@ -29,6 +29,7 @@ from wanda_lightning.common.model_source import (
     reading,
     refuse_unreachable,
     timm_name,
+    why_no_checkpoint,
 )
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import number_of_embeddings
@@ -236,11 +237,8 @@ def _refuse_unreachable_weights(name: str, kwargs: Mapping[str, Any]) -> None:
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Load all weights of a model from a `.safetensors` file; refuse one that is damaged or does not fit the model."""
     path = Path(checkpoint).expanduser()
-    if path.suffix != ".safetensors":
-        raise UserError(
-            f"checkpoint must be a .safetensors file, but it is {checkpoint}. Convert one that you trust: "
-            "safetensors.torch.save_file(torch.load(path, weights_only=True), 'model.safetensors')."
-        )
+    if reason := why_no_checkpoint(path):
+        raise UserError(f"checkpoint {checkpoint} {reason}")
     if not path.is_file():
         raise FileNotFoundError(f"The checkpoint {checkpoint} does not exist. Check the path.")
     check_stored_as_float(str(path), [path], model)

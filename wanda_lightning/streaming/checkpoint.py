@@ -54,7 +54,7 @@ class Checkpoint:
     def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:
         check_dtype(str(dtype).removeprefix("torch."))
         name = self._name = str(source)
-        self.device = _available(device)
+        self.device = available_device(device)
         self.blocks: tuple[str, ...] = ()
         self.bytes_read = 0
         self._keys: dict[str, dict[Path, list[str]]] = {}
@@ -208,7 +208,7 @@ class Checkpoint:
         )
 
 
-def _available(device: str) -> torch.device:
+def available_device(device: str) -> torch.device:
     """Return a device with its index, and refuse one that cannot be used."""
     try:
         tensor = torch.empty(1, device=device)
