@@ -43,7 +43,7 @@ NAN, INFINITY = float("nan"), float("inf")
         (Number(minimum=0, below=1), "a number of at least 0 and below 1", [0, 0.999], [1, 1.0, -1e-9]),
         (Number(minimum=0, maximum=0.5), "a number of at least 0 and at most 0.5", [0.0, 0.5], [0.51]),
         (Number(minimum=1, whole=True), "a whole number of at least 1", [1, np.int64(2)], [0, 1.0, 2.5, "1", True]),
-        (Number(whole=True), "a whole number", [-1, 10**9], [0.5, False]),
+        (Number(whole=True), "a whole number", [-1, 10**9, 10**300], [0.5, False, 10**400, -(10**4000)]),
         (Number(minimum=0, text="0 or more"), "0 or more", [0.0], [-0.1]),
         (OneOf(("row", "layer")), "one of row, layer", ["row", "layer"], ["rows", "", None, 1, ["row"]]),
     ],

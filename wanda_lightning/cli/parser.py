@@ -19,7 +19,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 
 from wanda_lightning.cli.explain import UsageError
-from wanda_lightning.common.checks import Number, OneOf
+from wanda_lightning.common.checks import Number, OneOf, shown
 from wanda_lightning.common.words import did_you_mean
 
 
@@ -150,7 +150,7 @@ class CommandParser(argparse.ArgumentParser):
         for one in value if kind is list else [value]:
             if rule is not None and not rule.accepts(one):
                 near = did_you_mean(one, rule.names) if isinstance(rule, OneOf) else ""
-                raise UsageError(f"--{each.name} must be {rule}, but it is {one!r}.{near}")
+                raise UsageError(f"--{each.name} must be {rule}, but it is {shown(one)}.{near}")
         return value
 
 

@@ -31,7 +31,11 @@ class Number:
         """Whether a value is a number in the range."""
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
-        return self.above < float(value) < self.below and self.minimum <= float(value) <= self.maximum
+        try:
+            number = float(value)
+        except OverflowError:
+            return False
+        return self.above < number < self.below and self.minimum <= number <= self.maximum
 
     def __str__(self) -> str:
         bounds = {"above": self.above, "of at least": self.minimum, "below": self.below, "at most": self.maximum}
@@ -84,9 +88,11 @@ def shown(value: object) -> str:
     """Return a wrong value for a message: a number or a text as it is written, anything else by its class.
 
     Example:
-        >>> shown("0.5"), shown(None), shown([0.5])
-        ("'0.5'", 'None', 'a list')
+        >>> shown("0.5"), shown(None), shown([0.5]), shown(10**400)
+        ("'0.5'", 'None', 'a list', 'a number with hundreds of digits')
     """
+    if isinstance(value, Integral) and abs(int(value)) >> 1024:  # larger than any float
+        return "a number with hundreds of digits"
     return repr(value) if value is None or isinstance(value, str | Real) else f"a {type(value).__name__}"
 
 
