@@ -137,7 +137,7 @@ def test_units_below_a_norm_stay(name):
     report = wl.shrink(model, X)
     assert not report.layers
     assert report.unproven == 4
-    assert "4 units stay, although they are zero on both sides" in str(report)
+    assert "4 units stay, zero on both sides" in str(report)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model[0].up.out_features == 16
 
@@ -161,7 +161,7 @@ def test_units_that_are_zero_on_one_side_only_are_counted():
     report = wl.shrink(model, X)
     assert not report.layers
     assert report.one_sided == 5
-    assert str(report).endswith("5 units stay, since they are zero on one side only.")
+    assert str(report).endswith("5 units stay, zero on one side only.")
 
 
 def test_a_layer_keeps_one_unit():

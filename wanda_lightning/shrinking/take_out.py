@@ -43,10 +43,7 @@ class Shrunk:
     def refuse_nothing(self) -> None:
         """Raise an error if nothing was taken out, although a smaller model is to be saved."""
         if not self.layers:
-            raise UserError(
-                f"shrink=True must remove something. {self} Prune with pattern='structured' first, or save without "
-                "shrink."
-            )
+            raise UserError(f"shrink must remove something. {self} Prune with the pattern 'structured' first.")
 
     def __str__(self) -> str:
         """Return the result in sentences."""
@@ -59,11 +56,11 @@ class Shrunk:
         else:
             text = "Nothing can be removed: no hidden unit is zero on both sides."
         if self.one_sided:
-            text += f" {counted(self.one_sided, 'unit')} stay, since they are zero on one side only."
+            text += f" {counted(self.one_sided, 'unit stays', 'units stay')}, zero on one side only."
         if self.unproven:
             text += (
-                f" {counted(self.unproven, 'unit')} stay, although they are zero on both sides: the batch did not "
-                "reach their layers, or the model did not compute the same without them."
+                f" {counted(self.unproven, 'unit stays', 'units stay')}, zero on both sides: the batch did not "
+                "reach the layers, or the model did not compute the same without them."
             )
         if self.misfit:
             text += (
