@@ -319,7 +319,7 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
 
         return NM(n=int(match[1]), m=int(match[2]))
     if given is None or (isinstance(given, str) and given not in NAMES["pattern"]):
-        raise UserError(_not_one_of("pattern", given, ["unstructured", *NAMES["pattern"], "N:M"]))
+        raise UserError(_not_one_of("pattern", given, ["unstructured", *NAMES["pattern"], "N:M such as 1:4"]))
     return _resolve("pattern", given, None)
 
 

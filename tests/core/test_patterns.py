@@ -138,11 +138,14 @@ def test_deterministic_mode_is_off_only_where_values_are_read(choose, mode, monk
 
 
 @pytest.mark.parametrize(
-    ("n", "m"), [(4, 4), (0, 4), (5, 4), (-1, 4), (1.5, 4), (2, 4.0), ("2", 4), (2, None), (True, 4), (float("nan"), 4)]
+    ("n", "m"),
+    [(4, 4), (0, 4), (5, 4), (1, 10**24), (1.5, 4), (2, 4.0), ("2", 4), (2, None), (True, 4), (float("nan"), 4)],
 )
 def test_impossible_n_of_m_is_refused(monkeypatch, n, m):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses some before we do
-    with pytest.raises(ValueError, match=re.escape(f"whole numbers with 1 <= N < M, but it is {n!r}:{m!r}.")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"whole numbers with 1 <= N < M <= 1000000, but it is {n!r}:{m!r}.")
+    ):
         NM(n, m)
 
 

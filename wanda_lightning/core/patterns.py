@@ -168,11 +168,11 @@ class NM(Pattern):
     m: int
 
     def __post_init__(self) -> None:
-        at_least_1 = Number(minimum=1, whole=True)
-        if not at_least_1.accepts(self.n) or not at_least_1.accepts(self.m) or self.n >= self.m:
+        allowed = Number(minimum=1, maximum=10**6, whole=True)  # so that messages can show the sparsity
+        if not allowed.accepts(self.n) or not allowed.accepts(self.m) or self.n >= self.m:
             raise UserError(
-                "pattern N:M keeps N of every M weights and must have whole numbers with 1 <= N < M, but it is "
-                f"{self.n!r}:{self.m!r}."
+                "pattern N:M keeps N of every M weights and must have whole numbers with 1 <= N < M <= 1000000, but "
+                f"it is {self.n!r}:{self.m!r}."
             )
 
     @property
