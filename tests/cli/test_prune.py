@@ -247,6 +247,22 @@ def test_refused_for_a_language_model(inputs, text, refused, more, message, code
     assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "target"),
+    [
+        ("prune", "model", "all/x"),
+        ("prune", "model", "all"),
+        ("shrink", "model", "all"),
+        ("finetune", "dense", "all/x"),
+    ],
+)
+def test_a_model_that_is_read_is_never_replaced(pruned, refused, command, name, target):
+    shutil.copytree(pruned, "all/x")
+    shutil.copy("all/x/config.json", "all")
+    given = ["--model", pruned, f"--{name}", "all/x", "--save_model", target, "--overwrite"]
+    refused(command, *given, message=f"--save_model {target} would replace --{name} all/x. Choose another", code=2)
+
+
 def test_a_model_without_experts_is_refused_before_it_is_measured(text, images, refused, monkeypatch):
     monkeypatch.setattr("wanda_lightning.cli.prune.measure", None)
     for command in (text, images):

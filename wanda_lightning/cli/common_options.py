@@ -12,6 +12,7 @@ from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import default_of, option
 from wanda_lightning.common.checks import Number, OneOf
 from wanda_lightning.common.model_source import ModelSource, why_missing, why_no_checkpoint, why_no_language_model
+from wanda_lightning.common.refuse_path import resolved
 from wanda_lightning.hub.upload import refuse_upload
 
 TIMM = "timm:"  # before the name of an image classifier
@@ -108,6 +109,15 @@ class SaveOptions(ModelOptions):
     )
     private: bool = option("Make the repository of --push_to_hub private if it is new, and refuse a public one.", False)
     overwrite: bool = option("Replace a --save_model folder with everything in it.", False)
+
+    def refuse_replaced(self, names: str) -> None:
+        """Refuse to replace a model that the command reads, or a folder with it; the place has been checked."""
+        for name in names.split():
+            path = (getattr(self, name) or "").removeprefix("timm:local-dir:")
+            if self.save_model and os.path.exists(path) and resolved(path).is_relative_to(resolved(self.save_model)):
+                raise UsageError(
+                    f"--save_model {self.save_model} would replace --{name} {path}. Choose another folder."
+                )
 
     def refuse_push(self, purpose: str) -> None:
         """Refuse an upload without a saved model, a private one without a repository, and one that cannot succeed."""

@@ -91,6 +91,7 @@ class FinetuneOptions(SaveOptions):
         text_sources.check_source(self.data, "--data")
         text_sources.check_source(self.evaluation, "--evaluation")
         self.refuse_place("save_model", refuse_replacement)
+        self.refuse_replaced("dense")
         self.refuse_push("fine-tuning")
         windows = self.steps * self.batch_size * self.devices
         check_memory("--steps times --batch_size", windows, self.seqlen or PAPER_SEQLEN)
@@ -118,6 +119,7 @@ class ShrinkOptions(SaveOptions):
         """Refuse a model that does not exist, and a place that cannot be written."""
         self.refuse_missing("model")
         self.refuse_place("save_model", refuse_replacement)
+        self.refuse_replaced("model")
         self.refuse_push("shrinking")
 
 

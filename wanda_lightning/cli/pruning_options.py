@@ -253,6 +253,7 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
         """Refuse files that do not exist, places that cannot be written, and too many samples."""
         self.refuse_missing("model checkpoint tasks_dir")
         self.refuse_place("save_model", refuse_unresumable if self.stream else refuse_replacement)
+        self.refuse_replaced("model checkpoint")
         if self.stream and self.shrink and Path.cwd().is_relative_to(resolved(self.save_model or "")):
             raise UsageError(
                 f"--save_model {self.save_model} is the working directory or contains it, but --shrink replaces the "
