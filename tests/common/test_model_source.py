@@ -115,6 +115,19 @@ def test_a_classifier_without_its_prefix(tmp_path):
         load_config(ModelSource(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"auto_map": {"AutoConfig": "mine.Own"}}, "needs code that comes with the model. .*trust_remote_code=True"),
+        ({}, "names the model type unheard_of, which transformers .* does not know. Install a newer one"),
+    ],
+)
+def test_a_model_that_needs_its_own_code_or_a_newer_library(tmp_path, more, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of", **more}))
+    with pytest.raises(ValueError, match=f"^The configuration of '{tmp_path}' {message}"):
+        load_config(ModelSource(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["s3:foo", "timm:s3:foo", "https://x/y"])
 def test_places_that_timm_does_not_load_from(name):
     with pytest.raises(ValueError, match=r"model must be a name that timm .* knows, but it is '(s3:foo|https://x/y)'"):

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -189,16 +191,28 @@ def _explain(error: Exception, part: str, name: str) -> Exception:
     path = ModelSource(name).path
     if broken := _broken_json(path):
         return UserError(f"The {part} of {name!r} cannot be read: {broken}. Download or save the file again.")
+    cause = one_line(error)
+    if "trust_remote_code=True" in cause:
+        return UserError(
+            f"The {part} of {name!r} needs code that comes with the model. If you trust it, allow it with "
+            "trust_remote_code=True (--trust_remote_code)."
+        )
+    if unknown := re.search("model type `(.+?)` but Transformers does not recognize", cause):
+        return UserError(
+            f"The {part} of {name!r} names the model type {unknown[1]}, which transformers "
+            f"{version('transformers')} does not know. Install a newer one (pip install --upgrade transformers), or "
+            "correct config.json."
+        )
     found = path.exists() or isinstance(error.__context__, (json.JSONDecodeError, UnicodeDecodeError))  # of the hub
     if isinstance(error, OSError) and not found:
         return OSError(
             f"The {part} of {name!r} cannot be found: neither a local folder nor the Hugging Face hub (or its cache) "
             f"has the {part}. Check the name and the connection, or give a local folder or a .gguf file. "
-            f"The cause: {one_line(error)}"
+            f"The cause: {cause}"
         )
     return UserError(
         f"The {part} of {name!r} cannot be used: a file is incomplete or damaged, or the files contradict each other. "
-        f"Download or save them again. The cause: {type(error).__name__}: {one_line(error)}"
+        f"Download or save them again. The cause: {type(error).__name__}: {cause}"
     )
 
 
