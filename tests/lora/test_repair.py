@@ -69,7 +69,13 @@ def test_more_rank_is_nearer_and_peft_loads_it_alone(pair, tmp_path):
         ("wider", r"weight of shape \(56, 32\) in the pruned model and one of shape \(64, 32\) in the dense one"),
         ("other", "differ by more than their size"),
         ("elsewhere", "batches must reach at least one pruned linear layer"),
-        ("batches", "batches must be a list of batches or a dataloader"),
+        ("batches", "batches must be a list of batches or a dataloader, but it is a NoneType.$"),
+        ("padding", "at least one pruned linear layer, but no token except padding does"),
+        ("none", "rank must be a whole number, but it is None"),
+        ("number", "forward must be a function, but it is 3"),
+        ("path", r"dense must be a torch.nn.Module, but it is a str. Call repair\(model, dense, batches\)."),
+        ("meta", "dense must have finite weights, but model.layers.0.self_attn.q_proj is on the meta device"),
+        ("nan", "dense must have finite weights, but model.layers.0.self_attn.q_proj has weights that are NaN or inf"),
     ],
 )
 def test_what_is_refused(case, text):
@@ -85,10 +91,20 @@ def test_what_is_refused(case, text):
         with torch.no_grad():
             for parameter in dense.parameters():
                 parameter.neg_()
-    rank = {"rank": 17, "zero": 0}.get(case, 4)
-    batches, forward = None if case == "batches" else BATCHES, (lambda _: None) if case == "elsewhere" else None
+    if case == "nan":
+        dense.model.layers[0].self_attn.q_proj.weight.data[0, 0] = torch.nan
+    dense = {"path": "folder", "meta": copy.deepcopy(dense).to("meta")}.get(case, dense)
+    rank = {"rank": 17, "zero": 0, "none": None}.get(case, 4)
+    padding = [{"input_ids": TOKENS, "attention_mask": torch.zeros_like(TOKENS)}]
+    batches = {"batches": None, "padding": padding}.get(case, BATCHES)
+    forward = {"elsewhere": lambda _: None, "number": 3}.get(case)
     with pytest.raises(ValueError, match=text):
         repair(pruned, dense, batches, rank=rank, forward=forward, progress=False)
     after = pruned.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_model_that_is_no_module_is_refused():
+    with pytest.raises(ValueError, match=r"model must be a torch\.nn\.Module, but it is a NoneType"):
+        repair(None, llama(), BATCHES)

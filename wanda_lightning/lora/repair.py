@@ -13,12 +13,13 @@ from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.calibration.unit_stops import stop_at_units
-from wanda_lightning.common.checks import check_positive
+from wanda_lightning.common.checks import check_at_least, check_batches, check_callable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.widest import widest
 from wanda_lightning.core.types import Gram, Weight
 from wanda_lightning.models import Layer, find_layers
+from wanda_lightning.models.refuse_model import refuse_no_module
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 _ADAPTED = (nn.Linear, Conv1D)
@@ -49,13 +50,18 @@ def repair(
         progress: Show the progress.
 
     Raises:
-        ValueError: The models differ in their layers or in nothing, or rank is too large. The model is unchanged then.
+        ValueError: The models differ in their layers or in nothing, hold weights that are not finite, or rank is too
+            large. The model is unchanged then.
 
     Source: EoRA (Liu et al. 2024, arXiv 2410.21271), Algorithm 1. The minimum is computed without an inverse: with the
     eigenvectors U of E G E^T for the largest eigenvalues, where E = W_dense - W and G is the Gram matrix of the inputs,
     B = U and A = U^T E.
     """
-    check_positive(rank=rank)
+    refuse_no_module(model, "repair(model, dense, batches)")
+    refuse_no_module(dense, "repair(model, dense, batches)", "dense")
+    check_batches(batches=batches)
+    check_at_least(1, rank=rank)
+    check_callable(forward=forward)
     units = find_layers(model, "block").units
     errors = _errors(model, dense, [layer for unit in units for layer in unit.layers], rank)
     samples = Samples(model, batches, forward, None, SINGLE_PROCESS, "repair()")
@@ -67,12 +73,14 @@ def repair(
             bar.show(stop.unit.name)
             inputs = stop.observe(Observer(frozenset({"gram"})), lambda calls: calls)
             for layer in stop.unit.layers:
-                if layer.name in errors and layer.name in inputs:
+                if layer.name in errors and layer.name in inputs and inputs[layer.name].count:
                     gram = inputs[layer.name].sums["gram"]
                     factors[layer.name] = _factors(layer, errors.pop(layer.name)(), gram, rank)
             bar.advance()
     if not factors:
-        raise UserError("batches must reach at least one pruned linear layer, but none does. Give other batches.")
+        raise UserError(
+            "batches must reach at least one pruned linear layer, but no token except padding does. Give other batches."
+        )
     transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in factors)
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(factors), fan_in_fan_out=transposed)
     adapted = get_peft_model(model, config)
@@ -98,6 +106,10 @@ def _errors(model: nn.Module, dense: nn.Module, layers: Iterable[Layer], rank: i
                 f"dense must be the model before pruning, but {layer.name} has a weight of shape "
                 f"{tuple(layer.weight.shape)} in the pruned model and {has} in the dense one. Load the dense model."
             )
+        for whose, weight in (("model", layer.weight), ("dense", original)):
+            if weight.is_meta or not weight.isfinite().all():
+                has = "is on the meta device" if weight.is_meta else "has weights that are NaN or infinite"
+                raise UserError(f"{whose} must have finite weights, but {layer.name} {has}. Check how it was loaded.")
         if rank > min(layer.shape):
             raise UserError(
                 f"rank must be at most {min(layer.shape)}, the smaller side of {layer.name}, but it is {rank}."

@@ -8,11 +8,11 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.layers import Layer
 
 
-def refuse_no_module(model: object, call: str) -> None:
-    """Refuse anything but a module, for example batches; `call` shows where the model belongs."""
+def refuse_no_module(model: object, call: str, name: str = "model") -> None:
+    """Refuse anything but a module, for example batches; `call` shows where the argument `name` belongs."""
     if not isinstance(model, nn.Module):
         kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise UserError(f"model must be a torch.nn.Module, but it is {kind}. Call {call}.")
+        raise UserError(f"{name} must be a torch.nn.Module, but it is {kind}. Call {call}.")
 
 
 def refuse_no_values(layer: Layer) -> None:
