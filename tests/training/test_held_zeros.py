@@ -111,6 +111,25 @@ def test_a_state_of_another_model_is_refused():
     assert not _global_optimizer_post_hooks
 
 
+def test_a_state_of_a_model_of_other_widths_is_refused():
+    module, other = (torch.nn.Sequential(torch.nn.Linear(8, width)) for width in (16, 32))
+    for model in (module, other):
+        prune(model, method="magnitude", progress=False)
+    with keep_zeros(module) as held:
+        saved = held.state_dict()
+    with pytest.raises(ValueError, match=r"same model, but its 0 has another shape than this model's, \(32, 8\)"):
+        keep_zeros(other, state=saved)
+    del saved["shapes"]  # as in versions up to 0.2
+    keep_zeros(other, state=saved).release()
+    bits = torch.ones(3, dtype=torch.uint8)
+    for wrong in (bits, torch.tensor([256]), 3):
+        with pytest.raises(ValueError, match="its 0 has another shape"):
+            keep_zeros(other, state={"layers": ["0"], "unheld_zeros": {"0": wrong}})
+    with pytest.raises(ValueError, match="of layers and a dictionary of unheld_zeros, but they are 3 and a dict"):
+        keep_zeros(other, state={"layers": 3, "unheld_zeros": {}})
+    assert not _global_optimizer_post_hooks
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_fabric(precision):
     module = pruned_net()

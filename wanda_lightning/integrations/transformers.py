@@ -79,14 +79,14 @@ def _to_json(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state with lists in place of its tensors, whose dtypes say how they are packed."""
     unheld: Mapping[str, Tensor] = state["unheld_zeros"]
     found = {name: [str(bits.dtype).removeprefix("torch."), bits.tolist()] for name, bits in unheld.items()}
-    return {"layers": list(state["layers"]), "unheld_zeros": found}
+    return {**state, "unheld_zeros": found}
 
 
 def _from_json(state: Mapping[str, Any]) -> dict[str, Any]:
     unheld = {
         name: torch.tensor(bits, dtype=getattr(torch, kind)) for name, (kind, bits) in state["unheld_zeros"].items()
     }
-    return {"layers": state["layers"], "unheld_zeros": unheld}
+    return {**state, "unheld_zeros": unheld}
 
 
 def _refuse_distributed_weights(args: TrainingArguments) -> None:

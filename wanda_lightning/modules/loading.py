@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,7 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
         with reading("weights", source):
             model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     check_complete(name, loaded["missing_keys"], loaded.get("mismatched_keys", ()))
+    warn_unused(name, loaded.get("unexpected_keys", ()))
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
         check_stored_as_float(name, _weight_files(source), model)
     check_finite(model.named_parameters(), name)
@@ -161,6 +163,16 @@ def check_complete(name: str, missing: Collection[str], mismatched: Collection[A
         raise UserError(
             f"The model {name!r} has no weights for {len(missing)} parameters of its configuration, {min(missing)} "
             "first; they would be random. Check the folder and its config.json."
+        )
+
+
+def warn_unused(name: str, unused: Collection[str]) -> None:
+    """Warn of stored weights that the model has no place for."""
+    if unused:
+        warnings.warn(
+            f"The model {name!r} does not use {len(unused)} of the tensors that are stored with it, {min(unused)} "
+            "first, and saves none of them. If it should use them, correct config.json.",
+            stacklevel=2,
         )
 
 

@@ -38,6 +38,7 @@ from wanda_lightning.modules.loading import (
     check_finite,
     check_stored_as_float,
     require_safetensors,
+    warn_unused,
 )
 from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 

@@ -14,14 +14,17 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
+from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.bits import pack, unpack
+from wanda_lightning.core.bits import fits, pack, unpack
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard
 from wanda_lightning.training.masked_weights import keep_masks
+
+_NONE = torch.zeros(0, dtype=torch.int64)  # packed: no weight
 
 
 def keep_zeros(
@@ -82,6 +85,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     def __init__(self) -> None:
         self.layers: list[str] = []  # of the latest `hold`
         self._resumed: list[str] = []  # layers of a loaded state
+        self._shapes: dict[str, list[int]] = {}  # of `layers`, or of a loaded state; it may have none
         self._handles: list[RemovableHandle] = []
         self._held_layers: list[tuple[Layer, Tensor]] = []
         self._keep: dict[Tensor, KeepMask] = {}
@@ -100,6 +104,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     def hold_all(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> None:
         """Hold the zeros that each prunable layer has now, or only those of the layers in a loaded state."""
         layers, self._resumed = self._resumed, []
+        shapes = self._shapes if layers else {}
         found = _sharded_layers(model)
         if not layers:
             for layer in found.values():
@@ -116,6 +121,13 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 f"state must be of the same model, wrapped in the same way, but it names {unknown[0]}, which this "
                 "model does not have. Pass the model as it was when the state was saved."
             )
+        for name in layers:
+            shape = [*found[name].shape]
+            if shapes.get(name, shape) != shape or not fits(self._loaded.get(name, _NONE), shape):
+                raise UserError(
+                    f"state must be of the same model, but its {name} has another shape than this model's, "
+                    f"{tuple(shape)}. Pass the model as it was when the state was saved."
+                )
         self._hold([found[name] for name in layers])
 
     def hold(self, model: nn.Module, layers: Iterable[str]) -> None:
@@ -127,6 +139,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self.release()
         unheld, self._loaded, self._at_release = self._loaded, {}, {}
         self.layers = [layer.name for layer in layers]
+        self._shapes = {layer.name: [*layer.shape] for layer in layers}
         self._keep = keep_masks(layers, elsewhere=True)
         self._held_layers = [(layer, layer.parameter) for layer in layers]
         for layer, weight in self._held_layers:
@@ -162,8 +175,9 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                     _zero(weights[names[weight]], keep)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the names of the layers and which of their zeros are not held; the held zeros are in the weights."""
-        return {"layers": self._resumed or self.layers, "unheld_zeros": self.unheld_zeros()}
+        """Return the layers, their shapes and which of their zeros are not held; the held zeros are in the weights."""
+        layers = self._resumed or self.layers
+        return {"layers": layers, "unheld_zeros": self.unheld_zeros(), "shapes": self._shapes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`."""
@@ -173,8 +187,14 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 f"a {type(state).__name__}{f' with {sorted(state)[:5]}' if isinstance(state, Mapping) else ''}. The "
                 "state of a model or an optimizer is another one."
             )
-        self._resumed = state["layers"]
-        self.load(state["unheld_zeros"])
+        layers, unheld = state["layers"], state["unheld_zeros"]
+        if not isinstance(layers, Sequence) or isinstance(layers, str) or not isinstance(unheld, dict):
+            raise UserError(
+                "state must hold a list of layers and a dictionary of unheld_zeros, but they are "
+                f"{shown(layers)} and {shown(unheld)}. Pass the state_dict() of what keep_zeros returned."
+            )
+        self._resumed, self._shapes = list(layers), state.get("shapes", {})
+        self.load(unheld)
 
     def unheld_zeros(self) -> dict[str, Tensor]:
         """Return a packed mask (`core.bits.pack`) for each layer of weights that are zero by chance and not held.
