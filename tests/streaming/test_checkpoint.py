@@ -9,6 +9,8 @@ from support.disk import batches
 from transformers import LlamaForCausalLM
 
 from wanda_lightning import perplexity_from_disk, prune_from_disk
+from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.modules.loading import load_causal_lm
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -80,6 +82,16 @@ def test_incomplete_sources_are_refused(copied, tmp_path):
     with pytest.raises((OSError, ValueError)):
         prune_from_disk(copied, tmp_path / "out2", batches(), progress=False)
     assert not (tmp_path / "out2").exists()
+
+
+def test_tensors_that_the_model_does_not_use_are_counted(copied):
+    file = copied / "config.json"
+    file.write_text(file.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 3'))
+    text = r"no place for 9 stored tensors, model\.layers\.3\.input_layernorm\.weight first"
+    with pytest.warns(UserWarning, match=text):
+        Checkpoint(ModelSource(copied))
+    with pytest.warns(UserWarning, match=text):
+        load_causal_lm(ModelSource(copied), "auto")
 
 
 def test_a_source_that_cannot_be_written_is_fine(copied, tmp_path):

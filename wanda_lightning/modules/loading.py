@@ -32,7 +32,7 @@ from wanda_lightning.common.model_source import (
     timm_name,
     why_no_checkpoint,
 )
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.words import counted, one_line
 from wanda_lightning.models import number_of_embeddings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -170,8 +170,8 @@ def warn_unused(name: str, unused: Collection[str]) -> None:
     """Warn of stored weights that the model has no place for."""
     if unused:
         warnings.warn(
-            f"The model {name!r} does not use {len(unused)} of the tensors that are stored with it, {min(unused)} "
-            "first, and saves none of them. If it should use them, correct config.json.",
+            f"The model {name!r} has no place for {counted(len(unused), 'stored tensor')}, {min(unused)} first, which "
+            "will not be saved again. If it should use them, correct config.json.",
             stacklevel=2,
         )
 

@@ -90,6 +90,7 @@ class Checkpoint:
         names = (name for name, _ in self.model.named_parameters())
         missing = {name for name in names if self.part_of(name) not in self._keys}  # now, not when batches arrive there
         check_complete(self._name, missing | {*loaded["missing_keys"]}, loaded["mismatched_keys"])
+        warn_unused(self._name, loaded["unexpected_keys"])
         check_stored_as_float(name, self.files, self.model)
         owners: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
