@@ -226,6 +226,13 @@ CLASSIFIERS = [
     ("config.json", text("{"), r"config\.json is not valid JSON"),
     ("config.json", text('{"model_type": "llama"}'), r"has no 'architecture'.* leave out the prefix timm:"),
     ("config.json", changed(num_classes=9, model_args={**VIT, "num_classes": 9}), "do not fit its configuration.*head"),
+    ("config.json", changed(model_args={"foo": 1}), f"configuration of .* {CAUSE}.*'foo'"),
+    ("config.json", changed(model_args=[1]), "has a wrong model_args"),
+    ("config.json", changed(architecture=None), "has a wrong architecture"),
+    ("config.json", changed(pretrained_cfg=None), "has a wrong pretrained_cfg"),
+    ("config.json", changed(pretrained_cfg={"input_size": [3]}), "has a wrong input_size"),
+    ("config.json", changed(pretrained_cfg={"input_size": 3}), "has a wrong input_size"),
+    ("config.json", changed(pretrained_cfg={"mean": "x"}), "has a wrong mean"),
     ("model.safetensors", lambda path: path.rename(path.with_name("a.bin")), r"only format .* has a\.bin, config"),
     ("model.safetensors", cut(5000), "weights of .* cannot be read"),
     ("model.safetensors", stored(integers), r"stores \S+\.weight as I8: packed integers"),
@@ -241,6 +248,9 @@ def test_a_broken_classifier_is_named(folders, tmp_path, file, change, message):
         ImageClassifierModule(f"timm:local-dir:{tmp_path / 'broken'}")
     assert str(tmp_path / "broken") in str(caught.value)
     assert "\n" not in str(caught.value)
+    if file == "config.json" and "weights" not in message and "fit" not in message:
+        with pytest.raises(ValueError, match=message):
+            model_from_config(f"timm:local-dir:{tmp_path / 'broken'}")
 
 
 @pytest.mark.parametrize("build", [ImageClassifierModule, model_from_config])

@@ -20,6 +20,12 @@ from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.errors import MissingPackageError, UserError
 from wanda_lightning.common.words import did_you_mean, one_line
 
+_KINDS = {  # in a configuration of timm
+    "architecture": str,
+    "pretrained_cfg": dict,
+    "model_args": dict | None,
+    **dict.fromkeys(("input_size", "mean", "std"), list | None),
+}
 _LOCAL_FOLDER, _ON_HUB = "local-dir:", "hf-hub:"  # timm's prefixes of a folder and of a hub id
 
 
@@ -272,5 +278,14 @@ def _timm_folder(folder: Path) -> Path:
         raise UserError(
             f"model must be a folder that timm can load, but {folder}/config.json has no 'architecture'. For a "
             "language model, leave out the prefix timm:."
+        )
+    known = config.get("pretrained_cfg", {})
+    fields = {**known} if isinstance(known, dict) else {}
+    fields |= {"architecture": config["architecture"], "model_args": config.get("model_args"), "pretrained_cfg": known}
+    wrong = [name for name, kind in _KINDS.items() if not isinstance(fields.get(name), kind)]
+    if wrong or len(fields.get("input_size") or "any") != 3:
+        raise UserError(
+            f"The configuration of {str(folder)!r} cannot be used: {folder}/config.json has a wrong "
+            f"{(wrong or ['input_size'])[0]}. Correct it, or save the folder again."
         )
     return folder

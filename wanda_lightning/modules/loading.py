@@ -229,6 +229,9 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
             f"The cause: {one_line(error)}"
         ) from error
     except TypeError as error:
+        if not kwargs:
+            with reading("configuration", ModelSource(checked)):
+                raise
         raise UserError(
             f"model_kwargs must be arguments that {checked} takes, but {kwargs} are not: {error}."
         ) from error
@@ -277,7 +280,9 @@ def model_from_config(source: ModelSource) -> nn.Module:
     """Build a language model or an image classifier on the meta device, from its configuration alone."""
     with torch.device("meta"):
         if str(source).startswith("timm:"):
-            return timm.create_model(timm_name(source.name), pretrained=False)
+            name = timm_name(source.name)
+            with reading("configuration", source):
+                return timm.create_model(name, pretrained=False)
         config = load_config(source)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with reading("configuration", source):
