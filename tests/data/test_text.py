@@ -141,6 +141,9 @@ def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
         assert data.describe_evaluation() == f"{name}, 4 windows of 20 tokens"
     data = TextDataModule(tokenizer, evaluation=[texts, file], seqlen=20)
     assert data.evaluations == ("texts in memory", file)
+    data = TextDataModule(tokenizer, evaluation=[texts, file, texts[::-1]], seqlen=20)
+    assert data.evaluations == ("texts in memory", file, "texts in memory (2)")
+    assert not torch.equal(data.windows_of("texts in memory"), data.windows_of("texts in memory (2)"))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,9 @@ def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
         ([], "must have text, but it is empty"),
         (["a", 1], r"must be the name of a text, a list of strings or a datasets.Dataset, but it is \['a', 1\]"),
         (datasets.Dataset.from_dict({"body": ["a"]}), "must have a column 'text' of strings, but it has body"),
+        (datasets.Dataset.from_dict({"text": [1]}), "must have a column 'text' of strings, but it has one of int64"),
+        (datasets.Dataset.from_dict({"text": []}), "must have text, but it is empty"),
+        (datasets.Dataset.from_dict({"text": ["a", None]}), "must have a text in each row, but row 1 has none"),
         ("one line\nand another", r"must name a text, but it is a text itself: 'one line.*evaluation=\[\[\.\.\.\]\]"),
     ],
 )
@@ -187,6 +193,8 @@ def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
         TextDataModule(str(tmp_path / "missing.gguf"))
     with pytest.raises(ValueError, match=r"^tokenizer must be a tokenizer, a hub id, .* but it is 3"):
         TextDataModule(3)
+    with pytest.raises(ValueError, match=r"^tokenizer must be a tokenizer, .* but it is a LlamaForCausalLM\."):
+        TextDataModule(tiny_llama())
     with pytest.raises(ValueError, match=r"^tokenizer must be given, since no Trainer runs a module that has one"):
         TextDataModule().setup("validate")
     with pytest.raises(OSError, match=r"tokenizer of 'no/such' cannot be found: neither a local folder nor") as error:

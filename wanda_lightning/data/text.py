@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.checks import check_at_least, check_positive, check_seed
+from wanda_lightning.common.checks import check_at_least, check_positive, check_seed, shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
@@ -104,7 +104,11 @@ class TextDataModule(DataModule):
         self.prepare_data_per_node = False
         self.calibration, self._calibration_source = _named(calibration, "calibration")
         texts = evaluation if isinstance(evaluation, list | tuple) else [evaluation]
-        named = [_named(text, "evaluation") for text in texts]
+        named: list[tuple[str, Any]] = []
+        for text in texts:
+            name, source = _named(text, "evaluation")
+            same = sum(name == name_of(other) for _, other in named if not isinstance(other, str))
+            named.append((f"{name} ({same + 1})" if same and not isinstance(source, str) else name, source))
         self.evaluations = tuple(name for name, _ in named)
         self._evaluation_sources = dict(named)
         if not named or len(self._evaluation_sources) < len(named):
@@ -113,9 +117,9 @@ class TextDataModule(DataModule):
             )
         if isinstance(tokenizer, (str, os.PathLike)):
             ModelSource(tokenizer).locate()
-        elif tokenizer is not None and not callable(tokenizer):
+        elif tokenizer is not None and (not callable(tokenizer) or isinstance(tokenizer, type | torch.nn.Module)):
             raise UserError(
-                f"tokenizer must be a tokenizer, a hub id, a folder or a .gguf file, but it is {tokenizer!r}."
+                f"tokenizer must be a tokenizer, a hub id, a folder or a .gguf file, but it is {shown(tokenizer)}."
             )
         elif tokenizer is not None and self.calibration == SELF:
             first_token(tokenizer)

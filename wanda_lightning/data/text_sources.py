@@ -57,11 +57,16 @@ def documents_in(texts: Any, option: str) -> Sequence[str]:
     """Return a list of strings as it is, or the column `text` of a data set; errors begin with the option."""
     columns = getattr(texts, "column_names", None)
     if isinstance(columns, list):
-        if getattr(texts.features.get("text"), "dtype", None) not in ("string", "large_string"):
+        kind = getattr(texts.features.get("text"), "dtype", None)
+        if kind not in ("string", "large_string", "null"):
+            has = f"one of {kind or 'another type'}" if "text" in columns else ", ".join(columns) or "no column"
             raise UserError(
-                f"{option} must have a column 'text' of strings, but it has {', '.join(columns)}. Rename its column."
+                f"{option} must have a column 'text' of strings, but it has {has}. Rename or convert its column."
             )
+        has_none = kind == "null" or texts.data.column("text").null_count > 0  # fast, but of all rows of a selection
         texts = texts["text"]
+        if has_none and (rows := [row for row, text in enumerate(texts) if text is None]):
+            raise UserError(f"{option} must have a text in each row, but row {rows[0]} has none. Drop the row.")
     elif not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(
             f"{option} must be the name of a text, a list of strings or a datasets.Dataset, but it is {texts!r:.200}."
