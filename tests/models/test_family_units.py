@@ -131,7 +131,7 @@ def test_the_document_counts_shares():
     lines = family_units.document([llama, mamba, experts, stays]).splitlines()
     assert "| all | 4 | 3 | 2 | 1 | 1 | 0 |" in lines
     found = "hidden units are found for 2 (66.7%), taken out for 1 (33.3%), loaded for 1 (33.3%)."
-    assert f"Of 3 families with an MLP, {found}" in lines
+    assert f"Of 3 models with an MLP, {found}" in lines
     assert "| llama | LlamaForCausalLM | yes | 128 | 32 of 32 | -12% | ordinary |  |" in lines
     assert "| no hidden units found | 2 |" in lines
 
