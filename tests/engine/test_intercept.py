@@ -85,6 +85,20 @@ def test_a_layer_whose_inputs_never_change_is_pruned(method, value):
     assert torch.allclose(model(tokens), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("solver", [ADMM, Refit])
+@pytest.mark.parametrize("offset", [30, 300, 3000])
+def test_large_means_do_not_ruin_the_fit(solver, offset):
+    """The centered Gram matrix is a small difference of large numbers in float32."""
+    torch.manual_seed(0)
+    tokens, dense = torch.randn(4096, 64) + offset * torch.randn(64), nn.Linear(64, 32)
+    errors = []
+    for intercept in (True, False):
+        model = copy.deepcopy(dense)
+        prune(model, [tokens], 0.5, solver=solver(intercept=intercept), progress=False)
+        errors.append((model(tokens) - dense(tokens)).square().mean())
+    assert errors[0] < 1.5 * errors[1]
+
+
 def test_inputs_that_never_change_are_taken_over_by_the_bias(tokens):
     tokens[:, 3] = 7
     dense = layer()

@@ -167,8 +167,11 @@ class InputStatistics:
         def center() -> InputStatistics:
             result = InputStatistics(self.needs)
             gram = torch.addr(self.sums["gram"], self.sums["sum"], self.mean(), alpha=-1)
-            is_constant = gram.diagonal() <= 16 * torch.finfo(gram.dtype).eps * self.sums["gram"].diagonal()
-            gram[is_constant], gram[:, is_constant] = 0, 0  # the rest is rounding
+            rounding = 64 * torch.finfo(gram.dtype).eps * self.sums["gram"].diagonal()
+            is_constant = gram.diagonal() <= rounding / 16
+            gram[is_constant], gram[:, is_constant] = 0, 0
+            is_inexact = (gram.diagonal() < 64 * rounding) & ~is_constant
+            gram.diagonal().add_(rounding * is_inexact)  # else it may be indefinite
             result.count, result.sums = self.count, {**self.sums, "gram": gram}
             return result
 

@@ -94,9 +94,9 @@ def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) ->
     """Solve layers that share one input, and write their weights."""
     weights = [layer.read() for layer in layers]
     biases = {layer.name: bias for layer in layers if (bias := run.plan.fitted_bias(layer)) is not None}
-    fitted = inputs.centered() if biases else inputs
     rows = [rows_of(layer, run.plan.processes) for layer in layers]
     with torch.autocast(weights[0].device.type, enabled=False):  # a mixed-precision Trainer's would round statistics
+        fitted = inputs.centered() if biases else inputs
         selections = [replace(run.selections[x.name], rows=own) for x, own in zip(layers, rows, strict=True)]
         solved = run.plan.config.solver.solve_together(weights, fitted, selections)
     for layer, own, dense, (sparse, _) in zip(layers, rows, weights, solved, strict=True):
@@ -106,8 +106,10 @@ def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) ->
         if "gram" in inputs.sums:
             pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"], own.sum)
         if layer.name in biases:  # the means of the outputs stay
-            lost = dense.to(fitted.mean().dtype) - sparse
-            biases[layer.name].add_((lost @ fitted.mean()).to(biases[layer.name].dtype))
+            lost = (
+                dense.to(fitted.mean().dtype) - sparse
+            ) * fitted.mean()  # no product of matrices: autocast rounds it
+            biases[layer.name].add_(lost.sum(1).to(biases[layer.name].dtype))
         layer.write(sparse)
         yield pruned
 

@@ -1,8 +1,8 @@
 """LoRA adapters that make up for the errors of pruning, in closed form."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,12 +17,15 @@ from wanda_lightning.common.checks import check_at_least, check_batches, check_c
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.widest import widest
-from wanda_lightning.core.types import Gram, Weight
+from wanda_lightning.core.gram import cholesky
+from wanda_lightning.core.types import Weight
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.models.refuse_model import refuse_no_module
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 _ADAPTED = (nn.Linear, Conv1D)
+_DAMPENING = 1e-4
+_Error: TypeAlias = tuple[Weight, Tensor | None]
 
 
 def repair(
@@ -36,8 +39,9 @@ def repair(
 ) -> PeftModel:
     """Return the pruned model with LoRA adapters that replace a part of what pruning has removed, without training.
 
-    For each pruned linear layer, B A of the given rank minimizes the sum of `||(W_dense - W - B A) x||^2` over the
-    tokens x of the calibration batches, which run through the pruned model. It takes one forward pass, and for each
+    For each pruned linear layer outside of experts, B A of the given rank minimizes the sum of
+    `||(W_dense - W - B A) x + b_dense - b||^2` over the tokens x of the calibration batches, which run through the
+    pruned model, whose biases b may have been fitted. It takes one forward pass, and for each
     layer the eigenvectors of a matrix (d_out, d_out). The adapters are plain LoRA: PEFT loads them without this
     package, and they can be trained. Do not merge them, because that fills the zeros.
 
@@ -53,9 +57,10 @@ def repair(
         ValueError: The models differ in their layers or in nothing, hold weights that are not finite, or rank is too
             large. The model is unchanged then.
 
-    Source: EoRA (Liu et al. 2024, arXiv 2410.21271), Algorithm 1. The minimum is computed without an inverse: with the
+    Source: EoRA (Liu et al. 2024, arXiv 2410.21271), Algorithm 1. The minimum is computed without its inverse: with the
     eigenvectors U of E G E^T for the largest eigenvalues, where E = W_dense - W and G is the Gram matrix of the inputs,
-    B = U and A = U^T E.
+    B = U and A = U^T E. Where biases differ, E includes the regression of that difference on x, which is
+    (b_dense - b) s^T G^-1 with the sum s of all x.
     """
     refuse_no_module(model, "repair(model, dense, batches)")
     refuse_no_module(dense, "repair(model, dense, batches)", "dense")
@@ -71,11 +76,11 @@ def repair(
     with pruning_mode(model), closing(stops), ProgressBar("Repairing", len(units), progress) as bar:
         for stop in stops:
             bar.show(stop.unit.name)
-            inputs = stop.observe(Observer(frozenset({"gram"})), lambda calls: calls)
+            inputs = stop.observe(Observer(frozenset({"gram", "sum"})), lambda calls: calls)
             for layer in stop.unit.layers:
                 if layer.name in errors and layer.name in inputs and inputs[layer.name].count:
-                    gram = inputs[layer.name].sums["gram"]
-                    factors[layer.name] = _factors(layer, errors.pop(layer.name)(), gram, rank)
+                    error, shift = errors.pop(layer.name)()
+                    factors[layer.name] = _factors(layer, error, shift, inputs[layer.name].sums, rank)
             bar.advance()
     if not factors:
         raise UserError(
@@ -92,9 +97,9 @@ def repair(
     return adapted
 
 
-def _errors(model: nn.Module, dense: nn.Module, layers: Iterable[Layer], rank: int) -> dict[str, Callable[[], Weight]]:
-    """Return what computes W_dense - W for each linear layer that pruning has changed, by name."""
-    found: dict[str, Callable[[], Weight]] = {}
+def _errors(model: nn.Module, dense: nn.Module, layers: Iterable[Layer], rank: int) -> dict[str, Callable[[], _Error]]:
+    """Return what computes W_dense - W and b_dense - b for each linear layer that pruning has changed, by name."""
+    found: dict[str, Callable[[], _Error]] = {}
     originals = dict(dense.named_modules())
     for layer in layers:
         if not isinstance(layer.module, _ADAPTED) or layer.expert is not None:
@@ -115,8 +120,11 @@ def _errors(model: nn.Module, dense: nn.Module, layers: Iterable[Layer], rank: i
                 f"rank must be at most {min(layer.shape)}, the smaller side of {layer.name}, but it is {rank}."
             )
 
-        def error(layer: Layer = layer, original: Tensor = original) -> Weight:
-            return layer.kind.read(original.detach().to(layer.weight)) - layer.read()
+        biases = originals[layer.name].bias, layer.module.bias
+
+        def error(layer: Layer = layer, original: Tensor = original, biases: Any = biases) -> _Error:
+            shift = None if None in biases else biases[0].detach().to(biases[1]) - biases[1].detach()
+            return layer.kind.read(original.detach().to(layer.weight)) - layer.read(), shift
 
         if not torch.equal(original.detach().to(layer.weight), layer.weight):
             found[layer.name] = error
@@ -127,9 +135,15 @@ def _errors(model: nn.Module, dense: nn.Module, layers: Iterable[Layer], rank: i
     return found
 
 
-def _factors(layer: Layer, error: Weight, gram: Gram, rank: int) -> tuple[Tensor, Tensor]:
+def _factors(
+    layer: Layer, error: Weight, shift: Tensor | None, sums: Mapping[str, Tensor], rank: int
+) -> tuple[Tensor, Tensor]:
     """Return B (d_out, rank) and A (rank, d_in) that are nearest to the error in the outputs."""
-    error, gram, weight = error.to(gram.dtype), gram, layer.read().to(gram.dtype)
+    gram = sums["gram"]
+    error, weight = error.to(gram.dtype), layer.read().to(gram.dtype)
+    if shift is not None and shift.any():
+        lower, _ = cholesky(gram, _DAMPENING)
+        error = error + torch.outer(shift.to(gram.dtype), torch.cholesky_solve(sums["sum"][:, None], lower)[:, 0])
     squares = error @ gram @ error.T
     whole = weight + error
     if squares.trace() > (whole @ gram).mul_(whole).sum():
