@@ -85,6 +85,14 @@ def test_a_layer_whose_inputs_never_change_is_pruned(method, value):
     assert torch.allclose(model(tokens), expected, atol=1e-5)
 
 
+def test_autocast_does_not_round_the_bias(tokens):
+    dense = layer()
+    model = copy.deepcopy(dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        prune(model, [tokens], 0.5, solver=ADMM(), progress=False)
+    assert (model(tokens) - dense(tokens)).mean(0).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("solver", [ADMM, Refit])
 @pytest.mark.parametrize("offset", [30, 300, 3000])
 def test_large_means_do_not_ruin_the_fit(solver, offset):

@@ -120,7 +120,7 @@ def _errors(model: nn.Module, dense: nn.Module, layers: Iterable[Layer], rank: i
                 f"rank must be at most {min(layer.shape)}, the smaller side of {layer.name}, but it is {rank}."
             )
 
-        biases = originals[layer.name].bias, layer.module.bias
+        biases = getattr(originals[layer.name], "bias", None), layer.module.bias
 
         def error(layer: Layer = layer, original: Tensor = original, biases: Any = biases) -> _Error:
             shift = None if None in biases else biases[0].detach().to(biases[1]) - biases[1].detach()
