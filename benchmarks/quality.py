@@ -79,12 +79,19 @@ TEXT: dict[str, Choices] = {
 }
 UNSTRUCTURED = ("variant", "owl", "alpha", "fisher", "best-row_weights", "best+row_weights")  # not for N:M
 PERMUTED = ("wanda+permutation", "balanced+permutation", "best-permutation")  # only for N:M
+BIASES_KEPT = {  # the methods whose solver fits biases, without that
+    f"{name}, biases kept": {"method": name, "solver": replace(method.solver(), intercept=False)}
+    for name, method in {**METHODS, **PRESETS}.items()
+    if name in ("refit", "balanced", "best")
+}
 IMAGES: dict[str, Choices] = {
     "magnitude": {"method": "magnitude"},
     "wanda, row": {"method": "wanda"},
     "wanda, layer": {"method": "wanda", "pattern": Unstructured("layer")},
     "sparsegpt": {"method": "sparsegpt"},
+    "refit": {"method": "refit"},
     **{name: {"method": name} for name in PRESETS},
+    **BIASES_KEPT,
     "best+row_weights": {"method": "best", "pattern": Unstructured("layer", weigh_rows=True)},
 }
 GOALS = {
@@ -93,6 +100,7 @@ GOALS = {
     "photos": ("50", "60", "70", "2:4"),
 }
 PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "best+row_weights", "thorough")}
+PHOTOS["best-permutation"] = TEXT["best-permutation"]
 WINDOWS = 16  # for calibration, in the table of all methods
 CALIBRATION_PHOTOS = 512  # likewise
 SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation
@@ -334,8 +342,12 @@ def measure_images(options: argparse.Namespace, console: Console) -> None:
         )
         runs(trained, lambda: {"top1": accuracy})
 
+        expected = _outputs(module.eval(), data.val_dataloader())
+
         def measure(chosen: Mapping[str, Any]) -> Measured:
-            return {"top1": demo.run(module, data, PruningCallback(**chosen, num_samples=data.num_samples))}
+            top1 = demo.run(module, data, PruningCallback(**chosen, num_samples=data.num_samples))
+            found = _outputs(module.eval(), data.val_dataloader())
+            return {"top1": top1, "divergence": float(divergence(found, expected)[0]) / len(expected)}
 
         def cell(method: str, goal: str) -> str:
             chosen = choices(IMAGES[method], goal)
@@ -356,7 +368,7 @@ def print_cells(table: Table, options: argparse.Namespace, cell: Callable[[str, 
     """Print a table of image classifiers, with one row for each method; what is not for N:M is not measured there."""
     for method in options.methods:
         goals = options.goals
-        row = ("-" if ":" in goal and method in UNSTRUCTURED else cell(method, goal) for goal in goals)
+        row = ("-" if method in (UNSTRUCTURED if ":" in goal else PERMUTED) else cell(method, goal) for goal in goals)
         table.add_row(method, *row)
     console.print(table)
 

@@ -36,15 +36,18 @@ LABELS: Mapping[str, str] = {
     **{f"sparsegpt_{name}": f'`SparseGPT`, `sequential="{name}"`' for name in ("none", "block", "layer")},
     "sparsegpt by hand": "plain SparseGPT",
     "refit": "`Refit`",
+    "refit, biases kept": "`Refit`, biases kept",
     "alps": "ALPS",
     "admm": "`ADMM`",
     "balanced": "`balanced`",
+    "balanced, biases kept": "`balanced`, biases kept",
     "balanced+permutation": "`balanced` with a permutation",
     "reconstruct": "`reconstruct`",
     "best-permutation": "`best` without its permutation",
     "best-row_weights": "`best` without row weights",
     "best+row_weights": "`best` with row weights",
     "best": "`best`",
+    "best, biases kept": "`best`, biases kept",
     "thorough": "`thorough`",
     "thorough, 3 passes": "`thorough`, always 3 passes",
     "fixed": "then `DistillFromDense`",
@@ -229,8 +232,13 @@ def reference() -> str:
 
 
 def images() -> str:
-    """Accuracy of image classifiers."""
-    return _by_model(read_table("images"), lambda r: percent(r, "top1"), ("50 %", "70 %", "80 %", "90 %", "2:4"))
+    """Accuracy of image classifiers, and where it was measured, the divergence from the dense predictions."""
+
+    def cell(result: Result | None) -> str:
+        differs = number(result, "divergence", "#.2g")
+        return percent(result, "top1") + f" ({differs})" * bool(differs)
+
+    return _by_model(read_table("images"), cell, ("50 %", "70 %", "80 %", "90 %", "2:4"))
 
 
 def photos() -> str:

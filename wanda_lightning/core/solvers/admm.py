@@ -30,10 +30,11 @@ class ADMM(Solver):
     The alternating direction method of multipliers on `||(w - w') X^T||^2`, similar to ALPS (Meng et al. 2024): it
     alternates between a fit without a mask, pulled toward a masked copy, and masking that fit; the pull grows until
     both agree. A least-squares refit with the final mask follows. Inputs are scaled to norm 1, where magnitude equals
-    Wanda's score, so the method is Wanda on weights that already compensate for the pruned ones. If Wanda's own mask
-    gives a smaller error, it is used instead.
+    Wanda's score, so the method is Wanda on weights that already compensate for the pruned ones. If the mask by
+    Wanda's score of the dense weights gives a smaller error, it is used instead.
 
-    With a bias, X holds the inputs minus their means, and the bias makes up for the difference of the means.
+    With a bias, X holds the inputs minus their means, also in Wanda's score, and the bias makes up for the difference of
+    the means. For a given mask, this cannot raise the error; the search may end with another mask, though.
 
     The solver takes no other criterion. Weights that are zero stay zero.
 
