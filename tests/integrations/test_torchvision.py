@@ -404,7 +404,7 @@ def test_zeros_stay_in_a_plain_loop_with_an_average(kind, made):
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9, weight_decay=0.1)
     with keep_zeros(model, optimizer) as zeros:
         if made == "before pruning":
-            zeros.clear_copies(model, [average.module])
+            zeros.clear_copies(model, [average])
         for _ in range(2):
             sum(model(*batch).values()).backward()
             optimizer.step()

@@ -102,6 +102,12 @@ def test_a_resumed_loop_equals_one_that_was_not_interrupted():
     assert same(again, module)
 
 
+def test_a_copy_of_another_model_is_refused():
+    module = pruned_net()
+    with keep_zeros(module) as held, pytest.raises(ValueError, match="a Linear has none of its 3 pruned weights"):
+        held.clear_copies(module, [torch.nn.Linear(2, 2)])
+
+
 def test_a_state_of_another_model_is_refused():
     module = pruned_net()
     with keep_zeros(module.layers) as held:

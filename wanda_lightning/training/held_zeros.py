@@ -166,13 +166,26 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     @torch.no_grad()
     def clear_copies(self, model: nn.Module, copies: Iterable[nn.Module]) -> None:
-        """Zero the held zeros of a model in copies of it, such as averages of its weights."""
+        """Zero the held zeros of a model in copies of it, such as averages of its weights.
+
+        A copy may be wrapped in an object with the attribute `module`, as `AveragedModel` wraps it.
+
+        Raises:
+            ValueError: A copy has none of the held weights.
+        """
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        held = {names[weight]: keep for weight, keep in self._keep.items() if weight in names}
         for copy in copies:
             weights = dict(copy.named_parameters())
-            for weight, keep in self._keep.items():
-                if weight in names and names[weight] in weights:
-                    _zero(weights[names[weight]], keep)
+            known = {name: weights.get(name, weights.get(f"module.{name}")) for name in held}
+            if known and not any(weight is not None for weight in known.values()):
+                raise UserError(
+                    f"copies must be copies of the model, but a {type(copy).__name__} has none of its {len(held)} pruned "
+                    f"weights, such as {next(iter(held))}. Pass the copy itself, such as `average.module`."
+                )
+            for name, weight in known.items():
+                if weight is not None:
+                    _zero(weight, held[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the layers, their shapes and which of their zeros are not held; the held zeros are in the weights."""
