@@ -206,6 +206,12 @@ def test_a_head_sees_all_levels_without_stops(sequential):
     assert any("the model calls 10 layers more than once" in note for note in report.notes) == (sequential == "layer")
 
 
+def test_the_report_advises_what_the_recovery_takes():
+    """Reconstruct takes no `sequential="none"`."""
+    report = prune(build("retinanet"), scenes(2), 0.5, method="reconstruct", progress=False)
+    assert any("use sequential='none' and another recovery, which includes all calls" in note for note in report.notes)
+
+
 # ---- lists of images
 
 

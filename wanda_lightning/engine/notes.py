@@ -70,9 +70,10 @@ def _revisited(run: Run) -> Note | None:
     names = [name for name in run.layers if name in revisited]
     if not names:
         return None
+    instead = " and another recovery" if run.plan.config.recovery.why_not("none") else ""
     return Note(
         f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the first "
-        "call: use sequential='none', which includes all calls"
+        f"call: use sequential='none'{instead}, which includes all calls"
     )
 
 
