@@ -127,12 +127,14 @@ def test_a_recipe_is_refused(recipe, refused, pruning, message):
         ("pattern: 2:4", 'pattern: YAML reads 2:4 as the number 124. Quote it: "2:4".'),
         (None, "--config must map options to values, like those in recipes/, but it is empty."),
         ("only\ntext", "--config must map options to values, like those in recipes/, but it is another text."),
+        ("\xff\xfe", "--config must be a YAML file in UTF-8, like those in recipes/, but it holds other bytes."),
     ],
 )
 def test_a_file_that_is_no_recipe_or_needs_quotes_is_refused_in_one_line(recipe, refused, wrong, message):
     path = Path(recipe(pattern="2:4"))
     is_recipe = wrong and wrong.startswith("pattern")
-    path.write_text(path.read_text().replace("pattern: '2:4'", wrong) if is_recipe else wrong or "")
+    text = path.read_text().replace("pattern: '2:4'", wrong) if is_recipe else wrong or ""
+    path.write_text(text, encoding="latin-1")
     assert refused("validate", "--config", str(path), message=message, code=2).count("\n") == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -24,6 +24,12 @@ class _SaveConfigBesideLogs(SaveConfigCallback):
 
 
 class _Parser(LightningArgumentParser):
+    def parse_args(self, *args: Any, **options: Any) -> Any:
+        try:
+            return super().parse_args(*args, **options)
+        except UnicodeDecodeError:
+            self.error("--config must be a YAML file in UTF-8, like those in recipes/, but it holds other bytes.")
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sys.stderr.write(f"wanda-lightning: error: {one_line(message)}\n")
         self.exit(2)
