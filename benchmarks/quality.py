@@ -79,7 +79,7 @@ TEXT: dict[str, Choices] = {
 }
 UNSTRUCTURED = ("variant", "owl", "alpha", "fisher", "best-row_weights", "best+row_weights")  # not for N:M
 PERMUTED = ("wanda+permutation", "balanced+permutation", "best-permutation")  # only for N:M
-BIASES_KEPT = {  # the methods whose solver fits biases, without that
+BIASES_KEPT = {  # methods whose solver would fit biases, with `intercept=False`
     f"{name}, biases kept": {"method": name, "solver": replace(method.solver(), intercept=False)}
     for name, method in {**METHODS, **PRESETS}.items()
     if name in ("refit", "balanced", "best")
@@ -365,7 +365,7 @@ def measure_images(options: argparse.Namespace, console: Console) -> None:
 
 
 def print_cells(table: Table, options: argparse.Namespace, cell: Callable[[str, str], str], console: Console) -> None:
-    """Print a table of image classifiers, with one row for each method; what is not for N:M is not measured there."""
+    """Print a table of image classifiers, with one row for each method; `-` is what a method is not for."""
     for method in options.methods:
         goals = options.goals
         row = ("-" if method in (UNSTRUCTURED if ":" in goal else PERMUTED) else cell(method, goal) for goal in goals)

@@ -236,7 +236,7 @@ def images() -> str:
 
     def cell(result: Result | None) -> str:
         differs = number(result, "divergence", "#.2g")
-        return percent(result, "top1") + f" ({differs})" * bool(differs)
+        return percent(result, "top1") + (f" ({differs})" if differs else "")
 
     return _by_model(read_table("images"), cell, ("50 %", "70 %", "80 %", "90 %", "2:4"))
 

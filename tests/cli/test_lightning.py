@@ -127,7 +127,10 @@ def test_a_recipe_is_refused(recipe, refused, pruning, message):
         ("pattern: 2:4", 'pattern: YAML reads 2:4 as the number 124. Quote it: "2:4".'),
         (None, "--config must map options to values, like those in recipes/, but it is empty."),
         ("only\ntext", "--config must map options to values, like those in recipes/, but it is another text."),
-        ("\xff\xfe", "--config must be a YAML file in UTF-8, like those in recipes/, but it holds other bytes."),
+        (
+            "\xff\xfe",
+            "a configuration file (--config) must be YAML in UTF-8, but one holds other bytes. Save it as UTF-8.",
+        ),
     ],
 )
 def test_a_file_that_is_no_recipe_or_needs_quotes_is_refused_in_one_line(recipe, refused, wrong, message):

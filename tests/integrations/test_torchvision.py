@@ -209,7 +209,9 @@ def test_a_head_sees_all_levels_without_stops(sequential):
 def test_the_report_advises_what_the_recovery_takes():
     """Reconstruct takes no `sequential="none"`."""
     report = prune(build("retinanet"), scenes(2), 0.5, method="reconstruct", progress=False)
-    assert any("use sequential='none' and another recovery, which includes all calls" in note for note in report.notes)
+    assert any(
+        "use sequential='none' and another recovery, so that they include all calls" in note for note in report.notes
+    )
 
 
 # ---- lists of images

@@ -1,5 +1,6 @@
 """`keep_zeros` in plain training loops, and in those of Fabric and accelerate."""
 
+import copy
 import io
 
 import pytest
@@ -104,8 +105,14 @@ def test_a_resumed_loop_equals_one_that_was_not_interrupted():
 
 def test_a_copy_of_another_model_is_refused():
     module = pruned_net()
-    with keep_zeros(module) as held, pytest.raises(ValueError, match="a Linear has none of its 3 pruned weights"):
-        held.clear_copies(module, [torch.nn.Linear(2, 2)])
+    other, dense = torch.nn.Linear(2, 2), Net()
+    before = copy.deepcopy(dense.state_dict())
+    with keep_zeros(module) as held:
+        with pytest.raises(ValueError, match="a Linear has none of its 3 pruned weights"):
+            held.clear_copies(module, [dense, other])
+        with pytest.raises(ValueError, match="this Linear has none of them"):
+            held.clear_copies(other, [dense])
+    assert all(torch.equal(weight, before[name]) for name, weight in dense.state_dict().items())
 
 
 def test_a_state_of_another_model_is_refused():

@@ -11,7 +11,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import Unit
@@ -74,8 +73,7 @@ class StoppableWeights(WeightStore):
 def averaged_models(trainer: L.Trainer) -> list[nn.Module]:
     """Return the models whose weights callbacks average (WeightAveraging and StochasticWeightAveraging)."""
     found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    averages = [average for average in found if isinstance(average, nn.Module)]
-    return [average.module if isinstance(average, AveragedModel) else average for average in averages]
+    return [average for average in found if isinstance(average, nn.Module)]
 
 
 def shows_progress(trainer: L.Trainer) -> bool:

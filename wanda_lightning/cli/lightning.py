@@ -28,7 +28,9 @@ class _Parser(LightningArgumentParser):
         try:
             return super().parse_args(*args, **options)
         except UnicodeDecodeError:
-            self.error("--config must be a YAML file in UTF-8, like those in recipes/, but it holds other bytes.")
+            self.error(
+                "a configuration file (--config) must be YAML in UTF-8, but one holds other bytes. Save it as UTF-8."
+            )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         sys.stderr.write(f"wanda-lightning: error: {one_line(message)}\n")

@@ -73,7 +73,7 @@ def _revisited(run: Run) -> Note | None:
     instead = " and another recovery" if run.plan.config.recovery.why_not("none") else ""
     return Note(
         f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the first "
-        f"call: use sequential='none'{instead}, which includes all calls"
+        f"call: use sequential='none'{instead}, so that they include all calls"
     )
 
 

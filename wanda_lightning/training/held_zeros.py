@@ -165,27 +165,24 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                         _zero(value, self._keep_of(weight))
 
     @torch.no_grad()
-    def clear_copies(self, model: nn.Module, copies: Iterable[nn.Module]) -> None:
-        """Zero the held zeros of a model in copies of it, such as averages of its weights.
+    def clear_copies(self, model: nn.Module, copies: Iterable[object]) -> None:
+        """Zero the held zeros of a model in copies of it, or of a part of it, such as averages of its weights.
 
-        A copy may be wrapped in an object with the attribute `module`, as `AveragedModel` wraps it.
+        A copy may be the attribute `module` of another object, such as an `AveragedModel`.
 
         Raises:
-            ValueError: A copy has none of the held weights.
+            ValueError: The model or a copy has none of the held weights. No copy has changed then.
         """
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         held = {names[weight]: keep for weight, keep in self._keep.items() if weight in names}
-        for copy in copies:
-            weights = dict(copy.named_parameters())
-            known = {name: weights.get(name, weights.get(f"module.{name}")) for name in held}
-            if known and not any(weight is not None for weight in known.values()):
-                raise UserError(
-                    f"copies must be copies of the model, but a {type(copy).__name__} has none of its {len(held)} pruned "
-                    f"weights, such as {next(iter(held))}. Pass the copy itself, such as `average.module`."
-                )
-            for name, weight in known.items():
-                if weight is not None:
-                    _zero(weight, held[name])
+        if self._keep and not held:
+            raise UserError(
+                f"model must hold the {len(self._keep)} weights whose zeros are kept, but this {type(model).__name__} "
+                "has none of them. Pass the model that was given to keep_zeros."
+            )
+        for weights in [_copied(copy, held) for copy in copies]:
+            for name, weight in weights.items():
+                _zero(weight, held[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the layers, their shapes and which of their zeros are not held; the held zeros are in the weights."""
@@ -283,6 +280,20 @@ def _count_zeros(layers: Iterable[Layer], processes: Processes) -> dict[str, int
 def prunable_layers(model: nn.Module) -> tuple[Layer, ...]:
     """Return all layers that may have been pruned."""
     return find_layers(model, include_grouped=True).layers
+
+
+def _copied(copy: object, held: Mapping[str, KeepMask]) -> Mapping[str, Tensor]:
+    """Return the weights of a copy, or of its attribute `module`, whose zeros are held in the original."""
+    found: Mapping[str, Tensor] = {}
+    for module in (copy, getattr(copy, "module", None)):
+        if isinstance(module, nn.Module):
+            found = max(found, {name: weight for name, weight in module.named_parameters() if name in held}, key=len)
+    if held and not found:
+        raise UserError(
+            f"copies must be copies or averages of the pruned model, but a {type(copy).__name__} has none of its "
+            f"{len(held)} pruned weights, such as {next(iter(held))}. Copy or average the whole model."
+        )
+    return found
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:

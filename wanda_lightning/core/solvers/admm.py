@@ -30,11 +30,11 @@ class ADMM(Solver):
     The alternating direction method of multipliers on `||(w - w') X^T||^2`, similar to ALPS (Meng et al. 2024): it
     alternates between a fit without a mask, pulled toward a masked copy, and masking that fit; the pull grows until
     both agree. A least-squares refit with the final mask follows. Inputs are scaled to norm 1, where magnitude equals
-    Wanda's score, so the method is Wanda on weights that already compensate for the pruned ones. If the mask by
-    Wanda's score of the dense weights gives a smaller error, it is used instead.
+    Wanda's score, so the method is Wanda on weights that already compensate for the pruned ones. If the mask that
+    Wanda's score selects on the dense weights has a smaller error, it is used instead.
 
-    With a bias, X holds the inputs minus their means, also in Wanda's score, and the bias makes up for the difference of
-    the means. For a given mask, this cannot raise the error; the search may end with another mask, though.
+    With a bias, X holds the inputs minus their means, also in Wanda's score, and the bias makes up for the difference
+    of the means. This can only lower the least error that a mask allows, but the search may end with another mask.
 
     The solver takes no other criterion. Weights that are zero stay zero.
 
