@@ -106,10 +106,9 @@ def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) ->
         if "gram" in inputs.sums:
             pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"], own.sum)
         if layer.name in biases:  # the means of the outputs stay
-            lost = (
-                dense.to(fitted.mean().dtype) - sparse
-            ) * fitted.mean()  # no product of matrices: autocast rounds it
-            biases[layer.name].add_(lost.sum(1).to(biases[layer.name].dtype))
+            means = fitted.mean()
+            lost = ((dense.to(means.dtype) - sparse) * means).sum(dim=1)  # autocast would round a product of matrices
+            biases[layer.name].add_(lost.to(biases[layer.name].dtype))
         layer.write(sparse)
         yield pruned
 

@@ -24,7 +24,7 @@ from wanda_lightning.models.refuse_model import refuse_no_module
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 _ADAPTED = (nn.Linear, Conv1D)
-_DAMPENING = 1e-4
+_DAMPENING = 1e-4  # of the Gram matrix, as a fraction of its mean diagonal, where the difference of biases is regressed
 _Error: TypeAlias = tuple[Weight, Tensor | None]
 
 
@@ -41,9 +41,9 @@ def repair(
 
     For each pruned linear layer outside of experts, B A of the given rank minimizes the sum of
     `||(W_dense - W - B A) x + b_dense - b||^2` over the tokens x of the calibration batches, which run through the
-    pruned model, whose biases b may have been fitted. It takes one forward pass, and for each
-    layer the eigenvectors of a matrix (d_out, d_out). The adapters are plain LoRA: PEFT loads them without this
-    package, and they can be trained. Do not merge them, because that fills the zeros.
+    pruned model, whose biases b may have been fitted. It takes one forward pass, and for each layer the eigenvectors
+    of a matrix (d_out, d_out). The adapters are plain LoRA: PEFT loads them without this package, and they can be
+    trained. Do not merge them, because that fills the zeros.
 
     Args:
         model: The pruned model. It gets the adapters and must not be used on its own afterward, as with PEFT.
