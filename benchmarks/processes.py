@@ -2,10 +2,12 @@
 
     python benchmarks/processes.py --save benchmarks/results
     python benchmarks/processes.py --width 1024 --methods fast balanced --windows 8 --length 128 --processes 4
+    python benchmarks/processes.py --methods fast --processes 4 --blocks 32
 
-The model is a random Llama in float32 with 8 blocks, pruned to 50 %. Each process has one thread; the processes share
-the calibration windows and communicate by gloo. The time is that of the slowest process. The memory is that of the
-process that needs most, beyond the weights that it holds, for pruning and for a plain forward pass over its windows.
+The model is a random Llama in float32, with 8 blocks unless `--blocks` says otherwise, pruned to 50 %. Each process has
+one thread; the processes share the calibration windows and communicate by gloo. The time is that of the slowest
+process. The memory is that of the process that needs most, beyond the weights that it holds, for pruning and for a
+plain forward pass over its windows.
 """
 
 import argparse
@@ -36,10 +38,10 @@ BLOCKS, VOCABULARY = 8, 1024
 ALONE, DDP, FSDP2 = "one process", "DDP", "FSDP2"
 
 
-def build(width: int, length: int, strategy: str, world_size: int) -> Any:
+def build(width: int, blocks: int, length: int, strategy: str, world_size: int) -> Any:
     """Return the model, sharded by FSDP2 if asked for."""
     heads = width // 64
-    shape = {"hidden": width, "mlp": 11 * heads * 16, "layers": BLOCKS, "heads": heads, "vocabulary": VOCABULARY}
+    shape = {"hidden": width, "mlp": 11 * heads * 16, "layers": blocks, "heads": heads, "vocabulary": VOCABULARY}
     model = random_llama(shape, length)
     if strategy == FSDP2:
         mesh = init_device_mesh("cpu", (world_size,))
@@ -78,9 +80,9 @@ def worker(rank: int, options: argparse.Namespace, method: str, strategy: str, w
     here = Path(folder)
     dist.init_process_group("gloo", f"file://{here / 'group'}", rank=rank, world_size=world_size)
     processes = SINGLE_PROCESS if strategy == ALONE else Processes(dist.group.WORLD)
-    small, few = build(128, 32, strategy, world_size), random_windows(VOCABULARY, 2 * world_size, 32)
+    small, few = build(128, BLOCKS, 32, strategy, world_size), random_windows(VOCABULARY, 2 * world_size, 32)
     Run(small, few[rank::world_size], method, processes).prune()  # what the first run loads does not count
-    model = build(options.width, options.length, strategy, world_size)
+    model = build(options.width, options.blocks, options.length, strategy, world_size)
     windows = random_windows(VOCABULARY, options.windows, options.length)
     run = Run(model, windows[rank::world_size], method, processes)
     run.plain()  # FSDP2 prepares itself in the first call
@@ -134,6 +136,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["fast", "balanced", "best"])
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3, help="number of runs, of which medians are reported")
@@ -142,6 +145,7 @@ def main() -> None:
     runs = Runs(options.save, "processes")
     headings = ("seconds", "MiB of weights", "of a forward pass", "of pruning", "mask entries that differ")
     table = columns(f"width {options.width}", "", *headings)
+    deeper = {} if options.blocks == BLOCKS else {"blocks": options.blocks}
     cases = [(1, ALONE), *((count, strategy) for count in options.processes for strategy in (DDP, FSDP2))]
     for method in options.methods:
         with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +156,7 @@ def main() -> None:
                     model="random Llama",
                     method=method,
                     sparsity=0.5,
-                    case={"width": options.width, "processes": count, "strategy": strategy},
+                    case={"width": options.width, "processes": count, "strategy": strategy, **deeper},
                     arguments={"method": method},
                     calibration=Samples("random tokens", options.windows, options.length),
                 )

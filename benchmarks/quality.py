@@ -32,7 +32,7 @@ from typing import Any
 import tables
 import torch
 from measuring import MIB, PeakMemory, columns, fingerprint, medians, seconds
-from result import Result, Runs, Samples, sparsity_of
+from result import Result, Runs, Samples, sparsity_of, to_hexadecimal
 from rich.console import Console
 from rich.table import Table
 from sparsegpt_by_hand import prune_by_hand
@@ -386,17 +386,19 @@ def measure_photos(options: argparse.Namespace, console: Console) -> None:
     expected = _outputs(model, evaluated)
     labels = torch.cat([labels for _, labels in evaluated])
 
-    def measure(chosen: Mapping[str, Any] | None) -> Measured:
+    def scored(outputs: Tensor) -> dict[str, Any]:
+        correct = (outputs.argmax(dim=1) == labels).tolist()
+        return {"top1": sum(correct) / len(correct), "correct": to_hexadecimal(correct)}
+
+    def measure(chosen: Mapping[str, Any]) -> dict[str, Any]:
         model.load_state_dict(dense)
-        if chosen is None:
-            return {"top1": float((expected.argmax(dim=1) == labels).double().mean())}
         duration = seconds(lambda: prune(model, calibration, **chosen, progress=False))
         found = _outputs(model, evaluated)
-        top1 = float((found.argmax(dim=1) == labels).double().mean())
-        return {"top1": top1, "divergence": float(divergence(found, expected)[0]) / len(labels), "seconds": duration}
+        differs = float(divergence(found, expected)[0]) / len(labels)
+        return {**scored(found), "divergence": differs, "seconds": duration}
 
     planned = Result(model=Path(options.photos).name, method="dense", evaluation=Samples(name, len(labels)))
-    known = runs(planned, lambda: measure(None)).measured["top1"]
+    known = runs(planned, lambda: scored(expected)).measured["top1"]
     table = columns(f"{planned.model}: top-1 (divergence); dense {known:.2%}", "method", *options.goals)
 
     def cell(method: str, goal: str) -> str:

@@ -10,7 +10,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib import metadata
@@ -98,6 +98,7 @@ class Result:
         calibration: Calibration data.
         evaluation: Evaluation data.
         measured: Numbers by the names in `QUANTITIES`.
+        correct: Which evaluation images are classified correctly: hexadecimal digits, of which each bit is an image.
         machine: Processor or GPU.
         versions: Versions of packages.
         command: Repeats the run. The folders of files are left out. None for code that is not in this repository.
@@ -117,6 +118,7 @@ class Result:
     calibration: Samples | None = None
     evaluation: Samples | None = None
     measured: dict[str, float] = field(default_factory=dict)
+    correct: str | None = None
     machine: str | None = None
     versions: dict[str, str] | None = None
     command: str | None = None
@@ -185,7 +187,7 @@ class Runs:
     def __init__(self, folder: str | None, table: str) -> None:
         self.folder = Path(folder) / table if folder else None
 
-    def __call__(self, planned: Result, measure: Callable[[], Mapping[str, float]]) -> Result:
+    def __call__(self, planned: Result, measure: Callable[[], Mapping[str, Any]]) -> Result:
         """Return the saved run, or measure and save it."""
         return self.saved(planned) or self.save(planned, measure())
 
@@ -207,10 +209,11 @@ class Runs:
             )
         return found if found.arguments == planned.arguments else None
 
-    def save(self, planned: Result, measured: Mapping[str, float]) -> Result:
-        """Return the run with its numbers, after printing and saving it."""
-        result = replace(planned, measured=dict(measured), **here())
-        print(f"{result.name}: {in_short(measured)}", flush=True)
+    def save(self, planned: Result, measured: Mapping[str, Any]) -> Result:
+        """Return the run with its numbers, and with `correct` if it is among them, after printing and saving it."""
+        numbers = dict(measured)
+        result = replace(planned, correct=numbers.pop("correct", None), measured=numbers, **here())
+        print(f"{result.name}: {in_short(numbers)}", flush=True)
         if self.folder:
             result.save(self.folder)
         return result
@@ -219,6 +222,16 @@ class Runs:
 def in_short(measured: Mapping[str, float]) -> str:
     """Return numbers on one line."""
     return ", ".join(f"{key} {number:.4g}" for key, number in measured.items())
+
+
+def to_hexadecimal(bits: Sequence[bool]) -> str:
+    """Return bits as hexadecimal digits, the first of which may stand for fewer than four bits."""
+    return f"{sum(bit << index for index, bit in enumerate(reversed(bits))):0{-(-len(bits) // 4)}x}"
+
+
+def from_hexadecimal(digits: str, count: int) -> list[bool]:
+    """Return the bits of `to_hexadecimal`."""
+    return [digit == "1" for digit in f"{int(digits, 16):0{count}b}"]
 
 
 def here() -> dict[str, Any]:

@@ -9,9 +9,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
-from result import OURS, Result, Samples, read_table
+from result import OURS, Result, Samples, from_hexadecimal, read_table
 
 ROOT = Path(__file__).parents[1]
 LABELS: Mapping[str, str] = {
@@ -513,6 +513,40 @@ def more_photos() -> str:
     return _by_number("accuracy (divergence)", "images", more, usual, _accuracy_and_divergence)
 
 
+def paired_photos() -> str:
+    """Differences of the accuracy between presets on the same images, each with its standard error."""
+    results = [*read_table("photos"), *read_table("more_photos")]
+    (dense,) = {run.correct: run for run in results if run.method == "dense"}.values()
+    found = {(run.method, run.goal, run.calibration.windows): run for run in results if run.calibration}
+    goals = [goal for goal in ("50 %", "60 %", "70 %", "2:4") if any(goal == other for _, other, _ in found)]
+    pairs = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best"), ("best", ""), ("thorough", "")]
+    rows = []
+    for method, other in pairs:
+        for count in sorted({count for name, _, count in found if name == method and count}):
+            runs = [
+                (found.get((method, goal, count)), found.get((other, goal, count)) if other else dense)
+                for goal in goals
+            ]
+            label = f"{LABELS[method]} - {LABELS[other or 'dense']}, {count:,} images"
+            rows.append([label, *(_paired(*pair) if None not in pair else "" for pair in runs)])
+    return markdown(("points of accuracy (standard error)", *goals), rows)
+
+
+def _paired(*runs: Result | None) -> str:
+    """Return the difference of two accuracies on the same images in points, and its standard error."""
+    first, second = (_is_correct(run) for run in runs)
+    differences = [100 * (a - b) for a, b in zip(first, second, strict=True)]
+    return f"{mean(differences):+.1f} ({stdev(differences) / math.sqrt(len(differences)):.1f})"
+
+
+def _is_correct(run: Result | None) -> list[bool]:
+    assert run
+    assert run.correct
+    assert run.evaluation
+    assert run.evaluation.windows
+    return from_hexadecimal(run.correct, run.evaluation.windows)
+
+
 def _by_number(heading: str, noun: str, more: Sequence[Result], usual: Sequence[Result], cell: Cell) -> str:
     """Return a table by method and number of calibration samples."""
     methods = {run.method for run in more if run.calibration}
@@ -697,6 +731,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "streaming": streaming,
     "windows": windows,
     "more_photos": more_photos,
+    "paired_photos": paired_photos,
     "draws": draws,
     "own_text": own_text,
     "training": training,

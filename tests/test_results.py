@@ -18,7 +18,17 @@ import figures  # noqa: E402
 import pages  # noqa: E402
 import quality  # noqa: E402
 import tables  # noqa: E402
-from result import FOLDER, OURS, Result, Runs, Samples, read, read_table  # noqa: E402
+from result import (  # noqa: E402
+    FOLDER,
+    OURS,
+    Result,
+    Runs,
+    Samples,
+    from_hexadecimal,
+    read,
+    read_table,
+    to_hexadecimal,
+)
 
 DESCRIPTION = ".//{http://purl.org/dc/elements/1.1/}description"
 RUN = Result(
@@ -133,6 +143,26 @@ def test_unknown_quantities_and_fields_are_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"model": "m", "speed": 3}')
     with pytest.raises(ValueError, match="must hold the fields of"):
         read(tmp_path / "a.json")
+
+
+def test_the_images_that_are_classified_correctly_agree_with_the_accuracy():
+    runs = [run for table in ("photos", "more_photos") for run in read_table(table)]
+    for run in runs:
+        bits = from_hexadecimal(run.correct, run.evaluation.windows)
+        assert to_hexadecimal(bits) == run.correct
+        assert len(bits) == run.evaluation.windows
+        assert sum(bits) / len(bits) == pytest.approx(run.measured["top1"]), run.name
+    assert len({run.correct for run in runs if run.method == "dense"}) == 1
+
+
+def test_paired_differences_have_the_standard_error_of_the_mean():
+    def run(*correct):
+        return replace(RUN, correct=to_hexadecimal(correct), evaluation=Samples("photos", len(correct)))
+
+    first, second = run(False, True, True, True, False), run(False, True, False, True, True)
+    assert first.correct == "0e"
+    assert tables._paired(first, second) == "+0.0 (31.6)"  # one image gained, one lost: sqrt(2 / 4) / sqrt(5)
+    assert tables._paired(first, first) == "+0.0 (0.0)"
 
 
 def test_two_runs_in_one_cell_are_refused():
