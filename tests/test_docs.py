@@ -20,7 +20,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from support.data import few_digits as few_digits
 from support.zoo import save_llama_of_bytes
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wanda_lightning
 from wanda_lightning import CausalLMModule, TextDataModule, WandaPrune, prune
@@ -68,6 +68,9 @@ def folder(tmp_path_factory):
     """A folder with a model, a pruned model and a text."""
     folder = tmp_path_factory.mktemp("pages")
     save_llama_of_bytes(folder / "folder")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "folder")
+    tokenizer.bos_token = "A"  # after which `sample_windows` writes
+    tokenizer.save_pretrained(folder / "folder")
     model = AutoModelForCausalLM.from_pretrained(folder / "folder")
     prune(model, sparsity=0.5, method="magnitude", progress=False)
     model.save_pretrained(folder / "out/model")
