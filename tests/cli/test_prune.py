@@ -278,7 +278,8 @@ def test_refused_with_stream(text, refused):
 def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
     command = [*text, "--calibration", "self", "--method", "sparsegpt", "--save", "out", "--model"]
     assert run(*command, inputs / "llama") == 1
-    assert "calibration='self' and sample_windows need a tokenizer with a token that begins or ends a text" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "calibration='self' and sample_windows need a tokenizer with a token that begins or ends a text" in error
     shutil.copytree(inputs / "llama", "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained("model")
     tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)

@@ -86,8 +86,8 @@ def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise UserError(
-            "calibration='self' and sample_windows need a tokenizer with a token that begins or ends a text, but this one "
-            "has neither. Set its bos_token, or give a text."
+            "calibration='self' and sample_windows need a tokenizer with a token that begins or ends a text, but this "
+            "one has neither. Set its bos_token, or give a text."
         )
     return int(start)
 
