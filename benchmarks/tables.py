@@ -94,6 +94,11 @@ def methods_of(found: Lookup) -> list[str]:
     return sorted({method for method, _ in found} - {"dense"}, key=list(LABELS).index)
 
 
+def goals_of(results: Iterable[Result]) -> list[str]:
+    """Return the sparsities that were measured: percentages, then N:M."""
+    return sorted({result.goal for result in results} - {"dense"}, key=by_goal)
+
+
 def number(result: Result | None, quantity: str, form: str = ".4g") -> str:
     """Return a measured number, or an empty string if it was not measured."""
     measured = result.measured.get(quantity) if result else None
@@ -244,9 +249,7 @@ def images() -> str:
 def photos() -> str:
     """Accuracy of classifiers with their weights, and the divergence from the dense predictions."""
     results = read_table("photos")
-    measured = {result.goal for result in results}
-    goals = [goal for goal in ("50 %", "60 %", "70 %", "2:4") if goal in measured]
-    return _by_model(results, _accuracy_and_divergence, goals)
+    return _by_model(results, _accuracy_and_divergence, goals_of(results))
 
 
 def _accuracy_and_divergence(result: Result | None) -> str:
@@ -518,7 +521,7 @@ def paired_photos() -> str:
     results = [*read_table("photos"), *read_table("more_photos")]
     (dense,) = {run.correct: run for run in results if run.method == "dense"}.values()
     found = {(run.method, run.goal, run.calibration.windows): run for run in results if run.calibration}
-    goals = [goal for goal in ("50 %", "60 %", "70 %", "2:4") if any(goal == other for _, other, _ in found)]
+    goals = goals_of(found.values())
     pairs = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best"), ("best", ""), ("thorough", "")]
     rows = []
     for method, other in pairs:
@@ -550,7 +553,7 @@ def _is_correct(run: Result | None) -> list[bool]:
 def _by_number(heading: str, noun: str, more: Sequence[Result], usual: Sequence[Result], cell: Cell) -> str:
     """Return a table by method and number of calibration samples."""
     methods = {run.method for run in more if run.calibration}
-    goals = [goal for goal in ("50 %", "60 %", "70 %", "2:4") if any(run.goal == goal for run in more)]
+    goals = goals_of(more)
     used = [run for run in (*more, *usual) if run.method in methods and run.goal in goals]
     groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
     for run in used:
@@ -569,7 +572,7 @@ def draws() -> str:
     more = read_table("draws")
     drawn = {(run.method, run.goal) for run in more}
     results = [*(run for run in read_table("methods") if (run.method, run.goal) in drawn), *more]
-    goals = [goal for goal in ("50 %", "60 %", "2:4") if any(run.goal == goal for run in more)]
+    goals = goals_of(more)
 
     def cell(method: str, goal: str, quantity: str) -> str:
         own = [run for run in results if run.method == method and run.goal in (goal, "dense")]
