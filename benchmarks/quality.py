@@ -93,13 +93,16 @@ IMAGES: dict[str, Choices] = {
     **{name: {"method": name} for name in PRESETS},
     **BIASES_KEPT,
     "best+row_weights": {"method": "best", "pattern": Unstructured("layer", weigh_rows=True)},
+    "best+distil": {"method": "best", "recovery": Distil(blocks=False)},
+    "best+reconstruct": {"method": "best", "recovery": "reconstruct"},
 }
 GOALS = {
     "text": ("50", "60", "70", "4:8", "2:4"),
     "digits": ("50", "70", "80", "90", "2:4"),
     "photos": ("50", "60", "70", "2:4"),
 }
-PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "best+row_weights", "thorough")}
+PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "thorough")}
+PHOTOS |= {name: choices for name, choices in IMAGES.items() if name.startswith("best+")}
 PHOTOS["best-permutation"] = TEXT["best-permutation"]
 WINDOWS = 16  # for calibration, in the table of all methods
 CALIBRATION_PHOTOS = 512  # likewise

@@ -299,7 +299,7 @@ def _resolve_choices(
     usual_permutation = base.permutation if pattern.group_size else methods.PERMUTATIONS["none"]
     recovery = _resolve("recovery", recovery, base.recovery)
     if sequential is None:
-        sequential = recovery.sequential if base.sequential == "auto" else base.sequential
+        sequential = base.sequential if recovery.sequential == "auto" else recovery.sequential
     allocation = _resolve("allocation", allocation, usual_allocation)
     permutation = _resolve("permutation", permutation, usual_permutation)
     return criterion, pattern, allocation, chosen_solver, recovery, permutation, sequential

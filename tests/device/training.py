@@ -33,7 +33,7 @@ from wanda_lightning import (
 )
 from wanda_lightning.evaluation.tasks import load_tasks, zero_shot
 from wanda_lightning.lora import merge
-from wanda_lightning.training.distil_loss import _mixed_precision
+from wanda_lightning.training.predictions import mixed_precision
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -189,7 +189,7 @@ def test_distillation_in_bfloat16(monkeypatch, supported):
     """A model in float32 runs in bfloat16 if the device says that it can."""
     if supported is not None:
         monkeypatch.setattr(torch.remote, "is_bf16_supported", lambda including_emulation: supported, raising=False)
-    with _mixed_precision(torch.nn.Linear(1, 1).to("remote")):
+    with mixed_precision(torch.nn.Linear(1, 1).to("remote")):
         assert torch.is_autocast_enabled("remote") == bool(supported)
         assert not supported or torch.get_autocast_dtype("remote") == torch.bfloat16
 

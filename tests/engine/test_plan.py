@@ -18,6 +18,7 @@ from wanda_lightning import (
     OWL,
     AlphaPruning,
     CubicSchedule,
+    Distil,
     Magnitude,
     MagnitudePrune,
     PerLayer,
@@ -68,6 +69,20 @@ def test_rows_are_weighed_except_in_image_models(name, weighed):
     assert plan.config.pattern == Unstructured("layer", weigh_rows=weighed)
     assert plan.preset == "best"
     assert make_plan(PruningConfig.from_names(method="best", pattern=forced), model).config.pattern == forced
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("llama", False), ("vit", True), ("convnext", True)])
+def test_distil_also_trains_the_blocks_of_image_models(name, blocks):
+    model, stops = ZOO[name].build(), "block" if blocks else "layer"
+    for sparsity, pattern in ((0.6, "unstructured"), (0.5, "2:4")):
+        plan = make_plan(PruningConfig.from_names(sparsity, method="thorough", pattern=pattern), model)
+        assert (plan.config.recovery, plan.config.sequential) == (Distil(blocks=blocks), stops)
+        assert plan.preset == "thorough"
+    for choices in ({"recovery": Distil(blocks=False)}, {"recovery": Distil(blocks=True)}, {"sequential": "none"}):
+        config = PruningConfig.from_names(method="thorough", **choices)
+        decided = make_plan(config, model).config
+        assert bool(decided.recovery.blocks) == bool(config.recovery.blocks)
+        assert decided.sequential == config.sequential
 
 
 @pytest.mark.parametrize(("name", "stops"), [("llama", "layer"), ("vit", "none")])

@@ -17,11 +17,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Distil, PruningReport, Reconstruct, prune
-from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import METHODS
-from wanda_lightning.training import distil, distil_loss, masked_weights
+from wanda_lightning.parallel import SINGLE_PROCESS
+from wanda_lightning.training import DenseModel, distil, distil_loss, masked_weights
 from wanda_lightning.training.predictions import DenseTarget, next_tokens
 
 
@@ -299,7 +301,7 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(monkeypatch, gain, tok
     monkeypatch.setattr(masked_weights.MaskedWeights, "step", recording)
     monkeypatch.setattr(
         distil_loss,
-        "_mixed_precision",
+        "mixed_precision",
         lambda model: torch.autocast("cpu", torch.float16, enabled=mixed and model is half, cache_enabled=False),
     )
     for model, inputs in ((half, batches), (wide, [x.float() for x in batches])):
@@ -477,6 +479,31 @@ def test_the_report_keeps_the_losses():
     assert "on 2 held-out samples, before and after each pass" in report.notes[-1]
     assert {"prune", "recover"} <= report.seconds.keys()
     assert report.total_seconds == pytest.approx(sum(report.seconds.values()))
+
+
+@pytest.mark.parametrize("name", ["llama", "convnext"])
+def test_blocks_are_trained_as_by_reconstruct_before(name):
+    config = Distil(passes=2, batch_size=1, blocks=True)
+    blocks, choices = ZOO[name].build().eval(), {"method": "balanced", "sequential": "block"}
+    both, batches = copy.deepcopy(blocks), ZOO[name].batches()
+    plan = make_plan(PruningConfig.from_names(**choices), blocks)
+    samples = Samples(blocks, batches, None, None, SINGLE_PROCESS, "recovery")
+    with pruning_mode(blocks):
+        distillation = config.start_model(
+            DenseModel(blocks, plan.layers, plan.blocks, samples, SINGLE_PROCESS, progress=False)
+        )
+    first = prune(blocks, batches, 0.6, recovery="reconstruct", progress=False, **choices)
+    report = prune(both, batches, 0.6, recovery=config, progress=False, **choices)
+    zeros = {weight: blocks.get_parameter(weight) == 0 for weight in weights_of(report)}
+    assert not torch.equal(blocks.get_parameter(max(zeros)), both.get_parameter(max(zeros)))
+    with pruning_mode(blocks):
+        training = distillation.train()
+    assert report.training == training
+    assert [layer.part for layer in report.layers] == [layer.part for layer in first.layers]
+    assert any(layer.part and layer.part.after < layer.part.before for layer in report.layers)
+    for weight, value in both.state_dict().items():
+        assert torch.equal(value, blocks.state_dict()[weight])
+        assert weight not in zeros or torch.equal(value == 0, zeros[weight])
 
 
 @pytest.mark.parametrize("method", with_nightly(["magnitude", "sparsegpt", "ria"], sorted(METHODS)))

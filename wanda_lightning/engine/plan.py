@@ -199,17 +199,18 @@ class Plan:
 
 
 def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
-    """Return the choices for one model, which decides about `sequential="auto"` and `weigh_rows=None`.
+    """Return the choices for one model, which decides about `sequential="auto"`, `weigh_rows=None` and `blocks=None`.
 
-    The former is `"none"` for image models, and else `"block"`, or `"layer"` if whole hidden units are pruned: a block
+    The first is `"none"` for image models, and else `"block"`, or `"layer"` if whole hidden units are pruned: a block
     usually has one layer that reads units, so the statistics are the same, in one pass instead of two.
     """
-    is_image, pattern, sequential = reads_images(model), config.pattern, config.sequential
+    is_image, pattern = reads_images(model), config.pattern
+    recovery, sequential = config.recovery.for_model(is_image, config.sequential)
     if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
         pattern = replace(pattern, weigh_rows=not is_image)
     if sequential == "auto":
         sequential = "none" if is_image else "layer" if pattern.prunes_units else "block"
-    return replace(config, pattern=pattern, sequential=sequential)
+    return replace(config, pattern=pattern, recovery=recovery, sequential=sequential)
 
 
 def make_plan(

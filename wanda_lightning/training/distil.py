@@ -16,15 +16,18 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
-from wanda_lightning.common.checks import SEED, Number, OneOf, check
+from wanda_lightning.common.checks import SEED, Number, OneOf, check, check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.models import Unit
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import Training, TrainingPass
 from wanda_lightning.training.distil_loss import DistilLoss
 from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError
 from wanda_lightning.training.over_processes import in_one_order, sum_over_processes
 from wanda_lightning.training.predictions import HELD_OUT, DenseTarget, dense_targets, output_head
-from wanda_lightning.training.recovery import DenseModel, ModelRecovery, Recovery
+from wanda_lightning.training.reconstruct import Reconstruct
+from wanda_lightning.training.recovery import DenseModel, ModelRecovery, Recovery, UnitRecovery
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +81,9 @@ class Distil(Recovery):
         next_token: Share of the loss that is the cross entropy of the next token, in [0, 1]; the rest is the
             divergence. It applies to causal language models of transformers, but not with `"mse"`.
         seed: Seed of the order of the samples.
+        blocks: Whether each block is first trained for its own output, after it is pruned, as by `Reconstruct`. None
+            does so for image models that are pruned with `sequential="block"` or `"layer"`, which is then `"block"`: an
+            image has one prediction, but many positions at which a block has an output.
     """
 
     passes: int | None = None
@@ -86,6 +92,8 @@ class Distil(Recovery):
     loss: Literal["kl", "mse"] | None = None
     next_token: float = 0.5
     seed: int = 0
+
+    blocks: bool | None = None
 
     reads_batches: ClassVar[bool] = True
 
@@ -100,6 +108,46 @@ class Distil(Recovery):
             check(self, batch_size=at_least_1)
         if self.loss is not None:
             check(self, loss=OneOf(("kl", "mse")))
+        if self.blocks is not None:
+            check_flags(blocks=self.blocks)
+
+    @property
+    def _for_blocks(self) -> Recovery:
+        return Reconstruct() if self.blocks else Recovery()
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that training each block reads."""
+        return self._for_blocks.needs
+
+    @property
+    def recorded(self) -> int:
+        """Number of hidden states that training each block records."""
+        return self._for_blocks.recorded
+
+    @property
+    def sequential(self) -> str:
+        """The default of `sequential` to train each block."""
+        return self._for_blocks.sequential
+
+    def for_model(self, is_image: bool, sequential: str) -> tuple[Recovery, str]:
+        """Decide about `blocks=None`; its blocks are pruned one after another."""
+        if self.blocks is not None:
+            return self, sequential
+        blocks = is_image and sequential in ("block", "layer")
+        return replace(self, blocks=blocks), "block" if blocks else sequential
+
+    def why_not(self, sequential: str) -> str | None:
+        """Return why blocks cannot be trained."""
+        return self._for_blocks.why_not(sequential)
+
+    def workspace(self, unit: Unit) -> int:
+        """Return the memory to train a block."""
+        return self._for_blocks.workspace(unit)
+
+    def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
+        """Start to train a block."""
+        return self._for_blocks.start(unit, processes)
 
     def start_model(self, dense: DenseModel) -> ModelRecovery:
         """Store the predictions of the dense model."""

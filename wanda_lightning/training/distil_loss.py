@@ -13,6 +13,7 @@ from wanda_lightning.models import causal_config, has_classes
 from wanda_lightning.training.predictions import (
     ROWS_AT_ONCE,
     DenseTarget,
+    mixed_precision,
     next_tokens,
     predictions_of,
     rows_of,
@@ -35,7 +36,7 @@ class DistilLoss:
         Without a scale, nothing is passed backward. The gradient is computed by hand for some rows at a time: cross
         entropy would hold several tensors of the size of all predictions.
         """
-        with torch.set_grad_enabled(scale is not None), _mixed_precision(self._model):
+        with torch.set_grad_enabled(scale is not None), mixed_precision(self._model):
             output = sample.predict()
             rows = rows_of(predictions_of(output), sample)
         if not len(rows):  # a sample of padding
@@ -70,17 +71,3 @@ class DistilLoss:
             return loss, gradient
 
         return part_of_loss
-
-
-def _mixed_precision(model: nn.Module) -> torch.autocast:
-    """Run float32 models in bfloat16 where the hardware supports it natively; keep the precision set by a Trainer."""
-    parameter = next(model.parameters())
-    kind = parameter.device.type
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    if not enabled and parameter.dtype == torch.float32:
-        dtype, features = torch.bfloat16, torch.cpu.get_capabilities()
-        on_cpu = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        supports = getattr(torch.get_device_module(kind), "is_bf16_supported", None)  # `mps` does not say
-        enabled = on_cpu if kind == "cpu" else supports is not None and supports(including_emulation=False)
-    # A cached cast that was made without gradients would cut the graph of the recomputed block.
-    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)

@@ -26,6 +26,20 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def mixed_precision(model: nn.Module) -> torch.autocast:
+    """Run float32 models in bfloat16 where the hardware supports it natively; keep the precision set by a Trainer."""
+    parameter = next(model.parameters())
+    kind = parameter.device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    if not enabled and parameter.dtype == torch.float32:
+        dtype, features = torch.bfloat16, torch.cpu.get_capabilities()
+        on_cpu = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        supports = getattr(torch.get_device_module(kind), "is_bf16_supported", None)  # `mps` does not say
+        enabled = on_cpu if kind == "cpu" else supports is not None and supports(including_emulation=False)
+    # A cached cast that was made without gradients would cut the graph of the recomputed block.
+    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+
+
 def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
     """Return the predictions of a sample as a matrix, without padding."""
     rows = predictions.flatten(0, -2)

@@ -21,7 +21,7 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import TrainedPart
 from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError
 from wanda_lightning.training.over_processes import in_one_order
-from wanda_lightning.training.predictions import widened
+from wanda_lightning.training.predictions import mixed_precision, widened
 from wanda_lightning.training.recovery import Recovery, UnitRecovery
 
 _HELD_OUT = 4  # every fourth batch is held out from training
@@ -42,9 +42,9 @@ class Reconstruct(Recovery):
         learning_rate: Learning rate of Adam, relative to the root mean square of the layer's kept weights.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
-    recorded: ClassVar[int] = 4  # the inputs and outputs of attention and MLP
-    sequential: ClassVar[str] = "block"
+    needs: ClassVar = frozenset({"square_sum"})
+    recorded: ClassVar = 4  # the inputs and outputs of attention and MLP
+    sequential: ClassVar = "block"
     epochs: int = 4
     learning_rate: float = 0.01
 
@@ -190,9 +190,10 @@ class _PartTraining:
         return sums
 
     def _error(self, run: _Run, training: bool = False) -> Tensor:
-        with run.call.thread_state.entered(), torch.set_grad_enabled(training):
+        part = self._part.module
+        with run.call.thread_state.entered(), torch.set_grad_enabled(training), mixed_precision(part):
             args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
-            return self._square_sum(_first_output(self._part.module(*args, **kwargs)) - run.output, run)
+            return self._square_sum(_first_output(part(*args, **kwargs)) - run.output, run)
 
     def _square_sum(self, x: Tensor, run: _Run) -> Tensor:
         """Sum the squares over all tokens except padding."""

@@ -54,10 +54,26 @@ class ModelRecovery:
 class Recovery:
     """Trains the kept weights of each pruned unit, of the whole model at the end, or both."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()  # statistics; if there are any, calibration batches are required
-    recorded: ClassVar[int] = 0  # number of hidden states of each token that it records while it trains a unit
     reads_batches: ClassVar[bool] = False  # whether it runs the calibration batches itself
-    sequential: ClassVar[str] = "auto"  # the default of `sequential`, for methods that have no other
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that it reads; if there are any, calibration batches are required."""
+        return frozenset()
+
+    @property
+    def recorded(self) -> int:
+        """Number of hidden states of each token that it records while it trains a unit."""
+        return 0
+
+    @property
+    def sequential(self) -> str:
+        """The default of `sequential`; `"auto"` for that of the method."""
+        return "auto"
+
+    def for_model(self, is_image: bool, sequential: str) -> tuple[Recovery, str]:
+        """Return the recovery for one model, and the `sequential` to use with it."""
+        return self, sequential
 
     def why_not(self, sequential: str) -> str | None:
         """Return why it cannot be combined with a value of `sequential`, and what to do; None if it can be."""
