@@ -48,6 +48,8 @@ LABELS: Mapping[str, str] = {
     "best+row_weights": "`best` with row weights",
     "best": "`best`",
     "best, biases kept": "`best`, biases kept",
+    "best+reconstruct": "`best`, then `Reconstruct`",
+    "best+distil": "`best`, then `Distil(blocks=False)`",
     "thorough": "`thorough`",
     "thorough, 3 passes": "`thorough`, always 3 passes",
     "fixed": "then `DistillFromDense`",
@@ -522,7 +524,8 @@ def paired_photos() -> str:
     (dense,) = {run.correct: run for run in results if run.method == "dense"}.values()
     found = {(run.method, run.goal, run.calibration.windows): run for run in results if run.calibration}
     goals = goals_of(found.values())
-    pairs = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best"), ("best", ""), ("thorough", "")]
+    steps = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best")]
+    pairs = [*steps, ("thorough", "best+distil"), ("best", ""), ("thorough", "")]
     rows = []
     for method, other in pairs:
         for count in sorted({count for name, _, count in found if name == method and count}):

@@ -67,7 +67,7 @@ def test_the_solver_brings_its_criterion_unless_one_is_given():
 
 def test_choices_replace_those_of_the_method():
     config = PruningConfig.from_names(0.6, method="best", solver=ADMM(iterations=2), allocation="owl", skip="lm_head")
-    assert (config.solver, config.allocation, config.sequential) == (ADMM(iterations=2), OWL(), "layer")
+    assert (config.solver, config.allocation, config.sequential) == (ADMM(iterations=2), OWL(), "one_pass")
     assert config.skip == ("lm_head",)
     assert PruningConfig.from_names(method="reconstruct").recovery == Reconstruct()
 
@@ -75,7 +75,7 @@ def test_choices_replace_those_of_the_method():
 def test_training_of_blocks_brings_its_order():
     for recovery in ("reconstruct", Distil(blocks=True)):
         assert PruningConfig.from_names(method="best", recovery=recovery).sequential == "block"
-    assert PruningConfig.from_names(method="best", recovery="distil").sequential == "layer"
+    assert PruningConfig.from_names(method="best", recovery="distil").sequential == "one_pass"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_training_of_blocks_brings_its_order():
             "recovery must be one of none, reconstruct, distil, but it is 'distill'. Did you mean distil",
         ),
         ({"method": "bets"}, "method must be one of .* but it is 'bets'. Did you mean best"),
-        ({"sequential": "model"}, "sequential must be one of block, layer, none, auto, but it is 'model'"),
+        ({"sequential": "model"}, "sequential must be one of block, layer, none, auto, one_pass, but it is 'model'"),
         ({"min_expert_tokens": 1.5}, r"min_expert_tokens must be a whole number, but it is 1\.5"),
         ({"skip": None}, "skip must be a list of layer names or patterns, but it is None"),
         ({"only": [3]}, r"only must be a list of layer names or patterns, but it is \[3\]"),
@@ -143,7 +143,7 @@ def test_a_preset_is_recognized_by_its_choices(name, pattern):
     assert PruningConfig.from_names(method=name, pattern=pattern).preset == name
     assert PruningConfig.from_names(method=name, pattern=pattern, allocation="owl").preset == ""
     assert PruningConfig.from_names(pattern=pattern).preset == ""
-    assert PruningConfig.from_names(criterion="wanda", sequential="layer", pattern=pattern).preset == "fast"
+    assert PruningConfig.from_names(criterion="wanda", sequential="one_pass", pattern=pattern).preset == "fast"
 
 
 @pytest.mark.parametrize(

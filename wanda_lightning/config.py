@@ -112,8 +112,8 @@ class PruningConfig:
             permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that
                 groups keep larger scores (`assignment`). The dense model computes the same, to rounding.
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
-                layers (`layer`) or nothing (`none`); the usual `auto` is none for image models, layer for structured
-                patterns, else block.
+                layers (`layer`) or nothing (`none`). For image models, `auto` and `one_pass` are none. For others,
+                `auto` is layer for structured patterns and else block, as in the papers, and `one_pass` is layer.
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
                 order of their rows and columns.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
@@ -230,7 +230,7 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
     "solver": methods.SOLVERS,
     "recovery": methods.RECOVERIES,
     "permutation": methods.PERMUTATIONS,
-    "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto")),
+    "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, *methods.DEPENDING_ON_MODEL)),
 }
 """The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
 

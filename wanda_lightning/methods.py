@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from wanda_lightning.training import Recovery
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
+DEPENDING_ON_MODEL = ("auto", "one_pass")
+"""Values of `sequential` that stand for one of these choices."""
 PARKING = ("memory", "cpu", "disk")
 """The places for the activations of waiting batches while a model is pruned from disk."""
 
@@ -75,7 +77,7 @@ class Method:
     solver: Callable[[], Solver] = _zero_out
     # Where unstructured pruning compares weights; None for the choice of the papers of criterion and solver.
     group: Literal["row", "layer", "layer_weighted"] | None = None
-    sequential: str = "auto"  # the recovery or the model decides
+    sequential: str = "auto"
     allocation: Callable[[], Allocation] = ALLOCATIONS["uniform"]  # not for N:M, where others mix 2:4 with 1:4 layers
     recovery: Callable[[], Recovery] = RECOVERIES["none"]
     permutation: Callable[[], Permutation] = PERMUTATIONS["none"]  # only for N:M
@@ -98,15 +100,15 @@ METHODS: Mapping[str, Method] = {
 BEST = Method(
     solver=lambda: wl.ADMM(),
     group="layer_weighted",
-    sequential="layer",
+    sequential="one_pass",
     # 8 windows of at least 512 tokens, or 4096 images: the gradients of 8 images would be far too noisy.
     allocation=lambda: wl.Fisher(num_samples=8, num_predictions=4096),
     permutation=PERMUTATIONS["assignment"],
 )
 
 PRESETS: Mapping[str, Method] = {
-    "fast": Method(lambda: wl.Wanda(), sequential="layer"),
-    "balanced": Method(solver=lambda: wl.ADMM(iterations=6), group="layer", sequential="layer"),
+    "fast": Method(lambda: wl.Wanda(), sequential="one_pass"),
+    "balanced": Method(solver=lambda: wl.ADMM(iterations=6), group="layer", sequential="one_pass"),
     "best": BEST,
     "thorough": replace(BEST, recovery=RECOVERIES["distil"]),
 }

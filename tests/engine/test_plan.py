@@ -78,11 +78,13 @@ def test_distil_also_trains_the_blocks_of_image_models(name, blocks):
         plan = make_plan(PruningConfig.from_names(sparsity, method="thorough", pattern=pattern), model)
         assert (plan.config.recovery, plan.config.sequential) == (Distil(blocks=blocks), stops)
         assert plan.preset == "thorough"
-    for choices in ({"recovery": Distil(blocks=False)}, {"recovery": Distil(blocks=True)}, {"sequential": "none"}):
-        config = PruningConfig.from_names(method="thorough", **choices)
+    assert make_plan(PruningConfig.from_names(method="best"), model).config.sequential == (
+        "none" if blocks else "layer"
+    )
+    for recovery, sequential in ((Distil(blocks=True), "block"), (Distil(), "none"), (Distil(), "layer")):
+        config = PruningConfig.from_names(method="best", recovery=recovery, sequential=sequential)
         decided = make_plan(config, model).config
-        assert bool(decided.recovery.blocks) == bool(config.recovery.blocks)
-        assert decided.sequential == config.sequential
+        assert (decided.recovery.blocks, decided.sequential) == (sequential == "block", sequential)
 
 
 @pytest.mark.parametrize(("name", "stops"), [("llama", "layer"), ("vit", "none")])

@@ -25,6 +25,7 @@ from wanda_lightning.engine.refusals import (
     refuse_unprunable,
 )
 from wanda_lightning.engine.sharded_layers import WholeMatrices
+from wanda_lightning.methods import DEPENDING_ON_MODEL
 from wanda_lightning.models import Inventory, Layer, RemovableUnits, Unit, find_layers, reads_images, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module
@@ -199,17 +200,18 @@ class Plan:
 
 
 def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
-    """Return the choices for one model, which decides about `sequential="auto"`, `weigh_rows=None` and `blocks=None`.
+    """Return the choices for one model, which decides about `sequential`, `weigh_rows=None` and `blocks=None`.
 
-    The first is `"none"` for image models, and else `"block"`, or `"layer"` if whole hidden units are pruned: a block
-    usually has one layer that reads units, so the statistics are the same, in one pass instead of two.
+    `sequential="auto"` is `"none"` for image models, and else `"block"`, or `"layer"` if whole hidden units are pruned:
+    a block usually has one layer that reads units, so the statistics are the same, in one pass instead of two.
     """
     is_image, pattern = reads_images(model), config.pattern
     recovery, sequential = config.recovery.for_model(is_image, config.sequential)
     if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
         pattern = replace(pattern, weigh_rows=not is_image)
-    if sequential == "auto":
-        sequential = "none" if is_image else "layer" if pattern.prunes_units else "block"
+    if sequential in DEPENDING_ON_MODEL:
+        one_pass = sequential == "one_pass" or pattern.prunes_units
+        sequential = "none" if is_image else "layer" if one_pass else "block"
     return replace(config, pattern=pattern, recovery=recovery, sequential=sequential)
 
 

@@ -81,9 +81,10 @@ class Distil(Recovery):
         next_token: Share of the loss that is the cross entropy of the next token, in [0, 1]; the rest is the
             divergence. It applies to causal language models of transformers, but not with `"mse"`.
         seed: Seed of the order of the samples.
-        blocks: Whether each block is first trained for its own output, after it is pruned, as by `Reconstruct`. None
-            does so for image models that are pruned with `sequential="block"` or `"layer"`, which is then `"block"`: an
-            image has one prediction, but many positions at which a block has an output.
+        blocks: Whether each block is first trained for its own output, after it is pruned, as by `Reconstruct`, which
+            needs `sequential="block"`. None does so for image models with `sequential="block"`, or `"one_pass"` as in
+            the presets, which is then `"block"`: an image has one prediction, but many positions at which a block has
+            an output.
     """
 
     passes: int | None = None
@@ -134,7 +135,7 @@ class Distil(Recovery):
         """Decide about `blocks=None`; its blocks are pruned one after another."""
         if self.blocks is not None:
             return self, sequential
-        blocks = is_image and sequential in ("block", "layer")
+        blocks = is_image and sequential in ("block", "one_pass")
         return replace(self, blocks=blocks), "block" if blocks else sequential
 
     def why_not(self, sequential: str) -> str | None:

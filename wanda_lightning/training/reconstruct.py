@@ -35,7 +35,7 @@ class Reconstruct(Recovery):
     squared error with the mask fixed. Every fourth calibration batch, if there are at least four, is held out. Training
     ends when the error on the held-out batches stops falling, and keeps the best weights. A block with layers outside
     its parts is trained as a whole. While a block is trained, the inputs and outputs of its parts are in memory for
-    all batches.
+    all batches. Models in float32 run in bfloat16 (autocast) where the hardware supports it.
 
     Attributes:
         epochs: Maximum number of passes over the calibration batches.
