@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/batch_norm.py --save benchmarks/results
     python benchmarks/batch_norm.py --model efficientnet
-    python benchmarks/batch_norm.py --goals 70 2:4 --methods wanda_none wanda_block fast
+    python benchmarks/batch_norm.py --goals 70 2:4 --methods wanda_none wanda_block
 
 A ResNet-18 with a quarter of the channels, or timm's smallest EfficientNet (whose depthwise convolutions stay dense),
 is trained on the scanned digits of scikit-learn, resized to 32 x 32 pixels, for 12 epochs. Calibration takes 256
@@ -27,13 +27,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanda_lightning import prune
-from wanda_lightning.methods import PRESETS
+from wanda_lightning.methods import PRESETS, SEQUENTIAL_CHOICES
 
 METHODS: dict[str, dict[str, Any]] = {
     "magnitude": {"method": "magnitude"},
-    **{f"wanda_{name}": {"method": "wanda", "sequential": name} for name in ("none", "block")},
-    **{f"sparsegpt_{name}": {"method": "sparsegpt", "sequential": name} for name in ("none", "block", "layer")},
-    **{name: {"method": name} for name in PRESETS},
+    **{
+        f"{method}_{name}": {"method": method, "sequential": name}
+        for method in ("wanda", "sparsegpt")
+        for name in SEQUENTIAL_CHOICES[::-1]
+    },
+    **{name: {"method": name} for name in PRESETS if name != "fast"},  # it is `wanda_none`
 }
 MODELS: dict[str, dict[str, Any]] = {
     "resnet": {"model_name": "resnet18", "channels": (16, 32, 64, 128)},

@@ -90,7 +90,7 @@ IMAGES: dict[str, Choices] = {
     "wanda, layer": {"method": "wanda", "pattern": Unstructured("layer")},
     "sparsegpt": {"method": "sparsegpt"},
     "refit": {"method": "refit"},
-    **{name: {"method": name} for name in PRESETS},
+    **{name: {"method": name} for name in PRESETS if name != "fast"},  # it is Wanda within rows
     **BIASES_KEPT,
     "best+row_weights": {"method": "best", "pattern": Unstructured("layer", weigh_rows=True)},
     "best+distil": {"method": "best", "recovery": Distil(blocks=False)},
@@ -101,7 +101,7 @@ GOALS = {
     "digits": ("50", "70", "80", "90", "2:4"),
     "photos": ("50", "60", "70", "2:4"),
 }
-PHOTOS = {name: IMAGES[name] for name in ("fast", "sparsegpt", "balanced", "best", "thorough")}
+PHOTOS = {name: IMAGES[name] for name in ("wanda, row", "sparsegpt", "balanced", "best", "thorough")}
 PHOTOS |= {name: choices for name, choices in IMAGES.items() if name.startswith("best+")}
 PHOTOS["best-permutation"] = TEXT["best-permutation"]
 WINDOWS = 16  # for calibration, in the table of all methods

@@ -29,7 +29,7 @@ LABELS: Mapping[str, str] = {
     "alpha": "Wanda with `AlphaPruning`",
     "fisher": "Wanda with `Fisher`",
     "wanda+permutation": "Wanda with a permutation",
-    **{f"wanda_{name}": f'Wanda, `sequential="{name}"`' for name in ("none", "block")},
+    **{f"wanda_{name}": f'Wanda, `sequential="{name}"`' for name in ("none", "block", "layer")},
     "fast": "`fast`",
     "sparsegpt": "`SparseGPT`",
     "sparsegpt at layer": '`SparseGPT`, `sequential="layer"`',

@@ -37,8 +37,9 @@ def by_hand(module, count, sparsity=0.5):
     return expected
 
 
-def test_validate_measures_the_dense_model_then_prunes_by_what_it_saw():
-    module, callback = Counting(), on_validation()
+@pytest.mark.parametrize("method", ["wanda", "fast"])
+def test_validate_measures_the_dense_model_then_prunes_by_what_it_saw(method):
+    module, callback = Counting(), PruningCallback(0.5, method=method, calibrate_on="validation")
     (dense,) = trainer().validate(Net(), loader(), verbose=False)
     expected = by_hand(module, 12)
     (measured,) = trainer(callback).validate(module, loader(), verbose=False)
@@ -110,7 +111,7 @@ def test_options_that_validation_does_not_support_are_refused():
     with pytest.raises(ValueError, match="sequential='none' and no dataloader, but sequential is 'block'"):
         WandaPrune(calibrate_on="validation", sequential="block")
     with pytest.raises(ValueError, match="sequential='none' and no dataloader, but sequential is 'layer'"):
-        PruningCallback(method="fast", calibrate_on="validation")
+        PruningCallback(method="fast", sequential="layer", calibrate_on="validation")
     with pytest.raises(ValueError, match="calibrate_on must be one of calibration, validation, but it is 'test'"):
         WandaPrune(calibrate_on="test")
     with pytest.raises(ValueError, match="runs no block by itself, but pattern='structured' runs each block with and"):
