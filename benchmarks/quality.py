@@ -93,7 +93,8 @@ IMAGES: dict[str, Choices] = {
     **{name: {"method": name} for name in PRESETS if name != "fast"},  # it is Wanda within rows
     **BIASES_KEPT,
     "best+row_weights": {"method": "best", "pattern": Unstructured("layer", weigh_rows=True)},
-    "best+distil": {"method": "best", "recovery": Distil(blocks=False)},
+    **{f"{name} at layer": {"method": name, "sequential": "layer"} for name in ("balanced", "best")},
+    "best+distil at layer": {"method": "best", "recovery": Distil(blocks=False), "sequential": "layer"},
     "best+reconstruct": {"method": "best", "recovery": "reconstruct"},
 }
 GOALS = {
@@ -102,7 +103,7 @@ GOALS = {
     "photos": ("50", "60", "70", "2:4"),
 }
 PHOTOS = {name: IMAGES[name] for name in ("wanda, row", "sparsegpt", "balanced", "best", "thorough")}
-PHOTOS |= {name: choices for name, choices in IMAGES.items() if name.startswith("best+")}
+PHOTOS |= {name: choices for name, choices in IMAGES.items() if name.startswith("best+") or " at " in name}
 PHOTOS["best-permutation"] = TEXT["best-permutation"]
 WINDOWS = 16  # for calibration, in the table of all methods
 CALIBRATION_PHOTOS = 512  # likewise

@@ -49,7 +49,9 @@ LABELS: Mapping[str, str] = {
     "best": "`best`",
     "best, biases kept": "`best`, biases kept",
     "best+reconstruct": "`best`, then `Reconstruct`",
-    "best+distil": "`best`, then `Distil(blocks=False)`",
+    "balanced at layer": '`balanced`, `sequential="layer"`',
+    "best at layer": '`best`, `sequential="layer"`',
+    "best+distil at layer": '`best`, `sequential="layer"`, then `Distil(blocks=False)`',
     "thorough": "`thorough`",
     "thorough, 3 passes": "`thorough`, always 3 passes",
     "fixed": "then `DistillFromDense`",
@@ -525,7 +527,8 @@ def paired_photos() -> str:
     found = {(run.method, run.goal, run.calibration.windows): run for run in results if run.calibration}
     goals = goals_of(found.values())
     steps = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best")]
-    pairs = [*steps, ("thorough", "best+distil"), ("best", ""), ("thorough", "")]
+    others = [(name, f"{name} at layer") for name in ("balanced", "best")] + [("thorough", "best+distil at layer")]
+    pairs = [*steps, *others, ("best", ""), ("thorough", "")]
     rows = []
     for method, other in pairs:
         for count in sorted({count for name, _, count in found if name == method and count}):

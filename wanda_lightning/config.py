@@ -230,7 +230,7 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
     "solver": methods.SOLVERS,
     "recovery": methods.RECOVERIES,
     "permutation": methods.PERMUTATIONS,
-    "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, *methods.DEPENDING_ON_MODEL)),
+    "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto", "one_pass")),
 }
 """The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
 

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from wanda_lightning.training import Recovery
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
-DEPENDING_ON_MODEL = ("auto", "one_pass")
-"""Values of `sequential` that stand for one of these choices."""
 PARKING = ("memory", "cpu", "disk")
 """The places for the activations of waiting batches while a model is pruned from disk."""
 

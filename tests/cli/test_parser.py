@@ -162,5 +162,5 @@ def test_help_is_complete(capsys):
     assert "(default: 0.5)" in text
     assert "calibration samples. (default: 0)" in text
     assert "id of a data set on the hub (OWNER/NAME)" in text
-    assert "One of block, layer, none, auto." in text
+    assert "One of block, layer, none, auto, one_pass." in text
     assert "--include_grouped Also prune grouped convolutions" in text

@@ -27,7 +27,6 @@ from wanda_lightning.common.refuse_path import refuse_existing, refuse_nonempty
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
-from wanda_lightning.methods import DEPENDING_ON_MODEL
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport
 from wanda_lightning.report.page import write_report
@@ -100,7 +99,7 @@ class PruningCallback(ZerosCallback):
     ) -> None:
         super().__init__()
         config = PruningConfig.from_names(sparsity, **choices)
-        if calibrate_on == "validation" and config.sequential in DEPENDING_ON_MODEL:
+        if calibrate_on == "validation" and config.sequential in ("auto", "one_pass"):
             config = replace(config, sequential="none")  # a validation loop runs the dense model
         self.config = config
         self.schedule = schedule_of(at_step, schedule)

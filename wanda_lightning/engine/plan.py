@@ -25,7 +25,6 @@ from wanda_lightning.engine.refusals import (
     refuse_unprunable,
 )
 from wanda_lightning.engine.sharded_layers import WholeMatrices
-from wanda_lightning.methods import DEPENDING_ON_MODEL
 from wanda_lightning.models import Inventory, Layer, RemovableUnits, Unit, find_layers, reads_images, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.models.refuse_model import refuse_no_module
@@ -209,7 +208,7 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
     recovery, sequential = config.recovery.for_model(is_image, config.sequential)
     if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
         pattern = replace(pattern, weigh_rows=not is_image)
-    if sequential in DEPENDING_ON_MODEL:
+    if sequential in ("auto", "one_pass"):
         one_pass = sequential == "one_pass" or pattern.prunes_units
         sequential = "none" if is_image else "layer" if one_pass else "block"
     return replace(config, pattern=pattern, recovery=recovery, sequential=sequential)
