@@ -86,6 +86,18 @@ def test_a_preset_before_training(name):
     assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("name", ["vit", "convnext", "resnet18"])
+def test_the_preset_that_trains_on_images(name):
+    """The report says what was done; layers outside of blocks, which downsample, are only distilled."""
+    specimen = ZOO[name]
+    report = prune(specimen.build(), specimen.batches(), 0.5, method="thorough", progress=False)
+    assert (report.config["preset"], report.config["sequential"]) == ("thorough", "block")
+    assert report.config["recovery"]["blocks"] is True
+    assert "blocks=True" in report.training.recovery
+    assert all(layer.part for layer in report.layers if layer.block != layer.name and "downsample" not in layer.name)
+    assert sum(layer.part is not None for layer in report.layers) > len(report.layers) / 2
+
+
 @pytest.mark.parametrize("name", ["fast", "balanced"])
 def test_mixed_precision_rounds_no_solver(name):
     reports, modules = [], [Net(), Net()]

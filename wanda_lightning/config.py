@@ -112,8 +112,9 @@ class PruningConfig:
             permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that
                 groups keep larger scores (`assignment`). The dense model computes the same, to rounding.
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
-                layers (`layer`) or nothing (`none`). For image models, `auto` and `one_pass` are none. For others,
-                `auto` is layer for structured patterns and else block, as in the papers, and `one_pass` is layer.
+                layers (`layer`) or nothing (`none`); for image models, `auto` and `one_pass` mean none, unless a
+                recovery trains blocks (block); for others, `auto` means layer for structured patterns, else block, and
+                `one_pass` means layer.
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
                 order of their rows and columns.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.

@@ -75,7 +75,7 @@ class Method:
     solver: Callable[[], Solver] = _zero_out
     # Where unstructured pruning compares weights; None for the choice of the papers of criterion and solver.
     group: Literal["row", "layer", "layer_weighted"] | None = None
-    sequential: str = "auto"
+    sequential: str = "auto"  # the recovery or the model decides
     allocation: Callable[[], Allocation] = ALLOCATIONS["uniform"]  # not for N:M, where others mix 2:4 with 1:4 layers
     recovery: Callable[[], Recovery] = RECOVERIES["none"]
     permutation: Callable[[], Permutation] = PERMUTATIONS["none"]  # only for N:M

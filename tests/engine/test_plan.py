@@ -81,6 +81,8 @@ def test_distil_also_trains_the_blocks_of_image_models(name, blocks):
     assert make_plan(PruningConfig.from_names(method="best"), model).config.sequential == (
         "none" if blocks else "layer"
     )
+    units = PruningConfig.from_names(method="thorough", pattern="structured")
+    assert make_plan(units, model).config.recovery == Distil(blocks=False)
     for recovery, sequential in ((Distil(blocks=True), "block"), (Distil(), "none"), (Distil(), "layer")):
         config = PruningConfig.from_names(method="best", recovery=recovery, sequential=sequential)
         decided = make_plan(config, model).config

@@ -15,6 +15,7 @@ from torch import nn
 from wanda_lightning import NM, PruningReport, Reconstruct, prune
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.models import find_layers
+from wanda_lightning.training import reconstruct
 
 
 def parts_of(name):
@@ -273,6 +274,30 @@ def test_float16_learns_what_float32_does():
         errors.append([(layer.part.before, layer.part.after) for layer in report.layers])
     assert all(after < 0.9 * before for before, after in errors[0])
     assert torch.allclose(*map(torch.tensor, errors), rtol=0.02)
+
+
+class Chosen(nn.Linear):
+    """Writes its output into a tensor in the dtype of its weights, which fails in mixed precision."""
+
+    def forward(self, x):
+        y = torch.zeros(len(x), self.out_features, dtype=self.weight.dtype)
+        rows = torch.arange(len(x))
+        y[rows] = super().forward(x)
+        return y
+
+
+@pytest.mark.parametrize(("last", "dtype"), [(nn.Linear, torch.bfloat16), (Chosen, torch.float32)])
+def test_a_part_runs_in_bfloat16_if_it_can(monkeypatch, last, dtype):
+    precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # on any CPU
+    monkeypatch.setattr(reconstruct, "mixed_precision", lambda part: precision)
+    model, found = blocks(torch.float32), set()
+    for block in model:
+        block.mlp.append(last(8, 8))
+    model[0].mlp[0].register_forward_hook(lambda *call: found.add((call[-1].dtype, torch.is_grad_enabled())))
+    report = prune(model, some_batches(8, torch.float32), recovery="reconstruct", progress=False)
+    assert {(dtype, False), (dtype, True)} <= found  # held out and in training
+    assert all(layer.part.after < layer.part.before for layer in report.layers)
+    assert model[0].mlp[0].weight.dtype == torch.float32
 
 
 class WithoutSlope(nn.Linear):

@@ -70,7 +70,8 @@ def _revisited(run: Run) -> Note | None:
     names = [name for name in run.layers if name in revisited]
     if not names:
         return None
-    instead = " and another recovery" if run.plan.config.recovery.why_not("none") else ""
+    recovery = run.plan.config.recovery
+    instead = "" if recovery.reads_batches or not recovery.why_not("none") else " and another recovery"
     return Note(
         f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the first "
         f"call: use sequential='none'{instead}, so that they include all calls"

@@ -201,16 +201,17 @@ class Plan:
 def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
     """Return the choices for one model, which decides about `sequential`, `weigh_rows=None` and `blocks=None`.
 
-    `sequential="auto"` is `"none"` for image models, and else `"block"`, or `"layer"` if whole hidden units are pruned:
-    a block usually has one layer that reads units, so the statistics are the same, in one pass instead of two.
+    Without `blocks`, `"auto"` and `"one_pass"` are `"none"` for image models. For others, `"one_pass"` is `"layer"`,
+    and `"auto"` is `"block"`, or `"layer"` if whole hidden units are pruned: a block usually has one layer that reads
+    units, so the statistics are the same, in one pass instead of two.
     """
     is_image, pattern = reads_images(model), config.pattern
-    recovery, sequential = config.recovery.for_model(is_image, config.sequential)
+    recovery, sequential = config.recovery.for_model(is_image and not pattern.prunes_units, config.sequential)
     if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
         pattern = replace(pattern, weigh_rows=not is_image)
     if sequential in ("auto", "one_pass"):
-        one_pass = sequential == "one_pass" or pattern.prunes_units
-        sequential = "none" if is_image else "layer" if one_pass else "block"
+        by_layer = sequential == "one_pass" or pattern.prunes_units
+        sequential = "none" if is_image else "layer" if by_layer else "block"
     return replace(config, pattern=pattern, recovery=recovery, sequential=sequential)
 
 

@@ -134,7 +134,7 @@ def prune_as(
         if recovers:
             # With a structured pattern, layers without hidden units (not in `run.plan`) train, too.
             dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
-            recovery = config.recovery.start_model(dense)
+            recovery = plan.config.recovery.start_model(dense)
     with run.timed("prune"), pruning_mode(model), noting(run.written, log.error):
         _prune_units(run)
     torch.clear_autocast_cache()  # it holds casts of the dense weights

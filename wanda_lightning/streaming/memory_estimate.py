@@ -59,7 +59,8 @@ class Samples:
 def memory_to_prune(model: nn.Module, config: PruningConfig, samples: Samples, park: str = "memory") -> Memory:
     """Estimate the memory of `prune_from_disk` for a model on the meta device, in the dtype of pruning.
 
-    `sequential` must not be `"auto"`. With `park="cpu"`, memory of the CPU and of the device are added.
+    The choices must be those for the model (`config_for`). With `park="cpu"`, memory of the CPU and of the device are
+    added.
     """
     inventory = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
     hidden, size = _hidden_size(model), _element_size(model)

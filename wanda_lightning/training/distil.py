@@ -43,12 +43,12 @@ _STOPPED = "The model is pruned. It holds the best weights that distillation fou
 class Distil(Recovery):
     """Train the kept weights so that the pruned model predicts like the dense model on the calibration samples.
 
-    After all layers are pruned, AdamW minimizes the Kullback-Leibler divergence from the dense to the pruned model's
-    predictions (Hinton et al. 2015, temperature 1), averaged over the tokens of each sample. For language models whose
-    batches hold `input_ids`, half of the loss is the cross entropy of the next token instead. The masks are fixed. The
-    weights of the pruned layers and all vectors (norms, biases, layer scales) are trained; embeddings, head and other
-    dense layers are not. The learning rate of each tensor is relative to the root mean square of its kept weights; it
-    warms up over four steps and decays to 0 along a cosine.
+    After all layers are pruned (and, with `blocks`, after each block is trained), AdamW minimizes the Kullback-Leibler
+    divergence from the dense to the pruned model's predictions (Hinton et al. 2015, temperature 1), averaged over the
+    tokens of each sample. For language models whose batches hold `input_ids`, half of the loss is the cross entropy of
+    the next token instead. The masks are fixed. The weights of the pruned layers and all vectors (norms, biases, layer
+    scales) are trained; embeddings, head and other dense layers are not. The learning rate of each tensor is relative
+    to the root mean square of its kept weights; it warms up over four steps and decays to 0 along a cosine.
 
     If there are at least eight samples, over all processes, every eighth is held out, and the held-out loss is measured
     before training and after each pass. The weights with the lowest held-out loss are kept, which may be those from
@@ -81,10 +81,10 @@ class Distil(Recovery):
         next_token: Share of the loss that is the cross entropy of the next token, in [0, 1]; the rest is the
             divergence. It applies to causal language models of transformers, but not with `"mse"`.
         seed: Seed of the order of the samples.
-        blocks: Whether each block is first trained for its own output, after it is pruned, as by `Reconstruct`, which
-            needs `sequential="block"`. None does so for image models with `sequential="block"`, or `"one_pass"` as in
-            the presets, which is then `"block"`: an image has one prediction, but many positions at which a block has
-            an output.
+        blocks: Whether to train each block for its own output right after it is pruned, as `Reconstruct` does. This
+            needs `sequential="block"`. With None, blocks are trained in image models if `sequential` is `"block"`, or
+            `"one_pass"` (the value of the presets), which then becomes `"block"`: an image has one prediction, but many
+            positions at which a block has an output. Not with patterns of whole hidden units.
     """
 
     passes: int | None = None
@@ -132,7 +132,7 @@ class Distil(Recovery):
         return self._for_blocks.sequential
 
     def for_model(self, is_image: bool, sequential: str) -> tuple[Recovery, str]:
-        """Decide about `blocks=None`; its blocks are pruned one after another."""
+        """Return the recovery with `blocks` decided, and `"block"` if blocks are trained."""
         if self.blocks is not None:
             return self, sequential
         blocks = is_image and sequential in ("block", "one_pass")

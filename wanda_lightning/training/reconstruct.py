@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -35,7 +35,7 @@ class Reconstruct(Recovery):
     squared error with the mask fixed. Every fourth calibration batch, if there are at least four, is held out. Training
     ends when the error on the held-out batches stops falling, and keeps the best weights. A block with layers outside
     its parts is trained as a whole. While a block is trained, the inputs and outputs of its parts are in memory for
-    all batches. Models in float32 run in bfloat16 (autocast) where the hardware supports it.
+    all batches. Models in float32 run in bfloat16 (autocast) where the hardware and the code of the part support it.
 
     Attributes:
         epochs: Maximum number of passes over the calibration batches.
@@ -145,6 +145,16 @@ class _PartTraining:
         self._runs = in_one_order([by_batch.get(n, []) for n in range(1 + max(by_batch, default=-1))], processes)
         self._trained = [run for index, run in enumerate(self._runs) if index % _HELD_OUT != _HELD_OUT - 1]
         self._held_out = self._runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
+        self._is_mixed = True
+        self._is_mixed = all(works for (works,) in processes.all_gather([self._works()]))
+
+    def _works(self) -> bool:
+        """Return whether the part runs in mixed precision; code that copies an output into a given dtype may not."""
+        run = next(filter(None, self._runs), None)
+        try:
+            return run is None or self._error(run) is not None
+        except RuntimeError:
+            return False
 
     def train(self) -> TrainedPart | None:
         """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
@@ -191,7 +201,8 @@ class _PartTraining:
 
     def _error(self, run: _Run, training: bool = False) -> Tensor:
         part = self._part.module
-        with run.call.thread_state.entered(), torch.set_grad_enabled(training), mixed_precision(part):
+        mixed = mixed_precision(part) if self._is_mixed else nullcontext()
+        with run.call.thread_state.entered(), torch.set_grad_enabled(training), mixed:
             args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
             return self._square_sum(_first_output(part(*args, **kwargs)) - run.output, run)
 

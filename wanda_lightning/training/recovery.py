@@ -68,11 +68,11 @@ class Recovery:
 
     @property
     def sequential(self) -> str:
-        """The default of `sequential`; `"auto"` for that of the method."""
+        """The default of `sequential`; `"auto"` leaves the choice to the method."""
         return "auto"
 
     def for_model(self, is_image: bool, sequential: str) -> tuple[Recovery, str]:
-        """Return the recovery for one model, and the `sequential` to use with it."""
+        """Return the recovery for a model, and the `sequential` to use with it."""
         return self, sequential
 
     def why_not(self, sequential: str) -> str | None:
