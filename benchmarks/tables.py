@@ -537,7 +537,8 @@ def paired_photos() -> str:
                 for goal in goals
             ]
             label = f"{LABELS[method]} - {LABELS[other or 'dense']}, {count:,} images"
-            rows.append([label, *(_paired(*pair) if None not in pair else "" for pair in runs)])
+            if any(None not in pair for pair in runs):
+                rows.append([label, *(_paired(*pair) if None not in pair else "" for pair in runs)])
     return markdown(("points of accuracy (standard error)", *goals), rows)
 
 
