@@ -8,7 +8,6 @@ import pytest
 from wanda_lightning import (
     ADMM,
     OWL,
-    Distil,
     Magnitude,
     MagnitudePrune,
     NoPermutation,
@@ -70,12 +69,6 @@ def test_choices_replace_those_of_the_method():
     assert (config.solver, config.allocation, config.sequential) == (ADMM(iterations=2), OWL(), "one_pass")
     assert config.skip == ("lm_head",)
     assert PruningConfig.from_names(method="reconstruct").recovery == Reconstruct()
-
-
-def test_training_of_blocks_brings_its_order():
-    for recovery in ("reconstruct", Distil(blocks=True)):
-        assert PruningConfig.from_names(method="best", recovery=recovery).sequential == "block"
-    assert PruningConfig.from_names(method="best", recovery="distil").sequential == "one_pass"
 
 
 @pytest.mark.parametrize(

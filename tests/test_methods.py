@@ -91,7 +91,7 @@ def test_the_preset_that_trains_on_images(name):
     """The report says what was done; layers outside of blocks, which downsample, are only distilled."""
     specimen = ZOO[name]
     report = prune(specimen.build(), specimen.batches(), 0.5, method="thorough", progress=False)
-    assert (report.config["preset"], report.config["sequential"]) == ("thorough", "block")
+    assert (report.config["preset"], report.config["sequential"]) == ("thorough", "none")
     assert report.config["recovery"]["blocks"] is True
     assert "blocks=True" in report.training.recovery
     assert all(layer.part for layer in report.layers if layer.block != layer.name and "downsample" not in layer.name)

@@ -112,9 +112,9 @@ class PruningConfig:
             permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that
                 groups keep larger scores (`assignment`). The dense model computes the same, to rounding.
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
-                layers (`layer`) or nothing (`none`); for image models, `auto` and `one_pass` mean none, unless a
-                recovery trains blocks (block); for others, `auto` means layer for structured patterns, else block, and
-                `one_pass` means layer.
+                layers (`layer`) or nothing (`none`); `auto` means none for image models, layer for structured patterns,
+                else block; `one_pass` means none for image models, else layer; and both mean block instead of layer if
+                a recovery trains blocks.
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
                 order of their rows and columns.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
@@ -299,8 +299,7 @@ def _resolve_choices(
     usual_allocation = base.allocation if pattern.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
     usual_permutation = base.permutation if pattern.group_size else methods.PERMUTATIONS["none"]
     recovery = _resolve("recovery", recovery, base.recovery)
-    if sequential is None:
-        sequential = base.sequential if recovery.sequential == "auto" else recovery.sequential
+    sequential = base.sequential if sequential is None else sequential
     allocation = _resolve("allocation", allocation, usual_allocation)
     permutation = _resolve("permutation", permutation, usual_permutation)
     return criterion, pattern, allocation, chosen_solver, recovery, permutation, sequential

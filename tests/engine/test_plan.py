@@ -73,20 +73,15 @@ def test_rows_are_weighed_except_in_image_models(name, weighed):
 
 @pytest.mark.parametrize(("name", "blocks"), [("llama", False), ("vit", True), ("convnext", True)])
 def test_distil_also_trains_the_blocks_of_image_models(name, blocks):
-    model, stops = ZOO[name].build(), "block" if blocks else "layer"
-    for sparsity, pattern in ((0.6, "unstructured"), (0.5, "2:4")):
-        plan = make_plan(PruningConfig.from_names(sparsity, method="thorough", pattern=pattern), model)
-        assert (plan.config.recovery, plan.config.sequential) == (Distil(blocks=blocks), stops)
-        assert plan.preset == "thorough"
-    assert make_plan(PruningConfig.from_names(method="best"), model).config.sequential == (
-        "none" if blocks else "layer"
-    )
-    units = PruningConfig.from_names(method="thorough", pattern="structured")
-    assert make_plan(units, model).config.recovery == Distil(blocks=False)
-    for recovery, sequential in ((Distil(blocks=True), "block"), (Distil(), "none"), (Distil(), "layer")):
-        config = PruningConfig.from_names(method="best", recovery=recovery, sequential=sequential)
-        decided = make_plan(config, model).config
-        assert (decided.recovery.blocks, decided.sequential) == (sequential == "block", sequential)
+    model, order = ZOO[name].build(), "none" if blocks else "layer"
+    for method in ("best", "thorough"):
+        assert make_plan(PruningConfig.from_names(method=method), model).config.sequential == order
+    for pattern in ("unstructured", "2:4"):
+        plan = make_plan(PruningConfig.from_names(method="thorough", pattern=pattern), model)
+        assert (plan.config.recovery, plan.preset) == (Distil(blocks=blocks), "thorough")
+    for choices in ({"pattern": "structured"}, {"sequential": "layer"}):
+        config = PruningConfig.from_names(method="thorough", **choices)
+        assert make_plan(config, model).config.recovery == Distil(blocks=False)
 
 
 @pytest.mark.parametrize(("name", "stops"), [("llama", "layer"), ("vit", "none")])

@@ -57,7 +57,7 @@ def check_calibrate_on(calibrate_on: str, config: PruningConfig, dataloader: obj
             f"calibrate_on='validation' has no backward passes, but {reader} needs them. Use "
             "calibrate_on='calibration', or choices that read no gradients, such as allocation='owl'."
         )
-    if config.recovery.reads_batches:
+    if config.recovery.reads_batches or config.recovery.recorded:
         raise UserError(
             f"calibrate_on='validation' keeps no batches, but {config.shown('recovery')} trains on them. "
             "Use calibrate_on='calibration'."

@@ -201,16 +201,16 @@ class Plan:
 def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
     """Return the choices for one model, which decides about `sequential`, `weigh_rows=None` and `blocks=None`.
 
-    Without `blocks`, `"auto"` and `"one_pass"` are `"none"` for image models. For others, `"one_pass"` is `"layer"`,
-    and `"auto"` is `"block"`, or `"layer"` if whole hidden units are pruned: a block usually has one layer that reads
-    units, so the statistics are the same, in one pass instead of two.
+    `"auto"` and `"one_pass"` are `"none"` for image models. For others, `"one_pass"` is `"layer"`, and `"auto"` is
+    `"block"`, or `"layer"` if whole hidden units are pruned: a block usually has one layer that reads units, so the
+    statistics are the same, in one pass instead of two. If blocks are trained, `"block"` replaces `"layer"`.
     """
-    is_image, pattern = reads_images(model), config.pattern
-    recovery, sequential = config.recovery.for_model(is_image and not pattern.prunes_units, config.sequential)
+    is_image, pattern, sequential = reads_images(model), config.pattern, config.sequential
+    recovery = config.recovery.for_model(is_image and not pattern.prunes_units, sequential)
     if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
         pattern = replace(pattern, weigh_rows=not is_image)
     if sequential in ("auto", "one_pass"):
-        by_layer = sequential == "one_pass" or pattern.prunes_units
+        by_layer = (sequential == "one_pass" or pattern.prunes_units) and not recovery.recorded
         sequential = "none" if is_image else "layer" if by_layer else "block"
     return replace(config, pattern=pattern, recovery=recovery, sequential=sequential)
 
@@ -226,8 +226,9 @@ def make_plan(
     refuse_no_module(model, "prune(model, batches)")
     reshard(model)
     preset, config = config.preset, config_for(config, model)
-    # Blocks are loaded one at a time, also to be pruned with statistics of the dense model.
-    stops = "block" if config.sequential == "none" and not has_weights else config.sequential
+    # Blocks are loaded or trained one at a time, also to be pruned with statistics of the dense model.
+    by_block = config.recovery.recorded or not has_weights
+    stops = "block" if config.sequential == "none" and by_block else config.sequential
     inventory = find_layers(model, stops, config.skip, config.only, config.include_grouped, config.pattern)
     plan = Plan(config, model, processes, inventory, preset=preset)
     if is_sharded(model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -128,6 +128,13 @@ class WeightStore:
     def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
         """Stop at each unit before it is pruned; after each stop the samples run through the pruned unit."""
         plan = run.plan
+        if plan.is_one_pass and plan.config.recovery.recorded:
+            inputs = self.observe_dense(run, observer, bar)
+            length = run.samples.length
+            bar.expect(length and length + len(plan.units))
+            for stop in stop_at_units(plan.model, plan.units, run.samples, plan.processes, set(), bar.advance):
+                yield replace(stop, inputs=inputs)
+            return
         bar.expect(run.samples.length if plan.is_one_pass else len(plan.units))
         if plan.observed:
             yield from stop_at_units(plan.model, plan.units, run.samples, plan.processes, run.revisited, bar.advance)

@@ -166,6 +166,11 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
             f"process can compute while it reads the model block by block, but there are {processes.world_size} "
             "processes. Use one process, or allocation='owl' and pattern='unstructured_layer'."
         )
+    if config.sequential == "none" and config.recovery.recorded:
+        raise UserError(
+            f"{config.shown('recovery')} with sequential='none' trains blocks of a model in memory, but the model is "
+            "read block by block. Use sequential='block', or prune in memory."
+        )
     grams = config.sequential == "none" and "gram" in config.needs
     reasons = {
         "pattern": (config.pattern.drops_experts, "", "'unstructured' or '2:4'"),

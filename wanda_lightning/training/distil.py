@@ -81,10 +81,9 @@ class Distil(Recovery):
         next_token: Share of the loss that is the cross entropy of the next token, in [0, 1]; the rest is the
             divergence. It applies to causal language models of transformers, but not with `"mse"`.
         seed: Seed of the order of the samples.
-        blocks: Whether to train each block for its own output right after it is pruned, as `Reconstruct` does. This
-            needs `sequential="block"`. With None, blocks are trained in image models if `sequential` is `"block"`, or
-            `"one_pass"` (the value of the presets), which then becomes `"block"`: an image has one prediction, but many
-            positions at which a block has an output. Not with patterns of whole hidden units.
+        blocks: Whether to train each block for its own output right after it is pruned, as `Reconstruct` does. With
+            None, blocks are trained in image models, since an image has one prediction, but many positions at which a
+            block has an output; not with `sequential="layer"`, nor with patterns of whole hidden units.
     """
 
     passes: int | None = None
@@ -126,17 +125,9 @@ class Distil(Recovery):
         """Number of hidden states that training each block records."""
         return self._for_blocks.recorded
 
-    @property
-    def sequential(self) -> str:
-        """The default of `sequential` to train each block."""
-        return self._for_blocks.sequential
-
-    def for_model(self, is_image: bool, sequential: str) -> tuple[Recovery, str]:
-        """Return the recovery with `blocks` decided, and `"block"` if blocks are trained."""
-        if self.blocks is not None:
-            return self, sequential
-        blocks = is_image and sequential in ("block", "one_pass")
-        return replace(self, blocks=blocks), "block" if blocks else sequential
+    def for_model(self, is_image: bool, sequential: str) -> Recovery:
+        """Decide about `blocks=None`."""
+        return replace(self, blocks=is_image and sequential != "layer") if self.blocks is None else self
 
     def why_not(self, sequential: str) -> str | None:
         """Return why blocks cannot be trained."""

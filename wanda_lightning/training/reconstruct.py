@@ -44,7 +44,6 @@ class Reconstruct(Recovery):
 
     needs: ClassVar = frozenset({"square_sum"})
     recorded: ClassVar = 4  # the inputs and outputs of attention and MLP
-    sequential: ClassVar = "block"
     epochs: int = 4
     learning_rate: float = 0.01
 
@@ -52,10 +51,10 @@ class Reconstruct(Recovery):
         check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
 
     def why_not(self, sequential: str) -> str | None:
-        """Return the reason unless `sequential` is "block", in which units are whole blocks."""
-        if sequential == "block":
+        """Return the reason if `sequential` is "layer", in which units are single layers."""
+        if sequential != "layer":
             return None
-        return "the recovery trains the parts of whole blocks. Use sequential='block' or another recovery."
+        return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
 
     def workspace(self, unit: Unit) -> int:
         """Count masters, gradients in both dtypes, two moments, and two sets of best weights of the largest part."""

@@ -63,17 +63,12 @@ class Recovery:
 
     @property
     def recorded(self) -> int:
-        """Number of hidden states of each token that it records while it trains a unit."""
+        """Number of hidden states of each token that it records while it trains a block; 0 if it trains no blocks."""
         return 0
 
-    @property
-    def sequential(self) -> str:
-        """The default of `sequential`; `"auto"` leaves the choice to the method."""
-        return "auto"
-
-    def for_model(self, is_image: bool, sequential: str) -> tuple[Recovery, str]:
-        """Return the recovery for a model, and the `sequential` to use with it."""
-        return self, sequential
+    def for_model(self, is_image: bool, sequential: str) -> Recovery:
+        """Return the recovery for a model."""
+        return self
 
     def why_not(self, sequential: str) -> str | None:
         """Return why it cannot be combined with a value of `sequential`, and what to do; None if it can be."""
