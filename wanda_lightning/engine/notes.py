@@ -70,11 +70,9 @@ def _revisited(run: Run) -> Note | None:
     names = [name for name in run.layers if name in revisited]
     if not names:
         return None
-    recovery = run.plan.config.recovery
-    instead = "" if recovery.reads_batches or not recovery.why_not("none") else " and another recovery"
     return Note(
         f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the first "
-        f"call: use sequential='none'{instead}, so that they include all calls"
+        "call: use sequential='none', so that they include all calls"
     )
 
 
