@@ -93,7 +93,7 @@ IMAGES: dict[str, Choices] = {
     **{name: {"method": name} for name in PRESETS if name != "fast"},  # it is Wanda within rows
     **BIASES_KEPT,
     "best+row_weights": {"method": "best", "pattern": Unstructured("layer", weigh_rows=True)},
-    **{f"{name} at layer": {"method": name, "sequential": "layer"} for name in ("balanced", "best")},
+    **{f"{name} at layer": {"method": name, "sequential": "layer"} for name in ("wanda", "balanced", "best")},
     "best+distil at layer": {"method": "best", "recovery": Distil(blocks=False), "sequential": "layer"},
     "best+reconstruct": {"method": "best", "recovery": "reconstruct"},
 }
@@ -104,7 +104,10 @@ GOALS = {
 }
 PHOTOS = {name: IMAGES[name] for name in ("wanda, row", "sparsegpt", "balanced", "best", "thorough")}
 PHOTOS |= {name: choices for name, choices in IMAGES.items() if name.startswith("best+") or " at " in name}
-PHOTOS["best-permutation"] = TEXT["best-permutation"]
+PHOTOS |= {
+    "best-permutation": TEXT["best-permutation"],
+    "best-permutation at layer": {**TEXT["best-permutation"], "sequential": "layer"},
+}
 WINDOWS = 16  # for calibration, in the table of all methods
 CALIBRATION_PHOTOS = 512  # likewise
 SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation

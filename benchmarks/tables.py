@@ -49,6 +49,8 @@ LABELS: Mapping[str, str] = {
     "best": "`best`",
     "best, biases kept": "`best`, biases kept",
     "best+reconstruct": "`best`, then `Reconstruct`",
+    "wanda at layer": 'Wanda, `sequential="layer"`',
+    "best-permutation at layer": '`best` without its permutation, `sequential="layer"`',
     "balanced at layer": '`balanced`, `sequential="layer"`',
     "best at layer": '`best`, `sequential="layer"`',
     "best+distil at layer": '`best`, `sequential="layer"`, then `Distil(blocks=False)`',
@@ -516,7 +518,8 @@ def windows() -> str:
 
 def more_photos() -> str:
     """Accuracy and divergence of classifiers with their weights, by the number of calibration images."""
-    more, usual = read_table("more_photos"), read_table("photos")
+    more = [run for run in read_table("more_photos") if " at layer" not in run.method]
+    usual = read_table("photos")
     return _by_number("accuracy (divergence)", "images", more, usual, _accuracy_and_divergence)
 
 
