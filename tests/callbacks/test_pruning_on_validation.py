@@ -112,6 +112,8 @@ def test_options_that_validation_does_not_support_are_refused():
         WandaPrune(calibrate_on="validation", sequential="block")
     with pytest.raises(ValueError, match="sequential='none' and no dataloader, but sequential is 'layer'"):
         PruningCallback(method="fast", sequential="layer", calibrate_on="validation")
+    with pytest.raises(ValueError, match="keeps no batches, but recovery='reconstruct' trains on them"):
+        WandaPrune(calibrate_on="validation", recovery="reconstruct")
     with pytest.raises(ValueError, match="calibrate_on must be one of calibration, validation, but it is 'test'"):
         WandaPrune(calibrate_on="test")
     with pytest.raises(ValueError, match="runs no block by itself, but pattern='structured' runs each block with and"):

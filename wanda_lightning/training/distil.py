@@ -92,7 +92,6 @@ class Distil(Recovery):
     loss: Literal["kl", "mse"] | None = None
     next_token: float = 0.5
     seed: int = 0
-
     blocks: bool | None = None
 
     reads_batches: ClassVar[bool] = True
