@@ -2,7 +2,20 @@
 
 import copy
 
+import torch
+from torch import nn
+
 from wanda_lightning import prune
+
+
+class IntoItsDtype(nn.Linear):
+    """Writes its output into a tensor in the dtype of its weights, which fails in mixed precision."""
+
+    def forward(self, x):
+        y = torch.zeros(len(x), self.out_features, dtype=self.weight.dtype)
+        rows = torch.arange(len(x))
+        y[rows] = super().forward(x)
+        return y
 
 
 def pruned_with_and_without(dense, batches, sparsity=0.5, recovery=None, **choices):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.batches import split
 from support.pairwise import spread, with_nightly
-from support.recoveries import pruned_with_and_without, weights_of
+from support.recoveries import IntoItsDtype, pruned_with_and_without, weights_of
 from support.refusals import refusal
 from support.zoo import ZOO, run
 from torch import nn
@@ -302,7 +302,7 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(monkeypatch, gain, tok
     monkeypatch.setattr(
         distil_loss,
         "mixed_precision",
-        lambda model: torch.autocast("cpu", torch.float16, enabled=mixed and model is half, cache_enabled=False),
+        lambda model, works: torch.autocast("cpu", torch.float16, enabled=mixed and model is half, cache_enabled=False),
     )
     for model, inputs in ((half, batches), (wide, [x.float() for x in batches])):
         prune(model, inputs, 0.5, skip="head", recovery=Distil(passes=1, batch_size=2), progress=False)
@@ -332,6 +332,17 @@ def test_weights_may_have_any_layout(layout):
         prune(each, batches, 0.5, recovery=Distil(passes=2), progress=False)
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
     assert all(torch.equal(a == 0, b == 0) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(nn.Linear, torch.bfloat16), (IntoItsDtype, torch.float32)])
+def test_a_model_runs_in_bfloat16_if_it_can(monkeypatch, kind, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    model, found = classifier(torch.float32), set()
+    model.body.append(kind(12, 12))
+    model.body[0].register_forward_hook(lambda *call: found.add((call[-1].dtype, torch.is_grad_enabled())))
+    report = prune(model, some_batches(8, dtype=torch.float32), recovery="distil", progress=False)
+    assert {(dtype, False), (dtype, True)} <= found  # held out and in training
+    assert report.training.passes[-1].held_out < report.training.passes[0].held_out
 
 
 def test_under_autocast_the_head_of_the_dense_model_is_cast_once():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.allocated import most_allocated
 from support.pairwise import spread
-from support.recoveries import pruned_with_and_without
+from support.recoveries import IntoItsDtype, pruned_with_and_without
 from support.refusals import refusal
 from support.samples import samples_of
 from support.zoo import ZOO
@@ -15,7 +15,6 @@ from torch import nn
 from wanda_lightning import NM, PruningReport, Reconstruct, prune
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.models import find_layers
-from wanda_lightning.training import reconstruct
 
 
 def parts_of(name):
@@ -288,20 +287,9 @@ def test_float16_learns_what_float32_does():
     assert torch.allclose(*map(torch.tensor, errors), rtol=0.02)
 
 
-class Chosen(nn.Linear):
-    """Writes its output into a tensor in the dtype of its weights, which fails in mixed precision."""
-
-    def forward(self, x):
-        y = torch.zeros(len(x), self.out_features, dtype=self.weight.dtype)
-        rows = torch.arange(len(x))
-        y[rows] = super().forward(x)
-        return y
-
-
-@pytest.mark.parametrize(("last", "dtype"), [(nn.Linear, torch.bfloat16), (Chosen, torch.float32)])
+@pytest.mark.parametrize(("last", "dtype"), [(nn.Linear, torch.bfloat16), (IntoItsDtype, torch.float32)])
 def test_a_part_runs_in_bfloat16_if_it_can(monkeypatch, last, dtype):
-    precision = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)  # on any CPU
-    monkeypatch.setattr(reconstruct, "mixed_precision", lambda part: precision)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     model, found = blocks(torch.float32), set()
     for block in model:
         block.mlp.append(last(8, 8))

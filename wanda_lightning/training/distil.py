@@ -63,7 +63,7 @@ class Distil(Recovery):
     No dense copy of the model is kept: the dense predictions are computed from the stored inputs of the output head, or
     are stored themselves. Blocks are recomputed in the backward pass, except those that write into their arguments or
     receive an object with tensors, such as a key-value cache. Models in float32 run in bfloat16 (autocast) where the
-    hardware supports it. Weights in bfloat16 and float16 are trained as copies in float32.
+    hardware and their code support it. Weights in bfloat16 and float16 are trained as copies in float32.
 
     Attributes:
         passes: Number of passes over the samples. None chooses 1 to 3, for about 48 steps of 512 predictions. For
@@ -185,6 +185,7 @@ class _Distillation(ModelRecovery):
         self._held = [index for index in range(len(self._samples)) if index % HELD_OUT == HELD_OUT - 1]
         self._trained = [index for index in range(len(self._samples)) if index not in self._held]
         self._loss = DistilLoss(dense.model, config.loss, config.next_token)
+        self._loss.choose_precision(next((sample for sample, _ in filter(None, self._samples)), None), self._processes)
         self._batch_size, rate, passes = self._usual(config.batch_size)
         self._config = replace(config, passes=config.passes or passes, learning_rate=config.learning_rate or rate)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
 from wanda_lightning.models import causal_config, has_classes
+from wanda_lightning.parallel import Processes
 from wanda_lightning.training.predictions import (
     ROWS_AT_ONCE,
     DenseTarget,
@@ -18,6 +19,7 @@ from wanda_lightning.training.predictions import (
     predictions_of,
     rows_of,
     widened,
+    works,
 )
 
 _Comparison = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
@@ -28,6 +30,7 @@ class DistilLoss:
 
     def __init__(self, model: nn.Module, kind: str | None, next_token: float) -> None:  # see `Distil`
         self._model, self._kind, self._causal = model, kind, causal_config(model)
+        self._is_mixed = True
         self._next_token = 0.0 if self._causal is None else next_token
 
     def __call__(self, sample: Sample, target: DenseTarget, factor: float, scale: float | None) -> float:
@@ -36,9 +39,7 @@ class DistilLoss:
         Without a scale, nothing is passed backward. The gradient is computed by hand for some rows at a time: cross
         entropy would hold several tensors of the size of all predictions.
         """
-        with torch.set_grad_enabled(scale is not None), mixed_precision(self._model):
-            output = sample.predict()
-            rows = rows_of(predictions_of(output), sample)
+        output, rows = self._run(sample, training=scale is not None)
         if not len(rows):  # a sample of padding
             return 0.0
         gradient = None if scale is None else torch.empty_like(rows)
@@ -53,6 +54,15 @@ class DistilLoss:
         if gradient is not None:
             rows.backward(gradient)
         return loss
+
+    def choose_precision(self, sample: Sample | None, processes: Processes) -> None:
+        """Leave mixed precision if a sample does not run in it; None stands for a process without samples."""
+        self._is_mixed = works(lambda: sample and self._run(sample, training=False), processes)
+
+    def _run(self, sample: Sample, training: bool) -> tuple[object, Tensor]:
+        with torch.set_grad_enabled(training), mixed_precision(self._model, self._is_mixed):
+            output = sample.predict()
+            return output, rows_of(predictions_of(output), sample)
 
     def _comparison(self, output: object, sample: Sample, target: DenseTarget) -> _Comparison:
         """Return the function that compares some rows of predictions: their part of the loss, and its gradient."""

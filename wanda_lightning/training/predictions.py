@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.func import functional_call
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Layer, find_predictions, fitting_mask, own_head
+from wanda_lightning.parallel import Processes
 
 _MEDIA_TOKENS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
 HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
@@ -26,18 +27,33 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def mixed_precision(model: nn.Module) -> torch.autocast:
-    """Run float32 models in bfloat16 where the hardware supports it natively; keep the precision set by a Trainer."""
+def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextManager[object]:
+    """Run float32 models in bfloat16 where the hardware supports it natively; keep the precision set by a Trainer.
+
+    If it is not enabled, the precision stays as it is.
+    """
+    if not enabled:
+        return nullcontext()
     parameter = next(model.parameters())
     kind = parameter.device.type
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    if not enabled and parameter.dtype == torch.float32:
+    active, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    if not active and parameter.dtype == torch.float32:
         dtype, features = torch.bfloat16, torch.cpu.get_capabilities()
         on_cpu = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         supports = getattr(torch.get_device_module(kind), "is_bf16_supported", None)  # `mps` does not say
-        enabled = on_cpu if kind == "cpu" else supports is not None and supports(including_emulation=False)
+        active = on_cpu if kind == "cpu" else supports is not None and supports(including_emulation=False)
     # A cached cast that was made without gradients would cut the graph of the recomputed block.
-    return torch.autocast(kind, dtype, enabled=enabled, cache_enabled=False)
+    return torch.autocast(kind, dtype, enabled=active, cache_enabled=False)
+
+
+def works(run: Callable[[], object], processes: Processes) -> bool:
+    """Return whether a run in mixed precision works in all processes; code that sets the dtype of a tensor may not."""
+    try:
+        run()
+        own = True
+    except RuntimeError:
+        own = False
+    return all(found for (found,) in processes.all_gather([own]))
 
 
 def rows_of(predictions: Tensor, sample: Sample) -> Tensor:

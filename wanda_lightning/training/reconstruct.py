@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -21,7 +21,7 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import TrainedPart
 from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError
 from wanda_lightning.training.over_processes import in_one_order
-from wanda_lightning.training.predictions import mixed_precision, widened
+from wanda_lightning.training.predictions import mixed_precision, widened, works
 from wanda_lightning.training.recovery import Recovery, UnitRecovery
 
 _HELD_OUT = 4  # every fourth batch is held out from training
@@ -144,16 +144,8 @@ class _PartTraining:
         self._runs = in_one_order([by_batch.get(n, []) for n in range(1 + max(by_batch, default=-1))], processes)
         self._trained = [run for index, run in enumerate(self._runs) if index % _HELD_OUT != _HELD_OUT - 1]
         self._held_out = self._runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
-        self._is_mixed = True
-        self._is_mixed = all(works for (works,) in processes.all_gather([self._works()]))
-
-    def _works(self) -> bool:
-        """Return whether the part runs in mixed precision; code that copies an output into a given dtype may not."""
-        run = next(filter(None, self._runs), None)
-        try:
-            return run is None or self._error(run) is not None
-        except RuntimeError:
-            return False
+        first, self._is_mixed = next(filter(None, self._runs), None), True
+        self._is_mixed = works(lambda: first and self._error(first), processes)
 
     def train(self) -> TrainedPart | None:
         """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
@@ -200,8 +192,8 @@ class _PartTraining:
 
     def _error(self, run: _Run, training: bool = False) -> Tensor:
         part = self._part.module
-        mixed = mixed_precision(part) if self._is_mixed else nullcontext()
-        with run.call.thread_state.entered(), torch.set_grad_enabled(training), mixed:
+        precision = mixed_precision(part, self._is_mixed)
+        with run.call.thread_state.entered(), torch.set_grad_enabled(training), precision:
             args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
             return self._square_sum(_first_output(part(*args, **kwargs)) - run.output, run)
 
