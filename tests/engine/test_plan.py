@@ -170,13 +170,18 @@ def test_mixed_n_of_m(model_name, allocation):
     assert abs(report.sparsity - 0.5) * sum(layer.size for layer in report.layers) <= largest / 16 / 2
 
 
-@EVERY_GRANULARITY
-def test_batches_are_read_once(sequential):
-    """A generator is as good as a list, though `block` and `layer` need a pass more."""
+@pytest.mark.parametrize(
+    "choices",
+    [*({"allocation": "owl", "sequential": each} for each in SEQUENTIAL_CHOICES)]
+    + [{"recovery": "reconstruct", "sequential": each} for each in ("none", "block")],
+    ids=str,
+)
+def test_batches_are_read_once(choices):
+    """A generator is as good as a list, though most of these choices need a pass more."""
     kept = []
     for batches in (ZOO["llama"].batches(), iter(ZOO["llama"].batches())):
         model = ZOO["llama"].build()
-        report = prune(model, batches, allocation="owl", sequential=sequential, progress=False)
+        report = prune(model, batches, **choices, progress=False)
         assert report.config["calibration_batches"] == len(ZOO["llama"].batches())
         kept.append(model.state_dict())
     assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])

@@ -113,7 +113,8 @@ def prune_as(
         samples = Samples(model, batches, forward, predict, processes, reader, store.make_parking)
         run = Run(plan, samples, store, progress and processes.rank == 0, seconds, not_corrected=not_corrected)
         allocate_first = (not plan.is_one_pass or plan.config.reads_gradients) and not config.pattern.drops_experts
-        if config.data_reader and (allocate_first or config.recovery.reads_batches):
+        recovery_reads = config.recovery.reads_batches or config.recovery.recorded
+        if config.data_reader and (allocate_first or recovery_reads):
             samples.read_all(run.progress)  # the batches run several times, or side by side
     if config.pattern.drops_experts:
         return drop_experts(run)
