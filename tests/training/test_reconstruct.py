@@ -13,8 +13,10 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import NM, PruningReport, Reconstruct, prune
+from wanda_lightning.calibration.batches import batch_size, map_tensors, take
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.models import find_layers
+from wanda_lightning.training import reconstruct
 
 
 def parts_of(name):
@@ -87,7 +89,7 @@ def blocks(dtype=torch.float64, sizes=(8, 12)):
 
 def some_batches(count, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    return [torch.randn(20, 8, generator=generator).to(dtype) for _ in range(count)]
+    return [torch.randn(16, 8, generator=generator).to(dtype) for _ in range(count)]
 
 
 def test_the_workspace_is_what_it_allocates():
@@ -150,7 +152,40 @@ def test_with_statistics_of_the_dense_model_it_learns_on_what_the_trained_blocks
         for place, weight in zip((0, 2), adam(dense[index].mlp, layers, x, 2, 0.001), strict=True):
             torch.testing.assert_close(model[index].mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
     assert {layer.part.name for layer in report.layers} == {"0.mlp", "1.mlp"}
-    assert {layer.tokens for layer in report.layers} == {60}
+    assert {layer.tokens for layer in report.layers} == {48}
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_padded", "gpt2", "t5", "vit", "convnext", "swin", "resnet18"])
+def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
+    monkeypatch.setattr(reconstruct, "_SAMPLES", 1)
+    choices = {"sparsity": 0.5, "recovery": Reconstruct(epochs=2), "sequential": "block"}
+    choices |= {"keep_batch_norm": True, "progress": False}
+    together, alone = ZOO[name].build().double(), ZOO[name].build().double()
+    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, ZOO[name].batches())
+    samples = [take(batch, n, n + 1) for batch in batches for n in range(batch_size(batch))]
+    assert len(samples) > len(batches)
+    first, second = prune(together, batches, **choices), prune(alone, samples, **choices)
+    for one, other in zip(first.layers, second.layers, strict=True):
+        assert one.part == other.part or one.part.after == pytest.approx(other.part.after)
+    torch.testing.assert_close(together.state_dict(), alone.state_dict())
+
+
+class MinusTheMean(nn.Linear):
+    """The output for a sample depends on the others."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(dim=0))
+
+
+def test_a_part_that_compares_samples_is_not_split(monkeypatch):
+    model, batches = blocks(), [x.unflatten(0, (4, 4)) for x in some_batches(5)]
+    for block in model:
+        block.mlp[0].__class__ = MinusTheMean
+    other = copy.deepcopy(model)
+    prune(model, batches, recovery="reconstruct", progress=False)
+    monkeypatch.setattr(reconstruct, "_SAMPLES", 1)
+    prune(other, batches, recovery="reconstruct", progress=False)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def test_it_stops_early_and_goes_back():

@@ -56,8 +56,11 @@ class DistilLoss:
         return loss
 
     def choose_precision(self, sample: Sample | None, processes: Processes) -> None:
-        """Leave mixed precision if a sample does not run in it; None stands for a process without samples."""
-        self._is_mixed = works(lambda: sample and self._run(sample, training=False), processes)
+        """Leave mixed precision if a sample does not run in it, as where the code of the model sets a dtype.
+
+        None stands for a process without samples.
+        """
+        self._is_mixed = works(lambda: sample is None or bool(self._run(sample, training=False)), processes)
 
     def _run(self, sample: Sample, training: bool) -> tuple[object, Tensor]:
         with torch.set_grad_enabled(training), mixed_precision(self._model, self._is_mixed):

@@ -46,12 +46,11 @@ def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextMa
     return torch.autocast(kind, dtype, enabled=active, cache_enabled=False)
 
 
-def works(run: Callable[[], object], processes: Processes) -> bool:
-    """Return whether a run in mixed precision works in all processes; code that sets the dtype of a tensor may not."""
+def works(trial: Callable[[], bool], processes: Processes) -> bool:
+    """Return whether a trial succeeds in all processes, without an exception."""
     try:
-        run()
-        own = True
-    except RuntimeError:
+        own = trial()
+    except Exception:  # the code of a model may raise anything
         own = False
     return all(found for (found,) in processes.all_gather([own]))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.calibration.batch_thread import Call
+from wanda_lightning.calibration.batches import batch_size, is_even, map_tensors, tensors_of
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Unit, fitting_mask
@@ -24,7 +25,9 @@ from wanda_lightning.training.over_processes import in_one_order
 from wanda_lightning.training.predictions import mixed_precision, widened, works
 from wanda_lightning.training.recovery import Recovery, UnitRecovery
 
-_HELD_OUT = 4  # every fourth batch is held out from training
+_HELD_OUT = 4  # every fourth step is held out from training
+_SAMPLES = 16  # of a batch in a step, at most
+_SAME = 1e-3  # largest squared difference, relative to the square sum, that may come from rounding in bfloat16
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,15 @@ class Reconstruct(Recovery):
     """Train the kept weights of each part of a block to reproduce the outputs of the dense part.
 
     The attention and the MLP of a block are trained separately, on their inputs in the dense block: Adam minimizes the
-    squared error with the mask fixed. Every fourth calibration batch, if there are at least four, is held out. Training
-    ends when the error on the held-out batches stops falling, and keeps the best weights. A block with layers outside
-    its parts is trained as a whole. While a block is trained, the inputs and outputs of its parts are in memory for
-    all batches. Models in float32 run in bfloat16 (autocast) where the hardware and the code of the part support it.
+    squared error with the mask fixed. Each step takes at most 16 samples of a calibration batch, or the whole batch if
+    it cannot be split, or if the outputs for a sample depend on the others. Every fourth step, if there are at least
+    four, is held out. Training ends when the error of the held-out steps stops falling, and keeps the best weights. A
+    block with layers outside its parts is trained as a whole. While a block is trained, the inputs and outputs of its
+    parts are in memory for all batches. Models in float32 run in bfloat16 (autocast) where the hardware and the code of
+    the part support it.
 
     Attributes:
-        epochs: Maximum number of passes over the calibration batches.
+        epochs: Maximum number of passes over the calibration samples.
         learning_rate: Learning rate of Adam, relative to the root mean square of the layer's kept weights.
     """
 
@@ -67,11 +72,15 @@ class Reconstruct(Recovery):
 
 
 class _Run(NamedTuple):
-    """One call of a part: its arguments and keyword arguments, and the output of the dense part."""
+    """One call of a part: its arguments and keyword arguments, the output of the dense part, and what is not padding.
+
+    Training may split it into several, with some samples of the batch in each.
+    """
 
     call: Call
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
     output: Tensor
+    keep: Tensor | None
 
 
 @dataclass
@@ -90,7 +99,9 @@ class _Part:
 
     def record_output(self, call: Call, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         """Copy the output after the forward of the module (a hook)."""
-        self.runs.append(_Run(call, self.inputs, _first_output(output).clone()))
+        found = _first_output(output).clone()
+        mask = fitting_mask(call.sample.masks, self.name, found)
+        self.runs.append(_Run(call, self.inputs, found, mask.keep if mask else None))
 
 
 @dataclass
@@ -138,14 +149,41 @@ class _PartTraining:
 
     def __init__(self, part: _Part, config: Reconstruct, processes: Processes) -> None:
         self._part, self._config, self._processes = part, config, processes
+        self._is_mixed = True
+        self._is_mixed = works(lambda: not part.runs or self._output(part.runs[0]) is not None, processes)
+        splits = works(self._splits_exactly, processes)
         by_batch: dict[int, list[_Run]] = {run.call.sample.batch_index: [] for run in part.runs}
         for run in part.runs:
-            by_batch[run.call.sample.batch_index].append(run)
+            by_batch[run.call.sample.batch_index] += self._split(run) if splits else [run]
         self._runs = in_one_order([by_batch.get(n, []) for n in range(1 + max(by_batch, default=-1))], processes)
         self._trained = [run for index, run in enumerate(self._runs) if index % _HELD_OUT != _HELD_OUT - 1]
         self._held_out = self._runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
-        first, self._is_mixed = next(filter(None, self._runs), None), True
-        self._is_mixed = works(lambda: first and self._error(first), processes)
+
+    def _split(self, run: _Run) -> list[_Run]:
+        """Return the run with few samples of the batch at a time; as it is if its output does not show the samples."""
+        batch = run.call.sample.batch
+        count = batch_size(batch) if tensors_of(batch) and is_even(batch) else 1
+        if count <= _SAMPLES or len(run.output) % count:
+            return [run]
+        size = math.ceil(count / math.ceil(count / _SAMPLES))
+
+        def part(start: int, x: Tensor) -> Tensor:
+            if x.ndim < 2 or len(x) not in (count, len(run.output)):  # such as positions, for all samples
+                return x
+            rows = len(x) // count
+            return x[start * rows : (start + size) * rows]
+
+        values = run.inputs, run.output, run.keep
+        return [_Run(run.call, *map_tensors(partial(part, start), values)) for start in range(0, count, size)]
+
+    def _splits_exactly(self) -> bool:
+        """Return whether the first samples of the largest batch have the same outputs alone."""
+        run = max(self._part.runs, key=lambda run: len(run.output), default=None)
+        if run is None or (first := self._split(run)[0]) is run:
+            return True
+        found = widened(self._output(first))
+        expected = widened(self._output(run))[: len(found)]
+        return bool((found - expected).square().sum() <= _SAME * expected.square().sum())
 
     def train(self) -> TrainedPart | None:
         """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
@@ -190,17 +228,21 @@ class _PartTraining:
         self._processes.all_reduce_sum([sums])
         return sums
 
-    def _error(self, run: _Run, training: bool = False) -> Tensor:
+    def _output(self, run: _Run, training: bool = False) -> Tensor:
         part = self._part.module
         precision = mixed_precision(part, self._is_mixed)
         with run.call.thread_state.entered(), torch.set_grad_enabled(training), precision:
             args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
-            return self._square_sum(_first_output(part(*args, **kwargs)) - run.output, run)
+            return _first_output(part(*args, **kwargs))
+
+    def _error(self, run: _Run, training: bool = False) -> Tensor:
+        with torch.set_grad_enabled(training):
+            return self._square_sum(self._output(run, training) - run.output, run)
 
     def _square_sum(self, x: Tensor, run: _Run) -> Tensor:
         """Sum the squares over all tokens except padding."""
-        if mask := fitting_mask(run.call.sample.masks, self._part.name, x):
-            x = x.flatten(0, -2)[mask.keep.flatten().to(x.device)]
+        if run.keep is not None:
+            x = x.flatten(0, -2)[run.keep.flatten().to(x.device)]
         return widened(x).square().sum()
 
 
