@@ -170,22 +170,65 @@ def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     torch.testing.assert_close(together.state_dict(), alone.state_dict())
 
 
-class MinusTheMean(nn.Linear):
-    """The output for a sample depends on the others."""
+@pytest.mark.parametrize(("count", "size"), [(16, 16), (17, 9), (33, 11), (64, 16)])
+def test_large_batches_have_pieces_of_about_one_size(count, size):
+    x = torch.randn(4 * count, 8, generator=torch.Generator().manual_seed(1)).double()
+    results = []
+    for batches in (x.split(count), [piece for batch in x.split(count) for piece in batch.split(size)]):
+        model = blocks()
+        prune(model, list(batches), recovery=Reconstruct(epochs=2), progress=False)
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results)
+
+
+class MinusTheMean(nn.Module):
+    def forward(self, x):
+        return x - x.mean(dim=0)
+
+
+class SumUntilHere(nn.Module):
+    """Only the first piece is as in the whole batch."""
 
     def forward(self, x):
-        return super().forward(x - x.mean(dim=0))
+        return x.cumsum(dim=0)
 
 
-def test_a_part_that_compares_samples_is_not_split(monkeypatch):
-    model, batches = blocks(), [x.unflatten(0, (4, 4)) for x in some_batches(5)]
-    for block in model:
-        block.mlp[0].__class__ = MinusTheMean
-    other = copy.deepcopy(model)
-    prune(model, batches, recovery="reconstruct", progress=False)
-    monkeypatch.setattr(reconstruct, "_SAMPLES", 1)
-    prune(other, batches, recovery="reconstruct", progress=False)
-    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+class WithTable(nn.Module):
+    """Has a table with as many rows as some batches have samples."""
+
+    def forward(self, x):
+        return x + torch.arange(40.0).to(x)[: 40 if len(x) == 40 else 1, None]
+
+
+class Scores(nn.Module):
+    """Has an output of one dimension."""
+
+    def forward(self, x):
+        return x.sum(dim=-1)
+
+
+class Scored(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), kind())
+
+    def forward(self, x):
+        y = self.mlp(x)
+        return x + (y if y.ndim == x.ndim else y[:, None])
+
+
+@pytest.mark.parametrize("kind", [MinusTheMean, SumUntilHere, WithTable, Scores])
+def test_a_batch_is_not_split_if_samples_would_have_other_outputs(monkeypatch, kind):
+    generator, results = torch.Generator().manual_seed(1), []
+    batches = [torch.randn(count, 8, generator=generator).double() for count in (64, 64, 40, 64, 64)]
+    for largest in (reconstruct._SAMPLES, 64):
+        monkeypatch.setattr(reconstruct, "_SAMPLES", largest)
+        torch.manual_seed(0)
+        model = nn.Sequential(Scored(kind), Scored(kind)).double()
+        report = prune(model, batches, recovery="reconstruct", progress=False)
+        assert any(layer.part.after < layer.part.before for layer in report.layers)
+        results.append(model.state_dict())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_it_stops_early_and_goes_back():

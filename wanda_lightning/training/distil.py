@@ -63,7 +63,7 @@ class Distil(Recovery):
     No dense copy of the model is kept: the dense predictions are computed from the stored inputs of the output head, or
     are stored themselves. Blocks are recomputed in the backward pass, except those that write into their arguments or
     receive an object with tensors, such as a key-value cache. Models in float32 run in bfloat16 (autocast) where the
-    hardware and their code support it. Weights in bfloat16 and float16 are trained as copies in float32.
+    hardware and the code of the model support it. Weights in bfloat16 and float16 are trained as copies in float32.
 
     Attributes:
         passes: Number of passes over the samples. None chooses 1 to 3, for about 48 steps of 512 predictions. For

@@ -47,11 +47,14 @@ def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextMa
 
 
 def works(trial: Callable[[], bool], processes: Processes) -> bool:
-    """Return whether a trial succeeds in all processes, without an exception."""
-    try:
-        own = trial()
-    except Exception:  # the code of a model may raise anything
-        own = False
+    """Return whether a trial succeeds in all processes, without an exception; too little memory is an error."""
+    with processes.fail_together():
+        try:
+            own = trial()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # the code of a model may raise anything
+            own = False
     return all(found for (found,) in processes.all_gather([own]))
 
 

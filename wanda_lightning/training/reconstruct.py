@@ -27,7 +27,6 @@ from wanda_lightning.training.recovery import Recovery, UnitRecovery
 
 _HELD_OUT = 4  # every fourth step is held out from training
 _SAMPLES = 16  # of a batch in a step, at most
-_SAME = 1e-3  # largest squared difference, relative to the square sum, that may come from rounding in bfloat16
 
 
 @dataclass(frozen=True)
@@ -36,11 +35,11 @@ class Reconstruct(Recovery):
 
     The attention and the MLP of a block are trained separately, on their inputs in the dense block: Adam minimizes the
     squared error with the mask fixed. Each step takes at most 16 samples of a calibration batch, or the whole batch if
-    it cannot be split, or if the outputs for a sample depend on the others. Every fourth step, if there are at least
-    four, is held out. Training ends when the error of the held-out steps stops falling, and keeps the best weights. A
-    block with layers outside its parts is trained as a whole. While a block is trained, the inputs and outputs of its
-    parts are in memory for all batches. Models in float32 run in bfloat16 (autocast) where the hardware and the code of
-    the part support it.
+    it cannot be split, or if the pieces would have other outputs than the whole. Every fourth step, if there are at
+    least four, is held out. Training ends when the error of the held-out steps stops falling, and keeps the best
+    weights. A block with layers outside its parts is trained as a whole. While a block is trained, the inputs and
+    outputs of its parts are in memory for all batches. Models in float32 run in bfloat16 (autocast) where the hardware
+    and the code of the part support it.
 
     Attributes:
         epochs: Maximum number of passes over the calibration samples.
@@ -160,30 +159,35 @@ class _PartTraining:
         self._held_out = self._runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
 
     def _split(self, run: _Run) -> list[_Run]:
-        """Return the run with few samples of the batch at a time; as it is if its output does not show the samples."""
-        batch = run.call.sample.batch
+        """Return the run in pieces with few samples of the batch; as it is if its rows do not belong to samples."""
+        batch, rows = run.call.sample.batch, len(run.output) if run.output.ndim > 1 else 0
         count = batch_size(batch) if tensors_of(batch) and is_even(batch) else 1
-        if count <= _SAMPLES or len(run.output) % count:
+        values = run.inputs, run.output, run.keep
+        vectors = {len(x) for x in tensors_of(values) if x.ndim == 1}  # positions are for all samples, offsets are not
+        if count <= _SAMPLES or not rows or rows % count or vectors & {count, count + 1, rows}:
             return [run]
         size = math.ceil(count / math.ceil(count / _SAMPLES))
 
-        def part(start: int, x: Tensor) -> Tensor:
-            if x.ndim < 2 or len(x) not in (count, len(run.output)):  # such as positions, for all samples
+        def piece(start: int, x: Tensor) -> Tensor:
+            if x.ndim < 2 or len(x) not in (count, rows):
                 return x
-            rows = len(x) // count
-            return x[start * rows : (start + size) * rows]
+            return x[start * len(x) // count : (start + size) * len(x) // count]
 
-        values = run.inputs, run.output, run.keep
-        return [_Run(run.call, *map_tensors(partial(part, start), values)) for start in range(0, count, size)]
+        return [_Run(run.call, *map_tensors(partial(piece, start), values)) for start in range(0, count, size)]
 
     def _splits_exactly(self) -> bool:
-        """Return whether the first samples of the largest batch have the same outputs alone."""
-        run = max(self._part.runs, key=lambda run: len(run.output), default=None)
-        if run is None or (first := self._split(run)[0]) is run:
-            return True
-        found = widened(self._output(first))
-        expected = widened(self._output(run))[: len(found)]
-        return bool((found - expected).square().sum() <= _SAME * expected.square().sum())
+        """Return whether the pieces have the outputs of the whole, for one run of each shape."""
+        runs = {tuple(x.shape for x in tensors_of((run.inputs, run.output))): run for run in self._part.runs}
+        return all(len(pieces := self._split(run)) == 1 or self._is_whole(pieces, run) for run in runs.values())
+
+    def _is_whole(self, pieces: Sequence[_Run], run: _Run) -> bool:
+        outputs = [self._output(piece) for piece in pieces]
+        expected = self._output(run).split([len(output) for output in outputs])
+        rounding = min(2e-4, torch.finfo(outputs[0].dtype).eps)  # of a square sum; less than eps, even in bfloat16
+        return all(
+            bool(widened(one - other).square().sum() <= rounding * widened(other).square().sum())
+            for one, other in zip(outputs, expected, strict=True)
+        )
 
     def train(self) -> TrainedPart | None:
         """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
