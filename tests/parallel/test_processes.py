@@ -248,12 +248,13 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
         assert (one.loss, one.held_out) == (pytest.approx(other.loss), pytest.approx(other.held_out))
 
 
+@pytest.mark.parametrize("size", [1, 18])
 @pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
-def test_reconstruction_is_that_of_one_process(pair, name, shares):
-    """The same steps on the same batches, whichever process runs them."""
-    model, turns = ZOO[name].build().double(), in_turns(split(ZOO[name].batches(), 1), shares)
+def test_reconstruction_is_that_of_one_process(pair, name, shares, size):
+    """The same steps on the same batches, whichever process runs them; a batch of 18 has two steps."""
+    model, turns = ZOO[name].build().double(), in_turns(split(ZOO[name].batches() * size, size), shares)
     expected = prune(model, turns, method="magnitude", recovery=Reconstruct(epochs=2), progress=False)
-    (weights, report), (others, _) = pair.run(cases.reconstructed, name, shares)
+    (weights, report), (others, _) = pair.run(cases.reconstructed, name, shares, size)
     assert_equal_everywhere(weights, others)
     for key, value in model.named_parameters():
         torch.testing.assert_close(weights[key], value.detach(), rtol=1e-6, atol=1e-9)

@@ -224,10 +224,10 @@ def distilled(rank, name, shares, size):
     return whole_after(model, batches, recovery=Distil(passes=2, batch_size=2))
 
 
-def reconstructed(rank, name, shares):
-    """Prune and reconstruct a specimen that both processes have."""
+def reconstructed(rank, name, shares, size):
+    """Prune and reconstruct a specimen that both processes have, with batches of a size."""
     model = ZOO[name].build().double()
-    batches = share_of(split(ZOO[name].batches(), 1), rank, shares)
+    batches = share_of(split(ZOO[name].batches() * size, size), rank, shares)
     return whole_after(model, batches, method="magnitude", recovery=Reconstruct(epochs=2))
 
 
