@@ -156,6 +156,11 @@ def is_even(batch: Any) -> bool:
     return len(lengths) == 1 and not _images(batch) and not _has_column(batch)
 
 
+def separable_samples(batch: Any) -> int:
+    """Return the number of samples that a batch can be split into; 1 if it cannot be split."""
+    return batch_size(batch) if is_even(batch) else 1
+
+
 def _has_column(batch: Any) -> bool:
     """Whether a batch holds a list without tensors, as of one text for each sample."""
     if isinstance(batch, list | tuple) and not any(isinstance(each, Tensor | Mapping | list | tuple) for each in batch):

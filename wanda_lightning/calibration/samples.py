@@ -18,6 +18,7 @@ from wanda_lightning.calibration.batches import (
     is_even,
     length_of,
     outside_inference,
+    separable_samples,
     take,
     tensors_of,
     to_device,
@@ -136,7 +137,7 @@ class Samples:
         """
         batches, kept = iter(self._batches), list[Sample]()
         while sum(sample.size for sample in kept) < count and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT:
-            kept.append(self._sample(batch, len(kept), batch_size(batch) if is_even(batch) else 1))
+            kept.append(self._sample(batch, len(kept), separable_samples(batch)))
         if not isinstance(self._batches, list):
             self._batches = chain([sample.batch for sample in kept], batches)
         return kept

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.calibration.batch_thread import Call
-from wanda_lightning.calibration.batches import batch_size, is_even, map_tensors, tensors_of
+from wanda_lightning.calibration.batches import map_tensors, separable_samples, tensors_of
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Unit, fitting_mask
@@ -160,8 +160,7 @@ class _PartTraining:
 
     def _split(self, run: _Run) -> list[_Run]:
         """Return the run in pieces with few samples of the batch; as it is if its rows do not belong to samples."""
-        batch, rows = run.call.sample.batch, len(run.output) if run.output.ndim > 1 else 0
-        count = batch_size(batch) if tensors_of(batch) and is_even(batch) else 1
+        count, rows = separable_samples(run.call.sample.batch), len(run.output) if run.output.ndim > 1 else 0
         values = run.inputs, run.output, run.keep
         vectors = {len(x) for x in tensors_of(values) if x.ndim == 1}  # positions are for all samples, offsets are not
         if count <= _SAMPLES or not rows or rows % count or vectors & {count, count + 1, rows}:
