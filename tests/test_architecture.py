@@ -1,6 +1,7 @@
 """Which room may import which, for every file of the package: the table is the one in CONTRIBUTING.md."""
 
 import ast
+import itertools
 import re
 import sys
 from graphlib import TopologicalSorter
@@ -15,24 +16,28 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rg
 
 
 class Room(NamedTuple):
-    """What a room may import: anywhere, and only inside functions."""
+    """What a room may import, anywhere and only inside functions, and how many lines it may have."""
 
     anywhere: set[str]
     in_functions: set[str]
+    lines: int
+
+
+def rows_of(text, heading):
+    """The cells of the first table whose first column has this heading."""
+    lines = text.splitlines()
+    start = next(index for index, line in enumerate(lines) if re.match(rf"\|\s*{heading}\s*\|", line))
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]):
+        yield [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
 
 def read_table(text):
-    """The rooms of the first table whose heading is "room"; rows have a room, a description, and two lists of names."""
-    lines = text.splitlines()
-    start = next(index for index, line in enumerate(lines) if re.match(r"\|\s*room\s*\|", line))
+    """The rooms; rows have a room, a description, two lists of names, and a number of lines."""
     rooms = {}
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            break
-        room, _, anywhere, in_functions = (cell.strip() for cell in line.strip("|").split("|"))
-        for name in re.findall(r"`([^`]+)`", room):
-            assert name not in rooms, f"{name} stands twice in the table"
-            rooms[name.rstrip("/")] = Room(set(names_in(anywhere)), set(names_in(in_functions)))
+    for room, _, anywhere, in_functions, lines in rows_of(text, "room"):
+        (name,) = names_in(room)
+        assert name not in rooms, f"{name} stands twice in the table"
+        rooms[name] = Room(set(names_in(anywhere)), set(names_in(in_functions)), int(lines))
     return rooms
 
 
@@ -40,7 +45,8 @@ def names_in(cell):
     return [name.rstrip("/") for name in re.findall(r"`([^`]+)`", cell)]
 
 
-ROOMS = read_table((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+ROOMS = read_table(CONTRIBUTING)
 
 
 def room_of(file):
@@ -109,11 +115,29 @@ def test_no_files_import_each_other_in_a_circle():
     assert set(TopologicalSorter(imported).static_order()) == modules.keys()
 
 
+def lines_in(files):
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_keeps_its_budget(room):
+    files = [ROOT / file for file in FILES if room_of(file) == room]
+    assert lines_in(files) <= ROOMS[room].lines, f"take out what is worth least in {room}"
+
+
+@pytest.mark.parametrize("row", rows_of(CONTRIBUTING, "all"), ids=lambda row: row[0])
+def test_the_whole_keeps_its_budget(row):
+    (folder,), lines, number = names_in(row[0]), int(row[1]), row[2]
+    files = list((ROOT / folder).rglob("*.py"))
+    assert lines_in(files) <= lines
+    assert len(files) <= int(number or len(files))
+
+
 TABLE = """
-| room | what | may import | only in functions |
-| --- | --- | --- | --- |
-| `shell` | | `core/`, `numpy` | `timm` |
-| `core/` | | `torch` | |
+| room | what | may import | only in functions | lines |
+| --- | --- | --- | --- | ---: |
+| `shell` | | `core/`, `numpy` | `timm` | 1 |
+| `core/` | | `torch` | | 1 |
 """
 
 
