@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +43,6 @@ SPARSITY = 0.5
 LARGE = {"hidden": 4096, "mlp": 11008, "layers": 32, "heads": 32, "vocabulary": 32000}
 SMALL = {"hidden": 512, "mlp": 1408, "layers": 8, "heads": 8, "vocabulary": 32000}
 COUNTS = {"samples": 128, "seqlen": 2048, "small_samples": 8, "small_seqlen": 512, "runs": 5}
-NEW = 64  # tokens to generate
 PATIENCE = timedelta(minutes=3)  # with a process that the other one waits for
 
 Measured = dict[str, float]
@@ -111,7 +110,7 @@ class Small:
             self.dense[dtype] = CausalLMModule(self.options.model, dtype=dtype).model.eval()
         elif dtype not in self.dense:
             shape = {name: min(size, getattr(self.options, name)) for name, size in SMALL.items()}
-            self.dense[dtype] = random_llama(shape, self.options.small_seqlen + NEW, dtype, "cpu")
+            self.dense[dtype] = random_llama(shape, self.options.small_seqlen, dtype, "cpu")
         return copy.deepcopy(self.dense[dtype]).to(device)
 
     def pruned(self, method: str, dtype: str, device: str, processes: Processes = SINGLE_PROCESS) -> Pruned:
@@ -192,16 +191,9 @@ class Large:
         planned = self.plan(**choices, source="disk")
         return Step(planned, partial(self.prune_from_disk, **choices), lambda: 60 + 4 * self.plain, obstacle)
 
-    def speed_step(self) -> Step:
-        """Run 2:4 weights."""
-        obstacle = "" if torch.device(self.options.device).type == "cuda" else "accelerate_2to4 needs a CUDA device"
-        prompt = Samples("random tokens", 1, self.options.seqlen)
-        planned = replace(self.plan("accelerate_2to4"), pattern="2:4", calibration=None, evaluation=prompt)
-        return Step(planned, self.speed, lambda: 60, obstacle)
-
     def build(self) -> Any:
         """Build the model on the device."""
-        return random_llama(vars(self.options), self.options.seqlen + NEW, "bfloat16", self.options.device)
+        return random_llama(vars(self.options), self.options.seqlen, "bfloat16", self.options.device)
 
     @cached_property
     def batches(self) -> Batches:
@@ -242,20 +234,6 @@ class Large:
             arguments = {**choices, "device": self.options.device, "progress": False}
             return self.measured(lambda: prune_from_disk(dense, output, self.batches, SPARSITY, **arguments))
 
-    @torch.no_grad()
-    def speed(self) -> Measured:
-        """Compare 2:4 weights on sparse tensor cores with the same weights as dense ones."""
-        from wanda_lightning.cli.speed import measure_speeds  # needs the libraries of the command line
-
-        model, prompt = self.build(), self.batches[0]["input_ids"].to(self.options.device)
-        prune(model, None, SPARSITY, method="magnitude", pattern="2:4", progress=False)
-        largest = float(model(prompt).logits.abs().max())
-        speeds, sizes, changed = measure_speeds(model, prompt, NEW)
-        ratios = [median(sparse) / median(dense) for dense, sparse in zip(speeds["dense"], speeds["2:4"], strict=True)]
-        numbers = (*ratios, changed / largest, sizes["2:4"] / MIB, sizes["dense"] / MIB)
-        names = ("prefill_speed", "decode_speed", "logit_difference", "weights_mib", "plain_weights_mib")
-        return dict(zip(names, numbers, strict=True))
-
 
 def all_steps(small: Small, large: Large) -> Iterator[Step]:
     """Yield all steps, the most important first."""
@@ -266,7 +244,6 @@ def all_steps(small: Small, large: Large) -> Iterator[Step]:
     yield Step(large.plan("forward pass"), large.forward, lambda: 30)
     yield large.step(2, method="wanda", sequential="layer")
     yield large.step(4, method="wanda", sequential="block")
-    yield large.speed_step()
     yield from small.training_steps()
     planned = small.plan("wanda", small.options.small_samples, dtype="float32", compared="one process")
     yield Step(planned, small.two_processes, lambda: 60)

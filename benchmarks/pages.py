@@ -142,7 +142,7 @@ def zeros() -> str:
         "it is loaded.",
         "**Speed**: dense kernels multiply by zeros, too. On a CPU, nothing is gained: dense 8-bit weights are as fast "
         "as a kernel for sparse ones was, and give the better model ([tried](docs/tried.md)). For NVIDIA GPUs, 2:4 on "
-        "sparse tensor cores is [built in](docs/speed.md), but not measured.",
+        "sparse tensor cores has [a recipe](docs/speed.md), but is not measured.",
         f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
         f"{perplexity(ours['thorough', '50 %'])} at 50 %. These perplexities are for one small model and one draw "
         "of 8 thousand calibration tokens; [other draws](docs/measured.md#other-calibration-windows-and-another-text) "

@@ -53,15 +53,11 @@ QUANTITIES: Mapping[str, str] = {
     "tie_distance": "mean relative distance between the threshold of a row and a score whose mask entry differs",
     "output_error": "mean relative squared error of the outputs of a layer",
     "plain_output_error": "the same for what it is compared with",
-    "logit_difference": "largest difference of a logit / largest logit",
-    "prefill_speed": "tokens of a prompt per second / those with dense weights",
-    "decode_speed": "generated tokens per second / those with dense weights",
     "zeros_kept": "fraction of the pruned weights that are still zero",
     "trained_tokens": "tokens that training has read",
     "new_zeros": "fraction of the kept weights that became zero",
     "added": "parameters of adapters / all other parameters",
     "weights_mib": "bytes of all weights, in MiB",
-    "plain_weights_mib": "the same for what it is compared with",
     "zstd_mib": "weights_mib after zstd -3",
     **{
         f"{what}_{size}": f"{text} per second with a batch of {size} / those of the dense float32 model"

@@ -85,8 +85,6 @@ def test_the_python_on_a_page_runs(page, folder, tmp_path, monkeypatch, few_digi
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     torch.manual_seed(0)
-    if page.stem == "speed" and not torch.cuda.is_available():
-        pytest.skip("accelerate_2to4 needs a GPU")
     names = {}
     for line, block in blocks(page, "python"):
         for large, small in SMALLER.items():

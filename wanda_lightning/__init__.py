@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from wanda_lightning.acceleration import accelerate_2to4
     from wanda_lightning.callbacks import (
         BestAfterPruning,
         CubicSchedule,
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from wanda_lightning.training.held_zeros import keep_zeros
 
 _HOMES = {
-    "acceleration": "accelerate_2to4",
     "callbacks": (
         "BestAfterPruning CubicSchedule DistillFromDense KeepZeros LinearSchedule MagnitudePrune OneShot "
         "PruningCallback SavePretrained Schedule SparseGPTPrune WandaPrune"
@@ -104,7 +102,6 @@ __all__ = [
     "Wanda",
     "WandaPrune",
     "ZeroOut",
-    "accelerate_2to4",
     "keep_zeros",
     "perplexity_from_disk",
     "prune",

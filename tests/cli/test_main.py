@@ -20,11 +20,10 @@ from wanda_lightning.cli.options import OPTIONS
 from wanda_lightning.cli.signals import Signals
 
 pytestmark = IGNORED_WARNINGS
-COMMANDS = ["prune", "finetune", "evaluate", "inspect", "speed", "fit", "validate", "test", "predict"]
+COMMANDS = ["prune", "finetune", "evaluate", "inspect", "fit", "validate", "test", "predict"]
 
 USAGE = [
     (["prune"], "--model is required"),
-    (["speed"], "--model is required"),
     (["fit"], "--config FILE.yaml is required for fit"),
     (["validate", "--config", "gone.yaml"], "gone.yaml"),
     (["inspect", "--model", "."], "--model . has no config.json."),
@@ -93,7 +92,7 @@ def test_version(capsys):
 LIGHT = """
 import sys
 from wanda_lightning.cli import main
-commands = ["prune", "finetune", "evaluate", "inspect", "speed"]
+commands = ["prune", "finetune", "evaluate", "inspect"]
 lines = [[], ["--version"], ["pruen"]] + [[c, o] for c in commands for o in ("--help", "--print_config")]
 wrong = ("--method wnada", "--pattern 4:2", "--evaluation wikitext3", "--save /dev/null/x")
 lines += [["prune", "--model", "x", *more.split()] for more in wrong] + [["fit"], ["fit", "--help"]]
@@ -111,7 +110,7 @@ def test_help_and_refusals_load_no_library(tmp_path):
     assert len(said) == 9  # one line for each refusal
     for line in said[-3:]:
         assert re.match(r"wanda-lightning: error: --config must be a YAML file, but gone\.ya?ml does not", line)
-    assert done.stdout.count("usage: wanda-lightning") == 7
+    assert done.stdout.count("usage: wanda-lightning") == 6
     assert "Fraction of the pruned layers' weights that become" in done.stdout
 
 

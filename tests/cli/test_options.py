@@ -237,7 +237,6 @@ def test_samples_that_fit_in_memory_are_not_refused(monkeypatch):
         ("prune", ["--model", "m", "--skip", "lm_head,re:x{1,3}(a,b)", "--sparsity", "0.25", "--overwrite"]),
         ("prune", ["--model", "m", "--skip", '["re:a,b", "[ab]"]', "--only", "[ab]*"]),
         ("finetune", ["--model", "m", "--target_modules", "q_proj", "--lr", "1e-05"]),
-        ("speed", ["--model", "m", "--tokens", "3"]),
     ],
 )
 def test_a_command_is_parsed_into_the_options_from_which_it_was_made(command, arguments):

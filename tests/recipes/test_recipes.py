@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -135,10 +136,28 @@ def test_a_download_refuses_to_replace_a_folder(tmp_path):
     assert "efficientnet_lite0 exists already. Delete it to download it again." in ended.stderr.splitlines()[-1]
 
 
+def imported(script):
+    """A script of the recipes as a module."""
+    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "recipes" / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_2to4_weights_need_a_gpu_and_a_shape_that_fits():
+    command = [sys.executable, ROOT / "recipes/llm/speed_2to4.py", "--model", "folder"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("speed_2to4.py needs a CUDA device of compute capability 8.0")
+    layers = [torch.nn.Linear(columns, rows) for rows, columns in ((32, 64), (32, 64), (16, 64), (32, 32))]
+    for layer in layers[1:]:
+        layer.weight.data[:, ::2] = 0
+    assert imported("llm/speed_2to4.py").layers_2to4(torch.nn.Sequential(*layers)) == layers[1:2]
+
+
 def test_efficientnet_is_converted_by_the_order_of_its_tensors(tmp_path):
-    spec = importlib.util.spec_from_file_location("get_efficientnet", ROOT / "recipes/vision/get_efficientnet.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = imported("vision/get_efficientnet.py")
     torch.manual_seed(0)
     tensors = timm.create_model("tf_efficientnet_lite0").state_dict().values()
     torch.save({f"_{number}": tensor for number, tensor in enumerate(tensors)}, tmp_path / "weights.pth")

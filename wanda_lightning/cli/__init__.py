@@ -24,7 +24,6 @@ COMMANDS = {
     "finetune": "Fine-tune a pruned language model without losing a zero, and measure it before and after.",
     "evaluate": "Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity.",
     "inspect": "Show what prune would prune, what not, and why. No weight is loaded.",
-    "speed": "Time the 2:4 weights of a language model on sparse tensor cores against dense ones.",
 }
 LIGHTNING_COMMANDS = ("fit", "validate", "test", "predict")
 

@@ -197,28 +197,10 @@ class EvaluateOptions(ModelOptions):
         return self.models[0].startswith(TIMM)
 
 
-@dataclass(kw_only=True)
-class SpeedOptions(ModelOptions):
-    """The options of `wanda-lightning speed`."""
-
-    model: str = option("Hub id or folder of a language model that is pruned to 2:4.", MISSING)
-    seqlen: int = option("Number of tokens in the prompt.", 128, rule=WINDOW)
-    tokens: int = option("Number of tokens to generate.", 64, rule=COUNT)
-
-    def __post_init__(self) -> None:
-        if self.model.startswith(TIMM):
-            raise UsageError(f"--model must be a language model, but it is {self.model}.")
-
-    def refuse_early(self) -> None:
-        """Refuse a file that does not exist."""
-        self.refuse_missing("model")
-
-
 OPTIONS: dict[str, type] = {
     "prune": PruneOptions,
     "shrink": ShrinkOptions,
     "finetune": FinetuneOptions,
     "evaluate": EvaluateOptions,
     "inspect": InspectOptions,
-    "speed": SpeedOptions,
 }
