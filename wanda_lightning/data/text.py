@@ -16,9 +16,8 @@ from wanda_lightning.common.checks import check_at_least, check_positive, check_
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.data.module import DataModule, silence_worker_advice
+from wanda_lightning.data.module import DataModule, ResumableLoader, silence_worker_advice
 from wanda_lightning.data.own_text import first_token, sample_windows
-from wanda_lightning.data.resumable import ResumableLoader
 from wanda_lightning.data.text_sources import (
     OWN_TEXT,
     SELF,
@@ -276,7 +275,8 @@ class TextDataModule(DataModule):
             self.batch_size,
             shuffle=True,
             generator=torch.Generator().manual_seed(self.seed),
-            limit=1.0 if self.trainer is None else self.trainer.limit_train_batches,
+            trainer=self.trainer,
+            seed=self.seed,
         )
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
