@@ -9,21 +9,17 @@ from wanda_lightning import (
     ADMM,
     OWL,
     Magnitude,
-    MagnitudePrune,
     NoPermutation,
     NoRecovery,
-    PruningCallback,
     PruningConfig,
     Reconstruct,
     SparseGPT,
-    SparseGPTPrune,
     Uniform,
     Unstructured,
     Wanda,
     ZeroOut,
 )
-from wanda_lightning.callbacks.named_methods import CallbackOptions
-from wanda_lightning.config import CommonChoices, PruningChoices
+from wanda_lightning.config import PruningChoices
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.methods import ALLOCATIONS, CRITERIA, PATTERNS, PERMUTATIONS, PRESETS, RECOVERIES, SOLVERS
 
@@ -60,8 +56,12 @@ def test_the_solver_brings_its_criterion_unless_one_is_given():
     assert PruningConfig.from_names(method="magnitude", solver="refit").criterion == Wanda()
     assert PruningConfig.from_names(method="magnitude").criterion == Magnitude()
     for options in ({}, {"pattern": "unstructured"}):
-        assert PruningConfig.from_names(criterion="magnitude", **options) == MagnitudePrune(**options).config
-        assert PruningConfig.from_names(solver=SparseGPT(), **options) == SparseGPTPrune(**options).config
+        assert PruningConfig.from_names(criterion="magnitude", **options) == PruningConfig.from_names(
+            method="magnitude", **options
+        )
+        assert PruningConfig.from_names(solver=SparseGPT(), **options) == PruningConfig.from_names(
+            method="sparsegpt", **options
+        )
 
 
 def test_choices_replace_those_of_the_method():
@@ -139,14 +139,7 @@ def test_a_preset_is_recognized_by_its_choices(name, pattern):
     assert PruningConfig.from_names(criterion="wanda", sequential="one_pass", pattern=pattern).preset == "fast"
 
 
-@pytest.mark.parametrize(
-    ("typed", "function", "apart"),
-    [
-        (PruningChoices, PruningConfig.from_names, {"sparsity"}),
-        (CallbackOptions, PruningCallback, {"sparsity", "choices", *CommonChoices.__annotations__}),
-    ],
-)
-def test_typed_choices_are_the_arguments(typed, function, apart):
-    arguments = {name: each.annotation for name, each in inspect.signature(function).parameters.items()}
-    found = {name: annotation.__forward_arg__ for name, annotation in typed.__annotations__.items()}
-    assert {name: found[name] for name in found.keys() - apart} == {n: arguments[n] for n in arguments.keys() - apart}
+def test_typed_choices_are_the_arguments():
+    arguments = {name: each.annotation for name, each in inspect.signature(PruningConfig.from_names).parameters.items()}
+    found = {name: annotation.__forward_arg__ for name, annotation in PruningChoices.__annotations__.items()}
+    assert found == {name: annotation for name, annotation in arguments.items() if name != "sparsity"}

@@ -2,13 +2,13 @@
 
 from torch import nn
 
-from wanda_lightning import SparseGPTPrune, WandaPrune, prune
+from wanda_lightning import PruningCallback, WandaPrune, prune
 
 
 def right(model: nn.Module) -> None:
     """Calls without an error."""
     WandaPrune(0.5, pattern="2:4", num_samples=8, solver="sparsegpt")
-    SparseGPTPrune(criterion="wanda", skip=["lm_head"])
+    PruningCallback(0.5, method="sparsegpt", criterion="wanda", skip=["lm_head"])
     prune(model, method="wanda")
 
 
@@ -18,6 +18,5 @@ def wrong(model: nn.Module) -> None:
 
     WandaPrun()
     WandaPrune(spasity=0.5)  # type: ignore[call-arg]
-    WandaPrune(method="ria")  # type: ignore[call-arg]
     prune(model, methode="wanda")  # type: ignore[call-arg]
     prune(model, skip=3)  # type: ignore[arg-type]

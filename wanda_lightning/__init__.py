@@ -15,12 +15,10 @@ if TYPE_CHECKING:
         DistillFromDense,
         KeepZeros,
         LinearSchedule,
-        MagnitudePrune,
         OneShot,
         PruningCallback,
         SavePretrained,
         Schedule,
-        SparseGPTPrune,
         WandaPrune,
     )
     from wanda_lightning.config import PruningConfig
@@ -40,8 +38,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "callbacks": (
-        "BestAfterPruning CubicSchedule DistillFromDense KeepZeros LinearSchedule MagnitudePrune OneShot "
-        "PruningCallback SavePretrained Schedule SparseGPTPrune WandaPrune"
+        "BestAfterPruning CubicSchedule DistillFromDense KeepZeros LinearSchedule OneShot "
+        "PruningCallback SavePretrained Schedule WandaPrune"
     ),
     "config": "PruningConfig",
     "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",
@@ -80,7 +78,6 @@ __all__ = [
     "KeepZeros",
     "LinearSchedule",
     "Magnitude",
-    "MagnitudePrune",
     "NoPermutation",
     "NoRecovery",
     "OneShot",
@@ -94,7 +91,6 @@ __all__ = [
     "Schedule",
     "Shrunk",
     "SparseGPT",
-    "SparseGPTPrune",
     "Structured",
     "TextDataModule",
     "Uniform",

@@ -26,9 +26,12 @@ else:
     Unpack = Optional  # jsonargparse would take no defaults and no help from `from_names`
 
 
-class CommonChoices(TypedDict, total=False):
-    """The arguments of `PruningConfig.from_names` that fit every method."""
+class PruningChoices(TypedDict, total=False):
+    """The type of `**choices`: all arguments of `PruningConfig.from_names` except the sparsity."""
 
+    method: str | None
+    criterion: Criterion | str | None
+    solver: Solver | str | None
     pattern: Pattern | str
     allocation: Allocation | str | None
     recovery: Recovery | str | None
@@ -39,14 +42,6 @@ class CommonChoices(TypedDict, total=False):
     include_grouped: bool
     min_expert_tokens: int
     keep_batch_norm: bool
-
-
-class PruningChoices(CommonChoices, total=False):
-    """The type of `**choices`: all arguments of `PruningConfig.from_names` except the sparsity."""
-
-    method: str | None
-    criterion: Criterion | str | None
-    solver: Solver | str | None
 
 
 @dataclass(frozen=True)

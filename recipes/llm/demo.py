@@ -19,7 +19,7 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
-from wanda_lightning import CausalLMModule, MagnitudePrune, PruningCallback, TextDataModule, WandaPrune
+from wanda_lightning import CausalLMModule, PruningCallback, TextDataModule, WandaPrune
 
 TEXTS = ("sklearn-docs", "python-docs")  # to measure on; the model is calibrated on other topics of python-docs
 METRICS = ("val_perplexity", f"val_perplexity/{TEXTS[1]}")
@@ -52,7 +52,7 @@ def main() -> None:
     wanda = WandaPrune(options.sparsity, pattern=options.pattern, num_samples=options.num_samples)
     methods: dict[str, PruningCallback | None] = {
         "dense": None,
-        "magnitude": MagnitudePrune(options.sparsity, pattern=options.pattern),
+        "magnitude": PruningCallback(options.sparsity, method="magnitude", pattern=options.pattern),
         "wanda": wanda,
     }
     perplexities: dict[str, list[float]] = {}

@@ -17,7 +17,7 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
-from wanda_lightning import ImageClassifierModule, ImageDataModule, MagnitudePrune, PruningCallback, WandaPrune
+from wanda_lightning import ImageClassifierModule, ImageDataModule, PruningCallback, WandaPrune
 
 MODELS = {  # timm's names, with smaller sizes
     "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 4},
@@ -71,7 +71,7 @@ def main() -> None:
         dense = copy.deepcopy(module.state_dict())
         for pattern in ("unstructured", "2:4"):
             callbacks = {
-                "magnitude": MagnitudePrune(0.5, pattern=pattern),
+                "magnitude": PruningCallback(0.5, method="magnitude", pattern=pattern),
                 "wanda": WandaPrune(0.5, pattern=pattern, num_samples=1024),
             }
             for method, callback in callbacks.items():

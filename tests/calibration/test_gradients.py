@@ -15,7 +15,7 @@ from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Fisher, MagnitudePrune, PruningCallback, Uniform, WandaPrune, prune
+from wanda_lightning import Fisher, PruningCallback, Uniform, WandaPrune, prune
 from wanda_lightning.calibration.batches import map_tensors
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
@@ -278,5 +278,5 @@ def test_an_input_that_is_changed_after_the_layer_counts_as_it_was():
 def test_a_validation_loop_has_no_gradients():
     with pytest.raises(ValueError, match="calibrate_on='validation' has no backward passes"):
         WandaPrune(allocation=Fisher(), sequential="none", calibrate_on="validation")
-    assert isinstance(MagnitudePrune().config.allocation, Uniform)
+    assert isinstance(PruningCallback(method="magnitude").config.allocation, Uniform)
     assert PruningCallback(allocation="fisher").config.data_reader is not None

@@ -38,7 +38,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
-from wanda_lightning import CubicSchedule, KeepZeros, MagnitudePrune, WandaPrune, prune
+from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrune, prune
 from wanda_lightning.training.held_zeros import HeldZeros
 
 CLIPPING = {
@@ -329,7 +329,7 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
         prune(module, **options)
     pruned = zeros(by_hand)
     train_by_hand(by_hand, list(loader(24)) * 2, optimizer(by_hand.parameters()), 1, None)
-    callbacks = {"prune": MagnitudePrune(pattern="unstructured"), "keep": KeepZeros()}
+    callbacks = {"prune": PruningCallback(pattern="unstructured", method="magnitude"), "keep": KeepZeros()}
     trainer(callbacks[callback], max_epochs=2).fit(module, loader(24))
     assert module.died > 1000
     assert module.moved > 1000

@@ -43,11 +43,8 @@ from wanda_lightning import (
     CubicSchedule,
     KeepZeros,
     LinearSchedule,
-    MagnitudePrune,
     OneShot,
     PruningCallback,
-    SparseGPT,
-    SparseGPTPrune,
     Structured,
     WandaPrune,
     prune,
@@ -90,7 +87,7 @@ class TestMeasuring:
 
         module, by_hand = Calibrated(), Net()
         prune(by_hand, criterion="magnitude", pattern="unstructured_layer", progress=False)
-        trainer(MagnitudePrune()).validate(module, loader())
+        trainer(PruningCallback(method="magnitude")).validate(module, loader())
         assert same(module, by_hand)
 
     def test_nothing_else_changes(self):
@@ -470,7 +467,7 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
 
 def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
     module = LooksAtZeros(OPTIMIZERS["momentum"], from_step=5)
-    first, second = MagnitudePrune(0.25), WandaPrune(0.5, num_samples=24, at_step=5)
+    first, second = PruningCallback(0.25, method="magnitude"), WandaPrune(0.5, num_samples=24, at_step=5)
     trainer(Witness(), first, second, max_steps=12).fit(module, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
 
@@ -595,16 +592,6 @@ def test_layers_of_a_compiled_part_keep_their_names(tmp_path):
     assert all(map(torch.equal, weights, without))
 
 
-@pytest.mark.parametrize(
-    ("callback", "method"), [(WandaPrune, "wanda"), (SparseGPTPrune, "sparsegpt"), (MagnitudePrune, "magnitude")]
-)
-@pytest.mark.parametrize("choices", [{}, {"pattern": "unstructured"}, {"pattern": "2:4", "skip": ["*.0"]}])
-def test_each_is_the_method_of_its_name(callback, method, choices):
-    assert callback(**choices).config == PruningCallback(method=method, **choices).config
-    assert callback(0.25).config.sparsity == 0.25
-    with pytest.raises(TypeError, match="method"):
-        callback(0.5, method="ria")
-
-
-def test_dampening_reaches_the_solver():
-    assert SparseGPTPrune(dampening=0.5).config.solver == SparseGPT(dampening=0.5)
+@pytest.mark.parametrize("choices", [{}, {"pattern": "structured"}, {"pattern": "2:4", "skip": ["*.0"]}])
+def test_wanda_prune_is_the_method_of_its_name(choices):
+    assert WandaPrune(**choices).config == PruningCallback(method="wanda", **choices).config

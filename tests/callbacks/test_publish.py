@@ -9,7 +9,7 @@ from support.reports import Page
 
 pytest.importorskip("matplotlib", reason="figures need the extra report")
 
-from wanda_lightning import PruningCallback, SparseGPTPrune, WandaPrune
+from wanda_lightning import PruningCallback, WandaPrune
 from wanda_lightning.report.page import images_of
 
 
@@ -48,7 +48,7 @@ class Board(ImageLogger, TensorBoardLogger):
 
 
 def test_a_page_is_written_when_the_callback_prunes(tmp_path):
-    callback = SparseGPTPrune(0.5, report=tmp_path / "out/report.html", num_samples=12)
+    callback = PruningCallback(0.5, report=tmp_path / "out/report.html", num_samples=12, method="sparsegpt")
     trainer(callback, max_steps=1).fit(Net(), loader(), loader())
     page = Page(tmp_path / "out/report.html")
     assert page.open == []
@@ -58,7 +58,7 @@ def test_a_page_is_written_when_the_callback_prunes(tmp_path):
 @pytest.mark.parametrize("kind", [ImageLogger, Board])
 def test_loggers_that_take_images_get_the_figures(tmp_path, kind):
     logger = kind()
-    callback = SparseGPTPrune(0.5, report=tmp_path / "report.png", num_samples=12, at_step=2)
+    callback = PruningCallback(0.5, report=tmp_path / "report.png", num_samples=12, at_step=2, method="sparsegpt")
     run = trainer(callback, max_steps=3, logger=[logger, CSVLogger(tmp_path)])
     run.fit(Net(), loader(), loader())
     expected = images_of(callback.report)

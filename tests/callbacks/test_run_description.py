@@ -15,7 +15,7 @@ from wanda_lightning import (
     CausalLMModule,
     ImageClassifierModule,
     LinearSchedule,
-    MagnitudePrune,
+    PruningCallback,
     PruningReport,
     TextDataModule,
     WandaPrune,
@@ -82,7 +82,7 @@ def test_results_on_several_texts(tmp_path, text):
 
 
 def test_training_measures_no_model_that_was_only_pruned(text):
-    callback = MagnitudePrune()
+    callback = PruningCallback(method="magnitude")
     trainer(callback, max_steps=2).fit(module(), text)
     assert callback.report.run == Run()
 
@@ -95,7 +95,7 @@ def test_part_of_the_data_is_not_described_as_all_of_it(text):
 
 
 def test_loops_after_another_that_has_pruned(text):
-    callback, model = MagnitudePrune(), module()
+    callback, model = PruningCallback(method="magnitude"), module()
     trainer(callback).predict(model, text)
     trainer(callback).validate(model, text, verbose=False)
     trainer(callback, max_steps=1, num_sanity_val_steps=1, limit_val_batches=1).fit(model, text)
@@ -103,7 +103,7 @@ def test_loops_after_another_that_has_pruned(text):
 
 
 def test_only_the_loop_before_the_first_stage_measures_the_dense_model(text):
-    callback = MagnitudePrune(calibrate_on="validation", schedule=LinearSchedule(0, 4, every=2))
+    callback = PruningCallback(calibrate_on="validation", schedule=LinearSchedule(0, 4, every=2), method="magnitude")
     (dense,) = trainer().validate(model := module(), text, verbose=False)
     model.lr = 0.0
     trainer(callback, max_steps=6, val_check_interval=1).fit(model, text)
@@ -117,7 +117,7 @@ def test_an_accuracy_in_percent_is_not_taken_for_a_fraction():
         def validation_step(self, batch, batch_idx):
             self.log("val_accuracy", 87.5)
 
-    callback = MagnitudePrune()
+    callback = PruningCallback(method="magnitude")
     trainer(callback).validate(Percent(), loader(), verbose=False)
     assert callback.report.run == Run()
 
@@ -132,7 +132,7 @@ def test_an_accuracy_in_percent_is_not_taken_for_a_fraction():
 def test_the_name_of_a_classifier_says_which_weights_it_had(tmp_path, monkeypatch, options, name):
     monkeypatch.chdir(tmp_path)
     save_file(timm.create_model("test_vit").state_dict(), "w.safetensors")
-    callback, images = MagnitudePrune(), DataLoader(torch.zeros(1, 3, 160, 160))
+    callback, images = PruningCallback(method="magnitude"), DataLoader(torch.zeros(1, 3, 160, 160))
     trainer(callback).predict(ImageClassifierModule(**options), images)
     assert callback.report.run == Run(model=name)
 
@@ -140,7 +140,7 @@ def test_the_name_of_a_classifier_says_which_weights_it_had(tmp_path, monkeypatc
 def test_the_name_of_a_language_model_is_that_of_its_folder(tmp_path, text):
     tiny_llama().save_pretrained(tmp_path / "llama")
     for model in (f"{tmp_path}/llama", AutoModelForCausalLM.from_pretrained(tmp_path / "llama")):
-        callback = MagnitudePrune()
+        callback = PruningCallback(method="magnitude")
         trainer(callback).predict(CausalLMModule(model, tiny_tokenizer()), text)
         assert callback.report.run == Run(model=f"{tmp_path}/llama")
 

@@ -12,7 +12,7 @@ from support.modules import tiny_llama, windows_of_text
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning import CausalLMModule, MagnitudePrune, SavePretrained, WandaPrune
+from wanda_lightning import CausalLMModule, PruningCallback, SavePretrained, WandaPrune
 
 
 class Saving(Net):
@@ -32,7 +32,9 @@ class Saving(Net):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_merges_then_saves_the_trained_model_once(tmp_path, overwrite):
     module = Saving()
-    trainer(MagnitudePrune(), SavePretrained(tmp_path / "out", overwrite), max_steps=2).fit(module, loader())
+    trainer(PruningCallback(method="magnitude"), SavePretrained(tmp_path / "out", overwrite), max_steps=2).fit(
+        module, loader()
+    )
     assert module.calls == ["merge", (tmp_path / "out", overwrite, 0.5)]
     for loop in ("validate", "test", "predict"):  # which train nothing
         getattr(trainer(SavePretrained(tmp_path / "out")), loop)(module, loader())
@@ -52,7 +54,7 @@ def test_a_folder_that_is_not_empty_is_refused_before_training(tmp_path):
 @pytest.mark.parametrize("clash", ["report_dir", "default_root_dir", "another run"])
 def test_a_folder_that_is_filled_while_the_model_trains_costs_no_model(tmp_path, clash):
     out = tmp_path / "out"
-    pruning = MagnitudePrune(report_dir=out if clash == "report_dir" else None)
+    pruning = PruningCallback(report_dir=out if clash == "report_dir" else None, method="magnitude")
     checkpoints = {"default_root_dir": out, "enable_checkpointing": True} if clash == "default_root_dir" else {}
     module = CausalLMModule(tiny_llama(), lr=0.1)
     run = trainer(pruning, SavePretrained(out), max_steps=2, **checkpoints)
@@ -83,7 +85,7 @@ def test_another_run_cannot_take_the_folder_of_one_that_trains(tmp_path):
 def test_fast_dev_run_writes_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("good")
-    pruning = MagnitudePrune(report_dir=tmp_path / "report", report=tmp_path / "page.html")
+    pruning = PruningCallback(report_dir=tmp_path / "report", report=tmp_path / "page.html", method="magnitude")
     saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")  # without a token
     trainer(pruning, saving, fast_dev_run=True).fit(CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2)))
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["out", "out/config.json"]
@@ -106,14 +108,14 @@ def card_after(tmp_path, *callbacks, steps=2):
 
 def test_only_a_pruned_model_gets_a_card(tmp_path):
     assert card_after(tmp_path / "dense")[1] is None
-    _, card = card_after(tmp_path, MagnitudePrune())
+    _, card = card_after(tmp_path, PruningCallback(method="magnitude"))
     assert "50.00% of the weights in 14 layers are zero" in card
     assert "The same run trained it for 2 steps." in card
     assert f'from_pretrained("{tmp_path}/out")' in card
 
 
 def test_the_card_counts_the_zeros_after_training(tmp_path):
-    module, card = card_after(tmp_path, MagnitudePrune(keep_zeros=False))
+    module, card = card_after(tmp_path, PruningCallback(keep_zeros=False, method="magnitude"))
     weights = [m.weight for name, m in module.model.named_modules() if name.endswith("_proj")]
     zeros, size = (sum(count(weight) for weight in weights) for count in (lambda w: int((w == 0).sum()), torch.numel))
     assert zeros < size / 4
@@ -121,7 +123,7 @@ def test_the_card_counts_the_zeros_after_training(tmp_path):
 
 
 def test_results_from_before_training_are_not_those_of_the_saved_model(tmp_path):
-    module, callback = CausalLMModule(tiny_llama(), lr=0.1), MagnitudePrune()
+    module, callback = CausalLMModule(tiny_llama(), lr=0.1), PruningCallback(method="magnitude")
     batches = DataLoader(windows_of_text(2))
     trainer(callback).validate(module, batches, verbose=False)
     assert callback.report.run.after is not None
@@ -137,7 +139,9 @@ def test_the_folder_is_pushed_to_the_hub(tmp_path, monkeypatch):
     with running_hub() as hub:
         hub.connect(monkeypatch)
         saving = SavePretrained(tmp_path / "out", push_to_hub="us/tiny")
-        trainer(MagnitudePrune(), saving, max_steps=1).fit(CausalLMModule(tiny_llama()), DataLoader(windows_of_text(1)))
+        trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(
+            CausalLMModule(tiny_llama()), DataLoader(windows_of_text(1))
+        )
     assert hub.repositories == {"us/tiny": {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}}
 
 
@@ -168,7 +172,9 @@ def test_leaves_out_hidden_units_that_are_zero(tmp_path):
 def test_zeros_that_cannot_be_left_out_are_saved(tmp_path):
     module = CausalLMModule(tiny_llama(), lr=0.01)
     with pytest.warns(UserWarning, match=r"saved with its zeros\. shrink must remove something"):
-        trainer(MagnitudePrune(), SavePretrained(tmp_path / "out", shrink=True), max_steps=1).fit(module, windows())
+        trainer(PruningCallback(method="magnitude"), SavePretrained(tmp_path / "out", shrink=True), max_steps=1).fit(
+            module, windows()
+        )
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), module.model)
 
 

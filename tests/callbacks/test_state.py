@@ -29,7 +29,7 @@ from support.callbacks import (
 )
 from torch import nn
 
-from wanda_lightning import CubicSchedule, KeepZeros, MagnitudePrune, WandaPrune, prune
+from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrune, prune
 
 
 class TestCheckpoints:
@@ -203,7 +203,7 @@ def test_a_custom_should_prune_is_called_once_for_each_step_across_a_resume(tmp_
         assert equal(state(resumed), state(whole))
 
 
-@pytest.mark.parametrize("other", [MagnitudePrune, Counted])
+@pytest.mark.parametrize("other", [partial(PruningCallback, method="magnitude"), Counted])
 def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path, other):
     def both():
         first = Counted(0.5, at_step=3, skip=["layers.0"])
@@ -240,7 +240,7 @@ class Breaking(Net):
 @pytest.mark.parametrize("callback", ["keep", "prune"])
 def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, callback):
     def make(optimizer):
-        callbacks = {"keep": KeepZeros, "prune": lambda: MagnitudePrune(pattern="unstructured")}
+        callbacks = {"keep": KeepZeros, "prune": lambda: PruningCallback(pattern="unstructured", method="magnitude")}
         module = Breaking(OPTIMIZERS[optimizer])
         to_quarters(module)
         if callback == "keep":

@@ -12,7 +12,7 @@ from PIL import Image
 from support.callbacks import trainer
 from torch.utils.data import DataLoader
 
-from wanda_lightning import CausalLMModule, ImageClassifierModule, ImageDataModule, MagnitudePrune
+from wanda_lightning import CausalLMModule, ImageClassifierModule, ImageDataModule, PruningCallback
 from wanda_lightning.cli.examples import PROMPTS, ImageExamples, TextExamples, continuation, thumbnail
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -58,7 +58,7 @@ def test_text_of_two_models(model, tokenizer):
     module, batches = CausalLMModule(model, tokenizer), DataLoader(torch.arange(16).view(2, 8))
     dense, pruned = TextExamples(), TextExamples()
     trainer(dense).validate(module, batches, verbose=False)
-    trainer(MagnitudePrune(0.9), pruned).validate(module, batches, verbose=False)
+    trainer(PruningCallback(0.9, method="magnitude"), pruned).validate(module, batches, verbose=False)
     (samples,) = pruned.since(dense).values()
     assert tuple(sample.prompt for sample in samples) == PROMPTS
     assert [sample.after for sample in samples] == [continuation(model, tokenizer, prompt) for prompt in PROMPTS]
@@ -90,7 +90,7 @@ def test_images_whose_prediction_changed(digits):
     with torch.no_grad():
         images = torch.cat([images for images, _ in data.val_dataloader()])
         before = module.eval()(images).argmax(-1).tolist()
-        trainer(MagnitudePrune(0.9), pruned).validate(module, data, verbose=False)
+        trainer(PruningCallback(0.9, method="magnitude"), pruned).validate(module, data, verbose=False)
         after = module.eval()(images).argmax(-1).tolist()
     assert (dense.predictions, pruned.predictions) == (before, after)
     changed = [index for index in range(len(images)) if before[index] != after[index]]

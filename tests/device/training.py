@@ -24,7 +24,6 @@ from wanda_lightning import (
     CubicSchedule,
     DistillFromDense,
     KeepZeros,
-    MagnitudePrune,
     PruningCallback,
     WandaPrune,
     keep_zeros,
@@ -148,7 +147,7 @@ def trainers(callbacks, **options):
 
 FITS = {
     "wanda": lambda: [WandaPrune(num_samples=12), KeepZeros()],
-    "magnitude": lambda: [MagnitudePrune(), KeepZeros()],
+    "magnitude": lambda: [PruningCallback(method="magnitude"), KeepZeros()],
     "best": lambda: [PruningCallback(num_samples=12, method="best")],
     "thorough": lambda: [PruningCallback(num_samples=12, method="thorough")],
     "schedule": lambda: [WandaPrune(num_samples=12, schedule=CubicSchedule(2, 8, 2))],

@@ -2,8 +2,7 @@
 
 from wanda_lightning.callbacks.best import BestAfterPruning
 from wanda_lightning.callbacks.distillation import DistillFromDense
-from wanda_lightning.callbacks.named_methods import MagnitudePrune, SparseGPTPrune, WandaPrune
-from wanda_lightning.callbacks.pruning import PruningCallback
+from wanda_lightning.callbacks.pruning import PruningCallback, WandaPrune
 from wanda_lightning.callbacks.save import SavePretrained
 from wanda_lightning.callbacks.schedules import CubicSchedule, LinearSchedule, OneShot, Schedule
 from wanda_lightning.callbacks.zeros import KeepZeros
@@ -14,11 +13,9 @@ __all__ = [
     "DistillFromDense",
     "KeepZeros",
     "LinearSchedule",
-    "MagnitudePrune",
     "OneShot",
     "PruningCallback",
     "SavePretrained",
     "Schedule",
-    "SparseGPTPrune",
     "WandaPrune",
 ]

@@ -83,6 +83,8 @@ class PruningCallback(ZerosCallback):
             pruned, or training ends before the last stage.
     """
 
+    _method: str | None = None  # by default
+
     def __init__(
         self,
         sparsity: float = 0.5,
@@ -98,6 +100,7 @@ class PruningCallback(ZerosCallback):
         **choices: Unpack[PruningChoices],
     ) -> None:
         super().__init__()
+        choices.setdefault("method", self._method)
         config = PruningConfig.from_names(sparsity, **choices)
         if calibrate_on == "validation" and config.sequential in ("auto", "one_pass"):
             config = replace(config, sequential="none")  # a validation loop runs the dense model
@@ -346,3 +349,9 @@ class PruningCallback(ZerosCallback):
         if self.keep_zeros and self._state.zeros:
             self._zeros.hold(pruning_target(pl_module), self._state.zeros)
             self._clear_copies(trainer, pl_module)
+
+
+class WandaPrune(PruningCallback):
+    """`PruningCallback(method="wanda")`: by weight magnitude times input norm, within each row (Sun et al. 2024)."""
+
+    _method = "wanda"
