@@ -57,13 +57,46 @@ def test_albert_shares_its_block(sequential):
     assert found == inside
 
 
+def looped():
+    return Looped(Mlp(), Mlp())
+
+
+def tied():
+    model = Looped(Mlp(), Mlp(), times=1)
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    return model
+
+
+def shared():
+    model = Looped(Mlp(), Mlp(), times=1)
+    model.blocks[1].up = model.blocks[0].up
+    return model
+
+
+def within():
+    model = Looped(Mlp(), Mlp(), times=1)
+    block, model.alias = model.blocks[0], model.blocks  # a block has two names
+    block.up, block.down = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8)
+    block.up[1].weight = block.up[0].weight
+    return model
+
+
 @pytest.mark.parametrize(("sequential", "noted"), [("block", True), ("layer", True), ("none", False)])
-def test_the_report_says_that_the_statistics_are_those_of_the_first_call(sequential, noted):
-    model = Looped(Mlp(), Mlp())
-    report = prune(model, vectors(), sequential=sequential, skip=["head"], progress=False)
-    notes = [note for note in report.notes if "more than once" in note and "blocks.0.up" in note]
-    assert len(notes) == noted
-    assert [layer.tokens for layer in report.layers] == [18 * (1 if noted else 3)] * 4
+@pytest.mark.parametrize(
+    ("build", "calls"), [(looped, [3] * 4), (tied, [2, 1, 1]), (shared, [2, 1, 1])], ids=["looped", "tied", "shared"]
+)
+def test_the_report_says_that_the_statistics_are_those_of_the_first_call(build, calls, sequential, noted):
+    report = prune(build(), vectors(), sequential=sequential, skip=["head"], progress=False)
+    more = sum(number > 1 for number in calls)
+    start = f"the model calls {more} layer{'s' * (more > 1)} more than once, blocks.0.up first, but"
+    assert sum(note.startswith(start) for note in report.notes) == noted
+    assert [layer.tokens for layer in report.layers] == [18 * (1 if noted else number) for number in calls]
+
+
+def test_a_weight_tied_within_a_block_or_seen_by_nothing_says_no_such_thing():
+    for model, choices in ((within(), {}), (tied(), {"method": "magnitude"}), (tied(), {"skip": ["*.up"]})):
+        report = prune(model, vectors(), **choices, progress=False)
+        assert not any("more than once" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("name", ["llama", "vit", "convnext", "t5", "routed", "unreached", "plain_mlp", "resnet18"])

@@ -10,6 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.common.words import counted
 from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
 from wanda_lightning.engine.unit_notes import note_on_units
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
@@ -67,6 +68,8 @@ def _few_expert_tokens(run: Run) -> Note | None:
 
 def _revisited(run: Run) -> Note | None:
     revisited = {layer.name for index in run.revisited for layer in run.plan.units[index].layers}
+    if run.plan.observed and run.plan.config.sequential != "none":
+        revisited |= _shared_outside(run.plan)
     names = [name for name in run.layers if name in revisited]
     if not names:
         return None
@@ -74,6 +77,17 @@ def _revisited(run: Run) -> Note | None:
         f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the first "
         "call: use sequential='none', so that they include all calls"
     )
+
+
+def _shared_outside(plan: Plan) -> set[str]:
+    """Return the layers whose weight the model also holds outside of their unit, where it is called once more."""
+    names, shared = Counter(id(p) for _, p in plan.model.named_parameters(remove_duplicate=False)), set[str]()
+    for unit in plan.units:
+        if unit.module is not None and any(names[id(layer.parameter)] > 1 for layer in unit.layers):
+            modules = plan.model.named_modules({unit.module})  # without that module and what it contains
+            outside = {id(p) for _, module in modules for p in module.parameters(recurse=False)}
+            shared |= {layer.name for layer in unit.layers if id(layer.parameter) in outside}
+    return shared
 
 
 def _already_sparse(run: Run) -> Note | None:
