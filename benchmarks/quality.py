@@ -72,6 +72,7 @@ TEXT: dict[str, Choices] = {
     **{name: {"method": name} for name in PRESETS},
     "thorough, 3 passes": {"method": "thorough", "recovery": Distil(passes=3)},
     **{f"{name}+distil": {"method": name, "recovery": "distil"} for name in ("wanda", "balanced")},
+    "admm+reconstruct": {"method": "admm", "recovery": "reconstruct"},
     "wanda+permutation": {"method": "wanda", "permutation": "assignment"},
     "balanced+permutation": {"method": "balanced", "permutation": "assignment"},
     "best-permutation": {"method": "best", "permutation": "none"},

@@ -25,9 +25,7 @@ PACKAGES = ("lightning", "timm", "torch", "transformers")
 QUANTITIES: Mapping[str, str] = {
     "perplexity": "on the evaluation windows",
     "perplexity_second": "on as many windows of a second text",
-    "perplexity_before": "the same before fine-tuning or repair",
-    "perplexity_trained": "after training the adapters of a repair",
-    "perplexity_trained_plain": "after training ordinary adapters, whose product starts at zero, for as many steps",
+    "perplexity_before": "the same before fine-tuning",
     "top1": "fraction of the evaluation images that are classified correctly",
     "top1_uncorrected": "the same without the correction of BatchNorm statistics",
     "divergence": "mean KL divergence from the dense predictions on the evaluation images",
@@ -56,7 +54,6 @@ QUANTITIES: Mapping[str, str] = {
     "zeros_kept": "fraction of the pruned weights that are still zero",
     "trained_tokens": "tokens that training has read",
     "new_zeros": "fraction of the kept weights that became zero",
-    "added": "parameters of adapters / all other parameters",
     "weights_mib": "bytes of all weights, in MiB",
     "zstd_mib": "weights_mib after zstd -3",
     **{

@@ -42,7 +42,7 @@ LABELS: Mapping[str, str] = {
     "balanced": "`balanced`",
     "balanced, biases kept": "`balanced`, biases kept",
     "balanced+permutation": "`balanced` with a permutation",
-    "reconstruct": "`reconstruct`",
+    "admm+reconstruct": "`admm`, then `Reconstruct`",
     "best-permutation": "`best` without its permutation",
     "best-row_weights": "`best` without row weights",
     "best+row_weights": "`best` with row weights",
@@ -382,34 +382,6 @@ def finetuning() -> str:
     return markdown(headings, rows) + "\n\n" + source(results)
 
 
-def repair() -> str:
-    """Perplexity before and after adapters in closed form, and the share of the gap that they remove."""
-    results = sorted(read_table("repair"), key=lambda result: -result.measured["perplexity_before"])
-    dense = next(result for result in read_table("methods") if result.method == "dense").measured["perplexity"]
-    rows = []
-    for result in (result for result in results if "steps" not in result.case):
-        before, after = result.measured["perplexity_before"], result.measured["perplexity"]
-        share = 1 - math.log(after / dense) / math.log(before / dense)
-        numbers = (
-            number(result, "perplexity_before"),
-            perplexity(result),
-            f"{100 * share:.0f} %",
-            f"{100 * result.measured['added']:.1f} %",
-        )
-        rows.append([f"{LABELS[result.method]}, {result.goal}", *numbers])
-    headings = ("perplexity", "pruned", "repaired, rank 32", "share of the gap removed", "parameters added")
-    parts = [markdown(headings, rows)]
-    quantities = ("perplexity_before", "perplexity", "perplexity_trained", "perplexity_trained_plain")
-    if trained := [
-        [f"{LABELS[r.method]}, {r.goal}", *(number(r, quantity) for quantity in quantities)]
-        for r in results
-        if "steps" in r.case
-    ]:
-        headings = ("perplexity, 200 steps", "pruned", "repaired", "trained from there", "ordinary adapters, trained")
-        parts.append(markdown(headings, trained))
-    return "\n\n".join([*parts, f"Dense: {dense:.2f}. The gap is that of the logarithms. {source(results)}"])
-
-
 def keeping_zeros() -> str:
     """Cost of keeping zeros in a training step."""
     results, rows = read_table("keeping_zeros"), []
@@ -736,7 +708,6 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     "processes": processes,
     "finetuning": finetuning,
     "keeping_zeros": keeping_zeros,
-    "repair": repair,
     "sparsegpt": sparsegpt,
     "file_size": file_size,
     "quantization": quantization,

@@ -68,7 +68,7 @@ def test_choices_replace_those_of_the_method():
     config = PruningConfig.from_names(0.6, method="best", solver=ADMM(iterations=2), allocation="owl", skip="lm_head")
     assert (config.solver, config.allocation, config.sequential) == (ADMM(iterations=2), OWL(), "one_pass")
     assert config.skip == ("lm_head",)
-    assert PruningConfig.from_names(method="reconstruct").recovery == Reconstruct()
+    assert PruningConfig.from_names(method="admm", recovery="reconstruct").recovery == Reconstruct()
 
 
 @pytest.mark.parametrize(

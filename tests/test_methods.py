@@ -53,7 +53,6 @@ COMPARED = {
     "ablate_wanda_iter": "layer",
     "refit": "row",
     "admm": "row",
-    "reconstruct": "row",
     "fast": "row",
     "balanced": "layer",
     "best": "layer",

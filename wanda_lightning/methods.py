@@ -92,7 +92,6 @@ METHODS: Mapping[str, Method] = {
     "ablate_wanda_iter": Method(lambda: wl.Wanda(), lambda: wl.SparseGPT()),
     "refit": Method(solver=lambda: wl.Refit()),
     "admm": Method(solver=lambda: wl.ADMM()),
-    "reconstruct": Method(solver=lambda: wl.ADMM(), recovery=RECOVERIES["reconstruct"]),
 }
 
 BEST = Method(

@@ -33,7 +33,6 @@ METHODS = [
     ("magnitude", "unstructured", "0.25", []),
     ("sparsegpt", "unstructured", "0.5", []),
     pytest.param("ablate_mag_iter", "4:8", "0.5", [], marks=pytest.mark.nightly),
-    pytest.param("reconstruct", "unstructured", "0.5", [], marks=pytest.mark.nightly),
 ]
 
 

@@ -99,7 +99,6 @@ def fits(name, method):
             ("ablate_wanda_iter", "retinanet"),
             ("refit", "fcos"),
             ("admm", "lraspp"),
-            ("reconstruct", "faster_rcnn"),
             ("fast", "ssdlite"),
             ("balanced", "mask_rcnn"),
             ("best", "retinanet"),
@@ -208,7 +207,7 @@ def test_a_head_sees_all_levels_without_stops(sequential):
 
 @pytest.mark.parametrize("sequential", ["block", "none"])
 def test_a_recovery_of_blocks_takes_what_the_report_advises(sequential):
-    choices = {"method": "reconstruct", "sequential": sequential}
+    choices = {"recovery": "reconstruct", "sequential": sequential}
     report = prune(build("retinanet"), scenes(2), 0.5, **choices, progress=False)
     advice = "use sequential='none', so that they include all calls"
     assert any(advice in note for note in report.notes) == (sequential == "block")

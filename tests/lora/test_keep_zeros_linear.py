@@ -171,17 +171,6 @@ def test_adapters_switch_add_up_and_disable():
     assert_zeros(merged, zeros)
 
 
-def test_each_sample_may_have_its_own_adapter():
-    model = two_adapters()
-    first = logits(model)
-    model.set_adapter("other")
-    other = logits(model)
-    with torch.no_grad():
-        mixed = model(input_ids=TOKENS, adapter_names=["other", "default"]).logits
-    torch.testing.assert_close(mixed[0], other[0])
-    torch.testing.assert_close(mixed[1], first[1])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_adapter_and_back_restores_every_bit(dtype):
     model = randomize(get_peft_model(llama(dtype), config(target_modules="all-linear")))
@@ -228,7 +217,7 @@ def test_a_broken_adapter_is_not_merged_safely():
     model, layer = single(sparse_layer("linear"))
     layer.lora_B["default"].weight.data.fill_(float("nan"))
     before = layer.weight.clone()
-    with pytest.raises(ValueError, match="NaN or infinity"):
+    with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
     assert torch.equal(layer.weight, before)
     assert not layer.merged

@@ -1,6 +1,5 @@
 """Merging keep-zeros and plain adapters: every zero, and the outputs of the adapted model."""
 
-import re
 from functools import partial
 
 import pytest
@@ -61,19 +60,13 @@ def test_peft_itself_merges_the_same():
     assert_zeros(merged, zeros)
 
 
-def sparsity_in(message):
-    return [float(number) for number in re.findall(r"([\d.]+)%", message)]
-
-
-def test_merging_plain_lora_warns_with_the_sparsity_before_and_after():
+def test_merging_plain_lora_warns():
     model = randomize(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)))
     adapted = logits(model)
-    with pytest.warns(UserWarning, match="targeted matrices") as caught:
+    with pytest.warns(UserWarning, match=r"merge filled zeros of 6 of 6 targeted matrices, first in model\.layers\.0"):
         merged = merge(model)
     assert relative(logits(merged), adapted) < 1e-5
-    before, after = sparsity_in(str(caught[0].message))
-    assert before == pytest.approx(50, abs=1)
-    assert after == 0
+    assert merged.model.layers[0].self_attn.q_proj.weight.all()
 
 
 @pytest.mark.parametrize("merges", [False, True])
@@ -103,10 +96,4 @@ def test_merge_refuses_a_quantized_base():
         torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False
     )
     with pytest.raises(ValueError, match="Load the model without quantization"):
-        merge(model)
-
-
-@pytest.mark.parametrize("model", [nn.Linear(4, 4), None])
-def test_merge_of_something_else(model):
-    with pytest.raises(ValueError, match="model must be a PeftModel"):
         merge(model)

@@ -9,15 +9,17 @@ from support import forks
 from support.lora import TOKENS, config, llama, logits, randomize
 
 
-def test_a_second_process_loads_an_adapter_as_its_folder_says_or_stops_with_that_advice(tmp_path):
+def test_a_second_process_loads_an_adapter_after_the_import_or_stops_with_that_advice(tmp_path):
     base = llama()
     base.save_pretrained(tmp_path / "base")
     model = randomize(get_peft_model(base, config()))
     model.save_pretrained(tmp_path / "adapter")
     expected = logits(model)
 
-    readme = (tmp_path / "adapter" / "README.md").read_text()
-    advice = readme.partition("```python\n")[2].partition("```")[0].replace("this folder", str(tmp_path / "adapter"))
+    advice = f"""import wanda_lightning.lora
+from peft import PeftModel
+model = PeftModel.from_pretrained(pruned, {str(tmp_path / "adapter")!r})
+"""
 
     def run(load):
         code = f"""

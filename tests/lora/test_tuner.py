@@ -1,25 +1,10 @@
-"""Adding, deleting and combining adapters of a model, and layers that cannot take one."""
+"""Layers that cannot take an adapter."""
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.lora import TARGETS, CodesParameter, config, llama, randomize, sparse_layer
+from support.lora import TARGETS, CodesParameter, config, llama, sparse_layer
 from torch import nn
-from torch.nn import functional as F
-
-
-@pytest.mark.parametrize(("kind", "options"), [("cat", {}), ("svd", {"svd_rank": 6})])
-def test_weighted_adapters_are_the_weighted_sum(kind, options):
-    model = get_peft_model(llama(), config())
-    model.add_adapter("other", config(r=2))
-    randomize(model)
-    model.add_weighted_adapter(["default", "other"], [0.5, 2.0], "sum", combination_type=kind, **options)
-    layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    expected = 0.5 * layer.get_delta_weight("default") + 2.0 * layer.get_delta_weight("other")
-    torch.testing.assert_close(layer.get_delta_weight("sum"), expected, rtol=1e-4, atol=1e-5)
-    model.set_adapter("sum")
-    x = torch.randn(5, 32)
-    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + expected), rtol=1e-4, atol=1e-5)
 
 
 def test_two_targets_with_one_weight_are_refused():

@@ -290,7 +290,7 @@ def test_a_convolution_is_no_block_for_its_groups():
 
 def test_groups_are_reconstructed_with_the_sparsity_of_their_block():
     model = build()
-    choices = {"method": "reconstruct", "allocation": "owl", "skip": ["head"], "progress": False}
+    choices = {"recovery": "reconstruct", "allocation": "owl", "skip": ["head"], "progress": False}
     report = prune(model, images(), 0.5, include_grouped=True, **choices)
     assert len(report.layers) == 2 * (4 + 1)
     assert report.sparsity == pytest.approx(0.5, abs=0.02)

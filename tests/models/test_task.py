@@ -65,7 +65,6 @@ def test_image_models_are_recognized(name):
         ("vit", {"method": "fast"}, "none"),
         ("vit", {"method": "fast", "sequential": "layer"}, "layer"),
         ("vit", {"recovery": "reconstruct"}, "none"),
-        ("vit", {"method": "reconstruct"}, "none"),
         ("vit", {"method": "thorough"}, "none"),
         ("llama", {"method": "thorough"}, "layer"),
         ("llama", {"method": "best", "recovery": "reconstruct"}, "block"),

@@ -20,9 +20,8 @@ from wanda_lightning.lora.keep_zeros_config import KeepZerosLoraConfig  # noqa: 
 from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear  # noqa: E402
 from wanda_lightning.lora.merge import merge  # noqa: E402
 from wanda_lightning.lora.register import KEEP_ZEROS_LORA, register  # noqa: E402
-from wanda_lightning.lora.repair import repair  # noqa: E402
 from wanda_lightning.lora.tuner import KeepZerosLoraModel  # noqa: E402
 
 register(KeepZerosLoraConfig, KeepZerosLoraModel)
 
-__all__ = ["KEEP_ZEROS_LORA", "KeepZerosLinear", "KeepZerosLoraConfig", "KeepZerosLoraModel", "merge", "repair"]
+__all__ = ["KEEP_ZEROS_LORA", "KeepZerosLinear", "KeepZerosLoraConfig", "KeepZerosLoraModel", "merge"]

@@ -1,28 +1,13 @@
 """The options of a keep-zeros adapter."""
 
 import dataclasses
-from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 
-from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.lora.register import KEEP_ZEROS_LORA
 
 _INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write to W, or need extra forward passes
-_HOW_TO_LOAD = """\
-## How to load this adapter
-
-This adapter merges into a pruned model without filling its zeros. PEFT knows its type only after an import:
-
-```python
-import wanda_lightning.lora  # needs the extra lora
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(pruned, "this folder")
-```
-"""
 
 
 @dataclasses.dataclass
@@ -54,26 +39,11 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = KEEP_ZEROS_LORA
-        check(self, r=Number(minimum=1, whole=True), lora_alpha=Number(), lora_dropout=Number(minimum=0, below=1))
         refused = [field.name for field in dataclasses.fields(self) if field.metadata.get("is_lora_variant")]
         refused += ["use_qalora", "target_parameters", "layer_replication", "megatron_config"]
-        if used := [name for name in refused if getattr(self, name, None)]:
+        used = [name for name in refused if getattr(self, name, None)]
+        if used := used + ["init_lora_weights"] * (self.init_lora_weights not in _INITIALIZATIONS):
             raise UserError(
-                f"{used[0]} is not supported by KeepZerosLoraConfig, which trains W + s (B A) * keep, but it is "
-                f"{getattr(self, used[0])!r}. Remove it, or use peft.LoraConfig, whose merged weights are dense."
+                f"{used[0]}={getattr(self, used[0])!r} is not supported by KeepZerosLoraConfig, which trains "
+                "W + s (B A) * keep. Leave it out, or use peft.LoraConfig, whose merged weights are dense."
             )
-        if self.init_lora_weights not in _INITIALIZATIONS:
-            raise UserError(
-                f"init_lora_weights must be one of {', '.join(map(repr, _INITIALIZATIONS))}, but it is "
-                f"{self.init_lora_weights!r}, which may write to the base weight and fill its zeros. "
-                "Choose one of these, or use peft.LoraConfig."
-            )
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json, and add to the folder's README.md how to load the adapter."""
-        super().save_pretrained(save_directory, **kwargs)
-        readme = Path(save_directory) / "README.md"
-        card = readme.read_text(encoding="utf-8") if readme.exists() else ""  # PEFT writes one, except in subfolders
-        if _HOW_TO_LOAD not in card:
-            metadata, end, text = card.partition("\n---\n") if card.startswith("---\n") else ("", "", card)
-            readme.write_text(f"{metadata}{end}{_HOW_TO_LOAD}\n{text}", encoding="utf-8")

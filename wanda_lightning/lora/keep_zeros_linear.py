@@ -1,13 +1,11 @@
 """A linear layer with LoRA adapters that never change its zeros."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
@@ -96,50 +94,29 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
 
     before_merge: tuple[Tensor, Tensor | None] | None = None  # original weight and bias, while merged
     merged_adapters: list[str]
-    delta_keeps_zeros = True
     dequantizes = False  # whether the base layer is quantized; torch.compile cannot trace how it is recognized
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map (..., d_in) to (..., d_out). PEFT's `adapter_names` selects an adapter for each sample."""
-        self._check_forward_args(x, *args, **kwargs)
-        adapter_names = kwargs.pop("adapter_names", None)
+        """Map (..., d_in) to (..., d_out)."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is None:
-            return self._adapted(x, self.active_adapters, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
-        for name in set(adapter_names) & set(self.lora_A):
-            rows = [row for row, other in enumerate(adapter_names) if other == name]
-            result[rows] = self._adapted(x[rows], [name], *args, **kwargs)
-        return result
-
-    def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
-        names = [name for name in names if name in self.lora_A]
-        noisy = [name for name in names if self._drops(name)]
-        steady = [name for name in names if name not in noisy]
-        if steady and not args and not kwargs and self._fuses():
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if names and not args and not kwargs and self._fuses(names):
             base = self.get_base_layer()
             autocast = torch.is_autocast_enabled(x.device.type) and base.weight.dtype != torch.float64
             dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
             x = x.to(dtype) if autocast else x
-            result = self._product(x, steady, None if base.bias is None else base.bias.to(dtype), only_delta=False)
+            result = self._product(x, names, None if base.bias is None else base.bias.to(dtype), only_delta=False)
         else:
             result = self.base_layer(x, *args, **kwargs)
-            if steady:
-                result = self._product(x.to(result.dtype), steady, result, only_delta=True)
-        for name in noisy:
-            result = self._product(self.lora_dropout[name](x).to(result.dtype), [name], result, only_delta=True)
+            for name in names:
+                result = self._product(self.lora_dropout[name](x).to(result.dtype), [name], result, only_delta=True)
         for name in names:
             if self.lora_bias[name]:
                 result = result + (self.scaling[name] * self.lora_B[name].bias).to(result.dtype)
         return result
-
-    def _drops(self, name: str) -> bool:
-        """Whether dropout is active, so that the inputs of adapter and layer differ."""
-        dropout = self.lora_dropout[name]
-        return dropout.training and getattr(dropout, "p", 0) > 0
 
     def _product(self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool) -> Tensor:
         left, right = self._factors(names)
@@ -155,13 +132,15 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         b, a = (outs[0], ins[0]) if len(names) == 1 else (torch.cat(outs, 1), torch.cat(ins, 0))
         return (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
 
-    def _fuses(self) -> bool:
-        """Whether one product may replace the layer's own forward: no hooks, no quantization, no half precision."""
+    def _fuses(self, names: Sequence[str]) -> bool:
+        """Whether one product may replace the layer's: no dropout, no hooks, no quantization, no half precision."""
         base = self.base_layer
+        dropouts = (self.lora_dropout[name] for name in names)
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(base)
+        steady = not any(dropout.training and getattr(dropout, "p", 0) > 0 for dropout in dropouts)
         dtypes = (torch.float32, torch.float64)
-        return plain and not any(hooks) and not self.dequantizes and base.weight.dtype in dtypes
+        return steady and plain and not any(hooks) and not self.dequantizes and base.weight.dtype in dtypes
 
     def unmerged_weight(self) -> Tensor:
         """Return the weight without adapters, dequantized if the layer is quantized."""
@@ -169,55 +148,33 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s (B A) * keep of one adapter, in the layout of the layer."""
-        delta = super().get_delta_weight(adapter)
-        return delta * (self.unmerged_weight() != 0).to(delta.device) if self.delta_keeps_zeros else delta
+        delta: Tensor = super().get_delta_weight(adapter)
+        return delta.masked_fill_((self.unmerged_weight() == 0).to(delta.device), 0)
 
-    @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replace W with W + s (B A) * keep, for the active or the named adapters.
-
-        `safe_merge` raises a ValueError, before anything is merged, if the merged weight would not be finite.
-        """
-        if is_quantized(self.get_base_layer()):
-            raise UserError(
-                f"The adapters of a {type(self.get_base_layer()).__name__} with quantized weights cannot be merged in "
-                "place. Use wanda_lightning.lora.merge(model), which dequantizes the model."
-            )
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
+        """Replace W with W + s (B A) * keep, as PEFT does, and keep the original weight for `unmerge`."""
         base = self.get_base_layer()
-        names = [*self.merged_adapters, *names]  # start from the original weight: round once, in any order
-        weight, bias = self.before_merge or (base.weight.data, None if base.bias is None else base.bias.data)
-        keep = weight != 0
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        merged = torch.where(keep, _kept_sum(weight, *self._factors(names), keep.to(wide)).to(weight.dtype), weight)
-        shifts = [self.scaling[name] * self.lora_B[name].bias for name in names if self.lora_bias[name]]
-        if shifts and bias is None:
+        if is_quantized(base):
             raise UserError(
-                "lora_bias must be False to merge into a layer without a bias, but the adapter was trained with it."
+                f"The adapters of a {type(base).__name__} with quantized weights cannot be merged in place. Use "
+                "wanda_lightning.lora.merge(model), which dequantizes the model."
             )
-        merged_bias = (bias + sum(shifts)).to(bias.dtype) if shifts and bias is not None else bias
-        if safe_merge and not all(tensor is None or torch.isfinite(tensor).all() for tensor in (merged, merged_bias)):
-            raise UserError(
-                f"safe_merge found NaN or infinity in the merged weights. The adapters {names} seem to be broken."
-            )
-        base.weight.data = merged
-        if shifts:
-            base.bias.data = merged_bias
-        self.before_merge = weight, bias
-        self.merged_adapters = names
+        if self.before_merge is None:
+            self.before_merge = base.weight.data.clone(), None if base.bias is None else base.bias.data.clone()
+        try:
+            super().merge(safe_merge, adapter_names)
+        finally:
+            if not self.merged:
+                self.before_merge = None
 
     def unmerge(self) -> None:
         """Restore the original weight, bit for bit."""
-        if self.before_merge is None:
-            warnings.warn("unmerge found no merged adapter, so it changed nothing.", stacklevel=2)
-            return
         base = self.get_base_layer()
-        (weight, bias), self.before_merge, self.merged_adapters = self.before_merge, None, []
-        base.weight.data = weight.to(base.weight)
-        if bias is not None:
-            base.bias.data = bias.to(base.bias)
+        if self.before_merge is not None:
+            (weight, bias), self.before_merge, self.merged_adapters = self.before_merge, None, []
+            base.weight.data = weight.to(base.weight)
+            if bias is not None:
+                base.bias.data = bias.to(base.bias)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return False: a masked product has no low rank, and a plain LoRA would fill the zeros."""

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear
@@ -32,21 +31,14 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
         reprune: Restore the zeros that plain adapters fill.
 
     Raises:
-        ValueError: The model is not a `PeftModel`, its adapters cannot be merged, or a quantized layer cannot be
-            dequantized or has plain adapters.
+        ValueError: The adapters cannot be merged, or a quantized layer cannot be dequantized or has plain adapters.
 
     Warns:
-        UserWarning: Zeros are lost. The message has the sparsity of the targeted matrices before and after.
+        UserWarning: Zeros are lost.
 
     Source: Hu et al. 2021, section 4.1, for merging. Sun et al. 2024 do not merge the adapters of a pruned model.
     """
-    check_flags(reprune=reprune)
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, BaseTuner):
-        raise UserError(
-            "model must be a PeftModel with adapters in its layers, as peft.get_peft_model returns it, but this "
-            f"{type(model).__name__} has none."
-        )
+    tuner = model.base_model
     layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, BaseTunerLayer)}
     _dequantize_base(tuner.model, layers)
     names = list(dict.fromkeys([n for layer in layers.values() for n in layer.merged_adapters] + model.active_adapters))
@@ -63,13 +55,9 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     merged = tuner.merge_and_unload(adapter_names=names)
     weights = dict(merged.named_parameters(remove_duplicate=False))
     filled: list[str] = []
-    zeros_before = zeros_after = total = 0
     for name in before.keys() & weights.keys():
         weight, (wrapped_name, packed) = weights[name], before[name]
         was_zero = unpack(packed, weight.shape).to(weight.device)
-        total += weight.numel()
-        zeros_before += int(was_zero.count_nonzero())
-        zeros_after += weight.numel() - int(weight.count_nonzero())
         if (was_zero & (weight != 0)).any():
             assert not wrapped_name.startswith(keeping), f"{name} lost zeros in merging keep-zeros adapters"
             filled.append(name)
@@ -77,9 +65,9 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
                 weight.masked_fill_(was_zero, 0)
     if filled and not reprune:
         warnings.warn(
-            f"merge took the sparsity of the {len(before)} targeted matrices from {zeros_before / total:.2%} to "
-            f"{zeros_after / total:.2%}, because plain LoRA and modules_to_save fill zeros (first in {min(filled)}). "
-            "Train with KeepZerosLoraConfig, do not merge, or use merge(model, reprune=True) and evaluate again.",
+            f"merge filled zeros of {len(filled)} of {len(before)} targeted matrices, first in {min(filled)}, as plain "
+            f"LoRA and modules_to_save do. Train with KeepZerosLoraConfig, do not merge, or use "
+            "merge(model, reprune=True) and evaluate again.",
             stacklevel=2,
         )
     return merged

@@ -49,29 +49,12 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
 
     @staticmethod
     def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if getattr(target, "_hf_tp_plan", None) is not None:
-            raise UserError(
-                "target_modules must name layers that lie whole in each process, but tensor parallelism splits "
-                f"{kwargs['target_name']}. Load the model without tp_plan."
-            )
         kwargs.pop("parameter_name", None)
         transposed = isinstance(target, Conv1D)
         layer = KeepZerosLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs)
         layer.dequantizes = is_quantized(target)
         layer.fan_in_fan_out = transposed  # the class of the layer decides, not the config
         return layer
-
-    def _svd_generalized_task_arithmetic_weighted_adapter(
-        self, combination_type: str, adapters: Any, weights: Any, new_rank: int, target: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        # The SVD needs B A, which has a low rank, not (B A) * keep. The new adapter is masked like any other.
-        target.delta_keeps_zeros = False
-        try:
-            return super()._svd_generalized_task_arithmetic_weighted_adapter(
-                combination_type, adapters, weights, new_rank, target, *args, **kwargs
-            )
-        finally:
-            del target.delta_keeps_zeros
 
 
 def refuse_unreadable(name: str, layer: nn.Module) -> None:
