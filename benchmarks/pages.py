@@ -6,17 +6,16 @@ A part stands between `<!-- generated: NAME ARGUMENTS -->` and `<!-- /generated 
 its text. Runs come from benchmarks/results, and everything else from the package itself, so nothing is copied by hand.
 """
 
+import importlib
 import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import tables
-from larger import larger
 from result import Result, read_table
 from tables import ROOT, Lookup, lookup, markdown, number, percent, perplexity, seconds
 
@@ -43,38 +42,25 @@ def claims() -> str:
     """What the package is good for, each with its number."""
     theirs = {(r.method, r.goal, r.code): r for r in read_table("reference")}
     ours, reference, alps = lookup(read_table("methods")), "locuslab/wanda", theirs["alps", "50 %", "ALPS"]
-    wanda, best, dense = ours["wanda", "50 %"], ours["best", "50 %"], ours["dense", "dense"]
-    tuned = next(r for r in read_table("finetuning") if (r.method, r.goal) == ("keep-zeros-lora", "50 %"))
+    best = ours["best", "50 %"]
     same = perplexity(theirs["wanda", "50 %", reference])
-    if perplexity(wanda) != same:
-        raise ValueError(f"The claim that both codes have one perplexity must be changed: {perplexity(wanda)}, {same}.")
-    pairs = {
-        key: f"{perplexity(ours[key])}, theirs {perplexity(theirs[(*key, reference)])}"
-        for key in (("magnitude", "50 %"), ("sparsegpt", "2:4"))
-    }
-    photos = lookup(read_table("photos"))
-    top1 = {key: percent(run, "top1", 1) for key, run in photos.items()}
+    if perplexity(ours["wanda", "50 %"]) != same:
+        raise ValueError(f"The claim that both codes have the perplexity {same} must be changed.")
+    photos = read_table("photos")
+    (count,) = {run.calibration.windows for run in photos if run.calibration}
+    top1 = {key: percent(run, "top1", 1) for key, run in lookup(photos).items()}
     lines = (
-        "**Wanda gives the same masks as [the reference](https://github.com/locuslab/wanda)**, the code of the paper's "
-        "authors, bit for bit, on the tiny random models of the tests. On WikiText-2, "
-        f"Wanda at 50 % has perplexity {same} in both codes (dense: {perplexity(dense)}). SparseGPT at 2:4 "
-        f"({pairs['sparsegpt', '2:4']}) and magnitude at 50 % ({pairs['magnitude', '50 %']}) differ, by the order of "
-        "sums and by ties. [Why](docs/measured.md#the-reference-code-and-alps)",
-        f"**Better models for the time.** At 50 %, `best` has perplexity {perplexity(best)} after {seconds(best)} s; "
-        f"[ALPS](https://arxiv.org/abs/2406.07831), with one sparsity for all layers, has {perplexity(alps)} after "
-        f"{seconds(alps)} s with its authors' code on another machine of the same kind, one run each. The reference's "
-        "SparseGPT has "
-        f"{perplexity(theirs['sparsegpt', '50 %', reference])}. [All methods](docs/measured.md#all-methods)",
-        f"**Images, too.** With half of its weights, EfficientNet-Lite0 classifies {top1['best', '50 %']} of 650 "
-        f"images of ImageNet correctly after `best`, and {top1['sparsegpt', '50 %']} after SparseGPT (dense: "
-        f"{top1['dense', 'dense']}); with 70 % zeros, {top1['best', '70 %']} and {top1['sparsegpt', '70 %']}. The "
-        "standard error is 1.5 to 2 points. At 2:4, `thorough` has "
-        f"{top1['thorough', '2:4']} and SparseGPT {top1['sparsegpt', '2:4']}. "
+        "**Wanda gives the same masks as [the reference](https://github.com/locuslab/wanda)**, bit for bit, on the "
+        f"tiny random models of the tests, and the same perplexity, {same} at 50 %. [Other methods "
+        "differ](docs/measured.md#the-reference-code-and-alps) by ties and the order of sums.",
+        f"**Better models for the time.** At 50 %, `best` has perplexity {perplexity(best)} after {seconds(best)} s, "
+        f"and [ALPS](https://arxiv.org/abs/2406.07831) {perplexity(alps)} after {seconds(alps)} s, with its authors' "
+        "code on another machine of the same kind, one run each.",
+        f"**Images, too.** Calibrated on {count} images, EfficientNet-Lite0 with half of its weights classifies "
+        f"{top1['best', '50 %']} of 650 images of ImageNet correctly after `best`, and {top1['sparsegpt', '50 %']} "
+        f"after SparseGPT (dense: {top1['dense', 'dense']}; standard error: 1.5 to 2 points). "
         "[Real images](docs/measured.md#real-images)",
         f"**No code for single families.** {families()}. [All of them](docs/models.md)",
-        "**Zeros that stay zero.** 200 steps of LoRA on the Wanda model lower its perplexity from "
-        f"{number(tuned, 'perplexity_before')} to {perplexity(tuned)}, and after the merge the same weights are zero. "
-        "[Training](docs/train.md)",
     )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -103,50 +89,23 @@ def which() -> str:
     return markdown(("preset", "what it does", "when", *GOALS, "seconds"), rows).replace("---: | ---:", "--- | ---", 1)
 
 
-def other_windows() -> str:
-    """How the number of calibration windows, their draw, and the text that is measured on change the perplexity."""
-    runs = lookup(run for run in read_table("windows") if run.case.get("windows") == 64)
-    more = [f"{perplexity(runs['thorough', goal])} at {goal}" for goal in GOALS]
-    draws, usual = read_table("draws"), lookup(read_table("methods"))
-    best = {
-        goal: [r.measured["perplexity"] for r in (usual["best", goal], *draws) if (r.method, r.goal) == ("best", goal)]
-        for goal in GOALS
-    }
-    ranges = [f"{min(values):.1f} to {max(values):.1f} at {goal}" for goal, values in best.items()]
-    at_half = [run for run in draws if run.goal in ("50 %", "dense")]
-    docs = {
-        name: f"{mean(run.measured['perplexity_second'] for run in at_half if run.method == name):#.4g}"
-        for name in ("dense", "sparsegpt", *PRESETS)
-    }
-    three = "{}, {} and {}"
-    return (
-        f"With 64 windows instead of 16, `thorough` has a perplexity of {three.format(*more)}. Over "
-        f"{len(best['50 %'])} draws of 16 windows, the perplexity of `best` ranges from {three.format(*ranges)}. On "
-        "Python's documentation, which is unlike the calibration text, updating weights can do harm: at 50 %, "
-        f"SparseGPT has a perplexity of {docs['sparsegpt']} and `balanced` {docs['balanced']}, but `fast`, which "
-        f"updates none, {docs['fast']}. `best` ({docs['best']}) and `thorough` ({docs['thorough']}) are still better "
-        f"(dense: {docs['dense']}; means of two draws). "
-        "[Draws and texts](docs/measured.md#other-calibration-windows-and-another-text)"
-    )
-
-
 def zeros() -> str:
     """What zeros are not good for."""
     ours: Lookup = lookup(read_table("methods"))
     sizes = (r for r in read_table("file_size") if r.model == "efficientnet_lite0" and r.case["dtype"] == "bfloat16")
-    small = {result.goal: result for result in sizes}
+    small = {result.goal: number(result, "zstd_3", ".2f") for result in sizes}
+    runs = (r for r in tables.read_worth() if r.model.startswith("SmolLM2"))
+    zipped = {(r.method, r.goal): number(r, "zstd_mib", ".1f") for r in runs}
     lines = (
-        "**Smaller files**: a safetensors file stores zeros like other numbers. `zstd -3` compresses "
-        f"EfficientNet-Lite0 in bfloat16 to {number(small['50 %'], 'zstd_3', '.2f')} of its bytes with 50 % zeros by "
-        f"magnitude, and to {number(small['dense'], 'zstd_3', '.2f')} without; the file must be decompressed before "
-        "it is loaded.",
-        "**Speed**: dense kernels multiply by zeros, too. On a CPU, nothing is gained: dense 8-bit weights are as fast "
-        "as a kernel for sparse ones was, and give the better model ([tried](docs/tried.md)). For NVIDIA GPUs, 2:4 on "
-        "sparse tensor cores has [a recipe](docs/speed.md), but is not measured.",
+        "**Smaller files**: a safetensors file stores zeros like other numbers. `zstd -3` shrinks EfficientNet-Lite0 "
+        f"in bfloat16 to {small['50 %']} of its bytes with 50 % zeros by magnitude, and to {small['dense']} without. "
+        f"After `best`, which changes the kept weights, SmolLM2 is larger under `zstd -3` than the dense model: "
+        f"{zipped['best', '50 %']} and {zipped['dense', 'dense']} MiB.",
+        "**Speed**: dense kernels multiply by zeros, too. On a CPU nothing is gained ([tried](docs/tried.md)). On "
+        "NVIDIA GPUs, 2:4 on sparse tensor cores has [a recipe](docs/speed.md), but is not measured.",
         f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
-        f"{perplexity(ours['thorough', '50 %'])} at 50 %. These perplexities are for one small model and one draw "
-        "of 8 thousand calibration tokens; [other draws](docs/measured.md#other-calibration-windows-and-another-text) "
-        "change those at 50 % by 1 to 3 %.",
+        f"{perplexity(ours['thorough', '50 %'])} at 50 %. Text unlike the calibration text [can lose "
+        "more](docs/measured.md#other-calibration-windows-and-another-text).",
     )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -155,10 +114,10 @@ def worth_short() -> str:
     """The rows of the comparison of size and speed that a reader of the front page needs."""
     units = dict.fromkeys(("structured", "structured, fisher", "structured, distilled"), "25 % of units")
     chosen = {"dense": "dense", "int8": "dense", **units}
-    runs = [r for r in read_table("worth") if "perplexity" in r.measured and chosen.get(r.method) == r.goal]
+    runs = [r for r in tables.read_worth() if "perplexity" in r.measured and chosen.get(r.method) == r.goal]
     if len(runs) < len(chosen):
         raise ValueError(f"The table needs the runs {list(chosen)}, but there are {[run.method for run in runs]}.")
-    return tables.worth_table(runs, ("perplexity", "weights_mib", "zstd_mib", "prefill_32", "decode_1", "seconds"))
+    return tables.worth_table(runs, ("perplexity", "weights_mib", "zstd_mib", "prefill_32", "decode_1"))
 
 
 def demo_table() -> str:
@@ -260,33 +219,29 @@ def _text_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def card(name: str) -> str:
-    """How an object of a class is made, what it does, and what its attributes mean."""
-    cls = getattr(wanda_lightning, name)
-    arguments = [
-        each.name if each.default is each.empty else f"{each.name}={each.default!r}"
-        for each in inspect.signature(cls).parameters.values()
-    ]
-    text, _, attributes = (inspect.getdoc(cls) or "").partition("\n\nAttributes:\n")
-    text = re.split(r"\n\n(?:Args|Raises|Example|Yields|Returns):\n", text)[0]
-    attributes = re.split(r"\n\n\w+:\n", attributes)[0]
-    items = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", attributes, re.DOTALL | re.MULTILINE)
-    listed = [f"- `{attribute}`: {' '.join(meaning.split())}" for attribute, meaning in items]
-    made = f"`{name}({', '.join(arguments)})`"
-    return "\n\n".join(filter(None, [made, *map(_filled, text.split("\n\n")), "\n".join(map(_filled, listed))]))
+    """How an object of a class is made, and what it does."""
+    parameters = inspect.signature(getattr(wanda_lightning, name)).parameters.values()
+    arguments = [each.name if each.default is each.empty else f"{each.name}={each.default!r}" for each in parameters]
+    return textwrap.fill(f"`{name}({', '.join(arguments)})`: {_summary(name)}", 132, break_long_words=False)
 
 
-def _filled(paragraph: str) -> str:
-    """Wrap a paragraph as the pages are wrapped; code blocks and lists stay."""
-    if paragraph.startswith((" ", "-")) and "\n" in paragraph:
-        return paragraph
-    indent = "  " if paragraph.startswith("- ") else ""
-    return textwrap.fill(" ".join(paragraph.split()), 132, subsequent_indent=indent, break_long_words=False)
+def names(*listed: str) -> str:
+    """List public names with their members and summaries, which docs/conf.py replaces by whole docstrings."""
+    rows = []
+    for name, *members in (each.split(":") for each in listed):
+        rows.append([f"`wanda_lightning.{name}`", " ".join(f"`{member}`" for member in members), _summary(name)])
+    return _text_table(("name", "members", "what it is"), rows)
+
+
+def _summary(name: str) -> str:
+    room, _, own = name.rpartition(".")
+    found = getattr(importlib.import_module(f"wanda_lightning.{room}".rstrip(".")), own)
+    return " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split())
 
 
 PARTS: Mapping[str, Callable[..., str]] = {
     "claims": claims,
     "which": which,
-    "other_windows": other_windows,
     "zeros": zeros,
     "worth_short": worth_short,
     "demo_table": demo_table,
@@ -296,7 +251,7 @@ PARTS: Mapping[str, Callable[..., str]] = {
     "choices": choices,
     "options": options,
     "card": card,
-    "larger": larger,
+    "names": names,
     **tables.FRAGMENTS,
 }
 

@@ -6,7 +6,8 @@ pages that ask for it.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -141,41 +142,25 @@ def samples(data: Samples) -> str:
 
 
 def source(results: Sequence[Result], data: bool = True) -> str:
-    """Describe the data, the machines, the notes and the commands of all results."""
+    """Describe the data, the machines and the notes of all results."""
     lines = []
     for name in ("calibration", "evaluation") if data else ():
         if used := _distinct(samples(own) for result in results if (own := getattr(result, name))):
             lines.append(f"{name.capitalize()}: {'; '.join(used)}.")
-    versions = _distinct(", ".join(_versions(result.versions or {})) for result in results)
-    machines = _distinct(result.machine for result in results)
-    lines.append(f"Measured on {'; '.join(machines)}, with {'; '.join(versions)}.")
+    lines.append(f"Measured on {'; '.join(_distinct(result.machine for result in results))}.")
     parts = [" ".join(lines)]
     if notes := _distinct(result.note for result in results):
         parts.append("\n".join(f"- {_noted(note, results)}{note}" for note in notes))
-    if commands := _distinct(result.command for result in results):
-        parts.append("\n".join(["```bash", *commands, "```"]))
     return "\n\n".join(parts)
 
 
-def _versions(versions: Mapping[str, str]) -> Iterator[str]:
-    """Yield the versions that numbers depend on most, without the last part."""
-    for name in sorted(versions.keys() - {"python", "lightning", "timm"}, key=lambda name: (name != OURS, name)):
-        yield f"{name} {versions[name] if name == OURS else '.'.join(versions[name].split('.')[:2])}"
-
-
 def _noted(note: str, results: Sequence[Result]) -> str:
-    """Name the runs that have a note, unless all have it."""
+    """Name the runs that have a note, unless these are all or many."""
     noted = [result for result in results if result.note == note]
     if len(noted) == len(results):
         return ""
-    groups = defaultdict(list)
-    for result in noted:
-        alike = [other for other in results if (other.method, other.goal) == (result.method, result.goal)]
-        case = () if all(other.note == note for other in alike) else (f"{k} {v}" for k, v in result.case.items())
-        name = LABELS.get(result.method, result.method)
-        groups[", ".join([name, *case])].append(result.goal)
-    goals = {label: ", ".join(sorted(set(goals), key=by_goal)) for label, goals in groups.items()}
-    return "; ".join(f"{label}, {own}" for label, own in goals.items()) + ": "
+    names = {f"{LABELS.get(result.method, result.method)}, {result.goal}": None for result in noted}
+    return f"{'; '.join(names) if len(names) <= 4 else 'Some runs'}: "
 
 
 def _distinct(values: Iterable[str | None]) -> list[str]:
@@ -667,9 +652,25 @@ WORTH: Mapping[str, tuple[str, Cell]] = {
 def worth() -> str:
     """Quality, size and speed of fewer bits, scattered zeros and fewer units."""
     groups = defaultdict(list)
-    for result in read_table("worth"):
-        groups[result.model, result.case.get("weights")].append(result)
-    return "\n\n".join(f"`{model}`:\n\n{_worth_of(group)}" for (model, _), group in groups.items())
+    for result in read_worth():
+        groups[result.case.get("weights", ""), result.model].append(result)
+    order = sorted(groups, key=lambda key: (key[0] != "", key[1].startswith("efficientnet")))  # trained here: last
+    return "\n\n".join(f"`{model}`:\n\n{_worth_of(groups[weights, model])}" for weights, model in order)
+
+
+def read_worth() -> list[Result]:
+    """Return the runs of the comparison; those whose quality another table has get its perplexity and seconds."""
+    usual = lookup(read_table("methods"))
+    return [
+        result
+        if result.measured.keys() & {"perplexity", "top1"}
+        else replace(result, measured=result.measured | _quality(usual[result.method, result.goal]))
+        for result in read_table("worth")
+    ]
+
+
+def _quality(result: Result) -> dict[str, float]:
+    return {name: result.measured[name] for name in ("perplexity", "seconds")}
 
 
 def _worth_of(results: Sequence[Result]) -> str:

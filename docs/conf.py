@@ -1,6 +1,7 @@
 """Configuration of the documentation. `make docs` builds it without a network; warnings are errors."""
 
 import os
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -19,8 +20,8 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build"]
-root_doc = "contents"  # the table of contents; index is an ordinary page, which also reads well elsewhere
+exclude_patterns = ["_build", "README.md"]
+root_doc = "contents"  # the table of contents; index is an ordinary page, which GitHub shows, too
 
 html_theme = "furo"
 html_title = "wanda_lightning"
@@ -45,13 +46,31 @@ autodoc_preserve_defaults = True
 autosummary_generate = False  # the pages are written by hand, so that methods and functions can be explained
 toc_object_entries = False  # the headings of Methods are the same names
 
-ELSEWHERE = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}  # pages that only link to a file
+# Pages that only link to a file.
+ELSEWHERE = {"index": "docs/README.md", "changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
 
 
 def read_elsewhere(app: Sphinx, page: str, source: list[str]) -> None:
-    """Show the file in place of a link to it."""
+    """Show the file in place of a link to it, and whole docstrings in place of names."""
     if page in ELSEWHERE:
-        source[0] = (Path(__file__).parents[1] / ELSEWHERE[page]).read_text(encoding="utf-8").replace("](docs/", "](")
+        text = (Path(__file__).parents[1] / ELSEWHERE[page]).read_text(encoding="utf-8").replace("](docs/", "](")
+        for name, file in ELSEWHERE.items():
+            text = text.replace(f"](../{file})", f"]({name}.md)")
+        source[0] = text.replace("](notebooks)", "](notebooks/language_model.ipynb)")
+    elif page == "api":
+        source[0] = NAME.sub(whole_docstring, source[0].replace(HEAD, ""))
+
+
+HEAD = "| name | members | what it is |\n| --- | --- | --- |\n"
+NAME = re.compile(r"^\| `(wanda_lightning[\w.]+)` \| ([^|]*) \| .*$", re.MULTILINE)
+
+
+def whole_docstring(found: re.Match[str]) -> str:
+    """Return the directive that replaces a name with its members and summary."""
+    name, members = found.groups()
+    kind = "function" if name.rpartition(".")[2].islower() else "class"
+    shown = f"   :members: {members.replace('`', '').replace(' ', ', ')}\n" if members else ""
+    return f"```{{eval-rst}}\n.. auto{kind}:: {name}\n{shown}```"
 
 
 def setup(app: Sphinx) -> None:
