@@ -184,9 +184,9 @@ class Large:
         """Prune in memory, in about so many forward passes."""
         return Step(self.plan(**choices), partial(self.prune, **choices), lambda: 10 + passes * self.plain)
 
-    def from_disk_step(self, park: str) -> Step:
+    def from_disk_step(self) -> Step:
         """Prune from disk."""
-        choices = {"method": "wanda", "sequential": "layer", "park": park}
+        choices = {"method": "wanda", "sequential": "layer"}
         obstacle = "" if self.options.folder else "pruning from disk needs --folder"
         planned = self.plan(**choices, source="disk")
         return Step(planned, partial(self.prune_from_disk, **choices), lambda: 60 + 4 * self.plain, obstacle)
@@ -237,9 +237,7 @@ class Large:
 
 def all_steps(small: Small, large: Large) -> Iterator[Step]:
     """Yield all steps, the most important first."""
-    dtypes, parks = ("float32", "bfloat16"), ["cpu", "memory"]
-    if torch.device(large.options.device).type == "cpu":
-        parks.remove("cpu")  # the same as memory there
+    dtypes = ("float32", "bfloat16")
     yield from (small.step(method, dtype) for method in ("wanda", "balanced") for dtype in dtypes)
     yield Step(large.plan("forward pass"), large.forward, lambda: 30)
     yield large.step(2, method="wanda", sequential="layer")
@@ -248,11 +246,10 @@ def all_steps(small: Small, large: Large) -> Iterator[Step]:
     planned = small.plan("wanda", small.options.small_samples, dtype="float32", compared="one process")
     yield Step(planned, small.two_processes, lambda: 60)
     yield large.step(15, method="balanced")
-    yield large.from_disk_step(parks[0])
+    yield large.from_disk_step()
     yield large.step(15, method="sparsegpt")
     yield large.step(25, method="best")
     yield from (small.step(method, dtype) for method in ("sparsegpt", "best") for dtype in dtypes)
-    yield from map(large.from_disk_step, parks[1:])
 
 
 def main() -> int:

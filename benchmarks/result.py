@@ -42,7 +42,6 @@ QUANTITIES: Mapping[str, str] = {
     "plain_peak_mib": "the same for what it is compared with",
     "device_mib": "peak memory of the device with the model, in MiB; of the process if the device is the CPU",
     "peak_rss_mib": "peak resident memory of the whole process, in MiB",
-    "estimate_mib": "the same as `inspect --stream` estimates it",
     "read_gb": "gigabytes read",
     "written_gb": "gigabytes written",
     "mask_difference": "fraction of the mask entries that differ from those of what it is compared with",

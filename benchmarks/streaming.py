@@ -4,20 +4,18 @@
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --method sparsegpt admm --sequential block
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 8 16 32 --method sparsegpt --sequential block
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 2 --allocation alpha
-    python benchmarks/streaming.py memory FOLDER --shape narrow --sequential layer --samples 64 --length 512 \
-        --park memory disk
+    python benchmarks/streaming.py memory FOLDER --shape narrow --sequential layer --samples 64 --length 512
     python benchmarks/streaming.py seconds FOLDER --model SmolLM2.gguf --samples 16 --length 512
     python benchmarks/streaming.py seconds FOLDER --shape 1.1b --samples 16 --length 512
     python benchmarks/streaming.py kills FOLDER --model SmolLM2.gguf --samples 16 --length 512
 
 `--shape` writes a random Llama in bfloat16 to FOLDER, file by file; `--model` exports a folder or GGUF file there.
-`memory` prunes in a new process for each row, and compares the peak of its resident memory, with PyTorch and
-transformers, with the estimate of `inspect --stream`. `seconds` prunes alternately from disk and in memory. `kills`
+`memory` prunes in a new process for each row, and takes the peak of its resident memory, with PyTorch and
+transformers. `seconds` prunes alternately from disk and in memory. `kills`
 ends one pruning at random moments, restarts it each time, and compares all files with an uninterrupted run.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import random
@@ -41,8 +39,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 
 from wanda_lightning import CausalLMModule, prune, prune_from_disk
 from wanda_lightning.common.killed_runs import is_locked
-from wanda_lightning.config import PruningConfig
-from wanda_lightning.streaming import Samples, from_disk, memory_to_prune
+from wanda_lightning.streaming import from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
 SHAPES = {
@@ -113,9 +110,7 @@ def choices(options: argparse.Namespace, method: str) -> dict[str, Any]:
     return {**named, "progress": False}
 
 
-def stream(
-    folder: Path, options: argparse.Namespace, method: str, park: str = "memory", name: str = "pruned"
-) -> tuple[float, ...]:
+def stream(folder: Path, options: argparse.Namespace, method: str, name: str = "pruned") -> tuple[float, ...]:
     """Prune from disk; return the seconds, the peak memory, and the bytes read and written."""
     output, opened = Path(options.folder) / name, []
 
@@ -125,9 +120,7 @@ def stream(
 
     with PeakMemory() as memory, patch.object(from_disk, "Checkpoint", open_checkpoint):
         duration = seconds(
-            lambda: prune_from_disk(
-                folder, output, batches(folder, options), 0.5, park=park, **choices(options, method)
-            )
+            lambda: prune_from_disk(folder, output, batches(folder, options), 0.5, **choices(options, method))
         )
     written = psutil.Process().io_counters().write_chars
     return duration, memory.start + memory.peak, opened[0].bytes_read, written
@@ -153,34 +146,21 @@ def in_new_process(function: Any, *arguments: object) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def estimate(folder: Path, options: argparse.Namespace, method: str, park: str) -> int:
-    """Return what `inspect --stream` prints for the same run, in a new process."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    names = choices(options, method)
-    names.pop("progress")
-    samples = Samples(options.samples, options.length, 1)
-    memory = memory_to_prune(model, PruningConfig.from_names(**names), samples, park)
-    return psutil.Process().memory_info().rss + memory.total
-
-
 def measure_memory(options: argparse.Namespace) -> None:
-    """Compare the peak of each run with its estimate."""
-    columns = ("seconds", "peak MiB", "estimate MiB", "estimate / peak", "GB read", "written")
-    table = Table("layers", "method", "park", *columns)
+    """Prune in a new process for each run."""
+    table = Table("layers", "method", "seconds", "peak MiB", "GB read", "written")
     for layers in options.layers or [None]:
         folder = source(options, layers)
-        for method, park in itertools.product(options.method, options.park):
+        for method in options.method:
             shutil.rmtree(Path(options.folder) / "pruned", ignore_errors=True)
-            duration, peak, *moved = in_new_process(stream, folder, options, method, park)
-            expected = in_new_process(estimate, folder, options, method, park)
-            row = f"{duration:.1f} {peak / MIB:.0f} {expected / MIB:.0f} {expected / peak:.2f}"
+            duration, peak, *moved = in_new_process(stream, folder, options, method)
             number = AutoConfig.from_pretrained(folder).num_hidden_layers
             read, written = (size / 1e9 for size in moved)
-            numbers = {"seconds": duration, "peak_rss_mib": peak / MIB, "estimate_mib": expected / MIB}
-            planned = plan(options, method, layers=number, park=park)
+            numbers = {"seconds": duration, "peak_rss_mib": peak / MIB}
+            planned = plan(options, method, layers=number)
             Runs(options.save, "streaming_memory").save(planned, {**numbers, "read_gb": read, "written_gb": written})
-            table.add_row(str(number), method, park, *row.split(), *(f"{size / 1e9:.2f}" for size in moved))
+            sizes = (f"{peak / MIB:.0f}", f"{read:.2f}", f"{written:.2f}")
+            table.add_row(str(number), method, f"{duration:.1f}", *sizes)
     Console(width=100).print(table)
 
 
@@ -197,7 +177,7 @@ def measure_seconds(options: argparse.Namespace) -> None:
         model.save_pretrained(memory)
 
     def from_disk(method: str) -> None:
-        prune_from_disk(folder, disk, samples, 0.5, park=options.park[0], **choices(options, method))
+        prune_from_disk(folder, disk, samples, 0.5, **choices(options, method))
 
     def clock(step: Any, place: Path, method: str) -> float:
         shutil.rmtree(place, ignore_errors=True)
@@ -223,12 +203,12 @@ def measure_kills(options: argparse.Namespace) -> None:
     folder, method = source(options), options.method[0]
     for name in ("whole", "killed"):
         shutil.rmtree(Path(options.folder) / name, ignore_errors=True)
-    duration, *_ = in_new_process(stream, folder, options, method, options.park[0], "whole")
+    duration, *_ = in_new_process(stream, folder, options, method, "whole")
     whole, killed = (Path(options.folder) / name for name in ("whole", "killed"))
     parts = len(list(whole.glob("*.safetensors")))
     spawn, rng, found = multiprocessing.get_context("spawn"), random.Random(0), []
     for kill in range(options.kills):
-        process = spawn.Process(target=stream, args=(folder, options, method, options.park[0], "killed"))
+        process = spawn.Process(target=stream, args=(folder, options, method, "killed"))
         process.start()
         # Later each time, since a run first repeats the forward passes of the runs before it.
         while len(list(killed.glob("model-*.safetensors"))) < parts * kill // (options.kills + 2):
@@ -241,7 +221,7 @@ def measure_kills(options: argparse.Namespace) -> None:
         found.append(len(list(killed.glob("model-*.safetensors"))))
     assert not (killed / "config.json").exists()
     print(f"killed {options.kills} times; files that were there: {found}")
-    in_new_process(stream, folder, options, method, options.park[0], "killed")
+    in_new_process(stream, folder, options, method, "killed")
     contents = [{file.name: file.read_bytes() for file in place.iterdir()} for place in (whole, killed)]
     print(f"{len(contents[0])} files, equal to those of an uninterrupted run: {contents[0] == contents[1]}")
 
@@ -262,7 +242,6 @@ def main() -> None:
     parser.add_argument("--sequential", default="block", choices=("block", "layer"))
     for name in OTHERS:
         parser.add_argument(f"--{name}")
-    parser.add_argument("--park", nargs="+", default=["memory"], choices=("memory", "disk"))
     parser.add_argument("--runs", type=int, default=3, help="of each clock, after a warm-up")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--save", help="FOLDER in which each run of memory and seconds becomes a file")

@@ -455,9 +455,9 @@ def streaming() -> str:
         case = {key: value for key, value in result.case.items() if key != "layers"}
         choices = ", ".join([LABELS[result.method], result.goal, *(f"{key} {value}" for key, value in case.items())])
         gigabytes = [number(result, name, ".2f") for name in ("read_gb", "written_gb")]
-        memory = [number(result, name, ".0f") for name in ("peak_rss_mib", "estimate_mib")]
-        rows.append([result.model, choices, str(result.case["layers"]), *memory, *gigabytes])
-    headings = ("model", "choices", "layers", "peak, MiB", "`inspect --stream`, MiB", "GB read", "GB written")
+        peak = number(result, "peak_rss_mib", ".0f")
+        rows.append([result.model, choices, str(result.case["layers"]), peak, *gigabytes])
+    headings = ("model", "choices", "layers", "peak, MiB", "GB read", "GB written")
     parts = [markdown(headings, rows), source(results)]
     results = read_table("streaming_seconds")
     quantities = {"seconds": ".1f", "plain_seconds": ".1f", "ratio": ".2f"}

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from wanda_lightning.training import Recovery
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
-PARKING = ("memory", "cpu", "disk")
-"""The places for the activations of waiting batches while a model is pruned from disk."""
 
 PATTERNS: Mapping[str, Callable[[], Pattern]] = {
     "unstructured_row": lambda: wl.Unstructured(group="row"),

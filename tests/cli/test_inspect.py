@@ -1,8 +1,6 @@
 """`wanda-lightning inspect`: what it counts, and that no weight is allocated."""
 
-import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,37 +124,10 @@ def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
         (["--model", "timm:test_vitt"], "Did you mean test_vit", 1),
         (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix", 1),
         (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts", 1),
-        (["--model", "gone", "--stream", "--recovery", "distil"], "recovery='distil'", 2),
     ],
 )
 def test_inspect_refuses(refused, more, message, code):
     refused("inspect", *more, message=message, code=code)
-
-
-def sum_of(out):
-    """The largest sum, in GiB, that the table of memory shows."""
-    (row,) = [row for row in out.splitlines() if row.startswith("│ sum ")]
-    return max(float(cell) for cell in row.split("│")[2:-1])
-
-
-def test_inspect_prints_the_memory_of_streaming(inputs, capsys):
-    shutil.copytree(inputs / "llama", "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert run("inspect", "--model", "weightless", "--stream", "--num_samples", "8", "--seqlen", "32") == 0
-    out = capsys.readouterr().out
-    (needed,) = re.findall(r"needs about ([\d.]+) GiB with 8 windows of 32 tokens in batches of 4, and", out)
-    assert float(needed) == pytest.approx(sum_of(out), abs=0.08)  # of rounded numbers
-    few = sum_of(out)
-    many = ["--stream", "--num_samples", str(2**20), "--seqlen", "32"]
-    assert run("inspect", "--model", "weightless", *many, "--park", "disk") == 0
-    assert sum_of(capsys.readouterr().out) == pytest.approx(few, abs=0.03)
-    assert run("inspect", "--model", "weightless", "--stream", "--num_samples", str(2**20), "--seqlen", "32") in (0, 1)
-    assert sum_of(capsys.readouterr().out) == pytest.approx(few + 2**20 * 32 * 2 * 32 * 4 / 2**30, abs=0.03)  # float32
-
-
-def test_too_little_memory_is_an_error(inputs, capsys, monkeypatch):
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
-    assert run("inspect", "--model", inputs / "llama", "--stream", "--num_samples", "256", "--seqlen", "32") == 1
-    assert re.search(r"prune --stream needs about .* GiB with 256 windows .* GiB are free", capsys.readouterr().err)
 
 
 def test_markup_in_names_is_text(inputs, capsys):

@@ -73,12 +73,8 @@ REFUSED = {
         ([*VIT, "--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2 for 1."),
     ],
     "inspect": [
-        ([*VIT[:2], "--stream"], "--stream has no meaning for an image classifier"),
-        (["--model", "tiny.gguf", "--stream"], "--stream reads a folder or hub model in safetensors"),
-        (
-            ["--park", "disk", "--num_samples", "8"],
-            "--num_samples, --park have no meaning for inspect without --stream",
-        ),
+        ([*VIT[:2], "--revision", "v1"], "--revision has no meaning for an image classifier"),
+        (["--dtype", "float32"], "--dtype has no meaning for inspect, which reads no weight and no data"),
     ],
 }
 CASES = [(command, *case) for command, cases in REFUSED.items() for case in cases]

@@ -231,13 +231,11 @@ REFUSED = [
     (["--skip", "[down_proj]"], "skip='down_proj' matches no matrix of the model; the nearest is", 1),
     (["--stream", "--device", "cuda:99"], "device must be one that PyTorch can use on this machine", 2),
     (["--device", "cuda"], "--device has no meaning for pruning without --stream", 2),
-    (["--park", "disk"], "--park has no meaning for pruning without --stream", 2),
     (["--stream", "--model", "{}/gone.gguf"], "safetensors", 2),
     (["--stream", "--calibration", "self"], "--calibration self needs the whole model in memory", 2),
     (["--stream", "--method", "thorough"], "needs the whole model in memory", 2),
     (["--stream", "--sequential", "none", "--solver", "admm"], "needs the Gram matrices of all layers in memory", 2),
     (["--stream", "--sequential", "none", "--recovery", "reconstruct"], "trains blocks of a model in memory", 2),
-    (["--stream", "--park", "cpu"], "park='cpu' moves activations from the device", 2),
 ]
 
 
@@ -294,7 +292,7 @@ def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
 def test_a_streamed_model_is_the_one_pruned_in_memory(text, tmp_path, method):
     more = ["--method", method, "--sequential", "layer"]
     assert run(*text, *more, "--save", "memory", "--save_model", "memory/model") == 0
-    assert run(*text, *more, "--save", "disk", "--save_model", "disk/model", "--stream", "--park", "disk") == 0
+    assert run(*text, *more, "--save", "disk", "--save_model", "disk/model", "--stream") == 0
     memory, disk = tmp_path / "memory", tmp_path / "disk"
     in_memory, streamed = load_file(memory / "model/model.safetensors"), {}
     for file in (disk / "model").glob("*.safetensors"):

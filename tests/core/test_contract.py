@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from support import reference
-from support.allocated import most_allocated
 from support.layers import (
     WIDE,
     allocate,
@@ -27,14 +26,14 @@ from support.layers import (
 )
 from support.pairwise import pairwise
 
-from wanda_lightning.core.allocation import OWL, Allocation, AlphaPruning, DenseLayer, Fisher, PerLayer
+from wanda_lightning.core.allocation import OWL, Allocation, AlphaPruning, Fisher, PerLayer
 from wanda_lightning.core.criteria import RIA, Criterion, Magnitude, Saliency, Wanda
 from wanda_lightning.core.keep_largest import keep_largest
 from wanda_lightning.core.patterns import NM, EqualShare, Experts, Pattern, Structured, Unstructured
 from wanda_lightning.core.permutation import Assignment
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
-from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.methods import ALLOCATIONS, CRITERIA, SOLVERS
 from wanda_lightning.methods import PATTERNS as PATTERN_CHOICES
 
@@ -243,18 +242,6 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, together, s
         torch.testing.assert_close(pruned, alone, rtol=1e-6, atol=1e-9)
 
 
-@EVERY_SOLVER
-@pytest.mark.parametrize(("rows", "d_in"), [([512, 512], 512), ([128], 512)])
-def test_the_workspace_is_what_a_solver_allocates(solver, rows, d_in):
-    tokens = torch.randn(2000, d_in) @ torch.randn(d_in, d_in)
-    criterion = solver.own_criterion
-    inputs = statistics(tokens, criterion, solver)
-    selection = Selection(criterion, Unstructured(solver.group(criterion)), 0.5)
-    weights = [torch.randn(count, d_in).bfloat16() for count in rows]
-    allocated = most_allocated(lambda: solver.solve_together(weights, inputs, [selection] * len(rows)))
-    assert solver.workspace(rows, d_in) == pytest.approx(allocated / 4, rel=0.25)
-
-
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
 def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern):
     weight, tokens = correlated_layer(0)
@@ -319,17 +306,6 @@ def test_values_out_of_range_are_refused(make, values, text, monkeypatch):
 )
 def test_a_stage_of_a_schedule_scales_the_differences(allocation, scaled):
     assert allocation.scaled(0.25) == scaled
-
-
-@EVERY_ALLOCATION
-def test_an_allocation_allocates_less_than_any_solver(name):
-    """So the estimate of memory needs no workspace of allocations."""
-    allocation, (weight, tokens) = ALLOCATIONS[name](), random_layer(shape=(1024, 512))
-    weight, gradients = weight.bfloat16(), GradientStatistics(torch.ones(512), torch.ones(1024))
-    inputs, size = statistics(tokens, Wanda), weight.numel()
-    layers = [DenseLayer(f"{i}.up", str(i), size, 512, lambda: weight, inputs, gradients) for i in range(3)]
-    allocated = most_allocated(lambda: allocation(layers, 0.5))
-    assert allocated / 4 < ZeroOut().workspace([1024], 512)
 
 
 @EVERY_ALLOCATION

@@ -4,13 +4,10 @@ from itertools import combinations
 
 import pytest
 import torch
-from support.allocated import most_allocated
 
 from wanda_lightning import NM, Assignment, EqualShare, NoPermutation, Unstructured
 from wanda_lightning.core import permutation
-from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
-from wanda_lightning.core.statistics import InputStatistics
 
 
 def scores(d_out, d_in, seed=0):
@@ -79,16 +76,7 @@ def test_an_order_that_cannot_be_improved_stays(drawn):
     assert torch.equal(Assignment()(drawn, NM(2, 4)), torch.arange(drawn.shape[1]))
 
 
-@pytest.mark.parametrize("pattern", [NM(2, 4), NM(4, 8)], ids=str)
-def test_the_workspace_is_what_it_allocates(pattern):
-    weight, inputs = torch.randn(512, 256).bfloat16(), InputStatistics({"square_sum"})
-    inputs.update(torch.randn(10, 256))
-    allocated = most_allocated(lambda: Assignment()(Wanda()(weight, inputs), pattern))
-    assert Assignment().workspace(weight.numel()) == pytest.approx(allocated / 4, rel=0.25)
-
-
 def test_no_permutation_keeps_the_order():
-    assert NoPermutation().workspace(64) == 0
     assert torch.equal(NoPermutation()(scores(3, 8), NM(2, 4)), torch.arange(8))
 
 

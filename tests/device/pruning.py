@@ -1,10 +1,9 @@
 """`prune` on another device: masks and weights are those of the CPU, to the bit.
 
 `tests/test_device.py` runs this file in a process of its own. The device (`support.remote`) runs the CPU's kernels in
-the caller's thread, and has no allocator for storages. So these tests cannot cover activations of waiting batches that
-`park="cpu"` moves (PyTorch lets no tensor of such a device point to the host), pinned memory, streams and events, of
-which `torch.accelerator` shows a single one here, the memory of devices, kernels that round otherwise, autocast, TF32,
-several accelerators, and what only CUDA runs (2:4).
+the caller's thread, and has no allocator for storages. So these tests cannot cover pinned memory, streams and events,
+of which `torch.accelerator` shows a single one here, the memory of devices, kernels that round otherwise, autocast,
+TF32, and several accelerators.
 """
 
 import pytest

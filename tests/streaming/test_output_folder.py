@@ -78,12 +78,6 @@ def test_a_continued_run_does_not_allocate_again(source, streamed, tmp_path, mon
     assert contents(tmp_path / "out") == contents(whole)
 
 
-def test_a_run_may_continue_with_other_parking(source, streamed, tmp_path, monkeypatch):
-    interrupted(source, tmp_path / "out", monkeypatch, at="model.layers.2", method="wanda", park="disk")
-    prune_from_disk(source, tmp_path / "out", batches(), **WANDA)
-    assert same(weights(tmp_path / "out"), weights(streamed("wanda")[1]))
-
-
 def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, streamed, tmp_path, monkeypatch):
     config, arguments = PruningConfig.from_names(method="wanda"), (tmp_path, batches())
     run = pruned_from_disk(config, ModelSource(source), *arguments, progress=False)

@@ -1,4 +1,4 @@
-"""What is pruned block by block equals what is pruned in memory, wherever the activations are."""
+"""What is pruned block by block equals what is pruned in memory."""
 
 import itertools
 import re
@@ -10,7 +10,6 @@ from support.disk import CHOICES, VOCABULARY, batches, count_blocks, in_memory, 
 from support.families import causal, names
 from support.pair_cases import pruned_from_disk
 from support.pairwise import with_nightly
-from support.parking import hide
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from wanda_lightning import OWL, Structured, perplexity_from_disk, prune, prune_from_disk
@@ -18,47 +17,15 @@ from wanda_lightning.common import progress
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.streaming import disk_and_host_parking as parking
-from wanda_lightning.streaming import from_disk, measure_perplexity
+from wanda_lightning.streaming import measure_perplexity
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-PARKS = ("memory", "disk", "host")
 
-
-@pytest.fixture
-def park_in(monkeypatch):
-    """Return the value of `park` for a place; "host" is "cpu" as far as that can be tested without a GPU."""
-    monkeypatch.setattr(parking, "SMALLEST", 0)
-
-    def choose(place):
-        if place != "host":
-            return place
-        monkeypatch.setattr(parking, "_copied", hide)
-        make_parking = partial(parking.HostParking, torch.device("cpu:0"), {})
-        monkeypatch.setattr(from_disk, "parking_maker", lambda *_: make_parking)
-        return "memory"
-
-    return choose
-
-
-SAMPLED = {
-    **dict.fromkeys(("magnitude", "2:4", "skip", "owl_layer"), "memory"),
-    **dict.fromkeys(("wanda", "none", "fisher"), "disk"),
-    **dict.fromkeys(("layer", "reconstruct", "permutation"), "host"),
-    **{"structured": "host", "structured_fisher": "disk"},
-    **dict.fromkeys(("structured_magnitude", "structured_reconstruct"), "memory"),
-}
-
-
-@pytest.mark.parametrize(("name", "place"), with_nightly(SAMPLED.items(), itertools.product(CHOICES, PARKS)))
-def test_the_files_and_the_report_are_those_of_prune(source, streamed, tmp_path, park_in, name, place):
+@pytest.mark.parametrize("name", CHOICES)
+def test_the_files_and_the_report_are_those_of_prune(source, streamed, tmp_path, name):
     expected = in_memory(source, tmp_path / "memory", batches(), **CHOICES[name])
-    if place == "memory":
-        report, folder = streamed(name)
-    else:
-        choices, folder = {"progress": False, "park": park_in(place), **CHOICES[name]}, tmp_path / "disk"
-        report = prune_from_disk(source, folder, batches(), 0.5, **choices)
+    report, folder = streamed(name)
     assert same(weights(folder), weights(tmp_path / "memory"))
     assert (report.layers, report.skipped, report.zeros) == (expected.layers, expected.skipped, expected.zeros)
     assert (report.notes, report.config) == (expected.notes, expected.config)
@@ -79,23 +46,21 @@ FAMILY_CHOICES = {
 }
 REFUSED = {"emu3", "mllama", "musicgen", "musicgen_melody", "rwkv"}
 EVERY_FAMILY = [
-    *itertools.product(FAMILIES, FAMILY_CHOICES, ("memory", "disk")),
-    *itertools.product([name for name in names("causal") if name not in REFUSED], ["layer"], ["memory"]),
+    *itertools.product(FAMILIES, FAMILY_CHOICES),
+    *itertools.product([name for name in names("causal") if name not in REFUSED], ["layer"]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("name", "choices", "place"),
-    with_nightly(zip(FAMILIES, itertools.cycle(FAMILY_CHOICES), itertools.cycle(("disk", "memory"))), EVERY_FAMILY),
+    ("name", "choices"), with_nightly(zip(FAMILIES, itertools.cycle(FAMILY_CHOICES), strict=False), EVERY_FAMILY)
 )
-def test_families_are_converted_as_transformers_does(tmp_path, park_in, name, choices, place):
+def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
     family = causal(name)
     model = family.build()
     model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
     samples, choices = family.batches(model), {"method": "wanda", **FAMILY_CHOICES[choices]}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, **choices)
-    choices |= {"progress": False, "park": park_in(place)}
-    prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, **choices)
+    prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
 
 
@@ -177,7 +142,7 @@ def test_progress_shows_the_unit_the_bytes_and_the_seconds_left(source, tmp_path
     assert re.search(r"Measuring 5/8 model\.layers\.1, .* KB read \(\d+ s, \d+ s left\)", capsys.readouterr().err)
 
 
-def test_the_perplexity_is_that_of_the_model_in_memory(source, tmp_path, monkeypatch, park_in):
+def test_the_perplexity_is_that_of_the_model_in_memory(source, tmp_path, monkeypatch):
     monkeypatch.setattr(measure_perplexity, "AT_ONCE", 2)
     model, metric = AutoModelForCausalLM.from_pretrained(source), WindowPerplexity()
     with torch.no_grad():
@@ -185,8 +150,6 @@ def test_the_perplexity_is_that_of_the_model_in_memory(source, tmp_path, monkeyp
             metric.update(model(**batch).logits, batch["input_ids"])
     measured = perplexity_from_disk(source, batches(), progress=False)
     assert measured == pytest.approx(float(metric.compute()), rel=1e-6)
-    parked = {"park": park_in("disk"), "parked_in": tmp_path}
-    assert perplexity_from_disk(source, batches(), progress=False, **parked) == measured
 
 
 @pytest.mark.parametrize("padding", [None, 0])
@@ -209,14 +172,12 @@ def test_what_has_no_perplexity_is_refused(source, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("park", ["memory", "cpu"])
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, monkeypatch, name, park):
-    monkeypatch.setattr(parking, "SMALLEST", 0)
+def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, name):
     model = AutoModelForCausalLM.from_pretrained(source).cuda()
     expected = prune(model, batches(), 0.5, progress=False, **CHOICES[name])
     model.save_pretrained(tmp_path / "memory")
-    on_gpu = {"progress": False, "device": "cuda", "park": park}
+    on_gpu = {"progress": False, "device": "cuda"}
     report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, **on_gpu, **CHOICES[name])
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
     assert report.layers == expected.layers

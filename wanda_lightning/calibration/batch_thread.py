@@ -33,11 +33,7 @@ class Call:
     thread_state: ThreadState  # of the sample's thread at the call
 
     def run(self, on_copies: bool = False) -> Any:
-        """Run the unit and return its output; on clones of its arguments if it will run again on the same values.
-
-        The activations stay in memory afterward: call `sample.parking.offload` unless the sample continues now.
-        """
-        self.sample.parking.restore()
+        """Run the unit and return its output; on clones of its arguments if it will run again on the same values."""
         arguments = self.args, self.kwargs
         with naming_batch(self.sample.batch_index, arguments, self.unit), self.thread_state.entered():
             args, kwargs = clone_arguments(arguments) if on_copies else arguments
@@ -77,7 +73,7 @@ class BatchThread(threading.Thread):
         self._go.acquire()
         try:
             if not self._cancelled:
-                with self._thread_state.entered(), self.sample.parking:
+                with self._thread_state.entered():
                     self.sample.forward()
         except StopForward:
             pass
@@ -95,7 +91,6 @@ class BatchThread(threading.Thread):
         call = Call(self.sample, self._names[unit], forward, args, kwargs, thread_state)
         self.unit, self.call = unit, call
         del call
-        self.sample.parking.add((args, kwargs))
         if self._ends_workers:
             end_idle_workers()
         self._back.release()
@@ -104,14 +99,12 @@ class BatchThread(threading.Thread):
         if self._cancelled:
             raise StopForward
         output, self._output = self._output, None
-        self.sample.parking.add(output)
         return output
 
     def advance(self, output: Any = None) -> None:
         """Let the batch run to its next unit, or to its end (called in the scheduler's thread)."""
         self.call, self._output = None, output
         del output
-        self.sample.parking.restore()
         switches = Switches()
         try:
             self._go.release()
@@ -120,8 +113,6 @@ class BatchThread(threading.Thread):
             switches.restore()
         if self._error is not None:
             raise self._error
-        if self.call is not None:
-            self.sample.parking.offload()
 
     def run_unit(self, prepared: Callable[[Call], Call] = lambda call: call) -> None:
         """Run the parked call, or the one that `prepared` returns for it, and continue the batch with its output."""

@@ -124,10 +124,8 @@ class BlockRuns:
         def run(*args: Any, **kwargs: Any) -> None:
             records.append(self._run(call, args, kwargs, with_inputs)[1])
 
-        call.sample.parking.restore()
         args, kwargs = clone_arguments((call.args, call.kwargs))
         replace(call, args=args, kwargs=kwargs, forward=run).run()
-        call.sample.parking.offload()
         return records[0]
 
     def _run(self, call: Call, args: Any, kwargs: Any, with_inputs: bool) -> tuple[Any, _Record]:

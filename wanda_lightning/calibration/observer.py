@@ -56,7 +56,6 @@ class Observer:
                 with self.collect(unit, call.sample):
                     # A unit runs again after it is pruned, and may write into its inputs.
                     call.run(on_copies=unit.module is not None)
-                call.sample.parking.offload()
         return self.finish(unit)
 
     def watched(self, unit: Unit, call: Call) -> Call:
@@ -119,13 +118,11 @@ class Observer:
         self._last, identities, statistics = ((), [], {}), [], {}  # frees the Gram matrix before the next one
         with self.processes.fail_together():
             for call in calls:
-                call.sample.parking.restore()
                 x = input_of(call.args, call.kwargs)
                 with naming_batch(call.sample.batch_index, x, unit.name):
                     reader = self._read(unit, call.sample, x)
                     if x.dtype != unit.layers[0].parameter.dtype:  # fails without autocast; now, before it is pruned
                         call.run(on_copies=True)
-                call.sample.parking.offload()
                 self._add(reader)
                 identities += [entry.identity for entry in reader.entries]
         found = self.finish(unit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -24,7 +24,6 @@ from wanda_lightning.calibration.batches import (
     to_device,
 )
 from wanda_lightning.calibration.error_notes import naming_batch
-from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import TokenMask, check_tokens, token_masks
@@ -42,7 +41,6 @@ class Sample:
     counts: bool = True  # False if it only runs because another process runs a batch at the same time
     size: int = 1  # number of samples
     batch_index: int = 0  # of the calibration batch, for messages
-    parking: Parking = field(default_factory=Parking)  # keeps its activations while it waits at a unit
 
 
 class Samples:
@@ -61,7 +59,6 @@ class Samples:
         predict: Callable[[Any], object] | None,
         processes: Processes,
         reader: object,
-        make_parking: MakeParking = Parking,
     ) -> None:
         if reader is not None and (not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor | str)):
             given = "none were given" if batches is None else f"a {type(batches).__name__} was given"
@@ -69,7 +66,7 @@ class Samples:
                 f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
                 f"{given}. Give batches, or choices that read none, such as method='magnitude'."
             )
-        self._model, self._processes, self._reader, self._make_parking = model, processes, reader, make_parking
+        self._model, self._processes, self._reader = model, processes, reader
         self._batches: Iterable[Any] = () if reader is None or batches is None else batches
         self._forward = forward or self._forward_on_device
         self._predict = predict or self._forward
@@ -184,7 +181,7 @@ class Samples:
     def _sample(self, batch: Any, index: int, size: int) -> Sample:
         forward, predict = (partial(_run, run, batch, index) for run in (self._forward, self._predict))
         masks = token_masks(self._model, batch)
-        return Sample(forward, predict, batch, masks, True, size, index, self._make_parking())
+        return Sample(forward, predict, batch, masks, True, size, index)
 
 
 def fit_together(samples: Sequence[Sample]) -> bool:

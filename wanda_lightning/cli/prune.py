@@ -38,7 +38,7 @@ from wanda_lightning.cli.parser import as_command, as_given
 from wanda_lightning.cli.pruning_options import PruneOptions
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, load_tokenizer
-from wanda_lightning.common.refuse_path import existing_parent, files_in
+from wanda_lightning.common.refuse_path import files_in
 from wanda_lightning.common.write_whole import unclaimed, whole_file
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
@@ -55,7 +55,6 @@ from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
 from wanda_lightning.report.page import write_report
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.checkpoint import available_device
-from wanda_lightning.streaming.disk_and_host_parking import refuse_parking
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 
 _NO_TEXT = (
@@ -128,7 +127,6 @@ def _stream(options: PruneOptions) -> None:
     choices = PruningConfig.from_names(**options.choices)
     with as_usage_errors():
         refuse_whole_model(choices)
-        refuse_parking(options.park, options.device)
         available_device(options.device)
     L.seed_everything(options.seed, verbose=False)
     config, tokenizer = load_config(source), load_tokenizer(source)
@@ -136,11 +134,11 @@ def _stream(options: PruneOptions) -> None:
     check_decoder_only(config)
     data = _text(options, tokenizer, config)
     dtype = options.dtype or "auto"
-    where: dict[str, Any] = {"park": options.park, "device": options.device}
-    read = partial(perplexity_from_disk, parked_in=existing_parent(output), **where, **source.hub)
+    read = partial(perplexity_from_disk, device=options.device, **source.hub)
     dense = _perplexities(partial(read, source.name, dtype=dtype), data)
     batches = data.calibration_dataloader()
-    with pruned_from_disk(choices, source, output, batches, tokenizer=tokenizer, dtype=dtype, **where) as report:
+    where: dict[str, Any] = {"dtype": dtype, "device": options.device}
+    with pruned_from_disk(choices, source, output, batches, tokenizer=tokenizer, **where) as report:
         pruned = _perplexities(partial(read, output), data)
         _record_run(report, options, data, choices, dense, pruned)
         if options.shrink:

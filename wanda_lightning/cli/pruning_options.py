@@ -38,7 +38,6 @@ from wanda_lightning.common.refuse_path import (
 )
 from wanda_lightning.config import NAMES, PruningConfig
 from wanda_lightning.data import image_sources, text_sources
-from wanda_lightning.methods import PARKING
 
 _REFERENCE_FLAGS = {"sparsity": "sparsity_ratio", "pattern": "sparsity_type", "method": "prune_method"}
 _ARGUMENTS = inspect.signature(PruningConfig.from_names).parameters
@@ -75,26 +74,10 @@ _InspectChoices: Any = _choices(without=("sparsity", "min_expert_tokens", "keep_
 
 @dataclass(kw_only=True)
 class _PruningOptions(ModelOptions):
-    """The model, and what determines the memory that a pruning needs."""
+    """What `prune` and `inspect` share."""
 
     model: str = option(
         "Hub id, folder or .gguf file of a language model; or timm:NAME of an image classifier.", MISSING
-    )
-    num_samples: int | None = option(
-        "Number of calibration samples; by default 128 sequences or 4096 images, as in the paper.",
-        rule=COUNT,
-        alias="nsamples",
-    )
-    seqlen: int | None = option(f"{SEQLEN_HELP} {PAPER_SEQLEN}.", rule=WINDOW)
-    batch_size: int | None = option(
-        f"Number of samples in a batch; by default {SEQUENCES_AT_ONCE} sequences or {IMAGES_AT_ONCE} images.",
-        rule=COUNT,
-    )
-    park: str = option(
-        "Where the activations of batches are while they wait, with --stream: memory (of --device), cpu (its "
-        "memory, if --device is another), or disk (files beside the pruned model).",
-        "memory",
-        rule=OneOf(PARKING),
     )
 
     @property
@@ -118,19 +101,12 @@ class _PruningOptions(ModelOptions):
 
 @dataclass(kw_only=True)
 class InspectOptions(_PruningOptions, _InspectChoices):  # type: ignore[misc]  # a base made from PruningConfig
-    """The options of `inspect`: those of `prune` that determine which layers are pruned, or the memory it needs."""
-
-    stream: bool = option(
-        "Also print the memory that prune --stream needs, and fail if this machine has less; no weight is read.", False
-    )
+    """The options of `inspect`: those of `prune` that determine which layers are pruned."""
 
     def __post_init__(self) -> None:
         if self.is_image:
-            self.refuse_given("an image classifier", "revision trust_remote_code stream")
-        if self.stream:
-            self.refuse_streamed_gguf()
-        else:
-            self.refuse_given("inspect without --stream", "num_samples seqlen batch_size dtype park")
+            self.refuse_given("an image classifier", "revision trust_remote_code")
+        self.refuse_given("inspect, which reads no weight and no data", "dtype")
 
     def refuse_early(self) -> None:
         """Refuse a file that does not exist, and choices that contradict each other."""
@@ -153,6 +129,16 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
     )
     prune_granularity: str | None = option(
         "The reference's name of --pattern unstructured_row and unstructured_layer.", rule=OneOf(("row", "layer"))
+    )
+    num_samples: int | None = option(
+        "Number of calibration samples; by default 128 sequences or 4096 images, as in the paper.",
+        rule=COUNT,
+        alias="nsamples",
+    )
+    seqlen: int | None = option(f"{SEQLEN_HELP} {PAPER_SEQLEN}.", rule=WINDOW)
+    batch_size: int | None = option(
+        f"Number of samples in a batch; by default {SEQUENCES_AT_ONCE} sequences or {IMAGES_AT_ONCE} images.",
+        rule=COUNT,
     )
     seed: int = option("Seed that draws the calibration samples.", 0, rule=SEED)
     calibration: str | None = option(
@@ -214,7 +200,7 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
                     "reads it block by block. Give a text, or leave --stream out."
                 )
         else:
-            self.refuse_given("pruning without --stream, which uses a GPU if there is one", "device park")
+            self.refuse_given("pruning without --stream, which uses a GPU if there is one", "device")
         if self.save_model is None:
             self.refuse_given("pruning without --save_model", "shrink")
         if self.choices["pattern"] != "structured":

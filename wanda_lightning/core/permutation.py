@@ -27,10 +27,6 @@ class Permutation:
         """Return why it cannot be combined with a pattern, and what to do; None if it can be."""
         return None
 
-    def workspace(self, size: int) -> int:
-        """Return about how many float32 numbers it holds at most for a layer of `size` weights, with their scores."""
-        return 0
-
     def __call__(self, scores: Score, pattern: Pattern) -> Order:
         """Return the indices of the columns in their new order."""
         return torch.arange(scores.shape[1])
@@ -69,10 +65,6 @@ class Assignment(Permutation):
         return (
             "this pattern does not depend on the order of the inputs. Leave the permutation out, or use an N:M pattern."
         )
-
-    def workspace(self, size: int) -> int:
-        """The scores, the scores of columns that keep their place, and the copies in which `kthvalue` works."""
-        return 5 * size
 
     def __call__(self, scores: Score, pattern: Pattern) -> Order:
         """Return the order; the original one if none is better."""

@@ -98,7 +98,7 @@ def prune_as(
         progress: Show a bar in the first process.
         processes: All processes that call this, with the same choices. Statistics are summed over all of them, so they
             choose the same masks; an error in one process ends all of them.
-        store: Where the weights are, and the activations of batches that wait.
+        store: Where the weights are.
     """
     check_callable(forward=forward)
     seconds: dict[str, float] = {}
@@ -110,7 +110,7 @@ def prune_as(
             not_corrected = "the model is sharded" if is_sharded(model) else "no calibration batches were given"
             batch_norms = []
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
-        samples = Samples(model, batches, forward, predict, processes, reader, store.make_parking)
+        samples = Samples(model, batches, forward, predict, processes, reader)
         run = Run(plan, samples, store, progress and processes.rank == 0, seconds, not_corrected=not_corrected)
         allocate_first = (not plan.is_one_pass or plan.config.reads_gradients) and not config.pattern.drops_experts
         recovery_reads = config.recovery.reads_batches or config.recovery.recorded

@@ -11,7 +11,6 @@ from torch import nn
 
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.calibration.unit_stops import UnitStop, stop_at_units
 from wanda_lightning.common.progress import ProgressBar
@@ -94,7 +93,6 @@ class WeightStore:
     zeros: int = 0  # among the weights that are not in memory
     advice: str = "Reload the model before you try again."  # if pruning fails halfway
     status: str = ""  # what to show beside the name of a unit, for example what has been read so far
-    make_parking: MakeParking = Parking  # makes the parking of a sample
 
     def plan(self, config: PruningConfig, model: nn.Module, processes: Processes) -> Plan:
         """Find what will be pruned."""

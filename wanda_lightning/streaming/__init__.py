@@ -2,15 +2,6 @@
 
 from wanda_lightning.streaming.from_disk import prune_from_disk
 from wanda_lightning.streaming.measure_perplexity import perplexity_from_disk
-from wanda_lightning.streaming.memory_estimate import Memory, Samples, memory_to_measure, memory_to_prune
 from wanda_lightning.streaming.shrinking_from_disk import shrink_from_disk
 
-__all__ = [
-    "Memory",
-    "Samples",
-    "memory_to_measure",
-    "memory_to_prune",
-    "perplexity_from_disk",
-    "prune_from_disk",
-    "shrink_from_disk",
-]
+__all__ = ["perplexity_from_disk", "prune_from_disk", "shrink_from_disk"]

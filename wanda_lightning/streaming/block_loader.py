@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
 
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
-from wanda_lightning.streaming.disk_and_host_parking import return_freed_memory
 
 _WRITES_PLACEHOLDER = "more than one element of the written-to tensor refers to a single memory location"
 
@@ -122,7 +122,7 @@ class BlockLoader:
     def _evict(self, block: str, store: Callable[[], object]) -> None:
         store()
         self._checkpoint.unload(block)
-        return_freed_memory()  # up to twice the block would stay in memory
+        _return_freed_memory()
 
     def _take_prefetched(self, wanted: str) -> bool:
         """Wait for the prefetched block, and return whether it is the wanted one; free any other."""
@@ -133,3 +133,9 @@ class BlockLoader:
         if block != wanted:
             self._submit(self._checkpoint.unload, block).result()
         return block == wanted
+
+
+def _return_freed_memory() -> None:
+    """Return freed memory to the operating system: glibc would keep up to twice the block."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

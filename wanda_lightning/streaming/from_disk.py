@@ -22,7 +22,6 @@ from wanda_lightning.modules.loading import check_tokenizer, check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.disk_and_host_parking import parking_maker, refuse_parking
 from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
 from wanda_lightning.streaming.parts import RESIDENT
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
@@ -42,7 +41,6 @@ def prune_from_disk(
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
-    park: str = "memory",
     device: str = "cpu",
     **choices: Unpack[PruningChoices],
 ) -> PruningReport:
@@ -65,7 +63,6 @@ def prune_from_disk(
         forward: Called with the model and one batch, to run it; by default as in `prune`.
         progress: Show a bar.
         processes: All processes, each with its own batches; the first writes to a folder that all of them see.
-        park: Where the activations of waiting batches are: `"memory"` of the device, `"cpu"`, or `"disk"` (the output).
         device: Where the model computes, for example `"cuda"`. Two blocks and the activations are there.
         **choices: The other arguments of `PruningConfig.from_names`. Choices that need the whole model are refused.
 
@@ -83,7 +80,6 @@ def prune_from_disk(
         forward=forward,
         progress=progress,
         processes=processes,
-        park=park,
         device=device,
     ) as report:
         return report
@@ -101,7 +97,6 @@ def pruned_from_disk(
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
     processes: Processes = SINGLE_PROCESS,
-    park: str = "memory",
     device: str = "cpu",
 ) -> Iterator[PruningReport]:
     """Prune from disk with resolved choices, and yield the report; the output is complete.
@@ -109,7 +104,6 @@ def pruned_from_disk(
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
     check_callable(forward=forward)
-    refuse_parking(park, device)
     refuse_whole_model(config, processes)
     refuse_places(source.name, output)
     check_batches(batches=batches)
@@ -135,7 +129,7 @@ def pruned_from_disk(
         if folder.progress.report:
             report = PruningReport.from_json(folder.progress.report)
         else:
-            weights = StreamedWeights(checkpoint, folder, parking_maker(park, checkpoint.device, folder.path))
+            weights = StreamedWeights(checkpoint, folder)
             with weights.blocks.loading():
                 run = None if forward is None else partial(forward, checkpoint.model)
                 report = prune_as(

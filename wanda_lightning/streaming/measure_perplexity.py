@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +25,6 @@ from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal, check_decoder_only
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.disk_and_host_parking import parking_maker, refuse_parking
 
 AT_ONCE = 32  # batches that pass through the model together
 
@@ -38,8 +35,6 @@ def perplexity_from_disk(
     *,
     dtype: str = "auto",
     progress: bool = True,
-    park: str = "memory",
-    parked_in: str | os.PathLike[str] | None = None,
     device: str = "cpu",
     revision: str | None = None,
     cache_dir: str | None = None,
@@ -54,8 +49,6 @@ def perplexity_from_disk(
         batches: Batches with `input_ids` and perhaps an `attention_mask`, each (samples, tokens).
         dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
         progress: Show a bar.
-        park: Where the activations of batches are while they wait, as for `prune_from_disk`.
-        parked_in: Folder for `park="disk"`; by default the folder of temporary files.
         device: Where the model computes.
         revision: Revision of a hub model.
         cache_dir: Folder for downloads from the hub.
@@ -65,10 +58,7 @@ def perplexity_from_disk(
         ValueError: If no token of the batches has a next token.
     """
     check_path(source=source)
-    if parked_in is not None:
-        check_path(parked_in=parked_in)
     check_batches(batches=batches)
-    refuse_parking(park, device)
     checkpoint = Checkpoint(ModelSource(source, revision or "main", cache_dir, trust_remote_code), dtype, device)
     check_decoder_only(checkpoint.model.config)
     check_causal(checkpoint.model)
@@ -86,10 +76,9 @@ def perplexity_from_disk(
         mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
-    make_parking = parking_maker(park, checkpoint.device, Path(parked_in or tempfile.gettempdir()))
     modules, names = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks], checkpoint.blocks
     runs = ((index, partial(run, batch)) for index, batch in enumerate(batches))
-    samples = (Sample(each, each, batch_index=index, parking=make_parking()) for index, each in runs)
+    samples = (Sample(each, each, batch_index=index) for index, each in runs)
     number = length_of(batches)
     total = None if number is None else ceil(number / AT_ONCE) * len(names)
     with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:

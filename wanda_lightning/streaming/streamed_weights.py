@@ -12,7 +12,6 @@ from torch import nn
 
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.parking import MakeParking, Parking
 from wanda_lightning.calibration.unit_stops import UnitStop, watch_units
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size
@@ -38,8 +37,7 @@ class StreamedWeights(WeightStore):
 
     advice = "What is written stays: start again with the same choices to continue."
 
-    def __init__(self, checkpoint: Checkpoint, output: OutputFolder, make_parking: MakeParking = Parking) -> None:
-        self.make_parking = make_parking
+    def __init__(self, checkpoint: Checkpoint, output: OutputFolder) -> None:
         self.blocks = BlockLoader(checkpoint, self._stored, lambda block: self._changes.get(block, lambda: None)())
         self._checkpoint, self._output = checkpoint, output
         self._is_dense = False

@@ -132,10 +132,6 @@ class Distil(Recovery):
         """Return why blocks cannot be trained."""
         return self._for_blocks.why_not(sequential)
 
-    def workspace(self, unit: Unit) -> int:
-        """Return the memory to train a block."""
-        return self._for_blocks.workspace(unit)
-
     def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
         """Start to train a block."""
         return self._for_blocks.start(unit, processes)

@@ -60,10 +60,6 @@ class Reconstruct(Recovery):
             return None
         return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
 
-    def workspace(self, unit: Unit) -> int:
-        """Count masters, gradients in both dtypes, two moments, and two sets of best weights of the largest part."""
-        return 7 * max((sum(layer.size for layer in part.layers) for part in _parts(unit)), default=0)
-
     def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
         """Find the parts of the unit; a unit that is a single layer has no parts."""
         parts = _parts(unit)

@@ -82,10 +82,6 @@ class Recovery:
             "(devices=1)."
         )
 
-    def workspace(self, unit: Unit) -> int:
-        """Estimate the peak memory for training the weights of a unit, as a number of float32 values."""
-        return 0
-
     def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
         """Start the recovery of a unit that is still dense."""
         return UnitRecovery()

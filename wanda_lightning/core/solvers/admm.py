@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -68,10 +68,6 @@ class ADMM(Solver):
                 f"rho of ADMM must be two numbers of at least {_MIN_RHO}, the first and a last that is not smaller, "
                 f"but it is {self.rho}."
             )
-
-    def workspace(self, rows: Sequence[int], d_in: int) -> int:
-        """The scaled Gram matrix and its factor with six matrices like the weight, or nine of these in the refit."""
-        return d_in**2 + max(d_in**2 + 7 * max(rows) * d_in, 10 * max(rows) * d_in) + self._results(rows, d_in)
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Alternate, then refit."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,10 +44,6 @@ class Refit(Solver):
     def __post_init__(self) -> None:
         check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
         check_flags(intercept=self.intercept)
-
-    def workspace(self, rows: Sequence[int], d_in: int) -> int:
-        """The dampened Gram matrix and nine matrices like the weight."""
-        return d_in**2 + 9 * max(rows) * d_in + self._results(rows, d_in)
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Choose, then refit."""

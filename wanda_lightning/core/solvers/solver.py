@@ -44,18 +44,6 @@ class Solver(ABC):
         """Return where unstructured pruning compares weights by default: within a row or within the layer."""
         return criterion.group
 
-    def workspace(self, rows: Sequence[int], d_in: int) -> int:
-        """Return about how many float32 numbers it holds at most, besides weights and statistics.
-
-        `rows` has the number of rows of each layer that it solves together.
-        """
-        grams = 2 * d_in**2 if "gram" in self.needs else 0
-        return grams + 4 * max(rows) * d_in + self._results(rows, d_in)
-
-    def _results(self, rows: Sequence[int], d_in: int) -> int:
-        """The size of the solved weights, in 16 bits, and their masks."""
-        return 3 * sum(rows) * d_in // 4
-
     @abstractmethod
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Return the final weight, in the dtype of the given one, and the mask of the weights that are kept."""
@@ -73,10 +61,6 @@ class ZeroOut(Solver):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     prunes_units: ClassVar[bool] = True
-
-    def workspace(self, rows: Sequence[int], d_in: int) -> int:
-        """The scores of one layer, and the copy in which the threshold is found."""
-        return 2 * max(rows) * d_in + self._results(rows, d_in)
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Choose, then set to zero."""

@@ -64,10 +64,6 @@ class SparseGPT(Solver):
         """`Saliency` with the same dampening."""
         return Saliency(self.dampening)
 
-    def workspace(self, rows: Sequence[int], d_in: int) -> int:
-        """The inverse factor and the matrix that it is computed from, or three matrices like all weights."""
-        return d_in**2 + max(d_in**2, 3 * sum(rows) * d_in) + self._results(rows, d_in)
-
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
         """Choose and update from left to right."""
         return self.solve_together([weight], inputs, [selection])[0]
