@@ -70,7 +70,6 @@ def test_learning_from_the_dense_model(tuned, inputs, monkeypatch, method):
     before, after = zeros_by_layer(pruned), zeros_by_layer(new)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert divergence(new, dense, inputs) < divergence(plain, dense, inputs)
-    assert "--distill" in Path("tuned/README.md").read_text()
 
 
 @torch.no_grad()
@@ -80,22 +79,9 @@ def divergence(model, dense, inputs):
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
 
 
-def test_a_model_that_is_fine_tuned_in_its_own_folder_keeps_its_card(tuned, tmp_path):
-    before = (tmp_path / "pruned/README.md").read_text()
-    picture = (tmp_path / "pruned/pruning_report.png").read_bytes()
-    assert run(*tuned, "--save_model", "pruned", "--overwrite") == 0
-    after = (tmp_path / "pruned/README.md").read_text()
-    assert "## Fine-tuning" in after
-    assert after.partition("## How it was pruned")[2] == before.partition("## How it was pruned")[2] != ""
-    assert (tmp_path / "pruned/pruning_report.png").read_bytes() == picture
-
-
-def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned, capsys):
+def test_all_weights_of_a_model_in_16_bits_train_in_float32(tuned):
     AutoModelForCausalLM.from_pretrained("pruned", dtype=torch.bfloat16).save_pretrained("pruned")
-    card = Path("pruned/README.md")
-    card.write_text(card.read_text().replace("---", "---\nlicense: [mit", 1))  # damaged, which ends nothing
     assert run(*tuned, "--lr", "1e-6", "--method", "full", "--save_model", "tuned") == 0
-    assert "Note: no model card could be written into tuned: " in capsys.readouterr().out
     pruned, new = AutoModelForCausalLM.from_pretrained("pruned"), AutoModelForCausalLM.from_pretrained("tuned")
     assert (pruned.dtype, new.dtype) == (torch.bfloat16, torch.float32)
     before, after = zeros_by_layer(pruned), zeros_by_layer(new)

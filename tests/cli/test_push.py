@@ -27,15 +27,6 @@ def test_a_pruned_model(hub, text, how, capsys, monkeypatch):
     assert "import wanda_lightning" not in card
 
 
-def test_a_fine_tuned_model(hub, pruned, inputs):
-    texts = ["--data", inputs / "long.txt", "--evaluation", inputs / "other.txt", "--limit", "2", "--steps", "2"]
-    assert run("finetune", "--model", pruned, *texts, "--save_model", "tuned", *PUSH) == 0
-    assert hub.repositories == {"us/tiny": everything_in(Path("tuned"))}
-    card = hub.repositories["us/tiny"]["README.md"].decode()
-    assert "## Fine-tuning" in card
-    assert 'from_pretrained("us/tiny")' in card
-
-
 def test_a_refused_upload_leaves_the_model_and_the_results(hub, text, capsys):
     hub.refused = "us/tiny"
     assert run(*text, "--save", "log", "--save_model", "out", *PUSH) == 1
@@ -49,12 +40,10 @@ def test_a_refused_upload_leaves_the_model_and_the_results(hub, text, capsys):
     assert "pruned perplexity" in out
 
 
-def test_what_cannot_succeed_is_refused_before_pruning(hub, text, refused, inputs, monkeypatch):
+def test_what_cannot_succeed_is_refused_before_pruning(hub, text, refused, monkeypatch):
     refused(*text, *PUSH, message="--push_to_hub has no meaning for pruning without --save_model", code=2)
     out = ["--save_model", "out"]
-    tuned = ["finetune", "--model", inputs / "llama", "--data", "python-docs", "--evaluation", "python-docs"]
-    for command in (text, tuned):
-        refused(*command, *out, "--push_to_hub", "a/b/c", message="push_to_hub must be OWNER/NAME", code=2)
+    refused(*text, *out, "--push_to_hub", "a/b/c", message="push_to_hub must be OWNER/NAME", code=2)
     monkeypatch.setenv("HF_TOKEN", "")
     refused(*text, *out, *PUSH, message="push_to_hub must be left out without a token", code=2)
     assert hub.requests == []

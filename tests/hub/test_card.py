@@ -5,7 +5,6 @@ import shlex
 from dataclasses import replace
 from functools import cache
 
-import huggingface_hub.constants
 import pytest
 import timm
 from huggingface_hub import ModelCard
@@ -15,9 +14,7 @@ from support.modules import tiny_llama, tiny_tokenizer
 from support.zoo import ZOO
 
 from wanda_lightning import CausalLMModule, prune
-from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.hub.card import PICTURE_NAME, OwnCard, continue_card, read_card, write_card
-from wanda_lightning.hub.source import Source, find_source
+from wanda_lightning.hub.card import PICTURE_NAME, write_card
 from wanda_lightning.report import Measured, Run, Sample
 
 RUN = Run(
@@ -79,7 +76,7 @@ def test_the_text_says_what_was_measured_and_how_to_repeat_it(tmp_path, monkeypa
     assert "| Perplexity, own.txt, 9 windows of 2,048 tokens | 8.50 | not measured |" in text
     assert "| boolq, accuracy |  | 62.50% |" in text
     assert "| Calibration data | c4, 128 windows of 2,048 tokens, seed 0 |" in text
-    assert f"```shell\n{RUN.command}\n```" in text
+    assert f"\n\n    {RUN.command}\n\n" in text
     assert "Dense:\n\n    Once upon\n    # a time\n\nPruned:\n\n    Once again" in text  # no heading
     assert (tmp_path / "tiny" / PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
     assert f"]({PICTURE_NAME})" in text
@@ -88,7 +85,7 @@ def test_the_text_says_what_was_measured_and_how_to_repeat_it(tmp_path, monkeypa
 def test_what_is_not_known_is_left_out(tmp_path):
     card = card_of(*pruned_llama(None), tmp_path / "tiny")
     assert card.data.eval_results is None
-    assert not [word for word in ("dense", "shell", "before and after", "Calibration") if word in card.text]
+    assert not [word for word in ("dense |", "wanda-lightning", "before and after", "Calibration") if word in card.text]
 
 
 @pytest.mark.parametrize("library", ["transformers", "timm", "neither"])
@@ -114,37 +111,6 @@ def test_the_code_of_the_card_loads_the_model(tmp_path, library):
             assert same(names["model"], model)
 
 
-def test_a_fine_tuned_model_has_the_card_of_the_pruned_one_and_a_section(tmp_path):
-    before = card_of(*pruned_llama(), tmp_path / "pruned")
-    run = Run("wanda-lightning finetune --model pruned", "", "perplexity", 16.5, 14.25, "a.txt, 2 windows of 8 tokens")
-    typed = replace(run, command=run.command.replace("pruned", "/home/me/pruned"), data=f"/home/me/{run.data}")
-    tiny_llama().save_pretrained(tmp_path / "tuned")
-    continue_card(read_card(ModelSource(tmp_path / "pruned")), tmp_path / "tuned", typed, name="us/tuned", on_hub=True)
-    card = ModelCard.load(tmp_path / "tuned/README.md")
-    (found,) = card.data.eval_results
-    assert (found.dataset_name, found.metric_value) == (run.data, 14.25)
-    changed = {"model_name", "eval_results"}
-    assert card.data.model_name == "tuned"
-    assert all(card.data[key] == value for key, value in before.data.__dict__.items() if key not in changed)
-    section = card.text[card.text.index("## Fine-tuning") : card.text.index("## How it was pruned")]
-    assert "| Perplexity, a.txt, 2 windows of 8 tokens | 16.50 | 14.25 |" in section
-    assert f"```shell\n{run.command}\n```" in section
-    expected = before.text.replace("# pruned\n", "# tuned\n")
-    assert card.text.replace(section, "") == expected.replace(f"{tmp_path}/pruned", "us/tuned")
-    picture = [(tmp_path / name / PICTURE_NAME).read_bytes() for name in ("pruned", "tuned")]
-    assert picture[0] == picture[1]
-
-
-@pytest.mark.parametrize("card", [None, "mine"])
-def test_a_fine_tuned_model_has_no_card_if_the_pruned_one_has_none_of_ours(tmp_path, card):
-    for name in ("pruned", "tuned"):
-        (tmp_path / name).mkdir()
-    if card:
-        (tmp_path / "pruned/README.md").write_text(card)
-    continue_card(read_card(ModelSource(tmp_path / "pruned")), tmp_path / "tuned", RUN, name="tuned")
-    assert list((tmp_path / "tuned").iterdir()) == []
-
-
 def test_a_card_that_someone_else_wrote_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     write_card(tmp_path, pruned_llama()[1], name=tmp_path)
@@ -168,11 +134,9 @@ def test_our_own_card_is_replaced(tmp_path):
     [
         ("/home/me/dense.gguf", "dense.gguf"),
         ("timm:local-dir:/home/me/vit", "timm:local-dir:vit"),
-        ("us/base", "us/base"),
     ],
 )
 def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypatch, model, shown):
-    monkeypatch.setattr("wanda_lightning.hub.card.find_source", lambda *_: Source())
     drawn = []
     monkeypatch.setattr("wanda_lightning.hub.card.write_report", lambda report, path: drawn.append(report.run))
     data = {"data": "/home/me/t.txt, 4 windows", "calibration": "~/c.jsonl, 2 windows"}
@@ -198,77 +162,10 @@ def test_names_are_no_markup(tmp_path):
     assert "<img src=y" not in html
 
 
-@pytest.fixture
-def snapshot(tmp_path, monkeypatch):
-    """Where the cache in `tmp_path` has the files of the hub model us/pruned, without a network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    (tmp_path / "models--us--pruned/refs").mkdir(parents=True)
-    (tmp_path / "models--us--pruned/refs/main").write_text("0" * 40)
-    (tmp_path / "models--us--pruned/snapshots" / ("0" * 40)).mkdir(parents=True)
-    return tmp_path / "models--us--pruned/snapshots" / ("0" * 40)
-
-
-def test_the_card_of_a_hub_model_is_read_as_that_of_a_folder(tmp_path, snapshot):
-    card_of(*pruned_llama(), snapshot)
-    assert read_card(ModelSource("us/pruned", cache_dir=str(tmp_path))) == read_card(ModelSource(snapshot))
-    assert read_card(ModelSource("us/pruned", cache_dir=str(tmp_path))).text == (snapshot / "README.md").read_text()
-    assert read_card(ModelSource("us/unknown", cache_dir=str(tmp_path))) == OwnCard()
-
-
-# ------------------------------------------------------------------------------------------------ the dense model
-
-
-def folder_with_card(folder, metadata):
-    folder.mkdir()
-    (folder / "README.md").write_text(f"---\n{metadata}\n---\n# A model\n")
-    return str(folder)
-
-
-def test_license_and_base_of_a_folder_are_kept(tmp_path):
-    metadata = "license: other\nlicense_name: llama\nlicense_link: LICENSE\nlanguage:\n- en\nbase_model: us/base\nx: 1"
-    folder = folder_with_card(tmp_path / "dense", metadata)
-    kept = {"license": "other", "license_name": "llama", "license_link": "LICENSE", "language": ["en"]}
-    assert (
-        find_source(ModelSource(folder))
-        == find_source(ModelSource(f"timm:local-dir:{folder}"))
-        == Source("us/base", kept, is_derived=True)
-    )
-    (tmp_path / "dense/model.gguf").touch()
-    assert find_source(ModelSource(f"{folder}/model.gguf")) == Source("us/base", kept, is_derived=True)
-
-    card = card_of(*pruned_llama(replace(RUN, model=folder)), tmp_path / "tiny")
-    assert {"base_model": "us/base", "base_model_relation": "finetune", **kept}.items() <= card.data.to_dict().items()
-    assert "\ndense, pruned with" in card.text  # it is derived from us/base, but is another model
-
-
-@pytest.mark.parametrize("card", [None, "no metadata", "---\n: {\n---\n", "---\n- a\n---\n", b"\xff\xfe\xfd"])
-def test_a_folder_without_a_readable_card(tmp_path, card):
-    if card is not None:
-        (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
-    assert find_source(ModelSource(tmp_path)) == Source()
-
-
-@pytest.mark.parametrize("revision", ["main", "v1"])
-def test_the_card_of_a_hub_model_comes_from_the_cache(tmp_path, snapshot, revision):
-    (snapshot.parents[1] / "refs/main").rename(snapshot.parents[1] / "refs" / revision)
-    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n")
-    link = f"https://huggingface.co/us/pruned/blob/{revision}/LICENSE"
-    for name in ("us/pruned", "timm:hf-hub:us/pruned"):
-        found = find_source(ModelSource(name, revision, str(tmp_path)))
-        assert found == Source("us/pruned", {"license": "other", "license_link": link})
-    assert find_source(ModelSource("us/unknown", cache_dir=str(tmp_path))) == Source("us/unknown")
-
-
-def test_a_hub_that_cannot_be_reached_is_no_error(monkeypatch):
-    def fail(*_, **__):
-        raise ConnectionError("proxy")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    assert find_source(ModelSource("us/model")) == Source("us/model")
-
-
-def test_weights_of_timm_are_on_the_hub():
-    known = timm.get_pretrained_cfg("test_vit")
-    assert find_source(ModelSource("timm:test_vit")) == Source(known.hf_hub_id, {"license": known.license})
-    for name in ("timm:test_vit (mine.safetensors)", "timm:test_vit.other_tag", "a b (mine.safetensors)"):
-        assert find_source(ModelSource(name)) == Source()
+def test_the_base_is_named_only_if_it_is_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "work/secret").mkdir(parents=True)
+    names = ("us/base", "timm:hf-hub:us/base", "work/secret", "timm:test_vit", "vit (mine.safetensors)", "/us/base", "")
+    cards = [card_of(*pruned_llama(replace(RUN, model=name)), tmp_path / f"tiny{i}") for i, name in enumerate(names)]
+    assert [card.data.base_model for card in cards] == ["us/base"] * 2 + [None] * 5
+    assert "\n[us/base](https://huggingface.co/us/base), pruned with" in cards[0].text

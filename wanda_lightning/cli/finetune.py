@@ -20,7 +20,6 @@ from wanda_lightning.cli.measure import (
     refuse_long_windows,
     refuse_no_space,
     save_model,
-    tolerating_no_card,
 )
 from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.output import print_line, print_table
@@ -29,10 +28,7 @@ from wanda_lightning.common.errors import MissingPackageError, UserError
 from wanda_lightning.common.refuse_path import files_in
 from wanda_lightning.common.words import counted, one_line
 from wanda_lightning.data import TextDataModule
-from wanda_lightning.hub.card import OwnCard, continue_card, read_card
 from wanda_lightning.modules import CausalLMModule
-from wanda_lightning.report import Run
-from wanda_lightning.report.metrics import PERPLEXITY
 from wanda_lightning.training.held_zeros import zeros_of
 
 _PAPER_SEQLEN = 1024
@@ -99,8 +95,7 @@ def _finetune(options: FinetuneOptions, checkpoint: _Progress | None) -> None:
         perplexity["fine-tuned, adapters apart"] = measure(module, windows)["val_perplexity"]
     module.merge(reprune=options.method == "lora")
     perplexity["fine-tuned"] = measure(module, windows)["val_perplexity"]
-    before, after, data = perplexity["pruned"], perplexity["fine-tuned"], windows.describe_evaluation()
-    folder = _save(module, options, Run(as_command("finetune", options), "", PERPLEXITY.name, before, after, data))
+    folder = save_model(module, options.save_model, options.overwrite)
     if checkpoint is not None:
         checkpoint.path.unlink(missing_ok=True)
     files = files_in(folder) if folder else []
@@ -187,17 +182,6 @@ def _trainer(options: FinetuneOptions, dense: CausalLMModule | None, checkpoint:
         gradient_clip_val=1.0,
         enable_checkpointing=checkpoint is not None,
     )
-
-
-def _save(module: CausalLMModule, options: FinetuneOptions, run: Run) -> Path | None:
-    """Save the model with the card of the pruned one, and return its folder; None if it is not to be saved."""
-    card = read_card(options.source(options.model)) if options.save_model else OwnCard()  # it may be replaced
-    folder = save_model(module, options.save_model, options.overwrite)
-    if folder is not None:
-        with tolerating_no_card(folder):
-            name, on_hub = options.push_to_hub or folder, options.push_to_hub is not None
-            continue_card(card, folder, run, name=name, on_hub=on_hub)
-    return folder
 
 
 def _count_zeros(module: CausalLMModule) -> int:

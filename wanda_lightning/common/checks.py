@@ -158,4 +158,4 @@ def check_report_path(path: str | PathLike[str]) -> str:
 
 def require_report_extra() -> None:
     """Raise an ImportError if a library that writes reports is missing."""
-    require_extra("report", "jinja2", "matplotlib", purpose="Reports with figures")
+    require_extra("report", "matplotlib", purpose="Reports with figures")

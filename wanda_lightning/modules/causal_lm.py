@@ -25,7 +25,6 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.refuse_path import refuse_replacement
 from wanda_lightning.common.write_whole import whole_folder
-from wanda_lightning.hub.upload import Uploadable
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.loading import (
     DTYPES,
@@ -45,7 +44,7 @@ from wanda_lightning.parallel import gathered_state_dict, is_sharded, shard_proc
 from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
 
 
-class CausalLMModule(Uploadable, L.LightningModule):
+class CausalLMModule(L.LightningModule):
     """A decoder-only language model, trained on its next-token loss and evaluated by `WindowPerplexity`.
 
     A batch is a mapping with `input_ids` and optionally `attention_mask` and `labels`, the ids alone, or a tuple that
@@ -316,15 +315,6 @@ class CausalLMModule(Uploadable, L.LightningModule):
             from wanda_lightning.lora import merge
 
             self.model = merge(self.model, reprune)
-
-    def push_to_hub(self, repo_id: str, private: bool = False) -> str:
-        """Save and upload the model; see `Uploadable.push_to_hub`. A model that FSDP2 shards is refused."""
-        if is_sharded(self.model):
-            raise UserError(
-                "push_to_hub needs the whole model in one process, but FSDP2 shards it. Call save_pretrained in every "
-                "process, and upload the folder with `hf upload`."
-            )
-        return super().push_to_hub(repo_id, private)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False

@@ -20,13 +20,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.common.checks import Number, check_flags, check_path, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.write_whole import whole_folder
-from wanda_lightning.hub.upload import Uploadable
 from wanda_lightning.modules.loading import create_classifier, explaining_other_widths, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking import Shrunk, example_batch, fitting_arguments, shrunk
 
 
-class ImageClassifierModule(Uploadable, L.LightningModule):
+class ImageClassifierModule(L.LightningModule):
     """An image classifier, trained on cross entropy and evaluated by accuracy.
 
     A batch is `(images, labels)`, or a mapping with `image` or `pixel_values` and `label` or `labels`: images of shape
