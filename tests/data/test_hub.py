@@ -41,5 +41,5 @@ def test_a_data_set_with_several_configurations_must_be_loaded(monkeypatch, toke
         raise ValueError("Config name is missing.")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"by its name alone\. Load it with datasets\.load_dataset and give the result"):
+    with pytest.raises(UserError, match=r"load it with datasets\.load_dataset and give the result"):
         TextDataModule(tokenizer, evaluation="own/news").prepare_data()

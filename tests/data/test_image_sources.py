@@ -97,25 +97,20 @@ def test_ambiguous_columns_are_refused():
 
 
 def test_bad_folders_are_refused(tmp_path, imagenet):
-    with pytest.raises(FileNotFoundError, match="missing does not exist"):
-        ImageDataModule(tmp_path / "missing")
     (tmp_path / "list.txt").write_text("")
-    with pytest.raises(FileNotFoundError, match=r"list\.txt is a file"):
-        ImageDataModule(str(tmp_path / "list.txt"))
+    for wrong in (tmp_path / "missing", tmp_path / "list.txt"):
+        with pytest.raises(ValueError, match=r"an existing folder .* but it is .*(missing|list\.txt)"):
+            ImageDataModule(wrong)
     paint(tmp_path / "flat", (0, 0), 3)
-    with pytest.raises(ValueError, match=r"there are none: .* has the folders \(none\) and 3 files"):
-        ImageDataModule(str(tmp_path / "flat"))
-    (tmp_path / "empty" / "cat").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"images in the class folders of .*empty, but 1 have none: cat"):
-        ImageDataModule(str(tmp_path / "empty"), vit()).setup("fit")
-    paint(tmp_path / "half" / "train" / "cat", (0, 0), 1)
-    with pytest.raises(
-        ValueError, match=r"folders of classes in .*val, but there are none: .* has the folders train and 0 files"
-    ):
-        ImageDataModule(str(tmp_path / "half"))
+    with pytest.raises(FileNotFoundError, match=r"Couldn't find any class folder in .*flat"):
+        ImageDataModule(tmp_path / "flat", vit()).setup("fit")
     (imagenet / "train" / "red").mkdir()
-    with pytest.raises(ValueError, match=r"class folders of .*train, but 1 have none: red"):
-        ImageDataModule(str(imagenet), vit()).setup("fit")
+    with pytest.raises(FileNotFoundError, match=r"Found no valid file for the classes red"):
+        ImageDataModule(imagenet, vit()).setup("fit")
+    (imagenet / "train" / "red").rmdir()
+    paint(imagenet / "val" / "red", (0, 0), 1)
+    with pytest.raises(ValueError, match=r"1 classes that .*train does not have, such as red\. Rename"):
+        ImageDataModule(imagenet, vit()).setup("fit")
 
 
 def test_evaluation_may_lack_classes(imagenet):
@@ -127,15 +122,6 @@ def test_evaluation_may_lack_classes(imagenet):
     assert data.class_names == ("azure", "blue", "green")
     assert images_of(data.val_dataloader())[1].tolist() == [2, 2]
     assert sorted(images_of(data.train_dataloader())[1].tolist()) == [0] + [1] * 4 + [2] * 4
-
-
-def test_evaluation_with_unknown_classes_is_refused_with_a_few_names(imagenet):
-    for i in range(700):
-        (imagenet / "val" / f"x{i:03}").mkdir()
-    message = r"has 700 classes that .*train does not have: x000, x001, x002, x003, x004 and 695 more\. Rename"
-    with pytest.raises(ValueError, match=message) as caught:
-        ImageDataModule(str(imagenet))
-    assert len(str(caught.value)) < 500
 
 
 def huge_png():
@@ -182,5 +168,5 @@ def test_a_broken_table_is_one_clear_error(tmp_path, damage):
     file = tmp_path / "set" / "test.parquet"
     table.to_parquet(file)
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=f"The data set {file.parent} cannot be read: a file is damaged"):
+    with pytest.raises(ValueError, match=f"The data set {file.parent} cannot be loaded"):
         open_source(str(file.parent), cache_dir=str(tmp_path / "cache"))

@@ -134,10 +134,9 @@ def test_a_folder_with_evaluation_images_alone_only_measures(imagenet):
     data = ImageDataModule(str(imagenet), vit())
     data.setup("validate")
     assert images_of(data.val_dataloader())[1].tolist() == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match=r"images to calibrate on, but .*data has only the folder val\. .*/data/val\."):
-        data.calibration_dataloader()
-    with pytest.raises(ValueError, match="has only evaluation images"):
-        data.train_dataloader()
+    for loader in (data.calibration_dataloader, data.train_dataloader):
+        with pytest.raises(ValueError, match="has only evaluation images"):
+            loader()
 
 
 def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet):

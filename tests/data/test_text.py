@@ -129,8 +129,8 @@ def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
     table = datasets.Dataset.from_dict({"text": texts})
     empty = datasets.Dataset.from_dict({"text": [""]})
     hub = {"own/news": {"train": table, "test": table, "unused": empty}, "own/one": {"all": table}}
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: hub[name])
-    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    file, load = write_jsonl(tmp_path / "a.jsonl", texts), datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **o: hub[name] if name in hub else load(name, **o))
     expected = TextDataModule(tokenizer, file, file, seqlen=20, num_samples=5)
     names = {"texts in memory": (texts, table), "own/news": ("own/news",), "own/one": ("own/one",)}
     for name, source in ((name, source) for name, sources in names.items() for source in sources):
@@ -151,11 +151,8 @@ def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
     [
         ([], "must have text, but it is empty"),
         (["a", 1], r"must be the name of a text, a list of strings or a datasets.Dataset, but it is \['a', 1\]"),
-        (datasets.Dataset.from_dict({"body": ["a"]}), "must have a column 'text' of strings, but it has body"),
-        (datasets.Dataset.from_dict({"text": [1]}), "must have a column 'text' of strings, but it has one of int64"),
         (datasets.Dataset.from_dict({"text": []}), "must have text, but it is empty"),
-        (datasets.Dataset.from_dict({"text": ["a", None]}), "must have a text in each row, but row 1 has none"),
-        ("one line\nand another", r"must name a text, but it is a text itself: 'one line.*evaluation=\[\[\.\.\.\]\]"),
+        ("one line\nand another", r"must be one of c4, .* but it is 'one line.* Give a list of documents"),
     ],
 )
 def test_what_is_no_text(tokenizer, source, message):
@@ -211,11 +208,11 @@ def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
         ({"seqlen": "512"}, "^seqlen must be a whole number, but it is '512'"),
         (
             {"calibration": "wikitxt2"},
-            r"^calibration must be one of c4, wikitext2, python-docs, .* or a file .* 'wikitxt2'\. .* mean wikitext2\?",
+            r"^calibration must be one of c4, wikitext2, python-docs, .* file .* 'wikitxt2'\. .* mean wikitext2\?",
         ),
         ({"evaluation": "ptb"}, r"^evaluation must be .* but it is 'ptb'\.$"),
-        ({"evaluation": "{tmp}/a.csv"}, r"ends in \.txt, \.jsonl, \.parquet, but .*a\.csv ends in \.csv"),
-        ({"evaluation": "{tmp}"}, "ends in nothing"),
+        ({"evaluation": "{tmp}/a.csv"}, r"ends in \.txt, \.jsonl, \.parquet, but it is .*a\.csv"),
+        ({"calibration": "gone.jsonl"}, r"an existing file that ends in .* but it is 'gone\.jsonl'"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(tmp_path, tokenizer, options, message):
@@ -238,15 +235,6 @@ def test_too_short_texts_are_refused_with_counts(tmp_path, tokenizer):
     assert TextDataModule(tokenizer, evaluation=text, seqlen=20).evaluation_windows.shape == (1, 20)
     with pytest.raises(ValueError, match=r"seqlen=21 needs a text of at least 21 tokens, but .*a\.txt has 20\."):
         TextDataModule(tokenizer, evaluation=text, seqlen=21).setup("validate")
-
-
-@pytest.mark.parametrize("option", ["num_samples", "train_samples"])
-def test_windows_that_do_not_fit_in_memory_are_refused_before_anything_is_read(tokenizer, option, monkeypatch):
-    for name in ("calibration_source", "evaluation_text"):
-        monkeypatch.setattr(f"wanda_lightning.data.text.{name}", None)
-    message = rf"^{option} must fit in memory, but 1000000000 windows of 2048 tokens need 15,258.8 GiB"
-    with pytest.raises(ValueError, match=message):
-        TextDataModule(tokenizer, **{option: 10**9})
 
 
 def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):

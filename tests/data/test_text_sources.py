@@ -1,12 +1,13 @@
 """The named texts against a stand-in for the hub, and names that are refused."""
 
+import json
 import subprocess
 import sys
 
 import datasets
 import pytest
 import torch
-from support.data import documents, slow_document_windows, slow_text_windows
+from support.data import documents, slow_document_windows, slow_text_windows, write_jsonl, write_parquet
 
 from wanda_lightning.data import TextDataModule
 from wanda_lightning.data.text_sources import python_docs, sklearn_docs
@@ -89,11 +90,39 @@ def test_python_docs_has_two_parts_without_a_common_paragraph():
     assert python_docs() == (calibration, evaluation)
 
 
-def test_a_missing_file_is_refused_at_once(tmp_path, tokenizer):
-    (tmp_path / "folder.txt").mkdir()
-    for name, message in (("missing.jsonl", r"missing\.jsonl does not exist"), ("folder.txt", "is a folder")):
-        with pytest.raises(FileNotFoundError, match=message):
-            TextDataModule(tokenizer, calibration=str(tmp_path / name))
+def test_files_keep_their_characters(tmp_path, tokenizer):
+    text = "a\u2028b\u00e9\U0001f600" * 10  # \u2028 ends a line for str.splitlines
+    write_jsonl(tmp_path / "a.jsonl", [text])
+    write_parquet(tmp_path / "a.parquet", text=[text])
+    (tmp_path / "raw.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    expected = torch.tensor(tokenizer(text).input_ids[:70]).view(1, 70)
+    for name in ("a.jsonl", "a.parquet", "raw.jsonl", "bom.txt"):
+        data = TextDataModule(tokenizer, evaluation=str(tmp_path / name), seqlen=70)
+        assert torch.equal(data.evaluation_windows, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "cause"),
+    [
+        ("a.txt", "caf\u00e9".encode("latin-1"), "can't decode byte 0xe9 in position 3"),
+        ("a.txt", "caf\u00e9".encode("utf-16"), "can't decode byte 0xff"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "JSON parse error"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "b\\ud83d"}', "surrogate pair"),
+        ("a.jsonl", b"", "it is empty"),
+        ("a.parquet", b"PAR? no", "Parquet file size is 7 bytes"),
+    ],
+)
+def test_bad_files_are_refused_when_read(tmp_path, tokenizer, name, content, cause):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"The data set .*{name} cannot be loaded\. .* The cause: .*{cause}"):
+        TextDataModule(tokenizer, evaluation=str(tmp_path / name)).setup("validate")
+
+
+def test_tables_have_a_column_of_text(tmp_path, tokenizer):
+    for source in (write_parquet(tmp_path / "a.parquet", body=["a"]), datasets.Dataset.from_dict({"body": ["a"]})):
+        with pytest.raises(ValueError, match=r"must have a column 'text', but it has body"):
+            TextDataModule(tokenizer, evaluation=source).setup("validate")
 
 
 def test_names_are_checked_without_torch():

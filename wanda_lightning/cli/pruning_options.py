@@ -254,7 +254,7 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
         self.refuse_place("report", refuse_existing)
         self.refuse_push("pruning")
         if self.is_image:
-            image_sources.check_source(self.data or "", calibrates=True)
+            image_sources.check_source(self.data or "")
         else:
             if self.calibration != text_sources.SELF:
                 text_sources.check_source(self.calibration or "c4", "--calibration")

@@ -17,10 +17,6 @@ _HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100"
 _NAMES = ("digits", *_HUB)
 _ALTERNATIVE = "digits, which needs no network, or a FOLDER with train/CLASS and val/CLASS"
 _EVALUATION_SPLITS = ("validation", "val", "test")  # the first one that a hub data set has
-_EXPECTED = (
-    f"Give {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or a folder with train/CLASS and val/CLASS, or "
-    "with classes only."
-)
 
 
 @dataclass(frozen=True)
@@ -63,41 +59,26 @@ class Images(Sequence[tuple[Any, int]]):
 class Source:
     """Labeled images before any transform; `train` is None if there are none for training.
 
-    Labels are positions in `class_names`, which `sorted_by_name` says are the sorted names of the class folders.
+    Labels are positions in `class_names`, which `sorted_by_name` says are the sorted names of the class folders. A
+    source that `is_whole` is not divided, so calibration takes its evaluation images.
     """
 
     train: Images | None
     evaluation: Images
     class_names: tuple[str, ...]
     sorted_by_name: bool = False
+    is_whole: bool = False
 
 
-def check_source(data: str, calibrates: bool = False) -> None:
-    """Check the name of a source without reading images or connecting to the hub.
-
-    Raises an error for an unknown name, a path that does not exist, or a folder without class folders; with
-    `calibrates`, also for a folder that has `val` but no `train`.
-    """
-    path = Path(data).expanduser()
+def check_source(data: str) -> None:
+    """Raise an error for an unknown name or a path that does not exist, without reading or downloading anything."""
     if data == "digits":
         require_extra("demo", "sklearn", purpose="The digits")
-    elif data in _NAMES:
-        return
-    elif path.is_dir():
-        if _is_parquet(path):
-            return
-        train, evaluation = _image_folders(path)
-        if calibrates and train is None and evaluation != path:
-            raise UserError(
-                f"data must have training images to calibrate on, but {data} has only the folder val. To calibrate on "
-                f"the evaluation images, give {evaluation}."
-            )
-    elif path.is_file() or data.startswith(("/", ".", "~")) or path.is_absolute():
-        found = "is a file" if path.is_file() else "does not exist"
-        raise FileNotFoundError(f"data must be a folder of images, but {data} {found}. {_EXPECTED}")
-    elif data.count("/") != 1:
+    is_hub_id = data.count("/") == 1 and not data.startswith(("/", ".", "~"))
+    if not (data in _NAMES or Path(data).expanduser().is_dir() or (is_hub_id and not Path(data).exists())):
         raise UserError(
-            f"data must be a folder or a known data set, but it is {data!r}.{did_you_mean(data, _NAMES)} {_EXPECTED}"
+            f"data must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or an existing folder "
+            f"with train/CLASS and val/CLASS, or with classes only, but it is {data!r}.{did_you_mean(data, _NAMES)}"
         )
 
 
@@ -128,8 +109,9 @@ def download(data: str, cache_dir: str | None = None) -> None:
 
 
 def _has_class_folders(data: str) -> bool:
-    path = Path(data).expanduser()
-    return data not in _HUB and path.is_dir() and not _is_parquet(path)
+    folder = Path(data).expanduser()
+    # The layouts of `Dataset.to_parquet` and of hub clones. rglob would list all files of an ImageNet folder.
+    return data not in _HUB and folder.is_dir() and not any(chain(folder.glob("*.parquet"), folder.glob("*/*.parquet")))
 
 
 def _digits() -> Source:
@@ -145,80 +127,37 @@ def _digits() -> Source:
     return Source(Images(train, "digits"), Images(evaluation, "digits"), tuple("0123456789"))
 
 
-# ---------------------------------------------------------------------------------------------------------- folders
-
-
-def _is_parquet(folder: Path) -> bool:
-    # The layouts of `Dataset.to_parquet` and of hub clones. rglob would list all files of an ImageNet folder.
-    return any(chain(folder.glob("*.parquet"), folder.glob("*/*.parquet")))
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-
-
-def _image_folders(root: Path) -> tuple[Path | None, Path]:
-    """Return the folders of training images, or None without a folder `train`, and of evaluation images."""
-    found = _subfolders(root)
-    train = root / "train" if "train" in found else None
-    evaluation = root / "val" if {"train", "val"} & set(found) else root
-    for folder in (train, evaluation):
-        if folder is not None and not _subfolders(folder):
-            files = sum(entry.is_file() for entry in root.iterdir())
-            raise UserError(
-                f"data must have folders of classes in {folder}, but there are none: {root} has the folders "
-                f"{_few(found)} and {files} files. {_EXPECTED}"
-            )
-    if train is not None and (unknown := sorted({*_subfolders(evaluation)} - {*_subfolders(train)})):
-        raise UserError(
-            f"data must have training images for each class, but {evaluation} has {len(unknown)} classes that {train} "
-            f"does not have: {_few(unknown)}. Rename or remove them."
-        )
-    return train, evaluation
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more if names else "(none)"
-
-
 def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
-    train, evaluation = _image_folders(root)
-    folders = _subfolders(evaluation if train is None else train)
+    from torchvision.datasets import ImageFolder
+
+    parts = [root / part for part in ("train", "val") if (root / part).is_dir()] or [root]
+    # The evaluation images may lack a class.
+    opened = {part.name: ImageFolder(str(part), allow_empty=len(parts) > 1 and part.name == "val") for part in parts}
+    train, evaluation = opened.get("train"), opened[parts[-1].name]
+    folders = evaluation.classes if train is None else train.classes
+    if unknown := sorted({*evaluation.classes} - {*folders}):
+        raise UserError(
+            f"data must have training images for each class, but {root / 'val'} has {len(unknown)} classes that "
+            f"{root / 'train'} does not have, such as {unknown[0]}. Rename or remove them."
+        )
     by_model = {*folders} <= {*model_classes}
     classes = tuple(model_classes if by_model else folders)
-    labels = {name: label for label, name in enumerate(classes)}
-    opened = None if train is None else _class_folders(train, labels, allow_empty=False)
-    return Source(opened, _class_folders(evaluation, labels, allow_empty=True), classes, sorted_by_name=not by_model)
 
+    def labeled(folder: Any) -> Images:
+        return Images([(path, classes.index(folder.classes[label])) for path, label in folder.samples], folder.root)
 
-def _class_folders(folder: Path, labels: Mapping[str, int], allow_empty: bool) -> Images:
-    """Open the images of the class folders in a folder; `allow_empty` allows some of them to have none."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-    present = {name: labels[name] for name in _subfolders(folder)}
-    samples = make_dataset(str(folder), present, extensions=IMG_EXTENSIONS, allow_empty=True)
-    empty = sorted(present.keys() - {Path(path).relative_to(folder).parts[0] for path, _ in samples})
-    if empty and not (allow_empty and samples):
-        raise UserError(
-            f"data must have images in the class folders of {folder}, but {len(empty)} have none: {_few(empty)}. "
-            f"Images end in {', '.join(IMG_EXTENSIONS)}."
-        )
-    return Images(samples, str(folder))
-
-
-# ----------------------------------------------------------------------------------------------------------- tables
+    is_whole = len(parts) == 1 and train is None and parts[0] == root
+    return Source(None if train is None else labeled(train), labeled(evaluation), classes, not by_model, is_whole)
 
 
 def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Source:
-    evaluation = next((split for split in _EVALUATION_SPLITS if split in splits), None)
+    names = _EVALUATION_SPLITS if len(splits) > 1 else tuple(splits)
+    evaluation = next((split for split in names if split in splits), None)
     if evaluation is None:
-        if len(splits) != 1:
-            raise UserError(
-                f"{name} must have a split named {', '.join(_EVALUATION_SPLITS)}, but it has {', '.join(splits)}. "
-                "Save it as a folder DIR/train/CLASS, DIR/val/CLASS."
-            )
-        (evaluation,) = splits
+        raise UserError(
+            f"{name} must have a split named {', '.join(names)}, but it has {', '.join(splits)}. Save it as a folder "
+            "DIR/train/CLASS, DIR/val/CLASS."
+        )
     train = splits["train"] if "train" in splits and evaluation != "train" else None
     features = splits[evaluation].features
     columns = find_columns(features, name, label)
@@ -226,6 +165,7 @@ def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Sou
         None if train is None else Images(train, name, columns),
         Images(splits[evaluation], name, columns),
         tuple(features[columns[1]].names),
+        is_whole=train is None,
     )
 
 

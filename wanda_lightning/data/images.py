@@ -160,7 +160,7 @@ class ImageDataModule(DataModule):
         if samples is None:
             raise UserError(
                 f"data must have training images, but {self.data} has only evaluation images. Use a folder with "
-                "DIR/train/CLASS and DIR/val/CLASS."
+                "train/CLASS and val/CLASS, or, to calibrate on the evaluation images, a folder of classes."
             )
         mode = "L" if self.preprocessing["input_size"][0] == 1 else "RGB"
         transform = create_transform(**self.preprocessing, is_training=augment and self.data != "digits")
@@ -173,11 +173,11 @@ class ImageDataModule(DataModule):
 
     @property
     def _calibration_part(self) -> str:
-        return "evaluation" if self._opened().train is None else "train"
+        return "evaluation" if self._opened().is_whole else "train"
 
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number of images, and the seed that drew them."""
-        count = min(num_samples, self.num_samples, len(getattr(self._opened(), self._calibration_part)))
+        count = min(num_samples, self.num_samples, len(self._dataset(self._calibration_part)))
         return f"{self.data}, {count:,} image{'s' * (count != 1)}, seed {self.seed}"
 
     def describe_evaluation(self) -> str:
@@ -187,7 +187,6 @@ class ImageDataModule(DataModule):
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Return the first `num_samples` images of a seeded permutation, preprocessed as for evaluation."""
-        check_source(self.data, calibrates=True)
         images = self._dataset(self._calibration_part)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         return self._loader(Subset(images, order[: self.num_samples].tolist()))

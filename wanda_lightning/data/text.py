@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 
 from wanda_lightning.common.checks import check_at_least, check_positive, check_seed, shown
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.memory import check_memory
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.data.module import DataModule, ResumableLoader, silence_worker_advice
 from wanda_lightning.data.own_text import first_token, sample_windows
@@ -98,8 +97,6 @@ class TextDataModule(DataModule):
         check_at_least(1, num_samples=num_samples, batch_size=batch_size)
         check_positive(limit=limit, train_samples=train_samples)
         check_seed(seed)
-        check_memory("num_samples", num_samples, seqlen)
-        check_memory("train_samples", train_samples or 0, seqlen)
         self.prepare_data_per_node = False
         self.calibration, self._calibration_source = _named(calibration, "calibration")
         texts = evaluation if isinstance(evaluation, list | tuple) else [evaluation]

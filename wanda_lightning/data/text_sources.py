@@ -10,8 +10,7 @@ from typing import Any
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean
-from wanda_lightning.data.hub import load_from_hub
-from wanda_lightning.data.text_files import EXTENSIONS, read_file
+from wanda_lightning.data.hub import EXTENSIONS, load_file, load_from_hub
 
 SELF, OWN_TEXT = "self", "text by the dense model"
 """The name of the text that the model itself writes, to calibrate on, and what it is in words."""
@@ -29,44 +28,24 @@ _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics
 
 def check_source(source: str, option: str = "text") -> None:
     """Raise an error unless a source is a known name, a hub id or a file of a known format; it names the option."""
-    if "\n" in source or len(source) > _LONGEST_NAME:
-        raise UserError(
-            f"{option} must name a text, but it is a text itself: {source!r:.60}... Give a list of documents, as "
-            "calibration=[...] or, since evaluation may be several texts, evaluation=[[...]]."
-        )
     path = Path(source).expanduser()
     if source == "sklearn-docs":
         require_extra("demo", "sklearn", purpose="The descriptions of scikit-learn's data sets")
-    if source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()):
-        return
-    if path.suffix in EXTENSIONS:
-        found = "is a folder. Give the file" if path.exists() else "does not exist. Check the path"
-        raise FileNotFoundError(f"{option} {source} {found}.")
-    kinds = (
-        f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or a file that ends in "
-        f"{', '.join(EXTENSIONS)}"
-    )
-    if path.exists():
-        raise UserError(f"{kinds}, but {source} ends in {path.suffix or 'nothing'}. Convert it or rename it.")
-    if _is_hub_id(source):
-        return
-    raise UserError(f"{kinds}, but it is {source!r}.{did_you_mean(source, _NAMES)}")
+    is_text = "\n" in source or len(source) > _LONGEST_NAME
+    if is_text or not (source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()) or _is_hub_id(source)):
+        lists = " Give a list of documents, as calibration=[...] or evaluation=[[...]]." if is_text else ""
+        raise UserError(
+            f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or an existing file "
+            f"that ends in {', '.join(EXTENSIONS)}, but it is {source!r:.80}.{lists}{did_you_mean(source, _NAMES)}"
+        )
 
 
 def documents_in(texts: Any, option: str) -> Sequence[str]:
     """Return a list of strings as it is, or the column `text` of a data set; errors begin with the option."""
-    columns = getattr(texts, "column_names", None)
-    if isinstance(columns, list):
-        kind = getattr(texts.features.get("text"), "dtype", None)
-        if kind not in ("string", "large_string", "null"):
-            has = f"one of {kind or 'another type'}" if "text" in columns else ", ".join(columns) or "no column"
-            raise UserError(
-                f"{option} must have a column 'text' of strings, but it has {has}. Rename or convert its column."
-            )
-        has_none = kind == "null" or texts.data.column("text").null_count > 0  # fast, but of all rows of a selection
+    if hasattr(texts, "column_names"):
+        if "text" not in texts.column_names:
+            raise UserError(f"{option} must have a column 'text', but it has {', '.join(texts.column_names)}.")
         texts = texts["text"]
-        if has_none and (rows := [row for row, text in enumerate(texts) if text is None]):
-            raise UserError(f"{option} must have a text in each row, but row {rows[0]} has none. Drop the row.")
     elif not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(
             f"{option} must be the name of a text, a list of strings or a datasets.Dataset, but it is {texts!r:.200}."
@@ -109,15 +88,17 @@ def _read(source: Any, part: int, cache_dir: str | None) -> str | Sequence[str]:
     if source == "sklearn-docs":
         return sklearn_docs()
     path = Path(source).expanduser()
-    if path.exists() or not _is_hub_id(source):
-        return read_file(path)
+    if path.suffix in EXTENSIONS:
+        documents = documents_in(load_file(path, cache_dir), source)
+        return documents[0] if path.suffix == ".txt" else documents
     splits = load_from_hub(source, instead=_ALTERNATIVE, cache_dir=cache_dir)
     split = next((split for split in _HUB_SPLITS[part] if split in splits), next(iter(splits)))
     return documents_in(splits[split], f"The data set {source}")
 
 
 def _is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith(("/", ".", "~")) and not source.endswith("/")
+    is_path = source.startswith(("/", ".", "~")) or source.endswith(("/", *EXTENSIONS)) or Path(source).exists()
+    return source.count("/") == 1 and not is_path
 
 
 def _c4(split: str, cache_dir: str | None) -> Sequence[str]:

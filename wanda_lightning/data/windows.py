@@ -23,8 +23,11 @@ def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int,
         )
     rng = random.Random(seed)
     tokens = torch.tensor(ids, dtype=torch.long)
-    starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(num_samples)]
-    return torch.stack([tokens[start : start + seqlen] for start in starts])
+    windows = torch.empty(num_samples, seqlen, dtype=torch.long)
+    for window in windows:
+        start = rng.randint(0, len(ids) - seqlen - 1)
+        window.copy_(tokens[start : start + seqlen])
+    return windows
 
 
 def draw_from_documents(

@@ -19,7 +19,7 @@ import torch
 from wanda_lightning.common.checks import check_positive, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean, one_line
-from wanda_lightning.data.text_files import json_rows
+from wanda_lightning.data.hub import load_file
 from wanda_lightning.evaluation.results import Results
 
 # The seven tasks of Sun et al. 2024 (Table 2), with the fields of a document that lm-eval reads; see docs/tasks.md.
@@ -105,11 +105,9 @@ def _not_on_the_hub(cause: str) -> Exception:
     )
 
 
-def _local(documents: list[dict[str, Any]]) -> dict[str, Any]:
-    import datasets
-
+def _local(documents: Any) -> dict[str, Any]:
     return {
-        "custom_dataset": lambda **_: {"validation": datasets.Dataset.from_list(documents)},
+        "custom_dataset": lambda **_: {"validation": documents},
         "training_split": None,
         "validation_split": "validation",
         "test_split": None,
@@ -117,15 +115,15 @@ def _local(documents: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    documents = []
-    for where, row in json_rows(path, fields):
-        if nulls := [name for name in fields if row[name] is None]:
-            raise UserError(f"{where} has no value for {', '.join(nulls)}. Correct the line.")
-        documents.append({name: row[name] for name in fields})
-    if not documents:
-        raise UserError(f"The file {path} must have the documents of a task, but it is empty. Give another file.")
-    return documents
+def _read(path: Path, fields: Sequence[str]) -> Any:
+    documents = load_file(path)
+    where = f"Each line of {path} must have {', '.join(fields)}"
+    if missing := [name for name in fields if name not in documents.column_names]:
+        raise UserError(f"{where}, but {missing[0]} is missing. Correct the file.")
+    for number, document in enumerate(documents, start=1):
+        if nulls := [name for name in fields if document[name] is None]:  # the prompt would have the word None
+            raise UserError(f"{where}, but document {number} has no {nulls[0]}. Correct the line.")
+    return documents.select_columns(list(fields))
 
 
 def _unfit(path: Path, reason: str) -> ValueError:
