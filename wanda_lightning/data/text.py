@@ -12,11 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.checks import check_at_least, check_positive, check_seed, shown
+from wanda_lightning.common.checks import check_at_least, check_positive, check_seed
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.data.module import DataModule, ResumableLoader, silence_worker_advice
-from wanda_lightning.data.own_text import first_token, sample_windows
+from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text_sources import (
     OWN_TEXT,
     SELF,
@@ -99,12 +99,11 @@ class TextDataModule(DataModule):
         check_seed(seed)
         self.prepare_data_per_node = False
         self.calibration, self._calibration_source = _named(calibration, "calibration")
-        texts = evaluation if isinstance(evaluation, list | tuple) else [evaluation]
         named: list[tuple[str, Any]] = []
-        for text in texts:
+        for text in evaluation if isinstance(evaluation, list | tuple) else [evaluation]:
             name, source = _named(text, "evaluation")
-            same = sum(name == name_of(other) for _, other in named if not isinstance(other, str))
-            named.append((f"{name} ({same + 1})" if same and not isinstance(source, str) else name, source))
+            same = sum(each.startswith(name) for each, other in named if other is not each)
+            named.append((f"{name} ({same + 1})" if same and name != source else name, source))
         self.evaluations = tuple(name for name, _ in named)
         self._evaluation_sources = dict(named)
         if not named or len(self._evaluation_sources) < len(named):
@@ -113,12 +112,6 @@ class TextDataModule(DataModule):
             )
         if isinstance(tokenizer, (str, os.PathLike)):
             ModelSource(tokenizer).locate()
-        elif tokenizer is not None and (not callable(tokenizer) or isinstance(tokenizer, type | torch.nn.Module)):
-            raise UserError(
-                f"tokenizer must be a tokenizer, a hub id, a folder or a .gguf file, but it is {shown(tokenizer)}."
-            )
-        elif tokenizer is not None and self.calibration == SELF:
-            first_token(tokenizer)
         self._given_tokenizer = tokenizer
         self.evaluation = self.evaluations[0]
         self.seqlen = seqlen
