@@ -142,13 +142,12 @@ def samples(data: Samples) -> str:
 
 
 def source(results: Sequence[Result], data: bool = True) -> str:
-    """Describe the data, the machines and the notes of all results."""
-    lines = []
+    """Describe the data and the notes of all results."""
+    parts = []
     for name in ("calibration", "evaluation") if data else ():
         if used := _distinct(samples(own) for result in results if (own := getattr(result, name))):
-            lines.append(f"{name.capitalize()}: {'; '.join(used)}.")
-    lines.append(f"Measured on {'; '.join(_distinct(result.machine for result in results))}.")
-    parts = [" ".join(lines)]
+            parts.append(f"{name.capitalize()}: {'; '.join(used)}.")
+    parts = [" ".join(parts)] if parts else []
     if notes := _distinct(result.note for result in results):
         parts.append("\n".join(f"- {_noted(note, results)}{note}" for note in notes))
     return "\n\n".join(parts)
