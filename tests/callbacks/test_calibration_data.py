@@ -8,7 +8,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from support.callbacks import Net, Recorder, Resumable, all_at, loader, same, samples, share_of_zeros, tagged, trainer
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 from wanda_lightning import WandaPrune
 from wanda_lightning.calibration.batches import batch_size
@@ -343,6 +351,20 @@ def test_a_sampler_is_used_and_not_changed(option, sampler, sizes):
     for each in modules:
         assert_same(each.trained, [*first, *second])
     assert len({getattr(each, option).epoch for each in loaders}) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Your .* sampler has shuffling enabled")
+@pytest.mark.parametrize("loop", ["fit", "validate", "test"])
+@pytest.mark.parametrize(("sampler", "drop_last"), [(SequentialSampler, False), (RandomSampler, True)])
+def test_a_batch_sampler_is_read_as_a_batch_size_is(loop, sampler, drop_last):
+    by_size = {"batch_size": 4, "sampler": sampler(SAMPLES), "drop_last": drop_last}
+    seen = []
+    for options in (by_size, {"batch_sampler": BatchSampler(sampler(SAMPLES), 4, drop_last)}):
+        L.seed_everything(3, verbose=False)
+        module = Recorder()
+        getattr(trainer(WandaPrune(num_samples=12), max_epochs=1), loop)(module, DataLoader(SAMPLES, **options))
+        seen.append(module.seen)
+    assert_same(seen[1], [x for x, _ in seen[0]])
 
 
 class TrainsOnSetup(Recorder):

@@ -6,7 +6,7 @@ import copy
 import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from types import NoneType
 from typing import Any
 
 import lightning as L
@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, take
@@ -119,35 +119,24 @@ _RANDOM_STATES = (Sampler, torch.Generator, np.random.Generator, np.random.Rando
 
 
 def _independent_copy(loader: Any) -> Any:
-    """Copy a loader, but not its data, so that calibration does not advance Lightning's samplers and generators."""
+    """Copy a loader, but not its data, so that calibration does not advance Lightning's samplers and generators.
+
+    The copy of a plain DataLoader yields the last, smaller batch, too, and shuffles by the seed alone.
+    """
+    private = copy.copy(loader)
     if not isinstance(loader, DataLoader):
-        return copy.copy(loader)
-    # Copy samplers, but not the data set that they refer to.
-    clone = partial(copy.deepcopy, memo={id(loader.dataset): loader.dataset})
-    if type(loader) is not DataLoader:  # its constructor is unknown
-        private = copy.copy(loader)
-        for name, value in vars(loader).items():
-            if name == "batch_sampler" or isinstance(value, _RANDOM_STATES):
-                vars(private)[name] = clone(value)
-        vars(private)["_iterator"] = None
         return private
-    order: dict[str, Any]
-    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
-        order = {"batch_sampler": clone(loader.batch_sampler)}
-    elif isinstance(loader.dataset, IterableDataset):
-        order = {"batch_size": loader.batch_size}
-    elif isinstance(loader.sampler, RandomSampler):
-        generator = torch.Generator().manual_seed(torch.initial_seed())
-        order = {"batch_size": loader.batch_size, "shuffle": True, "generator": generator}
-    else:
-        order = {"batch_size": loader.batch_size, "sampler": clone(loader.sampler)}
-    return DataLoader(
-        loader.dataset,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        worker_init_fn=loader.worker_init_fn,
-        **order,
-    )
+    own, memo = vars(private), {id(loader.dataset): loader.dataset}  # DataLoader forbids to set its attributes
+    for name, value in vars(loader).items():
+        if name == "batch_sampler" or isinstance(value, _RANDOM_STATES):
+            own[name] = copy.deepcopy(value, memo)
+    own["_iterator"] = None
+    if type(loader) is DataLoader and type(loader.batch_sampler) in (BatchSampler, NoneType):
+        batches = private if loader.batch_sampler is None else own["batch_sampler"]
+        own["drop_last"] = vars(batches)["drop_last"] = False
+        if isinstance(batches.sampler, RandomSampler):
+            own["generator"] = batches.sampler.generator = torch.Generator().manual_seed(torch.initial_seed())
+    return private
 
 
 def calibration_forward(
