@@ -242,9 +242,9 @@ def test_magnitude_may_be_spread_by_it():
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
-        (lambda model, x: None, "without logits that depend on the pruned layers"),
-        (lambda model, x: model(x).sum(), "without logits that depend on the pruned layers"),
-        (lambda model, x: model(x).detach(), "without logits that depend on the pruned layers"),
+        (lambda model, x: None, "without logits of two or more classes that depend"),
+        (lambda model, x: model(x).sum(), "without logits of two or more classes that depend"),
+        (lambda model, x: model(x).detach(), "without logits of two or more classes that depend"),
         (lambda model, x: model(x) * torch.inf, "finite predictions, but those of batch 0 (counted from 0) hold NaN"),
     ],
 )

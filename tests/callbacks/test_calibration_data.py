@@ -353,6 +353,22 @@ def test_a_sampler_is_used_and_not_changed(option, sampler, sizes):
     assert len({getattr(each, option).epoch for each in loaders}) == 1
 
 
+def test_trying_out_a_batch_at_the_start_does_not_advance_the_loader():
+    def own():
+        return loader(shuffle=True, generator=torch.Generator().manual_seed(3))
+
+    module, expected = Recorder(), [x for x, _ in own()]
+    trainer(WandaPrune(num_samples=12, dataloader=own(), at_step=2), max_steps=3).fit(module, loader())
+    assert_same(module.seen[1:], expected)
+
+
+@pytest.mark.parametrize("data", [iter(loader()), DataLoader(BatchedStream(), batch_size=None)])
+def test_no_batch_of_a_stream_is_tried_out(data):
+    module = Recorder()
+    trainer(WandaPrune(num_samples=12, dataloader=data, at_step=2), max_steps=3).fit(module, loader())
+    assert_same(module.seen, [x for x, _ in loader()])
+
+
 @pytest.mark.filterwarnings("ignore:Your .* sampler has shuffling enabled")
 @pytest.mark.parametrize("loop", ["fit", "validate", "test"])
 @pytest.mark.parametrize(("sampler", "drop_last"), [(SequentialSampler, False), (RandomSampler, True)])

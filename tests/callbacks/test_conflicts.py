@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callbacks import Manual, Net, SaveAt, Steps, TwoOptimizers, all_at, loader, same, share_of_zeros, trainer
 from support.zoo import ZOO
 
-from wanda_lightning import CubicSchedule, WandaPrune
+from wanda_lightning import CubicSchedule, LinearSchedule, PruningCallback, WandaPrune
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,69 @@ def test_manual_optimization_is_refused_by_max_steps(make):
     with pytest.raises(MisconfigurationException, match="ends at optimizer step 9 and training ends at 8"):
         trainer(WandaPrune(num_samples=24, at_step=9), max_steps=8).fit(module, loader(24))
     assert same(module, Net())
+
+
+class OnlySteps(L.LightningModule):
+    """A module that must not begin to train."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
+
+    def training_step(self, batch, batch_idx):
+        raise AssertionError
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters())
+
+
+class WithoutPredictions(OnlySteps):
+    def calibration_step(self, batch):
+        self.layers(batch[0])
+
+
+class Forward(OnlySteps):
+    def forward(self, x):
+        return self.layers(x)
+
+
+class TwoArguments(OnlySteps):
+    def forward(self, x, scale):
+        return self.layers(x * scale)
+
+
+class Regression(OnlySteps):
+    def forward(self, x):
+        return self.layers(x)[:, :1]
+
+
+class Detached(OnlySteps):
+    def forward(self, x):
+        return self.layers(x).detach()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (OnlySteps, {}, r"OnlySteps must define forward\(\) or calibration_step"),
+        (Forward, {"dataloader": []}, "must hold at least one calibration batch"),
+        (Forward, {"dataloader": iter(loader())}, "must be read by 2 stages of .*, but it is a _SingleProcess"),
+        (TwoArguments, {}, "TwoArguments.forward needs x, scale"),
+        (Regression, {"method": "best"}, r"a batch gave Tensor of shape \(1, 1\) without logits of two or more"),
+        (Detached, {"method": "best"}, r"a batch gave Tensor of shape \(1, 16\) without logits .* that depend"),
+        (WithoutPredictions, {"recovery": "distil"}, "needs outputs, or their logits"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:num_samples is 12, but dataloader has only 0")
+def test_data_that_a_later_stage_cannot_use_is_refused_at_the_start(make, options, message):
+    callback = PruningCallback(num_samples=12, schedule=LinearSchedule(0, 4, every=2), **options)
+    with pytest.raises((ValueError, MisconfigurationException), match=message):
+        trainer(callback, max_steps=6).fit(make(), loader())
+
+
+def test_two_train_loaders_are_refused_at_the_start():
+    with pytest.raises(MisconfigurationException, match="since there are 2 train dataloaders"):
+        trainer(WandaPrune(at_step=2), max_steps=6).fit(Forward(), [loader(), loader()])
 
 
 class TestBestFromBeforePruning:

@@ -142,14 +142,14 @@ class TestTraining:
             trainer(callback, max_epochs=1).fit(module, loader())
         assert hooks_of(module, module.used_optimizer) == []
 
-    @pytest.mark.parametrize("calibrate_on", ["train", "own"])
-    def test_training_draws_the_same_random_numbers_as_without_pruning(self, calibrate_on):
+    @pytest.mark.parametrize(("calibrate_on", "at_step"), [("train", 0), ("own", 0), ("train", 4)])
+    def test_training_draws_the_same_random_numbers_as_without_pruning(self, calibrate_on, at_step):
         diaries = []
         for prunes in (False, True):
             L.seed_everything(3, verbose=False)
             own = loader(20, shuffle=True) if calibrate_on == "own" else None
             module = Diary()
-            callbacks = [WandaPrune(num_samples=12, dataloader=own)] if prunes else []
+            callbacks = [WandaPrune(num_samples=12, dataloader=own, at_step=at_step)] if prunes else []
             trainer(*callbacks, max_epochs=2).fit(module, loader(shuffle=True))
             diaries.append(module)
         without, with_pruning = diaries

@@ -84,6 +84,12 @@ def gradient_statistics(
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
 
 
+def check_predictions(layers: Sequence[Layer], sample: Sample) -> None:
+    """Raise the errors of `gradient_statistics` that one forward pass of a sample shows."""
+    with torch.enable_grad(), intercept(layers, lambda _, multiply: multiply().detach().requires_grad_().clone()):
+        _objective(sample, 0, 0)
+
+
 def _refuse_unusable(sums: Mapping[str, GradientStatistics], reached: bool) -> None:
     """Refuse gradients that are not finite, or all 0 although a layer was reached."""
     for name, total in sums.items():
@@ -221,11 +227,13 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
     """
     output, keep = sample.predict(), None
     logits = find_predictions(output)
-    if logits is None or not logits.requires_grad:
+    if logits is None or not logits.requires_grad or logits.shape[-1] < 2:
+        shape = "" if logits is None else f" of shape {tuple(logits.shape)}"
         raise UserError(
-            f"forward must return predictions, since gradients are read, but a batch gave {type(output).__name__} "
-            "without logits that depend on the pruned layers. Let forward= (or calibration_step) return the logits, or "
-            "choose allocation='uniform' and pattern='unstructured_layer', which read no gradients."
+            f"forward must return predictions, since gradients are read, but a batch gave {type(output).__name__}"
+            f"{shape} without logits of two or more classes that depend on the pruned layers. Let forward= (or "
+            "calibration_step) return the logits, or choose allocation='uniform' and pattern='unstructured_layer', "
+            "which read no gradients."
         )
     del output
     if mask := fitting_mask(sample.masks, "", logits):  # the mask of the whole model, not of its encoder

@@ -15,12 +15,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, take
 from wanda_lightning.callbacks.trainer import stop_if_terminated
-from wanda_lightning.common.checks import check_batches
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 log = logging.getLogger(__name__)
@@ -39,13 +38,31 @@ def calibration_batches(
     batches in each process, or the first samples if the loader has a `DistributedSampler`, as Lightning's loaders have.
     All processes continue with the random state of the first, so that their loaders shuffle in the same order.
 
-    Warns if the data has fewer samples. Raises a MisconfigurationException without data, or with more than one loader.
+    Warns if the data has fewer samples. Raises a MisconfigurationException without data, with more than one loader, or
+    if the module cannot run a batch.
     """
+    loader, source = _find(trainer, pl_module, dataloader)
+    log.info("Calibrating on %s", source)
+    yield from _first_samples(loader, source, num_samples, processes)
+
+
+def trial_batches(
+    trainer: L.Trainer,
+    pl_module: L.LightningModule,
+    dataloader: Iterable[Any] | None,
+    num_samples: int,
+    processes: Processes,
+) -> Iterator[Any] | None:
+    """Return the same batches from a copy of the loader, with the same errors; None for data that it would use up."""
+    loader, source = _find(trainer, pl_module, dataloader)
+    if isinstance(loader, Iterator) or isinstance(getattr(loader, "dataset", None), IterableDataset):
+        return None  # the copy would share its state
+    return _first_samples(_independent_copy(loader), source, num_samples, processes)
+
+
+def _first_samples(loader: Any, source: str, num_samples: int, processes: Processes) -> Iterator[Any]:
     if processes.world_size > 1:
         torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
-    loader, source = (dataloader, "dataloader") if dataloader is not None else _find(trainer, pl_module)
-    check_batches(**{source: loader})
-    log.info("Calibrating on %s", source)
     step, offset, wanted = processes.world_size, processes.rank, num_samples
     if step > 1 and _reads_own_part(loader):
         wanted = num_samples // step + (offset < num_samples % step)
@@ -70,8 +87,15 @@ def _reads_own_part(loader: Any) -> bool:
     return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
 
 
-def _find(trainer: L.Trainer, pl_module: L.LightningModule) -> tuple[Any, str]:
+def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable[Any] | None) -> tuple[Any, str]:
     """Return the first calibration loader that exists, in the order that `PruningCallback` documents, and its name."""
+    if not is_overridden("forward", pl_module) and not callable(getattr(pl_module, "calibration_step", None)):
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} must define forward() or calibration_step(batch), so that calibration batches "
+            "can run through it, but it has neither."
+        )
+    if dataloader is not None:
+        return dataloader, "dataloader"
     datamodule: Any = getattr(trainer, "datamodule", None)
     for holder in (datamodule, pl_module):
         if callable(calibration_dataloader := getattr(holder, "calibration_dataloader", None)):
@@ -153,13 +177,7 @@ def calibration_forward(
     batch = trainer.strategy.batch_to_device(batch)
     if for_predictions and callable(predictions := getattr(pl_module, "calibration_predictions", None)):
         return predictions(batch)
-    has_forward = is_overridden("forward", pl_module)
     calibration_step = getattr(pl_module, "calibration_step", None)
-    if callable(calibration_step) and not (for_predictions and has_forward):
+    if callable(calibration_step) and not (for_predictions and is_overridden("forward", pl_module)):
         return calibration_step(batch)
-    if not has_forward:
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} must define forward() or calibration_step(batch), so that calibration batches "
-            "can run through it, but it has neither."
-        )
     return forward_batch(pl_module, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import lightning as L
@@ -80,6 +81,16 @@ def refuse_late_stages(schedule: Schedule, trainer: L.Trainer) -> None:
         raise MisconfigurationException(
             f"schedule must end while the model trains, but {schedule} ends at optimizer step {last} and training ends "
             f"at {end:.0f}. Prune earlier, or train longer."
+        )
+
+
+def refuse_one_shot(dataloader: object, config: PruningConfig, schedule: Schedule, state: PruningState) -> None:
+    """Raise an error if several stages would read an iterator."""
+    left = sum(share > state.share for _, share in schedule.stages)
+    if left > 1 and isinstance(dataloader, Iterator) and config.data_reader:
+        raise MisconfigurationException(
+            f"dataloader must be read by {left} stages of {schedule}, but it is a {type(dataloader).__name__}, which "
+            "can be read only once. Give a list or a DataLoader."
         )
 
 

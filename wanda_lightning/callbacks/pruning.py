@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.callbacks import conflicts
-from wanda_lightning.callbacks.calibration_data import calibration_batches, calibration_forward
+from wanda_lightning.callbacks.calibration_data import calibration_batches, calibration_forward, trial_batches
 from wanda_lightning.callbacks.publish import publish, set_metrics
 from wanda_lightning.callbacks.run_description import measured_before, run_of, with_result
 from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
@@ -25,8 +25,7 @@ from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.refuse_path import refuse_existing, refuse_nonempty
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
-from wanda_lightning.engine.plan import make_plan
-from wanda_lightning.engine.prune import prune_as
+from wanda_lightning.engine.prune import prune_as, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport
 from wanda_lightning.report.page import write_report
@@ -176,11 +175,11 @@ class PruningCallback(ZerosCallback):
         if self.calibrate_on == "validation":
             conflicts.refuse_fit_without_validation(trainer)
         self._forget_if_dense(trainer, pl_module)
+        conflicts.refuse_one_shot(self.dataloader, self.config, self._schedule(trainer), self._state)
         if self._state.asked_at != trainer.global_step:
             self._prune_if_asked(trainer, pl_module)
         if self._state.share < 1:
-            with self._processes.fail_together():  # raise now the errors of a later stage
-                make_plan(self.config, pruning_target(pl_module), self._processes)
+            self._rehearse(trainer, pl_module)
             conflicts.warn_of_dense_best(self.schedule, trainer)
         self._hold(trainer, pl_module)
 
@@ -321,6 +320,19 @@ class PruningCallback(ZerosCallback):
                 store=StoppableWeights(trainer),
             )
         self._record(report, share, trainer)
+
+    def _rehearse(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Raise now the errors of a later stage."""
+        find = partial(trial_batches, trainer, pl_module, self.dataloader, self.num_samples, self._processes)
+        with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
+            rehearse(
+                self.config,
+                pruning_target(pl_module),
+                find if self.calibrate_on == "calibration" else lambda: None,
+                partial(calibration_forward, trainer, pl_module),
+                partial(calibration_forward, trainer, pl_module, for_predictions=True),
+                self._processes,
+            )
 
     def _record(self, report: PruningReport, share: float, trainer: L.Trainer) -> None:
         report.run = run_of(trainer, self.num_samples if self.reads_calibration_data else 0)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.calibration.error_notes import noting
+from wanda_lightning.calibration.gradients import check_predictions
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.calibration.samples import Samples
@@ -22,13 +23,14 @@ from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_la
 from wanda_lightning.engine.coupling import couple
 from wanda_lightning.engine.drop_experts import drop_experts
 from wanda_lightning.engine.permuting import permute
-from wanda_lightning.engine.plan import Plan
+from wanda_lightning.engine.plan import Plan, make_plan
 from wanda_lightning.engine.reporting import make_report
 from wanda_lightning.engine.run import Observed, Run, WeightStore, timed
 from wanda_lightning.engine.write import prune_unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
+from wanda_lightning.training.predictions import predictions_of
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,36 @@ def prune_as(
     with run.timed("recover", recovers), pruning_mode(model):
         run.training = recovery.train()
     return make_report(run)
+
+
+def rehearse(
+    config: PruningConfig,
+    model: nn.Module,
+    find_batches: Callable[[], Iterable[Any] | None],
+    forward: Callable[[Any], object],
+    predict: Callable[[Any], object],
+    processes: Processes,
+) -> None:
+    """Raise the errors of a later `prune_as` that the plan or one forward pass of the first batch shows.
+
+    `find_batches` is called if a choice reads batches, and returns None if no batch can be spared.
+    """
+    with processes.fail_together():
+        plan = make_plan(config, model, processes)
+        reader = config.data_reader or ("keep_batch_norm=False" if _batch_norms(plan) else None)
+        batches = find_batches() if reader else None
+    if batches is None:
+        return
+    samples = Samples(model, batches, forward, predict, processes, reader)
+    with pruning_mode(model), processes.fail_together():
+        if sample := next(iter(samples), None):
+            if plan.config.reads_gradients and not samples.in_step:
+                check_predictions(plan.layers, samples.split(sample)[0])
+            elif config.recovery.reads_batches:
+                predictions_of(samples.split(sample)[0].predict())
+            else:
+                sample.forward()
+    samples.refuse_if_empty()
 
 
 def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
