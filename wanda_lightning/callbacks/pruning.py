@@ -77,7 +77,8 @@ class PruningCallback(ZerosCallback):
     Raises:
         ImportError: If a library that writes the `report` is missing.
         ValueError: If a value is out of range, or choices contradict each other. When a loop starts: if the model
-            cannot be pruned as requested, now or at a later stage.
+            cannot be pruned as requested, now or at a later stage. If a later stage reads data, one batch of it runs
+            through the model once, unless the data is an iterator or an `IterableDataset`.
         MisconfigurationException: When a loop starts: if the strategy distributes the model in a way that cannot be
             pruned, or training ends before the last stage.
     """
