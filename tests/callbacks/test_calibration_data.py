@@ -1,12 +1,26 @@
 """Calibration batches: which loader, which samples, and how they run through the module."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from support.callbacks import Net, Recorder, Resumable, all_at, loader, same, samples, share_of_zeros, tagged, trainer
+from support.callbacks import (
+    Net,
+    Recorder,
+    Resumable,
+    all_at,
+    equal,
+    loader,
+    same,
+    samples,
+    share_of_zeros,
+    tagged,
+    trainer,
+)
+from support.zoo import ZOO
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
@@ -18,7 +32,7 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from wanda_lightning import WandaPrune
+from wanda_lightning import PruningCallback, WandaPrune, prune
 from wanda_lightning.calibration.batches import batch_size
 
 
@@ -177,6 +191,41 @@ def test_inputs_have_the_trainers_precision(precision, dtype):
     assert [(x.dtype, labels.dtype) for x, labels in module.seen] == [(dtype, torch.int64)]
     assert set(outputs) == {torch.bfloat16 if precision == "bf16-mixed" else dtype}
     assert share_of_zeros(module) == all_at(0.5)
+
+
+class Text(L.LightningModule):
+    """A user's own language model."""
+
+    def __init__(self):
+        super().__init__()
+        self.pruning_target = ZOO["llama"].build()
+
+    def forward(self, input_ids):
+        return self.pruning_target(input_ids)
+
+    def test_step(self, batch, batch_idx):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "autocast"),
+    [
+        ("32-true", torch.float32, nullcontext()),
+        ("bf16-true", torch.bfloat16, nullcontext()),
+        ("16-true", torch.float16, nullcontext()),
+        ("64-true", torch.float64, nullcontext()),
+        ("bf16-mixed", torch.float32, torch.autocast("cpu", torch.bfloat16)),
+    ],
+)
+def test_any_precision_prunes_like_prune(precision, dtype, autocast):
+    batches = [{"input_ids": torch.randint(128, (2, 16))} for _ in range(8)]
+    module, model = Text(), ZOO["llama"].build().to(dtype)
+    callback = PruningCallback(0.5, method="thorough", dataloader=batches, num_samples=16)
+    trainer(callback, precision=precision).test(module, loader(), verbose=False)
+    with autocast:
+        report = prune(model, batches, 0.5, method="thorough", progress=False)
+    assert callback.report.training == report.training
+    assert equal(dict(module.pruning_target.state_dict()), dict(model.state_dict()))
 
 
 def batches_of(make, loop, *callbacks):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins.precision import HalfPrecision
 from timm.layers import Linear as TimmLinear
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -59,7 +60,7 @@ def test_a_forward_of_its_own_that_is_a_linear_layer(kind, bias):
     with torch.device("meta"):
         abstract = kind(12, 8, bias=bias)
     assert [layer.name for layer in find_layers(nn.Sequential(abstract)).layers] == ["0"]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16), HalfPrecision("bf16-true").forward_context():
         assert [layer.name for layer in find_layers(model).layers] == ["0", "1", "2"]
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert module.in_features == 12

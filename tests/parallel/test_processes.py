@@ -36,7 +36,7 @@ def test_messages_have_one_dtype_and_a_bounded_size(monkeypatch, pair):
     assert groups == [[2], [3, 2], [9], [0]]
     (first, messages), (second, _) = pair.run(cases.small_messages)
     assert first == second == [[3.0, 6.0], [1.0], [6.0, 8.0]]
-    assert messages == 2
+    assert messages == [torch.float32, torch.float32]
 
 
 @pytest.mark.parametrize(

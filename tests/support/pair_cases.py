@@ -141,14 +141,15 @@ def collectives(rank):
 
 
 def small_messages(rank):
-    """Sums of tensors that do not fit into one message, and the number of messages."""
-    tensors = [torch.tensor([1.0, 2.0]) * (rank + 1), torch.tensor([0.5]), torch.tensor([3.0, 4.0])]
+    """Sums of tensors that do not fit into one message, and the dtypes of the messages, on a device without float64."""
+    tensors = [torch.tensor([1.0, 2.0]) * (rank + 1), torch.tensor([0.5]), torch.tensor([3.0, 4.0]).double()]
     with (
         mock.patch("wanda_lightning.parallel.processes._ENTRIES", 3),
+        mock.patch("wanda_lightning.parallel.processes.has_float64", return_value=False),
         mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message,
     ):
         both().all_reduce_sum(tensors)
-    return [tensor.tolist() for tensor in tensors], message.call_count
+    return [tensor.tolist() for tensor in tensors], [call.args[0].dtype for call in message.call_args_list]
 
 
 def failures(rank, who):

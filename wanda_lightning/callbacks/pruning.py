@@ -46,9 +46,10 @@ class PruningCallback(ZerosCallback):
     The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
     runs. The callback uses the first `num_samples` samples, and does not cut a batch whose tensors have different
-    lengths. A batch runs through the module's `calibration_step(batch)` if it has one, else as in `prune`. Layer names
-    are relative to the module's `pruning_target` if it has one (our modules give the names of Hugging Face and timm),
-    else to the LightningModule.
+    lengths. A batch runs through the module's `calibration_step(batch)` if it has one, else as in `prune`, in the
+    Trainer's precision. With mixed precision, the result is that of `prune` inside `torch.autocast`. Layer names are
+    relative to the module's `pruning_target` if it has one (our modules give the names of Hugging Face and timm), else
+    to the LightningModule.
 
     After pruning, `trainer.callback_metrics` has `sparsity/model`, `sparsity/pruned_layers` and the sparsity of each
     layer, for other callbacks to monitor; loggers get them, too. Use `BestAfterPruning` to keep the best checkpoint.

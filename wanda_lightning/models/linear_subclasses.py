@@ -21,13 +21,13 @@ _OF_LINEAR = frozenset(vars(nn.Linear(1, 1, device="meta")))  # attributes of ev
 @torch.no_grad()
 def computes_linear(module: nn.Linear) -> bool:
     """Whether the forward of the module's class computes `x W^T + b`."""
-    weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], device="cpu")
-    bias = None if module.bias is None else torch.tensor([0.6, -1.1], device="cpu")
-    x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], device="cpu")
+    kind: Any = {"dtype": torch.float32, "device": "cpu"}
+    weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], **kind)
+    bias = None if module.bias is None else torch.tensor([0.6, -1.1], **kind)
+    x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], **kind)
     try:
-        stand_in = _stand_in(module, weight, bias)
         with torch.autocast("cpu", enabled=False):
-            output, expected = type(module).forward(stand_in, x), F.linear(x, weight, bias)
+            output, expected = type(module).forward(_stand_in(module, weight, bias), x), F.linear(x, weight, bias)
             return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-5)
     except Exception:  # it needs more than a weight and a bias
         return False

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.widest import has_float64
 
 Value = TypeVar("Value")
 
@@ -59,11 +60,12 @@ class Processes:
         return bool(self.all_reduce_min(int(answer)))
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor in place with its sum over the processes, in few messages for each dtype."""
+        """Replace each tensor in place with its sum over the processes; float64 as float32 if the device lacks it."""
         if self.world_size == 1:
             return
         for message in _messages(tensors):
-            flat = torch.cat([tensor.to(self._device).flatten() for tensor in message])
+            narrow = message[0].dtype == torch.float64 and not has_float64(self._device)
+            flat = torch.cat([(each.float() if narrow else each).to(self._device).flatten() for each in message])
             dist.all_reduce(flat, group=self._group)
             for tensor, total in zip(message, flat.split([tensor.numel() for tensor in message]), strict=True):
                 tensor.copy_(total.view_as(tensor))
@@ -84,8 +86,7 @@ class Processes:
         if self.world_size == 1:
             return value
         box: list[Any] = [value]
-        ranks = dist.get_process_group_ranks(self._group)
-        dist.broadcast_object_list(box, src=ranks[source], group=self._group, device=self._device)
+        dist.broadcast_object_list(box, group=self._group, device=self._device, group_src=source)
         return box[0]
 
     @contextmanager
@@ -121,12 +122,11 @@ def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Divide tensors into groups of one dtype and of at most `_ENTRIES` entries; a larger tensor is a group itself."""
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         group: list[Tensor] = []
-        for tensor in tensors:
-            if tensor.dtype == dtype:
-                if group and sum(each.numel() for each in group) + tensor.numel() > _ENTRIES:
-                    yield group
-                    group = []
-                group.append(tensor)
+        for tensor in (each for each in tensors if each.dtype == dtype):
+            if group and sum(each.numel() for each in group) + tensor.numel() > _ENTRIES:
+                yield group
+                group = []
+            group.append(tensor)
         yield group
 
 

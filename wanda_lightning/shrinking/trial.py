@@ -46,7 +46,7 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
 
 
 def _noise(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return noise.to(_device(model), dtype)
 

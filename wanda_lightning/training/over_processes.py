@@ -28,7 +28,7 @@ def in_one_order(batches: Sequence[Sequence[_Item]], processes: Processes) -> li
 
 def sum_over_processes(losses: Callable[[], Iterable[float]], processes: Processes) -> float:
     """Return the sum of the losses of all processes; an error in one of them ends all."""
-    total = torch.zeros(1)
+    total = torch.zeros(1, dtype=torch.float64)  # a Trainer may set the default to 16 bits
     with processes.fail_together():
         for loss in losses():
             total += loss
