@@ -120,7 +120,7 @@ def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
 @pytest.mark.parametrize(
     ("more", "message", "code"),
     [
-        (["--model", "gone"], "gone is not in the cache, and the hub cannot be reached", 1),
+        (["--model", "gone"], "configuration of 'gone' cannot be loaded", 1),
         (["--model", "timm:test_vitt"], "Did you mean test_vit", 1),
         (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix", 1),
         (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts", 1),

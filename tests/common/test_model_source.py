@@ -26,6 +26,7 @@ def network(monkeypatch, tmp_path):
     def connect(url):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         )
@@ -40,7 +41,8 @@ def network(monkeypatch, tmp_path):
     [
         *((name, "") for name in ("out", "out/model", "owner/model", "model")),
         ("out/modl", ""),  # a folder may have the name of an owner on the hub
-        *((name, "does not exist. Check the path.") for name in ("./modl", "owner/model/a", "/modl", "modl.gguf")),
+        *((name, "does not exist. Check the path.") for name in ("./modl", "owner/model/a", "/modl")),
+        ("modl.gguf", "does not exist. Check the path. `python recipes/llm/get_smollm2.py .cache` downloads SmolLM2."),
     ],
 )
 def test_a_path_that_does_not_exist(monkeypatch, tmp_path, name, reason):
@@ -57,26 +59,25 @@ def test_a_path_that_does_not_exist(monkeypatch, tmp_path, name, reason):
 @pytest.mark.parametrize("load", [load_config, load_tokenizer, model_from_config])
 def test_without_a_network_nobody_waits_for_the_hub(network, load):
     slept = network("http://127.0.0.1:9")  # nothing listens there
-    with pytest.raises(OSError, match=r"of 'owner/none' cannot be found.* owner/none is not in the cache, and the hub"):
+    with pytest.raises(OSError, match=r"of 'owner/none' cannot be loaded: not in the cache, and the .* hub"):
         load(ModelSource("owner/none"))
     assert slept == []
 
 
 def test_nor_for_weights_of_timm(network):
     slept = network("http://127.0.0.1:9")
-    with pytest.raises(OSError, match=r"^The weights of 'test_vit' are not in the cache .* the hub cannot be reached"):
-        ImageClassifierModule("test_vit")
-    with pytest.raises(OSError, match=r"^owner/none is not in the cache, and the hub .* a folder: local-dir:FOLDER\.$"):
-        timm_name("timm:hf-hub:owner/none")
+    for name in ("test_vit", "timm:hf-hub:owner/none"):
+        with pytest.raises(OSError, match=r"^The weights of .* cannot be loaded: not in the cache, and the .* hub"):
+            ImageClassifierModule(name)
     assert slept == []
 
 
 def test_a_hub_that_answers_is_not_called_unreachable(network):
     with running_hub() as hub:
         network(hub.url)
-        with pytest.raises(OSError, match=r"configuration of 'owner/none' cannot be found") as found:
+        with pytest.raises(OSError, match=r"configuration of 'owner/none' cannot be loaded") as found:
             load_config(ModelSource("owner/none"))
-    assert "the hub cannot be reached" not in str(found.value)
+    assert "cannot be reached" not in str(found.value)
 
 
 @pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/x.safetensors", "..\\\\x.safetensors", "a/../../x"])
@@ -115,19 +116,6 @@ def test_a_classifier_without_its_prefix(tmp_path):
         load_config(ModelSource(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"auto_map": {"AutoConfig": "mine.Own"}}, "needs code that comes with the model. .*trust_remote_code=True"),
-        ({}, "names the model type unheard_of, which transformers .* does not know. Install a newer one"),
-    ],
-)
-def test_a_model_that_needs_its_own_code_or_a_newer_library(tmp_path, more, message):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of", **more}))
-    with pytest.raises(ValueError, match=f"^The configuration of '{tmp_path}' {message}"):
-        load_config(ModelSource(tmp_path))
-
-
 @pytest.mark.parametrize("name", ["s3:foo", "timm:s3:foo", "https://x/y"])
 def test_places_that_timm_does_not_load_from(name):
     with pytest.raises(ValueError, match=r"model must be a name that timm .* knows, but it is '(s3:foo|https://x/y)'"):
@@ -139,7 +127,5 @@ def test_a_package_that_a_quantized_model_needs_is_named(tmp_path, monkeypatch):
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     config.save_pretrained(tmp_path)
     safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ImportError, match=r"The weights of .* cannot be read without a package: .*(optimum|gptq|accelerate)"
-    ):
+    with pytest.raises(ImportError, match=r"The weights of .* cannot be loaded: .*(optimum|gptq|accelerate)"):
         CausalLMModule(str(tmp_path)).configure_model()

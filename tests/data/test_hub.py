@@ -1,5 +1,7 @@
 """Unreachable data sets of the hub raise one clear error."""
 
+import time
+
 import datasets
 import pytest
 from support.data import vit
@@ -18,6 +20,18 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path, offline, tokenizer, sou
         with pytest.raises(OSError, match=message) as error:
             read()
         assert isinstance(error.value.__cause__, ConnectionError)
+
+
+def test_an_unreachable_hub_is_asked_once(tmp_path, monkeypatch, tokenizer):
+    slept = []
+    for name, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": "http://127.0.0.1:9"}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    with pytest.raises(OSError, match=r"allenai/c4 is not in the cache, and .* cannot be reached.* Connection refused"):
+        TextDataModule(tokenizer, "c4", cache_dir=str(tmp_path)).calibration_dataloader()
+    assert slept == []
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("data", ["cifar10", "some/images"])

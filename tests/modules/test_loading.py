@@ -56,17 +56,17 @@ def test_only_bin_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"weights in safetensors, .*pytorch_model\.bin.*save_pretrained"):
         CausalLMModule(str(tmp_path)).configure_model()
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"weights of .* cannot be used: .* no file named model\.safetensors"):
+    with pytest.raises(OSError, match=r"weights of .* cannot be loaded: .* no file named model\.safetensors"):
         CausalLMModule(str(tmp_path)).configure_model()
 
 
 def test_missing_models_are_refused(tmp_path):
-    with pytest.raises(OSError, match=r"'nobody/nothing'.*neither a local folder nor.*hub") as caught:
+    with pytest.raises(OSError, match=r"'nobody/nothing'.*couldn't find them in the cached files") as caught:
         CausalLMModule("nobody/nothing")
     assert isinstance(caught.value.__cause__, OSError)
     with pytest.raises(FileNotFoundError, match=r"The model .*nothing does not exist\. Check the path\."):
         CausalLMModule(str(tmp_path / "nothing"))
-    with pytest.raises(OSError, match=r"no config\.json"):
+    with pytest.raises(OSError, match=r"has no config\.json"):
         CausalLMModule(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"nothing\.gguf does not exist"):
         CausalLMModule(str(tmp_path / "nothing.gguf"))
@@ -83,38 +83,33 @@ def test_checkpoint(tmp_path):
     name, path = "vit_tiny_patch16_224", str(tmp_path / "weights.safetensors")
     again = ImageClassifierModule(name, num_classes=10, checkpoint=path, model_kwargs=VIT)
     assert same(again.model, module.model)
-    with pytest.raises(ValueError, match=r"head\.weight has the shape \(10, 32\) instead of \(9, 32\)"):
+    with pytest.raises(ValueError, match=r"size mismatch for head\.weight: .*\[10, 32\].*\[9, 32\]"):
         ImageClassifierModule(name, num_classes=9, checkpoint=path, model_kwargs=VIT)
     weights = load_file(path)
     weights["extra"] = weights.pop("norm.bias")
     save_file(weights, path)
-    with pytest.raises(ValueError, match=r"norm\.bias is missing; extra is unknown"):
+    with pytest.raises(ValueError, match=r"Missing key\S* .*norm\.bias.* Unexpected key\S* .*extra"):
         ImageClassifierModule(name, num_classes=10, checkpoint=path, model_kwargs=VIT)
-    with pytest.raises(ValueError, match=r"more\. Check"):
-        ImageClassifierModule(name, num_classes=10, checkpoint=path, model_kwargs={**VIT, "depth": 1})
 
 
 def test_only_safetensors_are_read(tmp_path):
-    with pytest.raises(ValueError, match=r"weights\.pth must be a \.safetensors file.*save_file"):
+    with pytest.raises(ValueError, match=r"weights\.pth must be a \.safetensors file"):
         tiny_vit(checkpoint=str(tmp_path / "weights.pth"))
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(OSError, match="No such file"):
         tiny_vit(checkpoint=str(tmp_path / "weights.safetensors"))
 
 
-def test_missing_classifiers_are_refused(folders, tmp_path):
+def test_missing_classifiers_are_refused(tmp_path):
     for build in (ImageClassifierModule, model_from_config):
-        with pytest.raises(OSError, match=r"a folder that timm can load, but .*gone has no config\.json"):
+        with pytest.raises(OSError, match="gone"):
             build(f"timm:local-dir:{tmp_path}/gone")
-    with pytest.raises(ValueError, match="has no 'architecture'"):
-        ImageClassifierModule(f"timm:local-dir:{folders}/llama")
-    with pytest.raises(ValueError, match=r"model_kwargs must be arguments that test_vit takes, but .*'depths'"):
+    with pytest.raises(ValueError, match=r"'test_vit' cannot be loaded: TypeError: .*'depths'"):
         ImageClassifierModule("test_vit", pretrained=False, model_kwargs={"depths": 3})
     with pytest.raises(ValueError, match=r"but it is 'convnext_ato'\. Did you mean convnext_atto.*hf-hub:"):
         ImageClassifierModule("convnext_ato")
-    for name, advice in (("hf-hub:nobody/nothing", "local-dir:"), ("vit_tiny_patch16_224", "checkpoint=.*pretrained=")):
-        with pytest.raises(OSError, match=advice) as caught:
+    for name in ("hf-hub:nobody/nothing", "vit_tiny_patch16_224"):
+        with pytest.raises(OSError, match=f"The weights of '{name}' cannot be loaded"):
             ImageClassifierModule(name)
-        assert isinstance(caught.value.__cause__, OSError)
 
 
 @pytest.mark.parametrize("module_class", [CausalLMModule, ImageClassifierModule])
@@ -135,13 +130,14 @@ def test_home_is_expanded_and_a_path_object_is_a_folder(tmp_path, monkeypatch, c
     module.save_pretrained(tmp_path / "llama")
     vit.save_pretrained(tmp_path / "vit")
     assert same(CausalLMModule("~/llama").model, module.model)
+    write_gguf(tmp_path / "tiny.gguf")
+    assert CausalLMModule("~/tiny.gguf").model is not None
     assert capsys.readouterr().err == ""  # bars are silent in a file
     assert transformers.utils.logging.is_progress_bar_enabled()
     assert CausalLMModule(tmp_path / "llama").hparams.model == str(tmp_path / "llama")
     assert type(model_from_config("~/llama")) is type(module.model)
     for name in ("timm:local-dir:~/vit", tmp_path / "vit"):
         assert same(ImageClassifierModule(name).model, vit.model)
-    write_gguf(tmp_path / "tiny.gguf")
     assert len(model_from_config("~/tiny.gguf").model.layers) == 2
 
 
@@ -189,20 +185,23 @@ def integers(weights):
     return {name: (10 * weight).to(torch.int8) for name, weight in weights.items() if weight.ndim == 2}
 
 
-CAUSE = "cannot be used: a file is incomplete or damaged, or the files contradict each other"
+DAMAGED = r"cannot be loaded: a file is damaged\. Download or save it again"
 LLAMAS = [
-    ("config.json", text('{"a": '), r"config\.json is not valid JSON \(Expecting value: line 1 column 7"),
-    ("config.json", text("[" * 100_000), r"config\.json is not valid JSON"),
-    ("config.json", text("[]"), f"configuration of .* {CAUSE}"),
-    ("config.json", changed(num_attention_heads=3), f"configuration of .* {CAUSE}.* multiple of the number of"),
-    ("config.json", changed(model_type="lama"), "names the model type lama, which transformers .* does not know"),
-    ("config.json", changed(num_key_value_heads=0), f"weights of .* {CAUSE}.*ZeroDivisionError"),
+    ("config.json", text('{"a": '), f"configuration of .* {DAMAGED}.*config.json"),
+    ("config.json", text("[]"), "configuration of .* cannot be loaded: .* config.json"),
+    (
+        "config.json",
+        changed(num_attention_heads=3),
+        "configuration of .* cannot be loaded: .* multiple of the number of",
+    ),
+    ("config.json", changed(model_type="lama"), "configuration of .* cannot be loaded: .* model type `lama` but"),
+    ("config.json", changed(num_key_value_heads=0), "weights of .* cannot be loaded: ZeroDivisionError"),
     ("config.json", changed(vocab_size=100), r"lm_head\.weight first: .* shape is \(128, 32\), .* \(100, 32\)"),
     ("config.json", changed(num_hidden_layers=3), r"no weights for 9 parameters .* model\.layers\.2\.input_layernorm"),
-    ("tokenizer.json", text('{"a": '), r"tokenizer\.json is not valid JSON"),
-    ("tokenizer.json", text("{}"), f"tokenizer of .* {CAUSE}"),
-    ("tokenizer_config.json", text('{"a": '), r"tokenizer_config\.json is not valid JSON"),
-    ("model.safetensors", cut(5000), f"weights of .* {CAUSE}.*SafetensorError"),
+    ("tokenizer.json", text('{"a": '), f"tokenizer of .* {DAMAGED}"),
+    ("tokenizer.json", text("{}"), "tokenizer of .* cannot be loaded: "),
+    ("tokenizer_config.json", text('{"a": '), f"tokenizer of .* {DAMAGED}"),
+    ("model.safetensors", cut(5000), f"weights of .* {DAMAGED}"),
     ("model.safetensors", stored(integers), r"stores lm_head\.weight as I8: packed integers"),
     ("model.safetensors", stored(not_a_number), r"the weight of model\.\S*norm holds NaN or infinity in float32"),
 ]
@@ -217,24 +216,19 @@ def test_a_broken_language_model_is_named(folders, tmp_path, file, change, messa
         CausalLMModule(str(tmp_path / "broken")).configure_model()
     assert str(tmp_path / "broken") in str(caught.value)
     assert "\n" not in str(caught.value)
-    if file == "config.json" and "weights" not in message and "shape" not in message:
+    assert ("damaged" in str(caught.value)) == (DAMAGED in message)
+    if "configuration" in message:
         with pytest.raises(ValueError, match=message):
             model_from_config(str(tmp_path / "broken"))
 
 
 CLASSIFIERS = [
-    ("config.json", text("{"), r"config\.json is not valid JSON"),
-    ("config.json", text('{"model_type": "llama"}'), r"has no 'architecture'.* leave out the prefix timm:"),
-    ("config.json", changed(num_classes=9, model_args={**VIT, "num_classes": 9}), "do not fit its configuration.*head"),
-    ("config.json", changed(model_args={"foo": 1}), f"configuration of .* {CAUSE}.*'foo'"),
-    ("config.json", changed(model_args=[1]), "has a wrong model_args"),
-    ("config.json", changed(architecture=None), "has a wrong architecture"),
-    ("config.json", changed(pretrained_cfg=None), "has a wrong pretrained_cfg"),
-    ("config.json", changed(pretrained_cfg={"input_size": [3]}), "has a wrong input_size"),
-    ("config.json", changed(pretrained_cfg={"input_size": 3}), "has a wrong input_size"),
-    ("config.json", changed(pretrained_cfg={"mean": "x"}), "has a wrong mean"),
+    ("config.json", text("{"), DAMAGED),
+    ("config.json", text('{"model_type": "llama"}'), r"is of transformers, .* Leave out the prefix timm:"),
+    ("config.json", changed(num_classes=9, model_args={**VIT, "num_classes": 9}), "size mismatch for head.weight"),
+    ("config.json", changed(model_args={"foo": 1}), "unexpected keyword argument 'foo'"),
     ("model.safetensors", lambda path: path.rename(path.with_name("a.bin")), r"only format .* has a\.bin, config"),
-    ("model.safetensors", cut(5000), "weights of .* cannot be read"),
+    ("model.safetensors", cut(5000), f"weights of .* {DAMAGED}"),
     ("model.safetensors", stored(integers), r"stores \S+\.weight as I8: packed integers"),
     ("model.safetensors", stored(not_a_number), "the weight of .*norm holds NaN or infinity in float32"),
 ]
@@ -248,15 +242,15 @@ def test_a_broken_classifier_is_named(folders, tmp_path, file, change, message):
         ImageClassifierModule(f"timm:local-dir:{tmp_path / 'broken'}")
     assert str(tmp_path / "broken") in str(caught.value)
     assert "\n" not in str(caught.value)
-    if file == "config.json" and "weights" not in message and "fit" not in message:
+    assert ("damaged" in str(caught.value)) == (DAMAGED in message)
+    if file == "config.json" and "mismatch" not in message:
         with pytest.raises(ValueError, match=message):
             model_from_config(f"timm:local-dir:{tmp_path / 'broken'}")
 
 
 @pytest.mark.parametrize("build", [ImageClassifierModule, model_from_config])
 def test_pretrained_weights_that_timm_does_not_have(build):
-    message = r"weights that timm \S+ has for vit_tiny_patch16_224 \(augreg_in21k, .*\), but it names 'in1k'"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"Invalid pretrained tag \(in1k\) for vit_tiny_patch16_224"):
         build("timm:vit_tiny_patch16_224.in1k")
 
 
@@ -273,7 +267,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, change):
 def test_a_broken_gguf_file_is_named(folders, tmp_path, part):
     path = tmp_path / "broken.gguf"
     path.write_bytes(part((folders / "tiny.gguf").read_bytes()))
-    with pytest.raises(ValueError, match=rf"broken\.gguf' {CAUSE}"):
+    with pytest.raises(ValueError, match=r"broken\.gguf' cannot be loaded\. Check that the file is complete"):
         CausalLMModule(str(path)).configure_model()
 
 
@@ -345,5 +339,5 @@ def test_a_model_of_the_hub_is_checked_like_a_folder(folders, tmp_path):
     assert module.tokenizer("w3 w7").input_ids == [3, 7]
     with pytest.raises(ValueError, match=r"'owner/integers' stores lm_head\.weight as I8"):
         CausalLMModule("owner/integers", cache_dir=str(tmp_path)).configure_model()
-    with pytest.raises(OSError, match=r"configuration of 'owner/none' cannot be found: neither a local folder nor"):
+    with pytest.raises(OSError, match=r"configuration of 'owner/none' cannot be loaded: .* couldn't find"):
         CausalLMModule("owner/none", cache_dir=str(tmp_path))

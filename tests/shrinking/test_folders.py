@@ -5,13 +5,11 @@ import subprocess
 import sys
 import textwrap
 
-import lightning as L
 import pytest
 import timm
 import torch
 import transformers as hf
 from support.zoo import VOCABULARY
-from torch.utils.data import DataLoader
 
 import wanda_lightning as wl
 
@@ -167,24 +165,3 @@ def test_a_model_without_zeros_is_not_saved_as_shrunk(tmp_path):
     with pytest.raises(ValueError, match=r"shrink must remove something\. Nothing can be removed"):
         module.save_pretrained(tmp_path / "out", shrink=True)
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-def test_a_training_is_not_resumed_with_the_shrunk_model(tmp_path):
-    model, ids = pruned_text_model("llama")
-    module = wl.CausalLMModule(model)
-    options = {
-        "max_steps": 1,
-        "limit_val_batches": 0,
-        "logger": False,
-        "accelerator": "cpu",
-        "default_root_dir": tmp_path,
-    }
-    options |= {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(**options)
-    trainer.fit(module, DataLoader(ids, batch_size=8))
-    trainer.save_checkpoint(tmp_path / "last.ckpt")
-    wl.prune(model, [{"input_ids": ids}], 0.4, pattern="structured", progress=False)
-    wl.shrink(model)
-    with pytest.raises(ValueError, match=r"^The checkpoint is of a model with other widths: .*\. If shrink has taken"):
-        L.Trainer(**options).fit(module, DataLoader(ids, batch_size=8), ckpt_path=tmp_path / "last.ckpt")

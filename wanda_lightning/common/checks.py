@@ -105,14 +105,14 @@ def check_flags(**values: object) -> None:
     """Raise a ValueError for a value that is neither True nor False, such as the text "false", which is true."""
     for name, value in values.items():
         if not isinstance(value, bool):
-            raise UserError(f"{name} must be True or False, but it is {value!r}.")
+            raise UserError(f"{name} must be True or False, but it is {shown(value)}.")
 
 
 def check_callable(**values: object) -> None:
     """Raise a ValueError for a value that cannot be called; None stands for an unset option."""
     for name, value in values.items():
         if value is not None and not callable(value):
-            raise UserError(f"{name} must be a function, but it is {value!r}.")
+            raise UserError(f"{name} must be a function, but it is {shown(value)}.")
 
 
 def check_batches(**values: object) -> None:
@@ -126,7 +126,7 @@ def check_path(**values: object) -> None:
     """Raise a ValueError for a value that cannot be the path of a file or folder."""
     for name, value in values.items():
         if not isinstance(value, str | PathLike) or not str(value) or "\0" in str(value):
-            raise UserError(f"{name} must be the path of a file or folder, but it is {value!r}.")
+            raise UserError(f"{name} must be the path of a file or folder, but it is {shown(value)}.")
 
 
 def refuse_pytorch_lightning(trainer: object) -> None:

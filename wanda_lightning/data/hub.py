@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.model_source import asking_hub_once
 from wanda_lightning.common.words import one_line
 
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,11 +34,15 @@ def load_from_hub(name: str, *config: str, instead: str, **options: Any) -> Any:
 
 def _load(source: str, name: str, instead: str, *config: str, **options: Any) -> Any:
     import datasets
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
     from pyarrow import ArrowException
 
+    was_offline = datasets.config.HF_HUB_OFFLINE  # its own copy of the constant
     try:
-        return datasets.load_dataset(name, *config, **options)
+        with asking_hub_once(not was_offline):
+            datasets.config.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE
+            return datasets.load_dataset(name, *config, **options)
     except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
         # `datasets` raises a ConnectionError for every failed look-up, and with HF_HUB_OFFLINE.
         found = "is not in the cache, and the Hugging Face hub cannot be reached"
@@ -50,3 +55,5 @@ def _load(source: str, name: str, instead: str, *config: str, **options: Any) ->
             f"The data set {source} cannot be loaded. Correct it, load it with datasets.load_dataset and give the "
             f"result, or use {instead}. The cause: {cause}"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline

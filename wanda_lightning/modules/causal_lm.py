@@ -27,15 +27,14 @@ from wanda_lightning.common.refuse_path import refuse_replacement
 from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.loading import (
+    DTYPE_NAMES,
     DTYPES,
     bars_on_terminals_only,
     check_causal,
     check_decoder_only,
-    check_dtype,
     check_source,
     check_tokenizer,
     check_vocabulary,
-    explaining_other_widths,
     load_causal_lm,
     load_own_tokenizer,
 )
@@ -91,7 +90,7 @@ class CausalLMModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self._modules["model"] = None  # `__getattr__` loads it
-        check_dtype(dtype)
+        check_values(DTYPE_NAMES, dtype=dtype)
         check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
         check_flags(lr_decay=lr_decay)
         if tokenizer is not None:
@@ -167,9 +166,8 @@ class CausalLMModule(L.LightningModule):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Restore the state, after the model has been loaded."""
-        with explaining_other_widths():
-            self._load_model()
-            return super().load_state_dict(*args, **kwargs)
+        self._load_model()
+        return super().load_state_dict(*args, **kwargs)
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         """Apply a function to all modules, of the loaded model, too."""

@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.common.checks import Number, check_flags, check_path, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.write_whole import whole_folder
-from wanda_lightning.modules.loading import create_classifier, explaining_other_widths, load_checkpoint
+from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking import Shrunk, example_batch, fitting_arguments, shrunk
 
@@ -113,11 +113,6 @@ class ImageClassifierModule(L.LightningModule):
     def pruning_target(self) -> nn.Module:
         """The module that the pruning callbacks prune: the model itself."""
         return self.model
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Restore the state; refuse in one line a state of other widths."""
-        with explaining_other_widths():
-            return super().load_state_dict(*args, **kwargs)
 
     def forward(self, images: Tensor) -> Any:
         """Return the logits, of shape (batch, num_classes)."""

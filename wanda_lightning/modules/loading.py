@@ -9,50 +9,38 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_gguf_pytorch_utils
 
+from wanda_lightning.common.checks import OneOf, shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
     ModelSource,
+    asking_hub_once,
     load_config,
     load_tokenizer,
     reading,
-    refuse_unreachable,
     timm_name,
     why_no_checkpoint,
 )
-from wanda_lightning.common.words import counted, one_line
+from wanda_lightning.common.words import counted
 from wanda_lightning.models import number_of_embeddings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_NAMES = OneOf(("auto", *DTYPES))
 _CHECKED = (*DTYPES.values(), torch.float64)
-
-
-@contextmanager
-def explaining_other_widths() -> Iterator[None]:
-    """Turn torch's list of all tensors of a checkpoint that do not fit a model into one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        _, found, rest = str(error).partition("size mismatch for ")
-        if not found:
-            raise
-        first = " ".join(rest.partition("\n")[0].rstrip(".").split())
-        raise UserError(
-            f"The checkpoint is of a model with other widths: {first}. If shrink has taken hidden units out since, "
-            "resume with the model that has its zeros, and shrink it after training."
-        ) from error
 
 
 # -------------------------------------------------------------------------------------------------- language models
@@ -93,7 +81,7 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     with bars_on_terminals_only():
         if path.is_dir():
             require_safetensors(path, "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
-        with reading("weights", source):
+        with reading("weights", source), asking_hub_once(not path.exists()):
             model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     check_complete(name, loaded["missing_keys"], loaded.get("mismatched_keys", ()))
     warn_unused(name, loaded.get("unexpected_keys", ()))
@@ -124,17 +112,11 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def check_dtype(dtype: object) -> None:
-    """Raise a ValueError for anything but the name of a data type for weights."""
-    if dtype not in ("auto", *DTYPES):
-        raise UserError(f"dtype must be one of auto, {', '.join(DTYPES)}, but it is {dtype!r}.")
-
-
 def check_tokenizer(tokenizer: object) -> None:
     """Raise a ValueError for anything but a tokenizer that can be saved with a model."""
     if not hasattr(tokenizer, "save_pretrained") or isinstance(tokenizer, type):
         raise UserError(
-            f"tokenizer must be one of transformers, but it is {tokenizer!r}. Give AutoTokenizer.from_pretrained(...)."
+            f"tokenizer must be one of transformers, but it is {shown(tokenizer)}. Use AutoTokenizer.from_pretrained."
         )
 
 
@@ -189,16 +171,17 @@ def _weight_files(source: ModelSource) -> list[Path]:
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Keep the progress bars of transformers out of log files."""
+    """Keep the progress bars of transformers out of log files; the bar of GGUF files has no option."""
     logging = transformers.utils.logging
-    silence = logging.is_progress_bar_enabled() and not (sys.stderr is not None and sys.stderr.isatty())
-    if silence:
-        logging.disable_progress_bar()
-    try:
+    if not logging.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
         yield
+        return
+    logging.disable_progress_bar()
+    try:
+        with patch.object(modeling_gguf_pytorch_utils, "tqdm", partial(modeling_gguf_pytorch_utils.tqdm, disable=True)):
+            yield
     finally:
-        if silence:
-            logging.enable_progress_bar()
+        logging.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------ image classifiers
@@ -213,28 +196,9 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
     if folder is not None and pretrained:
         require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
-    try:
-        if pretrained and folder is None:
-            _refuse_unreachable_weights(checked, kwargs)
+    on_hub = folder is None and (pretrained or ":" in checked)
+    with reading("weights" if pretrained else "configuration", ModelSource(checked)), asking_hub_once(on_hub):
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)
-    except OSError as error:
-        raise OSError(
-            f"The weights of {checked!r} are not in the cache and cannot be downloaded. Check the connection, give a "
-            "local file of weights with checkpoint=..., or, in Python, start from random ones with pretrained=False. "
-            f"The cause: {one_line(error)}"
-        ) from error
-    except (SafetensorError, RuntimeError) as error:
-        raise UserError(
-            f"The weights of {checked!r} cannot be read or do not fit its configuration. Save them again. "
-            f"The cause: {one_line(error)}"
-        ) from error
-    except TypeError as error:
-        if not kwargs:
-            with reading("configuration", ModelSource(checked)):
-                raise
-        raise UserError(
-            f"model_kwargs must be arguments that {checked} takes, but {kwargs} are not: {error}."
-        ) from error
     if folder is not None and pretrained:
         check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
     if pretrained:
@@ -242,37 +206,14 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     return model
 
 
-def _refuse_unreachable_weights(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Raise an OSError if the usual weights of a timm model can neither be downloaded nor found."""
-    known = None if ":" in name else timm.models.get_pretrained_cfg(name)
-    if known is not None and known.hf_hub_id and not {"pretrained_cfg", "pretrained_cfg_overlay"} & kwargs.keys():
-        refuse_unreachable(ModelSource(known.hf_hub_id, cache_dir=kwargs.get("cache_dir")))
-
-
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Load all weights of a model from a `.safetensors` file; refuse one that is damaged or does not fit the model."""
-    path = Path(checkpoint).expanduser()
+    path = ModelSource(checkpoint).path
     if reason := why_no_checkpoint(path):
         raise UserError(f"checkpoint {checkpoint} {reason}")
-    if not path.is_file():
-        raise FileNotFoundError(f"The checkpoint {checkpoint} does not exist. Check the path.")
     check_stored_as_float(str(path), [path], model)
-    weights, expected = load_file(path), model.state_dict()
-    faults = [f"{key} is missing" for key in expected if key not in weights]
-    faults += [f"{key} is unknown to the model" for key in weights if key not in expected]
-    faults += [
-        f"{key} has the shape {tuple(weights[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in weights and weights[key].shape != expected[key].shape
-    ]
-    if faults:
-        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise UserError(
-            f"The checkpoint {checkpoint} does not fit {type(model).__name__}: {'; '.join(faults[:5])}{more}. "
-            "Check the name of the model. For other classes or image sizes give a folder that holds the whole model "
-            "(timm:local-dir:FOLDER) or, in Python, num_classes and model_kwargs."
-        )
-    model.load_state_dict(weights)
+    with reading("weights", path):
+        model.load_state_dict(load_file(path))
     check_finite(model.named_parameters(), str(checkpoint))
 
 
@@ -280,9 +221,7 @@ def model_from_config(source: ModelSource) -> nn.Module:
     """Build a language model or an image classifier on the meta device, from its configuration alone."""
     with torch.device("meta"):
         if str(source).startswith("timm:"):
-            name = timm_name(source.name)
-            with reading("configuration", source):
-                return timm.create_model(name, pretrained=False)
+            return create_classifier(source.name, False, {})
         config = load_config(source)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with reading("configuration", source):

@@ -28,13 +28,14 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
 from wanda_lightning.calibration.weight_memory import weights_moved
+from wanda_lightning.common.checks import check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.words import one_line
 from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.modules.loading import (
+    DTYPE_NAMES,
     check_complete,
-    check_dtype,
     check_finite,
     check_stored_as_float,
     require_safetensors,
@@ -53,7 +54,7 @@ class Checkpoint:
     """
 
     def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:
-        check_dtype(str(dtype).removeprefix("torch."))
+        check_values(DTYPE_NAMES, dtype=str(dtype).removeprefix("torch."))
         name = self._name = str(source)
         self.device = available_device(device)
         self.blocks: tuple[str, ...] = ()
