@@ -40,7 +40,7 @@ def _load(source: str, name: str, instead: str, *config: str, **options: Any) ->
 
     was_offline = datasets.config.HF_HUB_OFFLINE  # its own copy of the constant
     try:
-        with asking_hub_once(not was_offline):
+        with asking_hub_once(not was_offline and not Path(source).exists()):
             datasets.config.HF_HUB_OFFLINE |= constants.HF_HUB_OFFLINE
             return datasets.load_dataset(name, *config, **options)
     except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
