@@ -141,16 +141,21 @@ def samples(data: Samples) -> str:
     return f"{data.windows} windows of {data.length} {tokens}"
 
 
+USUAL = {  # docs/measured.md says it once
+    "calibration": "16 windows of 512 tokens of c4_sample.txt",
+    "evaluation": "40 windows of 512 tokens of wikitext2_test.raw.txt",
+}
+
+
 def source(results: Sequence[Result], data: bool = True) -> str:
-    """Describe the data and the notes of all results."""
-    parts = []
-    for name in ("calibration", "evaluation") if data else ():
-        if used := _distinct(samples(own) for result in results if (own := getattr(result, name))):
-            parts.append(f"{name.capitalize()}: {'; '.join(used)}.")
-    parts = [" ".join(parts)] if parts else []
-    if notes := _distinct(result.note for result in results):
-        parts.append("\n".join(f"- {_noted(note, results)}{note}" for note in notes))
-    return "\n\n".join(parts)
+    """Describe the data, unless they are the usual ones, and the notes of all results; begin with an empty line."""
+    named = []
+    for name, usual in USUAL.items() if data else ():
+        used = _distinct(samples(own) for result in results if (own := getattr(result, name)))
+        if used not in ([], [usual]):
+            named.append(f"{name.capitalize()}: {'; '.join(used)}.")
+    notes = [f"- {_noted(note, results)}{note}" for note in _distinct(result.note for result in results)]
+    return "".join(f"\n\n{part}" for part in (" ".join(named), "\n".join(notes)) if part)
 
 
 def _noted(note: str, results: Sequence[Result]) -> str:
@@ -186,7 +191,7 @@ def all_methods() -> str:
     other = [f"{LABELS[result.method]} {perplexity(result)} at {result.goal}" for result in others]
     headings = ("perplexity", *goals, "seconds", "peak memory above the model, MiB")
     sentences = f"Worse than Wanda: {', '.join(worse)}. Other sparsities: {', '.join(other)}."
-    return "\n\n".join([markdown(headings, rows), sentences, source(results)])
+    return "\n\n".join([markdown(headings, rows), sentences]) + source(results)
 
 
 def _perplexity(result: Result) -> float:
@@ -202,7 +207,7 @@ def demo() -> str:
     for method in (each for each in LABELS if (each, texts[0]) in cells):
         found = [cells[method, text] for text in texts]
         rows.append([LABELS[method], found[0].goal if found[0].sparsity else "0", *map(perplexity, found)])
-    return markdown(("method", "sparsity", *texts), rows) + "\n\n" + source(results)
+    return markdown(("method", "sparsity", *texts), rows) + source(results)
 
 
 def reference() -> str:
@@ -223,7 +228,7 @@ def reference() -> str:
         rows.append([result.goal, *(f"{perplexity(r)}, {seconds(r)} s" for r in (result, *own))])
     second = markdown(("perplexity, seconds", "ALPS", "`balanced`", "`best`", "`thorough`"), rows)
     theirs = _distinct(f"- {result.code}: {result.note}" for result in (*paper.values(), *alps))
-    return "\n\n".join([first, second, "\n".join(theirs), source(list(ours.values()))])
+    return "\n\n".join([first, second, "\n".join(theirs)]) + source(list(ours.values()))
 
 
 def images() -> str:
@@ -268,7 +273,7 @@ def _by_model(results: Sequence[Result], cell: Cell, goals: Row) -> str:
         which = f"`{model}`" + f" with the weights `{weights}`" * bool(weights)
         title = f"{which}, {percent(found['dense', 'dense'], 'top1')} dense:"
         parts += [title, markdown(("method", *goals), rows)]
-    return "\n\n".join([*parts, source(results)])
+    return "\n\n".join(parts) + source(results)
 
 
 def costs() -> str:
@@ -285,7 +290,7 @@ def costs() -> str:
         elif name == "2:4 mask":
             name = f"2:4 mask of a {result.model} / `w.abs().mul_(s)`"
         rows.append([name, number(result, "ratio", ".2f"), number(result, "peak_mib", ".0f")])
-    return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + "\n\n" + source(results)
+    return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + source(results)
 
 
 def image_costs() -> str:
@@ -297,7 +302,7 @@ def image_costs() -> str:
     for method in _distinct(["forward pass", *(result.method for result in results)]):
         form = (lambda r: f"{seconds(r)} s") if method == "forward pass" else (lambda r: number(r, "ratio", ".2f"))
         rows.append([method, *(form(found[method, model]) for model in models)])
-    return markdown(("", *models), rows) + "\n\n" + source(results)
+    return markdown(("", *models), rows) + source(results)
 
 
 def scaling() -> str:
@@ -313,7 +318,7 @@ def scaling() -> str:
                 slope = round(exponent(points), 2) or 0.0  # not -0.0
                 rows.append([LABELS.get(method, method), *(f"{y:{form}}" for _, y in points), f"{slope:.2f}"])
             parts.append(markdown((f"{name} by {size}", *map(str, values), "exponent"), rows))
-    return "\n\n".join([*parts, source(results, data=False)])
+    return "\n\n".join(parts) + source(results, data=False)
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
@@ -351,7 +356,7 @@ def processes() -> str:
         "pruning, MiB",
         "mask entries that differ",
     )
-    return markdown(("", *headings), rows) + "\n\n" + source([*found.values()])
+    return markdown(("", *headings), rows) + source([*found.values()])
 
 
 def finetuning() -> str:
@@ -363,7 +368,7 @@ def finetuning() -> str:
         tuned = [perplexity(own[name]) for name in ("keep-zeros-lora", "full")]
         rows.append([f"Wanda, {goal}", number(own["full"], "perplexity_before"), *tuned])
     headings = ("perplexity", "pruned", "then `keep-zeros-lora`", "then `full`")
-    return markdown(headings, rows) + "\n\n" + source(results)
+    return markdown(headings, rows) + source(results)
 
 
 def keeping_zeros() -> str:
@@ -374,7 +379,7 @@ def keeping_zeros() -> str:
         name = f"`{result.method}` / {f'LoRA: {adapters}' if adapters else 'without: AdamW, all weights'}"
         memory = f"{number(result, 'peak_mib', '.0f')} / {number(result, 'plain_peak_mib', '.0f')}"
         rows.append([name, number(result, "ratio", ".2f"), memory])
-    return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + "\n\n" + source(results)
+    return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + source(results)
 
 
 def sparsegpt() -> str:
@@ -385,7 +390,7 @@ def sparsegpt() -> str:
         cells = [found[method, goal] for goal in goals]
         shown = [f"{perplexity(c)}, {seconds(c)} s" for c in cells]
         rows.append([LABELS[method], *shown, ", ".join(filter(None, (number(c, "ratio", ".2f") for c in cells)))])
-    return markdown(("perplexity, seconds", *goals, "seconds / plain"), rows) + "\n\n" + source(results)
+    return markdown(("perplexity, seconds", *goals, "seconds / plain"), rows) + source(results)
 
 
 def file_size() -> str:
@@ -397,7 +402,7 @@ def file_size() -> str:
         for r in results
     ]
     headings = ("bytes / bytes of the dense file", "zeros", "`zstd -3`", "`zstd -19`")
-    return markdown(headings, rows) + "\n\n" + source(results)
+    return markdown(headings, rows) + source(results)
 
 
 def quantization() -> str:
@@ -416,7 +421,7 @@ def quantization() -> str:
         fractions = [result.measured.get(name) for name in ("zeros_kept", "new_zeros")]
         shown = ["" if fraction is None else f"{100 * fraction:.3g} %" for fraction in fractions]
         rows.append([quantizer, scheme, *shown, perplexity(result)])
-    return markdown(("quantizer", "scheme", "zeros kept", "new zeros", "perplexity"), rows) + "\n\n" + source(results)
+    return markdown(("quantizer", "scheme", "zeros kept", "new zeros", "perplexity"), rows) + source(results)
 
 
 def tasks() -> str:
@@ -443,7 +448,7 @@ def tasks() -> str:
         cells = [accuracy(own.get(task), metric) for task, metric in columns]
         rows.append([label, perplexity(next(iter(own.values()))), *cells])
     headings = ("", "perplexity", *(f"{task}, {metric}" for task, metric in columns))
-    return markdown(headings, rows) + "\n\n" + source(results)
+    return markdown(headings, rows) + source(results)
 
 
 def streaming() -> str:
@@ -457,14 +462,14 @@ def streaming() -> str:
         peak = number(result, "peak_rss_mib", ".0f")
         rows.append([result.model, choices, str(result.case["layers"]), peak, *gigabytes])
     headings = ("model", "choices", "layers", "peak, MiB", "GB read", "GB written")
-    parts = [markdown(headings, rows), source(results)]
+    parts = [markdown(headings, rows) + source(results)]
     results = read_table("streaming_seconds")
     quantities = {"seconds": ".1f", "plain_seconds": ".1f", "ratio": ".2f"}
     rows = [
         [f"{r.model}, {LABELS[r.method]}, {r.case['sequential']}", *(number(r, q, f) for q, f in quantities.items())]
         for r in results
     ]
-    return "\n\n".join([*parts, markdown(("seconds", "from disk", "in memory", "ratio"), rows), source(results)])
+    return "\n\n".join([*parts, markdown(("seconds", "from disk", "in memory", "ratio"), rows)]) + source(results)
 
 
 def windows() -> str:
@@ -530,7 +535,7 @@ def _by_number(heading: str, noun: str, more: Sequence[Result], usual: Sequence[
     for method, count in sorted(groups, key=lambda key: (list(LABELS).index(key[0]), key[1])):
         found = lookup(groups[method, count])
         rows.append([f"{LABELS[method]}, {count:,} {noun}", *(cell(found.get((method, goal))) for goal in goals)])
-    return markdown((heading, *goals), rows) + "\n\n" + source(used)
+    return markdown((heading, *goals), rows) + source(used)
 
 
 def draws() -> str:
@@ -550,7 +555,7 @@ def draws() -> str:
         for quantity, text in (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs"))
     ]
     second = "On python-docs, evaluation has 40 windows of 512 tokens, too."
-    return "\n\n".join([markdown(("perplexity", *goals), rows), second, source(results)])
+    return "\n\n".join([markdown(("perplexity", *goals), rows), second]) + source(results)
 
 
 def mean_and_range(values: Sequence[float]) -> str:
@@ -574,7 +579,7 @@ def own_text() -> str:
         [f"{LABELS[method]}, {goal}", *(perplexity(found.get((method, goal))) for found in columns.values())]
         for method, goal in sorted(goals, key=lambda key: (by_goal(key[1]), list(LABELS).index(key[0])))
     ]
-    return markdown(("perplexity", *columns), rows) + "\n\n" + source([*results, *web])
+    return markdown(("perplexity", *columns), rows) + source([*results, *web])
 
 
 def training() -> str:
@@ -673,7 +678,7 @@ def _quality(result: Result) -> dict[str, float]:
 
 
 def _worth_of(results: Sequence[Result]) -> str:
-    return worth_table(results, list(WORTH)) + "\n\n" + source(results)
+    return worth_table(results, list(WORTH)) + source(results)
 
 
 def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
