@@ -9,9 +9,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import linear_regression, mean, stdev
+from typing import Any
 
+import pandas as pd
 from result import OURS, Result, Samples, from_hexadecimal, read_table
 
 ROOT = Path(__file__).parents[1]
@@ -68,15 +71,33 @@ LABELS: Mapping[str, str] = {
 }
 """How a method is written. Tables list methods in this order."""
 
-Row = Sequence[str]
 Lookup = Mapping[tuple[str, str], Result]
-Cell = Callable[[Result | None], str]
+Cell = Callable[[Result], str]
 
 
-def markdown(headings: Row, rows: Iterable[Row]) -> str:
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a table with all columns but the first aligned to the right."""
     lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def grid(heading: str, cells: Iterable[tuple[str, str, str]], columns: Sequence[str] | None = None) -> str:
+    """Return a table of cells, each with its row and column, in the order of their first appearance.
+
+    Raises:
+        ValueError: Two cells have the same place.
+    """
+    data = pd.DataFrame(cells, columns=["row", "column", "cell"])
+    table = data.pivot(index="row", columns="column", values="cell")
+    table = table.reindex(index=data["row"].unique(), columns=columns or data["column"].unique()).fillna("")
+    return markdown([heading, *table.columns], table.reset_index().to_numpy().tolist())
+
+
+def by_goals(heading: str, results: Iterable[Result], cell: Cell, goals: Sequence[str] | None = None) -> str:
+    """Return a table with a row for each method and a column for each goal, without the dense model."""
+    pruned = [result for result in results if result.method != "dense"]
+    goals = goals or goals_of(pruned)
+    return grid(heading, [(LABELS[r.method], r.goal, cell(r)) for r in in_order(pruned) if r.goal in goals], goals)
 
 
 def lookup(results: Iterable[Result]) -> Lookup:
@@ -96,9 +117,9 @@ def lookup(results: Iterable[Result]) -> Lookup:
     return found
 
 
-def methods_of(found: Lookup) -> list[str]:
-    """Return the methods in the order of `LABELS`, without the dense model."""
-    return sorted({method for method, _ in found} - {"dense"}, key=list(LABELS).index)
+def in_order(results: Iterable[Result]) -> list[Result]:
+    """Return results in the order of `LABELS`, and of their sparsities."""
+    return sorted(results, key=lambda r: (list(LABELS).index(r.method), by_goal(r.goal)))
 
 
 def goals_of(results: Iterable[Result]) -> list[str]:
@@ -126,6 +147,16 @@ def seconds(result: Result | None) -> str:
 def perplexity(result: Result | None) -> str:
     """Return perplexity with four digits."""
     return "" if result is None else f"{_perplexity(result):{'.0f' if _perplexity(result) >= 1000 else '#.4g'}}"
+
+
+def with_seconds(result: Result | None) -> str:
+    """Return perplexity, and seconds if they were measured."""
+    taken = seconds(result)
+    return f"{perplexity(result)}, {taken} s" if taken else perplexity(result)
+
+
+def _perplexity(result: Result) -> float:
+    return result.measured["perplexity"]
 
 
 def by_goal(goal: str) -> tuple[bool, str]:
@@ -173,107 +204,97 @@ def _distinct(values: Iterable[str | None]) -> list[str]:
 
 def all_methods() -> str:
     """Perplexity, seconds and memory of all methods with a language model."""
-    results, goals = read_table("methods"), ("50 %", "60 %", "70 %", "2:4")
-    found = lookup(results)
-    rows = [["dense", *[perplexity(found["dense", "dense"])] * len(goals), "", ""]]
-    worse = []
-    for method in methods_of(found):
-        cells = [found.get((method, goal)) for goal in goals]
-        times = ", ".join(filter(None, map(seconds, cells)))
-        peaks = [cell.measured["peak_mib"] for cell in cells if cell and "peak_mib" in cell.measured]
-        rows.append([LABELS[method], *(perplexity(cell) for cell in cells), times])
-        rows[-1].append(f"{max(peaks):.0f}" if peaks else "")
-        lost = [cell.goal for cell in cells if cell and _perplexity(cell) > _perplexity(found["wanda", cell.goal])]
+    results, goals, cells, worse = in_order(read_table("methods")), ["50 %", "60 %", "70 %", "2:4"], [], []
+    wanda = {result.goal: _perplexity(result) for result in results if result.method == "wanda"}
+    for method, group in groupby(results, lambda result: result.method):
+        runs = [result for result in group if method == "dense" or result.goal in goals]
+        label, peaks = LABELS[method], [run.measured["peak_mib"] for run in runs if "peak_mib" in run.measured]
+        cells += [
+            (label, goal, perplexity(run)) for run in runs for goal in (goals if method == "dense" else [run.goal])
+        ]
+        cells.append((label, "seconds", ", ".join(filter(None, map(seconds, runs))) if method != "dense" else ""))
+        cells.append((label, "peak memory above the model, MiB", f"{max(peaks):.0f}" if peaks else ""))
+        lost = [run.goal for run in runs if _perplexity(run) > wanda.get(run.goal, math.inf)]
         if lost and method != "magnitude":
-            worse.append(f"{LABELS[method]} ({', '.join(lost)})")
-    others = [result for result in results if result.goal not in ("dense", *goals)]
-    others = sorted(others, key=lambda result: by_goal(result.goal))
-    other = [f"{LABELS[result.method]} {perplexity(result)} at {result.goal}" for result in others]
-    headings = ("perplexity", *goals, "seconds", "peak memory above the model, MiB")
+            worse.append(f"{label} ({', '.join(lost)})")
+    other = [f"{LABELS[r.method]} {perplexity(r)} at {r.goal}" for r in results if r.goal not in ("dense", *goals)]
     sentences = f"Worse than Wanda: {', '.join(worse)}. Other sparsities: {', '.join(other)}."
-    return "\n\n".join([markdown(headings, rows), sentences]) + source(results)
-
-
-def _perplexity(result: Result) -> float:
-    return result.measured["perplexity"]
+    columns = [*goals, "seconds", "peak memory above the model, MiB"]
+    return "\n\n".join([grid("perplexity", cells, columns), sentences]) + source(results)
 
 
 def demo() -> str:
     """Perplexity in `make demo` on two texts."""
-    results = read_table("demo")
-    cells = {(r.method, r.case["on"]): r for r in results}
-    texts = sorted({text for _, text in cells}, reverse=True)  # sklearn-docs first
-    rows = []
-    for method in (each for each in LABELS if (each, texts[0]) in cells):
-        found = [cells[method, text] for text in texts]
-        rows.append([LABELS[method], found[0].goal if found[0].sparsity else "0", *map(perplexity, found)])
-    return markdown(("method", "sparsity", *texts), rows) + source(results)
+    results = in_order(read_table("demo"))
+    cells = [(LABELS[r.method], "sparsity", r.goal if r.sparsity else "0") for r in results]
+    cells += [(LABELS[r.method], r.case["on"], perplexity(r)) for r in results]
+    columns = ["sparsity", *sorted({r.case["on"] for r in results}, reverse=True)]  # sklearn-docs first
+    return grid("method", list(dict.fromkeys(cells)), columns) + source(results)
 
 
 def reference() -> str:
     """Our perplexity beside that of other implementations."""
-    results = read_table("reference")
-    ours, paper = (lookup(r for r in results if r.code == code) for code in (OURS, "locuslab/wanda"))
-    more = lookup(read_table("methods"))
+    results, more = in_order(read_table("reference")), lookup(read_table("methods"))
+    ours = lookup(result for result in results if result.code == OURS)
+    paper, alps = ([result for result in results if result.code == code] for code in ("locuslab/wanda", "ALPS"))
     rows = []
-    for key in sorted(paper, key=lambda key: (list(LABELS).index(key[0]), by_goal(key[1]))):
-        own = ours.get(key) or more[key]
-        goal = "" if key[0] == "dense" else key[1]
-        rows.append([LABELS[key[0]], goal, perplexity(own), perplexity(paper[key])])
+    for theirs in paper:
+        own = ours.get((theirs.method, theirs.goal)) or more[theirs.method, theirs.goal]
+        rows.append([LABELS[theirs.method], theirs.goal.replace("dense", ""), perplexity(own), perplexity(theirs)])
     first = markdown(("method", "sparsity", "ours", "reference code"), rows)
-    alps = sorted((r for r in results if r.code == "ALPS"), key=lambda r: by_goal(r.goal))
-    rows = []
-    for result in alps:
-        own = [more[method, result.goal] for method in ("balanced", "best", "thorough")]
-        rows.append([result.goal, *(f"{perplexity(r)}, {seconds(r)} s" for r in (result, *own))])
-    second = markdown(("perplexity, seconds", "ALPS", "`balanced`", "`best`", "`thorough`"), rows)
-    theirs = _distinct(f"- {result.code}: {result.note}" for result in (*paper.values(), *alps))
-    return "\n\n".join([first, second, "\n".join(theirs)]) + source(list(ours.values()))
+    beside = [*alps, *(more[method, r.goal] for method in ("balanced", "best", "thorough") for r in alps)]
+    second = grid("perplexity, seconds", [(r.goal, LABELS[r.method], with_seconds(r)) for r in beside])
+    notes = _distinct(f"- {result.code}: {result.note}" for result in (*paper, *alps))
+    return "\n\n".join([first, second, "\n".join(notes)]) + source(list(ours.values()))
 
 
 def images() -> str:
     """Accuracy of image classifiers, and where it was measured, the divergence from the dense predictions."""
 
-    def cell(result: Result | None) -> str:
+    def cell(result: Result) -> str:
         differs = number(result, "divergence", "#.2g")
         return percent(result, "top1") + (f" ({differs})" if differs else "")
 
-    return _by_model(read_table("images"), cell, ("50 %", "70 %", "80 %", "90 %", "2:4"))
+    return _by_model(read_table("images"), cell)
 
 
 def photos() -> str:
     """Accuracy of classifiers with their weights, and the divergence from the dense predictions."""
-    results = read_table("photos")
-    return _by_model(results, _accuracy_and_divergence, goals_of(results))
+    return _by_model(read_table("photos"), _accuracy_and_divergence)
 
 
-def _accuracy_and_divergence(result: Result | None) -> str:
-    return f"{percent(result, 'top1', 1)} ({number(result, 'divergence', '.3f')})" if result else ""
+def _accuracy_and_divergence(result: Result) -> str:
+    return f"{percent(result, 'top1', 1)} ({number(result, 'divergence', '.3f')})"
 
 
 def batch_norm() -> str:
     """Accuracy without and with the correction of BatchNorm statistics."""
-
-    def cell(result: Result | None) -> str:
-        without = number(result, "top1_uncorrected", ".1%").rstrip("%")
-        return f"{without} -> {percent(result, 'top1', 1)}" if result else ""
-
-    return _by_model(read_table("batch_norm"), cell, ("50 %", "60 %", "70 %", "2:4"))
+    results = read_table("batch_norm")
+    return _by_model(results, lambda r: f"{100 * r.measured['top1_uncorrected']:.1f} -> {percent(r, 'top1', 1)}")
 
 
-def _by_model(results: Sequence[Result], cell: Cell, goals: Row) -> str:
+def training_images() -> str:
+    """Accuracy of image classifiers that are trained on after pruning."""
+    return _by_model(read_table("training_images"), lambda r: percent(r, "top1"))
+
+
+def _by_model(results: Sequence[Result], cell: Cell) -> str:
     """Return one table for each trained model: first by the weights, then by name."""
     groups = defaultdict(list)
     for result in results:
         groups[result.case.get("weights", ""), result.model].append(result)
     parts = []
     for (weights, model), group in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[0][1]))):
-        found = lookup(group)
-        rows = [[LABELS[name], *(cell(found.get((name, goal))) for goal in goals)] for name in methods_of(found)]
         which = f"`{model}`" + f" with the weights `{weights}`" * bool(weights)
-        title = f"{which}, {percent(found['dense', 'dense'], 'top1')} dense:"
-        parts += [title, markdown(("method", *goals), rows)]
+        (dense,) = (result for result in group if result.method == "dense")
+        parts += [f"{which}, {percent(dense, 'top1')} dense:", by_goals("method", group, cell, _columns(group))]
     return "\n\n".join(parts) + source(results)
+
+
+def _columns(results: Sequence[Result]) -> list[str]:
+    """Return the goals, after a column for other dense models than the one before training, if there are any."""
+    others = any(result.goal == "dense" != result.method for result in results)
+    return ["dense"] * others + goals_of(results)
 
 
 def costs() -> str:
@@ -285,8 +306,6 @@ def costs() -> str:
         name = result.method
         if order := result.case.get("sequential"):
             name = f'Wanda, `sequential="{order}"` / {passes[order]}'
-        elif name == "structured":
-            name = f"{result.goal} to zero / one forward pass"
         elif name == "2:4 mask":
             name = f"2:4 mask of a {result.model} / `w.abs().mul_(s)`"
         rows.append([name, number(result, "ratio", ".2f"), number(result, "peak_mib", ".0f")])
@@ -295,37 +314,32 @@ def costs() -> str:
 
 def image_costs() -> str:
     """Cost of pruning image models as ratios to a forward pass."""
-    results = read_table("image_costs")
-    found = {(result.method, result.model): result for result in results}
-    models = _distinct(result.model for result in results)
-    rows = []
-    for method in _distinct(["forward pass", *(result.method for result in results)]):
-        form = (lambda r: f"{seconds(r)} s") if method == "forward pass" else (lambda r: number(r, "ratio", ".2f"))
-        rows.append([method, *(form(found[method, model]) for model in models)])
-    return markdown(("", *models), rows) + source(results)
+    results = sorted(read_table("image_costs"), key=lambda result: result.method != "forward pass")
+    cells = [(r.method, r.model, number(r, "ratio", ".2f") or f"{seconds(r)} s") for r in results]
+    return grid("", cells) + source(results)
 
 
 def scaling() -> str:
     """Processor seconds and peak memory by windows, blocks and width, with exponents."""
     results, parts = read_table("scaling"), []
     for size in ("windows", "blocks", "width"):
+        runs = sorted(
+            (r for r in results if r.case["by"] == size), key=lambda r: (SCALED.index(r.method), r.case["value"])
+        )
         for quantity, name, form in (("processor_seconds", "seconds", ".2f"), ("peak_mib", "MiB", ".0f")):
-            runs = {(r.method, r.case["value"]): r for r in results if r.case["by"] == size}
-            values = sorted({value for _, value in runs})
-            rows = []
-            for method in SCALED:
-                points = [(value, runs[method, value].measured[quantity]) for value in values]
-                slope = round(exponent(points), 2) or 0.0  # not -0.0
-                rows.append([LABELS.get(method, method), *(f"{y:{form}}" for _, y in points), f"{slope:.2f}"])
-            parts.append(markdown((f"{name} by {size}", *map(str, values), "exponent"), rows))
+            cells = []
+            for method, group in groupby(runs, lambda r: LABELS.get(r.method, r.method)):
+                points = [(r.case["value"], r.measured[quantity]) for r in group]
+                cells += [(method, str(value), f"{y:{form}}") for value, y in points]
+                cells.append((method, "exponent", f"{round(exponent(points), 2) or 0.0:.2f}"))  # not -0.0
+            parts.append(grid(f"{name} by {size}", cells))
     return "\n\n".join(parts) + source(results, data=False)
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
     """Return the slope of a line through the last three points, fitted to their logarithms."""
     xs, ys = ([math.log(value) for value in column] for column in zip(*points[-3:], strict=True))
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+    return linear_regression(xs, ys).slope
 
 
 SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
@@ -333,42 +347,32 @@ SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
 
 def processes() -> str:
     """Pruning in several processes: seconds, memory of a process, and masks."""
-    order = [("one process", 1), *((strategy, count) for count in (2, 4) for strategy in ("DDP", "FSDP2"))]
-    found = {(r.method, r.case["strategy"], r.case["processes"]): r for r in read_table("processes")}
+    results = read_table("processes")
+    found = {(r.method, r.case["strategy"], r.case["processes"]): r for r in results}
     rows = []
-    for method in sorted({method for method, *_ in found}, key=list(LABELS).index):
-        for strategy, count in order:
-            result = found[method, strategy, count]
-            ratio, differ = "", ""
-            if strategy == "FSDP2":
-                ratio = f"{result.measured['seconds'] / found[method, 'DDP', count].measured['seconds']:.2f}"
-            if count > 1:
-                fractions = (result.measured[name] for name in ("first_mask_difference", "mask_difference"))
-                differ = ", ".join(f"{100 * fraction:.2g} %" for fraction in fractions)
-            memory = [number(result, name, ".0f") for name in ("weights_mib", "plain_peak_mib", "peak_mib")]
-            name = f"{LABELS[method]}, {strategy if count == 1 else f'{count} x {strategy}'}"
-            rows.append([name, seconds(result), ratio, *memory, differ])
-    headings = (
-        "seconds",
-        "FSDP2 / DDP",
-        "weights, MiB",
-        "forward pass, MiB",
-        "pruning, MiB",
-        "mask entries that differ",
-    )
-    return markdown(("", *headings), rows) + source([*found.values()])
+    for result in sorted(
+        results, key=lambda r: (list(LABELS).index(r.method), r.case["processes"], r.case["strategy"])
+    ):
+        strategy, count, ratio = result.case["strategy"], result.case["processes"], ""
+        if strategy == "FSDP2":
+            ratio = f"{result.measured['seconds'] / found[result.method, 'DDP', count].measured['seconds']:.2f}"
+        fractions = (
+            [result.measured[name] for name in ("first_mask_difference", "mask_difference")] if count > 1 else []
+        )
+        memory = [number(result, name, ".0f") for name in ("weights_mib", "plain_peak_mib", "peak_mib")]
+        name = f"{LABELS[result.method]}, {strategy if count == 1 else f'{count} x {strategy}'}"
+        differ = ", ".join(f"{100 * fraction:.2g} %" for fraction in fractions)
+        rows.append([name, seconds(result), ratio, *memory, differ])
+    memory = ["weights, MiB", "forward pass, MiB", "pruning, MiB"]
+    return markdown(["", "seconds", "FSDP2 / DDP", *memory, "mask entries that differ"], rows) + source(results)
 
 
 def finetuning() -> str:
     """Perplexity before and after fine-tuning."""
-    results = read_table("finetuning")
-    rows = []
-    for goal in ("50 %", "2:4"):
-        own = {result.method: result for result in results if result.goal == goal}
-        tuned = [perplexity(own[name]) for name in ("keep-zeros-lora", "full")]
-        rows.append([f"Wanda, {goal}", number(own["full"], "perplexity_before"), *tuned])
-    headings = ("perplexity", "pruned", "then `keep-zeros-lora`", "then `full`")
-    return markdown(headings, rows) + source(results)
+    results = sorted(read_table("finetuning"), key=lambda r: (by_goal(r.goal), r.method == "full"))
+    cells = [(f"Wanda, {r.goal}", "pruned", number(r, "perplexity_before")) for r in results]
+    cells += [(f"Wanda, {r.goal}", f"then `{r.method}`", perplexity(r)) for r in results]
+    return grid("perplexity", list(dict.fromkeys(cells))) + source(results)
 
 
 def keeping_zeros() -> str:
@@ -384,13 +388,14 @@ def keeping_zeros() -> str:
 
 def sparsegpt() -> str:
     """Our SparseGPT against a plain implementation."""
-    results, goals = read_table("sparsegpt"), ("50 %", "60 %", "2:4")
-    found, rows = lookup(results), []
-    for method in ("sparsegpt by hand", "sparsegpt", "sparsegpt at layer", "balanced"):
-        cells = [found[method, goal] for goal in goals]
-        shown = [f"{perplexity(c)}, {seconds(c)} s" for c in cells]
-        rows.append([LABELS[method], *shown, ", ".join(filter(None, (number(c, "ratio", ".2f") for c in cells)))])
-    return markdown(("perplexity, seconds", *goals, "seconds / plain"), rows) + source(results)
+    results = read_table("sparsegpt")
+    order = ("sparsegpt by hand", "sparsegpt", "sparsegpt at layer", "balanced")
+    results.sort(key=lambda result: (order.index(result.method), by_goal(result.goal)))
+    cells = [(LABELS[r.method], r.goal, with_seconds(r)) for r in results]
+    for method, group in groupby(results, lambda result: LABELS[result.method]):
+        ratios = ", ".join(filter(None, (number(result, "ratio", ".2f") for result in group)))
+        cells.append((method, "seconds / plain", ratios))
+    return grid("perplexity, seconds", cells) + source(results)
 
 
 def file_size() -> str:
@@ -407,14 +412,13 @@ def file_size() -> str:
 
 def quantization() -> str:
     """Zeros that quantizers keep."""
-    results = read_table("quantization")
     order = {"torchao": 1, "bitsandbytes": 2, "gguf": 3, "compressed_tensors": 4}
 
-    def key(result: Result) -> tuple[bool, int, bool]:
+    def key(result: Result) -> tuple[Any, ...]:
         return result.method != "dense", order.get(result.case.get("quantizer", ""), 0), result.case.get("scheme", "")
 
-    rows = []
-    for result in sorted(results, key=key):
+    rows, results = [], sorted(read_table("quantization"), key=key)
+    for result in results:
         quantizer, scheme = (result.case.get(name, "none") for name in ("quantizer", "scheme"))
         if quantizer == "none":
             quantizer, scheme = "", f"none, {'dense' if result.method == 'dense' else 'pruned'}"
@@ -426,29 +430,15 @@ def quantization() -> str:
 
 def tasks() -> str:
     """Zero-shot accuracy beside perplexity."""
-    results = read_table("tasks")
-    found: dict[tuple[str, str], dict[str, Result]] = defaultdict(dict)
-    for result in sorted(results, key=_perplexity):
-        found[result.method, result.goal][result.case["task"]] = result
-    columns = [
-        (task, metric)
-        for task in _distinct(result.case["task"] for result in results)
-        for metric in ("acc", "acc_norm")
-        if any(result.case["task"] == task and metric in result.measured for result in results)
-    ]
-
-    def accuracy(result: Result | None, metric: str) -> str:
-        if result is None:
-            return ""
-        return f"{100 * result.measured[metric]:.1f} ± {100 * result.measured[f'{metric}_error']:.1f} %"
-
-    rows = []
-    for (method, goal), own in found.items():
-        label = LABELS[method] + ("" if method == "dense" else f", {goal}")
-        cells = [accuracy(own.get(task), metric) for task, metric in columns]
-        rows.append([label, perplexity(next(iter(own.values()))), *cells])
-    headings = ("", "perplexity", *(f"{task}, {metric}" for task, metric in columns))
-    return markdown(headings, rows) + source(results)
+    results, cells = read_table("tasks"), {}
+    for r in sorted(results, key=_perplexity):
+        row = LABELS[r.method] + ("" if r.method == "dense" else f", {r.goal}")
+        cells.setdefault((row, "perplexity"), perplexity(r))
+        for metric in {"acc", "acc_norm"} & r.measured.keys():
+            shown = f"{100 * r.measured[metric]:.1f} ± {100 * r.measured[f'{metric}_error']:.1f} %"
+            cells[row, f"{r.case['task']}, {metric}"] = shown
+    columns = ["perplexity", *sorted({column for _, column in cells} - {"perplexity"})]
+    return grid("", [(*place, cell) for place, cell in cells.items()], columns) + source(results)
 
 
 def streaming() -> str:
@@ -480,45 +470,7 @@ def windows() -> str:
 def more_photos() -> str:
     """Accuracy and divergence of classifiers with their weights, by the number of calibration images."""
     more = [run for run in read_table("more_photos") if " at layer" not in run.method]
-    usual = read_table("photos")
-    return _by_number("accuracy (divergence)", "images", more, usual, _accuracy_and_divergence)
-
-
-def paired_photos() -> str:
-    """Differences of the accuracy between presets on the same images, each with its standard error."""
-    results = [*read_table("photos"), *read_table("more_photos")]
-    (dense,) = {run.correct: run for run in results if run.method == "dense"}.values()
-    found = {(run.method, run.goal, run.calibration.windows): run for run in results if run.calibration}
-    goals = goals_of(found.values())
-    steps = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best")]
-    others = [(name, f"{name} at layer") for name in ("balanced", "best")] + [("thorough", "best+distil at layer")]
-    pairs = [*steps, *others, ("best", ""), ("thorough", "")]
-    rows = []
-    for method, other in pairs:
-        for count in sorted({count for name, _, count in found if name == method and count}):
-            runs = [
-                (found.get((method, goal, count)), found.get((other, goal, count)) if other else dense)
-                for goal in goals
-            ]
-            label = f"{LABELS[method]} - {LABELS[other or 'dense']}, {count:,} images"
-            if any(None not in pair for pair in runs):
-                rows.append([label, *(_paired(*pair) if None not in pair else "" for pair in runs)])
-    return markdown(("points of accuracy (standard error)", *goals), rows)
-
-
-def _paired(*runs: Result | None) -> str:
-    """Return the difference of two accuracies on the same images in points, and its standard error."""
-    first, second = (_is_correct(run) for run in runs)
-    differences = [100 * (a - b) for a, b in zip(first, second, strict=True)]
-    return f"{mean(differences):+.1f} ({stdev(differences) / math.sqrt(len(differences)):.1f})"
-
-
-def _is_correct(run: Result | None) -> list[bool]:
-    assert run
-    assert run.correct
-    assert run.evaluation
-    assert run.evaluation.windows
-    return from_hexadecimal(run.correct, run.evaluation.windows)
+    return _by_number("accuracy (divergence)", "images", more, read_table("photos"), _accuracy_and_divergence)
 
 
 def _by_number(heading: str, noun: str, more: Sequence[Result], usual: Sequence[Result], cell: Cell) -> str:
@@ -526,16 +478,38 @@ def _by_number(heading: str, noun: str, more: Sequence[Result], usual: Sequence[
     methods = {run.method for run in more if run.calibration}
     goals = goals_of(more)
     used = [run for run in (*more, *usual) if run.method in methods and run.goal in goals]
-    groups: dict[tuple[str, int], list[Result]] = defaultdict(list)
-    for run in used:
-        assert run.calibration
-        assert run.calibration.windows
-        groups[run.method, run.calibration.windows].append(run)
-    rows = []
-    for method, count in sorted(groups, key=lambda key: (list(LABELS).index(key[0]), key[1])):
-        found = lookup(groups[method, count])
-        rows.append([f"{LABELS[method]}, {count:,} {noun}", *(cell(found.get((method, goal))) for goal in goals)])
-    return markdown((heading, *goals), rows) + source(used)
+    ordered = sorted(used, key=lambda run: (list(LABELS).index(run.method), _count(run)))
+    cells = [(f"{LABELS[run.method]}, {_count(run):,} {noun}", run.goal, cell(run)) for run in ordered]
+    return grid(heading, cells, goals) + source(used)
+
+
+def _count(run: Result) -> int:
+    assert run.calibration
+    return run.calibration.windows or 0
+
+
+def paired_photos() -> str:
+    """Differences of the accuracy between presets on the same images, each with its standard error."""
+    results = [*read_table("photos"), *read_table("more_photos")]
+    (dense,) = {run.correct: run for run in results if run.method == "dense"}.values()
+    found = {(run.method, run.goal, run.calibration.windows): run for run in results if run.calibration}
+    steps = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best")]
+    others = [(name, f"{name} at layer") for name in ("balanced", "best")] + [("thorough", "best+distil at layer")]
+    cells = []
+    for method, other in [*steps, *others, ("best", ""), ("thorough", "")]:
+        for (name, goal, count), run in sorted(found.items(), key=lambda item: item[0][2]):
+            beside = found.get((other, goal, count)) if other else dense
+            if name == method and beside:
+                label = f"{LABELS[method]} - {LABELS[other or 'dense']}, {count:,} images"
+                cells.append((label, goal, _paired(run, beside)))
+    return grid("points of accuracy (standard error)", cells, goals_of(found.values()))
+
+
+def _paired(*runs: Result) -> str:
+    """Return the difference of two accuracies on the same images in points, and its standard error."""
+    first, second = (from_hexadecimal(run.correct or "", run.evaluation.windows or 0) for run in runs if run.evaluation)
+    differences = [100 * (a - b) for a, b in zip(first, second, strict=True)]
+    return f"{mean(differences):+.1f} ({stdev(differences) / math.sqrt(len(differences)):.1f})"
 
 
 def draws() -> str:
@@ -543,19 +517,15 @@ def draws() -> str:
     more = read_table("draws")
     drawn = {(run.method, run.goal) for run in more}
     results = [*(run for run in read_table("methods") if (run.method, run.goal) in drawn), *more]
-    goals = goals_of(more)
-
-    def cell(method: str, goal: str, quantity: str) -> str:
-        own = [run for run in results if run.method == method and run.goal in (goal, "dense")]
-        return mean_and_range([run.measured[quantity] for run in own if quantity in run.measured])
-
-    rows = [
-        [f"{LABELS[method]}, {text}", *(cell(method, goal, quantity) for goal in goals)]
-        for method in sorted({run.method for run in more}, key=list(LABELS).index)
-        for quantity, text in (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs"))
-    ]
+    goals, cells = goals_of(more), []
+    for method in dict.fromkeys(run.method for run in in_order(more)):
+        for quantity, text in (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs")):
+            for goal in goals:
+                own = [run for run in results if run.method == method and run.goal in (goal, "dense")]
+                values = [run.measured[quantity] for run in own if quantity in run.measured]
+                cells.append((f"{LABELS[method]}, {text}", goal, mean_and_range(values)))
     second = "On python-docs, evaluation has 40 windows of 512 tokens, too."
-    return "\n\n".join([markdown(("perplexity", *goals), rows), second]) + source(results)
+    return "\n\n".join([grid("perplexity", cells, goals), second]) + source(results)
 
 
 def mean_and_range(values: Sequence[float]) -> str:
@@ -571,70 +541,31 @@ def own_text() -> str:
     results = [r for r in read_table("own_text") if r.method != "dense"]
     goals = {(result.method, result.goal) for result in results}
     web = [result for result in read_table("methods") if (result.method, result.goal) in goals]
-    columns = {
-        "web text": lookup(web),
-        "text by the dense model": lookup(results),
-    }
-    rows = [
-        [f"{LABELS[method]}, {goal}", *(perplexity(found.get((method, goal))) for found in columns.values())]
-        for method, goal in sorted(goals, key=lambda key: (by_goal(key[1]), list(LABELS).index(key[0])))
-    ]
-    return markdown(("perplexity", *columns), rows) + source([*results, *web])
+    texts = (("web text", web), ("text by the dense model", results))
+    cells = [(f"{LABELS[r.method]}, {r.goal}", text, perplexity(r)) for text, runs in texts for r in in_order(runs)]
+    return grid("perplexity", cells) + source([*results, *web])
 
 
 def training() -> str:
     """Perplexity and seconds of models that are trained on after pruning."""
 
-    def cell(result: Result | None) -> str:
-        taken = seconds(result)
-        return f"{perplexity(result)}, {taken} s" if taken else perplexity(result)
+    def row(result: Result) -> str:
+        windows, steps = (result.case.get(name, 0) for name in ("windows", "steps"))
+        return LABELS[result.method] + (f", {windows} windows in {steps} steps" if windows else "")
 
-    results, goals, rows = read_table("training"), ("50 %", "60 %", "2:4"), []
-    for windows, steps in sorted({_training_length(result) for result in results}):
-        alike = [result for result in results if _training_length(result) == (windows, steps)]
-        found = lookup(result for result in alike if result.case.get("text") in (None, "both"))
-        length = f", {windows} windows in {steps} steps" if windows else ""
-        for method in methods_of(found):
-            rows.append([LABELS[method] + length, *(cell(found.get((method, goal))) for goal in goals)])
-    names = _distinct(result.calibration.data for result in results if result.case.get("text") == "both")
-    tokens = _distinct(str(result.calibration.length) for result in results if result.calibration)
-    measured_on = _distinct(samples(result.evaluation) for result in results if result.evaluation)
-    return "\n\n".join(
-        [
-            markdown(("perplexity, seconds of training", *goals), rows),
-            f"Trained on windows of {', '.join(tokens)} tokens of {'; '.join(names)}. "
-            f"Measured on {'; '.join(measured_on)}.",
-            _by_training_text(results),
-            source(results, data=False),
-        ]
+    results = sorted(read_table("training"), key=lambda r: (r.case.get("windows", 0), r.case.get("steps", 0)))
+    usual = [result for result in results if result.case.get("text") in (None, "both")]
+    first = grid("perplexity, seconds of training", [(row(r), r.goal, with_seconds(r)) for r in usual], goals_of(usual))
+    texts = {"web": "web text", "own": "text by the dense model"}
+    second = grid(
+        "perplexity by training text",
+        [(f"{row(r)}, {r.goal}", texts[r.case["text"]], perplexity(r)) for r in results if r.case.get("text") in texts],
+        [*texts.values()],
     )
-
-
-def _training_length(result: Result) -> tuple[int, int]:
-    """Return the numbers of windows and optimizer steps, 0 for a model that is not trained on."""
-    return result.case.get("windows", 0), result.case.get("steps", 0)
-
-
-def _by_training_text(results: Sequence[Result]) -> str:
-    """Return perplexity by the text that models are trained on, for those with more than one text."""
-    runs = defaultdict[tuple[str, str, tuple[int, int]], dict[str, Result]](dict)
-    for result in results:
-        if text := result.case.get("text"):
-            runs[result.method, result.goal, _training_length(result)][text] = result
-    rows = [
-        [
-            f"{LABELS[method]}, {goal}, {windows} windows in {steps} steps",
-            *(perplexity(texts[t]) for t in ("web", "own")),
-        ]
-        for (method, goal, (windows, steps)), texts in runs.items()
-        if texts.keys() >= {"web", "own"}
-    ]
-    return markdown(("perplexity by training text", "web text", "text by the dense model"), rows)
-
-
-def training_images() -> str:
-    """Accuracy of image classifiers that are trained on after pruning."""
-    return _by_model(read_table("training_images"), lambda r: percent(r, "top1"), ("dense", "70 %", "80 %", "90 %"))
+    names = _distinct(result.calibration.data for result in results if result.case.get("text") == "both")
+    return "\n\n".join([first, f"Trained on windows of 512 tokens of {'; '.join(names)}.", second]) + source(
+        results, data=False
+    )
 
 
 WORTH: Mapping[str, tuple[str, Cell]] = {
@@ -658,27 +589,23 @@ def worth() -> str:
     groups = defaultdict(list)
     for result in read_worth():
         groups[result.case.get("weights", ""), result.model].append(result)
-    order = sorted(groups, key=lambda key: (key[0] != "", key[1].startswith("efficientnet")))  # trained here: last
-    return "\n\n".join(f"`{model}`:\n\n{_worth_of(groups[weights, model])}" for weights, model in order)
+    parts = []
+    for weights, model in sorted(groups, key=lambda key: (key[0] != "", key[1].startswith("efficientnet"))):
+        parts.append(
+            f"`{model}`:\n\n{worth_table(groups[weights, model], list(WORTH))}{source(groups[weights, model])}"
+        )
+    return "\n\n".join(parts)
 
 
 def read_worth() -> list[Result]:
     """Return the runs of the comparison; those whose quality another table has get its perplexity and seconds."""
-    usual = lookup(read_table("methods"))
-    return [
-        result
-        if result.measured.keys() & {"perplexity", "top1"}
-        else replace(result, measured=result.measured | _quality(usual[result.method, result.goal]))
-        for result in read_table("worth")
-    ]
-
-
-def _quality(result: Result) -> dict[str, float]:
-    return {name: result.measured[name] for name in ("perplexity", "seconds")}
-
-
-def _worth_of(results: Sequence[Result]) -> str:
-    return worth_table(results, list(WORTH)) + source(results)
+    usual, results = lookup(read_table("methods")), []
+    for result in read_table("worth"):
+        if not result.measured.keys() & {"perplexity", "top1"}:
+            quality = {name: usual[result.method, result.goal].measured[name] for name in ("perplexity", "seconds")}
+            result = replace(result, measured=result.measured | quality)
+        results.append(result)
+    return results
 
 
 def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
@@ -700,30 +627,11 @@ def _worth_name(result: Result) -> str:
     return f"{name}{goal}{', ' if more else ''}{more}"
 
 
-FRAGMENTS: Mapping[str, Callable[[], str]] = {
-    "methods": all_methods,
-    "demo": demo,
-    "reference": reference,
-    "images": images,
-    "photos": photos,
-    "batch_norm": batch_norm,
-    "costs": costs,
-    "image_costs": image_costs,
-    "scaling": scaling,
-    "processes": processes,
-    "finetuning": finetuning,
-    "keeping_zeros": keeping_zeros,
-    "sparsegpt": sparsegpt,
-    "file_size": file_size,
-    "quantization": quantization,
-    "tasks": tasks,
-    "streaming": streaming,
-    "windows": windows,
-    "more_photos": more_photos,
-    "paired_photos": paired_photos,
-    "draws": draws,
-    "own_text": own_text,
-    "training": training,
-    "training_images": training_images,
-    "worth": worth,
+FRAGMENTS: Mapping[str, Callable[[], str]] = {"methods": all_methods} | {
+    table.__name__: table
+    for table in (
+        *(demo, reference, images, photos, batch_norm, costs, image_costs, scaling, processes, finetuning),
+        *(keeping_zeros, sparsegpt, file_size, quantization, tasks, streaming, windows, more_photos, paired_photos),
+        *(draws, own_text, training, training_images, worth),
+    )
 }
