@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.calibration.mode import calibration_mode
+from wanda_lightning.shrinking.trial import _evaluating
 
 
 class Merging(nn.Linear):
@@ -54,6 +55,7 @@ def merged(model):
     return {name: module.merged for name, module in model.named_modules() if isinstance(module, Merging)}
 
 
+@pytest.mark.parametrize("context", [calibration_mode, _evaluating])
 @pytest.mark.parametrize(
     "set_up",
     [
@@ -63,12 +65,12 @@ def merged(model):
         lambda model: (model[0].eval(), model[2].layer.eval(), model[2].norm.train()),
     ],
 )
-def test_merged_weights_are_as_before(set_up):
+def test_merged_weights_are_as_before(set_up, context):
     model = build()
     set_up(model)
     before = modes(model), merged(model)
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with calibration_mode(model):
+    with context(model):
         assert not any(modes(model).values())
         assert all(merged(model).values())
     assert (modes(model), merged(model)) == before

@@ -14,8 +14,8 @@ from support.disk import same as same_weights
 from support.zoo import ZOO
 
 from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune, prune_from_disk, shrink
+from wanda_lightning.common.evaluating import seeded
 from wanda_lightning.common.memory import free_memory
-from wanda_lightning.common.seeded import seeded
 from wanda_lightning.methods import METHODS, PRESETS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of few tokens; and PyTorch's, that the device has no fused kernels

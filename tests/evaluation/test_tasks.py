@@ -43,10 +43,12 @@ def test_accuracy_is_the_one_counted_by_hand(tmp_path, name):
 def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(tmp_path):
     write_tasks(tmp_path)
     model, tokenizer = tiny_llama(3).train(), tiny_tokenizer()
+    model.model.layers[0].eval()  # frozen
+    modes = [module.training for module in model.modules()]
     tokenizer.eos_token = "!"
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     found = zero_shot(model, tokenizer, load_tasks(["arc_easy", "rte"], tmp_path), limit=1)
-    assert all(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert tokenizer.pad_token is None
     for name in ("arc_easy", "rte"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from wanda_lightning.common.evaluating import evaluating
 
 _EXPERTS = "_experts_implementation_internal"
 
@@ -37,21 +39,10 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
         for config, name, _ in settings:
             stack.callback(setattr, config, name, getattr(config, name))
         stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-        stack.callback(_restore, {module: module.training for module in model.modules()})
-        model.eval()
+        stack.enter_context(evaluating(model))
         for config, name, value in settings:
             setattr(config, name, value)
         torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer bypasses its layers
         if "torch._dynamo" in sys.modules:  # else nothing is compiled; compiled code would trace the interception
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
-
-
-def _restore(modes: Mapping[nn.Module, bool]) -> None:
-    """Restore the mode of each module, through its own `train` if it overrides that, as loralib does."""
-    for module, mode in modes.items():  # outer modules first: an override may set the modules inside
-        overrides = getattr(module.train, "__func__", None) is not nn.Module.train
-        if overrides and module.training != mode:
-            module.train(mode)
-    for module, mode in modes.items():
-        module.training = mode

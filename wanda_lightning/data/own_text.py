@@ -11,8 +11,8 @@ from torch import Tensor
 
 from wanda_lightning.common.checks import check_at_least, check_positive
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.evaluating import evaluating, seeded
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.seeded import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +62,7 @@ def sample_windows(
     with (
         torch.inference_mode(False),  # or training on the windows would fail
         seeded(seed, model.device),
+        evaluating(model),
         _sampling(model),
         ProgressBar("Writing text", len(sizes) * seqlen, progress) as bar,
     ):
@@ -97,15 +98,12 @@ def _sampling(model: Any) -> Iterator[None]:
     """Sample plainly: without the model's own settings, among them the token that ends a text and so the window."""
     from transformers import GenerationConfig
 
-    own, training = model.generation_config, [part for part in model.modules() if part.training]
+    own = model.generation_config
     model.generation_config = GenerationConfig()
-    model.eval()
     try:
         yield
     finally:
         model.generation_config = own
-        for part in training:
-            part.training = True
 
 
 class _Advancing:

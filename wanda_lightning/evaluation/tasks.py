@@ -18,6 +18,7 @@ import torch
 
 from wanda_lightning.common.checks import check_positive, require_extra
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.evaluating import evaluating
 from wanda_lightning.common.words import did_you_mean, one_line
 from wanda_lightning.data.hub import load_file
 from wanda_lightning.evaluation.results import Results
@@ -159,7 +160,7 @@ def zero_shot(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    home, training = model.device, model.training
+    home = model.device
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     # A copy: lm-eval adds a missing padding token to the tokenizer, and it would be saved with the model.
     tokenizer = copy.deepcopy(tokenizer)
@@ -167,12 +168,12 @@ def zero_shot(
     prefix = 0 if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None else None
     try:
         model.to(device or home)
-        with _quiet():
-            lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=prefix)
-        found = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit, log_samples=False)
+        with evaluating(model):
+            with _quiet():
+                lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=prefix)
+            found = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit, log_samples=False)
     finally:
         model.to(home)
-        model.train(training)
     results: Results = {}
     for name in tasks:
         numbers = {key: value for key, value in found["results"][name].items() if not isinstance(value, str)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.seeded import seeded
+from wanda_lightning.common.evaluating import evaluating, seeded
 from wanda_lightning.common.widest import widest
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import RemovableUnits, reads_images
@@ -144,17 +144,13 @@ def _layers(units: RemovableUnits) -> set[nn.Module]:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Switch to evaluation mode, without gradients and without the kernel that bypasses layers of torch's encoder."""
-    modes = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.inference_mode(False), torch.no_grad():
+        with evaluating(model), torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _all(same: Callable[[Tensor, Tensor], bool], before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:

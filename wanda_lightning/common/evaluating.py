@@ -1,0 +1,43 @@
+"""Run a model in evaluation mode, and with random numbers from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode; restore the mode of each module at the end.
+
+    A module that overrides `train`, as loralib does, is restored by its own.
+    """
+    from torch import nn
+
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():  # outer modules first: an override may set the modules inside
+            overrides = getattr(module.train, "__func__", None) is not nn.Module.train
+            if overrides and module.training != mode:
+                module.train(mode)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw the random numbers of the CPU and of a device from a seed; restore their states at the end."""
+    import torch
+
+    on_cpu = device.type == "cpu"
+    with torch.random.fork_rng(devices=[] if on_cpu else [device]):
+        (torch.default_generator if on_cpu else torch).manual_seed(seed)  # torch seeds all devices
+        yield
