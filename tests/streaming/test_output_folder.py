@@ -140,10 +140,9 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch):
         (lambda text: "", "Expecting value"),
         (lambda text: text[:90], "Unterminated|Expecting"),
         (lambda text: "\0" * 99, "Expecting value"),
-        (lambda text: "[]", r"_?Progress must be an object, but it is \[\]"),
+        (lambda text: "[]", "missing . required"),
         (lambda text: text.replace('"version": 1', '"version": 7'), "version must be 1, but it is 7"),
         (lambda text: text.replace('"version": 1,', ""), "version must be 1, but it is None"),
-        (lambda text: text.replace('"zeros": ', '"zeros": "many", "was": '), r"zeros must be a whole number"),
     ],
 )
 def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, damage, message):

@@ -52,7 +52,6 @@ from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.report import LEFT_OUT, REPORT_NAME, Measured, PruningReport, Run
 from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
-from wanda_lightning.report.page import write_report
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.checkpoint import available_device
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
@@ -256,7 +255,7 @@ def _write_results(options: PruneOptions, report: PruningReport) -> None:
         if folder != Path(options.save):
             print_line(f"Note: another run has written to {options.save} meanwhile. The results are in {folder}.")
     if options.report is not None:
-        write_report(report, options.report)
+        report.write(options.report)
         print_line(f"The report is in {options.report}.")
 
 

@@ -33,7 +33,7 @@ from wanda_lightning.common.write_whole import replace_file, whole_file
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PrunedLayer
-from wanda_lightning.report.fields import as_json, from_fields
+from wanda_lightning.report.records import as_json, from_parsed
 
 _INDEX = "model.safetensors.index.json"
 _VERSION = 1  # of the progress file
@@ -123,7 +123,7 @@ class OutputFolder:
             content = json.loads(file.read_text(encoding="utf-8"))
             if isinstance(content, Mapping) and content.get("version") != _VERSION:
                 raise UserError(f"version must be {_VERSION}, but it is {content.get('version')!r}.")
-            progress: Progress = from_fields(Progress, content)
+            progress: Progress = from_parsed(Progress, content)
             return progress
         except ValueError as error:
             raise UserError(
