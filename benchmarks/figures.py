@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from result import OURS, Result, read_table
 from tables import LABELS, ROOT, SCALED, by_goal, exponent
 
+from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import require_extra
-from wanda_lightning.common.write_whole import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -272,7 +272,7 @@ def main() -> None:
     mpl.rcParams.update(STYLE)
     for name, (collect, draw) in FIGURES.items():
         data = collect()
-        with whole_file(ROOT / "docs" / f"{name}.svg") as new:
+        with atomic_write(ROOT / "docs" / f"{name}.svg") as new:
             description = {"Date": None, "Description": json.dumps(data)}
             draw(data).savefig(new, format="svg", metadata=description)
 

@@ -23,7 +23,7 @@ import wanda_lightning
 from wanda_lightning import methods
 from wanda_lightning.cli.options import OPTIONS
 from wanda_lightning.cli.parser import default_of, default_text, flags_of
-from wanda_lightning.common.write_whole import whole_file
+from wanda_lightning.common.atomic_write import atomic_write
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PART = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)
@@ -276,7 +276,7 @@ def main() -> None:
     for file in FILES:
         text = file.read_text(encoding="utf-8")
         if (new := fill(text)) != text:
-            with whole_file(file) as temporary:
+            with atomic_write(file) as temporary:
                 temporary.write_text(new, encoding="utf-8")
 
 

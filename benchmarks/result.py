@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.common.write_whole import whole_file
+from wanda_lightning.common.atomic_write import atomic_write
 
 FOLDER = Path(__file__).parent / "results"
 OURS = "wanda_lightning"
@@ -144,7 +144,7 @@ class Result:
     def save(self, folder: Path) -> None:
         """Write the file into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / f"{self.name}.json") as new:
+        with atomic_write(folder / f"{self.name}.json") as new:
             new.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

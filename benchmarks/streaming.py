@@ -38,7 +38,6 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import CausalLMModule, prune, prune_from_disk
-from wanda_lightning.common.killed_runs import is_locked
 from wanda_lightning.streaming import from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
@@ -213,7 +212,7 @@ def measure_kills(options: argparse.Namespace) -> None:
         # Later each time, since a run first repeats the forward passes of the runs before it.
         while len(list(killed.glob("model-*.safetensors"))) < parts * kill // (options.kills + 2):
             time.sleep(0.001)
-        while not killed.exists() or not is_locked(killed):  # still importing, or not started
+        while not killed.exists():  # still importing
             time.sleep(0.001)
         process.join(rng.uniform(0, 2 * duration / parts))
         process.kill()

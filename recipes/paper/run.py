@@ -37,8 +37,8 @@ from rich.console import Console
 from rich.table import Table
 
 from wanda_lightning.cli import parse_options
+from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.words import did_you_mean
-from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.report import REPORT_NAME
 
 SAME_NUMBER = {"batch_size", "cache_dir", "trust_remote_code", "eval_zero_shot", "tasks_dir"}
@@ -290,7 +290,7 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, content: Any) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

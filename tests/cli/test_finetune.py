@@ -148,7 +148,7 @@ def test_what_cannot_be_fine_tuned(tuned, inputs, refused, monkeypatch):
     refused(*tuned, "--distill", "--dense", "pruned", message="but --dense is the pruned one, pruned", code=2)
     refused(*tuned, "--seqlen", "65", message="--seqlen must be at most 64, the model's context, but it is 65", code=2)
     refused(*tuned, "--target_modules", "no_such", message="no_such")
-    refused(*tuned, "--save_model", inputs, message=f"--save_model {inputs} is a folder that is not empty", code=2)
+    refused(*tuned, "--save_model", inputs, message=f"--save_model {inputs} exists and is not empty", code=2)
     with monkeypatch.context() as patched:  # devices that this machine does not have, before anything is measured
         patched.setattr("wanda_lightning.cli.finetune.measure", None)
         patched.setattr("lightning.Trainer", unavailable)

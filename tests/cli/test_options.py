@@ -198,8 +198,8 @@ def test_the_fields_of_the_task_files_are_in_the_help():
         ),
         ("finetune", ["--model", "x", "--data", "wikitext3"], "--data must be one of c4, wikitext2, python-docs"),
         ("prune", ["--model", "timm:x", "--data", "digts"], "data must be a folder or a known data set"),
-        ("prune", ["--model", "x", "--save", "/dev/null/x"], "--save /dev/null/x cannot be written: /dev/null is a"),
-        ("finetune", ["--model", "x", "--save_model", "/dev/null"], "--save_model /dev/null must be a folder, but"),
+        ("prune", ["--model", "x", "--save", "/dev/null/x"], "--save [Errno 20] Not a directory"),
+        ("finetune", ["--model", "x", "--save_model", "/dev/null"], "--save_model /dev/null must be a folder"),
         ("prune", [*VIT, "--checkpoint", "gone"], "--checkpoint gone does not exist"),
         (
             "prune",

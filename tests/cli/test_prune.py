@@ -140,7 +140,7 @@ def test_the_seed_draws_the_calibration(text):
 def undrawn(monkeypatch):
     """The reports that would be drawn, which takes longer than pruning."""
     drawn = []
-    monkeypatch.setattr("wanda_lightning.PruningReport.write", lambda report, path: drawn.append(report))
+    monkeypatch.setattr("wanda_lightning.cli.prune.write_report", lambda report, path: drawn.append(report))
     return drawn
 
 
@@ -352,7 +352,7 @@ def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_s
     assert run(*command) == 0
     measured = PruningReport.from_json((tmp_path / "out" / "pruning_report.json").read_text()).run
     assert min(measured.after, measured.before) > 1
-    assert not (tmp_path / "out" / "model" / "pruning_progress.json").exists()
+    assert not (tmp_path / "out" / "model" / ".pruning_progress.json").exists()
 
 
 def test_evaluation_images_alone_are_measured_but_not_pruned_with(inputs, images, refused, tmp_path):
@@ -381,10 +381,10 @@ def test_refused_for_an_image_classifier(inputs, images, refused, more, message,
 def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    refused(*text, option, "mine", message=f"{option} mine is a folder that is not empty", code=2)
+    refused(*text, option, "mine", message=f"{option} mine exists and is not empty", code=2)
     refused(*text, option, "mine/notes.txt", message=f"{option} mine/notes.txt must be a folder", code=2)
     if option == "--save_model":
-        refused(*text, option, "mine", "--overwrite", message="are not a model", code=2)
+        refused(*text, option, "mine", "--overwrite", message="must be empty or a model", code=2)
         (tmp_path / "mine/config.json").write_text("{}")
     assert run(*text, option, "mine", "--overwrite") == 0
     assert ("pruning_report.json" if option == "--save" else "config.json") in os.listdir("mine")
@@ -406,8 +406,8 @@ def test_a_report_that_cannot_be_written_is_refused_before_pruning(inputs, tmp_p
     (tmp_path / "old.html").write_text("old")
     for path, message in (
         ("report.pdf", "report must end with .html or .png, but it is 'report.pdf'."),
-        ("old.html", "--report old.html already exists. Choose another name, or replace it with overwrite."),
-        ("old.html/a.html", "--report old.html/a.html cannot be written"),
+        ("old.html", "--report old.html exists and is not empty. Choose another path, or allow it with overwrite."),
+        ("old.html/a.html", "--report [Errno 20] Not a directory"),
         ("a.html", "Reports with figures need matplotlib: pip install '.[report]' in the source folder"),
     ):
         if path == "a.html":

@@ -85,7 +85,7 @@ def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, mon
     """If it is interrupted, the pruned model stays, and the same command goes on from there."""
     command = [*text, *STRUCTURED, "--stream", "--shrink", "--save_model", "small", "--save", "out"]
     with monkeypatch.context() as patched:
-        patched.setattr(_Stream, "finish", lambda self: signal.raise_signal(signal.SIGINT))
+        patched.setattr(_Stream, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
         assert run(*command) != 0
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small"}
     assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 64
@@ -98,7 +98,7 @@ def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, mon
     assert "not in the saved model" in card.text
     assert "were taken out" in card.text
     assert "sparse" not in card.data.tags
-    assert not (tmp_path / "small/pruning_progress.json").exists()
+    assert not (tmp_path / "small/.pruning_progress.json").exists()
 
 
 def test_prune_from_disk_saves_the_zeros_if_there_are_too_few(text, capsys):

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from wanda_lightning import prune_from_disk
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk
-from wanda_lightning.streaming.output_folder import OutputFolder
+from wanda_lightning.streaming.output_folder import PROGRESS_NAME, OutputFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -139,10 +136,8 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch):
     [
         (lambda text: "", "Expecting value"),
         (lambda text: text[:90], "Unterminated|Expecting"),
-        (lambda text: "\0" * 99, "Expecting value"),
-        (lambda text: "[]", "missing . required"),
-        (lambda text: text.replace('"version": 1', '"version": 7'), "version must be 1, but it is 7"),
-        (lambda text: text.replace('"version": 1,', ""), "version must be 1, but it is None"),
+        (lambda text: "[]", r"_?Progress must be an object, but it is \[\]"),
+        (lambda text: text.replace('"zeros": ', '"zeros": "many", "was": '), r"zeros must be a whole number"),
     ],
 )
 def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, damage, message):
@@ -158,47 +153,21 @@ def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, dam
     assert contents(tmp_path / "out") == before
 
 
-def flip_a_bit(file):
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
-@pytest.mark.filterwarnings("default:.*so it is made again")
-@pytest.mark.parametrize("choices", ["magnitude", "rows"])
-def test_files_that_are_not_as_they_were_written_are_made_again(source, streamed, tmp_path, monkeypatch, choices):
-    interrupted(source, tmp_path / "out", monkeypatch, **CHOICES[choices])
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    damages = (lambda file: file.write_bytes(b""), lambda file: os.truncate(file, 400), flip_a_bit, os.remove)
-    for file, damage in zip(files, damages, strict=False):
-        damage(file)
-    if choices == "rows":
-        flip_a_bit(tmp_path / "out/pruning_row_weights.safetensors")
+def test_parts_that_are_missing_are_written_again(source, streamed, tmp_path, monkeypatch):
+    interrupted(source, tmp_path / "out", monkeypatch, **CHOICES["rows"])
+    sorted((tmp_path / "out").glob("*.safetensors"))[3].unlink()
     (tmp_path / "out/.wanda-00000000-0.safetensors").write_bytes(b"half")  # of a killed run
-    with pytest.warns(UserWarning, match="so it is made again") as caught:
-        prune_from_disk(source, tmp_path / "out", batches(), progress=False, **CHOICES[choices])
-    told = {message for each in caught if (message := str(each.message)).endswith("so it is made again.")}
-    expected = {str(file): "missing" if file == files[3] else "damaged" for file in files[:4]}
-    expected |= {str(tmp_path / "out/pruning_row_weights.safetensors"): "damaged"} if choices == "rows" else {}
-    assert told == {f"{file} is {what}, so it is made again." for file, what in expected.items()}
-    assert contents(tmp_path / "out") == contents(streamed(choices)[1])
+    prune_from_disk(source, tmp_path / "out", batches(), progress=False, **CHOICES["rows"])
+    assert contents(tmp_path / "out") == contents(streamed("rows")[1])
 
 
 def test_batches_that_could_not_run_refuse_no_others(source, streamed, tmp_path):
-    """Also if the sparsities were known before the first batch ran. Of the folder, nothing is left."""
+    """Also if the sparsities were known, and stored, before the first batch ran."""
     choices = {"progress": False, **CHOICES["alpha"]}
     with pytest.raises(Exception, match="input_ids must be from 0 to 63"):
         prune_from_disk(source, tmp_path / "out", [{"input_ids": torch.full((1, 8), 99)}], **choices)
-    assert not (tmp_path / "out").exists()
     prune_from_disk(source, tmp_path / "out", batches(), **choices)
     assert contents(tmp_path / "out") == contents(streamed("alpha")[1])
-
-
-def test_padding_alone_leaves_no_folder(source, tmp_path):
-    padding = {"input_ids": torch.zeros(2, 8, dtype=torch.long), "attention_mask": torch.zeros(2, 8, dtype=torch.long)}
-    with pytest.raises(ValueError, match="no token except padding reached any of"):
-        prune_from_disk(source, tmp_path / "out", [padding], progress=False)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_is_not_a_tokenizer(source, tmp_path):
@@ -217,24 +186,6 @@ def test_a_source_that_changed_between_two_runs_is_refused(copied, tmp_path, mon
     os.utime(next(copied.glob("*.safetensors")), (0, 0))
     with pytest.raises(ValueError, match=r"was begun with other weights in model-0000.*\. Use"):
         prune_from_disk(copied, tmp_path / "out", batches(), **WANDA)
-
-
-def test_two_runs_cannot_write_into_one_folder(source, tmp_path):
-    with (
-        closing(OutputFolder(tmp_path / "out", {}, ["a"])),
-        pytest.raises(FileExistsError, match="is being written by another run"),
-    ):
-        prune_from_disk(source, tmp_path / "out", batches(), progress=False)
-
-
-def test_a_full_disk_is_refused_before_anything_is_pruned(source, tmp_path, monkeypatch):
-    size = sum(tensor.nbytes for tensor in weights(source).values())
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=size - 1))
-    with pytest.raises(OSError, match="Free some space"):
-        prune_from_disk(source, tmp_path / "out", batches(), progress=False)
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2 * size))
-    prune_from_disk(source, tmp_path / "out", batches(), method="magnitude", progress=False)
 
 
 def test_a_part_that_is_not_loaded_is_never_written(source):

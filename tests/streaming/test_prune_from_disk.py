@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, 
 from wanda_lightning import OWL, Structured, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.common import progress
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.refuse_path import PROGRESS_NAME
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.streaming import measure_perplexity
+from wanda_lightning.streaming.output_folder import PROGRESS_NAME
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -23,11 +23,12 @@ from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, proce
 from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
-from wanda_lightning.common.refuse_path import refuse_existing, refuse_nonempty
+from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.prune import prune_as, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport
+from wanda_lightning.report.page import write_report
 from wanda_lightning.training.held_zeros import zeros_of
 
 
@@ -165,9 +166,9 @@ class PruningCallback(ZerosCallback):
         self._pruned_to_evaluate = False  # an earlier loop may have been interrupted
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
-            for path, refuse in ((self.report_dir, refuse_nonempty), (self.report_path, refuse_existing)):
+            for path, kind in ((self.report_dir, "folder"), (self.report_path, "file")):
                 if path is not None and trainer.is_global_zero:
-                    refuse(path, overwrite=True)
+                    require_writable(path, overwrite=True, kind=kind)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if the schedule says so, and hold the zeros from then on."""
@@ -356,7 +357,7 @@ class PruningCallback(ZerosCallback):
         if self.report_dir is not None:
             report.save(self.report_dir)
         if self.report_path is not None:
-            report.write(self.report_path)
+            write_report(report, self.report_path)
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
 from wanda_lightning.callbacks.zeros import zeros_callbacks
+from wanda_lightning.common.atomic_write import require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags, check_path, refuse_pytorch_lightning
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.refuse_path import files_in, is_replaceable
-from wanda_lightning.common.write_whole import reserved, unclaimed
 from wanda_lightning.hub.card import write_card
-from wanda_lightning.hub.upload import refuse_upload, upload
+from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.report import LEFT_OUT, PruningReport
 from wanda_lightning.training.held_zeros import zeros_of
 
@@ -32,8 +30,8 @@ from wanda_lightning.training.held_zeros import zeros_of
 class SavePretrained(Callback):
     """Save the model when training ends, with the module's own `save_pretrained(folder, overwrite)`.
 
-    Other runs cannot save into the folder while the model trains. If something else was written into it meanwhile, the
-    model is saved next to it, such as in `out-2`, with a warning. `fast_dev_run` saves nothing.
+    If something else was written into the folder while the model trained, the model is saved next to it, such as in
+    `out-2`, with a warning. `fast_dev_run` saves nothing.
 
     If a pruning callback of the same Trainer has pruned the model, a model card (`README.md`) is written, too, unless
     the module has written one.
@@ -73,10 +71,9 @@ class SavePretrained(Callback):
             raise UserError("private must be False without push_to_hub, but it is True. Add push_to_hub.")
         self.shrink = shrink
         self.folder, self.overwrite, self.push_to_hub, self.private = folder, overwrite, push_to_hub, private
-        self._reserved = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Reserve the folder; refuse one that cannot be written, or a model that cannot be saved."""
+        """Refuse a folder that cannot be written, or a model that cannot be saved."""
         refuse_pytorch_lightning(trainer)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -98,12 +95,11 @@ class SavePretrained(Callback):
                 "save_pretrained of a CausalLMModule in every process after fit, or use Lightning's ModelCheckpoint "
                 "with save_distributed_checkpoint=False for one ordinary file."
             )
-        self._reserved.close()  # of an interrupted run
         with processes_of(trainer).fail_together():
             if trainer.is_global_zero:
                 if self.push_to_hub is not None:
                     refuse_upload(self.push_to_hub, self.private)
-                self._reserved.enter_context(reserved(self.folder, self.overwrite))
+                require_writable(self.folder, self.overwrite)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge the adapters in every process, and save and upload in the first, while the others wait."""
@@ -115,15 +111,10 @@ class SavePretrained(Callback):
             if trainer.is_global_zero:
                 self._save(trainer, pl_module)
         finally:  # also if the upload fails
-            self._reserved.close()
             trainer.strategy.barrier("SavePretrained")
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Release the folder."""
-        self._reserved.close()
-
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        folder = unclaimed(self.folder, partial(is_replaceable, overwrite=self.overwrite))
+        folder = find_free_folder(self.folder, self.overwrite)
         if folder != Path(self.folder):
             rank_zero_warn(
                 f"{self.folder} was written to while the model trained, so the model is saved in {folder}.",
@@ -132,7 +123,7 @@ class SavePretrained(Callback):
         is_smaller = self._save_model(pl_module, folder)
         self._write_card(folder, trainer, pl_module, is_smaller)
         if self.push_to_hub is not None:
-            address = upload(folder, self.push_to_hub, files_in(folder), self.private)
+            address = upload(folder, self.push_to_hub, list_files(folder), self.private)
             rank_zero_info(f"SavePretrained: uploaded to {address}")
 
     def _save_model(self, pl_module: Any, folder: Path) -> bool:
@@ -163,6 +154,18 @@ class SavePretrained(Callback):
                 on_hub=self.push_to_hub is not None,
                 trained_steps=trainer.global_step,
             )
+
+
+def find_free_folder(folder: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Return the folder, or the first one next to it, such as `out-2`, into which a model can be saved."""
+    place = Path(folder)
+    for number in count(2):
+        try:
+            require_writable(place, overwrite)
+            return place
+        except FileExistsError:
+            place = resolve_path(folder).with_name(f"{resolve_path(folder).name}-{number}")
+    raise AssertionError
 
 
 def _recounted(report: PruningReport, zeros: Mapping[str, int]) -> PruningReport:

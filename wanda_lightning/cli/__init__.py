@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from importlib import import_module
 from os.path import exists
 from signal import SIGINT, SIGTERM
@@ -123,12 +122,10 @@ def _run_command(command: str, arguments: list[str]) -> None:
         options = parse_options(command, arguments)
         options.refuse_early()
     from wanda_lightning.cli.output import quiet_libraries, readable_warnings
-    from wanda_lightning.common.write_whole import reserved
 
     quiet_libraries()
     module = import_module(f"wanda_lightning.cli.{command}")
-    writes_at_end = getattr(options, "save_model", None) is not None and not getattr(options, "stream", False)
-    with readable_warnings(), reserved(options.save_model, options.overwrite) if writes_at_end else nullcontext():
+    with readable_warnings():
         module.run(options)
 
 

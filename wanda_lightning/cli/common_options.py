@@ -10,9 +10,9 @@ from typing import Any
 
 from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import default_of, option
+from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import Number, OneOf
 from wanda_lightning.common.model_source import ModelSource, why_missing, why_no_checkpoint, why_no_language_model
-from wanda_lightning.common.refuse_path import resolved
 from wanda_lightning.hub.upload import refuse_upload
 
 TIMM = "timm:"  # before the name of an image classifier
@@ -114,7 +114,11 @@ class SaveOptions(ModelOptions):
         """Refuse to replace a model that the command reads, or a folder with it; the place has been checked."""
         for name in names.split():
             path = (getattr(self, name) or "").removeprefix("timm:local-dir:")
-            if self.save_model and os.path.exists(path) and resolved(path).is_relative_to(resolved(self.save_model)):
+            if (
+                self.save_model
+                and os.path.exists(path)
+                and resolve_path(path).is_relative_to(resolve_path(self.save_model))
+            ):
                 raise UsageError(
                     f"--save_model {self.save_model} would replace --{name} {path}. Choose another folder."
                 )

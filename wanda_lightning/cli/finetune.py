@@ -25,9 +25,9 @@ from wanda_lightning.cli.options import LEARNING_RATES, FinetuneOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.parser import as_command
 from wanda_lightning.common.errors import MissingPackageError, UserError
-from wanda_lightning.common.refuse_path import files_in
 from wanda_lightning.common.words import counted, one_line
 from wanda_lightning.data import TextDataModule
+from wanda_lightning.hub.upload import list_files
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.training.held_zeros import zeros_of
 
@@ -98,7 +98,7 @@ def _finetune(options: FinetuneOptions, checkpoint: _Progress | None) -> None:
     folder = save_model(module, options.save_model, options.overwrite)
     if checkpoint is not None:
         checkpoint.path.unlink(missing_ok=True)
-    files = files_in(folder) if folder else []
+    files = list_files(folder) if folder else []
     table = Table("model")
     table.add_column("perplexity", justify="right")
     for name, value in perplexity.items():

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from wanda_lightning.callbacks.save import find_free_folder
 from wanda_lightning.cli.common_options import SaveOptions
 from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.output import print_line
+from wanda_lightning.common.memory import require_space
 from wanda_lightning.common.model_source import ModelSource, load_config
-from wanda_lightning.common.refuse_path import is_replaceable, refuse_full
 from wanda_lightning.common.words import one_line
-from wanda_lightning.common.write_whole import unclaimed
 from wanda_lightning.hub.upload import upload
 
 
@@ -57,7 +56,7 @@ def refuse_no_space(folder: str | None, module: L.LightningModule) -> None:
     """Refuse a folder on a disk that cannot hold the module's weights."""
     if folder is not None:
         tensors = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-        refuse_full(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        require_space(folder, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
 
 def save_model(module: Any, folder: str | None, overwrite: bool, **options: Any) -> Path | None:
@@ -68,7 +67,7 @@ def save_model(module: Any, folder: str | None, overwrite: bool, **options: Any)
     if folder is None:
         return None
     refuse_no_space(folder, module)
-    place = unclaimed(folder, partial(is_replaceable, overwrite=overwrite))
+    place = find_free_folder(folder, overwrite)
     if (result := module.save_pretrained(place, overwrite=overwrite, **options)) is not None:
         print_line(str(result))
     if place != Path(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import MISSING, dataclass
+from functools import partial
 
 from wanda_lightning.cli.common_options import (
     COUNT,
@@ -21,9 +22,9 @@ from wanda_lightning.cli.common_options import (
 from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import option
 from wanda_lightning.cli.pruning_options import InspectOptions, PruneOptions
+from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.common.checks import SEED, Number, OneOf
 from wanda_lightning.common.memory import check_memory
-from wanda_lightning.common.refuse_path import refuse_existing, refuse_replacement
 from wanda_lightning.data import image_sources, text_sources
 
 LEARNING_RATES = {"full": 2e-5, "lora": 1e-4, "keep-zeros-lora": 1e-4}
@@ -90,7 +91,7 @@ class FinetuneOptions(SaveOptions):
         self.refuse_missing("model dense")
         text_sources.check_source(self.data, "--data")
         text_sources.check_source(self.evaluation, "--evaluation")
-        self.refuse_place("save_model", refuse_replacement)
+        self.refuse_place("save_model", require_writable)
         self.refuse_replaced("dense")
         self.refuse_push("fine-tuning")
         windows = self.steps * self.batch_size * self.devices
@@ -118,7 +119,7 @@ class ShrinkOptions(SaveOptions):
     def refuse_early(self) -> None:
         """Refuse a model that does not exist, and a place that cannot be written."""
         self.refuse_missing("model")
-        self.refuse_place("save_model", refuse_replacement)
+        self.refuse_place("save_model", require_writable)
         self.refuse_replaced("model")
         self.refuse_push("shrinking")
 
@@ -184,7 +185,7 @@ class EvaluateOptions(ModelOptions):
             image_sources.check_source(self.data or "")
         for text in self.evaluation or ():
             text_sources.check_source(text, "--evaluation")
-        self.refuse_place("save", refuse_existing)
+        self.refuse_place("save", partial(require_writable, kind="file"))
 
     @property
     def models(self) -> list[str]:

@@ -36,10 +36,9 @@ from wanda_lightning.cli.measure import (
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.parser import as_command, as_given
 from wanda_lightning.cli.pruning_options import PruneOptions
+from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, load_tokenizer
-from wanda_lightning.common.refuse_path import files_in
-from wanda_lightning.common.write_whole import unclaimed, whole_file
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.data.text_sources import SELF
@@ -47,11 +46,13 @@ from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
 from wanda_lightning.hub.card import write_card
+from wanda_lightning.hub.upload import list_files
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_decoder_only
-from wanda_lightning.report import LEFT_OUT, REPORT_NAME, Measured, PruningReport, Run
+from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run
 from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
+from wanda_lightning.report.page import write_report
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.checkpoint import available_device
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
@@ -85,7 +86,7 @@ def run(options: PruneOptions) -> None:
     report.run = run
     folder = _save_model(module, options, report)
     _write_card(folder, options, report)
-    files = files_in(folder) if folder else []
+    files = list_files(folder) if folder else []
     try:
         if tasks:  # takes hours for a large model, so it is saved before
             accuracies = zero_shot(module.model, module.tokenizer, tasks, data.batch_size)
@@ -144,7 +145,7 @@ def _stream(options: PruneOptions) -> None:
             with _tolerating_zeros(report):
                 print_line(str(shrink_from_disk(output, output, overwrite=True, **source.hub)))
         _write_card(Path(output), options, report)
-        files = files_in(output)
+        files = list_files(output)
         if options.report is not None:
             report.notes.append(_NO_TEXT)
         _write_results(options, report)
@@ -246,16 +247,14 @@ def _write_card(folder: Path | None, options: PruneOptions, report: PruningRepor
 def _write_results(options: PruneOptions, report: PruningReport) -> None:
     assert report.run is not None
     if options.save is not None:
-        folder = unclaimed(options.save, lambda place: options.overwrite or not (place / REPORT_NAME).exists())
+        folder = Path(options.save)
         report.save(folder)
         headings = f"method\tactual_sparsity\t{METRICS[report.run.metric].column}\n"
         numbers = f"{options.name}\t{report.sparsity:.4f}\t{report.run.after:.4f}\n"
-        with whole_file(folder / f"log_{options.name}.txt") as temporary:
+        with atomic_write(folder / f"log_{options.name}.txt") as temporary:
             temporary.write_text(headings + numbers, encoding="utf-8")
-        if folder != Path(options.save):
-            print_line(f"Note: another run has written to {options.save} meanwhile. The results are in {folder}.")
     if options.report is not None:
-        report.write(options.report)
+        write_report(report, options.report)
         print_line(f"The report is in {options.report}.")
 
 

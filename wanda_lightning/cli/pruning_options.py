@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Collection
 from dataclasses import MISSING, dataclass, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,9 @@ from wanda_lightning.cli.common_options import (
 )
 from wanda_lightning.cli.explain import UsageError
 from wanda_lightning.cli.parser import option
+from wanda_lightning.common.atomic_write import require_writable, resolve_path
 from wanda_lightning.common.checks import SEED, OneOf, check_report_path
 from wanda_lightning.common.memory import check_memory
-from wanda_lightning.common.refuse_path import (
-    PROGRESS_NAME,
-    refuse_existing,
-    refuse_nonempty,
-    refuse_replacement,
-    refuse_unresumable,
-    resolved,
-)
 from wanda_lightning.config import NAMES, PruningConfig
 from wanda_lightning.data import image_sources, text_sources
 
@@ -238,20 +232,27 @@ class PruneOptions(_PruningOptions, SaveOptions, _PruneChoices):  # type: ignore
     def refuse_early(self) -> None:
         """Refuse files that do not exist, places that cannot be written, and too many samples."""
         self.refuse_missing("model checkpoint tasks_dir")
-        self.refuse_place("save_model", refuse_unresumable if self.stream else refuse_replacement)
+        is_continued = False
+        if self.stream:
+            from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resumable
+
+            self.refuse_place("save_model", require_resumable)
+            is_continued = (resolve_path(self.save_model or "") / PROGRESS_NAME).is_file()
+        else:
+            self.refuse_place("save_model", require_writable)
         self.refuse_replaced("model checkpoint")
-        if self.stream and self.shrink and Path.cwd().is_relative_to(resolved(self.save_model or "")):
+        if self.stream and self.shrink and Path.cwd().is_relative_to(resolve_path(self.save_model or "")):
             raise UsageError(
                 f"--save_model {self.save_model} is the working directory or contains it, but --shrink replaces the "
                 "folder at the end. Choose a folder inside it."
             )
-        if not (self.stream and (Path(self.save_model or "").expanduser() / PROGRESS_NAME).is_file()):
-            self.refuse_place("save", refuse_nonempty)  # a run that continues may find its model there
+        if not is_continued:
+            self.refuse_place("save", partial(require_writable, kind="folder"))  # the model may be there
         if self.report is not None:
             check_report_path(self.report)
             if Path(self.report) in (Path(self.save or ""), Path(self.save_model or "")):
                 raise UsageError(f"--report must differ from the folders to write, but it is {self.report} too.")
-        self.refuse_place("report", refuse_existing)
+        self.refuse_place("report", partial(require_writable, kind="file"))
         self.refuse_push("pruning")
         if self.is_image:
             image_sources.check_source(self.data or "")

@@ -9,7 +9,7 @@ from wanda_lightning.cli.common_options import TIMM
 from wanda_lightning.cli.measure import push, save_model
 from wanda_lightning.cli.options import ShrinkOptions
 from wanda_lightning.cli.output import print_line
-from wanda_lightning.common.refuse_path import files_in
+from wanda_lightning.hub.upload import list_files
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.shrinking import shrink
 from wanda_lightning.streaming import shrink_from_disk
@@ -22,7 +22,7 @@ def run(options: ShrinkOptions) -> None:
         where: dict[str, Any] = options.source(options.model).hub
         dtype = options.dtype or "auto"
         print_line(str(shrink_from_disk(options.model, options.save_model, options.overwrite, dtype=dtype, **where)))
-        push(Path(options.save_model), files_in(options.save_model), options)
+        push(Path(options.save_model), list_files(options.save_model), options)
         return
     module: Any
     if options.model.startswith(TIMM):
@@ -35,4 +35,4 @@ def run(options: ShrinkOptions) -> None:
         print_line("Nothing was saved. To save the smaller model, add --save_model DIR.")
         return
     folder = save_model(module, options.save_model, options.overwrite, shrink=True)
-    push(folder, files_in(folder) if folder else [], options)
+    push(folder, list_files(folder) if folder else [], options)

@@ -1,12 +1,15 @@
-"""Free memory of devices, and what does not fit in it."""
+"""Free memory of devices and free space on disks, and what does not fit in it."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import as_gib
 
@@ -21,6 +24,16 @@ def check_memory(option: str, count: int, seqlen: int) -> None:
         raise UserError(
             f"{option} must fit in memory, but {count} windows of {seqlen} tokens need {as_gib(count * size)} "
             f"and {as_gib(free)} are free. Use at most {free // size}."
+        )
+
+
+def require_space(path: str | os.PathLike[str], size: int) -> None:
+    """Raise an OSError for a path on a disk with less than `size` bytes of free space."""
+    target = resolve_path(path)
+    free = shutil.disk_usage(next(place for place in (target, *target.parents) if place.exists())).free
+    if free < size:
+        raise OSError(
+            f"{path} needs {size / 1e6:,.2f} MB, but {free / 1e6:,.2f} MB are free on its disk. Free some space."
         )
 
 

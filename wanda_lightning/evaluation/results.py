@@ -13,14 +13,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.write_whole import whole_file
 from wanda_lightning.core.bits import pack, unpack
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import versions
-from wanda_lightning.report.records import as_json
+from wanda_lightning.report.fields import as_json
 
 Results = dict[str, dict[str, float]]
 """Text, task or data set -> metric -> value; fractions are in [0, 1]."""
@@ -116,7 +116,7 @@ class Evaluation:
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file atomically."""
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     def table(self) -> Table:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from wanda_lightning.common import words
-from wanda_lightning.common.write_whole import whole_file
+from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run, descriptions
 from wanda_lightning.report.metrics import METRICS, TOP1
+from wanda_lightning.report.page import write_report
 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
@@ -45,7 +46,7 @@ def write_card(
     report = replace(report, run=(run := _to_publish(report.run or Run())))
     has_picture = find_spec("matplotlib") is not None and LEFT_OUT not in report.notes
     if has_picture:
-        report.to_png(folder / PICTURE_NAME)
+        write_report(report, folder / PICTURE_NAME)
     library, task, code = _loading(json.loads(config.read_bytes()) if config.exists() else {}, name, on_hub)
     rows, results = _results(run)
     method = descriptions.choices_of(report.config).partition(",")[0].lower()
@@ -69,7 +70,7 @@ def write_card(
         **{"picture": PICTURE_NAME if has_picture else "", "words": words, "descriptions": descriptions},
     }
     card = ModelCard.from_template(data, template_path=str(Path(__file__).with_name("card.md")), **values)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(f"{card}\n", encoding="utf-8")
 
 

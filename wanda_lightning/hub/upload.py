@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Collection
 from glob import escape
 
+from wanda_lightning.common.atomic_write import list_entries, resolve_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import one_line
 
@@ -66,3 +67,10 @@ def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str],
             f"({type(error).__name__}: {one_line(error)}). To upload it later, run: {shlex.join(later)}"
         ) from error
     return str(address)
+
+
+def list_files(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the names of the files of a model in a folder, relative to it and with slashes, except hidden ones."""
+    root = resolve_path(folder)
+    found = (file for entry in list_entries(root) for file in (entry, *entry.rglob("*")) if file.is_file())
+    return sorted(file.relative_to(root).as_posix() for file in found if not file.name.startswith("."))

@@ -20,11 +20,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from wanda_lightning.common.atomic_write import atomic_folder, require_writable
 from wanda_lightning.common.checks import Number, check_flags, check_values, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.common.refuse_path import refuse_replacement
-from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.loading import (
     DTYPE_NAMES,
@@ -346,7 +345,7 @@ class CausalLMModule(L.LightningModule):
         processes = shard_processes(self.model)
         with processes.fail_together():
             if processes.rank == 0:
-                refuse_replacement(folder, overwrite)
+                require_writable(folder, overwrite)
         whole = gathered_state_dict(self.model)
         with processes.fail_together():
             if processes.rank == 0:
@@ -356,7 +355,7 @@ class CausalLMModule(L.LightningModule):
     def _write_folder(
         self, folder: str | os.PathLike[str], overwrite: bool, shrink: bool = False, **state_dict: Any
     ) -> Shrunk | None:
-        with whole_folder(folder, overwrite) as new, bars_on_terminals_only():
+        with atomic_folder(folder, overwrite) as new, bars_on_terminals_only():
             with shrunk(self.model) if shrink else nullcontext() as result:
                 write_modeling_file(self.pruning_target, new)
                 self.model.save_pretrained(new, **state_dict)

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import Number, check_flags, check_path, check_values
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking import Shrunk, example_batch, fitting_arguments, shrunk
@@ -217,7 +217,7 @@ class ImageClassifierModule(L.LightningModule):
         names = model.pretrained_cfg.get("label_names") or ()
         labels = {"label_names": names} if len(names) == self.num_classes else None
         batch = example_batch(model, self._model_kwargs.get("img_size"))
-        with whole_folder(folder, overwrite) as new, shrunk(model, batch) if shrink else nullcontext() as result:
+        with atomic_folder(folder, overwrite) as new, shrunk(model, batch) if shrink else nullcontext() as result:
             arguments = fitting_arguments(model, self._model_kwargs)
             save_for_hf(model, str(new), model_config=labels, model_args=arguments, safe_serialization=True)
         return result

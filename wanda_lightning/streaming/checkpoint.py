@@ -33,6 +33,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.words import one_line
 from wanda_lightning.core.placeholders import placeholder
+from wanda_lightning.models import find_layers
 from wanda_lightning.modules.loading import (
     DTYPE_NAMES,
     check_complete,
@@ -41,9 +42,10 @@ from wanda_lightning.modules.loading import (
     require_safetensors,
     warn_unused,
 )
-from wanda_lightning.streaming.parts import RESIDENT, block_names, bytes_by_part, part_of
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
+RESIDENT = ""
+"""The part of a model that lies outside of all blocks."""
 
 
 class Checkpoint:
@@ -104,7 +106,7 @@ class Checkpoint:
         """Replacement of `PreTrainedModel._load_pretrained_model`: load only the weights outside of the blocks."""
         self.model, self._load_config = model, replace(load_config, device_map={"": self.device})
         self.files = {Path(file): _stamp(file) for file in files}
-        self.blocks = block_names(model)
+        self.blocks = _block_names(model)
         self._sort_keys()
         loaded = self.load(RESIDENT)
         for block in self.blocks:
@@ -130,7 +132,7 @@ class Checkpoint:
 
     def part_of(self, name: str) -> str:
         """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
-        return part_of(name, self.blocks)
+        return next((block for block in self.blocks if f"{name}.".startswith(f"{block}.")), RESIDENT)
 
     def parameters(self, part: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a part by name."""
@@ -194,11 +196,6 @@ class Checkpoint:
             self.model.save_pretrained(folder, state_dict={})
 
     @property
-    def size(self) -> int:
-        """The size of all weights in memory, in bytes."""
-        return sum(bytes_by_part(self.model, self.blocks).values())
-
-    @property
     def configuration(self) -> dict[str, Any]:
         """The configuration of the model, without where it was loaded from and by which version."""
         described: dict[str, Any] = self.model.config.to_dict()
@@ -209,6 +206,14 @@ class Checkpoint:
         return UserError(
             f"The model {self._name!r} cannot be read block by block, because {reason}. Prune it in memory."
         )
+
+
+def _block_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the blocks of a model, in order."""
+    inventory = find_layers(model)
+    modules, own = dict(model.named_modules()), {layer.module for layer in inventory.layers}
+    names = dict.fromkeys(inventory.blocks[layer.name] for layer in inventory.layers)
+    return tuple(name for name in names if modules[name] not in own)
 
 
 def available_device(device: str) -> torch.device:

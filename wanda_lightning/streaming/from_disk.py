@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import check_batches, check_callable, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.common.refuse_path import resolved
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.modules.loading import check_tokenizer, check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PruningReport
-from wanda_lightning.streaming.checkpoint import Checkpoint
+from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
-from wanda_lightning.streaming.parts import RESIDENT
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 
@@ -124,32 +122,19 @@ def pruned_from_disk(
         "weights": {f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
         "config.json": [fingerprint(checkpoint.configuration)],
     }
-    parts = [RESIDENT, *checkpoint.blocks]
-    with closing(OutputFolder(output, made_with, parts, checkpoint.size, processes, progress)) as folder:
-        if folder.progress.report:
-            report = PruningReport.from_json(folder.progress.report)
-        else:
-            weights = StreamedWeights(checkpoint, folder)
-            with weights.blocks.loading():
-                run = None if forward is None else partial(forward, checkpoint.model)
-                report = prune_as(
-                    config,
-                    checkpoint.model,
-                    held,
-                    forward=run,
-                    progress=progress,
-                    processes=processes,
-                    store=weights,
-                )
-        folder.finish(partial(_save_other_files, checkpoint, tokenizer), report.to_json())
-        yield report
-        folder.forget()
-
-
-def _save_other_files(checkpoint: Checkpoint, tokenizer: Any, folder: Path) -> None:
-    checkpoint.save_configuration(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    folder = OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks], processes)
+    if folder.progress.report:
+        report = PruningReport.from_json(folder.progress.report)
+    else:
+        weights = StreamedWeights(checkpoint, folder)
+        run = None if forward is None else partial(forward, checkpoint.model)
+        with weights.blocks.loading():
+            report = prune_as(
+                config, checkpoint.model, held, forward=run, progress=progress, processes=processes, store=weights
+            )
+    folder.finish(checkpoint, tokenizer, report.to_json())
+    yield report
+    folder.forget()
 
 
 def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROCESS) -> None:
@@ -190,5 +175,5 @@ def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]
                 "prune_from_disk(source, output, batches), or prune(model, batches) for a model in memory."
             )
     check_path(source=source, output=output)
-    if os.path.isdir(os.path.expanduser(source)) and resolved(output).is_relative_to(resolved(source)):
+    if os.path.isdir(os.path.expanduser(source)) and resolve_path(output).is_relative_to(resolve_path(source)):
         raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_path
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.common.write_whole import whole_folder
 from wanda_lightning.modules.loading import load_own_tokenizer
 from wanda_lightning.shrinking import Shrunk, example_batch, fit_configuration, shrink, write_modeling_file
-from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.parts import RESIDENT
+from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
+from wanda_lightning.streaming.shards import Shards
 
 
 def shrink_from_disk(
@@ -58,15 +54,13 @@ def shrink_from_disk(
     """
     check_path(source=source, output=output)
     where = ModelSource(os.fspath(source), revision or "main", cache_dir, trust_remote_code)
-    with whole_folder(output, overwrite) as folder:
+    with atomic_folder(output, overwrite) as folder:
         stream = _Stream(Checkpoint(where, dtype), folder)
         stream.run()
         stream.result.refuse_nothing()
         stream.result.misfit, _ = fit_configuration(stream.model)
         write_modeling_file(stream.model, folder)
-        stream.finish()
-        if (tokenizer := load_own_tokenizer(where)) is not None:
-            tokenizer.save_pretrained(folder)
+        stream.finish(load_own_tokenizer(where))
     return stream.result
 
 
@@ -75,8 +69,9 @@ class _Stream:
 
     def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
         self.model, self.result = checkpoint.model, Shrunk()
-        self._checkpoint, self._folder = checkpoint, folder
+        self._checkpoint = checkpoint
         self._parts = [RESIDENT, *checkpoint.blocks]
+        self._shards = Shards(folder, self._parts)
         self._written: dict[str, list[str]] = {}  # by part: names of its tensors
         self._size = 0
         before = sum(parameter.numel() for parameter in self.model.parameters())
@@ -103,7 +98,7 @@ class _Stream:
 
                 def enter(block: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
                     if name in self._written:  # a block that runs twice
-                        self._checkpoint.load(name, {self._file(name): self._written[name]})
+                        self._checkpoint.load(name, {self._shards.path(name): self._written[name]})
                     else:
                         self._checkpoint.load(name)
                         self._shrink(name, block, args, kwargs)
@@ -128,22 +123,11 @@ class _Stream:
         before, after = self.result.parameters
         self.result.parameters = before, after - found.parameters[0] + found.parameters[1]
 
-    def _file(self, part: str) -> Path:
-        return self._folder / f"model-{self._parts.index(part) + 1:05d}-of-{len(self._parts):05d}.safetensors"
-
     def _write(self, part: str) -> None:
         tensors = self._checkpoint.stored(part)
         self._written[part] = list(tensors)
-        self._size += sum(tensor.nbytes for tensor in tensors.values())
-        if tensors:
-            save_file(tensors, self._file(part), metadata={"format": "pt"})
+        self._size += self._shards.write(part, tensors)
 
-    def finish(self) -> None:
-        """Write the configuration and the index of the files."""
-        with tempfile.TemporaryDirectory(dir=self._folder) as temporary:  # saving deletes weights beside it
-            self._checkpoint.save_configuration(Path(temporary))
-            shutil.copytree(temporary, self._folder, dirs_exist_ok=True)
-        weights = {key: self._file(part).name for part, keys in self._written.items() for key in keys}
-        index = {"metadata": {"total_size": self._size}, "weight_map": dict(sorted(weights.items()))}
-        text = json.dumps(index, indent=2) + "\n"
-        (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    def finish(self, tokenizer: Any) -> None:
+        """Write the files without which the folder is no model."""
+        self._shards.finish(self._checkpoint, self._written, self._size, tokenizer)

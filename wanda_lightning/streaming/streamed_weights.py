@@ -23,9 +23,8 @@ from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import Unit
 from wanda_lightning.parallel import Processes
 from wanda_lightning.streaming.block_loader import BlockLoader
-from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
+from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint, Keys
 from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
-from wanda_lightning.streaming.parts import RESIDENT
 
 
 class StreamedWeights(WeightStore):
