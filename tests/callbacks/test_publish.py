@@ -1,6 +1,5 @@
 """The page and the figures of a callback: written by the first process, and refused before anything is pruned."""
 
-import numpy as np
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -10,7 +9,7 @@ from support.reports import Page
 pytest.importorskip("matplotlib", reason="figures need the extra report")
 
 from wanda_lightning import PruningCallback, WandaPrune
-from wanda_lightning.report.page import images_of
+from wanda_lightning.report.figures import plots_of
 
 
 class ImageLogger(Logger):
@@ -42,9 +41,8 @@ class Board(ImageLogger, TensorBoardLogger):
 
     finalize = Logger.finalize
 
-    def add_image(self, key, image, step, dataformats):
-        assert dataformats == "HWC"
-        self.images[key] = (image, step)
+    def add_figure(self, key, figure, step):
+        self.images[key] = (figure, step)
 
 
 def test_a_page_is_written_when_the_callback_prunes(tmp_path):
@@ -61,12 +59,10 @@ def test_loggers_that_take_images_get_the_figures(tmp_path, kind):
     callback = PruningCallback(0.5, report=tmp_path / "report.png", num_samples=12, at_step=2, method="sparsegpt")
     run = trainer(callback, max_steps=3, logger=[logger, CSVLogger(tmp_path)])
     run.fit(Net(), loader(), loader())
-    expected = images_of(callback.report)
-    assert logger.images.keys() == {f"pruning/{name}" for name in expected}
-    for name, image in expected.items():
-        found, step = logger.images[f"pruning/{name}"]
-        assert step == 2
-        np.testing.assert_array_equal(found, image)
+    titles = {f"pruning/{plot.name}": plot.title for plot in plots_of(callback.report)}
+    shown = {name: figure.subfigs[0].get_suptitle() for name, (figure, _) in logger.images.items()}
+    assert shown == titles
+    assert {step for _, step in logger.images.values()} == {2}
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -140,7 +140,7 @@ def test_the_seed_draws_the_calibration(text):
 def undrawn(monkeypatch):
     """The reports that would be drawn, which takes longer than pruning."""
     drawn = []
-    monkeypatch.setattr("wanda_lightning.cli.prune.write_report", lambda report, path: drawn.append(report))
+    monkeypatch.setattr("wanda_lightning.PruningReport.write", lambda report, path: drawn.append(report))
     return drawn
 
 

@@ -13,7 +13,7 @@ PUSH = ["--push_to_hub", "us/tiny"]
 
 @pytest.mark.parametrize("how", [[], ["--stream"]])
 def test_a_pruned_model(hub, text, how, capsys, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.cli.prune.write_report", lambda report, path: Path(path).write_text("drawn"))
+    monkeypatch.setattr("wanda_lightning.PruningReport.write", lambda report, path: Path(path).write_text("drawn"))
     more = ["--save", "out/logs", "--report", "out/page.html", "--private"]
     assert run(*text, *how, "--save_model", "out", *PUSH, *more) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"Uploaded out to {hub.url}/us/tiny."

@@ -45,7 +45,7 @@ def pruned_llama(run=RUN):
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Write something else in place of a picture, which takes 1 s to draw."""
-    monkeypatch.setattr("wanda_lightning.hub.card.write_report", lambda report, path: path.write_bytes(b"a picture"))
+    monkeypatch.setattr("wanda_lightning.PruningReport.to_png", lambda report, path: path.write_bytes(b"a picture"))
 
 
 def card_of(model, report, folder, **how):
@@ -138,7 +138,7 @@ def test_our_own_card_is_replaced(tmp_path):
 )
 def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypatch, model, shown):
     drawn = []
-    monkeypatch.setattr("wanda_lightning.hub.card.write_report", lambda report, path: drawn.append(report.run))
+    monkeypatch.setattr("wanda_lightning.PruningReport.to_png", lambda report, path: drawn.append(report.run))
     data = {"data": "/home/me/t.txt, 4 windows", "calibration": "~/c.jsonl, 2 windows"}
     command = "wanda-lightning prune --model x --cache_dir /home/me/cache --save out/log"
     card = card_of(*pruned_llama(replace(RUN, model=model, command=command, **data)), tmp_path / "tiny")

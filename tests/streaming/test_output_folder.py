@@ -136,8 +136,7 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch):
     [
         (lambda text: "", "Expecting value"),
         (lambda text: text[:90], "Unterminated|Expecting"),
-        (lambda text: "[]", r"_?Progress must be an object, but it is \[\]"),
-        (lambda text: text.replace('"zeros": ', '"zeros": "many", "was": '), r"zeros must be a whole number"),
+        (lambda text: "[]", "missing . required"),
     ],
 )
 def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, damage, message):

@@ -71,7 +71,7 @@ def shell(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read when it was imported
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("wanda_lightning.hub.card.write_report", lambda report, path: path.write_bytes(b"a picture"))
+    monkeypatch.setattr("wanda_lightning.PruningReport.to_png", lambda report, path: path.write_bytes(b"a picture"))
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     monkeypatch.setenv("COLUMNS", "200")

@@ -28,7 +28,6 @@ from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
 from wanda_lightning.engine.prune import prune_as, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport
-from wanda_lightning.report.page import write_report
 from wanda_lightning.training.held_zeros import zeros_of
 
 
@@ -357,7 +356,7 @@ class PruningCallback(ZerosCallback):
         if self.report_dir is not None:
             report.save(self.report_dir)
         if self.report_path is not None:
-            write_report(report, self.report_path)
+            report.write(self.report_path)
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:

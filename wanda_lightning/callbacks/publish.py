@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from wanda_lightning.callbacks.trainer import shows_progress
 from wanda_lightning.report import PruningReport
-from wanda_lightning.report.page import images_of
+from wanda_lightning.report.figures import plots_of, to_figure
 
 
 def publish(report: PruningReport, trainer: L.Trainer, name: str, with_figures: bool) -> None:
@@ -45,10 +45,10 @@ def _log_figures(report: PruningReport, trainer: L.Trainer) -> None:
         for each in trainer.loggers
         if isinstance(each, TensorBoardLogger) or callable(getattr(each, "log_image", None))
     ]
-    for name, image in images_of(report).items() if loggers else ():
+    for plot in plots_of(report) if loggers else ():
         for logger in loggers:
-            key = f"pruning/{name}"
+            key, figure = f"pruning/{plot.name}", to_figure([plot])
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(key, image, trainer.global_step, dataformats="HWC")
+                logger.experiment.add_figure(key, figure, trainer.global_step)
             else:
-                logger.log_image(key, [image], step=trainer.global_step)
+                logger.log_image(key, [figure], step=trainer.global_step)

@@ -52,7 +52,6 @@ from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run
 from wanda_lightning.report.descriptions import change_of
 from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1, Metric
-from wanda_lightning.report.page import write_report
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.checkpoint import available_device
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
@@ -254,7 +253,7 @@ def _write_results(options: PruneOptions, report: PruningReport) -> None:
         with atomic_write(folder / f"log_{options.name}.txt") as temporary:
             temporary.write_text(headings + numbers, encoding="utf-8")
     if options.report is not None:
-        write_report(report, options.report)
+        report.write(options.report)
         print_line(f"The report is in {options.report}.")
 
 

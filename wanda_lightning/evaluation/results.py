@@ -20,7 +20,7 @@ from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import versions
-from wanda_lightning.report.fields import as_json
+from wanda_lightning.report.records import as_json
 
 Results = dict[str, dict[str, float]]
 """Text, task or data set -> metric -> value; fractions are in [0, 1]."""

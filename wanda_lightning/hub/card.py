@@ -15,7 +15,6 @@ from wanda_lightning.common import words
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run, descriptions
 from wanda_lightning.report.metrics import METRICS, TOP1
-from wanda_lightning.report.page import write_report
 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
@@ -46,7 +45,7 @@ def write_card(
     report = replace(report, run=(run := _to_publish(report.run or Run())))
     has_picture = find_spec("matplotlib") is not None and LEFT_OUT not in report.notes
     if has_picture:
-        write_report(report, folder / PICTURE_NAME)
+        report.to_png(folder / PICTURE_NAME)
     library, task, code = _loading(json.loads(config.read_bytes()) if config.exists() else {}, name, on_hub)
     rows, results = _results(run)
     method = descriptions.choices_of(report.config).partition(",")[0].lower()

@@ -1,37 +1,23 @@
 """The report of a pruning: every matrix of the model, pruned or skipped with its reason."""
+# ruff: noqa: I001  (isort would write one statement for each name)
 
-from wanda_lightning.report.descriptions import LEFT_OUT
-from wanda_lightning.report.pruning_report import REPORT_NAME, PruningReport, skipped_table
-from wanda_lightning.report.records import (
-    POOLED,
-    BatchNormCorrection,
-    ChangedImage,
-    Measured,
-    Permuted,
-    PrunedLayer,
-    Run,
-    Sample,
-    TrainedPart,
-    Training,
-    TrainingPass,
-    versions,
+from wanda_lightning.report.descriptions import LEFT_OUT as LEFT_OUT
+from wanda_lightning.report.pruning_report import (
+    REPORT_NAME as REPORT_NAME,
+    PruningReport as PruningReport,
+    skipped_table as skipped_table,
 )
-
-__all__ = [
-    "LEFT_OUT",
-    "POOLED",
-    "REPORT_NAME",
-    "BatchNormCorrection",
-    "ChangedImage",
-    "Measured",
-    "Permuted",
-    "PrunedLayer",
-    "PruningReport",
-    "Run",
-    "Sample",
-    "TrainedPart",
-    "Training",
-    "TrainingPass",
-    "skipped_table",
-    "versions",
-]
+from wanda_lightning.report.records import (
+    POOLED as POOLED,
+    BatchNormCorrection as BatchNormCorrection,
+    ChangedImage as ChangedImage,
+    Measured as Measured,
+    Permuted as Permuted,
+    PrunedLayer as PrunedLayer,
+    Run as Run,
+    Sample as Sample,
+    TrainedPart as TrainedPart,
+    Training as Training,
+    TrainingPass as TrainingPass,
+    versions as versions,
+)

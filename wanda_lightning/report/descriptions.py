@@ -1,4 +1,4 @@
-"""Numbers, methods and reports in words, for pages and model cards."""
+"""Methods and results in words, for pages and model cards."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from math import isfinite
 from pathlib import PurePath
 from typing import Any
 
-from wanda_lightning.common.words import count, counted, duration
+from wanda_lightning.common.words import count
 from wanda_lightning.models import SkippedMatrix
-from wanda_lightning.report.metrics import METRICS, Metric
-from wanda_lightning.report.records import Measured, ReportData, Run, grouped
+from wanda_lightning.report.metrics import Metric
+from wanda_lightning.report.records import Measured, ReportData, grouped
 
 LEFT_OUT = (
     "the hidden units that became zero are not in the saved model, so its matrices are smaller than in this report"
@@ -25,19 +25,6 @@ def title_of(report: ReportData) -> str:
     name = report.run.model if report.run else ""
     is_path = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
     return (PurePath(name).name if is_path else name) or f"A model of {count(report.parameters)} parameters"
-
-
-def verdict(report: ReportData) -> str:
-    """Return a summary in two sentences: the pruning, and its effect on the metric."""
-    text = (
-        f"Pruned with {method_in_words(report.config)} in {duration(report.total_seconds)}: {report.sparsity:.2%} of "
-        f"the weights in {counted(len(report.layers), 'layer')} {fate(report)}, {report.model_sparsity:.2%} of "
-        f"all {count(report.parameters)} parameters."
-    )
-    run = report.run
-    if run is None or run.after is None:
-        return f"{text} The effect on the predictions was not measured."
-    return " ".join([text, *(change_of(METRICS[run.metric], each) for each in run.results)])
 
 
 def fate(report: ReportData) -> str:
@@ -89,36 +76,7 @@ def choice_of(config: Mapping[str, Any], option: str) -> str:
     return "" if name in _NEUTRAL else name
 
 
-def stages(report: ReportData, least: float = 0.0) -> str:
-    """Return the time of each stage that took at least a fraction of the whole time."""
-    found = (each for each in report.seconds.items() if each[1] >= least * report.total_seconds)
-    return ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in found)
-
-
 def dense_by_reason(report: ReportData) -> list[tuple[str, list[SkippedMatrix]]]:
     """Return the matrices left dense by reason; the reason with the most weights comes first."""
     groups = grouped(report.skipped, lambda matrix: matrix.detail)
     return sorted(groups.items(), key=lambda group: -sum(matrix.size for matrix in group[1]))
-
-
-def made_with(report: ReportData) -> dict[str, str]:
-    """Return the data, the settings, the time of each stage, and the versions."""
-    run = report.run or Run()
-    settings = {name: _as_text(value) for name, value in report.config.items() if name not in ("command", "measured")}
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    found = {
-        "calibration data": run.calibration,
-        "measured on": "; ".join(filter(None, (each.data for each in run.results))),
-        **settings,
-    }
-    found |= {"time": stages(report), "versions": versions}
-    return {name.replace("_", " "): value for name, value in found.items() if value}
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, Mapping) and "name" in value:
-        inside = ", ".join(f"{name}={_as_text(each)}" for name, each in value.items() if name != "name")
-        return f"{value['name']}({inside})"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_as_text, value)) or "none"
-    return str(value)

@@ -1,14 +1,15 @@
-"""Figures of a report, drawn with Matplotlib: as SVG that follows the theme of its page, as PNG, and as arrays."""
+"""Figures of a report, drawn with Matplotlib in one style: for its page, as PNG, and for loggers."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
-from io import BytesIO, StringIO
+from io import StringIO
+from math import isnan, nan
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -16,47 +17,36 @@ from typing import TYPE_CHECKING, Any
 from wanda_lightning.common.checks import require_report_extra
 from wanda_lightning.common.words import count
 from wanda_lightning.models import SkipReason
-from wanda_lightning.report.records import POOLED, Layers, PrunedLayer, ReportData, TrainingPass, grouped
+from wanda_lightning.report.records import POOLED, Layers, PrunedLayer, ReportData, grouped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-_STYLESHEET = resources.files(__package__).joinpath("templates/style.css").read_text(encoding="utf-8")
-COLORS: Mapping[str, str] = dict(re.findall(r"--([\w-]+): (#\w+)", _STYLESHEET.partition("@media")[0]))
-"""The colors of the light theme by name, which all differ."""
-INK, MUTED, LINE, SURFACE, ACCENT = map(COLORS.__getitem__, ("ink", "muted", "line", "surface", "accent"))
-_SERIES = [color for name, color in COLORS.items() if name.startswith("series")]
-
-_LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "center", "size": 11, "annotation_clip": False}
-_DPI = 72  # so that a point is a pixel
-_STYLE = {
-    "svg.fonttype": "none",  # text stays text: selectable, and a tenth of the size
-    "text.parse_math": False,  # a dollar in a name is no formula
-    "font.size": 12,
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": MUTED,
-    "xtick.color": MUTED,
-    "ytick.color": INK,
-    "text.color": INK,
+COLORS: Mapping[str, str] = {
+    **{"ink": "#1f2530", "muted": "#66707d", "line": "#dde2e8", "surface": "#fefefd", "accent": "#2c68ad"},
+    **{"series-1": "#2d6ab0", "series-2": "#c8692f", "series-3": "#3a8a5a", "series-4": "#93509b"},
+    **{"series-5": "#857021", "series-6": "#2f8f9d", "series-7": "#bb4a63", "series-8": "#6c7480"},
 }
-_IN_TAGS: Sequence[tuple[str, Any]] = (  # what is replaced in the tags of an SVG
-    (r' id="[\w.]+_\d+"', ""),  # of groups, to which nothing refers
-    (r"-?\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}"),
-    (r"font(-size)?: ([\d.]+px)[^;\"]*(; font-family[^;\"]*)?", r"font-size: \2"),  # the family is that of the page
-    *((color, f"var(--{name})") for name, color in COLORS.items()),
-)
+"""The colors of the light theme, which all differ: in the page, CSS finds them in figures and replaces them."""
+INK, MUTED, LINE, SURFACE, ACCENT, *SERIES = COLORS.values()
+_STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
+_LABEL: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "size": 11}
+_LABEL["annotation_clip"] = False
+_LINE = 0.065  # height of a line of text, as a fraction of axes with lines
 
 _GROUP = re.compile(r"(^|\.)group\d+$")  # each group of a grouped convolution is a layer
 _NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
 
 
 class Grid:
-    """Values by kind of layer (rows) and block (columns), in order of first occurrence; None if unknown."""
+    """Values by kind of layer (rows) and block (columns), in order of first occurrence; NaN if unknown."""
 
     def __init__(self, cells: Mapping[tuple[str, str], float | None]) -> None:
         self.kinds = list(dict.fromkeys(kind for kind, _ in cells))  # rows, such as `self_attn.q_proj`
         self.blocks = list(dict.fromkeys(block for _, block in cells))  # columns
-        self.values = [[cells.get((kind, block)) for block in self.blocks] for kind in self.kinds]
+        found = {cell: nan if value is None else value for cell, value in cells.items()}
+        self.values = [[found.get((kind, block), nan) for block in self.blocks] for kind in self.kinds]
         self.known = [value for value in cells.values() if value is not None]
         self.shown = list(dict.fromkeys(f"{value:.1%}" for value in self.known))  # the different ones as text
         self.labels = shortest_ends([kind.replace(".*", "") for kind in self.kinds])
@@ -69,17 +59,6 @@ def layer_grid(report: ReportData, field: str) -> Grid:
     """Return the sparsity or the error of the layers of each kind in each block."""
     cells = grouped(report.layers, lambda layer: (_kind_in_block(layer), layer.block))
     return Grid({cell: getattr(Layers(layers), field) for cell, layers in cells.items() if cell[0]})
-
-
-def part_grid(report: ReportData) -> Grid:
-    """Return the errors of the parts of each block before and after a recovery has trained them."""
-    cells = {}
-    for layer in report.layers:
-        if part := layer.part:
-            kind = "block" if part.name == layer.block else part.name.removeprefix(f"{layer.block}.")
-            cells[f"{kind} before", layer.block] = part.before
-            cells[f"{kind} after", layer.block] = part.after
-    return Grid(cells)
 
 
 def _kind_in_block(layer: PrunedLayer) -> str:
@@ -143,90 +122,59 @@ class Plot:
 def plots_of(report: ReportData) -> list[Plot]:
     """Return the figures for which the report has numbers; refuse if the extra `report` is not installed."""
     require_report_extra()
-    sparsity, errors, parts = layer_grid(report, "sparsity"), layer_grid(report, "error"), part_grid(report)
-    bars, experts = weights_by_kind(report), expert_tokens(report)
-    passes = report.training.passes if report.training else ()
+    sparsity, errors, bars = layer_grid(report, "sparsity"), layer_grid(report, "error"), weights_by_kind(report)
     plots = []
     if len(sparsity.shown) > 1:  # colors span at least 10 %, so that nearly uniform sparsities look nearly uniform
         plots.append(Plot("sparsity", "Zeros by layer", sparsity.height, partial(_draw_heat_map, sparsity, 0.1)))
     if len(errors.blocks) > 1 and errors.known:
-        plots.append(_errors("error", "Relative error of the layers' outputs", errors))
-    if len(parts.blocks) > 1:
-        plots.append(_errors("parts", "Relative error of attention and MLP, before and after their training", parts))
+        many = len(errors.kinds) > len(SERIES)  # more lines than colors
+        draw = partial(_draw_heat_map, errors, 0.0) if many else partial(_draw_errors, errors)
+        plots.append(Plot("error", "Relative error of the layers' outputs", errors.height if many else 300, draw))
     plots.append(Plot("weights", "Where the zeros are", 50 + 22 * len(bars), partial(_draw_weights, bars)))
-    if len(experts) > 1:
-        plots.append(Plot("experts", "Calibration tokens per expert", 260, partial(_draw_experts, [*experts.values()])))
-    if len(passes) > 1:
-        plots.append(Plot("training", "Loss of the recovery", 240, partial(_draw_training, passes)))
     return plots
 
 
-def _errors(name: str, title: str, grid: Grid) -> Plot:
-    if len(grid.kinds) > len(_SERIES):  # more lines than colors
-        return Plot(name, title, grid.height, partial(_draw_heat_map, grid, 0.0))
-    return Plot(name, title, 300, partial(_draw_errors, grid))
-
-
-def color_range(values: Sequence[float], least: float) -> tuple[float, float]:
-    """Return the range of values that the colors span: that of the data, widened to `least` inside [0, 1]."""
-    low, high = min(values), max(values)
-    if high - low >= least:
-        return low, high
-    low = min(max(0.0, (low + high - least) / 2), 1 - least)
-    return low, low + least
-
-
 def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> None:
-    """Draw a cell for each layer: the larger the value, the stronger its color."""
-    from matplotlib.collections import PolyCollection
-    from matplotlib.colors import to_rgb
+    """Draw a cell for each layer: the larger the value, the stronger its color, over at least a range inside [0, 1]."""
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-    low, high = color_range(grid.known, least_range)
-    cells = [(row, column, value) for row, values in enumerate(grid.values) for column, value in enumerate(values)]
-    x_gap, y_gap = len(grid.blocks) / width, 0.05  # about a pixel
-    corners, colors = [], []
-    for row, column, value in cells:
-        if value is not None:
-            top, bottom, left, right = row + y_gap, row + 1 - y_gap, column + x_gap, column + 1 - x_gap
-            corners.append([(left, top), (right, top), (right, bottom), (left, bottom)])
-            strength = 0.12 + 0.88 * (value - low) / (high - low) if high > low else 0.5
-            colors.append((*to_rgb(ACCENT), strength))
-            if width >= 26 * len(grid.blocks):
-                ink = SURFACE if strength > 0.72 else INK
-                axes.text(column + 0.5, row + 0.52, f"{100 * value:.0f}", color=ink, ha="center", va="center", size=10)
-    axes.add_collection(PolyCollection(corners, facecolors=colors, linewidths=0))
-    axes.set(xlim=(0, len(grid.blocks)), ylim=(len(grid.kinds), 0))
-    axes.set_yticks([row + 0.5 for row in range(len(grid.kinds))], grid.labels)
-    _number_blocks(axes, grid, 0.5, f"block, from {low:.1%} (pale) to {high:.1%} (strong)")
+    low, high = min(grid.known), max(grid.known)
+    if high - low < least_range:
+        low = min(max(0.0, (low + high - least_range) / 2), 1 - least_range)
+        high = low + least_range
+    strengths = LinearSegmentedColormap.from_list("strengths", [to_rgba(ACCENT, 0.12), to_rgba(ACCENT, 1.0)])
+    edges = (np.arange(size + 1) - 0.5 for size in (len(grid.blocks), len(grid.kinds)))
+    gap: dict[str, Any] = {"edgecolors": SURFACE, "linewidth": 1}
+    axes.pcolormesh(*edges, np.array(grid.values), cmap=strengths, vmin=low, vmax=high, **gap)
+    for row, values in enumerate(grid.values if width >= 26 * len(grid.blocks) else ()):
+        for column, value in enumerate(values):
+            ink = SURFACE if value - low > 0.64 * (high - low) else INK
+            text = "" if isnan(value) else f"{100 * value:.0f}"
+            axes.text(column, row + 0.02, text, color=ink, ha="center", va="center", size=10)
+    axes.set(ylim=(len(grid.kinds) - 0.5, -0.5), yticks=range(len(grid.kinds)), yticklabels=grid.labels)
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+    _number_blocks(axes, grid, f"block, from {low:.1%} (pale) to {high:.1%} (strong)")
 
 
-def _number_blocks(axes: Axes, grid: Grid, center: float, label: str = "block") -> None:
-    """Number the blocks, each at its number plus `center`, and mark where another list of blocks begins."""
-    step = next((step for step in (1, 2, 5, 10, 20, 50, 100) if len(grid.blocks) <= 16 * step), 1000)
-    numbers = range(0, len(grid.blocks), step)
-    axes.set_xticks([number + center for number in numbers], [str(number) for number in numbers])
+def _number_blocks(axes: Axes, grid: Grid, label: str = "block") -> None:
+    """Number the blocks, and mark where another list of blocks begins."""
+    axes.locator_params(axis="x", nbins=16, integer=True)
     axes.set_xlabel(label)
     for name, first in grid.stacks.items() if len(grid.stacks) > 1 else ():
-        start = first + center - 0.5
-        if first:
-            axes.axvline(start, color=LINE, linewidth=1)
-        axes.text(start + 0.05, 1.01, name, transform=axes.get_xaxis_transform(), size=10, color=MUTED)
+        axes.axvline(first - 0.5, color=LINE, linewidth=1)
+        axes.text(first - 0.45, 1.01, name, transform=axes.get_xaxis_transform(), size=10, color=MUTED)
 
 
 def _draw_errors(grid: Grid, axes: Axes, _: int) -> None:
-    """Draw a line over the blocks for each kind, in percent; "before" is dashed and has the color of "after"."""
-    names = [label.removesuffix(" before").removesuffix(" after") for label in grid.labels]
-    colors = dict(zip(dict.fromkeys(names), _SERIES, strict=False))
-    for label, name, values in zip(grid.labels, names, grid.values, strict=True):
-        style = "--" if label.endswith(" before") else "-"
-        percent = [None if value is None else 100 * value for value in values]
-        _draw_line(axes, label, percent, color=colors[name], linestyle=style, linewidth=1.6)
-    axes.set(ylim=(0, None), xmargin=0.01)
-    _number_blocks(axes, grid, 0)
+    """Draw a line over the blocks for each kind, in percent."""
+    for label, color, values in zip(grid.labels, SERIES, grid.values, strict=False):
+        known = [(block, 100 * value) for block, value in enumerate(values) if not isnan(value)]
+        axes.plot(*zip(*known, strict=True), label=label, color=color)
+    axes.set(ylim=(0, None))
     axes.yaxis.set_major_formatter("{x:g}%")
     _label_lines(axes)
+    _number_blocks(axes, grid)
 
 
 def _draw_weights(bars: Sequence[tuple[str, int, int, int]], axes: Axes, _: int) -> None:
@@ -238,113 +186,51 @@ def _draw_weights(bars: Sequence[tuple[str, int, int, int]], axes: Axes, _: int)
         size = zeros + kept + dense
         short = count(size, (" B", " M", " K"))
         text = f"{short} dense" if dense == size else f"{zeros / size:.1%} of {short}"
-        axes.annotate(text, (size, row), (6, 0), color=MUTED, **_LABEL)
+        axes.annotate(text, (size, row), color=MUTED, **_LABEL)
     axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, max(sum(numbers) for _, *numbers in bars)), xticks=[])
     axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
-    axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-
-
-def _draw_experts(experts: Sequence[Mapping[str, float]], axes: Axes, _: int) -> None:
-    """Draw the median of the experts' tokens in each block, and the range from the fewest to the most."""
-    from matplotlib.ticker import MaxNLocator
-
-    fewest, middle, most = ([each[heading] for each in experts] for heading in ("Fewest tokens", "Median", "Most"))
-    axes.fill_between(range(len(experts)), fewest, most, color=ACCENT, alpha=0.2, linewidth=0)
-    _draw_line(axes, "most", most, color=MUTED, linewidth=0)
-    _draw_line(axes, "median", middle, color=ACCENT, linewidth=1.8)
-    _draw_line(axes, "fewest", fewest, color=MUTED, linewidth=0)
-    if max(most) > 10 * max(1, min(fewest)):
-        axes.set_yscale("symlog", linthresh=1)
-    axes.set(ylim=(0, None), xmargin=0.01, xlabel="block with experts")
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    _label_lines(axes)
-
-
-def _draw_training(passes: Sequence[TrainingPass], axes: Axes, _: int) -> None:
-    """Draw the losses of each pass of a recovery of the whole model."""
-    from matplotlib.ticker import MaxNLocator
-
-    style = {"linewidth": 1.8, "marker": "o", "markersize": 4}
-    _draw_line(axes, "trained on", [each.loss for each in passes], color=MUTED, **style)
-    _draw_line(axes, "held out", [each.held_out for each in passes], color=ACCENT, **style)
-    axes.set(xmargin=0.02, ymargin=0.12, xlabel="pass over the samples")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _label_lines(axes)
-
-
-def _draw_line(axes: Axes, label: str, values: Iterable[float | None], **style: Any) -> None:
-    if known := [(column, value) for column, value in enumerate(values) if value is not None]:
-        axes.plot(*zip(*known, strict=True), label=label, **style)
 
 
 def _label_lines(axes: Axes) -> None:
     """Write the labels of lines next to their right ends, moved apart where they would overlap; add a light grid."""
-    axes.grid(axis="y", color=LINE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(length=0)
-    axes.figure.figure.draw_without_rendering()  # gives the axes their final size
-    box = axes.get_window_extent()
-    # Matplotlib itself labels the lines between lists of blocks: _child1, _child2, ...
-    lines: list[Any] = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_child")]
-    heights = [float(axes.transData.transform((1, line.get_ydata()[-1]))[1]) for line in lines]
-    for line, y in zip(lines, spread_out(heights, 14, box.y0, box.y1), strict=True):  # 14 pixels: a line of text
-        place, color = (1, (y - box.y0) / box.height), line.get_color()
-        axes.annotate(line.get_label(), place, (6, 0), xycoords="axes fraction", color=color, **_LABEL)
-
-
-def spread_out(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move numbers apart until neighbors differ by at least `gap`, in the same order and as little as needed."""
-    moved, lowest, highest = list(places), low, high - gap * (len(places) - 1)
-    for rank, index in enumerate(sorted(range(len(places)), key=places.__getitem__)):
-        lowest = max(lowest, places[index] - gap * rank)
-        moved[index] = min(lowest, highest) + gap * rank
-    return moved
+    axes.grid(axis="y")
+    axes.autoscale_view()
+    to_height = axes.transData + axes.transAxes.inverted()
+    lines: list[Any] = axes.get_legend_handles_labels()[0]
+    ends = sorted(((to_height.transform((0, line.get_ydata()[-1]))[1], line) for line in lines), key=itemgetter(0))
+    place = 0.0
+    for rank, (end, line) in enumerate(ends, start=1):
+        place = min(max(place, end), 1 - _LINE * (len(ends) - rank))
+        axes.annotate(line.get_label(), (1, place), xycoords="axes fraction", color=line.get_color(), **_LABEL)
+        place += _LINE
 
 
 def to_svg(plot: Plot, width: int) -> str:
-    """Return a figure as an SVG element whose colors are variables of the page, and whose ids no other figure has."""
+    """Return a figure as an SVG element, in whose styles the page replaces the colors and the font."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": f"{plot.name}-{width}"}), StringIO() as file:
-        figure = _figure(width, plot.height)
+    with mpl.rc_context({"svg.hashsalt": f"{plot.name}-{width}"}, _STYLE), StringIO() as file:  # ids of its own
+        figure = Figure((width / 72, plot.height / 72))
         plot.draw(figure.add_subplot(), width)
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-        _, _, content = file.getvalue().partition("</defs>")  # without the metadata and the style before it
-    content = re.sub(r"\s*\n\s*", " ", content)
-    for pattern, replacement in _IN_TAGS:
-        content = re.sub(pattern + "(?=[^<>]*>)", replacement, content)
-    return f'<svg viewBox="0 0 {width} {plot.height}" role="img" aria-label="{plot.title}">{content}'
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+        _, start, content = file.getvalue().partition("<svg ")
+    return f'{start}role="img" aria-label="{plot.title}" {content}'
 
 
-def to_png(plots: Sequence[Plot], file: Path | BytesIO, title: str = "", width: int = 900, **options: Any) -> None:
-    """Write plots below each other into one PNG."""
+def to_figure(plots: Sequence[Plot], title: str = "", width: int = 900) -> Figure:
+    """Return plots below each other, with their titles, as one figure of Matplotlib."""
     import matplotlib as mpl
+    from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(fname=_STYLE):
         heights = [plot.height + 50 for plot in plots]
-        figure = _figure(width, sum(heights) + 50)
-        if title:
-            figure.suptitle(title, x=0.02, ha="left", size=14, weight="bold")
+        figure = Figure((width / 72, (sum(heights) + 50) / 72))
+        figure.suptitle(title, x=0.02, ha="left", size=14, weight="bold")
         rows = figure.subfigures(len(plots), 1, height_ratios=heights, squeeze=False)
         for plot, part in zip(plots, rows[:, 0], strict=True):
             part.suptitle(plot.title, x=0.02, ha="left", size=12)
             plot.draw(part.add_subplot(), width)
-        figure.savefig(file, **{"format": "png", "dpi": 2 * _DPI, **options})
-
-
-def to_array(plot: Plot, width: int = 900) -> Any:
-    """Return a figure with its title as an array, (height, width, 3), of bytes."""
-    import numpy as np
-
-    file = BytesIO()
-    to_png([plot], file, width=width, format="rgba", dpi=_DPI)
-    return np.frombuffer(file.getvalue(), np.uint8).reshape(-1, width, 4)[..., :3].copy()
-
-
-def _figure(width: int, height: int) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, layout="constrained", facecolor=SURFACE)
+    return figure

@@ -6,18 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from wanda_lightning.common import words
 from wanda_lightning.common.atomic_write import atomic_write
+from wanda_lightning.common.checks import check_report_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import counted
 from wanda_lightning.models import SkippedMatrix
-from wanda_lightning.report.fields import as_json, from_fields
-from wanda_lightning.report.page import write_html, write_png
-from wanda_lightning.report.records import ReportData, grouped
+from wanda_lightning.report import descriptions, figures
+from wanda_lightning.report.metrics import METRICS
+from wanda_lightning.report.records import ReportData, Run, as_json, from_parsed, grouped
 
 REPORT_NAME = "pruning_report.json"
 _VERSION = 1  # of the JSON; a report without a version is older, and has the same fields
@@ -28,25 +30,13 @@ class PruningReport(ReportData):
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
 
     `str()` gives a table with one row for all experts of a module; `save()` writes `pruning_report.json`.
-
-    Attributes:
-        layers: The pruned matrices.
-        skipped: All other matrices, each with its reason.
-        parameters: Number of parameters of the whole model.
-        zeros: Number of zeros among them.
-        seconds: Time per stage.
-        config: The configuration, in full.
-        versions: Versions of Python and the libraries.
-        notes: Sentences about the pruning as a whole.
-        training: The training of the whole pruned model; None if there was none.
-        run: The run that pruned the model; None from `prune()`, which measures nothing.
     """
 
     def summary(self) -> str:
         """The totals as text."""
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         return (
-            f"{counted(len(self.layers), 'layer')} with {self.coverage:.1%} of {self.parameters:,} parameters. "
+            f"{words.counted(len(self.layers), 'layer')} with {self.coverage:.1%} of {self.parameters:,} parameters. "
             f"Sparsity: {self.sparsity:.2%} of the pruned layers, {self.model_sparsity:.2%} of the model. "
             f"{self.total_seconds:.1f} s ({stages})."
         )
@@ -66,47 +56,49 @@ class PruningReport(ReportData):
 
     @classmethod
     def from_json(cls, text: str) -> PruningReport:
-        """Construct a report from the JSON that `to_json` returned, now or in an older version.
-
-        Raises:
-            ValueError: If the text is not such JSON. The message names the field.
-        """
+        """Construct a report from the JSON that `to_json` returned, now or in an older version."""
         content = json.loads(text)
-        version = content.get("version", 0) if isinstance(content, dict) else 0
-        if version not in range(_VERSION + 1):
+        if content.get("version", 0) > _VERSION:
             raise UserError(
-                f"version must be at most {_VERSION}, but it is {version!r}. Read this report with the version of "
-                "wanda_lightning that wrote it, or a newer one."
+                f"version must be at most {_VERSION}, but it is {content['version']!r}. Read this report with the "
+                "version of wanda_lightning that wrote it, or a newer one."
             )
-        report: PruningReport = from_fields(cls, content)
-        shares = {f"layers[{index}].sparsity": layer.sparsity for index, layer in enumerate(report.layers)}
-        for name, share in {**shares, "zeros": report.zeros / max(1, report.parameters)}.items():
-            if not 0 <= share <= 1:  # NaN, too
-                raise UserError(f"{name} must be a share of the weights, but it is {share:g} of them.")
-        return report
+        return from_parsed(cls, content)
 
     @classmethod
     def load(cls, path: str | Path) -> PruningReport:
-        """Read a file that `save` wrote, or the one in a folder.
-
-        Raises:
-            OSError: If there is no such file.
-            ValueError: If the file is not a report. The message names the file and the field.
-        """
-        path = Path(path)
-        file = path / REPORT_NAME if path.is_dir() else path
+        """Read a file that `save` wrote, or the one in a folder. A ValueError names a file that is not a report."""
+        file = Path(path, REPORT_NAME) if Path(path).is_dir() else Path(path)
         try:
             return cls.from_json(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:
             raise UserError(f"{file} is not a report: {error}") from error
 
     def to_html(self, path: str | Path) -> None:
         """Write a page with figures and tables: one file, which needs no network. Needs the extra `report`."""
-        write_html(self, path)
+        plots = {plot.name: plot for plot in figures.plots_of(self)}
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        loader = PackageLoader("wanda_lightning", "report/templates")
+        options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+        jinja = Environment(loader=loader, undefined=StrictUndefined, **options)
+        jinja.filters |= {"percent": "{:.2%}".format, "duration": words.duration}
+        template, run = jinja.get_template("report.html"), self.run or Run()
+        texts = {"descriptions": descriptions, "words": words, "metric": METRICS.get(run.metric)}
+        with atomic_write(path) as temporary:
+            page = template.render(report=self, run=run, figures=figures, plots=plots, **texts)
+            temporary.write_text(page, encoding="utf-8")
 
     def to_png(self, path: str | Path) -> None:
         """Write the figures of the page into one picture. Needs the extra `report`."""
-        write_png(self, path)
+        title = f"{descriptions.title_of(self)}: {descriptions.method_in_words(self.config)}"
+        figure = figures.to_figure(figures.plots_of(self), title)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=144)
+
+    def write(self, path: str | Path) -> None:
+        """Write the page (.html) or the picture of its figures (.png)."""
+        (self.to_html if check_report_path(path) == ".html" else self.to_png)(path)
 
     def save(self, folder: str | Path) -> Path:
         """Write `pruning_report.json` into a folder, atomically, and return its path."""
@@ -124,22 +116,9 @@ class PruningReport(ReportData):
             pruned.add_row(escape(name), shape, *numbers, escape(layers.remarks))
         console = Console(width=140, color_system=None, highlight=False, emoji=False)  # `N:M:` is not an emoji
         with console.capture() as capture:
-            console.print(pruned)
-            if self.skipped:
-                console.print(skipped_table(self.skipped))
-            for note in self.notes:
-                console.print(f"Note: {note}", markup=False)
-            console.print(self.summary())
+            console.print(pruned, *([skipped_table(self.skipped)] if self.skipped else []))
+            console.print(*(f"Note: {note}" for note in self.notes), self.summary(), sep="\n", markup=False)
         return capture.get()
-
-
-def _table(title: str, *headings: str) -> Table:
-    """An empty table: text columns, which are the outer ones, to the left, and numbers to the right."""
-    table = Table(title=title, title_justify="left")
-    for heading in headings:
-        is_text = heading in (headings[0], headings[-1])
-        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
-    return table
 
 
 def skipped_table(skipped: Sequence[SkippedMatrix]) -> Table:
@@ -148,4 +127,13 @@ def skipped_table(skipped: Sequence[SkippedMatrix]) -> Table:
     for reason, matrices in grouped(skipped, lambda matrix: matrix.detail).items():
         size = sum(matrix.size for matrix in matrices)
         table.add_row(escape(reason), str(len(matrices)), f"{size:,}", escape(matrices[0].name))
+    return table
+
+
+def _table(title: str, *headings: str) -> Table:
+    """An empty table: text columns, which are the outer ones, to the left, and numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        is_text = heading in (headings[0], headings[-1])
+        table.add_column(heading, justify="left" if is_text else "right", overflow="fold")
     return table

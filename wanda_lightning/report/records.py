@@ -1,13 +1,18 @@
-"""The records of a report: every matrix of the model, the stages of the pruning, and the run around it."""
+"""The records of a report, and how they are written as JSON and read back."""
 
 from __future__ import annotations
 
+import json
 import platform
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import EnumMeta
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
+from math import nan
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from wanda_lightning.models import SkippedMatrix
 
@@ -31,6 +36,35 @@ def versions() -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[library] = version(library)
     return found
+
+
+def as_json(value: Any) -> str:
+    """Return plain data as JSON, which has no NaN and no infinity: they become null."""
+    return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None), indent=1)
+
+
+def from_parsed(kind: Any, value: Any) -> Any:
+    """Construct an object of an annotated type from its parsed JSON; ignore keys that are not fields.
+
+    A null for a number that is not optional was NaN or infinity. Content of another shape is a ValueError.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    try:
+        if is_dataclass(kind):
+            known = {name: each for name, each in get_type_hints(kind).items() if name in value}
+            given = {each.name for each in fields(kind)} & known.keys()
+            return kind(**{name: from_parsed(known[name], value[name]) for name in given})  # type: ignore[operator]
+        if origin is UnionType:  # with None
+            return None if value is None else from_parsed(arguments[0], value)
+        if origin in (list, tuple):
+            return origin(from_parsed(arguments[0], each) for each in value)
+        if origin in (dict, Mapping):
+            return {name: from_parsed(arguments[1], each) for name, each in value.items()}
+        if isinstance(kind, EnumMeta):
+            return kind(value)
+        return nan if kind is float and value is None else value
+    except (TypeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -101,16 +135,11 @@ class Layers(list[PrunedLayer]):
 
     @property
     def remarks(self) -> str:
-        """The remarks about the layer; for experts, all different ones with the numbers of their experts."""
-        if not (siblings := self[0].siblings):
+        """The remarks about the layer; for experts, all different ones with the number of their experts."""
+        if not self[0].siblings:
             return self[0].remarks
-        before, _, after = siblings.partition("*")
-        found = [f"{len(self)} experts"]
-        for remarks, layers in grouped(self, lambda layer: layer.remarks).items():
-            if remarks:
-                numbers = (layer.name.removeprefix(before).removesuffix(after) for layer in layers)
-                found.append(f"{', '.join(numbers)}: {remarks}")
-        return "; ".join(found)
+        remarks = Counter(layer.remarks for layer in self if layer.remarks)
+        return "; ".join([f"{len(self)} experts", *(f"{number} of them: {each}" for each, number in remarks.items())])
 
     def range(self, field: str, form: str) -> str:
         """Return the smallest and the largest value of a field as text, or one if they look the same."""
@@ -213,18 +242,18 @@ class Run:
 
 @dataclass
 class ReportData:
-    """The content of a report, and the totals that follow from it; `PruningReport` describes the fields."""
+    """The content of a report, and the totals that follow from it."""
 
-    layers: list[PrunedLayer]
-    skipped: list[SkippedMatrix]
-    parameters: int
-    zeros: int
-    seconds: dict[str, float]
-    config: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
-    training: Training | None = None
-    run: Run | None = None
-    versions: dict[str, str] = field(default_factory=versions)
+    layers: list[PrunedLayer]  # the pruned matrices
+    skipped: list[SkippedMatrix]  # all other matrices, each with its reason
+    parameters: int  # number of parameters of the whole model
+    zeros: int  # number of zeros among them
+    seconds: dict[str, float]  # time per stage
+    config: dict[str, Any]  # the configuration, in full
+    notes: list[str] = field(default_factory=list)  # sentences about the pruning as a whole
+    training: Training | None = None  # of the whole pruned model
+    run: Run | None = None  # the run that pruned the model; None from `prune()`, which measures nothing
+    versions: dict[str, str] = field(default_factory=versions)  # of Python and the libraries
 
     @property
     def sparsity(self) -> float:

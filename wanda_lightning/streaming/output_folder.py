@@ -21,7 +21,7 @@ from wanda_lightning.common.words import one_line
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PrunedLayer
-from wanda_lightning.report.fields import as_json, from_fields
+from wanda_lightning.report.records import as_json, from_parsed
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.shards import Shards
 
@@ -89,7 +89,7 @@ class OutputFolder:
         """Continue an interrupted run with the same choices; parts whose files are missing are written again."""
         own, file = self.progress, self.path / PROGRESS_NAME
         try:
-            begun: Progress = from_fields(Progress, json.loads(file.read_text(encoding="utf-8")))
+            begun: Progress = from_parsed(Progress, json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
             raise UserError(
                 f"{file} is not the record of an interrupted run of this version: {one_line(error)} Delete {folder} to "
