@@ -178,15 +178,15 @@ USUAL = {  # docs/measured.md says it once
 }
 
 
-def source(results: Sequence[Result], data: bool = True) -> str:
+def source(results: Sequence[Result], data: bool = True, notes: bool = True) -> str:
     """Describe the data, unless they are the usual ones, and the notes of all results; begin with an empty line."""
     named = []
     for name, usual in USUAL.items() if data else ():
         used = _distinct(samples(own) for result in results if (own := getattr(result, name)))
         if used not in ([], [usual]):
             named.append(f"{name.capitalize()}: {'; '.join(used)}.")
-    notes = [f"- {_noted(note, results)}{note}" for note in _distinct(result.note for result in results)]
-    return "".join(f"\n\n{part}" for part in (" ".join(named), "\n".join(notes)) if part)
+    noted = [f"- {_noted(note, results)}{note}" for note in _distinct(result.note for result in results) if notes]
+    return "".join(f"\n\n{part}" for part in (" ".join(named), "\n".join(noted)) if part)
 
 
 def _noted(note: str, results: Sequence[Result]) -> str:
@@ -288,7 +288,7 @@ def _by_model(results: Sequence[Result], cell: Cell) -> str:
         which = f"`{model}`" + f" with the weights `{weights}`" * bool(weights)
         (dense,) = (result for result in group if result.method == "dense")
         parts += [f"{which}, {percent(dense, 'top1')} dense:", by_goals("method", group, cell, _columns(group))]
-    return "\n\n".join(parts) + source(results)
+    return "\n\n".join(parts) + source(results, notes=False)
 
 
 def _columns(results: Sequence[Result]) -> list[str]:
@@ -480,7 +480,7 @@ def _by_number(heading: str, noun: str, more: Sequence[Result], usual: Sequence[
     used = [run for run in (*more, *usual) if run.method in methods and run.goal in goals]
     ordered = sorted(used, key=lambda run: (list(LABELS).index(run.method), _count(run)))
     cells = [(f"{LABELS[run.method]}, {_count(run):,} {noun}", run.goal, cell(run)) for run in ordered]
-    return grid(heading, cells, goals) + source(used)
+    return grid(heading, cells, goals)
 
 
 def _count(run: Result) -> int:
@@ -524,8 +524,7 @@ def draws() -> str:
                 own = [run for run in results if run.method == method and run.goal in (goal, "dense")]
                 values = [run.measured[quantity] for run in own if quantity in run.measured]
                 cells.append((f"{LABELS[method]}, {text}", goal, mean_and_range(values)))
-    second = "On python-docs, evaluation has 40 windows of 512 tokens, too."
-    return "\n\n".join([grid("perplexity", cells, goals), second]) + source(results)
+    return grid("perplexity", cells, goals)
 
 
 def mean_and_range(values: Sequence[float]) -> str:
