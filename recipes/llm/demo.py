@@ -1,11 +1,11 @@
 """Prune a language model with magnitude and with Wanda, and measure its perplexity.
 
-    make demo                          (runs this script with SmolLM2-135M-Instruct)
+    make demo                          (runs this script with SmolLM2-135M-Instruct, then writes a page about `best`)
     python recipes/llm/demo.py --model FOLDER_OR_GGUF --sparsity 0.5 --pattern 2:4
 
 Calibration reads Python's own documentation. Perplexity is measured on text of another kind, the descriptions of
 scikit-learn's data sets, and beside it on other topics of Python's documentation, where pruning seems to cost less.
-Nothing is downloaded for them. Result: a table with perplexities and seconds, and a page that shows what Wanda did.
+Nothing is downloaded for them. Result: a table with perplexities and seconds.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import copy
 import logging
 import time
 import warnings
-from dataclasses import replace
 
 import lightning as L
 from rich.console import Console
@@ -34,7 +33,6 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
     parser.add_argument("--limit", type=int, default=32, help="windows to measure on")
-    parser.add_argument("--report", default="out/demo.html", help="page to write about Wanda")
     options = parser.parse_args()
 
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning 2.6 on torch 2.13
@@ -49,13 +47,11 @@ def main() -> None:
         limit=options.limit,
         batch_size=4,
     )
-    wanda = WandaPrune(options.sparsity, pattern=options.pattern, num_samples=options.num_samples)
     methods: dict[str, PruningCallback | None] = {
         "dense": None,
         "magnitude": PruningCallback(options.sparsity, method="magnitude", pattern=options.pattern),
-        "wanda": wanda,
+        "wanda": WandaPrune(options.sparsity, pattern=options.pattern, num_samples=options.num_samples),
     }
-    perplexities: dict[str, list[float]] = {}
     dense = copy.deepcopy(module.state_dict())
     table = Table(title=f"{options.model}, perplexity on at most {options.limit} windows of {options.seqlen} tokens")
     for heading in ("method", "sparsity", *TEXTS, "seconds to prune", "seconds in total"):
@@ -71,23 +67,15 @@ def main() -> None:
             callbacks=[callback] if callback else [],
         )
         trainer.validate(module, data, verbose=False)
-        perplexities[name] = [float(trainer.callback_metrics[metric]) for metric in METRICS]
         report = callback.report if callback else None
         table.add_row(
             name,
             f"{report.sparsity:.2%}" if report else "",
-            *(f"{perplexity:.2f}" for perplexity in perplexities[name]),
+            *(f"{trainer.callback_metrics[metric]:.2f}" for metric in METRICS),
             f"{report.total_seconds:.1f}" if report else "",
             f"{time.perf_counter() - started:.1f}",
         )
     Console(width=max(100, Console().width)).print(table)
-    assert wanda.report is not None
-    assert wanda.report.run is not None
-    before, before_other = perplexities["dense"]
-    others = tuple(replace(other, before=before_other) for other in wanda.report.run.others)
-    wanda.report.run = replace(wanda.report.run, before=before, others=others)
-    wanda.report.to_html(options.report)
-    print(f"The report of Wanda is in {options.report}.")
 
 
 if __name__ == "__main__":

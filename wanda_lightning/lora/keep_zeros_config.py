@@ -16,7 +16,8 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
 
     W is (d_out, d_in), A is (r, d_in), B is (d_out, r), and s is lora_alpha / r (lora_alpha / sqrt(r) with
     `use_rslora`): Hu et al. 2021, eq. 3. Use it like `peft.LoraConfig`, which has the same options, on a model that is
-    already pruned. Targets are nn.Linear and transformers' Conv1D. Dropout acts on the input of the adapter.
+    already pruned: without zeros, it is plain LoRA at a higher cost. Targets are nn.Linear and transformers' Conv1D.
+    Dropout acts on the input of the adapter.
 
     A sum in half precision would lose updates that are smaller than half of the last digit of W. Therefore a layer in
     half precision computes two products, one with W and one with the update, and only `merge` rounds the sum. The
@@ -31,9 +32,6 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
         ValueError: An option of LoRA cannot keep zeros (DoRA and other variants, initializations that write to W,
             `target_parameters`, `layer_replication`, Megatron). `get_peft_model` raises it if a target is not a linear
             layer, is quantized in a format whose zeros cannot be read, or shares its weight with another target.
-
-    Warns:
-        UserWarning: `get_peft_model` found no zero in the targeted weights, so the adapters are plain LoRA.
     """
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """Insert keep-zeros adapters into a model."""
 
 import copy
-import warnings
 from typing import Any
 
 from peft import LoraModel
@@ -17,19 +16,6 @@ from wanda_lightning.models.quantized import can_be_read, is_quantized
 
 class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not followed by mypy
     """PEFT's LoRA with a `KeepZerosLinear` in place of each target; `get_peft_model` constructs it."""
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, and warn if the weights that it targets contain no zeros."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = (layer for layer in model.modules() if isinstance(layer, KeepZerosLinear))
-        targets = [layer for layer in layers if adapter_name in layer.lora_A]
-        weights = (layer.unmerged_weight() for layer in targets)  # one at a time: a quantized one is dequantized
-        if targets and not any(weight.is_meta or bool((weight == 0).any()) for weight in weights):
-            warnings.warn(
-                f"None of the {len(targets)} layers that adapter {adapter_name!r} targets holds a zero, so it is a "
-                "plain LoRA at a higher cost. Prune first, or use peft.LoraConfig.",
-                stacklevel=2,
-            )
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check all targets before the first one is replaced."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
@@ -371,7 +370,4 @@ def _with_adapters(model: Any, keep_zeros: bool = True, **arguments: Any) -> Any
     from wanda_lightning.lora import KeepZerosLoraConfig
 
     config = KeepZerosLoraConfig if keep_zeros else peft.LoraConfig
-    with warnings.catch_warnings():
-        # A callback may prune when training starts.
-        warnings.filterwarnings("ignore", message="None of the .* layers that adapter .* holds a zero")
-        return peft.get_peft_model(model, config(task_type="CAUSAL_LM", **arguments))
+    return peft.get_peft_model(model, config(task_type="CAUSAL_LM", **arguments))

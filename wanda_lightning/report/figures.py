@@ -79,8 +79,8 @@ def shortest_ends(names: Sequence[str]) -> list[str]:
     return [next((end for end in ends[name] if uses[end] == 1), name) for name in names]
 
 
-def weights_by_kind(report: ReportData, most: int = 14) -> list[tuple[str, int, int, int]]:
-    """Return (kind of matrix, zeros, other pruned weights, weights left dense), largest first, `most` at most."""
+def weights_by_kind(report: ReportData) -> list[tuple[str, int, int, int]]:
+    """Return (kind of matrix, zeros, other pruned weights, weights left dense), largest first."""
     pruned = grouped(report.layers, _kind_in_model)
     found = []
     for name, layers in zip(shortest_ends(list(pruned)), pruned.values(), strict=True):
@@ -91,11 +91,7 @@ def weights_by_kind(report: ReportData, most: int = 14) -> list[tuple[str, int, 
             found.append((reason.value.replace("_", " "), 0, 0, sum(matrix.size for matrix in matrices)))
     if (rest := report.parameters - sum(sum(numbers) for _, *numbers in found)) > 0:
         found.append(("norms, biases", 0, 0, rest))
-    found.sort(key=lambda each: -sum(each[1:]))
-    if len(found) > most:
-        _, zeros, kept, dense = zip(*found[most - 1 :], strict=True)
-        found[most - 1 :] = [(f"{len(zeros)} others", sum(zeros), sum(kept), sum(dense))]
-    return found
+    return sorted(found, key=lambda each: -sum(each[1:]))
 
 
 def expert_tokens(report: ReportData) -> dict[str, dict[str, float]]:
