@@ -4,7 +4,9 @@ import dataclasses
 import inspect
 
 import pytest
+import torch
 
+import wanda_lightning as wl
 from wanda_lightning import (
     ADMM,
     OWL,
@@ -75,6 +77,7 @@ def test_choices_replace_those_of_the_method():
     ("choices", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity must be .* at least 0 and below 1, but it is 1\.0"),
+        ({"sparsity": 50}, r"sparsity must be .* \(0\.5 for 50 %\), but it is 50\."),
         ({"sparsity": "half"}, "sparsity must be .* but it is 'half'"),
         ({"sparsity": True}, "sparsity must be .* but it is True"),
         ({"criterion": "wnda"}, "criterion must be one of wanda, .* but it is 'wnda'. Did you mean wanda?"),
@@ -143,3 +146,16 @@ def test_typed_choices_are_the_arguments():
     arguments = {name: each.annotation for name, each in inspect.signature(PruningConfig.from_names).parameters.items()}
     found = {name: annotation.__forward_arg__ for name, annotation in PruningChoices.__annotations__.items()}
     assert found == {name: annotation for name, annotation in arguments.items() if name != "sparsity"}
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda **choices: wl.prune(torch.nn.Linear(2, 2), [], **choices),
+        lambda **choices: wl.WandaPrune(0.5, **choices),
+        lambda **choices: wl.prune_from_disk("model", "out", [], **choices),
+    ],
+)
+def test_an_unknown_choice_is_named(start):
+    with pytest.raises(ValueError, match=r"^patern is no choice of pruning\. Did you mean pattern\?$"):
+        start(patern="2:4")

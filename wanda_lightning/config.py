@@ -244,8 +244,15 @@ def _base(option: str) -> type:
     return next(base for base in bases if base.__name__.lower() == option)
 
 
+def check_choices(choices: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an argument that is no choice of pruning."""
+    for name in choices.keys() - PruningChoices.__annotations__.keys():
+        raise UserError(f"{name} is no choice of pruning.{did_you_mean(name, PruningChoices.__annotations__)}")
+
+
 def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
-    fraction = "the fraction of weights that become zero, at least 0 and below 1"
+    percent = f" ({sparsity / 100:g} for {sparsity:g} %)" if isinstance(sparsity, int | float) and sparsity > 1 else ""
+    fraction = f"the fraction of weights that become zero, at least 0 and below 1{percent}"
     check_values(Number(minimum=0, below=1, text=fraction), sparsity=sparsity)
     check_at_least(0, min_expert_tokens=min_expert_tokens)
 

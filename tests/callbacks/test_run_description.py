@@ -68,7 +68,11 @@ def test_results_on_several_texts(tmp_path, text):
     both = TextDataModule(tiny_tokenizer(), files[0], files, seqlen=16, num_samples=8, batch_size=2, limit=5, seed=3)
     callback, model = WandaPrune(num_samples=4, calibrate_on="validation"), module()
     dense = trainer(callback)
-    dense.validate(model, both, verbose=False)
+    shown = dense.validate(model, both, verbose=False)
+    assert [list(each) for each in shown] == [
+        ["val_perplexity", f"val_perplexity/{files[0]}"],
+        [f"val_perplexity/{files[1]}"],
+    ]
     other = Measured(
         f"{files[1]}, 5 windows of 16 tokens", float(dense.callback_metrics[f"val_perplexity/{files[1]}"]), None
     )

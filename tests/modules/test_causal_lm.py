@@ -45,6 +45,7 @@ def test_several_dataloaders_have_a_perplexity_each():
         getattr(run, loop)(module, loaders, verbose=False)
         measured = {key: float(value) for key, value in run.callback_metrics.items()}
         assert measured == {name: alone[0], f"{name}/1": alone[1]}
+        assert [list(result) for result in getattr(trainer(), loop)(module, loaders)] == [[name], [f"{name}/1"]]
     first, second = trainer().predict(module, loaders)
     assert [torch.cat(first).mean().exp().item(), torch.cat(second).mean().exp().item()] == pytest.approx(alone)
 

@@ -112,6 +112,12 @@ def test_missing_classifiers_are_refused(tmp_path):
             ImageClassifierModule(name)
 
 
+def test_a_tokenizer_that_cannot_be_written_is_an_ordinary_error(tmp_path):
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(OSError, match=r"The tokenizer cannot be written to .*: Is a directory"):
+        loading.save_tokenizer(tiny_tokenizer(), tmp_path)
+
+
 @pytest.mark.parametrize("module_class", [CausalLMModule, ImageClassifierModule])
 def test_other_objects_are_refused(module_class):
     for model in (3, None, ["gpt2"]):

@@ -137,6 +137,10 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch):
         (lambda text: "", "Expecting value"),
         (lambda text: text[:90], "Unterminated|Expecting"),
         (lambda text: "[]", "missing . required"),
+        (
+            lambda text: text.replace(": 0.5", ": 5"),
+            r"model\.\S* must be a number of at least 0 and below 1, but it is 5",
+        ),
     ],
 )
 def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, damage, message):

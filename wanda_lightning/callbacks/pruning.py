@@ -24,7 +24,7 @@ from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport
@@ -101,6 +101,7 @@ class PruningCallback(ZerosCallback):
     ) -> None:
         super().__init__()
         choices.setdefault("method", self._method)
+        check_choices(choices)
         config = PruningConfig.from_names(sparsity, **choices)
         if calibrate_on == "validation" and config.sequential in ("auto", "one_pass"):
             config = replace(config, sequential="none")  # a validation loop runs the dense model

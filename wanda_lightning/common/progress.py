@@ -39,6 +39,8 @@ class ProgressBar:
 
     def __exit__(self, error_class: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
+            if error_class is None:
+                self._bar.update(self._task, total=self._done)  # it may have needed fewer steps
             self._bar.stop()
         elif self._enabled:
             self._line("done" if error_class is None else "stopped")

@@ -17,7 +17,7 @@ from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
 from wanda_lightning.engine.coupling import couple
@@ -73,6 +73,7 @@ def prune(
         ValueError: If the model cannot be pruned as asked, before any weight is written; or if an activation is NaN or
             infinite.
     """
+    check_choices(choices)
     config = PruningConfig.from_names(sparsity, **choices)
     return prune_as(config, model, batches, forward=forward, progress=progress)
 

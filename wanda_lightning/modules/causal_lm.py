@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import lightning as L
@@ -35,6 +35,7 @@ from wanda_lightning.modules.loading import (
     check_vocabulary,
     load_causal_lm,
     load_own_tokenizer,
+    save_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 from wanda_lightning.parallel import gathered_state_dict, is_sharded, shard_processes
@@ -228,37 +229,28 @@ class CausalLMModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add the windows to `val_perplexity`, or to the perplexity of another dataloader."""
+        """Add the windows to `val_perplexity` or, for several dataloaders, to `val_perplexity/TEXT` of this one."""
         self._measure("val_perplexity", self.val_perplexity, batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add the windows to `test_perplexity`, or to the perplexity of another dataloader."""
+        """Add the windows to `test_perplexity`, or to that of a later dataloader; see `validation_step`."""
         self._measure("test_perplexity", self.test_perplexity, batch, batch_idx, dataloader_idx)
 
     def _measure(self, name: str, metric: WindowPerplexity, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         input_ids, attention_mask, _ = self._read(batch)
-        if dataloader_idx:
-            metric = self._others.setdefault(dataloader_idx, WindowPerplexity().to(self.device))
         if batch_idx == 0:  # an earlier loop may have been interrupted
             metric.reset()
+            self._others[dataloader_idx] = WindowPerplexity().to(self.device)
+        metric = self._others[dataloader_idx] if dataloader_idx else metric
         metric.update(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
+        log = partial(
+            self.log, value=metric, metric_attribute=name, batch_size=len(input_ids), add_dataloader_idx=False
+        )
+        texts = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
         if not dataloader_idx:
-            self.log(name, metric, prog_bar=True, batch_size=len(input_ids), add_dataloader_idx=False)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the perplexities of the dataloaders after the first: `val_perplexity/TEXT` for a `TextDataModule`."""
-        self._log_others("val_perplexity")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the perplexities of the dataloaders after the first: `test_perplexity/TEXT` for a `TextDataModule`."""
-        self._log_others("test_perplexity")
-
-    def _log_others(self, name: str) -> None:
-        names = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
-        for number, metric in self._others.items():
-            text = names[number] if number < len(names) else str(number)
-            self.log(f"{name}/{text}", metric.compute(), sync_dist=True)
-        self._others.clear()
+            log(name, prog_bar=True)
+        if dataloader_idx or len(texts) > 1:
+            log(f"{name}/{texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx}")
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
@@ -359,7 +351,7 @@ class CausalLMModule(L.LightningModule):
                 write_modeling_file(self.pruning_target, new)
                 self.model.save_pretrained(new, **state_dict)
             if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(new)
+                save_tokenizer(self.tokenizer, new)
         return result
 
 

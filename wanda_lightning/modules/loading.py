@@ -66,6 +66,16 @@ def load_own_tokenizer(source: ModelSource) -> Any:
         return load_tokenizer(source)
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer; a file that cannot be written is an OSError, not the bare Exception of `tokenizers`."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"The tokenizer cannot be written to {folder}: {error}") from error
+
+
 def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     """Load a decoder-only language model.
 

@@ -14,7 +14,7 @@ from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import check_batches, check_callable, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.modules.loading import check_tokenizer, check_vocabulary
@@ -68,6 +68,7 @@ def prune_from_disk(
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
+    check_choices(choices)
     with pruned_from_disk(
         PruningConfig.from_names(sparsity, **choices),
         ModelSource(source, revision or "main", cache_dir, trust_remote_code),

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wanda_lightning.common.atomic_write import atomic_write, list_entries, require_writable, resolve_path
+from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import SkippedMatrix
@@ -90,6 +91,7 @@ class OutputFolder:
         own, file = self.progress, self.path / PROGRESS_NAME
         try:
             begun: Progress = from_parsed(Progress, json.loads(file.read_text(encoding="utf-8")))
+            check_values(Number(minimum=0, below=1), **begun.sparsities)
         except ValueError as error:
             raise UserError(
                 f"{file} is not the record of an interrupted run of this version: {one_line(error)} Delete {folder} to "
