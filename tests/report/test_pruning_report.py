@@ -57,12 +57,6 @@ def small(**fields):
     return PruningReport(**{"layers": [layer], "skipped": [skipped], "parameters": 11, "zeros": 4} | fields, config={})
 
 
-def test_zeros_outside_of_the_pruned_layers_are_said():
-    text = "Sparsity: 50.00% of the pruned layers, 63.64% of the model (3 zeros in other parameters, such as biases)."
-    assert text in small(zeros=7, seconds={}).summary()
-    assert "36.36% of the model. " in small(seconds={}).summary()
-
-
 def test_numbers_that_are_not_finite_become_null():
     part = TrainedPart("mlp", math.nan, 0.25)
     report = small(

@@ -51,8 +51,7 @@ class ModelSource:
     @property
     def hub(self) -> dict[str, Any]:
         """The arguments of `from_pretrained` for a model on the hub, except its id."""
-        names = ("revision", "cache_dir", "trust_remote_code")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("revision", "cache_dir", "trust_remote_code")}
 
     def locate(self) -> dict[str, Any]:
         """Return the arguments of `from_pretrained`, with a path if one exists, or else a hub id.
@@ -70,9 +69,8 @@ class ModelSource:
 def why_missing(name: str | os.PathLike[str]) -> str:
     """Return why a name is neither an existing path nor a hub id, as a predicate; empty if it may be one."""
     path = ModelSource(name).path
-    is_file = path.suffix in (".gguf", ".safetensors")
-    is_path = is_file or path.is_absolute() or os.fspath(name).startswith(".") or len(path.parts) > 2
-    if not is_path or path.exists():
+    is_path = path.is_absolute() or os.fspath(name).startswith(".") or len(path.parts) > 2
+    if path.exists() or not (is_path or path.suffix in (".gguf", ".safetensors")):
         return ""
     download = " `python recipes/llm/get_smollm2.py .cache` downloads SmolLM2." if path.suffix == ".gguf" else ""
     return f"does not exist. Check the path.{download}"
