@@ -6,7 +6,7 @@ from support.zoo import ZOO
 
 from wanda_lightning import prune
 from wanda_lightning.common.words import count, counted, duration
-from wanda_lightning.report.descriptions import dense_by_reason, method_in_words
+from wanda_lightning.report.descriptions import method_in_words
 from wanda_lightning.report.metrics import PERPLEXITY, TOP1
 
 
@@ -24,14 +24,6 @@ def test_numbers_in_words():
     assert [count(number) for number in (134_515_008, 950)] == ["135 million", "950"]
     found = counted(1, "layer"), counted(210, "layer"), counted(2, "matrix", "matrices")
     assert found == ("1 layer", "210 layers", "2 matrices")
-
-
-def test_matrices_left_dense_are_grouped_by_reason_with_most_weights_first():
-    report = llama_report(1)
-    report.skipped += [report.skipped[0]] * 2
-    first, second = dense_by_reason(report)
-    assert first == ("embedding", [report.skipped[0]] * 3)
-    assert second == ("tied to model.embed_tokens", [report.skipped[1]])
 
 
 @pytest.mark.parametrize(

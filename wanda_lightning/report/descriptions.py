@@ -8,9 +8,8 @@ from pathlib import PurePath
 from typing import Any
 
 from wanda_lightning.common.words import count
-from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report.metrics import Metric
-from wanda_lightning.report.records import Measured, ReportData, grouped
+from wanda_lightning.report.records import Measured, ReportData
 
 LEFT_OUT = (
     "the hidden units that became zero are not in the saved model, so its matrices are smaller than in this report"
@@ -74,9 +73,3 @@ def choice_of(config: Mapping[str, Any], option: str) -> str:
     choice = config.get(option)
     name = str(choice.get("name", "")) if isinstance(choice, Mapping) else ""
     return "" if name in _NEUTRAL else name
-
-
-def dense_by_reason(report: ReportData) -> list[tuple[str, list[SkippedMatrix]]]:
-    """Return the matrices left dense by reason; the reason with the most weights comes first."""
-    groups = grouped(report.skipped, lambda matrix: matrix.detail)
-    return sorted(groups.items(), key=lambda group: -sum(matrix.size for matrix in group[1]))
