@@ -629,6 +629,23 @@ def test_batches_of_inference_mode():
     assert report.training.trained == 2
 
 
+@pytest.mark.parametrize("own_forward", [False, True])
+@pytest.mark.parametrize("method", ["best", "thorough"])
+def test_batches_on_a_graph(method, own_forward):
+    weights = []
+    for on_graph in (True, False):
+        model = ZOO["llama"].build()
+        embed = copy.deepcopy(model.get_input_embeddings())
+        batches = [{"inputs_embeds": embed(batch["input_ids"])} for batch in ZOO["llama"].batches()]
+        if not on_graph:
+            batches = [{"inputs_embeds": batch["inputs_embeds"].detach()} for batch in batches]
+        forward = partial(lambda model, batch: model(**batch), model) if own_forward else None
+        prune(model, batches, 0.5, method=method, forward=forward, progress=False)
+        weights.append(model.state_dict())
+        assert embed.weight.grad is None
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
 def test_empty_batches():
     model, batches = classifier(), some_batches(4)
     plain = copy.deepcopy(model)

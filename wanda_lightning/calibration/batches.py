@@ -72,17 +72,19 @@ def _refuse_more_arguments(model: nn.Module, batch: tuple[Any, ...] | list[Any])
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move the tensors of a batch to a device."""
-    return map_tensors(lambda tensor: _outside_inference(tensor).to(device), batch)
+    return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
-def outside_inference(batch: Any) -> Any:
-    """Clone the tensors of a batch that were created in inference mode, which autograd cannot save."""
-    is_any = any(tensor.is_inference() for tensor in tensors_of(batch))
-    return map_tensors(_outside_inference, batch) if is_any else batch
+def detached(batch: Any) -> Any:
+    """Detach the tensors of a batch from their graph, which backward passes would free.
 
-
-def _outside_inference(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
+    Those that were created in inference mode, which autograd cannot save, are cloned.
+    """
+    found: list[bool] = []
+    map_tensors(lambda each: found.append(each.requires_grad or each.is_inference()), batch)
+    return (
+        map_tensors(lambda each: each.clone() if each.is_inference() else each.detach(), batch) if any(found) else batch
+    )
 
 
 def map_tensors(function: Callable[[Tensor], object], batch: Any) -> Any:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import (
     batch_size,
     concatenated,
+    detached,
     forward_batch,
     have_one_layout,
     is_even,
     length_of,
-    outside_inference,
     separable_samples,
     take,
     tensors_of,
@@ -112,8 +112,7 @@ class Samples:
 
     def split(self, sample: Sample) -> list[Sample]:
         """Return the samples of a batch, each of which can run alone; the batch itself if it cannot be split."""
-        batch = outside_inference(sample.batch)
-        size = batch_size(batch) if tensors_of(batch) else 1
+        batch, size = sample.batch, batch_size(sample.batch) if tensors_of(sample.batch) else 1
         parts = [take(batch, n, n + 1) for n in range(size)] if is_even(batch) else [batch]
         return [self._sample(part, sample.batch_index, size // len(parts)) for part in parts]
 
@@ -179,6 +178,7 @@ class Samples:
         self.total = sum(count for (count,) in self._processes.all_gather([self._counted]))
 
     def _sample(self, batch: Any, index: int, size: int) -> Sample:
+        batch = detached(batch)
         forward, predict = (partial(_run, run, batch, index) for run in (self._forward, self._predict))
         masks = token_masks(self._model, batch)
         return Sample(forward, predict, batch, masks, True, size, index)
