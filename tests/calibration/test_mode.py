@@ -1,9 +1,12 @@
 """Each module has its mode back after calibration, by its own `train` where it overrides that."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from wanda_lightning import prune
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.shrinking.trial import _evaluating
 
@@ -86,3 +89,33 @@ def test_what_was_merged_before_is_not_touched():
         pass
     assert calls == [False]
     assert torch.equal(model[3][1].weight, weight)
+
+
+class Counting(nn.Module):
+    """Counts its calls in buffers, in one in place, and keeps a cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("more_calls", torch.zeros(1))
+        self.register_buffer("cache", torch.zeros(0), persistent=False)
+
+    def forward(self, x):
+        self.calls += 1
+        self.more_calls = self.more_calls + 1
+        self.cache = x
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("method", ["wanda", "thorough"])
+def test_buffers_of_the_state_dict_are_as_before(method):
+    torch.manual_seed(0)
+    model, batches = Counting().eval(), list(torch.randn(4, 16, 8))
+    plain, calls = copy.deepcopy(model.layers), model.calls
+    for each in (model, plain):
+        prune(each, batches, 0.5, method=method, progress=False)
+    assert model.calls is calls
+    assert (model.calls, model.more_calls) == (0, 0)
+    assert len(model.cache)
+    torch.testing.assert_close(model.layers.state_dict(), plain.state_dict(), rtol=0, atol=0)

@@ -82,9 +82,9 @@ def detached(batch: Any) -> Any:
     """
     found: list[bool] = []
     map_tensors(lambda each: found.append(each.requires_grad or each.is_inference()), batch)
-    return (
-        map_tensors(lambda each: each.clone() if each.is_inference() else each.detach(), batch) if any(found) else batch
-    )
+    if not any(found):
+        return batch
+    return map_tensors(lambda each: each.clone() if each.is_inference() else each.detach(), batch)
 
 
 def map_tensors(function: Callable[[Tensor], object], batch: Any) -> Any:

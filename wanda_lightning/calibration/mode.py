@@ -3,23 +3,53 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer
 
 from wanda_lightning.common.evaluating import evaluating
+from wanda_lightning.core.placeholders import is_unloaded
 
 _EXPERTS = "_experts_implementation_internal"
 
 
 @contextmanager
-def pruning_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model into `calibration_mode`, without gradients and outside of inference mode."""
+def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Put the model into `calibration_mode`, without gradients and outside of inference mode.
+
+    The buffers of the state dict are restored at the end, except those of modules that pruning corrects meanwhile.
+    """
     with calibration_mode(model), torch.inference_mode(False), torch.no_grad():
-        yield
+        before = [
+            (module, name, buffer, None if buffer.is_inference() else (buffer.clone(), buffer._version))
+            for module in model.modules()
+            for name, buffer in ([] if module in corrected else _writable_buffers(module))
+        ]
+        try:
+            yield
+        finally:
+            for module, name, buffer, written in before:
+                if written is not None and buffer._version != written[1]:
+                    buffer.copy_(written[0])
+                setattr(module, name, buffer)  # the forward may have set another
+
+
+def _writable_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return a module's own buffers that a forward may write into, and pruning does not.
+
+    Weights and biases are pruned, or quantized and large. A buffer outside the state dict is a cache: an attribute that
+    cannot be restored may describe it.
+    """
+    return [
+        (name, buffer)
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+        and not (name.endswith(("weight", "bias")) or isinstance(buffer, UninitializedBuffer) or is_unloaded(buffer))
+    ]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.block_runs import BlockRuns
@@ -54,6 +55,7 @@ def drop_experts(run: Run) -> PruningReport:
     with run.timed("drop"), pruning_mode(model):
         for mixture in found:
             _refuse_wrong(plan, mixture, saliency, keep[mixture.name])
+    with run.timed("drop"), torch.inference_mode(False), torch.no_grad():
         with ExitStack() as undo:  # first without data, since dense and smaller tensors would be in memory together
             for mixture in found:
                 undo.callback(mixture.drop_data())

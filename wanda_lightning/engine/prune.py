@@ -142,7 +142,7 @@ def prune_as(
     with run.timed("prune"), pruning_mode(model), noting(run.written, log.error):
         _prune_units(run)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
-    with run.timed("normalize", bool(batch_norms)), pruning_mode(model):
+    with run.timed("normalize", bool(batch_norms)), pruning_mode(model, batch_norms):
         run.batch_norm = statistics.correct()
     with run.timed("recover", recovers), pruning_mode(model):
         run.training = recovery.train()
