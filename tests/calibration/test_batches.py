@@ -171,6 +171,41 @@ def test_which_batches_can_be_split():
     assert not is_even(["a"])
 
 
+def three_sections(batch):
+    assert len(batch["positions"]) == 3  # as Qwen2-VL's positions, (3, samples, tokens)
+    return batch["x"]
+
+
+def fails(batch):
+    raise RuntimeError
+
+
+X3 = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("forward", "count"),
+    [
+        *(
+            (forward, 3)
+            for forward in (torch.relu, lambda x: x.flatten(0, 1), lambda x: x * torch.nan, torch.sum, fails)
+        ),
+        *((forward, 1) for forward in (lambda x: x.cumsum(0), lambda x: x.flip(0).cumsum(0), lambda x: x.mean(0))),
+    ],
+)
+def test_entries_of_a_batch_that_do_not_run_alone_are_no_samples(forward, count, caplog):
+    _, samples = samples_of(X3, X3, forward=forward)
+    assert [sample.size for sample in samples] == [1] * 2 * count
+    assert caplog.text.count("Each batch counts as one sample") == (count == 1)
+    assert fit_together(samples) == (count > 1)
+
+
+def test_positions_of_three_sections_are_not_those_of_three_samples():
+    data, (sample,) = samples_of({"x": X3, "positions": X3}, forward=three_sections)
+    assert sample.predict() is X3
+    assert [each.size for each in data.first(2)] == [1]
+
+
 IMAGES = [torch.ones(3, 8, 8), torch.ones(3, 6, 9)]
 BOXES = [{"boxes": torch.ones(3, 4)}, {"boxes": torch.ones(3, 4)}]
 

@@ -218,7 +218,8 @@ def test_the_size_of_the_batches_does_not_matter(name, samples):
 def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(sizes):
     model, images = ZOO["vit"].build(), torch.cat([batch for batch, _ in ZOO["vit"].batches()] * 2)[:9]
     alone, runs = measured(model, [images[:1]]), []
-    handle = model.register_forward_pre_hook(lambda module, args: runs.append(len(args[0])))
+    trained = torch.is_grad_enabled  # the trial of two samples has no gradients
+    handle = model.register_forward_pre_hook(lambda _, args: runs.append(len(args[0])) if trained() else None)
     batches = list(images.split(sizes))
     torch.testing.assert_close(measured(model, batches, samples=1), alone, rtol=1e-4, atol=1e-7)
     runs.clear()
@@ -229,6 +230,43 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
     handle.remove()
     torch.testing.assert_close(every, measured(model, [images]), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(some, six, rtol=1e-4, atol=1e-7)
+
+
+class TimeFirst(nn.Module):
+    """Its inputs are (time, samples, features); `hidden` gives the time steps that each step does not see."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.attention, self.up, self.head = nn.MultiheadAttention(8, 2), nn.Linear(8, 12), nn.Linear(12, 5)
+        self.hidden, self.lengths = hidden, []
+
+    def enter(self, x):
+        mask = self.hidden(torch.ones(len(x), len(x), dtype=torch.bool))
+        return x + self.attention(x, x, x, attn_mask=mask)[0]
+
+    def forward(self, x):
+        self.lengths.append(len(x))
+        return self.head(self.up(self.enter(x)).relu())
+
+
+HIDDEN = {"none": torch.logical_not, "later": lambda every: every.triu(1), "earlier": lambda every: every.tril(-1)}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
+def test_time_steps_are_no_samples(hidden, caplog):
+    torch.manual_seed(0)
+    model, batches = TimeFirst(hidden), [torch.randn(7, 3, 8), torch.randn(6, 3, 8)]
+    found, expected = measured(model, batches)["up"], 0
+    assert caplog.text.count("batches are not split into samples") == 1
+    assert model.lengths[-2:] == [7, 6]
+    for number, x in enumerate(batches):
+        seen = model.enter(x).detach().flatten(0, 1)
+        output = model.up(seen)
+        logits = model.head(output.relu())
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(number))
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels[:, 0], reduction="sum"), output)
+        expected = expected + (seen.square() * gradient.square().mean(1, keepdim=True)).sum(0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
 
 
 def test_magnitude_may_be_spread_by_it():

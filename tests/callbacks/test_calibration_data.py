@@ -116,6 +116,15 @@ class TestCalibrationSource:
         assert {layer.tokens for layer in callback.report.layers} == {6}
         assert callback.report.config["calibration_batches"] == 2
 
+    def test_a_batch_of_time_steps_is_not_cut(self):
+        class TimeFirst(Recorder):
+            def forward(self, x):
+                return super().forward(x.cumsum(0))
+
+        module = TimeFirst()
+        trainer(WandaPrune(num_samples=6, dataloader=list(loader(12)))).validate(module, loader())
+        assert [len(x) for x, _ in module.seen] == [4, 4]
+
     def test_fewer_samples_than_asked(self):
         module, callback = Net(), WandaPrune(num_samples=100)
         with pytest.warns(UserWarning, match=r"num_samples is 100, but .* has only 12\."):

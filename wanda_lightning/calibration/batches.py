@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Number
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.widest import widest
+from wanda_lightning.models import find_predictions
+
+log = logging.getLogger(__name__)
 
 
 def length_of(batches: Any) -> int | None:
@@ -159,8 +164,45 @@ def is_even(batch: Any) -> bool:
 
 
 def separable_samples(batch: Any) -> int:
-    """Return the number of samples that a batch can be split into; 1 if it cannot be split."""
+    """Return the number of samples that a batch can be split into by its shapes; 1 if it cannot be split."""
     return batch_size(batch) if is_even(batch) else 1
+
+
+_SAME = 1e-3  # of a square sum: more than rounding in bfloat16, less than what a time step changes in the next one
+_CLASSES = 256  # to compare; there may be many, such as a vocabulary
+
+
+@torch.no_grad()
+def run_alone(predict: Callable[[Any], object], batch: Any) -> bool:
+    """Whether the last two samples of a batch have the same predictions alone as together, apart from rounding.
+
+    Entries of the first dimension that are no samples, such as time steps, do not. One of the two would not be enough:
+    a causal model computes the earlier one correctly alone. True if the model has no predictions, or fails anyway.
+    """
+    size = batch_size(batch)
+
+    def rows(start: int, stop: int) -> Tensor:
+        found = find_predictions(predict(take(batch, start, stop)))
+        return torch.empty(0) if found is None else widest(found[..., :: 1 + found.shape[-1] // _CLASSES])
+
+    try:
+        together, alone = rows(size - 2, size), torch.cat([rows(size - 2, size - 1), rows(size - 1, size)])
+        same = together.shape == alone.shape
+        same = same and not bool((together - alone).square().sum() > _SAME * together.square().sum())  # True if NaN
+    except Exception:  # the code of a model may raise anything
+        try:
+            predict(batch)
+        except Exception:
+            return True
+        same = False
+    if not same:
+        log.warning(
+            "batches are not split into samples: entries of the first dimension, of length %d, have other predictions "
+            "alone than together, or cannot run alone. Each batch counts as one sample. If the model expects another "
+            "dimension first, such as time, give batches with samples first and let forward= rearrange them.",
+            size,
+        )
+    return same
 
 
 def _has_column(batch: Any) -> bool:

@@ -246,8 +246,10 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
             "wider dtype (float32 or bfloat16 rather than float16)."
         )
     gradient = torch.zeros_like(logits)
-    for index in range(min(len(logits), count)):
-        rows = logits[index].detach() if keep is None else logits[index].detach()[keep[index]]
+    length = max(1, len(logits) // sample.size)  # more than 1 if the first dimension is not that of samples
+    for index in range(min(sample.size, count)):
+        own = slice(index * length, (index + 1) * length)
+        rows = logits[own].detach() if keep is None else logits[own].detach()[keep[own]]
         slopes = rows.reshape(-1, rows.shape[-1]).float().softmax(dim=-1)
         generator = torch.Generator(rows.device).manual_seed(first + index)
         if len(slopes):
@@ -255,9 +257,9 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
             slopes.scatter_add_(1, labels, slopes.new_full(labels.shape, -1))
         values = slopes.to(gradient.dtype)
         if keep is None:
-            gradient[index] = values.view(gradient[index].shape)
+            gradient[own] = values.view(gradient[own].shape)
         else:
-            gradient[index, keep[index]] = values
+            gradient[own][keep[own]] = values
     objective: Tensor = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
     return objective, max(1, logits[..., 0].numel() // sample.size)
 

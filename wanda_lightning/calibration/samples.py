@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import (
     batch_size,
@@ -18,6 +19,7 @@ from wanda_lightning.calibration.batches import (
     have_one_layout,
     is_even,
     length_of,
+    run_alone,
     separable_samples,
     take,
     tensors_of,
@@ -26,6 +28,7 @@ from wanda_lightning.calibration.batches import (
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import TokenMask, check_tokens, token_masks
 from wanda_lightning.parallel import Processes, is_sharded
 
@@ -72,6 +75,9 @@ class Samples:
         self._predict = predict or self._forward
         # FSDP2 communicates in every forward pass, so all processes must run the same number of them.
         self.in_step = processes.world_size > 1 and is_sharded(model)
+        parameters = (each for each in model.parameters() if not isinstance(each, UninitializedParameter))
+        self._can_try = not self.in_step and not any(map(is_unloaded, parameters))
+        self._splits: dict[tuple[int, ...], bool] = {}  # whether samples run alone, by the dimensions of the tensors
         self._counted = 0  # batches of this process in the latest pass
         self.total = 0  # batches of all processes, once they have run
         self.length = length_of(self._batches)
@@ -112,9 +118,17 @@ class Samples:
 
     def split(self, sample: Sample) -> list[Sample]:
         """Return the samples of a batch, each of which can run alone; the batch itself if it cannot be split."""
-        batch, size = sample.batch, batch_size(sample.batch) if tensors_of(sample.batch) else 1
-        parts = [take(batch, n, n + 1) for n in range(size)] if is_even(batch) else [batch]
-        return [self._sample(part, sample.batch_index, size // len(parts)) for part in parts]
+        batch, count = sample.batch, self._separable(sample.batch)
+        size = batch_size(batch) if tensors_of(batch) and not is_even(batch) else 1
+        parts = [take(batch, n, n + 1) for n in range(count)] if count != 1 else [batch]
+        return [self._sample(part, sample.batch_index, size) for part in parts]
+
+    def _separable(self, batch: Any) -> int:
+        """Return the number of samples that a batch can be split into; two samples of each layout are tried."""
+        count, layout = separable_samples(batch), tuple(tensor.ndim for tensor in tensors_of(batch))
+        if count > 1 and self._can_try and layout not in self._splits:
+            self._splits[layout] = run_alone(self._predict, batch)
+        return count if self._splits.get(layout, True) else 1
 
     def join(self, samples: Sequence[Sample]) -> Sample:
         """Return one forward pass for several samples that `fit_together`."""
@@ -133,7 +147,7 @@ class Samples:
         """
         batches, kept = iter(self._batches), list[Sample]()
         while sum(sample.size for sample in kept) < count and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT:
-            kept.append(self._sample(batch, len(kept), separable_samples(batch)))
+            kept.append(self._sample(batch, len(kept), self._separable(batch)))
         if not isinstance(self._batches, list):
             self._batches = chain([sample.batch for sample in kept], batches)
         return kept
@@ -185,8 +199,9 @@ class Samples:
 
 
 def fit_together(samples: Sequence[Sample]) -> bool:
-    """Whether the tensors of all samples have equal shapes, so that they can run as one batch."""
-    return have_one_layout([sample.batch for sample in samples])
+    """Whether all samples are entries of a first dimension with equal shapes, so that they can run as one batch."""
+    batches = [sample.batch for sample in samples]
+    return have_one_layout(batches) and samples[0].size == batch_size(batches[0])
 
 
 def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import NoneType
 from typing import Any
 
@@ -18,9 +18,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, take
+from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, run_alone, take
+from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.callbacks.trainer import stop_if_terminated
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def calibration_batches(
     """
     loader, source = _find(trainer, pl_module, dataloader)
     log.info("Calibrating on %s", source)
-    yield from _first_samples(loader, source, num_samples, processes)
+    yield from _first_samples(loader, source, num_samples, processes, partial(_run_alone, trainer, pl_module))
 
 
 def trial_batches(
@@ -57,10 +58,13 @@ def trial_batches(
     loader, source = _find(trainer, pl_module, dataloader)
     if isinstance(loader, Iterator) or isinstance(getattr(loader, "dataset", None), IterableDataset):
         return None  # the copy would share its state
-    return _first_samples(_independent_copy(loader), source, num_samples, processes)
+    loader, can_cut = _independent_copy(loader), partial(_run_alone, trainer, pl_module)
+    return _first_samples(loader, source, num_samples, processes, can_cut)
 
 
-def _first_samples(loader: Any, source: str, num_samples: int, processes: Processes) -> Iterator[Any]:
+def _first_samples(
+    loader: Any, source: str, num_samples: int, processes: Processes, can_cut: Callable[[Any], bool]
+) -> Iterator[Any]:
     if processes.world_size > 1:
         torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
     step, offset, wanted = processes.world_size, processes.rank, num_samples
@@ -71,7 +75,8 @@ def _first_samples(loader: Any, source: str, num_samples: int, processes: Proces
     for index, batch in enumerate(loader if wanted else ()):
         size = batch_size(batch)
         if index % step == offset:
-            yield batch if seen + size <= wanted or not is_even(batch) else take(batch, 0, wanted - seen)
+            whole = seen + size <= wanted or not is_even(batch) or not can_cut(batch)
+            yield batch if whole else take(batch, 0, wanted - seen)
         seen = min(seen + size, wanted)
         if seen == wanted:
             return
@@ -79,6 +84,14 @@ def _first_samples(loader: Any, source: str, num_samples: int, processes: Proces
         rank_zero_warn(
             f"num_samples is {wanted}, but {source} has only {seen}. The model is calibrated on all of them."
         )
+
+
+def _run_alone(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> bool:
+    """Whether the samples of a batch run alone, which is not tried if the module is sharded."""
+    if is_sharded(pl_module):
+        return True
+    with pruning_mode(pl_module):
+        return run_alone(partial(calibration_forward, trainer, pl_module, for_predictions=True), batch)
 
 
 def _reads_own_part(loader: Any) -> bool:

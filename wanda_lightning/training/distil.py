@@ -58,7 +58,7 @@ class Distil(Recovery):
 
     A sample is one entry of the first dimension of a batch, and runs by itself. If the model expects another dimension
     first, such as time, give batches with samples first and let `forward=` rearrange them. A batch is one sample if its
-    tensors differ in length.
+    tensors differ in length, or if its entries have other predictions alone than together.
 
     No dense copy of the model is kept: the dense predictions are computed from the stored inputs of the output head, or
     are stored themselves. Blocks are recomputed in the backward pass, except those that write into their arguments or
