@@ -6,6 +6,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import NoneType
 from typing import Any
 
