@@ -94,7 +94,6 @@ def test_choices_replace_those_of_the_method():
         ),
         ({"method": "bets"}, "method must be one of .* but it is 'bets'. Did you mean best"),
         ({"sequential": "model"}, "sequential must be one of block, layer, none, auto, one_pass, but it is 'model'"),
-        ({"min_expert_tokens": 1.5}, r"min_expert_tokens must be a whole number, but it is 1\.5"),
         ({"skip": None}, "skip must be a list of layer names or patterns, but it is None"),
         ({"only": [3]}, r"only must be a list of layer names or patterns, but it is \[3\]"),
         ({"skip": ["re:("]}, r"skip=.* must be a regular expression after"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
 from wanda_lightning import methods
-from wanda_lightning.common.checks import Number, check_at_least, check_flags, check_values
+from wanda_lightning.common.checks import Number, check_flags, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.name_patterns import check_patterns
 from wanda_lightning.common.words import did_you_mean
@@ -39,8 +39,6 @@ class PruningChoices(TypedDict, total=False):
     sequential: str | None
     skip: str | Sequence[str]
     only: str | Sequence[str]
-    include_grouped: bool
-    min_expert_tokens: int
     keep_batch_norm: bool
 
 
@@ -62,8 +60,6 @@ class PruningConfig:
     sequential: str
     skip: tuple[str, ...]
     only: tuple[str, ...]
-    include_grouped: bool
-    min_expert_tokens: int
     keep_batch_norm: bool
 
     @classmethod
@@ -81,8 +77,6 @@ class PruningConfig:
         sequential: str | None = None,
         skip: str | Sequence[str] = (),
         only: str | Sequence[str] = (),
-        include_grouped: bool = False,
-        min_expert_tokens: int = 32,  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
         keep_batch_norm: bool = False,
     ) -> PruningConfig:
         """Resolve names to objects, and fill in the defaults. Only this function does so.
@@ -113,17 +107,15 @@ class PruningConfig:
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
                 order of their rows and columns.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
-            include_grouped: Also prune grouped convolutions, each group as a matrix of its own.
-            min_expert_tokens: Experts with fewer calibration tokens use the statistics of all experts of their module.
             keep_batch_norm: Leave the running statistics of BatchNorm layers as they are, instead of correcting them.
         """
-        _check_numbers(sparsity, min_expert_tokens)  # here too, because the following line imports torch
+        _check_sparsity(sparsity)  # here too, because the following line imports torch
         choices = _resolve_choices(method, criterion, pattern, allocation, solver, recovery, permutation, sequential)
         patterns = check_patterns("skip", skip), check_patterns("only", only)
-        return cls(sparsity, *choices, *patterns, include_grouped, min_expert_tokens, keep_batch_norm)
+        return cls(sparsity, *choices, *patterns, keep_batch_norm)
 
     def __post_init__(self) -> None:
-        _check_numbers(self.sparsity, self.min_expert_tokens)
+        _check_sparsity(self.sparsity)
         _named("sequential", self.sequential)
         if not self.solver.takes_any_criterion and self.criterion != self.solver.own_criterion:
             raise UserError(
@@ -136,7 +128,7 @@ class PruningConfig:
                 "chooses in one block of columns after another. Use SparseGPT(mask='upfront'), or another criterion or "
                 "solver."
             )
-        check_flags(include_grouped=self.include_grouped, keep_batch_norm=self.keep_batch_norm)
+        check_flags(keep_batch_norm=self.keep_batch_norm)
         self.pattern.check(self.sparsity)
         for option in ("solver", "allocation"):
             if self.pattern.prunes_units and not getattr(self, option).prunes_units:
@@ -250,11 +242,10 @@ def check_choices(choices: Mapping[str, Any]) -> None:
         raise UserError(f"{name} is no choice of pruning.{did_you_mean(name, PruningChoices.__annotations__)}")
 
 
-def _check_numbers(sparsity: float, min_expert_tokens: int) -> None:
+def _check_sparsity(sparsity: float) -> None:
     percent = f" ({sparsity / 100:g} for {sparsity:g} %)" if isinstance(sparsity, int | float) and sparsity > 1 else ""
     fraction = f"the fraction of weights that become zero, at least 0 and below 1{percent}"
     check_values(Number(minimum=0, below=1, text=fraction), sparsity=sparsity)
-    check_at_least(0, min_expert_tokens=min_expert_tokens)
 
 
 def _named(option: str, name: str) -> Any:

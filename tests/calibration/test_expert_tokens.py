@@ -124,11 +124,12 @@ def some_vectors():
 
 @pytest.mark.parametrize(("formula", "tokens"), [(all_tokens, 120), (broadcast, 120), (by_halves, 30)])
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
-def test_other_formulas(formula, tokens, allocation):
+def test_other_formulas(formula, tokens, allocation, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 0)
     torch.manual_seed(0)
     model = nn.Sequential(Formula(formula), nn.Linear(32, 8)).double()
     dense, batches = copy.deepcopy(model), [x.double() for x in some_vectors()]
-    options = {"sequential": "none", "allocation": allocation, "min_expert_tokens": 0}
+    options = {"sequential": "none", "allocation": allocation}
     report = prune(model, batches, progress=False, **options)
     layers = [layer for layer in report.layers if layer.siblings]
     assert [layer.tokens for layer in layers] == [tokens] * 8
@@ -176,10 +177,11 @@ def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
     assert any("no calibration token was observed in 8 layers" in note for note in report.notes)
 
 
-def test_padding_that_counts_is_noted():
+def test_padding_that_counts_is_noted(monkeypatch):
     """JetMoE sorts its tokens outside of its experts."""
+    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 0)
     torch.manual_seed(0)
     batches = [{key: value % 64 for key, value in batch.items()} for batch in ZOO["llama_padded"].batches()]
-    report = prune(jetmoe().eval(), batches, min_expert_tokens=0, progress=False)
+    report = prune(jetmoe().eval(), batches, progress=False)
     notes = {layer.note.partition(":")[0] for layer in report.layers if layer.siblings}
     assert notes == {"padding counted"}

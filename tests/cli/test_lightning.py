@@ -56,7 +56,7 @@ def test_validate_a_recipe(recipe, capsys, tmp_path):
     assert run("validate", "--config", path, "--print_config") == 0
     (callback,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
     assert (callback["class_path"], callback["init_args"]["pattern"]) == ("wanda_lightning.WandaPrune", "2:4")
-    assert callback["init_args"]["min_expert_tokens"] == 32  # a default of `PruningConfig.from_names`
+    assert callback["init_args"]["keep_batch_norm"] is False  # a default of `PruningConfig.from_names`
     assert not Path("out").exists()
     assert run("validate", "--config", path) == 0
     assert "val_perplexity" in capsys.readouterr().out

@@ -30,8 +30,6 @@ REFUSED = {
         (["--seed", "-1"], "--seed must be a whole number of at least 0 and at most 4294967295, but it is -1."),
         (["--num_samples", "many"], "--num_samples must be a whole number of at least 1, but it is 'many'."),
         (["--num_samples", "9" * 400], "of at least 1, but it is a number with hundreds of digits."),
-        (["--min_expert_tokens", "9" * 400], "min_expert_tokens must be a whole number, but it is a number with"),
-        (["--min_expert_tokens", "-1"], "min_expert_tokens must be at least 0, but it is -1."),
         (["--skip", "re:("], "skip='re:(' must be a regular expression after 're:', but missing )"),
         (["--use_variant", "--method", "magnitude"], "Use --method wanda within rows"),
         (["--use_variant", "--pattern", "2:4"], "--use_variant has no meaning for --pattern 2:4. Leave it"),
@@ -105,7 +103,7 @@ def test_the_revision_is_that_of_the_model():
 
 
 ARGUMENTS = inspect.signature(PruningConfig.from_names).parameters
-WITHOUT_EFFECT = ("sparsity", "min_expert_tokens", "keep_batch_norm")  # on what is pruned and on the memory
+WITHOUT_EFFECT = ("sparsity", "keep_batch_norm")  # on what is pruned and on the memory
 
 
 @pytest.mark.parametrize(
@@ -117,7 +115,7 @@ WITHOUT_EFFECT = ("sparsity", "min_expert_tokens", "keep_batch_norm")  # on what
 )
 def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name):
     values = {"sparsity": 0.25, "pattern": "unstructured_layer", "skip": ["a"], "only": ["b", "c"]}
-    values |= {"include_grouped": True, "keep_batch_norm": True, "min_expert_tokens": 3, "sequential": "layer"}
+    values |= {"keep_batch_norm": True, "sequential": "layer"}
     values |= {"method": "sparsegpt", "criterion": "ria", "allocation": "owl", "solver": "refit"}
     value = (values | {"permutation": "assignment", "recovery": "reconstruct"})[name]
     text = ",".join(value) if isinstance(value, list) else str(value)

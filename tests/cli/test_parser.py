@@ -37,11 +37,11 @@ def test_lists(given, expected):
 
 
 def test_a_file_is_read_as_text_and_the_command_line_wins():
-    Path("a.yaml").write_text("model: x\nsparsity_type: 2:4\nnum_samples: 4\nskip: [a, b]\ninclude_grouped: true\n")
+    Path("a.yaml").write_text("model: x\nsparsity_type: 2:4\nnum_samples: 4\nskip: [a, b]\n")
     Path("b.yaml").write_text("nsamples: 5\nseqlen: null\n")
     options = parse("--num_samples", "6", "--config", "a.yaml", "--sparsity=0.25", "--keep_batch_norm")
     assert (options.pattern, options.num_samples, options.skip) == ("2:4", 6, ["a", "b"])
-    assert (options.sparsity, options.include_grouped, options.keep_batch_norm) == (0.25, True, True)
+    assert (options.sparsity, options.keep_batch_norm) == (0.25, True)
     assert (options.only, options.seed, options.save) == ([], 0, None)
     assert parse("--config", "a.yaml", "--config", "b.yaml").num_samples == 5
 
@@ -163,4 +163,4 @@ def test_help_is_complete(capsys):
     assert "calibration samples. (default: 0)" in text
     assert "id of a data set on the hub (OWNER/NAME)" in text
     assert "One of block, layer, none, auto, one_pass." in text
-    assert "--include_grouped Also prune grouped convolutions" in text
+    assert "--keep_batch_norm Leave the running statistics" in text

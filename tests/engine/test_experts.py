@@ -65,12 +65,13 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("name", "choices"), spread(["mixtral", "gpt_oss"], CHOICES))
-def test_pruned_like_layers_of_their_own(name, choices):
+def test_pruned_like_layers_of_their_own(name, choices, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 0)
     model, choices = double(name), CHOICES[choices]
     layers, batches = unstacked(model), ZOO[name].batches()
     torch.testing.assert_close(run(model, batches[0]), run(layers, batches[0]))
-    report = prune(model, batches, min_expert_tokens=0, progress=False, **choices)
-    expected = prune(layers, batches, min_expert_tokens=0, progress=False, **choices)
+    report = prune(model, batches, progress=False, **choices)
+    expected = prune(layers, batches, progress=False, **choices)
     assert report.sparsity == pytest.approx(expected.sparsity)
     assert len(report.layers) == len(expected.layers)
     others = {layer.name: layer for layer in find_layers(layers).layers}
@@ -106,7 +107,8 @@ def test_experts_with_the_same_statistics_factorize_them_once(monkeypatch, arran
         statistics, "inverse_factor", lambda gram, dampening: (factorized.append(gram), compute(gram, dampening))[1]
     )
     model, batches = arranged(ZOO["mixtral"].build()), ZOO["mixtral"].batches()
-    report = prune(model, batches, method="sparsegpt", min_expert_tokens=10**9, progress=False)
+    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 10**9)
+    report = prune(model, batches, method="sparsegpt", progress=False)
     assert sum("few tokens" in layer.note for layer in report.layers) == 2 * 2 * 4  # blocks, matrices, experts
     # In each block, queries, keys and values share a factor; the rest is one for o_proj, gate_up_proj and down_proj.
     assert len(factorized) == 2 * 4
@@ -134,8 +136,9 @@ def test_totals_count_each_parameter_once():
     assert sparsity_of(model)["layers"] == pytest.approx(report.zeros / everything)
 
 
-def test_the_table_has_one_row_for_all_experts_of_a_module():
-    report = prune(starved(), ZOO["mixtral"].batches(), min_expert_tokens=0, progress=False)
+def test_the_table_has_one_row_for_all_experts_of_a_module(monkeypatch):
+    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 0)
+    report = prune(starved(), ZOO["mixtral"].batches(), progress=False)
     assert PruningReport.from_json(report.to_json()) == report
     table = str(report).splitlines()
     rows = [index for index, line in enumerate(table) if "experts.gate_up_proj.*" in line]

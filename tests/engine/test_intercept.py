@@ -33,7 +33,7 @@ def test_the_outputs_are_nearer_with_a_fitted_bias(make, solver, tokens):
     dense, errors = make(), []
     for intercept in (False, True):
         model = copy.deepcopy(dense)
-        choices = {"solver": solver(intercept=intercept), "include_grouped": True}
+        choices = {"solver": solver(intercept=intercept)}
         report = prune(model, [tokens], 0.75, **choices, progress=False)
         errors.append((dense(tokens) - model(tokens)).square().mean().item())
         assert report.sparsity == 0.75

@@ -168,8 +168,8 @@ def test_units_do_not_depend_on_what_fits(name, m):
     model = ZOO[name].build()
     assert low_coverage(find_layers(model)) is None
     for sequential in SEQUENTIAL_CHOICES:
-        every = find_layers(model, sequential, include_grouped=True)
-        found = find_layers(model, sequential, include_grouped=True, pattern=NM(1, m))
+        every = find_layers(model, sequential)
+        found = find_layers(model, sequential, pattern=NM(1, m))
         fitting = [[layer.name for layer in unit.layers if layer.shape[1] % m == 0] for unit in every.units]
         assert [[layer.name for layer in unit.layers] for unit in found.units] == [names for names in fitting if names]
         assert {unit.name for unit in found.units} <= {unit.name for unit in every.units}
@@ -181,7 +181,7 @@ def test_units_do_not_depend_on_what_fits(name, m):
 def test_groups_that_the_pattern_does_not_fit():
     model = nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 4, 2))
     batch = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
-    report = prune(model, [batch], pattern="2:4", include_grouped=True, progress=False)
+    report = prune(model, [batch], pattern="2:4", progress=False)
     assert [layer.name for layer in report.layers] == ["0", "2"]  # 8 channels; 6 channels at 4 places
     assert [(matrix.name, matrix.detail) for matrix in report.skipped] == [
         (f"1.group{group}", "input width 27 is not a multiple of 4") for group in (0, 1)

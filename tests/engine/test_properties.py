@@ -49,7 +49,7 @@ class Case:
     dtype: torch.dtype
 
     def matrices(self):
-        return {layer.name: layer.read().clone() for layer in find_layers(self.model, include_grouped=True).layers}
+        return {layer.name: layer.read().clone() for layer in find_layers(self.model).layers}
 
 
 def seeded(module, seed):
@@ -144,7 +144,7 @@ EVEN_SAME = pytest.mark.filterwarnings("ignore:Using padding='same' with even ke
 @EVEN_SAME
 @given(cases(*DTYPES))
 def test_statistics_are_those_of_a_slow_loop(case):
-    layers = find_layers(case.model, include_grouped=True).layers
+    layers = find_layers(case.model).layers
     samples = samples_of(case.model, case.batches, forward=partial(forward_batch, case.model))
     with torch.no_grad():
         found = Observer(frozenset({"square_sum", "gram"}))(Unit("", None, layers), whole_model_calls(samples))
@@ -179,7 +179,6 @@ def test_counts_are_exact_and_masks_those_of_a_slow_loop(data, case, sequential)
         sparsity,
         pattern=pattern,
         sequential=sequential,
-        include_grouped=True,
         progress=False,
     )
     pruned = {layer.name: layer for layer in report.layers}

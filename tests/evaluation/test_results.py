@@ -30,7 +30,7 @@ def test_grouped_convolutions_count():
     torch.manual_seed(0)
     stem, grouped = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=2)
     model = nn.Sequential(stem, grouped, nn.Flatten(), nn.Linear(8, 4))
-    prune(model, [torch.randn(2, 3, 3, 3)], 0.5, include_grouped=True, progress=False)
+    prune(model, [torch.randn(2, 3, 3, 3)], 0.5, progress=False)
     assert sparsity_of(model)["layers"] == 0.5
     changed = copy.deepcopy(model)
     with torch.no_grad():

@@ -31,7 +31,7 @@ class Holding(nn.Module):
 
 
 def layers_of(module):
-    found = find_layers(Holding(module.double()), include_grouped=True).layers
+    found = find_layers(Holding(module.double())).layers
     return [layer for layer in found if layer.module is module]
 
 
@@ -191,10 +191,7 @@ def images():
 
 def test_grouped_convolutions_in_the_report():
     model = build()
-    assert {m.name: m.detail for m in find_layers(model).skipped}["blocks.0.conv"].startswith(
-        "grouped convolution: include_"
-    )
-    report = prune(model, images(), 0.5, include_grouped=True, progress=False)
+    report = prune(model, images(), 0.5, progress=False)
     assert [layer.name for layer in report.layers][:5] == [
         *(f"blocks.0.conv.group{g}" for g in range(4)),
         "blocks.0.mix",
@@ -239,7 +236,7 @@ def test_along_one_dimension_like_images_of_one_row(choices):
             one.copy_(other.reshape(one.shape))
     generator = torch.Generator().manual_seed(1)
     signals = [torch.randn(n, 3, 40, generator=generator, dtype=torch.float64) for n in (2, 3)]
-    options = {"include_grouped": True, "progress": False, **choices}
+    options = {"progress": False, **choices}
     one = prune(rows, signals, 0.5, **options)
     other = prune(images, [x.unsqueeze(2) for x in signals], 0.5, **options)
     assert len(one.layers) == 11
@@ -276,7 +273,7 @@ def test_padding_does_not_count_along_one_dimension():
     ],
 )
 def test_skipping_groups(choices, names):
-    found = find_layers(build(), include_grouped=True, **choices)
+    found = find_layers(build(), **choices)
     assert [layer.name for layer in found.layers if "conv" in layer.name] == names
     assert {m.shape for m in found.skipped if "group" in m.name} == {(4, 4, 3, 3)}
 
@@ -284,14 +281,14 @@ def test_skipping_groups(choices, names):
 def test_a_convolution_is_no_block_for_its_groups():
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
     for sequential in ("block", "layer"):
-        found = find_layers(model, sequential, include_grouped=True)
+        found = find_layers(model, sequential)
         assert [(unit.name, len(unit.layers)) for unit in found.units] == [("0", 1), ("1", 2), ("2", 1)]
 
 
 def test_groups_are_reconstructed_with_the_sparsity_of_their_block():
     model = build()
     choices = {"recovery": "reconstruct", "allocation": "owl", "skip": ["head"], "progress": False}
-    report = prune(model, images(), 0.5, include_grouped=True, **choices)
+    report = prune(model, images(), 0.5, **choices)
     assert len(report.layers) == 2 * (4 + 1)
     assert report.sparsity == pytest.approx(0.5, abs=0.02)
     assert all(layer.part is not None for layer in report.layers)
@@ -303,7 +300,7 @@ def test_fisher_looks_at_the_outputs_of_the_group():
     model = build()
     with torch.no_grad():
         model.blocks[1].mix.weight[:, 4:8] = 0
-    sums = gradients(model, images(), include_grouped=True)
+    sums = gradients(model, images())
     for each in sums["blocks.1.conv.group1"][:2]:
         assert not each.any()
     for group in (0, 2, 3):
@@ -312,7 +309,7 @@ def test_fisher_looks_at_the_outputs_of_the_group():
 
 def test_zeros_of_groups_are_kept_while_training():
     model = build().train()
-    prune(model, images(), 0.5, include_grouped=True, progress=False)
+    prune(model, images(), 0.5, progress=False)
     before = {name: p.detach().clone() for name, p in model.blocks.named_parameters() if p.ndim == 4}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     with keep_zeros(model, optimizer):

@@ -558,7 +558,7 @@ class _Products(TorchDispatchMode):
 class _InputSquares:
     """Sum x² over the tokens that are multiplied with each weight, in whichever layout it is stored.
 
-    For an expert that few tokens reach, the tokens of all experts count, as in `prune(min_expert_tokens=32)`.
+    For an expert that few tokens reach, the tokens of all experts count, as in `prune`.
     """
 
     def __init__(self, layers: Sequence[Layer], enough: int = 32) -> None:

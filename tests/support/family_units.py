@@ -80,7 +80,7 @@ def mlp_of(model: nn.Module, batch: Any) -> str:
     outputs alone if it stays the same while the outputs of all other matrices of the model change. `experts` stands
     for experts in one tensor, if there is no other such layer.
     """
-    every = find_layers(model, "block", include_grouped=True)
+    every = find_layers(model, "block")
     blocks = [unit.layers for unit in every.units if len({layer.module for layer in unit.layers}) > 1]
     for block in blocks or [every.layers]:
         whole = list({layer.module: layer for layer in block if layer.expert is None}.values())

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wanda_lightning.calibration import pooling
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.batches import forward_batch
 from wanda_lightning.calibration.error_notes import naming_batch
@@ -155,11 +156,9 @@ class PassiveCalibration:
     `unit` holds all layers of the model; see `Observer` for the other arguments.
     """
 
-    def __init__(
-        self, model: nn.Module, unit: Unit, needs: frozenset[str], min_expert_tokens: int, processes: Processes
-    ) -> None:
+    def __init__(self, model: nn.Module, unit: Unit, needs: frozenset[str], processes: Processes) -> None:
         self._model, self._unit, self._batches = model, unit, 0
-        self.observer = Observer(needs, processes, min_expert_tokens)
+        self.observer = Observer(needs, processes, pooling.MIN_EXPERT_TOKENS)
 
     @contextmanager
     def collect(self, batch: Any) -> Iterator[None]:

@@ -11,6 +11,11 @@ from wanda_lightning.models import Layer
 from wanda_lightning.parallel import Processes
 
 
+# Experts with fewer tokens get the sums over all experts. A norm over n Gaussian inputs has a relative error of
+# 0.7 / sqrt(n).
+MIN_EXPERT_TOKENS = 32
+
+
 def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
     """Return the sum of at least one part."""
     total = InputStatistics(parts[0].needs)

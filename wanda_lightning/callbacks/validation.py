@@ -25,9 +25,7 @@ class ValidationLoop:
     def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes, num_samples: int) -> None:
         with processes.fail_together():
             self._plan = make_plan(config, model, processes)
-        self._calibration = PassiveCalibration(
-            model, self._plan.whole_model, self._plan.observed, config.min_expert_tokens, processes
-        )
+        self._calibration = PassiveCalibration(model, self._plan.whole_model, self._plan.observed, processes)
         self._samples_left = num_samples
         self._world_size = processes.world_size
         self._batch = ExitStack()

@@ -23,7 +23,7 @@ def run(options: InspectOptions) -> None:
     """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
     model: Any = model_from_config(options.source(options.model))
     config = config_for(options.config, model)
-    found = find_layers(model, config.sequential, config.skip, config.only, config.include_grouped, config.pattern)
+    found = find_layers(model, config.sequential, config.skip, config.only, config.pattern)
     print_table(_units_table(found, options.model))
     print_table(skipped_table(found.skipped))
     parameters = sum(parameter.numel() for parameter in model.parameters())

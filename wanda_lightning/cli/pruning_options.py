@@ -63,7 +63,7 @@ def _choices(without: Collection[str] = ()) -> Any:
 
 
 _PruneChoices: Any = _choices()
-_InspectChoices: Any = _choices(without=("sparsity", "min_expert_tokens", "keep_batch_norm"))
+_InspectChoices: Any = _choices(without=("sparsity", "keep_batch_norm"))
 
 
 @dataclass(kw_only=True)

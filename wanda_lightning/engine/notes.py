@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch.nn.parameter import UninitializedParameter
 
+from wanda_lightning.calibration import pooling
 from wanda_lightning.common.words import counted
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.engine.plan import Plan
@@ -61,7 +62,7 @@ def _few_expert_tokens(run: Run) -> Note | None:
     least = min(few, key=lambda name: run.layers[name].tokens)
     use = "scored by these" if run.plan.config.pattern.drops_experts else "pruned with the statistics of all experts"
     return Note(
-        f"{_layers(few, 'expert')} received fewer than {max(1, run.plan.config.min_expert_tokens)} tokens, {least} "
+        f"{_layers(few, 'expert')} received fewer than {pooling.MIN_EXPERT_TOKENS} tokens, {least} "
         f"fewest: {run.layers[least].tokens}. They are {use}: give more calibration samples"
     )
 

@@ -229,7 +229,7 @@ def make_plan(
     # Blocks are loaded or trained one at a time, also to be pruned with statistics of the dense model.
     by_block = config.recovery.recorded or not has_weights
     stops = "block" if config.sequential == "none" and by_block else config.sequential
-    inventory = find_layers(model, stops, config.skip, config.only, config.include_grouped, config.pattern)
+    inventory = find_layers(model, stops, config.skip, config.only, config.pattern)
     plan = Plan(config, model, processes, inventory, preset=preset)
     if is_sharded(model):
         config.recovery.check_sharded()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wanda_lightning.calibration import pooling
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.gradients import check_predictions
 from wanda_lightning.calibration.mode import pruning_mode
@@ -63,7 +64,7 @@ def prune(
         forward: Runs one batch through the model.
         progress: Show a bar (plain lines if there is no terminal).
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
-            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `include_grouped`, `min_expert_tokens`,
+            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`,
             `keep_batch_norm`.
 
     Returns:
@@ -209,7 +210,7 @@ def _observe_dense_model(run: Run) -> Observed:
     inputs: Mapping[str, InputStatistics] = {}
     gradients: Mapping[str, GradientStatistics] = {}
     if config.allocation.needs:
-        observer = Observer(config.allocation.needs, run.plan.processes, config.min_expert_tokens)
+        observer = Observer(config.allocation.needs, run.plan.processes, pooling.MIN_EXPERT_TOKENS)
         with pruning_mode(model), ProgressBar("Observing", None, run.progress) as bar:
             inputs = run.store.observe_dense(run, observer, bar)
     if config.reads_gradients:
@@ -222,7 +223,7 @@ def _observe_dense_model(run: Run) -> Observed:
 def _prune_units(run: Run) -> None:
     """Observe, prune and recover each unit in turn."""
     plan, config = run.plan, run.plan.config
-    observer = Observer(plan.observed, plan.processes, config.min_expert_tokens)
+    observer = Observer(plan.observed, plan.processes, pooling.MIN_EXPERT_TOKENS)
     with (
         ProgressBar("Pruning", None, run.progress) as bar,
         closing(run.store.stops(run, observer, bar)) as stops,

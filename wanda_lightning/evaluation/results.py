@@ -35,7 +35,7 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
 
     Quantized weights count as if they could be pruned, and are dequantized one at a time.
     """
-    prunable = {id(layer.parameter) for layer in find_layers(model, include_grouped=True).layers}
+    prunable = {id(layer.parameter) for layer in find_layers(model).layers}
     zeros, sizes, seen = Counter[str](), Counter[str](), set[int]()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -60,7 +60,7 @@ class KeptZeros:
         names = {module: path for path, module in model.named_modules()}
         self._name, self._count = name, 0
         self._zeros: dict[tuple[str, str], tuple[Tensor, torch.Size, bool]] = {}
-        for layer in find_layers(model, include_grouped=True).layers:
+        for layer in find_layers(model).layers:
             place = names[layer.module], layer.parameter_name
             if place not in self._zeros:  # experts share a parameter
                 zero = layer.parameter.detach() == 0

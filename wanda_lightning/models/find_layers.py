@@ -24,7 +24,6 @@ def find_layers(
     sequential: str = "block",
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
-    include_grouped: bool = False,
     pattern: Pattern = Unstructured(),
 ) -> Inventory:
     """Find the layers to prune, group them into units, and list every other matrix with its reason.
@@ -33,7 +32,7 @@ def find_layers(
     width does not fit the pattern are skipped. The weights are not read, so the model may be on the meta device. Raises
     a ValueError if a pattern in `skip` or `only` matches no matrix.
     """
-    finder = _Finder(model, include_grouped)
+    finder = _Finder(model)
     finder.sort_parameters()
     finder.skip_tied_to_skipped()
     finder.apply_user_patterns(check_patterns("skip", skip), check_patterns("only", only))
@@ -47,12 +46,12 @@ def find_layers(
 class _Finder:
     """Sorts the parameters of a model into layers and skipped matrices."""
 
-    def __init__(self, model: nn.Module, include_grouped: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = named_modules(model)
         self.layers: list[Layer] = []
         self.skipped: list[SkippedMatrix] = []
-        self._defaults = skip_by_default(self.modules, include_grouped)
+        self._defaults = skip_by_default(self.modules)
         self._by_columns = stored_by_columns(self.modules)
         self._module_names = {module: name or "weight" for name, module in self.modules.items()}
         self._aliases: dict[str, list[str]] = {}  # the other names of each tied matrix

@@ -22,7 +22,7 @@ class SkipReason(str, Enum):
     STEM = "stem"
     TIED = "tied"
     DEPTHWISE = "depthwise"
-    GROUPED = "grouped"
+    GROUPED = "grouped"  # in reports of version 0.2
     QUANTIZED = "quantized"
     NO_SHAPE = "no_shape"
     UNSUPPORTED = "unsupported"

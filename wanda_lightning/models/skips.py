@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from wanda_lightning.models.experts import routers, stacked_experts
 from wanda_lightning.models.inventory import SkippedMatrix, SkipReason
-from wanda_lightning.models.layers import kind_of, layer_kinds
+from wanda_lightning.models.layers import layer_kinds
 from wanda_lightning.models.quantized import quantizer
 from wanda_lightning.models.task import own_head
 
@@ -71,7 +71,7 @@ def _why_unsupported(module: nn.Module, parameter_name: str) -> str:
     return f"{parameter_name} of {kind} is not the weight of a supported layer ({', '.join(layer_kinds())})"
 
 
-def skip_by_default(modules: Mapping[str, nn.Module], include_grouped: bool) -> dict[str, tuple[SkipReason, str]]:
+def skip_by_default(modules: Mapping[str, nn.Module]) -> dict[str, tuple[SkipReason, str]]:
     """Return the reasons to skip modules of supported kinds, with details, by module name."""
     first = {
         next((name for name, module in modules.items() if isinstance(module, kind)), None) for kind in _CONVOLUTIONS
@@ -94,8 +94,6 @@ def skip_by_default(modules: Mapping[str, nn.Module], include_grouped: bool) -> 
             reasons[name] = SkipReason.ROUTER, "router"
         elif isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels:
             reasons[name] = SkipReason.DEPTHWISE, "depthwise convolution"
-        elif isinstance(module, _CONVOLUTIONS) and module.groups > 1 and not include_grouped and kind_of(module):
-            reasons[name] = SkipReason.GROUPED, "grouped convolution: include_grouped=True prunes each group"
         elif isinstance(module, _CONVOLUTIONS) and name in first and module.in_channels <= _IMAGE_CHANNELS:
             raw = "image" if isinstance(module, nn.Conv2d) else "signal"
             reasons[name] = SkipReason.STEM, f"stem: reads the raw {raw}"

@@ -279,7 +279,7 @@ def _count_zeros(layers: Iterable[Layer], processes: Processes) -> dict[str, int
 
 def prunable_layers(model: nn.Module) -> tuple[Layer, ...]:
     """Return all layers that may have been pruned."""
-    return find_layers(model, include_grouped=True).layers
+    return find_layers(model).layers
 
 
 def _copied(copy: object, held: Mapping[str, KeepMask]) -> Mapping[str, Tensor]:
