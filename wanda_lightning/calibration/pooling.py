@@ -10,7 +10,6 @@ from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.models import Layer
 from wanda_lightning.parallel import Processes
 
-
 # Experts with fewer tokens get the sums over all experts. A norm over n Gaussian inputs has a relative error of
 # 0.7 / sqrt(n).
 MIN_EXPERT_TOKENS = 32

@@ -71,8 +71,7 @@ class PruningCallback(ZerosCallback):
             `trainer.validate`, which then evaluates the dense model. The default of `sequential` is then `"none"`, the
             only value that it supports. It uses whole batches until they have `num_samples` samples.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
-            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`,
-            `keep_batch_norm`.
+            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Raises:
         ImportError: If a library that writes the `report` is missing.

@@ -64,8 +64,7 @@ def prune(
         forward: Runs one batch through the model.
         progress: Show a bar (plain lines if there is no terminal).
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
-            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`,
-            `keep_batch_norm`.
+            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Returns:
         The report, which lists every matrix as pruned or skipped.
