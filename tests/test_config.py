@@ -37,7 +37,7 @@ TABLES = {
 
 def test_the_defaults_are_wanda():
     methods = Wanda(), Unstructured("row"), Uniform(), ZeroOut(), NoRecovery(), NoPermutation()
-    expected = PruningConfig(0.5, *methods, "auto", (), (), False, 32, False)
+    expected = PruningConfig(0.5, *methods, "auto", (), (), False)
     assert PruningConfig.from_names() == PruningConfig.from_names(method="wanda") == expected
 
 

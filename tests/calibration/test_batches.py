@@ -196,7 +196,7 @@ X3 = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
 def test_entries_of_a_batch_that_do_not_run_alone_are_no_samples(forward, count, caplog):
     _, samples = samples_of(X3, X3, forward=forward)
     assert [sample.size for sample in samples] == [1] * 2 * count
-    assert caplog.text.count("Each batch counts as one sample") == (count == 1)
+    assert caplog.text.count("each batch runs whole") == (count == 1)
     assert fit_together(samples) == (count > 1)
 
 

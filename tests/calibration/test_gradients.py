@@ -257,7 +257,7 @@ def test_time_steps_are_no_samples(hidden, caplog):
     torch.manual_seed(0)
     model, batches = TimeFirst(hidden), [torch.randn(7, 3, 8), torch.randn(6, 3, 8)]
     found, expected = measured(model, batches)["up"], 0
-    assert caplog.text.count("batches are not split into samples") == 1
+    assert caplog.text.count("each batch runs whole") == 1
     assert model.lengths[-2:] == [7, 6]
     for number, x in enumerate(batches):
         seen = model.enter(x).detach().flatten(0, 1)

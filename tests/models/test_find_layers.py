@@ -42,7 +42,6 @@ ON_META = {
         for name in (
             "deit_tiny_distilled_patch16_224",
             "resnet50d",
-            "resnext50_32x4d",
             "efficientnet_b0",
             "levit_128s",
             "ghostnet_100",
@@ -228,7 +227,6 @@ REASONS = {
         "head_dist": "output head",
     },
     "resnet50d": {"conv1.0": "stem", "conv1.3": "stem", "conv1.6": "stem", "fc": "output head"},
-    "resnext50_32x4d": {"conv1": "stem: reads the raw image", "fc": "output head"},
     "efficientnet_b0": {"conv_stem": "stem: reads the raw image", "blocks.0.0.conv_dw": "depthwise convolution"},
     "levit_128s": {"head.linear": "output head", "head_dist.linear": "output head", "stem.conv4.linear": "stem"},
     "nfnet_f0": {"stages.0.0.conv1": "ScaledStdConv2d standardizes its weight in each forward"},

@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Number
 from typing import Any
 
@@ -168,7 +169,7 @@ def separable_samples(batch: Any) -> int:
     return batch_size(batch) if is_even(batch) else 1
 
 
-_SAME = 1e-3  # of a square sum: more than rounding in bfloat16, less than what a time step changes in the next one
+_SAME = 0.03  # of the norm: more than rounding in bfloat16, less than what a time step changes in the next one
 _CLASSES = 256  # to compare; there may be many, such as a vocabulary
 
 
@@ -176,31 +177,26 @@ _CLASSES = 256  # to compare; there may be many, such as a vocabulary
 def run_alone(predict: Callable[[Any], object], batch: Any) -> bool:
     """Whether the last two samples of a batch have the same predictions alone as together, apart from rounding.
 
-    Entries of the first dimension that are no samples, such as time steps, do not. One of the two would not be enough:
-    a causal model computes the earlier one correctly alone. True if the model has no predictions, or fails anyway.
+    Time steps do not; in a causal model, the earlier one does. True if the model has no predictions, or fails anyway.
     """
-    size = batch_size(batch)
+    last = batch_size(batch) - 1
 
     def rows(start: int, stop: int) -> Tensor:
         found = find_predictions(predict(take(batch, start, stop)))
         return torch.empty(0) if found is None else widest(found[..., :: 1 + found.shape[-1] // _CLASSES])
 
     try:
-        together, alone = rows(size - 2, size), torch.cat([rows(size - 2, size - 1), rows(size - 1, size)])
-        same = together.shape == alone.shape
-        same = same and not bool((together - alone).square().sum() > _SAME * together.square().sum())  # True if NaN
+        together, alone = rows(last - 1, last + 1), torch.cat([rows(last - 1, last), rows(last, last + 1)])
+        same = together.shape == alone.shape and not bool((alone - together).norm() > _SAME * together.norm())
     except Exception:  # the code of a model may raise anything
-        try:
+        same = True
+        with suppress(Exception):
             predict(batch)
-        except Exception:
-            return True
-        same = False
+            same = False
     if not same:
         log.warning(
-            "batches are not split into samples: entries of the first dimension, of length %d, have other predictions "
-            "alone than together, or cannot run alone. Each batch counts as one sample. If the model expects another "
-            "dimension first, such as time, give batches with samples first and let forward= rearrange them.",
-            size,
+            "each batch runs whole, as one sample: entries of its first dimension have other predictions alone than "
+            "together. If it is not that of samples, give batches with samples first, and let forward= rearrange them."
         )
     return same
 

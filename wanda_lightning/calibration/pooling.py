@@ -10,9 +10,7 @@ from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.models import Layer
 from wanda_lightning.parallel import Processes
 
-# Experts with fewer tokens get the sums over all experts. A norm over n Gaussian inputs has a relative error of
-# 0.7 / sqrt(n).
-MIN_EXPERT_TOKENS = 32
+MIN_EXPERT_TOKENS = 32  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
 
 
 def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
