@@ -249,7 +249,7 @@ def test_forward_passes_that_run_anyway_give_the_same_sparsities():
     specimen = ZOO["vit"]
     watched_model, model = specimen.build(), specimen.build()
     plan = make_plan(PruningConfig.from_names(allocation="owl", sequential="none"), watched_model)
-    passive = PassiveCalibration(watched_model, plan.whole_model, plan.observed, 0, SINGLE_PROCESS)
+    passive = PassiveCalibration(watched_model, plan.whole_model, plan.observed, SINGLE_PROCESS)
     for batch in specimen.batches():
         with torch.no_grad(), passive.collect(batch):
             run(watched_model, batch)
