@@ -19,8 +19,6 @@ import timm
 import torch
 from measuring import fingerprint
 from result import Result, Runs, Samples, sparsity_of
-from rich.console import Console
-from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -106,20 +104,12 @@ def main() -> None:
     case = {"weights": fingerprint(dense)}
     trained = Result(model=options.model, method="dense", case=case, evaluation=Samples("digits", len(evaluation[0])))
     runs(trained, lambda: {"top1": top1})
-    title = f"{options.model}: top-1 without and with the correction; dense {top1:.1%}"
-    table = Table(title=title)
-    for heading in ("method", *options.goals):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
     for method in options.methods:
-        cells = []
         for goal in options.goals:
             planned = replace(trained, method=method, **sparsity_of(goal), arguments=METHODS[method])
             planned = replace(planned, calibration=Samples("digits", 256))
             chosen = {**METHODS[method], "sparsity": planned.sparsity, "pattern": planned.pattern}
-            measured = runs(planned, partial(measure, dense, batches, evaluation, chosen)).measured
-            cells.append(f"{measured['top1_uncorrected']:.1%} -> {measured['top1']:.1%}")
-        table.add_row(method, *cells)
-    Console(width=120).print(table)
+            runs(planned, partial(measure, dense, batches, evaluation, chosen))
 
 
 if __name__ == "__main__":

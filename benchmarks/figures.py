@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from result import OURS, Result, read_table
-from tables import LABELS, ROOT, SCALED, by_goal, exponent
+from tables import LABELS, ROOT
 
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import require_extra
@@ -44,7 +44,6 @@ GOALS = {"50 %": (BLUE, "o"), "60 %": (ORANGE, "s"), "2:4": (GREEN, "D")}
 REFERENCE, ALPS = "locuslab/wanda", "ALPS"
 Point = Sequence[Any]  # seconds, perplexity, name
 PRESETS = ("thorough", "best", "balanced", "fast")
-BY_WINDOWS = {"wanda": FAINT, "sparsegpt": INK, "balanced": GREEN, "best": ORANGE, "thorough": BLUE}
 COMPARED = (  # method, whose implementation, label
     *((name, OURS, name) for name in PRESETS),
     ("alps", ALPS, "ALPS, authors' code"),
@@ -190,76 +189,9 @@ def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
                 text.remove()
 
 
-def windows() -> dict[str, Any]:
-    """Perplexity by the number of calibration windows, for each goal and method."""
-    usual, more = runs_of("methods"), [run for run in read_table("windows") if run.method in BY_WINDOWS]
-    panels: dict[str, dict[str, Any]] = {}
-    for method, goal in sorted({(run.method, run.goal) for run in more}, key=lambda key: [*BY_WINDOWS].index(key[0])):
-        own = [run for run in more if (run.method, run.goal) == (method, goal)]
-        points = {run.case["windows"]: run.measured["perplexity"] for run in own}
-        points[usual[method, goal].calibration.windows] = usual[method, goal].measured["perplexity"]
-        panels.setdefault(goal, {})[method] = [[count, round(value, 2)] for count, value in sorted(points.items())]
-    return {"dense": _dense(), "panels": {goal: panels[goal] for goal in sorted(panels, key=by_goal)}}
-
-
-def draw_windows(data: Mapping[str, Any]) -> "Figure":
-    """Draw one panel for each goal, with one line for each method."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(data["panels"]), figsize=(11, 4.3), layout="constrained", squeeze=False)
-    for panel, (goal, lines) in zip(panels[0], data["panels"].items(), strict=True):
-        _logarithmic(panel, "x", "y")
-        for name, points in lines.items():
-            style = {"marker": "o", "markersize": 4, "color": BY_WINDOWS[name]}
-            panel.plot(*zip(*points, strict=True), **style, label=_short(name))
-        panel.axhline(data["dense"], color=FAINT, linewidth=1, linestyle="--", label="dense")
-        counts = sorted({count for points in lines.values() for count, _ in points})
-        panel.set_xticks(counts, map(str, counts))
-        panel.set(title=f"{goal} zeros" if "%" in goal else goal, xlabel="windows of 512 tokens")
-    panels[0][0].set_ylabel("perplexity")
-    every = max((panel.get_legend_handles_labels() for panel in panels[0]), key=lambda pair: len(pair[1]))
-    figure.legend(*every, loc="outside lower center", ncols=len(every[1]), frameon=False)
-    return figure
-
-
-def scaling() -> dict[str, Any]:
-    """Processor seconds and peak memory by windows, blocks and width: points of each method, with the exponent."""
-    runs = sorted(read_table("scaling"), key=lambda run: run.case["value"])
-    data: dict[str, dict[str, Any]] = {}
-    for quantity, name in (("processor_seconds", "processor seconds"), ("peak_mib", "MiB beyond the model")):
-        data[name] = {}
-        for size in ("windows", "blocks", "width"):
-            lines = data[name][size] = {}
-            for method in SCALED:
-                own = [run for run in runs if (run.case["by"], run.method) == (size, method)]
-                points = [[run.case["value"], round(run.measured[quantity], 3)] for run in own]
-                lines[method] = {"points": points, "exponent": round(exponent(points), 2)}
-    return data
-
-
-def draw_scaling(data: Mapping[str, Any]) -> "Figure":
-    """Draw one panel for each quantity and size, both axes logarithmic, with exponents in the legends."""
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(len(data), 3, figsize=(11, 7.5), layout="constrained", sharex="col", sharey="row")
-    for row, (quantity, sizes) in zip(grid, data.items(), strict=True):
-        for panel, (size, lines) in zip(row, sizes.items(), strict=True):
-            _logarithmic(panel, "x", "y")
-            for (name, line), color in zip(lines.items(), (FAINT, BLUE, GREEN, ORANGE), strict=True):
-                label = f"{_short(name) if name in LABELS else name}: {line['exponent']:.2f}"
-                panel.plot(*zip(*line["points"], strict=True), marker="o", markersize=4, label=label, color=color)
-            panel.set_xticks(*zip(*((value, str(value)) for value, _ in line["points"]), strict=True))
-            panel.legend(frameon=False, fontsize=8, title="exponent")
-            panel.set_xlabel(size)
-        row[0].set_ylabel(quantity)
-    return figure
-
-
 FIGURES: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], "Figure"]]] = {
     "methods": (methods, draw_methods),
     "frontier": (frontier, draw_frontier),
-    "windows": (windows, draw_windows),
-    "scaling": (scaling, draw_scaling),
 }
 
 

@@ -17,8 +17,6 @@ from pathlib import Path
 import torch
 from measuring import MIB, PeakMemory, medians, seconds
 from result import Result, Runs, Samples
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from wanda_lightning import CausalLMModule, Magnitude, prune
@@ -99,15 +97,8 @@ class Training:
         return statistics.median(once() for _ in range(3))
 
 
-def row(measured: dict[str, float]) -> list[str]:
-    """Return numbers as table cells."""
-    plain, ours = measured["plain_peak_mib"], measured["peak_mib"]
-    times = f"{measured['plain_seconds']:.2f}", f"{measured['seconds']:.2f}", f"{measured['ratio']:.3f}"
-    return [*times, f"{plain:.0f}", f"{ours:.0f}", f"{ours / plain:.3f}"]
-
-
 def main() -> None:
-    """Measure and print the table."""
+    """Measure steps with and without kept zeros."""
     parser = argparse.ArgumentParser(description="Measure what keeping zeros costs in training.")
     parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
     parser.add_argument("--batch_size", type=int, default=4)
@@ -119,19 +110,13 @@ def main() -> None:
     torch.manual_seed(0)
     model = CausalLMModule(options.model, dtype="float32").model
     training = Training(model, options.batch_size, options.seqlen, options.runs)
-    table = Table(title=f"A step of AdamW, {options.batch_size} x {options.seqlen} tokens")
-    for heading in ("what", "without (s)", "with (s)", "ratio", "without (MiB)", "with (MiB)", "ratio"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
     runs, tokens = Runs(options.save, "keeping_zeros"), Samples("random tokens", options.batch_size, options.seqlen)
     planned = Result(model=Path(options.model).name, method="KeepZeros", sparsity=0.5, calibration=tokens)
     planned = replace(planned, arguments={"method": "magnitude"})
-    run = runs.save(planned, training.keep_zeros())
-    table.add_row("KeepZeros, all weights", *row(run.measured))
+    runs.save(planned, training.keep_zeros())
     for name in ADAPTERS:
         adapted = replace(planned, method="KeepZerosLoraConfig", case={"adapters": name})
-        run = runs.save(adapted, training.adapters(name))
-        table.add_row(f"KeepZerosLora / LoRA: {name}", *row(run.measured))
-    Console(width=130).print(table)
+        runs.save(adapted, training.adapters(name))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Clocks, memory, fingerprints, random models and empty tables for the benchmarks."""
+"""Clocks, memory, fingerprints and random models for the benchmarks."""
 
 import ctypes
 import gc
@@ -13,7 +13,6 @@ from typing import Any
 
 import psutil
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -77,14 +76,6 @@ def random_windows(vocabulary: int, samples: int, length: int) -> Batches:
     """Return windows of random tokens, each a batch."""
     ids = torch.randint(vocabulary, (samples, 1, length), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": window} for window in ids]
-
-
-def columns(title: str, *headings: str) -> Table:
-    """Return an empty table with numbers aligned to the right."""
-    table = Table(title=title)
-    for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left")
-    return table
 
 
 class PeakMemory:

@@ -21,9 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from measuring import MIB, Batches, PeakMemory, columns, random_llama, random_windows
+from measuring import MIB, Batches, PeakMemory, random_llama, random_windows
 from result import Result, Runs, Samples
-from rich.console import Console
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -131,7 +130,7 @@ def measure(options: argparse.Namespace, method: str, strategy: str, count: int,
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure each method with each strategy."""
     parser = argparse.ArgumentParser(description="Compare pruning in one process with DDP and FSDP2.")
     parser.add_argument("--methods", nargs="+", default=["fast", "balanced", "best"])
     parser.add_argument("--processes", nargs="+", type=int, default=[2, 4])
@@ -143,8 +142,6 @@ def main() -> None:
     parser.add_argument("--save", help="FOLDER in which each run becomes a file")
     options = parser.parse_args()
     runs = Runs(options.save, "processes")
-    headings = ("seconds", "MiB of weights", "of a forward pass", "of pruning", "mask entries that differ")
-    table = columns(f"width {options.width}", "", *headings)
     deeper = {} if options.blocks == BLOCKS else {"blocks": options.blocks}
     cases = [(1, ALONE), *((count, strategy) for count in options.processes for strategy in (DDP, FSDP2))]
     for method in options.methods:
@@ -161,10 +158,6 @@ def main() -> None:
                     calibration=Samples("random tokens", options.windows, options.length),
                 )
                 runs.save(planned, measured)
-                shown = [f"{measured[name]:.0f}" for name in ("weights_mib", "plain_peak_mib", "peak_mib")]
-                differ = f"{measured.get('mask_difference', 0):.2%}"
-                table.add_row(f"{method}, {count} x {strategy}", f"{measured['seconds']:.2f}", *shown, differ)
-    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from measuring import MIB, PeakMemory, medians, seconds
 from result import Result, Runs, Samples
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from wanda_lightning import CausalLMModule, ImageClassifierModule, prune
@@ -57,7 +55,7 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, Batches, Callable[[obj
 
 
 def main() -> None:
-    """Measure and print the tables."""
+    """Measure a model in detail, or several image models."""
     parser = argparse.ArgumentParser(description="Measure what pruning costs, in forward passes.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="hub id, folder, .gguf file or timm:NAME")
@@ -75,9 +73,7 @@ def main() -> None:
 
 def measure_images(options: argparse.Namespace) -> None:
     """Measure several choices for each image model."""
-    table = Table(title=f"Ratios to a forward pass of {options.nsamples} images in batches of {options.batch_size}")
-    table.add_column("what")
-    columns, runs = [], Runs(options.save, "image_costs")
+    runs = Runs(options.save, "image_costs")
     for name in options.images:
         plain, *ours = _seconds_of_choices(*load_images(name, options), options.runs)
         planned = Result(model=name, method="forward pass", calibration=Samples("random images", options.nsamples))
@@ -86,11 +82,6 @@ def measure_images(options: argparse.Namespace) -> None:
             arguments = {key: str(value) for key, value in choices.items()}
             run = replace(planned, method=method, sparsity=0.5, arguments=arguments)
             runs.save(run, {"seconds": each, "plain_seconds": plain, "ratio": each / plain})
-        columns.append([f"{plain:.2f} s", *(f"{each / plain:.2f}" for each in ours)])
-        table.add_column(name, justify="right")
-    for row in zip(("forward pass", *IMAGE_CHOICES), *columns, strict=True):
-        table.add_row(*row)
-    Console().print(table)
 
 
 def _seconds_of_choices(model: nn.Module, batches: Batches, runs: int) -> list[float]:
@@ -131,17 +122,10 @@ def measure_model(options: argparse.Namespace) -> None:
         plain, ours = medians(forward, pruning(choices), runs=options.runs)
         ratio, peak = ours / (passes * plain), _peak(pruning(choices))
         runs.save(own, {"seconds": ours, "plain_seconds": passes * plain, "ratio": ratio, "peak_mib": peak})
-        name = f"{own.method}, {own.case or own.goal} / {passes} forward pass{'es' if passes > 1 else ''}"
-        table.add_row(name, f"{passes * plain:.2f}", f"{ours:.2f}", f"{ratio:.3f}", f"{peak:.0f}")
 
     runs, calibration = Runs(options.save, "costs"), Samples("random tokens", options.nsamples, options.seqlen)
     planned = Result(model=Path(options.model).name, method="forward pass", calibration=calibration)
-    table = Table(title=f"{options.model}: {options.nsamples} samples in batches of {options.batch_size}")
-    for heading in ("what", "plain (s)", "ours (s)", "ratio", "peak above the model (MiB)"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
-    peak = _peak(forward)
-    runs.save(planned, {"peak_mib": peak})
-    table.add_row("plain forward pass, batch by batch", "", "", "", f"{peak:.0f}")
+    runs.save(planned, {"peak_mib": _peak(forward)})
     for sequential, passes in (("block", 2), ("layer", 1), ("none", 1)):
         choice = {"sequential": sequential}
         own = replace(planned, method="wanda", sparsity=0.5, case=choice, arguments=choice)
@@ -151,8 +135,6 @@ def measure_model(options: argparse.Namespace) -> None:
     plain, ours = _seconds_of_mask(max(options.runs, 5))
     mask = Result(model="random matrix 4096 x 11008", method="2:4 mask", sparsity=0.5, pattern="2:4")
     runs.save(mask, {"seconds": ours, "plain_seconds": plain, "ratio": ours / plain})
-    table.add_row("2:4 keep of 4096 x 11008 / |W| * ||x||", f"{plain:.3f}", f"{ours:.3f}", f"{ours / plain:.2f}", "")
-    Console(width=120).print(table)
 
 
 def _seconds_of_mask(runs: int) -> list[float]:

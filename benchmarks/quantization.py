@@ -6,7 +6,7 @@
 
 Prunes a language model to 50 % with Wanda. Each scheme quantizes and dequantizes every pruned matrix of a copy in
 float32. `zeros kept` is the share of the pruned weights that are still exactly zero, `new zeros` the share of the kept
-weights that became zero. Quantizers that are not installed, or do not run on this machine, are named below the table.
+weights that became zero. Quantizers that are not installed, or do not run on this machine, are named at the end.
 """
 
 import argparse
@@ -14,15 +14,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from result import Result, Runs, Samples
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from wanda_lightning import CausalLMModule, TextDataModule, prune
@@ -32,7 +28,6 @@ from wanda_lightning.modules import WindowPerplexity
 Scheme = Callable[[Tensor], Tensor]
 """Quantizes and dequantizes a matrix (d_out, d_in)."""
 
-K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 GROUP = 32
 
 
@@ -103,7 +98,7 @@ SCHEMES: dict[tuple[str, str], Scheme] = {
     ("bitsandbytes", "int8"): bitsandbytes_8bit,
     ("bitsandbytes", "nf4"): partial(bitsandbytes_4bit, "nf4"),
     ("bitsandbytes", "fp4"): partial(bitsandbytes_4bit, "fp4"),
-    **{("gguf", name): partial(gguf_type, name) for name in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", *K_QUANTS)},
+    **{("gguf", name): partial(gguf_type, name) for name in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1")},
     ("compressed_tensors", "int8"): partial(compressed_tensors, 8, True),
     ("compressed_tensors", "int4 symmetric"): partial(compressed_tensors, 4, True),
     ("compressed_tensors", "int4 asymmetric"): partial(compressed_tensors, 4, False),
@@ -171,32 +166,18 @@ def main() -> None:
     data = TextDataModule(module.tokenizer, options.calibration, options.eval, batch_size=4, **sizes)
     data.setup("validate")
     model = module.model.eval()
-    table = Table("quantizer", "scheme")
-    for heading in ("zeros kept", "new zeros", "perplexity"):
-        table.add_column(heading, justify="right")
     runs = Runs(options.save, "quantization")
-    dense = runs(plan(options), lambda: {"perplexity": perplexity(model, data)})
-    table.add_row("", "none, dense", "", "", f"{dense.measured['perplexity']:.2f}")
+    runs(plan(options), lambda: {"perplexity": perplexity(model, data)})
     prune(model, data.calibration_dataloader(), options.sparsity, method="wanda", progress=False)
     unchanged = {"zeros_kept": 1.0, "new_zeros": 0.0}
-    pruned = runs(plan(options, "none"), lambda: {**unchanged, "perplexity": perplexity(model, data)})
-    table.add_row("", "none, pruned", "100 %", "0 %", f"{pruned.measured['perplexity']:.2f}")
+    runs(plan(options, "none"), lambda: {**unchanged, "perplexity": perplexity(model, data)})
     failures: list[str] = []
-    for package, name in track(SCHEMES, "Quantizing"):
-        if find_spec(package) is None:
-            failures.append(f"{package} {name}: {package} is not installed.")
-            continue
+    for (package, name), scheme in SCHEMES.items():
         try:
-            run = runs(plan(options, package, name), partial(measure, model, SCHEMES[package, name], data))
+            runs(plan(options, package, name), partial(measure, model, scheme, data))
         except Exception as error:
-            failures.append(f"{package} {name}: {type(error).__name__}: {' '.join(str(error).split())}")
-            continue
-        kept, new = (100 * run.measured[part] for part in ("zeros_kept", "new_zeros"))
-        table.add_row(package, name, f"{kept:.3g} %", f"{new:.3g} %", f"{run.measured['perplexity']:.2f}")
-    console = Console(width=120)
-    console.print(table)
-    for failure in failures:
-        console.print(f"Not measured: {failure}", markup=False, highlight=False)
+            failures.append(f"Not measured: {package} {name}: {type(error).__name__}: {' '.join(str(error).split())}")
+    print("\n".join(failures))
 
 
 if __name__ == "__main__":

@@ -46,8 +46,6 @@ QUANTITIES: Mapping[str, str] = {
     "written_gb": "gigabytes written",
     "mask_difference": "fraction of the mask entries that differ from those of what it is compared with",
     "first_mask_difference": "the same in the first matrix that differs",
-    "score_difference": "mean relative difference of the scores",
-    "tie_distance": "mean relative distance between the threshold of a row and a score whose mask entry differs",
     "output_error": "mean relative squared error of the outputs of a layer",
     "plain_output_error": "the same for what it is compared with",
     "zeros_kept": "fraction of the pruned weights that are still zero",

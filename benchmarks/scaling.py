@@ -4,22 +4,20 @@
 
 The model is a random Llama in float32, pruned in memory to 50 % with `sequential="layer"`. Each line varies one size;
 the others keep their defaults: 16 windows of 256 tokens, 2 blocks, width 512; by width, the model has one block.
-Seconds are those of the processor, in one thread. Memory is what is needed beyond the model and the windows. The
-exponent is the slope of a line through the three largest sizes, both axes logarithmic: 1 is linear.
+Seconds are those of the processor, in one thread. Memory is what is needed beyond the model and the windows.
 """
 
 import argparse
 import time
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 from measuring import MIB, Batches, PeakMemory, random_llama
 from result import Result, Runs, Samples
-from rich.console import Console
-from rich.table import Table
-from tables import SCALED, exponent
+from tables import SCALED
 
 from wanda_lightning import prune
 
@@ -72,32 +70,24 @@ def alone(method: str, sizes: dict[str, int]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure each size with each method."""
     parser = argparse.ArgumentParser(description="Measure how pruning grows with tokens, layers and width.")
     parser.add_argument("--save", help="FOLDER in which each run becomes a file; a run that it holds is not repeated")
     options = parser.parse_args()
-    console, runs = Console(width=120), Runs(options.save, "scaling")
+    runs = Runs(options.save, "scaling")
     for size, values in SIZES.items():
-        table = Table("seconds, MiB by", *(f"{size} {value}" for value in values), "exponents")
-        for name in SCALED:
-            found = []
-            for value in values:
-                sizes = {**DEFAULTS, **({"blocks": 1} if size == "width" else {}), size: value}
-                shape = {key: str(each) for key, each in sizes.items()}
-                planned = Result(
-                    model="random Llama",
-                    method=name,
-                    sparsity=0.5 if name in METHODS else 0.0,
-                    case={"by": size, "value": value},
-                    arguments=({"method": name, "sequential": "layer"} if name in METHODS else {}) | shape,
-                    calibration=Samples("random tokens", sizes["windows"], LENGTH),
-                )
-                found.append(runs(planned, partial(alone, name, sizes)).measured)
-            points = [(each["processor_seconds"], each["peak_mib"]) for each in found]
-            exponents = (exponent([*zip(values, numbers, strict=True)]) for numbers in zip(*points, strict=True))
-            cells = (f"{taken:.2f}, {memory:.0f}" for taken, memory in points)
-            table.add_row(name, *cells, ", ".join(f"{each:.2f}" for each in exponents))
-        console.print(table)
+        for name, value in product(SCALED, values):
+            sizes = {**DEFAULTS, **({"blocks": 1} if size == "width" else {}), size: value}
+            shape = {key: str(each) for key, each in sizes.items()}
+            planned = Result(
+                model="random Llama",
+                method=name,
+                sparsity=0.5 if name in METHODS else 0.0,
+                case={"by": size, "value": value},
+                arguments=({"method": name, "sequential": "layer"} if name in METHODS else {}) | shape,
+                calibration=Samples("random tokens", sizes["windows"], LENGTH),
+            )
+            runs(planned, partial(alone, name, sizes))
 
 
 if __name__ == "__main__":

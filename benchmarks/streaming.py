@@ -1,4 +1,4 @@
-"""Measure pruning from disk: memory, time, bytes read and written, and restarts after kills.
+"""Measure pruning from disk: memory, time, bytes read and written.
 
     python benchmarks/streaming.py memory FOLDER --shape 7b --method wanda --sequential layer  (13.5 GB of disk, twice)
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --method sparsegpt admm --sequential block
@@ -7,21 +7,16 @@
     python benchmarks/streaming.py memory FOLDER --shape narrow --sequential layer --samples 64 --length 512
     python benchmarks/streaming.py seconds FOLDER --model SmolLM2.gguf --samples 16 --length 512
     python benchmarks/streaming.py seconds FOLDER --shape 1.1b --samples 16 --length 512
-    python benchmarks/streaming.py kills FOLDER --model SmolLM2.gguf --samples 16 --length 512
 
 `--shape` writes a random Llama in bfloat16 to FOLDER, file by file; `--model` exports a folder or GGUF file there.
 `memory` prunes in a new process for each row, and takes the peak of its resident memory, with PyTorch and
-transformers. `seconds` prunes alternately from disk and in memory. `kills`
-ends one pruning at random moments, restarts it each time, and compares all files with an uninterrupted run.
+transformers. `seconds` prunes alternately from disk and in memory.
 """
 
 import argparse
 import json
 import multiprocessing
-import random
 import shutil
-import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,8 +27,6 @@ import torch
 from measuring import MIB, PeakMemory, medians, seconds
 from result import Result, Runs
 from result import Samples as Data
-from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -147,7 +140,6 @@ def in_new_process(function: Any, *arguments: object) -> Any:
 
 def measure_memory(options: argparse.Namespace) -> None:
     """Prune in a new process for each run."""
-    table = Table("layers", "method", "seconds", "peak MiB", "GB read", "written")
     for layers in options.layers or [None]:
         folder = source(options, layers)
         for method in options.method:
@@ -158,21 +150,16 @@ def measure_memory(options: argparse.Namespace) -> None:
             numbers = {"seconds": duration, "peak_rss_mib": peak / MIB}
             planned = plan(options, method, layers=number)
             Runs(options.save, "streaming_memory").save(planned, {**numbers, "read_gb": read, "written_gb": written})
-            sizes = (f"{peak / MIB:.0f}", f"{read:.2f}", f"{written:.2f}")
-            table.add_row(str(number), method, f"{duration:.1f}", *sizes)
-    Console(width=100).print(table)
 
 
 def measure_seconds(options: argparse.Namespace) -> None:
     """Prune alternately from disk and in memory."""
     folder, disk, memory = source(options), Path(options.folder) / "pruned", Path(options.folder) / "memory"
     samples = batches(folder, options)
-    table = Table("method", "from disk", "in memory: load, prune, save", "prune alone", "ratio", "equal weights")
-    alone: list[float] = []
 
     def in_memory(method: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder)
-        alone.append(seconds(lambda: prune(model, samples, 0.5, **choices(options, method))))
+        prune(model, samples, 0.5, **choices(options, method))
         model.save_pretrained(memory)
 
     def from_disk(method: str) -> None:
@@ -189,45 +176,14 @@ def measure_seconds(options: argparse.Namespace) -> None:
             runs=options.runs,
         )
         first, second = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (disk, memory))
-        equal = all(torch.equal(first[key], second[key]) for key in first)
+        assert all(torch.equal(first[key], second[key]) for key in first)
         measured = {"seconds": streamed, "plain_seconds": loaded, "ratio": streamed / loaded}
         Runs(options.save, "streaming_seconds").save(plan(options, method), measured)
-        times = (streamed, loaded, statistics.median(alone[-options.runs :]))
-        table.add_row(method, *(f"{each:.1f}" for each in times), f"{streamed / loaded:.2f}", str(equal))
-    Console(width=100).print(table)
-
-
-def measure_kills(options: argparse.Namespace) -> None:
-    """Kill one pruning again and again, and compare its files with those of an uninterrupted run."""
-    folder, method = source(options), options.method[0]
-    for name in ("whole", "killed"):
-        shutil.rmtree(Path(options.folder) / name, ignore_errors=True)
-    duration, *_ = in_new_process(stream, folder, options, method, "whole")
-    whole, killed = (Path(options.folder) / name for name in ("whole", "killed"))
-    parts = len(list(whole.glob("*.safetensors")))
-    spawn, rng, found = multiprocessing.get_context("spawn"), random.Random(0), []
-    for kill in range(options.kills):
-        process = spawn.Process(target=stream, args=(folder, options, method, "killed"))
-        process.start()
-        # Later each time, since a run first repeats the forward passes of the runs before it.
-        while len(list(killed.glob("model-*.safetensors"))) < parts * kill // (options.kills + 2):
-            time.sleep(0.001)
-        while not killed.exists():  # still importing
-            time.sleep(0.001)
-        process.join(rng.uniform(0, 2 * duration / parts))
-        process.kill()
-        process.join()
-        found.append(len(list(killed.glob("model-*.safetensors"))))
-    assert not (killed / "config.json").exists()
-    print(f"killed {options.kills} times; files that were there: {found}")
-    in_new_process(stream, folder, options, method, "killed")
-    contents = [{file.name: file.read_bytes() for file in place.iterdir()} for place in (whole, killed)]
-    print(f"{len(contents[0])} files, equal to those of an uninterrupted run: {contents[0] == contents[1]}")
 
 
 def main() -> None:
     """Read the options, and measure."""
-    commands = {"memory": measure_memory, "seconds": measure_seconds, "kills": measure_kills}
+    commands = {"memory": measure_memory, "seconds": measure_seconds}
     parser = argparse.ArgumentParser(description="Measure pruning from disk.")
     parser.add_argument("command", choices=commands)
     parser.add_argument("folder", help="where models are written")
@@ -242,7 +198,6 @@ def main() -> None:
     for name in OTHERS:
         parser.add_argument(f"--{name}")
     parser.add_argument("--runs", type=int, default=3, help="of each clock, after a warm-up")
-    parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--save", help="FOLDER in which each run of memory and seconds becomes a file")
     options = parser.parse_args()
     commands[options.command](options)

@@ -38,7 +38,6 @@ LABELS: Mapping[str, str] = {
     "sparsegpt": "`SparseGPT`",
     "sparsegpt at layer": '`SparseGPT`, `sequential="layer"`',
     **{f"sparsegpt_{name}": f'`SparseGPT`, `sequential="{name}"`' for name in ("none", "block", "layer")},
-    "sparsegpt by hand": "plain SparseGPT",
     "refit": "`Refit`",
     "refit, biases kept": "`Refit`, biases kept",
     "alps": "ALPS",
@@ -61,13 +60,11 @@ LABELS: Mapping[str, str] = {
     "thorough": "`thorough`",
     "thorough, 3 passes": "`thorough`, always 3 passes",
     "fixed": "then `DistillFromDense`",
-    "trained longer": "dense, trained as long",
     "structured": "units",
     "structured, fisher": "units, by the loss",
     "GroupMagnitude": "units, by Torch-Pruning",
     "structured, int8": "units, then int8",
     "structured, distilled": "units, by the loss, then distilled",
-    "structured, 10 epochs": "units, then 10 epochs",
 }
 """How a method is written. Tables list methods in this order."""
 
@@ -93,11 +90,10 @@ def grid(heading: str, cells: Iterable[tuple[str, str, str]], columns: Sequence[
     return markdown([heading, *table.columns], table.reset_index().to_numpy().tolist())
 
 
-def by_goals(heading: str, results: Iterable[Result], cell: Cell, goals: Sequence[str] | None = None) -> str:
+def by_goals(heading: str, results: Iterable[Result], cell: Cell) -> str:
     """Return a table with a row for each method and a column for each goal, without the dense model."""
-    pruned = [result for result in results if result.method != "dense"]
-    goals = goals or goals_of(pruned)
-    return grid(heading, [(LABELS[r.method], r.goal, cell(r)) for r in in_order(pruned) if r.goal in goals], goals)
+    pruned = in_order(result for result in results if result.method != "dense")
+    return grid(heading, [(LABELS[r.method], r.goal, cell(r)) for r in pruned], goals_of(pruned))
 
 
 def lookup(results: Iterable[Result]) -> Lookup:
@@ -273,11 +269,6 @@ def batch_norm() -> str:
     return _by_model(results, lambda r: f"{100 * r.measured['top1_uncorrected']:.1f} -> {percent(r, 'top1', 1)}")
 
 
-def training_images() -> str:
-    """Accuracy of image classifiers that are trained on after pruning."""
-    return _by_model(read_table("training_images"), lambda r: percent(r, "top1"))
-
-
 def _by_model(results: Sequence[Result], cell: Cell) -> str:
     """Return one table for each trained model: first by the weights, then by name."""
     groups = defaultdict(list)
@@ -287,14 +278,8 @@ def _by_model(results: Sequence[Result], cell: Cell) -> str:
     for (weights, model), group in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[0][1]))):
         which = f"`{model}`" + f" with the weights `{weights}`" * bool(weights)
         (dense,) = (result for result in group if result.method == "dense")
-        parts += [f"{which}, {percent(dense, 'top1')} dense:", by_goals("method", group, cell, _columns(group))]
+        parts += [f"{which}, {percent(dense, 'top1')} dense:", by_goals("method", group, cell)]
     return "\n\n".join(parts) + source(results, notes=False)
-
-
-def _columns(results: Sequence[Result]) -> list[str]:
-    """Return the goals, after a column for other dense models than the one before training, if there are any."""
-    others = any(result.goal == "dense" != result.method for result in results)
-    return ["dense"] * others + goals_of(results)
 
 
 def costs() -> str:
@@ -384,30 +369,6 @@ def keeping_zeros() -> str:
         memory = f"{number(result, 'peak_mib', '.0f')} / {number(result, 'plain_peak_mib', '.0f')}"
         rows.append([name, number(result, "ratio", ".2f"), memory])
     return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + source(results)
-
-
-def sparsegpt() -> str:
-    """Our SparseGPT against a plain implementation."""
-    results = read_table("sparsegpt")
-    order = ("sparsegpt by hand", "sparsegpt", "sparsegpt at layer", "balanced")
-    results.sort(key=lambda result: (order.index(result.method), by_goal(result.goal)))
-    cells = [(LABELS[r.method], r.goal, with_seconds(r)) for r in results]
-    for method, group in groupby(results, lambda result: LABELS[result.method]):
-        ratios = ", ".join(filter(None, (number(result, "ratio", ".2f") for result in group)))
-        cells.append((method, "seconds / plain", ratios))
-    return grid("perplexity, seconds", cells) + source(results)
-
-
-def file_size() -> str:
-    """Sizes of files that zstd has compressed."""
-    results = read_table("file_size")
-    results.sort(key=lambda r: (r.model, r.case["dtype"], r.goal != "dense", by_goal(r.goal)))
-    rows = [
-        [f"{r.model}, {r.case['dtype']}", r.goal, number(r, "zstd_3", ".3f"), number(r, "zstd_19", ".3f")]
-        for r in results
-    ]
-    headings = ("bytes / bytes of the dense file", "zeros", "`zstd -3`", "`zstd -19`")
-    return markdown(headings, rows) + source(results)
 
 
 def quantization() -> str:
@@ -630,7 +591,7 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {"methods": all_methods} | {
     table.__name__: table
     for table in (
         *(demo, reference, images, photos, batch_norm, costs, image_costs, scaling, processes, finetuning),
-        *(keeping_zeros, sparsegpt, file_size, quantization, tasks, streaming, windows, more_photos, paired_photos),
-        *(draws, own_text, training, training_images, worth),
+        *(keeping_zeros, quantization, tasks, streaming, windows, more_photos, paired_photos),
+        *(draws, own_text, training, worth),
     )
 }

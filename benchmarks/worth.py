@@ -3,7 +3,6 @@
     pip install torchao zstandard torch-pruning
     python benchmarks/worth.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
         --save benchmarks/results
-    python benchmarks/worth.py --digits --save benchmarks/results
     python benchmarks/worth.py --images .cache/efficientnet_lite0 --data imagenet_sample --save benchmarks/results
 
 Speeds are ratios to the dense float32 model, which runs alternately in the same process: medians of `--runs`. `prefill`
@@ -13,18 +12,15 @@ batches of 1 and 32.
 
 import argparse
 import copy
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from measuring import MIB, PeakMemory, columns, fingerprint, medians, seconds
+from measuring import MIB, PeakMemory, medians, seconds
 from result import OURS, Result, Runs, Samples, sparsity_of
-from rich.console import Console
 from torch import Tensor, nn
 
 from wanda_lightning import (
@@ -33,7 +29,6 @@ from wanda_lightning import (
     Fisher,
     ImageClassifierModule,
     ImageDataModule,
-    KeepZeros,
     TextDataModule,
     prune,
     shrink,
@@ -267,73 +262,37 @@ def text(options: argparse.Namespace) -> tuple[Comparison, list[Row], Result]:
     return Comparison(model, clocks, quality, options.runs), rows, planned
 
 
-def images_of(
-    module: ImageClassifierModule, data: ImageDataModule, epochs: int, options: argparse.Namespace
-) -> tuple[Comparison, list[Row]]:
-    """Prepare an image classifier; `epochs` of training follow some of the changes."""
-    data.setup("validate")
-    evaluated = list(data.val_dataloader())
-    calibration = [images for images, _ in data.calibration_dataloader()]
-
-    def quality(model: nn.Module) -> Measured:
-        dtype = next(model.parameters()).dtype
-        right = [(model(images.to(dtype)).argmax(dim=1) == labels).sum() for images, labels in evaluated]
-        return {"top1": float(sum(right)) / sum(len(labels) for _, labels in evaluated)}
-
-    def trained(goal: str, model: nn.Module) -> nn.Module:
-        prune(model, calibration, float(goal) / 100, pattern="structured", progress=False)
-        own = ImageClassifierModule(model, num_classes=module.num_classes, lr=module.hparams["lr"])
-        L.seed_everything(0, verbose=False)
-        quiet = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0, "devices": 1}
-        L.Trainer(max_epochs=epochs, callbacks=[KeepZeros()], **quiet).fit(own, data)
-        own.eval()
-        shrink(model)
-        return model
-
-    rows = common_rows(calibration, lambda model, images: model(images))
-    if epochs:
-        rows += [Row(f"structured, {epochs} epochs", partial(trained, goal), goal, units=True) for goal in WIDTHS[1:]]
-    shape = tuple(calibration[0].shape[1:])
-    return Comparison(module.model.eval(), image_clocks(shape), quality, options.runs), rows
-
-
-def digits(options: argparse.Namespace) -> Iterator[tuple[Comparison, list[Row], Result]]:
-    """Train the models of recipes/vision/demo.py on digits, and prepare them."""
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from recipes.vision import demo
-
-    for name in demo.MODELS:
-        module, data, _ = demo.train(name, 30)
-        planned = Result(
-            model=name,
-            method="dense",
-            case={"weights": fingerprint(module)},
-            calibration=Samples("digits", data.num_samples),
-            evaluation=Samples("digits", 360),
-        )
-        yield *images_of(module, data, 10, options), planned
-
-
-def photos(options: argparse.Namespace) -> Iterator[tuple[Comparison, list[Row], Result]]:
+def photos(options: argparse.Namespace) -> tuple[Comparison, list[Row], Result]:
     """Prepare a classifier with its weights, such as EfficientNet-Lite0, and images in the layout of ImageNet."""
     module = ImageClassifierModule(f"timm:local-dir:{options.images}")
     data = ImageDataModule(options.data, module, num_samples=options.nsamples)
     data.setup("validate")
+    evaluated = list(data.val_dataloader())
+    calibration = [images for images, _ in data.calibration_dataloader()]
+    count = sum(len(labels) for _, labels in evaluated)
+
+    def quality(model: nn.Module) -> Measured:
+        dtype = next(model.parameters()).dtype
+        right = [(model(images.to(dtype)).argmax(dim=1) == labels).sum() for images, labels in evaluated]
+        return {"top1": float(sum(right)) / count}
+
+    rows = common_rows(calibration, lambda model, images: model(images))
+    name = Path(options.data).name
     planned = Result(
         model=Path(options.images).name,
         method="dense",
-        calibration=Samples(Path(options.data).name, options.nsamples),
-        evaluation=Samples(Path(options.data).name, len(data.val_dataloader().dataset)),
+        calibration=Samples(name, options.nsamples),
+        evaluation=Samples(name, count),
     )
-    yield *images_of(module, data, 0, options), planned
+    clocks = image_clocks(tuple(calibration[0].shape[1:]))
+    return Comparison(module.model.eval(), clocks, quality, options.runs), rows, planned
 
 
 def main() -> None:
-    """Measure and print the tables."""
+    """Measure the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="language model: hub id, folder or .gguf file")
-    what.add_argument("--digits", action="store_true", help="a ViT and a ConvNeXt, trained on digits first")
     what.add_argument("--images", help="folder of a timm model with its weights")
     parser.add_argument("--data", help="images for --images: a folder with train/CLASS and val/CLASS")
     parser.add_argument("--calibration", default="python-docs")
@@ -347,17 +306,11 @@ def main() -> None:
     parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
     options = parser.parse_args()
     options.nsamples = options.nsamples or (128 if options.images else 16)
-    prepared = digits(options) if options.digits else photos(options) if options.images else [text(options)]
-    runs, console = Runs(options.save, "worth"), Console(width=160)
-    for comparison, rows, base in prepared:
-        table = None
-        for row in rows:
-            if options.rows and row.method not in options.rows:
-                continue
-            run = runs(row.planned(base), partial(comparison, row.change))
-            table = table or columns(f"{base.model}: speeds relative to dense", "", *run.measured)
-            table.add_row(f"{run.method} {run.goal}", *(f"{number:.3f}" for number in run.measured.values()))
-        console.print(table or "Nothing to measure.")
+    comparison, rows, base = photos(options) if options.images else text(options)
+    runs = Runs(options.save, "worth")
+    for row in rows:
+        if not options.rows or row.method in options.rows:
+            runs(row.planned(base), partial(comparison, row.change))
 
 
 if __name__ == "__main__":

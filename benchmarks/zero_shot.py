@@ -15,10 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measuring import columns
-from quality import TEXT, LanguageModel, Measured, add_options, check_options, choices
+from quality import TEXT, LanguageModel, Measured, add_options, cells, check_options
 from result import Result, Runs
-from rich.console import Console
 
 from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
 
@@ -43,20 +41,13 @@ def accuracies(found: dict[str, float]) -> Measured:
     return {metric: found[metric] for metric in metrics} | {f"{m}_error": found[f"{m}_stderr"] for m in metrics}
 
 
-def row(results: list[Result]) -> list[str]:
-    """Return perplexity, and for each task acc and, if the task has it, acc_norm."""
-    shown = [(run.measured, metric) for run in results for metric in ("acc", "acc_norm")]
-    cells = [f"{m[metric]:.1%} ± {100 * m[f'{metric}_error']:.1f}" if metric in m else "" for m, metric in shown]
-    return [f"{results[0].measured['perplexity']:.2f}", *cells]
-
-
 def main() -> None:
-    """Measure the missing cells and print the table."""
+    """Measure the missing cells."""
     parser = argparse.ArgumentParser(description="Compare methods by zero-shot accuracy and perplexity.")
     add_options(parser)
     parser.add_argument("--methods", nargs="+", default=METHODS, help=f"of: {shlex.join(TEXT)}")
     parser.add_argument("--tasks_dir", required=True, help="folder with TASK.jsonl")
-    parser.set_defaults(goals=("50", "2:4"), held_out=False, draw=None)
+    parser.set_defaults(goals=("50", "2:4"), draw=None)
     options = parser.parse_args()
     check_options(parser, options, TEXT)
     if not options.model:
@@ -70,19 +61,13 @@ def main() -> None:
     if not tasks:
         parser.error(f"--tasks_dir must have a file TASK.jsonl, but {folder} has none. Name another folder.")
     runs, language = Runs(options.save, "tasks"), LanguageModel(options)
-    metrics = [f"{name} {metric}" for name in names for metric in ("acc", "acc_norm")]
-    table = columns(f"{options.model}: zero-shot accuracy ± standard error", "", "goal", "perplexity", *metrics)
     dense = replace(language.planned, calibration=None)
-    table.add_row("dense", "", *row(measure(language, tasks, runs, dense, language.measure_perplexity)))
-    for name in options.methods:
-        for goal in options.goals:
-            chosen = choices(TEXT[name], goal)
-            if reason := language.refusal(chosen):
-                table.add_row(name, goal, reason)
-                continue
-            step = partial(language.measure, chosen)
-            table.add_row(name, goal, *row(measure(language, tasks, runs, language.plan(name, goal, chosen), step)))
-    Console(width=150).print(table)
+    measure(language, tasks, runs, dense, language.measure_perplexity)
+    for name, goal, chosen in cells(options, TEXT):
+        if reason := language.refusal(chosen):
+            print(f"{name}, {goal}: {reason}")
+        else:
+            measure(language, tasks, runs, language.plan(name, goal, chosen), partial(language.measure, chosen))
 
 
 if __name__ == "__main__":
