@@ -5,11 +5,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from support.callbacks import Net, loader, same, share_of_zeros, trainer
 from support.hub import ignores_uploads, running_hub
-from support.modules import tiny_llama, windows_of_text
+from support.modules import VIT, tiny_llama, windows_of_text
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning import CausalLMModule, PruningCallback, SavePretrained, WandaPrune
+from wanda_lightning import CausalLMModule, ImageClassifierModule, PruningCallback, SavePretrained, WandaPrune
 
 
 class Saving(Net):
@@ -79,6 +80,63 @@ def test_a_module_that_cannot_save_itself_is_refused_before_training(tmp_path):
     with pytest.raises(MisconfigurationException, match="but Net has no such method"):
         trainer(SavePretrained(tmp_path / "out"), max_steps=1).fit(module, loader())
     assert same(module, Net())
+
+
+class Own(nn.Sequential):
+    def __init__(self, *_):
+        super().__init__(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+
+
+def built(change=lambda model: None, **options):
+    module = ImageClassifierModule("vit_tiny_patch16_224", False, 10, model_kwargs=VIT | options)
+    change(module.model)
+    return module
+
+
+def generating():
+    module = CausalLMModule(tiny_llama())
+    module.model.generation_config.temperature = 0.5
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: ImageClassifierModule(Own(), num_classes=10),
+            "must be a timm model for save_pretrained, but it is a Own",
+        ),
+        (lambda: built(act_layer=nn.ReLU), "model_kwargs must be plain data .* type is not JSON serializable"),
+        (
+            lambda: built(lambda model: setattr(model, "norm", nn.LayerNorm(8))),
+            "no arguments of VisionTransformer give",
+        ),
+        (generating, "`temperature`"),
+    ],
+)
+def test_a_model_that_cannot_be_written_is_refused_before_training(tmp_path, make, message):
+    module = make()
+    module.training_step = lambda batch, batch_idx: pytest.fail("training has begun")
+    with pytest.raises(ValueError, match=message):
+        trainer(SavePretrained(tmp_path / "out"), max_steps=1).fit(module, loader())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failing", ["save_pretrained", "merge"])
+def test_a_trained_model_that_cannot_be_saved_is_not_lost(tmp_path, failing):
+    module = Saving()
+
+    def fail(*_, **__):
+        raise RuntimeError("out of ink")
+
+    setattr(module, failing, fail)
+    (tmp_path / "out-state.pt").touch()
+    with pytest.raises(OSError, match=rf"RuntimeError: out of ink.*{tmp_path}/out-state-2\.pt"):
+        trainer(SavePretrained(tmp_path / "out"), max_steps=2).fit(module, loader())
+    again = Net()
+    again.load_state_dict(torch.load(tmp_path / "out-state-2.pt"))
+    assert same(again, module)
+    assert not same(again, Net())
 
 
 def card_after(tmp_path, *callbacks, steps=2):

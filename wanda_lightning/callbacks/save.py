@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -18,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
 from wanda_lightning.callbacks.zeros import zeros_callbacks
-from wanda_lightning.common.atomic_write import require_writable, resolve_path
+from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags, check_path, refuse_pytorch_lightning
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
@@ -36,6 +39,10 @@ class SavePretrained(Callback):
     If a pruning callback of the same Trainer has pruned the model, a model card (`README.md`) is written, too, unless
     the module has written one.
 
+    If the module has a method `check_saving()`, it is called when training starts, to raise the errors of
+    `save_pretrained`. If saving fails nevertheless, the state dict of the module is written next to the folder, as
+    `out-state.pt`, and the error says so.
+
     If the module has a `merge()` method, it is called first, to merge adapters: the saved folder loads without peft,
     and the module in memory no longer has adapters. Checkpoints from before the merge load only into a module with
     adapters.
@@ -52,7 +59,8 @@ class SavePretrained(Callback):
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
         ValueError: When training starts, if nothing can be uploaded to `push_to_hub`, for example without a token.
-        OSError: If the upload fails. The folder is saved, and the message names the command that uploads it later.
+        OSError: If saving fails, or the upload. If the upload fails, the folder is saved, and the message names the
+            command that uploads it later.
         MisconfigurationException: When training starts, if the module has no `save_pretrained`, or if no process holds
             the whole model.
     """
@@ -97,6 +105,8 @@ class SavePretrained(Callback):
             )
         with processes_of(trainer).fail_together():
             if trainer.is_global_zero:
+                if callable(check := getattr(pl_module, "check_saving", None)):
+                    check()
                 if self.push_to_hub is not None:
                     refuse_upload(self.push_to_hub, self.private)
                 require_writable(self.folder, self.overwrite)
@@ -105,38 +115,53 @@ class SavePretrained(Callback):
         """Merge the adapters in every process, and save and upload in the first, while the others wait."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if callable(merge := getattr(pl_module, "merge", None)):
-            merge()
         try:
+            with self._keeping_weights(trainer, pl_module):
+                if callable(merge := getattr(pl_module, "merge", None)):
+                    merge()
+                if trainer.is_global_zero:
+                    folder, is_smaller = self._save(pl_module)
             if trainer.is_global_zero:
-                self._save(trainer, pl_module)
+                self._write_card(folder, trainer, pl_module, is_smaller)
+                self._upload(folder)
         finally:  # also if the upload fails
             trainer.strategy.barrier("SavePretrained")
 
-    def _save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    @contextmanager
+    def _keeping_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
+        """If the body fails, write the state dict next to the folder, and name it in the error."""
+        try:
+            yield
+        except Exception as error:
+            if not trainer.is_global_zero:
+                raise
+            raise OSError(
+                f"{self.folder} could not be written ({type(error).__name__}: {error}). The trained weights are in "
+                f"{_save_state(pl_module, Path(self.folder))}: load them with module.load_state_dict(torch.load(PATH))."
+            ) from error
+
+    def _save(self, pl_module: Any) -> tuple[Path, bool]:
+        """Save the model; return where, and whether hidden units were left out."""
         folder = find_free_folder(self.folder, self.overwrite)
         if folder != Path(self.folder):
             rank_zero_warn(
                 f"{self.folder} was written to while the model trained, so the model is saved in {folder}.",
                 category=UserWarning,
             )
-        is_smaller = self._save_model(pl_module, folder)
-        self._write_card(folder, trainer, pl_module, is_smaller)
-        if self.push_to_hub is not None:
-            address = upload(folder, self.push_to_hub, list_files(folder), self.private)
-            rank_zero_info(f"SavePretrained: uploaded to {address}")
-
-    def _save_model(self, pl_module: Any, folder: Path) -> bool:
-        """Save the model, and return whether hidden units were left out."""
         if self.shrink:
             try:
                 result = pl_module.save_pretrained(folder, overwrite=self.overwrite, shrink=True)
                 rank_zero_info(f"SavePretrained: {result}")
-                return True
+                return folder, True
             except UserError as error:
                 rank_zero_warn(f"The model is saved with its zeros. {error}", category=UserWarning)
         pl_module.save_pretrained(folder, overwrite=self.overwrite)
-        return False
+        return folder, False
+
+    def _upload(self, folder: Path) -> None:
+        if self.push_to_hub is not None:
+            address = upload(folder, self.push_to_hub, list_files(folder), self.private)
+            rank_zero_info(f"SavePretrained: uploaded to {address}")
 
     def _write_card(self, folder: Path, trainer: L.Trainer, pl_module: L.LightningModule, is_smaller: bool) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
@@ -166,6 +191,20 @@ def find_free_folder(folder: str | os.PathLike[str], overwrite: bool) -> Path:
         except FileExistsError:
             place = resolve_path(folder).with_name(f"{resolve_path(folder).name}-{number}")
     raise AssertionError
+
+
+def _save_state(pl_module: L.LightningModule, folder: Path) -> Path:
+    """Write the state dict next to the folder, or else into the folder for temporary files; return where it is."""
+    names = (f"{folder.name}-state{suffix}.pt" for suffix in ("", *(f"-{number}" for number in range(2, 100))))
+    for home in (resolve_path(folder).parent, Path(tempfile.gettempdir())):
+        path = next(home / name for name in names if not os.path.lexists(home / name))
+        try:
+            with atomic_write(path) as new:
+                torch.save(pl_module.state_dict(), new)
+            return path
+        except Exception as error:  # the disk may be full
+            failure = error
+    raise failure
 
 
 def _recounted(report: PruningReport, zeros: Mapping[str, int]) -> PruningReport:

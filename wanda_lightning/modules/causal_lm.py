@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -303,6 +304,13 @@ class CausalLMModule(L.LightningModule):
             from wanda_lightning.lora import merge
 
             self.model = merge(self.model, reprune)
+
+    def check_saving(self) -> None:
+        """Raise the errors of `save_pretrained`, by writing everything but the weights into a temporary folder."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.pruning_target.save_pretrained(folder, state_dict={})
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ import lightning as L
 import timm
 import timm.optim
 import torch
-from timm.models import save_for_hf
+from timm.models import get_model_args, save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -182,6 +183,26 @@ class ImageClassifierModule(L.LightningModule):
         groups = timm.optim.param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
         return torch.optim.AdamW(groups, lr=self.lr)
 
+    def check_saving(self) -> None:
+        """Raise a ValueError for a model that `save_pretrained` cannot write or timm could not rebuild."""
+        if is_sharded(self.model):
+            raise UserError(
+                "save_pretrained needs the whole model in one process, but FSDP2 shards it. Save it with Lightning's "
+                "ModelCheckpoint and ModelParallelStrategy(save_distributed_checkpoint=False)."
+            )
+        if not hasattr(self.model, "pretrained_cfg"):
+            raise UserError(
+                f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
+                "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
+            )
+        try:
+            json.dumps(get_model_args(self.model, fitting_arguments(self.model, self._model_kwargs)))
+        except TypeError as error:
+            raise UserError(
+                f"model_kwargs must be plain data for save_pretrained, since timm writes them as JSON: {error}. Give "
+                "a name where timm takes one, such as act_layer='relu'."
+            ) from error
+
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
     ) -> Shrunk | None:
@@ -203,16 +224,7 @@ class ImageClassifierModule(L.LightningModule):
                 leave out.
         """
         check_flags(shrink=shrink)
-        if is_sharded(self.model):
-            raise UserError(
-                "save_pretrained needs the whole model in one process, but FSDP2 shards it. Save it with Lightning's "
-                "ModelCheckpoint and ModelParallelStrategy(save_distributed_checkpoint=False)."
-            )
-        if not hasattr(self.model, "pretrained_cfg"):
-            raise UserError(
-                f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
-                "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
-            )
+        self.check_saving()
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
         labels = {"label_names": names} if len(names) == self.num_classes else None
