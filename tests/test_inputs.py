@@ -15,7 +15,6 @@ from wanda_lightning import (
     ImageDataModule,
     SavePretrained,
     TextDataModule,
-    WandaPrune,
     keep_zeros,
     perplexity_from_disk,
     prune,
@@ -39,9 +38,6 @@ def net():
         (lambda: keep_zeros(net().to("meta")), "model must hold its weights, but 0 is on the meta device"),
         (lambda: prune(net(), [torch.ones(2, 8)], forward=3), "forward must be a function, but it is 3"),
         (lambda: prune(net(), keep_batch_norm="false"), "keep_batch_norm must be True or False, but it is 'false'"),
-        (lambda: WandaPrune(dataloader=3), "dataloader must be a list of batches or a dataloader, but it is a int"),
-        (lambda: WandaPrune(report_dir=3), "report_dir must be the path of a file or folder, but it is 3"),
-        (lambda: WandaPrune(keep_zeros="no"), "keep_zeros must be True or False"),
         (lambda: SavePretrained(""), "folder must be the path of a file or folder, but it is ''"),
         (lambda: DistillFromDense(dense=[net()]), "dense must be the path"),
         (

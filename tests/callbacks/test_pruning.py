@@ -400,8 +400,6 @@ def test_hidden_units_are_pruned_before_validation():
         ({"at_step": -1}, "at_step must be at least 0, but it is -1"),
         ({"at_step": "3"}, "at_step must be a whole number, but it is '3'"),
         ({"at_step": 3, "schedule": OneShot(3)}, r"exclude each other, but at_step=3 and schedule=OneShot\(step=3\)"),
-        ({"schedule": CubicSchedule}, "schedule must be a Schedule such as"),
-        ({"schedule": 100}, "schedule must be a Schedule such as .* but it is 100"),
         ({"schedule": Steps((2, 0.5), (2, 1.0))}, r"increasing optimizer steps, .* has \[2, 2\]"),
         (
             {"pattern": NM(2, 4), "schedule": CubicSchedule(0, 4, every=2)},
@@ -511,24 +509,11 @@ def test_a_layer_that_a_later_stage_does_not_reach_keeps_its_zeros():
     assert torch.equal(zeros(module)["branches.right.weight"], at_stage[2]["branches.right.weight"])
 
 
-@pytest.mark.parametrize(
-    ("steps", "when"), [(1, {"at_step": 2}), (3, {"at_step": 2}), (3, {"schedule": LinearSchedule(0, 40, every=10)})]
-)
-def test_a_dry_run_prunes_at_every_stage(when, steps):
-    module, at, stages = Net(), {}, []
-
-    class Note(L.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            at[trainer.global_step] = share_of_zeros(module)["layers.0.weight"]
-
-    callback = WandaPrune(0.8, num_samples=12, **when)
-    record = callback._record
-    callback._record = lambda report, share, trainer: (stages.append(share), record(report, share, trainer))
-    trainer(callback, Note(), fast_dev_run=steps).fit(module, loader(24), loader())
-    pruned_at = min(steps, 2 if "at_step" in when else steps)
-    assert [step for step, share in at.items() if share] == list(range(pruned_at, steps + 1))
-    assert at[steps] == pytest.approx(0.8, abs=0.03)
-    assert stages == ([1.0] if "at_step" in when else [0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("when", [{"at_step": 2}, {"schedule": LinearSchedule(0, 40, every=10)}])
+def test_a_dry_run_prunes_before_the_first_step(when):
+    module = Diary()
+    trainer(WandaPrune(0.75, num_samples=12, **when), fast_dev_run=2).fit(module, loader(24), loader())
+    assert [shares for shares, _ in module.steps] == [all_at(0.75)] * 2
 
 
 def test_metrics_of_each_stage_reach_the_logger(tmp_path):

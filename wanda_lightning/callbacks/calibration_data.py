@@ -120,7 +120,7 @@ def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable
         datamodule.setup("fit")  # Lightning has set it up only for evaluation
         return _single(datamodule.train_dataloader(), "train"), f"{type(datamodule).__name__}.train_dataloader()"
     if is_overridden("train_dataloader", pl_module):
-        return _train_dataloader(pl_module), f"{type(pl_module).__name__}.train_dataloader()"
+        return _single(pl_module.train_dataloader(), "train"), f"{type(pl_module).__name__}.train_dataloader()"
     for kind in ("val", "test", "predict"):
         if (loader := getattr(trainer, f"{kind}_dataloaders")) is not None:
             return _independent_copy(_single(loader, kind)), f"the {kind} dataloader"
@@ -128,17 +128,6 @@ def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable
         "dataloader must be given, since there is no other data to calibrate on. Or define calibration_dataloader() in "
         "the LightningDataModule or LightningModule."
     )
-
-
-def _train_dataloader(pl_module: L.LightningModule) -> Any:
-    try:
-        loaders = pl_module.train_dataloader()
-    except Exception as error:  # Lightning has called setup() only for evaluation
-        raise MisconfigurationException(
-            f"dataloader must be given, since {type(pl_module).__name__}.train_dataloader() fails outside of fit: "
-            f"{error!r}. Or define calibration_dataloader() in the LightningModule."
-        ) from error
-    return _single(loaders, "train")
 
 
 def _single(loaders: Any, kind: str) -> Any:

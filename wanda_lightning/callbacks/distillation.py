@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import hashlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,16 +16,23 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.patched import patched
-from wanda_lightning.callbacks.dense import Dense, dense_model, fingerprint, move_beside, network_of
-from wanda_lightning.callbacks.trainer import processes_of
+from wanda_lightning.callbacks.trainer import processes_of, pruning_target
 from wanda_lightning.common.checks import Number, check, check_path, refuse_pytorch_lightning
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import causal_config, find_predictions, fitting_mask, has_classes, token_masks
+from wanda_lightning.parallel import local
+from wanda_lightning.training.held_zeros import prunable_layers, zeros_of
+
+_PRUNED = 0.01  # share of zeros; weights in 16 bits have a few zeros by chance
+_VALUES = 64  # of each tensor, for the fingerprint
+
+Dense = str | os.PathLike[str] | nn.Module | None
 
 
 class DistillFromDense(Callback):
@@ -52,10 +62,10 @@ class DistillFromDense(Callback):
 
     Raises:
         ValueError: If a value is out of range. When `fit` starts: if the network is already pruned and no `dense` is
-            given; or if `dense` has another number of classes, shares parameters with the module, or differs from that
-            of the run that is resumed. In the first step: if there are no logits to compare.
+            given; or if `dense` shares parameters with the module, or differs from that of the run that is resumed. In
+            the first step: if there are no logits to compare.
         MisconfigurationException: When `fit` starts: if the module optimizes manually, is compiled with its
-            `training_step`, or cannot load `dense`, or the strategy distributes the model in an unsupported way. In the
+            `training_step`, or the strategy distributes the model in an unsupported way. In the
             first step: if `training_step` does not call the network.
     """
 
@@ -237,3 +247,84 @@ def _logits(output: object, whose: str) -> Tensor:
             f"returns {kind}. Give network=NAME of the part that does."
         )
     return found
+
+
+def network_of(module: L.LightningModule, name: str | None) -> nn.Module:
+    """Return the submodule with this name; by default the module's `pruning_target`, else the module itself."""
+    if name is None:
+        return pruning_target(module)
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        found = ", ".join(child for child, _ in module.named_children())
+        raise MisconfigurationException(
+            f"network must name a submodule of {type(module).__name__}, but {name!r} is none. Its parts are {found}."
+        ) from error
+
+
+def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) -> nn.Module:
+    """Return the dense counterpart of the network with this name in a module, frozen and in eval mode.
+
+    Call it in `setup("fit")`: callbacks prune later, and checkpoints are restored later. The result is not a submodule
+    of the LightningModule.
+    """
+    network = network_of(pl_module, name)
+    if dense is None:
+        _refuse_pruned(network)
+        model = copy.deepcopy(network)
+    elif isinstance(dense, nn.Module):
+        model = network_of(dense, name) if isinstance(dense, L.LightningModule) else dense
+    else:
+        model = pl_module.load_dense_model(dense)  # type: ignore[operator]
+    if dense is not None and (zeros := _zeros_of_pruning(model)):
+        rank_zero_warn(f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model.")
+    _refuse_shared(model, pl_module)
+    return model.requires_grad_(False).eval()
+
+
+def move_beside(model: nn.Module, network: nn.Module, device: torch.device) -> None:
+    """Move a dense model to a device, and to the dtype in which most of the network is stored."""
+    model.to(device)
+    own, wanted = (max(each.parameters(), key=lambda weight: weight.numel()).dtype for each in (model, network))
+    if own != wanted and own.is_floating_point and wanted.is_floating_point:  # else it is quantized
+        model.to(wanted)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return a hash of the names and shapes of all parameters, and of some values of each."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        values = local(parameter.detach()).flatten()
+        values = values[:: max(1, len(values) // _VALUES)].cpu().double()
+        found.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _refuse_pruned(network: nn.Module) -> None:
+    if next(network.parameters(), None) is None:
+        raise UserError(
+            f"dense must be given, since {type(network).__name__} has no parameters in setup(), when its dense copy is "
+            "taken. Give the dense model as a module or by its name."
+        )
+    if zeros := _zeros_of_pruning(network):
+        raise UserError(
+            f"dense must be given, since the network is already pruned: {zeros}. Give the model before pruning as a "
+            "module or by its name."
+        )
+
+
+def _zeros_of_pruning(model: nn.Module) -> str:
+    """Describe the zeros of the first layer that seems to be pruned; empty if there is none."""
+    sizes = {layer.name: layer.size for layer in prunable_layers(model)}
+    shares = {name: zeros / sizes[name] for name, zeros in zeros_of(model).items()}
+    pruned = [name for name, share in shares.items() if _PRUNED <= share < 1]  # some layers are initialized to zero
+    return f"{shares[pruned[0]]:.0%} of the weights of {pruned[0]} are zero" if pruned else ""
+
+
+def _refuse_shared(model: nn.Module, pl_module: L.LightningModule) -> None:
+    own = {id(parameter) for parameter in model.parameters()}
+    if shared := [name for name, parameter in pl_module.named_parameters() if id(parameter) in own]:
+        raise UserError(
+            f"dense must be a model of its own, but {shared[0]} of {type(pl_module).__name__} belongs to it, too: it "
+            "would be trained and pruned. Leave dense out, or give copy.deepcopy() of the dense model."
+        )

@@ -15,11 +15,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.callbacks import conflicts
 from wanda_lightning.callbacks.calibration_data import calibration_batches, calibration_forward, trial_batches
-from wanda_lightning.callbacks.publish import publish, set_metrics
-from wanda_lightning.callbacks.run_description import measured_before, run_of, with_result
-from wanda_lightning.callbacks.schedules import EndingBy, Schedule, schedule_of
+from wanda_lightning.callbacks.reporting import measured_before, publish, run_of, set_metrics, with_result
+from wanda_lightning.callbacks.schedules import OneShot, Schedule, schedule_of
 from wanda_lightning.callbacks.state import PruningState
-from wanda_lightning.callbacks.trainer import StoppableWeights, last_step, processes_of, pruning_target, shows_progress
+from wanda_lightning.callbacks.trainer import StoppableWeights, processes_of, pruning_target, shows_progress
 from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
@@ -40,7 +39,7 @@ class PruningCallback(ZerosCallback):
     they start, and so evaluate the pruned model, unless the schedule starts after step 0. A model that this callback
     has pruned, also before a resume, is not pruned again while it has its zeros. SIGTERM ends the process at the next
     batch or unit, with status 143. The zeros stay zero while the model trains (see `KeepZeros`). With `fast_dev_run`,
-    stages after the end of training are moved to its last step, and no report is written.
+    it prunes once, before the first step, and no report is written.
 
     The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
@@ -107,11 +106,6 @@ class PruningCallback(ZerosCallback):
         self.config = config
         self.schedule = schedule_of(at_step, schedule)
         checks.check_at_least(1, num_samples=num_samples)
-        checks.check_flags(keep_zeros=keep_zeros)
-        if dataloader is not None:
-            checks.check_batches(dataloader=dataloader)
-        if report_dir is not None:
-            checks.check_path(report_dir=report_dir)
         if report is not None:
             checks.check_report_path(report)
         conflicts.check_stages(self.schedule, self.config.pattern)
@@ -208,7 +202,7 @@ class PruningCallback(ZerosCallback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._prune_to_evaluate(trainer, pl_module)
         if self._state.due and not trainer.sanity_checking:
-            config = self.config.scaled(self._shares_due(trainer)[-1])
+            config = self.config.scaled(self._share_due(trainer))
             self._validation = ValidationLoop(config, pruning_target(pl_module), self._processes, self.num_samples)
 
     def on_validation_batch_start(
@@ -229,7 +223,7 @@ class PruningCallback(ZerosCallback):
             self._record_result(trainer)
             return
         report, self._validation = self._validation.prune(), None
-        self._record(report, self._shares_due(trainer)[-1], trainer)
+        self._record(report, self._share_due(trainer), trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self._hold(trainer, pl_module)
 
@@ -265,13 +259,12 @@ class PruningCallback(ZerosCallback):
 
     def _schedule(self, trainer: L.Trainer) -> Schedule:
         if trainer.fast_dev_run and trainer.state.fn == TrainerFn.FITTING:  # type: ignore[attr-defined]
-            return EndingBy(self.schedule, int(last_step(trainer)))
+            return OneShot()
         return self.schedule
 
-    def _shares_due(self, trainer: L.Trainer) -> list[float]:
-        """The shares of the final sparsity to prune to now: one, or those of all stages that `EndingBy` moved here."""
-        stages = [stage for stage in self._schedule(trainer).stages if stage[0] <= trainer.global_step]
-        return [share for step, share in stages if step == stages[-1][0]] or [1.0]
+    def _share_due(self, trainer: L.Trainer) -> float:
+        """The share of the final sparsity to prune to now."""
+        return self._schedule(trainer).share(trainer.global_step) or 1.0
 
     def _forget_if_dense(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
@@ -288,8 +281,7 @@ class PruningCallback(ZerosCallback):
         if asked and later:
             self._state.due = True
         elif asked:
-            for share in self._shares_due(trainer):
-                self._prune(share, trainer, pl_module)
+            self._prune(self._share_due(trainer), trainer, pl_module)
         self._state.asked_at = trainer.global_step  # at last, so that a resumed run repeats an interrupted pruning
         return asked and not later
 
@@ -302,7 +294,7 @@ class PruningCallback(ZerosCallback):
         if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
             self._state.due = True
             return
-        (share,) = self._shares_due(trainer)
+        share = self._share_due(trainer)
         conflicts.warn_if_late(self._name, share, self.schedule)
         self._prune(share, trainer, pl_module)
         self._pruned_to_evaluate = True

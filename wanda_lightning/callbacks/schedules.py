@@ -100,29 +100,11 @@ class CubicSchedule(LinearSchedule):
         return 1 - (1 - progress) ** 3
 
 
-@dataclass(frozen=True)
-class EndingBy(Schedule):
-    """A schedule that moves the stages after `last_step` to that step, where several stages may then coincide."""
-
-    schedule: Schedule
-    last_step: int
-
-    @property
-    def stages(self) -> tuple[tuple[int, float], ...]:
-        """All stages, in order."""
-        return tuple((min(step, self.last_step), share) for step, share in self.schedule.stages)
-
-
 def schedule_of(at_step: int, schedule: Schedule | None) -> Schedule:
     """Return the schedule for two options of a callback; raise a ValueError if both are given, or one is not valid."""
     check_at_least(0, at_step=at_step)
     if schedule is None:
         return OneShot(at_step)
-    if not isinstance(schedule, Schedule):
-        raise UserError(
-            "schedule must be a Schedule such as CubicSchedule(start_step=0, end_step=1000, every=100), but it is "
-            f"{schedule!r}."
-        )
     if at_step:
         raise UserError(f"schedule and at_step exclude each other, but at_step={at_step} and schedule={schedule}.")
     schedule.check()

@@ -19,11 +19,7 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 def pruning_target(pl_module: L.LightningModule) -> nn.Module:
     """Return the model to prune: the module's `pruning_target` if it has one, else the module itself."""
-    target = getattr(pl_module, "pruning_target", pl_module)
-    if not isinstance(target, nn.Module):
-        raise MisconfigurationException(
-            f"pruning_target of {type(pl_module).__name__} must be a module, but it is {target!r}."
-        )
+    target: nn.Module = getattr(pl_module, "pruning_target", pl_module)
     return target
 
 

@@ -308,7 +308,8 @@ class CausalLMModule(L.LightningModule):
     def check_saving(self) -> None:
         """Raise the errors of `save_pretrained`, by writing everything but the weights into a temporary folder."""
         with tempfile.TemporaryDirectory() as folder:
-            self.pruning_target.save_pretrained(folder, state_dict={})
+            model: Any = self.pruning_target
+            model.save_pretrained(folder, state_dict={})
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
 
