@@ -20,7 +20,6 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import psutil
 import torch
@@ -31,8 +30,6 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import CausalLMModule, prune, prune_from_disk
-from wanda_lightning.streaming import from_disk
-from wanda_lightning.streaming.checkpoint import Checkpoint
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -104,18 +101,13 @@ def choices(options: argparse.Namespace, method: str) -> dict[str, Any]:
 
 def stream(folder: Path, options: argparse.Namespace, method: str, name: str = "pruned") -> tuple[float, ...]:
     """Prune from disk; return the seconds, the peak memory, and the bytes read and written."""
-    output, opened = Path(options.folder) / name, []
-
-    def open_checkpoint(*arguments: Any) -> Checkpoint:
-        opened.append(Checkpoint(*arguments))
-        return opened[0]
-
-    with PeakMemory() as memory, patch.object(from_disk, "Checkpoint", open_checkpoint):
+    output = Path(options.folder) / name
+    with PeakMemory() as memory:
         duration = seconds(
             lambda: prune_from_disk(folder, output, batches(folder, options), 0.5, **choices(options, method))
         )
-    written = psutil.Process().io_counters().write_chars
-    return duration, memory.start + memory.peak, opened[0].bytes_read, written
+    moved = psutil.Process().io_counters()
+    return duration, memory.start + memory.peak, moved.read_chars, moved.write_chars
 
 
 def plan(options: argparse.Namespace, method: str, **case: object) -> Result:

@@ -72,8 +72,6 @@ def net():
         (lambda: ImageClassifierModule("test_vit", model_kwargs=3), "model_kwargs must be a mapping"),
         (lambda: CausalLMModule("folder", trust_remote_code="false"), "trust_remote_code must be True or False"),
         (lambda: CausalLMModule(tiny_llama(), lr_decay="false"), "lr_decay must be True or False"),
-        (lambda: CausalLMModule(tiny_llama()).save_pretrained(""), "folder must be the path"),
-        (lambda: CausalLMModule(tiny_llama()).save_pretrained("out", "false"), "overwrite must be True or False"),
         (lambda: CausalLMModule(tiny_llama()).save_pretrained("out", shrink="no"), "shrink must be True or False"),
         (lambda: CausalLMModule(tiny_llama()).push_to_hub("a/b", private="no"), "private must be True or False"),
         (lambda: SavePretrained("out", private=True), "private must be False without push_to_hub"),
@@ -151,7 +149,6 @@ def test_tokens_that_are_none(tmp_path, ids, message):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_block_without_weights_is_refused_before_anything_is_written(tmp_path):

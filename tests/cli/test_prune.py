@@ -235,7 +235,7 @@ REFUSED = [
     (["--stream", "--calibration", "self"], "--calibration self needs the whole model in memory", 2),
     (["--stream", "--method", "thorough"], "needs the whole model in memory", 2),
     (["--stream", "--sequential", "none", "--solver", "admm"], "needs the Gram matrices of all layers in memory", 2),
-    (["--stream", "--sequential", "none", "--recovery", "reconstruct"], "trains blocks of a model in memory", 2),
+    (["--stream", "--sequential", "none", "--recovery", "reconstruct"], "trains blocks in memory", 2),
 ]
 
 

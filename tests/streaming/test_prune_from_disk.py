@@ -123,23 +123,15 @@ def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch, name):
     assert loaded == {""}
 
 
-def test_progress_shows_the_unit_the_bytes_and_the_seconds_left(source, tmp_path, monkeypatch, capsys):
+def test_progress_shows_the_unit_and_the_seconds_left(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     prune_from_disk(source, tmp_path / "out", batches(), 0.5, method="wanda")
-    sizes = {key: tensor.nbytes for key, tensor in weights(source).items()}
-    block = sum(size for key, size in sizes.items() if "layers.0." in key)
-    outside, lines = sum(sizes.values()) - 4 * block, capsys.readouterr().err.splitlines()
-    for number, line in enumerate(lines[:4]):
-        found = re.fullmatch(
-            rf"Pruning {number}/4 model\.layers\.{number}, (.*) KB read, (.*) KB written \(\d+ s(, \d+ s left)?\)", line
-        )
-        assert found, line
-        assert float(found[1]) * 1000 == pytest.approx(outside + (number + 1) * block, abs=block + 100)
-        assert max(0, number - 2) * block - 100 <= float(found[2]) * 1000 <= max(0, number - 1) * block + 100
-        assert bool(found[3]) == (number > 0)
+    for number, line in enumerate(capsys.readouterr().err.splitlines()[:4]):
+        left = r", \d+ s left" if number else ""
+        assert re.fullmatch(rf"Pruning {number}/4 model\.layers\.{number} \(\d+ s{left}\)", line)
     monkeypatch.setattr(measure_perplexity, "AT_ONCE", 2)
     perplexity_from_disk(source, batches())
-    assert re.search(r"Measuring 5/8 model\.layers\.1, .* KB read \(\d+ s, \d+ s left\)", capsys.readouterr().err)
+    assert re.search(r"Measuring 5/8 model\.layers\.1 \(\d+ s, \d+ s left\)", capsys.readouterr().err)
 
 
 def test_the_perplexity_is_that_of_the_model_in_memory(source, tmp_path, monkeypatch):
@@ -160,12 +152,7 @@ def test_a_text_without_predictions_has_no_perplexity(source, padding):
             perplexity_from_disk(source, given, progress=False)
 
 
-def test_what_has_no_perplexity_is_refused(source, tmp_path):
-    mask = {**batches(1)[0], "attention_mask": [[1] * 48] * 2}
-    with pytest.raises(
-        UserError, match=r"attention_mask must be a tensor of shape \(samples, tokens\), but it is a list"
-    ):
-        perplexity_from_disk(source, [mask], progress=False)
+def test_what_has_no_perplexity_is_refused(tmp_path):
     T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="model must be a decoder-only language model, but t5 is an encoder-decoder"):
         perplexity_from_disk(tmp_path, batches(), progress=False)

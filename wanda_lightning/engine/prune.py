@@ -229,7 +229,7 @@ def _prune_units(run: Run) -> None:
     ):
         for stop in stops:
             unit = stop.unit
-            bar.show(f"{unit.name}{run.store.status}")
+            bar.show(unit.name)
             if not run.store.arrive(unit, run):
                 recovery = config.recovery.start(unit, plan.processes)
                 inputs = stop.observe(observer, recovery.record)

@@ -92,7 +92,6 @@ class WeightStore:
 
     zeros: int = 0  # among the weights that are not in memory
     advice: str = "Reload the model before you try again."  # if pruning fails halfway
-    status: str = ""  # what to show beside the name of a unit, for example what has been read so far
 
     def plan(self, config: PruningConfig, model: nn.Module, processes: Processes) -> Plan:
         """Find what will be pruned."""

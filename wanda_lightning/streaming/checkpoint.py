@@ -60,7 +60,6 @@ class Checkpoint:
         name = self._name = str(source)
         self.device = available_device(device)
         self.blocks: tuple[str, ...] = ()
-        self.bytes_read = 0
         self._keys: dict[str, dict[Path, list[str]]] = {}
         self._conversions: dict[str, Any] = {}
         if name.startswith("timm:") or name.endswith(".gguf"):
@@ -150,7 +149,6 @@ class Checkpoint:
         slices = {key: _Stored(path, key) for path, keys in stored.items() for key in keys}
         with _quiet():
             loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, self._load_config)
-        self.bytes_read += sum(each.bytes_read for each in slices.values())
         self._conversions[part] = self.model._weight_conversions
         weights_moved()
         if part != RESIDENT:
@@ -237,13 +235,10 @@ class _Stored:
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key = path, key
-        self.bytes_read = 0
 
     def __getitem__(self, index: Any) -> Tensor:
         with safe_open(self._path, framework="pt") as file:
-            copy: Tensor = file.get_slice(self._key)[index].clone()
-        self.bytes_read += copy.nbytes
-        return copy
+            return file.get_slice(self._key)[index].clone()
 
 
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:

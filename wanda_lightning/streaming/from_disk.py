@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from wanda_lightning.common.atomic_write import resolve_path
-from wanda_lightning.common.checks import check_batches, check_callable, check_path
+from wanda_lightning.common.checks import check_batches, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
@@ -102,7 +102,6 @@ def pruned_from_disk(
 
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
-    check_callable(forward=forward)
     refuse_whole_model(config, processes)
     refuse_places(source.name, output)
     check_batches(batches=batches)
@@ -140,41 +139,26 @@ def pruned_from_disk(
 
 def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROCESS) -> None:
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
-    if config.reads_gradients and processes.world_size > 1:
-        raise UserError(
-            f"{config.shown('allocation')} with {config.shown('pattern')} reads gradients, which only a single "
-            f"process can compute while it reads the model block by block, but there are {processes.world_size} "
-            "processes. Use one process, or allocation='owl' and pattern='unstructured_layer'."
-        )
-    if config.sequential == "none" and config.recovery.recorded:
-        raise UserError(
-            f"{config.shown('recovery')} with sequential='none' trains blocks of a model in memory, but the model is "
-            "read block by block. Use sequential='block', or prune in memory."
-        )
-    grams = config.sequential == "none" and "gram" in config.needs
-    reasons = {
-        "pattern": (config.pattern.drops_experts, "", "'unstructured' or '2:4'"),
-        "sequential": (grams, f" with {config.shown('solver')}", "'block' or 'layer'"),
-        "allocation": ("gram" in config.allocation.needs, "", "'owl' or 'fisher'"),
-        "recovery": (config.recovery.reads_batches, "", "'none' or 'reconstruct'"),
-    }
-    for name, (refused, other, instead) in reasons.items():
+    whole, grams = "needs the whole model in memory", "needs the Gram matrices of all layers in memory"
+    is_one_pass, recovery = config.sequential == "none", config.shown("recovery")
+    gradients = config.reads_gradients and processes.world_size > 1
+    for refused, name, reason, instead in (
+        (gradients, "allocation", "reads gradients, which only a single process can compute", "'owl'"),
+        (is_one_pass and config.recovery.recorded, "sequential", f"with {recovery} trains blocks in memory", "'block'"),
+        (config.pattern.drops_experts, "pattern", whole, "'unstructured' or '2:4'"),
+        (is_one_pass and "gram" in config.needs, "sequential", f"with {config.shown('solver')} {grams}", "'block'"),
+        ("gram" in config.allocation.needs, "allocation", grams, "'owl' or 'fisher'"),
+        (config.recovery.reads_batches, "recovery", whole, "'none' or 'reconstruct'"),
+    ):
         if refused:
-            needed = "the Gram matrices of all layers" if name in ("sequential", "allocation") else "the whole model"
             raise UserError(
-                f"{config.shown(name)}{other} needs {needed} in memory, but the model is read block by block. Use "
-                f"{name}={instead}, or prune in memory."
+                f"{config.shown(name)} {reason}, but the model is read block by block. Use {name}={instead}, or prune "
+                "in memory."
             )
 
 
 def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """Refuse arguments that are no paths, and an output that is the source folder or lies inside it."""
-    for name, given in (("source", source), ("output", output)):
-        if not isinstance(given, str | os.PathLike):
-            raise UserError(
-                f"{name} must be a string or a path, but it is a {type(given).__name__}. Call "
-                "prune_from_disk(source, output, batches), or prune(model, batches) for a model in memory."
-            )
+    """Refuse an output that is the source folder or lies inside it."""
     check_path(source=source, output=output)
     if os.path.isdir(os.path.expanduser(source)) and resolve_path(output).is_relative_to(resolve_path(source)):
         raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")

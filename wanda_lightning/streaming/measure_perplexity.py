@@ -9,8 +9,6 @@ from itertools import islice
 from math import ceil
 from typing import Any
 
-from torch import Tensor
-
 from wanda_lightning.calibration.batches import length_of
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
@@ -19,7 +17,6 @@ from wanda_lightning.common.checks import check_batches, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.words import as_size
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal, check_decoder_only
@@ -65,14 +62,8 @@ def perplexity_from_disk(
     metric = WindowPerplexity().to(checkpoint.device)
 
     def run(batch: Mapping[str, Any]) -> None:
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            raise UserError(f"batches must be mappings with input_ids, but one is a {type(batch).__name__}.")
         check_tokens(checkpoint.model, batch["input_ids"])
         input_ids, mask = batch["input_ids"].to(checkpoint.device), batch.get("attention_mask")
-        if not isinstance(mask, Tensor | None):
-            raise UserError(
-                f"attention_mask must be a tensor of shape (samples, tokens), but it is a {type(mask).__name__}."
-            )
         mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
@@ -87,7 +78,7 @@ def perplexity_from_disk(
             with loader.loading():
                 for stop in lockstep(together, modules, names, to_end=True):
                     loader.load_only(names[stop.unit])
-                    bar.show(f"{names[stop.unit]}, {as_size(checkpoint.bytes_read)} read")
+                    bar.show(names[stop.unit])
                     bar.advance()
     if not metric.windows:
         raise UserError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")

@@ -72,7 +72,6 @@ class OutputFolder:
         self.path, self._parts, self._processes = resolve_path(folder), list(parts), processes
         self._shards = Shards(self.path, parts)
         self.progress = Progress(json.loads(json.dumps({"version": _VERSION, **made_with}, default=str)))
-        self.bytes_written = 0  # by this process
         with self._in_first() as is_first:
             if is_first:
                 require_resumable(folder)
@@ -117,7 +116,6 @@ class OutputFolder:
         self.progress.written[part] = replace(record, keys=list(tensors), size=size)
         if self._processes.rank == 0:
             self._shards.write(part, tensors)
-            self.bytes_written += size
             self._save_progress()
 
     def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,6 @@ from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import UnitStop, watch_units
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.words import as_size
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.plan import Plan, Selections, make_plan
@@ -69,7 +68,7 @@ class StreamedWeights(WeightStore):
     def _watch(self, run: Run, observer: Observer, bar: ProgressBar) -> Mapping[str, InputStatistics]:
         with self.dense():
             for unit in watch_units(run.plan.parts, run.samples, observer, self.hold):
-                bar.show(f"{unit.name}{self.status}")
+                bar.show(unit.name)
                 bar.advance()
         return observer.finish(run.plan.whole_model)
 
@@ -77,7 +76,7 @@ class StreamedWeights(WeightStore):
         """Return the gradient statistics of all layers, block by block in each direction."""
 
         def hold(name: str) -> None:
-            bar.show(f"{name}{self.status}")
+            bar.show(name)
             self.hold(name)
 
         plan, limit = run.plan, run.plan.config.allocation.gradient_limit
@@ -164,12 +163,6 @@ class StreamedWeights(WeightStore):
                     self._store(block, run)
             self.blocks.wait()
             self._write(RESIDENT, self._record(RESIDENT, run))
-
-    @property
-    def status(self) -> str:  # type: ignore[override]
-        """Bytes read and written so far, in words."""
-        read, written = as_size(self._checkpoint.bytes_read), as_size(self._output.bytes_written)
-        return f", {read} read, {written} written"
 
     @property
     def zeros(self) -> int:  # type: ignore[override]
