@@ -27,11 +27,11 @@ types: .venv/test
 	$(BIN)/mypy
 
 units: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup  # one process a core: more threads only wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs -n auto --dist loadgroup  # one process a core: more threads only wait for each other
 
 # Also every family of models, and every combination of choices where `make test` takes pairs.
 test-all: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadgroup -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs -n auto --dist loadgroup -m ""
 
 # With the oldest release of every library that pyproject.toml allows, whose warnings are not ours to mend.
 test-oldest: .venv-oldest/bin/pytest

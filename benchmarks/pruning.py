@@ -1,7 +1,7 @@
 """Measure what pruning costs, as ratios to a plain forward pass of the same batches in the same process.
 
     python benchmarks/pruning.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --save benchmarks/results
-    python benchmarks/pruning.py --images vit_small_patch16_224 convnext_atto resnet18 efficientnet_lite0
+    python benchmarks/pruning.py --model timm:vit_small_patch16_224 --nsamples 128 --batch_size 32
 
 Each number is a median over `--runs` after a warm-up, and the two sides of a ratio run alternately. Weights are
 restored between runs, which is not timed.
@@ -23,31 +23,16 @@ from torch import nn
 from wanda_lightning import CausalLMModule, ImageClassifierModule, prune
 from wanda_lightning.core.patterns import NM
 
-IMAGE_CHOICES = {
-    "Wanda, none": {"sequential": "none", "keep_batch_norm": True},
-    "Wanda, layer": {"sequential": "layer", "keep_batch_norm": True},
-    "Wanda, none, BatchNorm corrected": {"sequential": "none"},
-    "SparseGPT": {"method": "sparsegpt", "keep_batch_norm": True},
-    "best": {"method": "best", "keep_batch_norm": True},
-}
-
 Batches = list[dict[str, torch.Tensor]]
-
-
-def load_images(name: str, options: argparse.Namespace) -> tuple[nn.Module, Batches]:
-    """Return a timm model with random weights, and random batches (time does not depend on their values)."""
-    model = ImageClassifierModule(f"timm:{name}", pretrained=False).model.eval()
-    size = model.pretrained_cfg["input_size"]
-    pixels = torch.randn(options.nsamples, *size, generator=torch.Generator().manual_seed(0))
-    return model, [{"x": part} for part in pixels.split(options.batch_size)]
 
 
 def load(options: argparse.Namespace) -> tuple[nn.Module, Batches, Callable[[object], object]]:
     """Return the model, random batches, and the module for a forward pass."""
     generator = torch.Generator().manual_seed(0)
     if options.model.startswith("timm:"):
-        model, batches = load_images(options.model.removeprefix("timm:"), options)
-        return model, batches, model
+        model = ImageClassifierModule(options.model, pretrained=False).model.eval()  # time does not depend on weights
+        pixels = torch.randn(options.nsamples, *model.pretrained_cfg["input_size"], generator=generator)
+        return model, [{"x": part} for part in pixels.split(options.batch_size)], model
     text = CausalLMModule(options.model, dtype="float32")
     vocabulary = text.model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (options.nsamples, options.seqlen), generator=generator)
@@ -55,52 +40,15 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, Batches, Callable[[obj
 
 
 def main() -> None:
-    """Measure a model in detail, or several image models."""
+    """Measure the choices of `sequential`, and taking hidden units out: seconds and memory."""
     parser = argparse.ArgumentParser(description="Measure what pruning costs, in forward passes.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="hub id, folder, .gguf file or timm:NAME")
-    what.add_argument("--images", nargs="+", metavar="NAME", help="timm models with random weights, in one table")
-    parser.add_argument("--nsamples", type=int, help="default 16; with --images 128")
+    parser.add_argument("--model", required=True, help="hub id, folder, .gguf file or timm:NAME with random weights")
+    parser.add_argument("--nsamples", type=int, default=16)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, help="default 4; with --images 32")
+    parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--save", help="FOLDER in which each run becomes a file")
     options = parser.parse_args()
-    options.nsamples = options.nsamples or (128 if options.images else 16)
-    options.batch_size = options.batch_size or (32 if options.images else 4)
-    (measure_images if options.images else measure_model)(options)
-
-
-def measure_images(options: argparse.Namespace) -> None:
-    """Measure several choices for each image model."""
-    runs = Runs(options.save, "image_costs")
-    for name in options.images:
-        plain, *ours = _seconds_of_choices(*load_images(name, options), options.runs)
-        planned = Result(model=name, method="forward pass", calibration=Samples("random images", options.nsamples))
-        runs.save(planned, {"seconds": plain})
-        for (method, choices), each in zip(IMAGE_CHOICES.items(), ours, strict=True):
-            arguments = {key: str(value) for key, value in choices.items()}
-            run = replace(planned, method=method, sparsity=0.5, arguments=arguments)
-            runs.save(run, {"seconds": each, "plain_seconds": plain, "ratio": each / plain})
-
-
-def _seconds_of_choices(model: nn.Module, batches: Batches, runs: int) -> list[float]:
-    """Return the median seconds of a forward pass, and of pruning with each of the choices for images."""
-    dense = copy.deepcopy(model.state_dict())
-
-    def forward() -> float:
-        with torch.no_grad():
-            return seconds(lambda: [model(**batch) for batch in batches])
-
-    def pruning(choices: dict[str, object]) -> float:
-        model.load_state_dict(dense)
-        return seconds(lambda: prune(model, batches, 0.5, progress=False, **choices))
-
-    return medians(forward, *(partial(pruning, choices) for choices in IMAGE_CHOICES.values()), runs=runs)
-
-
-def measure_model(options: argparse.Namespace) -> None:
-    """Measure the choices of `sequential`, and taking hidden units out, in detail: seconds and memory."""
     model, batches, body = load(options)
     dense = copy.deepcopy(model.state_dict())
 

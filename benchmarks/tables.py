@@ -297,13 +297,6 @@ def costs() -> str:
     return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + source(results)
 
 
-def image_costs() -> str:
-    """Cost of pruning image models as ratios to a forward pass."""
-    results = sorted(read_table("image_costs"), key=lambda result: result.method != "forward pass")
-    cells = [(r.method, r.model, number(r, "ratio", ".2f") or f"{seconds(r)} s") for r in results]
-    return grid("", cells) + source(results)
-
-
 def scaling() -> str:
     """Processor seconds and peak memory by windows, blocks and width, with exponents."""
     results, parts = read_table("scaling"), []
@@ -590,7 +583,7 @@ def _worth_name(result: Result) -> str:
 FRAGMENTS: Mapping[str, Callable[[], str]] = {"methods": all_methods} | {
     table.__name__: table
     for table in (
-        *(demo, reference, images, photos, batch_norm, costs, image_costs, scaling, processes, finetuning),
+        *(demo, reference, images, photos, batch_norm, costs, scaling, processes, finetuning),
         *(keeping_zeros, quantization, tasks, streaming, windows, more_photos, paired_photos),
         *(draws, own_text, training, worth),
     )
