@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md and of the documentation: tables of runs, options, and cards of methods.
+"""Write the generated parts of README.md and of the documentation: tables of runs, and cards of methods.
 
     make results                     (runs this script and benchmarks/figures.py)
 
@@ -11,7 +11,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,6 @@ from tables import ROOT, Lookup, lookup, markdown, number, percent, perplexity, 
 
 import wanda_lightning
 from wanda_lightning import methods
-from wanda_lightning.cli.options import OPTIONS
-from wanda_lightning.cli.parser import default_of, default_text, flags_of
 from wanda_lightning.common.atomic_write import atomic_write
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -200,17 +198,6 @@ def _short(choice: Any) -> str:
     return f"`{name}({', '.join(shown)})`" if shown else f"`{name}`"
 
 
-def options(command: str) -> str:
-    """The options of a command."""
-    rows = []
-    for each in fields(OPTIONS[command]):
-        default = default_text(each)
-        shown = "required" if default_of(each) is MISSING else f"`{default}`" if default else ""
-        flags = ", ".join(f"`{flag}`" for flag in flags_of(each))
-        rows.append([flags, shown, each.metadata["help"].replace("*", "\\*")])
-    return _text_table(("option", "default", "meaning"), rows)
-
-
 def _text_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Return a table with all columns aligned to the left."""
     lines = [list(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
@@ -249,7 +236,6 @@ PARTS: Mapping[str, Callable[..., str]] = {
     "adapters": adapters,
     "measured": measured,
     "choices": choices,
-    "options": options,
     "card": card,
     "names": names,
     **tables.FRAGMENTS,

@@ -11,8 +11,11 @@ Nothing is downloaded for them. Result: a table with perplexities and seconds.
 import argparse
 import copy
 import logging
+import os
 import time
 import warnings
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave the cores to others
 
 import lightning as L
 from rich.console import Console

@@ -8,11 +8,14 @@ the largest difference of a logit. This script has not run on a GPU yet.
 """
 
 import argparse
+import os
 import sys
 import time
 from collections import defaultdict
 from statistics import median
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave the cores to others
 
 import torch
 from torch import nn

@@ -12,9 +12,9 @@ models.
 A family is one YAML file: `options` for all cells, `models` by name, `cells` by name with options of their own, and the
 `source` of the `published` numbers. Each cell is one `wanda-lightning prune` in a process of its own, which leaves its
 report, its output and, when it is finished, cell.json in DIR/FAMILY/MODEL/CELL. The same command again runs only the
-unfinished cells. A cell with `finetune` options goes on with `wanda-lightning finetune` and `evaluate`, and keeps both
-models. A published number is shown only beside a measurement with the options of the file: not with --model, and not
-with --set except for the options in SAME_NUMBER. For local copies of the models, put their folders into the file.
+unfinished cells. A published number is shown only beside a measurement with the options of the file: not with --model,
+and not with --set except for the options in SAME_NUMBER. For local copies of the models, put their folders into the
+file.
 """
 
 from __future__ import annotations
@@ -42,18 +42,16 @@ from wanda_lightning.common.words import did_you_mean
 from wanda_lightning.report import REPORT_NAME
 
 SAME_NUMBER = {"batch_size", "cache_dir", "trust_remote_code", "eval_zero_shot", "tasks_dir"}
-SET_HERE = {"model", "dense", "save", "save_model", "overwrite"}
+SET_HERE = {"model", "save", "save_model", "overwrite"}
 KEYS = {"options", "models", "cells", "source", "published"}
-TO_FINETUNE = ("eval", "limit", "cache_dir", "trust_remote_code")
-TO_EVALUATE = (*TO_FINETUNE, "seqlen", "batch_size", "dtype")
 
 
 @dataclass(frozen=True)
 class Cell:
     """One number of a table.
 
-    `options` are text, since YAML reads 2:4 as 124, and those of finetune are called `finetune.NAME`. `own` are the
-    options that distinguish the cell from the others. `published` has the comparable numbers, also of the dense model.
+    `options` are text, since YAML reads 2:4 as 124. `own` are the options that distinguish the cell from the others.
+    `published` has the comparable numbers, also of the dense model.
     """
 
     family: str
@@ -73,21 +71,13 @@ class Cell:
         """Whether a glob matches the path, or the end of it."""
         return any(fnmatch.fnmatchcase(self.path, glob) for glob in (pattern, f"*/{pattern}"))
 
-    def commands(self, out: Path) -> list[list[str]]:
-        """Return the arguments of `wanda-lightning`, one list per command."""
-        folder, options = out / self.path, self.options
-        pruned, tuned, evaluation = (f"{folder}/{name}" for name in ("pruned", "finetuned", "evaluation.json"))
-        prune = {name: value for name, value in options.items() if "." not in name} | {"save": str(folder)}
-        finetune = {name.removeprefix("finetune."): options[name] for name in options if "." in name}
-        if not finetune:
-            return [_command("prune", prune)]
-        shared, measure = (
-            {name: prune[name] for name in names if name in prune} for names in (TO_FINETUNE, TO_EVALUATE)
-        )
+    def command(self, out: Path) -> list[str]:
+        """Return the arguments of `wanda-lightning`."""
+        given = {name: value for name, value in self.options.items() if value != "false"} | {"save": out / self.path}
         return [
-            _command("prune", prune | {"save_model": pruned}),
-            _command("finetune", {"model": pruned, **shared, **finetune, "save_model": tuned}),
-            _command("evaluate", {"model": tuned, **measure, "save": evaluation}),
+            "prune",
+            *(f"--{name}" if value == "true" else f"--{name}={value}" for name, value in given.items()),
+            "--overwrite",
         ]
 
     def finished(self, out: Path) -> dict[str, Any] | None:
@@ -96,29 +86,25 @@ class Cell:
         return _read(record) if record.is_file() and report.is_file() else None
 
     def run(self, out: Path) -> dict[str, Any]:
-        """Run the commands, and write and return the record that makes this a finished cell.
+        """Run the command, and write and return the record that makes this a finished cell.
 
         Raises:
-            RuntimeError: A command failed. The message has its status and the last line that it printed.
+            RuntimeError: It failed. The message has its status and the last line that it printed.
         """
         folder, started = out / self.path, time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         (output := folder / "output.txt").write_text("", encoding="utf-8")
-        for command in self.commands(out):
-            status = launch(command, output)
-            if status == 130:  # only the command received Ctrl-C
-                raise KeyboardInterrupt
-            if status:
-                last = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
-                raise RuntimeError(f"failed with status {status}: {last} (all of it: {output})")
+        status = launch(self.command(out), output)
+        if status == 130:  # only the command received Ctrl-C
+            raise KeyboardInterrupt
+        if status:
+            last = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
+            raise RuntimeError(f"failed with status {status}: {last} (all of it: {output})")
         report = _read(folder / REPORT_NAME)
         measured = report["run"]
         record = {"options": self.options, "sparsity": report["sparsity"], "zero_shot": measured["zero_shot"]}
         record |= {"metric": measured["metric"], "dense": measured["before"], "pruned": measured["after"]}
         record["ours"] = record["pruned"]
-        if len(self.commands(out)) > 1:
-            (results,) = _read(folder / "evaluation.json")["models"].values()
-            (record["ours"],) = [found["perplexity"] for found in results.values() if "perplexity" in found]
         record["seconds"] = round(time.perf_counter() - started, 1)
         _write(folder / "cell.json", record)
         return record
@@ -143,10 +129,8 @@ def read_cells(path: Path, model: str | None = None, changes: Mapping[str, str] 
     models = {re.sub(r"[^\w.-]+", "_", Path(model).resolve().name): model} if model else family["models"]
     for name, model_id in models.items():
         numbers = {row: float(own[name]) for row, own in published.items() if name in own}
-        for cell, own in ((cell, _flat(flags)) for cell, flags in family["cells"].items()):
-            options = {"model": model_id, **_flat(family["options"]), **own, **changes}
-            if not any("." in option for option in own):
-                options = {option: value for option, value in options.items() if "." not in option}
+        for cell, own in family["cells"].items():
+            options = {"model": model_id, **family["options"], **own, **changes}
             yield Cell(path.stem, name, cell, options, own, numbers, caption if "source" in family else "")
 
 
@@ -166,21 +150,19 @@ def plan(paths: Sequence[Path], only: Sequence[str], model: str | None, changes:
     for name in changes:
         if taken := [cell.path for cell in cells if name in cell.own]:
             raise ValueError(f"--set {name} would make {taken[0]} another cell. Choose cells with --only.")
-        if name.removeprefix("finetune.") in SET_HERE:
+        if name in SET_HERE:
             raise ValueError(f"--set {name} cannot be used, since this script sets it for each cell.")
-        if not any(name in cell.options for cell in cells):
-            raise ValueError(f"--set {name} is for fine-tuning, and no chosen cell is fine-tuned.")
     return cells
 
 
 def check(cells: Sequence[Cell], out: Path, overwrite: bool) -> None:
     """Raise a ValueError for an option that a command would refuse, and for a finished cell with other options."""
     for cell in cells:
-        for command, *arguments in cell.commands(out):
-            try:
-                parse_options(command, arguments)
-            except ValueError as error:
-                raise ValueError(f"{cell.path}: {error}") from error
+        command, *arguments = cell.command(out)
+        try:
+            parse_options(command, arguments)
+        except ValueError as error:
+            raise ValueError(f"{cell.path}: {error}") from error
         now = cell.options
         before = (cell.finished(out) or {"options": now})["options"]
         changed = sorted({name for name, _ in before.items() ^ now.items()})
@@ -253,9 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.dry_run:
             for cell in cells:
                 if (cell.finished(given.out) or {}).get("options") != cell.options:
-                    print(
-                        *(shlex.join(["wanda-lightning", *command]) for command in cell.commands(given.out)), sep="\n"
-                    )
+                    print(shlex.join(["wanda-lightning", *cell.command(given.out)]))
             return 0
         rows = run_all(cells, given.out)
     except (ValueError, OSError) as error:
@@ -272,17 +252,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _number(row: Mapping[str, Any]) -> str:
     return f"{row['ours'] * (100 if 'perplexity' not in row['metric'] else 1):.2f}"  # accuracies in percent
-
-
-def _command(name: str, options: Mapping[str, str]) -> list[str]:
-    given = {option: value for option, value in options.items() if value != "false"}
-    arguments = [f"--{option}" if value == "true" else f"--{option}={value}" for option, value in given.items()]
-    return [name, *arguments, "--overwrite"]
-
-
-def _flat(options: Mapping[str, Any]) -> dict[str, str]:
-    nested = {f"finetune.{name}": value for name, value in options.get("finetune", {}).items()}
-    return {**{name: value for name, value in options.items() if name != "finetune"}, **nested}
 
 
 def _read(path: Path) -> Any:

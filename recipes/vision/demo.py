@@ -10,8 +10,11 @@ The digits are the 1,797 scans in scikit-learn, of which four fifths are for tra
 import argparse
 import copy
 import logging
+import os
 import time
 import warnings
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave the cores to others
 
 import lightning as L
 from rich.console import Console

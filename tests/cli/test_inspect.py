@@ -18,10 +18,11 @@ pytestmark = IGNORED_WARNINGS
 
 def test_inspect_a_folder(inputs, capsys, tmp_path):
     shutil.copytree(inputs / "llama", "weightless", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert run("inspect", "--model", "weightless", "--skip", "[model.layers.0.mlp]") == 0
+    assert run("inspect", "--model", "weightless", "--skip", "model.layers.0.mlp") == 0
     out = capsys.readouterr().out
     assert "11 layers in 2 units hold 14,336 weights" in out  # 8 attention matrices of 32 x 32, three of 32 x 64
     for line in (
+        ("model.layers.0", "mlp"),
         ("model.layers.1", "self_attn.q_proj"),
         ("output head", "lm_head"),
         ("skip='model.layers.0.mlp'", "3"),

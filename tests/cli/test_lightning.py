@@ -107,7 +107,7 @@ def test_fit_a_recipe(recipe, inputs, capsys):
             assert ((trained != 0).reshape(-1, 4).sum(dim=1) == 1).all()
     capsys.readouterr()
     assert run("test", "--config", path, *checkpoints, "--ckpt_path", checkpoint) == 0
-    assert "test_perplexity" in capsys.readouterr().out
+    assert "test_perplexity" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize(

@@ -1,141 +1,211 @@
-"""Every option: its help, its default, and what is refused before a library is loaded."""
+"""Arguments and YAML files become options; what help shows, what is refused, and what repeats a run."""
 
 import inspect
 import shlex
-from dataclasses import fields
+from pathlib import Path
+from typing import get_args, get_type_hints
 
-import psutil
 import pytest
+import yaml
 from support.cli import run
 
 from wanda_lightning import PruningConfig, Refit
-from wanda_lightning.cli import parse_options
-from wanda_lightning.cli.common_options import DTYPES
-from wanda_lightning.cli.explain import UsageError
-from wanda_lightning.cli.options import OPTIONS, PRECISIONS, TASKS, EvaluateOptions
-from wanda_lightning.cli.parser import as_command
+from wanda_lightning.cli import parse, parse_options
+from wanda_lightning.cli.commands import app
+from wanda_lightning.cli.options import TASKS, Model
+from wanda_lightning.cli.parsing import UsageError, as_command
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.evaluation import PAPER_TASKS
 from wanda_lightning.modules import loading
 
 VIT = ["--model", "timm:test_vit", "--data", "digits"]
+X = ["--model", "x"]
+
+
+def options(*arguments, command="prune"):
+    return parse_options(command, [*X, *arguments])
+
+
+def test_names_are_separated_by_commas_or_given_one_by_one():
+    given = ["--skip", "a, *.b ,[ab]*", "--skip", "re:x{1,3}", "--only", ""]
+    assert options(*given)["skip"] == ("a", "*.b", "[ab]*", "re:x{1,3}")
+    assert options(*given)["only"] == ()
+    assert options("--model", "a,b", command="evaluate")["model"] == ("x", "a", "b")
+    assert (options("--evaluation", "")["evaluation"], options()["evaluation"]) == ((), ("wikitext2",))
+
+
+def test_a_file_is_read_as_text_and_the_command_line_wins():
+    Path("a.yaml").write_text("model: x\nsparsity_type: 2:4\nnum_samples: 4\nskip: [a, 're:x{1,3}']\nstream: true\n")
+    Path("b.yaml").write_text("nsamples: 5\nseqlen: null\nevaluation: ''\n")
+    found = parse_options("prune", ["--num_samples", "6", "--config", "a.yaml", "--sparsity=0.25"])
+    assert [found[name] for name in ("pattern", "num_samples", "sparsity", "stream")] == ["2:4", 6, 0.25, True]
+    assert found["skip"] == ("a", "re:x{1,3}")
+    both = parse_options("prune", ["--config", "a.yaml", "--config", "b.yaml"])
+    assert (both["num_samples"], both["seqlen"], both["evaluation"]) == (5, None, ())
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate", "inspect", "shrink"])
+def test_what_is_printed_reads_back(capsys, command):
+    more = ["--pattern", "2:4", "--skip", "re:x{1,3}"] if command == "prune" else []
+    assert run(command, *X, *more, "--print_config") == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["dtype"] == "auto"
+    Path("printed.yaml").write_text(printed)
+    again = parse_options(command, ["--config", "printed.yaml"])
+    assert again == options(*more, command=command)
+
+
+ALIASES = [  # of the reference, and one of an earlier version
+    *(("prune", *each) for each in (("sparsity_ratio", "sparsity", "0.25"), ("prune_method", "method", "magnitude"))),
+    *(("prune", *each) for each in (("nsamples", "num_samples", "3"), ("resume", "checkpoint", "a.safetensors"))),
+    ("inspect", "sparsity_type", "pattern", "2:4"),
+    ("prune", "eval", "evaluation", "a.txt,b.txt"),
+    ("evaluate", "data_path", "data", "digits"),
+]
+
+
+@pytest.mark.parametrize(("command", "alias", "name", "value"), ALIASES)
+def test_another_name_of_an_option(command, alias, name, value):
+    expected = options(f"--{name}", value, command=command)
+    assert expected != options(command=command)
+    Path("old.yaml").write_text(f"{alias}: {value}\n")
+    assert options(f"--{alias}", value, command=command) == expected
+    assert options("--config", "old.yaml", command=command) == expected
+
+
+def test_two_names_with_two_values():
+    with pytest.raises(UsageError, match="--sparsity_ratio specified multiple times"):
+        options("--sparsity", "0.5", "--sparsity_ratio", "0.6")
+
+
+@pytest.mark.parametrize(
+    ("given", "pattern"),
+    [
+        (["--use_variant"], "equal_share"),
+        (["--use_variant", "--prune_granularity", "row", "--sparsity_type", "unstructured"], "equal_share"),
+        (["--prune_granularity", "row"], "unstructured_row"),
+        (["--prune_granularity", "layer", "--prune_method", "magnitude"], "unstructured_layer"),
+    ],
+)
+def test_flags_of_the_reference_that_stand_for_a_pattern(given, pattern):
+    assert parse("prune", [*X, *given])["pruning"].choices["pattern"] == pattern
+
 
 REFUSED = {
     "prune": [
         (["--sparsity", "1"], "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but"),
-        (["--sparsity", "half"], "--sparsity must be a number, but it is 'half'."),
-        (["--pattern", "diagonal"], "--pattern must be one of unstructured, unstructured_row, "),
-        (["--pattern", "4:2"], "any other N:M with 1 <= N < M, but it is '4:2'."),
-        (["--method", "wnada"], "thorough, but it is 'wnada'. Did you mean wanda?"),
-        (["--seed", "-1"], "--seed must be a whole number of at least 0 and at most 4294967295, but it is -1."),
-        (["--num_samples", "many"], "--num_samples must be a whole number of at least 1, but it is 'many'."),
-        (["--num_samples", "9" * 400], "of at least 1, but it is a number with hundreds of digits."),
+        (["--sparsity", "half"], 'Invalid value for --sparsity: unable to convert "half" into float.'),
+        (["--pattern", "diagonal"], "for --pattern. Choose from: unstructured, unstructured_row, "),
+        (["--pattern", "4:2"], "1 <= N < M"),
+        (["--method", "wnada"], 'Did you mean "wanda"?'),
+        (["--seed", "-1"], "Must be >= 0."),
+        (["--num_samples", "0"], "Must be > 0."),
         (["--skip", "re:("], "skip='re:(' must be a regular expression after 're:', but missing )"),
-        (["--use_variant", "--method", "magnitude"], "Use --method wanda within rows"),
-        (["--use_variant", "--pattern", "2:4"], "--use_variant has no meaning for --pattern 2:4. Leave it"),
+        (["--use_variant", "--method", "magnitude"], "--use_variant has no meaning for the method magnitude."),
+        (["--use_variant", "--pattern", "2:4"], "--use_variant has no meaning for --pattern 2:4. Leave it out."),
         (["--data", "digits"], "--data has no meaning for a language model. Leave it out."),
-        (["--evaluation", ","], "--evaluation must name at least one text, and each only once, but it names none."),
-        (
-            ["--evaluation", "c4,c4"],
-            "--evaluation must name at least one text, and each only once, but it names c4, c4.",
-        ),
         (["--tasks_dir", "x"], "--tasks_dir has no meaning for pruning without --eval_zero_shot. Leave it out."),
         ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit have no meaning for an image classifier. Leave"),
-        (["--model", "timm:vit_base"], "--data is required for the image classifier timm:vit_base: give a folder"),
-        (["--colour", "red"], "--colour is not an option of prune."),
-        (["--nsample", "3"], "--nsample is not an option of prune. Did you mean --nsamples or --num_samples"),
-        (["red"], "prune takes only options, but 'red' is not one."),
-        (["--seqlen"], "--seqlen expected one argument."),
+        (VIT[:2], "--data is required for an image classifier: give a folder"),
+        (["--colour", "red"], "Unknown option: --colour."),
+        (["--nsample", "3"], "Did you mean --nsamples?"),
+        (["red"], "Unused Tokens: ['red']"),
+        (["--seqlen"], "--seqlen requires an argument."),
         (["--pattern", "2:4", "--sparsity", "0.7"], "sparsity must be 0.5 for the pattern 2:4,"),
         (["--solver", "admm", "--criterion", "ria"], "criterion='ria' cannot be combined with solver='admm'"),
         (["--recovery", "reconstruct", "--sequential", "layer"], "sequential='layer'"),
-        (["--criterion", "magnitude", "--use_variant"], "Use --method wanda within rows"),
-        (["--config", "gone.yaml"], "--config gone.yaml cannot be read: No such file or directory."),
-    ],
-    "finetune": [
-        (["--lr", "-1"], "--lr must be a number above 0, but it is -1.0."),
-        (["--lora_dropout", "1"], "--lora_dropout must be a number of at least 0 and below 1, but it is 1.0."),
-        (["--method", "keep-zeros"], "but it is 'keep-zeros'. Did you mean keep-zeros-lora?"),
-        (["--model", "timm:test_vit"], "--model and --dense must be language models, but one is timm:test_vit."),
-        (["--method", "full", "--lora_r", "4"], "--lora_r has no meaning for --method full, which trains no adapters."),
+        (["--config", "gone.yaml"], "gone.yaml"),
+        (["--save", ""], "--save must not be empty."),
+        (["--calibration", "gone.txt"], "--calibration must be one of c4, wikitext2"),
+        (["--evaluation", "wikitext3"], "but it is 'wikitext3'. Did you mean wikitext2?"),
+        ([*VIT[:2], "--data", "digts"], "data must be one of digits, cifar10, cifar100, "),
+        (["--save", "/dev/null/x"], "--save [Errno 20] Not a directory"),
+        (["--stream"], "--stream writes each block to --save_model, which is missing"),
+        (["--stream", "--eval_zero_shot", "--save_model", "x"], "--eval_zero_shot has no meaning for --stream"),
+        (["--device", "cuda"], "--device has no meaning for pruning without --stream"),
+        (["--pattern", "structured", "--shrink"], "--shrink has no meaning for a command without --save_model"),
+        (["--shrink", "--save_model", "x"], "--shrink has no meaning for --pattern unstructured, whose zeros do not"),
+        (["--push_to_hub", "a/b"], "--push_to_hub has no meaning for a command without --save_model"),
+        (["--report", "report.pdf"], "report must end with .html or .png, but it is 'report.pdf'."),
     ],
     "evaluate": [
-        (["--tasks", "rte,arc_eazy"], "paper, all, but it is 'arc_eazy'. Did you mean arc_easy?"),
+        (["--tasks", "rte,arc_eazy"], "paper, all. Did you mean arc_easy?"),
         (["--task_limit", "2"], "--task_limit has no meaning for an evaluation without --tasks."),
-        (["--model", "x,timm:test_vit"], "language models or image classifiers, but both were given."),
-        (["--model", ""], "language models or image classifiers, but none was given."),
-        (
-            [*VIT, "--evaluation", "python-docs", "--limit", "2"],
-            "--evaluation, --limit have no meaning for an image classifier.",
-        ),
-        ([*VIT, "--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2 for 1."),
+        (["--overwrite"], "--overwrite has no meaning for an evaluation without --save."),
+        (["--dense", "timm:test_vit"], "language models or image classifiers, but it is timm:test_vit, x."),
+        (["--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2 for 1."),
     ],
     "inspect": [
-        ([*VIT[:2], "--revision", "v1"], "--revision has no meaning for an image classifier"),
-        (["--dtype", "float32"], "--dtype has no meaning for inspect, which reads no weight and no data"),
+        (["--seed", "1"], "Unknown option: --seed."),
+        (["--recovery", "reconstruct", "--sequential", "layer"], "sequential='layer'"),
     ],
+    "shrink": [(["--overwrite"], "--overwrite has no meaning for shrinking without --save_model.")],
 }
 CASES = [(command, *case) for command, cases in REFUSED.items() for case in cases]
 
 
 @pytest.mark.parametrize(("command", "more", "message"), CASES, ids=[f"{c} {' '.join(m)}" for c, m, _ in CASES])
 def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
-    assert run(command, "--model", "x", *more) == 2
+    model = [] if "--model" in more and "." not in more and command == "prune" else X
+    assert run(command, *model, *more) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("wanda-lightning: error: ")
     assert message in line
-    assert line.endswith((".", "?"))
-
-
-@pytest.mark.parametrize("command", OPTIONS)
-def test_every_option_has_help(command):
-    for field in fields(OPTIONS[command]):
-        assert field.metadata["help"].rstrip().endswith(".")
-        assert "`" not in field.metadata["help"]
-
-
-def test_the_revision_is_that_of_the_model():
-    options = parse_options("finetune", ["--model=a/b", "--dense=c/d", "--revision=v1", "--cache_dir=cache"])
-    assert options.source(options.model) == ModelSource("a/b", "v1", "cache")
-    assert options.source(options.dense) == ModelSource("c/d", "main", "cache")
-    options = parse_options("evaluate", ["--model=a/b,c/d", "--pruned=e/f", "--revision=v1"])
-    assert [options.source(name).revision for name in options.models] == ["main", "v1", "v1"]
-
-
-ARGUMENTS = inspect.signature(PruningConfig.from_names).parameters
-WITHOUT_EFFECT = ("sparsity", "keep_batch_norm")  # on what is pruned and on the memory
 
 
 @pytest.mark.parametrize(
-    ("command", "name"),
+    ("content", "message"),
     [
-        *(("prune", name) for name in ARGUMENTS),
-        *(("inspect", name) for name in ARGUMENTS if name not in WITHOUT_EFFECT),
+        ("modle: x\n", 'Unknown option: "[modle]"'),
+        ("- a\n", "must be a mapping, but got list"),
+        ("model: [a\n", "ParserError"),
+        ("use_variant: maybe\n", "maybe"),
+        ("nsamples: many\n", 'unable to convert "many" into int'),
     ],
 )
-def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name):
-    values = {"sparsity": 0.25, "pattern": "unstructured_layer", "skip": ["a"], "only": ["b", "c"]}
-    values |= {"keep_batch_norm": True, "sequential": "layer"}
-    values |= {"method": "sparsegpt", "criterion": "ria", "allocation": "owl", "solver": "refit"}
-    value = (values | {"permutation": "assignment", "recovery": "reconstruct"})[name]
-    text = ",".join(value) if isinstance(value, list) else str(value)
-    given = [f"--{name}", *([] if value is True else [text])]
+def test_files_that_are_refused(content, message):
+    Path("a.yaml").write_text(content)
+    with pytest.raises(UsageError) as caught:
+        options("--config", "a.yaml")
+    assert message in str(caught.value)
+
+
+def test_options_that_a_local_model_ignores(inputs, capsys):
+    for command in ("inspect", "prune", "evaluate", "shrink"):
+        assert run(command, "--model", inputs / "llama", "--revision", "v1") == 2
+        assert "--revision has no meaning for a local model. Leave it out." in capsys.readouterr().err
+
+
+def test_the_revision_is_that_of_the_model():
+    models = parse("evaluate", ["--model=a/b,c/d", "--pruned=e/f", "--revision=v1", "--cache_dir=cache"])["models"]
+    assert models.source("c/d") == ModelSource("c/d", "v1", "cache")
+    assert [models.source(name).revision for name in models.all] == ["main", "v1", "v1"]
+
+
+ARGUMENTS = inspect.signature(PruningConfig.from_names).parameters
+
+
+VALUES = {"sparsity": 0.25, "pattern": "unstructured_layer", "skip": ["a"], "only": ["b", "c"], "method": "sparsegpt"}
+VALUES |= {"criterion": "ria", "allocation": "owl", "solver": "refit", "sequential": "layer", "recovery": "distil"}
+VALUES |= {"permutation": "assignment"}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
+    value = VALUES.get(name, True)
+    text = [] if value is True else [",".join(value) if isinstance(value, list) else str(value)]
     others = {"pattern": "2:4"} if name == "permutation" else {}
-    base = ["--model", "x", *(["--pattern", "2:4"] if others else [])]
-    options = parse_options(command, [*base, *given])
-    chosen = PruningConfig.from_names(**others, **{name: value})
-    assert PruningConfig.from_names(**options.choices) == chosen
-    assert chosen != PruningConfig.from_names(**parse_options(command, base).choices)
+    base = [*X, *(word for key, other in others.items() for word in (f"--{key}", other))]
+    before, after = (parse("prune", [*base, *more])["pruning"].resolved() for more in ([], [f"--{name}", *text]))
+    assert after == PruningConfig.from_names(**others, **{name: value}) != before
 
 
 @pytest.mark.parametrize(
     ("given", "name"),
     [
         ([], "wanda"),
-        (["--method", "ria"], "ria"),
         (["--method", "best"], "best"),
         (["--solver", "sparsegpt"], "sparsegpt"),
-        (["--method", "wanda", "--criterion", "magnitude"], "magnitude"),
         (["--recovery", "distil"], "wanda_distil"),
         (["--pattern", "experts"], "reap"),
         (["--pattern", "structured"], "refit"),
@@ -144,104 +214,43 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(command, name
     ],
 )
 def test_results_are_labeled_with_what_was_chosen(given, name):
-    assert parse_options("prune", ["--model", "x", *given]).name == name
+    assert parse("prune", [*X, *given])["pruning"].name == name
 
 
 def test_hidden_units_are_pruned_as_in_python():
-    options = parse_options("prune", ["--model", "x", "--pattern", "structured"])
-    chosen = PruningConfig.from_names(**options.choices)
-    assert chosen == PruningConfig.from_names(pattern="structured")
-    assert chosen.solver == Refit()
-
-
-@pytest.mark.parametrize("name", [*WITHOUT_EFFECT, "use_variant", "prune_granularity", "save", "seed"])
-def test_inspect_has_no_option_without_effect(name):
-    with pytest.raises(UsageError, match=f"--{name} is not an option of inspect"):
-        parse_options("inspect", ["--model", "x", f"--{name}", "1"])
+    assert parse("prune", [*X, "--pattern", "structured"])["pruning"].resolved().solver == Refit()
 
 
 def test_the_choices_are_those_of_the_package():
-    assert set(DTYPES) == {"auto", *loading.DTYPES}
+    assert set(get_args(get_type_hints(Model)["dtype"])) == {"auto", *loading.DTYPES}
     assert (*PAPER_TASKS, "paper", "all") == TASKS
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_precisions_are_those_of_the_trainer(precision):
-    from lightning.fabric.connector import _convert_precision_to_unified_args
-
-    assert _convert_precision_to_unified_args(precision)
-
-
-def test_the_fields_of_the_task_files_are_in_the_help():
-    (text,) = [field.metadata["help"] for field in fields(EvaluateOptions) if field.name == "tasks_dir"]
-    described = text.split("fields: ")[1].rstrip(".")
-    found = {}
-    for part in described.split("; "):
-        names, rest = [], part.replace(",", " ").split()
-        while rest[0] in PAPER_TASKS or rest[0] == "and":
-            names.append(rest.pop(0))
-        found |= {name: tuple(rest) for name in names if name != "and"}
-    assert found == PAPER_TASKS
+@pytest.mark.parametrize("command", ["prune", "evaluate", "inspect", "shrink"])
+def test_every_option_is_described_in_a_group(command):
+    for option in app[command].assemble_argument_collection(parse_docstring=True):
+        if option.children:
+            assert [group.name for group in option.parameter.group] <= ["Session"]
+        else:
+            assert option.parameter.help.endswith("."), option.name
+            assert "`" not in option.parameter.help
 
 
 @pytest.mark.parametrize(
-    ("command", "more", "message"),
+    "arguments",
     [
-        ("prune", ["--model", "x", "--calibration", "gone.txt"], "--calibration gone.txt does not exist"),
-        ("prune", ["--model", "x", "--evaluation", "wikitext3"], "but it is 'wikitext3'. Did you mean wikitext2?"),
-        (
-            "evaluate",
-            ["--model", "x", "--evaluation", "python-docs,wikitext3"],
-            "--evaluation must be one of c4, wikitext2, ",
-        ),
-        ("finetune", ["--model", "x", "--data", "wikitext3"], "--data must be one of c4, wikitext2, python-docs"),
-        ("prune", ["--model", "timm:x", "--data", "digts"], "data must be a folder or a known data set"),
-        ("prune", ["--model", "x", "--save", "/dev/null/x"], "--save [Errno 20] Not a directory"),
-        ("finetune", ["--model", "x", "--save_model", "/dev/null"], "--save_model /dev/null must be a folder"),
-        ("prune", [*VIT, "--checkpoint", "gone"], "--checkpoint gone does not exist"),
-        (
-            "prune",
-            ["--model", "x", "--num_samples", "1000000000"],
-            "--num_samples must fit in memory, but 1000000000 win",
-        ),
-        ("finetune", ["--model", "x", "--dense", "/gone"], "--dense /gone does not exist"),
-        ("finetune", ["--model", "x", "--steps", "1000000000"], "--steps times --batch_size must fit in memory"),
-        ("evaluate", ["--model", "x,gone.gguf"], "--model gone.gguf does not exist"),
+        [],
+        ["--pattern", "2:4", "--seed", "3", "--stream", "--save_model", "a b"],
+        ["--skip", "lm_head", "--skip", "re:x{1,3}(a,b)", "--sparsity", "0.25", "--overwrite"],
+        ["--evaluation", "", "--use_variant"],
+        ["--evaluation", "a.txt", "--evaluation", "it's here.txt"],
     ],
 )
-def test_missing_files_and_too_many_samples_are_refused_early(command, more, message, capsys):
-    assert run(command, *more) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_samples_that_fit_in_memory_are_not_refused(monkeypatch):
-    memory = psutil.virtual_memory()._replace(available=8 * 100 * 32)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    options = ["--model", "x", "--seqlen", "32", "--num_samples"]
-    parse_options("prune", [*options, "100"]).refuse_early()
-    with pytest.raises(ValueError, match="must fit in memory"):
-        parse_options("prune", [*options, "101"]).refuse_early()
-
-
-@pytest.mark.parametrize(
-    ("command", "arguments"),
-    [
-        ("prune", ["--model", "m"]),
-        ("prune", ["--model=it's here", "--pattern", "2:4", "--seed", "3", "--stream", "--save_model", "a b"]),
-        ("prune", ["--model", "m", "--skip", "lm_head,re:x{1,3}(a,b)", "--sparsity", "0.25", "--overwrite"]),
-        ("prune", ["--model", "m", "--skip", '["re:a,b", "[ab]"]', "--only", "[ab]*"]),
-        ("finetune", ["--model", "m", "--target_modules", "q_proj", "--lr", "1e-05"]),
-    ],
-)
-def test_a_command_is_parsed_into_the_options_from_which_it_was_made(command, arguments):
-    options = parse_options(command, arguments)
-    program, name, *again = shlex.split(as_command(command, options))
-    assert (program, name) == ("wanda-lightning", command)
-    assert parse_options(command, again) == options
-    assert len(again) <= len(arguments) + sum("=" in argument for argument in arguments)
-
-
-def test_a_command_shows_defaults_only_on_request():
-    options = parse_options("prune", ["--model", "m", "--sparsity", "0.5"])
-    assert as_command("prune", options) == "wanda-lightning prune --model m"
-    assert as_command("prune", options, ["sparsity"]) == "wanda-lightning prune --model m --sparsity 0.5"
+def test_a_command_is_parsed_into_the_options_from_which_it_was_made(arguments):
+    groups = parse("prune", [*X, *arguments])
+    program, name, *again = shlex.split(as_command("prune", *groups.values()))
+    assert (program, name) == ("wanda-lightning", "prune")
+    assert parse("prune", again) == groups
+    assert again == [*X, *arguments] or set(again) == {*X, *arguments}
+    always = as_command("prune", *groups.values(), always=["sparsity"])
+    assert always.count("--sparsity") == 1

@@ -41,7 +41,7 @@ def test_a_refused_upload_leaves_the_model_and_the_results(hub, text, capsys):
 
 
 def test_what_cannot_succeed_is_refused_before_pruning(hub, text, refused, monkeypatch):
-    refused(*text, *PUSH, message="--push_to_hub has no meaning for pruning without --save_model", code=2)
+    refused(*text, *PUSH, message="--push_to_hub has no meaning for a command without --save_model", code=2)
     out = ["--save_model", "out"]
     refused(*text, *out, "--push_to_hub", "a/b/c", message="push_to_hub must be OWNER/NAME", code=2)
     monkeypatch.setenv("HF_TOKEN", "")

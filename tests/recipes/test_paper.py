@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from support.cli import IGNORED_WARNINGS
-from transformers import AutoModelForCausalLM
 
 from wanda_lightning import cli
 
@@ -88,9 +86,10 @@ def test_every_cell_is_a_command_that_prune_reads_as_the_cell_is_named(path):
     content = yaml.safe_load(path.read_text())
     assert len(cells) == len(content["models"]) * len(content["cells"])
     for cell in cells:
-        (command, *arguments), *later = cell.commands(Path("out"))
+        command, *arguments = cell.command(Path("out"))
         assert command == "prune"
-        values = vars(cli.parse_options("prune", arguments))
+        values = cli.parse_options("prune", arguments)
+        values["pattern"] = cli.parse("prune", arguments)["pruning"].choices["pattern"]
         assert values["model"] == content["models"][cell.model]
         method, *_, last = cell.name.split("_")
         if method in ("magnitude", "sparsegpt", "wanda"):
@@ -101,8 +100,6 @@ def test_every_cell_is_a_command_that_prune_reads_as_the_cell_is_named(path):
             kind = f"{kind}_{cell.options['prune_granularity']}" if "prune_granularity" in cell.options else kind
             assert (values["pattern"], values["sparsity"]) == (kind, ratio)
         assert values["save"] == f"out/{path.stem}/{cell.model}/{cell.name}"
-        for command, *arguments in later:
-            cli.parse_options(command, arguments)
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
@@ -238,25 +235,6 @@ def test_an_interrupted_sweep_goes_on(family, capsys, monkeypatch):
     assert started == ["magnitude_50", "wanda_2to4", "wanda_2to4"]
 
 
-def test_a_cell_with_fine_tuning_is_measured_afterwards_without_a_zero_lost(small):
-    steps = ["finetune.steps=2", "finetune.seqlen=16", "finetune.precision=32-true"]
-    options = [*small, *steps, f"finetune.data={small[-2].removeprefix('calibration=')}"]
-    assert run(PAPER / "lora.yaml", "--out", "out", *options, "--only", "lora_2to4") == 0
-    folder = Path("out/lora/llama/lora_2to4")
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    assert evaluation["config"]["seqlen"] == 32
-    (results,) = evaluation["models"].values()
-    (measured,) = [found for found in results.values() if "perplexity" in found]
-    pruned = json.loads((folder / "pruning_report.json").read_text())["run"]["after"]
-    _, row = rows()
-    assert row["ours"] == measured["perplexity"] != pruned
-    assert measured["windows"] == 3
-    before, after = (AutoModelForCausalLM.from_pretrained(folder / name) for name in ("pruned", "finetuned"))
-    name = "model.layers.1.self_attn.q_proj"
-    assert torch.equal(before.get_submodule(name).weight == 0, after.get_submodule(name).weight == 0)
-    assert not torch.equal(before.get_submodule(name).weight, after.get_submodule(name).weight)
-
-
 def test_accuracies_of_image_classifiers_are_in_percent(inputs, capsys):
     options = ["--set", f"data_path={inputs}/images", "nsamples=4", f"resume={inputs}/test_vit.safetensors"]
     only = ["--only", "wanda_80"]
@@ -292,9 +270,6 @@ def test_dry_run_prints_commands_and_writes_nothing(capsys):
         (["--set", "nsample=3"], "nsample"),
         (["--set", "nsamples"], "OPTION=VALUE"),
         (["--set", "save=here"], "--set save cannot be used"),
-        (["--set", "finetune.save_model=here"], "--set finetune.save_model cannot be used"),
-        (["--set", "tune.steps=1"], "--set tune.steps is for fine-tuning"),
-        (["--set", "finetune.steps=1"], "no chosen cell is fine-tuned"),
         (["--set", "sparsity_type=4:8"], "--set sparsity_type would make tiny/1B/wanda_2to4 another cell"),
     ],
 )
@@ -312,7 +287,7 @@ def test_bad_arguments_are_refused_before_anything_runs(family, capsys, argument
         (lambda c: c.update(option={}), "tiny.yaml must have the keys cells, models, options"),
         (lambda c: c.pop("source"), "it differs in source"),
         (lambda c: c["options"].update(seq_len=3), "tiny/1B/magnitude_50: "),
-        (lambda c: c["cells"].update(odd={"finetune": {"step": 3}}), "tiny/1B/odd: "),
+        (lambda c: c["cells"].update(odd={"step": 3}), "tiny/1B/odd: "),
         (lambda c: c["published"]["dense"].update({"1B": "low"}), "low"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rich
 import timm
 import torch
 import transformers
@@ -33,9 +34,14 @@ IGNORED_WARNINGS = [
 
 
 def run(*arguments):
-    """The exit status of `wanda-lightning ARGUMENTS`."""
+    """The exit status of `wanda-lightning ARGUMENTS`; an option that is given again replaces the earlier one."""
+    words = [str(argument) for argument in arguments]
+    for at in reversed(range(len(words))):
+        if words[at].startswith("--") and words[at] in words[at + 1 :]:
+            has_value = not words[at + 1].startswith("--")
+            del words[at : at + 1 + has_value]
     try:
-        return main([str(argument) for argument in arguments])
+        return main(words)
     except SystemExit as stop:
         return stop.code
 
@@ -78,6 +84,7 @@ def shell(tmp_path, monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 under jsonargparse 4.53
     monkeypatch.setattr(sys, "argv", ["wanda-lightning"])  # LightningCLI warns where there are two command lines
     monkeypatch.chdir(tmp_path)
+    rich.reconfigure()  # the bars of a command are on stderr
     level, handler, threads = _logger.level, signal.getsignal(signal.SIGINT), torch.get_num_threads()
     torch.set_num_threads(1)  # what is as small as this is slower with more
     yield

@@ -24,6 +24,11 @@ _IMAGES, _SIDE, _COLORS = 12, 96, 128  # about 8 kB each as a PNG
 class Examples(Callback):
     """Base class for collecting examples from one validation loop; it collects none itself."""
 
+    @staticmethod
+    def of(data: L.LightningDataModule) -> Examples:
+        """Return what collects examples from a loop over this data."""
+        return ImageExamples(data) if isinstance(data, ImageDataModule) else TextExamples()
+
     def since(self, dense: Any) -> Mapping[str, Any]:
         """Return fields of a `Run`: the examples of the pruned model beside those of the dense one."""
         return {}
