@@ -146,7 +146,7 @@ def test_the_table_has_one_row_for_all_experts_of_a_module(monkeypatch):
     assert not any("gate_up_proj.0" in line for line in table)
     (first,) = (" ".join(table[rows[0] : rows[0] + 5]).split(),)
     assert "experts;" in first
-    assert "2:" in first
+    assert "1 of them: few tokens" in " ".join(first)
     tokens = sorted(layer.tokens for layer in report.layers if layer.name.startswith("model.layers.0.mlp.experts.gate"))
     assert f"{tokens[0]} - {tokens[-1]}" in " ".join(first)
 

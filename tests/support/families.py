@@ -596,9 +596,12 @@ class _InputSquares:
         total = sum(value for key, value in self._sums.items() if key in keys)
         rows = layer.part(layer.parameter)
         if _is_convolution(layer):  # kernel positions, then channels: of equal scores (only padding) the first goes
-            rows, total = rows.movedim(1, -1), total.movedim(1, -1)
+            group, groups = layer.group or (0, 1)
+            rows, total = rows.movedim(1, -1), total.chunk(groups)[group].movedim(1, -1)
         elif any(self._columns.get(start) for start, _ in keys):  # perhaps only siblings got tokens
             rows = rows.t()
+        if not total.any():  # nothing to compare: the layer stays dense
+            return
         for row, scores in zip(rows, rows.abs() * total.sqrt(), strict=True):
             smallest = scores.flatten().argsort(stable=True)[: int(scores.numel() * sparsity)]
             row[torch.unravel_index(smallest, row.shape)] = 0
@@ -614,11 +617,8 @@ def _is_convolution(layer: Layer) -> bool:
 
 def _in_order(model: nn.Module, units: Sequence[Unit], batches: list[Any]) -> list[Unit]:
     """Sort units: the next one is the first in model order that is the next for any batch."""
-    single_layers = {
-        unit.layers[0].parameter.data_ptr(): index
-        for index, unit in enumerate(units)
-        if unit.layers[0].module is unit.module
-    }
+    # Weights tell it, too: a model may call the forward of a block without its hooks.
+    unit_of = {layer.parameter.data_ptr(): index for index, unit in enumerate(units) for layer in unit.layers}
     routes = []
     for batch in batches:
         route: list[int] = []
@@ -628,8 +628,8 @@ def _in_order(model: nn.Module, units: Sequence[Unit], batches: list[Any]) -> li
         ]
 
         def reached(weight: Tensor, *_: Tensor, route: list[int] = route) -> None:
-            if (start := weight.untyped_storage().data_ptr()) in single_layers:
-                route.append(single_layers[start])
+            if (start := weight.untyped_storage().data_ptr()) in unit_of:
+                route.append(unit_of[start])
 
         with _Products(reached):
             run(model, batch)
