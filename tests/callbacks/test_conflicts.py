@@ -8,21 +8,49 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from support.callbacks import Manual, Net, SaveAt, Steps, TwoOptimizers, all_at, loader, same, share_of_zeros, trainer
 from support.zoo import ZOO
 
-from wanda_lightning import CubicSchedule, LinearSchedule, PruningCallback, WandaPrune
+from wanda_lightning import CubicSchedule, LinearSchedule, OneShot, PruningCallback, WandaPrune
+
+VALIDATION = {"calibrate_on": "validation"}
+DENSE = "only collects statistics of the dense model while Lightning validates it, but"
 
 
 @pytest.mark.parametrize(
-    ("when", "options", "end"),
+    ("options", "message"),
     [
-        ({"at_step": 1000}, {"max_steps": 10}, 10),
-        ({"at_step": 5}, {"max_epochs": 2, "accumulate_grad_batches": 4}, 4),  # two, of four batches and of two
-        ({"at_step": 5}, {"max_epochs": 2, "limit_train_batches": 2}, 4),
-        ({"at_step": 5}, {"max_epochs": 2, "max_steps": 4}, 4),
-        ({"schedule": Steps((1, 0.5), (20, 1.0))}, {"max_epochs": 2}, 12),
+        ({"at_step": -1}, "at_step must be at least 0, but it is -1"),
+        ({"at_step": 3, "schedule": OneShot(3)}, r"exclude each other, but at_step=3 and schedule=OneShot\(step=3\)"),
+        ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
+        ({"report": "report.pdf"}, r"report must end with \.html or \.png, but it is 'report\.pdf'"),
+        ({"calibrate_on": "test"}, "calibrate_on must be one of calibration, validation, but it is 'test'"),
+        (
+            {"pattern": "2:4", "schedule": CubicSchedule(0, 4, every=2)},
+            r"one stage for NM\(n=2, m=4\).*Cubic",
+        ),
+        ({**VALIDATION, "dataloader": []}, f"{DENSE} dataloader has other batches"),
+        ({**VALIDATION, "pattern": "experts"}, f"{DENSE} pattern='experts' needs a pass of its own"),
+        ({**VALIDATION, "sequential": "block"}, f"{DENSE} sequential='block' runs pruned layers"),
+        ({**VALIDATION, "pattern": "structured"}, f"{DENSE} pattern='structured' runs each block with and"),
+        ({**VALIDATION, "allocation": "fisher"}, f"{DENSE} allocation='fisher' needs backward passes"),
+        ({**VALIDATION, "recovery": "reconstruct"}, f"{DENSE} recovery='reconstruct' trains on the batches"),
     ],
 )
-def test_a_stage_after_the_end_of_training_is_refused_at_the_start(when, options, end):
-    module = Net()
+def test_options_that_contradict_each_other_are_refused_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        WandaPrune(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "when", "options", "end"),
+    [
+        (Net, {"at_step": 1000}, {"max_steps": 10}, 10),
+        (Net, {"at_step": 5}, {"max_epochs": 2, "accumulate_grad_batches": 4}, 4),  # two, of four batches and of two
+        (Net, {"at_step": 5}, {"max_epochs": 2, "max_steps": 4}, 4),
+        (Net, {"schedule": Steps((1, 0.5), (20, 1.0))}, {"max_epochs": 2}, 12),
+        (Manual, {"at_step": 9}, {"max_steps": 8}, 8),
+    ],
+)
+def test_a_stage_after_the_end_of_training_is_refused_at_the_start(make, when, options, end):
+    module = make()
     steps = []
     module.register_forward_pre_hook(lambda *_: steps.append(1))
     with pytest.raises(MisconfigurationException, match=rf"and training ends at {end}\. Prune earlier"):
@@ -42,14 +70,6 @@ def test_a_stage_at_the_end_of_training_is_not_refused(make, at_step, options):
     module = make()
     trainer(WandaPrune(num_samples=24, at_step=at_step), **options).fit(module, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
-
-
-@pytest.mark.parametrize("make", [Manual, TwoOptimizers])
-def test_manual_optimization_is_refused_by_max_steps(make):
-    module = make()
-    with pytest.raises(MisconfigurationException, match="ends at optimizer step 9 and training ends at 8"):
-        trainer(WandaPrune(num_samples=24, at_step=9), max_steps=8).fit(module, loader(24))
-    assert same(module, Net())
 
 
 class OnlySteps(L.LightningModule):
@@ -97,6 +117,7 @@ class Detached(OnlySteps):
         (OnlySteps, {}, r"OnlySteps must define forward\(\) or calibration_step"),
         (Forward, {"dataloader": []}, "must hold at least one calibration batch"),
         (Forward, {"dataloader": iter(loader())}, "must be read by 2 stages of .*, but it is a _SingleProcess"),
+        (Forward, {"calibrate_on": "validation"}, "this fit has none"),
         (TwoArguments, {}, "TwoArguments.forward needs x, scale"),
         (Regression, {"method": "best"}, r"a batch gave Tensor of shape \(1, 1\) without logits of two or more"),
         (Detached, {"method": "best"}, r"a batch gave Tensor of shape \(1, 16\) without logits .* that depend"),
@@ -110,53 +131,33 @@ def test_data_that_a_later_stage_cannot_use_is_refused_at_the_start(make, option
         trainer(callback, max_steps=6).fit(make(), loader())
 
 
-def test_two_train_loaders_are_refused_at_the_start():
-    with pytest.raises(MisconfigurationException, match="since there are 2 train dataloaders"):
-        trainer(WandaPrune(at_step=2), max_steps=6).fit(Forward(), [loader(), loader()])
+@pytest.mark.parametrize(
+    ("when", "monitor", "dry", "last"),
+    [
+        ({"at_step": 3}, "loss", False, 3),
+        ({"schedule": CubicSchedule(0, 4, every=2)}, "loss", False, 4),
+        ({}, "loss", False, None),
+        ({"at_step": 3}, None, False, None),
+        ({"at_step": 3}, "loss", True, None),
+    ],
+)
+def test_a_best_checkpoint_from_before_pruning_is_warned_of(tmp_path, when, monitor, dry, last, recwarn):
+    options = {"max_epochs": 2, "enable_checkpointing": True, "fast_dev_run": dry}
+    best = ModelCheckpoint(tmp_path, monitor=monitor)
+    trainer(WandaPrune(num_samples=12, **when), best, **options).fit(Net(), loader(), loader())
+    found = [str(warning.message) for warning in recwarn if "ModelCheckpoint(" in str(warning.message)]
+    assert len(found) == (last is not None)
+    assert all(f"before step {last}" in text and "BestAfterPruning(monitor='loss')" in text for text in found)
 
 
-class TestBestFromBeforePruning:
-    @pytest.mark.parametrize("when", [{"at_step": 3}, {"schedule": CubicSchedule(0, 4, every=2)}])
-    def test_is_warned_of_when_training_starts(self, tmp_path, when):
-        monitor = ModelCheckpoint(tmp_path, monitor="loss")
-        run = trainer(WandaPrune(num_samples=12, **when), monitor, max_epochs=2, enable_checkpointing=True)
-        last = when.get("at_step", 4)
-        with pytest.warns(
-            UserWarning, match=rf"monitor='loss'\) also .* before step {last}.*BestAfterPruning\(monitor='loss'\)"
-        ):
-            run.fit(Net(), loader(), loader())
-
-    @pytest.mark.parametrize(("at_step", "monitor", "dry"), [(0, "loss", False), (3, None, False), (3, "loss", True)])
-    def test_is_not_warned_of_where_it_cannot_be(self, tmp_path, at_step, monitor, dry, recwarn):
-        options = {"max_epochs": 2, "enable_checkpointing": True, "fast_dev_run": dry}
-        run = trainer(
-            WandaPrune(num_samples=12, at_step=at_step), ModelCheckpoint(tmp_path, monitor=monitor), **options
-        )
-        run.fit(Net(), loader(), loader())
-        assert "ModelCheckpoint" not in "".join(str(warning.message) for warning in recwarn)
-
-    def test_is_warned_of_when_testing_prunes_it(self, tmp_path):
-        callback = WandaPrune(num_samples=12, at_step=3)
-        run = trainer(callback, SaveAt(tmp_path, 2), max_steps=6)
-        run.fit(Net(), loader())
-        module = Net()
-        with pytest.warns(
-            UserWarning, match="is that of a pruned model without training after pruning.*ckpt_path='last'"
-        ):
-            run.test(module, loader(), ckpt_path=tmp_path / "2.ckpt")
-        assert share_of_zeros(module) == all_at(0.5)
-
-
-class TestTwoCallbacks:
-    @pytest.mark.parametrize(
-        ("part", "loop"), [({}, "fit"), ({"skip": ["layers.0"]}, "validate"), ({"only": ["layers.0"]}, "fit")]
-    )
-    def test_that_prune_the_same_layers_are_refused(self, part, loop):
-        first, second = WandaPrune(0.25, num_samples=4, **part), WandaPrune(0.5, num_samples=4, at_step=3, **part)
-        module = Net()
-        with pytest.raises(RuntimeError, match=r"more than one stateful callback of type `WandaPrune`.*documentation"):
-            getattr(trainer(first, second, max_steps=1), loop)(module, loader())
-        assert same(module, Net())
+def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):
+    callback = WandaPrune(num_samples=12, at_step=3)
+    run = trainer(callback, SaveAt(tmp_path, 2), max_steps=6)
+    run.fit(Net(), loader())
+    module = Net()
+    with pytest.warns(UserWarning, match="is that of a pruned model without training after pruning.*ckpt_path='last'"):
+        run.test(module, loader(), ckpt_path=tmp_path / "2.ckpt")
+    assert share_of_zeros(module) == all_at(0.5)
 
 
 class TestExperts:

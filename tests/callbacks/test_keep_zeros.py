@@ -38,7 +38,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
-from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrune, prune
+from wanda_lightning import KeepZeros, PruningCallback, WandaPrune, prune
 from wanda_lightning.training.held_zeros import HeldZeros
 
 CLIPPING = {
@@ -122,45 +122,6 @@ def test_lbfgs():
     assert all(share > 0.5 for share in module.trained().values())
 
 
-def test_rprop_keeps_zeros_but_not_those_of_its_state():
-    """Its step sizes start at lr and have a floor of 1e-6, also of pruned weights."""
-    module = LooksAtZeros(partial(torch.optim.Rprop, lr=0.01), from_step=4)
-    looks, module.look_at_state = module.look_at_state, lambda: None
-    trainer(Witness(), WandaPrune(num_samples=24, at_step=4), max_steps=8).fit(module, loader(24))
-    assert all(share > 0.5 for share in module.trained().values())
-    with pytest.raises(AssertionError, match="after 8 steps"):
-        looks()
-
-
-class Bytes(torch.optim.SGD):
-    """Stores the sign of the last gradient in one byte for each weight, as quantized moments do."""
-
-    def step(self, closure=None):
-        loss = super().step(closure)
-        for weight in (weight for group in self.param_groups for weight in group["params"]):
-            self.state[weight]["sign"] = weight.grad.sign().to(torch.int8)
-        return loss
-
-
-def test_state_of_one_byte_a_weight():
-    module = LooksAtZeros(partial(Bytes, lr=0.05), from_step=2)
-    trainer(Witness(), WandaPrune(num_samples=24, at_step=2), max_steps=6).fit(module, loader(24))
-    assert share_of_zeros(module) == all_at(0.5)
-
-
-def test_stages_of_a_schedule_under_warm_moments():
-    class Steady(LooksAtZeros):
-        def training_step(self, batch, batch_idx):
-            if self.trainer.global_step in (4, 6):
-                self.pruned = None  # a new stage: a new set
-            return super().training_step(batch, batch_idx)
-
-    module = Steady(OPTIMIZERS["adamw_foreach"], from_step=2)
-    callback = WandaPrune(0.5, num_samples=24, schedule=CubicSchedule(0, 6, every=2))
-    trainer(Witness(), callback, max_steps=15).fit(module, loader(24))
-    assert share_of_zeros(module) == all_at(0.5)
-
-
 class Wrapping(LooksAtZeros):
     """Calls its model `module`, as wrappers of models do."""
 
@@ -212,12 +173,6 @@ class Checkpointed(LooksAtZeros):
         return checkpoint(self.layers[2:], x, use_reentrant=True)
 
 
-class Compiled(LooksAtZeros):
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.layers = torch.compile(self.layers, backend="eager")
-
-
 class CompiledLayer(LooksAtZeros):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -243,7 +198,6 @@ class Twice(LooksAtZeros):
     ("make", "at_step"),
     [
         (Checkpointed, 5),
-        pytest.param(Compiled, 5, marks=pytest.mark.nightly),
         (CompiledLayer, 0),
         (Tied, 0),
         (Twice, 5),
@@ -364,18 +318,6 @@ def test_zeros_by_chance_are_distinguished_in_any_layout_and_number(layout, coun
     torch.optim.SGD([weight], lr=0.0).step()
     again.release()
     assert torch.equal(weight == 0, torch.arange(8).view(1, 8, 1, 1).expand_as(weight) % 2 == 0)
-
-
-def test_an_error_during_release_leaves_no_hook(monkeypatch):
-    model = Net()
-    prune(model, criterion="magnitude", progress=False)
-    before = len(_global_optimizer_post_hooks)
-    zeros = HeldZeros()
-    zeros.hold(model, ["layers.0"])
-    monkeypatch.setattr(zeros, "unheld_zeros", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        zeros.release()
-    assert len(_global_optimizer_post_hooks) == before
 
 
 def test_a_nan_gradient_does_not_change_pruned_weights():

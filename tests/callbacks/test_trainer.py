@@ -66,7 +66,6 @@ class OldTrainer(pytorch_lightning.Trainer):
     ("make", "kind", "loop"),
     [
         (WandaPrune, pytorch_lightning.Trainer, "fit"),
-        (WandaPrune, OldTrainer, "predict"),
         (KeepZeros, OldTrainer, "validate"),
         (lambda: SavePretrained("never"), pytorch_lightning.Trainer, "test"),
         (DistillFromDense, OldTrainer, "fit"),

@@ -117,31 +117,11 @@ def test_every_method_prunes_as_asked(method, name):
     assert all_finite(model, batches[0])
 
 
-@pytest.mark.parametrize(
-    ("method", "name"),
-    with_nightly([("wanda", "mask_rcnn")], [("best", name) for name in ONE_STAGE]),
-)
-def test_the_masks_are_the_same_every_time(method, name):
-    pruned = []
-    for _ in range(2):
-        model = build(name)
-        prune(model, batches_for(name, 2), 0.5, method=method, progress=False, **choices_for(name, model, method))
-        pruned.append(masks(model))
-    assert equal(*pruned)
-
-
 @pytest.mark.parametrize(("method", "name"), spread(sorted(READ_PREDICTIONS), DETECTORS))
 def test_what_reads_predictions_is_refused_on_detections(method, name):
     message = refusal(build(name), scenes(2, 1), method=method)
     assert message.startswith("forward must return predictions, since gradients are read, but a batch gave list")
     assert "Let forward= (or calibration_step) return the logits" in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize("name", with_nightly(["mask_rcnn"], DETECTORS))
-def test_distil_is_refused_on_detections(name):
-    message = refusal(build(name), scenes(2, 1), recovery="distil")
-    assert "a batch gave a list. Let forward= (or calibration_step) return the predictions" in message
     assert "\n" not in message
 
 
@@ -203,14 +183,6 @@ def test_a_head_sees_all_levels_without_stops(sequential):
     levels = [size**2 for size in (16, 8, 4, 2)]  # of one image of 64 pixels
     assert tokens["head.regression_head.bbox_reg"] == (levels[0] if sequential == "layer" else sum(levels))
     assert any("the model calls 10 layers more than once" in note for note in report.notes) == (sequential == "layer")
-
-
-@pytest.mark.parametrize("sequential", ["block", "none"])
-def test_a_recovery_of_blocks_takes_what_the_report_advises(sequential):
-    choices = {"recovery": "reconstruct", "sequential": sequential}
-    report = prune(build("retinanet"), scenes(2), 0.5, **choices, progress=False)
-    advice = "use sequential='none', so that they include all calls"
-    assert any(advice in note for note in report.notes) == (sequential == "block")
 
 
 # ---- lists of images
@@ -356,7 +328,7 @@ def test_a_callback_prunes_a_detector_in_training_beside_an_average(order):
     module = Module("retinanet")
     pruning, averaging = WandaPrune(0.5, num_samples=4, at_step=2), EMAWeightAveraging(decay=0.5)
     trainer(*[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0).fit(module, loader("retinanet"))
-    assert module.calibrated == 4 * 3  # once for the statistics, and twice for BatchNorm
+    assert module.calibrated == 2 + 4 * 3  # a trial of one batch, once for the statistics, and twice for BatchNorm
     assert sum(zeros_of(module).values()) == sum(layer.zeros for layer in pruning.report.layers)
     assert pruning.report.sparsity == pytest.approx(0.5, abs=0.02)
 
@@ -427,9 +399,3 @@ def test_a_segmentation_model_learns_from_the_dense_one():
     fit.fit(module, loader("lraspp"))
     assert fit.callback_metrics["distillation_loss"] > 0
     assert zeros_of(module)
-
-
-def test_a_detector_cannot_learn_from_its_losses():
-    fit = trainer(WandaPrune(0.5, num_samples=4), DistillFromDense(network="net"), max_epochs=1)
-    with pytest.raises(ValueError, match=r"must return logits .*, but it returns dict\. Give network=NAME"):
-        fit.fit(Module("retinanet"), loader("retinanet"))

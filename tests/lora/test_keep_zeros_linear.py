@@ -135,19 +135,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     torch.testing.assert_close(checkpointed, plain)
 
 
-# torch 2.13 instantiates the autograd function itself while it traces.
-@pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiled_model_gives_the_same_gradients():
-    model, layer = single(sparse_layer("linear").float())
-    x = torch.randn(7, 24)
-    wanted_for = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    want = torch.autograd.grad(model(x).square().sum(), wanted_for)
-    compiled = torch.compile(model, backend="aot_eager")
-    got = torch.autograd.grad(compiled(x).square().sum(), wanted_for)
-    torch.testing.assert_close(got, want)
-
-
 def test_adapters_switch_add_up_and_disable():
     base = logits(llama())
     model = two_adapters()
@@ -196,20 +183,6 @@ def test_a_weight_that_a_merge_swallows_comes_back():
     assert torch.equal(layer.weight, torch.tensor([[1.0, 0.0]]))
     model.unmerge_adapter()
     assert torch.equal(layer.weight, torch.tensor([[1e-12, 0.0]]))
-
-
-def test_adapters_merge_one_after_the_other():
-    model = two_adapters()
-    model.base_model.set_adapter(["default", "other"])
-    both = logits(model)
-    layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    model.merge_adapter(["default"])
-    with pytest.warns(UserWarning, match="additionally merging other"):
-        layer.merge(adapter_names=["other"])
-    deltas = layer.get_delta_weight("default") + layer.get_delta_weight("other")
-    torch.testing.assert_close(layer.weight, layer.unmerged_weight() + deltas)
-    merged = merge(model)  # takes apart what is merged, then merges all that is active
-    assert relative(logits(merged), both) < 1e-5
 
 
 def test_a_broken_adapter_is_not_merged_safely():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from support.lora import TARGETS, TOKENS, CodesParameter, assert_zeros, config, llama, logits, relative, train, zeros_of
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
@@ -85,14 +85,6 @@ def test_training_equals_training_on_the_dequantized_weights(folder):
         trained.append({name: p.detach() for name, p in model.named_parameters() if "lora" in name})
     assert len(trained[0]) == 2 * 2 * len(TARGETS)
     torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-5)
-
-
-def test_an_adapter_of_a_quantized_model_merges_after_it_was_saved(folder, tmp_path):
-    model = get_peft_model(by_torchao(folder), config())
-    train(model)
-    model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(by_torchao(folder), tmp_path / "adapter")
-    assert torch.equal(logits(merge(again)), logits(merge(model)))
 
 
 def test_backward_stores_no_dequantized_weight(folder):

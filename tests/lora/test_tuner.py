@@ -44,22 +44,24 @@ def float8():
     return nn.Linear(8, 8).to(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("layer", [bits_in_a_parameter, FakeQuantLinear, float8])
-def test_quantized_layers_are_refused_before_anything_changes(layer):
-    model = nn.Sequential(sparse_layer("linear"), layer())
-    with pytest.raises(ValueError, match=r"1 is a quantized layer .* Load the model without quantization"):
-        get_peft_model(model, config(target_modules=["0", "1"]))
-    assert type(model[0]) is nn.Linear
+OTHER = r"but 1 is a {}\. Remove it from target_modules"
 
 
-@pytest.mark.parametrize("layer", [nn.Embedding(8, 8), nn.Conv2d(3, 8, 3), nn.MultiheadAttention(8, 2)])
-def test_other_layers_are_refused_by_name(layer):
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        *[
+            (make(), r"1 is a quantized layer .* Load the model without quantization")
+            for make in (bits_in_a_parameter, FakeQuantLinear, float8)
+        ],
+        (nn.Embedding(8, 8), OTHER.format("Embedding")),
+        (nn.Conv2d(3, 8, 3), OTHER.format("Conv2d")),
+        (nn.MultiheadAttention(8, 2), OTHER.format("MultiheadAttention")),
+        (nn.MultiheadAttention(8, 2).out_proj, r"inside nn\.MultiheadAttention"),
+    ],
+)
+def test_other_layers_are_refused_by_name_before_anything_changes(layer, message):
     model = nn.Sequential(sparse_layer("linear"), layer)
-    with pytest.raises(ValueError, match=rf"but 1 is a {type(layer).__name__}\. Remove it from target_modules"):
+    with pytest.raises(ValueError, match=message):
         get_peft_model(model, config(target_modules=["0", "1"]))
     assert type(model[0]) is nn.Linear
-
-
-def test_the_projection_inside_attention_is_refused():
-    with pytest.raises(ValueError, match=r"inside nn\.MultiheadAttention"):
-        get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), config(target_modules=["out_proj"]))

@@ -1,4 +1,4 @@
-"""Find the calibration batches of a callback, and run one batch through the module."""
+"""The calibration batches of a callback: find them, run one through the module, or read those of a validation loop."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from types import NoneType
 from typing import Any
@@ -16,13 +17,19 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, run_alone, take
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.callbacks.trainer import stop_if_terminated
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.prune import prune_collected
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
+from wanda_lightning.report import PruningReport
 
 log = logging.getLogger(__name__)
 
@@ -116,11 +123,11 @@ def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable
             return calibration_dataloader(), f"{type(holder).__name__}.calibration_dataloader()"
     if trainer.train_dataloader is not None:
         return _independent_copy(_single(trainer.train_dataloader, "train")), "the train dataloader"
-    if datamodule is not None and is_overridden("train_dataloader", datamodule):
-        datamodule.setup("fit")  # Lightning has set it up only for evaluation
-        return _single(datamodule.train_dataloader(), "train"), f"{type(datamodule).__name__}.train_dataloader()"
-    if is_overridden("train_dataloader", pl_module):
-        return _single(pl_module.train_dataloader(), "train"), f"{type(pl_module).__name__}.train_dataloader()"
+    for holder in (datamodule, pl_module):
+        if holder is not None and is_overridden("train_dataloader", holder):
+            if holder is datamodule:
+                holder.setup("fit")  # Lightning has set it up only for evaluation
+            return _single(holder.train_dataloader(), "train"), f"{type(holder).__name__}.train_dataloader()"
     for kind in ("val", "test", "predict"):
         if (loader := getattr(trainer, f"{kind}_dataloaders")) is not None:
             return _independent_copy(_single(loader, kind)), f"the {kind} dataloader"
@@ -184,3 +191,32 @@ def calibration_forward(
     if callable(calibration_step) and not (for_predictions and is_overridden("forward", pl_module)):
         return calibration_step(batch)
     return forward_batch(pl_module, batch)
+
+
+class ValidationLoop:
+    """Collects statistics from the first batches of one validation loop, and prunes the model with them.
+
+    Each process runs a part of the samples. Collection stops after `num_samples` samples; batches are not cut.
+    """
+
+    def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes, num_samples: int) -> None:
+        with processes.fail_together():
+            self._plan = make_plan(config, model, processes)
+        self._calibration = PassiveCalibration(model, self._plan.whole_model, self._plan.observed, processes)
+        self._samples_left = num_samples
+        self._world_size = processes.world_size
+        self._batch = ExitStack()
+
+    def start_batch(self, batch: Any) -> None:
+        """Collect while the batch runs, until `end_batch`."""
+        if self._samples_left > 0:
+            self._samples_left -= batch_size(batch) * self._world_size
+            self._batch.enter_context(self._calibration.collect(batch))
+
+    def end_batch(self) -> None:
+        """Stop collecting; called after an error as well."""
+        self._batch.close()
+
+    def prune(self) -> PruningReport:
+        """Prune with the collected statistics."""
+        return prune_collected(self._plan, self._calibration)

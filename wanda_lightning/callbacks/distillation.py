@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.patched import patched
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
-from wanda_lightning.common.checks import Number, check, check_path, refuse_pytorch_lightning
+from wanda_lightning.common.checks import Number, check, refuse_pytorch_lightning
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import causal_config, find_predictions, fitting_mask, has_classes, token_masks
@@ -65,16 +65,14 @@ class DistillFromDense(Callback):
             given; or if `dense` shares parameters with the module, or differs from that of the run that is resumed. In
             the first step: if there are no logits to compare.
         MisconfigurationException: When `fit` starts: if the module optimizes manually, is compiled with its
-            `training_step`, or the strategy distributes the model in an unsupported way. In the
-            first step: if `training_step` does not call the network.
+            `training_step`, or the strategy distributes the model in an unsupported way. In the first step: if
+            `training_step` does not call the network.
     """
 
     def __init__(
         self, dense: Dense = None, weight: float = 0.5, temperature: float = 1.0, network: str | None = None
     ) -> None:
         self.dense, self.weight, self.temperature, self.network = dense, weight, temperature, network
-        if dense is not None and not isinstance(dense, nn.Module):
-            check_path(dense=dense)
         check(self, weight=Number(above=0, maximum=1), temperature=Number(above=0))
         self._teacher: nn.Module | None = None  # while it trains
         self._fingerprint = ""
@@ -87,7 +85,17 @@ class DistillFromDense(Callback):
         if stage != "fit":
             return
         self._release()  # an earlier fit may have been interrupted
-        _refuse_module(pl_module, network_of(pl_module, self.network))
+        name, network = type(pl_module).__name__, network_of(pl_module, self.network)
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"DistillFromDense adds to the loss that training_step returns, but {name} optimizes manually. Set "
+                "automatic_optimization=True."
+            )
+        if pl_module._compiler_ctx is not None or network._compiled_call_impl is not None:
+            raise MisconfigurationException(
+                f"DistillFromDense watches the calls of the network, which the compiled code of {name} hides. Wrap the "
+                "network alone, as in module.model = torch.compile(module.model)."
+            )
         self._teacher = dense_model(self.dense, pl_module, self.network)
         self._fingerprint = fingerprint(self._teacher)
 
@@ -144,20 +152,6 @@ class DistillFromDense(Callback):
     def _release(self) -> None:
         self._patches.close()
         self._teacher = None
-
-
-def _refuse_module(pl_module: L.LightningModule, network: nn.Module) -> None:
-    name = type(pl_module).__name__
-    if not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"DistillFromDense adds to the loss that training_step returns, but {name} optimizes manually. Set "
-            "automatic_optimization=True."
-        )
-    if pl_module._compiler_ctx is not None or network._compiled_call_impl is not None:
-        raise MisconfigurationException(
-            f"DistillFromDense watches the calls of the network, which the compiled code of {name} hides. Wrap the "
-            "network alone, as in module.model = torch.compile(module.model)."
-        )
 
 
 @dataclass
@@ -251,15 +245,7 @@ def _logits(output: object, whose: str) -> Tensor:
 
 def network_of(module: L.LightningModule, name: str | None) -> nn.Module:
     """Return the submodule with this name; by default the module's `pruning_target`, else the module itself."""
-    if name is None:
-        return pruning_target(module)
-    try:
-        return module.get_submodule(name)
-    except AttributeError as error:
-        found = ", ".join(child for child, _ in module.named_children())
-        raise MisconfigurationException(
-            f"network must name a submodule of {type(module).__name__}, but {name!r} is none. Its parts are {found}."
-        ) from error
+    return pruning_target(module) if name is None else module.get_submodule(name)
 
 
 def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) -> nn.Module:
@@ -301,15 +287,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _refuse_pruned(network: nn.Module) -> None:
-    if next(network.parameters(), None) is None:
+    has_weights = next(network.parameters(), None) is not None
+    zeros = _zeros_of_pruning(network)
+    if zeros or not has_weights:
+        reason = f"is already pruned: {zeros}" if has_weights else "has no parameters in setup()"
         raise UserError(
-            f"dense must be given, since {type(network).__name__} has no parameters in setup(), when its dense copy is "
-            "taken. Give the dense model as a module or by its name."
-        )
-    if zeros := _zeros_of_pruning(network):
-        raise UserError(
-            f"dense must be given, since the network is already pruned: {zeros}. Give the model before pruning as a "
-            "module or by its name."
+            f"dense must be given, since the network {reason}. Give the model from before pruning, or its name."
         )
 
 

@@ -14,12 +14,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.callbacks import conflicts
-from wanda_lightning.callbacks.calibration_data import calibration_batches, calibration_forward, trial_batches
+from wanda_lightning.callbacks.calibration_data import (
+    ValidationLoop,
+    calibration_batches,
+    calibration_forward,
+    trial_batches,
+)
 from wanda_lightning.callbacks.reporting import measured_before, publish, run_of, set_metrics, with_result
-from wanda_lightning.callbacks.schedules import OneShot, Schedule, schedule_of
-from wanda_lightning.callbacks.state import PruningState
+from wanda_lightning.callbacks.schedules import OneShot, PruningState, Schedule, schedule_of
 from wanda_lightning.callbacks.trainer import StoppableWeights, processes_of, pruning_target, shows_progress
-from wanda_lightning.callbacks.validation import ValidationLoop
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
@@ -108,8 +111,7 @@ class PruningCallback(ZerosCallback):
         checks.check_at_least(1, num_samples=num_samples)
         if report is not None:
             checks.check_report_path(report)
-        conflicts.check_stages(self.schedule, self.config.pattern)
-        conflicts.check_calibrate_on(calibrate_on, self.config, dataloader)
+        conflicts.check_options(config, self.schedule, calibrate_on, dataloader)
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
@@ -165,12 +167,10 @@ class PruningCallback(ZerosCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before the first step if the schedule says so, and hold the zeros from then on."""
-        conflicts.refuse_experts_in_training(self.config, self._state)
-        conflicts.refuse_late_stages(self._schedule(trainer), trainer)
-        if self.calibrate_on == "validation":
-            conflicts.refuse_fit_without_validation(trainer)
         self._forget_if_dense(trainer, pl_module)
-        conflicts.refuse_one_shot(self.dataloader, self.config, self._schedule(trainer), self._state)
+        conflicts.refuse_training(
+            self.config, self._schedule(trainer), self._state, trainer, self.calibrate_on, self.dataloader
+        )
         if self._state.asked_at != trainer.global_step:
             self._prune_if_asked(trainer, pl_module)
         if self._state.share < 1:
@@ -223,7 +223,7 @@ class PruningCallback(ZerosCallback):
             self._record_result(trainer)
             return
         report, self._validation = self._validation.prune(), None
-        self._record(report, self._share_due(trainer), trainer)
+        self._record(report, trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             self._hold(trainer, pl_module)
 
@@ -281,7 +281,7 @@ class PruningCallback(ZerosCallback):
         if asked and later:
             self._state.due = True
         elif asked:
-            self._prune(self._share_due(trainer), trainer, pl_module)
+            self._prune(trainer, pl_module)
         self._state.asked_at = trainer.global_step  # at last, so that a resumed run repeats an interrupted pruning
         return asked and not later
 
@@ -289,21 +289,20 @@ class PruningCallback(ZerosCallback):
         self._pruned_to_evaluate = False
         self._forget_if_dense(trainer, pl_module)
         if not self.should_prune(trainer):
-            conflicts.warn_if_dense(self._name, self._state, self.schedule)
+            conflicts.warn_of_evaluation(self._name, 0, self._state, self.schedule)
             return
         if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
             self._state.due = True
             return
-        share = self._share_due(trainer)
-        conflicts.warn_if_late(self._name, share, self.schedule)
-        self._prune(share, trainer, pl_module)
+        conflicts.warn_of_evaluation(self._name, self._share_due(trainer), self._state, self.schedule)
+        self._prune(trainer, pl_module)
         self._pruned_to_evaluate = True
 
-    def _prune(self, share: float, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune to a share of the final sparsity, without changing the random numbers that training draws."""
+    def _prune(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prune to the share that is due, without changing the random numbers that training draws."""
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
             report = prune_as(
-                conflicts.without_permutation_in_training(self.config.scaled(share), trainer),
+                conflicts.without_permutation_in_training(self.config.scaled(self._share_due(trainer)), trainer),
                 pruning_target(pl_module),
                 calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, self._processes),
                 forward=partial(calibration_forward, trainer, pl_module),
@@ -312,7 +311,7 @@ class PruningCallback(ZerosCallback):
                 processes=self._processes,
                 store=StoppableWeights(trainer),
             )
-        self._record(report, share, trainer)
+        self._record(report, trainer)
 
     def _rehearse(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise now the errors of a later stage."""
@@ -327,11 +326,11 @@ class PruningCallback(ZerosCallback):
                 self._processes,
             )
 
-    def _record(self, report: PruningReport, share: float, trainer: L.Trainer) -> None:
+    def _record(self, report: PruningReport, trainer: L.Trainer) -> None:
         report.run = run_of(trainer, self.num_samples if self.reads_calibration_data else 0)
         if self.calibrate_on == "validation":  # the loop that has just ended ran the model before this stage
             report.run = measured_before(report.run, trainer, self._state)
-        self._state.record(report, share)
+        self._state.record(report, self._share_due(trainer))
         publish(report, trainer, self._name, with_figures=self.report_path is not None)
         self._save(report, trainer)
 

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from wanda_lightning.callbacks.state import PruningState
+from wanda_lightning.callbacks.schedules import PruningState
 from wanda_lightning.callbacks.trainer import pruning_target, shows_progress
 from wanda_lightning.report import Measured, PruningReport, Run
 from wanda_lightning.report.figures import plots_of, to_figure

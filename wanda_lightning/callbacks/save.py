@@ -1,12 +1,12 @@
-"""Save the trained model as a folder that its own library loads."""
+"""Keep the best checkpoint of a pruned model, and save the trained model as a folder that its own library loads."""
 
 from __future__ import annotations
 
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,19 +15,63 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
 from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
-from wanda_lightning.common.checks import check_flags, check_path, refuse_pytorch_lightning
+from wanda_lightning.common.checks import check_flags, refuse_pytorch_lightning
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.report import LEFT_OUT, PruningReport
 from wanda_lightning.training.held_zeros import zeros_of
+
+
+class BestAfterPruning(ModelCheckpoint):
+    """Lightning's `ModelCheckpoint`, but only checkpoints from after the last stage of pruning are compared.
+
+    A dense model usually scores better than a pruned one, so `ModelCheckpoint(monitor=...)` would keep a checkpoint
+    from before pruning. This callback compares none before the last stage of every pruning callback of the Trainer, and
+    then waits for the next validation loop, so that no score of an earlier model counts. It takes all arguments of
+    `ModelCheckpoint`. `save_last=True` also saves before the last stage, for resuming.
+
+    Args:
+        monitor: Name of the metric to compare.
+        mode: `"min"` or `"max"`.
+        **options: The other arguments of `ModelCheckpoint`.
+    """
+
+    def __init__(self, monitor: str, mode: str = "min", **options: Any) -> None:
+        super().__init__(monitor=monitor, mode=mode, **options)
+        self._compares = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare from the start if the model is already pruned."""
+        super().on_train_start(trainer, pl_module)
+        self._compares = _is_pruned(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare from the first validation loop after pruning."""
+        self._compares = _is_pruned(trainer)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Without validation loops, compare from the first batch after pruning."""
+        if not trainer.enable_validation:
+            self._compares = _is_pruned(trainer)
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        """Whether the checkpoint is among the best since the last stage of pruning."""
+        return self._compares and super().check_monitor_top_k(trainer, current)
+
+
+def _is_pruned(trainer: L.Trainer) -> bool:
+    return all(callback.is_finished for callback in zeros_callbacks(trainer))
 
 
 class SavePretrained(Callback):
@@ -73,10 +117,7 @@ class SavePretrained(Callback):
         private: bool = False,
         shrink: bool = False,
     ) -> None:
-        check_path(folder=folder)
         check_flags(overwrite=overwrite, private=private, shrink=shrink)
-        if private and push_to_hub is None:
-            raise UserError("private must be False without push_to_hub, but it is True. Add push_to_hub.")
         self.shrink = shrink
         self.folder, self.overwrite, self.push_to_hub, self.private = folder, overwrite, push_to_hub, private
 
@@ -85,16 +126,12 @@ class SavePretrained(Callback):
         refuse_pytorch_lightning(trainer)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if not callable(getattr(pl_module, "save_pretrained", None)):
+        save = getattr(pl_module, "save_pretrained", None)
+        if not callable(save) or (self.shrink and "shrink" not in inspect.signature(save).parameters):
             raise MisconfigurationException(
-                f"SavePretrained calls save_pretrained(folder, overwrite), but {type(pl_module).__name__} has no such "
-                "method. Define it, or use Lightning's ModelCheckpoint."
-            )
-        if self.shrink and "shrink" not in inspect.signature(pl_module.save_pretrained).parameters:  # type: ignore[arg-type]
-            raise MisconfigurationException(
-                f"shrink=True calls save_pretrained(folder, overwrite, shrink=True), but that of "
-                f"{type(pl_module).__name__} has no such argument. Add it (wanda_lightning.shrink does the work), or "
-                "leave shrink out."
+                f"SavePretrained calls save_pretrained(folder, overwrite{', shrink=True' * self.shrink}), but "
+                f"{type(pl_module).__name__} has no such method. Define it (wanda_lightning.shrink takes hidden units "
+                "out), or use Lightning's ModelCheckpoint."
             )
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
@@ -116,29 +153,25 @@ class SavePretrained(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         try:
-            with self._keeping_weights(trainer, pl_module):
+            try:
                 if callable(merge := getattr(pl_module, "merge", None)):
                     merge()
-                if trainer.is_global_zero:
-                    folder, is_smaller = self._save(pl_module)
+                folder, is_smaller = self._save(pl_module) if trainer.is_global_zero else (Path(self.folder), False)
+            except Exception as error:
+                if not trainer.is_global_zero:
+                    raise
+                raise OSError(
+                    f"{self.folder} could not be written ({type(error).__name__}: {error}). The trained weights are in "
+                    f"{_save_state(pl_module, Path(self.folder))}: load them with "
+                    "module.load_state_dict(torch.load(PATH))."
+                ) from error
             if trainer.is_global_zero:
                 self._write_card(folder, trainer, pl_module, is_smaller)
-                self._upload(folder)
+                if self.push_to_hub is not None:
+                    address = upload(folder, self.push_to_hub, list_files(folder), self.private)
+                    rank_zero_info(f"SavePretrained: uploaded to {address}")
         finally:  # also if the upload fails
             trainer.strategy.barrier("SavePretrained")
-
-    @contextmanager
-    def _keeping_weights(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[None]:
-        """If the body fails, write the state dict next to the folder, and name it in the error."""
-        try:
-            yield
-        except Exception as error:
-            if not trainer.is_global_zero:
-                raise
-            raise OSError(
-                f"{self.folder} could not be written ({type(error).__name__}: {error}). The trained weights are in "
-                f"{_save_state(pl_module, Path(self.folder))}: load them with module.load_state_dict(torch.load(PATH))."
-            ) from error
 
     def _save(self, pl_module: Any) -> tuple[Path, bool]:
         """Save the model; return where, and whether hidden units were left out."""
@@ -157,11 +190,6 @@ class SavePretrained(Callback):
                 rank_zero_warn(f"The model is saved with its zeros. {error}", category=UserWarning)
         pl_module.save_pretrained(folder, overwrite=self.overwrite)
         return folder, False
-
-    def _upload(self, folder: Path) -> None:
-        if self.push_to_hub is not None:
-            address = upload(folder, self.push_to_hub, list_files(folder), self.private)
-            rank_zero_info(f"SavePretrained: uploaded to {address}")
 
     def _write_card(self, folder: Path, trainer: L.Trainer, pl_module: L.LightningModule, is_smaller: bool) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
@@ -185,12 +213,11 @@ def find_free_folder(folder: str | os.PathLike[str], overwrite: bool) -> Path:
     """Return the folder, or the first one next to it, such as `out-2`, into which a model can be saved."""
     place = Path(folder)
     for number in count(2):
-        try:
+        with suppress(FileExistsError):
             require_writable(place, overwrite)
-            return place
-        except FileExistsError:
-            place = resolve_path(folder).with_name(f"{resolve_path(folder).name}-{number}")
-    raise AssertionError
+            break
+        place = resolve_path(folder).with_name(f"{resolve_path(folder).name}-{number}")
+    return place
 
 
 def _save_state(pl_module: L.LightningModule, folder: Path) -> Path:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning.common.atomic_write import atomic_folder, require_writable
-from wanda_lightning.common.checks import Number, check_flags, check_values, require_extra
+from wanda_lightning.common.checks import check_flags, check_values, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.models import check_tokens
@@ -36,7 +36,6 @@ from wanda_lightning.modules.loading import (
     check_vocabulary,
     load_causal_lm,
     load_own_tokenizer,
-    save_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 from wanda_lightning.parallel import gathered_state_dict, is_sharded, shard_processes
@@ -91,12 +90,9 @@ class CausalLMModule(L.LightningModule):
         super().__init__()
         self._modules["model"] = None  # `__getattr__` loads it
         check_values(DTYPE_NAMES, dtype=dtype)
-        check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
         check_flags(lr_decay=lr_decay)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
-        if lora is not None and not isinstance(lora, Mapping):
-            raise UserError(f"lora must be a mapping such as {{'r': 8}}, but it is {lora!r}.")
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
             self.save_hyperparameters(ignore=["tokenizer"])
@@ -106,11 +102,6 @@ class CausalLMModule(L.LightningModule):
             if tokenizer is not None:
                 self.tokenizer = tokenizer
         else:
-            if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-                raise UserError(
-                    "model must be a hub id, a local folder, a .gguf file or a loaded transformers model, but it is a "
-                    f"{type(model).__name__}."
-                )
             self.save_hyperparameters(ignore=["model", "tokenizer"])
             check_decoder_only(model.config)
             self.tokenizer = tokenizer
@@ -360,7 +351,7 @@ class CausalLMModule(L.LightningModule):
                 write_modeling_file(self.pruning_target, new)
                 self.model.save_pretrained(new, **state_dict)
             if self.tokenizer is not None:
-                save_tokenizer(self.tokenizer, new)
+                self.tokenizer.save_pretrained(new)
         return result
 
 

@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from wanda_lightning.common.atomic_write import atomic_folder
-from wanda_lightning.common.checks import Number, check_flags, check_path, check_values
+from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
@@ -60,14 +60,7 @@ class ImageClassifierModule(L.LightningModule):
         weight_decay: float = 0.05,
     ) -> None:
         super().__init__()
-        check_values(Number(minimum=0), lr=lr, weight_decay=weight_decay)
         check_flags(pretrained=pretrained)
-        if checkpoint is not None:
-            check_path(checkpoint=checkpoint)
-        if num_classes is not None:
-            check_values(Number(minimum=0, whole=True), num_classes=num_classes)
-        if not isinstance(model_kwargs, Mapping | None):
-            raise UserError(f"model_kwargs must be a mapping such as {{'drop_rate': 0.1}}, but it is {model_kwargs!r}.")
         self._model_kwargs = dict(model_kwargs or {})
         checkpoint = None if checkpoint is None else os.fspath(checkpoint)
         if isinstance(model, (str, os.PathLike)):
@@ -77,8 +70,6 @@ class ImageClassifierModule(L.LightningModule):
                 self._model_kwargs["num_classes"] = num_classes
             self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
         else:
-            if not isinstance(model, nn.Module):
-                raise UserError(f"model must be a name or a built model, but it is a {type(model).__name__}.")
             self.save_hyperparameters(ignore=["model"])
             if model_kwargs:
                 raise UserError(

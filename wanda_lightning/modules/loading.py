@@ -11,10 +11,8 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import timm
 import torch
@@ -22,7 +20,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_gguf_pytorch_utils
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from wanda_lightning.common.checks import OneOf, shown
 from wanda_lightning.common.errors import UserError
@@ -51,9 +49,8 @@ _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configura
 
 def check_source(source: ModelSource) -> None:
     """Raise an error for the configuration of another kind of model; for a GGUF file, only check that it exists."""
-    if source.path.suffix == ".gguf":
-        source.locate()
-    else:
+    location = source.locate()
+    if "gguf_file" not in location:
         check_decoder_only(load_config(source))
 
 
@@ -64,16 +61,6 @@ def load_own_tokenizer(source: ModelSource) -> Any:
         return None
     with bars_on_terminals_only():
         return load_tokenizer(source)
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer; a file that cannot be written is an OSError, not the bare Exception of `tokenizers`."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise OSError(f"The tokenizer cannot be written to {folder}: {error}") from error
 
 
 def load_causal_lm(source: ModelSource, dtype: str) -> Any:
@@ -181,17 +168,16 @@ def _weight_files(source: ModelSource) -> list[Path]:
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Keep the progress bars of transformers out of log files; the bar of GGUF files has no option."""
+    """Keep the progress bars of transformers out of log files."""
     logging = transformers.utils.logging
-    if not logging.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
-        yield
-        return
-    logging.disable_progress_bar()
+    silences = logging.is_progress_bar_enabled() and not (sys.stderr is not None and sys.stderr.isatty())
+    if silences:
+        logging.disable_progress_bar()
     try:
-        with patch.object(modeling_gguf_pytorch_utils, "tqdm", partial(modeling_gguf_pytorch_utils.tqdm, disable=True)):
-            yield
+        yield
     finally:
-        logging.enable_progress_bar()
+        if silences:
+            logging.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------ image classifiers
