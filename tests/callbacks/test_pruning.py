@@ -49,14 +49,12 @@ from wanda_lightning import (
 class TestMeasuring:
     @pytest.mark.parametrize(("loop", "sequential"), [("validate", "block"), ("test", "layer"), ("predict", "none")])
     def test_the_pruned_model_is_measured(self, loop, sequential):
-        by_hand, module, dense = Net(), Net(), Net()
+        by_hand, module = Net(), Net()
         prune(by_hand, list(loader()), 0.5, sequential=sequential, progress=False)
         callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
         measured = getattr(trainer(callback), loop)(module, loader())
         assert same(module, by_hand)
         torch.testing.assert_close(measured, getattr(trainer(), loop)(by_hand, loader()), rtol=0, atol=0)
-        with pytest.raises(AssertionError):
-            torch.testing.assert_close(measured, getattr(trainer(), loop)(dense, loader()))
         assert [layer.name for layer in callback.report.layers] == LAYERS
         assert [layer.tokens for layer in callback.report.layers] == [12, 12, 12]
         assert share_of_zeros(module) == all_at(0.5)
@@ -76,11 +74,8 @@ class TestMeasuring:
         assert callback.report is report
 
     def test_magnitude_needs_no_data(self):
-        class Calibrated(Net):
-            def calibration_step(self, batch):
-                raise AssertionError
-
-        module, by_hand = Calibrated(), Net()
+        module, by_hand = Net(), Net()
+        module.calibration_step = lambda batch: pytest.fail("a batch was read")
         prune(by_hand, criterion="magnitude", pattern="unstructured_layer", progress=False)
         trainer(PruningCallback(method="magnitude")).validate(module, loader())
         assert same(module, by_hand)
@@ -181,13 +176,6 @@ class TestAtStep:
             assert equal(zeros_in(after.at[step]), expected)
         assert not equal(after.at[max(after.at)], by_hand.state_dict())
         assert equal(zeros(module), zeros(by_hand))
-
-    def test_a_step_inside_a_batch_prunes_at_its_end(self):
-        dense, before, after = Notes(), Notes(), Notes()
-        trainer(dense, max_epochs=1).fit(TwoOptimizers(), loader(24))
-        trainer(before, WandaPrune(num_samples=24, at_step=3), after, max_epochs=1).fit(TwoOptimizers(), loader(24))
-        assert equal(before.at[4], dense.at[4])
-        assert equal(after.at[4], pruned_by_hand(dense.at[4], 0.5).state_dict())
 
     @pytest.mark.parametrize(
         ("loop", "when"), [("validate", {"at_step": 3}), ("predict", {"schedule": CubicSchedule(0, 4, every=2)})]

@@ -85,12 +85,6 @@ def test_results_on_several_texts(tmp_path, text):
     )
 
 
-def test_training_measures_no_model_that_was_only_pruned(text):
-    callback = PruningCallback(method="magnitude")
-    trainer(callback, max_steps=2).fit(module(), text)
-    assert callback.report.run == Run()
-
-
 def test_part_of_the_data_is_not_described_as_all_of_it(text):
     callback = WandaPrune(num_samples=4)
     trainer(callback, limit_val_batches=1).validate(module(), text, verbose=False)
