@@ -9,6 +9,7 @@ from support.gguf import write_gguf
 from support.zoo import ZOO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, T5Config
 
 from wanda_lightning import CausalLMModule
 from wanda_lightning.models import find_layers
@@ -104,6 +105,20 @@ def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch)
     assert "Note: only 20% of the weights" in out
 
 
+def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(inputs, capsys):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "llama")
+    model.config.num_hidden_layers = 30
+    model.config.save_pretrained("deep")
+    assert run("inspect", "--model", "deep") == 0
+    *rows, last = capsys.readouterr().out.splitlines()
+    assert [row.split("│")[1].strip() for row in rows if "self_attn.q_proj" in row] == [
+        "model.layers.0 to model.layers.29, each of 30"
+    ]
+    block = sum(each.nbytes for each in model.model.layers[0].parameters())
+    held = 2 * block + 128 * 64 * 32 * 4
+    assert last.startswith(f"prune --stream holds {held / 1e6:.1f} MB for a while: twice the largest block ")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -112,23 +127,25 @@ def test_inspect_says_what_the_pattern_does_not_fit(inputs, capsys, monkeypatch)
     ],
 )
 def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
-    assert run("inspect", "--model", inputs / "llama", *more) == 1
+    assert run("inspect", "--model", inputs / "llama", *more) == 2
     out, err = capsys.readouterr()
     assert "0 layers in 0 units" in out
     assert message in err
 
 
 @pytest.mark.parametrize(
-    ("more", "message", "code"),
+    ("more", "message"),
     [
-        (["--model", "gone"], "configuration of 'gone' cannot be loaded", 1),
-        (["--model", "timm:test_vitt"], "Did you mean test_vit", 1),
-        (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix", 1),
-        (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts", 1),
+        (["--model", "gone"], "configuration of 'gone' cannot be loaded"),
+        (["--model", "timm:test_vitt"], "Did you mean test_vit"),
+        (["--model", "t5"], "model must be a decoder-only language model, but t5 is an encoder-decoder."),
+        (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix"),
+        (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts"),
     ],
 )
-def test_inspect_refuses(refused, more, message, code):
-    refused("inspect", *more, message=message, code=code)
+def test_inspect_refuses(refused, more, message):
+    T5Config(num_layers=1).save_pretrained("t5")
+    refused("inspect", *more, message=message)
 
 
 def test_markup_in_names_is_text(inputs, capsys):

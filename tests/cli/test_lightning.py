@@ -138,13 +138,13 @@ def test_a_file_that_is_no_recipe_or_needs_quotes_is_refused_in_one_line(recipe,
     is_recipe = wrong and wrong.startswith("pattern")
     text = path.read_text().replace("pattern: '2:4'", wrong) if is_recipe else wrong or ""
     path.write_text(text, encoding="latin-1")
-    assert refused("validate", "--config", str(path), message=message, code=2).count("\n") == 1
+    assert refused("validate", "--config", str(path), message=message).count("\n") == 1
 
 
 def test_a_wrong_class_path_is_refused(recipe, refused):
     path = Path(recipe())
     path.write_text(path.read_text().replace("wanda_lightning.WandaPrune", "wanda_lightning.WandaPrun"))
-    err = refused("validate", "--config", str(path), message="has no attribute 'WandaPrun'", code=2)
+    err = refused("validate", "--config", str(path), message="has no attribute 'WandaPrun'")
     assert err.startswith("wanda-lightning: error: trainer.callbacks")
     assert "Did you mean WandaPrune" in err
     assert err.count("\n") == 1

@@ -13,7 +13,8 @@ from wanda_lightning import PruningConfig, Refit
 from wanda_lightning.cli import parse, parse_options
 from wanda_lightning.cli.commands import app
 from wanda_lightning.cli.options import TASKS, Model
-from wanda_lightning.cli.parsing import UsageError, as_command
+from wanda_lightning.cli.parsing import as_command
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.evaluation import PAPER_TASKS
 from wanda_lightning.modules import loading
@@ -74,7 +75,7 @@ def test_another_name_of_an_option(command, alias, name, value):
 
 
 def test_two_names_with_two_values():
-    with pytest.raises(UsageError, match="--sparsity_ratio specified multiple times"):
+    with pytest.raises(UserError, match="--sparsity_ratio specified multiple times"):
         options("--sparsity", "0.5", "--sparsity_ratio", "0.6")
 
 
@@ -88,7 +89,7 @@ def test_two_names_with_two_values():
     ],
 )
 def test_flags_of_the_reference_that_stand_for_a_pattern(given, pattern):
-    assert parse("prune", [*X, *given])["pruning"].choices["pattern"] == pattern
+    assert parse(["prune", *X, *given])[1]["pruning"].choices["pattern"] == pattern
 
 
 REFUSED = {
@@ -165,7 +166,7 @@ def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
 )
 def test_files_that_are_refused(content, message):
     Path("a.yaml").write_text(content)
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UserError) as caught:
         options("--config", "a.yaml")
     assert message in str(caught.value)
 
@@ -177,7 +178,7 @@ def test_options_that_a_local_model_ignores(inputs, capsys):
 
 
 def test_the_revision_is_that_of_the_model():
-    models = parse("evaluate", ["--model=a/b,c/d", "--pruned=e/f", "--revision=v1", "--cache_dir=cache"])["models"]
+    models = parse(["evaluate", "--model=a/b,c/d", "--pruned=e/f", "--revision=v1", "--cache_dir=cache"])[1]["models"]
     assert models.source("c/d") == ModelSource("c/d", "v1", "cache")
     assert [models.source(name).revision for name in models.all] == ["main", "v1", "v1"]
 
@@ -190,13 +191,17 @@ VALUES |= {"criterion": "ria", "allocation": "owl", "solver": "refit", "sequenti
 VALUES |= {"permutation": "assignment"}
 
 
+def config(*arguments):
+    return PruningConfig.from_names(**parse(["prune", *arguments])[1]["pruning"].choices)
+
+
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
     value = VALUES.get(name, True)
     text = [] if value is True else [",".join(value) if isinstance(value, list) else str(value)]
     others = {"pattern": "2:4"} if name == "permutation" else {}
     base = [*X, *(word for key, other in others.items() for word in (f"--{key}", other))]
-    before, after = (parse("prune", [*base, *more])["pruning"].resolved() for more in ([], [f"--{name}", *text]))
+    before, after = (config(*base, *more) for more in ([], [f"--{name}", *text]))
     assert after == PruningConfig.from_names(**others, **{name: value}) != before
 
 
@@ -214,11 +219,11 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
     ],
 )
 def test_results_are_labeled_with_what_was_chosen(given, name):
-    assert parse("prune", [*X, *given])["pruning"].name == name
+    assert parse(["prune", *X, *given])[1]["pruning"].name == name
 
 
 def test_hidden_units_are_pruned_as_in_python():
-    assert parse("prune", [*X, "--pattern", "structured"])["pruning"].resolved().solver == Refit()
+    assert config(*X, "--pattern", "structured").solver == Refit()
 
 
 def test_the_choices_are_those_of_the_package():
@@ -247,10 +252,10 @@ def test_every_option_is_described_in_a_group(command):
     ],
 )
 def test_a_command_is_parsed_into_the_options_from_which_it_was_made(arguments):
-    groups = parse("prune", [*X, *arguments])
+    _, groups = parse(["prune", *X, *arguments])
     program, name, *again = shlex.split(as_command("prune", *groups.values()))
     assert (program, name) == ("wanda-lightning", "prune")
-    assert parse("prune", again) == groups
+    assert parse(["prune", *again])[1] == groups
     assert again == [*X, *arguments] or set(again) == {*X, *arguments}
     always = as_command("prune", *groups.values(), always=["sparsity"])
     assert always.count("--sparsity") == 1

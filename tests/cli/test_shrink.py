@@ -57,7 +57,7 @@ def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, capsys, tmp
     before = everything_in(tmp_path)
     assert run("shrink", "--model", pruned) == 0
     assert "Nothing can be removed: no hidden unit is zero on both sides." in capsys.readouterr().out
-    assert run("shrink", "--model", pruned, "--save_model", "small") == 1
+    assert run("shrink", "--model", pruned, "--save_model", "small") == 2
     error = capsys.readouterr().err
     assert "shrink must remove something. Nothing can be removed" in error
     assert error.endswith("Prune with the pattern 'structured' first.\n")
@@ -65,8 +65,11 @@ def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, capsys, tmp
     assert everything_in(tmp_path) == before
 
 
-def test_prune_saves_the_smaller_model(text, structured):
+def test_prune_saves_the_smaller_model(text, structured, capsys):
     assert run(*text, *STRUCTURED, "--shrink", "--save_model", "small") == 0
+    out = capsys.readouterr().out
+    assert "Took out 64 of 128 hidden units in 2 layers; 30,880 of 37,024 parameters are left.\n" in out
+    assert out.endswith("The model is in small.\n")
     torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
     assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 32
     assert "not in the saved model" in ModelCard.load("small/README.md").text

@@ -89,7 +89,7 @@ def test_every_cell_is_a_command_that_prune_reads_as_the_cell_is_named(path):
         command, *arguments = cell.command(Path("out"))
         assert command == "prune"
         values = cli.parse_options("prune", arguments)
-        values["pattern"] = cli.parse("prune", arguments)["pruning"].choices["pattern"]
+        values["pattern"] = cli.parse(["prune", *arguments])[1]["pruning"].choices["pattern"]
         assert values["model"] == content["models"][cell.model]
         method, *_, last = cell.name.split("_")
         if method in ("magnitude", "sparsegpt", "wanda"):
@@ -201,7 +201,7 @@ def test_a_cell_that_fails_is_named_and_the_others_go_on(family, capsys):
     path = family(lambda content: content["cells"].update(broken={"sparsity_type": "5:10"}))
     assert run(path, "--out", "out", "--only", "broken", "magnitude_50") == 1
     shown = capsys.readouterr().out
-    assert "tiny/1B/broken: failed with status 1: wanda-lightning: error: " in shown
+    assert "tiny/1B/broken: failed with status 2: wanda-lightning: error: " in shown
     assert "multiple of 10" in Path("out/tiny/1B/broken/output.txt").read_text()
     assert not Path("out/tiny/1B/broken/cell.json").exists()
     assert [(row["cell"], row["ours"] is None) for row in rows()] == [
@@ -215,7 +215,7 @@ def test_a_cell_is_a_process_of_its_own(launch):
     assert launch(["prune", "--model", "gone.gguf"], output) == 2
     before, command, error = output.read_text().splitlines()
     assert (before, command) == ("before", "$ wanda-lightning prune --model gone.gguf")
-    assert error.startswith("wanda-lightning: error: --model gone.gguf does not exist")
+    assert error.startswith("wanda-lightning: error: The model gone.gguf does not exist")
 
 
 def test_an_interrupted_sweep_goes_on(family, capsys, monkeypatch):

@@ -161,7 +161,7 @@ def images(inputs):
 def refused(tmp_path, capsys, inputs):
     """Runs a command that must fail with one message and leave every folder and file as it was."""
 
-    def check(*arguments, message, code=1):
+    def check(*arguments, message, code=2):
         before = everything_in(tmp_path), everything_in(inputs)
         assert run(*arguments) == code
         out, err = capsys.readouterr()

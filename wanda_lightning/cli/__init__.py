@@ -10,7 +10,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
-from os.path import exists
 from typing import Any
 
 import yaml
@@ -18,14 +17,14 @@ from cyclopts import CycloptsError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
 from wanda_lightning.cli.options import Session
-from wanda_lightning.cli.parsing import UsageError, values_of
+from wanda_lightning.cli.parsing import values_of
 from wanda_lightning.common.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line with these arguments, by default those of the shell, and return the exit status.
 
-    It is 0; 2 for a wrong option that is found before data or a model is loaded; 130 after Ctrl-C; 1 for other errors.
+    It is 0; 2 if what the user asked for cannot be done; 130 after Ctrl-C; 1 for faults, and if memory runs out.
     """
     # Threads that spin while they wait take the cores from other work: OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -43,52 +42,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(command: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the groups of options of a command by the names of its arguments; raise a `UsageError`."""
-    return _parse([command, *arguments])[1]
-
-
 def parse_options(command: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the options of a command by name; raise a `UsageError`."""
-    return values_of(*(group for name, group in parse(command, arguments).items() if name != "session"))
+    """Return the options of a command by name; raise a `UserError`."""
+    _, groups = parse([command, *arguments])
+    return values_of(*(group for name, group in groups.items() if name != "session"))
 
 
 def _run(arguments: list[str]) -> None:
-    from wanda_lightning.cli.output import readable_output
-
-    function, groups = _parse(arguments)
+    function, groups = parse(arguments)
     if groups.pop("session", Session()).print_config:
         options = values_of(*groups.values())
         lists = {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
         print(yaml.safe_dump(options | lists, sort_keys=False), end="")
         return
+    from wanda_lightning.cli.output import readable_output
+
     with readable_output():
         function(**groups)
 
 
-def _parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
+def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
+    """Return the function of a command, and its groups of options by name; raise a `UserError`."""
     try:
         function, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         error.verbose = False  # the message without the place in this package
-        raise UsageError(str(error)) from error
-    except OSError as error:
-        raise UsageError(str(error)) from error
+        raise UserError(str(error)) from error
     bound.apply_defaults()
     for name, value in values_of(*filter(is_dataclass, bound.arguments.values())).items():
         if value == "":  # such as "$UNSET" in a script
-            raise UsageError(f"--{name} must not be empty. Leave it out, or give a value.")
+            raise UserError(f"--{name} must not be empty. Leave it out, or give a value.")
     return function, bound.arguments
 
 
 def _run_lightning(arguments: list[str], in_shell: bool) -> None:
-    command, *options = arguments
-    if not options:
-        raise UsageError(f"--config FILE.yaml is required for {command}: a recipe such as those in recipes/.")
-    for option, value in zip(options, [*options[1:], ""], strict=True):
-        name, _, path = option.partition("=") if option.startswith("--config=") else (option, "", value)
-        if name in ("-c", "--config") and path.endswith((".yaml", ".yml")) and not exists(path):
-            raise UsageError(f"--config must be a YAML file, but {path} does not exist. Check the path.")
+    if len(arguments) == 1:
+        raise UserError("--config FILE.yaml is required: a recipe such as those in recipes/.")
     from wanda_lightning.cli.lightning import run
     from wanda_lightning.cli.output import readable_output
 
@@ -130,4 +119,4 @@ def explain(error: BaseException, debug: bool) -> int:
     if refusal is not None and not debug:
         for note in getattr(error, "__notes__", ()):
             print(note, file=sys.stderr)
-    return 2 if isinstance(refusal, UsageError) else 1
+    return 1 if refusal is None else 2

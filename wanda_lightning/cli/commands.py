@@ -5,7 +5,6 @@ Libraries are imported when a command runs, so that help and wrong options do no
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from cyclopts import App, Parameter
@@ -23,6 +22,7 @@ from wanda_lightning.cli.options import (
     Session,
 )
 from wanda_lightning.cli.parsing import read_files, shown_default
+from wanda_lightning.config import PruningConfig
 
 
 def _version() -> str:
@@ -55,7 +55,7 @@ def prune(
 
     options = PruneOptions(model, pruning, data, results)
     refuse_to_prune(options)
-    config = pruning.resolved()  # which imports torch
+    config = PruningConfig.from_names(**pruning.choices)  # which imports torch
     from wanda_lightning.cli import pruning as runs
 
     runs.prune(config, options)
@@ -96,7 +96,7 @@ def inspect(model: Model, pruning: Pruning = Pruning(), session: Session = Sessi
     refuse_to_inspect(model)
     kept, _, of = pruning.pattern.partition(":")
     chosen: dict[str, Any] = {"sparsity": 1 - int(kept) / int(of)} if of else {}  # which inspect does not depend on
-    config = replace(pruning, **chosen).resolved()
+    config = PruningConfig.from_names(**pruning.choices | chosen)
     from wanda_lightning.cli import inspecting
 
     inspecting.inspect(config, model)

@@ -12,7 +12,7 @@ from rich.table import Table
 from wanda_lightning.cli.measuring import checked_seqlen
 from wanda_lightning.cli.options import Model
 from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.common.words import as_gib, counted
+from wanda_lightning.common.words import as_size, counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
@@ -63,8 +63,8 @@ def _memory(model: Any, found: Inventory, dtype: str) -> str:
     windows = 128
     waiting = size * windows * seqlen * width
     return (
-        f"prune --stream holds about {as_gib(2 * largest + waiting)} of them: twice the largest block "
-        f"({as_gib(largest)}), and the inputs of a block for {windows} windows of {seqlen} tokens."
+        f"prune --stream holds {as_size(2 * largest + waiting)} for a while: twice the largest block "
+        f"({as_size(largest)}), and the inputs of a block for {windows} windows of {seqlen} tokens."
     )
 
 

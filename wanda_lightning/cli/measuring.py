@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from wanda_lightning.cli.options import File, Measurements, Model, Models
 from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.cli.parsing import UsageError, values_of
+from wanda_lightning.cli.parsing import values_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config
 from wanda_lightning.data import ImageDataModule, TextDataModule
@@ -49,15 +49,14 @@ def checked_seqlen(seqlen: int | None, config: Any) -> int:
     """Return the number of tokens in a window: the given one if it fits, else the context, but at most 2048."""
     context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or seqlen or _PAPER_SEQLEN)
     if seqlen is not None and seqlen > context:
-        raise UsageError(f"--seqlen must be at most {context}, the model's context, but it is {seqlen}.")
+        raise UserError(f"--seqlen must be at most {context}, the model's context, but it is {seqlen}.")
     return min(_PAPER_SEQLEN, context) if seqlen is None else seqlen
 
 
 def evaluate(models: Models, data: Measurements, results: File) -> None:
     """Measure models side by side, save the numbers and print them."""
-    kind = _ImageClassifiers(models, data) if models.is_image else _LanguageModels(models, data)
     given = {name: value for name, value in values_of(models, data, results).items() if value is not None}
-    evaluation = Evaluation(_measure_each(kind, models.pruned), models.dense, given)
+    evaluation = Evaluation(_measure_each(models, data), models.dense, given)
     if results.save is not None:
         evaluation.save(results.save)
     print_table(evaluation.table())
@@ -65,104 +64,81 @@ def evaluate(models: Models, data: Measurements, results: File) -> None:
         print_line(f"The numbers are in {results.save}.")
 
 
-class _LanguageModels:
-    """Language models, which are measured on the same windows of text and the same tasks."""
-
-    def __init__(self, models: Models, data: Measurements) -> None:
-        self.names = models.all
-        self._models, self._data = models, data
-        for name in self.names:
-            refuse_long_windows(data.seqlen, models.source(name))
-        self._tasks = load_tasks(task_names(data.tasks), data.tasks_dir, models.cache_dir)
-        self._batch_size = data.batch_size or 4
-        self._texts: dict[str, list[TextDataModule]] = {}  # by model
-
-    def load(self, name: str) -> Any:
-        return load(self._models, name)
-
-    def prepare(self, name: str, module: CausalLMModule) -> None:
-        """Tokenize the texts, and refuse models that would be measured on different windows."""
-        if module.tokenizer is None and (self._data.evaluation or self._tasks):
-            raise UserError(f"{name} must have a tokenizer to read text, but it has none. Save one into its folder.")
-        options: dict[str, Any] = {
-            "seqlen": checked_seqlen(self._data.seqlen, module.model.config),
-            "batch_size": self._batch_size,
-            "limit": self._data.limit,
-            "cache_dir": self._models.cache_dir,
-        }
-        texts = [TextDataModule(module.tokenizer, text, text, **options) for text in self._data.evaluation]
-        for text in texts:
-            text.setup("validate")
-        for text, first in zip(texts, next(iter(self._texts.values()), texts), strict=True):
-            if text.seqlen != first.seqlen:
-                raise UserError(
-                    f"--seqlen must be given, since models are measured on the same windows, but {name} reads "
-                    f"{text.seqlen} tokens at once and another model {first.seqlen}. Use --seqlen "
-                    f"{min(text.seqlen, first.seqlen)}."
-                )
-            if not text.evaluation_windows.equal(first.evaluation_windows):
-                raise UserError(
-                    "--model must name models with the same tokenizer, since perplexities over different tokens cannot "
-                    f"be compared, but {name} splits {text.evaluation} differently than {self.names[0]}. Evaluate them "
-                    "one by one, or give --evaluation '' to measure tasks alone."
-                )
-        self._texts[name] = texts
-
-    def measure(self, name: str, module: CausalLMModule) -> Results:
-        results: Results = {}
-        for text in self._texts.pop(name):  # pop, or the text would hold its Trainer, which holds the model
-            perplexity = measure(module, text)["val_perplexity"]
-            results[text.evaluation] = {"perplexity": perplexity, "windows": len(text.evaluation_windows)}
-        return results | zero_shot(module.model, module.tokenizer, self._tasks, self._batch_size, self._data.task_limit)
-
-
-class _ImageClassifiers:
-    """Image classifiers, each with its pretrained weights or with those of a file."""
-
-    def __init__(self, models: Models, data: Measurements) -> None:
-        self._models, self._data = models, data
-        sources: list[tuple[str, str | None]] = [(name, None) for name in (models.dense, models.pruned) if name]
-        sources += zip(models.model, models.checkpoint or [None] * len(models.model), strict=True)
-        # One model with several weights: the file names distinguish them.
-        self._sources = {f"{name} {file}" if file else name: (name, file) for name, file in sources}
-        self.names = list(self._sources)
-
-    def load(self, name: str) -> Any:
-        return load(self._models, *self._sources[name])
-
-    def prepare(self, name: str, module: ImageClassifierModule) -> ImageDataModule:
-        size, data = self._data.batch_size or 64, self._data.data or ""
-        images = ImageDataModule(data, module, batch_size=size, cache_dir=self._models.cache_dir)
-        images.setup("validate")
-        return images
-
-    def measure(self, name: str, module: ImageClassifierModule) -> Results:
-        data = self.prepare(name, module)
-        numbers = measure(module, data)
-        found = {heading: numbers[metric] for metric, heading in _HEADINGS.items() if metric in numbers}
-        images = len(data.val_dataloader().dataset)  # type: ignore[arg-type]
-        return {data.data: {**found, "images": images}}
-
-
-def _measure_each(models: Any, pruned: str | None) -> dict[str, Results]:
+def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
     """Load all models once, so that none is refused after another was measured; then measure them one at a time."""
+    for name in () if models.is_image else models.all:
+        refuse_long_windows(data.seqlen, models.source(name))
+    tasks = load_tasks(task_names(data.tasks), data.tasks_dir, models.cache_dir)
+    sources: list[tuple[str, str | None]] = [(name, None) for name in (models.dense, models.pruned) if name]
+    sources += zip(models.model, models.checkpoint or [None] * len(models.model), strict=True)
+    # One model with several weights: the file names distinguish them.
+    named = {f"{name} {file}" if file else name: (name, file) for name, file in sources}
+    zeros, lost, first, prepared = None, dict[str, dict[str, float]](), list[TextDataModule](), list[Any]()
     module: Any = None
-    zeros: KeptZeros | None = None
-    lost: dict[str, dict[str, float]] = {name: {} for name in models.names}
-    for name in models.names:
-        module = None
+    for name, source in named.items():
+        module, prepared = None, []
         gc.collect()  # a module and the Trainer that ran it refer to each other
-        module = models.load(name)
-        models.prepare(name, module)
-        if name == pruned:
+        module = load(models, *source)
+        prepared = _prepare(models, data, name, module, bool(tasks))
+        first = first or ([] if models.is_image else prepared)
+        for text, other in zip(prepared, first, strict=True) if first else ():
+            _refuse_other_windows(name, text, other)
+        if name == models.pruned:
             zeros = KeptZeros(module.model, name)
         elif zeros is not None:
             lost[name] = {"lost": zeros.lost(module.model, name)}
-    results: dict[str, Results] = {}
-    for name in models.names:
-        if len(models.names) > 1:
-            module = None
+    first, results = [], dict[str, Results]()
+    for name, source in named.items():
+        if len(named) > 1:
+            module, prepared = None, []
             gc.collect()
-            module = models.load(name)
-        results[name] = {"sparsity": sparsity_of(module.model) | lost[name], **models.measure(name, module)}
+            module = load(models, *source)
+            prepared = _prepare(models, data, name, module, bool(tasks))
+        results[name] = {"sparsity": sparsity_of(module.model) | lost.get(name, {}), **_measured(module, prepared)}
+        if tasks:
+            results[name] |= zero_shot(module.model, module.tokenizer, tasks, data.batch_size or 4, data.task_limit)
+    return results
+
+
+def _prepare(models: Models, data: Measurements, name: str, module: Any, reads: bool) -> list[Any]:
+    """Return the images, or each text in windows; they do not hold the module."""
+    if models.is_image:
+        size = data.batch_size or 64
+        images = ImageDataModule(data.data or "", module, batch_size=size, cache_dir=models.cache_dir)
+        images.setup("validate")
+        return [images]
+    if module.tokenizer is None and (data.evaluation or reads):
+        raise UserError(f"{name} must have a tokenizer to read text, but it has none. Save one into its folder.")
+    seqlen, size = checked_seqlen(data.seqlen, module.model.config), data.batch_size or 4
+    options: dict[str, Any] = {"seqlen": seqlen, "batch_size": size, "limit": data.limit, "cache_dir": models.cache_dir}
+    texts = [TextDataModule(module.tokenizer, text, text, **options) for text in data.evaluation]
+    for text in texts:
+        text.setup("validate")
+    return texts
+
+
+def _refuse_other_windows(name: str, text: TextDataModule, other: TextDataModule) -> None:
+    if text.seqlen != other.seqlen:
+        raise UserError(
+            f"--seqlen must be given, since models are measured on the same windows, but {name} reads {text.seqlen} "
+            f"tokens at once and another model {other.seqlen}. Use --seqlen {min(text.seqlen, other.seqlen)}."
+        )
+    if not text.evaluation_windows.equal(other.evaluation_windows):
+        raise UserError(
+            "--model must name models with the same tokenizer, since perplexities over different tokens cannot be "
+            f"compared, but {name} splits {text.evaluation} differently than another. Evaluate them one by one, or "
+            "give --evaluation '' to measure tasks alone."
+        )
+
+
+def _measured(module: Any, data: list[Any]) -> Results:
+    results: Results = {}
+    for each in data:
+        numbers = measure(module, each)
+        if isinstance(each, TextDataModule):
+            windows = len(each.evaluation_windows)
+            results[each.evaluation] = {"perplexity": numbers["val_perplexity"], "windows": windows}
+        else:
+            found = {heading: numbers[metric] for metric, heading in _HEADINGS.items() if metric in numbers}
+            results[each.data] = {**found, "images": len(each.val_dataloader().dataset)}
     return results

@@ -11,8 +11,7 @@ from cyclopts import Group, Parameter
 from cyclopts.types import NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
-from wanda_lightning.cli.parsing import UsageError, names_in, split_names
-from wanda_lightning.common.errors import UserError
+from wanda_lightning.cli.parsing import names_in, split_names
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import NAMES, PruningConfig
 
@@ -132,13 +131,6 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
         if self.prune_granularity is not None:
             choices["pattern"] = f"unstructured_{self.prune_granularity}"
         return choices | {"pattern": "equal_share"} if self.use_variant else choices
-
-    def resolved(self) -> PruningConfig:
-        """Return the choices as objects; raise a `UsageError` if they contradict each other."""
-        try:
-            return PruningConfig.from_names(**self.choices)
-        except UserError as error:
-            raise UsageError(str(error)) from error
 
     @property
     def name(self) -> str:

@@ -13,12 +13,7 @@ import yaml
 from cyclopts import App, ArgumentCollection
 from cyclopts.config import Yaml
 
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean
-
-
-class UsageError(UserError):
-    """A wrong option. The command ends with status 2."""
 
 
 def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from wanda_lightning.cli.examples import Examples
 from wanda_lightning.cli.measuring import checked_seqlen, load, measure, refuse_long_windows
 from wanda_lightning.cli.options import Data, Folder, Model, PruneOptions
 from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.cli.parsing import UsageError, as_command, values_of
+from wanda_lightning.cli.parsing import as_command, values_of
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.memory import require_space
@@ -119,14 +119,11 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     """Prune one block at a time. If what follows fails or is killed, the same command continues from there."""
     model, _, data, results = options
     hub, output, device = model.source(model.model), results.save_model or "", results.device
-    try:
-        refuse_whole_model(config)
-        available_device(device)
-        require_resumable(output)
-        if results.save is not None and not (resolve_path(output) / PROGRESS_NAME).is_file():
-            require_writable(results.save, results.overwrite, "folder")
-    except (UserError, OSError) as error:
-        raise UsageError(str(error)) from error
+    refuse_whole_model(config)
+    available_device(device)
+    require_resumable(output)
+    if results.save is not None and not (resolve_path(output) / PROGRESS_NAME).is_file():
+        require_writable(results.save, results.overwrite, "folder")
     configuration, tokenizer = load_config(hub), load_tokenizer(hub)
     check_decoder_only(configuration)
     source = _text(model, data, tokenizer, configuration)
