@@ -100,7 +100,7 @@ REFUSED = {
         (["--pattern", "4:2"], "1 <= N < M"),
         (["--method", "wnada"], 'Did you mean "wanda"?'),
         (["--seed", "-1"], "Must be >= 0."),
-        (["--num_samples", "0"], "Must be > 0."),
+        (["--num_samples", "0"], "Must be >= 1."),
         (["--skip", "re:("], "skip='re:(' must be a regular expression after 're:', but missing )"),
         (["--use_variant", "--method", "magnitude"], "--use_variant has no meaning for the method magnitude."),
         (["--use_variant", "--pattern", "2:4"], "--use_variant has no meaning for --pattern 2:4. Leave it out."),

@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-import yaml
 from cyclopts import CycloptsError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
-from wanda_lightning.cli.options import Session
 from wanda_lightning.cli.parsing import values_of
 from wanda_lightning.common.errors import UserError
 
@@ -50,7 +48,13 @@ def parse_options(command: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _run(arguments: list[str]) -> None:
     function, groups = parse(arguments)
-    if groups.pop("session", Session()).print_config:
+    session = groups.pop("session", None)
+    if session is None:  # help, or the version
+        function(**groups)
+        return
+    if session.print_config:
+        import yaml
+
         options = values_of(*groups.values())
         lists = {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
         print(yaml.safe_dump(options | lists, sort_keys=False), end="")

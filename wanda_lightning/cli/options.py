@@ -8,7 +8,6 @@ from dataclasses import dataclass, make_dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Optional
 
 from cyclopts import Group, Parameter
-from cyclopts.types import NonNegativeInt, PositiveInt
 from cyclopts.validators import Number
 
 from wanda_lightning.cli.parsing import names_in, split_names
@@ -20,6 +19,7 @@ TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge",
 
 _Names = Annotated[tuple[str, ...], Parameter(converter=split_names)]
 _Tasks = Annotated[tuple[str, ...], Parameter(converter=split_names, validator=names_in(TASKS))]
+_Count = Annotated[int, Parameter(validator=Number(gte=1))]
 _Window = Annotated[int, Parameter(validator=Number(gte=2))]
 
 
@@ -147,11 +147,11 @@ class _Measured:
     """Texts to measure perplexity on, with commas; the first is the one that counts. An empty text: measure nothing."""
     data: Annotated[str | None, Parameter(alias="--data_path")] = None
     """Images: a folder laid out like ImageNet, cifar10, cifar100, a hub id, or digits (these need no network)."""
-    limit: PositiveInt | None = None
+    limit: _Count | None = None
     """Number of windows of each text to measure on; by default all."""
     seqlen: _Window | None = None
     """Number of tokens in a window; by default the model's context, at most 2048."""
-    batch_size: PositiveInt | None = None
+    batch_size: _Count | None = None
     """Number of windows (or answers) in a batch, by default 4; or of images, by default 64."""
     tasks_dir: str | None = None
     """Folder with a TASK.jsonl for each zero-shot task, instead of the hub; docs/tasks.md describes the documents."""
@@ -165,9 +165,9 @@ class Data(_Measured):
     calibration: str = "c4"
     """Text to calibrate on: c4, wikitext2, python-docs, sklearn-docs (these two need no network), the id of a data set
 on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet); or self, what the dense model writes."""
-    num_samples: Annotated[PositiveInt | None, Parameter(alias="--nsamples")] = None
+    num_samples: Annotated[_Count | None, Parameter(alias="--nsamples")] = None
     """Number of calibration samples; by default 128 sequences or 4096 images, as in the paper."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Parameter(validator=Number(gte=0))] = 0
     """Seed that draws the calibration samples."""
     checkpoint: Annotated[str | None, Parameter(alias="--resume")] = None
     """Weights (.safetensors) of the image classifier."""
@@ -182,7 +182,7 @@ class Measurements(_Measured):
 
     tasks: _Tasks = ()
     """Zero-shot tasks (need lm-eval), with commas; paper stands for the seven of the paper, all for the same."""
-    task_limit: PositiveInt | None = None
+    task_limit: _Count | None = None
     """Number of documents of each task; by default all."""
 
 

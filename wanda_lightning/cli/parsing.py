@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from cyclopts import App, ArgumentCollection
 from cyclopts.config import Yaml
 
@@ -40,20 +39,16 @@ def names_in(known: Collection[str], form: str = "") -> Any:
     return check
 
 
-class _Texts(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-    """Reads numbers as text, since YAML reads 2:4 as 124."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [each for each in resolvers if each[0] == "tag:yaml.org,2002:null"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
 class _File(Yaml):
-    """A YAML file with options; null stands for the default."""
+    """A YAML file with options, which are read as text, since YAML reads 2:4 as 124; null stands for the default."""
 
     def _load_config(self, path: Path) -> Any:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Texts) or {}
+        import yaml
+
+        class Texts(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+            yaml_implicit_resolvers = {"n": [("tag:yaml.org,2002:null", re.compile("null$"))]}  # noqa: RUF012
+
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Texts) or {}
         return {k: v for k, v in content.items() if v is not None} if isinstance(content, dict) else content
 
 
