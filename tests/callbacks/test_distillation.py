@@ -203,17 +203,6 @@ def test_adapters_learn_from_the_dense_model(keep_zeros):
     assert all(torch.equal(value, after[name]) for name, value in base.items() if "lora_" not in name)
 
 
-def test_adapters_on_a_model_that_is_pruned_in_the_same_fit():
-    """By default the dense model is then the one before pruning, to which new adapters add nothing."""
-    module, losses = CausalLMModule(tiny_llama(), lora={"r": 4, "target_modules": ["q_proj"]}), Losses()
-    batches = DataLoader([IDS], batch_size=None)
-    trainer(WandaPrune(num_samples=4), DistillFromDense(), losses, max_steps=1).fit(module, batches)
-    by_hand = tiny_llama()
-    prune(by_hand, [{"input_ids": IDS}], progress=False)
-    expected = divergence(by_hand(IDS).logits, tiny_llama()(IDS).logits).item()
-    assert losses.logged == [pytest.approx(expected, rel=1e-3)]
-
-
 def test_a_dense_language_model_by_name(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "dense")
     results = []

@@ -257,7 +257,7 @@ OF_TASKS = [
 ]
 OF_LANGUAGE_MODELS = [
     (["--evaluation", "{}/short.txt"], f"seqlen={SEQLEN} needs a text of at least {SEQLEN} tokens"),
-    (["--dense", "{}/images"], "has no config.json"),
+    (["--dense", "{}/images"], "key in its config.json"),
     (["--pruned", "{}/dense"], "pruned must be a pruned model, but no layer of {}/dense has a zero."),
 ]
 

@@ -226,8 +226,8 @@ def test_the_digits_that_need_no_network(inputs, few_digits):
 
 
 REFUSED = [
-    (["--model", "{}/images"], "has no config.json"),
-    (["--model", "{}/long.txt"], "long.txt is neither a folder nor a .gguf file. Give the folder"),
+    (["--model", "{}/images"], "key in its config.json"),
+    (["--model", "{}/long.txt"], "long.txt' cannot be loaded"),
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
     (["--calibration", "c4"], "The data set allenai/c4 is not in the cache, and the Hugging Face hub cannot be rea"),

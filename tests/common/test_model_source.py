@@ -111,7 +111,7 @@ def test_links_that_the_cache_of_the_hub_makes_are_followed(tmp_path):
 def test_a_classifier_without_its_prefix(tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "num_classes": 10}')
     with pytest.raises(
-        OSError, match=rf"{tmp_path} is an image classifier of timm: its name is timm:local-dir:{tmp_path}"
+        ValueError, match=rf"{tmp_path} is an image classifier of timm: its name is timm:local-dir:{tmp_path}"
     ):
         load_config(ModelSource(tmp_path))
 

@@ -9,7 +9,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from wanda_lightning import KeepZeros, prune
+from wanda_lightning import prune
 from wanda_lightning.integrations.transformers import KeepZerosCallback
 
 OPTIONS = {
@@ -150,8 +150,3 @@ def test_distributed_weights_are_refused(option, name, launches, tmp_path, monke
         setattr(options, option, True)
     with pytest.raises(ValueError, match=f"needs each process to hold the whole model, but {name} distributes"):
         KeepZerosCallback().on_train_begin(options, None, None, model=pruned_llama())
-
-
-def test_the_callback_of_lightning_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"Use wanda_lightning\.integrations\.transformers\.KeepZerosCallback"):
-        trained(tmp_path, KeepZeros())

@@ -63,13 +63,10 @@ def test_missing_models_are_refused(tmp_path):
     assert isinstance(caught.value.__cause__, OSError)
     with pytest.raises(FileNotFoundError, match=r"The model .*nothing does not exist\. Check the path\."):
         CausalLMModule(str(tmp_path / "nothing"))
-    with pytest.raises(OSError, match=r"has no config\.json"):
+    with pytest.raises(ValueError, match=r"(?i)should have a `model_type` key in its config\.json"):
         CausalLMModule(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"nothing\.gguf does not exist"):
         CausalLMModule(str(tmp_path / "nothing.gguf"))
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(OSError, match=r"but .*model\.safetensors is neither a folder nor a \.gguf file"):
-        CausalLMModule(str(tmp_path / "model.safetensors"))
 
 
 def test_checkpoint(tmp_path):
@@ -90,18 +87,15 @@ def test_checkpoint(tmp_path):
 
 
 def test_only_safetensors_are_read(tmp_path):
-    with pytest.raises(ValueError, match=r"weights\.pth must be a \.safetensors file"):
+    with pytest.raises(ValueError, match=r"must be a \.safetensors file, but it is .*weights\.pth"):
         tiny_vit(checkpoint=str(tmp_path / "weights.pth"))
     with pytest.raises(OSError, match="No such file"):
         tiny_vit(checkpoint=str(tmp_path / "weights.safetensors"))
 
 
 def test_missing_classifiers_are_refused(tmp_path):
-    for build in (ImageClassifierModule, model_from_config):
-        with pytest.raises(OSError, match="gone"):
-            build(f"timm:local-dir:{tmp_path}/gone")
-    with pytest.raises(ValueError, match=r"'test_vit' cannot be loaded: TypeError: .*'depths'"):
-        ImageClassifierModule("test_vit", pretrained=False, model_kwargs={"depths": 3})
+    with pytest.raises(OSError, match="gone"):
+        ImageClassifierModule(f"timm:local-dir:{tmp_path}/gone")
     with pytest.raises(ValueError, match=r"but it is 'convnext_ato'\. Did you mean convnext_atto.*hf-hub:"):
         ImageClassifierModule("convnext_ato")
     for name in ("hf-hub:nobody/nothing", "vit_tiny_patch16_224"):

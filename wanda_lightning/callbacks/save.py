@@ -200,13 +200,8 @@ class SavePretrained(Callback):
                 report.run = replace(report.run, after=None, others=(), zero_shot={}, samples=(), images=())
             if is_smaller:
                 report.notes = [*report.notes, LEFT_OUT]
-            write_card(
-                folder,
-                report,
-                name=self.push_to_hub or folder,
-                on_hub=self.push_to_hub is not None,
-                trained_steps=trainer.global_step,
-            )
+            name, on_hub = self.push_to_hub or folder, self.push_to_hub is not None
+            write_card(folder, report, name=name, on_hub=on_hub, trained_steps=trainer.global_step)
 
 
 def find_free_folder(folder: str | os.PathLike[str], overwrite: bool) -> Path:

@@ -35,15 +35,17 @@ class Schedule(ABC):
     def check(self) -> None:
         """Raise a ValueError if steps or shares are out of range or out of order, or the last share is not 1."""
         steps, shares = [step for step, _ in self.stages], [share for _, share in self.stages]
-        if not steps or any(not isinstance(step, int) or step < 0 for step in steps) or steps != sorted(set(steps)):
+        if (
+            not steps
+            or any(not isinstance(step, int) or step < 0 for step in steps)
+            or steps != sorted(set(steps))
+            or not all(share > 0 for share in shares)
+            or shares != sorted(shares)
+            or shares[-1] != 1
+        ):
             raise UserError(
-                f"schedule must have stages at increasing optimizer steps, whole numbers of at least 0, but {self} has "
-                f"{steps}."
-            )
-        if not all(share > 0 for share in shares) or shares != sorted(shares) or shares[-1] != 1:
-            raise UserError(
-                f"schedule must have shares of the final sparsity that are above 0, never decrease, and end at 1, but "
-                f"{self} has {shares}."
+                "schedule must have stages at increasing optimizer steps of at least 0, with shares of the final "
+                f"sparsity that are above 0, never decrease, and end at 1, but {self} has {self.stages}."
             )
 
 

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import Callback
 
 from wanda_lightning.callbacks.trainer import averaged_models, processes_of, pruning_target
 from wanda_lightning.common.checks import refuse_pytorch_lightning
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import HeldZeros
 
@@ -82,13 +81,6 @@ class KeepZeros(ZerosCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state."""
         self._zeros.load_state_dict(state_dict)
-
-    def on_init_end(self, *_args: Any, **_kwargs: Any) -> None:
-        """Refuse the Trainer of transformers, which calls this hook."""
-        raise UserError(
-            "callbacks of transformers' Trainer must be its own, but KeepZeros is a callback of Lightning's Trainer. "
-            "Use wanda_lightning.integrations.transformers.KeepZerosCallback()."
-        )
 
 
 def zeros_callbacks(trainer: L.Trainer) -> list[ZerosCallback]:

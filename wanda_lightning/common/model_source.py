@@ -76,30 +76,13 @@ def why_missing(name: str | os.PathLike[str]) -> str:
     return f"does not exist. Check the path.{download}"
 
 
-def kind_of(path: Path) -> str:
-    """Return whose model a file or folder holds: `gguf`, `timm` or `transformers`; empty if it cannot be read."""
-    if path.suffix == ".gguf":
-        return "gguf"
+def _config_in(folder: Path) -> dict[str, Any]:
+    """Return the configuration in a folder; empty if it cannot be read."""
     try:
-        config = json.loads((path / "config.json").read_bytes())
+        config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return ""
-    is_timm = isinstance(config, dict) and "architecture" in config and "model_type" not in config
-    return "timm" if is_timm else "transformers"
-
-
-def why_no_language_model(path: Path) -> str:
-    """Return why a folder or file is no language model, as a predicate; empty if it may be one or does not exist."""
-    if kind_of(path) == "timm":
-        return f"is an image classifier of timm: its name is timm:{_LOCAL_FOLDER}{path}."
-    if path.is_file() and path.suffix != ".gguf":
-        return "is neither a folder nor a .gguf file. Give the folder with config.json and the safetensors weights."
-    return "has no config.json." if path.is_dir() and not (path / "config.json").exists() else ""
-
-
-def why_no_checkpoint(path: Path) -> str:
-    """Return why a file is no checkpoint of an image classifier, as a predicate; empty if it may be one."""
-    return "" if path.suffix == ".safetensors" else "must be a .safetensors file. Convert it with safetensors.torch."
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def load_config(source: ModelSource) -> Any:
@@ -109,8 +92,12 @@ def load_config(source: ModelSource) -> Any:
     inconsistent.
     """
     arguments = source.locate()
-    if reason := why_no_language_model(source.path):
-        raise OSError(f"model must be one that transformers can load, but {source} {reason}")
+    config = _config_in(source.path)
+    if "architecture" in config and "model_type" not in config:
+        raise UserError(
+            f"model must be one that transformers can load, but {source} is an image classifier of timm: its name is "
+            f"timm:{_LOCAL_FOLDER}{source.path}."
+        )
     _refuse_files_outside(source.path)
     from transformers import AutoConfig
 
@@ -190,7 +177,7 @@ def timm_name(name: str | os.PathLike[str]) -> str:
     text = name.removeprefix("timm:") if isinstance(name, str) else f"{_LOCAL_FOLDER}{os.fspath(name)}"
     if text.startswith(_LOCAL_FOLDER):
         folder = ModelSource(text.removeprefix(_LOCAL_FOLDER)).path
-        if kind_of(folder) == "transformers":
+        if "model_type" in _config_in(folder):
             raise UserError(f"model {folder} is of transformers, not of timm. Leave out the prefix timm:.")
         return f"{_LOCAL_FOLDER}{folder}"
     if text.startswith(_ON_HUB):

@@ -31,7 +31,6 @@ from wanda_lightning.common.model_source import (
     load_tokenizer,
     reading,
     timm_name,
-    why_no_checkpoint,
 )
 from wanda_lightning.common.words import counted
 from wanda_lightning.models import number_of_embeddings
@@ -205,8 +204,8 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Load all weights of a model from a `.safetensors` file; refuse one that is damaged or does not fit the model."""
     path = ModelSource(checkpoint).path
-    if reason := why_no_checkpoint(path):
-        raise UserError(f"checkpoint {checkpoint} {reason}")
+    if path.suffix != ".safetensors":
+        raise UserError(f"checkpoint must be a .safetensors file, but it is {path}. Convert it with safetensors.torch.")
     check_stored_as_float(str(path), [path], model)
     with reading("weights", path):
         model.load_state_dict(load_file(path))
