@@ -1,6 +1,7 @@
 """Every refusal says what was asked, what was found and what to do; and leaves the model as it was."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -47,12 +48,6 @@ def build(make=Chain):
     return seeded(make)
 
 
-@pytest.mark.parametrize("other", [[torch.zeros(2, 8)], "HuggingFaceTB/SmolLM2-135M", None])
-def test_the_model_comes_first(other):
-    with pytest.raises(ValueError, match=rf"^model must be a torch\.nn\.Module, but it is a {type(other).__name__}\. "):
-        prune(other, build(), progress=False)
-
-
 def vectors(width=8):
     """Three batches; the second is the one with three samples."""
     generator = torch.Generator().manual_seed(0)
@@ -66,42 +61,46 @@ def assert_says(message, *parts):
 
 # ---- what was asked is impossible
 
+ONLY = {"only": ["blocks.0.up"], "skip": ["blocks.0"]}
+INFERENCE = torch.inference_mode()(lambda: nn.Sequential(nn.Linear(8, 8)))
+EXPANDED = nn.Sequential(nn.Linear(8, 8, bias=False))
+EXPANDED[0].weight = nn.Parameter(torch.ones(1, 8).expand(8, 8), requires_grad=False)
+ROWS = [
+    (lambda: nn.Sequential(nn.LazyLinear(4)), {}, "skip must name 2 matrices .* 0.weight first: has no shape yet"),
+    (INFERENCE, {}, r"but 0 was created under torch\.inference_mode\(\) and cannot change\. Build"),
+    (lambda: EXPANDED, {}, r"but 0 was made by expand\(\) and repeats"),
+    (lambda: build().to("meta"), {}, r"blocks\.0\.up is on the meta device\. Load the weights"),
+    (
+        build,
+        {"pattern": "2:5"},
+        r"NM\(n=2, m=5\) fits none of the 9 layers: .*blocks\.0\.up: input width 8 is not a mul",
+    ),
+    (
+        lambda: build(lambda: Chain(6)),
+        {"pattern": "2:4", "only": ["head"]},
+        "none of the 1 layer: .*head: input width 6",
+    ),
+    (nn.ReLU, {"skip": ["head"]}, "skip='head' matches no matrix of the model; the model has none"),
+    (lambda: nn.Sequential(nn.ReLU()), {}, "model has nothing to prune .there are no weight matrices"),
+    (lambda: nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8)), {}, "nothing to prune .0: embedding"),
+    (build, {"skip": ["*"]}, r"nothing to prune .blocks\.0\.up: skip='\*'"),
+    (build, ONLY, r"nothing to prune .*skip='blocks\.0'.*not in only=\['blocks\.0\.up'\]"),
+]
 
-def test_weights_without_a_shape_or_of_inference_mode():
-    with pytest.raises(ValueError, match="has no shape yet"):
-        prune(nn.Sequential(nn.LazyLinear(4)), Untouched())
-    with torch.inference_mode():
-        frozen = nn.Sequential(nn.Linear(8, 8))
-    assert "inference_mode" in refusal(frozen, Untouched())
+
+@pytest.mark.parametrize(("make", "choices", "message"), ROWS, ids=[message for *_, message in ROWS])
+def test_what_is_impossible_is_refused_before_a_batch_is_read(make, choices, message):
+    for sequential in SEQUENTIAL_CHOICES:
+        assert re.search(message, refusal(make(), Untouched(), 0.6, sequential=sequential, **choices))
 
 
-@EVERY_GRANULARITY
-def test_n_of_m_that_fits_no_layer(sequential):
-    message = refusal(build(), Untouched(), 0.6, pattern="2:5", sequential=sequential)
-    assert_says(
-        message, "NM(n=2, m=5) fits none of the 9 layers", "largest is blocks.0.up", "width 8 ", "multiple of 5"
-    )
-    assert_says(message, "an N:M whose M divides the input widths", "pattern='unstructured'")
-    prune(build(), vectors(), pattern="4:8", sequential=sequential, progress=False)
-    prune(build(), vectors(), pattern="unstructured", sequential=sequential, progress=False)
-    message = refusal(build(lambda: Chain(6)), Untouched(), pattern="2:4", only=["head"], sequential=sequential)
-    assert_says(message, "none of the 1 layer", "the largest is head: input width 6 is not a multiple of 4")
-
-
-def test_a_skip_on_a_model_without_matrices():
-    assert_says(refusal(nn.ReLU(), Untouched(), skip=["head"]), "skip='head' matches no matrix", "the model has none")
-
-
-@EVERY_GRANULARITY
-def test_nothing_to_prune(sequential):
-    choices = {"sequential": sequential}
-    assert_says(refusal(nn.Sequential(nn.ReLU()), Untouched(), **choices), "nothing to prune", "no weight matrices")
-    only_embedding = nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8))
-    assert_says(refusal(only_embedding, Untouched(), **choices), "nothing to prune", "0: embedding")
-    everything = refusal(build(), Untouched(), skip=["*"], **choices)
-    assert_says(everything, "nothing to prune", "blocks.0.up: skip='*'")
-    nothing = refusal(build(), Untouched(), only=["blocks.0.up"], skip=["blocks.0"], **choices)
-    assert_says(nothing, "nothing to prune", "skip='blocks.0'", "not in only=['blocks.0.up']")
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [([torch.zeros(2, 8)], "a list"), ("name", "'name'"), (None, "None"), (Chain, "the class Chain")],
+)
+def test_the_model_comes_first(model, found):
+    with pytest.raises(ValueError, match=rf"^model must be a torch\.nn\.Module, but it is {found}\. "):
+        prune(model, build(), progress=False)
 
 
 # ---- batches
@@ -212,17 +211,6 @@ def test_a_weight_that_is_not_finite_but_left_dense():
     model = build()
     model.head.weight.data[1, 2] = math.nan
     prune(model, vectors(), skip=["head"], progress=False)
-
-
-@EVERY_GRANULARITY
-def test_the_meta_device(sequential):
-    with torch.device("meta"):
-        model = Chain()
-    message = refusal(model, Untouched(), sequential=sequential)
-    assert_says(message, "blocks.0.up is on the meta device", "Load the weights")
-    model = build()
-    model.blocks[2].down.to("meta")
-    assert_says(refusal(model, Untouched()), "blocks.2.down is on the meta device", "Load the weights")
 
 
 # ---- errors on the way

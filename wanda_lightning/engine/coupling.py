@@ -13,22 +13,18 @@ from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.patterns import Structured
-from wanda_lightning.engine.dense_blocks import dense_blocks
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.refusals import refuse_rounding
-from wanda_lightning.engine.run import Run
+from wanda_lightning.engine.run import Run, dense_blocks
 from wanda_lightning.models import (
     Layer,
     RemovableUnits,
     SkippedMatrix,
     SkipReason,
     Unit,
-    adapted_module,
-    reads_images,
     removable_units,
     tied_tensors,
 )
-from wanda_lightning.models.layers import kind_of
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import is_sharded
 
@@ -56,8 +52,7 @@ def couple(run: Run) -> None:
             search(unit, calls)
     left_out = {layer.name for unit in units if unit.name in again for layer in unit.layers}
     found = {name: each for name, each in search.found.items() if name not in left_out}
-    narrowed = _narrowed(plan, _wide_enough(plan, found), search.reached)
-    run.plan = replace(narrowed, positions=search.positions_of_all(narrowed.coupled))
+    run.plan = _narrowed(plan, _wide_enough(plan, found), search.reached)
 
 
 def _one_block(plan: Plan) -> Unit:
@@ -77,18 +72,11 @@ def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, R
     """Return the units of layers that have more than the pattern keeps at least; refuse a model without any."""
     pattern = plan.config.pattern
     assert isinstance(pattern, Structured)
-    if not found and adapted_module(plan.model) is not None:
-        raise UserError(
-            f"{plan.config.shown('pattern')} removes hidden units, but the model has adapters, which were trained for "
-            "all of them. Merge the adapters into the model first, or prune it before they are added."
-        )
     if not found:
-        left_out = ", and skip= and only= may leave out some of these layers" * bool(
-            plan.config.skip + plan.config.only
-        )
         raise UserError(
             f"{plan.config.shown('pattern')} finds no hidden units in the model: in no block does one layer read what "
-            f"others write, with every unit apart from the rest{left_out}. Use pattern='unstructured' or '2:4'."
+            "others write, with every unit apart from the rest. Merge adapters first, if there are any, and let skip= "
+            "and only= leave out no layer of an MLP; or use pattern='unstructured' or '2:4'."
         )
     refuse_rounding(plan.config, {name: units.width for name, units in found.items()})
     return {name: units for name, units in found.items() if units.width > pattern.multiple_of}
@@ -99,7 +87,6 @@ class _Search:
 
     def __init__(self, plan: Plan) -> None:
         self.found: dict[str, RemovableUnits] = {}  # by reader
-        self._positions: dict[nn.Module, int] = {}
         self.reached: set[str] = set()  # layers that the sample reached
         self._plan, self._modules, self._tied = plan, named_modules(plan.model), tied_tensors(plan.model)
         self._own = {layer.module: layer for layer in plan.layers}
@@ -119,19 +106,6 @@ class _Search:
                 if units := self._fitting(layer, unit, runs):
                     self.found[layer.name] = units
                     self._taken |= units.lines
-                    self._count_positions(units, runs)
-
-    def _count_positions(self, units: RemovableUnits, runs: BlockRuns) -> None:
-        for module in {slot.module for slot in units.slots if slot.tensor.ndim > 1}:
-            if not runs.is_empty and reads_images(self._plan.model) and (kind := kind_of(module)):
-                self._positions[module] = runs.positions(Layer("", module, kind))
-
-    def positions_of_all(self, coupled: Mapping[str, RemovableUnits]) -> dict[nn.Module, int]:
-        """Return the positions in the sample, which one process has, at which the modules with units compute."""
-        modules = list(dict.fromkeys(slot.module for units in coupled.values() for slot in units.slots))
-        counts = torch.tensor([self._positions.get(module, 0) for module in modules], dtype=torch.int64)
-        self._plan.processes.all_reduce_sum([counts])
-        return {module: number for module, number in zip(modules, counts.tolist(), strict=True) if number}
 
     def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> RemovableUnits | None:
         """Return the units that a layer reads, if they can be taken out."""

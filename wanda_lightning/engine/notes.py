@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence, Sized
 from typing import NamedTuple
 
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration import pooling
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.words import as_size, counted
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
-from wanda_lightning.engine.unit_notes import note_on_units
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
 
 _ALREADY_SPARSE = 0.05  # fraction of zeros before pruning
@@ -164,7 +165,35 @@ def _units(run: Run) -> Note | None:
     if not run.plan.coupled or not run.plan.config.sparsity:
         return None
     parameters = sum(p.numel() for p in run.plan.model.parameters() if not isinstance(p, UninitializedParameter))
-    return Note(note_on_units(run.plan, run.zero_units, parameters), is_warning=not any(run.zero_units.values()))
+    zero, width = sum(run.zero_units.values()), sum(units.width for units in run.plan.coupled.values())
+    if not zero:
+        return Note(
+            f"none of {width:,} hidden units is zero, because sparsity={run.plan.config.sparsity:g} rounds to no unit "
+            "of any layer: use a smaller multiple_of, or a higher sparsity"
+        )
+    (before, size), (after, smaller) = cost_without(run.plan, {}), cost_without(run.plan, run.zero_units)
+    return Note(
+        f"{zero:,} of {width:,} hidden units are zero; shrink() takes out {before - after:,} of {parameters:,} "
+        f"parameters ({(before - after) / parameters:.1%}). The layers with hidden units then have {as_size(smaller)} "
+        f"instead of {as_size(size)}",
+        is_warning=False,
+    )
+
+
+def cost_without(plan: Plan, removed: Mapping[str, int]) -> tuple[int, int]:
+    """Return the parameters and bytes of the layers with hidden units, without some units of each reader."""
+    entries: dict[tuple[nn.Module, str], dict[int, int]] = {}  # that are taken out of each tensor, by dimension
+    for reader, units in plan.coupled.items():
+        for slot in units.slots:
+            copies = slot.tensor.shape[slot.dim] // units.width
+            entries.setdefault((slot.module, slot.name), {})[slot.dim] = copies * removed.get(reader, 0)
+    parameters = size = 0
+    for (module, name), taken in entries.items():
+        tensor = getattr(module, name)
+        left = math.prod(length - taken.get(dim, 0) for dim, length in enumerate(tensor.shape))
+        parameters += left if isinstance(tensor, nn.Parameter) else 0
+        size += left * tensor.element_size()
+    return parameters, size
 
 
 def _mixed_nm(run: Run) -> Note | None:

@@ -17,9 +17,8 @@ from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders, Score
-from wanda_lightning.engine.dense_blocks import dense_blocks
 from wanda_lightning.engine.plan import Plan
-from wanda_lightning.engine.run import Run
+from wanda_lightning.engine.run import Run, dense_blocks
 from wanda_lightning.engine.sharded_layers import gathered_parameters
 from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules

@@ -10,6 +10,8 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.common.checks import shown
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import DenseLayer, UnitLayer
@@ -27,7 +29,6 @@ from wanda_lightning.engine.refusals import (
 from wanda_lightning.engine.sharded_layers import WholeMatrices
 from wanda_lightning.models import Inventory, Layer, RemovableUnits, Unit, find_layers, reads_images, tied_tensors
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.models.refuse_model import refuse_no_module
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, reshard
 
 Selections = Mapping[str, Selection]  # by layer
@@ -43,8 +44,6 @@ class Plan:
     inventory: Inventory
     # The hidden units to prune, by the layer that reads them, if whole units are pruned; the layers are these readers.
     coupled: Mapping[str, RemovableUnits] = field(default_factory=dict)
-    # At how many positions of an image the modules with these units compute, if the model reads images.
-    positions: Mapping[nn.Module, int] = field(default_factory=dict)
     preset: str = ""  # the name for these choices, before the model decided about any
 
     @property
@@ -223,7 +222,9 @@ def make_plan(
     Raises:
         ValueError: If the model cannot be pruned as asked.
     """
-    refuse_no_module(model, "prune(model, batches)")
+    if not isinstance(model, nn.Module):  # a class, or the arguments are swapped
+        found = f"the class {model.__name__}" if isinstance(model, type) else shown(model)
+        raise UserError(f"model must be a torch.nn.Module, but it is {found}. Call prune(model, batches).")
     reshard(model)
     preset, config = config.preset, config_for(config, model)
     # Blocks are loaded or trained one at a time, also to be pruned with statistics of the dense model.

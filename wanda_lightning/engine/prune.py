@@ -16,7 +16,6 @@ from wanda_lightning.calibration.gradients import check_predictions
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
@@ -103,7 +102,6 @@ def prune_as(
             choose the same masks; an error in one process ends all of them.
         store: Where the weights are.
     """
-    check_callable(forward=forward)
     seconds: dict[str, float] = {}
     with timed(seconds, "prepare"), processes.fail_together():
         plan = store.plan(config, model, processes)

@@ -12,7 +12,6 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.engine.notes import notes_on
 from wanda_lightning.engine.run import Run, unreached
-from wanda_lightning.engine.unit_notes import with_zero_filters
 from wanda_lightning.models import SkipReason, is_wrapper
 from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import PruningReport
@@ -57,7 +56,7 @@ def make_report(run: Run) -> PruningReport:
     run.seconds["report"] = time.perf_counter() - started
     return PruningReport(
         layers=[run.layers[name] for name in names if name in run.layers],
-        skipped=[*with_zero_filters(plan, run.zero_units, plan.inventory.skipped), *skipped],
+        skipped=[*plan.inventory.skipped, *skipped],
         parameters=sum(parameter.numel() for parameter in parameters),
         zeros=zeros,
         seconds=run.seconds,

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.gradients import gradient_statistics
+from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.calibration.unit_stops import UnitStop, stop_at_units
+from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.plan import Plan, Selections, make_plan
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
-from wanda_lightning.parallel import Processes
+from wanda_lightning.parallel import Processes, fsdp_calls_checked
 from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
 
 Observed = tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]
@@ -172,3 +175,32 @@ class WeightStore:
 
     def finish(self, run: Run) -> None:
         """Store what is left, after the last unit."""
+
+
+def dense_blocks(
+    run: Run, blocks: Sequence[Unit], count: int, title: str, again: set[str]
+) -> Generator[tuple[Unit, Sequence[Call]]]:
+    """Yield each block, whose weights are in memory then, with the calls of the samples that wait at it.
+
+    The samples are the first `count` of all processes together. After the last block, `again` receives the names of
+    those that a sample of any process has reached more than once: the later calls may use a block in another way.
+    """
+    store, processes, revisited = run.store, run.plan.processes, set[int]()
+    samples = run.samples.head(count)
+    if not any(number for (number,) in processes.all_gather([len(samples)])):
+        run.samples.refuse_if_empty()
+    modules, names = [block.module for block in blocks], [block.name for block in blocks]
+    with (
+        ProgressBar(title, len(blocks), run.progress) as bar,
+        store.dense(),
+        fsdp_calls_checked(run.plan.model, processes, weights_moved) as check_calls,
+    ):
+        for stop in lockstep(samples, modules, names, processes, revisited):
+            block = blocks[stop.unit]
+            check_calls(block.name, len(stop.calls))
+            bar.show(block.name)
+            store.hold(block.name)
+            yield block, stop.calls
+            bar.advance()
+    # Only processes with samples there have seen it.
+    again |= {name for index, name in enumerate(names) if not processes.all_agree(index not in revisited)}

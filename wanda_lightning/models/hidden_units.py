@@ -7,6 +7,7 @@ of model families is needed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.core.types import Orders, Units
-from wanda_lightning.models.adapters import adapted_module
 from wanda_lightning.models.layers import Layer, is_plain, whole_layer
+from wanda_lightning.models.module_names import adapted_module
+from wanda_lightning.models.quantized import is_wrapper
+from wanda_lightning.parallel import local
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "v_head_dim", "d_head", "key_value_proj_dim")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
@@ -204,3 +208,22 @@ def _attributes(block: nn.Module, names: Sequence[str]) -> list[int]:
     """Return the whole numbers that modules of a block store under one of the names."""
     found = (getattr(module, name, None) for module in block.modules() for name in names)
     return list(dict.fromkeys(value for value in found if type(value) is int))
+
+
+def tied_tensors(model: nn.Module) -> set[tuple[nn.Module, str]]:
+    """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
+    found = [
+        (module, name, _memory(tensor))
+        for module in model.modules()
+        for tensors in (module.named_parameters, module.named_buffers)
+        for name, tensor in tensors(recurse=False)
+    ]
+    counts = Counter(memory for _, _, memory in found)
+    return {(module, name) for module, name, memory in found if counts[memory] > 1}
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return what identifies the memory of a tensor; the tensor itself if it has none, as on the meta device."""
+    shard = local(tensor)
+    has_memory = not is_unloaded(shard) and shard.device.type != "meta" and shard.numel() and not is_wrapper(tensor)
+    return shard.untyped_storage().data_ptr() if has_memory else id(tensor)

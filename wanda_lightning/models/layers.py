@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import sum_squares
 from wanda_lightning.models.experts import siblings_of, stacked_experts
-from wanda_lightning.models.linear_subclasses import computes_linear
 from wanda_lightning.models.quantized import is_packed, quantizer
 from wanda_lightning.parallel import first_index, local
 
@@ -244,6 +246,12 @@ class Layer:
         return math.prod(self.stored_shape)
 
 
+def refuse_no_values(layer: Layer) -> None:
+    """Refuse a layer on the meta device."""
+    if layer.parameter.is_meta:
+        raise UserError(f"model must hold its weights, but {layer.name} is on the meta device. Load the weights first.")
+
+
 def layers_of(
     name: str,
     module: nn.Module,
@@ -292,3 +300,37 @@ def is_whole(layer: Layer) -> bool:
 def is_plain(layer: Layer) -> bool:
     """Whether a layer is one matrix of ordinary numbers, maybe as a convolution with a kernel of size 1."""
     return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])
+
+
+_OF_LINEAR = frozenset(vars(nn.Linear(1, 1, device="meta")))  # attributes of every instance
+
+
+@torch.no_grad()
+def computes_linear(module: nn.Linear) -> bool:
+    """Whether the forward of the module's class computes `x W^T + b`."""
+    kind: Any = {"dtype": torch.float32, "device": "cpu"}
+    weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], **kind)
+    bias = None if module.bias is None else torch.tensor([0.6, -1.1], **kind)
+    x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], **kind)
+    try:
+        with torch.autocast("cpu", enabled=False):
+            output, expected = type(module).forward(_stand_in(module, weight, bias), x), F.linear(x, weight, bias)
+            return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-5)
+    except Exception:  # it needs more than a weight and a bias
+        return False
+
+
+def _stand_in(module: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Copy a module, with another weight and bias."""
+    result: nn.Linear = object.__new__(type(module))
+    for name, value in vars(module).items():
+        shared = name in _OF_LINEAR and name not in ("_buffers", "_modules", "_parameters")  # hooks do not run
+        result.__dict__[name] = value if shared else _copy(value, {id(module.weight): weight, id(module.bias): bias})
+    result.__dict__ |= {"in_features": 3, "out_features": 2}
+    return result
+
+
+def _copy(value: Any, replacements: dict[int, Any]) -> Any:
+    """Copy what a forward could write into: tensors, modules and containers of them."""
+    is_mutable = isinstance(value, Tensor | nn.Module | dict | list | set | deque)
+    return copy.deepcopy(value, replacements) if is_mutable else value

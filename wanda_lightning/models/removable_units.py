@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from wanda_lightning.core.types import Units
-from wanda_lightning.models.adapters import adapted_module
 from wanda_lightning.models.hidden_units import Slot, columns_of, replace_attributes, whole_layers, written_units
 from wanda_lightning.models.layers import Layer, is_whole, whole_layer
+from wanda_lightning.models.module_names import adapted_module
 
 # Attributes that hold the number of units: of modules that read them, that write them, that do both, and around them.
 _INPUTS = frozenset({"in_features", "in_channels", "nx"})

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.common.checks import check_callable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import counted
 from wanda_lightning.models import Layer, RemovableUnits, adapted_module, find_layers, removable_units, tied_tensors
+from wanda_lightning.models.layers import refuse_no_values
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking.configuration import fit_configuration
 from wanda_lightning.shrinking.trial import Trial
@@ -110,8 +109,6 @@ def shrunk(model: nn.Module, batch: Any = None, forward: Callable[[Any], object]
 
 
 def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> Shrunk:
-    refuse_no_module(model, "shrink(model)")
-    check_callable(forward=forward)
     if is_sharded(model):
         raise UserError(
             "shrink needs whole layers, but the model is sharded. Shrink it in one process, after training."

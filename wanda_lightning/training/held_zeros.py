@@ -20,7 +20,7 @@ from wanda_lightning.core.bits import fits, pack, unpack
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
-from wanda_lightning.models.refuse_model import refuse_no_module, refuse_no_values
+from wanda_lightning.models.layers import refuse_no_values
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard
 from wanda_lightning.training.masked_weights import keep_masks
 
@@ -60,7 +60,6 @@ def keep_zeros(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
-    refuse_no_module(model, "keep_zeros(model, optimizer)")
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
             raise UserError(
