@@ -115,19 +115,11 @@ def test_layers_without_elements_are_skipped():
     assert [skipped.detail for skipped in report.skipped] == ["has no elements"]
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"),
-    [
-        (torch.full((2, 8), VOCABULARY), f"input_ids must be from 0 to {VOCABULARY - 1}, .* but one is {VOCABULARY}"),
-        (torch.zeros(2, 8), "input_ids must be a tensor of int64, .* but it is of torch.float32"),
-        (torch.zeros(2, 0, dtype=torch.long), r"input_ids must .* but it is of shape \(2, 0\)"),
-        ([[1, 2]], "input_ids must .* but it is a list"),
-    ],
-)
-def test_tokens_that_are_none(tmp_path, ids, message):
+def test_tokens_without_an_embedding(tmp_path):
     save_llama(tmp_path / "llama")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
-    wrong = [{"input_ids": ids}]
+    wrong = [{"input_ids": torch.full((2, 8), VOCABULARY)}]
+    message = f"input_ids must be from 0 to {VOCABULARY - 1}, .* but one is {VOCABULARY}"
     for call in (
         lambda: prune(model, wrong, progress=False),
         lambda: CausalLMModule(model).training_step(wrong[0], 0),

@@ -312,13 +312,6 @@ def test_an_iterator_still_gives_all_its_batches(sequential, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(once.state_dict().values(), listed.state_dict().values(), strict=True))
 
 
-def test_an_empty_batch_changes_nothing():
-    plain, model, (first, second) = resnet(), resnet(), images(2, 3)
-    prune(plain, [first, second], progress=False)
-    prune(model, [first, first[:0], second], progress=False)
-    assert same(plain, model)
-
-
 def test_outputs_that_are_no_predictions():
     dense = resnet()
     corrected = copy.deepcopy(dense)
@@ -355,14 +348,6 @@ def test_a_validation_loop_does_not_correct():
     report = prune_collected(plan, passive)
     close(model, before)
     assert "the batches of a validation loop run only once" in notes(report)[0]
-
-
-def test_a_sharded_model_is_not_corrected(monkeypatch):
-    monkeypatch.setattr("wanda_lightning.engine.prune.is_sharded", lambda model: True)
-    dense = resnet()
-    _, model, report = both(dense, images(2))
-    assert same(model, dense)
-    assert "the model is sharded" in notes(report)[0]
 
 
 def test_processes_add_their_sums(pair):

@@ -2,6 +2,7 @@
 
 import copy
 import re
+from functools import partial
 
 import peft
 import pytest
@@ -14,7 +15,7 @@ from support.samples import samples_of
 from support.zoo import ZOO, run, seeded
 from torch import nn
 
-from wanda_lightning import Experts, PruningConfig, WandaPrune, prune, prune_from_disk
+from wanda_lightning import Experts, WandaPrune, prune, prune_from_disk
 from wanda_lightning.calibration.expert_saliency import ExpertSaliency
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.models.mixtures import mixtures
@@ -133,15 +134,6 @@ def test_a_model_inside_another_module_and_a_preset():
     assert all(torch.equal(x, y) for x, y in zip(alone.parameters(), inside.model.parameters(), strict=True))
 
 
-def test_nothing_is_dropped_at_sparsity_0():
-    model = build("mixtral")
-    before = copy.deepcopy(model.state_dict())
-    report = prune(model, BATCHES(), 0.0, pattern="experts", progress=False)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert model.config.num_local_experts == 8
-    assert report.zeros == 0
-
-
 def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
     model = build("mixtral")
     gate = model.model.layers[0].mlp.gate
@@ -197,75 +189,50 @@ def test_is_refused_before_a_batch_is_read(make, sparsity, choices, message):
     assert re.search(message, refusal(make(), Untouched(), sparsity, pattern="experts", **choices))
 
 
-@EVERY_FAMILY
-def test_fewer_experts_than_a_token_needs_are_refused(name):
-    sparsity, left = (
-        (0.75, r"2 of 8 experts \(1 in each of its 2 groups\)") if name == "deepseek_v3" else (0.875, "1 of 8")
-    )
-    message = refusal(build(name), BATCHES(), sparsity, pattern="experts")
-    assert re.search(rf"leaves {left}.* without the others model\.layers\.\d\.\S+ .* a token may need more", message)
-
-
-def test_groups_with_too_few_experts_for_a_token_are_refused():
-    model = build("deepseek_v3", num_experts_per_tok=3)  # from one group of four
-    message = refusal(model, BATCHES(), 0.5, pattern="experts")
-    assert "leaves 4 of 8 experts (2 in each of its 2 groups)" in message
-    assert "a token may need more experts" in message
-
-
-def test_experts_that_are_used_in_another_way_are_refused():
+def fallback():
     class Fallback(type(build("mixtral").model.layers[1].mlp)):
         def forward(self, hidden_states):
             return super().forward(hidden_states) + self.experts.down_proj[7].sum()
 
     model = build("mixtral")
     model.model.layers[1].mlp.__class__ = Fallback
-    message = refusal(model, BATCHES(), 0.5, pattern="experts")
-    assert re.search(r"model\.layers\.1\.mlp \(Fallback\) computes something else", message)
+    return model
 
 
-def test_a_configuration_without_the_number_is_refused():
+def fixed():
     class Fixed(hf.MixtralForCausalLM):
         def __init__(self, config):
             config.num_local_experts = 8
             super().__init__(config)
 
-    model = Fixed(build("mixtral").config).eval()
-    message = refusal(model, BATCHES(), 0.25, pattern="experts")
-    assert "no configuration of Fixed gives the new numbers (6)" in message
-    assert model.config.num_local_experts == 8
+    return Fixed(build("mixtral").config).eval()
 
 
-def test_a_mixture_that_no_batch_reaches_is_refused():
+def infinite():
     model = build("mixtral")
-    empty = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}]
-    assert "the experts of model.layers.0.mlp get no token except padding" in refusal(
-        model, empty, 0.25, pattern="experts"
-    )
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
+    return model
 
 
-def test_activations_that_are_not_finite_are_refused():
-    model = build("mixtral")
-    hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
-    message = refusal(model, BATCHES(), 0.25, pattern="experts")
-    assert "the experts of model.layers.1.mlp return NaN or infinity" in message
-    hook.remove()
+EMPTY = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}]
+NEEDED = r".* without the others model\.layers\.\d\.\S+ .* a token may need more"
 
 
 @pytest.mark.parametrize(
-    "choices",
+    ("make", "sparsity", "message"),
     [
-        {"criterion": "magnitude"},
-        {"allocation": "owl"},
-        {"solver": "admm", "criterion": None},
-        {"recovery": "distil"},
-        {"method": "sparsegpt"},
-        {"permutation": "assignment"},
+        *((partial(build, name), 0.875, f"leaves 1 of 8{NEEDED}") for name in NUMBERS if name != "deepseek_v3"),
+        (partial(build, "deepseek_v3"), 0.75, rf"leaves 2 of 8 experts \(1 in each of its 2 groups\){NEEDED}"),
+        (partial(build, "deepseek_v3", num_experts_per_tok=3), 0.5, rf"4 of 8 experts \(2 in each of its 2.*{NEEDED}"),
+        (fallback, 0.5, r"model\.layers\.1\.mlp \(Fallback\) computes something else"),
+        (fixed, 0.25, r"no configuration of Fixed gives the new numbers \(6\)"),
+        (infinite, 0.25, r"the experts of model\.layers\.1\.mlp return NaN or infinity"),
+        (partial(build, "mixtral"), None, r"the experts of model\.layers\.0\.mlp get no token except padding"),
     ],
 )
-def test_choices_about_weights_are_refused(choices):
-    with pytest.raises(ValueError, match=r"cannot be combined with pattern='experts'"):
-        PruningConfig.from_names(0.25, pattern="experts", **choices)
+def test_is_refused_before_an_expert_leaves(make, sparsity, message):
+    batches = BATCHES() if sparsity else EMPTY
+    assert re.search(message, refusal(make(), batches, sparsity or 0.25, pattern="experts"))
 
 
 def test_where_experts_cannot_be_dropped(tmp_path):

@@ -105,11 +105,3 @@ def test_large_means_do_not_ruin_the_fit(solver, offset):
         prune(model, [tokens], 0.5, solver=solver(intercept=intercept), progress=False)
         errors.append((model(tokens) - dense(tokens)).square().mean())
     assert errors[0] < 1.5 * errors[1]
-
-
-def test_inputs_that_never_change_are_taken_over_by_the_bias(tokens):
-    tokens[:, 3] = 7
-    dense = layer()
-    model = copy.deepcopy(dense)
-    prune(model, [tokens], 0.25, solver=ADMM(), progress=False)
-    assert not model.weight[:, 3].any()

@@ -14,10 +14,8 @@ from support.zoo import ZOO, run
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Assignment, NoPermutation, PruningCallback, PruningConfig, WandaPrune, prune
-from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning import PruningCallback, PruningConfig, WandaPrune, prune
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.engine import permuting
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.run import Run, WeightStore
@@ -54,8 +52,7 @@ def plan_for(model, **choices):
 def permute_model(plan, batches):
     """Permute in place; return what was permuted."""
     samples = Samples(plan.model, batches, None, None, SINGLE_PROCESS, "Assignment()")
-    with pruning_mode(plan.model):
-        return permute(Run(plan, samples, WeightStore()))
+    return permute(Run(plan, samples, WeightStore()))
 
 
 def outputs(model, batches):
@@ -121,15 +118,6 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
     noted = {layer.name.rpartition(".")[2] for layer in report.layers if "inputs permuted: kept score +" in layer.note}
     assert noted == {"o_proj", "down_proj"}
     assert report.seconds["permute"] > 0
-
-
-def test_layers_with_a_common_input_are_not_tried(monkeypatch):
-    tried, propose = [], permuting.hidden_units
-    monkeypatch.setattr(
-        permuting, "hidden_units", lambda reader, *args: tried.append(reader.name) or propose(reader, *args)
-    )
-    permute_model(plan_for(ZOO["llama"].build()), ZOO["llama"].batches())
-    assert {name.rpartition(".")[2] for name in tried} == {"o_proj", "down_proj"}
 
 
 def test_values_that_heads_share_are_permuted_together():
@@ -337,37 +325,6 @@ def test_adapters_keep_their_order(dtype):
     assert unchanged(model, dense)
 
 
-@pytest.mark.parametrize("mask", ["none", "infinite"])
-def test_a_mask_of_minus_infinity(mask):
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    masks = {"infinite": {"mask": nn.Transformer.generate_square_subsequent_mask(5)}, "none": {}}
-    done = permute_model(plan_for(model), [{"src": x, **masks[mask]} for x in images()])
-    assert done.kept.keys() >= {"layers.0.linear2", "layers.1.linear2"}
-    assert not done.put_back
-
-
-def test_mixed_precision():
-    model = ZOO["llama"].build()
-
-    def forward(batch):
-        with torch.autocast("cpu", torch.bfloat16):
-            return model(**batch)
-
-    report = prune_permuted(model, ZOO["llama"].batches(), forward=forward)
-    assert any("the inputs of 4 layers are permuted" in note for note in report.notes)
-
-
-def test_a_layer_that_is_zero():
-    model = Blocks(Mlp)
-    nn.init.zeros_(model.blocks[0].down.weight)
-    dense = copy.deepcopy(model.state_dict())
-    report = prune_permuted(model, images())
-    assert {layer.name for layer in report.layers if "permuted" in layer.note} == {"blocks.1.down"}
-    assert torch.equal(model.blocks[0].up.bias, dense["blocks.0.up.bias"])
-
-
 def test_no_batches_and_bad_batches():
     with pytest.raises(ValueError, match=r"must hold at least one calibration batch for permutation=.assignment"):
         prune_permuted(Blocks(Mlp), [], method="magnitude")
@@ -381,17 +338,6 @@ def test_no_batches_and_bad_batches():
 def test_a_model_without_blocks():
     report = prune_permuted(nn.Sequential(nn.Linear(16, 16)), images())
     assert "nothing is permuted for 2:4: no layer to prune lies in a block" in report.notes
-
-
-def test_presets_permute_only_where_the_order_matters():
-    assert PruningConfig.from_names(0.5, method="best", pattern="2:4").permutation == Assignment()
-    assert (
-        PruningConfig.from_names(0.5, method="best", pattern="2:4", permutation="none").permutation == NoPermutation()
-    )
-    assert PruningConfig.from_names(0.5, method="best").permutation == NoPermutation()
-    assert PruningConfig.from_names(0.5, method="wanda", pattern="2:4").permutation == NoPermutation()
-    with pytest.raises(ValueError, match="permutation must be of class Permutation or one of none, assignment"):
-        PruningConfig.from_names(0.5, pattern="2:4", permutation=True)
 
 
 def test_two_processes_permute_alike(pair):

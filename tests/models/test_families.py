@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import transformers as hf
-from support import families, tiny
-from torch import nn
+from support import families
 
 from wanda_lightning import RIA, prune
 
@@ -105,25 +103,6 @@ def test_coverage_is_counted_by_hand(monkeypatch):
     inside = {"q": 32 * 32, "k": 16 * 32, "v": 16 * 32, "o": 32 * 32, "up": 32 * 64, "gate": 32 * 64, "down": 64 * 32}
     assert result.coverage == 1 - inside["down"] / sum(inside.values())
     assert result.left_out == {"skip='*.down_proj'": 1 - result.coverage}
-
-
-def test_an_error_is_a_result():
-    broken = families.Family("timm", "broken", "none", nn.Linear, lambda model: [])
-    assert families.examine(broken).status == "cannot be built here"
-    batch = torch.full((1, 1), torch.nan)
-    without_numbers = families.Family("timm", "nan", "none", lambda: nn.Linear(1, 1), lambda model: [(batch,)])
-    result = families.examine(without_numbers)
-    assert (result.status, result.cause[:30]) == ("fails", "AssertionError: outputs of the")
-
-
-# ---- tiny
-
-
-def test_each_kind_of_layer_stays():
-    config = tiny.tiny(hf.Gemma3TextConfig)
-    assert config.layer_types == ["sliding_attention", "full_attention"]
-    assert tiny.tiny(hf.Qwen3NextConfig).layer_types == ["linear_attention", "full_attention"]
-    assert tiny.tiny(hf.LlamaConfig).num_hidden_layers == 2
 
 
 # ---- the document

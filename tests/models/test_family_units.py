@@ -4,7 +4,6 @@ import pytest
 import torch
 from support import families, family_units
 from support.family_units import NO_FOLDER, ORDINARY, OWN_FILE, Units
-from torch import nn
 
 from wanda_lightning import shrink
 
@@ -77,47 +76,6 @@ def test_other_outputs_are_seen(monkeypatch):
     monkeypatch.setattr(family_units, "shrink", sabotage)
     with pytest.raises(AssertionError, match="outputs differ by"):
         family_units.check(of("causal", "llama"))
-
-
-# ---- whether a family has an MLP
-
-
-class Block(nn.Module):
-    """A block whose layer `down` reads what `forward` computes."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.up, self.gate, self.both = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(8, 32)
-        self.down, self.norm, self.inner = nn.Linear(16, 8), nn.LayerNorm(16), inner
-
-    def forward(self, x):
-        return x + self.down(self.inner(self, x))
-
-
-INNER = {
-    "one layer": (lambda block, x: block.up(x).relu(), True),
-    "a gate": (lambda block, x: block.up(x) * block.gate(x).sigmoid(), True),
-    "a gate in one matrix": (lambda block, x: block.both(x).chunk(2, -1)[0] * block.both(x).chunk(2, -1)[1], True),
-    "two halves": (lambda block, x: torch.nn.functional.glu(block.both(x)), True),
-    "a norm between": (lambda block, x: block.norm(block.up(x)), False),
-    "mixed tokens": (lambda block, x: block.up(x).cumsum(1), False),
-    "a gate on mixed tokens": (lambda block, x: block.gate(x) * block.up(x).cumsum(1), False),
-    "a residual": (lambda block, x: block.up(x) + x.repeat(1, 1, 2), False),
-}
-
-
-@pytest.mark.parametrize("name", INNER)
-def test_an_mlp_is_recognized(name):
-    torch.manual_seed(0)
-    inner, is_mlp = INNER[name]
-    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList([Block(inner), Block(inner)])[0], nn.Linear(8, 8))
-    found = family_units.mlp_of(model, (torch.randn(2, 4, 8),))
-    assert found == ("1.down" if is_mlp else "")
-
-
-def test_a_grouped_convolution_is_in_an_mlp():
-    inner = nn.Sequential(nn.Conv1d(8, 16, 1, groups=4), nn.ReLU(), nn.Conv1d(16, 8, 1, groups=4))
-    assert family_units.mlp_of(nn.Sequential(inner), (torch.randn(2, 8, 5),)) == "0.2"
 
 
 # ---- the document

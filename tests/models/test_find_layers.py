@@ -1,6 +1,5 @@
 """What `find_layers` finds: each matrix once, in a unit or with its reason."""
 
-import copy
 from collections import Counter
 from functools import cache
 
@@ -169,25 +168,6 @@ def test_a_compiled_model_is_found_the_same(name, compiled):
         assert [layer.name for layer in found.layers] == [layer.name for layer in alone.layers]
         assert found.skipped == alone.skipped
         assert found.blocks == alone.blocks
-
-
-UNTIED = [name for name in ZOO if name not in ("gemma2", "gemma3", "opt", "gpt2", "t5", "tied")]
-
-
-@pytest.mark.parametrize("name", UNTIED)  # moving to the meta device unties weights
-def test_works_on_the_meta_device(name):
-    real, meta = found_in(name), find_layers(copy.deepcopy(built(name)).to("meta"))
-    assert [layer.name for layer in real.layers] == [layer.name for layer in meta.layers]
-    assert real.skipped == meta.skipped
-    assert [unit.name for unit in real.units] == [unit.name for unit in meta.units]
-    for here, there in zip(real.layers, meta.layers, strict=True):
-        assert here.read().shape == there.read().shape
-
-
-def test_blocks_of_models_that_declare_them():
-    found = found_in("bert_classifier")
-    assert [unit.name for unit in found.units] == ["bert.encoder.layer.0", "bert.encoder.layer.1", "bert.pooler.dense"]
-    assert [len(unit.layers) for unit in found.units] == [6, 6, 1]
 
 
 def test_blocks_of_the_backbone_of_a_detector():

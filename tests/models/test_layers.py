@@ -3,19 +3,16 @@
 from unittest import mock
 
 import pytest
-import timm
 import torch
-import torch.nn.functional as F
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.gradients import gradients
 from support.zoo import seeded
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import PruningReport, SparseGPT, keep_zeros, prune
+from wanda_lightning import SparseGPT, prune
 from wanda_lightning.models import find_layers
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
@@ -154,52 +151,11 @@ def test_layers_with_equal_windows_have_equal_tokens():
     assert linear.window == other.window != layers[0].window
 
 
-# ---- grouped convolutions
+# ---- along one dimension, and in groups
 
 
-class Block(nn.Module):
-    def __init__(self, groups):
-        super().__init__()
-        self.conv, self.mix = nn.Conv2d(16, 16, 3, 2, 1, groups=groups), nn.Conv2d(16, 16, 1)
-
-    def forward(self, x):
-        return F.relu(self.mix(self.conv(x)))
-
-
-class Grouped(nn.Module):
-    """Blocks around a grouped convolution, whose groups see inputs of very different sizes."""
-
-    def __init__(self, groups=4):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.blocks = nn.Sequential(Block(groups), Block(groups))
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x):
-        x = self.stem(x) * torch.arange(1, 17, device=x.device)[:, None, None] ** 2
-        return self.head(self.blocks(x).mean(dim=(2, 3)))
-
-
-def build(make=Grouped):
+def double(make):
     return seeded(make).double()
-
-
-def images():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(n, 3, 8, 8, generator=generator, dtype=torch.float64) for n in (2, 3)]
-
-
-def test_grouped_convolutions_in_the_report():
-    model = build()
-    report = prune(model, images(), 0.5, progress=False)
-    assert [layer.name for layer in report.layers][:5] == [
-        *(f"blocks.0.conv.group{g}" for g in range(4)),
-        "blocks.0.mix",
-    ]
-    assert report.parameters == sum(p.numel() for p in model.parameters())
-    assert report.zeros == sum(int((p == 0).sum()) for p in model.parameters())
-    assert {layer.sparsity for layer in report.layers} == {0.5}
-    assert PruningReport.from_json(report.to_json()) == report
 
 
 @pytest.mark.parametrize(
@@ -230,7 +186,7 @@ def test_along_one_dimension_like_images_of_one_row(choices):
         def forward(self, x):
             return self.head(self.blocks(self.stem(x).relu()).flatten(2).mean(2))
 
-    rows, images = build(lambda: Convolving(nn.Conv1d, 3, 1)), build(lambda: Convolving(nn.Conv2d, (1, 3), (0, 1)))
+    rows, images = double(lambda: Convolving(nn.Conv1d, 3, 1)), double(lambda: Convolving(nn.Conv2d, (1, 3), (0, 1)))
     with torch.no_grad():
         for one, other in zip(rows.parameters(), images.parameters(), strict=True):
             one.copy_(other.reshape(one.shape))
@@ -260,22 +216,9 @@ def test_padding_does_not_count_along_one_dimension():
             return self.second(self.first(x))
 
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    report = prune(build(Text), [{"x": torch.randn(2, 16, 5).double(), "attention_mask": mask}], progress=False)
+    report = prune(double(Text), [{"x": torch.randn(2, 16, 5).double(), "attention_mask": mask}], progress=False)
     assert [layer.tokens for layer in report.layers] == [7, 6]
     assert [bool(layer.note) for layer in report.layers] == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("choices", "names"),
-    [
-        ({"skip": ["blocks.0.conv"]}, [f"blocks.1.conv.group{g}" for g in range(4)]),
-        ({"skip": ["*.group0", "blocks.1"]}, [f"blocks.0.conv.group{g}" for g in range(1, 4)]),
-    ],
-)
-def test_skipping_groups(choices, names):
-    found = find_layers(build(), **choices)
-    assert [layer.name for layer in found.layers if "conv" in layer.name] == names
-    assert {m.shape for m in found.skipped if "group" in m.name} == {(4, 4, 3, 3)}
 
 
 def test_a_convolution_is_no_block_for_its_groups():
@@ -283,52 +226,6 @@ def test_a_convolution_is_no_block_for_its_groups():
     for sequential in ("block", "layer"):
         found = find_layers(model, sequential)
         assert [(unit.name, len(unit.layers)) for unit in found.units] == [("0", 1), ("1", 2), ("2", 1)]
-
-
-def test_groups_are_reconstructed_with_the_sparsity_of_their_block():
-    model = build()
-    choices = {"recovery": "reconstruct", "allocation": "owl", "skip": ["head"], "progress": False}
-    report = prune(model, images(), 0.5, **choices)
-    assert len(report.layers) == 2 * (4 + 1)
-    assert report.sparsity == pytest.approx(0.5, abs=0.02)
-    assert all(layer.part is not None for layer in report.layers)
-    assert all(model(x).isfinite().all() for x in images())
-
-
-def test_fisher_looks_at_the_outputs_of_the_group():
-    """Rows whose group has no way to the prediction do not matter, those of the others do."""
-    model = build()
-    with torch.no_grad():
-        model.blocks[1].mix.weight[:, 4:8] = 0
-    sums = gradients(model, images())
-    for each in sums["blocks.1.conv.group1"][:2]:
-        assert not each.any()
-    for group in (0, 2, 3):
-        assert all(each.all() for each in sums[f"blocks.1.conv.group{group}"][:2])
-
-
-def test_zeros_of_groups_are_kept_while_training():
-    model = build().train()
-    prune(model, images(), 0.5, progress=False)
-    before = {name: p.detach().clone() for name, p in model.blocks.named_parameters() if p.ndim == 4}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    with keep_zeros(model, optimizer):
-        for x in images():
-            model(x).square().mean().backward()
-            optimizer.step()
-    for name, weight in before.items():
-        trained = model.blocks.get_parameter(name)
-        assert torch.equal(trained == 0, weight == 0), name
-        assert not torch.equal(trained, weight)
-
-
-@pytest.mark.parametrize("name", ["tf_efficientnet_b0", "tf_mixnet_s"])
-def test_ports_of_tensorflow_leave_only_the_usual_out(name):
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    assert any(isinstance(module, Conv2dSame) and module.groups > 1 for module in model.modules())
-    usual = {"stem: reads the raw image", "depthwise convolution", "output head"}
-    assert {matrix.detail for matrix in find_layers(model).skipped} == usual
 
 
 # ---- standardized weights

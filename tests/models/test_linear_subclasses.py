@@ -104,16 +104,3 @@ def test_trying_out_a_forward_changes_nothing_in_the_module():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert module.history == []
     assert (module.in_features, module.out_features) == (12, 8)
-
-
-def test_instances_of_one_class_may_differ():
-    class Switchable(nn.Linear):
-        def __init__(self, factor):
-            super().__init__(6, 6)
-            self.factor = factor
-
-        def forward(self, x):
-            return super().forward(x) * self.factor
-
-    model = nn.Sequential(nn.Linear(6, 6), Switchable(1), Switchable(2), Switchable(1))
-    assert [layer.name for layer in find_layers(model).layers] == ["0", "1", "3"]

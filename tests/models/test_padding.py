@@ -1,7 +1,5 @@
 """Padding is read from every form of attention mask, or its absence from the masks is visible in the report."""
 
-from unittest import mock
-
 import pytest
 import torch
 from support.zoo import ZOO
@@ -11,7 +9,6 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 from wanda_lightning import prune
 from wanda_lightning.models import fitting_mask, token_masks
-from wanda_lightning.models.module_names import named_modules
 
 RIGHT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -103,15 +100,6 @@ def test_a_mask_may_be_longer_where_a_cache_comes_first():
     assert read(torch.ones(2, 9), past_key_values=object()) == ()
 
 
-def test_a_model_with_a_mask_of_another_shape_is_not_pruned():
-    model, (batch, *_) = ZOO["llama_padded"].build(), ZOO["llama_padded"].batches()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    wrong = {**batch, "attention_mask": batch["attention_mask"][:, 1:]}
-    with pytest.raises(ValueError, match="attention_mask must have the shape of the tokens"):
-        prune(model, [wrong], progress=False)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
 def gemma():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -157,14 +145,6 @@ def test_the_report_says_where_padding_counted():
     report = prune(Text(), [{"x": torch.randn(2, 5, 8), "attention_mask": torch.ones(5)}], progress=False)
     note = "padding counted: the attention_mask does not show which inputs are padding"
     assert [layer.note for layer in report.layers] == [note, note]
-
-
-def test_the_modules_of_a_model_are_searched_once_for_all_batches():
-    model = ZOO["t5"].build()
-    with mock.patch("wanda_lightning.models.padding.named_modules", wraps=named_modules) as search:
-        first, second = (token_masks(model, {"input_ids": IDS, "attention_mask": mask}) for mask in (RIGHT, LEFT))
-    assert [mask.inside for mask in first] == [mask.inside for mask in second] == ["encoder"]
-    assert search.call_count == 1
 
 
 @pytest.mark.parametrize("compiled", ["model", "encoder"])

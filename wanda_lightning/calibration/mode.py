@@ -21,18 +21,20 @@ _EXPERTS = "_experts_implementation_internal"
 def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Iterator[None]:
     """Put the model into `calibration_mode`, without gradients and outside of inference mode.
 
-    The buffers of the state dict are restored at the end, except those of modules that pruning corrects meanwhile.
+    The buffers of the state dict are restored at the end, except those of modules that are in `corrected` by then.
     """
     with calibration_mode(model), torch.inference_mode(False), torch.no_grad():
         before = [
             (module, name, buffer, None if buffer.is_inference() else (buffer.clone(), buffer._version))
             for module in model.modules()
-            for name, buffer in ([] if module in corrected else _writable_buffers(module))
+            for name, buffer in _writable_buffers(module)
         ]
         try:
             yield
         finally:
             for module, name, buffer, written in before:
+                if module in corrected:
+                    continue
                 if written is not None and buffer._version != written[1]:
                     buffer.copy_(written[0])
                 setattr(module, name, buffer)  # the forward may have set another

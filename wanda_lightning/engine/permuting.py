@@ -12,6 +12,7 @@ from torch import nn
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.error_notes import noting
+from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
@@ -45,15 +46,16 @@ def permute(run: Run) -> Permuted:
     if any(managers_around(plan.model, [(unit.module, unit.layers[0].module) for unit in units if unit.module])):
         return Permuted(why_not="the blocks are not sharded one by one")
     search, observer, again = _Search(plan), Observer(Wanda.needs, plan.processes), set[str]()
-    with closing(dense_blocks(run, units, _SAMPLES, "Permuting", again)) as blocks, noting(search.state):
+    blocks = dense_blocks(run, units, _SAMPLES, "Permuting", again)
+    with pruning_mode(plan.model, search.moved), closing(blocks), noting(search.state):
         for unit, calls in blocks:
             search(unit, calls, observer)
-    for name in [unit.name for unit in units]:
-        if name in again:
-            store.undo(partial(search.put_back, name))
-            search.forget(name)
-        else:
-            store.repeat(name, partial(_permute_all, search.done.get(name, ()), plan.processes))
+        for name in [unit.name for unit in units]:
+            if name in again:
+                store.undo(partial(search.put_back, name))
+                search.forget(name)
+            else:
+                store.repeat(name, partial(_permute_all, search.done.get(name, ()), plan.processes))
     return search.permuted
 
 
@@ -63,6 +65,7 @@ class _Search:
     def __init__(self, plan: Plan) -> None:
         self.permuted = Permuted()
         self.done: dict[str, list[Reordering]] = {}  # by block
+        self.moved = set[nn.Module]()  # whose tensors have another order, perhaps buffers among them
         self._plan, self._modules, self._tied = plan, named_modules(plan.model), tied_tensors(plan.model)
         # The candidate that fits readers with the same name and shape in blocks of the same class; -1 if none does.
         self._known: dict[tuple[object, ...], int] = {}
@@ -76,6 +79,7 @@ class _Search:
             with self._plan.processes.fail_together():
                 chosen = list(self._find(unit, runs, inputs))
         with self._plan.processes.fail_together():
+            self.moved |= {slot.module for hidden, _ in chosen for slot in hidden.slots}
             _permute_all(chosen, self._plan.processes)
             self.done[unit.name] = chosen
             with kept_gathered(unit.module):

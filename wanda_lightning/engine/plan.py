@@ -23,7 +23,6 @@ from wanda_lightning.engine.refusals import (
     refuse_nothing_to_prune,
     refuse_rounding,
     refuse_sharding,
-    refuse_too_wide,
     refuse_unprunable,
 )
 from wanda_lightning.engine.sharded_layers import WholeMatrices
@@ -240,6 +239,5 @@ def make_plan(
         refuse_sharding(config, model, inventory, processes)
         if has_weights:
             refuse_unprunable(inventory.layers)
-        refuse_too_wide(config, inventory)
         config.allocation.check(plan.dense_layers(plan.layers), config.sparsity)
     return plan

@@ -120,7 +120,7 @@ def prune_as(
     if config.pattern.drops_experts:
         return drop_experts(run)
     if config.permutation.reads_batches:
-        with run.timed("permute"), pruning_mode(model):
+        with run.timed("permute"):
             run.permuted = permute(run)
     if config.pattern.prunes_units:
         with run.timed("find units"), pruning_mode(model):

@@ -9,8 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.memory import free_memory
-from wanda_lightning.common.words import as_gib, counted
+from wanda_lightning.common.words import counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.models import Inventory, Layer, SkipReason
@@ -85,32 +84,16 @@ def refuse_rounding(config: PruningConfig, widths: Mapping[str, int]) -> None:
     if not isinstance(pattern, Structured) or not widths:
         return
     name, widest = max(widths.items(), key=lambda item: item[1])
-    if widest <= pattern.multiple_of:
-        raise UserError(
-            f"multiple_of={pattern.multiple_of} of {config.shown('pattern')} leaves no unit to remove: the widest "
-            f"layer, {name}, reads {widest} hidden units. Choose a smaller one, such as "
-            f"Structured(multiple_of={max(1, widest // 8)})."
-        )
-    if pattern.multiples(widest, config.sparsity) < 1:
-        raise UserError(
-            f"sparsity={config.sparsity:g} would remove all {widest} hidden units that {name} reads, in multiples of "
-            f"{pattern.multiple_of}. Choose a lower sparsity, or a smaller multiple_of."
-        )
-
-
-def refuse_too_wide(config: PruningConfig, inventory: Inventory) -> None:
-    """Refuse Gram matrices (d_in, d_in) that do not fit in memory: on a CPU, the system would end the process."""
-    if "gram" not in config.needs:
-        return
-    widest = max(inventory.layers, key=lambda layer: layer.shape[1])
-    # A solver holds the sum, its dampened copy, the Cholesky factor and the inverse.
-    needed, free = 4 * widest.shape[1] ** 2 * max(4, widest.weight.element_size()), free_memory(widest.weight.device)
-    if needed > free:
-        raise UserError(
-            f"{config.data_reader} needs at least {as_gib(needed)} for the Gram matrix of {widest.name} with "
-            f"{widest.shape[1]} inputs, but only {as_gib(free)} are free on {widest.weight.device}. Leave wide layers "
-            f"dense with skip=['{widest.name}'], or use criterion='wanda' with solver='zero_out'."
-        )
+    kept, multiple = pattern.multiples(widest, config.sparsity), pattern.multiple_of
+    for is_wrong, found in (
+        (widest <= multiple, f"multiple_of={multiple} of {config.shown('pattern')} leaves no unit to remove: "),
+        (kept < 1, f"sparsity={config.sparsity:g} would remove all {widest} hidden units: "),
+    ):
+        if is_wrong:
+            raise UserError(
+                f"{found}the widest layer, {name}, reads {widest}, in multiples of {multiple}. "
+                "Choose another sparsity, or a smaller multiple_of."
+            )
 
 
 def refuse_sharding(config: PruningConfig, model: nn.Module, inventory: Inventory, processes: Processes) -> None:
