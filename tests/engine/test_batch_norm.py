@@ -300,18 +300,6 @@ def test_magnitude_reads_the_batches_only_for_it():
     assert "no calibration batch reached" in notes(report)[0]
 
 
-@pytest.mark.parametrize("sequential", ["none", "block"])
-def test_an_iterator_still_gives_all_its_batches(sequential, monkeypatch):
-    monkeypatch.setattr(batch_norm, "_SAMPLES", 3)
-    batches, choices = images(2, 2, 3), {"sequential": sequential, "progress": False}
-    once, listed = resnet(), resnet()
-    report = prune(once, iter(batches), **choices)
-    prune(listed, batches, **choices)
-    assert report.config["calibration_batches"] == 3
-    assert "on 4 samples" in notes(report)[0]
-    assert all(torch.equal(a, b) for a, b in zip(once.state_dict().values(), listed.state_dict().values(), strict=True))
-
-
 def test_outputs_that_are_no_predictions():
     dense = resnet()
     corrected = copy.deepcopy(dense)

@@ -274,37 +274,6 @@ def test_blocks_with_the_same_parameters_and_other_attributes_are_tried_again():
     assert list(found_in(model, vectors()).coupled) == ["blocks.1.down", "blocks.3.down"]
 
 
-@pytest.mark.parametrize("number", [2, 3])
-def test_parts_that_look_alike_lose_units_of_their_own(number):
-    """Without a list of blocks, the whole network is one; its branches of one width are still apart."""
-
-    class Branches(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.down = nn.Sequential(nn.Conv2d(16, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
-            self.up = nn.Sequential(nn.Conv2d(12, 16, 3, padding=1))
-
-        def forward(self, x):
-            return x + self.up(self.down(x))
-
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.stem, self.head = nn.Conv2d(3, 16, 1), nn.Linear(16, 10)
-            for place in range(number):
-                self.add_module(f"part{place}", Branches())
-
-        def forward(self, x):
-            x = self.stem(x)
-            for place in range(number):
-                x = self.get_submodule(f"part{place}")(x)
-            return self.head(x.mean(dim=(2, 3)))
-
-    units = found_in(seeded(Network), images()).coupled
-    assert units.keys() == {f"part{place}.up.0" for place in range(number)}
-    assert all(len(each.writers) == 1 for each in units.values())
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["llama", "phi3", "resnet50", "mobile"])
 def test_other_dtypes(name, dtype):
@@ -471,18 +440,6 @@ def test_uniform_gives_one_ratio_to_all_layers_of_a_kind(widths, sparsity, kept)
     assert tuple(numbers) == kept
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.25, 1 / 3, 0.5, 0.9, 0.999])
-@pytest.mark.parametrize("width", [7, 8, 20, 64, 100, 1536])
-@pytest.mark.parametrize("multiple_of", [1, 3, 8])
-def test_how_many_units_are_kept(width, sparsity, multiple_of):
-    kept = Structured(multiple_of).kept(width, sparsity)
-    assert kept == reference.kept_units(width, sparsity, multiple_of)
-    assert Structured(multiple_of).kept(width, 1 - kept / width) == kept
-    for more in (sparsity, 0.95, 0.9999):  # a later stage of a schedule never keeps more
-        if more >= sparsity:
-            assert Structured(multiple_of).kept(width, more) <= kept
-
-
 # ---- laws
 
 
@@ -500,18 +457,6 @@ def test_pruning_twice_changes_nothing_and_a_seed_gives_one_mask(name, method):
     prune(models[0], batches(), 0.5, method=method, pattern=EACH_OF_4, keep_batch_norm=True, progress=False)
     again = models[0].state_dict()
     assert all(torch.equal(again[key], once[key]) for key in once)
-
-
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-@pytest.mark.parametrize("name", ["llama", "resnet50"])
-def test_every_granularity_prunes_the_same_number(name, sequential):
-    make, batches = MODELS[name]
-    model = make()
-    report = prune(model, batches(), 0.5, pattern=EACH_OF_4, sequential=sequential, progress=False)
-    plan = found_in(make(), batches())
-    expected = sum(units.width - reference.kept_units(units.width, 0.5, 4) for units in plan.coupled.values())
-    width = sum(units.width for units in plan.coupled.values())
-    assert any(note.startswith(f"{expected} of {width} hidden units are zero; shrink()") for note in report.notes)
 
 
 @pytest.mark.parametrize("recovery", ["reconstruct", "distil"])

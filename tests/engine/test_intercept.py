@@ -57,14 +57,6 @@ def layer_of(width):
     return nn.Linear(width, 8)
 
 
-def test_a_layer_without_a_bias_is_pruned_as_before(tokens):
-    pair = []
-    for intercept in (False, True):
-        pair.append(layer(bias=False))
-        prune(pair[-1], [tokens], 0.5, solver=ADMM(intercept=intercept), progress=False)
-    assert torch.equal(pair[0].weight, pair[1].weight)
-
-
 def test_a_bias_that_other_layers_use_stays(tokens):
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     model[2].bias = model[0].bias

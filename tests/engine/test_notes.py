@@ -9,7 +9,7 @@ from support.pairwise import spread, with_nightly
 from support.zoo import ZOO, seeded
 from torch import nn
 
-from wanda_lightning import NM, OWL, PerLayer, prune
+from wanda_lightning import NM, prune
 from wanda_lightning.engine.notes import low_coverage
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import SkipReason, find_layers
@@ -142,14 +142,6 @@ def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
             assert torch.equal(parameter, seeded(Uneven).get_parameter(name)), name
 
 
-def test_what_the_user_left_out_is_no_misfit():
-    report = prune(seeded(Uneven), rows(), pattern="2:4", skip=MISFITS, progress=False)
-    assert report.notes == []
-    assert {matrix.detail for matrix in report.skipped} == {f"skip={name!r}" for name in MISFITS}
-    report = prune(seeded(Uneven), rows(), pattern="2:4", only=["blocks.1"], progress=False)
-    assert [matrix.name for matrix in report.skipped if matrix.detail.startswith("input width")] == ["blocks.1.up"]
-
-
 @pytest.mark.parametrize(
     ("name", "m"),
     with_nightly(
@@ -169,25 +161,6 @@ def test_units_do_not_depend_on_what_fits(name, m):
         misfits = [layer.name for layer in every.layers if layer.shape[1] % m]
         assert [matrix.name for matrix in found.skipped if matrix.reason is SkipReason.PATTERN] == misfits
         assert found.skipped[: len(every.skipped)] == every.skipped
-
-
-def test_groups_that_the_pattern_does_not_fit():
-    model = nn.Sequential(nn.Conv2d(8, 6, 1), nn.Conv2d(6, 6, 3, groups=2), nn.Conv2d(6, 4, 2))
-    batch = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(0))
-    report = prune(model, [batch], pattern="2:4", progress=False)
-    assert [layer.name for layer in report.layers] == ["0", "2"]  # 8 channels; 6 channels at 4 places
-    assert [(matrix.name, matrix.detail) for matrix in report.skipped] == [
-        (f"1.group{group}", "input width 27 is not a multiple of 4") for group in (0, 1)
-    ]
-
-
-@pytest.mark.parametrize("allocation", [OWL(per="layer"), PerLayer({"blocks.0": 0.25}), PerLayer({"blocks.1": 0.0})])
-def test_an_allocation_spreads_over_what_fits(allocation):
-    report = prune(seeded(Uneven), rows(), pattern="4:8", allocation=allocation, progress=False)
-    assert [layer.name for layer in report.layers] == ["blocks.0.down", "blocks.1.down", "blocks.2.down"]
-    assert report.sparsity == pytest.approx(0.5, abs=1 / 16)
-    with pytest.raises(ValueError, match=r"matches no pruned layer"):
-        prune(seeded(Uneven), rows(), pattern="4:8", allocation=PerLayer({"last": 0.25}), progress=False)
 
 
 def test_a_model_that_is_sparse_already_says_so():

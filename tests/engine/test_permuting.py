@@ -188,22 +188,6 @@ class PassedOn(Mlp):
         return x + self.down(hidden)
 
 
-class Kept(Mlp):
-    """Hidden units that stay in an attribute."""
-
-    def forward(self, x):
-        self.seen = self.hidden(x)
-        return x + self.down(self.seen)
-
-
-class Indices(Mlp):
-    """Hidden units whose positions are returned."""
-
-    def forward(self, x, found=()):
-        hidden = self.hidden(x)
-        return x + self.down(hidden), (*found, hidden.argmax(-1))
-
-
 class Chosen(Mlp):
     """Hidden units that one of two layers reads, as the batch asks."""
 
@@ -254,8 +238,6 @@ FIXED = {
     "read twice": lambda: Blocks(ReadTwice),
     "read by another": lambda: Blocks(ReadByAnother),
     "passed on": lambda: Blocks(PassedOn, passed_on),
-    "kept in an attribute": lambda: Blocks(Kept),
-    "indices": lambda: Blocks(Indices, lambda blocks, x: blocks[1](*blocks[0](x))),
     "odd heads": lambda: Blocks(Odd),
 }
 MOVED_BACK = {

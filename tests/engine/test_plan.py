@@ -1,34 +1,27 @@
 """What is pruned, and to which sparsity, is found once; what cannot be pruned is refused before anything changes."""
 
 import copy
-import itertools
 
 import pytest
 import torch
-from support.callbacks import Net, loader, trainer
 from support.pairwise import spread
 from support.refusals import Untouched, refusal
-from support.zoo import ZOO, run
+from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import (
     NM,
     OWL,
     AlphaPruning,
-    CubicSchedule,
     Distil,
     PerLayer,
-    PruningCallback,
     PruningConfig,
     Unstructured,
     prune,
 )
-from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.engine.plan import make_plan
-from wanda_lightning.engine.prune import prune_collected
 from wanda_lightning.methods import ALLOCATIONS, SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
-from wanda_lightning.parallel import SINGLE_PROCESS
 
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 UNEQUAL = [name for name in ALLOCATIONS if name != "uniform"]
@@ -211,42 +204,3 @@ def test_refusals_come_before_the_batches():
             text := refusal(model(), [], criterion="magnitude", allocation="owl", sequential=sequential)
         )
         assert "there is none" in text
-
-
-def test_forward_passes_that_run_anyway_give_the_same_sparsities():
-    specimen = ZOO["vit"]
-    watched_model, model = specimen.build(), specimen.build()
-    plan = make_plan(PruningConfig.from_names(allocation="owl", sequential="none"), watched_model)
-    passive = PassiveCalibration(watched_model, plan.whole_model, plan.observed, SINGLE_PROCESS)
-    for batch in specimen.batches():
-        with torch.no_grad(), passive.collect(batch):
-            run(watched_model, batch)
-    report = prune_collected(plan, passive)
-    other = prune(model, specimen.batches(), 0.5, allocation="owl", sequential="none", progress=False)
-    assert [layer.target for layer in report.layers] == [layer.target for layer in other.layers]
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in watched_model.state_dict().items())
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize(
-    ("method", "allocation"),
-    spread(["wanda", "magnitude"], [OWL(m=2.0), AlphaPruning(), PerLayer({"layers.0": 0.6})]),
-)
-def test_a_schedule_ends_at_what_was_asked_for(method, allocation):
-    seen = []
-
-    class Noting(PruningCallback):
-        def _record(self, report, share, trainer):
-            super()._record(report, share, trainer)
-            seen.append({layer.name: layer.sparsity for layer in report.layers})
-
-    callback = Noting(0.8, method=method, allocation=allocation, schedule=CubicSchedule(0, 6, every=2))
-    trainer(callback, max_steps=7).fit(Net(), loader(128), loader())
-    assert len(seen) == 3
-    for earlier, later in itertools.pairwise(seen):
-        assert all(earlier[name] <= later[name] for name in earlier)
-    assert callback.report.sparsity == pytest.approx(0.8, abs=0.01)
-    assert len(set(seen[-1].values())) > 1
-    if isinstance(allocation, PerLayer):
-        for sparsities, (_, share) in zip(seen, callback.schedule.stages, strict=True):
-            assert sparsities["layers.0"] == pytest.approx(0.6 * share, abs=1 / 32)

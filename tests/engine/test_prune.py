@@ -139,35 +139,6 @@ def test_padding_of_a_decoder_does_not_count():
     assert decoder_tokens(decoder_input_ids=ids, decoder_attention_mask=(labels != -100).long()) == 16 + 5
 
 
-class Attention(nn.Module):
-    """Three layers with one input, which has fewer tokens than the mask."""
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
-
-    def forward(self, x):
-        return self.q(x) + self.k(x) + self.v(x)
-
-
-class Shortened(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList([Attention()])
-
-    def forward(self, x, attention_mask):
-        return self.blocks[0](x[:, 1:])
-
-
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_padding_that_counts_is_noted_on_each_layer(sequential):
-    batch = {"x": torch.randn(2, 4, 8), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
-    report = prune(Shortened(), [batch], sequential=sequential, progress=False)
-    notes = {layer.name[-1]: layer.note.partition(":")[0] for layer in report.layers}
-    assert notes == dict.fromkeys("qkv", "padding counted")
-    assert {layer.tokens for layer in report.layers} == {2 * 3}
-
-
 def test_autocast_of_the_caller_reaches_the_batches():
     """Scores come from bfloat16 activations, and the cast of a dense weight is not used after it was pruned."""
     seen = []
@@ -232,15 +203,6 @@ def solved_together(monkeypatch):
 
     monkeypatch.setattr(SparseGPT, "solve_together", spy)
     return calls
-
-
-@pytest.mark.parametrize("sequential", ["block", "none"])
-def test_rows_of_layers_with_one_input_are_solved_together(sequential, solved_together):
-    blocks = torch.nn.Sequential(Parallel(), Parallel())
-    report = prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", sequential=sequential, progress=False)
-    assert solved_together == [[(8, 16)] * 3, [(16, 8)]] * 2
-    assert [layer.name for layer in report.layers] == [f"{i}.{name}" for i in "01" for name in ("q", "out", "k", "v")]
-    assert {layer.sparsity for layer in report.layers} == {0.5}
 
 
 def test_not_all_layers_with_one_input_are_held_at_once(solved_together, monkeypatch):

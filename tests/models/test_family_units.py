@@ -92,12 +92,3 @@ def test_the_document_counts_shares():
     assert f"Of 3 models with an MLP, {found}" in lines
     assert "| llama | LlamaForCausalLM | yes | 128 | 32 of 32 | -12% | ordinary |  |" in lines
     assert "| no hidden units found | 2 |" in lines
-
-
-def test_each_script_writes_its_part():
-    first, second = "# Which\n\ntable\n", f"{family_units.HEADING}\n\nunits\n"
-    whole = families.page(second, first)
-    assert whole == f"{first}\n{second}"
-    assert families.page(second.replace("units\n", "new\n"), whole) == f"{first}\n{family_units.HEADING}\n\nnew\n"
-    assert families.page("# Which\n\nnew\n", whole) == f"# Which\n\nnew\n\n{second}"
-    assert families.page(first, "") == first

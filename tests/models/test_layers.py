@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import SparseGPT, prune
+from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
@@ -156,52 +156,6 @@ def test_layers_with_equal_windows_have_equal_tokens():
 
 def double(make):
     return seeded(make).double()
-
-
-@pytest.mark.parametrize(
-    "choices",
-    [
-        {"sequential": "block"},
-        {"sequential": "layer", "pattern": "2:4"},
-        {"sequential": "none", "solver": SparseGPT()},
-        {"sequential": "none", "allocation": "fisher"},
-    ],
-    ids=str,
-)
-def test_along_one_dimension_like_images_of_one_row(choices):
-    """A Conv1d is pruned as the Conv2d that does the same."""
-
-    class Convolving(nn.Module):
-        def __init__(self, make, kernel, padding):
-            super().__init__()
-            self.stem = make(3, 16, kernel, padding=padding)
-            self.blocks = nn.Sequential(
-                *(
-                    nn.Sequential(make(16, 16, kernel, stride=2, padding=padding), make(16, 16, kernel, groups=4))
-                    for _ in range(2)
-                )
-            )
-            self.head = nn.Linear(16, 5)
-
-        def forward(self, x):
-            return self.head(self.blocks(self.stem(x).relu()).flatten(2).mean(2))
-
-    rows, images = double(lambda: Convolving(nn.Conv1d, 3, 1)), double(lambda: Convolving(nn.Conv2d, (1, 3), (0, 1)))
-    with torch.no_grad():
-        for one, other in zip(rows.parameters(), images.parameters(), strict=True):
-            one.copy_(other.reshape(one.shape))
-    generator = torch.Generator().manual_seed(1)
-    signals = [torch.randn(n, 3, 40, generator=generator, dtype=torch.float64) for n in (2, 3)]
-    options = {"progress": False, **choices}
-    one = prune(rows, signals, 0.5, **options)
-    other = prune(images, [x.unsqueeze(2) for x in signals], 0.5, **options)
-    assert len(one.layers) == 11
-    assert one.sparsity == pytest.approx(0.5, abs=0.01)
-    assert [(x.name, x.tokens, x.target) for x in one.layers] == [(x.name, x.tokens, x.target) for x in other.layers]
-    assert {"stem: reads the raw signal"} == {x.detail for x in one.skipped if x.name == "stem"}
-    for (name, mine), theirs in zip(rows.named_parameters(), images.parameters(), strict=True):
-        assert torch.equal(mine != 0, theirs.reshape(mine.shape) != 0), name
-        torch.testing.assert_close(mine, theirs.reshape(mine.shape), rtol=1e-9, atol=1e-9)
 
 
 def test_padding_does_not_count_along_one_dimension():

@@ -4,8 +4,6 @@ import pytest
 import torch
 from support.zoo import ZOO
 from torch import nn
-from transformers import Gemma2Config, Gemma2ForCausalLM
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from wanda_lightning import prune
 from wanda_lightning.models import fitting_mask, token_masks
@@ -98,37 +96,6 @@ def test_a_mask_of_another_shape_is_refused(shape):
 
 def test_a_mask_may_be_longer_where_a_cache_comes_first():
     assert read(torch.ones(2, 9), past_key_values=object()) == ()
-
-
-def gemma():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Gemma2Config(**sizes, head_dim=8, vocab_size=64, num_hidden_layers=2, sliding_window=3)
-    return Gemma2ForCausalLM(config).eval()
-
-
-@pytest.mark.parametrize("mask", [RIGHT, LEFT], ids=["right", "left"])
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-def test_a_dictionary_of_masks_prunes_as_the_padding_it_is_made_of(mask, sequential):
-    model, other = gemma(), gemma()
-    inputs = (
-        model.config,
-        model.get_input_embeddings()(IDS),
-        mask,
-        None,
-    )  # releases name the last one, the cache, otherwise
-    masks = {
-        "full_attention": create_causal_mask(*inputs),
-        "sliding_attention": create_sliding_window_causal_mask(*inputs),
-    }
-    reports = [
-        prune(each, [{"input_ids": IDS, "attention_mask": given}], sequential=sequential, progress=False)
-        for each, given in ((model, mask), (other, masks))
-    ]
-    assert [layer.tokens for layer in reports[1].layers] == [8] * len(reports[1].layers)
-    assert [layer.note for layer in reports[1].layers] == [""] * len(reports[1].layers)
-    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(one, two), name
 
 
 def test_the_report_says_where_padding_counted():

@@ -58,10 +58,6 @@ class BlockRuns:
         """Whether the first call calls a module."""
         return module in self._records[0].inputs
 
-    def positions(self, layer: Layer) -> int:
-        """Return at how many positions a layer computes in the first call."""
-        return sum(len(layer.tokens(x)) for x in self._records[0].inputs.get(layer.module, ()))
-
     def reads_alone(self, module: nn.Module) -> bool:
         """Whether the first call reaches a module, and no other module with a matrix gets the same input."""
         inputs = self._records[0].inputs

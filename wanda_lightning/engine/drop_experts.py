@@ -77,34 +77,35 @@ def drop_experts(run: Run) -> PruningReport:
 def find_mixtures(plan: Plan) -> list[Mixture]:
     """Return the mixtures of the model, or refuse the model."""
     found, shown, pattern = list(mixtures(plan.model)), plan.config.shown("pattern"), plan.config.pattern
-    adapted = adapted_module(plan.model) is not None
-    if adapted or is_sharded(plan.model):
-        raise UserError(
-            f"{shown} needs whole layers, but the model {'has adapters' if adapted else 'is sharded'}. Merge adapters "
-            "first, and prune in one process, or with DDP."
-        )
-    if not found:
-        raise UserError(
-            f"{shown} needs a mixture of experts, but no module of the model has experts in stacked parameters (a list "
-            f"of modules does not count) and a router with one row for each of them. {_OTHERS}"
-        )
+    assert isinstance(pattern, Experts)
     sizes = {(mixture.number, mixture.groups): mixture.name for mixture in found}
     texts = [f"{name} has {number} in {counted(groups, 'group')}" for (number, groups), name in sizes.items()]
-    problems = [" and ".join(texts)] if len(sizes) > 1 else []
     experts = tuple(f"{mixture.prefix}." for mixture in found)
-    left_out = (matrix.name for matrix in plan.inventory.skipped_for(SkipReason.USER))
-    problems += [f"skip or only leaves out {name}" for name in left_out if name.startswith(experts)]
-    if problems:
-        raise UserError(f"{shown} drops the same number of experts in every layer, but {problems[0]}. {_OTHERS}")
-    assert isinstance(pattern, Experts)
-    size, sparsity = found[0].number // found[0].groups, plan.config.sparsity
+    left_out = [m.name for m in plan.inventory.skipped_for(SkipReason.USER) if m.name.startswith(experts)]
+    size, sparsity = (found[0].number // found[0].groups if found else 1), plan.config.sparsity
     kept = pattern.kept(size, sparsity)
-    if kept == 0 or (kept == size and sparsity > 0):
-        where = f" in each of the {found[0].groups} groups" if found[0].groups > 1 else ""
-        raise UserError(
-            f"sparsity={sparsity:g} with {shown} drops {'none' if kept else 'all'} of the {size} experts{where}. "
-            f"Choose at least {1 / size:.3g} and at most {1 - 1 / size:.3g}."
-        )
+    where = f" in each of the {found[0].groups} groups" if found and found[0].groups > 1 else ""
+    for is_wrong, why in (
+        (
+            adapted_module(plan.model) is not None or is_sharded(plan.model),
+            "needs whole layers, but the model is sharded or has adapters. Merge adapters first, and prune in one "
+            "process, or with DDP.",
+        ),
+        (
+            not found,
+            "needs a mixture of experts, but no module of the model has experts in stacked parameters (a list of "
+            f"modules does not count) and a router with one row for each of them. {_OTHERS}",
+        ),
+        (len(sizes) > 1, f"drops the same number of experts in every layer, but {' and '.join(texts)}. {_OTHERS}"),
+        (left_out, f"drops experts in every layer, but skip or only leaves out {', '.join(left_out[:1])}. {_OTHERS}"),
+        (
+            kept == 0 or (kept == size and sparsity > 0),
+            f"drops {'none' if kept else 'all'} of the {size} experts{where} with sparsity={sparsity:g}. Choose at "
+            f"least {1 / size:.3g} and at most {1 - 1 / size:.3g}.",
+        ),
+    ):
+        if is_wrong:
+            raise UserError(f"{shown} {why}")
     return found
 
 

@@ -209,11 +209,9 @@ def _permuted(run: Run) -> Note | None:
     if not (done := run.permuted):
         return None
     pattern = run.plan.config.pattern
-    if done.put_back:
-        reason = f"; the units of {_layers(done.put_back, 'block')} were put back, {done.put_back[0]} first, because "
-        reason += "its output changed"
-    else:
-        reason = ""
+    back = done.put_back
+    reason = f"; the units of {_layers(back, 'block')} were put back, {back[0]} first, " if back else ""
+    reason += "because its output changed" * bool(back)
     if not done.kept:
         why = done.why_not or "no layer reads hidden units whose order can be changed"
         return Note(f"nothing is permuted for {_as_nm(pattern)}: {why}{reason}")
