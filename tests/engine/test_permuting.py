@@ -24,13 +24,11 @@ from wanda_lightning.parallel import SINGLE_PROCESS
 READERS = {
     "llama": {"self_attn.o_proj", "mlp.down_proj"},
     "mistral": {"self_attn.o_proj", "mlp.down_proj"},
-    "gemma3": {"self_attn.o_proj", "mlp.down_proj"},
     "mixtral": {"self_attn.o_proj"},
     "deepseek_v3": {"self_attn.q_b_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.shared_experts.down_proj"},
     "gpt_oss": {"self_attn.o_proj"},
     "opt": {"self_attn.out_proj", "fc2"},
     "gpt2": {"attn.c_proj", "mlp.c_proj"},
-    "gpt_neox": {"attention.dense", "mlp.dense_4h_to_h"},
     "t5": {
         "layer.0.SelfAttention.o",
         "layer.1.EncDecAttention.o",

@@ -45,7 +45,7 @@ NOT_SLOWLY = "autocast_inside", "torch_transformer", "mixtral_padded"
 
 
 LIKE_OTHERS = {  # specimens that differ from another in nothing that pruning sees
-    *("llama_left_padded", "mistral", "qwen3", "gemma3", "olmoe", "qwen3_moe", "gpt_neox", "deit", "resnet50"),
+    *("llama_left_padded", "mistral", "qwen3", "qwen3_moe", "deit", "resnet50"),
     "convnext_conv_mlp",
 }
 

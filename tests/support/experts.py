@@ -12,7 +12,7 @@ from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.models import find_layers
 
-SPECIMENS = ["mixtral", "mixtral_padded", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss", "llama4"]
+SPECIMENS = ["mixtral", "mixtral_padded", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"]
 BY_COLUMNS = ("gpt_oss", "llama4")
 SIZES = {
     "vocab_size": 64,

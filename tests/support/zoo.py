@@ -164,7 +164,6 @@ _SIZES = {
     **_SPECIAL,
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 _EXPERTS = {**_GROUPED, "tie_word_embeddings": False}
@@ -380,11 +379,9 @@ ZOO: dict[str, Specimen] = {
     "qwen3": _text_model(hf.Qwen3ForCausalLM, {**_GROUPED, "head_dim": 16}),
     # Eager, since sdpa ignores the soft cap of the attention.
     "gemma2": _text_model(hf.Gemma2ForCausalLM, {**_GEMMA, "attn_implementation": "eager"}),
-    "gemma3": _text_model(hf.Gemma3ForCausalLM, {**_GEMMA, "layer_types": [_SLIDING, _FULL, _SLIDING]}),
     "mixtral": _with_experts(hf.MixtralForCausalLM, "*.gate", num_local_experts=4),
     "mixtral_padded": _with_experts(hf.MixtralForCausalLM, "*.gate", batches=_LEFT, num_local_experts=4),
     "qwen3_moe": _with_experts(hf.Qwen3MoeForCausalLM, "*.gate", **_FEW, num_experts=4, head_dim=16),
-    "olmoe": _with_experts(hf.OlmoeForCausalLM, "*.gate", num_experts=4, num_experts_per_tok=2),
     "deepseek_v3": _with_experts(hf.DeepseekV3ForCausalLM, "*.gate", **_DEEPSEEK),
     "gpt_oss": _with_experts(hf.GptOssForCausalLM, "*.router", "*_bias", **_GPT_OSS),
     "llama4": _with_experts(hf.Llama4ForCausalLM, "*.router", **_LLAMA4),
@@ -393,9 +390,6 @@ ZOO: dict[str, Specimen] = {
     ),
     "gpt2": _text_model(
         hf.GPT2LMHeadModel, _GPT2, _text, ("transformer.wte", "transformer.wpe", "lm_head"), ("transformer.h.[0-9]",)
-    ),
-    "gpt_neox": _text_model(
-        hf.GPTNeoXForCausalLM, _SIZES, _text, ("gpt_neox.embed_in", "lm_head"), ("gpt_neox.layers.[0-9]",)
     ),
     "t5": _text_model(
         hf.T5ForConditionalGeneration,

@@ -21,8 +21,8 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import counted
 from wanda_lightning.core.patterns import Experts
 from wanda_lightning.core.types import Units
+from wanda_lightning.engine.notes import make_report
 from wanda_lightning.engine.plan import Plan
-from wanda_lightning.engine.reporting import make_report
 from wanda_lightning.engine.run import Run
 from wanda_lightning.models import SkippedMatrix, SkipReason, adapted_module
 from wanda_lightning.models.mixtures import Mixture, mixtures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from typing import Any
@@ -22,10 +23,10 @@ from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
 from wanda_lightning.engine.coupling import couple
 from wanda_lightning.engine.drop_experts import drop_experts
+from wanda_lightning.engine.notes import make_report
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import Plan, make_plan
-from wanda_lightning.engine.reporting import make_report
-from wanda_lightning.engine.run import Observed, Run, WeightStore, timed
+from wanda_lightning.engine.run import Observed, Run, WeightStore
 from wanda_lightning.engine.write import prune_unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 from wanda_lightning.report import Permuted, PruningReport
@@ -102,8 +103,8 @@ def prune_as(
             choose the same masks; an error in one process ends all of them.
         store: Where the weights are.
     """
-    seconds: dict[str, float] = {}
-    with timed(seconds, "prepare"), processes.fail_together():
+    started = time.perf_counter()
+    with processes.fail_together():
         plan = store.plan(config, model, processes)
         batch_norms = _batch_norms(plan)
         not_corrected = ""
@@ -112,11 +113,12 @@ def prune_as(
             batch_norms = []
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         samples = Samples(model, batches, forward, predict, processes, reader)
-        run = Run(plan, samples, store, progress and processes.rank == 0, seconds, not_corrected=not_corrected)
+        run = Run(plan, samples, store, progress and processes.rank == 0, not_corrected=not_corrected)
         allocate_first = (not plan.is_one_pass or plan.config.reads_gradients) and not config.pattern.drops_experts
         recovery_reads = config.recovery.reads_batches or config.recovery.recorded
         if config.data_reader and (allocate_first or recovery_reads):
             samples.read_all(run.progress)  # the batches run several times, or side by side
+    run.seconds["prepare"] = time.perf_counter() - started
     if config.pattern.drops_experts:
         return drop_experts(run)
     if config.permutation.reads_batches:

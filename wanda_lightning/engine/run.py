@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import nn
@@ -60,9 +60,15 @@ class Run:
             self.selections = self.plan.allocate(*found, self.progress, self.store.hold)
         self.store.keep(self.selections)
 
-    def timed(self, stage: str, is_reported: bool = True) -> AbstractContextManager[None]:
+    @contextmanager
+    def timed(self, stage: str, is_reported: bool = True) -> Iterator[None]:
         """Add the time of this block to a stage of the report; a stage that does nothing is left out."""
-        return timed(self.seconds, stage, is_reported)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            if is_reported:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def written(self) -> str:
         """Say, for an error, which layers are pruned already; return nothing if none is."""
@@ -72,17 +78,6 @@ class Run:
         if len(names) == 1:
             pruned = f"{names[0]} is already pruned"
         return f"{pruned}; the others are dense. {self.store.advice}"
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str, is_reported: bool = True) -> Iterator[None]:
-    """Add the time of this block to a stage."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        if is_reported:
-            seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
 def unreached(layer: Layer) -> SkippedMatrix:
