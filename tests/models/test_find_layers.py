@@ -280,20 +280,6 @@ def test_one_layer(make, expected):
         assert skipped[name].startswith(start)
 
 
-def test_only_the_first_convolution_can_be_the_image_stem():
-    found = find_layers(nn.Sequential(nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)))
-    assert [layer.name for layer in found.layers] == ["0", "1"]
-    found = find_layers(nn.Sequential(nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1)))
-    assert [layer.name for layer in found.layers] == ["1"]
-
-
-@pytest.mark.parametrize("name", ["stem", "conv_stem", "patch_embed", "patch_embedding", "patch_embeddings"])
-def test_stems_by_name(name):
-    deep = {"first": nn.Conv2d(8, 8, 1), name: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8))}
-    assert reasons(nn.ModuleDict(deep)) == dict.fromkeys([f"{name}.0", f"{name}.1"], "stem or patch embedding")
-    assert reasons(nn.ModuleDict({f"{name}x": nn.Linear(8, 8), f"x{name}": nn.Linear(8, 8)})) == {}
-
-
 def test_tied_weights_belong_to_the_first_and_either_name_chooses_them():
     found = found_in("tied")
     assert [layer.name for layer in found.layers] == ["first", "third"]
@@ -303,35 +289,51 @@ def test_tied_weights_belong_to_the_first_and_either_name_chooses_them():
     assert reasons(built("tied"), skip=["second"]) == {"first": "skip='second'", "second": "tied to first"}
 
 
-def test_a_layer_tied_to_an_output_head_is_left_dense():
-    class Classifier(type(built("tied"))):
-        def get_classifier(self):
-            return self.second
-
-    found = reasons(Classifier())
-    assert found == {"first": "tied to second: output head", "second": "tied to first"}
+class Classifier(type(built("tied"))):
+    def get_classifier(self):
+        return self.second
 
 
-def test_a_model_that_cannot_say_what_its_output_head_is():
-    class Speech(nn.Sequential):
-        def get_output_embeddings(self):
-            raise NotImplementedError
-
-    assert [layer.name for layer in find_layers(Speech(nn.Linear(8, 8))).layers] == ["0"]
+class Speech(nn.Sequential):
+    def get_output_embeddings(self):
+        raise NotImplementedError
 
 
-def test_an_embedding_is_never_pruned_through_a_tied_layer():
+def embedding_behind():
     model = nn.ModuleDict({"decoder": nn.Linear(8, 12, bias=False), "embed": nn.Embedding(12, 8)})
     model["embed"].weight = model["decoder"].weight
-    assert reasons(model) == {"decoder": "tied to embed", "embed": "embedding"}
-    assert not find_layers(model).layers
+    return model
 
 
-@pytest.mark.parametrize("order", [("signal", "image"), ("image", "signal")])
-def test_a_model_of_signals_and_images_has_two_stems(order):
+def stem_named(name):
+    def make():
+        deep = {"first": nn.Conv2d(8, 8, 1), name: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8))}
+        return nn.ModuleDict({**deep, f"{name}x": nn.Linear(8, 8), f"x{name}": nn.Linear(8, 8)})
+
+    return make, dict.fromkeys([f"{name}.0", f"{name}.1"], "stem or patch embedding")
+
+
+def read_raw(*order):
     inputs = {"signal": nn.Conv1d(2, 8, 3), "image": nn.Conv2d(3, 8, 3)}
-    model = nn.ModuleDict({**{name: inputs[name] for name in order}, "later": nn.Conv2d(3, 8, 3)})
-    assert reasons(model) == {name: f"stem: reads the raw {name}" for name in order}
+    return nn.ModuleDict({**{name: inputs[name] for name in order}, "later": nn.Conv2d(3, 8, 3)})
+
+
+RAW = {name: f"stem: reads the raw {name}" for name in ("signal", "image")}
+SMALL = [
+    (lambda: nn.Sequential(nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)), {}),  # only the first can read the image
+    (lambda: nn.Sequential(nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1)), {"0": "stem: reads the raw image"}),
+    (Classifier, {"first": "tied to second: output head", "second": "tied to first"}),
+    (lambda: Speech(nn.Linear(8, 8)), {}),
+    (embedding_behind, {"decoder": "tied to embed", "embed": "embedding"}),
+    (lambda: read_raw("signal", "image"), RAW),
+    (lambda: read_raw("image", "signal"), RAW),
+    *map(stem_named, ("stem", "conv_stem", "patch_embed", "patch_embedding", "patch_embeddings")),
+]
+
+
+@pytest.mark.parametrize(("make", "expected"), SMALL)
+def test_stems_heads_and_tied_weights(make, expected):
+    assert reasons(make()) == expected
 
 
 # ---- skip and only
