@@ -35,47 +35,33 @@ def best_after(tmp_path, *callbacks, monitor="loss", validate=True, ckpt_path=No
 prune_at = partial(WandaPrune, num_samples=12, dataloader=loader())
 
 
+EACH_STEP = {"every_n_train_steps": 1}
+
+
 @pytest.mark.parametrize(
-    ("when", "step"),
+    ("whens", "options", "step"),
     [
-        ({}, 3),
-        ({"at_step": 3}, 3),  # pruned in the last step before the first validation loop
-        ({"at_step": 4}, 6),
-        ({"schedule": CubicSchedule(0, 7, every=2)}, 9),
-        (
-            {"at_step": 4, "calibrate_on": "validation", "dataloader": None},
-            9,
-        ),  # the loop that ends at step 6 measures the dense model
+        ([{}], {}, 3),
+        ([{"at_step": 3}], {}, 3),  # pruned in the last step before the first validation loop
+        ([{"at_step": 4}], {}, 6),
+        ([{"schedule": CubicSchedule(0, 7, every=2)}], {}, 9),
+        # The loop that ends at step 6 measures the dense model.
+        ([{"at_step": 4, "calibrate_on": "validation", "dataloader": None}], {}, 9),
+        ([{"at_step": 4}], EACH_STEP, 7),  # at step 5, the latest loss is that of the dense model
+        ([{"at_step": 4}], {**EACH_STEP, "monitor": "train_loss", "validate": False}, 5),
+        ([{"at_step": 2, "skip": ["layers.2"]}, {"at_step": 5, "only": ["layers.2"]}], {}, 6),  # both must be done
+        ([{}], {"monitor": "sparsity/model", "mode": "max"}, 3),
     ],
 )
-def test_the_best_is_from_after_the_last_stage(tmp_path, when, step):
-    assert best_after(tmp_path, prune_at(**when)) == step
-
-
-def test_a_score_from_before_the_last_stage_does_not_count(tmp_path):
-    """At step 5, the latest loss is that of the dense model."""
-    assert best_after(tmp_path, prune_at(at_step=4), every_n_train_steps=1) == 7
-
-
-def test_without_validation(tmp_path):
-    found = best_after(tmp_path, prune_at(at_step=4), monitor="train_loss", validate=False, every_n_train_steps=1)
-    assert found == 5
-
-
-def test_two_callbacks_must_both_be_done(tmp_path):
-    parts = prune_at(at_step=2, skip=["layers.2"]), prune_at(at_step=5, only=["layers.2"])
-    assert best_after(tmp_path, *parts) == 6
+def test_the_best_is_from_after_the_last_stage(tmp_path, whens, options, step):
+    assert best_after(tmp_path, *[prune_at(**when) for when in whens], **options) == step
 
 
 def test_a_run_that_is_resumed_after_pruning_compares_at_once(tmp_path):
     trainer(prune_at(at_step=2), SaveAt(tmp_path, 4), max_steps=4).fit(Worsening(), Resumable(12), loader())
     (tmp_path / "best").mkdir()
-    options = {"ckpt_path": tmp_path / "4.ckpt", "monitor": "train_loss", "every_n_train_steps": 1}
+    options = {"ckpt_path": tmp_path / "4.ckpt", "monitor": "train_loss", **EACH_STEP}
     assert best_after(tmp_path / "best", prune_at(at_step=2), **options) == 5
-
-
-def test_the_sparsity_can_be_monitored(tmp_path):
-    assert best_after(tmp_path, prune_at(), monitor="sparsity/model", mode="max") == 3
 
 
 def test_a_model_that_was_pruned_earlier(tmp_path):

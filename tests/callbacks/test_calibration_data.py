@@ -330,9 +330,7 @@ def test_a_sampler_is_used_and_not_changed():
         trainer(*callbacks, max_epochs=2).fit(module, DataLoader(SAMPLES, batch_sampler=sampler))
     first, second = (SAMPLES.tensors[0].roll(-epoch, 0).split((3, 4, 5)) for epoch in (1, 2))
     seen = modules[1].seen
-    assert_same(
-        seen, first if torch.equal(seen[0][0], first[0]) else second
-    )  # Lightning may have begun to read
+    assert_same(seen, first if torch.equal(seen[0][0], first[0]) else second)  # Lightning may have begun to read
     for each in modules:
         assert_same(each.trained, [*first, *second])
     assert samplers[0].epoch == samplers[1].epoch

@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from wanda_lightning import Distil, DistillFromDense, KeepZeros, WandaPrune, keep_zeros, prune, shrink
+from wanda_lightning import Distil, KeepZeros, WandaPrune, keep_zeros, prune, shrink
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.models import SkipReason, find_layers
 from wanda_lightning.training.held_zeros import zeros_of
@@ -391,11 +391,3 @@ def test_zeros_stay_in_a_plain_loop_with_an_average(kind, made):
             average.update_parameters(model)
     assert equal(masks(model), pruned)
     assert equal(masks(average.module), pruned)
-
-
-def test_a_segmentation_model_learns_from_the_dense_one():
-    module = Module("lraspp")
-    fit = trainer(WandaPrune(0.5, num_samples=4), DistillFromDense(network="net"), max_epochs=1)
-    fit.fit(module, loader("lraspp"))
-    assert fit.callback_metrics["distillation_loss"] > 0
-    assert zeros_of(module)
