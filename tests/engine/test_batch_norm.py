@@ -300,6 +300,13 @@ def test_magnitude_reads_the_batches_only_for_it():
     assert "no calibration batch reached" in notes(report)[0]
 
 
+def test_an_empty_batch_changes_nothing():
+    plain, model, (first, second) = resnet(), resnet(), images(2, 3)
+    prune(plain, [first, second], progress=False)
+    prune(model, [first, first[:0], second], progress=False)
+    assert same(plain, model)
+
+
 def test_outputs_that_are_no_predictions():
     dense = resnet()
     corrected = copy.deepcopy(dense)

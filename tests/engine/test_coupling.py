@@ -85,7 +85,7 @@ def images(number=3):
 MODELS = {
     **{
         name: (ZOO[name].build, ZOO[name].batches)
-        for name in ("llama", "gpt2", "opt", "t5", "vit", "convnext", "plain_mlp", "resnet18", "resnet50")
+        for name in ("llama", "gpt2", "vit", "convnext", "plain_mlp", "resnet18", "resnet50")
     },
     "phi3": (partial(seeded, phi3), ZOO["llama"].batches),
     "mobile": (partial(seeded, mobile), images),
@@ -104,8 +104,6 @@ SLOTS = {
     },
     "phi3": {"model.layers.1.mlp.down_proj": [("gate_up_proj.weight", 0, "halves"), ("down_proj.weight", 1)]},
     "gpt2": {"transformer.h.1.mlp.c_proj": [("c_fc.weight", 1), ("c_fc.bias", 0), ("c_proj.weight", 0)]},
-    "opt": {"model.decoder.layers.1.fc2": [("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)]},
-    "t5": {"decoder.block.1.layer.2.DenseReluDense.wo": [("wi.weight", 0), ("wo.weight", 1)]},
     "vit": {"blocks.0.mlp.fc2": [("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)]},
     "convnext": {"stages.1.blocks.0.mlp.fc2": [("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)]},
     "interleaved": {"blocks.1.down": [("up.weight", 0, "pairs"), ("up.bias", 0, "pairs"), ("down.weight", 1)]},
