@@ -203,8 +203,6 @@ class CausalLMModule(L.LightningModule):
     def _read(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if not isinstance(batch, Mapping):
             batch = {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
-        elif "input_ids" not in batch:
-            raise UserError(f"A batch of text must have 'input_ids', but it has {', '.join(map(repr, batch))}.")
         input_ids = batch["input_ids"]
         # On a GPU it would wait for the device; TextDataModule checks in setup().
         if not isinstance(input_ids, Tensor) or input_ids.device.type == "cpu":

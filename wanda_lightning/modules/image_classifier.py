@@ -133,7 +133,7 @@ class ImageClassifierModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean cross entropy; for a distilled DeiT with two heads, the mean over the heads."""
-        images, labels = _read_labeled(batch)
+        images, labels = _read_images(batch)
         outputs = self(images)
         heads = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         loss = torch.stack([F.cross_entropy(logits, labels) for logits in heads]).mean()
@@ -149,7 +149,7 @@ class ImageClassifierModule(L.LightningModule):
         return self._measure("test", batch, batch_idx)
 
     def _measure(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
-        images, labels = _read_labeled(batch)
+        images, labels = _read_images(batch)
         logits = self(images)
         self.log(f"{stage}_loss", F.cross_entropy(logits.float(), labels), batch_size=len(images))
         for name, metric in self.metrics.items():
@@ -226,7 +226,8 @@ class ImageClassifierModule(L.LightningModule):
         return result
 
 
-def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:
+def _read_images(batch: Any) -> tuple[Tensor, Any]:
+    """Return the images of a batch and their labels, or None without labels."""
     if not isinstance(batch, Mapping):
         batch = batch if isinstance(batch, (tuple, list)) else (batch,)
         return batch[0], batch[1] if len(batch) > 1 else None
@@ -234,12 +235,3 @@ def _read_images(batch: Any) -> tuple[Tensor, Tensor | None]:
     if images is None:
         raise UserError(f"A batch must have 'image' or 'pixel_values', but it has {', '.join(map(repr, batch))}.")
     return images, next((batch[key] for key in ("label", "labels") if key in batch), None)
-
-
-def _read_labeled(batch: Any) -> tuple[Tensor, Tensor]:
-    images, labels = _read_images(batch)
-    if labels is None:
-        raise UserError(
-            "A batch must have labels for a loss, but it has none. Give (images, labels), or a mapping with 'labels'."
-        )
-    return images, labels
