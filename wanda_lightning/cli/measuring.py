@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import logging
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 
 from wanda_lightning.cli.options import File, Measurements, Model, Models
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.parsing import values_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config
+from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.evaluation import Evaluation, KeptZeros, Results, load_tasks, sparsity_of, task_names, zero_shot
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
@@ -32,10 +34,16 @@ def load(options: Model | Models, name: str, checkpoint: str | None = None) -> A
 def measure(module: L.LightningModule, data: L.LightningDataModule, *callbacks: Callback) -> dict[str, float]:
     """Run one validation loop, and return its metrics."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # not about the hardware
-    plain = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    bar = RichProgressBar(console_kwargs={"stderr": True})  # a closed stdout must not end the work
-    trainer = L.Trainer(accelerator="auto", devices=1, callbacks=[bar, *callbacks], **plain)  # type: ignore[arg-type]
-    trainer.validate(module, data, verbose=False)
+    plain = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    with ExitStack() as shown:
+        bar = shown.enter_context(ProgressBar("Measuring", None))
+        progress = LambdaCallback(
+            on_validation_start=lambda trainer, _: bar.expect(sum(trainer.num_val_batches)),
+            on_validation_batch_end=lambda *_: bar.advance(),
+            on_validation_end=lambda *_: shown.close(),
+        )
+        trainer = L.Trainer(accelerator="auto", devices=1, callbacks=[progress, *callbacks], **plain)  # type: ignore[arg-type]
+        trainer.validate(module, data, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 

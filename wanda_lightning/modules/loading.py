@@ -11,8 +11,10 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -20,7 +22,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_gguf_pytorch_utils
 
 from wanda_lightning.common.checks import OneOf, shown
 from wanda_lightning.common.errors import UserError
@@ -167,16 +169,17 @@ def _weight_files(source: ModelSource) -> list[Path]:
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Keep the progress bars of transformers out of log files."""
+    """Keep the progress bars of transformers out of log files; the bar of GGUF files has no option."""
     logging = transformers.utils.logging
-    silences = logging.is_progress_bar_enabled() and not (sys.stderr is not None and sys.stderr.isatty())
-    if silences:
-        logging.disable_progress_bar()
-    try:
+    if not logging.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
         yield
+        return
+    logging.disable_progress_bar()
+    try:
+        with patch.object(modeling_gguf_pytorch_utils, "tqdm", partial(modeling_gguf_pytorch_utils.tqdm, disable=True)):
+            yield
     finally:
-        if silences:
-            logging.enable_progress_bar()
+        logging.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------ image classifiers
