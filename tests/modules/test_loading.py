@@ -37,9 +37,17 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def test_gguf_becomes_an_ordinary_model(tmp_path):
+def test_a_tokenizer_that_cannot_be_written_is_an_ordinary_error(tmp_path):
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(OSError, match=r"The tokenizer cannot be written to .*: Is a directory"):
+        loading.save_tokenizer(tiny_tokenizer(), tmp_path)
+
+
+def test_gguf_becomes_an_ordinary_model(tmp_path, capfd):
     tensors = write_gguf(tmp_path / "tiny.gguf")
     module = CausalLMModule(str(tmp_path / "tiny.gguf"))
+    module.configure_model()
+    assert "GGUF tensors" not in capfd.readouterr().err  # a bar is for terminals
     assert module.model.dtype == torch.float32
     assert torch.equal(module.model.model.layers[1].mlp.down_proj.weight, torch.tensor(tensors["blk.1.ffn_down"]))
     assert module.tokenizer("theta").input_ids == [29, 21, 2]

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -36,6 +37,7 @@ from wanda_lightning.modules.loading import (
     check_vocabulary,
     load_causal_lm,
     load_own_tokenizer,
+    save_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 from wanda_lightning.parallel import gathered_state_dict, is_sharded, shard_processes
@@ -300,7 +302,7 @@ class CausalLMModule(L.LightningModule):
             model: Any = self.pruning_target
             model.save_pretrained(folder, state_dict={})
             if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(folder)
+                save_tokenizer(self.tokenizer, Path(folder))
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
@@ -349,7 +351,7 @@ class CausalLMModule(L.LightningModule):
                 write_modeling_file(self.pruning_target, new)
                 self.model.save_pretrained(new, **state_dict)
             if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(new)
+                save_tokenizer(self.tokenizer, new)
         return result
 
 

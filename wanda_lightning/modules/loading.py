@@ -167,6 +167,16 @@ def _weight_files(source: ModelSource) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Save a tokenizer; a file that cannot be written is an OSError, not the bare Exception of `tokenizers`."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"The tokenizer cannot be written to {folder}: {error}") from error
+
+
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
     """Keep the progress bars of transformers out of log files; the bar of GGUF files has no option."""

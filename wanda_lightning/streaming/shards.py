@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanda_lightning.common.atomic_write import TEMPORARY, atomic_write, move_entries
+from wanda_lightning.modules.loading import save_tokenizer
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
 _INDEX = "model.safetensors.index.json"
@@ -45,6 +46,6 @@ class Shards:
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=TEMPORARY))  # saving deletes weights beside it
         checkpoint.save_configuration(temporary)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            save_tokenizer(tokenizer, temporary)
         (temporary / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         move_entries(temporary, self.folder)
