@@ -119,6 +119,7 @@ def test_the_encoder_of_a_compiled_model_is_found_under_its_own_name(compiled):
     model = ZOO["t5"].build()
     batch = {"input_ids": IDS, "attention_mask": RIGHT, "labels": IDS.clone().fill_diagonal_(-100)}
     expected = token_masks(model, batch)
+    assert [mask.inside for mask in token_masks(model, {**batch, "labels": None})] == ["encoder"]
     if compiled == "encoder":
         model.encoder = torch.compile(model.encoder, backend="eager")
     found = token_masks(torch.compile(model, backend="eager") if compiled == "model" else model, batch)
