@@ -29,6 +29,8 @@ from support.tasks import (
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
+from wanda_lightning.cli import measuring
+from wanda_lightning.cli import pruning as runs
 from wanda_lightning.evaluation import PAPER_TASKS, sparsity_of
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 
@@ -78,7 +80,8 @@ def refused(refused, monkeypatch):
         raise AssertionError("something was measured")
 
     for name in ("measure", "zero_shot"):
-        monkeypatch.setattr(f"wanda_lightning.cli.measuring.{name}", measured)
+        for user in (measuring, runs):  # both imported before, or the second would take the patched function
+            monkeypatch.setattr(user, name, measured)
     return refused
 
 
