@@ -111,6 +111,12 @@ def test_bad_folders_are_refused(tmp_path, imagenet):
     paint(imagenet / "val" / "red", (0, 0), 1)
     with pytest.raises(ValueError, match=r"1 classes that .*train does not have, such as red\. Rename"):
         ImageDataModule(imagenet, vit()).setup("fit")
+    shutil.rmtree(imagenet / "val")
+    with pytest.raises(FileNotFoundError, match="val"):  # and not the training images
+        ImageDataModule(imagenet, vit()).setup("validate")
+    (imagenet / "val" / "blue").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"images to measure on, but the classes in .*val have none"):
+        ImageDataModule(imagenet, vit()).setup("validate")
 
 
 def test_evaluation_may_lack_classes(imagenet):

@@ -130,23 +130,24 @@ def _digits() -> Source:
 def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
     from torchvision.datasets import ImageFolder
 
-    parts = [root / part for part in ("train", "val") if (root / part).is_dir()] or [root]
-    # The evaluation images may lack a class.
-    opened = {part.name: ImageFolder(str(part), allow_empty=len(parts) > 1 and part.name == "val") for part in parts}
-    train, evaluation = opened.get("train"), opened[parts[-1].name]
+    train = ImageFolder(str(root / "train")) if (root / "train").is_dir() else None
+    is_whole = train is None and not (root / "val").is_dir()
+    evaluation = ImageFolder(str(root if is_whole else root / "val"), allow_empty=True)  # it may lack a class
+    if not evaluation.samples:
+        raise UserError(f"data must have images to measure on, but the classes in {evaluation.root} have none.")
     folders = evaluation.classes if train is None else train.classes
     if unknown := sorted({*evaluation.classes} - {*folders}):
         raise UserError(
-            f"data must have training images for each class, but {root / 'val'} has {len(unknown)} classes that "
+            f"data must have training images for each class, but {evaluation.root} has {len(unknown)} classes that "
             f"{root / 'train'} does not have, such as {unknown[0]}. Rename or remove them."
         )
     by_model = {*folders} <= {*model_classes}
     classes = tuple(model_classes if by_model else folders)
+    labels = {name: label for label, name in enumerate(classes)}
 
     def labeled(folder: Any) -> Images:
-        return Images([(path, classes.index(folder.classes[label])) for path, label in folder.samples], folder.root)
+        return Images([(path, labels[folder.classes[place]]) for path, place in folder.samples], folder.root)
 
-    is_whole = len(parts) == 1 and train is None and parts[0] == root
     return Source(None if train is None else labeled(train), labeled(evaluation), classes, not by_model, is_whole)
 
 
