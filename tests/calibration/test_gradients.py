@@ -314,7 +314,7 @@ def test_an_input_that_is_changed_after_the_layer_counts_as_it_was():
 
 
 def test_a_validation_loop_has_no_gradients():
-    with pytest.raises(ValueError, match="calibrate_on='validation' has no backward passes"):
+    with pytest.raises(ValueError, match=r"calibrate_on='validation' .* needs backward passes"):
         WandaPrune(allocation=Fisher(), sequential="none", calibrate_on="validation")
     assert isinstance(PruningCallback(method="magnitude").config.allocation, Uniform)
     assert PruningCallback(allocation="fisher").config.data_reader is not None

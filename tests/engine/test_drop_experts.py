@@ -223,7 +223,7 @@ def test_is_refused_before_an_expert_leaves(make, sparsity, message):
 
 
 def test_where_experts_cannot_be_dropped(tmp_path):
-    with pytest.raises(ValueError, match="calibrate_on='validation' collects statistics of weights"):
+    with pytest.raises(ValueError, match=r"calibrate_on='validation' .* pattern='experts' needs a pass of its own"):
         WandaPrune(0.25, pattern="experts", calibrate_on="validation")
     build("mixtral").save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="pattern='experts' needs the whole model in memory"):
