@@ -1,12 +1,15 @@
 """Files and folders are written as a whole or not at all, also by a process that is killed."""
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from wanda_lightning.common.atomic_write import atomic_folder, atomic_write, list_entries, require_writable
 from wanda_lightning.common.memory import require_space
@@ -60,6 +63,21 @@ def test_a_folder_appears_whole(tmp_path, monkeypatch, name):
     assert names(Path(name)) == ["a", "config.json"]
     assert names(Path(name) / "a") == []
     Path("log.txt").touch()
+
+
+@pytest.mark.parametrize(
+    "write", [lambda new: save_file({"a": torch.ones(99)}, new), lambda new: new.write_text("a" * 99)]
+)
+def test_a_full_disk_is_named(tmp_path, write):
+    before, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, largest))  # bytes
+    try:
+        with pytest.raises(OSError, match=r"m\.safetensors cannot be written: .*File too large"):  # noqa: SIM117
+            with atomic_write(tmp_path / "m.safetensors") as new:
+                write(new)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, largest))
+    assert not list(tmp_path.iterdir())
 
 
 def test_overwriting_replaces_everything(tmp_path):

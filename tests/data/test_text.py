@@ -151,7 +151,10 @@ def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
     [
         ([], "must have text, but it is empty"),
         (["a", 1], r"must be the name of a text, a list of strings or a datasets.Dataset, but it is \['a', 1\]"),
-        (datasets.Dataset.from_dict({"text": []}), "must have text, but it is empty"),
+        (
+            datasets.Dataset.from_dict({"text": []}),
+            "must have a column 'text' with a string in each row, but it has one of null",
+        ),
         ("one line\nand another", r"must be one of c4, .* but it is 'one line.* Give a list of documents"),
     ],
 )

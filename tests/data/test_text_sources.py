@@ -120,9 +120,16 @@ def test_bad_files_are_refused_when_read(tmp_path, tokenizer, name, content, cau
 
 
 def test_tables_have_a_column_of_text(tmp_path, tokenizer):
-    for source in (write_parquet(tmp_path / "a.parquet", body=["a"]), datasets.Dataset.from_dict({"body": ["a"]})):
-        with pytest.raises(ValueError, match=r"must have a column 'text', but it has body"):
-            TextDataModule(tokenizer, evaluation=source).setup("validate")
+    for rows, has in (
+        ({"body": ["a"]}, "body"),
+        ({"text": [5]}, "one of int64"),
+        ({"text": ["a", None]}, "rows without"),
+    ):
+        for source in (write_parquet(tmp_path / "a.parquet", **rows), datasets.Dataset.from_dict(rows)):
+            with pytest.raises(
+                ValueError, match=f"must have a column 'text' with a string in each row, but it has .*{has}"
+            ):
+                TextDataModule(tokenizer, evaluation=source).setup("validate")
 
 
 def test_names_are_checked_without_torch():

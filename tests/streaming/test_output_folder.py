@@ -17,7 +17,7 @@ from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk
-from wanda_lightning.streaming.output_folder import PROGRESS_NAME, OutputFolder
+from wanda_lightning.streaming.output_folder import PROGRESS_NAME, OutputFolder, PartRecord
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -162,6 +162,16 @@ def test_parts_that_are_missing_are_written_again(source, streamed, tmp_path, mo
     (tmp_path / "out/.wanda-00000000-0.safetensors").write_bytes(b"half")  # of a killed run
     prune_from_disk(source, tmp_path / "out", batches(), progress=False, **CHOICES["rows"])
     assert contents(tmp_path / "out") == contents(streamed("rows")[1])
+
+
+def test_two_runs_do_not_mix_their_parts(tmp_path):
+    first, second = (OutputFolder(tmp_path, {"sparsity": sparsity}, ["a", "b"]) for sparsity in (0.5, 0.75))
+    first.save("a", {"x": torch.zeros(1)}, PartRecord())
+    with pytest.raises(ValueError, match="must be written by one run, but another one has"):
+        second.save("b", {"y": torch.zeros(1)}, PartRecord())
+    first.forget()  # it has ended
+    with pytest.raises(ValueError, match="must be written by one run, but another one has"):
+        second.save("b", {"y": torch.zeros(1)}, PartRecord())
 
 
 def test_batches_that_could_not_run_refuse_no_others(source, streamed, tmp_path):

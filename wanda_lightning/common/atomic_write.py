@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -20,7 +21,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     new = _temporary(target.parent, target)
     try:
-        yield new
+        with _as_os_error(path):
+            yield new
         _flush(new)
         os.replace(new, target)
         _flush(target.parent)
@@ -41,7 +43,8 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     new, old = _temporary(target if is_empty else target.parent, target), _temporary(target.parent, target)
     new.mkdir(parents=True)
     try:
-        yield new
+        with _as_os_error(path):
+            yield new
         for entry in (*new.rglob("*"), new):
             _flush(entry)
     except BaseException:
@@ -60,6 +63,17 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         kept = f", and the one that it replaces is {old}" if old.exists() else ""
         raise OSError(f"{path} cannot be written, but the complete folder is {new}{kept}. {error}") from error
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _as_os_error(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the path if the disk is full, which safetensors says with a class of its own."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG) or "Error while serializing" in str(error):
+            raise OSError(f"{path} cannot be written: {error}") from error
+        raise
 
 
 def move_entries(source: Path, target: Path) -> None:

@@ -43,8 +43,14 @@ def check_source(source: str, option: str = "text") -> None:
 def documents_in(texts: Any, option: str) -> Sequence[str]:
     """Return a list of strings as it is, or the column `text` of a data set; errors begin with the option."""
     if hasattr(texts, "column_names"):
-        if "text" not in texts.column_names:
-            raise UserError(f"{option} must have a column 'text', but it has {', '.join(texts.column_names)}.")
+        kind = getattr(texts.features.get("text"), "dtype", "Json")
+        if kind not in ("string", "large_string") or texts.data.column("text").null_count:
+            has = (
+                f"one of {kind}, or rows without text"
+                if "text" in texts.column_names
+                else ", ".join(texts.column_names)
+            )
+            raise UserError(f"{option} must have a column 'text' with a string in each row, but it has {has}.")
         texts = texts["text"]
     elif not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(

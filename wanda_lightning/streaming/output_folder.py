@@ -115,8 +115,16 @@ class OutputFolder:
         size = sum(tensor.nbytes for tensor in tensors.values())
         self.progress.written[part] = replace(record, keys=list(tensors), size=size)
         if self._processes.rank == 0:
+            self._require_own_folder()
             self._shards.write(part, tensors)
             self._save_progress()
+
+    def _require_own_folder(self) -> None:
+        """Refuse to mix the parts of two runs."""
+        file = self.path / PROGRESS_NAME
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"written": list_entries(self.path)}
+        if found["written"] and found.get("made_with") != self.progress.made_with:
+            raise UserError(f"{self.path} must be written by one run, but another one has. Choose another folder.")
 
     def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:
         """Write the sparsity of each layer, and the row weights of those that have any."""
