@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -10,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
+
+from wanda_lightning.common.errors import naming_full_disk
 
 TEMPORARY = ".wanda-"  # start of temporary names; a killed run may leave some, which can be deleted
 
@@ -21,7 +22,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     new = _temporary(target.parent, target)
     try:
-        with _as_os_error(path):
+        with naming_full_disk(path):
             yield new
         _flush(new)
         os.replace(new, target)
@@ -43,7 +44,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     new, old = _temporary(target if is_empty else target.parent, target), _temporary(target.parent, target)
     new.mkdir(parents=True)
     try:
-        with _as_os_error(path):
+        with naming_full_disk(path):
             yield new
         for entry in (*new.rglob("*"), new):
             _flush(entry)
@@ -63,17 +64,6 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         kept = f", and the one that it replaces is {old}" if old.exists() else ""
         raise OSError(f"{path} cannot be written, but the complete folder is {new}{kept}. {error}") from error
     shutil.rmtree(old, ignore_errors=True)
-
-
-@contextmanager
-def _as_os_error(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name the path if the disk is full, which safetensors says with a class of its own."""
-    try:
-        yield
-    except Exception as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG) or "Error while serializing" in str(error):
-            raise OSError(f"{path} cannot be written: {error}") from error
-        raise
 
 
 def move_entries(source: Path, target: Path) -> None:

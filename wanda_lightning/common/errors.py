@@ -1,5 +1,12 @@
 """Errors that the user can mend, as distinct from faults of this package."""
 
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Something that the user asked for cannot be done; the message says what was found and what to do."""
@@ -7,3 +14,14 @@ class UserError(ValueError):
 
 class MissingPackageError(UserError, ImportError):
     """An optional package is missing; the message says how to install it."""
+
+
+@contextmanager
+def naming_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Name the path if the disk is full, which safetensors says with a class of its own."""
+    try:
+        yield
+    except Exception as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG) or "Error while serializing" in str(error):
+            raise OSError(f"{path} cannot be written: {error}") from error
+        raise

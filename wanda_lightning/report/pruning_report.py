@@ -37,8 +37,8 @@ class PruningReport(ReportData):
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         return (
             f"{words.counted(len(self.layers), 'layer')} with {self.coverage:.1%} of {self.parameters:,} parameters. "
-            f"Sparsity: {self.sparsity:.2%} of the pruned layers, {self.model_sparsity:.2%} of the model, biases too. "
-            f"{self.total_seconds:.1f} s ({stages})."
+            f"Sparsity: {self.sparsity:.2%} of the pruned layers, "
+            f"{self.model_sparsity:.2%} of all parameters, biases included. {self.total_seconds:.1f} s ({stages})."
         )
 
     def metrics(self) -> dict[str, float]:
