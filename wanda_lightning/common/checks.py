@@ -108,13 +108,6 @@ def check_flags(**values: object) -> None:
             raise UserError(f"{name} must be True or False, but it is {shown(value)}.")
 
 
-def check_callable(**values: object) -> None:
-    """Raise a ValueError for a value that cannot be called; None stands for an unset option."""
-    for name, value in values.items():
-        if value is not None and not callable(value):
-            raise UserError(f"{name} must be a function, but it is {shown(value)}.")
-
-
 def check_batches(**values: object) -> None:
     """Raise a ValueError for anything but a list, a dataloader or another collection of batches."""
     for name, value in values.items():
