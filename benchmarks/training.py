@@ -28,8 +28,8 @@ from wanda_lightning import (
     KeepZeros,
     sample_windows,
 )
+from wanda_lightning.data.text import cut
 from wanda_lightning.data.text_sources import OWN_TEXT
-from wanda_lightning.data.windows import cut
 from wanda_lightning.models import Layer
 from wanda_lightning.training.held_zeros import prunable_layers
 

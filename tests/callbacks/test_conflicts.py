@@ -17,9 +17,9 @@ DENSE = "only collects statistics of the dense model while Lightning validates i
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"at_step": -1}, "at_step must be at least 0, but it is -1"),
+        ({"at_step": -1}, "at_step must be a whole number of at least 0, but it is -1"),
         ({"at_step": 3, "schedule": OneShot(3)}, r"exclude each other, but at_step=3 and schedule=OneShot\(step=3\)"),
-        ({"num_samples": 0}, "num_samples must be at least 1, but it is 0"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1, but it is 0"),
         ({"report": "report.pdf"}, r"report must end with \.html or \.png, but it is 'report\.pdf'"),
         ({"calibrate_on": "test"}, "calibrate_on must be one of calibration, validation, but it is 'test'"),
         (

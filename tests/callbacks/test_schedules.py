@@ -75,8 +75,8 @@ class TestLaws:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ((4, 4, 1), "end_step must be at least 5, but it is 4"),
-        ((0, 4, 0), "every must be at least 1, but it is 0"),
+        ((4, 4, 1), "end_step must be a whole number of at least 5, but it is 4"),
+        ((0, 4, 0), "every must be a whole number of at least 1, but it is 0"),
     ],
 )
 def test_bad_schedules_are_refused_at_once(values, message):

@@ -11,8 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wanda_lightning.common.atomic_write import atomic_folder, atomic_write, list_entries, require_writable
-from wanda_lightning.common.memory import require_space
+from wanda_lightning.common.atomic_write import (
+    atomic_folder,
+    atomic_write,
+    list_entries,
+    require_space,
+    require_writable,
+)
 
 
 def names(folder):

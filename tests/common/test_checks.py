@@ -9,7 +9,6 @@ import pytest
 
 from wanda_lightning.common.checks import (
     Number,
-    OneOf,
     check,
     check_at_least,
     check_positive,
@@ -45,7 +44,7 @@ NAN, INFINITY = float("nan"), float("inf")
         (Number(minimum=1, whole=True), "a whole number of at least 1", [1, np.int64(2)], [0, 1.0, 2.5, "1", True]),
         (Number(whole=True), "a whole number", [-1, 10**9, 10**300], [0.5, False, 10**400, -(10**4000)]),
         (Number(minimum=0, text="0 or more"), "0 or more", [0.0], [-0.1]),
-        (OneOf(("row", "layer")), "one of row, layer", ["row", "layer"], ["rows", "", None, 1, ["row"]]),
+        (("row", "layer"), "one of row, layer", ["row", "layer"], ["rows", "", None, 1, ["row"]]),
     ],
     ids=str,
 )

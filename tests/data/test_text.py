@@ -203,8 +203,8 @@ def test_the_tokenizer_is_refused_before_anything_is_read(tmp_path, offline):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seqlen": 1}, "seqlen must be at least 2, but it is 1"),
-        ({"seqlen": "512"}, "^seqlen must be a whole number, but it is '512'"),
+        ({"seqlen": 1}, "seqlen must be a whole number of at least 2, but it is 1"),
+        ({"seqlen": "512"}, "^seqlen must be a whole number of at least 2, but it is '512'"),
         (
             {"calibration": "wikitxt2"},
             r"^calibration must be one of c4, wikitext2, python-docs, .* file .* 'wikitxt2'\. .* mean wikitext2\?",

@@ -126,5 +126,5 @@ def test_the_documented_examples_can_be_used(tmp_path):
 
 @pytest.mark.parametrize("option", ["batch_size", "limit"])
 def test_numbers_below_one_are_refused(option):
-    with pytest.raises(ValueError, match=rf"^{option} must be at least 1, but it is 0"):
+    with pytest.raises(ValueError, match=rf"^{option} must be a whole number of at least 1, but it is 0"):
         zero_shot(None, None, {}, **{option: 0})

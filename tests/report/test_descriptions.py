@@ -6,8 +6,7 @@ from support.zoo import ZOO
 
 from wanda_lightning import prune
 from wanda_lightning.common.words import count, counted, duration
-from wanda_lightning.report.descriptions import method_in_words
-from wanda_lightning.report.metrics import PERPLEXITY, TOP1
+from wanda_lightning.report.descriptions import PERPLEXITY, TOP1, method_in_words
 
 
 def test_results_and_their_changes():

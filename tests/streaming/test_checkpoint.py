@@ -37,10 +37,6 @@ def test_bad_places_are_refused(source, tmp_path):
     for place in (source, source / "out"):
         with pytest.raises(ValueError, match="output must lie outside of the source"):
             prune_from_disk(source, place, batches())
-    with pytest.raises(ValueError, match=r"^output must be the path of a file or folder, but it is"):  # swapped
-        prune_from_disk(source, batches(), tmp_path / "out")
-    with pytest.raises(ValueError, match=r"^source must be the path of a file or folder, but it is"):
-        prune_from_disk(torch.nn.Linear(2, 2), tmp_path / "out", batches())
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").touch()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.widest import widest
+from wanda_lightning.common.evaluating import widest
 from wanda_lightning.models import find_predictions
 
 log = logging.getLogger(__name__)

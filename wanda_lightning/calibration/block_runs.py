@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
-from wanda_lightning.common.widest import widest
+from wanda_lightning.common.evaluating import widest
 from wanda_lightning.models import Layer
 
 _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal

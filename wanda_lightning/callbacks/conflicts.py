@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from wanda_lightning.callbacks.schedules import PruningState, Schedule
 from wanda_lightning.callbacks.trainer import averaged_models, last_step
 from wanda_lightning.callbacks.zeros import zeros_callbacks
-from wanda_lightning.common.checks import OneOf, check_values
+from wanda_lightning.common.checks import check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.permutation import NoPermutation
@@ -22,7 +22,7 @@ from wanda_lightning.core.permutation import NoPermutation
 
 def check_options(config: PruningConfig, schedule: Schedule, calibrate_on: str, dataloader: object) -> None:
     """Raise a ValueError for options of the callback that contradict each other."""
-    check_values(OneOf(("calibration", "validation")), calibrate_on=calibrate_on)
+    check_values(("calibration", "validation"), calibrate_on=calibrate_on)
     pattern, recovery = config.pattern, config.recovery
     if pattern.fixed_sparsity is not None and len(schedule.stages) > 1:
         raise UserError(

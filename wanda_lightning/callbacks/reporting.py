@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from wanda_lightning.callbacks.schedules import PruningState
 from wanda_lightning.callbacks.trainer import pruning_target, shows_progress
 from wanda_lightning.report import Measured, PruningReport, Run
+from wanda_lightning.report.descriptions import METRICS
 from wanda_lightning.report.figures import plots_of, to_figure
-from wanda_lightning.report.metrics import METRICS
 
 
 def publish(report: PruningReport, trainer: L.Trainer, name: str, with_figures: bool) -> None:

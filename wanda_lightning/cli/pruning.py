@@ -23,9 +23,8 @@ from wanda_lightning.cli.measuring import checked_seqlen, load, measure, refuse_
 from wanda_lightning.cli.options import Data, Folder, Model, PruneOptions
 from wanda_lightning.cli.output import print_line, print_table
 from wanda_lightning.cli.parsing import as_command, values_of
-from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
+from wanda_lightning.common.atomic_write import atomic_write, require_space, require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.memory import require_space
 from wanda_lightning.common.model_source import load_config, load_tokenizer
 from wanda_lightning.common.words import one_line
 from wanda_lightning.config import PruningConfig
@@ -39,8 +38,7 @@ from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
 from wanda_lightning.modules.loading import check_decoder_only
 from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run
-from wanda_lightning.report.descriptions import change_of
-from wanda_lightning.report.metrics import METRICS, PERPLEXITY, TOP1
+from wanda_lightning.report.descriptions import METRICS, PERPLEXITY, TOP1, change_of
 from wanda_lightning.shrinking import shrink as shrink_in_memory
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.checkpoint import available_device

@@ -20,7 +20,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path to write to; the file replaces `path` if the body ends without an error."""
     target = resolve_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = _temporary(target.parent, target)
+    new = target.parent / _temporary(target)
     try:
         with naming_full_disk(path):
             yield new
@@ -33,15 +33,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder to fill; it replaces `path` if the body ends without an error.
+    """Yield a temporary folder to fill; its files replace those in `path` if the body ends without an error.
 
-    An empty folder may be a mount point or the working directory, so it is filled and not replaced. If the place is
-    taken meanwhile, the error names the temporary folder, which stays.
+    They are on the disk before the first old one is deleted. If the place is taken meanwhile, or the files cannot be
+    moved, the error names the temporary folder, which stays. `path` itself stays, too: it may be a mount point.
     """
     require_writable(path, overwrite)
     target = resolve_path(path)
-    is_empty = target.is_dir() and not list_entries(target)
-    new, old = _temporary(target if is_empty else target.parent, target), _temporary(target.parent, target)
+    new = (target if target.is_dir() else target.parent) / _temporary(target)
     new.mkdir(parents=True)
     try:
         with naming_full_disk(path):
@@ -53,17 +52,12 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         raise
     try:
         require_writable(path, overwrite)
-        if is_empty:
-            move_entries(new, target)
-        else:
-            if target.exists():
-                os.replace(target, old)
-            os.replace(new, target)
-            _flush(target.parent)
+        target.mkdir(exist_ok=True)
+        for entry in sorted(list_entries(target), key=lambda entry: entry.name != "config.json"):
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        move_entries(new, target)
     except OSError as error:
-        kept = f", and the one that it replaces is {old}" if old.exists() else ""
-        raise OSError(f"{path} cannot be written, but the complete folder is {new}{kept}. {error}") from error
-    shutil.rmtree(old, ignore_errors=True)
+        raise OSError(f"{path} cannot be completed, but the files that it lacks are in {new}. {error}") from error
 
 
 def move_entries(source: Path, target: Path) -> None:
@@ -77,8 +71,8 @@ def move_entries(source: Path, target: Path) -> None:
     _flush(target)
 
 
-def _temporary(home: Path, target: Path) -> Path:
-    return home / f"{TEMPORARY}{uuid4().hex[:8]}-{target.name[-40:]}"  # with the suffix, which some libraries read
+def _temporary(target: Path) -> str:
+    return f"{TEMPORARY}{uuid4().hex[:8]}-{target.name[-40:]}"  # with the suffix, which some libraries read
 
 
 def _flush(path: Path) -> None:
@@ -109,16 +103,24 @@ def require_writable(path: str | os.PathLike[str], overwrite: bool = False, kind
     target = resolve_path(path)
     with suppress(FileNotFoundError):
         target.stat()  # fails if a name is too long, a parent is a file, or links form a loop
-    entries = list_entries(target)
-    is_replaced = kind == "model" and bool(entries)
-    place = next(each for each in (target, *target.parents) if each.is_dir() and not (each == target and is_replaced))
+    entries, is_file = list_entries(target), kind == "file"
+    place = next(each for each in (target, *target.parents) if each.is_dir())
     tempfile.TemporaryFile(dir=place).close()  # some reasons show only when a file is created
-    if target.exists() and target.is_dir() == (kind == "file"):
-        raise FileExistsError(f"{path} must be a {'file' if kind == 'file' else 'folder'}. Choose another path.")
+    if target.exists() and target.is_dir() == is_file:
+        raise FileExistsError(f"{path} must be a {'file' if is_file else 'folder'}. Choose another path.")
     if (entries or target.is_file()) and not overwrite:
         raise FileExistsError(f"{path} exists and is not empty. Choose another path, or allow it with overwrite.")
-    if is_replaced and (target / "config.json" not in entries or Path.cwd().is_relative_to(target)):
+    here = Path.cwd().is_relative_to(target)
+    if kind == "model" and entries and (here or target / "config.json" not in entries):
         raise FileExistsError(
-            f"{path} must be empty or a model (with config.json, not the working directory), since it is replaced as a "
-            "whole. Choose another folder, or empty it."
+            f"{path} must be empty or a model (with config.json, not the working directory), since all that it has is "
+            "replaced. Choose another folder, or empty it."
         )
+
+
+def require_space(path: str | os.PathLike[str], size: int) -> None:
+    """Raise an OSError for a path on a disk with less than `size` bytes of free space."""
+    target = resolve_path(path)
+    free = shutil.disk_usage(next(place for place in (target, *target.parents) if place.exists())).free
+    if free < size:
+        raise OSError(f"{path} needs {size / 1e6:,.2f} MB, but {free / 1e6:,.2f} MB are free on its disk.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import inf, isfinite
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from wanda_lightning.common.errors import MissingPackageError, UserError
 
@@ -27,15 +27,10 @@ class Number:
     whole: bool = False
     text: str = ""
 
-    def accepts(self, value: object) -> bool:
+    def accepts(self, value: Any) -> bool:
         """Whether a value is a number in the range."""
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
-            return False
-        try:
-            number = float(value)
-        except OverflowError:
-            return False
-        return self.above < number < self.below and self.minimum <= number <= self.maximum
+        is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
+        return is_number and self.above < value < self.below and self.minimum <= value <= self.maximum
 
     def __str__(self) -> str:
         bounds = {"above": self.above, "of at least": self.minimum, "below": self.below, "at most": self.maximum}
@@ -43,40 +38,27 @@ class Number:
         return self.text or f"a {'whole ' if self.whole else ''}number {range_}".rstrip()
 
 
-@dataclass(frozen=True)
-class OneOf:
-    """One of several names."""
-
-    names: tuple[str, ...]
-
-    def accepts(self, value: object) -> bool:
-        """Whether a value is one of the names."""
-        return isinstance(value, str) and value in self.names
-
-    def __str__(self) -> str:
-        return f"one of {', '.join(self.names)}"
-
-
+Rule: TypeAlias = Number | tuple[str, ...]
 SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
 
 
-def check(method: object, **rules: Number | OneOf) -> None:
+def check(method: object, **rules: Rule) -> None:
     """Raise a ValueError for an attribute of a method that breaks its rule."""
     for name, rule in rules.items():
         check_values(rule, **{f"{name} of {type(method).__name__}": getattr(method, name)})
 
 
-def check_values(rule: Number | OneOf, **values: object) -> None:
-    """Raise a ValueError that names a value which breaks the rule."""
+def check_values(rule: Rule, **values: object) -> None:
+    """Raise a ValueError that names a value which breaks the rule: a `Number`, or one of several names."""
     for name, value in values.items():
-        if not rule.accepts(value):
-            raise UserError(f"{name} must be {rule}, but it is {shown(value)}.")
+        if not (value in rule if isinstance(rule, tuple) else rule.accepts(value)):
+            allowed = f"one of {', '.join(rule)}" if isinstance(rule, tuple) else rule
+            raise UserError(f"{name} must be {allowed}, but it is {shown(value)}.")
 
 
 def check_at_least(minimum: int, **values: object) -> None:
     """Raise a ValueError for a value that is not a whole number of at least `minimum`."""
-    check_values(Number(whole=True), **values)
-    check_values(Number(minimum=minimum, text=f"at least {minimum}"), **values)
+    check_values(Number(minimum=minimum, whole=True), **values)
 
 
 def check_positive(**values: object) -> None:
@@ -85,20 +67,8 @@ def check_positive(**values: object) -> None:
 
 
 def shown(value: object) -> str:
-    """Return a wrong value for a message: a number or a text as it is written, anything else by its class.
-
-    Example:
-        >>> shown("0.5"), shown(None), shown([0.5]), shown(10**400)
-        ("'0.5'", 'None', 'a list', 'a number with hundreds of digits')
-    """
-    if isinstance(value, Integral) and abs(int(value)) >> 1024:  # larger than any float
-        return "a number with hundreds of digits"
+    """Return a wrong value for a message: a number or a text as it is written, anything else by its class."""
     return repr(value) if value is None or isinstance(value, str | Real) else f"a {type(value).__name__}"
-
-
-def check_seed(seed: object) -> None:
-    """Raise a ValueError for a seed that a random generator of PyTorch or NumPy does not take."""
-    check_values(SEED, seed=seed)
 
 
 def check_flags(**values: object) -> None:
@@ -106,20 +76,6 @@ def check_flags(**values: object) -> None:
     for name, value in values.items():
         if not isinstance(value, bool):
             raise UserError(f"{name} must be True or False, but it is {shown(value)}.")
-
-
-def check_batches(**values: object) -> None:
-    """Raise a ValueError for anything but a list, a dataloader or another collection of batches."""
-    for name, value in values.items():
-        if not isinstance(value, Iterable) or isinstance(value, Mapping | str | bytes) or hasattr(value, "dtype"):
-            raise UserError(f"{name} must be a list of batches or a dataloader, but it is a {type(value).__name__}.")
-
-
-def check_path(**values: object) -> None:
-    """Raise a ValueError for a value that cannot be the path of a file or folder."""
-    for name, value in values.items():
-        if not isinstance(value, str | PathLike) or not str(value) or "\0" in str(value):
-            raise UserError(f"{name} must be the path of a file or folder, but it is {shown(value)}.")
 
 
 def refuse_pytorch_lightning(trainer: object) -> None:
@@ -135,20 +91,14 @@ def refuse_pytorch_lightning(trainer: object) -> None:
 def require_extra(extra: str, *packages: str, purpose: str) -> None:
     """Raise an ImportError that names the extra if one of its packages is missing; `purpose` is a plural subject."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        needed = " and ".join(missing)
-        raise MissingPackageError(f"{purpose} need {needed}: pip install '.[{extra}]' in the source folder")
+        names = " and ".join(missing)
+        raise MissingPackageError(f"{purpose} need {names}: pip install '.[{extra}]' in the source folder")
 
 
 def check_report_path(path: str | PathLike[str]) -> str:
     """Return how the path of a report ends; raise an error for another ending, or if no report can be written here."""
-    check_path(report=path)
     suffix = Path(path).suffix.lower()
     if suffix not in (".html", ".png"):
         raise UserError(f"report must end with .html or .png, but it is {str(path)!r}.")
-    require_report_extra()
-    return suffix
-
-
-def require_report_extra() -> None:
-    """Raise an ImportError if a library that writes reports is missing."""
     require_extra("report", "matplotlib", purpose="Reports with figures")
+    return suffix

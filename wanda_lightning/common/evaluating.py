@@ -1,4 +1,4 @@
-"""Run a model in evaluation mode, and with random numbers from a seed."""
+"""Run a model in evaluation mode, with random numbers from a seed; compute in float64 where a device has it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @contextmanager
@@ -41,3 +41,20 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[] if on_cpu else [device]):
         (torch.default_generator if on_cpu else torch).manual_seed(seed)  # torch seeds all devices
         yield
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: `mps` and some GPUs of Intel do not."""
+    import torch
+
+    if device.type in ("cpu", "cuda"):  # not tried, since no process can fork once CUDA is in use
+        return True
+    try:
+        return torch.ones((), device=device).double().dtype == torch.float64
+    except (RuntimeError, TypeError):
+        return False
+
+
+def widest(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU if its device has no float64."""
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()

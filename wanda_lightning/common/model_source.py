@@ -1,7 +1,6 @@
 """The source of a model: a hub id, a local folder, a GGUF file or a timm model.
 
-All code that loads or describes a model by name uses this module. Libraries are imported inside functions, so that
-checking a local path is fast.
+Libraries are imported inside functions, so that checking a local path is fast.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any
 
 from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.errors import MissingPackageError, UserError
-from wanda_lightning.common.words import did_you_mean, one_line
+from wanda_lightning.common.words import one_line
 
-_LOCAL_FOLDER, _ON_HUB = "local-dir:", "hf-hub:"  # timm's prefixes of a folder and of a hub id
+_LOCAL_FOLDER = "local-dir:"  # timm's prefix of a folder
 
 
 @dataclass(frozen=True)
@@ -58,136 +57,84 @@ class ModelSource:
 
         Raises a FileNotFoundError for a path that does not exist.
         """
-        if reason := why_missing(self.name):
-            raise FileNotFoundError(f"The model {self} {reason}")
-        if self.path.suffix == ".gguf":
+        path = self.path
+        is_path = path.is_absolute() or str(self).startswith(".") or len(path.parts) > 2
+        if not path.exists() and (is_path or path.suffix in (".gguf", ".safetensors")):
+            raise FileNotFoundError(f"The model {self} does not exist. Check the path.")
+        if path.suffix == ".gguf":
             require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
-            return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name, **self.hub}
-        return {"pretrained_model_name_or_path": str(self.path) if self.path.exists() else str(self), **self.hub}
-
-
-def why_missing(name: str | os.PathLike[str]) -> str:
-    """Return why a name is neither an existing path nor a hub id, as a predicate; empty if it may be one."""
-    path = ModelSource(name).path
-    is_path = path.is_absolute() or os.fspath(name).startswith(".") or len(path.parts) > 2
-    if path.exists() or not (is_path or path.suffix in (".gguf", ".safetensors")):
-        return ""
-    download = " `python recipes/llm/get_smollm2.py .cache` downloads SmolLM2." if path.suffix == ".gguf" else ""
-    return f"does not exist. Check the path.{download}"
-
-
-def _config_in(folder: Path) -> dict[str, Any]:
-    """Return the configuration in a folder; empty if it cannot be read."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+            return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **self.hub}
+        return {"pretrained_model_name_or_path": str(path) if path.exists() else str(self), **self.hub}
 
 
 def load_config(source: ModelSource) -> Any:
-    """Load the transformers configuration of a hub id, a local folder or a GGUF file.
-
-    Raises an OSError for a model that neither a folder nor the hub has, and a ValueError for a file that is damaged or
-    inconsistent.
-    """
-    arguments = source.locate()
-    config = _config_in(source.path)
-    if "architecture" in config and "model_type" not in config:
-        raise UserError(
-            f"model must be one that transformers can load, but {source} is an image classifier of timm: its name is "
-            f"timm:{_LOCAL_FOLDER}{source.path}."
-        )
-    _refuse_files_outside(source.path)
-    from transformers import AutoConfig
-
-    with reading("configuration", source), asking_hub_once(not source.path.exists()):
-        return AutoConfig.from_pretrained(**arguments)
-
-
-def _refuse_files_outside(folder: Path) -> None:
-    """Refuse an index that names files outside of its folder: they could be private, and would be saved as weights."""
+    """Load the transformers configuration of a hub id, a local folder or a GGUF file; errors as for `reading`."""
+    arguments, folder = source.locate(), source.path
     for index in sorted(folder.glob("*.index.json")):
         with reading("index of the weights", index):
             names = [PureWindowsPath(name) for name in json.loads(index.read_bytes())["weight_map"].values()]
         for name in names:  # it knows both kinds of slashes
-            if name.anchor or ".." in name.parts:
+            if name.anchor or ".." in name.parts:  # the file could be private, and would be saved as weights
                 raise UserError(f"{index} must name files in its folder, but it names {name.as_posix()}. Correct it.")
+    from transformers import AutoConfig
+
+    with reading("configuration", source, on_hub=not folder.exists()):
+        config = AutoConfig.from_pretrained(**arguments)
+    if config.model_type == "timm_wrapper":
+        name = f"{_LOCAL_FOLDER}{folder}" if folder.exists() else f"hf-hub:{source}"
+        raise UserError(f"model {source} is an image classifier of timm: its name is timm:{name}.")
+    return config
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """Load a transformers tokenizer; errors as for `load_config`."""
+    """Load a transformers tokenizer; errors as for `reading`."""
     arguments = source.locate()
     from transformers import AutoTokenizer
 
-    with reading("tokenizer", source), asking_hub_once(not source.path.exists()):
+    with reading("tokenizer", source, on_hub=not source.path.exists()):
         return AutoTokenizer.from_pretrained(**arguments)
 
 
 @contextmanager
-def asking_hub_once(is_needed: bool = True) -> Iterator[None]:
-    """Let libraries read only their caches if the hub does not answer, since they would ask again for half a minute."""
+def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
+    """While a library loads the `part` of a model or data set, turn its errors into errors for the user.
+
+    A missing package stays an ImportError, an error of the file system or the hub an OSError, and exhausted memory the
+    error that it is; anything else becomes a ValueError. If the hub does not answer, libraries read only their caches,
+    since they would ask it again for half a minute.
+    """
     from huggingface_hub import constants, get_session
 
-    was_offline, cause = constants.HF_HUB_OFFLINE, ""
+    was_offline, found = constants.HF_HUB_OFFLINE, ""
     try:
-        if is_needed and not was_offline:
-            get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # libraries of the network raise errors of many kinds
-        cause, constants.HF_HUB_OFFLINE = one_line(error), True
-    try:
+        if on_hub and not was_offline:
+            try:
+                get_session().head(constants.ENDPOINT, timeout=10)
+            except Exception as error:  # libraries of the network raise errors of many kinds
+                constants.HF_HUB_OFFLINE = True
+                found = f" not in the cache, and the Hugging Face hub cannot be reached ({one_line(error)}):"
         yield
-    except OSError as error:
-        if not cause:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
-        raise ConnectionError(f"not in the cache, and the Hugging Face hub cannot be reached ({cause})") from error
+        kind = MissingPackageError if isinstance(error, ImportError) else OSError
+        if type(error).__name__ == "SafetensorError" or type(error.__context__).__name__ == "JSONDecodeError":
+            kind, found = UserError, " a file is damaged; download or save it again:"
+        elif not isinstance(error, ImportError | OSError):
+            kind, found = UserError, f"{found} {type(error).__name__}:"
+        raise kind(f"The {part} of {str(name)!r} cannot be loaded:{found} {one_line(error)}") from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-@contextmanager
-def reading(part: str, name: ModelSource | Path) -> Iterator[None]:
-    """While a library loads the `part` of a model, turn its errors, of many classes, into errors for the user.
-
-    A missing package stays an ImportError, an error of the file system or the hub an OSError, and exhausted memory the
-    error that it is; anything else becomes a ValueError. Only a file that cannot be parsed is called damaged.
-    """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
-            raise
-        cause = f"{'' if isinstance(error, OSError | ImportError) else f'{type(error).__name__}: '}{one_line(error)}"
-        names, advice = {type(error).__name__, type(error.__context__).__name__}, ""
-        if not names.isdisjoint(("JSONDecodeError", "SafetensorError")):
-            advice = ": a file is damaged. Download or save it again. The cause"
-        elif str(name).endswith(".gguf") and not isinstance(error, OSError | ImportError):
-            advice = ". Check that the file is complete. The cause"
-        kinds: tuple[tuple[type, type[Exception]], ...] = ((ImportError, MissingPackageError), (OSError, OSError))
-        kind = next((ours for theirs, ours in kinds if isinstance(error, theirs) and not advice), UserError)
-        raise kind(f"The {part} of {str(name)!r} cannot be loaded{advice}: {cause}") from error
-
-
 def timm_name(name: str | os.PathLike[str]) -> str:
-    """Return the name of an image classifier for `timm.create_model`, or raise a ValueError for an unknown one.
+    """Return the name of an image classifier for `timm.create_model`.
 
     It may be a name that timm knows, with or without the prefix `timm:` and a tag of pretrained weights;
     `hf-hub:OWNER/NAME`; `local-dir:FOLDER`; or a path object of a folder.
     """
     text = name.removeprefix("timm:") if isinstance(name, str) else f"{_LOCAL_FOLDER}{os.fspath(name)}"
-    if text.startswith(_LOCAL_FOLDER):
-        folder = ModelSource(text.removeprefix(_LOCAL_FOLDER)).path
-        if "model_type" in _config_in(folder):
-            raise UserError(f"model {folder} is of transformers, not of timm. Leave out the prefix timm:.")
-        return f"{_LOCAL_FOLDER}{folder}"
-    if text.startswith(_ON_HUB):
-        return text
-    import timm
-
-    if not timm.is_model(text.partition(".")[0]):
-        near = did_you_mean(text.partition(".")[0], timm.list_models())
-        raise UserError(
-            f"model must be a name that timm {timm.__version__} knows, but it is {text!r}.{near} For a model on the "
-            "hub, give hf-hub:OWNER/NAME; for a folder, local-dir:FOLDER."
-        )
-    return text
+    folder = text.removeprefix(_LOCAL_FOLDER)
+    return text if folder == text else f"{_LOCAL_FOLDER}{ModelSource(folder).path}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from wanda_lightning.common.errors import UserError
 
@@ -29,14 +29,12 @@ def matches(name: str, pattern: str, option: str) -> bool:
     return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
 
 
-def check_patterns(option: str, given: object) -> tuple[str, ...]:
+def check_patterns(option: str, given: Iterable[str]) -> tuple[str, ...]:
     """Return the patterns of an option as a tuple, or raise a ValueError; a string is a single pattern."""
-    patterns = (given,) if isinstance(given, str) else given
-    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise UserError(f"{option} must be a list of layer names or patterns, but it is {given!r}.")
+    patterns = (given,) if isinstance(given, str) else tuple(given)
     for pattern in patterns:
         matches("", pattern, option)
-    return tuple(patterns)
+    return patterns
 
 
 def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:

@@ -15,61 +15,52 @@ class ProgressBar:
     """Progress of one long task on stderr; `total` is the number of steps, None if it is not known (yet)."""
 
     def __init__(self, title: str, total: int | None, enabled: bool = True) -> None:
-        self._title, self._total, self._done = title, total, 0.0
+        self._title, self._total, self._done, self._name = title, total, 0.0, ""
         self._console = Console(stderr=True)
-        self._enabled = enabled and total != 0
+        enabled &= total != 0
+        self._prints = enabled and not self._console.is_terminal
         self._started = self._last_line = time.monotonic()
-        self._has_names = False
-        self._bar: Progress | None = None
+        self._bar = Progress(
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+            *(TimeElapsedColumn(), TimeRemainingColumn()),
+            console=self._console,
+            speed_estimate_period=inf,  # one step may take longer than rich's 30 s
+            disable=self._prints or not enabled,
+        )
+        self._task = self._bar.add_task(title, total=total)
 
     def __enter__(self) -> ProgressBar:
-        if self._enabled and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=self._console,
-                speed_estimate_period=inf,  # one step may take longer than rich's 30 s
-            )
-            self._task = self._bar.add_task(self._title, total=self._total)
-            self._bar.start()
+        self._bar.start()
         return self
 
     def __exit__(self, error_class: type[BaseException] | None, *_: object) -> None:
-        if self._bar is not None:
-            if error_class is None:
-                self._bar.update(self._task, total=self._done)  # it may have needed fewer steps
-            self._bar.stop()
-        elif self._enabled:
+        if error_class is None:
+            self._bar.update(self._task, total=self._done)  # it may have needed fewer steps
+        self._bar.stop()
+        if self._prints:
             self._line("done" if error_class is None else "stopped")
 
     def expect(self, total: int | None) -> None:
         """Set the number of steps."""
         self._total = total
-        if self._bar is not None:
-            self._bar.update(self._task, total=total)
+        self._bar.update(self._task, total=total)
 
     def show(self, name: str) -> None:
         """Show the name of the next step."""
-        self._has_names = True
-        if self._bar is not None:
-            self._bar.update(self._task, description=f"{self._title} {name}")
-        else:
-            self._line_if_due(name)
+        self._name = name
+        self._bar.update(self._task, description=f"{self._title} {name}")
+        self._line_if_due()
 
     def advance(self, steps: float = 1) -> None:
         """Count steps as done."""
         self._done += steps
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._done)
-        elif not self._has_names:
-            self._line_if_due("")
+        self._bar.update(self._task, completed=self._done)
+        if not self._name:
+            self._line_if_due()
 
-    def _line_if_due(self, name: str) -> None:
-        if self._enabled and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._line(name)
+    def _line_if_due(self) -> None:
+        if self._prints and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._line(self._name)
 
     def _line(self, name: str) -> None:
         self._last_line = time.monotonic()

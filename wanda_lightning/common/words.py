@@ -36,11 +36,6 @@ def as_size(size: int) -> str:
     return f"{size / unit:.1f} {name}"
 
 
-def as_gib(size: float) -> str:
-    """Describe a number of bytes of memory, such as `1.5 GiB`."""
-    return f"{size / 2**30:,.1f} GiB"
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean ...?` with the known names that resemble `name`, or an empty string if none does.
 

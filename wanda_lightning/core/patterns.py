@@ -12,12 +12,12 @@ from typing import ClassVar, Literal
 
 import torch
 
-from wanda_lightning.common.checks import Number, OneOf, check, check_flags
+from wanda_lightning.common.checks import Number, check, check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each, nondeterministic_kernels
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
 
-_GROUP = OneOf(("row", "layer"))
+_GROUP = ("row", "layer")
 
 
 def zeros_among(size: int, sparsity: float) -> int:

@@ -11,11 +11,10 @@ from typing import Any
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean, one_line
-from wanda_lightning.data.hub import load_from_hub
+from wanda_lightning.data.loading import load
 
 _HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}  # id, label column
 _NAMES = ("digits", *_HUB)
-_ALTERNATIVE = "digits, which needs no network, or a FOLDER with train/CLASS and val/CLASS"
 _EVALUATION_SPLITS = ("validation", "val", "test")  # the first one that a hub data set has
 
 
@@ -48,10 +47,7 @@ class Images(Sequence[tuple[Any, int]]):
         except IndexError:
             raise
         except Exception as error:  # each image format raises its own classes
-            raise UserError(
-                f"The image {where} cannot be read ({type(error).__name__}: {one_line(error)}). Remove it, replace it, "
-                "or scale it down if it is too large."
-            ) from error
+            raise UserError(f"The image {where} cannot be read: {type(error).__name__}: {one_line(error)}") from error
         return (image if self.transform is None else self.transform(image)), label
 
 
@@ -74,8 +70,9 @@ def check_source(data: str) -> None:
     """Raise an error for an unknown name or a path that does not exist, without reading or downloading anything."""
     if data == "digits":
         require_extra("demo", "sklearn", purpose="The digits")
-    is_hub_id = data.count("/") == 1 and not data.startswith(("/", ".", "~"))
-    if not (data in _NAMES or Path(data).expanduser().is_dir() or (is_hub_id and not Path(data).exists())):
+    path = Path(data).expanduser()
+    is_hub_id = data.count("/") == 1 and not (data.startswith(("/", ".", "~")) or path.exists())
+    if not data or not (data in _NAMES or path.is_dir() or is_hub_id):
         raise UserError(
             f"data must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or an existing folder "
             f"with train/CLASS and val/CLASS, or with classes only, but it is {data!r}.{did_you_mean(data, _NAMES)}"
@@ -90,28 +87,19 @@ def open_source(data: str, cache_dir: str | None = None, model_classes: Sequence
     """
     if data == "digits":
         return _digits()
-    if _has_class_folders(data):
+    if (splits := load_splits(data, cache_dir)) is None:
         return _from_folder(Path(data).expanduser(), model_classes)
-    return _from_splits(_load_splits(data, cache_dir), *_HUB.get(data, (data, None)))
+    return _from_splits(splits, *_HUB.get(data, (data, None)))
 
 
-def _load_splits(data: str, cache_dir: str | None = None) -> Mapping[str, Any]:
-    """Return the splits of a source without class folders: a hub data set, or a folder of Parquet files."""
-    path = Path(data).expanduser()
-    name = str(path) if path.is_dir() else _HUB.get(data, (data, None))[0]
-    return load_from_hub(name, instead=_ALTERNATIVE, cache_dir=cache_dir)
-
-
-def download(data: str, cache_dir: str | None = None) -> None:
-    """Download a hub data set, or convert Parquet files, into the cache of `datasets`; nothing for other sources."""
-    if data != "digits" and not _has_class_folders(data):
-        _load_splits(data, cache_dir)
-
-
-def _has_class_folders(data: str) -> bool:
+def load_splits(data: str, cache_dir: str | None) -> Any:
+    """Load a hub data set, or a folder of Parquet files, by split; None for digits and class folders."""
     folder = Path(data).expanduser()
     # The layouts of `Dataset.to_parquet` and of hub clones. rglob would list all files of an ImageNet folder.
-    return data not in _HUB and folder.is_dir() and not any(chain(folder.glob("*.parquet"), folder.glob("*/*.parquet")))
+    tables = chain(folder.glob("*.parquet"), folder.glob("*/*.parquet"))
+    if data == "digits" or (data not in _HUB and folder.is_dir() and not any(tables)):
+        return None
+    return load(_HUB.get(data, (data, None))[0], cache_dir=cache_dir)
 
 
 def _digits() -> Source:
@@ -136,17 +124,13 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
     if not evaluation.samples:
         raise UserError(f"data must have images to measure on, but the classes in {evaluation.root} have none.")
     folders = evaluation.classes if train is None else train.classes
-    if unknown := sorted({*evaluation.classes} - {*folders}):
-        raise UserError(
-            f"data must have training images for each class, but {evaluation.root} has {len(unknown)} classes that "
-            f"{root / 'train'} does not have, such as {unknown[0]}. Rename or remove them."
-        )
     by_model = {*folders} <= {*model_classes}
     classes = tuple(model_classes if by_model else folders)
-    labels = {name: label for label, name in enumerate(classes)}
+    if unknown := sorted({*evaluation.classes} - {*classes}):
+        raise UserError(f"data must have training images for each class, but has none in train/{unknown[0]}.")
 
     def labeled(folder: Any) -> Images:
-        return Images([(path, labels[folder.classes[place]]) for path, place in folder.samples], folder.root)
+        return Images([(path, classes.index(folder.classes[i])) for path, i in folder.samples], folder.root)
 
     return Source(None if train is None else labeled(train), labeled(evaluation), classes, not by_model, is_whole)
 
@@ -155,19 +139,11 @@ def _from_splits(splits: Mapping[str, Any], name: str, label: str | None) -> Sou
     names = _EVALUATION_SPLITS if len(splits) > 1 else tuple(splits)
     evaluation = next((split for split in names if split in splits), None)
     if evaluation is None:
-        raise UserError(
-            f"{name} must have a split named {', '.join(names)}, but it has {', '.join(splits)}. Save it as a folder "
-            "DIR/train/CLASS, DIR/val/CLASS."
-        )
-    train = splits["train"] if "train" in splits and evaluation != "train" else None
-    features = splits[evaluation].features
-    columns = find_columns(features, name, label)
-    return Source(
-        None if train is None else Images(train, name, columns),
-        Images(splits[evaluation], name, columns),
-        tuple(features[columns[1]].names),
-        is_whole=train is None,
-    )
+        raise UserError(f"{name} must have a split named {', '.join(names)}, but it has {', '.join(splits)}.")
+    columns = find_columns(splits[evaluation].features, name, label)
+    train = Images(splits["train"], name, columns) if "train" in splits and evaluation != "train" else None
+    classes = tuple(splits[evaluation].features[columns[1]].names)
+    return Source(train, Images(splits[evaluation], name, columns), classes, is_whole=train is None)
 
 
 def find_columns(features: Mapping[str, Any], name: str, label: str | None = None) -> tuple[str, str]:

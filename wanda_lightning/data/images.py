@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import methodcaller
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from wanda_lightning.common.checks import check_at_least, check_path, check_positive, check_seed
+from wanda_lightning.common.checks import SEED, check_at_least, check_positive, check_values
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.data.image_sources import Source, check_source, download, open_source
-from wanda_lightning.data.module import DataModule, silence_worker_advice
-from wanda_lightning.data.preprocessing import class_names_of, resolve_preprocessing
+from wanda_lightning.common.model_source import timm_name
+from wanda_lightning.common.words import counted
+from wanda_lightning.data.image_sources import Source, check_source, load_splits, open_source
+from wanda_lightning.data.loading import silence_worker_advice
 
 _IN_MEMORY_SIDE = 96  # pixels; digits up to this side are kept as tensors, at most 200 MB
 
 
-class ImageDataModule(DataModule):
+class ImageDataModule(L.LightningDataModule):
     """Labeled images, resized and normalized for a timm model.
 
     A batch is `(images, labels)`: float32 of shape (batch, channels, height, width), int64 of shape (batch,).
@@ -68,10 +71,9 @@ class ImageDataModule(DataModule):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_path(data=data)
         check_at_least(1, batch_size=batch_size, num_samples=num_samples)
         check_positive(image_size=image_size)
-        check_seed(seed)
+        check_values(SEED, seed=seed)
         check_at_least(0, num_workers=num_workers)
         self.data = os.fspath(data)
         check_source(self.data)
@@ -103,16 +105,13 @@ class ImageDataModule(DataModule):
 
     def prepare_data(self) -> None:
         """Download the images, in one process of each node."""
-        download(self.data, self.cache_dir)
+        load_splits(self.data, self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images, find the transforms, and check that the classes fit the model."""
         model = self.model if self.model is not None else getattr(self.trainer, "lightning_module", None)
         if model is None:
-            raise UserError(
-                "model must be given, since the transforms of the images depend on it and no Trainer runs a model. "
-                "Name a timm model."
-            )
+            raise UserError("model must be given, since it decides on the transforms and no Trainer runs a model.")
         preprocessing = resolve_preprocessing(model, self.image_size)
         if self.data == "digits":
             preprocessing |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
@@ -159,8 +158,8 @@ class ImageDataModule(DataModule):
         samples = self._opened().train if part == "train" else self._opened().evaluation
         if samples is None:
             raise UserError(
-                f"data must have training images, but {self.data} has only evaluation images. Use a folder with "
-                "train/CLASS and val/CLASS, or, to calibrate on the evaluation images, a folder of classes."
+                f"data must have training images, but {self.data} has only evaluation images. To calibrate on these, "
+                "give the folder with the classes."
             )
         mode = "L" if self.preprocessing["input_size"][0] == 1 else "RGB"
         transform = create_transform(**self.preprocessing, is_training=augment and self.data != "digits")
@@ -178,12 +177,11 @@ class ImageDataModule(DataModule):
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number of images, and the seed that drew them."""
         count = min(num_samples, self.num_samples, len(self._dataset(self._calibration_part)))
-        return f"{self.data}, {count:,} image{'s' * (count != 1)}, seed {self.seed}"
+        return f"{self.data}, {counted(count, 'image')}, seed {self.seed}"
 
     def describe_evaluation(self) -> str:
         """Return the source and its number of images."""
-        count = len(self._opened().evaluation)
-        return f"{self.data}, {count:,} image{'s' * (count != 1)}"
+        return f"{self.data}, {counted(len(self._opened().evaluation), 'image')}"
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Return the first `num_samples` images of a seeded permutation, preprocessed as for evaluation."""
@@ -202,14 +200,64 @@ class ImageDataModule(DataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, dataset: Any, shuffle: torch.Generator | None = None) -> DataLoader[Any]:
+        workers = self.num_workers
         if self._in_memory:
             silence_worker_advice()
-        workers = 0 if self._in_memory else self.num_workers
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle is not None,
-            generator=shuffle,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            workers = 0
+        options: dict[str, Any] = {"generator": shuffle, "num_workers": workers, "persistent_workers": workers > 0}
+        return DataLoader(dataset, self.batch_size, shuffle is not None, **options)
+
+
+def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> dict[str, Any]:
+    """Return the preprocessing of a timm model, as arguments of `timm.data.create_transform`.
+
+    timm's configuration describes the pretrained weights, but the model may have been built with other arguments, so
+    its first convolution gives the channels (one channel gets the average mean and std), and its patch embedding the
+    size, unless `image_size` is given. `input_size` is (channels, height, width), with 1 channel for gray images and 3
+    for RGB. The model may be a name, a timm model, or a module that has one as `.model`.
+    """
+    import timm
+    from timm.data import resolve_data_config
+
+    if isinstance(model, str):
+        with torch.device("meta"):
+            model = timm.create_model(timm_name(model))
+    inner = _timm_model(model)
+    if inner is None:
+        raise UserError(
+            f"model must be a timm model, whose pretrained_cfg defines the transforms, but {type(model).__name__} has "
+            "none. Name a similar timm model."
         )
+    config = resolve_data_config(model=inner)
+    channels, *size = config["input_size"]
+    channels = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), channels)
+    size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or size
+    if channels != 1 and channels % 3:  # space-to-depth stems read a multiple of 3
+        raise UserError(f"model must read 1 or 3 channels, but {type(model).__name__} reads {channels}.")
+    if image_size:
+        size = (image_size, image_size)
+    if channels == 1:
+        config |= {name: (sum(config[name]) / len(config[name]),) for name in ("mean", "std")}
+    return config | {"input_size": (1 if channels == 1 else 3, *size)}
+
+
+def _timm_model(model: nn.Module) -> Any:
+    """Return the timm model, which may be the `.model` of a module, or None."""
+    inner = model if hasattr(model, "pretrained_cfg") else getattr(model, "model", None)
+    return inner if hasattr(inner, "pretrained_cfg") else None
+
+
+def class_names_of(model: str | nn.Module) -> tuple[str, ...]:
+    """Return the class names of a timm model by output, its own or those of ImageNet if the number matches, or ()."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    inner = None if isinstance(model, str) else _timm_model(model)
+    if inner is None:
+        return ()
+    names = inner.pretrained_cfg.get("label_names") or ()
+    if isinstance(names, Mapping):
+        names = [names.get(label, names.get(str(label))) for label in range(len(names))]
+    if names and len(names) == inner.num_classes and None not in names:
+        return tuple(names)
+    subset = infer_imagenet_subset(inner)
+    return tuple(ImageNetInfo(subset).label_names()) if subset else ()

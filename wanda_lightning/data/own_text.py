@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -56,15 +55,24 @@ def sample_windows(
             f"calibration='self' needs a language model of transformers, which can write text, but "
             f"{type(model).__name__} has no method generate. Give a text."
         )
-    start = first_token(tokenizer)
+    from transformers import GenerationConfig
+
+    if not hasattr(tokenizer, "bos_token_id"):
+        raise UserError(f"tokenizer must be one of transformers, but it is {tokenizer!r}.")
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if start is None:
+        raise UserError(
+            "tokenizer must have a token that begins or ends a text, but it has neither. Set its bos_token, or give a "
+            "text."
+        )
     sizes = [min(batch_size, count - done) for done in range(0, count, batch_size)]
     windows = []
     with (
         torch.inference_mode(False),  # or training on the windows would fail
         seeded(seed, model.device),
         evaluating(model),
-        _sampling(model),
-        ProgressBar("Writing text", len(sizes) * seqlen, progress) as bar,
+        patch.object(model, "generation_config", GenerationConfig()),  # the model's own may end or alter the text
+        ProgressBar("Writing text", len(sizes), progress) as bar,
     ):
         for size in sizes:
             first = torch.full((size, 1), start, device=model.device)
@@ -74,49 +82,7 @@ def sample_windows(
                 do_sample=True,
                 top_k=0,
                 max_new_tokens=seqlen,
-                streamer=_Advancing(bar),
             )
             windows.append(written[:, -seqlen:].cpu())
+            bar.advance()
     return torch.cat(windows)
-
-
-def first_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the token after which the model writes a text; refuse a tokenizer that has none."""
-    if not hasattr(tokenizer, "bos_token_id"):
-        raise UserError(f"tokenizer must be one of transformers, but it is {tokenizer!r}.")
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise UserError(
-            "calibration='self' and sample_windows need a tokenizer with a token that begins or ends a text, but this "
-            "one has neither. Set its bos_token, or give a text."
-        )
-    return int(start)
-
-
-@contextmanager
-def _sampling(model: Any) -> Iterator[None]:
-    """Sample plainly: without the model's own settings, among them the token that ends a text and so the window."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-class _Advancing:
-    """A streamer for `generate` that advances a bar by one for each token."""
-
-    def __init__(self, bar: ProgressBar) -> None:
-        self._bar, self._has_begun = bar, False
-
-    def put(self, tokens: Tensor) -> None:
-        """Advance the bar, except for the first call, which passes the prompt."""
-        if self._has_begun:
-            self._bar.advance()
-        self._has_begun = True
-
-    def end(self) -> None:
-        """Do nothing at the end of the text."""

@@ -1,41 +1,39 @@
-"""Text for calibration, training and perplexity, as a LightningDataModule."""
+"""Text for calibration, training and perplexity, as a LightningDataModule, in windows as in Sun et al. 2024 (Wanda)."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.checks import check_at_least, check_positive, check_seed
+from wanda_lightning.common.checks import SEED, check_at_least, check_positive, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.data.module import DataModule, ResumableLoader, silence_worker_advice
+from wanda_lightning.common.words import counted
+from wanda_lightning.data.loading import silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows
-from wanda_lightning.data.text_sources import (
-    OWN_TEXT,
-    SELF,
-    calibration_source,
-    check_source,
-    documents_in,
-    evaluation_text,
-    name_of,
-)
-from wanda_lightning.data.windows import cut, draw_from_documents, draw_from_text
+from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source, evaluation_text, named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _C4_EVALUATION_WINDOWS = 256
-_SAMPLE = 2000  # number of characters on which two tokenizers are compared
+_SAMPLE = (
+    "Tokenizers of one kind split this in the same way: 1,234\n\tdef \u00e9t\u00e9(x): return x**2  # \u65e5\u672c"
+)
 
 
-class TextDataModule(DataModule):
+class TextDataModule(L.LightningDataModule):
     """Windows of `seqlen` tokens, drawn at random for calibration and training, adjacent for perplexity.
 
     A batch is `{"input_ids": (batch, seqlen)}`, int64; all windows are full, so there is no attention mask. A seed
@@ -48,9 +46,8 @@ class TextDataModule(DataModule):
       documents of the validation file, and at most 256 windows.
 
     Each text is read and tokenized once: in a Trainer, by one of its processes, which gives the windows to the others.
-    If calibration and evaluation data are the same, the model is evaluated on the text that it was calibrated on; the
-    two parts of python-docs have no paragraph in common. Text like that of the calibration flatters a pruned model, so
-    evaluate on text of another kind, too.
+    The parts of python-docs for calibration and evaluation have no paragraph in common; a file is read whole for both.
+    Text like that of the calibration flatters a pruned model, so evaluate on text of another kind, too.
 
     Args:
         tokenizer: A tokenizer, or the hub id, folder or `.gguf` file to load it from; by default the tokenizer of the
@@ -96,23 +93,23 @@ class TextDataModule(DataModule):
         check_at_least(2, seqlen=seqlen)  # one token to read and one to predict
         check_at_least(1, num_samples=num_samples, batch_size=batch_size)
         check_positive(limit=limit, train_samples=train_samples)
-        check_seed(seed)
-        self.prepare_data_per_node = False
-        self.calibration, self._calibration_source = _named(calibration, "calibration")
-        named: list[tuple[str, Any]] = []
-        for text in evaluation if isinstance(evaluation, list | tuple) else [evaluation]:
-            name, source = _named(text, "evaluation")
-            same = sum(each.startswith(name) for each, other in named if other is not each)
-            named.append((f"{name} ({same + 1})" if same and name != source else name, source))
-        self.evaluations = tuple(name for name, _ in named)
-        self._evaluation_sources = dict(named)
-        if not named or len(self._evaluation_sources) < len(named):
-            raise UserError(
-                f"evaluation must name at least one text, and each only once, but it names {list(self.evaluations)}."
-            )
+        check_values(SEED, seed=seed)
         if isinstance(tokenizer, (str, os.PathLike)):
             ModelSource(tokenizer).locate()
         self._given_tokenizer = tokenizer
+        self.prepare_data_per_node = False
+        self.calibration, self._calibration_source = named(calibration, "calibration")
+        self._evaluation_sources: dict[str, Any] = {}
+        for text in evaluation if isinstance(evaluation, list | tuple) else [evaluation]:
+            name, source = named(text, "evaluation")
+            if name in self._evaluation_sources and name != source:  # another list of documents
+                name = f"{name} ({len(self._evaluation_sources) + 1})"
+            if name in self._evaluation_sources:
+                raise UserError(f"evaluation must name each text only once, but it names {name!r} again.")
+            self._evaluation_sources[name] = source
+        if not self._evaluation_sources:
+            raise UserError("evaluation must name at least one text.")
+        self.evaluations = tuple(self._evaluation_sources)
         self.evaluation = self.evaluations[0]
         self.seqlen = seqlen
         self.num_samples = num_samples
@@ -121,7 +118,6 @@ class TextDataModule(DataModule):
         self.seed = seed
         self.cache_dir = cache_dir
         self.train_samples = num_samples if train_samples is None else train_samples
-        self._sample = ""
         self._drawn = torch.empty(0, seqlen, dtype=torch.long)  # windows for calibration and training
         self._cut: dict[str, Tensor] = {}  # by the name of the text
 
@@ -168,9 +164,8 @@ class TextDataModule(DataModule):
             model = getattr(self._module, "model", None)
             if model is None:
                 raise UserError(
-                    f"calibration={self.calibration!r} needs a Trainer that runs a module with a model, which writes "
-                    "the text, but there is none. Pass the data to its validate, test or fit, or call "
-                    "wanda_lightning.sample_windows."
+                    "calibration='self' needs a Trainer that runs a module with a model, which writes the text, but "
+                    "there is none. Pass the data to its validate, test or fit, or call wanda_lightning.sample_windows."
                 )
             return sample_windows(model, self.tokenizer, count, self.seqlen, seed=self.seed)
         content = calibration_source(self._calibration_source, self.cache_dir)
@@ -197,11 +192,9 @@ class TextDataModule(DataModule):
         """Return the token ids of a text for evaluation, of shape (windows, seqlen), in the order of the text."""
         if source not in self._cut:
             text = evaluation_text(self._evaluation_sources[source], self.cache_dir)
-            self._sample = self._sample or text[:_SAMPLE]
-            ids = self._tokenize(text)
-            if source == "c4":
-                ids = ids[: _C4_EVALUATION_WINDOWS * self.seqlen]
-            self._cut[source] = cut(ids, self.seqlen, self.limit, source)
+            limits = [self.limit, _C4_EVALUATION_WINDOWS if source == "c4" else None]
+            limit = min((each for each in limits if each is not None), default=None)
+            self._cut[source] = cut(self._tokenize(text), self.seqlen, limit, source)
         return self._cut[source]
 
     def prepare_data(self) -> None:
@@ -216,23 +209,19 @@ class TextDataModule(DataModule):
         self._windows(max(calibrates * self.num_samples, trains * self.train_samples))
 
     def setup(self, stage: str | None = None) -> None:
-        """Check the data of the stage: the evaluation windows, and for `fit` the training windows.
+        """Check the windows of the stage: refuse tokens without an embedding, and another tokenizer than the model's.
 
         Windows that `prepare_data` has not read are read now, those for calibration when `calibration_dataloader()` is
-        called. Refuse a tokenizer that differs from that of the module that the Trainer runs, and a token for which the
-        module has no embedding.
+        called.
         """
         if self.trainer is not None:
-            prepared = self._drawn, self._cut, self._sample
-            self._drawn, self._cut, self._sample = self.trainer.strategy.broadcast(prepared)
+            self._drawn, self._cut = self.trainer.strategy.broadcast((self._drawn, self._cut))
         for source in self.evaluations:
             self._check_tokens(self.windows_of(source))
         if stage in (None, "fit") and self.calibration != SELF:  # the model writes on its device, and once if resumed
             self._check_tokens(self.train_windows)
         theirs = getattr(self._module, "tokenizer", None)
-        if theirs is None or theirs is self.tokenizer:
-            return
-        if theirs(self._sample, verbose=False).input_ids != self._tokenize(self._sample):
+        if theirs is not None and theirs(_SAMPLE, verbose=False).input_ids != self._tokenize(_SAMPLE):
             raise UserError(
                 "tokenizer must be the tokenizer of the model, but that one splits the text differently, so the "
                 "perplexity would be meaningless. Leave tokenizer out to use the tokenizer of the model."
@@ -245,14 +234,14 @@ class TextDataModule(DataModule):
 
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number and length of the windows, and the seed that drew them."""
-        count = min(num_samples, self.num_samples)
         source = OWN_TEXT if self.calibration == SELF else self.calibration
-        return f"{source}, {_count_of(count, self.seqlen)}, seed {self.seed}"
+        count = counted(min(num_samples, self.num_samples), "window")
+        return f"{source}, {count} of {self.seqlen:,} tokens, seed {self.seed}"
 
     def describe_evaluation(self, number: int = 0) -> str:
         """Return the source of the text with this number, and the number and length of its windows."""
-        windows = self.windows_of(self.evaluations[number])
-        return f"{self.evaluations[number]}, {_count_of(len(windows), self.seqlen)}"
+        name = self.evaluations[number]
+        return f"{name}, {counted(len(self.windows_of(name)), 'window')} of {self.seqlen:,} tokens"
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the calibration windows, in the order in which they were drawn."""
@@ -260,20 +249,14 @@ class TextDataModule(DataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the training windows, shuffled anew in each epoch."""
-        return ResumableLoader(
-            _rows(self.train_windows),
-            self.batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.seed),
-            trainer=self.trainer,
-            seed=self.seed,
-        )
+        order: dict[str, Any] = {"shuffle": True, "generator": torch.Generator().manual_seed(self.seed)}
+        rows = _rows(self.train_windows)
+        return ResumableLoader(rows, self.batch_size, trainer=self.trainer, seed=self.seed, **order)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         """Return the evaluation windows, in the order of the text; a list of dataloaders for several texts."""
-        first = self._loader(self.evaluation_windows)
-        others = [self._loader(self.windows_of(source)) for source in self.evaluations[1:]]
-        return [first, *others] if others else first
+        loaders = [self._loader(self.windows_of(source)) for source in self.evaluations]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     test_dataloader = predict_dataloader = val_dataloader
 
@@ -286,16 +269,92 @@ def _rows(windows: Tensor) -> Any:
     return [{"input_ids": window} for window in windows]
 
 
-def _named(texts: Any, option: str) -> tuple[str, Any]:
-    """Return the name of a text and its source; raise an error for anything else."""
-    if not isinstance(texts, str | os.PathLike):
-        documents_in(texts, option)
-        return name_of(texts), texts
-    name = os.fspath(texts)
-    if name != SELF or option == "evaluation":
-        check_source(name, option)
-    return name, name
+class ResumableLoader(DataLoader[Any]):
+    """A shuffled loader whose run may be resumed in the middle of an epoch, so that no batch comes twice.
+
+    The seed and the Trainer's epoch give the order, and the Trainer's progress the number of batches to skip. They are
+    read with the first batch: Lightning may create the iterator before it restores its progress.
+    """
+
+    def __init__(self, *args: Any, trainer: L.Trainer | None, seed: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trainer, self.seed = trainer, seed  # public: Lightning rebuilds the loader to add a DistributedSampler
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield the batches of an epoch, or those that are left of it."""
+        skip = 0
+        if self.trainer is not None and self.trainer.training:
+            self.generator.manual_seed(self.seed + self.trainer.current_epoch)
+            skip = self.trainer.fit_loop.batch_idx + 1
+        yield from itertools.islice(super().__iter__(), skip, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the method tells Lightning that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Do nothing: the Trainer restores its progress itself."""
 
 
-def _count_of(count: int, seqlen: int) -> str:
-    return f"{count:,} window{'s' * (count != 1)} of {seqlen:,} tokens"
+def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str) -> Tensor:
+    """Draw windows that start anywhere in one text, as token ids of shape (num_samples, seqlen).
+
+    `random.Random(seed)` draws the same windows as the reference code does for WikiText-2. Errors name the `source`.
+    """
+    if len(ids) <= seqlen:
+        raise UserError(
+            f"seqlen={seqlen} needs a text of at least {seqlen + 1} tokens, but {source} has {len(ids)}. Choose a "
+            "smaller seqlen or a longer text."
+        )
+    rng = random.Random(seed)
+    starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(num_samples)]
+    return torch.tensor([ids[start : start + seqlen] for start in starts], dtype=torch.long)
+
+
+def draw_from_documents(
+    documents: Sequence[str],
+    tokenize: Callable[[str], Sequence[int]],
+    seqlen: int,
+    num_samples: int,
+    seed: int,
+    source: str,
+) -> Tensor:
+    """Draw windows from documents, as token ids of shape (num_samples, seqlen).
+
+    For each window, draw documents until one is longer than `seqlen`, then draw where the window starts in it.
+    `random.Random(seed)` draws the same windows as the reference code does for C4. Only drawn documents are tokenized.
+    """
+    rng = random.Random(seed)
+    lengths: dict[int, int] = {}  # in tokens, of the documents that are too short
+    windows: list[Sequence[int]] = []
+    while len(windows) < num_samples:
+        if len(lengths) == len(documents):
+            raise UserError(
+                f"seqlen={seqlen} needs a document of at least {seqlen + 1} tokens, but the longest of the "
+                f"{len(documents)} documents of {source} has {max(lengths.values())}. Choose a smaller seqlen, or "
+                "give a .txt file, which is read as one text."
+            )
+        i = rng.randint(0, len(documents) - 1)
+        ids = () if i in lengths else tokenize(documents[i])
+        if len(ids) > seqlen:
+            start = rng.randint(0, len(ids) - seqlen - 1)
+            windows.append(ids[start : start + seqlen])
+        else:
+            lengths.setdefault(i, len(ids))
+    return torch.tensor(windows, dtype=torch.long)
+
+
+def cut(ids: Sequence[int], seqlen: int, limit: int | None, source: str) -> Tensor:
+    """Cut a text into adjacent windows for perplexity, at most `limit`, and drop the rest at the end.
+
+    >>> cut([1, 2, 3, 4, 5, 6, 7], seqlen=3, limit=None, source="a.txt")
+    tensor([[1, 2, 3],
+            [4, 5, 6]])
+    """
+    count = len(ids) // seqlen
+    if count == 0:
+        raise UserError(
+            f"seqlen={seqlen} needs a text of at least {seqlen} tokens, but {source} has {len(ids)}. Choose a smaller "
+            "seqlen or a longer text."
+        )
+    return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)[:limit]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,19 +12,16 @@ from typing import Any
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean
-from wanda_lightning.data.hub import EXTENSIONS, load_file, load_from_hub
+from wanda_lightning.data.loading import EXTENSIONS, load
 
-SELF, OWN_TEXT = "self", "text by the dense model"
-"""The name of the text that the model itself writes, to calibrate on, and what it is in words."""
+SELF, OWN_TEXT = "self", "text by the dense model"  # the name of the text that the model itself writes, and in words
 
 _NAMES = ("c4", "wikitext2", "python-docs", "sklearn-docs")
 _IN_MEMORY = "texts in memory"
 _HUB_SPLITS = ("train",), ("validation", "test", "train")  # for calibration and for evaluation: the first that exists
-_ALTERNATIVE = "python-docs, which needs no network, or a FILE (.txt, .jsonl, .parquet)"
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 _C4_EVALUATION_DOCUMENTS = 1100
 _EVALUATION_FRACTION = 0.3  # of the characters of python-docs
-_LONGEST_NAME = 1000  # characters
 _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics by chance
 
 
@@ -31,26 +30,23 @@ def check_source(source: str, option: str = "text") -> None:
     path = Path(source).expanduser()
     if source == "sklearn-docs":
         require_extra("demo", "sklearn", purpose="The descriptions of scikit-learn's data sets")
-    is_text = "\n" in source or len(source) > _LONGEST_NAME
-    if is_text or not (source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()) or _is_hub_id(source)):
-        lists = " Give a list of documents, as calibration=[...] or evaluation=[[...]]." if is_text else ""
+    if not (source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()) or _is_hub_id(source)):
         raise UserError(
-            f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or an existing file "
-            f"that ends in {', '.join(EXTENSIONS)}, but it is {source!r:.80}.{lists}{did_you_mean(source, _NAMES)}"
+            f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), an existing file "
+            f"that ends in {', '.join(EXTENSIONS)}, or a list of documents, but it is {source!r:.80}."
+            f"{did_you_mean(source, _NAMES)}"
         )
 
 
 def documents_in(texts: Any, option: str) -> Sequence[str]:
     """Return a list of strings as it is, or the column `text` of a data set; errors begin with the option."""
     if hasattr(texts, "column_names"):
-        kind = getattr(texts.features.get("text"), "dtype", "Json")
+        kind = getattr(texts.features.get("text"), "dtype", "missing")
         if kind not in ("string", "large_string") or texts.data.column("text").null_count:
-            has = (
-                f"one of {kind}, or rows without text"
-                if "text" in texts.column_names
-                else ", ".join(texts.column_names)
+            raise UserError(
+                f"{option} must have a column 'text' with a string in each row, but it has the columns "
+                f"{', '.join(texts.column_names)}, and 'text' is {kind} or not in each row."
             )
-            raise UserError(f"{option} must have a column 'text' with a string in each row, but it has {has}.")
         texts = texts["text"]
     elif not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(
@@ -61,9 +57,15 @@ def documents_in(texts: Any, option: str) -> Sequence[str]:
     return texts
 
 
-def name_of(texts: Any) -> str:
-    """Return how to call a list of strings or a data set."""
-    return getattr(getattr(texts, "info", None), "dataset_name", None) or _IN_MEMORY
+def named(texts: Any, option: str) -> tuple[str, Any]:
+    """Return the name of a text, a list of strings or a data set, and its source; raise an error for anything else."""
+    if not isinstance(texts, str | os.PathLike):
+        documents_in(texts, option)
+        return getattr(getattr(texts, "info", None), "dataset_name", None) or _IN_MEMORY, texts
+    name = os.fspath(texts)
+    if name != SELF or option == "evaluation":
+        check_source(name, option)
+    return name, name
 
 
 def calibration_source(source: Any, cache_dir: str | None = None) -> str | Sequence[str]:
@@ -88,40 +90,32 @@ def evaluation_text(source: Any, cache_dir: str | None = None) -> str:
 def _read(source: Any, part: int, cache_dir: str | None) -> str | Sequence[str]:
     """Return a text or documents: part 0 is for calibration, and part 1 for evaluation."""
     if not isinstance(source, str):
-        return documents_in(source, name_of(source))
+        return documents_in(source, _IN_MEMORY)
     if source == "python-docs":
         return "\n\n".join(python_docs()[part].values())
     if source == "sklearn-docs":
         return sklearn_docs()
-    path = Path(source).expanduser()
-    if path.suffix in EXTENSIONS:
-        documents = documents_in(load_file(path, cache_dir), source)
-        return documents[0] if path.suffix == ".txt" else documents
-    splits = load_from_hub(source, instead=_ALTERNATIVE, cache_dir=cache_dir)
-    split = next((split for split in _HUB_SPLITS[part] if split in splits), next(iter(splits)))
-    return documents_in(splits[split], f"The data set {source}")
+    loaded = load(source, cache_dir=cache_dir)
+    if Path(source).suffix in EXTENSIONS:
+        documents = documents_in(loaded, source)
+        return documents[0] if source.endswith(".txt") else documents
+    split = next((split for split in _HUB_SPLITS[part] if split in loaded), next(iter(loaded)))
+    return documents_in(loaded[split], f"The data set {source}")
 
 
 def _is_hub_id(source: str) -> bool:
-    is_path = source.startswith(("/", ".", "~")) or source.endswith(("/", *EXTENSIONS)) or Path(source).exists()
-    return source.count("/") == 1 and not is_path
+    is_path = source.endswith(EXTENSIONS) or Path(source).exists()
+    return not is_path and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) is not None
 
 
 def _c4(split: str, cache_dir: str | None) -> Sequence[str]:
-    table = load_from_hub(
-        "allenai/c4",
-        instead=_ALTERNATIVE,
-        data_files={split: _C4_FILES[split]},
-        split=split,
-        cache_dir=cache_dir,
-        verification_mode="no_checks",  # else datasets raises ExpectedMoreSplits, since one file is not all of C4
-    )
-    return table["text"]
+    # no_checks: else datasets raises ExpectedMoreSplits, since one file is not all of C4.
+    options = {"data_files": {split: _C4_FILES[split]}, "verification_mode": "no_checks"}
+    return load("allenai/c4", split=split, cache_dir=cache_dir, **options)["text"]
 
 
 def _wikitext2(split: str, cache_dir: str | None) -> Sequence[str]:
-    config = "wikitext-2-raw-v1"
-    return load_from_hub("Salesforce/wikitext", config, instead=_ALTERNATIVE, split=split, cache_dir=cache_dir)["text"]
+    return load("Salesforce/wikitext", "wikitext-2-raw-v1", split=split, cache_dir=cache_dir)["text"]
 
 
 def python_docs() -> tuple[dict[str, str], dict[str, str]]:

@@ -20,7 +20,7 @@ from wanda_lightning.common.checks import check_positive, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluating import evaluating
 from wanda_lightning.common.words import did_you_mean, one_line
-from wanda_lightning.data.hub import load_file
+from wanda_lightning.data.loading import load
 from wanda_lightning.evaluation.results import Results
 
 # The seven tasks of Sun et al. 2024 (Table 2), with the fields of a document that lm-eval reads; see docs/tasks.md.
@@ -117,7 +117,7 @@ def _local(documents: Any) -> dict[str, Any]:
 
 
 def _read(path: Path, fields: Sequence[str]) -> Any:
-    documents = load_file(path)
+    documents = load(str(path))
     where = f"Each line of {path} must have {', '.join(fields)}"
     if missing := [name for name in fields if name not in documents.column_names]:
         raise UserError(f"{where}, but {missing[0]} is missing. Correct the file.")

@@ -14,7 +14,7 @@ from typing import Any
 from wanda_lightning.common import words
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run, descriptions
-from wanda_lightning.report.metrics import METRICS, TOP1
+from wanda_lightning.report.descriptions import METRICS, TOP1
 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"

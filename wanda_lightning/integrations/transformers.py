@@ -83,9 +83,8 @@ def _to_json(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_json(state: Mapping[str, Any]) -> dict[str, Any]:
-    unheld = {
-        name: torch.tensor(bits, dtype=getattr(torch, kind)) for name, (kind, bits) in state["unheld_zeros"].items()
-    }
+    found = state["unheld_zeros"].items()
+    unheld = {name: torch.tensor(bits, dtype=getattr(torch, kind)) for name, (kind, bits) in found}
     return {**state, "unheld_zeros": unheld}
 
 

@@ -16,11 +16,10 @@ from wanda_lightning.common.checks import require_extra
 
 require_extra("lora", "peft", purpose="Adapters")
 
-from wanda_lightning.lora.keep_zeros_config import KeepZerosLoraConfig  # noqa: E402
 from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear  # noqa: E402
 from wanda_lightning.lora.merge import merge  # noqa: E402
 from wanda_lightning.lora.register import KEEP_ZEROS_LORA, register  # noqa: E402
-from wanda_lightning.lora.tuner import KeepZerosLoraModel  # noqa: E402
+from wanda_lightning.lora.tuner import KeepZerosLoraConfig, KeepZerosLoraModel  # noqa: E402
 
 register(KeepZerosLoraConfig, KeepZerosLoraModel)
 

@@ -24,11 +24,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_gguf_pytorch_utils
 
-from wanda_lightning.common.checks import OneOf, shown
+from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
     ModelSource,
-    asking_hub_once,
     load_config,
     load_tokenizer,
     reading,
@@ -38,7 +37,7 @@ from wanda_lightning.common.words import counted
 from wanda_lightning.models import number_of_embeddings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPE_NAMES = OneOf(("auto", *DTYPES))
+DTYPE_NAMES = ("auto", *DTYPES)
 _CHECKED = (*DTYPES.values(), torch.float64)
 
 
@@ -79,7 +78,7 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     with bars_on_terminals_only():
         if path.is_dir():
             require_safetensors(path, "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
-        with reading("weights", source), asking_hub_once(not path.exists()):
+        with reading("weights", source, on_hub=not path.exists()):
             model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     check_complete(name, loaded["missing_keys"], loaded.get("mismatched_keys", ()))
     warn_unused(name, loaded.get("unexpected_keys", ()))
@@ -205,7 +204,7 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     if folder is not None and pretrained:
         require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
     on_hub = folder is None and (pretrained or ":" in checked)
-    with reading("weights" if pretrained else "configuration", ModelSource(checked)), asking_hub_once(on_hub):
+    with reading("weights" if pretrained else "configuration", checked, on_hub):
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)
     if folder is not None and pretrained:
         check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from wanda_lightning.common.checks import require_report_extra
+from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.words import count
 from wanda_lightning.models import SkipReason
 from wanda_lightning.report.records import POOLED, Layers, PrunedLayer, ReportData, grouped
@@ -117,7 +117,7 @@ class Plot:
 
 def plots_of(report: ReportData) -> list[Plot]:
     """Return the figures for which the report has numbers; refuse if the extra `report` is not installed."""
-    require_report_extra()
+    require_extra("report", "matplotlib", purpose="Reports with figures")
     sparsity, errors, bars = layer_grid(report, "sparsity"), layer_grid(report, "error"), weights_by_kind(report)
     plots = []
     if len(sparsity.shown) > 1:  # colors span at least 10 %, so that nearly uniform sparsities look nearly uniform

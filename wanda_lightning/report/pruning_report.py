@@ -18,7 +18,7 @@ from wanda_lightning.common.checks import check_report_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import descriptions, figures
-from wanda_lightning.report.metrics import METRICS
+from wanda_lightning.report.descriptions import METRICS
 from wanda_lightning.report.records import ReportData, Run, as_json, from_parsed, grouped
 
 REPORT_NAME = "pruning_report.json"

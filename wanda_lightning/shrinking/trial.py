@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.evaluating import evaluating, seeded
-from wanda_lightning.common.widest import widest
+from wanda_lightning.common.evaluating import evaluating, seeded, widest
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import RemovableUnits, reads_images
 

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from wanda_lightning.common.atomic_write import resolve_path
-from wanda_lightning.common.checks import check_batches, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
@@ -104,7 +103,6 @@ def pruned_from_disk(
     """
     refuse_whole_model(config, processes)
     refuse_places(source.name, output)
-    check_batches(batches=batches)
     if tokenizer is not None:
         check_tokenizer(tokenizer)
     with processes.fail_together():
@@ -159,6 +157,5 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
 
 def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
     """Refuse an output that is the source folder or lies inside it."""
-    check_path(source=source, output=output)
     if os.path.isdir(os.path.expanduser(source)) and resolve_path(output).is_relative_to(resolve_path(source)):
         raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")

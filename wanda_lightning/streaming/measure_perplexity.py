@@ -13,7 +13,6 @@ from wanda_lightning.calibration.batches import length_of
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample
-from wanda_lightning.common.checks import check_batches, check_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
@@ -54,8 +53,6 @@ def perplexity_from_disk(
     Raises:
         ValueError: If no token of the batches has a next token.
     """
-    check_path(source=source)
-    check_batches(batches=batches)
     checkpoint = Checkpoint(ModelSource(source, revision or "main", cache_dir, trust_remote_code), dtype, device)
     check_decoder_only(checkpoint.model.config)
     check_causal(checkpoint.model)

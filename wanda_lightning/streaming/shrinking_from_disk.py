@@ -13,7 +13,6 @@ from torch import nn
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.common.atomic_write import atomic_folder
-from wanda_lightning.common.checks import check_path
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.modules.loading import load_own_tokenizer
 from wanda_lightning.shrinking import Shrunk, example_batch, fit_configuration, shrink, write_modeling_file
@@ -52,7 +51,6 @@ def shrink_from_disk(
         ValueError: If nothing can be removed, or if the model cannot be read block by block.
         FileExistsError: If the folder is not empty and `overwrite` is false.
     """
-    check_path(source=source, output=output)
     where = ModelSource(os.fspath(source), revision or "main", cache_dir, trust_remote_code)
     with atomic_folder(output, overwrite) as folder:
         stream = _Stream(Checkpoint(where, dtype), folder)

@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
-from wanda_lightning.common.checks import SEED, Number, OneOf, check, check_flags
+from wanda_lightning.common.checks import SEED, Number, check, check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Unit
@@ -106,7 +106,7 @@ class Distil(Recovery):
         if self.batch_size is not None:
             check(self, batch_size=at_least_1)
         if self.loss is not None:
-            check(self, loss=OneOf(("kl", "mse")))
+            check(self, loss=("kl", "mse"))
         if self.blocks is not None:
             check_flags(blocks=self.blocks)
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from wanda_lightning.common.checks import OneOf
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer
 
 Per = Literal["block", "layer"]
-PER = OneOf(("block", "layer"))
+PER = ("block", "layer")
 
 
 def unit_range(values: Mapping[str, float]) -> dict[str, float]:

@@ -1,0 +1,40 @@
+"""Load data sets from the Hugging Face hub, and tables and texts from files, by `datasets`; a warning about loaders."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from wanda_lightning.common.model_source import reading
+
+_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),  # with or without a byte order mark
+    ".jsonl": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+EXTENSIONS = tuple(_BUILDERS)
+
+
+def load(source: str, *config: str, **options: Any) -> Any:
+    """Load a data set from a file, from a folder, or by its name on the hub; a .txt file is one row with a `text`.
+
+    Errors as for `reading`: an OSError for a data set that neither the cache nor the hub has, a ValueError for one that
+    cannot be read.
+    """
+    import datasets
+
+    path, name = Path(source).expanduser(), source
+    if path.suffix in _BUILDERS:
+        name, format_options = _BUILDERS[path.suffix]
+        options |= {"data_files": str(path), "split": "train", **format_options}
+    with reading("data set", source, on_hub=not path.exists()):
+        try:
+            return datasets.load_dataset(str(path) if path.is_dir() else name, *config, **options)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+
+
+def silence_worker_advice() -> None:
+    """Stop Lightning from recommending workers, with which a loader over data in memory is slower; it has no option."""
+    warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
