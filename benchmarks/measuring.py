@@ -1,12 +1,14 @@
-"""Clocks, memory, fingerprints and random models for the benchmarks."""
+"""Clocks, memory, perplexity, fingerprints and random models for the benchmarks."""
 
 import ctypes
 import gc
 import hashlib
+import multiprocessing
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
+
+from wanda_lightning.modules import WindowPerplexity
 
 MIB = 2**20
 
@@ -39,6 +43,21 @@ def medians(*clocks: Callable[[], float], runs: int, warm_up: bool = True) -> li
     """Return the median of each clock. The clocks run alternately, after one warm-up run each if `warm_up`."""
     rounds = [[clock() for clock in clocks] for _ in range(warm_up + runs)]
     return [statistics.median(times) for times in zip(*rounds[warm_up:], strict=True)]
+
+
+def in_new_process(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function in a process of its own, whose memory nothing else has used."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Return the perplexity over the windows of all batches."""
+    metric = WindowPerplexity()
+    for batch in batches:
+        metric.update(model(**batch, use_cache=False).logits, batch["input_ids"])
+    return float(metric.compute())
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -163,11 +163,7 @@ def measured(*names: str) -> str:
     ours = lookup(read_table("methods"))
     rows = []
     for name in names:
-        cells = []
-        for goal in GOALS:
-            run = ours.get((name, goal))
-            taken = seconds(run)
-            cells.append(f"{perplexity(run)}, {taken} s" if taken else perplexity(run))
+        cells = [tables.with_seconds(ours.get((name, goal))) for goal in GOALS]
         if not any(cells):
             raise ValueError(f"benchmarks/results/methods has no run of {name!r}.")
         chosen = name in methods.METHODS or name in methods.PRESETS
@@ -226,20 +222,8 @@ def _summary(name: str) -> str:
     return " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split())
 
 
-PARTS: Mapping[str, Callable[..., str]] = {
-    "claims": claims,
-    "which": which,
-    "zeros": zeros,
-    "worth_short": worth_short,
-    "demo_table": demo_table,
-    "training_costs": training_costs,
-    "adapters": adapters,
-    "measured": measured,
-    "choices": choices,
-    "card": card,
-    "names": names,
-    **tables.FRAGMENTS,
-}
+OWN = (claims, which, zeros, worth_short, demo_table, training_costs, adapters, measured, choices, card, names)
+PARTS: Mapping[str, Callable[..., str]] = {part.__name__: part for part in OWN} | tables.FRAGMENTS
 
 
 def parts(text: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import MIB, PeakMemory, fingerprint, seconds
+from measuring import MIB, PeakMemory, fingerprint, perplexity, seconds
 from result import Result, Runs, Samples, sparsity_of, to_hexadecimal
 from torch import Tensor, nn
 
@@ -50,7 +50,6 @@ from wanda_lightning.core.losses import divergence
 from wanda_lightning.data.text_sources import OWN_TEXT, SELF
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import METHODS, PRESETS
-from wanda_lightning.modules import WindowPerplexity
 
 Choices = dict[str, Any]  # arguments of `prune`, without the sparsity
 Measured = dict[str, float]
@@ -132,15 +131,6 @@ def refusal(model: nn.Module, chosen: Mapping[str, Any]) -> str:
 def in_batches(windows: Tensor) -> list[dict[str, Tensor]]:
     """Return windows in batches of 4."""
     return [{"input_ids": part} for part in windows.split(4)]
-
-
-@torch.no_grad()
-def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
-    """Return the perplexity over the windows of all batches."""
-    metric = WindowPerplexity()
-    for batch in batches:
-        metric.update(model(**batch, use_cache=False).logits, batch["input_ids"])
-    return float(metric.compute())
 
 
 class LanguageModel:

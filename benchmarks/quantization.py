@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import perplexity
 from result import Result, Runs, Samples
 from torch import Tensor, nn
 
 from wanda_lightning import CausalLMModule, TextDataModule, prune
 from wanda_lightning.models import find_layers
-from wanda_lightning.modules import WindowPerplexity
 
 Scheme = Callable[[Tensor], Tensor]
 """Quantizes and dequantizes a matrix (d_out, d_in)."""
@@ -120,19 +120,10 @@ def quantize(pruned: nn.Module, scheme: Scheme) -> tuple[nn.Module, float, float
     return model, kept / zeros, new / others
 
 
-@torch.no_grad()
-def perplexity(model: nn.Module, data: TextDataModule) -> float:
-    """Return the perplexity on the evaluation windows."""
-    metric = WindowPerplexity()
-    for batch in data.val_dataloader():
-        metric.update(model(batch["input_ids"], use_cache=False).logits, batch["input_ids"], None)
-    return float(metric.compute())
-
-
-def measure(pruned: nn.Module, scheme: Scheme, data: TextDataModule) -> dict[str, float]:
+def measure(pruned: nn.Module, scheme: Scheme, batches: Any) -> dict[str, float]:
     """Return what quantization does to zeros and perplexity."""
     quantized, kept, new = quantize(pruned, scheme)
-    return {"zeros_kept": kept, "new_zeros": new, "perplexity": perplexity(quantized, data)}
+    return {"zeros_kept": kept, "new_zeros": new, "perplexity": perplexity(quantized, batches)}
 
 
 def plan(options: argparse.Namespace, quantizer: str = "", scheme: str = "none") -> Result:
@@ -164,17 +155,16 @@ def main() -> None:
     module = CausalLMModule(options.model, dtype="float32")
     sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
     data = TextDataModule(module.tokenizer, options.calibration, options.eval, batch_size=4, **sizes)
-    data.setup("validate")
-    model = module.model.eval()
+    model, batches = module.model.eval(), data.val_dataloader()
     runs = Runs(options.save, "quantization")
-    runs(plan(options), lambda: {"perplexity": perplexity(model, data)})
+    runs(plan(options), lambda: {"perplexity": perplexity(model, batches)})
     prune(model, data.calibration_dataloader(), options.sparsity, method="wanda", progress=False)
     unchanged = {"zeros_kept": 1.0, "new_zeros": 0.0}
-    runs(plan(options, "none"), lambda: {**unchanged, "perplexity": perplexity(model, data)})
+    runs(plan(options, "none"), lambda: {**unchanged, "perplexity": perplexity(model, batches)})
     failures: list[str] = []
     for (package, name), scheme in SCHEMES.items():
         try:
-            runs(plan(options, package, name), partial(measure, model, scheme, data))
+            runs(plan(options, package, name), partial(measure, model, scheme, batches))
         except Exception as error:
             failures.append(f"Not measured: {package} {name}: {type(error).__name__}: {' '.join(str(error).split())}")
     print("\n".join(failures))

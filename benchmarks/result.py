@@ -45,7 +45,6 @@ QUANTITIES: Mapping[str, str] = {
     "read_gb": "gigabytes read",
     "written_gb": "gigabytes written",
     "mask_difference": "fraction of the mask entries that differ from those of what it is compared with",
-    "first_mask_difference": "the same in the first matrix that differs",
     "output_error": "mean relative squared error of the outputs of a layer",
     "plain_output_error": "the same for what it is compared with",
     "zeros_kept": "fraction of the pruned weights that are still zero",
@@ -58,8 +57,6 @@ QUANTITIES: Mapping[str, str] = {
         for what, text in (("prefill", "tokens of a prompt"), ("decode", "generated tokens"), ("images", "images"))
         for size in (1, 32)
     },
-    "zstd_3": "bytes of the file after zstd -3 / dense bytes",
-    "zstd_19": "bytes of the file after zstd -19 / dense bytes",
 }
 """What `measured` may hold."""
 

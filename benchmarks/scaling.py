@@ -14,8 +14,7 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
-from measuring import MIB, Batches, PeakMemory, random_llama
+from measuring import MIB, Batches, PeakMemory, in_new_process, random_llama
 from result import Result, Runs, Samples
 from tables import SCALED
 
@@ -27,8 +26,8 @@ LENGTH, VOCABULARY = 256, 1024
 METHODS = SCALED[1:]
 
 
-def measure(_: int, method: str, sizes: dict[str, int], queue: Any) -> None:
-    """Put the processor's seconds and the peak memory into a queue; it runs in a new process."""
+def measure(method: str, sizes: dict[str, int]) -> dict[str, float]:
+    """Return the processor's seconds and the peak memory of a process that has done nothing else."""
     torch.set_num_threads(1)
     run(method, *build(4, 1, 128))  # what the first run loads does not count
     model, batches = build(**sizes)
@@ -36,7 +35,7 @@ def measure(_: int, method: str, sizes: dict[str, int], queue: Any) -> None:
         started = time.process_time()
         run(method, model, batches)
         taken = time.process_time() - started
-    queue.put({"processor_seconds": taken, "peak_mib": memory.peak / MIB})
+    return {"processor_seconds": taken, "peak_mib": memory.peak / MIB}
 
 
 def build(windows: int, blocks: int, width: int) -> tuple[Any, Batches]:
@@ -61,14 +60,6 @@ def run(method: str, model: Any, batches: Batches) -> None:
             forward(batch)
 
 
-def alone(method: str, sizes: dict[str, int]) -> dict[str, float]:
-    """Measure in a process of its own, since memory that another run has used would not count."""
-    queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(measure, (method, sizes, queue))
-    found: dict[str, float] = queue.get()
-    return found
-
-
 def main() -> None:
     """Measure each size with each method."""
     parser = argparse.ArgumentParser(description="Measure how pruning grows with tokens, layers and width.")
@@ -87,7 +78,7 @@ def main() -> None:
                 arguments=({"method": name, "sequential": "layer"} if name in METHODS else {}) | shape,
                 calibration=Samples("random tokens", sizes["windows"], LENGTH),
             )
-            runs(planned, partial(alone, name, sizes))
+            runs(planned, partial(in_new_process, measure, name, sizes))
 
 
 if __name__ == "__main__":

@@ -1,35 +1,29 @@
-"""Measure pruning from disk: memory, time, bytes read and written.
+"""Measure pruning from disk: memory, bytes read and written.
 
     python benchmarks/streaming.py memory FOLDER --shape 7b --method wanda --sequential layer  (13.5 GB of disk, twice)
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --method sparsegpt admm --sequential block
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 8 16 32 --method sparsegpt --sequential block
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 2 --allocation alpha
     python benchmarks/streaming.py memory FOLDER --shape narrow --sequential layer --samples 64 --length 512
-    python benchmarks/streaming.py seconds FOLDER --model SmolLM2.gguf --samples 16 --length 512
-    python benchmarks/streaming.py seconds FOLDER --shape 1.1b --samples 16 --length 512
 
-`--shape` writes a random Llama in bfloat16 to FOLDER, file by file; `--model` exports a folder or GGUF file there.
-`memory` prunes in a new process for each row, and takes the peak of its resident memory, with PyTorch and
-transformers. `seconds` prunes alternately from disk and in memory.
+`--shape` writes a random Llama in bfloat16 to FOLDER, file by file. Each row is pruned in a new process, whose peak of
+resident memory counts, with PyTorch and transformers.
 """
 
 import argparse
 import json
-import multiprocessing
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
-from measuring import MIB, PeakMemory, medians, seconds
+from measuring import MIB, PeakMemory, in_new_process, seconds
 from result import Result, Runs
 from result import Samples as Data
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from wanda_lightning import CausalLMModule, prune, prune_from_disk
+from wanda_lightning import prune_from_disk
 
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -71,13 +65,10 @@ def build(folder: Path, config: LlamaConfig) -> None:
         json.dump({"metadata": {"total_size": total}, "weight_map": index}, file)
 
 
-def source(options: argparse.Namespace, layers: int | None = None) -> Path:
+def source(options: argparse.Namespace, layers: int | None) -> Path:
     """Return the folder of the model, written now if it is not there."""
-    name = Path(options.model).stem if options.model else f"{options.shape}-{layers or 'all'}"
-    folder = Path(options.folder) / name
-    if not folder.exists() and options.model:
-        CausalLMModule(options.model, dtype="bfloat16").save_pretrained(folder)
-    elif not folder.exists():
+    folder = Path(options.folder) / f"{options.shape}-{layers or 'all'}"
+    if not folder.exists():
         shape = SHAPES[options.shape] | ({"num_hidden_layers": layers} if layers else {})
         build(folder, LlamaConfig(**shape, vocab_size=32000))
     return folder
@@ -92,20 +83,14 @@ def batches(folder: Path, options: argparse.Namespace) -> list[dict[str, torch.T
     ]
 
 
-def choices(options: argparse.Namespace, method: str) -> dict[str, Any]:
-    """Return the arguments of `prune`; `method` may also be a solver."""
+def stream(folder: Path, options: argparse.Namespace, method: str) -> tuple[float, ...]:
+    """Prune from disk; return the seconds, the peak memory, and the bytes read and written."""
     given = {name: getattr(options, name) for name in OTHERS if getattr(options, name) is not None}
     named = {"solver" if method == "admm" else "method": method, "sequential": options.sequential, **given}
-    return {**named, "progress": False}
-
-
-def stream(folder: Path, options: argparse.Namespace, method: str, name: str = "pruned") -> tuple[float, ...]:
-    """Prune from disk; return the seconds, the peak memory, and the bytes read and written."""
-    output = Path(options.folder) / name
+    output, samples = Path(options.folder) / "pruned", batches(folder, options)
+    shutil.rmtree(output, ignore_errors=True)
     with PeakMemory() as memory:
-        duration = seconds(
-            lambda: prune_from_disk(folder, output, batches(folder, options), 0.5, **choices(options, method))
-        )
+        duration = seconds(lambda: prune_from_disk(folder, output, samples, 0.5, **named, progress=False))
     moved = psutil.Process().io_counters()
     return duration, memory.start + memory.peak, moved.read_chars, moved.write_chars
 
@@ -115,7 +100,7 @@ def plan(options: argparse.Namespace, method: str, **case: object) -> Result:
     others = {name: getattr(options, name) for name in OTHERS if getattr(options, name) is not None}
     pattern = others.pop("pattern", "unstructured")
     return Result(
-        model=Path(options.model).name if options.model else f"random Llama {options.shape}",
+        model=f"random Llama {options.shape}",
         method=method,
         sparsity=0.5,
         pattern=pattern,
@@ -124,75 +109,33 @@ def plan(options: argparse.Namespace, method: str, **case: object) -> Result:
     )
 
 
-def in_new_process(function: Any, *arguments: object) -> Any:
-    """Call a function in a process of its own, whose memory nothing else has used."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def measure_memory(options: argparse.Namespace) -> None:
-    """Prune in a new process for each run."""
-    for layers in options.layers or [None]:
-        folder = source(options, layers)
-        for method in options.method:
-            shutil.rmtree(Path(options.folder) / "pruned", ignore_errors=True)
-            duration, peak, *moved = in_new_process(stream, folder, options, method)
-            number = AutoConfig.from_pretrained(folder).num_hidden_layers
-            read, written = (size / 1e9 for size in moved)
-            numbers = {"seconds": duration, "peak_rss_mib": peak / MIB}
-            planned = plan(options, method, layers=number)
-            Runs(options.save, "streaming_memory").save(planned, {**numbers, "read_gb": read, "written_gb": written})
-
-
-def measure_seconds(options: argparse.Namespace) -> None:
-    """Prune alternately from disk and in memory."""
-    folder, disk, memory = source(options), Path(options.folder) / "pruned", Path(options.folder) / "memory"
-    samples = batches(folder, options)
-
-    def in_memory(method: str) -> None:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        prune(model, samples, 0.5, **choices(options, method))
-        model.save_pretrained(memory)
-
-    def from_disk(method: str) -> None:
-        prune_from_disk(folder, disk, samples, 0.5, **choices(options, method))
-
-    def clock(step: Any, place: Path, method: str) -> float:
-        shutil.rmtree(place, ignore_errors=True)
-        return seconds(lambda: step(method))
-
-    for method in options.method:
-        streamed, loaded = medians(
-            lambda method=method: clock(from_disk, disk, method),
-            lambda method=method: clock(in_memory, memory, method),
-            runs=options.runs,
-        )
-        first, second = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (disk, memory))
-        assert all(torch.equal(first[key], second[key]) for key in first)
-        measured = {"seconds": streamed, "plain_seconds": loaded, "ratio": streamed / loaded}
-        Runs(options.save, "streaming_seconds").save(plan(options, method), measured)
-
-
 def main() -> None:
-    """Read the options, and measure."""
-    commands = {"memory": measure_memory, "seconds": measure_seconds}
+    """Prune in a new process for each run."""
     parser = argparse.ArgumentParser(description="Measure pruning from disk.")
-    parser.add_argument("command", choices=commands)
+    parser.add_argument("command", choices=["memory"])
     parser.add_argument("folder", help="where models are written")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--shape", choices=SHAPES, help="shape of a random model")
-    which.add_argument("--model", help="folder or GGUF file")
-    parser.add_argument("--layers", type=int, nargs="+", help="numbers of layers, instead of that of the shape")
+    parser.add_argument("--shape", choices=SHAPES, required=True, help="shape of a random model")
+    parser.add_argument("--layers", type=int, nargs="+", default=[None], help="instead of the number of the shape")
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--method", nargs="+", default=["wanda"])
     parser.add_argument("--sequential", default="block", choices=("block", "layer"))
     for name in OTHERS:
         parser.add_argument(f"--{name}")
-    parser.add_argument("--runs", type=int, default=3, help="of each clock, after a warm-up")
-    parser.add_argument("--save", help="FOLDER in which each run of memory and seconds becomes a file")
+    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
     options = parser.parse_args()
-    commands[options.command](options)
+    for layers in options.layers:
+        folder = source(options, layers)
+        for method in options.method:
+            duration, peak, read, written = in_new_process(stream, folder, options, method)
+            numbers = {
+                "seconds": duration,
+                "peak_rss_mib": peak / MIB,
+                "read_gb": read / 1e9,
+                "written_gb": written / 1e9,
+            }
+            planned = plan(options, method, layers=AutoConfig.from_pretrained(folder).num_hidden_layers)
+            Runs(options.save, "streaming_memory").save(planned, numbers)
 
 
 if __name__ == "__main__":

@@ -147,8 +147,7 @@ def perplexity(result: Result | None) -> str:
 
 def with_seconds(result: Result | None) -> str:
     """Return perplexity, and seconds if they were measured."""
-    taken = seconds(result)
-    return f"{perplexity(result)}, {taken} s" if taken else perplexity(result)
+    return perplexity(result) + (f", {taken} s" if (taken := seconds(result)) else "")
 
 
 def _perplexity(result: Result) -> float:
@@ -323,28 +322,6 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
 SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
 
 
-def processes() -> str:
-    """Pruning in several processes: seconds, memory of a process, and masks."""
-    results = read_table("processes")
-    found = {(r.method, r.case["strategy"], r.case["processes"]): r for r in results}
-    rows = []
-    for result in sorted(
-        results, key=lambda r: (list(LABELS).index(r.method), r.case["processes"], r.case["strategy"])
-    ):
-        strategy, count, ratio = result.case["strategy"], result.case["processes"], ""
-        if strategy == "FSDP2":
-            ratio = f"{result.measured['seconds'] / found[result.method, 'DDP', count].measured['seconds']:.2f}"
-        fractions = (
-            [result.measured[name] for name in ("first_mask_difference", "mask_difference")] if count > 1 else []
-        )
-        memory = [number(result, name, ".0f") for name in ("weights_mib", "plain_peak_mib", "peak_mib")]
-        name = f"{LABELS[result.method]}, {strategy if count == 1 else f'{count} x {strategy}'}"
-        differ = ", ".join(f"{100 * fraction:.2g} %" for fraction in fractions)
-        rows.append([name, seconds(result), ratio, *memory, differ])
-    memory = ["weights, MiB", "forward pass, MiB", "pruning, MiB"]
-    return markdown(["", "seconds", "FSDP2 / DDP", *memory, "mask entries that differ"], rows) + source(results)
-
-
 def finetuning() -> str:
     """Perplexity before and after fine-tuning."""
     results = sorted(read_table("finetuning"), key=lambda r: (by_goal(r.goal), r.method == "full"))
@@ -396,7 +373,7 @@ def tasks() -> str:
 
 
 def streaming() -> str:
-    """Memory and seconds of pruning from disk."""
+    """Memory of pruning from disk."""
     results = sorted(read_table("streaming_memory"), key=lambda r: (r.model, r.method, r.case["layers"], r.name))
     rows = []
     for result in results:
@@ -406,14 +383,7 @@ def streaming() -> str:
         peak = number(result, "peak_rss_mib", ".0f")
         rows.append([result.model, choices, str(result.case["layers"]), peak, *gigabytes])
     headings = ("model", "choices", "layers", "peak, MiB", "GB read", "GB written")
-    parts = [markdown(headings, rows) + source(results)]
-    results = read_table("streaming_seconds")
-    quantities = {"seconds": ".1f", "plain_seconds": ".1f", "ratio": ".2f"}
-    rows = [
-        [f"{r.model}, {LABELS[r.method]}, {r.case['sequential']}", *(number(r, q, f) for q, f in quantities.items())]
-        for r in results
-    ]
-    return "\n\n".join([*parts, markdown(("seconds", "from disk", "in memory", "ratio"), rows)]) + source(results)
+    return markdown(headings, rows) + source(results)
 
 
 def windows() -> str:
@@ -583,7 +553,7 @@ def _worth_name(result: Result) -> str:
 FRAGMENTS: Mapping[str, Callable[[], str]] = {"methods": all_methods} | {
     table.__name__: table
     for table in (
-        *(demo, reference, images, photos, batch_norm, costs, scaling, processes, finetuning),
+        *(demo, reference, images, photos, batch_norm, costs, scaling, finetuning),
         *(keeping_zeros, quantization, tasks, streaming, windows, more_photos, paired_photos),
         *(draws, own_text, training, worth),
     )
