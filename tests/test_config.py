@@ -94,8 +94,6 @@ def test_choices_replace_those_of_the_method():
         ),
         ({"method": "bets"}, "method must be one of .* but it is 'bets'. Did you mean best"),
         ({"sequential": "model"}, "sequential must be one of block, layer, none, auto, one_pass, but it is 'model'"),
-        ({"skip": None}, "skip must be a list of layer names or patterns, but it is None"),
-        ({"only": [3]}, r"only must be a list of layer names or patterns, but it is \[3\]"),
         ({"skip": ["re:("]}, r"skip=.* must be a regular expression after"),
         ({"sparsity": 0.4, "pattern": "2:4"}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.4"),
         (

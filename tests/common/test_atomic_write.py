@@ -11,17 +11,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wanda_lightning.common.atomic_write import (
-    atomic_folder,
-    atomic_write,
-    list_entries,
-    require_space,
-    require_writable,
-)
+from wanda_lightning.common import atomic_write as files
+from wanda_lightning.common.atomic_write import atomic_folder, atomic_write, list_entries, require_writable
 
 
 def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder that may be replaced."""
+    (tmp_path / "x").mkdir()
+    for name in ("config.json", "old"):
+        (tmp_path / "x" / name).touch()
+    return tmp_path / "x"
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -35,23 +39,20 @@ def test_a_file_appears_whole(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files that Linux shows")
-def test_what_is_new_is_on_the_disk_before_it_gets_its_name_and_before_what_is_old_goes(tmp_path, monkeypatch):
-    steps, fsync, replace, rmtree = [], os.fsync, os.replace, shutil.rmtree
+def test_what_is_new_is_on_the_disk_before_it_gets_its_name_and_before_what_is_old_goes(tmp_path, monkeypatch, model):
+    steps, fsync, replace, unlink = [], os.fsync, os.replace, os.unlink
     monkeypatch.setattr(os, "fsync", lambda file: (steps.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
     monkeypatch.setattr(os, "replace", lambda old, new: (steps.append((str(old), str(new))), replace(old, new)))
-    monkeypatch.setattr(shutil, "rmtree", lambda path, **given: (steps.append("delete"), rmtree(path, **given)))
+    monkeypatch.setattr(os, "unlink", lambda path, **given: (steps.append(f"delete {path}"), unlink(path, **given)))
     with atomic_write(tmp_path / "a.json") as temporary:
         temporary.write_text("1")
-    assert steps == [str(temporary), (str(temporary), str(tmp_path / "a.json")), str(tmp_path)]
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "config.json").touch()
+    assert steps[:3] == [str(temporary), (str(temporary), str(tmp_path / "a.json")), str(tmp_path)]
     steps.clear()
-    with atomic_folder(tmp_path / "x", overwrite=True) as new:
+    with atomic_folder(model, overwrite=True) as new:
         (new / "config.json").touch()
-    target = str(tmp_path / "x")
-    assert steps[:2] == [str(new / "config.json"), str(new)]
-    assert steps[2][0] == target
-    assert steps[3:6] == [(str(new), target), str(tmp_path), "delete"]
+    config = str(new / "config.json")
+    assert steps[:4] == [config, str(new), f"delete {model}/config.json", f"delete {model}/old"]
+    assert steps[-3:] == [config, (config, f"{model}/config.json"), str(model)]
 
 
 @pytest.mark.parametrize("name", ["empty", "new/deep", "x" * 255, "."])
@@ -61,6 +62,7 @@ def test_a_folder_appears_whole(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path / ("here" if name == "." else "."))  # which must still be there
     with pytest.raises(ZeroDivisionError), atomic_folder(name) as temporary:
         (temporary / "a").write_text(f"{1 / 0}")
+    assert Path(name).exists() == (name in ("empty", "."))
     with atomic_folder(name) as temporary:
         (temporary / "a").mkdir()
         (temporary / "config.json").touch()
@@ -85,53 +87,35 @@ def test_a_full_disk_is_named(tmp_path, write):
     assert not list(tmp_path.iterdir())
 
 
-def test_overwriting_replaces_everything(tmp_path):
-    (tmp_path / "x").mkdir()
-    for name in ("config.json", "old"):
-        (tmp_path / "x" / name).touch()
-    (tmp_path / "link").symlink_to(tmp_path / "x", target_is_directory=True)
+def test_overwriting_replaces_everything(tmp_path, model):
+    (model / "folder").mkdir()
+    (tmp_path / "link").symlink_to(model, target_is_directory=True)
     with atomic_folder(tmp_path / "link", overwrite=True) as temporary:
         (temporary / "new").touch()
     assert (tmp_path / "link").is_symlink()
-    assert names(tmp_path / "x") == ["new"]
+    assert names(model) == ["new"]
     assert names(tmp_path) == ["link", "x"]
 
 
-@pytest.mark.parametrize("before", ["missing", "empty"])
-def test_a_folder_whose_place_is_taken_meanwhile_is_not_lost(tmp_path, before):
-    def write(place, theirs):
+@pytest.mark.parametrize("case", ["missing", "empty", "fails"])
+def test_a_folder_whose_place_is_taken_meanwhile_or_that_cannot_get_its_name_is_not_lost(tmp_path, monkeypatch, case):
+    def write():
         with atomic_folder(place) as new:
+            made.append(new)
             (new / "ours").touch()
-            theirs.parent.mkdir(exist_ok=True)
-            theirs.touch()
+            if case == "fails":
+                monkeypatch.setattr(os, "replace", lambda source, target: os.stat("gone"))
+            else:
+                place.mkdir(exist_ok=True)
+                (place / "theirs").touch()
 
-    if before == "empty":
-        (tmp_path / "x").mkdir()
-    with pytest.raises(OSError, match="x exists and is not empty") as caught:
-        write(tmp_path / "x", tmp_path / "x" / "theirs")
-    (new,) = tmp_path.rglob(".wanda-*")
-    assert f"but the complete folder is {new}" in str(caught.value)
-    assert names(new) == ["ours"]
-    assert list_entries(tmp_path / "x") == [tmp_path / "x" / "theirs"]
-
-
-def test_a_folder_that_cannot_get_its_name_is_not_lost(tmp_path, monkeypatch):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "config.json").touch()
-    rename = os.replace
-
-    def fail(source, target):
-        if (Path(source) / "ours").exists():
-            raise OSError("disk gone")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk gone") as caught, atomic_folder(tmp_path / "x", overwrite=True) as new:
-        (new / "ours").touch()
-    assert names(new) == ["ours"]
-    (old,) = (folder for folder in tmp_path.iterdir() if folder != new)
-    assert f"but the complete folder is {new}, and the one that it replaces is {old}." in str(caught.value)
-    assert names(old) == ["config.json"]
+    place, made = tmp_path / "x", []
+    if case == "empty":
+        place.mkdir()
+    with pytest.raises(OSError, match=r"but the files that it lacks are in .*\.wanda-"):
+        write()
+    assert names(made[0]) == ["ours"]
+    assert list_entries(place) == [place / "theirs"] * (case != "fails")
 
 
 REFUSED = [
@@ -143,7 +127,6 @@ REFUSED = [
     ("full/file", True, "model", "file must be a folder"),
     (".", True, "model", r"\. must be empty or a model \(with config.json, not the working directory"),
     ("full/file/x", True, "file", "Not a directory"),
-    ("y" * 256, False, "folder", "File name too long"),
     ("y" * 256 + "/x", False, "model", "File name too long"),
     ("loop/x", True, "model", "symbolic links"),
 ]
@@ -167,13 +150,13 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch, place,
 def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=2_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    require_space(tmp_path / "new" / "x", 2_000_000)
+    files.require_space(tmp_path / "new" / "x", 2_000_000)
     with pytest.raises(OSError, match=r"x needs 3\.00 MB, but 2\.00 MB are free on its disk"):
-        require_space(tmp_path / "new" / "x", 3_000_000)
+        files.require_space(tmp_path / "new" / "x", 3_000_000)
 
 
 STEPS = """
-import os, shutil, sys
+import os, sys
 from pathlib import Path
 from wanda_lightning.common.atomic_write import atomic_folder
 folder, last, steps = Path(sys.argv[1]), int(sys.argv[2]), 0
@@ -204,12 +187,12 @@ def test_a_run_that_is_killed_at_any_step_loses_no_model(tmp_path, old):
         for name, text in old.items():
             (folder / name).write_text(text)
         ended = subprocess.run([sys.executable, "-c", STEPS, folder, str(step)], capture_output=True, text=True)
-        places = [place for place in (folder, *folder.parent.glob(".wanda-*")) if place.is_dir()]
-        found = [{file.name: file.read_text() for file in place.iterdir() if file.is_file()} for place in places]
-        assert "config.json" not in found[0] or found[0] in (old, whole)
-        assert not old or old in found or whole in found
+        found = {file.name: file.read_text() for file in folder.iterdir() if file.is_file()}
+        assert "config.json" not in found or found in (old, whole)
+        new = {file.name: "new" for file in folder.rglob("*") if file.is_file() and file.read_text() == "new"}
+        assert (bool(old) and found == old) or new == whole
         if ended.returncode == 0:
             break
     assert ended.returncode == 0, ended.stderr
-    assert found[0] == whole
+    assert found == whole
     assert step > 1

@@ -2,9 +2,7 @@
 
 import io
 import shutil
-import struct
 import sys
-import zlib
 
 import datasets
 import numpy as np
@@ -98,18 +96,11 @@ def test_ambiguous_columns_are_refused():
 
 def test_bad_folders_are_refused(tmp_path, imagenet):
     (tmp_path / "list.txt").write_text("")
-    for wrong in (tmp_path / "missing", tmp_path / "list.txt"):
-        with pytest.raises(ValueError, match=r"an existing folder .* but it is .*(missing|list\.txt)"):
+    for wrong in (tmp_path / "missing", tmp_path / "list.txt", ""):
+        with pytest.raises(ValueError, match=r"an existing folder .* but it is .*(missing|list\.txt|'')"):
             ImageDataModule(wrong)
-    paint(tmp_path / "flat", (0, 0), 3)
-    with pytest.raises(FileNotFoundError, match=r"Couldn't find any class folder in .*flat"):
-        ImageDataModule(tmp_path / "flat", vit()).setup("fit")
-    (imagenet / "train" / "red").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"Found no valid file for the classes red"):
-        ImageDataModule(imagenet, vit()).setup("fit")
-    (imagenet / "train" / "red").rmdir()
     paint(imagenet / "val" / "red", (0, 0), 1)
-    with pytest.raises(ValueError, match=r"1 classes that .*train does not have, such as red\. Rename"):
+    with pytest.raises(ValueError, match="training images for each class, but has none in train/red"):
         ImageDataModule(imagenet, vit()).setup("fit")
     shutil.rmtree(imagenet / "val")
     with pytest.raises(FileNotFoundError, match="val"):  # and not the training images
@@ -130,26 +121,16 @@ def test_evaluation_may_lack_classes(imagenet):
     assert sorted(images_of(data.train_dataloader())[1].tolist()) == [0] + [1] * 4 + [2] * 4
 
 
-def huge_png():
-    """The beginning of a PNG file of 225 megapixels."""
-    header = b"IHDR" + struct.pack(">IIBBBBB", 15_000, 15_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">II", zlib.crc32(header), 100) + b"IDAT"
-
-
 @pytest.mark.parametrize(
     ("broken", "cause"),
-    [
-        (lambda content: content[:60], "OSError|SyntaxError"),
-        (lambda content: b"<html>", "UnidentifiedImageError"),
-        (lambda content: huge_png(), r"DecompressionBombError: Image size \(225000000 pixels\)"),
-    ],
+    [(lambda content: content[:60], "OSError|SyntaxError"), (lambda content: b"<html>", "UnidentifiedImageError")],
 )
 def test_a_broken_image_is_named(imagenet, broken, cause):
     path = imagenet / "val" / "green" / "1.png"
     path.write_bytes(broken(path.read_bytes()))
     data = ImageDataModule(str(imagenet), vit())
     data.setup("validate")
-    with pytest.raises(ValueError, match=rf"The image .*val/green/1\.png cannot be read \(({cause}).* Remove"):
+    with pytest.raises(ValueError, match=rf"The image .*val/green/1\.png cannot be read: ({cause})"):
         images_of(data.val_dataloader())
 
 
@@ -161,18 +142,17 @@ def test_a_broken_image_in_a_table_is_named_and_ambiguous_splits_are_refused():
     table = datasets.Dataset.from_dict({"image": pictures, "label": [0, 0]}, features=features)
     images = _from_splits({"test": table}, "some/set", None).evaluation
     assert images[0][1] == 0
-    with pytest.raises(ValueError, match=r"The image in row 1 of some/set cannot be read \("):
+    with pytest.raises(ValueError, match=r"The image in row 1 of some/set cannot be read: "):
         _ = images[1]
     with pytest.raises(ValueError, match="named validation, val, test, but it has left, right"):
         _from_splits({"left": table, "right": table}, "some/set", None)
 
 
-@pytest.mark.parametrize("damage", [lambda _: b"", lambda content: content[: len(content) // 2], lambda _: b"x" * 99])
-def test_a_broken_table_is_one_clear_error(tmp_path, damage):
+def test_a_broken_table_is_one_clear_error(tmp_path):
     table = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8))], "label": [0]})
     table = table.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=["a"]))
     file = tmp_path / "set" / "test.parquet"
     table.to_parquet(file)
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=f"The data set {file.parent} cannot be loaded"):
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"The data set '{file.parent}' cannot be loaded"):
         open_source(str(file.parent), cache_dir=str(tmp_path / "cache"))

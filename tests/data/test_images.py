@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -13,6 +14,7 @@ from support.data import Wrapped, images_of, paint, vit
 from torch import nn
 
 from wanda_lightning.data import ImageDataModule
+from wanda_lightning.data.images import class_names_of, resolve_preprocessing
 
 pytestmark = [
     pytest.mark.usefixtures("few_digits"),
@@ -41,22 +43,17 @@ def test_digits_are_resized_whole_and_normalized_for_the_model(in_chans):
 def test_calibration_images_are_a_seeded_choice_of_training_images():
     for seed in (0, 1):
         data = ImageDataModule("digits", vit(), num_samples=64, seed=seed)
+        with pytest.raises(ValueError, match=r"^setup\(\) opens the images"):
+            _ = data.num_classes
         data.setup("validate")
         images, labels = images_of(data.calibration_dataloader())
         train = torch.stack([image for image, _ in data.train_dataloader().dataset])
         order = torch.randperm(240, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(images, train[order[:64]])
         assert len(labels.unique()) == 10
-
-
-def test_descriptions_count_the_images_that_are_read():
-    data = ImageDataModule("digits", vit(), num_samples=64, seed=3)
-    with pytest.raises(ValueError, match=r"^setup\(\) opens the images"):
-        _ = data.num_classes
-    data.setup("validate")
-    assert data.describe_calibration(1) == "digits, 1 image, seed 3"
-    assert data.describe_calibration(100) == "digits, 64 images, seed 3"
-    assert data.describe_evaluation() == "digits, 60 images"
+        assert data.describe_calibration(1) == f"digits, 1 image, seed {seed}"
+        assert data.describe_calibration(100) == f"digits, 64 images, seed {seed}"
+        assert data.describe_evaluation() == "digits, 60 images"
 
 
 def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
@@ -103,10 +100,9 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("convnext_ato", r"^model must be a name that timm .* 'convnext_ato'\. Did you mean convnext_atto"),
-        (nn.Linear(2, 2), r"pretrained_cfg .* neither Linear nor its \.model has one"),
+        (nn.Linear(2, 2), "pretrained_cfg .* but Linear has none"),
         (vit(in_chans=4), "1 or 3 channels, but VisionTransformer reads 4"),
-        (None, "^model must be given, .* no Trainer runs a model"),
+        (None, "^model must be given, .* no Trainer runs"),
         (vit(num_classes=3), "digits has 10 classes, and the model has only 3 outputs"),
     ],
 )
@@ -129,23 +125,18 @@ def test_calibration_is_not_augmented_but_training_is(tmp_path):
     assert not torch.equal(*[images_of(data.train_dataloader())[0] for _ in range(2)])
 
 
-def test_a_folder_with_evaluation_images_alone_only_measures(imagenet):
+@pytest.mark.parametrize("folder", [".", "val"])
+def test_a_folder_without_training_images(imagenet, folder):
+    """With the classes alone, it also calibrates."""
     shutil.rmtree(imagenet / "train")
-    data = ImageDataModule(str(imagenet), vit())
+    data = ImageDataModule(str(imagenet / folder), vit())
     data.setup("validate")
     assert images_of(data.val_dataloader())[1].tolist() == [0, 0, 1, 1]
-    for loader in (data.calibration_dataloader, data.train_dataloader):
+    if folder == "val":
+        assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == [0, 0, 1, 1]
+    for loader in (data.train_dataloader, *[data.calibration_dataloader] * (folder == ".")):
         with pytest.raises(ValueError, match="has only evaluation images"):
             loader()
-
-
-def test_a_folder_of_classes_calibrates_and_measures_but_does_not_train(imagenet):
-    data = ImageDataModule(str(imagenet / "val"), vit())
-    data.setup("validate")
-    labels = images_of(data.val_dataloader())[1].tolist()
-    assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == sorted(labels) == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match="has only evaluation images"):
-        data.train_dataloader()
 
 
 # -------------------------------------------------------------------------- which output of the model each class is
@@ -197,3 +188,27 @@ def test_an_assumed_class_order_warns(imagenet, model, said, recwarn):
     assert labels_of(imagenet / "val", model)[0] == [0, 0, 1, 1]
     messages = [str(warning.message) for warning in recwarn if "outputs" in str(warning.message)]
     assert [said in message for message in messages] == ([] if said is None else [True])
+
+
+def test_preprocessing_is_the_models_own():
+    found = resolve_preprocessing(timm.create_model("convnext_atto", num_classes=10))
+    assert found["input_size"] == (3, 224, 224)
+    assert found["mean"] == (0.485, 0.456, 0.406)
+    assert found["crop_pct"] == 0.875
+    assert resolve_preprocessing("convnext_atto") == resolve_preprocessing("timm:convnext_atto.d2_in1k") == found
+    assert resolve_preprocessing("convnext_atto", image_size=64)["input_size"] == (3, 64, 64)
+    gray = resolve_preprocessing(Wrapped(timm.create_model("resnet18", in_chans=1)))
+    assert gray["input_size"] == (1, 224, 224)
+    assert gray["mean"] == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
+    assert gray["std"] == pytest.approx(((0.229 + 0.224 + 0.225) / 3,))
+
+
+def test_class_names_come_from_the_model_or_imagenet():
+    model = vit(num_classes=3)
+    assert class_names_of(model) == ()
+    for names in (["a", "b", "c"], {"0": "a", "1": "b", "2": "c"}, {0: "a", 1: "b", 2: "c"}):
+        model.pretrained_cfg["label_names"] = names
+        assert class_names_of(model) == class_names_of(Wrapped(model)) == ("a", "b", "c")
+    model.pretrained_cfg["label_names"] = ["a", "b"]  # of another head
+    assert class_names_of(model) == ()
+    assert class_names_of(vit(num_classes=1000))[:2] == ("n01440764", "n01443537")

@@ -53,7 +53,7 @@ def test_a_tokenizer_without_a_first_token_begins_with_the_last():
     tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=7)
     expected = written_by_hand(model, [7], 2, 4, 0, 2)[:, 1:]
     assert torch.equal(sample_windows(model, tokenizer, 2, 4, progress=False), expected)
-    with pytest.raises(ValueError, match=r"but this one has neither\. Set its bos_token"):
+    with pytest.raises(ValueError, match=r"but it has neither\. Set its bos_token"):
         sample_windows(model, SimpleNamespace(bos_token_id=None, eos_token_id=None), 2, 4)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from wanda_lightning.data.preprocessing import class_names_of
+from wanda_lightning.data.images import class_names_of
 from wanda_lightning.modules import ImageClassifierModule
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`")

@@ -104,7 +104,7 @@ def test_only_safetensors_are_read(tmp_path):
 def test_missing_classifiers_are_refused(tmp_path):
     with pytest.raises(OSError, match="gone"):
         ImageClassifierModule(f"timm:local-dir:{tmp_path}/gone")
-    with pytest.raises(ValueError, match=r"but it is 'convnext_ato'\. Did you mean convnext_atto.*hf-hub:"):
+    with pytest.raises(ValueError, match=r"Unknown model \(convnext_ato\)"):
         ImageClassifierModule("convnext_ato")
     for name in ("hf-hub:nobody/nothing", "vit_tiny_patch16_224"):
         with pytest.raises(OSError, match=f"The weights of '{name}' cannot be loaded"):
@@ -173,7 +173,7 @@ def integers(weights):
     return {name: (10 * weight).to(torch.int8) for name, weight in weights.items() if weight.ndim == 2}
 
 
-DAMAGED = r"cannot be loaded: a file is damaged\. Download or save it again"
+DAMAGED = "cannot be loaded: a file is damaged; download or save it again"
 LLAMAS = [
     ("config.json", text('{"a": '), f"configuration of .* {DAMAGED}.*config.json"),
     (
@@ -207,7 +207,6 @@ def test_a_broken_language_model_is_named(folders, tmp_path, file, change, messa
 
 CLASSIFIERS = [
     ("config.json", text("{"), DAMAGED),
-    ("config.json", text('{"model_type": "llama"}'), r"is of transformers, .* Leave out the prefix timm:"),
     ("config.json", changed(num_classes=9, model_args={**VIT, "num_classes": 9}), "size mismatch for head.weight"),
     ("model.safetensors", lambda path: path.rename(path.with_name("a.bin")), r"only format .* has a\.bin, config"),
     ("model.safetensors", cut(5000), f"weights of .* {DAMAGED}"),
@@ -243,7 +242,7 @@ def test_a_broken_checkpoint_is_named(tmp_path, change):
 def test_a_broken_gguf_file_is_named(folders, tmp_path, part):
     path = tmp_path / "broken.gguf"
     path.write_bytes(part((folders / "tiny.gguf").read_bytes()))
-    with pytest.raises(ValueError, match=r"broken\.gguf' cannot be loaded\. Check that the file is complete"):
+    with pytest.raises(ValueError, match=r"broken\.gguf' cannot be loaded: "):
         CausalLMModule(str(path)).configure_model()
 
 

@@ -120,7 +120,7 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
         kind = MissingPackageError if isinstance(error, ImportError) else OSError
-        if type(error).__name__ == "SafetensorError" or type(error.__context__).__name__ == "JSONDecodeError":
+        if {type(error).__name__, type(error.__context__).__name__} & {"JSONDecodeError", "SafetensorError"}:
             kind, found = UserError, " a file is damaged; download or save it again:"
         elif not isinstance(error, ImportError | OSError):
             kind, found = UserError, f"{found} {type(error).__name__}:"

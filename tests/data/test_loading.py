@@ -1,0 +1,43 @@
+"""Unreachable data sets of the hub raise one clear error."""
+
+import datasets
+import pytest
+from support.data import vit
+
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.data import ImageDataModule, TextDataModule
+
+
+@pytest.mark.parametrize("knows", [False, True])
+@pytest.mark.parametrize("source", ["c4", "wikitext2", "cifar10", "some/images"])
+def test_an_unreachable_hub_is_one_clear_error(tmp_path, monkeypatch, tokenizer, source, knows):
+    """Whether or not huggingface_hub knows that it is offline."""
+    changes = {"HF_HUB_OFFLINE": knows, "ENDPOINT": "http://127.0.0.1:9"}
+    for name, value in changes.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", knows)
+    monkeypatch.setattr("time.sleep", pytest.fail)
+    is_text = source in ("c4", "wikitext2")
+    options = {"cache_dir": str(tmp_path)}
+    data = TextDataModule(tokenizer, source, **options) if is_text else ImageDataModule(source, vit(), **options)
+    with pytest.raises(OSError, match=r"^The data set .* cannot be loaded: ") as error:
+        data.setup("fit")
+    assert ("hub cannot be reached" in str(error.value)) == (not knows)
+    assert isinstance(error.value.__cause__, ConnectionError)
+
+
+def test_images_are_downloaded_before_they_are_opened(monkeypatch, imagenet):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)))
+    for data in ("digits", str(imagenet), "cifar10", "some/images"):
+        ImageDataModule(data, cache_dir="cache").prepare_data()
+    assert asked == [(name, {"cache_dir": "cache"}) for name in ("uoft-cs/cifar10", "some/images")]
+
+
+def test_a_data_set_with_several_configurations(monkeypatch, tokenizer):
+    def load_dataset(name, **options):
+        raise ValueError("Config name is missing.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="'own/news' cannot be loaded: ValueError: Config name is missing"):
+        TextDataModule(tokenizer, evaluation="own/news").prepare_data()
