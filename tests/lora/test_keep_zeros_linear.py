@@ -14,7 +14,6 @@ from support.lora import (
     relative,
     single,
     sparse_layer,
-    two_adapters,
     zeros_of,
 )
 from torch import nn
@@ -41,9 +40,11 @@ def test_updates_below_the_last_digit_of_bfloat16_count_in_training(monkeypatch)
 def test_output_and_gradients_are_those_of_dense_autograd(kind, dropout):
     model, layer = single(sparse_layer(kind, bias=kind != "no bias"), lora_dropout=dropout)
     model.double()
+    base = layer.base_layer.requires_grad_(not dropout)  # also of an unfrozen base
     x = torch.randn(3, 5, 24, dtype=torch.float64, requires_grad=True)
     direction = torch.randn(3, 5, 40, dtype=torch.float64)
-    wanted_for = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    wanted_for = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight, *base.parameters()]
+    wanted_for = [each for each in wanted_for if each.requires_grad]
 
     torch.manual_seed(7)
     out = model(x)
@@ -52,16 +53,6 @@ def test_output_and_gradients_are_those_of_dense_autograd(kind, dropout):
     want = torch.autograd.grad((expected * direction).sum(), wanted_for)
 
     torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(got, want)
-
-
-def test_gradients_of_an_unfrozen_base_are_those_of_dense_autograd():
-    _, layer = single(sparse_layer("linear"))
-    layer.double()
-    base = layer.base_layer.requires_grad_(True)
-    x = torch.randn(6, 24, dtype=torch.float64)
-    got = torch.autograd.grad(layer(x).square().sum(), [base.weight, base.bias])
-    want = torch.autograd.grad(reference(layer, x).square().sum(), [base.weight, base.bias])
     torch.testing.assert_close(got, want)
 
 
@@ -137,7 +128,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 
 def test_adapters_switch_add_up_and_disable():
     base = logits(llama())
-    model = two_adapters()
+    model = get_peft_model(llama(), config())
+    model.add_adapter("other", config(r=2, target_modules=["v_proj", "up_proj"]))
+    randomize(model)
     first = logits(model)
     model.set_adapter("other")
     other = logits(model)
@@ -183,16 +176,6 @@ def test_a_weight_that_a_merge_swallows_comes_back():
     assert torch.equal(layer.weight, torch.tensor([[1.0, 0.0]]))
     model.unmerge_adapter()
     assert torch.equal(layer.weight, torch.tensor([[1e-12, 0.0]]))
-
-
-def test_a_broken_adapter_is_not_merged_safely():
-    model, layer = single(sparse_layer("linear"))
-    layer.lora_B["default"].weight.data.fill_(float("nan"))
-    before = layer.weight.clone()
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_adapter(safe_merge=True)
-    assert torch.equal(layer.weight, before)
-    assert not layer.merged
 
 
 def test_conversion_to_plain_lora_is_refused():

@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from support.lora import (
     TARGETS,
-    CodesParameter,
     assert_zeros,
     config,
     gpt2,
@@ -19,7 +18,6 @@ from support.lora import (
     train,
     zeros_of,
 )
-from torch import nn
 
 from wanda_lightning.lora import merge
 
@@ -50,16 +48,6 @@ def test_trained_adapters_merge_to_what_was_trained_with_every_zero(build, dropo
     assert_zeros(merged, zeros)
 
 
-def test_peft_itself_merges_the_same():
-    base = llama()
-    zeros = zeros_of(base)
-    model = randomize(get_peft_model(base, config()))
-    adapted = logits(model)
-    merged = model.merge_and_unload(safe_merge=True)
-    assert relative(logits(merged), adapted) < 1e-5
-    assert_zeros(merged, zeros)
-
-
 def test_merging_plain_lora_warns():
     model = randomize(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)))
     adapted = logits(model)
@@ -87,13 +75,4 @@ def test_a_pruned_matrix_trained_whole_counts_too():
     model = randomize(get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"])))
     train(model, steps=1)
     with pytest.warns(UserWarning, match=r"first in model\.layers\.0\.self_attn\.o_proj\.weight"):
-        merge(model)
-
-
-def test_merge_refuses_a_quantized_base():
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
-    model.base_model.model[0].base_layer.weight = CodesParameter(
-        torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False
-    )
-    with pytest.raises(ValueError, match="Load the model without quantization"):
         merge(model)

@@ -103,16 +103,16 @@ def test_merging_in_place_is_refused(folder, method):
         getattr(model, method)()
 
 
-def test_plain_adapters_on_quantized_weights_are_refused_by_name(folder):
-    model = get_peft_model(by_torchao(folder), LoraConfig(target_modules=TARGETS))
-    with pytest.raises(ValueError, match=r"quantized weights, but model\.layers\.0\.self_attn\.q_proj is a Torchao"):
-        merge(model)
-    assert "Int8Tensor" in type(model.base_model.model.model.layers[0].self_attn.q_proj.weight).__name__
-
-
-def test_another_layer_that_cannot_be_dequantized_is_refused_by_name(folder):
-    model = get_peft_model(by_torchao(folder), config())
+@pytest.mark.parametrize(
+    ("adapters", "message"),
+    [
+        (LoraConfig(target_modules=TARGETS), r"weights, but model\.layers\.0\.self_attn\.q_proj is a Torchao"),
+        (config(), "but lm_head is a quantized layer"),
+    ],
+)
+def test_what_cannot_be_merged_is_named_before_anything_changes(folder, adapters, message):
+    model = get_peft_model(by_torchao(folder), adapters)
     model.base_model.model.lm_head.weight = CodesParameter(torch.zeros(64, 64, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match="but lm_head is a quantized layer"):
+    with pytest.raises(ValueError, match=message):
         merge(model)
     assert "Int8Tensor" in type(model.base_model.model.model.layers[0].self_attn.q_proj.weight).__name__

@@ -1,10 +1,56 @@
-"""Layers that cannot take an adapter."""
+"""The options of adapters, layers that cannot take one, and the folder of a saved one."""
+
+import json
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from support.lora import TARGETS, CodesParameter, config, llama, sparse_layer
+from peft import LoraConfig, PeftModel, get_peft_model
+from support import forks
+from support.lora import TARGETS, CodesParameter, assert_zeros, config, llama, logits, randomize, sparse_layer, zeros_of
 from torch import nn
+
+from wanda_lightning.lora import KeepZerosLoraConfig, merge
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora=True is not supported by KeepZerosLoraConfig"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora' is not supported"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters=.* is not supported"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication=.* is not supported"),
+    ],
+)
+def test_options_that_cannot_keep_zeros_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        config(**options)
+
+
+def test_a_saved_adapter_can_be_loaded(tmp_path):
+    model = randomize(get_peft_model(llama(), config(target_modules="all-linear", lora_dropout=0.1)))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"].startswith("WANDA_LIGHTNING_KEEP_ZEROS_LORA ")
+
+    done = forks.run(forks.execute, f"from peft import PeftModel; PeftModel.from_pretrained(None, {str(tmp_path)!r})")
+    *_, error = done.stderr.strip().splitlines()  # of a process that has not imported the package
+    assert error.startswith("KeyError: ")
+    assert "run 'import wanda_lightning.lora' before loading this adapter" in error
+    base = llama()
+    zeros = zeros_of(base)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert isinstance(loaded.peft_config["default"], KeepZerosLoraConfig)
+    assert isinstance(KeepZerosLoraConfig.from_pretrained(tmp_path), KeepZerosLoraConfig)
+    assert torch.equal(logits(loaded), expected)
+    assert_zeros(merge(loaded), zeros)
+
+    further = get_peft_model(llama(), config(target_modules=["q_proj"]))
+    further.load_adapter(tmp_path, "other", is_trainable=True)
+    further.set_adapter("other")
+    assert torch.equal(logits(further), expected)
+    assert any(p.requires_grad for n, p in further.named_parameters() if ".other." in n)
 
 
 def test_two_targets_with_one_weight_are_refused():

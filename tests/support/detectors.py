@@ -21,7 +21,6 @@ WIDTH = 32  # of the feature pyramid
 LEVELS = {"3": "0", "5": "1", "7": "2"}  # of the backbone, by their names in the pyramid
 BLOCKS = [[1, 8, 1, 1], [6, 8, 2, 2], [6, 16, 2, 2], [6, 24, 2, 2]]  # expansion, channels, number, stride
 SMALL = {"min_size": 64, "max_size": 128}
-NO_WEIGHTS = {"weights": None, "weights_backbone": None}
 
 
 def features(norm_layer=nn.BatchNorm2d):
@@ -81,7 +80,8 @@ DETECTORS = {
     "fcos": fcos,
     "ssdlite": partial(
         detection.ssdlite320_mobilenet_v3_large,
-        **NO_WEIGHTS,
+        weights=None,
+        weights_backbone=None,
         num_classes=CLASSES,
         width_mult=0.25,
         score_thresh=0.0,
@@ -93,24 +93,11 @@ SEGMENTERS = {
     "fcn": partial(segmenter, segmentation.FCN, FCNHead),
     "deeplabv3": partial(segmenter, segmentation.DeepLabV3, DeepLabHead),
 }
-USUAL = {  # as users build them, with millions of weights
-    "fasterrcnn_mobilenet_v3_large_320_fpn": partial(
-        detection.fasterrcnn_mobilenet_v3_large_320_fpn, **NO_WEIGHTS, box_score_thresh=0.0, **SMALL
-    ),
-    "fasterrcnn_resnet50_fpn": partial(detection.fasterrcnn_resnet50_fpn, **NO_WEIGHTS, box_score_thresh=0.0, **SMALL),
-    "maskrcnn_resnet50_fpn": partial(detection.maskrcnn_resnet50_fpn, **NO_WEIGHTS, box_score_thresh=0.0, **SMALL),
-    "retinanet_resnet50_fpn": partial(detection.retinanet_resnet50_fpn, **NO_WEIGHTS, score_thresh=0.0, **SMALL),
-    "fcos_resnet50_fpn": partial(detection.fcos_resnet50_fpn, **NO_WEIGHTS, score_thresh=0.0, **SMALL),
-    "ssdlite320_mobilenet_v3_large": partial(detection.ssdlite320_mobilenet_v3_large, **NO_WEIGHTS),
-    "deeplabv3_mobilenet_v3_large": partial(segmentation.deeplabv3_mobilenet_v3_large, **NO_WEIGHTS),
-    "lraspp_mobilenet_v3_large": partial(segmentation.lraspp_mobilenet_v3_large, **NO_WEIGHTS),
-    "fcn_resnet50": partial(segmentation.fcn_resnet50, **NO_WEIGHTS),
-}
 
 
 def build(name):
     """Return a model in evaluation mode, with the same random weights every time."""
-    model = seeded({**DETECTORS, **SEGMENTERS, **USUAL}[name])
+    model = seeded({**DETECTORS, **SEGMENTERS}[name])
     if name == "ssdlite":  # without statistics for BatchNorm, the numbers in its last layers are too small for float32
         with torch.no_grad():
             model.train()(*scenes(2)[0])
@@ -118,7 +105,7 @@ def build(name):
 
 
 def finds_boxes(name):
-    return name in DETECTORS or "rcnn" in name or name.startswith(("retinanet", "fcos", "ssd"))
+    return name in DETECTORS
 
 
 def scenes(*sizes, seed=1, height=64):

@@ -11,25 +11,16 @@ from wanda_lightning import prune
 from wanda_lightning.lora import KeepZerosLoraConfig
 
 TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
-
-
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-def llama(dtype=torch.float32, sparsity=0.5, hidden_size=32, intermediate_size=56):
+def llama(dtype=torch.float32, sparsity=0.5, **sizes):
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        use_cache=False,
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
+    sizes = {"hidden_size": 32, "intermediate_size": 56, "max_position_embeddings": 64, **heads, **sizes}
+    return pruned(LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False, use_cache=False)), sparsity).to(
+        dtype
     )
-    return pruned(LlamaForCausalLM(config), sparsity).to(dtype)
 
 
 def gpt2(sparsity=0.5):
@@ -114,12 +105,6 @@ def sparse_layer(kind, d_in=24, d_out=40, bias=True):
     layer = Conv1D(d_out, d_in) if kind == "conv1d" else nn.Linear(d_in, d_out, bias=bias)
     layer.weight.data = torch.randn_like(layer.weight) * (torch.rand_like(layer.weight) > 0.5)
     return layer.double()
-
-
-def two_adapters():
-    model = get_peft_model(llama(), config())
-    model.add_adapter("other", config(r=2, target_modules=["v_proj", "up_proj"]))
-    return randomize(model)
 
 
 class CodesParameter(nn.Parameter):
