@@ -103,7 +103,7 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
         (nn.Linear(2, 2), "pretrained_cfg .* but Linear has none"),
         (vit(in_chans=4), "1 or 3 channels, but VisionTransformer reads 4"),
         (None, "^model must be given, .* no Trainer runs"),
-        (vit(num_classes=3), "digits has 10 classes, and the model has only 3 outputs"),
+        (vit(num_classes=3), "digits has 10 and the model 3"),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(model, message):

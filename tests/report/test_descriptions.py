@@ -6,7 +6,8 @@ from support.zoo import ZOO
 
 from wanda_lightning import prune
 from wanda_lightning.common.words import count, counted, duration
-from wanda_lightning.report.descriptions import PERPLEXITY, TOP1, method_in_words
+from wanda_lightning.report import Measured
+from wanda_lightning.report.descriptions import PERPLEXITY, TOP1, change_of, method_in_words
 
 
 def test_results_and_their_changes():
@@ -36,7 +37,6 @@ def test_numbers_in_words():
         ),
         ({"method": "best"}, "best (ADMM, unstructured, Fisher)"),
         ({"method": "best", "allocation": "uniform"}, "ADMM (unstructured)"),
-        pytest.param({"method": "best", "pattern": "2:4"}, "best (ADMM, 2:4, permuted)", marks=pytest.mark.nightly),
     ],
 )
 def test_methods_in_words(choices, words):
@@ -44,6 +44,8 @@ def test_methods_in_words(choices, words):
     assert method_in_words(report.config) == words
 
 
-def test_a_method_with_a_recovery_in_words():
-    assert method_in_words(llama_report(1).config) == "SparseGPT (unstructured, Fisher, Distil)"
-    assert method_in_words({}) == ""
+def test_reports_in_words():
+    report = llama_report(1)
+    assert method_in_words(report.config) == "SparseGPT (unstructured, Fisher, Distil)"
+    result = Measured("digits, 360 images", 0.9, 0.875)
+    assert change_of(TOP1, result) == "Top-1 accuracy on digits (360 images) fell from 90.00% to 87.50%."

@@ -1,7 +1,6 @@
 """Figures: the numbers they show, compared with plain loops, and their colors."""
 
 import re
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -17,16 +16,7 @@ from matplotlib import rc_params_from_file
 
 from wanda_lightning import prune
 from wanda_lightning.report import figures
-from wanda_lightning.report.figures import (
-    COLORS,
-    expert_tokens,
-    layer_grid,
-    plots_of,
-    shortest_ends,
-    to_figure,
-    to_svg,
-    weights_by_kind,
-)
+from wanda_lightning.report.figures import COLORS, layer_grid, plots_of, to_figure, to_svg
 
 
 @cache
@@ -45,6 +35,10 @@ def test_values_by_kind_and_block():
         layers = [by_name[f"{block}.{kind}"] for block in sparsity.blocks]
         assert zeros == pytest.approx([layer.sparsity for layer in layers])
         assert error == pytest.approx([layer.error for layer in layers])
+    (plot, *_) = plots_of(report)
+    assert all(f">{100 * layer.sparsity:.0f}</text>" in to_svg(plot, 970) for layer in report.layers)
+    encoder, decoder = layer_grid(pruned("t5")[1], "sparsity").stacks.items()
+    assert (encoder, decoder[0]) == (("encoder.block", 0), "decoder.block")
     assert sparsity.labels == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -54,7 +48,7 @@ def test_experts_of_a_block_are_one_kind():
     experts = [layer for layer in report.layers if layer.siblings]
     kinds = {layer.siblings.removeprefix(f"{layer.block}.") for layer in experts}
     assert {kind for kind in grid.kinds if "*" in kind} == kinds
-    found = expert_tokens(report)
+    found = figures.expert_tokens(report)
     assert list(found) == grid.blocks
     for block, numbers in found.items():
         layers = [layer for layer in experts if layer.block == block]
@@ -67,7 +61,7 @@ def test_experts_of_a_block_are_one_kind():
 @pytest.mark.parametrize("name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO))
 def test_every_parameter_is_counted_once(name):
     model, report = pruned(name)
-    found = weights_by_kind(report)
+    found = figures.weights_by_kind(report)
     names, zeros, kept, dense = zip(*found, strict=True)
     assert sum(zeros + kept + dense) == sum(parameter.numel() for parameter in model.parameters())
     assert sum(zeros) == sum(layer.zeros for layer in report.layers)
@@ -75,12 +69,6 @@ def test_every_parameter_is_counted_once(name):
     grid = layer_grid(report, "sparsity")
     assert len(set(grid.labels)) == len(grid.kinds)
     assert all(kind.replace(".*", "").endswith(label) for kind, label in zip(grid.kinds, grid.labels, strict=True))
-
-
-def test_lists_of_blocks_are_told_apart():
-    grid = layer_grid(pruned("t5")[1], "sparsity")
-    encoders = sum(block.startswith("encoder") for block in grid.blocks)
-    assert list(grid.stacks.items()) == [("encoder.block", 0), ("decoder.block", encoders)]
 
 
 def test_which_figures_a_report_has():
@@ -96,21 +84,9 @@ def test_the_style_and_figures_have_only_colors_that_the_page_replaces():
     for text in texts:
         assert {color for _, color in re.findall(r"(fill|stroke): (#\w+)", text)} <= set(COLORS.values())
         assert COLORS["ink"] in text
+    assert texts[0] == to_svg(plots_of(llama_report(4))[0], 970)
     ids = [{*re.findall(r'(?:href="|url\()#([^")]+)', text)} for text in texts]
     assert sum(map(len, ids)) == len(set.union(*ids))  # no figure refers to a shape of another
-
-
-def test_text_of_figures_is_the_same_each_time():
-    (plot, *_) = plots_of(llama_report(3))
-    assert to_svg(plot, 400) == to_svg(plot, 400)
-
-
-def test_svg_names_each_kind_and_each_value():
-    report = llama_report(3)
-    text = to_svg(plots_of(report)[0], 970)
-    cells = re.findall(r">(\d+)</text>", text)
-    assert Counter(f"{100 * layer.sparsity:.0f}" for layer in report.layers) <= Counter(cells)
-    assert all(f">{kind}</text>" in text for kind in ("q_proj", "down_proj"))
 
 
 def test_nearly_uniform_sparsities_look_nearly_uniform():
@@ -128,7 +104,7 @@ def test_nearly_uniform_sparsities_look_nearly_uniform():
 
 def test_kinds_are_named_by_their_shortest_ends():
     names = ["self_attn.q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
-    assert shortest_ends(names) == ["q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
+    assert figures.shortest_ends(names) == ["q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
 
 
 def test_labels_of_lines_are_at_their_ends_in_order_and_apart():

@@ -33,11 +33,9 @@ class ImageDataModule(L.LightningDataModule):
     the model, with the global random generators that `seed_everything` sets. Digits are resized without cropping and
     not augmented, since a mirrored digit is not a digit.
 
-    If there are no training images (one folder of classes, or a hub data set with one split), calibration uses the
-    evaluation images, and training raises an error. With val/CLASS alone, calibration raises an error, too.
-
-    The label of a class folder is the model's output of the same name if the model has class names and they include all
-    folders, else the position in the sorted names of the folders. The evaluation images may lack a class.
+    A folder of classes or a hub data set with one split has evaluation images alone, on which it also calibrates; with
+    val/CLASS alone, calibration raises an error. The label of a class folder is the model's output of the same name if
+    the model has class names and they include all folders, else the position in the sorted names of the folders.
 
     Args:
         data: digits (needs no network), cifar10, cifar100, a folder with train/CLASS and val/CLASS, with val/CLASS
@@ -55,8 +53,7 @@ class ImageDataModule(L.LightningDataModule):
     Raises:
         ValueError: For a number out of range, an unknown source, a folder or table without images and labels, an image
             that cannot be read, more classes than the model has, or a model whose transforms timm does not know.
-        FileNotFoundError: For a path that does not exist.
-        OSError: If the hub cannot be reached.
+        OSError: If the hub cannot be reached, or for a folder without images.
     """
 
     def __init__(
@@ -129,8 +126,8 @@ class ImageDataModule(L.LightningDataModule):
             return
         if outputs < len(classes):
             raise UserError(
-                f"data must have at most as many classes as the model, but {self.data} has {len(classes)} classes, and "
-                f"the model has only {outputs} outputs. Build the model with num_classes={len(classes)}."
+                f"data must have at most as many classes as the model has outputs, but {self.data} has {len(classes)} "
+                f"and the model {outputs}. Build the model with num_classes={len(classes)}."
             )
         unnamed = [name for name in classes if name not in self._model_classes]
         misnamed = source.sorted_by_name and len(self._model_classes) == outputs and unnamed

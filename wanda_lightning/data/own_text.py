@@ -30,8 +30,7 @@ def sample_windows(
     """Sample windows of text from a causal language model.
 
     Each window begins with what the model writes after the token that begins a text. Tokens are drawn from the model's
-    predictions, without temperature or truncation. Where a text ends within a window, the next one follows. The time
-    is about that of `seqlen` forward passes of one token for each batch of windows.
+    predictions, without temperature or truncation. Where a text ends within a window, the next one follows.
 
     Args:
         model: A causal language model of transformers.

@@ -53,13 +53,12 @@ class TextDataModule(L.LightningDataModule):
         tokenizer: A tokenizer, or the hub id, folder or `.gguf` file to load it from; by default the tokenizer of the
             module that the Trainer runs.
         calibration: c4, wikitext2, python-docs, sklearn-docs (the descriptions of scikit-learn's data sets; these two
-            need no network) or a FILE: a .txt file is one text; .jsonl and .parquet files have documents in the field
-            `text`. Or the id of a hub data set (OWNER/NAME), or a `datasets.Dataset`, such as a part of a large one,
-            with documents in the column `text`; or a list of documents. Or self: what the model that the Trainer runs
-            writes (see `sample_windows`) when the windows are first used, which must be before it is pruned.
+            need no network); a .txt file, which is one text; a .jsonl or .parquet file, the id of a hub data set
+            (OWNER/NAME) or a `datasets.Dataset` with documents in the column `text`; or a list of documents. Or self:
+            what the dense model writes (see `sample_windows`) when the windows are first used.
         evaluation: Text for perplexity, with the same choices except self; of a hub data set, the split `validation` or
             else `test`. It may be a list of several, so a list of documents is in a list: `[documents]`. Each has a
-            dataloader of its own, and the first is the one that counts: `val_perplexity` is its perplexity.
+            dataloader of its own, and `val_perplexity` is the perplexity of the first.
         seqlen: Number of tokens in a window, including the special tokens of the tokenizer.
         num_samples: Number of calibration windows.
         batch_size: Number of windows in a batch.
@@ -69,10 +68,8 @@ class TextDataModule(L.LightningDataModule):
         train_samples: Number of training windows, of which the calibration windows are the first; by default the same.
 
     Raises:
-        ValueError: For a number out of range, an unknown source, or (when it is read) a source that is damaged or too
-            short for one window.
-        FileNotFoundError: For a file that does not exist.
-        OSError: If the hub cannot be reached.
+        ValueError: For a number out of range, an unknown source, or a source that is damaged or too short.
+        OSError: For a tokenizer that does not exist, or if the hub cannot be reached.
     """
 
     def __init__(
@@ -128,14 +125,9 @@ class TextDataModule(L.LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded at first use."""
-        given = self._given_tokenizer
+        given = self._given_tokenizer or getattr(self._module, "tokenizer", None)
         if given is None:
-            given = getattr(self._module, "tokenizer", None)
-        if given is None:
-            raise UserError(
-                "tokenizer must be given, since no Trainer runs a module that has one. Give a hub id, a folder or "
-                "a .gguf file, or save the tokenizer in the model's folder."
-            )
+            raise UserError("tokenizer must be given, since no Trainer runs a module that has one.")
         if isinstance(given, (str, os.PathLike)):
             given = load_tokenizer(ModelSource(given, cache_dir=self.cache_dir))
         return given
@@ -164,8 +156,8 @@ class TextDataModule(L.LightningDataModule):
             model = getattr(self._module, "model", None)
             if model is None:
                 raise UserError(
-                    "calibration='self' needs a Trainer that runs a module with a model, which writes the text, but "
-                    "there is none. Pass the data to its validate, test or fit, or call wanda_lightning.sample_windows."
+                    "calibration='self' needs a Trainer that runs a module with a model, but there is none. Pass the "
+                    "data to its validate, test or fit, or call wanda_lightning.sample_windows."
                 )
             return sample_windows(model, self.tokenizer, count, self.seqlen, seed=self.seed)
         content = calibration_source(self._calibration_source, self.cache_dir)
@@ -192,9 +184,8 @@ class TextDataModule(L.LightningDataModule):
         """Return the token ids of a text for evaluation, of shape (windows, seqlen), in the order of the text."""
         if source not in self._cut:
             text = evaluation_text(self._evaluation_sources[source], self.cache_dir)
-            limits = [self.limit, _C4_EVALUATION_WINDOWS if source == "c4" else None]
-            limit = min((each for each in limits if each is not None), default=None)
-            self._cut[source] = cut(self._tokenize(text), self.seqlen, limit, source)
+            windows = cut(self._tokenize(text), self.seqlen, self.limit, source)
+            self._cut[source] = windows[:_C4_EVALUATION_WINDOWS] if source == "c4" else windows
         return self._cut[source]
 
     def prepare_data(self) -> None:
