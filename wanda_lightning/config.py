@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional, TypedDict
 from wanda_lightning import methods
 from wanda_lightning.common.checks import Number, check_flags, check_values
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.name_patterns import check_patterns
-from wanda_lightning.common.words import did_you_mean
+from wanda_lightning.common.words import check_patterns, did_you_mean
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack as Unpack

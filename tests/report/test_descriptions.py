@@ -5,7 +5,6 @@ from support.reports import llama_report
 from support.zoo import ZOO
 
 from wanda_lightning import prune
-from wanda_lightning.common.words import count, counted, duration
 from wanda_lightning.report import Measured
 from wanda_lightning.report.descriptions import PERPLEXITY, TOP1, change_of, method_in_words
 
@@ -17,13 +16,6 @@ def test_results_and_their_changes():
     assert TOP1.change(0.9, 0.875) == "-2.50 points"
     assert PERPLEXITY.change(16.0, 20.0) == "+25.0%"
     assert PERPLEXITY.change(None, 20.0) == PERPLEXITY.change(16.0, float("inf")) == ""
-
-
-def test_numbers_in_words():
-    assert [duration(seconds) for seconds in (7.25, 192, 7500)] == ["7.2 s", "3 min 12 s", "2 h 5 min"]
-    assert [count(number) for number in (134_515_008, 950)] == ["135 million", "950"]
-    found = counted(1, "layer"), counted(210, "layer"), counted(2, "matrix", "matrices")
-    assert found == ("1 layer", "210 layers", "2 matrices")
 
 
 @pytest.mark.parametrize(

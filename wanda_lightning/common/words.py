@@ -1,9 +1,13 @@
-"""Put numbers, sizes, names and errors into words."""
+"""Put numbers, sizes, names and errors into words, and match the names of layers with patterns."""
 
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import re
 from collections.abc import Iterable, Sequence
+
+from wanda_lightning.common.errors import UserError
 
 
 def duration(seconds: float) -> str:
@@ -50,3 +54,42 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def one_line(error: BaseException) -> str:
     """Return the message of an error from another library on one line."""
     return " ".join(str(error).split())
+
+
+def matches(name: str, pattern: str, option: str) -> bool:
+    """Whether a pattern names a layer or a module that holds the layer.
+
+    A pattern is a name, a glob, or `re:` and a regular expression that matches the whole name. If that is not a regular
+    expression, the ValueError names `option`.
+
+    Example:
+        >>> matches("blocks.0.mlp.down", "*.mlp", "skip"), matches("blocks.0.mlp.down", "mlp", "skip")
+        (True, False)
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise UserError(f"{option}={pattern!r} must be a regular expression after 're:', but {error}.") from error
+    # A glob also matches everything inside: PEFT's adapters put the weight itself one level deeper.
+    return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
+
+
+def check_patterns(option: str, given: Iterable[str]) -> tuple[str, ...]:
+    """Return the patterns of an option as a tuple, or raise a ValueError; a string is a single pattern."""
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    for pattern in patterns:
+        matches("", pattern, option)
+    return patterns
+
+
+def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str, what: str) -> None:
+    """Raise a ValueError with the nearest of the `names` if a pattern matches none; `what` says what they name."""
+    for pattern in patterns:
+        if not any(matches(name, pattern, option) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            nearest = f"the nearest is {near[0]!r}" if near else "the model has none"
+            raise UserError(
+                f"{option}={pattern!r} matches no {what} of the model; {nearest}. "
+                "Give a module name, a glob such as '*.down_proj', or 're:' and a regular expression."
+            )

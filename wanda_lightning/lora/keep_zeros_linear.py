@@ -25,11 +25,9 @@ def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only
 class _KeptProduct(torch.autograd.Function):
     """Compute x @ (W + (left @ right) * keep)^T + addend, or the same without W if `only_delta`.
 
-    Only x, W and the two factors are saved for backward, so no second matrix of the size of W stays in memory. For the
-    same reason, a quantized W is given as a function that dequantizes it, in the forward and in the backward pass.
-
     x is (..., d_in) in the dtype of the product. W and left @ right are (d_out, d_in), or (d_in, d_out) if
-    `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out).
+    `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out). Only x, W and the two factors are saved
+    for backward: no second matrix of the size of W. A quantized W is a function that dequantizes it, in both passes.
     """
 
     @staticmethod
@@ -87,9 +85,8 @@ class _KeptProduct(torch.autograd.Function):
 class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed by mypy
     """A linear layer with adapters that never change its zeros. `get_peft_model` replaces each target with one.
 
-    `base_layer` holds W, (d_out, d_in) in nn.Linear and (d_in, d_out) in Conv1D. The updates of active adapters add up.
-    While adapters are merged, the layer keeps the original weight in memory (not in the state dict), since subtracting
-    the update from the rounded sum could turn a small weight into a zero.
+    The updates of active adapters add up. While adapters are merged, the layer keeps the original weight in memory (not
+    in the state dict), since subtracting the update from the rounded sum could turn a small weight into a zero.
     """
 
     before_merge: tuple[Tensor, Tensor | None] | None = None  # original weight and bias, while merged

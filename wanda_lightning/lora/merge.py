@@ -20,11 +20,10 @@ from wanda_lightning.models.quantized import is_quantized, quantizer, read_weigh
 def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     """Merge the active adapters into the weights and return the model without PEFT.
 
-    Keep-zeros adapters merge to W + s (B A) * keep, and `merge` checks every zero afterwards. Plain adapters merge to
-    the dense W + s B A, and PEFT trains the matrices in `modules_to_save` whole. With `reprune`, `merge` restores the
-    zeros that these filled. The result is then not the model that was trained, so evaluate it again. `merge` needs one
-    bit of memory per targeted weight. If targets are quantized, the whole model is dequantized first, and the zeros are
-    those of the dequantized weights.
+    Keep-zeros adapters merge to W + s (B A) * keep, and `merge` checks every zero afterwards, which needs one bit of
+    memory per targeted weight. Plain adapters merge to the dense W + s B A, and PEFT trains the matrices in
+    `modules_to_save` whole; with `reprune`, `merge` restores the zeros that these filled, which is not the model that
+    was trained. If targets are quantized, the whole model is dequantized first.
 
     Args:
         model: The return value of `peft.get_peft_model` or `PeftModel.from_pretrained`. It must not be used afterwards.
@@ -40,7 +39,7 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     """
     tuner = model.base_model
     layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, BaseTunerLayer)}
-    _dequantize_base(tuner.model, layers)
+    _dequantize(tuner.model, layers)
     names = list(dict.fromkeys([n for layer in layers.values() for n in layer.merged_adapters] + model.active_adapters))
     for layer in layers.values():
         if layer.merged:
@@ -73,25 +72,19 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     return merged
 
 
-def _dequantize_base(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> None:
-    """Dequantize a model if adapters would be merged into quantized weights."""
+def _dequantize(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> None:
+    """Replace all quantized weights by those that `read_weight` returns, if adapters would be merged into some."""
     quantized = {name: layer for name, layer in layers.items() if is_quantized(layer.get_base_layer())}
-    for name, layer in quantized.items():
-        refuse_unreadable(name, layer.get_base_layer())
-        if not isinstance(layer, KeepZerosLinear):
+    for name, wrapped in quantized.items():
+        if not isinstance(wrapped, KeepZerosLinear):
             raise UserError(
                 f"model must have keep-zeros adapters to be merged into quantized weights, but {name} is a "
-                f"{type(layer).__name__}. Train with KeepZerosLoraConfig, or load the model without quantization."
+                f"{type(wrapped).__name__}. Train with KeepZerosLoraConfig, or load the model without quantization."
             )
-    if quantized:
-        for name, module in model.named_modules():
-            refuse_unreadable(name, module)
-        _dequantize(model)
-
-
-def _dequantize(model: nn.Module) -> None:
-    """Replace the weight of every quantized layer by the one that `read_weight` returns."""
-    for name, module in list(model.named_modules()):
+    modules = list(model.named_modules()) if quantized else []
+    for name, module in modules:
+        refuse_unreadable(name, module)
+    for name, module in modules:
         if not is_quantized(module):
             continue
         weight = nn.Parameter(read_weight(module), requires_grad=False)
@@ -106,5 +99,5 @@ def _dequantize(model: nn.Module) -> None:
             layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         layer.weight, layer.bias = nn.Parameter(weight.to(dtype), requires_grad=False), module.bias
         model.set_submodule(name, layer)
-    if (loaded_by := getattr(model, "hf_quantizer", None)) is not None:
+    if quantized and (loaded_by := getattr(model, "hf_quantizer", None)) is not None:
         loaded_by.remove_quantization_config(model)

@@ -28,13 +28,10 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
     Dropout acts on the input of the adapter.
 
     A sum in half precision would lose updates that are smaller than half of the last digit of W. Therefore a layer in
-    half precision computes two products, one with W and one with the update, and only `merge` rounds the sum. The
-    merged and the adapted model then differ by that rounding (bfloat16: at most 2^-9 of each weight). With W in
-    float32 and no active dropout the layer computes one product, and the merged model equals the adapted one.
-
-    If torchao or bitsandbytes quantized a layer, W is its dequantized weight, which exists only while it is needed. The
-    merged and the adapted model also differ by what the layer rounds in its own forward: the int8 layers of
-    bitsandbytes quantize their inputs, for example.
+    half precision computes two products, one with W and one with the update, and only `merge` rounds the sum
+    (bfloat16: by at most 2^-9 of each weight). With W in float32 and no active dropout the layer computes one product,
+    and the merged model equals the adapted one. If torchao or bitsandbytes quantized a layer, W is its dequantized
+    weight, and the merged model also lacks what the layer rounds in its own forward.
 
     Raises:
         ValueError: An option of LoRA cannot keep zeros (DoRA and other variants, initializations that write to W,
@@ -87,12 +84,9 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
 def refuse_unreadable(name: str, layer: nn.Module) -> None:
     """Raise a ValueError if a layer is quantized in a format whose zeros cannot be read."""
     if not can_be_read(layer):
-        weight = getattr(layer, "weight", None)
-        kind = f", {type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else ""
         raise UserError(
             f"model must be in floating point or quantized by torchao or bitsandbytes, but {name} is a quantized layer "
-            f"({type(layer).__name__}{kind}) whose zeros cannot be read. Load the model without quantization, or "
-            "quantize it by one of the two."
+            f"({type(layer).__name__}) whose zeros cannot be read. Load the model without quantization."
         )
 
 
@@ -107,10 +101,9 @@ def check_target(name: str, module: nn.Module) -> Tensor:
     refuse_unreadable(name, layer)
     in_attention = isinstance(layer, NonDynamicallyQuantizableLinear)  # F.multi_head_attention_forward reads its weight
     if in_attention or not isinstance(layer, nn.Linear | Conv1D):
+        where = " inside nn.MultiheadAttention" if in_attention else ""
         raise UserError(
             f"target_modules must name layers of type nn.Linear or transformers' Conv1D, but {name} is a "
-            f"{type(layer).__name__}{' inside nn.MultiheadAttention' if in_attention else ''}. "
-            f"Remove it from target_modules (or add it to exclude_modules), or train all of its weights with "
-            f"modules_to_save=['{name.rpartition('.')[2]}']."
+            f"{type(layer).__name__}{where}. Remove it from target_modules, or train it whole with modules_to_save."
         )
     return layer.weight

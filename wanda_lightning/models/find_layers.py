@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.common.name_patterns import check_patterns, matches, refuse_unmatched
+from wanda_lightning.common.words import check_patterns, matches, refuse_unmatched
 from wanda_lightning.core.patterns import Pattern, Unstructured
 from wanda_lightning.models.experts import stored_by_columns
 from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from wanda_lightning.common.checks import Number
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.name_patterns import matches, refuse_unmatched
+from wanda_lightning.common.words import matches, refuse_unmatched
 from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer
 from wanda_lightning.core.allocation.match_target import match_target
 

@@ -1,11 +1,18 @@
-"""Patterns that name layers, and suggestions for misspelled names."""
+"""Patterns that name layers, suggestions for misspelled names, and numbers in words."""
 
 import re
 
 import pytest
 
-from wanda_lightning.common.name_patterns import check_patterns, matches, refuse_unmatched
-from wanda_lightning.common.words import did_you_mean
+from wanda_lightning.common.words import (
+    check_patterns,
+    count,
+    counted,
+    did_you_mean,
+    duration,
+    matches,
+    refuse_unmatched,
+)
 
 NAMES = ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up", "blocks.0.attn", "head"]
 
@@ -46,3 +53,10 @@ def test_suggestions():
     assert did_you_mean("wnda", ["wanda", "magnitude"]) == " Did you mean wanda?"
     assert did_you_mean("owll", ["owl", "owl_layer", "fisher"]).startswith(" Did you mean owl or owl_layer")
     assert did_you_mean("x", ["wanda", "magnitude"]) == ""
+
+
+def test_numbers_in_words():
+    assert [duration(seconds) for seconds in (7.25, 192, 7500)] == ["7.2 s", "3 min 12 s", "2 h 5 min"]
+    assert [count(number) for number in (134_515_008, 950)] == ["135 million", "950"]
+    found = counted(1, "layer"), counted(210, "layer"), counted(2, "matrix", "matrices")
+    assert found == ("1 layer", "210 layers", "2 matrices")
