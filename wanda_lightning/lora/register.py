@@ -10,8 +10,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 
-_NAME = "WANDA_LIGHTNING_KEEP_ZEROS_LORA"
-# adapter_config.json holds this text. PEFT repeats it in its KeyError where the type is not registered.
+_NAME = "WANDA_LIGHTNING_KEEP_ZEROS_LORA"  # adapter_config.json holds the value, which PEFT repeats in its KeyError
 _VALUE = f"{_NAME} (run 'import wanda_lightning.lora' before loading this adapter)"
 
 

@@ -67,8 +67,7 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
                 if (other := weights.setdefault(id(weight), name)) != name:
                     raise UserError(
                         f"target_modules must name layers with weights of their own, but {other} and {name} share one "
-                        "weight, which cannot merge two adapters. "
-                        f"Target one of them, for example with exclude_modules=['{name}']."
+                        f"weight. Target one of them, for example with exclude_modules=['{name}']."
                     )
 
     @staticmethod
