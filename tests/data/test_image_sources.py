@@ -2,7 +2,6 @@
 
 import io
 import shutil
-import sys
 
 import datasets
 import numpy as np
@@ -13,7 +12,7 @@ from sklearn.datasets import load_digits
 from support.data import images_of, paint, vit
 
 from wanda_lightning.data import ImageDataModule
-from wanda_lightning.data.image_sources import _from_splits, find_columns, open_source
+from wanda_lightning.data.image_sources import _from_splits, find_columns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*and the model has .* outputs")  # models without regard to the images
 
@@ -34,12 +33,6 @@ def test_digits_are_split_by_class_into_disjoint_parts():
     again = ImageDataModule("digits", vit(), seed=1)  # the parts do not depend on the seed
     again.setup("fit")
     assert torch.equal(images_of(again.val_dataloader())[0], evaluation)
-
-
-def test_digits_name_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match=r"^The digits need sklearn: pip install '\.\[demo\]' in the source folder$"):
-        ImageDataModule("digits")
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])
@@ -146,13 +139,3 @@ def test_a_broken_image_in_a_table_is_named_and_ambiguous_splits_are_refused():
         _ = images[1]
     with pytest.raises(ValueError, match="named validation, val, test, but it has left, right"):
         _from_splits({"left": table, "right": table}, "some/set", None)
-
-
-def test_a_broken_table_is_one_clear_error(tmp_path):
-    table = datasets.Dataset.from_dict({"image": [Image.new("L", (8, 8))], "label": [0]})
-    table = table.cast_column("image", datasets.Image()).cast_column("label", datasets.ClassLabel(names=["a"]))
-    file = tmp_path / "set" / "test.parquet"
-    table.to_parquet(file)
-    file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(ValueError, match=f"The data set '{file.parent}' cannot be loaded"):
-        open_source(str(file.parent), cache_dir=str(tmp_path / "cache"))

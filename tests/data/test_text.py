@@ -1,6 +1,5 @@
 """Windows of text against slow versions of the two protocols, and what the data module refuses."""
 
-import logging
 from pydoc_data.topics import topics
 
 import datasets
@@ -89,19 +88,6 @@ def test_evaluation_cuts_the_joined_text(tmp_path, tokenizer, kind):
         assert torch.equal(ids_of(loader), expected)
     data = TextDataModule(tokenizer, evaluation=str(file), seqlen=20, limit=3)
     assert torch.equal(ids_of(data.val_dataloader()), expected[:3])
-
-
-def test_long_texts_do_not_warn_about_the_context_of_the_model(tmp_path, caplog):
-    (tmp_path / "a.txt").write_text(documents([100])[0])
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        TextDataModule(byte_tokenizer(), evaluation=str(tmp_path / "a.txt"), seqlen=20).setup("validate")
-        assert caplog.text == ""
-        byte_tokenizer()("x" * 100)
-        assert "longer than the specified maximum" in caplog.text
-    finally:
-        logger.removeHandler(caplog.handler)
 
 
 def test_only_what_is_needed_is_read_and_only_once(monkeypatch, tokenizer):

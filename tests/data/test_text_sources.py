@@ -13,43 +13,30 @@ from wanda_lightning.data import TextDataModule
 from wanda_lightning.data.text_sources import python_docs, sklearn_docs
 
 
-def hub_of(tables):
-    """A stand-in for `datasets.load_dataset` with the two text sets, which also records its arguments."""
+@pytest.mark.parametrize("name", ["c4", "wikitext2"])
+def test_named_texts_are_read_as_the_reference_reads_them(monkeypatch, tokenizer, name):
+    first, second = documents([50, 0, 90, 10]), documents([7] * 1105)
     asked = []
 
-    def load_dataset(name, config=None, *, split, data_files=None, cache_dir=None, **options):
-        asked.append((name, config, split, data_files, cache_dir))
-        return datasets.Dataset.from_dict({"text": tables[name, split]})
+    def load_dataset(source, config=None, *, split, data_files=None, cache_dir=None, **options):
+        asked.append((source, config, split, data_files, cache_dir))
+        return datasets.Dataset.from_dict({"text": first if split == "train" else second})
 
-    return load_dataset, asked
-
-
-def test_c4_is_read_as_the_reference_reads_it(monkeypatch, tokenizer):
-    train, validation = documents([50, 90, 10]), documents([7] * 1105)
-    load, asked = hub_of({("allenai/c4", "train"): train, ("allenai/c4", "validation"): validation})
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    data = TextDataModule(tokenizer, "c4", "c4", seqlen=30, num_samples=4, cache_dir="cache")
-    assert torch.equal(data.calibration_windows, slow_document_windows(train, tokenizer, 30, 4, 0))
-    ids = tokenizer(" ".join(validation[:1100])).input_ids
-    assert len(ids) == 8800  # 1100 documents of 7 bytes, 1099 spaces, <s>
-    assert torch.equal(data.evaluation_windows, torch.tensor(ids)[: 256 * 30].view(256, 30))
-    assert asked == [
-        ("allenai/c4", None, "train", {"train": "en/c4-train.00000-of-01024.json.gz"}, "cache"),
-        ("allenai/c4", None, "validation", {"validation": "en/c4-validation.00000-of-00008.json.gz"}, "cache"),
-    ]
-    data = TextDataModule(tokenizer, "c4", "c4", seqlen=64)  # 137 windows are fewer than 256
-    assert torch.equal(data.evaluation_windows, torch.tensor(ids)[: 137 * 64].view(137, 64))
-
-
-def test_wikitext2_is_read_as_the_reference_reads_it(monkeypatch, tokenizer):
-    train, test = documents([50, 0, 90]), documents([30, 0, 71])
-    load, asked = hub_of({("Salesforce/wikitext", "train"): train, ("Salesforce/wikitext", "test"): test})
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    data = TextDataModule(tokenizer, "wikitext2", "wikitext2", seqlen=30, num_samples=4)
-    assert torch.equal(data.calibration_windows, slow_text_windows(tokenizer(" ".join(train)).input_ids, 30, 4, 0))
-    ids = tokenizer("\n\n".join(test)).input_ids
-    assert torch.equal(data.evaluation_windows, torch.tensor(ids[:90]).view(3, 30))
-    assert [call[:3] for call in asked] == [("Salesforce/wikitext", "wikitext-2-raw-v1", s) for s in ("train", "test")]
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = TextDataModule(tokenizer, name, name, seqlen=30, num_samples=4, cache_dir="cache")
+    if name == "c4":
+        expected = slow_document_windows(first, tokenizer, 30, 4, 0)
+        text, limit = " ".join(second[:1100]), 256
+        files = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+        calls = [("allenai/c4", None, split, {split: file}, "cache") for split, file in files.items()]
+    else:
+        expected = slow_text_windows(tokenizer(" ".join(first)).input_ids, 30, 4, 0)
+        text, limit = "\n\n".join(second), None
+        calls = [("Salesforce/wikitext", "wikitext-2-raw-v1", split, None, "cache") for split in ("train", "test")]
+    assert torch.equal(data.calibration_windows, expected)
+    ids = tokenizer(text).input_ids
+    assert torch.equal(data.evaluation_windows, torch.tensor(ids[: len(ids) // 30 * 30]).view(-1, 30)[:limit])
+    assert asked == calls
 
 
 def test_several_texts_are_measured_one_by_one(tokenizer):
@@ -62,12 +49,6 @@ def test_several_texts_are_measured_one_by_one(tokenizer):
         assert torch.equal(batch["input_ids"], alone.evaluation_windows)
         assert data.describe_evaluation(number) == alone.describe_evaluation() == f"{source}, 3 windows of 64 tokens"
     assert tokenizer(sklearn_docs()).input_ids[:64] == data.evaluation_windows[0].tolist()
-
-
-def test_descriptions_of_data_sets_name_the_extra(tokenizer, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    with pytest.raises(ImportError, match=r"need sklearn: pip install '\.\[demo\]' in"):
-        TextDataModule(tokenizer, evaluation="sklearn-docs")
 
 
 def test_python_docs_has_two_parts_without_a_common_paragraph():

@@ -68,15 +68,6 @@ def test_backward_keeps_nothing_of_the_size_of_the_weight(dropout):
     assert all(t.data_ptr() == layer.base_layer.weight.data_ptr() for t in dense)
 
 
-def test_hooks_on_the_base_layer_fire_and_change_nothing():
-    model, layer = single(sparse_layer("linear").float())
-    x, calls = torch.randn(7, 24), []
-    fused = model(x)
-    layer.base_layer.register_forward_hook(lambda *_: calls.append(1))
-    torch.testing.assert_close(model(x), fused)
-    assert calls == [1]
-
-
 def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
     options = {"r": 4, "lora_alpha": 8, "use_rslora": True, "lora_bias": True, "target_modules": ["0"]}
     torch.manual_seed(0)
@@ -129,6 +120,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 def test_adapters_switch_add_up_and_disable():
     base = logits(llama())
     model = get_peft_model(llama(), config())
+    assert not model.supports_lora_conversion()
     model.add_adapter("other", config(r=2, target_modules=["v_proj", "up_proj"]))
     randomize(model)
     first = logits(model)
@@ -176,7 +168,3 @@ def test_a_weight_that_a_merge_swallows_comes_back():
     assert torch.equal(layer.weight, torch.tensor([[1.0, 0.0]]))
     model.unmerge_adapter()
     assert torch.equal(layer.weight, torch.tensor([[1e-12, 0.0]]))
-
-
-def test_conversion_to_plain_lora_is_refused():
-    assert not get_peft_model(llama(), config()).supports_lora_conversion()

@@ -70,9 +70,5 @@ def test_the_learning_rate_falls_to_zero():
     module.on_train_batch_start = lambda *_: rates.append(module.optimizers().param_groups[0]["lr"])
     fit(module, max_epochs=1)
     assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
-
-
-def test_a_learning_rate_cannot_fall_to_zero_without_an_end():
-    module = CausalLMModule(llama(), lr_decay=True)
     with pytest.raises(MisconfigurationException, match="lr_decay=True needs the number of training steps"):
         fit(module, max_epochs=-1)
