@@ -137,7 +137,7 @@ def test_nothing_to_prune_is_an_error(inputs, capsys, more, message):
     ("more", "message"),
     [
         (["--model", "gone"], "configuration of 'gone' cannot be loaded"),
-        (["--model", "timm:test_vitt"], "Did you mean test_vit"),
+        (["--model", "timm:test_vitt"], "Unknown model (test_vitt)"),
         (["--model", "t5"], "model must be a decoder-only language model, but t5 is an encoder-decoder."),
         (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix"),
         (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts"),
