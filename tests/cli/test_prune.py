@@ -230,7 +230,7 @@ REFUSED = [
     (["--model", "{}/long.txt"], "long.txt' cannot be loaded"),
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
-    (["--calibration", "c4"], "The data set 'allenai/c4' cannot be loaded: "),
+    (["--calibration", "c4"], "The data of 'allenai/c4' cannot be loaded: "),
     (["--evaluation", "c4,c4"], "evaluation must name each text only once"),
     (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of"),
     (["--pattern", "experts"], "pattern='experts' needs a mixture of experts, but"),

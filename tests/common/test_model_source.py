@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from huggingface_hub import constants
 from support.hub import running_hub
@@ -79,7 +80,7 @@ def test_links_that_the_cache_of_the_hub_makes_are_followed(tmp_path):
 
 
 def test_a_classifier_without_its_prefix(tmp_path):
-    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224", "num_classes": 10}')
+    timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path)
     with pytest.raises(ValueError, match=rf"is an image classifier of timm: its name is timm:local-dir:{tmp_path}"):
         load_config(ModelSource(tmp_path))
 

@@ -60,7 +60,7 @@ def test_a_tokenizer_without_a_first_token_begins_with_the_last_or_is_refused():
 def test_a_model_that_cannot_write_is_refused():
     with pytest.raises(ValueError, match="but Linear has no method generate"):
         sample_windows(nn.Linear(2, 2), TOKENIZER, 2, 4)
-    with pytest.raises(ValueError, match=r"a Trainer that runs a module with a model, .* but there is none"):
+    with pytest.raises(ValueError, match=r"a Trainer that runs a module with a model, but there is none"):
         TextDataModule(byte_tokenizer(), calibration="self").calibration_dataloader()
 
 

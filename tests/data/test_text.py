@@ -142,8 +142,8 @@ def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
     data = TextDataModule(tokenizer, evaluation=[texts, file], seqlen=20)
     assert data.evaluations == ("texts in memory", file)
     data = TextDataModule(tokenizer, evaluation=[texts, file, texts[::-1]], seqlen=20)
-    assert data.evaluations == ("texts in memory", file, "texts in memory (2)")
-    assert not torch.equal(data.windows_of("texts in memory"), data.windows_of("texts in memory (2)"))
+    assert data.evaluations == ("texts in memory", file, "texts in memory (3)")
+    assert not torch.equal(data.windows_of("texts in memory"), data.windows_of("texts in memory (3)"))
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_files_keep_their_characters(tmp_path, tokenizer):
 )
 def test_bad_files_are_refused_when_read(tmp_path, tokenizer, name, content, cause):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"The data set .*{name}' cannot be loaded: .*{cause}"):
+    with pytest.raises(ValueError, match=rf"The data of .*{name}' cannot be loaded: .*{cause}"):
         TextDataModule(tokenizer, evaluation=str(tmp_path / name)).setup("validate")
 
 

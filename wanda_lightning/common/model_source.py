@@ -81,8 +81,8 @@ def load_config(source: ModelSource) -> Any:
     with reading("configuration", source, on_hub=not folder.exists()):
         config = AutoConfig.from_pretrained(**arguments)
     if config.model_type == "timm_wrapper":
-        name = f"{_LOCAL_FOLDER}{folder}" if folder.exists() else f"hf-hub:{source}"
-        raise UserError(f"model {source} is an image classifier of timm: its name is timm:{name}.")
+        named = f"{_LOCAL_FOLDER}{folder}" if folder.exists() else f"hf-hub:{source}"
+        raise UserError(f"model {source} is an image classifier of timm: its name is timm:{named}.")
     return config
 
 
@@ -119,7 +119,7 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
-        kind = MissingPackageError if isinstance(error, ImportError) else OSError
+        kind: type[Exception] = MissingPackageError if isinstance(error, ImportError) else OSError
         if {type(error).__name__, type(error.__context__).__name__} & {"JSONDecodeError", "SafetensorError"}:
             kind, found = UserError, " a file is damaged; download or save it again:"
         elif not isinstance(error, ImportError | OSError):

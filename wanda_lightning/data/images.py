@@ -216,10 +216,8 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
     import timm
     from timm.data import resolve_data_config
 
-    if isinstance(model, str):
-        with torch.device("meta"):
-            model = timm.create_model(timm_name(model))
-    inner = _timm_model(model)
+    with torch.device("meta"):
+        inner = _timm_model(timm.create_model(timm_name(model)) if isinstance(model, str) else model)
     if inner is None:
         raise UserError(
             f"model must be a timm model, whose pretrained_cfg defines the transforms, but {type(model).__name__} has "

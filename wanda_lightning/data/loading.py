@@ -28,7 +28,7 @@ def load(source: str, *config: str, **options: Any) -> Any:
     if path.suffix in _BUILDERS:
         name, format_options = _BUILDERS[path.suffix]
         options |= {"data_files": str(path), "split": "train", **format_options}
-    with reading("data set", source, on_hub=not path.exists()):
+    with reading("data", source, on_hub=not path.exists()):
         try:
             return datasets.load_dataset(str(path) if path.is_dir() else name, *config, **options)
         except datasets.exceptions.DatasetGenerationError as error:
