@@ -68,17 +68,6 @@ def test_an_index_may_only_name_files_in_its_folder(tmp_path, name):
             load(ModelSource(tmp_path))
 
 
-def test_links_that_the_cache_of_the_hub_makes_are_followed(tmp_path):
-    model = tiny_llama()
-    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
-    (tmp_path / "blobs").mkdir()
-    for number, file in enumerate(sorted((tmp_path / "model").iterdir())):
-        file.rename(tmp_path / f"blobs/{number}")
-        file.symlink_to(f"../blobs/{number}")
-    loaded = CausalLMModule(str(tmp_path / "model")).model
-    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
-
-
 def test_a_classifier_without_its_prefix(tmp_path):
     timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path)
     with pytest.raises(ValueError, match=rf"is an image classifier of timm: its name is timm:local-dir:{tmp_path}"):

@@ -39,6 +39,8 @@ def test_values_by_kind_and_block():
     assert all(f">{100 * layer.sparsity:.0f}</text>" in to_svg(plot, 970) for layer in report.layers)
     encoder, decoder = layer_grid(pruned("t5")[1], "sparsity").stacks.items()
     assert (encoder, decoder[0]) == (("encoder.block", 0), "decoder.block")
+    names = ["self_attn.q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
+    assert figures.shortest_ends(names) == ["q_proj", *names[1:]]
     assert sparsity.labels == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -100,11 +102,6 @@ def test_nearly_uniform_sparsities_look_nearly_uniform():
     assert spreads[1] < spreads[0] / 10
     low, high = map(float, re.search(r"from (\S+)% \(pale\) to (\S+)% \(strong\)", text).groups())
     assert high - low == pytest.approx(10)
-
-
-def test_kinds_are_named_by_their_shortest_ends():
-    names = ["self_attn.q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
-    assert figures.shortest_ends(names) == ["q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
 
 
 def test_labels_of_lines_are_at_their_ends_in_order_and_apart():

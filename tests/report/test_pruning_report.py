@@ -11,7 +11,6 @@ from support.zoo import ZOO
 from wanda_lightning import PruningReport, prune
 from wanda_lightning.models import SkippedMatrix, SkipReason
 from wanda_lightning.report import PrunedLayer, Run, TrainedPart
-from wanda_lightning.report.figures import plots_of
 
 
 def test_experts_of_a_module_share_one_metric():
@@ -89,15 +88,3 @@ def test_what_is_not_a_report_is_refused_by_the_name_of_the_file(tmp_path, chang
     (tmp_path / "pruning_report.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match=rf"pruning_report\.json is not a report: .*{re.escape(message)}"):
         PruningReport.load(tmp_path)
-
-
-def test_shares_that_look_equal_are_one_sentence(tmp_path):
-    """2:4 prunes half of each layer; zeros that were there before add 0.00006 to some."""
-    layers = [
-        PrunedLayer(f"h.{block}.up", (100, 500), 0.5, share, 8, block=f"h.{block}")
-        for block, share in enumerate((0.5, 0.50006, 0.5001))
-    ]
-    report = small(layers=layers, parameters=150_000, zeros=75_008, seconds={})
-    assert [plot.name for plot in plots_of(report)] == ["weights"]
-    report.to_html(tmp_path / "page.html")
-    assert "Every layer has the same share of zeros: 50.0%." in (tmp_path / "page.html").read_text()
