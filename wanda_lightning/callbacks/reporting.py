@@ -1,4 +1,4 @@
-"""What a callback does with a report: describe the run in it, and show it on the console, to loggers and callbacks."""
+"""Describe the run in the report of a callback, and show the report on the console, to loggers and callbacks."""
 
 from __future__ import annotations
 

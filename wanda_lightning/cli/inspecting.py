@@ -1,4 +1,4 @@
-"""What `inspect` runs: what `prune` would prune, from the configuration of the model alone."""
+"""Run `inspect`: show what `prune` would prune, from the configuration of the model alone."""
 
 from __future__ import annotations
 

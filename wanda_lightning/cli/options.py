@@ -117,7 +117,7 @@ _Choices: Any = _choices()
 @_PRUNING
 @dataclass(frozen=True, kw_only=True)
 class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
-    """How `prune` prunes."""
+    """Choices of pruning."""
 
     use_variant: bool = False
     """The reference's name of --pattern equal_share: each row loses the same share of its total score."""
@@ -160,7 +160,7 @@ class _Measured:
 @_DATA
 @dataclass(frozen=True, kw_only=True)
 class Data(_Measured):
-    """What `prune` calibrates and measures on."""
+    """Data that `prune` calibrates and measures on."""
 
     calibration: str = "c4"
     """Text to calibrate on: c4, wikitext2, python-docs, sklearn-docs (these two need no network), the id of a data set
@@ -178,7 +178,7 @@ on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet); or self, what the dens
 @_DATA
 @dataclass(frozen=True, kw_only=True)
 class Measurements(_Measured):
-    """What `evaluate` measures."""
+    """Measurements of `evaluate`."""
 
     tasks: _Tasks = ()
     """Zero-shot tasks (need lm-eval), with commas; paper stands for the seven of the paper, all for the same."""
@@ -189,7 +189,7 @@ class Measurements(_Measured):
 @_RESULTS
 @dataclass(frozen=True, kw_only=True)
 class File:
-    """Where `evaluate` writes."""
+    """Files that `evaluate` writes."""
 
     save: str | None = None
     """JSON file for all numbers."""
@@ -200,7 +200,7 @@ class File:
 @_RESULTS
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """Where a command saves a model."""
+    """Folder in which a command saves a model."""
 
     save_model: str | None = None
     """Folder for the new model."""
@@ -217,7 +217,7 @@ class Folder:
 @_RESULTS
 @dataclass(frozen=True, kw_only=True)
 class Results(Folder):
-    """Where `prune` writes."""
+    """Files that `prune` writes."""
 
     save: str | None = None
     """Folder for log_METHOD.txt and pruning_report.json."""
@@ -232,7 +232,7 @@ class Results(Folder):
 @_SESSION
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """How a command gets its options, and what it shows of errors."""
+    """Sources of the options of a command, and details of its errors."""
 
     config: _Names = ()
     """YAML files with options. Arguments take precedence, and later files over earlier ones."""

@@ -1,4 +1,4 @@
-"""How options are read from arguments and files, shown in help, and turned back into a command."""
+"""Read options from arguments and files, show them in help, and turn them back into a command."""
 
 from __future__ import annotations
 

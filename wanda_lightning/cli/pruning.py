@@ -1,4 +1,4 @@
-"""What `prune` and `shrink` run: `wanda_lightning.prune`, with measuring and saving around it.
+"""Run `prune` and `shrink`: `wanda_lightning.prune`, with measuring and saving around it.
 
 Everything is on disk before a word is printed.
 """

@@ -1,4 +1,4 @@
-"""What the commands refuse before anything is loaded: options that would be ignored, and places that cannot be used.
+"""Refuse, before anything is loaded, options that would be ignored and places that cannot be used.
 
 Contradictions between choices are refused by `PruningConfig`, and wrong data by the data modules.
 """

@@ -13,7 +13,7 @@ from wanda_lightning.models.layers import Layer
 
 
 class SkipReason(str, Enum):
-    """Why a matrix is left dense."""
+    """Reasons to leave a matrix dense."""
 
     ADAPTER = "adapter"
     EMBEDDING = "embedding"
