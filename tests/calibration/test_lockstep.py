@@ -16,7 +16,7 @@ from support.samples import as_samples, samples_of
 from support.zoo import ZOO, run
 
 from wanda_lightning import prune
-from wanda_lightning.calibration import openmp
+from wanda_lightning.calibration import thread_state
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
@@ -49,10 +49,10 @@ def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(cou
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
-@pytest.mark.parametrize("most", [0, openmp.MOST_IDLE_WORKERS])
+@pytest.mark.parametrize("most", [0, thread_state.MOST_IDLE_WORKERS])
 def test_waiting_batches_keep_few_workers(monkeypatch, most):
     """OpenMP keeps a team for each thread of a batch that computes between the units."""
-    monkeypatch.setattr(openmp, "MOST_IDLE_WORKERS", most)
+    monkeypatch.setattr(thread_state, "MOST_IDLE_WORKERS", most)
     x = torch.randn(2**16, WIDTH)
     model, before = Chain(Mlp(), Mlp(), glue=lambda index: x.exp()), torch.get_num_threads()
     torch.set_num_threads(4)

@@ -103,7 +103,6 @@ def test_a_convolution_is_a_product_of_its_tokens(case, at_once):
             assert torch.equal(torch.cat(list(layer.token_parts(images))), tokens)
         torch.testing.assert_close(layer.squares(images).sum(dim=0), tokens.square().sum(dim=0))
         assert len(layer.squares(images)) * len(images) == len(tokens)
-        assert torch.equal(layer.magnitudes(images).amax(dim=1), tokens.abs().amax(dim=1))
         assert_round_trip(layer)
 
 

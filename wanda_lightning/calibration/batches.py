@@ -7,7 +7,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from numbers import Number
 from typing import Any
 
 import torch
@@ -33,21 +32,10 @@ def forward_batch(model: nn.Module, batch: Any) -> object:
 
     A mapping becomes keyword arguments, without those that the model's forward does not take. A tuple or list is
     replaced by its first element. Anything else is passed unchanged.
-
-    Raises:
-        ValueError: If the batch is text, a number or a NumPy array, or the model cannot be called with it.
     """
     if isinstance(batch, Mapping):
         return model(**_accepted(model, batch))
-    if isinstance(batch, tuple | list):
-        _refuse_more_arguments(model, batch)
-        batch = batch[0]
-    if isinstance(batch, str | bytes | Number) or type(batch).__module__ == "numpy":
-        raise UserError(
-            f"batches must hold tensors, or mappings or tuples of tensors, but one is of class {type(batch).__name__}. "
-            "Convert it to tensors, or give forward=."
-        )
-    return model(batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
 def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -61,19 +49,6 @@ def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
             "forward=, or, in a LightningModule, define calibration_step(batch)."
         )
     return {key: value for key, value in batch.items() if key in accepted}
-
-
-def _refuse_more_arguments(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> None:
-    """Refuse a tuple for a model whose forward needs more than its first element."""
-    signature = inspect.signature(model.forward)
-    try:
-        signature.bind(*batch[:1])
-    except TypeError as error:
-        needed = [name for name, parameter in signature.parameters.items() if parameter.default is parameter.empty]
-        raise UserError(
-            f"batches are tuples or lists of {len(batch)} elements, and the model gets the first, but "
-            f"{type(model).__name__}.forward needs {', '.join(needed)}. Give mappings with these names, or forward=."
-        ) from error
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -226,12 +201,8 @@ def _layout(batch: Any) -> Any:
 
 def concatenated(batches: Sequence[Any]) -> Any:
     """Concatenate the tensors of batches with equal layouts."""
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return torch.cat([*batches]) if first.ndim else first
-    if isinstance(first, Mapping):
-        return {key: concatenated([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, tuple | list):
-        values = [concatenated(column) for column in zip(*batches, strict=True)]
-        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
-    return first
+    found: list[list[Tensor]] = [[] for _ in batches]
+    for tensors, batch in zip(found, batches, strict=True):
+        map_tensors(tensors.append, batch)
+    columns = zip(*found, strict=True)
+    return map_tensors(lambda first: torch.cat(next(columns)) if first.ndim else next(columns)[0], batches[0])

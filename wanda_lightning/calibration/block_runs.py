@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.common.evaluating import widest
 from wanda_lightning.models import Layer

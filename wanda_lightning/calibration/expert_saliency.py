@@ -1,4 +1,4 @@
-"""Measure how much each expert of a mixture contributes to its output.
+"""Measure how much each expert of a mixture contributes to its output, and make experts unroutable.
 
 REAP's saliency of an expert (Lasby et al. 2025, arXiv 2510.13999) is the mean, over the tokens that are routed to it,
 of its gate times the norm of its output: the norm of what it adds for this token. Where a model multiplies the input of
@@ -7,22 +7,28 @@ the experts by the gate (Llama 4), it is the norm of what the expert returns for
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
+from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.thread_state import ThreadState
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.core.types import Units
 from wanda_lightning.models import fitting_mask
 from wanda_lightning.models.mixtures import Mixture
 from wanda_lightning.parallel import Processes
+
+_PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm}
 
 
 class ExpertSaliency:
@@ -117,3 +123,44 @@ def _from_indices(experts: nn.Module, args: Any, kwargs: Any, output: Tensor, in
     if error > 0.05 * size:  # False for NaN, which is refused later
         raise ValueError("its output is not the sum over the experts of a token")
     return torch.stack([torch.linalg.vector_norm(each.float(), dim=-1).flatten() for each in added], dim=1)
+
+
+def _lowered(tensor: Tensor, experts: Units) -> Tensor:
+    lowest = torch.finfo(tensor.dtype).min / 2  # finite, because a router may multiply it by 0
+    return tensor.masked_fill(experts.to(tensor.device), lowest)
+
+
+class _Lower(TorchFunctionMode):
+    """Lower the logits of some experts."""
+
+    def __init__(self, experts: Units) -> None:
+        super().__init__()
+        self._experts = experts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS and result.shape[-1] == len(self._experts):
+            return _lowered(result, self._experts)
+        return result
+
+
+@contextmanager
+def unroutable(mixture: Mixture, experts: Units) -> Iterator[None]:
+    """Give these experts the lowest logits and biases in this block, without knowing how the router computes.
+
+    A router multiplies by its rows, and then does whatever its model does: a softmax, a sigmoid, groups, the largest
+    few. No hook lies between the two, so a torch-function mode inside the routers replaces the result of the product.
+    """
+
+    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with _Lower(experts):
+            return forward(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for router in mixture.routers:
+            stack.enter_context(patched(router, "forward", partial(run, router.forward)))
+        for tensor in (slot.tensor.detach() for slot in mixture.slots):
+            if tensor.numel() == mixture.number and tensor.is_floating_point():  # for example a bias of the router
+                stack.callback(tensor.copy_, tensor.clone())
+                tensor.copy_(_lowered(tensor.flatten(), experts).view_as(tensor))
+        yield

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.interception import OnProduct, Product, intercept
-from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.calibration.recomputation import pass_side_by_side, recomputing
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
-from wanda_lightning.calibration.side_by_side import pass_side_by_side
 from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit

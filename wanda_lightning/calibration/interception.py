@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wanda_lightning.calibration.patched import patched
+from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.weight_memory import WeightMemory, weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Layer

@@ -18,6 +18,22 @@ _EXPERTS = "_experts_implementation_internal"
 
 
 @contextmanager
+def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
+    """Set an attribute in the `__dict__` of one module in this block.
+
+    No hook of `nn.Module` can delay, replace or skip a forward, and `nn.Module.__setattr__` would register a module.
+    """
+    own = module.__dict__
+    before = {name: own[name]} if name in own else {}
+    own[name] = value
+    try:
+        yield
+    finally:
+        del own[name]
+        own.update(before)
+
+
+@contextmanager
 def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Iterator[None]:
     """Put the model into `calibration_mode`, without gradients and outside of inference mode.
 

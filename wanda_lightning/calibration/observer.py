@@ -11,14 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from wanda_lightning.calibration import pooling
-from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.batches import forward_batch
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Product, input_of, intercept
+from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.mode import calibration_mode
-from wanda_lightning.calibration.nonfinite import Check, refuse_nonfinite
 from wanda_lightning.calibration.pooling import all_reduce_statistics, merged, pool_experts
-from wanda_lightning.calibration.reader import BatchReader, Identity
+from wanda_lightning.calibration.reader import BatchReader, Check, Identity, refuse_nonfinite
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError

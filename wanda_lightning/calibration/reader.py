@@ -1,19 +1,24 @@
-"""Sum the tokens that enter the layers of a unit while one batch runs."""
+"""Sum the tokens that enter the layers of a unit while one batch runs, and find NaN, infinity and overflow in them.
+
+Reading each check immediately would make the CPU wait for the device once per batch and layer. Therefore the checks of
+a unit stay on the device and are read together.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.interception import Product
-from wanda_lightning.calibration.nonfinite import Check, token_to_report
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, fitting_mask
+from wanda_lightning.parallel import Processes
 
 
 class Identity:
@@ -32,6 +37,14 @@ class Identity:
 
 def _version(tensor: Tensor, call: int) -> int:
     return -1 - call if tensor.is_inference() else tensor._version
+
+
+class Check(NamedTuple):
+    """Whether the sums over one input of one batch are finite."""
+
+    layers: list[str]  # names of the layers with this input
+    batch: int
+    finite: Tensor  # a boolean scalar on the input's device
 
 
 class Entry(NamedTuple):
@@ -89,43 +102,41 @@ class BatchReader:
         else:
             for tokens in layer.token_parts(images):
                 statistics.update(_fitting(tokens, layer, x))
-        shape = len(images), statistics.count // max(1, len(images))
-        self._add(entry, lambda: layer.magnitudes(images), shape, None)
+        self._add(entry)
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
         layer, x = product.layer, product.tokens
         tokens = layer.tokens(x)
         if layer.expert is None:
             _fitting(tokens, layer, x)
-        shape, keep = _token_shape(layer, x, tokens), None
-        if has_padding:
-            keep = self._real_tokens(product, tokens, shape)
+        keep = self._real_tokens(product, tokens) if has_padding else None
         padding_counted = has_padding and keep is None
         if product.slot is not None:
             routed = tokens.any(dim=1)  # tokens of other experts are zeros
             keep = routed if keep is None else routed & keep
         if keep is not None:
-            shape, tokens = tuple(keep.shape), tokens[keep.flatten().to(tokens.device)]
+            tokens = tokens[keep.flatten().to(tokens.device)]
         entry = Entry(Identity(x, layer, self._calls), [layer.name], InputStatistics(self._needs), padding_counted)
         entry.statistics.update(tokens)
-        self._add(entry, lambda: tokens, shape, keep)
+        self._add(entry)
 
-    def _add(self, entry: Entry, magnitudes: Callable[[], Tensor], shape: tuple[int, ...], keep: Tensor | None) -> None:
+    def _add(self, entry: Entry) -> None:
         """Add an entry, and check its sums if any token counts."""
         self.entries.append(entry)
         if entry.statistics.count:
-            finite = entry.statistics.finite()
-            row = token_to_report(finite, magnitudes)
-            self.checks.append(Check(entry.layers, self._batch, finite, row, shape, keep))
+            self.checks.append(Check(entry.layers, self._batch, entry.statistics.finite()))
 
-    def _real_tokens(self, product: Product, tokens: Tensor, shape: tuple[int, ...]) -> Tensor | None:
-        """Return which tokens, of shape `shape`, are not padding; None if that is unknown.
+    def _real_tokens(self, product: Product, tokens: Tensor) -> Tensor | None:
+        """Return which tokens are not padding; None if that is unknown.
 
         An expert gets a subset of the tokens, so the mask applies only through the indices of the gathered rows.
         """
         layer, x = product.layer, product.tokens
         if layer.expert is None:
-            mask = fitting_mask(self._masks, layer.name, x if layer.kind.channels == -1 else tokens.unflatten(0, shape))
+            samples = len(x) if x.ndim == 1 - layer.kind.channels else 1
+            mask = fitting_mask(
+                self._masks, layer.name, x if layer.kind.channels == -1 else tokens.unflatten(0, (samples, -1))
+            )
             return mask.keep if mask else None
         keep = None
         if product.gathered:
@@ -151,10 +162,17 @@ def _fitting(tokens: Tensor, layer: Layer, x: Tensor) -> Tensor:
     return tokens
 
 
-def _token_shape(layer: Layer, x: Tensor, tokens: Tensor) -> tuple[int, ...]:
-    if layer.expert is not None:
-        return (len(tokens),)
-    if layer.kind.channels < -1:
-        samples = len(x) if x.ndim == 1 - layer.kind.channels else 1
-        return samples, len(tokens) // samples
-    return tuple(x.shape[:-1]) or (1,)
+def refuse_nonfinite(checks: Sequence[Check], processes: Processes) -> None:
+    """Read all checks, and refuse sums that are not finite."""
+    by_device: dict[torch.device, list[Tensor]] = {}  # a model may use several devices
+    for check in checks:
+        by_device.setdefault(check.finite.device, []).append(check.finite)
+    if all(torch.stack(flags).all() for flags in by_device.values()):
+        return
+    bad = next(check for check in checks if not check.finite)
+    whose = f" of process {processes.rank}" if processes.world_size > 1 else ""
+    raise UserError(
+        f"calibration batches must give finite activations, but the input of {', '.join(bad.layers)} holds NaN or "
+        f"infinity, or its squares overflow float32, in calibration batch {bad.batch}{whose} (counted from 0). Check "
+        "that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
+    )

@@ -1,4 +1,4 @@
-"""Copy the PyTorch state of one thread to another.
+"""Copy the PyTorch state of one thread to another, and end its idle workers.
 
 PyTorch keeps grad mode, autocast, inference mode, the default device, and the current device and streams of the
 accelerator per thread, and a few switches per process. A forward pass depends on all of them, and a model may change
@@ -8,8 +8,11 @@ own, and their units run in the scheduler's thread, so each call must carry this
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,3 +87,31 @@ class ThreadState:
                 # No cache: it would give the pruned run the cast of a dense weight.
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
+
+
+MOST_IDLE_WORKERS = 512
+"""In all threads together. To end workers takes time, in particular on a busy machine."""
+
+_SOFT_PAUSE = 1  # omp_pause_soft of OpenMP 5.0: keeps the settings
+
+
+def keeps_many_workers(threads: int) -> bool:
+    """Whether so many threads would keep too many workers.
+
+    GNU OpenMP keeps a team of workers for each thread that has computed in parallel, as samples do between the units:
+    128 samples on 64 cores would keep 8,000. LLVM's OpenMP shares its workers among threads.
+    """
+    return threads * (torch.get_num_threads() - 1) > MOST_IDLE_WORKERS
+
+
+def end_idle_workers() -> None:
+    """End the workers of the current thread, whose next parallel computation starts new ones."""
+    _pause()(_SOFT_PAUSE)
+
+
+@cache
+def _pause() -> Callable[[int], Any]:
+    for library in Path(torch.__file__).parent.glob("lib/libgomp*"):  # the one that PyTorch uses
+        with suppress(OSError, AttributeError):
+            return ctypes.CDLL(str(library)).omp_pause_resource_all
+    return lambda kind: None

@@ -10,11 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batch_thread import Call, park
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
-from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.lockstep import Call, lockstep, park
+from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.patched import patched
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.calibration.thread_state import ThreadState
 from wanda_lightning.calibration.weight_memory import weights_moved

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.block_runs import BlockRuns
+from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.engine.plan import Plan

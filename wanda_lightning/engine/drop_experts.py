@@ -13,9 +13,8 @@ from torch import Tensor
 from wanda_lightning.calibration import pooling
 from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.cloning import tensors_within
-from wanda_lightning.calibration.expert_saliency import ExpertSaliency
+from wanda_lightning.calibration.expert_saliency import ExpertSaliency, unroutable
 from wanda_lightning.calibration.mode import pruning_mode
-from wanda_lightning.calibration.unroutable import unroutable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import counted

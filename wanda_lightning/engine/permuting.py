@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.error_notes import noting
+from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.criteria import Wanda

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from wanda_lightning.calibration.batch_thread import Call
 from wanda_lightning.calibration.gradients import gradient_statistics
-from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.lockstep import Call, lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.calibration.unit_stops import UnitStop, stop_at_units

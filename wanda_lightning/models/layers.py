@@ -160,11 +160,6 @@ class Layer:
         for part in images.split(max(1, _AT_ONCE // max(1, size))):
             yield self.tokens(part)
 
-    def magnitudes(self, images: Tensor) -> Tensor:
-        """Return the tokens of images whose pixels are the largest absolute values of the channels."""
-        channels = self.kind.channels
-        return self.kind.tokens(self.module, self._channels(images).abs().amax(channels, keepdim=True))
-
     def outputs(self, y: Tensor) -> Tensor:
         """Convert the output of the module to (tokens, d_out)."""
         return self.kind.outputs(self._channels(y))

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from wanda_lightning.calibration.batch_thread import Call
+from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import Layer, Unit
