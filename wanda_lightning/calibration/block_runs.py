@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
+from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.common.evaluating import widest
 from wanda_lightning.models import Layer
 

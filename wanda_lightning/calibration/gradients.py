@@ -41,21 +41,19 @@ def gradient_statistics(
     """Sum squared inputs and gradients of each layer over the tokens.
 
     The gradient is that of `log p(y)` with respect to the layer's outputs. The label y is drawn from the model's own
-    predictions p, so no labels are needed: the sums estimate the Fisher information. The classes are in the last
-    dimension of the logits, or in dimension 1 if they have four or more, as in segmentation. The label of a sample
-    depends on its index in the calibration data and on its predictions, but not on its batch or process. Each sample
-    has its own backward pass, in which blocks are recomputed, so that only the activations of one block and the logits
-    of one sample are in memory. Up to 32 samples with one prediction each, such as images, share a pass.
+    predictions p, so the sums estimate the Fisher information. The classes are in the last dimension of the logits, or
+    in dimension 1 if they have four or more, as in segmentation. The label of a sample depends on its index in the
+    calibration data and on its predictions, but not on its batch or process. Each sample has its own backward pass, in
+    which blocks are recomputed. Up to 32 samples with one prediction each, such as images, share a pass.
 
-    Batch i of all processes precedes batch i + 1 of any. `tick` is called after each batch. `limit` is the number of
-    samples over all processes. `columns` has the number of columns of each hidden unit, for the layers whose units are
+    `tick` is called after each batch. `limit` is the number of samples over all processes, batch i of all processes
+    before batch i + 1 of any. `columns` has the number of columns of each hidden unit, for the layers whose units are
     scored. The result holds the layers that a batch reached.
 
     With `hold`, a single process needs few blocks in memory at a time: groups of at least 8 samples and 16384
-    predictions pass forward and backward side by side. For a group, memory holds the inputs of all blocks. Sums differ
-    in the last digit only for samples with a single prediction, which do not share a pass then, and for blocks that are
-    called several times. `hold` is called with the name of a block before a sample runs through it, forward or
-    backward; `tick` is not called.
+    predictions pass forward and backward side by side, and `hold` is called with the name of a block before a sample
+    runs through it; `tick` is not called. Only sums of samples with a single prediction, which do not share a pass
+    then, and of blocks that are called several times differ, in the last digit.
 
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.

@@ -73,9 +73,8 @@ def lockstep(
     with a matrix of its own, to find out whether the model calls a unit again.
 
     Units are disjoint modules in the order of the stops; None is a stop at which batches `park` themselves. `revisited`
-    receives the index of every unit that a batch reaches again. With `to_end`, the batches run to the end of the model
-    after the last unit. `prepared` takes the index of a unit and the call of it with which a batch will continue, and
-    returns the call to run.
+    receives the index of every unit that a batch reaches again. With `to_end`, the batches run to the end of the model.
+    `prepared` takes the index of a unit and the call with which a batch will continue, and returns the call to run.
 
     Yields:
         The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all threads
