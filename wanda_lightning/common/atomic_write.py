@@ -35,8 +35,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill; its files replace those in `path` if the body ends without an error.
 
-    They are on the disk before the first old one is deleted. If the place is taken meanwhile, or the files cannot be
-    moved, the error names the temporary folder, which stays. `path` itself stays, too: it may be a mount point.
+    They are on the disk before the first old one is deleted. If they cannot be moved, or the place is taken meanwhile,
+    the error names the temporary folder, which stays. `path` may be a mount point.
     """
     require_writable(path, overwrite)
     target = resolve_path(path)
@@ -113,8 +113,7 @@ def require_writable(path: str | os.PathLike[str], overwrite: bool = False, kind
     here = Path.cwd().is_relative_to(target)
     if kind == "model" and entries and (here or target / "config.json" not in entries):
         raise FileExistsError(
-            f"{path} must be empty or a model (with config.json, not the working directory), since all that it has is "
-            "replaced. Choose another folder, or empty it."
+            f"{path} must be empty or a model (with config.json, not the working directory), since it is replaced."
         )
 
 

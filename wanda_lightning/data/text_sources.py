@@ -19,7 +19,7 @@ SELF, OWN_TEXT = "self", "text by the dense model"  # the name of the text that 
 _NAMES = ("c4", "wikitext2", "python-docs", "sklearn-docs")
 _IN_MEMORY = "texts in memory"
 _HUB_SPLITS = ("train",), ("validation", "test", "train")  # for calibration and for evaluation: the first that exists
-_C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+_C4 = (("train", "en/c4-train.00000-of-01024.json.gz"), ("validation", "en/c4-validation.00000-of-00008.json.gz"))
 _C4_EVALUATION_DOCUMENTS = 1100
 _EVALUATION_FRACTION = 0.3  # of the characters of python-docs
 _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics by chance
@@ -70,20 +70,15 @@ def named(texts: Any, option: str) -> tuple[str, Any]:
 
 def calibration_source(source: Any, cache_dir: str | None = None) -> str | Sequence[str]:
     """Return one text, or a sequence of documents, from which calibration windows are drawn."""
-    if source == "c4":
-        return _c4("train", cache_dir)
-    if source == "wikitext2":
-        return " ".join(_wikitext2("train", cache_dir))
-    return _read(source, 0, cache_dir)
+    content = _read(source, 0, cache_dir)
+    return " ".join(content) if source == "wikitext2" else content
 
 
 def evaluation_text(source: Any, cache_dir: str | None = None) -> str:
     """Return the text on which perplexity is measured."""
-    if source == "c4":
-        return " ".join(_c4("validation", cache_dir)[:_C4_EVALUATION_DOCUMENTS])
-    if source == "wikitext2":
-        return "\n\n".join(_wikitext2("test", cache_dir))
     content = _read(source, 1, cache_dir)
+    if source == "c4":
+        return " ".join(content[:_C4_EVALUATION_DOCUMENTS])
     return content if isinstance(content, str) else "\n\n".join(content)
 
 
@@ -95,6 +90,14 @@ def _read(source: Any, part: int, cache_dir: str | None) -> str | Sequence[str]:
         return "\n\n".join(python_docs()[part].values())
     if source == "sklearn-docs":
         return sklearn_docs()
+    if source == "c4":
+        split, file = _C4[part]
+        # no_checks: else datasets raises ExpectedMoreSplits, since one file is not all of C4.
+        options = {"data_files": {split: file}, "verification_mode": "no_checks"}
+        return load("allenai/c4", split=split, cache_dir=cache_dir, **options)["text"]
+    if source == "wikitext2":
+        split = ("train", "test")[part]
+        return load("Salesforce/wikitext", "wikitext-2-raw-v1", split=split, cache_dir=cache_dir)["text"]
     loaded = load(source, cache_dir=cache_dir)
     if Path(source).suffix in EXTENSIONS:
         documents = documents_in(loaded, source)
@@ -106,16 +109,6 @@ def _read(source: Any, part: int, cache_dir: str | None) -> str | Sequence[str]:
 def _is_hub_id(source: str) -> bool:
     is_path = source.endswith(EXTENSIONS) or Path(source).exists()
     return not is_path and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) is not None
-
-
-def _c4(split: str, cache_dir: str | None) -> Sequence[str]:
-    # no_checks: else datasets raises ExpectedMoreSplits, since one file is not all of C4.
-    options = {"data_files": {split: _C4_FILES[split]}, "verification_mode": "no_checks"}
-    return load("allenai/c4", split=split, cache_dir=cache_dir, **options)["text"]
-
-
-def _wikitext2(split: str, cache_dir: str | None) -> Sequence[str]:
-    return load("Salesforce/wikitext", "wikitext-2-raw-v1", split=split, cache_dir=cache_dir)["text"]
 
 
 def python_docs() -> tuple[dict[str, str], dict[str, str]]:
