@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support import reference
-from support.experts import SPECIMENS, Stack, double, experts_of, jetmoe, observed
+from support.experts import SPECIMENS, Stack, double, experts_of, jetmoe, observed, routed_tokens
 from support.pairwise import spread
 from support.zoo import ZOO, run
 from torch import nn
@@ -23,7 +23,7 @@ def by_hand(model, batches):
         real = None if mask is None else mask.flatten().bool().numpy()
 
         def route(module, args, name, real=real):
-            for (parameter, expert), (tokens, rows) in reference.routed_tokens(module, *args).items():
+            for (parameter, expert), (tokens, rows) in routed_tokens(module, *args).items():
                 kept = tokens if real is None else tokens[real[rows]]
                 found.setdefault(f"{name}.{parameter}.{expert}", []).extend(kept)
 

@@ -1,10 +1,12 @@
-"""A sample of the families in support/families.py, one per mechanism, and proof that its checks can fail."""
+"""A sample of the families in support/families.py, pruned and shrunk, and proof that the checks can fail."""
 
 import pytest
 import torch
-from support import families
+from support import families, family_units
+from support.family_units import NO_FOLDER, ORDINARY, OWN_FILE, Units
+from support.pairwise import with_nightly
 
-from wanda_lightning import RIA, prune
+from wanda_lightning import RIA, prune, shrink
 
 # Models of transformers and timm warn about their own renamed arguments and missing kernels.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -105,17 +107,86 @@ def test_coverage_is_counted_by_hand(monkeypatch):
     assert result.left_out == {"skip='*.down_proj'": 1 - result.coverage}
 
 
-# ---- the document
+# ---- the documents
 
 
 def test_the_document_names_what_fails():
-    passes = families.Result(
-        "causal", "llama", "LlamaForCausalLM", "passes", "", 0.5, 0.75, {"a | b": 0.25}, "float64", 1
-    )
-    fails = families.Result("causal", "xlm", "XLMWithLMHeadModel", "fails", "RuntimeError: why")
-    absent = families.Result("timm", "vit", "vit_tiny", "cannot be built here", "ImportError: no")
+    llama = ("causal", "llama", "LlamaForCausalLM")
+    passes = families.Result(*llama, "", "passes", 0.5, 0.75, {"a | b": 0.25}, "float64", 1)
+    fails = families.Result("causal", "xlm", "XLMWithLMHeadModel", "RuntimeError: why")
+    absent = families.Result("timm", "vit", "vit_tiny", "ImportError: no", "cannot be built here")
     text = families.document([passes, fails, absent])
     assert "1 of 2 models that can be built pass: 50.0%." in text.splitlines()
     assert "| llama | LlamaForCausalLM | 50.0% | 75% | 25% a \\| b | float64 | 1.0 |" in text.splitlines()
     assert "| xlm | XLMWithLMHeadModel | fails | RuntimeError: why |" in text.splitlines()
     assert "| vit | vit_tiny | cannot be built here | ImportError: no |" in text.splitlines()
+
+
+# ---- hidden units
+
+SHRUNK = {
+    ("causal", "llama"): ORDINARY,
+    ("causal", "bloom"): OWN_FILE,  # its configuration has no width
+    ("causal", "sarvam_moe"): OWN_FILE,  # names of its own for tensors in the files
+    ("causal", "xlm"): OWN_FILE,  # its layers write into a cache
+    ("timm", "test_vit"): ORDINARY,
+}
+SHRUNK_AT_NIGHT = {
+    ("causal", "gpt2"): ORDINARY,
+    ("causal", "qwen3_next"): ORDINARY,  # shared experts
+    ("causal", "deepseek_v3"): OWN_FILE,  # dense layers and shared experts
+    ("causal", "gemma3n_text"): OWN_FILE,  # its forward reads a number of its configuration that is a width by chance
+    ("other", "T5ForConditionalGeneration"): ORDINARY,
+    ("other", "LlavaForConditionalGeneration"): ORDINARY,
+    ("timm", "test_convnext"): NO_FOLDER,  # no argument of timm gives the widths
+    ("timm", "test_efficientnet"): NO_FOLDER,
+    ("timm", "test_resnet"): NO_FOLDER,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "folder"),
+    with_nightly([(*key, folder) for key, folder in SHRUNK.items()], [(*k, f) for k, f in SHRUNK_AT_NIGHT.items()]),
+)
+def test_hidden_units_of_families_are_taken_out(kind, name, folder):
+    result = family_units.check(of(kind, name))
+    assert 0 < result.removed == result.zero < result.width
+    assert result.folder == folder, result.cause
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("causal", "mamba"),
+        ("causal", "mixtral"),  # experts in one tensor
+        ("other", "SqueezeBertForMaskedLM"),  # grouped convolutions
+        ("other", "AlbertForMaskedLM"),  # a block that runs more than once
+    ],
+)
+def test_families_without_hidden_units(kind, name):
+    result = family_units.check(of(kind, name))
+    assert (result.width, result.cause) == (0, "no hidden units found")
+
+
+def test_other_outputs_are_seen(monkeypatch):
+    def sabotage(model, *args):
+        result = shrink(model, *args)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(1.01)
+        return result
+
+    monkeypatch.setattr(family_units, "shrink", sabotage)
+    with pytest.raises(AssertionError, match="outputs differ by"):
+        family_units.check(of("causal", "llama"))
+
+
+def test_the_document_counts_shares_of_hidden_units():
+    llama = Units("causal", "llama", "LlamaForCausalLM", "", 128, 32, 32, 0.115, ORDINARY)
+    mamba = Units("causal", "mamba", "MambaForCausalLM", "no hidden units found")
+    stays = Units("timm", "vgg", "vgg11", "2 units stay", 128, 32, 30, 0.1)
+    lines = family_units.document([llama, mamba, stays]).splitlines()
+    assert "| all | 3 | 2 | 1 | 1 | 0 |" in lines
+    shares = "found for 2 (66.7%), taken out for 1 (33.3%), loaded for 1 (33.3%)."
+    assert f"Of 3 models, hidden units are {shares}" in lines
+    assert "| llama | LlamaForCausalLM | 128 | 32 of 32 | -12% | ordinary |  |" in lines
+    assert "| no hidden units found | 1 |" in lines

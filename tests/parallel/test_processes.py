@@ -238,8 +238,9 @@ def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples)
 def test_distillation_is_that_of_one_process(pair, name, shares):
     """The same steps on the same samples, whichever process runs them."""
     model, turns = ZOO[name].build().double(), in_turns(split(ZOO[name].batches(), 2), shares)
-    expected = prune(model, turns, recovery=Distil(passes=2, batch_size=2), progress=False)
-    (weights, report), (others, _) = pair.run(cases.distilled, name, shares, 2)
+    recovery = Distil(passes=2, batch_size=2)
+    expected = prune(model, turns, recovery=recovery, progress=False)
+    (weights, report), (others, _) = pair.run(cases.replicated, name, shares, 2, wide=True, recovery=recovery)
     assert_equal_everywhere(weights, others)
     for key, value in model.named_parameters():
         assert torch.equal(weights[key] == 0, value == 0)
@@ -253,8 +254,9 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
 def test_reconstruction_is_that_of_one_process(pair, name, shares, size):
     """The same steps on the same batches, whichever process runs them; a batch of 18 has two steps."""
     model, turns = ZOO[name].build().double(), in_turns(split(ZOO[name].batches() * size, size), shares)
-    expected = prune(model, turns, method="magnitude", recovery=Reconstruct(epochs=2), progress=False)
-    (weights, report), (others, _) = pair.run(cases.reconstructed, name, shares, size)
+    choices = {"method": "magnitude", "recovery": Reconstruct(epochs=2)}
+    expected = prune(model, turns, progress=False, **choices)
+    (weights, report), (others, _) = pair.run(cases.replicated, name, shares, size, size, wide=True, **choices)
     assert_equal_everywhere(weights, others)
     for key, value in model.named_parameters():
         torch.testing.assert_close(weights[key], value.detach(), rtol=1e-6, atol=1e-9)
@@ -270,8 +272,9 @@ def test_reconstruction_fails_together(pair):
 
 @pytest.mark.parametrize("samples", with_nightly([3], [3, None]))
 def test_masks_with_fisher_are_those_of_one_process(pair, samples):
-    (first, report), (second, _) = pair.run(cases.best, samples)
-    model, expected = alone("llama", allocation=Fisher(num_samples=samples), solver="admm")
+    choices = {"allocation": Fisher(num_samples=samples), "solver": "admm"}
+    (first, report), (second, _) = pair.run(cases.replicated, "llama", **choices)
+    model, expected = alone("llama", **choices)
     assert_equal_everywhere(first, second)
     assert [layer.target for layer in report.layers] == pytest.approx([layer.target for layer in expected.layers])
     zeros = [(first[name] == 0, value == 0) for name, value in model.named_parameters()]

@@ -1,5 +1,6 @@
 """Models whose experts are one parameter, and what is seen of them."""
 
+import numpy as np
 import torch
 import transformers as hf
 from support.samples import samples_of
@@ -14,15 +15,6 @@ from wanda_lightning.models import find_layers
 
 SPECIMENS = ["mixtral", "mixtral_padded", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"]
 BY_COLUMNS = ("gpt_oss", "llama4")
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def experts_of(model):
@@ -40,8 +32,9 @@ def on_meta(make):
 
 
 def jetmoe():
-    config = hf.JetMoeConfig(**SIZES, num_key_value_heads=2, kv_channels=16, num_local_experts=4)
-    return hf.JetMoeForCausalLM(config)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+    more = {"max_position_embeddings": 64, "num_key_value_heads": 2, "kv_channels": 16, "num_local_experts": 4}
+    return hf.JetMoeForCausalLM(hf.JetMoeConfig(**sizes, **more))
 
 
 class Stack(nn.Module):
@@ -77,3 +70,29 @@ def starved():
     with torch.no_grad():
         gate.weight[2] = -10
     return model
+
+
+def inside(module, index, x):
+    """What enters the second matrix of an expert for a token, by the formula of its family."""
+    first = module.gate_up_proj[index].detach()
+    if type(module).__name__ == "GptOssExperts":
+        both = x @ first + module.gate_up_proj_bias[index].detach()
+        gate, up = both[::2].clamp(max=module.limit), both[1::2].clamp(-module.limit, module.limit)
+        return (up + 1) * gate * torch.sigmoid(gate * module.alpha)
+    gate, up = (first.T if type(module).__name__ == "Llama4TextExperts" else first).mv(x).chunk(2)
+    return module.act_fn(gate) * up
+
+
+def routed_tokens(module, x, *routing):
+    """The inputs of each expert's matrices and the indices of their tokens, computed one token after the other."""
+    found, tokens = {}, len(x) // len(module.down_proj)
+    if routing:
+        entries = [(token, expert, x[token]) for token in range(len(x)) for expert in routing[0][token].tolist()]
+    else:  # Llama-4: a copy of all tokens for each expert, in which the tokens of other experts are zero
+        entries = [(row % tokens, row // tokens, x[row]) for row in range(len(x)) if x[row].any()]
+    for token, expert, vector in entries:
+        for name, entering in (("gate_up_proj", vector), ("down_proj", inside(module, expert, vector))):
+            inputs, rows = found.setdefault((name, expert), ([], []))
+            inputs.append(entering.detach().double().numpy())
+            rows.append(token)
+    return {key: (np.array(inputs), np.array(rows)) for key, (inputs, rows) in found.items()}

@@ -20,7 +20,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -77,8 +77,8 @@ class Result:
     kind: str
     name: str
     model: str
-    status: str = "passes"  # or `fails`, or `cannot be built here`
     cause: str = ""  # the first line of the error, if it does not pass
+    status: str = "fails"  # or `passes`, or `cannot be built here`
     sparsity: float = 0.0  # of the pruned layers, at 0.5 and `block`
     coverage: float = 0.0  # pruned parameters divided by those of all matrices inside the blocks that a batch reaches
     left_out: dict[str, float] = field(default_factory=dict)  # the fraction of those that stay dense, by reason
@@ -198,12 +198,10 @@ def _size(name: str, **more: Any) -> int:
 
 def _fewer_blocks(name: str) -> dict[str, Any]:
     whole = _size(name)
-    for more in [{"depth": 2}, *({"depths": (n,) * k} for k in (4, 3) for n in (2,)), {"layers": (1, 1, 1, 1)}]:
-        try:
+    for more in ({"depth": 2}, {"depths": (2,) * 4}, {"depths": (2,) * 3}, {"layers": (1,) * 4}):
+        with suppress(Exception):  # it has no such argument, or another number of stages
             if whole > 2_000_000 and _size(name, **more) < whole:
                 return more
-        except Exception:  # it has no such argument, or another number of stages
-            continue
     return {}
 
 
@@ -215,12 +213,9 @@ def _on_small_images(name: str, more: dict[str, Any]) -> tuple[dict[str, Any], i
     usual = _image_size(name)
     for size in sorted({size for size in (64, 96, 128, 160, 192, 224) if size < usual} | {usual}):
         for sized in ({**more, "img_size": size}, more):
-            try:
-                with torch.device("meta"), torch.no_grad():
-                    timm.create_model(name, num_classes=16, **sized).eval()(torch.zeros(1, 3, size, size))
-            except Exception:  # try another size
-                continue
-            return sized, size
+            with suppress(Exception), torch.device("meta"), torch.no_grad():  # try another size
+                timm.create_model(name, num_classes=16, **sized).eval()(torch.zeros(1, 3, size, size))
+                return sized, size
     return None
 
 
@@ -376,7 +371,7 @@ def check(family: Family, slowly: bool = True, ways: Sequence[tuple[str, str]] |
         for batch in family.batches(dense):
             finite = _finite(run(dense, batch))
     except Exception as error:
-        raise CannotBuild(_first_line(error)) from error
+        raise CannotBuild(first_line(error)) from error
     assert finite, "outputs of the dense model are not finite"
     for sequential, pattern in ways or family.ways:
         model = copy.deepcopy(dense)
@@ -387,8 +382,8 @@ def check(family: Family, slowly: bool = True, ways: Sequence[tuple[str, str]] |
         if (sequential, pattern) == ("block", "unstructured"):
             result.sparsity = report.sparsity
             result.coverage, result.left_out = _coverage(dense, report, family.batches(dense))
-    if slowly:
-        result.slow = _compare(dense, family.batches(dense))
+    result.slow = _compare(dense, family.batches(dense)) if slowly else ""
+    result.status = "passes"
     return result
 
 
@@ -422,21 +417,15 @@ _OUTSIDE = ("embedding", "output head", "stem", "tied to")
 def _coverage(model: nn.Module, report: PruningReport, batches: list[Any]) -> tuple[float, dict[str, float]]:
     """Return which fraction of the matrices inside the reached blocks is pruned, and why the rest is not."""
     blocks, idle = _reached_blocks(model, batches)
-
-    def counts(name: str) -> bool:
-        return _inside(name, blocks) and not _inside(name, idle)
-
-    skipped = {matrix.name: matrix.detail for matrix in report.skipped if not matrix.detail.startswith(_OUTSIDE)}
-    sizes: Counter[str] = Counter()
-    for layer in report.layers:
-        sizes["pruned"] += layer.size if counts(layer.name) else 0
     found = _matrices(model)
-    for name, reason in skipped.items():
-        parameter = found.get(name)
-        if parameter is not None and counts(name):
-            sizes[reason] += parameter.numel()
-    total = sum(sizes.values())
-    return sizes.pop("pruned") / total if total else 0.0, {reason: n / total for reason, n in sizes.most_common()}
+    matrices = [("pruned", layer.name, layer.size) for layer in report.layers]
+    matrices += [(m.detail, m.name, found[m.name].numel()) for m in report.skipped if m.name in found]
+    sizes: Counter[str] = Counter(pruned=0)
+    for detail, name, size in matrices:
+        if _inside(name, blocks) and not _inside(name, idle) and not detail.startswith(_OUTSIDE):
+            sizes[detail] += size
+    total = max(1, sum(sizes.values()))
+    return sizes.pop("pruned") / total, {reason: n / total for reason, n in sizes.most_common()}
 
 
 def _inside(name: str, modules: set[str]) -> bool:
@@ -449,21 +438,18 @@ def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set
     If the repeated modules hold less than half of the parameters, the whole model counts as one block. A single layer
     never counts as a module that no batch enters, since another module may read its weight.
     """
-    modules = dict(model.named_modules())
-    called: set[str] = set()
-    handles = [m.register_forward_pre_hook(lambda *_, name=n: called.add(name)) for n, m in modules.items()]
-    for batch in batches:
-        run(model, batch)
-    for handle in handles:
-        handle.remove()
-    parts = {name for name, module in modules.items() if next(module.children(), None) is not None}
-    idle = {name for name in parts if not any(_inside(other, {name}) for other in called)}
-    repeated = {
-        f"{name}.{child}".lstrip(".")
-        for name, module in modules.items()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-        for child, _ in module.named_children()
-    } | {name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
+    modules, called = dict(model.named_modules()), set()
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            entering = module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+            hooks.callback(entering.remove)
+        for batch in batches:
+            run(model, batch)
+    idle = {name for name, module in modules.items() if next(module.children(), None) is not None}
+    idle -= {name for name in idle if any(_inside(other, {name}) for other in called)}
+    lists = {name for name, module in modules.items() if isinstance(module, nn.ModuleList | nn.Sequential)}
+    repeated = {f"{name}.{child}".lstrip(".") for name in lists for child, _ in modules[name].named_children()}
+    repeated |= {name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
     sizes = {name: p.numel() for name, p in _matrices(model).items() if "embed" not in name and not _inside(name, idle)}
     inside = sum(n for name, n in sizes.items() if _inside(name, repeated))
     return repeated if inside >= sum(sizes.values()) / 2 else {""}, idle
@@ -617,25 +603,13 @@ def _is_convolution(layer: Layer) -> bool:
 
 def _in_order(model: nn.Module, units: Sequence[Unit], batches: list[Any]) -> list[Unit]:
     """Sort units: the next one is the first in model order that is the next for any batch."""
-    # Weights tell it, too: a model may call the forward of a block without its hooks.
     unit_of = {layer.parameter.data_ptr(): index for index, unit in enumerate(units) for layer in unit.layers}
     routes = []
     for batch in batches:
-        route: list[int] = []
-        handles = [
-            unit.module.register_forward_pre_hook(lambda *_, index=index, route=route: route.append(index))
-            for index, unit in enumerate(units)
-        ]
-
-        def reached(weight: Tensor, *_: Tensor, route: list[int] = route) -> None:
-            if (start := weight.untyped_storage().data_ptr()) in unit_of:
-                route.append(unit_of[start])
-
-        with _Products(reached):
+        starts: list[int] = []
+        with _Products(lambda weight, _, starts=starts: starts.append(weight.untyped_storage().data_ptr())):
             run(model, batch)
-        for handle in handles:
-            handle.remove()
-        routes.append(list(dict.fromkeys(route)))
+        routes.append(list(dict.fromkeys(unit_of[start] for start in starts if start in unit_of)))
     order: list[int] = []
     while any(routes):
         order.append(min(route[0] for route in routes if route))
@@ -643,10 +617,10 @@ def _in_order(model: nn.Module, units: Sequence[Unit], batches: list[Any]) -> li
     return [units[index] for index in order]
 
 
-# ---- the table
+# ---- the page
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     where = traceback.extract_tb(error.__traceback__)[-1]
     line = f"{Path(where.filename).name}:{where.lineno}"
@@ -655,21 +629,30 @@ def _first_line(error: BaseException) -> str:
 
 def examine(family: Family) -> Result:
     """Call `check`, and return errors as results."""
-    result = Result(family.kind, family.name, family.model)
     started = time.process_time()
     try:
         result = check(family)
     except CannotBuild as error:
-        result.status, result.cause = "cannot be built here", str(error)
+        result = Result(family.kind, family.name, family.model, str(error), "cannot be built here")
     except Exception as error:
-        result.status, result.cause = "fails", _first_line(error)
+        result = Result(family.kind, family.name, family.model, first_line(error), "fails")
     result.seconds = time.process_time() - started
     return result
+
+
+def table(*rows: Sequence[object]) -> list[str]:
+    """Return the lines of a table of Markdown; the first row is its head."""
+    texts = [[str(cell).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
+    texts.insert(1, ["---"] * len(texts[0]))
+    return [f"| {' | '.join(row)} |" for row in texts]
 
 
 def document(results: Sequence[Result]) -> str:
     """Return the text of docs/models.md."""
     used = {name: version.partition("+")[0] for name, version in versions().items()}
+    kinds = {kind: [result for result in results if result.kind == kind] for kind in KINDS}
+    kinds = {kind: own for kind, own in kinds.items() if own}
+    head = ("", "models", "pass", "fail", "cannot be built here", "median coverage", "coverage below 80 %")
     lines = [
         "# Which models can be pruned",
         "",
@@ -685,51 +668,42 @@ def document(results: Sequence[Result]) -> str:
         "slow procedure. Seconds are the total on one CPU thread. The sizes are tiny, so small matrices count for more "
         "than in real models.",
         "",
-        "| | models | pass | fail | cannot be built here | median coverage | coverage below 80 % |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        *table(head, *((KINDS[kind], *_summary(own)) for kind, own in kinds.items())),
+        "",
+        share(results),
     ]
-    kinds = [kind for kind in KINDS if any(result.kind == kind for result in results)]
-    lines += [_summary(KINDS[kind], [r for r in results if r.kind == kind]) for kind in kinds]
-    lines += ["", share(results)]
-    for kind in kinds:
-        own = sorted((result for result in results if result.kind == kind), key=lambda result: result.name)
+    for kind, own in kinds.items():
+        own.sort(key=lambda result: result.name)
         lines += ["", f"## {KINDS[kind]}", ""]
         if bad := [result for result in own if result.status != "passes"]:
-            lines += ["| family | class | | cause |", "| --- | --- | --- | --- |"]
-            lines += [f"| {r.name} | {r.model} | {r.status} | {_cell(r.cause)} |" for r in bad]
-            lines += [""]
-        lines += ["| family | class | sparsity | coverage | left dense | slow | seconds |"]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
-        lines += [_row(result) for result in own if result.status == "passes"]
+            lines += [
+                *table(("family", "class", "", "cause"), *((r.name, r.model, r.status, r.cause) for r in bad)),
+                "",
+            ]
+        columns = ("family", "class", "sparsity", "coverage", "left dense", "slow", "seconds")
+        lines += table(columns, *(_row(result) for result in own if result.status == "passes"))
     return "\n".join(lines) + "\n"
 
 
 def share(results: Sequence[Result]) -> str:
     """Return the summary sentence."""
-    built = [result for result in results if result.status != "cannot be built here"]
-    passed = [result for result in built if result.status == "passes"]
-    return f"{len(passed)} of {len(built)} models that can be built pass: {len(passed) / max(1, len(built)):.1%}."
+    counts = Counter(result.status for result in results)
+    passed, built = counts["passes"], len(results) - counts["cannot be built here"]
+    return f"{passed} of {built} models that can be built pass: {passed / max(1, built):.1%}."
 
 
-def _summary(title: str, results: Sequence[Result]) -> str:
+def _summary(results: Sequence[Result]) -> list[object]:
     counts = Counter(result.status for result in results)
     coverages = sorted(result.coverage for result in results if result.status == "passes")
     median = f"{coverages[len(coverages) // 2]:.0%}" if coverages else ""
-    low = sum(coverage < 0.8 for coverage in coverages)
-    each = (counts["passes"], counts["fails"], counts["cannot be built here"])
-    return f"| {title} | {len(results)} | {' | '.join(map(str, each))} | {median} | {low} |"
+    each = [counts[status] for status in ("passes", "fails", "cannot be built here")]
+    return [len(results), *each, median, sum(coverage < 0.8 for coverage in coverages)]
 
 
-def _row(result: Result) -> str:
-    left = "; ".join(
-        f"{share:.0%} {_cell(reason)}" for reason, share in list(result.left_out.items())[:2] if share > 0.005
-    )
-    shown = (f"{result.sparsity:.1%}", f"{result.coverage:.0%}", left, result.slow, f"{result.seconds:.1f}")
-    return f"| {result.name} | {result.model} | {' | '.join(shown)} |"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+def _row(result: Result) -> list[str]:
+    left = "; ".join(f"{part:.0%} {reason}" for reason, part in [*result.left_out.items()][:2] if part > 0.005)
+    shown = [f"{result.sparsity:.1%}", f"{result.coverage:.0%}", left, result.slow, f"{result.seconds:.1f}"]
+    return [result.name, result.model, *shown]
 
 
 def page(text: str, old: str) -> str:
@@ -739,15 +713,9 @@ def page(text: str, old: str) -> str:
     return f"{first.rstrip()}\n\n{text}" if text.startswith("## ") else f"{text}\n{second}".rstrip() + "\n"
 
 
-def main(
-    examine: Callable[[Family], Any] = examine,
-    result_class: type[Any] = Result,
-    document: Callable[[Sequence[Any]], str] = document,
-    share: Callable[[Sequence[Any]], str] = share,
-    description: str | None = __doc__,
-) -> None:
-    """Examine the chosen families and print the summary."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(examine: Any = examine, result_class: Any = Result, document: Any = document, share: Any = share) -> None:
+    """Examine the chosen families, in a process that continues after a crash, and print the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by name")
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--resume", type=Path, help="JSON file of results: families in it are not examined again")
@@ -759,28 +727,21 @@ def main(
     logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     results: dict[str, Any] = json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}
-
-    def keep(result: Any) -> None:
-        results[f"{result.kind}/{result.name}"] = asdict(result)
-        if args.resume:
-            args.resume.write_text(json.dumps(results, indent=1))
-
-    chosen = [
-        (kind, name) for kind in args.kind for name in names(kind) if any(fnmatchcase(name, glob) for glob in args.only)
-    ]
-    for kind, name in chosen:
-        if f"{kind}/{name}" in results:
-            continue
-        chosen_family = family(kind, name)
-        # If the process crashes, this stays, and the next run continues with the next family.
-        crashed = result_class(kind, name, chosen_family.model, cause="the process crashed")
-        if hasattr(crashed, "status"):
-            crashed.status = "fails"
-        keep(crashed)
-        result = examine(chosen_family)
-        keep(result)
-        print(f"{kind:7}{name:44}{result.seconds:7.1f} s  {result}", flush=True)
-    done = [result_class(**results[f"{kind}/{name}"]) for kind, name in chosen]
+    every = [(kind, name) for kind in args.kind for name in names(kind)]
+    chosen = {f"{kind}/{name}": (kind, name) for kind, name in every if any(fnmatchcase(name, g) for g in args.only)}
+    for key, (kind, name) in chosen.items():
+        if key not in results:
+            chosen_family = family(kind, name)
+            # If the process crashes, this stays, and the next run continues with the next family.
+            results[key] = asdict(result_class(kind, name, chosen_family.model, "the process crashed"))
+            if args.resume:
+                args.resume.write_text(json.dumps(results, indent=1))
+            result = examine(chosen_family)
+            results[key] = asdict(result)
+            print(f"{key:52}{result.seconds:7.1f} s  {result}", flush=True)
+    if args.resume:
+        args.resume.write_text(json.dumps(results, indent=1))
+    done = [result_class(**results[key]) for key in chosen]
     if args.write:
         path = Path(__file__).parents[2] / "docs" / "models.md"
         path.write_text(page(document(done), path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -6,6 +6,7 @@ from functools import partial
 from unittest.mock import patch
 
 import torch
+from support.experts import BY_COLUMNS, inside
 from support.zoo import ZOO, run, seeded
 
 NUMBERS = {
@@ -59,15 +60,10 @@ def gates(name, block, x):
 def expert(name, block, index, x):
     """What one expert returns for a token."""
     own = block.experts
-    first, second = own.gate_up_proj[index], own.down_proj[index]
-    if name == "gpt_oss":
-        both = x @ first + own.gate_up_proj_bias[index]
-        gate, up = both[::2].clamp(max=own.limit), both[1::2].clamp(-own.limit, own.limit)
-        return ((up + 1) * gate * torch.sigmoid(gate * own.alpha)) @ second + own.down_proj_bias[index]
-    if name == "llama4":
-        first, second = first.T, second.T
-    gate, up = (first @ x).chunk(2)
-    return second @ (own.act_fn(gate) * up)
+    second, middle = own.down_proj[index], inside(own, index, x)
+    if name in BY_COLUMNS:
+        return middle @ second + (own.down_proj_bias[index] if name == "gpt_oss" else 0)
+    return second @ middle
 
 
 def _keep(inputs, key, block, args):

@@ -22,18 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from wanda_lightning import (
-    Distil,
-    DistillFromDense,
-    Fisher,
-    ImageClassifierModule,
-    KeepZeros,
-    Reconstruct,
-    TextDataModule,
-    WandaPrune,
-    prune,
-    prune_from_disk,
-)
+import wanda_lightning as wl
 from wanda_lightning.calibration.batches import map_tensors
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import whole_model_calls
@@ -96,18 +85,20 @@ def with_a_bad_mask(rank, sequential):
     return attempt(lambda: prune_both(ZOO["llama"].build(), batches, sequential=sequential))
 
 
+def counted(processes):
+    """How many numbers the processes add up from now on, one entry for each message."""
+    sent, add = [], processes.all_reduce_sum
+    processes.all_reduce_sum = lambda tensors: sent.append(sum(x.numel() for x in tensors)) or add(tensors)
+    return sent
+
+
 def factorized(rank):
     """How often SparseGPT factorizes a Gram matrix at "layer", and how many numbers are sent."""
-    processes, sent, calls, factorize = both(), [], [], torch.linalg.cholesky_ex
-    add = processes.all_reduce_sum
-    processes.all_reduce_sum = lambda tensors: sent.append(sum(x.numel() for x in tensors)) or add(tensors)
-    torch.linalg.cholesky_ex = lambda *args, **options: calls.append(args) or factorize(*args, **options)
-    try:
-        batches = share_of(ZOO["llama"].batches(), rank, None)
+    processes, batches = both(), share_of(ZOO["llama"].batches(), rank, None)
+    sent = counted(processes)
+    with mock.patch.object(torch.linalg, "cholesky_ex", wraps=torch.linalg.cholesky_ex) as factorize:
         prune_both(ZOO["llama"].build(), batches, processes, method="sparsegpt", sequential="layer")
-    finally:
-        torch.linalg.cholesky_ex = factorize
-    return len(calls), sum(sent)
+    return factorize.call_count, sum(sent)
 
 
 def shard(model, units=None, **options):
@@ -169,9 +160,11 @@ def failures(rank, who):
     return attempt(work), both().all_reduce_min(3 + rank)
 
 
-def replicated(rank, name, shares=None, **choices):
-    """Prune a specimen that both processes have."""
-    return whole_after(ZOO[name].build(), iter(share_of(ZOO[name].batches(), rank, shares)), **choices)
+def replicated(rank, name, shares=None, size=None, times=1, wide=False, **choices):
+    """Prune a specimen that both processes have, maybe in float64, and with batches of another size."""
+    model, batches = ZOO[name].build(), ZOO[name].batches() * times
+    batches = share_of(batches if size is None else split(batches, size), rank, shares)
+    return whole_after(model.double() if wide else model, iter(batches), **choices)
 
 
 class Fork(nn.Module):
@@ -192,10 +185,8 @@ def statistics_of(rank, name, shares=None):
     """The sums that the processes have together, by layer; which layers share them; how many numbers were sent."""
     model = Fork() if name == "fork" else ZOO[name].build()
     batches = share_of(fork_batches() if name == "fork" else ZOO[name].batches(), rank, shares)
-    processes, sent = both(), []
-    add = processes.all_reduce_sum
-    processes.all_reduce_sum = lambda tensors: sent.append(sum(x.numel() for x in tensors)) or add(tensors)
-    observer = Observer(frozenset(SUMS), processes)
+    processes = both()
+    sent, observer = counted(processes), Observer(frozenset(SUMS), processes)
     unit = find_layers(model, "none").units[0]
     with torch.no_grad():
         found = observer(unit, whole_model_calls(samples_of(model, batches)))
@@ -218,20 +209,6 @@ def fisher_of(rank, name, shares, samples):
     return gradients(model, batches, samples, processes=both())
 
 
-def distilled(rank, name, shares, size):
-    """Prune and distil a specimen that both processes have."""
-    model = ZOO[name].build().double()
-    batches = share_of(split(ZOO[name].batches(), size), rank, shares)
-    return whole_after(model, batches, recovery=Distil(passes=2, batch_size=2))
-
-
-def reconstructed(rank, name, shares, size):
-    """Prune and reconstruct a specimen that both processes have, with batches of a size."""
-    model = ZOO[name].build().double()
-    batches = share_of(split(ZOO[name].batches() * size, size), rank, shares)
-    return whole_after(model, batches, method="magnitude", recovery=Reconstruct(epochs=2))
-
-
 def failing_reconstruction(rank):
     """The errors if a part fails in one process while it is trained."""
     model = ZOO["llama"].build()
@@ -241,13 +218,7 @@ def failing_reconstruction(rank):
             raise OSError("no more disk")
 
     model.model.layers[0].mlp.register_forward_hook(fail)
-    return attempt(lambda: prune_both(model, share_of(ZOO["llama"].batches(), rank, None), recovery=Reconstruct()))
-
-
-def best(rank, samples, shares=None):
-    """What each layer's sparsity and zeros are with the Fisher allocation."""
-    choices = {"allocation": Fisher(num_samples=samples), "solver": "admm"}
-    return replicated(rank, "llama", shares, **choices)
+    return attempt(lambda: prune_both(model, share_of(ZOO["llama"].batches(), rank, None), recovery=wl.Reconstruct()))
 
 
 def progress(rank):
@@ -341,14 +312,8 @@ def sharded(rank, name, shares=None, compiled=False, dtype=None, wide=False, col
     run(model, batches[0]).float().square().mean().backward()
     optimizer.step()
     hooks = [n for n, m in model.named_modules() if {"_call_impl", "forward"} & m.__dict__.keys()]
-    return {
-        "weights": pruned,
-        "report": report,
-        "asleep": asleep,
-        "output": output,
-        "trained": whole(model),
-        "hooks": hooks,
-    }
+    found = {"weights": pruned, "report": report, "asleep": asleep, "output": output}
+    return {**found, "trained": whole(model), "hooks": hooks}
 
 
 def ends_early(rank):
@@ -405,9 +370,8 @@ def evaluation_of_ignored(rank):
     """A parameter that FSDP2 was told to ignore is whole in each process, and pruned there."""
     torch.manual_seed(0)
     model = nn.Sequential(Block(), Block())
-    mesh = init_device_mesh("cpu", (2,))
     for block in model:
-        fully_shard(block, mesh=mesh, ignored_params={block.up.weight})
+        fully_shard(block, mesh=init_device_mesh("cpu", (2,)), ignored_params={block.up.weight})
     return whole_after(model, vectors()[rank::2])
 
 
@@ -510,9 +474,8 @@ def fit_with(rank, strategy, make, zeros_in=None, blocks=True):
         with torch.no_grad():
             module.layers[zeros_in].up.weight[:, ::2] = 0
     callback, final = make(), Final()
-    trainer(strategy_named(strategy), callback, final).fit(
-        module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES, batch_size=2)
-    )
+    loaders = DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES, batch_size=2)
+    trainer(strategy_named(strategy), callback, final).fit(module, *loaders)
     return final.pruned, final.trained, getattr(callback, "report", None)
 
 
@@ -528,9 +491,9 @@ def distill(rank, strategy):
     with torch.no_grad():
         for weight in dense.parameters():
             weight.mul_(1.5)
-    prune(module, criterion="magnitude", progress=False)
+    wl.prune(module, criterion="magnitude", progress=False)
     devices, share = (1, slice(None)) if rank is None else (2, slice(rank, None, 2))
-    callbacks = KeepZeros(), DistillFromDense(dense)
+    callbacks = wl.KeepZeros(), wl.DistillFromDense(dense)
     fit = trainer(strategy_named(strategy), *callbacks, devices=devices, use_distributed_sampler=False)
     fit.fit(module, DataLoader(SAMPLES.view(4, 4, 16)[:, share], batch_size=None))
     return whole(module)
@@ -543,11 +506,10 @@ def fit_llama(rank, folder, sequential, saved):
     trainer(strategy_named("fsdp2"), callback).fit(module, DataLoader(windows, batch_size=None))
     module.configure_model()  # once more
     sharded = [type(each).__name__ for each in module.modules() if isinstance(each, FSDPModule)]
-    shrinking = attempt(lambda: module.save_pretrained(saved, shrink=True))
+    refused = [attempt(lambda: module.save_pretrained(saved, shrink=True))]
     module.save_pretrained(saved)
     assert (saved / "config.json").is_file()  # in every process
-    again = attempt(lambda: module.save_pretrained(saved))
-    refused = shrinking, again
+    refused.append(attempt(lambda: module.save_pretrained(saved)))
     return callback.weights, callback.report, sharded, refused, whole(module.model)
 
 
@@ -561,7 +523,7 @@ def save_tied(rank, folder):
 
 
 def save_classifier(rank, folder):
-    module = ImageClassifierModule(shard(ZOO["convnext"].build()))
+    module = wl.ImageClassifierModule(shard(ZOO["convnext"].build()))
     return attempt(lambda: module.save_pretrained(folder))
 
 
@@ -610,7 +572,7 @@ def pruned_from_disk(rank, source, folder, batches, choices):
     own, model = batches[rank::2], AutoModelForCausalLM.from_pretrained(source)
 
     def both_ways():
-        report = prune_from_disk(source, f"{folder}/disk", own, progress=False, processes=both(), **choices)
+        report = wl.prune_from_disk(source, f"{folder}/disk", own, progress=False, processes=both(), **choices)
         expected = prune_both(model, own, **choices)
         if rank == 0:
             model.save_pretrained(f"{folder}/memory")
@@ -629,10 +591,10 @@ def read_text(rank, loop, prunes):
         original = getattr(text, name)
         return mock.patch.object(text, name, lambda *arguments: (reads.append(name), original(*arguments))[1])
 
-    data = TextDataModule(byte_tokenizer(), seqlen=16, num_samples=4, limit=4)
+    data = wl.TextDataModule(byte_tokenizer(), seqlen=16, num_samples=4, limit=4)
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     module = CausalLMModule(LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)))
     with counted("calibration_source"), counted("evaluation_text"):
-        run = trainer("ddp", *[WandaPrune(num_samples=4)] * prunes)
+        run = trainer("ddp", *[wl.WandaPrune(num_samples=4)] * prunes)
         getattr(run, loop)(module, datamodule=data)
     return reads, data.evaluation_windows, data.calibration_windows

@@ -1,9 +1,11 @@
-"""Slow versions of what the package computes that are obviously right, by NumPy in float64.
+"""Slow versions of what the package computes that are obviously right, in float64, by NumPy and torch.
 
 Nothing here is shared with the package. `keep` arrays are True where a weight survives.
 """
 
 import numpy as np
+import torch
+from torch.nn import functional as F
 
 from wanda_lightning.core.patterns import NM, EqualShare, Experts, Structured, Unstructured
 
@@ -32,52 +34,8 @@ def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
     Columns run over kernel rows, then kernel columns, then input channels, as `weight.permute(0, 2, 3, 1)` does.
     `images` are (batch, channels, height, width); the other arguments are pairs (vertical, horizontal).
     """
-    batch, channels, height, width = images.shape
-    out_height = (height + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
-    out_width = (width + 2 * padding[1] - dilation[1] * (kernel[1] - 1) - 1) // stride[1] + 1
-    tokens = []
-    for image in range(batch):
-        for out_row in range(out_height):
-            for out_column in range(out_width):
-                token = []
-                for kernel_row in range(kernel[0]):
-                    for kernel_column in range(kernel[1]):
-                        row = out_row * stride[0] + kernel_row * dilation[0] - padding[0]
-                        column = out_column * stride[1] + kernel_column * dilation[1] - padding[1]
-                        inside = 0 <= row < height and 0 <= column < width
-                        for channel in range(channels):
-                            token.append(images[image, channel, row, column] if inside else 0.0)
-                tokens.append(token)
-    return np.array(tokens)
-
-
-def routed_tokens(module, x, *routing):
-    """The inputs of each expert's matrices and the indices of their tokens, computed one token after the other."""
-    found = {}
-    columns = type(module).__name__ in ("GptOssExperts", "Llama4TextExperts")
-    experts = len(module.down_proj)
-    if routing:
-        chosen = routing[0].numpy()
-        pairs = [(token, int(e)) for token in range(len(x)) for e in chosen[token]]
-        inputs = [x[token] for token, _ in pairs]
-    else:  # Llama-4: a copy of all tokens for each expert, in which the tokens of other experts are zero
-        tokens = len(x) // experts
-        pairs = [(row % tokens, row // tokens) for row in range(len(x)) if x[row].any()]
-        inputs = [x[expert * tokens + token] for token, expert in pairs]
-    for (token, expert), vector in zip(pairs, inputs, strict=True):
-        up = module.gate_up_proj[expert].detach()
-        both = vector @ up if columns else up @ vector
-        if type(module).__name__ == "GptOssExperts":
-            both = both + module.gate_up_proj_bias[expert].detach()
-            gate, linear = both[::2].clamp(max=module.limit), both[1::2].clamp(-module.limit, module.limit)
-            middle = (linear + 1) * gate * (gate * module.alpha).sigmoid()
-        else:
-            middle = module.act_fn(both[: len(both) // 2]) * both[len(both) // 2 :]
-        for name, entering in (("gate_up_proj", vector), ("down_proj", middle)):
-            tokens, rows = found.setdefault((name, expert), ([], []))
-            tokens.append(array(entering))
-            rows.append(token)
-    return {key: (np.array(tokens), np.array(rows)) for key, (tokens, rows) in found.items()}
+    columns = F.unfold(torch.from_numpy(images), kernel, dilation, padding, stride)  # by channels, then positions
+    return columns.unflatten(1, (images.shape[1], -1)).permute(0, 3, 2, 1).flatten(2).flatten(0, 1).numpy()
 
 
 # ---- criteria

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import transformers as hf
 from transformers import PreTrainedConfig
 
 HIDDEN, HEADS, HEAD, INNER, VOCABULARY, LAYERS, EXPERTS = 32, 4, 8, 64, 128, 2, 4
@@ -155,6 +157,13 @@ def tiny(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
     """Return the smallest configuration of a class with at least two layers and with every kind of its layers."""
     more = {**MORE.get(config_class.model_type, {}), **more}
     return config_class(**{**_shrunk(config_class(**more.pop("_first", {}))), **more})
+
+
+def on_meta(name: str) -> Any:
+    """Return the smallest model of a class of transformers, without weights."""
+    model_class = getattr(hf, name)
+    with torch.device("meta"):
+        return model_class(tiny(model_class.config_class))
 
 
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:

@@ -39,20 +39,6 @@ class Specimen:
     uncalled: tuple[str, ...] = ()  # layers outside `dense` that no batch calls, so that they keep their weights
 
 
-def save_llama_of_bytes(folder: Any) -> None:
-    """Save a tiny Llama and a tokenizer whose tokens are bytes as a Hugging Face folder."""
-    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        config = hf.LlamaConfig(vocab_size=256, max_position_embeddings=64, initializer_range=0.3, **sizes, **special)
-        hf.LlamaForCausalLM(config).save_pretrained(folder)
-
-
 def run(model: nn.Module, batch: Any) -> Tensor:
     """Return the main output of a model for a batch. The caller decides whether gradients are recorded."""
     if isinstance(batch, Mapping):
@@ -103,7 +89,7 @@ def _enliven(model: nn.Module) -> None:
             module.running_var.uniform_(2.0, 4.0)
 
 
-# Batches
+# ---- batches
 
 
 def _random() -> torch.Generator:
@@ -119,11 +105,10 @@ def _text() -> list[dict[str, Tensor]]:
     return [{"input_ids": _ids(samples, TOKENS, random)} for samples in (2, 3)]
 
 
-def _padded_text(side: str) -> list[dict[str, Tensor]]:
+def _padded_text(side: str = "right") -> list[dict[str, Tensor]]:
     random, batches = _random(), []
     for lengths in ((TOKENS, 10), (17, TOKENS, 5)):
-        position = torch.arange(TOKENS)
-        position = position.flip(0) if side == "left" else position
+        position = torch.arange(TOKENS) if side == "right" else torch.arange(TOKENS).flip(0)
         mask = (position < torch.tensor(lengths)[:, None]).long()
         batches.append({"input_ids": _ids(len(lengths), TOKENS, random) * mask, "attention_mask": mask})
     return batches
@@ -131,9 +116,7 @@ def _padded_text(side: str) -> list[dict[str, Tensor]]:
 
 def _text_pairs() -> list[dict[str, Tensor]]:
     random = _random()
-    return [
-        {**source, "decoder_input_ids": _ids(len(source["input_ids"]), 16, random)} for source in _padded_text("right")
-    ]
+    return [{**source, "decoder_input_ids": _ids(len(source["input_ids"]), 16, random)} for source in _padded_text()]
 
 
 def _images() -> list[tuple[Tensor, Tensor]]:
@@ -150,27 +133,18 @@ def _routed_vectors() -> list[Tensor]:
     return [x + sign for x, sign in zip(_vectors(), (1, -1, 1), strict=True)]
 
 
-# Language models
+# ---- language models
 
-_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    **_SPECIAL,
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.1},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
-
-
 _EXPERTS = {**_GROUPED, "tie_word_embeddings": False}
 _FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _GEMMA = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
 _DEEPSEEK = {
-    **_EXPERTS,
     **_FEW,
     **{"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24},
     **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
@@ -183,26 +157,24 @@ _GPT_OSS = {
 }
 # Passes all tokens to each expert, as zeros where they are routed to another.
 _LLAMA4 = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 64, "head_dim": 16}
-_OPT = {
-    **{"vocab_size": VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.1, **_SPECIAL},
-}
-_GPT2 = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 64,
-    "initializer_range": 0.1,
-    **_SPECIAL,
-}
-_T5 = {
-    **{"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
-    **{"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "is_decoder": False},
-}
+_OPT = {**_SIZES, "word_embed_proj_dim": 32, "ffn_dim": 64, "init_std": 0.1}
+_T5 = {**_SIZES, "d_kv": 8, "d_ff": 64, "bos_token_id": None, "decoder_start_token_id": 0, "is_decoder": False}
 
 
-# Image classifiers
+def save_llama_of_bytes(folder: Any) -> None:
+    """Save a tiny Llama and a tokenizer whose tokens are bytes as a Hugging Face folder."""
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        config = hf.LlamaConfig(**{**_SIZES, "vocab_size": 256, "initializer_range": 0.3, **special})
+        hf.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+# ---- image classifiers
 
 _IMAGES = {"num_classes": 16}
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, **_IMAGES}
@@ -214,7 +186,7 @@ def _resnet(block: type[nn.Module], channels: tuple[int, ...]) -> nn.Module:
     return ResNet(block, layers=(2, 2, 2, 2), channels=channels, zero_init_last=False, **_IMAGES)
 
 
-# Unusual models
+# ---- unusual models
 
 
 class _Mlp(nn.Module):
@@ -345,12 +317,12 @@ def _text_model(
     sizes: Mapping[str, Any],
     batches: Callable[[], list[Any]] = _text,
     dense: tuple[str, ...] = ("model.embed_tokens", "lm_head"),
-    blocks: tuple[str, ...] = ("model.layers.[0-9]",),
+    *blocks: str,
 ) -> Specimen:
     def make() -> nn.Module:
         return model_class(model_class.config_class(**sizes))
 
-    return Specimen(partial(seeded, make), batches, dense, blocks)
+    return Specimen(partial(seeded, make), batches, dense, blocks or ("model.layers.[0-9]",))
 
 
 def _with_experts(
@@ -359,17 +331,16 @@ def _with_experts(
     return _text_model(model_class, {**_EXPERTS, **sizes}, batches, ("model.embed_tokens", "lm_head", router, *dense))
 
 
-def _image_model(make: Callable[[], nn.Module], dense: tuple[str, ...], blocks: str) -> Specimen:
+def _image_model(make: Callable[[], nn.Module], blocks: str, *dense: str) -> Specimen:
     return Specimen(partial(seeded, make), _images, dense, (blocks,))
 
 
-def _odd(
-    make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: tuple[str, ...]
-) -> Specimen:
+def _odd(make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: Any) -> Specimen:
     return Specimen(partial(seeded, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
 
 
-_RIGHT, _LEFT = partial(_padded_text, "right"), partial(_padded_text, "left")
+_OUTSIDE = ("pos_embed", "patch_embed.proj", "head")
+_RIGHT, _LEFT = _padded_text, partial(_padded_text, "left")
 
 ZOO: dict[str, Specimen] = {
     "llama": _text_model(hf.LlamaForCausalLM, _GROUPED),
@@ -386,39 +357,33 @@ ZOO: dict[str, Specimen] = {
     "gpt_oss": _with_experts(hf.GptOssForCausalLM, "*.router", "*_bias", **_GPT_OSS),
     "llama4": _with_experts(hf.Llama4ForCausalLM, "*.router", **_LLAMA4),
     "opt": _text_model(
-        hf.OPTForCausalLM, _OPT, _text, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",)
+        hf.OPTForCausalLM, _OPT, _text, ("model.decoder.embed_*", "lm_head"), "model.decoder.layers.[0-9]"
     ),
-    "gpt2": _text_model(
-        hf.GPT2LMHeadModel, _GPT2, _text, ("transformer.wte", "transformer.wpe", "lm_head"), ("transformer.h.[0-9]",)
-    ),
+    "gpt2": _text_model(hf.GPT2LMHeadModel, _SIZES, _text, ("transformer.w[tp]e", "lm_head"), "transformer.h.[0-9]"),
     "t5": _text_model(
-        hf.T5ForConditionalGeneration,
-        _T5,
-        _text_pairs,
+        *(hf.T5ForConditionalGeneration, _T5, _text_pairs),
         ("shared", "*.embed_tokens", "*.relative_attention_bias", "lm_head"),
-        ("encoder.block.[0-9]", "decoder.block.[0-9]"),
+        *("encoder.block.[0-9]", "decoder.block.[0-9]"),
     ),
-    "vit": _image_model(
-        lambda: VisionTransformer(**_VIT), ("cls_token", "pos_embed", "patch_embed.proj", "head"), "blocks.[0-9]"
-    ),
+    "vit": _image_model(lambda: VisionTransformer(**_VIT), "blocks.[0-9]", *_OUTSIDE, "cls_token"),
     "deit": _image_model(
-        lambda: VisionTransformerDistilled(**_VIT),
-        ("cls_token", "dist_token", "pos_embed", "patch_embed.proj", "head", "head_dist"),
-        "blocks.[0-9]",
+        lambda: VisionTransformerDistilled(**_VIT), "blocks.[0-9]", *_OUTSIDE, "cls_token", "dist_token", "head_dist"
     ),
-    "convnext": _image_model(
-        lambda: ConvNeXt(conv_mlp=False, **_CONVNEXT), ("stem.0", "*.conv_dw", "head.fc"), "stages.[0-9].blocks.[0-9]"
-    ),
-    "convnext_conv_mlp": _image_model(
-        lambda: ConvNeXt(conv_mlp=True, **_CONVNEXT), ("stem.0", "*.conv_dw", "head.fc"), "stages.[0-9].blocks.[0-9]"
-    ),
+    **{
+        name: _image_model(
+            partial(ConvNeXt, conv_mlp=conv_mlp, **_CONVNEXT),
+            "stages.[0-9].blocks.[0-9]",
+            *("stem.0", "*.conv_dw", "head.fc"),
+        )
+        for name, conv_mlp in (("convnext", False), ("convnext_conv_mlp", True))
+    },
     "swin": _image_model(
         lambda: SwinTransformer(**_SWIN, **_IMAGES),
-        ("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
         "layers.[0-9].blocks.[0-9]",
+        *("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
     ),
-    "resnet18": _image_model(lambda: _resnet(BasicBlock, (16, 16, 32, 32)), ("conv1", "fc"), "layer[1-4].[0-9]"),
-    "resnet50": _image_model(lambda: _resnet(Bottleneck, (8, 8, 16, 16)), ("conv1", "fc"), "layer[1-4].[0-9]"),
+    "resnet18": _image_model(lambda: _resnet(BasicBlock, (16, 16, 32, 32)), "layer[1-4].[0-9]", "conv1", "fc"),
+    "resnet50": _image_model(lambda: _resnet(Bottleneck, (8, 8, 16, 16)), "layer[1-4].[0-9]", "conv1", "fc"),
     "keywords_only": _odd(lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]),
     "block_twice": _odd(_block_twice),
     "plain_mlp": _odd(_plain_mlp, blocks=()),
@@ -428,9 +393,5 @@ ZOO: dict[str, Specimen] = {
     "tied": _odd(_Tied, dense=("second",), blocks=()),
     "inplace": _odd(lambda: _Inplace(_InplaceMlp(), _InplaceMlp())),
     "autocast_inside": _odd(lambda: _AutocastInside(_Mlp(), _Mlp(), _Mlp(), _Mlp())),
-    "torch_transformer": _odd(
-        _TorchTransformer,
-        dense=("*.in_proj_weight",),
-        blocks=("encoder.layers.[0-9]",),
-    ),
+    "torch_transformer": _odd(_TorchTransformer, dense=("*.in_proj_weight",), blocks=("encoder.layers.[0-9]",)),
 }
