@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 import sys
 
 import jaxtyping
@@ -103,15 +102,8 @@ def test_entry_is_a_frozen_dataclass_equal_by_value(protocol, make):
 
 
 def test_entries_of_one_table_differ():
-    for table in (CRITERIA, SOLVERS, ALLOCATIONS):
+    for table in (CRITERIA, SOLVERS, ALLOCATIONS, PATTERN_CHOICES):
         assert len({make() for make in table.values()}) == len(table)
-    assert len(set(PATTERNS.values())) == len(PATTERNS)
-
-
-def test_every_needed_statistic_exists():
-    for make in itertools.chain(CRITERIA.values(), SOLVERS.values(), ALLOCATIONS.values()):
-        assert isinstance(make().needs, frozenset)
-        InputStatistics(make().needs)
 
 
 # ---- criteria
@@ -127,13 +119,6 @@ def test_scores_are_those_of_a_loop(criterion, dtype):
     expected = reference.SCORES[criterion](reference.array(weight), reference.array(tokens))
     np.testing.assert_allclose(reference.array(scores), expected, rtol=1e-5)
     assert torch.equal(weight, before)
-
-
-def test_only_a_criterion_without_needs_runs_without_statistics():
-    weight, _ = random_layer()
-    assert torch.equal(Magnitude()(weight, InputStatistics()), weight.abs())
-    with pytest.raises(KeyError, match="square_sum"):
-        Wanda()(weight, InputStatistics())
 
 
 # ---- all pairs of criterion, pattern, solver and dtype
@@ -254,36 +239,26 @@ def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern):
     assert errors["admm"] < min(errors["refit"], errors["sparsegpt"])
 
 
-NAN = float("nan")
-
-
 @pytest.mark.parametrize(
     ("make", "values", "text"),
     [
-        (RIA, {"a": -0.5}, "a of RIA must be a number of at least 0"),
-        (RIA, {"a": NAN}, "a of RIA must be a number of at least 0"),
+        (RIA, {"a": float("nan")}, "a of RIA must be a number of at least 0"),
         (Saliency, {"dampening": 0.0}, "dampening of Saliency must be a number above 0"),
-        (Assignment, {"iterations": 0}, "iterations of Assignment must be a whole number of at least 1"),
         (Assignment, {"iterations": True}, "iterations of Assignment must be a whole number of at least 1"),
-        (OWL, {"m": 0.0}, "m of OWL must be a number above 0, but it is 0.0"),
         (OWL, {"lambda_": 0.6}, "lambda_ of OWL must be a number of at least 0 and at most 0.5, but it is 0.6"),
-        (OWL, {"per": "row"}, "per of OWL must be one of block, layer, but it is 'row'"),
-        (AlphaPruning, {"epsilon": 1.0}, "epsilon of AlphaPruning must be a number of at least 0 and below 1"),
         (AlphaPruning, {"per": "row"}, "per of AlphaPruning must be one of block, layer, but it is 'row'"),
         (Fisher, {"max_deviation": 1.5}, "max_deviation of Fisher must be a number of at least 0 and at most 1"),
-        (Fisher, {"num_samples": 0}, "num_samples of Fisher must be a whole number of at least 1, but it is 0"),
         (Fisher, {"num_samples": 1.5}, "num_samples of Fisher must be a whole number of at least 1, but it is 1.5"),
-        (Fisher, {"num_predictions": -1}, "num_predictions of Fisher must be a whole number of at least 0"),
-        (ADMM, {"rho": (0.0, 1.0)}, "rho of ADMM must be two numbers"),
-        (ADMM, {"rho": (0.0009, 1.0)}, "numbers of at least 0.001"),
+        (ADMM, {"rho": (0.0009, 1.0)}, "rho of ADMM must be two numbers of at least 0.001"),
         (ADMM, {"rho": (0.5, 0.1)}, "a last that is not smaller"),
-        (ADMM, {"dampening": 0.0}, "dampening of ADMM must be a number above 0, but it is 0.0"),
-        (ADMM, {"iterations": 0}, "iterations of ADMM must be a whole number of at least 1, but it is 0"),
-        (ADMM, {"refit_steps": 0}, "refit_steps of ADMM must be a whole number of at least 1, but it is 0"),
-        (Refit, {"dampening": -1.0}, "dampening of Refit must be a number of at least 0, but it is -1.0"),
         (Refit, {"steps": 0}, "steps of Refit must be a whole number of at least 1, but it is 0"),
-        (SparseGPT, {"dampening": 0.0}, "dampening of SparseGPT must be a number above 0, but it is 0.0"),
         (SparseGPT, {"block_size": 0}, "block_size of SparseGPT must be a whole number of at least 1, but it is 0"),
+        (Unstructured, {"group": "column"}, "group of Unstructured must be one of row, layer, but it is 'column'"),
+        (Unstructured, {"weigh_rows": True}, "weigh_rows of Unstructured must be False for group='row'"),
+        (NM, {"n": 4, "m": 4}, "whole numbers with 1 <= N < M <= 1000000, but it is 4:4"),
+        (NM, {"n": 2, "m": 4.0}, "whole numbers with 1 <= N < M <= 1000000, but it is 2:4.0"),
+        (PerLayer, {"sparsities": "last"}, "sparsities of PerLayer must map names of layers to sparsities"),
+        (PerLayer, {"sparsities": {"last": 1.0}}, "sparsity of 'last' in PerLayer must be .* at least 0 and below 1"),
     ],
 )
 def test_values_out_of_range_are_refused(make, values, text, monkeypatch):
@@ -356,10 +331,11 @@ def test_patterns_reach_the_allocated_sparsity(name, pattern):
 
 
 @EVERY_ALLOCATION
-def test_equal_blocks_give_uniform(name):
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_one_block_and_equal_blocks_give_uniform(name, blocks):
     weight, tokens = torch.randn(6, 24), torch.randn(9, 24)
-    layers = [(f"{block}.up", str(block), weight, tokens) for block in range(3)]
-    assert allocate(ALLOCATIONS[name](), layers, 0.43) == dict.fromkeys(["0.up", "1.up", "2.up"], 0.43)
+    layers = [(f"{block}.up", str(block), weight, tokens) for block in range(blocks)]
+    assert set(allocate(ALLOCATIONS[name](), layers, 0.43).values()) == {0.43}
 
 
 @pytest.mark.parametrize("name", UNEQUAL)

@@ -1,8 +1,7 @@
 """Patterns keep exactly what a stable sort of each group would keep."""
 
-import re
+from functools import partialmethod
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -65,18 +64,6 @@ def test_equal_share_is_the_bisection(shape, sparsity):
     assert_keeps(EqualShare()(scores, sparsity), reference.keep_equal_share(scores.numpy(), sparsity))
 
 
-@given(st.integers(0, 2**32 - 1), st.floats(0.01, 0.99))
-@settings(max_examples=5)
-def test_equal_share_comes_within_a_thousandth_or_to_the_bracket_end(seed, sparsity):
-    scores = distinct_scores(seed, 8, 16, dtype=torch.float64)
-    reached = 1 - EqualShare()(scores, sparsity).double().mean().item()
-    if abs(reached - sparsity) > 0.001:
-        # ten halvings of [0, 0.8] are the first to give a bracket below 0.001
-        ends = [1 - reference.keep_above_share(scores.numpy(), 0.8 * k / 1024).mean() for k in range(1025)]
-        last_below = max(k for k in range(1024) if k == 0 or ends[k] <= sparsity)
-        assert ends[last_below] <= reached <= ends[last_below + 1]
-
-
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
 def test_equal_share_leaves_a_pruned_matrix_as_it_is(sparsity):
     scores = torch.rand(4, 4096, generator=torch.Generator().manual_seed(0))  # a thousandth is 4 weights of a row
@@ -116,15 +103,12 @@ def test_deterministic_mode_is_off_only_where_values_are_read(choose, mode, monk
     def strict():
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
-    def watched(original):
-        def watching(scores, *args, **kwargs):
-            assert not (scores.is_floating_point() and strict()[0])
-            return original(scores, *args, **kwargs)
-
-        return watching
+    def watching(scores, original, *args, **kwargs):
+        assert not (scores.is_floating_point() and strict()[0])
+        return original(scores, *args, **kwargs)
 
     for name in ("kthvalue", "cumsum"):
-        monkeypatch.setattr(torch.Tensor, name, watched(getattr(torch.Tensor, name)))
+        monkeypatch.setattr(torch.Tensor, name, partialmethod(watching, getattr(torch.Tensor, name)))
     before = strict()
     torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
     try:
@@ -132,29 +116,6 @@ def test_deterministic_mode_is_off_only_where_values_are_read(choose, mode, monk
         assert strict() == mode
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-# ---- errors
-
-
-@pytest.mark.parametrize(
-    ("n", "m"),
-    [(4, 4), (0, 4), (5, 4), (1, 10**24), (1.5, 4), (2, 4.0), ("2", 4), (2, None), (True, 4), (float("nan"), 4)],
-)
-def test_impossible_n_of_m_is_refused(monkeypatch, n, m):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses some before we do
-    with pytest.raises(
-        ValueError, match=re.escape(f"whole numbers with 1 <= N < M <= 1000000, but it is {n!r}:{m!r}.")
-    ):
-        NM(n, m)
-
-
-def test_impossible_groups_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match="weigh_rows of Unstructured must be False for group='row'"):
-        Unstructured("row", weigh_rows=True)
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(ValueError, match=r"group of Unstructured must be one of row, layer, but it is 'column'\."):
-        Unstructured(group="column")
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS.values(), *(NM(n, m) for n, m in N_OF_M)], ids=repr)
@@ -168,8 +129,5 @@ def test_which_sparsities_and_widths_fit(pattern):
     assert pattern.why_not(pattern.m + 1) == f"input width {pattern.m + 1} is not a multiple of {pattern.m}"
     pattern.check(round(pattern.sparsity, 6))
     for sparsity in (0.0, pattern.sparsity - 0.01, pattern.sparsity + 0.01):
-        message = (
-            f"sparsity must be {pattern.sparsity:g} for the pattern {pattern.n}:{pattern.m}, but it is {sparsity:g}."
-        )
-        with pytest.raises(ValueError, match=re.escape(f"{message} Give sparsity={pattern.sparsity:g}, or")):
+        with pytest.raises(ValueError, match=f"sparsity must be {pattern.sparsity:g} .*, but it is {sparsity:g}"):
             pattern.check(sparsity)

@@ -1,14 +1,27 @@
 """Input statistics are sums: any split of the tokens gives the same, in a type wide enough."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support import reference
+from support.layers import random_layer, solve
 from support.pairwise import pairwise
 
-from wanda_lightning.core.statistics import SUMS, InputStatistics, sum_squares
+from wanda_lightning.core.solvers import SparseGPT
+from wanda_lightning.core.statistics import (
+    SUMS,
+    InputStatistics,
+    cholesky,
+    dampen_,
+    inverse_factor,
+    relative_error,
+    scaled,
+    sum_squares,
+)
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -108,16 +121,10 @@ def test_two_halves_accumulate_to_the_whole(seed, cut):
     first, second = tokens[:cut], tokens[cut:]
     whole = statistics(tokens)
     assert_same(statistics(first, second), whole)
-    merged = statistics(first)
-    merged.merge(statistics(second))
+    merged, other = statistics(first), statistics(second)
+    merged.merge(other)
     assert_same(merged, whole)
-
-
-def test_merge_leaves_the_other_as_it_was():
-    other, empty = statistics(tokens_of(5)), statistics()
-    empty.merge(other)
-    empty.update(tokens_of(6))
-    assert_same(other, statistics(tokens_of(5)))
+    assert_same(other, statistics(second))
 
 
 def test_update_leaves_the_tokens_as_they_were_and_keeps_no_graph():
@@ -126,14 +133,8 @@ def test_update_leaves_the_tokens_as_they_were_and_keeps_no_graph():
     inputs = statistics(tokens)
     assert torch.equal(tokens, before)
     assert not any(value.requires_grad for value in inputs.sums.values())
-
-
-def test_only_what_is_needed_is_kept():
-    inputs = InputStatistics()
-    inputs.update(tokens_of(8))
-    assert inputs.sums == {}
-    assert inputs.count == 24
-    assert inputs.finite()
+    with pytest.raises(ValueError, match=r"needs must be names from .*square_sum.*, but they hold \['cube_sum'\]"):
+        InputStatistics({"square_sum", "cube_sum"})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -148,6 +149,75 @@ def test_finite_notices_one_bad_number(bad):
         assert not inputs.finite()
 
 
-def test_unknown_statistic_is_refused():
-    with pytest.raises(ValueError, match=r"needs must be names from .*square_sum.*, but they hold \['cube_sum'\]"):
-        InputStatistics({"square_sum", "cube_sum"})
+# ---- the Gram matrix
+
+
+def gram_of(tokens):
+    return tokens.t() @ tokens
+
+
+def test_factors_are_those_of_numpy():
+    _, tokens = random_layer(torch.float64)
+    gram = gram_of(tokens)
+    matrix = gram.numpy() + 0.1 * np.mean(np.diag(gram.numpy())) * np.eye(64)
+    np.testing.assert_allclose(dampen_(gram.clone(), 0.1).numpy(), matrix)
+    lower, used = cholesky(gram, 0.1)
+    assert used == 0.1
+    np.testing.assert_allclose(lower.numpy(), np.linalg.cholesky(matrix))
+    upper = inverse_factor(gram, 0.1).numpy()
+    assert not np.tril(upper, -1).any()
+    np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(matrix), rtol=1e-9, atol=1e-12)
+    scale, correlations = scaled(gram, 0.1)
+    np.testing.assert_allclose(np.outer(scale, scale) * correlations.numpy(), matrix)
+    np.testing.assert_allclose(correlations.diagonal(), 1)
+    assert torch.equal(dampen_(torch.zeros(3, 3), 0.5), torch.eye(3))  # without active inputs all weigh the same
+
+
+def test_an_indefinite_matrix_is_dampened_until_it_is_definite():
+    gram = torch.diag(torch.tensor([5.0, 5.0, -1.0]))
+    lower, used = cholesky(gram, 0.01)
+    assert used == 1
+    torch.testing.assert_close(lower @ lower.t(), dampen_(gram.clone(), 1.0))
+
+
+def test_too_few_tokens_are_dampened(caplog):
+    weight, tokens = random_layer(tokens=3)
+    with caplog.at_level(logging.WARNING):
+        pruned, _ = solve(SparseGPT(dampening=1e-9), weight, tokens)
+    assert "no Cholesky factor with dampening 1e-09, so" in caplog.text
+    assert pruned.isfinite().all()
+    tokens[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="no Cholesky factor, not even with dampening"):
+        solve(SparseGPT(), weight, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_relative_error_is_that_of_the_outputs(dtype):
+    weight, tokens = random_layer(torch.float64)
+    weight = weight.to(dtype)
+    pruned, _ = solve(SparseGPT(), weight.float(), tokens.float())
+    pruned = pruned.to(dtype)
+    outputs = weight.double() @ tokens.t()
+    lost = outputs - pruned.double() @ tokens.t()
+    expected = float(lost.square().sum() / outputs.square().sum())
+    assert relative_error(weight, pruned, gram_of(tokens.float())) == pytest.approx(expected, rel=1e-4)
+    assert relative_error(weight, weight, gram_of(tokens)) == 0
+    assert relative_error(weight, torch.zeros_like(weight), gram_of(tokens)) == 1
+    assert relative_error(torch.zeros(2, 3), torch.zeros(2, 3), torch.eye(3)) == 0
+
+
+def test_the_relative_error_of_a_tall_layer_is_that_of_evenly_spaced_rows():
+    weight, tokens = random_layer(torch.float64, shape=(600, 8))
+    pruned = torch.where(weight.abs() > 0.5, weight, 0)
+    expected = relative_error(weight[::3], pruned[::3], gram_of(tokens))
+    assert relative_error(weight, pruned, gram_of(tokens)) == pytest.approx(expected)
+
+
+def test_the_relative_error_needs_no_autocast_and_is_unknown_if_it_overflows():
+    weight, tokens = random_layer(torch.float32)
+    pruned = torch.where(weight.abs() > 0.5, weight, 0)
+    gram = gram_of(tokens)
+    expected = relative_error(weight, pruned, gram)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(weight, pruned, gram) == expected
+    assert relative_error(weight, pruned, gram * 1e38) is None

@@ -178,8 +178,8 @@ def test_the_units_of_each_architecture(name):
     zero = run(model, batches()[0]).detach()
     assert not torch.allclose(zero, dense, atol=1e-3)
     for units in plan.coupled.values():
-        assert torch.equal(units.zeros(), torch.arange(units.width) % 3 == 1)
-        units.take(~units.zeros())
+        assert torch.equal(units.slots[-1].zeros(), torch.arange(units.width) % 3 == 1)
+        units.take(~units.slots[-1].zeros())
     torch.testing.assert_close(run(model, batches()[0]).detach(), zero, rtol=1e-4, atol=1e-4)
     for module in model.modules():  # the attributes are those of the new shapes
         if isinstance(module, nn.Linear):
@@ -479,11 +479,11 @@ def test_the_report_says_what_taking_the_units_out_saves(name):
     model = make()
     plan = found_in(model, batches())
     report = prune(model, batches(), 0.5, pattern=EACH_OF_4, keep_batch_norm=True, progress=False)
-    zero = {reader: int(units.zeros().sum()) for reader, units in plan.coupled.items()}
+    zero = {reader: int(units.slots[-1].zeros().sum()) for reader, units in plan.coupled.items()}
     (before, size), (after, smaller) = cost_without(plan, {}), cost_without(plan, zero)
     parameters, whole = sum(p.numel() for p in model.parameters()), bytes_of(model)
     for units in plan.coupled.values():
-        units.take(~units.zeros())
+        units.take(~units.slots[-1].zeros())
     fewer = sum(p.numel() for p in model.parameters())
     assert (before - after, size - smaller) == (parameters - fewer, whole - bytes_of(model))
     text = f"takes out {parameters - fewer:,} of {parameters:,} parameters ({(parameters - fewer) / parameters:.1%})"

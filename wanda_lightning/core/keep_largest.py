@@ -17,8 +17,6 @@ from wanda_lightning.core.types import Counts, Groups, KeepGroups
 
 _SMALL_GROUP = 16  # up to this size, comparing all pairs is faster than selecting in each group (4096 x 11008 scores)
 _FEW_GROUPS = 1024  # up to this number of small groups, sorting is faster than comparing (on a CPU: 2/3 of the time)
-_LARGE_GROUP = 1 << 16  # from this size on, the threshold is first narrowed down with a sample
-_STRIDE = 61  # every 61st score is in the sample; prime, so that it does not divide the width of a layer
 _GROUPS_AT_ONCE = 1 << 16  # number of groups whose pairwise comparison fits into the cache
 
 
@@ -101,27 +99,9 @@ def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Fl
         with nondeterministic_kernels():
             smaller, larger = (scores.kthvalue(rank, dim=1, keepdim=True).values for rank in (k, k + 1))
         return smaller, larger
-    if scores.shape[1] >= _LARGE_GROUP:
-        pairs = torch.tensor([_kth_by_sample(group, k) for group in scores], dtype=scores.dtype, device=scores.device)
-        return pairs[:, :1], pairs[:, 1:]
     values = scores.clone()
     values.numpy().partition(k - 1, axis=1)
     return values[:, k - 1 : k], values[:, k:].amin(dim=1, keepdim=True)
-
-
-def _kth_by_sample(scores: Float[Tensor, " size"], k: int) -> tuple[float, float]:
-    """Return both for one large group, selected among the few scores between two quantiles of a sample."""
-    array = scores.numpy()
-    sample = array[::_STRIDE].copy()
-    sample.sort()
-    middle, margin = k / len(array) * len(sample), 2 * len(sample) ** 0.5  # at least four standard deviations
-    low, high = sample[max(0, int(middle - margin))], sample[min(len(sample) - 1, int(middle + margin))]
-    rank = k - int(torch.from_numpy(array < low).count_nonzero())
-    values = array[(array >= low) & (array <= high)]
-    if not 0 < rank < len(values):  # the sample does not represent the group
-        rank, values = k, array.copy()
-    values.partition(rank - 1)
-    return float(values[rank - 1]), float(values[rank:].min())
 
 
 def _numpy_is_faster(scores: Groups) -> bool:

@@ -1,6 +1,8 @@
-"""Multiply tensors by masks, exactly and fast."""
+"""Multiply tensors by masks, exactly and fast, and store masks in little memory."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,3 +28,45 @@ def as_numbers(flags: Tensor) -> Tensor:
 def _as_integers(tensor: Tensor) -> Tensor:
     # Integer products with 0 and 1 are exact, and 0 is the bit pattern of 0.0.
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def pack(flags: Tensor) -> Tensor:
+    """Return a boolean tensor in compact form, on the CPU: the flat int64 indices of True, or uint8 with 8 bits each.
+
+    The smaller of the two is returned. Bits are in the order of `numpy.packbits`.
+
+    Example:
+        >>> pack(torch.tensor([True, False, True, False, True, True, True, True, True]))
+        tensor([175, 128], dtype=torch.uint8)
+    """
+    from numpy import packbits
+
+    flat = flags.flatten().cpu()
+    if 64 * int(flat.count_nonzero()) < flat.numel():  # an index has 64 bits
+        return flat.nonzero().squeeze(1)
+    return torch.from_numpy(packbits(flat.numpy()))
+
+
+def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the boolean tensor of this shape from which `pack` returned `packed`, on the CPU.
+
+    Example:
+        >>> unpack(torch.tensor([160], dtype=torch.uint8), (1, 3))
+        tensor([[ True, False,  True]])
+    """
+    from numpy import unpackbits
+
+    size, packed = torch.Size(shape), packed.cpu()
+    if packed.dtype == torch.uint8:
+        return torch.from_numpy(unpackbits(packed.numpy(), count=size.numel())).bool().view(size)
+    return torch.zeros(size.numel(), dtype=torch.bool).index_fill_(0, packed, True).view(size)
+
+
+def fits(packed: object, shape: Sequence[int]) -> bool:
+    """Whether `pack` can have returned `packed` for a tensor of this shape."""
+    size = torch.Size(shape).numel()
+    if not isinstance(packed, Tensor) or packed.dim() != 1:
+        return False
+    if packed.dtype == torch.uint8:
+        return len(packed) == -(-size // 8)
+    return packed.dtype == torch.int64 and bool(((packed >= 0) & (packed < size)).all())

@@ -1,7 +1,12 @@
-"""Statistics of a layer's inputs: sums over tokens, so those of several batches or processes are added."""
+"""Statistics of a layer's inputs: sums over tokens, so those of several batches or processes are added.
+
+Below: how the Gram matrix `X^T X` is dampened, scaled, factorized and inverted, and how errors are measured with it.
+"""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
@@ -11,11 +16,10 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.gram import inverse_factor, scaled
-from wanda_lightning.core.types import Gram, PerInput, PerUnit, RowWeights, Tokens
+from wanda_lightning.core.types import Gram, PerInput, PerUnit, RowWeights, Tokens, Weight
 
+log = logging.getLogger(__name__)
 Derived = TypeVar("Derived")
-
 
 _CHUNK = 2**18  # entries: few enough for a core's cache, enough for several cores
 
@@ -143,7 +147,7 @@ class InputStatistics:
         return energy == 0
 
     def inverse_factor(self, dampening: float) -> Gram:
-        """Return the upper triangular `U` with `U^T U = dampened(X^T X)^-1`, computed once (see `core.gram`)."""
+        """Return the upper triangular `U` of the function of this name, computed once."""
         return self._once(("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening))
 
     def inverse_diagonal(self, dampening: float) -> PerInput:
@@ -154,7 +158,7 @@ class InputStatistics:
         return self.inverse_factor(dampening).diagonal()
 
     def scaled_gram(self, dampening: float) -> tuple[PerInput, Gram]:
-        """Return a scale for each input and the scaled Gram matrix, computed once (see `core.gram`)."""
+        """Return a scale for each input and the scaled Gram matrix, computed once."""
         return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
 
     def mean(self) -> PerInput:
@@ -206,3 +210,92 @@ def _sum(tokens: Tokens) -> PerInput:
 
 
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {"square_sum": sum_squares, "gram": _gram, "sum": _sum}
+
+
+# ---- the Gram matrix
+
+_ATTEMPTS = 5  # each with ten times the dampening of the previous one
+_ROWS = 256  # enough for an error: all rows of a large layer would take as long as several percent of a forward pass
+
+
+def dampen_(gram: Gram, dampening: float) -> Gram:
+    """Add `dampening` times the mean diagonal of `X^T X` to its diagonal, in place.
+
+    Example:
+        >>> dampen_(torch.tensor([[1.0, 0.0], [0.0, 3.0]]), 0.5)
+        tensor([[2., 0.],
+                [0., 4.]])
+    """
+    mean = gram.diagonal().mean()
+    gram.diagonal().add_(torch.where(mean > 0, mean * dampening, 1))  # the identity if no input is active
+    return gram
+
+
+def cholesky(gram: Gram, dampening: float) -> tuple[Gram, float]:
+    """Return the lower triangular `L` with `L L^T` the dampened `X^T X`, and the dampening that was used.
+
+    If rounding makes the matrix indefinite, the dampening grows until it is definite, and a warning is logged. Raises a
+    ValueError if it stays indefinite.
+    """
+    for attempt in range(_ATTEMPTS):
+        used = dampening * 10**attempt
+        # LAPACK works in place if the matrix is stored by columns.
+        lower = dampen_(gram.t().clone(memory_format=torch.contiguous_format).t(), used)
+        info = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
+        if not info:
+            if attempt:
+                text = "a Gram matrix has no Cholesky factor with dampening %g, so %g is used: give more samples"
+                log.warning(text, dampening, used)
+            return lower, used
+    raise UserError(
+        f"the Gram matrix of {len(gram)} inputs has no Cholesky factor, not even with dampening {used:g}. Give more "
+        "calibration samples, or load the model in a wider dtype."
+    )
+
+
+def inverse_factor(gram: Gram, dampening: float) -> Gram:
+    """Return the upper triangular `U` with `U^T U` the inverse of `X^T X`, dampened as by `cholesky`."""
+    # In reverse order of the inputs, the inverse of the lower factor is the upper factor of the inverse.
+    lower, _ = cholesky(gram.flip(0, 1), dampening)
+    inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).t()  # by columns: the solution overwrites it
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return inverse.flip(0, 1)
+
+
+def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:
+    """Return a scale for each input, and the dampened Gram matrix of the inputs divided by it, whose diagonal is 1."""
+    result = dampen_(gram.clone(), dampening)
+    scale = result.diagonal().sqrt()
+    return scale, result.div_(scale).div_(scale[:, None])
+
+
+def relative_error(
+    dense: Weight,
+    pruned: Weight,
+    gram: Gram,
+    fitted: Gram | None = None,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
+) -> float | None:
+    """Return `||(W - W') X^T||^2 / ||W X^T||^2`, the relative squared error of a layer's outputs; None if it overflows.
+
+    Of more than 256 rows, about 256, evenly spaced, are compared. `fitted` is the Gram matrix of the error if it is
+    not `gram`: that of centered inputs if the bias was fitted, too. `total` sums a tensor over all processes,
+    if each holds only some of the rows.
+
+    Example:
+        >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]), torch.eye(2))
+        0.36
+    """
+    every = max(1, -(-len(dense) // _ROWS))
+    weight = dense[::every].to(gram.dtype)
+    lost = weight - pruned[::every].to(gram.dtype)
+    with torch.autocast(gram.device.type, enabled=False):
+        pairs = (lost, gram if fitted is None else fitted), (weight, gram)
+        sums = torch.stack([(torch.mm(each, matrix) * each).sum() for each, matrix in pairs])
+    rows_per_compared = len(dense) / max(1, len(weight))  # which may differ between processes
+    error, energy = total(sums * rows_per_compared).tolist()
+    if not math.isfinite(error + energy):
+        return None
+    return max(0.0, error) / energy if energy > 0 else 0.0

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.core.gram import relative_error
 from wanda_lightning.core.selection import ALL_ROWS, Rows
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import InputStatistics, relative_error
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
 from wanda_lightning.engine.sharded_layers import gathered, rows_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.bits import pack, unpack
+from wanda_lightning.core.masking import pack, unpack
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.parallel import zero_counts

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.bits import pack, unpack
+from wanda_lightning.core.masking import pack, unpack
 from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear
 from wanda_lightning.lora.tuner import refuse_unreadable
 from wanda_lightning.models.quantized import is_quantized, quantizer, read_weight

@@ -16,8 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.bits import fits, pack, unpack
-from wanda_lightning.core.masking import mask_
+from wanda_lightning.core.masking import fits, mask_, pack, unpack
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.models.layers import refuse_no_values
@@ -206,7 +205,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self.load(unheld)
 
     def unheld_zeros(self) -> dict[str, Tensor]:
-        """Return a packed mask (`core.bits.pack`) for each layer of weights that are zero by chance and not held.
+        """Return a packed mask (`core.masking.pack`) for each layer of weights that are zero by chance and not held.
 
         A resumed run must `load` them. After `release`, the masks are those at the time of the release. Sharded layers
         are left out.

@@ -1,8 +1,5 @@
 """PerLayer: given sparsities hold, and the other layers make up the difference."""
 
-import math
-
-import jaxtyping
 import pytest
 import torch
 from support.layers import allocate, dense_layer
@@ -33,11 +30,11 @@ def test_pairs_from_a_file_are_a_mapping():
     ("sparsities", "texts"),
     [
         ({"blocks.0.upp": 0.6}, ["'blocks.0.upp' matches no pruned layer", "the nearest is 'blocks.0.up'"]),
-        ({"*.up": 0.6, "blocks.0.up": 0.3}, ["'blocks.0.up' matches only layers", "Give it earlier"]),
+        ({"*.up": 0.6, "blocks.0.up": 0.3}, ["'blocks.0.up' matches no pruned layer that no earlier pattern matches"]),
         ({"re:(": 0.6}, ["PerLayer pattern='re:(' must be a regular expression after 're:', but"]),
-        ({"blocks": 0.9}, ["the other 20.0% of the weights", "-1.1000", "from 0.7200 to below 0.9200"]),
-        ({"blocks": 0.1}, ["but it is 0.5", "2.1000", "from 0.0800 to below 0.2800"]),
-        ({"*": 0.6}, ["names every layer", "must be 0.6000, the mean", "but it is 0.5", "Give sparsity=0.6000"]),
+        ({"blocks": 0.9}, ["must be from 0.7200 to 0.9200", "a fraction 0.8000 of the weights", "but it is 0.5"]),
+        ({"blocks": 0.1}, ["must be from 0.0800 to 0.2800"]),
+        ({"*": 0.6}, ["must be from 0.6000 to 0.6000", "a fraction 1.0000 of the weights"]),
     ],
 )
 def test_per_layer_refuses(sparsities, texts):
@@ -60,16 +57,3 @@ def test_given_sparsities_hold_in_a_model_with_enough_zeros():
         weight[:, :50] = 0
     got = allocate(PerLayer({"last": 0.7, "blocks.0.up": 0.2}), layers, 0.5)
     assert got == dict(zip(NAMES, [0.5, 0.5, 0.5, 0.5, 0.7], strict=True))
-
-
-@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
-def test_sparsities_outside_the_range(value):
-    with pytest.raises(ValueError, match=r"sparsity of 'last' in PerLayer must be .* at least 0 and below 1, but"):
-        PerLayer({"last": value})
-
-
-@pytest.mark.parametrize("value", [3, "last", {3: 0.5}, [0.5], None])
-def test_what_is_no_mapping_is_refused(value, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses it before we do
-    with pytest.raises(ValueError, match="sparsities of PerLayer must map names of layers to sparsities, but they are"):
-        PerLayer(value)

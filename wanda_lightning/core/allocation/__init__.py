@@ -5,10 +5,9 @@ number of weights, is the target, and rounds them to sparsities that the pattern
 """
 
 from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, GradientLimit, Uniform, UnitLayer
-from wanda_lightning.core.allocation.alpha import AlphaPruning, tail_exponent
+from wanda_lightning.core.allocation.blocks import OWL, AlphaPruning, tail_exponent
 from wanda_lightning.core.allocation.fisher import Fisher
 from wanda_lightning.core.allocation.match_target import match_target
-from wanda_lightning.core.allocation.owl import OWL
 from wanda_lightning.core.allocation.per_layer import PerLayer
 
 __all__ = [

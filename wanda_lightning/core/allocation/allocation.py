@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import PerUnit, Weight
+
+Per = Literal["block", "layer"]
+PER = ("block", "layer")
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class DenseLayer:
     inputs: InputStatistics = field(default_factory=InputStatistics)  # that the allocation needs
     gradients: GradientStatistics | None = None  # if the allocation reads them
     _zeros: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # empty until it is read
+
+    def group(self, per: Per) -> str:
+        """Return the name of what an allocation compares: the block of the layer, or the layer itself."""
+        return self.block if per == "block" else self.name
 
     def read(self) -> Weight:
         """Return the weight, which is not kept in memory."""
@@ -79,7 +86,7 @@ class Allocation(ABC):
         return GradientLimit()
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
-        """Raise a ValueError for layers whose names, blocks or sizes do not fit; weights are not read."""
+        """Raise a ValueError for layers whose names or sizes do not fit; weights are not read."""
 
     def scaled(self, fraction: float) -> Allocation:
         """Return the allocation for a stage of a schedule that has this fraction of the final sparsities."""
@@ -117,8 +124,19 @@ class Uniform(Allocation):
         for layer in layers:
             common = math.gcd(*widths[layer.kind])  # this many steps of one unit, or more, fit into each width
             fraction = 1 - pattern.kept(common, sparsity) / common
-            found[layer.name] = fraction if abs(fraction - sparsity) <= _ROUNDING else sparsity
+            found[layer.name] = fraction if abs(fraction - sparsity) <= 0.05 else sparsity
         return found
 
 
-_ROUNDING = 0.05  # of the fraction of hidden units
+def groups_of(layers: Sequence[DenseLayer], per: Per) -> dict[str, list[DenseLayer]]:
+    """Return the layers of each block, by its name, or each layer on its own."""
+    groups: dict[str, list[DenseLayer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.group(per), []).append(layer)
+    return groups
+
+
+def unit_range(values: Mapping[str, float]) -> dict[str, float]:
+    """Map the values linearly to [0, 1], the smallest to 0 and the largest to 1; if all are equal, to 0."""
+    low, high = min(values.values()), max(values.values())
+    return {name: (value - low) / (high - low) if high > low else 0.0 for name, value in values.items()}

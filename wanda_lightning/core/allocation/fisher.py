@@ -12,7 +12,6 @@ from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, GradientLimit, UnitLayer
-from wanda_lightning.core.allocation.groups import refuse_one_group
 from wanda_lightning.core.allocation.match_target import match_target, mean_of
 from wanda_lightning.core.patterns import Structured
 
@@ -57,10 +56,6 @@ class Fisher(Allocation):
     def gradient_limit(self) -> GradientLimit:
         """`num_samples` and `num_predictions`."""
         return GradientLimit(self.num_samples, self.num_predictions)
-
-    def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
-        """Refuse a model with a single layer."""
-        refuse_one_group(self, layers, "layer")
 
     def scaled(self, fraction: float) -> Fisher:
         """Scale the differences between layers."""

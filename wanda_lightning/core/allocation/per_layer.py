@@ -36,13 +36,12 @@ class PerLayer(Allocation):
     sparsities: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        message = f"sparsities of PerLayer must map names of layers to sparsities, but they are {self.sparsities!r}."
         try:
             pairs = tuple(dict(self.sparsities).items())
         except (TypeError, ValueError) as error:
-            raise UserError(message) from error
-        if not all(isinstance(pattern, str) for pattern, _ in pairs):
-            raise UserError(message)
+            raise UserError(
+                f"sparsities of PerLayer must map names of layers to sparsities, but they are {self.sparsities!r}."
+            ) from error
         for pattern, sparsity in pairs:
             if not _SPARSITY.accepts(sparsity):
                 raise UserError(f"sparsity of {pattern!r} in PerLayer must be {_SPARSITY}, but it is {sparsity!r}.")
@@ -51,27 +50,18 @@ class PerLayer(Allocation):
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
         """Refuse patterns that match no layer, and a target that the other layers cannot reach."""
         names = [layer.name for layer in layers]
-        patterns = list(dict(self.sparsities))
-        refuse_unmatched(patterns, names, _OPTION, "pruned layer")
-        effective = {self._pattern_of(name) for name in names}
-        if hidden := [pattern for pattern in patterns if pattern not in effective]:
-            raise UserError(
-                f"{_OPTION}={hidden[0]!r} matches only layers that earlier patterns match, and the first match counts. "
-                "Give it earlier, or leave it out."
-            )
+        for pattern in dict(self.sparsities):
+            refuse_unmatched([pattern], names, _OPTION, "pruned layer that no earlier pattern matches")
+            names = [name for name in names if not matches(name, pattern, _OPTION)]
         _, pruned, rest = self._given(layers)
         size = sum(layer.size for layer in layers)
-        if not rest:
-            if abs(pruned / size - sparsity) > _AS_PRINTED:
-                raise UserError(
-                    f"sparsity must be {pruned / size:.4f}, the mean of PerLayer, which names every layer, but it is "
-                    f"{sparsity:g}. Give sparsity={pruned / size:.4f}, or leave some layers to make up the difference."
-                )
-        elif not -1e-9 <= (wanted := (sparsity * size - pruned) / rest) < 1:
+        least, most = pruned / size, (pruned + rest) / size
+        fits = least - 1e-9 <= sparsity < most if rest else abs(sparsity - least) <= _AS_PRINTED
+        if not fits:
             raise UserError(
-                f"sparsity must be from {pruned / size:.4f} to below {(pruned + rest) / size:.4f} with this PerLayer, "
-                f"but it is {sparsity:g}: the other {rest / size:.1%} of the weights would need a sparsity of "
-                f"{wanted:.4f}. Give another sparsity, or other values in PerLayer."
+                f"sparsity must be from {least:.4f} to {most:.4f} with this PerLayer, whose layers have a fraction "
+                f"{1 - rest / size:.4f} of the weights, but it is {sparsity:g}. Give another sparsity, or other values "
+                "in PerLayer."
             )
 
     def scaled(self, fraction: float) -> PerLayer:
@@ -82,17 +72,13 @@ class PerLayer(Allocation):
         """Give the other layers one sparsity that makes the mean the target."""
         given, pruned, rest = self._given(layers)
         remaining = (sparsity * sum(layer.size for layer in layers) - pruned) / rest if rest else 0.0
-        return match_target(
-            layers, {layer.name: given.get(layer.name, remaining) for layer in layers}, sparsity, fixed=given
-        )
+        wanted = {layer.name: given.get(layer.name, remaining) for layer in layers}
+        return match_target(layers, wanted, sparsity, fixed=given)
 
     def _given(self, layers: Sequence[DenseLayer]) -> tuple[dict[str, float], float, int]:
         """Return the given sparsities by layer, how many zeros they make, and the size of the other layers."""
-        sparsities = dict(self.sparsities)
-        named = {layer.name: self._pattern_of(layer.name) for layer in layers}
-        given = {name: sparsities[pattern] for name, pattern in named.items() if pattern is not None}
+        given: dict[str, float] = {}
+        for pattern, sparsity in reversed(dict(self.sparsities).items()):  # the first one counts
+            given |= {layer.name: sparsity for layer in layers if matches(layer.name, pattern, _OPTION)}
         pruned = math.fsum(given[layer.name] * layer.size for layer in layers if layer.name in given)
         return given, pruned, sum(layer.size for layer in layers if layer.name not in given)
-
-    def _pattern_of(self, name: str) -> str | None:
-        return next((pattern for pattern in dict(self.sparsities) if matches(name, pattern, _OPTION)), None)

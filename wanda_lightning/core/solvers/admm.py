@@ -12,12 +12,11 @@ from torch import Tensor
 from wanda_lightning.common.checks import Number, check, check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.criteria import lower_inactive
-from wanda_lightning.core.gram import cholesky
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.refit import refit
 from wanda_lightning.core.solvers.solver import Solver
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import InputStatistics, cholesky
 from wanda_lightning.core.types import Gram, KeepMask, PerInput, Score, Weight
 
 _MIN_RHO = 0.001  # below, rounding may leave a Gram matrix without a Cholesky factor

@@ -10,11 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check, check_flags
-from wanda_lightning.core.gram import cholesky, dampened
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.solver import Solver
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import InputStatistics, cholesky, dampen_
 from wanda_lightning.core.types import Gram, KeepMask, Weight
 
 
@@ -50,7 +49,7 @@ class Refit(Solver):
         keep = selection.keep(weight, inputs)
         if selection.pattern.prunes_units:
             return refit_columns(weight, keep[0], inputs.sums["gram"], self.dampening), keep
-        gram = dampened(inputs.sums["gram"], self.dampening)
+        gram = dampen_(inputs.sums["gram"].clone(), self.dampening)
         dense = weight.to(gram.dtype).contiguous()
         fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.steps)
         return fitted.to(weight.dtype), keep
