@@ -4,18 +4,8 @@ import copy
 
 import pytest
 import torch
-import transformers as hf
-from support.experts import (
-    BY_COLUMNS,
-    HEADS,
-    SIZES,
-    SPECIMENS,
-    Stack,
-    experts_of,
-    jetmoe,
-    on_meta,
-    reasons,
-)
+from support import tiny
+from support.experts import BY_COLUMNS, SPECIMENS, Stack, experts_of, jetmoe, on_meta, reasons
 from support.zoo import ZOO
 from torch import nn
 
@@ -43,17 +33,6 @@ def test_each_expert_is_a_layer_that_lies_in_its_parameter(name):
         assert torch.equal(layer.parameter, others)
 
 
-def qwen2_moe():
-    sizes = {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}
-    return hf.Qwen2MoeForCausalLM(hf.Qwen2MoeConfig(**SIZES, **HEADS, **sizes))
-
-
-def dbrx():
-    config = hf.DbrxConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=64, attn_config={"rope_theta": 1e4})
-    config.ffn_config.ffn_hidden_size, config.ffn_config.moe_num_experts, config.ffn_config.hidden_size = 48, 4, 32
-    return hf.DbrxForCausalLM(config)
-
-
 def test_square_experts_are_read_as_those_of_their_class():
     """JetMoE's attention has experts of 32 x 32, which do not say which side is the input; those of its MLP do."""
     found = {layer.name: layer for layer in find_layers(on_meta(jetmoe)).layers}
@@ -64,7 +43,7 @@ def test_square_experts_are_read_as_those_of_their_class():
 
 
 def test_routers_are_left_dense():
-    found = reasons(on_meta(qwen2_moe))
+    found = reasons(tiny.on_meta("Qwen2MoeForCausalLM"))
     routers = {name for name, reason in found.items() if reason == "router"}
     assert routers == {f"model.layers.{i}.mlp.{gate}" for i in range(2) for gate in ("gate", "shared_expert_gate")}
     found = reasons(on_meta(jetmoe))
@@ -72,7 +51,7 @@ def test_routers_are_left_dense():
         "mlp.router.layer",
         "self_attention.experts.router.layer",
     }
-    found = reasons(on_meta(dbrx))
+    found = reasons(tiny.on_meta("DbrxForCausalLM"))
     assert found["transformer.blocks.0.ffn.router.layer"] == "router"
     assert found["transformer.blocks.0.ffn.experts.mlp.w1"].startswith("w1 of DbrxExpertGLU is not")
 

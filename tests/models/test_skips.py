@@ -1,7 +1,6 @@
 """Which matrices are skipped or refused, and what their reasons say."""
 
 import copy
-import socket
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from support.zoo import ZOO
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations
 
 from wanda_lightning import prune
 from wanda_lightning.models import find_layers
@@ -38,19 +37,12 @@ RECOMPUTED = {
 @OLD
 @pytest.mark.parametrize("make", [lambda: nn.Linear(6, 8), lambda: nn.Conv2d(6, 8, 3)], ids=["linear", "convolution"])
 @pytest.mark.parametrize(("wrap", "kind"), RECOMPUTED.values(), ids=RECOMPUTED)
-def test_a_weight_that_is_recomputed_is_ordinary_after_what_its_reason_says(wrap, kind, make):
-    model = nn.Sequential(nn.Conv2d(1, 1, 1), wrap(make()))
-    found = find_layers(model)
-    assert not [layer for layer in found.layers if layer.name.startswith("1")]
+def test_a_weight_that_is_recomputed_is_skipped(wrap, kind, make):
+    found = find_layers(nn.Sequential(nn.Conv2d(1, 1, 1), wrap(make())))
+    assert not found.layers
     skipped = [matrix for matrix in found.skipped if matrix.name.startswith("1")]
-    (reason,) = {matrix.detail for matrix in skipped}
-    assert f"by {kind}: make it an ordinary weight" in reason
+    assert all(f"by {kind}: make it an ordinary weight first" in matrix.detail for matrix in skipped)
     assert not any(matrix.reason.is_expected for matrix in skipped)
-    if "remove_parametrizations" in reason:
-        parametrize.remove_parametrizations(model[1], "weight")
-    else:
-        eval(reason.rpartition(" with ")[2], {"torch": torch, "layer": model[1]})
-    assert "1" in [layer.name for layer in find_layers(model).layers]
 
 
 class Linear8bitLt(nn.Linear):
@@ -82,14 +74,6 @@ class QuantLinear(nn.Module):
         self.register_buffer("qweight", torch.zeros(d_in // 8, d_out, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(1, d_out // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.ones(1, d_out, dtype=torch.float16))
-
-
-class HQQLinear(nn.Module):
-    __module__ = "hqq.core.quantize"
-
-    def __init__(self, d_in, d_out):
-        super().__init__()
-        self.W_q = nn.Parameter(torch.zeros(d_in, d_out // 2, dtype=torch.uint8), requires_grad=False)
 
 
 class Wrapper(torch.Tensor):
@@ -132,14 +116,13 @@ QUANTIZED = {
     "bitsandbytes 8 bits": (Linear8bitLt, "q", "quantized by bitsandbytes (Linear8bitLt, Parameter)"),
     "bitsandbytes 4 bits": (Linear4bit, "q", "quantized by bitsandbytes (Linear4bit, Params4bit)"),
     "auto_gptq": (QuantLinear, "q.qweight", "quantized by auto_gptq (QuantLinear, Tensor)"),
-    "float8 in a buffer": (
+    "float8": (
         lambda *_: with_buffer("weight", torch.float8_e4m3fn),
         "q.weight",
-        "float8_e4m3fn weights cannot be pruned in place",
+        "float8_e4m3fn weights of type Tensor",
     ),
-    "hqq": (HQQLinear, "q.W_q", "quantized by hqq (HQQLinear, Parameter)"),
     "torchao": (wrapped(Int8Tensor), "q", "quantized by torchao (Linear, Int8Tensor)"),
-    "another": (wrapped(Wrapper), "q", "weights of type Wrapper cannot be pruned in place"),
+    "another": (wrapped(Wrapper), "q", "bfloat16 weights of type Wrapper cannot be pruned"),
 }
 
 
@@ -152,9 +135,6 @@ def test_quantized_layers_are_refused_by_name(name):
     with pytest.raises(ValueError, match="1 matrix that cannot be pruned in place") as caught:
         prune(model, [torch.randn(2, 16)], progress=False)
     assert f"{matrix} first: {reason}" in str(caught.value)
-    assert "Load the model unquantized (float32, bfloat16 or float16), or leave what cannot be pruned" in str(
-        caught.value
-    )
     assert f"dense with skip=['{matrix}']" in str(caught.value)
     assert torch.equal(model["plain"].weight, before)
     for choice in ({"skip": ["q"]}, {"only": ["plain"]}):
@@ -201,21 +181,12 @@ def test_of_a_layer_with_adapters_the_base_is_pruned():
         assert torch.equal(merged.get_parameter(name), weight)
 
 
-@pytest.fixture
-def one_process():
-    """A group of one process, in which tensors can be spread all the same."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://localhost:{port}", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_tensor_parallelism_is_refused_by_name(one_process):
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-    parallelize_module(model, one_process, {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    with pytest.raises(ValueError, match=r"the weight of 0 is sharded by .*Shard\(dim=0\)") as caught:
-        prune(model, [torch.randn(2, 8)], progress=False)
-    for part in ("tensor parallelism is not supported", "before parallelize_module", "without tp_plan="):
-        assert part in str(caught.value)
+def test_tensor_parallelism_is_refused_by_name(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        with pytest.raises(ValueError, match=r"the weight of 0 is sharded by .*tensor parallelism is not supported"):
+            prune(model, [torch.randn(2, 8)], progress=False)
+    finally:
+        dist.destroy_process_group()

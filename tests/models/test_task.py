@@ -5,8 +5,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-import transformers as hf
-from support.tiny import tiny
+from support.tiny import on_meta
 from support.zoo import ZOO
 from torch import nn
 
@@ -14,25 +13,15 @@ from wanda_lightning import ImageClassifierModule, PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.models import has_classes, reads_images
 
-
-def of_transformers(name, head):
-    with torch.device("meta"):
-        return getattr(hf, name + head)(tiny(getattr(hf, f"{name}Config")))
-
-
 OF_TRANSFORMERS = {
-    "ViT": ("ForImageClassification", True),
-    "ConvNext": ("ForImageClassification", True),
-    "CLIPVision": ("Model", True),
-    "Llava": ("ForConditionalGeneration", False),
-    "Blip": ("ForConditionalGeneration", False),
-    "CLIP": ("Model", False),
-    "Wav2Vec2": ("ForSequenceClassification", False),
+    **dict.fromkeys(("ViTForImageClassification", "ConvNextForImageClassification", "CLIPVisionModel"), True),
+    **dict.fromkeys(("LlavaForConditionalGeneration", "BlipForConditionalGeneration", "CLIPModel"), False),
+    "Wav2Vec2ForSequenceClassification": False,
 }
 MODELS = {
     **{name: (ZOO[name].build, True) for name in ("vit", "deit", "convnext", "swin", "resnet18", "resnet50")},
     **{name: (ZOO[name].build, False) for name in ("llama", "t5", "mixtral", "plain_mlp", "torch_transformer")},
-    **{name: (partial(of_transformers, name, head), images) for name, (head, images) in OF_TRANSFORMERS.items()},
+    **{name: (partial(on_meta, name), images) for name, images in OF_TRANSFORMERS.items()},
     "efficientnet": (lambda: timm.create_model("test_efficientnet"), True),
     "timm in our module": (lambda: ImageClassifierModule("test_vit", pretrained=False), True),
     "compiled": (lambda: torch.compile(ZOO["vit"].build(), backend="eager"), True),
@@ -84,10 +73,6 @@ def test_choices_that_are_made_win(name, choices, sequential):
         ({"out": torch.zeros(2, 5, 4, 4), "aux": torch.zeros(2, 3, 4, 4)}, True),
         ({"boxes": torch.zeros(2, 4)}, False),
         ([{"boxes": torch.zeros(2, 4)}], False),
-    ],
-    ids=[
-        *("classes", "one_class", "sequence", "tuple", "tokens", "image", "segmentation", "one_class_of_pixels"),
-        *("segmentation of torchvision", "boxes", "boxes of each image"),
     ],
 )
 def test_which_outputs_are_classes(output, expected):

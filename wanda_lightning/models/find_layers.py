@@ -12,11 +12,18 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.common.words import check_patterns, matches, refuse_unmatched
 from wanda_lightning.core.patterns import Pattern, Unstructured
 from wanda_lightning.models.experts import stored_by_columns
-from wanda_lightning.models.inventory import Inventory, SkippedMatrix, SkipReason, Unit
+from wanda_lightning.models.inventory import (
+    Inventory,
+    SkippedMatrix,
+    SkipReason,
+    Unit,
+    skip_by_default,
+    skip_packed,
+    skip_unsupported,
+)
 from wanda_lightning.models.layers import Layer, layers_of
 from wanda_lightning.models.module_names import named_modules, uncompiled_name
 from wanda_lightning.models.quantized import is_packed, is_packed_weight, quantizer
-from wanda_lightning.models.skips import skip_by_default, skip_packed, skip_unsupported
 
 
 def find_layers(

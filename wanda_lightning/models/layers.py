@@ -33,21 +33,14 @@ def _rows(x: Tensor) -> Tensor:
 class LayerKind:
     """Expresses one type of layer as a matrix product `tokens @ weight.T`. The defaults fit a linear layer."""
 
-    # The class; subclasses are included if they keep its forward.
-    layer_type: type[nn.Module]
-    # Converts a weight from the layer's layout to (d_out, d_in); a view if the layout allows it.
-    read: Callable[[Tensor], Tensor] = lambda weight: weight
-    # Writes such a matrix into the weight.
+    layer_type: type[nn.Module]  # subclasses are included if they keep its forward
+    read: Callable[[Tensor], Tensor] = lambda weight: weight  # as (d_out, d_in); a view if the layout allows it
     write: Callable[[Tensor, Tensor], object] = lambda weight, matrix: weight.copy_(matrix)
-    # Converts the input of a module to (tokens, d_in), and its output to (tokens, d_out).
-    tokens: Callable[[Any, Tensor], Tensor] = lambda module, x: _rows(x)
-    outputs: Callable[[Tensor], Tensor] = _rows
-    # Returns the settings that determine the tokens of an input.
-    window: Callable[[Any], object] = lambda module: ()
-    # Whether d_out is the weight's first dimension, so that a shard consists of whole rows.
-    rows_first: bool = True
-    # The dimension of the channels (d_in, d_out) in inputs and outputs, counted from the last.
-    channels: int = -1
+    tokens: Callable[[Any, Tensor], Tensor] = lambda module, x: _rows(x)  # the module's input as (tokens, d_in)
+    outputs: Callable[[Tensor], Tensor] = _rows  # its output as (tokens, d_out)
+    window: Callable[[Any], object] = lambda module: ()  # the settings that determine the tokens of an input
+    rows_first: bool = True  # whether d_out is the weight's first dimension, so that a shard consists of whole rows
+    channels: int = -1  # dimension of the channels (d_in, d_out) in inputs and outputs, counted from the last
 
 
 # Columns are ordered by kernel position, then by channel. If M divides the channels, an N:M group has consecutive
@@ -64,10 +57,8 @@ def _write_convolution(weight: Tensor, matrix: Tensor) -> None:
 def _convolution_tokens(layer: Any, images: Tensor) -> Tensor:
     if images.ndim == 1 + len(layer.kernel_size):
         images = images.unsqueeze(0)
-    if layer.padding_mode != "zeros":
-        images = F.pad(images, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-    elif any(layer._reversed_padding_repeated_twice):
-        images = F.pad(images, layer._reversed_padding_repeated_twice)
+    if any(pads := layer._reversed_padding_repeated_twice):
+        images = F.pad(images, pads, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
     windows = images.movedim(1, -1)
     if math.prod(kernel) > 1:
@@ -91,15 +82,12 @@ def _window(layer: Any) -> object:
 
 def _convolution(layer_type: type[nn.Module], dimensions: int) -> LayerKind:
     channels = -1 - dimensions
-    return LayerKind(
-        layer_type,
-        _read_convolution,
-        _write_convolution,
-        _convolution_tokens,
-        lambda images: images.movedim(channels, -1).flatten(0, -2),
-        _window,
-        channels=channels,
-    )
+
+    def outputs(images: Tensor) -> Tensor:
+        return images.movedim(channels, -1).flatten(0, -2)
+
+    functions = (_read_convolution, _write_convolution, _convolution_tokens, outputs, _window)
+    return LayerKind(layer_type, *functions, channels=channels)
 
 
 # The matrix of one expert in a parameter (experts, d_out, d_in) or (experts, d_in, d_out).
@@ -148,10 +136,7 @@ class Layer:
         return self.kind.tokens(self.module, self._channels(x))
 
     def squares(self, images: Tensor) -> Tensor:
-        """Return the tokens of one image whose pixels are sums of squares over a batch of images.
-
-        Their sum is the sum of the squares of all tokens. Each pixel is squared once, not once for each token with it.
-        """
+        """Return the tokens of one image of sums of squares over a batch: their sum is that of all tokens' squares."""
         return self.kind.tokens(self.module, sum_squares(self._channels(images)).unsqueeze(0))
 
     def token_parts(self, images: Tensor) -> Iterator[Tensor]:
@@ -192,13 +177,12 @@ class Layer:
             return tensor
         whole = self.parameter
         first = first_index(whole) if len(tensor) < len(whole) else 0
-        if self.group is not None:
-            which, groups = self.group
-            start, size = which * (len(whole) // groups) - first, len(whole) // groups
-            return tensor[max(0, start) : max(0, start + size)]
-        assert self.expert is not None
-        index = self.expert - first
-        return tensor[index] if 0 <= index < len(tensor) else tensor[:0].flatten(0, 1)
+        if self.expert is not None:
+            index = self.expert - first
+            return tensor[index] if 0 <= index < len(tensor) else tensor[:0].flatten(0, 1)
+        which, groups = self.group or (0, 1)
+        start, size = which * (len(whole) // groups) - first, len(whole) // groups
+        return tensor[max(0, start) : max(0, start + size)]
 
     @property
     def weight(self) -> Tensor:
@@ -207,12 +191,12 @@ class Layer:
 
     @property
     def bias_name(self) -> str:
-        """The name that the parameter with the bias has, if there is one; experts have one row each."""
+        """The name of the parameter with the bias, if there is one; experts have one row each."""
         return "bias" if self.expert is None else f"{self.parameter_name}_bias"
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, (d_out,), without gradients; if the weight is sharded, its shard; None if there is none."""
+        """The bias, (d_out,), without gradients, or its shard; None if there is none."""
         bias = getattr(self.module, self.bias_name, None)
         if not isinstance(bias, nn.Parameter) or isinstance(bias, DTensor) != isinstance(self.parameter, DTensor):
             return None
@@ -297,35 +281,24 @@ def is_plain(layer: Layer) -> bool:
     return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])
 
 
-_OF_LINEAR = frozenset(vars(nn.Linear(1, 1, device="meta")))  # attributes of every instance
+_OF_LINEAR = vars(nn.Linear(1, 1, device="meta")).keys() - {"_buffers", "_modules", "_parameters"}  # such as hooks
 
 
 @torch.no_grad()
 def computes_linear(module: nn.Linear) -> bool:
-    """Whether the forward of the module's class computes `x W^T + b`."""
+    """Whether the forward of the module's class computes `x W^T + b`: a copy with another weight and bias is tried."""
     kind: Any = {"dtype": torch.float32, "device": "cpu"}
     weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], **kind)
     bias = None if module.bias is None else torch.tensor([0.6, -1.1], **kind)
     x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], **kind)
+    tried: nn.Linear = object.__new__(type(module))
+    vars(tried).update(vars(module), in_features=3, out_features=2)
     try:
+        for name, value in vars(module).items():  # copy what a forward could write into; hooks do not run
+            if name not in _OF_LINEAR and isinstance(value, Tensor | nn.Module | dict | list | set | deque):
+                vars(tried)[name] = copy.deepcopy(value, {id(module.weight): weight, id(module.bias): bias})
         with torch.autocast("cpu", enabled=False):
-            output, expected = type(module).forward(_stand_in(module, weight, bias), x), F.linear(x, weight, bias)
+            output, expected = type(module).forward(tried, x), F.linear(x, weight, bias)
             return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-5)
     except Exception:  # it needs more than a weight and a bias
         return False
-
-
-def _stand_in(module: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Copy a module, with another weight and bias."""
-    result: nn.Linear = object.__new__(type(module))
-    for name, value in vars(module).items():
-        shared = name in _OF_LINEAR and name not in ("_buffers", "_modules", "_parameters")  # hooks do not run
-        result.__dict__[name] = value if shared else _copy(value, {id(module.weight): weight, id(module.bias): bias})
-    result.__dict__ |= {"in_features": 3, "out_features": 2}
-    return result
-
-
-def _copy(value: Any, replacements: dict[int, Any]) -> Any:
-    """Copy what a forward could write into: tensors, modules and containers of them."""
-    is_mutable = isinstance(value, Tensor | nn.Module | dict | list | set | deque)
-    return copy.deepcopy(value, replacements) if is_mutable else value

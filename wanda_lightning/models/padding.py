@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -58,23 +57,13 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
     return usable if any(not (mask.keep.numel() and mask.keep.all()) for mask in usable) else ()
 
 
-_FOUND: WeakKeyDictionary[nn.Module, tuple[str, str] | None] = WeakKeyDictionary()
-
-
 def _encoder_and_decoder(model: nn.Module) -> tuple[str, str] | None:
-    """Return the names of the encoder and of the module around it and the decoder; None for any other model.
-
-    The modules of a model are searched once, not for each batch.
-    """
-    if model not in _FOUND:
-        _FOUND[model] = None
-        for name, module in named_modules(model).items():
-            if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
-                encoder = module.get_encoder()  # type: ignore[operator]
-                inside = next(inner for inner, other in model.named_modules() if other is encoder)
-                _FOUND[model] = uncompiled_name(inside), name
-                break
-    return _FOUND[model]
+    """Return the names of the encoder and of the module around it and the decoder; None for any other model."""
+    for name, module in named_modules(model).items():
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
+            encoder = module.get_encoder()  # type: ignore[operator]
+            return uncompiled_name(next(inner for inner, other in model.named_modules() if other is encoder)), name
+    return None
 
 
 def _check_shape(attention: object, batch: Mapping[str, Any]) -> None:

@@ -74,16 +74,6 @@ def own_head(module: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def number_of_classes(model: nn.Module) -> int | None:
-    """Return the size of the vocabulary of a language model, or the classes of a classifier; None if unknown."""
-    for module in model.modules():
-        head = own_head(module)
-        size = getattr(module, "num_classes", None) if head is None else getattr(head, "out_features", None)
-        if isinstance(size, int):
-            return size
-    return None
-
-
 def number_of_embeddings(model: Any) -> int | None:
     """Return the number of token embeddings of a transformers model, or None if it is not known."""
     try:
