@@ -8,8 +8,8 @@ import textwrap
 import pytest
 import timm
 import torch
-import transformers as hf
-from support.zoo import VOCABULARY
+from support.families import causal
+from support.tiny import VOCABULARY
 
 import wanda_lightning as wl
 
@@ -56,24 +56,17 @@ _TIMM = """
     with torch.no_grad():
         save_file({"y": timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x)}, outputs)
 """
-_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_NAMES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, **_SPECIAL}
-_SIZES = {**_NAMES, "intermediate_size": 64, "initializer_range": 0.3, "max_position_embeddings": 64}
-_GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3, **_SPECIAL}
-_OPT = {**_NAMES, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}
-_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3, **_SPECIAL}
 LANGUAGE = {
-    "llama": (lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES)), "intermediate_size"),
-    "gpt2": (lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**_GPT2)), "n_inner"),
-    "opt": (lambda: hf.OPTForCausalLM(hf.OPTConfig(**_OPT)), "ffn_dim"),
-    "phi3": (lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_SIZES)), "intermediate_size"),
-    "bloom": (lambda: hf.BloomForCausalLM(hf.BloomConfig(**_BLOOM)), None),
+    "llama": "intermediate_size",
+    "gpt2": "n_inner",
+    "opt": "ffn_dim",
+    "phi3": "intermediate_size",
+    "bloom": None,
 }
 
 
 def pruned_text_model(name, **choices):
-    torch.manual_seed(0)
-    model = LANGUAGE[name][0]().eval()
+    model = causal(name).build()
     ids = torch.randint(3, VOCABULARY, (8, 16))
     wl.prune(model, [{"input_ids": ids}], 0.4, pattern="structured", progress=False, **choices)
     return model, ids
@@ -88,7 +81,7 @@ def test_a_language_model_loads_without_this_package(name, tmp_path):
         expected = model(ids).logits
     config, state = model.config.to_dict(), {key: value.clone() for key, value in model.state_dict().items()}
     report = wl.CausalLMModule(model).save_pretrained(tmp_path / "out", shrink=True)
-    saved, attribute = json.loads((tmp_path / "out" / "config.json").read_text()), LANGUAGE[name][1]
+    saved, attribute = json.loads((tmp_path / "out" / "config.json").read_text()), LANGUAGE[name]
     widths = {after for _, after in report.layers.values()}
     assert len(widths) == 1
     if attribute is None:
@@ -160,7 +153,7 @@ def test_timm_has_no_arguments_for_the_widths(tmp_path):
 
 
 def test_a_model_without_zeros_is_not_saved_as_shrunk(tmp_path):
-    module = wl.CausalLMModule(LANGUAGE["llama"][0]())
+    module = wl.CausalLMModule(causal("llama").build())
     assert str(wl.shrink(module.model)) == "Nothing can be removed: no hidden unit is zero on both sides."
     with pytest.raises(ValueError, match=r"shrink must remove something\. Nothing can be removed"):
         module.save_pretrained(tmp_path / "out", shrink=True)

@@ -29,7 +29,6 @@ class Shrunk:
     """The result of `shrink`: what was taken out, and what stays."""
 
     layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # by reader: its units before and after
-    one_sided: int = 0  # units that stay, since they are zero on one side only
     unproven: int = 0  # units that stay, since the model did not compute the same without them
     parameters: tuple[int, int] = (0, 0)  # before and after
     misfit: str = ""  # why no ordinary configuration describes the smaller model
@@ -46,26 +45,20 @@ class Shrunk:
 
     def __str__(self) -> str:
         """Return the result in sentences."""
+        text = "Nothing can be removed: no hidden unit is zero on both sides."
         if self.layers:
             before, after = self.parameters
             text = (
                 f"Took out {self.units:,} of {sum(b for b, _ in self.layers.values()):,} hidden units in "
                 f"{counted(len(self.layers), 'layer')}; {after:,} of {before:,} parameters are left."
             )
-        else:
-            text = "Nothing can be removed: no hidden unit is zero on both sides."
-        if self.one_sided:
-            text += f" {counted(self.one_sided, 'unit stays', 'units stay')}, zero on one side only."
         if self.unproven:
             text += (
                 f" {counted(self.unproven, 'unit stays', 'units stay')}, zero on both sides: the batch did not "
                 "reach the layers, or the model did not compute the same without them."
             )
         if self.misfit:
-            text += (
-                " A saved folder has a modeling file of its own and loads with trust_remote_code=True, because "
-                f"{self.misfit}."
-            )
+            text += f" A saved folder loads with trust_remote_code=True only, because {self.misfit}."
         return text
 
 
@@ -96,14 +89,10 @@ def shrink(model: nn.Module, batch: Any = None, forward: Callable[[Any], object]
 
 
 @contextmanager
-def shrunk(model: nn.Module, batch: Any = None, forward: Callable[[Any], object] | None = None) -> Iterator[Shrunk]:
-    """Shrink a model in this block, and put the zeros back at its end.
-
-    Raises:
-        ValueError: If `shrink` does, or if nothing can be removed.
-    """
+def shrunk(model: nn.Module, batch: Any = None) -> Iterator[Shrunk]:
+    """Shrink a model in this block, and put the zeros back at its end. Refuses a model without units to remove."""
     with ExitStack() as undo:
-        result = _take_out(undo, model, batch, forward)
+        result = _take_out(undo, model, batch, None)
         result.refuse_nothing()
         yield result
 
@@ -119,27 +108,28 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
             "Merge them first (CausalLMModule.merge(), or wanda_lightning.lora.merge(model))."
         )
     before = sum(parameter.numel() for parameter in model.parameters())
-    search = _Search(model, Trial(model, batch, forward), undo)
+    trial = Trial(model, batch, forward)
+    search = _Search(model, trial, undo)
+    result = search.result
     with torch.no_grad():
-        units = find_layers(model).units
         # A layer outside of all blocks has the model around it.
         layers = [
-            (layer, model if u.module is layer.module else u.module or model) for u in units for layer in u.layers
+            (layer, model if unit.module is layer.module else unit.module or model)
+            for unit in find_layers(model).units
+            for layer in unit.layers
         ]
         for layer, _ in layers:
             refuse_no_values(layer)
         for layer, block in layers:
             search.take_out(layer, block)
-        if not search.ends_same():
+        if not trial.ends_same():
             raise UserError(
                 "shrink must not change what the model computes, but without its zero units its outputs on the batch "
                 "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
             )
-        for layer, block in layers:
-            search.count(layer, block)
-    result = search.result
+        result.unproven = sum(search.stay(layer, block) for layer, block in layers)
     if result.layers:
-        result.misfit, put_back = fit_configuration(model, search.ends_same)
+        result.misfit, put_back = fit_configuration(model, trial.ends_same)
         undo.callback(put_back)
     result.parameters = before, sum(parameter.numel() for parameter in model.parameters())
     return result
@@ -157,12 +147,9 @@ class _Search:
     def take_out(self, reader: Layer, block: nn.Module) -> None:
         """Take out the units that a layer reads and that are zero on both sides."""
         is_started = False
-        for units in self._candidates(reader, block):
-            one_sided, empty = self._sides(units)
+        for units, empty in self._candidates(reader, block):
             if empty.all():
                 empty[0] = False  # a layer without inputs is no layer
-            if not empty.any():
-                continue
             if not is_started:
                 self._trial.start(units)
             is_started = True
@@ -171,53 +158,28 @@ class _Search:
                 if not self._trial.is_same(units):
                     continue
                 self._undo.enter_context(undo.pop_all())
-            self.result.one_sided += int(one_sided.sum())
             self.result.layers[reader.name] = units.width, int((~empty).sum())
             self._taken |= units.lines
             changed = {slot.module for slot in units.slots}
             self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
             return
 
-    def count(self, reader: Layer, block: nn.Module) -> None:
-        """Count the units that a layer reads and that stay although they are zero on both sides, or on one."""
-        for units in self._candidates(reader, block):
-            one_sided, empty = self._sides(units)
-            if empty.any():
-                self.result.unproven += int(empty.sum())
-                return
-            if one_sided.any() and units.width > 1 and self._is_right(units):
-                self.result.one_sided += int(one_sided.sum())
-                return
+    def stay(self, reader: Layer, block: nn.Module) -> int:
+        """Return how many units that a layer reads stay although they are zero on both sides."""
+        return next((int(empty.sum()) for _, empty in self._candidates(reader, block)), 0)
 
-    def _candidates(self, reader: Layer, block: nn.Module) -> Iterator[RemovableUnits]:
+    def _candidates(self, reader: Layer, block: nn.Module) -> Iterator[tuple[RemovableUnits, Tensor]]:
+        """Yield candidates, and which of their units are zero on both sides."""
         if reader.expert is not None or reader.width < 2:  # a layer keeps one unit
             return
         parent = self._modules[reader.name.rpartition(".")[0]]
         for units in removable_units(reader, parent, block):
             tied = any((slot.module, slot.name) in self._tied for slot in units.slots)
-            if not tied and not self._taken & units.lines:
-                yield units
-
-    def _is_right(self, units: RemovableUnits) -> bool:
-        """Whether the model computes the same with half of the units at zero as without them."""
-        keep = torch.arange(units.width) % 2 == 0
-        with units.restored():
-            units.zero(~keep)
-            self._trial.start(units)
-            units.take(keep)
-            return self._trial.is_same(units)
-
-    def ends_same(self) -> bool:
-        """Whether the model as a whole still computes the same."""
-        return not self.result.layers or self._trial.ends_same()
-
-    def _sides(self, units: RemovableUnits) -> tuple[Tensor, Tensor]:
-        """Return which units only the reader does not read or only no layer writes, and which are zero everywhere."""
-        writers, found = {writer.module for writer in units.writers}, []
-        for slot in units.sides:
-            if (key := slot.key) not in self._zeros:
-                self._zeros[key] = slot.zeros()
-            found.append((slot, self._zeros[key]))
-        columns, empty = found[-1][1], torch.stack([zeros for _, zeros in found]).all(dim=0)
-        rows = torch.stack([zeros for slot, zeros in found[:-1] if slot.module in writers]).all(dim=0)
-        return (columns ^ rows) & ~empty, empty
+            if tied or self._taken & units.lines:
+                continue
+            for slot in units.sides:
+                if slot.key not in self._zeros:
+                    self._zeros[slot.key] = slot.zeros()
+            empty = torch.stack([self._zeros[slot.key] for slot in units.sides]).all(dim=0)
+            if empty.any():
+                yield units, empty

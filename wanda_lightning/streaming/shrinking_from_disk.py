@@ -116,7 +116,6 @@ class _Stream:
 
         found = shrink(block, (args, kwargs), forward)
         self.result.layers |= {f"{name}.{reader}": widths for reader, widths in found.layers.items()}
-        self.result.one_sided += found.one_sided
         self.result.unproven += found.unproven
         before, after = self.result.parameters
         self.result.parameters = before, after - found.parameters[0] + found.parameters[1]
