@@ -48,7 +48,11 @@ def test_trained_adapters_merge_to_what_was_trained_with_every_zero(build, dropo
     assert_zeros(merged, zeros)
 
 
-def test_merging_plain_lora_warns():
+def test_merging_plain_lora_and_matrices_trained_whole_warns():
+    model = randomize(get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"])))
+    train(model, steps=1)
+    with pytest.warns(UserWarning, match=r"first in model\.layers\.0\.self_attn\.o_proj\.weight"):
+        merge(model)
     model = randomize(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)))
     adapted = logits(model)
     with pytest.warns(UserWarning, match=r"merge filled zeros of 6 of 6 targeted matrices, first in model\.layers\.0"):
@@ -69,10 +73,3 @@ def test_reprune_puts_the_zeros_back(merges):
     merged = merge(model, reprune=True)
     assert_zeros(merged, zeros)
     torch.testing.assert_close(merged.model.layers[0].self_attn.q_proj.weight, expected)
-
-
-def test_a_pruned_matrix_trained_whole_counts_too():
-    model = randomize(get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"])))
-    train(model, steps=1)
-    with pytest.warns(UserWarning, match=r"first in model\.layers\.0\.self_attn\.o_proj\.weight"):
-        merge(model)

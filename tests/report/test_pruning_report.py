@@ -58,11 +58,8 @@ def small(**fields):
 
 def test_numbers_that_are_not_finite_become_null():
     part = TrainedPart("mlp", math.nan, 0.25)
-    report = small(
-        layers=[PrunedLayer("a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=part)],
-        seconds={"prune": math.inf},
-        run=Run(before=12.5, after=-math.inf),
-    )
+    layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=part)
+    report = small(layers=[layer], seconds={"prune": math.inf}, run=Run(before=12.5, after=-math.inf))
     text = report.to_json()
     json.loads(text, parse_constant=pytest.fail)
     again = PruningReport.from_json(text)
