@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.refusals import bits
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, Structured, prune, prune_from_disk
@@ -74,15 +75,9 @@ def in_memory(source, folder, samples, auto_class=AutoModelForCausalLM, **choice
 
 def same(first, second):
     """Whether two sets of tensors are equal, bit for bit: 0.0 is not -0.0."""
-    return first.keys() == second.keys() and all(
-        (first[key].dtype, first[key].shape) == (second[key].dtype, second[key].shape)
-        and torch.equal(bits(first[key]), bits(second[key]))
-        for key in first
-    )
-
-
-def bits(tensor):
-    return tensor.contiguous().flatten().view(torch.uint8)
+    pairs = [(first[key], second[key]) for key in first.keys() & second.keys()]
+    alike = all((a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(bits(a), bits(b)) for a, b in pairs)
+    return first.keys() == second.keys() and alike
 
 
 def count_blocks(monkeypatch):

@@ -30,11 +30,8 @@ CONFIG = {
 
 def llama_report(blocks=30):
     """A report with everything that one can have: 30 blocks are those of SmolLM2-135M."""
-    layers = [
-        _layer(block, number, kind, shape)
-        for block in range(blocks)
-        for number, (kind, shape) in enumerate(SHAPES.items())
-    ]
+    kinds = list(enumerate(SHAPES.items()))
+    layers = [_layer(block, number, *kind) for block in range(blocks) for number, kind in kinds]
     embedding = SkippedMatrix("model.embed_tokens", (49152, 576), SkipReason.EMBEDDING, "embedding")
     head = SkippedMatrix("lm_head", (49152, 576), SkipReason.TIED, "tied to model.embed_tokens")
     passes = (TrainingPass(None, 0.61), TrainingPass(0.52, 0.44), TrainingPass(0.43, 0.41), TrainingPass(0.4, 0.395))
@@ -67,9 +64,8 @@ def llama_report(blocks=30):
 
 
 def _layer(block, number, kind, shape):
-    sparsity = round((0.42 + 0.006 * block + 0.03 * math.sin(block + number)) * shape[0] * shape[1]) / (
-        shape[0] * shape[1]
-    )
+    size = math.prod(shape)
+    sparsity = round((0.42 + 0.006 * block + 0.03 * math.sin(block + number)) * size) / size
     name, error = f"model.layers.{block}", (0.02 + 0.02 * number) * (1 + block / 40)
     note = "3 inputs never active" if block % 7 == 0 else ""
     return PrunedLayer(f"{name}.{kind}", shape, sparsity, sparsity, 16384, note, block=name, error=error)
