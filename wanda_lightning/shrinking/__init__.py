@@ -1,8 +1,7 @@
 """Take hidden units that are zero on both sides out of a model, and save what is left as an ordinary smaller model."""
 
-from wanda_lightning.shrinking.configuration import fit_configuration, write_modeling_file
+from wanda_lightning.shrinking.configuration import fit_configuration, fitting_arguments, write_modeling_file
 from wanda_lightning.shrinking.take_out import Shrunk, shrink, shrunk
-from wanda_lightning.shrinking.timm_arguments import fitting_arguments
 from wanda_lightning.shrinking.trial import example_batch
 
 __all__ = [
