@@ -1,40 +1,33 @@
-"""Tokens of experts: against routing by hand, and whatever formula multiplies them."""
+"""Tokens of experts: by hand, whatever formula multiplies them; experts with few are pruned by what all saw."""
 
 import copy
 
 import pytest
 import torch
 from support import reference
-from support.experts import SPECIMENS, Stack, double, experts_of, jetmoe, observed, routed_tokens
+from support.experts import SPECIMENS, Stack, double, experts_of, jetmoe, observed, routed_tokens, starved
 from support.pairwise import spread
-from support.zoo import ZOO, run
+from support.samples import calls_of
+from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
+from wanda_lightning.models import find_layers
 
 
+@torch.no_grad()
 def by_hand(model, batches):
     """The tokens routed to each expert's matrix by the model's own router, without padding, one by one."""
-    found = {}
+    found, experts = {}, experts_of(model)
     for batch in batches:
         mask = batch.get("attention_mask")
         real = None if mask is None else mask.flatten().bool().numpy()
-
-        def route(module, args, name, real=real):
-            for (parameter, expert), (tokens, rows) in routed_tokens(module, *args).items():
+        for name, (args,) in calls_of(model, experts, [batch]).items():
+            for (parameter, expert), (tokens, rows) in routed_tokens(experts[name], *args).items():
                 kept = tokens if real is None else tokens[real[rows]]
                 found.setdefault(f"{name}.{parameter}.{expert}", []).extend(kept)
-
-        hooks = [
-            module.register_forward_pre_hook(lambda module, args, name=name: route(module, args, name))
-            for name, module in experts_of(model).items()
-        ]
-        with torch.no_grad():
-            run(model, batch)
-        for hook in hooks:
-            hook.remove()
     return {name: torch.tensor([list(token) for token in tokens]) for name, tokens in found.items() if tokens}
 
 
@@ -50,37 +43,6 @@ def test_statistics_are_of_the_tokens_routed_to_each_expert(name):
         torch.testing.assert_close(found[expert].sums["gram"], tokens.T @ tokens)
     assert all(not found[expert].count for expert in found.keys() - expected.keys())
     assert not any(".experts." in expert for expert in observer.padding_counted | observer.not_routed)
-
-
-@pytest.mark.parametrize(("sequential", "implementation"), spread(SEQUENTIAL_CHOICES, ["grouped_mm", "batched_mm"]))
-def test_whatever_the_model_multiplies_by(sequential, implementation):
-    reports, weights = [], []
-    for chosen in ("eager", implementation):
-        model = ZOO["mixtral"].build()
-        model.set_experts_implementation(chosen)
-        reports.append(prune(model, ZOO["mixtral"].batches(), sequential=sequential, progress=False))
-        weights.append(model.state_dict())
-        assert model.config._experts_implementation == chosen
-        assert all(module.config._experts_implementation == chosen for module in experts_of(model).values())
-    assert reports[0].layers == reports[1].layers
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-
-
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_the_implementation_is_put_back_after_an_error(sequential):
-    model, seen = ZOO["qwen3_moe"].build(), []
-
-    def forward(batch):
-        seen.append(model.config._experts_implementation)
-        model(**batch)
-        raise OSError("no more disk")
-
-    model.set_experts_implementation("batched_mm")
-    granularities = {"sequential": sequential, "progress": False}
-    with pytest.raises(OSError, match="no more disk"):
-        prune(model, ZOO["qwen3_moe"].batches(), forward=forward, allocation="owl", **granularities)
-    assert set(seen) == {"eager"}
-    assert model.config._experts_implementation == "batched_mm"
 
 
 class Formula(Stack):
@@ -118,25 +80,29 @@ def by_copies(self, x):
     return torch.bmm(self.down_proj[chosen], hidden)[:, :, 0]
 
 
-def some_vectors():
-    return [torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+def whole(self, x):
+    return torch.cat([F.linear(F.linear(x[e::4], self.up_proj[e]).relu(), self.down_proj[e]) for e in range(4)])
+
+
+BATCHES = [torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)).double() for seed in range(3)]
+
+
+def remote(formula):
+    torch.manual_seed(0)
+    return nn.Sequential(Formula(formula), nn.Linear(32, 8)).double()
 
 
 @pytest.mark.parametrize(("formula", "tokens"), [(all_tokens, 120), (broadcast, 120), (by_halves, 30)])
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
 def test_other_formulas(formula, tokens, allocation, monkeypatch):
     monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 0)
-    torch.manual_seed(0)
-    model = nn.Sequential(Formula(formula), nn.Linear(32, 8)).double()
-    dense, batches = copy.deepcopy(model), [x.double() for x in some_vectors()]
-    options = {"sequential": "none", "allocation": allocation}
-    report = prune(model, batches, progress=False, **options)
+    model, dense, everything = remote(formula), remote(formula), tokens == 120
+    report = prune(model, BATCHES, sequential="none", allocation=allocation, progress=False)
     layers = [layer for layer in report.layers if layer.siblings]
     assert [layer.tokens for layer in layers] == [tokens] * 8
-    everything = formula is not by_halves
     assert all(("every token counted" in layer.note) == everything for layer in layers)
     for expert in range(4):
-        x = torch.cat([x if everything else x[expert::4] for x in batches])
+        x = torch.cat([x if everything else x[expert::4] for x in BATCHES])
         weight = dense[0].up_proj[expert].detach()
         target = next(layer.target for layer in layers if layer.name == f"0.up_proj.{expert}")
         keep = reference.keep_by_row(reference.array(weight.abs() * x.square().sum(0).sqrt()), target)
@@ -144,36 +110,21 @@ def test_other_formulas(formula, tokens, allocation, monkeypatch):
 
 
 def test_the_fisher_information_of_pieces_is_that_of_the_whole():
-    torch.manual_seed(0)
-    pieces = nn.Sequential(Formula(by_halves), nn.Linear(32, 8))
-    experts = pieces[0]
-
-    def whole(self, x):
-        parts = [F.linear(F.linear(x[e::4], self.up_proj[e]).relu(), self.down_proj[e]) for e in range(4)]
-        return torch.cat(parts)
-
-    other = copy.deepcopy(pieces)
-    other[0].formula = whole
-    assert experts is not other[0]
-    targets = [
-        [layer.target for layer in prune(m, some_vectors(), 0.5, allocation="fisher", progress=False).layers]
-        for m in (pieces, other)
-    ]
-    assert targets[0] == targets[1]
-    assert len(set(targets[0])) > 1
+    reports = [prune(remote(f), BATCHES, 0.5, allocation="fisher", progress=False) for f in (by_halves, whole)]
+    targets, others = ([layer.target for layer in report.layers] for report in reports)
+    assert targets == others
+    assert len(set(targets)) > 1
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
-    torch.manual_seed(0)
-    model = nn.Sequential(Formula(by_copies), nn.Linear(32, 8))
-    dense = copy.deepcopy(model)
-    report = prune(model, some_vectors(), sequential=sequential, progress=False)
+    model = remote(by_copies)
+    report = prune(model, BATCHES, sequential=sequential, progress=False)
     assert [layer.name for layer in report.layers] == ["1"]
     reason = "no calibration token was observed in any expert of the module"
     assert [matrix.detail for matrix in report.skipped] == [reason] * 8
     assert [matrix.shape for matrix in report.skipped[::4]] == [(48, 32), (32, 48)]
-    assert torch.equal(model[0].up_proj, dense[0].up_proj)
+    assert torch.equal(model[0].up_proj, remote(by_copies)[0].up_proj)
     assert any("no calibration token was observed in 8 layers" in note for note in report.notes)
 
 
@@ -185,3 +136,60 @@ def test_padding_that_counts_is_noted(monkeypatch):
     report = prune(jetmoe().eval(), batches, progress=False)
     notes = {layer.note.partition(":")[0] for layer in report.layers if layer.siblings}
     assert notes == {"padding counted"}
+
+
+# ---- few tokens
+
+
+@pytest.mark.parametrize(("sequential", "minimum"), spread(SEQUENTIAL_CHOICES, [10_000, 1, 40]))
+def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", minimum)
+    model = starved()
+    dense, batches = copy.deepcopy(model), ZOO["mixtral"].batches()
+    report = prune(model, batches, sequential=sequential, progress=False)
+    layers = [layer for layer in report.layers if layer.siblings]
+    assert len(layers) == 16
+    assert report.sparsity == 0.5
+    assert not any("no calibration" in matrix.detail for matrix in report.skipped)
+    counts = {layer.name: layer.tokens for layer in layers}
+    assert counts["model.layers.0.mlp.experts.gate_up_proj.2"] == 0
+    few = {name for name, count in counts.items() if count < minimum}
+    assert {layer.name for layer in layers if "few tokens" in layer.note} == few
+    note = next(note for note in report.notes if "experts received fewer" in note)
+    assert note.startswith(f"{len(few)} experts received fewer than {minimum} tokens")
+    if sequential == "none":
+        own, _ = observed(dense, batches)
+        weights = {item.name: item.read() for item in find_layers(model).layers}
+        for layer in (layer for layer in find_layers(dense).layers if layer.expert is not None):
+            family = [own[name] for name in own if name.rpartition(".")[0] == layer.siblings[:-2] and own[name].count]
+            total = sum(part.sums["square_sum"] for part in family)
+            assert_pruned_by(total if layer.name in few else own[layer.name].sums["square_sum"], layer, weights)
+
+
+def assert_pruned_by(square_sum, layer, weights):
+    keep = reference.keep_by_row(reference.array(layer.read().abs() * square_sum.sqrt()), 0.5)
+    assert ((weights[layer.name] != 0).numpy() == keep).all(), layer.name
+
+
+def test_experts_in_a_list_help_each_other(monkeypatch):
+    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 1)
+    model = ZOO["expert_list"].build()
+    with torch.no_grad():
+        model.blocks[0].gate.bias[1] = -100
+    dense = copy.deepcopy(model)
+    report = prune(model, ZOO["expert_list"].batches(), progress=False)
+    few = "few tokens: pruned with the statistics of all experts"
+    helped = {layer.name: layer.tokens for layer in report.layers if few in layer.note}
+    assert helped == {"blocks.0.experts.1.up": 0, "blocks.0.experts.1.down": 0}
+    calls = calls_of(dense, [f"blocks.0.experts.{index}.up" for index in range(4)], ZOO["expert_list"].batches())
+    square_sum = torch.cat([x for each in calls.values() for (x,) in each]).square().sum(0)
+    layer = next(layer for layer in find_layers(dense).layers if layer.name == "blocks.0.experts.1.up")
+    assert_pruned_by(square_sum, layer, {layer.name: model.blocks[0].experts[1].up.weight})
+
+
+def test_alone_at_a_unit_an_expert_keeps_what_it_saw(monkeypatch):
+    """At sequential "layer" each layer of a list of experts is a unit, and its siblings are not known."""
+    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 10_000)
+    specimen = ZOO["expert_list"]
+    report = prune(specimen.build(), specimen.batches(), sequential="layer", progress=False)
+    assert not any("few tokens" in layer.note for layer in report.layers)

@@ -2,13 +2,16 @@
 
 import copy
 import math
+import weakref
 from functools import partial
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from support.pairwise import pairwise, with_nightly
 from support.samples import as_samples
+from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +20,7 @@ from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT, prune
 from wanda_lightning.calibration.interception import WeightInterceptor, intercept
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import whole_model_calls
+from wanda_lightning.calibration.weight_memory import WeightMemory
 from wanda_lightning.core.patterns import NM
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
@@ -105,6 +109,7 @@ CHOICES = {
     "sparsegpt": {"solver": SparseGPT()},
     "fisher": {"allocation": Fisher()},
     "owl": {"allocation": OWL(), "pattern": NM(2, 4)},
+    "reconstruct": {"recovery": Reconstruct(epochs=3), "sequential": "block"},
 }
 
 
@@ -114,7 +119,8 @@ CHOICES = {
 )
 def test_pruned_as_if_called(pair, choices, sequential):
     (called, past), choices = (build(formula) for formula in PAIRS[pair]), CHOICES[choices]
-    reports = [prune(m, vectors(), 0.5, sequential=sequential, progress=False, **choices) for m in (called, past)]
+    choices = {"sequential": sequential, **choices, "progress": False}
+    reports = [prune(model, vectors(), 0.5, **choices) for model in (called, past)]
     assert [matrix.name for matrix in reports[0].skipped] == [matrix.name for matrix in reports[1].skipped]
     for one, other in zip(*(report.layers for report in reports), strict=True):
         assert (one.name, one.tokens, one.note) == (other.name, other.tokens, other.note)
@@ -127,23 +133,13 @@ def test_pruned_as_if_called(pair, choices, sequential):
 def test_a_layer_alone_outside_of_blocks():
     """A pooling head of which nothing is called: batches stop at its products."""
 
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([Block(fused), Block(fused)])
-            self.probe, self.attention = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.MultiheadAttention(WIDTH, HEADS)
-
+    class Pooled(nn.MultiheadAttention):
         def forward(self, x):
-            for block in self.blocks:
-                x = block(x)
-            x = x.transpose(0, 1)
-            return self.attention(self.probe.expand(-1, x.shape[1], -1), x, x)[0]
+            return super().forward(x[:1], x, x)[0]
 
-    torch.manual_seed(0)
-    model = Pooled().double().eval()
+    model = nn.Sequential(*build(fused), Pooled(8, HEADS)).double().eval()
     report = prune(model, vectors(), 0.5, progress=False)
-    assert "attention.out_proj" in [layer.name for layer in report.layers]
-    assert next(layer for layer in report.layers if layer.name == "attention.out_proj").tokens == 6
+    assert {layer.name: layer.tokens for layer in report.layers}["3.out_proj"] == 15
 
 
 def observed(model, batches, **options):
@@ -153,147 +149,123 @@ def observed(model, batches, **options):
         return observer(unit, whole_model_calls(as_samples([partial(model, x) for x in batches])))
 
 
-def test_a_layer_that_is_called_and_read_past_counts_both():
+def test_layers_that_are_called_and_read_past_count_both_and_those_with_one_input_share_it():
     def twice(self, x):
         return fused(self, x) + F.linear(2 * x, self.q.weight) + self.q(x)
 
-    batches = vectors()
-    statistics = observed(build(fused), batches)
-    both = observed(build(twice), batches)
-    assert both["0.qkv"].count == statistics["0.qkv"].count == 30
-    assert both["0.q"].count == 60
+    both = observed(build(twice), vectors())
+    assert (both["0.qkv"].count, both["0.q"].count) == (30, 60)
     assert torch.allclose(both["0.q"].sums["square_sum"], 5 * both["0.qkv"].sums["square_sum"])
+    shared = observed(build(separate_past), vectors())
+    assert shared["0.q"].sums is shared["0.k"].sums is shared["0.v"].sums
 
 
-def test_layers_with_one_input_share_its_statistics():
-    statistics = observed(build(separate_past), vectors())
-    assert statistics["0.q"].sums is statistics["0.k"].sums is statistics["0.v"].sums
+LAYER, X = nn.Linear(WIDTH, WIDTH), torch.randn(2, 3, WIDTH)
+W, BIAS, ROWS = LAYER.weight, torch.zeros(WIDTH), X.flatten(0, 1)
 
 
-def test_only_products_with_all_inputs_are_intercepted():
-    layer = nn.Linear(WIDTH, WIDTH)
-    (unit,) = find_layers(nn.Sequential(layer)).units
-    names = []
-
-    def on_product(products, multiply):
-        names.extend(product.layer.name for product in products)
-        return multiply()
-
-    x = torch.randn(3, WIDTH)
-    with torch.no_grad(), WeightInterceptor(unit.layers, on_product):
-        x @ layer.weight  # the transposed one
-        F.linear(x[:, :4], layer.weight[:, :4])
-        F.linear(x, layer.weight.clone())
-        F.linear(x, layer.weight + layer.weight)
-        layer.weight @ layer.weight.mT  # no tokens
-        assert not names
-        F.linear(x, layer.weight[2:])
-        assert names == ["0"]
-
-
-def test_every_way_to_pass_the_factors(monkeypatch):
-    layer = nn.Linear(WIDTH, WIDTH)
-    intercepted = []
+def intercepted(multiply):
+    """The tokens of the products that are seen while something is multiplied, and the result."""
+    found = []
 
     def on_product(products, multiply):
-        intercepted.append(products[0].tokens)
+        found.append(products[0].tokens)
         return multiply()
 
-    x, bias = torch.randn(2, 3, WIDTH), torch.zeros(WIDTH)
-    weight = layer.weight
-    ways = [
-        lambda: F.linear(x, weight, bias),
-        lambda: F.linear(bias=bias, weight=weight, input=x),
-        lambda: x @ weight.mT,
-        lambda: torch.matmul(input=x, other=weight.mT),
-        lambda: torch.bmm(x, weight.mT.expand(2, -1, -1)),
-        lambda: torch.bmm(mat2=weight.mT.expand(2, -1, -1), input=x),
-        lambda: torch.baddbmm(bias, x, weight.mT.expand(2, -1, -1)),
-        lambda: torch.addmm(bias, x.flatten(0, 1), weight.mT).unflatten(0, (2, 3)),
-        lambda: torch.addmm(mat2=weight.mT, mat1=x.flatten(0, 1), input=bias).unflatten(0, (2, 3)),
-        lambda: weight.mm(x.flatten(0, 1).t()).t().unflatten(0, (2, 3)),
-    ]
-    expected = F.linear(x, weight)
-    for index, way in enumerate(ways):
-        with (
-            torch.no_grad(),
-            WeightInterceptor(find_layers(nn.Sequential(layer), "none", only=["0"]).layers, on_product),
-        ):
-            torch.testing.assert_close(way(), expected)
-        assert len(intercepted) == index + 1
-        assert torch.equal(intercepted[-1].reshape(x.shape), x)
+    with torch.no_grad(), WeightInterceptor(find_layers(nn.Sequential(LAYER), "none").layers, on_product):
+        return found, multiply()
 
 
-class Graph(nn.Module):
-    """What it multiplies besides weights has no memory of its own: a sparse matrix, vectors under `vmap`."""
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda: ROWS @ W,  # the transposed one
+        lambda: F.linear(ROWS[:, :4], W[:, :4]),
+        lambda: F.linear(ROWS, W.clone()),
+        lambda: F.linear(ROWS, W + W),
+        lambda: W @ W.mT,  # no tokens
+        lambda: torch.eye(WIDTH).to_sparse() @ W.mT,
+        lambda: torch.vmap(lambda x: F.linear(x, W))(X),
+    ],
+)
+def test_only_products_with_all_inputs_are_intercepted(multiply):
+    assert intercepted(multiply)[0] == []
+    assert len(intercepted(lambda: F.linear(ROWS, W[2:]))[0]) == 1
 
-    def __init__(self):
-        super().__init__()
-        self.a, self.nothing, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 0), nn.Linear(WIDTH, WIDTH)
-        self.register_buffer("neighbours", torch.eye(3).roll(1, 0).to_sparse())
 
-    def forward(self, x):
-        x = self.neighbours @ self.a(x)
-        return self.b(torch.vmap(lambda each: each @ each.mT @ each)(x[None])[0] / 10)
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
-def test_tensors_without_memory_of_their_own_are_multiplied_as_usual(sequential):
-    torch.manual_seed(0)
-    blocks = nn.Sequential(Graph(), Graph())
-    report = prune(blocks, [torch.randn(3, WIDTH)], 0.5, progress=False, sequential=sequential)
-    assert [(layer.tokens, layer.sparsity) for layer in report.layers if layer.name[2:] != "nothing"] == [(3, 0.5)] * 4
+@pytest.mark.parametrize(
+    "multiply",
+    [
+        lambda: F.linear(X, W, BIAS),
+        lambda: F.linear(bias=BIAS, weight=W, input=X),
+        lambda: X @ W.mT,
+        lambda: torch.matmul(input=X, other=W.mT),
+        lambda: torch.bmm(X, W.mT.expand(2, -1, -1)),
+        lambda: torch.bmm(mat2=W.mT.expand(2, -1, -1), input=X),
+        lambda: torch.baddbmm(BIAS, X, W.mT.expand(2, -1, -1)),
+        lambda: torch.addmm(BIAS, ROWS, W.mT),
+        lambda: torch.addmm(mat2=W.mT, mat1=ROWS, input=BIAS),
+        lambda: W.mm(ROWS.t()).t(),
+    ],
+)
+def test_every_way_to_pass_the_factors(multiply):
+    (tokens,), result = intercepted(multiply)
+    assert torch.equal(tokens.reshape(X.shape), X)
+    torch.testing.assert_close(result.reshape(X.shape), F.linear(X, W))
 
 
 def test_nothing_is_left_behind_after_an_error():
     model = build(fused)
     before = [dict(module.__dict__) for module in model.modules()]
-
-    def on_product(products, multiply):
-        raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"), intercept(find_layers(model, "none").layers, on_product):
+    with pytest.raises(TypeError), intercept(find_layers(model, "none").layers, None):
         model(vectors()[0])
     assert [dict(module.__dict__) for module in model.modules()] == before
     assert not torch.overrides._get_current_function_mode_stack()
 
 
+TRANSFORMER = ZOO["torch_transformer"].build()
+
+
+class Text(type(TRANSFORMER)):
+    """Attention wants time first, where a mask of (samples, tokens) says nothing of rows one behind the other."""
+
+    def forward(self, x, attention_mask):
+        return self.head(self.encoder(x, src_key_padding_mask=attention_mask == 0))
+
+
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 @pytest.mark.parametrize("mask", ["11111 11000", "11111 11111 11111 11111 10000"])
 def test_padding_inside_of_attention_is_left_out(sequential, mask):
-    """Attention wants time first, where a mask of (samples, tokens) says nothing of rows one behind the other."""
-
-    class Text(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(
-                nn.TransformerEncoderLayer(WIDTH, HEADS, 24, dropout=0.0, batch_first=True) for _ in range(2)
-            )
-
-        def forward(self, x, attention_mask):
-            for layer in self.layers:
-                x = layer(x, src_key_padding_mask=attention_mask == 0)
-            return x
-
     torch.manual_seed(0)
     mask = torch.tensor([list(map(int, row)) for row in mask.split()])
-    x = torch.randn(*mask.shape, WIDTH)
-    model = Text().eval()
-    reports = []
+    x, weights = torch.randn(*mask.shape, 32), []
     for noise in (0.0, 100.0):  # of padding
+        model = copy.deepcopy(TRANSFORMER)
+        model.__class__ = Text
         batch = {"x": x + noise * torch.randn_like(x) * (mask == 0)[..., None], "attention_mask": mask}
-        reports.append(prune(pruned := copy.deepcopy(model), [batch], 0.5, progress=False, sequential=sequential))
-        for layer in reports[-1].layers:
-            assert (layer.tokens, layer.note) == (int(mask.sum()), ""), layer.name
-        reports.append(pruned.state_dict())
-    torch.testing.assert_close(reports[1], reports[3], rtol=0, atol=0)
+        report = prune(model, [batch], 0.5, progress=False, sequential=sequential)
+        assert {(layer.tokens, "padding" in layer.note) for layer in report.layers} == {(int(mask.sum()), False)}
+        weights.append(model.state_dict())
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
-def test_reconstruction_trains_what_is_read_past():
-    called, past = (build(formula) for formula in PAIRS["separate"])
-    for model in (called, past):
-        prune(model, vectors(), 0.5, recovery=Reconstruct(epochs=3), progress=False)
-    torch.testing.assert_close(called.state_dict(), past.state_dict(), rtol=1e-5, atol=1e-6)
-    kept = past[0].out.weight != 0
-    assert not torch.allclose(past[0].out.weight[kept], build(separate)[0].out.weight[kept])
+# ---- memory
+
+
+def test_without_plain_matrices_there_is_nothing_to_recognize():
+    abstract, images = nn.Linear(8, 6, device="meta"), (nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    with pytest.warns(UserWarning, match="zero-element"):
+        empty = nn.Linear(8, 0)
+    for layers in ([abstract], images, [empty]):
+        assert len(WeightMemory(find_layers(nn.Sequential(*layers)).layers)) == 0
+
+
+def test_a_weight_that_is_freed_does_not_stay_in_memory():
+    model, array = nn.Sequential(nn.Linear(8, 6)), np.ones((6, 8), dtype=np.float32)
+    model[0].weight = nn.Parameter(torch.from_numpy(array))
+    memory, freed = WeightMemory(find_layers(model).layers), weakref.ref(array)
+    assert [match.layer.name for match in memory.matches(model[0].weight.detach().mT)] == ["0"]
+    del array
+    assert freed() is not None
+    model[0].weight = nn.Parameter(torch.zeros(6, 8))
+    assert freed() is None

@@ -14,7 +14,7 @@ from support.refusals import Untouched, refusal
 from support.samples import samples_of
 from support.zoo import ZOO, run, seeded
 
-from wanda_lightning import Experts, WandaPrune, prune, prune_from_disk
+from wanda_lightning import prune, prune_from_disk
 from wanda_lightning.calibration.expert_saliency import ExpertSaliency
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.models.mixtures import mixtures
@@ -36,6 +36,12 @@ def dropped_in(report):
 @torch.no_grad()
 def logits(model, batches):
     return [run(model, batch) for batch in batches]
+
+
+def assert_as_if_not_chosen(model, dense, dropped, batches):
+    with cannot_be_chosen(dense, dropped):
+        expected = logits(dense, batches)
+    torch.testing.assert_close(logits(model, batches), expected, rtol=1e-4, atol=1e-5)
 
 
 @EVERY_FAMILY
@@ -71,12 +77,9 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
         of_groups = [[index for index in order if index * groups // number == group] for group in range(groups)]
         assert dropped[block] == sorted(i for group in of_groups for i in group[: int(sparsity * len(group))])
 
-    with cannot_be_chosen(dense, dropped):
-        before = logits(dense, batches)
+    assert_as_if_not_chosen(model, dense, dropped, batches)
     after = logits(model, batches)
-    for x, y in zip(before, after, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-    assert not any(torch.allclose(x, y) for x, y in zip(logits(dense, batches), after, strict=True))
+    assert not any(map(torch.allclose, logits(dense, batches), after))
 
     sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (dense, model)]
     assert (report.parameters, report.zeros) == (sizes[0], sizes[0] - sizes[1])
@@ -84,10 +87,8 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
     assert getattr(model.config, NUMBERS[name]) == number * (1 - sparsity)
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["mismatched_keys"]
-    for x, y in zip(after, logits(loaded.eval(), batches), strict=True):
-        assert torch.equal(x, y)
+    assert not info["missing_keys"] | info["mismatched_keys"]
+    assert all(map(torch.equal, after, logits(loaded.eval(), batches)))
 
 
 def test_an_expert_that_the_bias_of_the_router_prefers_can_leave():
@@ -99,15 +100,12 @@ def test_an_expert_that_the_bias_of_the_router_prefers_can_leave():
     dense = copy.deepcopy(model)
     dropped = dropped_in(prune(model, batches, 0.25, pattern="experts", progress=False))
     assert all(5 in indices for indices in dropped.values())
-    with cannot_be_chosen(dense, dropped):
-        before = logits(dense, batches)
-    for x, y in zip(before, logits(model, batches), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert_as_if_not_chosen(model, dense, dropped, batches)
 
 
 def test_everything_that_counts_experts_knows_the_new_number():
     model, batches = build("mixtral"), BATCHES()
-    prune(model, batches, 0.25, pattern=Experts(), progress=False)
+    prune(model, batches, 0.25, pattern="experts", progress=False)
     assert {module.num_experts for module in model.modules() if hasattr(module, "num_experts")} == {6}
     ids = batches[0]["input_ids"]
     result = model.train()(ids, labels=ids, output_router_logits=True)
@@ -131,101 +129,81 @@ def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
 
 # ---- refusals, each of which leaves the model as it was
 
+MIXTRAL, DEEPSEEK = partial(build, "mixtral"), partial(build, "deepseek_v3")
+
 
 def adapted():
-    model = build("mixtral")
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    return peft.get_peft_model(MIXTRAL(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
 
 
-def unequal():
-    model = build("mixtral")
-    model.model.layers[1].mlp = build("mixtral", experts=4).model.layers[1].mlp
+def with_block(change):
+    """A model whose second mixture something has changed."""
+    model = MIXTRAL()
+    change(model.model.layers[1])
     return model
 
 
-@pytest.mark.parametrize(
-    ("make", "sparsity", "choices", "message"),
-    [
-        (ZOO["llama"].build, 0.25, {}, "pattern='experts' needs a mixture of experts, but no module"),
-        (ZOO["expert_list"].build, 0.25, {}, r"experts in stacked parameters \(a list of modules does not count\)"),
-        (adapted, 0.25, {}, r"needs whole layers, but the model is sharded or has adapters\. Merge"),
-        (
-            unequal,
-            0.25,
-            {},
-            r"in every layer, but model\.layers\.0\.mlp has 8 in 1 group and \S+1\.mlp has 4 in 1 group",
-        ),
-        (
-            lambda: build("mixtral"),
-            0.05,
-            {},
-            r"drops none of the 8 experts .* Choose at least 0\.125",
-        ),
-        (lambda: build("mixtral"), 0.97, {}, r"drops all of the 8 experts .* at most 0\.875"),
-        (lambda: build("deepseek_v3"), 0.1, {}, "drops none of the 4 experts in each of the 2 groups"),
-        (
-            lambda: build("mixtral"),
-            0.25,
-            {"skip": "*.0.mlp.experts.*"},
-            r"skip or only leaves out model\.layers\.0\.mlp\.experts\.",
-        ),
-        (lambda: build("mixtral"), 0.25, {"only": "*.q_proj"}, r"skip or only leaves out .*experts"),
-    ],
-)
-def test_is_refused_before_a_batch_is_read(make, sparsity, choices, message):
-    assert re.search(message, refusal(make(), Untouched(), sparsity, pattern="experts", **choices))
+class Fallback(type(MIXTRAL().model.layers[1].mlp)):
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + self.experts.down_proj[7].sum()
 
 
-def fallback():
-    class Fallback(type(build("mixtral").model.layers[1].mlp)):
-        def forward(self, hidden_states):
-            return super().forward(hidden_states) + self.experts.down_proj[7].sum()
-
-    model = build("mixtral")
-    model.model.layers[1].mlp.__class__ = Fallback
-    return model
+class Fixed(hf.MixtralForCausalLM):
+    def __init__(self, config):
+        config.num_local_experts = 8
+        super().__init__(config)
 
 
-def fixed():
-    class Fixed(hf.MixtralForCausalLM):
-        def __init__(self, config):
-            config.num_local_experts = 8
-            super().__init__(config)
-
-    return Fixed(build("mixtral").config).eval()
+def unequal(layer):
+    layer.mlp = build("mixtral", experts=4).model.layers[1].mlp
 
 
-def infinite():
-    model = build("mixtral")
-    model.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
-    return model
+def fallback(layer):
+    layer.mlp.__class__ = Fallback
 
 
-EMPTY = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}]
+def infinite(layer):
+    layer.mlp.register_forward_pre_hook(lambda _, args: (args[0] * float("inf"),))
+
+
+SKIPPED = r"skip or only leaves out model\.layers\.0\.mlp\.experts\."
 NEEDED = r".* without the others model\.layers\.\d\.\S+ .* a token may need more"
+EMPTY = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}]
+BEFORE_A_BATCH_IS_READ = [
+    (ZOO["llama"].build, 0.25, "pattern='experts' needs a mixture of experts, but no module"),
+    (ZOO["expert_list"].build, 0.25, r"experts in stacked parameters \(a list of modules does not count\)"),
+    (adapted, 0.25, r"needs whole layers, but the model is sharded or has adapters\. Merge"),
+    (partial(with_block, unequal), 0.25, r"model\.layers\.0\.mlp has 8 in 1 group and \S+1\.mlp has 4 in 1 group"),
+    (MIXTRAL, 0.05, r"drops none of the 8 experts .* Choose at least 0\.125"),
+    (MIXTRAL, 0.97, r"drops all of the 8 experts .* at most 0\.875"),
+    (DEEPSEEK, 0.1, "drops none of the 4 experts in each of the 2 groups"),
+]
+BEFORE_AN_EXPERT_LEAVES = [
+    *((partial(build, name), 0.875, f"leaves 1 of 8{NEEDED}") for name in NUMBERS if name != "deepseek_v3"),
+    (DEEPSEEK, 0.75, rf"leaves 2 of 8 experts \(1 in each of its 2 groups\){NEEDED}"),
+    (partial(DEEPSEEK, num_experts_per_tok=3), 0.5, rf"4 of 8 experts \(2 in each of its 2.*{NEEDED}"),
+    (partial(with_block, fallback), 0.5, r"model\.layers\.1\.mlp \(Fallback\) computes something else"),
+    (lambda: Fixed(MIXTRAL().config).eval(), 0.25, r"no configuration of Fixed gives the new numbers \(6\)"),
+    (partial(with_block, infinite), 0.25, r"the experts of model\.layers\.1\.mlp return NaN or infinity"),
+]
 
 
 @pytest.mark.parametrize(
-    ("make", "sparsity", "message"),
+    ("make", "sparsity", "message", "batches", "choices"),
     [
-        *((partial(build, name), 0.875, f"leaves 1 of 8{NEEDED}") for name in NUMBERS if name != "deepseek_v3"),
-        (partial(build, "deepseek_v3"), 0.75, rf"leaves 2 of 8 experts \(1 in each of its 2 groups\){NEEDED}"),
-        (partial(build, "deepseek_v3", num_experts_per_tok=3), 0.5, rf"4 of 8 experts \(2 in each of its 2.*{NEEDED}"),
-        (fallback, 0.5, r"model\.layers\.1\.mlp \(Fallback\) computes something else"),
-        (fixed, 0.25, r"no configuration of Fixed gives the new numbers \(6\)"),
-        (infinite, 0.25, r"the experts of model\.layers\.1\.mlp return NaN or infinity"),
-        (partial(build, "mixtral"), None, r"the experts of model\.layers\.0\.mlp get no token except padding"),
+        *((*row, Untouched(), {}) for row in BEFORE_A_BATCH_IS_READ),
+        (MIXTRAL, 0.25, SKIPPED, Untouched(), {"skip": "*.0.mlp.experts.*"}),
+        (MIXTRAL, 0.25, SKIPPED, Untouched(), {"only": "*.q_proj"}),
+        *((*row, BATCHES(), {}) for row in BEFORE_AN_EXPERT_LEAVES),
+        (MIXTRAL, 0.25, r"the experts of model\.layers\.0\.mlp get no token except padding", EMPTY, {}),
     ],
 )
-def test_is_refused_before_an_expert_leaves(make, sparsity, message):
-    batches = BATCHES() if sparsity else EMPTY
-    assert re.search(message, refusal(make(), batches, sparsity or 0.25, pattern="experts"))
+def test_what_cannot_lose_experts_is_refused(make, sparsity, message, batches, choices):
+    assert re.search(message, refusal(make(), batches, sparsity, pattern="experts", **choices))
 
 
-def test_where_experts_cannot_be_dropped(tmp_path):
-    with pytest.raises(ValueError, match=r"calibrate_on='validation' .* pattern='experts' needs a pass of its own"):
-        WandaPrune(0.25, pattern="experts", calibrate_on="validation")
-    build("mixtral").save_pretrained(tmp_path / "dense")
+def test_a_model_on_disk_is_refused(tmp_path):
+    MIXTRAL().save_pretrained(tmp_path / "dense")
     with pytest.raises(ValueError, match="pattern='experts' needs the whole model in memory"):
         prune_from_disk(tmp_path / "dense", tmp_path / "out", BATCHES(), 0.25, pattern="experts")
     assert not (tmp_path / "out").exists()
@@ -236,38 +214,37 @@ def test_where_experts_cannot_be_dropped(tmp_path):
 OTHERS = {"dbrx", "inkling_text", "jetmoe", "longcat_flash", "zaya"}  # docs/methods.md says why
 
 
-def many_experts(model):
-    """The same model with eight experts in each layer, since two groups of two cannot lose any."""
-    config = copy.deepcopy(model.config)
-    for key in {*NUMBERS.values()} & vars(config).keys():
-        setattr(config, key, 8)
-    return seeded(lambda: type(model)(config))
+def with_experts():
+    """Every family with experts in one parameter, by name, with at least two experts in each group of the router."""
+    for kind, name in [(each, name) for each in ("causal", "other") for name in families.names(each)]:
+        try:
+            family = families.family(kind, name)
+            model = family.build()
+        except Exception:  # tests/models/test_families.py knows which cannot be built
+            continue
+        if not any(".experts" in key for key, _ in model.named_modules()) or name == "hunyuan_v1_moe":  # has one
+            continue
+        if (found := list(mixtures(model))) and found[0].groups > 1:
+            config = copy.deepcopy(model.config)
+            for key in {*NUMBERS.values()} & vars(config).keys():
+                setattr(config, key, 8)
+            model = seeded(partial(type(model), config))
+        yield name, model, family.batches(model)
 
 
 @pytest.mark.nightly
 def test_families(tmp_path):
     refused, passed = set(), set()
-    for kind in ("causal", "other"):
-        for name in families.names(kind):
-            try:
-                family = families.family(kind, name)
-                model = family.build()
-            except Exception:  # tests/models/test_families.py knows which cannot be built
-                continue
-            found = list(mixtures(model))
-            if not any(".experts" in key for key, _ in model.named_modules()) or name == "hunyuan_v1_moe":  # has one
-                continue
-            model = many_experts(model) if found and found[0].groups > 1 else model
-            batches = family.batches(model)
-            try:
-                prune(model, batches, 0.25, pattern="experts", progress=False)
-            except ValueError:
-                refused.add(name)
-                continue
-            model.save_pretrained(tmp_path / name)
-            loaded = type(model).from_pretrained(tmp_path / name).eval()
-            with torch.no_grad():
-                torch.testing.assert_close(loaded(**batches[0])[0], model.eval()(**batches[0])[0])
-            passed.add(name)
+    for name, model, batches in with_experts():
+        try:
+            prune(model, batches, 0.25, pattern="experts", progress=False)
+        except ValueError:
+            refused.add(name)
+            continue
+        model.save_pretrained(tmp_path / name)
+        loaded = type(model).from_pretrained(tmp_path / name).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(**batches[0])[0], model.eval()(**batches[0])[0])
+        passed.add(name)
     assert refused == OTHERS
     assert len(passed) == 57

@@ -4,7 +4,8 @@ from itertools import cycle, product
 
 import pytest
 import torch
-import torch.nn.functional as F
+from support import mlps
+from support.chains import Chain, Looped, Mlp, vectors
 from support.pairwise import spread, with_nightly
 from support.zoo import ZOO, seeded
 from torch import nn
@@ -14,107 +15,46 @@ from wanda_lightning.engine.notes import low_coverage
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import SkipReason, find_layers
 
-
-class Block(nn.Module):
-    """A linear layer, and a matrix of no layer, which holds `share` of the weights."""
-
-    def __init__(self, share):
-        super().__init__()
-        self.up, self.down = nn.Linear(10, 10), nn.Linear(10, 10)
-        self.mix = nn.Parameter(torch.randn(round(200 * share / (1 - share)) // 10, 10))
-
-    def forward(self, x):
-        return x + self.down(F.relu(self.up(x))) + F.linear(x, self.mix).sum()
-
-
-class Net(nn.Module):
-    def __init__(self, share):
-        super().__init__()
-        self.embed = nn.Embedding(500, 10)
-        self.blocks = nn.ModuleList([Block(share), Block(share)])
-        self.head = nn.Linear(10, 400, bias=False)
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def build(share=0.0):
-    return seeded(lambda: Net(share))
-
-
-IDS = torch.arange(60).reshape(3, 20)
+IN_PROJ = (
+    "only 64% of the weights besides embeddings, stem and head are in pruned layers; the largest parts left out are "
+    "encoder.layers.0.self_attn.in_proj_weight and 1 more, 6,144 weights: in_proj_weight of MultiheadAttention is not "
+    "the weight of a supported layer (Linear, Conv1D, Conv1d, Conv2d, Conv2dSame)"
+)
 
 
 def coverage_notes(report):
     return [note for note in report.notes if note.startswith("only ")]
 
 
-@pytest.mark.parametrize(("share", "percent"), [(0.1, None), (0.2, None), (1 / 3, 67), (0.9, 10)])
-def test_low_coverage_is_said(share, percent, caplog):
-    report = prune(build(share), [IDS], progress=False)
-    mix = build(share).blocks[0].mix.numel()
-    if percent is None:
-        assert coverage_notes(report) == []
-        return
-    (note,) = coverage_notes(report)
-    assert note == (
-        f"only {percent}% of the weights besides embeddings, stem and head are in pruned layers; the largest parts "
-        f"left out are blocks.0.mix and 1 more, {2 * mix:,} weights: mix of Block is not the weight of a supported "
-        "layer (Linear, Conv1D, Conv1d, Conv2d, Conv2dSame)"
-    )
-    assert note in caplog.text
-    assert f"Note: {note[:40]}" in str(report)
+@pytest.mark.parametrize(
+    ("name", "choices", "note"),
+    [
+        ("llama", {}, None),
+        ("unreached", {}, "are blocks.1.up and 1 more, 4,096 weights: no calibration batch called it"),
+        ("torch_transformer", {}, IN_PROJ),
+        ("torch_transformer", {"only": ["encoder.layers.0"]}, "are encoder.layers.0.self_attn.in_proj_weight, 3,072 "),
+        # What the user has left out is no surprise.
+        ("torch_transformer", {"only": ["*.linear1"]}, None),
+        ("torch_transformer", {"skip": ["encoder.layers.1", "*.in_proj_weight"]}, None),
+    ],
+)
+def test_low_coverage_is_said(name, choices, note, caplog):
+    report = prune(ZOO[name].build(), ZOO[name].batches(), **choices, progress=False)
+    found = coverage_notes(report)
+    assert len(found) == (note is not None)
+    if note:
+        assert note in found[0]
+        assert found[0] in caplog.text
+        assert f"Note: {found[0][:40]}" in str(report)
 
 
-def test_what_the_user_left_out_is_no_surprise():
-    for choices in ({"skip": ["blocks.1", "*.mix"]}, {"only": ["*.up"]}, {"only": ["blocks.0"], "skip": ["*.mix"]}):
-        assert coverage_notes(prune(build(0.9), [IDS], **choices, progress=False)) == []
-    (note,) = coverage_notes(prune(build(0.9), [IDS], only=["blocks.0"], progress=False))
-    assert "the largest parts left out are blocks.0.mix, 1,800 weights" in note
-
-
-def test_what_no_batch_reached_is_left_out_too():
-    class Half(Net):
-        def forward(self, ids):
-            return self.head(self.blocks[0](self.embed(ids)))
-
-    (note,) = coverage_notes(prune(Half(0.0), [IDS], progress=False))
-    assert note.startswith("only 50% ")
-    assert "blocks.1.up and 1 more, 200 weights: no calibration batch called it" in note
-
-
-class Uneven(nn.Module):
+def uneven():
     """Blocks of a width that 4 does not divide, though it divides what is inside them."""
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
-
-        def forward(self, x):
-            return x + self.down(F.relu(self.up(x)))
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
-        self.last = nn.Linear(6, 40)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.last(x)
+    return seeded(lambda: nn.Sequential(*(mlps.Mlp(width=16, size=6) for _ in range(3)), nn.Linear(6, 40)))
 
 
-MISFITS = ["blocks.0.up", "blocks.1.up", "blocks.2.up", "last"]
-
-
-SAID = "the pattern does not fit 4 layers, last largest (input width 6 is not a multiple of 4): left dense"
+MISFITS = ["0.up", "1.up", "2.up", "3"]
+SAID = "the pattern does not fit 4 layers, 3 largest (input width 6 is not a multiple of 4): left dense"
 
 
 def rows():
@@ -123,23 +63,20 @@ def rows():
 
 @pytest.mark.parametrize(("sequential", "solver"), spread(SEQUENTIAL_CHOICES, ["zero_out", "sparsegpt"]))
 def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
-    model, other = seeded(Uneven), seeded(Uneven)
+    model, other = uneven(), uneven()
     choices = {"solver": solver, "sequential": sequential, "progress": False}
     report = prune(model, rows(), pattern="2:4", **choices)
-    assert [layer.name for layer in report.layers] == ["blocks.0.down", "blocks.1.down", "blocks.2.down"]
+    assert [layer.name for layer in report.layers] == ["0.down", "1.down", "2.down"]
     assert all(layer.sparsity == 0.5 for layer in report.layers)
-    assert [(matrix.name, matrix.shape) for matrix in report.skipped] == [(name, (16, 6)) for name in MISFITS[:3]] + [
-        ("last", (40, 6))
-    ]
+    assert {matrix.name: matrix.shape[0] for matrix in report.skipped} == dict.fromkeys(MISFITS, 16) | {"3": 40}
     assert {matrix.detail for matrix in report.skipped} == {"input width 6 is not a multiple of 4"}
     assert report.notes == [SAID, *coverage_notes(report)]
     assert coverage_notes(report)[0].startswith("only 35% of the weights")  # 3 x 96 of 3 x 192 + 240
     assert [record.getMessage() for record in caplog.records] == report.notes
     prune(other, rows(), pattern="2:4", skip=MISFITS, **choices)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, other.get_parameter(name)), name
-        if name.removesuffix(".weight") in MISFITS:
-            assert torch.equal(parameter, seeded(Uneven).get_parameter(name)), name
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+    for name in MISFITS:
+        assert torch.equal(model.get_submodule(name).weight, uneven().get_submodule(name).weight)
 
 
 @pytest.mark.parametrize(
@@ -164,16 +101,57 @@ def test_units_do_not_depend_on_what_fits(name, m):
 
 
 def test_a_model_that_is_sparse_already_says_so():
-    model = build()
+    model, batches = seeded(lambda: Chain(Mlp(), Mlp())), vectors()
     with torch.no_grad():
         model.blocks[0].up.weight[:, :3] = 0
-        model.blocks[1].up.weight[:, :1] = 0
-        model.blocks[1].down.weight[0, :5] = 0  # 5 of 100
-    report = prune(model, [IDS], progress=False)
-    assert [layer.before for layer in report.layers] == [0.3, 0.0, 0.1, 0.05]
-    said = "2 layers were sparse already, blocks.0.up most: 30.0% zeros, which count toward the target"
-    assert said in report.notes
-    assert {layer.sparsity for layer in report.layers} == {0.5}
-    again = prune(model, [IDS], progress=False)
-    assert "4 layers were sparse already, blocks.0.up most: 50.0% zeros, which count toward the target" in again.notes
-    assert not any("already" in note for note in prune(build(), [IDS], progress=False).notes)
+        model.blocks[1].down.weight[:, :1] = 0
+    said = "layers were sparse already, blocks.0.up most: {:.1%} zeros, which count toward the target"
+    for number, before in ((2, [0.375, 0.0, 0.0, 0.0625]), (4, [0.5] * 4)):
+        report = prune(model, batches, skip=["head"], progress=False)
+        assert [layer.before for layer in report.layers] == before
+        assert f"{number} {said.format(before[0])}" in report.notes
+        assert {layer.sparsity for layer in report.layers} == {0.5}
+    assert not any("already" in note for note in prune(Chain(Mlp()), batches, progress=False).notes)
+
+
+# ---- layers that a model calls again
+
+
+def tied():
+    model = Looped(times=1)
+    model.blocks[1].up.weight = model.blocks[0].up.weight
+    return model
+
+
+def shared():
+    model = Looped(times=1)
+    model.blocks[1].up = model.blocks[0].up
+    return model
+
+
+def within():
+    model = Looped(times=1)
+    block, model.alias = model.blocks[0], model.blocks  # a block has two names
+    block.up, block.down = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8)
+    block.up[1].weight = block.up[0].weight
+    return model
+
+
+@pytest.mark.parametrize(("sequential", "noted"), [("block", True), ("layer", True), ("none", False)])
+@pytest.mark.parametrize(
+    ("build", "calls"), [(lambda: Looped(times=3), [3] * 4), (tied, [2, 1, 1]), (shared, [2, 1, 1])]
+)
+def test_the_report_says_that_the_statistics_are_those_of_the_first_call(build, calls, sequential, noted):
+    report = prune(build(), vectors(), sequential=sequential, skip=["head"], progress=False)
+    more = sum(number > 1 for number in calls)
+    start = f"the model calls {more} layer{'s' * (more > 1)} more than once, blocks.0.up first, but"
+    assert sum(note.startswith(start) for note in report.notes) == noted
+    assert [layer.tokens for layer in report.layers] == [21 * (1 if noted else number) for number in calls]
+
+
+@pytest.mark.parametrize(
+    ("build", "choices"), [(within, {}), (tied, {"method": "magnitude"}), (tied, {"skip": ["*.up"]})]
+)
+def test_a_weight_tied_within_a_block_or_seen_by_nothing_says_no_such_thing(build, choices):
+    report = prune(build(), vectors(), **choices, progress=False)
+    assert not any("more than once" in note for note in report.notes)

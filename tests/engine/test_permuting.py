@@ -1,8 +1,10 @@
 """Permuted models compute the same, in every family, and what cannot be permuted stays as it is."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
+import peft
 import pytest
 import timm
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import PruningCallback, PruningConfig, WandaPrune, prune
+from wanda_lightning.calibration.batches import map_tensors
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import make_plan
@@ -38,6 +41,8 @@ READERS = {
     "vit": {"attn.proj", "mlp.fc2"},
     "convnext": {"mlp.fc2"},
     "resnet18": set(),
+    "efficientnet": {"se.conv_expand", "conv_pwl"},
+    "mlps": {"down"},
 }
 """The layers whose inputs can be permuted, by their names inside the block."""
 
@@ -58,23 +63,6 @@ def outputs(model, batches):
         return [run(model, batch) for batch in batches]
 
 
-@pytest.mark.parametrize(("name", "dtype"), spread(READERS, [torch.bfloat16, torch.float32]))
-def test_the_model_computes_the_same(name, dtype):
-    model, batches = ZOO[name].build().to(dtype), ZOO[name].batches()
-    if name in ("vit", "convnext", "resnet18"):
-        batches = [(images.to(dtype), *rest) for images, *rest in batches]
-    before, dense, plan = outputs(model, batches), copy.deepcopy(model.state_dict()), plan_for(model)
-    done = permute_model(plan, batches)
-    inside = {layer.removeprefix(f"{plan.inventory.blocks[layer]}.") for layer in done.kept}
-    assert inside == READERS[name]
-    for layer, (kept_before, kept_after) in done.kept.items():
-        changed = not torch.equal(model.state_dict()[f"{layer}.weight"], dense[f"{layer}.weight"])
-        assert (kept_after > kept_before) == changed
-    for old, new in zip(before, outputs(model, batches), strict=True):
-        difference = (old.double() - new.double()).norm() / old.double().norm()
-        assert difference < (1e-5 if dtype == torch.float32 else 0.02)
-
-
 def efficientnet():
     torch.manual_seed(0)
     model = timm.create_model("test_efficientnet", num_classes=7).eval()  # has squeeze-and-excitation
@@ -85,32 +73,38 @@ def efficientnet():
     return model, [torch.randn(2, 3, 64, 64)]
 
 
-def read_if_long():
-    return Blocks(ReadIfLong), images()
+def mlps():
+    return Blocks(partial(Mlp, read_if_long)), images()
 
 
-@pytest.mark.parametrize(("make", "reader"), [(efficientnet, "conv_pwl"), (read_if_long, "down")])
-def test_layers_on_the_way_to_the_reader_are_permuted_with_it(make, reader):
-    """Depthwise convolutions, BatchNorm, squeeze-and-excitation, and layers that read the units as well."""
-    model, batches = make()
-    before, plan = outputs(model, batches), plan_for(model)
+OTHERS = {"efficientnet": efficientnet, "mlps": mlps}
+
+
+@pytest.mark.parametrize(("name", "dtype"), spread(READERS, [torch.bfloat16, torch.float32]))
+def test_the_model_computes_the_same(name, dtype):
+    """Also with depthwise convolutions, BatchNorm, squeeze-and-excitation, and layers that read the units as well."""
+    model, batches = OTHERS[name]() if name in OTHERS else (ZOO[name].build(), ZOO[name].batches())
+    model, batches = model.to(dtype), map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
+    before, dense, plan = outputs(model, batches), copy.deepcopy(model.state_dict()), plan_for(model)
     done = permute_model(plan, batches)
-    inside = [layer.removeprefix(f"{plan.inventory.blocks[layer]}.") for layer in done.kept]
-    assert reader in inside
+    inside = {layer.removeprefix(f"{plan.inventory.blocks[layer]}.") for layer in done.kept}
+    assert inside == READERS[name]
     assert not done.put_back
+    for layer, (kept_before, kept_after) in done.kept.items():
+        changed = not torch.equal(model.state_dict()[f"{layer}.weight"], dense[f"{layer}.weight"])
+        assert (kept_after > kept_before) == changed
     for old, new in zip(before, outputs(model, batches), strict=True):
-        assert (old.double() - new.double()).norm() < 1e-5 * old.double().norm()
+        difference = (old.double() - new.double()).norm() / old.double().norm()
+        assert difference < (1e-5 if dtype == torch.float32 else 0.02)
 
 
 def test_it_is_pruned_as_a_model_that_was_permuted_before():
     model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
     expected = copy.deepcopy(model)
     permute_model(plan_for(expected), batches)
-    choices = {"pattern": "2:4", "method": "wanda", "progress": False}
-    prune(expected, batches, 0.5, **choices)
-    report = prune(model, batches, 0.5, permutation="assignment", **choices)
-    for (name, parameter), other in zip(model.named_parameters(), expected.parameters(), strict=True):
-        assert torch.equal(parameter, other), name
+    prune(expected, batches, 0.5, method="wanda", pattern="2:4", progress=False)
+    report = prune_permuted(model, batches)
+    assert unchanged(model, expected.state_dict())
     assert report.config["permutation"] == {"name": "Assignment", "iterations": 8}
     assert any("the inputs of 4 layers are permuted, which raises the Wanda scores" in note for note in report.notes)
     noted = {layer.name.rpartition(".")[2] for layer in report.layers if "inputs permuted: kept score +" in layer.note}
@@ -118,83 +112,56 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
     assert report.seconds["permute"] > 0
 
 
-def test_values_that_heads_share_are_permuted_together():
-    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
-    attention = model.model.layers[0].self_attn
-    values, output = (layer.weight.detach().clone() for layer in (attention.v_proj, attention.o_proj))
-    permute_model(plan_for(model), batches)
-    size, groups = attention.head_dim, attention.num_key_value_groups
-    for row, new in enumerate(attention.v_proj.weight):
-        (old,) = (values == new).all(1).nonzero().flatten().tolist()
-        head = row // size
-        assert old // size == head
-        for copy_ in range(groups):
-            start = (head * groups + copy_) * size
-            assert torch.equal(attention.o_proj.weight[:, start + row % size], output[:, start + old % size])
+def read_once(self, x):
+    return x + self.down(self.hidden(x))
+
+
+def read_twice(self, x):
+    """Also without a layer; a large activation hides the difference in a norm."""
+    weights = torch.arange(32).to(x.dtype)
+    large = 10_000 * F.one_hot(torch.tensor(0), 16).to(x.dtype)
+    return read_once(self, x) + large + (self.hidden(x) * weights).sum(-1, keepdim=True)
+
+
+def read_by_another(self, x):
+    """By a layer that is skipped; a large activation hides what it adds."""
+    hidden = self.hidden(x)
+    return x + 1000 * F.one_hot(torch.tensor(0), 16) + self.down(hidden) * self.gate(hidden).sigmoid()
+
+
+def read_if_long(self, x):
+    """By a layer that is skipped, in another form; only long samples use its output."""
+    hidden = self.hidden(x)
+    chosen = self.gate(2 * hidden).topk(min(x.shape[1], 100), dim=1)
+    return x + self.down(hidden) * torch.ones_like(x[..., :1]).scatter(1, chosen.indices, 1.0)
+
+
+def passed_on(self, x, seen):
+    hidden = seen["hidden"] = self.hidden(x) + seen.get("hidden", 0)
+    return x + self.down(hidden)
+
+
+def one_of_two(self, x, other):
+    """The layer that reads is the one that the batch asks for."""
+    return x + (self.other if other else self.down)(self.hidden(x))
 
 
 class Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+    """A block whose hidden units are read in one of these ways."""
 
-    def forward(self, x):
-        return x + self.down(self.hidden(x))
+    def __init__(self, way=read_once):
+        super().__init__()
+        self.up, self.down, self.way = nn.Linear(16, 32), nn.Linear(32, 16), way
+        if way in (read_by_another, read_if_long):
+            self.gate = nn.Linear(32, 1)
+        if way is one_of_two:
+            self.other = nn.Linear(32, 16)
+
+    def forward(self, x, *more):
+        return self.way(self, x, *more)
 
     def hidden(self, x):
         return F.relu(self.up(x))
-
-
-class ReadTwice(Mlp):
-    """Hidden units that are also read without a layer; a large activation hides the difference in a norm."""
-
-    def forward(self, x):
-        weights = torch.arange(32).to(x.dtype)
-        large = 10_000 * F.one_hot(torch.tensor(0), 16).to(x.dtype)
-        return super().forward(x) + large + (self.hidden(x) * weights).sum(-1, keepdim=True)
-
-
-class ReadByAnother(Mlp):
-    """Hidden units that another layer reads, too, which is skipped; a large activation hides what it adds."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(32, 1)
-
-    def forward(self, x):
-        hidden = self.hidden(x)
-        return x + 1000 * F.one_hot(torch.tensor(0), 16) + self.down(hidden) * self.gate(hidden).sigmoid()
-
-
-class ReadIfLong(Mlp):
-    """Hidden units that another layer, which is skipped, reads in another form; only long samples use its output."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(32, 1)
-
-    def forward(self, x):
-        hidden = self.hidden(x)
-        chosen = self.gate(2 * hidden).topk(min(x.shape[1], 100), dim=1)
-        used = torch.ones_like(x[..., :1]).scatter(1, chosen.indices, 1.0)
-        return x + self.down(hidden) * used
-
-
-class PassedOn(Mlp):
-    def forward(self, x, seen):
-        hidden = seen["hidden"] = self.hidden(x) + seen.get("hidden", 0)
-        return x + self.down(hidden)
-
-
-class Chosen(Mlp):
-    """Hidden units that one of two layers reads, as the batch asks."""
-
-    def __init__(self):
-        super().__init__()
-        self.other = nn.Linear(32, 16)
-
-    def forward(self, x, other=False):
-        return x + (self.other if other else self.down)(self.hidden(x))
 
 
 class Odd(nn.Module):
@@ -212,9 +179,9 @@ class Odd(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Two blocks of a class."""
+    """Two blocks."""
 
-    def __init__(self, block, run=lambda blocks, x: blocks[1](blocks[0](x))):
+    def __init__(self, block=Mlp, run=lambda blocks, x: blocks[1](blocks[0](x))):
         super().__init__()
         torch.manual_seed(0)
         self.blocks, self.run = nn.ModuleList([block(), block()]), run
@@ -223,24 +190,22 @@ class Blocks(nn.Module):
         return self.run(self.blocks, x, **options)
 
 
-def passed_on(blocks, x):
+def with_what_was_seen(blocks, x):
     seen = {}
     return blocks[1](blocks[0](x, seen), seen)
 
 
-def with_other(blocks, x, other):
-    return blocks[1](blocks[0](x, other), other)
-
-
 FIXED = {
-    "read twice": lambda: Blocks(ReadTwice),
-    "read by another": lambda: Blocks(ReadByAnother),
-    "passed on": lambda: Blocks(PassedOn, passed_on),
+    "read twice": lambda: Blocks(partial(Mlp, read_twice)),
+    "read by another": lambda: Blocks(partial(Mlp, read_by_another)),
+    "passed on": lambda: Blocks(partial(Mlp, passed_on), with_what_was_seen),
     "odd heads": lambda: Blocks(Odd),
 }
 MOVED_BACK = {
-    "other layer": lambda: Blocks(Chosen, with_other),
-    "called again": lambda: Blocks(Mlp, lambda blocks, x: blocks[0](blocks[1](blocks[0](x)))),
+    "other layer": lambda: Blocks(
+        partial(Mlp, one_of_two), lambda blocks, x, other: blocks[1](blocks[0](x, other), other)
+    ),
+    "called again": lambda: Blocks(run=lambda blocks, x: blocks[0](blocks[1](blocks[0](x)))),
 }
 
 
@@ -285,31 +250,31 @@ def test_units_are_put_back_if_another_call_uses_them_in_another_way(kind, caplo
     assert "were put back, blocks.0 first, because its output changed" in caplog.text
 
 
-def test_tied_blocks_are_not_permuted():
-    model = Blocks(Mlp)
+def tied():
+    model = Blocks()
     model.blocks[1].up.weight.data = model.blocks[0].up.weight.data
-    dense = copy.deepcopy(model.state_dict())
-    assert permute_model(plan_for(model), images()).kept == {}
-    assert unchanged(model, dense)
+    return model, images()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_adapters_keep_their_order(dtype):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        ZOO["llama"].build().to(dtype), peft.LoraConfig(target_modules=["up_proj", "o_proj"], init_lora_weights=False)
-    )
+def adapted():
+    options = {"target_modules": ["up_proj", "o_proj"], "init_lora_weights": False}
+    return peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**options)), ZOO["llama"].batches()
+
+
+@pytest.mark.parametrize("make", [tied, adapted])
+def test_tied_blocks_and_adapters_keep_their_order(make):
+    model, batches = make()
     dense = copy.deepcopy(model.state_dict())
-    with model.disable_adapter():
-        assert permute_model(plan_for(model), ZOO["llama"].batches()).kept == {}
+    with model.disable_adapter() if make is adapted else nullcontext():
+        assert permute_model(plan_for(model), batches).kept == {}
     assert unchanged(model, dense)
 
 
 def test_no_batches_and_bad_batches():
     with pytest.raises(ValueError, match=r"must hold at least one calibration batch for permutation=.assignment"):
-        prune_permuted(Blocks(Mlp), [], method="magnitude")
+        prune_permuted(Blocks(), [], method="magnitude")
 
-    model = Blocks(Mlp, lambda blocks, x: blocks[1](blocks[0](x) * torch.nan))
+    model = Blocks(run=lambda blocks, x: blocks[1](blocks[0](x) * torch.nan))
     with pytest.raises(ValueError, match="NaN") as error:
         prune_permuted(model, images())
     assert "Hidden units of the model are permuted already" in "".join(error.value.__notes__)
@@ -327,9 +292,8 @@ def test_two_processes_permute_alike(pair):
         assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
         assert any("the inputs of 4 layers are permuted" in note for note in notes)
     model = ZOO["llama"].build()
-    prune(model, batches, 0.5, method="magnitude", pattern="2:4", permutation="assignment", progress=False)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=0)
+    prune_permuted(model, batches, method="magnitude")
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
 
 
 class TwoMlps(Net):

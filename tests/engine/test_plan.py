@@ -1,6 +1,7 @@
 """What is pruned, and to which sparsity, is found once; what cannot be pruned is refused before anything changes."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from wanda_lightning import (
     OWL,
     AlphaPruning,
     Distil,
+    Fisher,
     PerLayer,
     PruningConfig,
     Unstructured,
@@ -35,61 +37,52 @@ def test_blocks_do_not_depend_on_where_batches_stop():
     assert blocks[0]["model.layers.1.mlp.up_proj"] == "model.layers.1"
 
 
-@pytest.mark.parametrize(("name", "weighed"), [("llama", True), ("vit", False), ("convnext", False)])
-def test_rows_are_weighed_except_in_image_models(name, weighed):
-    model, forced = ZOO[name].build(), Unstructured("layer", weigh_rows=True)
-    plan = make_plan(PruningConfig.from_names(method="best"), model)
-    assert plan.config.pattern == Unstructured("layer", weigh_rows=weighed)
-    assert plan.preset == "best"
-    assert make_plan(PruningConfig.from_names(method="best", pattern=forced), model).config.pattern == forced
+FORCED = Unstructured("layer", weigh_rows=True)
+IMAGES, TEXT, EACH = ("vit", "convnext"), ("llama",), ("vit", "convnext", "llama")
+RESOLVED = [
+    *(
+        (names, {"method": "best"}, "pattern", Unstructured("layer", weigh_rows=names is TEXT))
+        for names in (TEXT, IMAGES)
+    ),
+    (EACH, {"method": "best", "pattern": FORCED}, "pattern", FORCED),
+    *((TEXT, {"method": method}, "sequential", "layer") for method in ("best", "thorough")),
+    *((IMAGES, {"method": method}, "sequential", "none") for method in ("best", "thorough")),
+    *((TEXT, {"method": "thorough", "pattern": p}, "recovery", Distil(blocks=False)) for p in ("unstructured", "2:4")),
+    *((IMAGES, {"method": "thorough", "pattern": p}, "recovery", Distil(blocks=True)) for p in ("unstructured", "2:4")),
+    (EACH, {"method": "thorough", "pattern": "structured"}, "recovery", Distil(blocks=False)),
+    (EACH, {"method": "thorough", "sequential": "layer"}, "recovery", Distil(blocks=False)),
+    (TEXT, {"pattern": "structured"}, "sequential", "layer"),
+    (IMAGES, {"pattern": "structured"}, "sequential", "none"),
+]
 
 
-@pytest.mark.parametrize(("name", "blocks"), [("llama", False), ("vit", True), ("convnext", True)])
-def test_distil_also_trains_the_blocks_of_image_models(name, blocks):
-    model, order = ZOO[name].build(), "none" if blocks else "layer"
-    for method in ("best", "thorough"):
-        assert make_plan(PruningConfig.from_names(method=method), model).config.sequential == order
-    for pattern in ("unstructured", "2:4"):
-        plan = make_plan(PruningConfig.from_names(method="thorough", pattern=pattern), model)
-        assert (plan.config.recovery, plan.preset) == (Distil(blocks=blocks), "thorough")
-    for choices in ({"pattern": "structured"}, {"sequential": "layer"}):
-        config = PruningConfig.from_names(method="thorough", **choices)
-        assert make_plan(config, model).config.recovery == Distil(blocks=False)
-
-
-@pytest.mark.parametrize(("name", "stops"), [("llama", "layer"), ("vit", "none")])
-def test_whole_units_are_pruned_in_one_pass(name, stops):
-    assert make_plan(PruningConfig.from_names(pattern="structured"), ZOO[name].build()).config.sequential == stops
+@pytest.mark.parametrize(("names", "choices", "option", "expected"), RESOLVED)
+def test_choices_that_depend_on_the_model(names, choices, option, expected):
+    """Rows are weighed except in image models, whose blocks Distil also trains, and which are pruned in one pass."""
+    for name in names:
+        plan = make_plan(PruningConfig.from_names(**choices), ZOO[name].build())
+        assert getattr(plan.config, option) == expected
+        assert plan.preset == choices.get("method") or choices.keys() != {"method"}
 
 
 # ---- allocations on whole models
 
 
-def test_a_given_zero_leaves_a_layer_dense():
-    model = ZOO["llama"].build()
-    allocation = PerLayer({"model.layers.0.self_attn.q_proj": 0.0})
-    report = prune(model, ZOO["llama"].batches(), 0.5, pattern="4:8", allocation=allocation, progress=False)
-    assert report.layers[0].sparsity == 0
-    assert report.sparsity == pytest.approx(0.5, abs=0.01)
-    assert any(note.startswith("mixed N:M: ") and "1 layer dense" in note for note in report.notes)
-
-
 MODELS = ["llama", "gpt2", "t5", "vit", "convnext", "resnet18", "unreached"]
+SPREADING = {"owl": OWL(m=2.0), "owl_layer": OWL(m=2.0, per="layer"), "fisher": Fisher()}
 
 
-@pytest.mark.parametrize(("model_name", "name"), spread(MODELS, ["owl", "owl_layer"]))
-def test_owl_sees_the_dense_model_at_every_granularity(model_name, name):
-    specimen = ZOO[model_name]
-    given_out = {}
+@pytest.mark.parametrize(("model_name", "name"), spread(MODELS, SPREADING))
+def test_an_allocation_sees_the_dense_model_at_every_granularity(model_name, name):
+    specimen, given_out = ZOO[model_name], []
     for sequential in SEQUENTIAL_CHOICES:
-        allocation = OWL(m=2.0, per="layer" if name == "owl_layer" else "block")
-        choices = {"allocation": allocation, "sequential": sequential, "progress": False}
+        choices = {"allocation": SPREADING[name], "sequential": sequential, "progress": False}
         report = prune(specimen.build(), specimen.batches(), 0.5, **choices)
-        given_out[sequential] = {layer.name: layer.target for layer in report.layers}
+        given_out.append({layer.name: layer.target for layer in report.layers})
         for layer in report.layers:
             assert layer.sparsity == pytest.approx(layer.target, abs=1e-6)
-    assert given_out["block"] == given_out["layer"] == given_out["none"]
-    assert len(set(given_out["none"].values())) > 1
+    assert given_out[0] == given_out[1] == given_out[2]
+    assert len(set(given_out[0].values())) > 1
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
 
 
@@ -116,23 +109,22 @@ def test_pruning_twice_changes_nothing(name, pattern, sequential, criterion):
     assert first.sparsity == second.sparsity
 
 
-@pytest.mark.parametrize("allocation", [AlphaPruning(), PerLayer({"*.mlp": 0.6}), OWL(m=2.0)], ids=str)
+@pytest.mark.parametrize(
+    "allocation", [AlphaPruning(), PerLayer({"*.mlp": 0.6}), PerLayer({"*.0.*q*": 0.0}), OWL(m=2.0)], ids=str
+)
 @pytest.mark.parametrize("model_name", ["llama", "vit"])
 def test_mixed_n_of_m(model_name, allocation):
     specimen = ZOO[model_name]
     model = specimen.build()
     report = prune(model, specimen.batches(), 0.5, pattern=NM(8, 16), allocation=allocation, progress=False)
-    counts = {}
+    sparsities, kinds = {layer.name: layer.sparsity for layer in report.layers}, Counter()
     for layer in find_layers(model).layers:
-        kept = (layer.read().reshape(-1, 16) != 0).sum(dim=1).unique().tolist()
-        assert len(kept) == 1
-        counts[kept[0]] = counts.get(kept[0], 0) + 1
-        assert next(pruned for pruned in report.layers if pruned.name == layer.name).sparsity == 1 - kept[0] / 16
-    assert len(counts) > 1
-    expected = "mixed N:M: " + ", ".join(
-        f"{counts[n]} layer{'s' * (counts[n] > 1)} {n}:16" for n in sorted(counts, key=lambda n: f"{n}:16")
-    )
-    assert expected in report.notes
+        (kept,) = (layer.read().reshape(-1, 16) != 0).sum(dim=1).unique().tolist()
+        kinds["dense" if kept == 16 else f"{kept}:16"] += 1
+        assert sparsities[layer.name] == 1 - kept / 16
+    assert len(kinds) > 1
+    listed = (f"{number} layer{'s' * (number > 1)} {kind}" for kind, number in sorted(kinds.items()))
+    assert f"mixed N:M: {', '.join(listed)}" in report.notes
     largest = max(layer.size for layer in report.layers)
     assert abs(report.sparsity - 0.5) * sum(layer.size for layer in report.layers) <= largest / 16 / 2
 
@@ -171,12 +163,10 @@ def test_how_often_each_layer_runs(criterion, allocation, passes, sequential):
     assert len(calls) == passes[sequential] * len(ZOO["llama"].batches())
 
 
-def test_refusals_come_before_the_batches():
-    model = ZOO["llama"].build
-    assert "matches no pruned layer" in refusal(model(), Untouched(), allocation=PerLayer({"lm_head": 0.5}))
-    assert "with this PerLayer" in refusal(model(), Untouched(), allocation=PerLayer({"*.mlp": 0.9}))
-    for sequential in SEQUENTIAL_CHOICES:
-        assert "allocation='owl'" in (
-            text := refusal(model(), [], criterion="magnitude", allocation="owl", sequential=sequential)
-        )
-        assert "there is none" in text
+@EVERY_GRANULARITY
+@pytest.mark.parametrize(
+    ("allocation", "message"),
+    [(PerLayer({"lm_head": 0.5}), "matches no pruned layer"), (PerLayer({"*.mlp": 0.9}), "with this PerLayer")],
+)
+def test_refusals_come_before_the_batches(allocation, message, sequential):
+    assert message in refusal(ZOO["llama"].build(), Untouched(), allocation=allocation, sequential=sequential)

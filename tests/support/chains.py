@@ -43,9 +43,26 @@ class Chain(nn.Module):
         return self.head(x)
 
 
+class Looped(nn.Module):
+    """Two blocks, applied several times."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.blocks, self.norm, self.head = nn.ModuleList([Mlp(), Mlp()]), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4)
+        self.times = times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            for block in self.blocks:
+                x = block(x)
+            x = self.norm(x)
+        return self.head(x)
+
+
 def vectors(count=3):
+    """Batches of two and three samples in turn."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, 3, WIDTH, generator=generator) for _ in range(count)]
+    return [torch.randn(2 + index % 2, 3, WIDTH, generator=generator) for index in range(count)]
 
 
 @torch.no_grad()

@@ -21,3 +21,9 @@ def gradients(model, batches, samples=None, predictions=0, recomputed=True, proc
         return gradient_statistics(
             model, plan.layers, blocks, data, lambda: None, processes, GradientLimit(samples, predictions)
         )
+
+
+def drawn(logits, sample):
+    """The labels that are drawn from the predictions of one sample, which are rows, by its number."""
+    generator = torch.Generator().manual_seed(sample)
+    return torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
