@@ -10,7 +10,7 @@ from torch import nn
 
 from wanda_lightning import prune
 from wanda_lightning.calibration.mode import calibration_mode
-from wanda_lightning.shrinking.trial import _evaluating
+from wanda_lightning.common.evaluating import evaluating
 
 
 class Merging(nn.Linear):
@@ -56,7 +56,7 @@ def merging(model):
     return [module for module in model.modules() if isinstance(module, Merging)]
 
 
-@pytest.mark.parametrize("context", [calibration_mode, _evaluating])
+@pytest.mark.parametrize("context", [calibration_mode, evaluating])
 @pytest.mark.parametrize(
     "set_up",
     [
