@@ -25,7 +25,7 @@ from result import Result, Runs, Samples
 from torch import Tensor
 
 from wanda_lightning import CausalLMModule, prune, prune_from_disk
-from wanda_lightning.training.held_zeros import prunable_layers
+from wanda_lightning.models import find_layers
 
 LARGE = {"hidden": 4096, "mlp": 11008, "layers": 32, "heads": 32, "vocabulary": 32000, "samples": 128, "seqlen": 2048}
 SMALL = (8, 512)  # windows and tokens for the masks
@@ -42,7 +42,7 @@ def pruned(options: argparse.Namespace, method: str, dtype: str, device: str) ->
     model = CausalLMModule(options.model, dtype=dtype).model.eval().to(device)
     windows = random_windows(model.config.get_text_config().vocab_size, *SMALL)
     report = prune(model, windows, 0.5, method=method, progress=False)
-    masks = {layer.name: (layer.weight != 0).cpu() for layer in prunable_layers(model)}
+    masks = {layer.name: (layer.weight != 0).cpu() for layer in find_layers(model).layers}
     return masks, [layer.error for layer in report.layers if layer.error is not None]
 
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, sample_windows
 from wanda_lightning.data.text import cut
 from wanda_lightning.data.text_sources import OWN_TEXT
-from wanda_lightning.training.held_zeros import prunable_layers
+from wanda_lightning.models import Layer, find_layers
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 TEXTS = {"web": "{}", "own": OWN_TEXT, "both": f"{{}} and {OWN_TEXT}"}
@@ -99,6 +99,12 @@ def train(
         "trained_tokens": windows.numel(),
         "sparsity": zeros / sizes,
     }
+
+
+def pruned_layers(module: CausalLMModule) -> dict[str, Layer]:
+    """Return the layers that have zeros."""
+    layers = find_layers(module.model).layers
+    return {layer.name: layer for layer in layers if 0 < int((layer.weight == 0).sum()) < layer.size}
 
 
 def main() -> None:

@@ -29,8 +29,6 @@ def net():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: keep_zeros(net(), [torch.optim.SGD(net().parameters())]), "optimizers must be .* one is a list"),
-        (lambda: keep_zeros(net(), state=net().state_dict()), "state must be the state_dict"),
         (lambda: keep_zeros(net().to("meta")), "model must hold its weights, but 0 is on the meta device"),
         (lambda: prune(net(), keep_batch_norm="false"), "keep_batch_norm must be True or False, but it is 'false'"),
         (

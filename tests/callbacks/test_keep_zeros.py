@@ -5,8 +5,7 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, WeightAveraging
 from support.callbacks import (
     ADAMW,
     Lion,
@@ -21,17 +20,7 @@ from support.callbacks import (
     trainer,
     zeros,
 )
-from support.held_zeros import (
-    AVERAGING,
-    OPTIMIZERS,
-    PRECISIONS,
-    AveragesHoldZeros,
-    LooksAtZeros,
-    Witness,
-    averages,
-    of_the_shape,
-    precision_of,
-)
+from support.held_zeros import AVERAGING, OPTIMIZERS, PRECISIONS, LooksAtZeros, Witness, of_the_shape, precision_of
 from support.pairwise import pairwise, with_nightly
 from support.zoo import ZOO
 from torch import nn
@@ -90,15 +79,6 @@ def test_the_check_for_zeros_can_fail():
     assert not _global_optimizer_post_hooks
 
 
-def test_zeros_under_a_scale_that_overflows():
-    """The scaler skips such a step, and the next one is right."""
-    module = LooksAtZeros(OPTIMIZERS["adamw_foreach"], from_step=2)
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=100))
-    trainer(Witness(), WandaPrune(num_samples=24, at_step=2), max_steps=40, plugins=[plugin]).fit(module, loader(24))
-    assert plugin.scaler.get_scale() < 2.0**40
-    assert all(share > 0.5 for share in module.trained().values())
-
-
 class LooksBetweenSteps(LooksAtZeros):
     """LBFGS calls the model several times within a step, to try weights out."""
 
@@ -115,58 +95,6 @@ class LooksBetweenSteps(LooksAtZeros):
         self.look()
 
 
-def test_lbfgs():
-    module = LooksBetweenSteps(partial(torch.optim.LBFGS, lr=0.1, max_iter=3), from_step=4)
-    trainer(Witness(), WandaPrune(num_samples=24, at_step=4), max_steps=8).fit(module, loader(24))
-    assert module.looks >= 2 * (8 - 4)
-    assert all(share > 0.5 for share in module.trained().values())
-
-
-class Wrapping(LooksAtZeros):
-    """Calls its model `module`, as wrappers of models do."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.module = self.layers
-        del self.layers
-
-    def forward(self, x):
-        return self.module(x)
-
-
-@pytest.mark.parametrize(
-    ("kind", "at_step", "order", "make"), pairwise(AVERAGING, [0, 5, None], [1, -1], [LooksAtZeros, Wrapping])
-)
-def test_averages_hold_the_zeros(kind, at_step, order, make):
-    module, averaging = make(OPTIMIZERS["adamw_foreach"], from_step=at_step or 0), AVERAGING[kind]()
-    last = AveragesHoldZeros(averaging)
-    callbacks = [*[averaging, prune_at(at_step, module, num_samples=12)][::order], last]
-    trainer(*callbacks, max_epochs=4, num_sanity_val_steps=0).fit(module, loader(), loader())
-    assert last.looks > 0
-    assert last.validated
-    for seen in (*last.validated, zeros(module)):
-        assert all(torch.equal(seen[name], where) for name, where in module.pruned.items())
-    average = averages(averaging)
-    assert all(torch.equal(weight, average[name]) for name, weight in module.named_parameters())
-
-
-@pytest.mark.parametrize("kind", ["ema of late start", "swa"])
-def test_averages_that_are_pruned_after_the_last_step(kind):
-    module = Net(ADAMW)
-    trainer(AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4).fit(module, loader())
-    assert share_of_zeros(module) == all_at(0.5)
-
-
-def test_a_checkpoint_beside_an_average_holds_the_zeros_in_both(tmp_path):
-    module = LooksAtZeros(ADAMW, from_step=2)
-    fit = trainer(EMAWeightAveraging(decay=0.8), WandaPrune(num_samples=12, at_step=2), max_steps=2)
-    fit.fit(module, loader())
-    fit.save_checkpoint(tmp_path / "both.ckpt")
-    saved = torch.load(tmp_path / "both.ckpt", weights_only=True)
-    for weights in (saved["state_dict"], saved["current_model_state"]):
-        assert {(weights[name] == 0).float().mean().item() for name in all_at(0.5)} == {0.5}
-
-
 class Checkpointed(LooksAtZeros):
     def forward(self, x):
         x = checkpoint(self.layers[:2], x, use_reentrant=False)
@@ -176,7 +104,8 @@ class Checkpointed(LooksAtZeros):
 class CompiledLayer(LooksAtZeros):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.layers[2].compile(backend="eager")
+        if torch._dynamo.is_dynamo_supported():  # it may not know this Python
+            self.layers[2].compile(backend="eager")
 
 
 class Tied(LooksAtZeros):
@@ -193,25 +122,47 @@ class Twice(LooksAtZeros):
         return last(relu(second(relu(second(relu(first(x)))))))
 
 
+class Unfreezing(BaseFinetuning):
+    """Trains the first layer from the second epoch on."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.layers[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.layers[0], optimizer, lr=0.05)
+
+
+class FirstFrozen(LooksAtZeros):
+    def configure_callbacks(self):
+        return [Unfreezing()]
+
+    def configure_optimizers(self):
+        return self.optimizer([*self.layers[2:].parameters()])
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # calibration needs no gradients
 @pytest.mark.parametrize(
-    ("make", "at_step"),
+    ("make", "optimizer", "at_step", "options"),
     [
-        (Checkpointed, 5),
-        (CompiledLayer, 0),
-        (Tied, 0),
-        (Twice, 5),
+        (Checkpointed, OPTIMIZERS["momentum"], 5, {"accumulate_grad_batches": 2}),
+        (CompiledLayer, OPTIMIZERS["momentum"], 0, {"accumulate_grad_batches": 2}),
+        (Tied, OPTIMIZERS["momentum"], 0, {"accumulate_grad_batches": 2}),
+        (Twice, OPTIMIZERS["momentum"], 5, {"accumulate_grad_batches": 2}),
+        (LooksBetweenSteps, partial(torch.optim.LBFGS, lr=0.1, max_iter=3), 4, {}),
+        (FirstFrozen, OPTIMIZERS["momentum"], 0, {}),
+        # The scaler skips steps that overflow, and the next one is right.
+        (LooksAtZeros, OPTIMIZERS["adamw_foreach"], 2, {"max_steps": 40, **precision_of("16-mixed", 2.0**40)}),
     ],
 )
-def test_other_ways_to_run_a_model(make, at_step):
-    if "Compiled" in make.__name__ and not torch._dynamo.is_dynamo_supported():
-        pytest.skip("torch.compile does not know this Python")
-    module = make(OPTIMIZERS["momentum"], from_step=at_step)
+def test_other_ways_to_run_and_to_train_a_model(make, optimizer, at_step, options):
+    module = make(optimizer, from_step=at_step)
     callback = WandaPrune(num_samples=24, at_step=at_step)
-    trainer(Witness(), callback, max_steps=8, accumulate_grad_batches=2).fit(module, loader(24))
+    trainer(Witness(), callback, **{"max_steps": 8, **options}).fit(module, loader(24))
     names = [layer.name for layer in callback.report.layers]
     assert len(names) == (2 if make is Tied else 3)
     assert all((module.get_submodule(name).weight == 0).float().mean() == 0.5 for name in names)
+    assert module.looks >= 2 * (8 - at_step)
     assert all(share > 0.5 for share in module.trained().values())
 
 
@@ -243,22 +194,69 @@ def test_an_optimizer_made_after_pruning():
     assert all(share > 0.5 for share in module.trained().values())
 
 
-class Unfreezing(BaseFinetuning):
-    """Trains the first layer from the second epoch on."""
+class Wrapping(LooksAtZeros):
+    """Calls its model `module`, as wrappers of models do."""
 
-    def freeze_before_training(self, pl_module):
-        self.freeze(pl_module.layers[0])
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.module = self.layers
+        del self.layers
 
-    def finetune_function(self, pl_module, epoch, optimizer):
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.layers[0], optimizer, lr=0.05)
+    def forward(self, x):
+        return self.module(x)
 
 
-def test_a_layer_that_is_unfrozen_while_training():
-    module = LooksAtZeros(lambda _: OPTIMIZERS["momentum"]([*module.layers[2:].parameters()]))
-    trainer(Witness(), Unfreezing(), WandaPrune(num_samples=12), max_epochs=3).fit(module, loader())
+def averages(callback):
+    model = callback._average_model
+    return dict((model.module if isinstance(callback, WeightAveraging) else model).named_parameters())
+
+
+class AveragesHoldZeros(L.Callback):
+    """The last callback: checks the averages after each batch, and the validated weights."""
+
+    def __init__(self, averaging):
+        self.averaging, self.looks, self.validated = averaging, 0, []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        for name, where in (pl_module.pruned or {}).items():
+            assert not averages(self.averaging)[name][where].any(), f"{name} at step {trainer.global_step}"
+            self.looks += 1
+
+    def on_validation_batch_start(self, trainer, pl_module, *_):
+        if pl_module.pruned is not None:
+            self.validated.append(zeros(pl_module))
+
+
+@pytest.mark.parametrize(
+    ("kind", "at_step", "order", "make"), pairwise(AVERAGING, [0, 5, None], [1, -1], [LooksAtZeros, Wrapping])
+)
+def test_averages_hold_the_zeros(kind, at_step, order, make):
+    module, averaging = make(OPTIMIZERS["adamw_foreach"], from_step=at_step or 0), AVERAGING[kind]()
+    last = AveragesHoldZeros(averaging)
+    callbacks = [*[averaging, prune_at(at_step, module, num_samples=12)][::order], last]
+    trainer(*callbacks, max_epochs=4, num_sanity_val_steps=0).fit(module, loader(), loader())
+    assert last.looks > 0
+    assert last.validated
+    for seen in (*last.validated, zeros(module)):
+        assert all(torch.equal(seen[name], where) for name, where in module.pruned.items())
+    average = averages(averaging)
+    assert all(torch.equal(weight, average[name]) for name, weight in module.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["ema of late start", "swa"])
+def test_averages_that_are_pruned_after_the_last_step(kind):
+    module = Net(ADAMW)
+    trainer(AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4).fit(module, loader())
     assert share_of_zeros(module) == all_at(0.5)
-    assert all(share > 0.5 for share in module.trained().values())
+
+
+def test_a_checkpoint_beside_an_average_holds_the_zeros_in_both(tmp_path):
+    fit = trainer(EMAWeightAveraging(decay=0.8), WandaPrune(num_samples=12, at_step=2), max_steps=2)
+    fit.fit(LooksAtZeros(ADAMW, from_step=2), loader())
+    fit.save_checkpoint(tmp_path / "both.ckpt")
+    saved = torch.load(tmp_path / "both.ckpt", weights_only=True)
+    for weights in (saved["state_dict"], saved["current_model_state"]):
+        assert {(weights[name] == 0).float().mean().item() for name in all_at(0.5)} == {0.5}
 
 
 @pytest.mark.parametrize("callback", ["prune", "keep"])
@@ -285,31 +283,27 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
     train_by_hand(by_hand, list(loader(24)) * 2, optimizer(by_hand.parameters()), 1, None)
     callbacks = {"prune": PruningCallback(pattern="unstructured", method="magnitude"), "keep": KeepZeros()}
     trainer(callbacks[callback], max_epochs=2).fit(module, loader(24))
-    assert module.died > 1000
-    assert module.moved > 1000
+    assert min(module.died, module.moved) > 1000
     assert same(module, by_hand)
     assert all((where | ~pruned[name]).all() for name, where in zeros(module).items())
 
 
-@pytest.mark.parametrize("count", [0, 2, 500])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("layout", "count"), [("contiguous_format", 0), ("contiguous_format", 500), ("channels_last", 2)]
+)
 def test_zeros_by_chance_are_distinguished_in_any_layout_and_number(layout, count):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 3)).to(memory_format=layout)
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 3)).to(memory_format=getattr(torch, layout))
     weight = model[1].weight
+    zeros, again = HeldZeros(), HeldZeros()
     with torch.no_grad():
         weight[:, ::2] = 0
-    zeros = HeldZeros()
-    zeros.hold(model, ["1"])
-    chosen = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(1))[:count]
-    by_chance = torch.zeros(weight.shape, dtype=torch.bool).view(-1).index_fill_(0, chosen, True).view(weight.shape)
-    by_chance &= weight.detach() != 0
-    with torch.no_grad():
-        weight[by_chance] = 0
+        zeros.hold(model, ["1"])
+        kept = weight[:, 1::2].flatten()
+        weight[:, 1::2] = kept.index_fill(0, torch.randperm(len(kept))[:count], 0).view_as(weight[:, 1::2])
     alive = zeros.unheld_zeros()
     zeros.release()
     assert sum(part.nbytes for part in alive.values()) <= (weight.numel() / 8 if count else 0)
-    again = HeldZeros()
     again.load(alive)
     again.hold(model, ["1"])
     with torch.no_grad():
@@ -323,8 +317,7 @@ def test_zeros_by_chance_are_distinguished_in_any_layout_and_number(layout, coun
 def test_a_nan_gradient_does_not_change_pruned_weights():
     class Broken(Net):
         def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            return loss * (torch.nan if batch_idx == 1 else 1)
+            return super().training_step(batch, batch_idx) * (torch.nan if batch_idx == 1 else 1)
 
     module = Broken()
     trainer(WandaPrune(num_samples=12), max_steps=3).fit(module, loader())
@@ -333,9 +326,7 @@ def test_a_nan_gradient_does_not_change_pruned_weights():
 
 def test_keep_zeros_on_a_dense_model_warns():
     module, alone = Net(ADAMW), Net(ADAMW)
-    with pytest.warns(
-        UserWarning, match="No zeros were found in any prunable layer, so none are kept. Load pruned weights, or"
-    ):
+    with pytest.warns(UserWarning, match="No zeros were found in any prunable layer, so none are kept"):
         trainer(KeepZeros(), max_steps=2).fit(module, loader())
     trainer(max_steps=2).fit(alone, loader())
     assert same(module, alone)
@@ -355,8 +346,7 @@ def test_a_layer_of_all_zeros_trains(callback):
 
 
 def test_neither_layers_nor_zeros_by_chance_of_one_model_affect_another():
-    optimizer = partial(Lion, lr=0.25, betas=(0.0, 0.0))
-    callback, first, second = KeepZeros(), Net(optimizer), LooksAtZeros(ADAMW)
+    callback, first, second = KeepZeros(), Net(partial(Lion, lr=0.25, betas=(0.0, 0.0))), LooksAtZeros(ADAMW)
     to_quarters(first)
     prune(first, criterion="magnitude", skip=["layers.4"], progress=False)
     trainer(callback, max_steps=1).fit(first, loader())

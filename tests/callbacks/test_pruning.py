@@ -59,6 +59,15 @@ class TestMeasuring:
         assert [layer.tokens for layer in callback.report.layers] == [12, 12, 12]
         assert share_of_zeros(module) == all_at(0.5)
 
+    def test_layers_are_named_as_in_the_pruning_target(self):
+        class Wrapper(Net):
+            pruning_target = property(lambda self: self.layers)
+
+        module, callback = Wrapper(), WandaPrune(num_samples=12, skip=["2"])
+        trainer(callback).validate(module, loader())
+        assert [layer.name for layer in callback.report.layers] == ["0", "4"]
+        assert share_of_zeros(module) == {**all_at(0.5), "layers.2.weight": 0.0}
+
     @pytest.mark.parametrize(("first", "when"), [("validate", {}), ("fit", {"at_step": 3})])
     def test_it_prunes_once(self, first, when):
         module, callback = Net(), WandaPrune(num_samples=12, **when)

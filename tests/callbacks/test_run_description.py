@@ -1,20 +1,18 @@
 """What a report says about the run in which a callback has pruned: never more than the Trainer knows."""
 
-from dataclasses import replace
-
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from support.callbacks import Net, loader, trainer
+from support.callbacks import Net, loader, same, trainer
 from support.modules import tiny_llama, tiny_tokenizer
+from support.reports import Page
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning import (
     CausalLMModule,
     ImageClassifierModule,
-    LinearSchedule,
     PruningCallback,
     PruningReport,
     TextDataModule,
@@ -53,36 +51,19 @@ def test_a_loop_that_prunes_and_measures(tmp_path, text, loop):
     assert callback.report.run == expected
 
 
-def test_a_loop_that_measures_the_dense_model_and_calibrates_on_it(text):
-    callback = WandaPrune(num_samples=4, calibrate_on="validation")
-    (dense,) = trainer().validate(module(), text, verbose=False)
-    (measured,) = trainer(callback).validate(module(), text, verbose=False)
-    assert measured == dense
-    run = callback.report.run
-    assert (run.before, run.after, run.calibration) == (dense["val_perplexity"], None, "")
-
-
 def test_results_on_several_texts(tmp_path, text):
     (tmp_path / "other.txt").write_text(" ".join(f"w{7 * i % 128}" for i in range(100)))
     files = text.evaluation, f"{tmp_path}/other.txt"
     both = TextDataModule(tiny_tokenizer(), files[0], files, seqlen=16, num_samples=8, batch_size=2, limit=5, seed=3)
-    callback, model = WandaPrune(num_samples=4, calibrate_on="validation"), module()
-    dense = trainer(callback)
-    shown = dense.validate(model, both, verbose=False)
+    callback = WandaPrune(num_samples=4)
+    run = trainer(callback)
+    shown = run.validate(module(), both, verbose=False)
     assert [list(each) for each in shown] == [
         ["val_perplexity", f"val_perplexity/{files[0]}"],
         [f"val_perplexity/{files[1]}"],
     ]
-    other = Measured(
-        f"{files[1]}, 5 windows of 16 tokens", float(dense.callback_metrics[f"val_perplexity/{files[1]}"]), None
-    )
-    assert callback.report.run.others == (other,)
-    pruned = WandaPrune(num_samples=4)
-    run = trainer(pruned)
-    run.validate(module(), both, verbose=False)
-    assert pruned.report.run.others == (
-        replace(other, before=None, after=float(run.callback_metrics[f"val_perplexity/{files[1]}"])),
-    )
+    measured = float(run.callback_metrics[f"val_perplexity/{files[1]}"])
+    assert callback.report.run.others == (Measured(f"{files[1]}, 5 windows of 16 tokens", None, measured),)
 
 
 def test_loops_after_another_that_has_pruned(text):
@@ -91,16 +72,6 @@ def test_loops_after_another_that_has_pruned(text):
     trainer(callback).validate(model, text, verbose=False)
     trainer(callback, max_steps=1, num_sanity_val_steps=1, limit_val_batches=1).fit(model, text)
     assert callback.report.run == Run()
-
-
-def test_only_the_loop_before_the_first_stage_measures_the_dense_model(text):
-    callback = PruningCallback(calibrate_on="validation", schedule=LinearSchedule(0, 4, every=2), method="magnitude")
-    (dense,) = trainer().validate(model := module(), text, verbose=False)
-    model.lr = 0.0
-    trainer(callback, max_steps=6, val_check_interval=1).fit(model, text)
-    assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)
-    assert callback.report.run.before == dense["val_perplexity"]
-    assert callback.report.run.after is None
 
 
 def test_an_accuracy_in_percent_is_not_taken_for_a_fraction():
@@ -142,3 +113,22 @@ def test_calibration_data_of_ones_own_and_a_part_of_the_text_are_not_described(t
     run = callback.report.run
     assert (run.calibration, run.data, run.metric) == ("", "", "perplexity")
     assert run.after is not None
+
+
+def test_a_page_is_written_when_the_callback_prunes(tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need the extra report")
+    callback = PruningCallback(0.5, report=tmp_path / "out/report.html", num_samples=12, method="sparsegpt")
+    trainer(callback, max_steps=1).fit(Net(), loader(), loader())
+    page = Page(tmp_path / "out/report.html")
+    assert page.open == []
+    assert all(layer.name in page.text for layer in callback.report.layers)
+
+
+@pytest.mark.parametrize(("option", "place"), [("report", "file/report.html"), ("report_dir", "file")])
+def test_what_cannot_be_written_is_refused(tmp_path, option, place):
+    (tmp_path / "file").write_text("mine")
+    module = Net()
+    with pytest.raises(OSError, match="file"):
+        trainer(WandaPrune(num_samples=12, at_step=2, **{option: tmp_path / place}), max_steps=3).fit(module, loader())
+    assert same(module, Net())
+    assert (tmp_path / "file").read_text() == "mine"

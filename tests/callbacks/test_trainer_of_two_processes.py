@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning import KeepZeros, WandaPrune, prune
-from wanda_lightning.callbacks.calibration_data import _first_samples
+from wanda_lightning.callbacks.calibration_data import CalibrationData
 from wanda_lightning.callbacks.trainer import processes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:num_samples is")  # some tests take all there are
@@ -101,18 +101,6 @@ def test_earlier_zeros_are_kept(pair, strategy, blocks):
         assert len(moved(pruned, trained)) == len(pruned)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_pruned_by_the_validation_loop(pair, strategy):
-    make = partial(WandaPrune, num_samples=16, sequential="none", calibrate_on="validation")
-    (weights, report), (others, _) = pair.run(cases.validate_with, strategy, make)
-    module = cases.Regression()
-    expected = prune(module, [cases.SAMPLES], progress=False, sequential="none")
-    assert_equal_everywhere(weights, others)
-    assert_same_weights(weights, dict(module.named_parameters()))
-    shown = [[(layer.name, layer.tokens, layer.zeros) for layer in each.layers] for each in (report, expected)]
-    assert shown[0] == shown[1]
-
-
 def test_all_processes_wait_until_the_folder_is_saved(pair, tmp_path):
     assert pair.run(cases.save_slowly, tmp_path / "out") == [True, True]
 
@@ -156,8 +144,9 @@ def test_all_processes_use_the_samples_of_one_process(world_size, num_samples, b
     def share(rank, size):
         processes = SimpleNamespace(world_size=size, rank=rank, broadcast=lambda value, source: value)
         loader = DataLoader(torch.arange(10), batch_size=batch_size)
-        batches = _first_samples(loader, "data", num_samples, processes, can_cut=lambda batch: True)
-        return [batch.tolist() for batch in batches]
+        data = CalibrationData(None, cases.Regression(), loader, num_samples, processes)
+        data._run_alone = lambda batch: True
+        return [batch.tolist() for batch in data.batches()]
 
     whole = share(0, 1)
     shares = [share(rank, world_size) for rank in range(world_size)]

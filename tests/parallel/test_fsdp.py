@@ -66,11 +66,6 @@ def test_uneven_and_empty_shares_sharded(pair, sequential, shares):
     check_sharded(pair.run(cases.sharded, "few_rows", shares, sequential=sequential), "few_rows", sequential=sequential)
 
 
-@pytest.mark.nightly
-def test_blocks_that_are_compiled(pair):
-    check_sharded(pair.run(cases.sharded, "few_rows", compiled=True), "few_rows")
-
-
 @pytest.mark.parametrize(
     ("name", "shares", "choices"),
     [
@@ -112,13 +107,16 @@ def test_experts_and_layers_by_columns_are_gathered(pair, name, sequential):
     check_sharded(pair.run(cases.sharded, name, wide=True, **choices), name, wide=True, **choices)
 
 
-def test_a_model_sharded_by_columns(pair):
-    check_sharded(pair.run(cases.sharded, "llama", columns=True, pattern="2:4"), "llama", pattern="2:4")
-
-
-def test_magnitude_needs_no_forward_and_any_layout(pair):
-    choices = {"criterion": "magnitude", "pattern": Unstructured("row"), "sequential": "layer"}
-    check_sharded(pair.run(cases.sharded, "llama", **choices), "llama", **choices)
+@pytest.mark.parametrize(
+    ("case", "choices"),
+    [
+        ({"columns": True}, {"pattern": "2:4"}),
+        ({}, {"criterion": "magnitude", "pattern": Unstructured("row"), "sequential": "layer"}),  # needs no forward
+        pytest.param({"compiled": True}, {}, marks=pytest.mark.nightly),
+    ],
+)
+def test_other_layouts_and_compiled_blocks(pair, case, choices):
+    check_sharded(pair.run(cases.sharded, "llama", **case, **choices), "llama", **choices)
 
 
 def test_mixed_precision(pair):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
     [
         ({"sequential": "none", "method": "sparsegpt"}, "sequential='none' with solver='sparsegpt' needs the Gram"),
         ({"method": "thorough"}, "recovery='distil' needs the whole model in memory"),
-        *(({"device": x}, f"device must be one .* but '{x}' is not: .* Use") for x in ("cuda:99", "meta", "nonsense")),
+        *(({"device": x}, f"device must be one .* but '{x}' is not: ") for x in ("cuda:99", "meta", "nonsense")),
     ],
 )
 def test_choices_that_cannot_be_used_from_disk(source, tmp_path, choices, message):
@@ -37,11 +37,9 @@ def test_bad_places_are_refused(source, tmp_path):
     for place in (source, source / "out"):
         with pytest.raises(ValueError, match="output must lie outside of the source"):
             prune_from_disk(source, place, batches())
-    full = tmp_path / "full"
-    full.mkdir()
-    (full / "file").touch()
+    (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="not empty"):
-        prune_from_disk(source, full, batches(), progress=False)
+        prune_from_disk(source, tmp_path, batches(), progress=False)
 
 
 def test_a_changed_source_is_refused(copied, tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, stre
 
 @pytest.mark.parametrize("number", with_nightly([3], [0, 4]))
 def test_a_block_that_cannot_be_written_is_an_error(source, streamed, tmp_path, monkeypatch, number):
-    """The blocks are written in the background; the last part is what lies outside of the blocks."""
+    """The last part is what lies outside of the blocks."""
     save, calls = OutputFolder.save, []
 
     def failing(self, part, *args):
@@ -118,12 +118,12 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch):
     interrupted(source, tmp_path / "out", monkeypatch, method="wanda")
     before = sorted(tmp_path.rglob("*"))
     for changed, message in (
-        ({"batches": batches(seed=1)}, "begun with other calibration data"),
-        ({"method": "magnitude"}, r"begun with criterion='Wanda', but now it is 'Magnitude' \(and 1 more\)"),
-        ({"sparsity": 0.6}, r"begun with sparsity=0\.5, but now it is 0\.6\. Use"),
-        ({"dtype": "float32"}, "begun with dtype='torch.bfloat16', but now it is 'torch.float32'"),
+        ({"batches": batches(seed=1)}, "calibration data"),
+        ({"method": "magnitude"}, "criterion, pattern"),
+        ({"sparsity": 0.6}, "sparsity"),
+        ({"dtype": "float32"}, "dtype, config.json"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"begun with other choices, data or weights: {message}. Use the same"):
             prune_from_disk(source, tmp_path / "out", **{"batches": batches(), **WANDA, **changed})
         assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "out" / ".wanda-left").mkdir()  # of a run that was killed while it finished
@@ -134,13 +134,9 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: "", "Expecting value"),
         (lambda text: text[:90], "Unterminated|Expecting"),
         (lambda text: "[]", "missing . required"),
-        (
-            lambda text: text.replace(": 0.5", ": 5"),
-            r"model\.\S* must be a number of at least 0 and below 1, but it is 5",
-        ),
+        (lambda text: text.replace(": 0.5", ": 5"), "must be a number of at least 0 and below 1, but it is 5"),
     ],
 )
 def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, damage, message):
@@ -148,11 +144,8 @@ def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, dam
     file = tmp_path / "out" / PROGRESS_NAME
     file.write_text(damage(file.read_text()))
     before = contents(tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=rf"progress\.json is not the record of an interrupted run.*({message})"
-    ) as caught:
+    with pytest.raises(ValueError, match=rf"json is not the record of an interrupted run.*({message}).* begin anew"):
         prune_from_disk(source, tmp_path / "out", batches(), method="magnitude", progress=False)
-    assert str(caught.value).endswith("to begin anew, or choose another folder.")
     assert contents(tmp_path / "out") == before
 
 
@@ -193,14 +186,9 @@ def test_a_source_that_changed_between_two_runs_is_refused(copied, tmp_path, mon
     interrupted(copied, tmp_path / "out", monkeypatch, method="wanda")
     text = (copied / "config.json").read_text()
     (copied / "config.json").write_text(json.dumps({**json.loads(text), "rms_norm_eps": 0.5}))
-    with pytest.raises(ValueError, match=r"was begun with other config\.json\. Use"):
+    with pytest.raises(ValueError, match=r"weights: config\.json\. Use"):
         prune_from_disk(copied, tmp_path / "out", batches(), **WANDA)
     (copied / "config.json").write_text(text)
     os.utime(next(copied.glob("*.safetensors")), (0, 0))
-    with pytest.raises(ValueError, match=r"was begun with other weights in model-0000.*\. Use"):
+    with pytest.raises(ValueError, match=r"weights: weights in model-0000.*\. Use"):
         prune_from_disk(copied, tmp_path / "out", batches(), **WANDA)
-
-
-def test_a_part_that_is_not_loaded_is_never_written(source):
-    with pytest.raises(RuntimeError, match=r"model\.layers\.0 is not loaded"):
-        Checkpoint(ModelSource(source)).stored("model.layers.0")

@@ -13,11 +13,11 @@ from support.callbacks import SGD, Lion, Net, zeros
 class Noisy(Lion):
     """Adds noise to every weight at every step (Langevin dynamics), whatever its gradient."""
 
+    @torch.no_grad()
     def step(self, closure=None):
         loss = super().step(closure)
-        with torch.no_grad():
-            for weight in (weight for group in self.param_groups for weight in group["params"]):
-                weight.add_(torch.randn_like(weight), alpha=0.01)
+        for weight in (weight for group in self.param_groups for weight in group["params"]):
+            weight.add_(torch.randn_like(weight), alpha=0.01)
         return loss
 
 
@@ -31,26 +31,24 @@ OPTIMIZERS = {
     "lion": partial(Lion, lr=0.01, weight_decay=0.1),
     "noisy": partial(Noisy, lr=0.01, weight_decay=0.1),
 }
-
-
 PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 
 
-def precision_of(name):
+def precision_of(name, init_scale=1024.0):
     if name != "16-mixed":
         return {"precision": name}
     # Lightning makes bf16-mixed of 16-mixed on a CPU; its plugin and torch can do it.
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=100)
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
 
 
 def of_the_shape(weight, state):
-    found = [value for value in state.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
-    return [value for value in found if value.shape == weight.shape]
+    values = (value for value in state.values() if isinstance(value, torch.Tensor) and value.is_floating_point())
+    return [value for value in values if value.shape == weight.shape]
 
 
 class LooksAtZeros(Net):
-    """Checks its zeros right after each optimizer step, and before each batch.
+    """Checks its zeros, and those of its optimizers' states, right after each optimizer step, and before each batch.
 
     The weights that are zero at the first batch after `from_step` steps are the pruned ones, and must stay zero.
     """
@@ -60,19 +58,17 @@ class LooksAtZeros(Net):
         self.from_step, self.pruned, self.looks, self.begun = from_step, None, 0, {}
 
     def look(self):
-        if self.pruned is not None:
-            self.looks += 1
-            for name, where in zeros(self).items():
-                revived, died = (self.pruned[name] & ~where).sum().item(), (where & ~self.pruned[name]).sum().item()
-                by_chance = 0.005 * where.numel() if self.dtype == torch.bfloat16 else 0  # few bits: a sum may cancel
-                assert (revived, max(died - by_chance, 0)) == (0, 0), f"{name} after {self.trainer.global_step} steps"
+        self.looks += self.pruned is not None
+        for name, where in zeros(self).items() if self.pruned else ():
+            revived, died = (self.pruned[name] & ~where).sum().item(), (where & ~self.pruned[name]).sum().item()
+            by_chance = 0.005 * where.numel() if self.dtype == torch.bfloat16 else 0  # few bits: a sum may cancel
+            assert (revived, max(died - by_chance, 0)) == (0, 0), f"{name} after {self.trainer.global_step} steps"
 
     def look_at_state(self):
-        for name, weight in self.named_parameters():
-            if self.pruned is not None and name in self.pruned:
-                for optimizer in self.trainer.optimizers:
-                    for value in of_the_shape(weight, optimizer.state[weight]):
-                        assert not value[self.pruned[name]].any(), f"{name} after {self.trainer.global_step} steps"
+        for name, where in (self.pruned or {}).items():
+            for optimizer in self.trainer.optimizers:
+                for value in of_the_shape(where, optimizer.state[self.get_parameter(name)]):
+                    assert not value[where].any(), f"{name} after {self.trainer.global_step} steps"
 
     def training_step(self, batch, batch_idx):
         if self.pruned is None and self.trainer.global_step >= self.from_step:
@@ -88,43 +84,17 @@ class LooksAtZeros(Net):
 
     def trained(self):
         """The fraction of the kept weights of each layer that have changed."""
-        now = self.state_dict()
-        return {
-            name: (now[name] != self.begun[name])[~where].float().mean().item() for name, where in self.pruned.items()
-        }
+        moved = {name: self.get_parameter(name) != self.begun[name] for name in self.pruned}
+        return {name: moved[name][~where].float().mean().item() for name, where in self.pruned.items()}
 
 
 class Witness(L.Callback):
     """Checks the zeros in the hooks of another callback."""
 
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+    def on_before_zero_grad(self, trainer, pl_module, *_):
         pl_module.look()
 
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        pl_module.look()
-
-
-def averages(callback):
-    model = callback._average_model
-    return dict((model.module if isinstance(callback, WeightAveraging) else model).named_parameters())
-
-
-class AveragesHoldZeros(L.Callback):
-    """The last callback: checks the averages after each batch, and the validated weights."""
-
-    def __init__(self, averaging):
-        self.averaging, self.looks, self.validated = averaging, 0, []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if pl_module.pruned is not None:
-            for name, weight in averages(self.averaging).items():
-                if name in pl_module.pruned:
-                    assert not weight[pl_module.pruned[name]].any(), f"{name} at step {trainer.global_step}"
-                    self.looks += 1
-
-    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
-        if pl_module.pruned is not None:
-            self.validated.append(zeros(pl_module))
+    on_train_batch_end = on_before_zero_grad
 
 
 AVERAGING = {

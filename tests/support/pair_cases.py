@@ -27,7 +27,7 @@ from wanda_lightning.calibration.batches import map_tensors
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.callbacks import SavePretrained
-from wanda_lightning.callbacks.calibration_data import calibration_batches, calibration_forward
+from wanda_lightning.callbacks.calibration_data import CalibrationData
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
@@ -131,16 +131,15 @@ def collectives(rank):
     }
 
 
-def small_messages(rank):
-    """Sums of tensors that do not fit into one message, and the dtypes of the messages, on a device without float64."""
-    tensors = [torch.tensor([1.0, 2.0]) * (rank + 1), torch.tensor([0.5]), torch.tensor([3.0, 4.0]).double()]
+def without_float64(rank):
+    """The sum of both processes, and the dtype of the message, on a device without float64."""
+    tensor = torch.tensor([3.0, 4.0]).double()
     with (
-        mock.patch("wanda_lightning.parallel.processes._ENTRIES", 3),
         mock.patch("wanda_lightning.parallel.processes.has_float64", return_value=False),
         mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message,
     ):
-        both().all_reduce_sum(tensors)
-    return [tensor.tolist() for tensor in tensors], [call.args[0].dtype for call in message.call_args_list]
+        both().all_reduce_sum([tensor])
+    return tensor.tolist(), message.call_args.args[0].dtype
 
 
 def failures(rank, who):
@@ -387,14 +386,16 @@ class PruneAtStart(L.Callback):
 
     def on_train_start(self, trainer, pl_module):
         processes = processes_of(trainer)
-        batches = calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, processes)
+        data = CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, processes)
         target = getattr(pl_module, "pruning_target", pl_module)
 
         def forward(batch):
             self.batches.append(batch)
-            return calibration_forward(trainer, pl_module, batch)
+            return data.forward(batch)
 
-        self.report = prune_as(self.config, target, batches, forward=forward, progress=False, processes=processes)
+        self.report = prune_as(
+            self.config, target, data.batches(), forward=forward, progress=False, processes=processes
+        )
         self.weights = whole(target)
 
 
@@ -477,12 +478,6 @@ def fit_with(rank, strategy, make, zeros_in=None, blocks=True):
     loaders = DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES, batch_size=2)
     trainer(strategy_named(strategy), callback, final).fit(module, *loaders)
     return final.pruned, final.trained, getattr(callback, "report", None)
-
-
-def validate_with(rank, strategy, make):
-    module, callback = Regression(strategy == "fsdp2"), make()
-    trainer(strategy_named(strategy), callback).validate(module, DataLoader(SAMPLES, batch_size=2), verbose=False)
-    return whole(module), callback.report
 
 
 def distill(rank, strategy):

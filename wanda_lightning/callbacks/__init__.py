@@ -1,20 +1,13 @@
 """Lightning callbacks that prune a model, keep its zeros during training, distill it, and save it."""
+# ruff: noqa: I001  (isort would write one statement for each name)
 
-from wanda_lightning.callbacks.distillation import DistillFromDense
-from wanda_lightning.callbacks.pruning import PruningCallback, WandaPrune
-from wanda_lightning.callbacks.save import BestAfterPruning, SavePretrained
-from wanda_lightning.callbacks.schedules import CubicSchedule, LinearSchedule, OneShot, Schedule
-from wanda_lightning.callbacks.zeros import KeepZeros
-
-__all__ = [
-    "BestAfterPruning",
-    "CubicSchedule",
-    "DistillFromDense",
-    "KeepZeros",
-    "LinearSchedule",
-    "OneShot",
-    "PruningCallback",
-    "SavePretrained",
-    "Schedule",
-    "WandaPrune",
-]
+from wanda_lightning.callbacks.distillation import DistillFromDense as DistillFromDense
+from wanda_lightning.callbacks.pruning import PruningCallback as PruningCallback, WandaPrune as WandaPrune
+from wanda_lightning.callbacks.save import BestAfterPruning as BestAfterPruning, SavePretrained as SavePretrained
+from wanda_lightning.callbacks.schedules import (
+    CubicSchedule as CubicSchedule,
+    LinearSchedule as LinearSchedule,
+    OneShot as OneShot,
+    Schedule as Schedule,
+)
+from wanda_lightning.callbacks.zeros import KeepZeros as KeepZeros

@@ -1,13 +1,12 @@
-"""The calibration batches of a callback: find them, run one through the module, or read those of a validation loop."""
+"""The calibration batches of a callback: find them, and run one through the module."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -24,82 +23,103 @@ from torch.utils.data.distributed import DistributedSampler
 from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, run_alone, take
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import PassiveCalibration
-from wanda_lightning.callbacks.trainer import stop_if_terminated
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_collected
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
+from wanda_lightning.parallel import Processes, is_sharded
 from wanda_lightning.report import PruningReport
 
 log = logging.getLogger(__name__)
 
 
-def calibration_batches(
-    trainer: L.Trainer,
-    pl_module: L.LightningModule,
-    dataloader: Iterable[Any] | None,
-    num_samples: int,
-    processes: Processes = SINGLE_PROCESS,
-) -> Iterator[Any]:
-    """Yield the first `num_samples` samples of the calibration data, in the batches that the loader makes.
+class CalibrationData:
+    """The first `num_samples` samples of the calibration data, and how a batch of them runs through the module.
 
     With several processes, each gets a part of the samples: every `world_size`-th batch if the loader yields the same
     batches in each process, or the first samples if the loader has a `DistributedSampler`, as Lightning's loaders have.
-    All processes continue with the random state of the first, so that their loaders shuffle in the same order.
 
-    Warns if the data has fewer samples. Raises a MisconfigurationException without data, with more than one loader, or
-    if the module cannot run a batch.
+    Raises:
+        MisconfigurationException: Without data, with more than one loader, or if the module cannot run a batch.
     """
-    loader, source = _find(trainer, pl_module, dataloader)
-    log.info("Calibrating on %s", source)
-    yield from _first_samples(loader, source, num_samples, processes, partial(_run_alone, trainer, pl_module))
 
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        dataloader: Iterable[Any] | None,
+        num_samples: int,
+        processes: Processes,
+    ) -> None:
+        self._trainer, self._module, self._dataloader = trainer, pl_module, dataloader
+        self._num_samples, self._processes = num_samples, processes
 
-def trial_batches(
-    trainer: L.Trainer,
-    pl_module: L.LightningModule,
-    dataloader: Iterable[Any] | None,
-    num_samples: int,
-    processes: Processes,
-) -> Iterator[Any] | None:
-    """Return the same batches from a copy of the loader, with the same errors; None for data that it would use up."""
-    loader, source = _find(trainer, pl_module, dataloader)
-    if isinstance(loader, Iterator) or isinstance(getattr(loader, "dataset", None), IterableDataset):
-        return None  # the copy would share its state
-    loader, can_cut = _independent_copy(loader), partial(_run_alone, trainer, pl_module)
-    return _first_samples(loader, source, num_samples, processes, can_cut)
+    def batches(self) -> Iterator[Any]:
+        """Yield the samples in the batches that the loader makes; warn if there are fewer.
 
+        All processes continue with the random state of the first, so that their loaders shuffle in the same order.
+        """
+        loader, source = _find(self._trainer, self._module, self._dataloader)
+        log.info("Calibrating on %s", source)
+        yield from self._first_samples(loader, source)
 
-def _first_samples(
-    loader: Any, source: str, num_samples: int, processes: Processes, can_cut: Callable[[Any], bool]
-) -> Iterator[Any]:
-    if processes.world_size > 1:
-        torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
-    step, offset, wanted = processes.world_size, processes.rank, num_samples
-    if step > 1 and _reads_own_part(loader):
-        wanted = num_samples // step + (offset < num_samples % step)
-        step, offset, source = 1, 0, f"the part of {source} for this process"
-    seen = 0
-    for index, batch in enumerate(loader if wanted else ()):
-        size = batch_size(batch)
-        if index % step == offset:
-            whole = seen + size <= wanted or not is_even(batch) or not can_cut(batch)
-            yield batch if whole else take(batch, 0, wanted - seen)
-        seen = min(seen + size, wanted)
-        if seen == wanted:
-            return
-    if seen < wanted:
-        rank_zero_warn(
-            f"num_samples is {wanted}, but {source} has only {seen}. The model is calibrated on all of them."
-        )
+    def trial_batches(self) -> Iterator[Any] | None:
+        """Return the same batches from a copy of the loader, with the same errors; None for data that are used up."""
+        loader, source = _find(self._trainer, self._module, self._dataloader)
+        if isinstance(loader, Iterator) or isinstance(getattr(loader, "dataset", None), IterableDataset):
+            return None  # the copy would share its state
+        return self._first_samples(_independent_copy(loader), source)
 
+    def _first_samples(self, loader: Any, source: str) -> Iterator[Any]:
+        processes, wanted = self._processes, self._num_samples
+        if processes.world_size > 1:
+            torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
+        step, offset = processes.world_size, processes.rank
+        if step > 1 and _reads_own_part(loader):
+            wanted = wanted // step + (offset < wanted % step)
+            step, offset, source = 1, 0, f"the part of {source} for this process"
+        seen = 0
+        for index, batch in enumerate(loader if wanted else ()):
+            size = batch_size(batch)
+            if index % step == offset:
+                whole = seen + size <= wanted or not is_even(batch) or not self._run_alone(batch)
+                yield batch if whole else take(batch, 0, wanted - seen)
+            seen = min(seen + size, wanted)
+            if seen == wanted:
+                return
+        if seen < wanted:
+            rank_zero_warn(
+                f"num_samples is {wanted}, but {source} has only {seen}. The model is calibrated on all of them."
+            )
 
-def _run_alone(trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> bool:
-    """Whether the samples of a batch run alone, which is not tried if the module is sharded."""
-    if is_sharded(pl_module):
-        return True
-    with pruning_mode(pl_module):
-        return run_alone(partial(calibration_forward, trainer, pl_module, for_predictions=True), batch)
+    def _run_alone(self, batch: Any) -> bool:
+        """Whether the samples of a batch run alone, which is not tried if the module is sharded."""
+        if is_sharded(self._module):
+            return True
+        with pruning_mode(self._module):
+            return run_alone(self.predict, batch)
+
+    def forward(self, batch: Any) -> object:
+        """Run a batch through the module with the precision, transfer hooks and device of Lightning's loops.
+
+        Calls the module's `calibration_step(batch)` if it has one, which may stop after the last layer, else `forward`.
+        """
+        return self._run(batch, "calibration_step")
+
+    def predict(self, batch: Any) -> object:
+        """Run a batch as `forward` does; return the logits, or an output that holds them.
+
+        Calls the module's `calibration_predictions(batch)` if it has one, else its `forward` or `calibration_step`.
+        """
+        has_forward = is_overridden("forward", self._module)
+        return self._run(batch, "calibration_predictions", *[] if has_forward else ["calibration_step"])
+
+    def _run(self, batch: Any, *names: str) -> object:
+        batch = self._module._on_before_batch_transfer(self._trainer.precision_plugin.convert_input(batch))
+        batch = self._trainer.strategy.batch_to_device(batch)
+        for name in names:
+            if callable(step := getattr(self._module, name, None)):
+                return step(batch)
+        return forward_batch(self._module, batch)
 
 
 def _reads_own_part(loader: Any) -> bool:
@@ -171,26 +191,6 @@ def _independent_copy(loader: Any) -> Any:
         if isinstance(batches.sampler, RandomSampler):
             own["generator"] = batches.sampler.generator = torch.Generator().manual_seed(torch.initial_seed())
     return private
-
-
-def calibration_forward(
-    trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, for_predictions: bool = False
-) -> object:
-    """Run a batch through the module with the precision, transfer hooks and device of Lightning's loops.
-
-    Calls the module's `calibration_step(batch)` if it has one, which may stop after the last layer, else its `forward`.
-    For predictions, calls `calibration_predictions(batch)` if it has one, else its `forward`, and returns the logits or
-    an output that holds them. Ends the process if the Trainer has received SIGTERM.
-    """
-    stop_if_terminated(trainer)
-    batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
-    batch = trainer.strategy.batch_to_device(batch)
-    if for_predictions and callable(predictions := getattr(pl_module, "calibration_predictions", None)):
-        return predictions(batch)
-    calibration_step = getattr(pl_module, "calibration_step", None)
-    if callable(calibration_step) and not (for_predictions and is_overridden("forward", pl_module)):
-        return calibration_step(batch)
-    return forward_batch(pl_module, batch)
 
 
 class ValidationLoop:

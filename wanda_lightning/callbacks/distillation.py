@@ -22,12 +22,19 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
-from wanda_lightning.common.checks import Number, check, refuse_pytorch_lightning
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.losses import summed_divergence
-from wanda_lightning.models import causal_config, find_predictions, fitting_mask, has_classes, token_masks
+from wanda_lightning.models import (
+    causal_config,
+    find_layers,
+    find_predictions,
+    fitting_mask,
+    has_classes,
+    token_masks,
+)
 from wanda_lightning.parallel import local
-from wanda_lightning.training.held_zeros import prunable_layers, zeros_of
+from wanda_lightning.training.held_zeros import zeros_of
 
 _PRUNED = 0.01  # share of zeros; weights in 16 bits have a few zeros by chance
 _VALUES = 64  # of each tensor, for the fingerprint
@@ -45,13 +52,10 @@ class DistillFromDense(Callback):
     same inputs, without gradients or dropout. Use it with `PruningCallback` or `KeepZeros`, which keep the zeros, or
     with adapters. The recovery `Distil` instead trains on the calibration batches while `prune` runs.
 
-    The dense model takes memory for its weights, but none for gradients or optimizer states.
-
     Args:
         dense: The dense model: a module (of a LightningModule, the network in it); or a name that our modules load,
             such as a hub id or a folder. It is frozen, and moved to the device and dtype of the network. By default a
-            copy of the network, made when `fit` starts, before anything is pruned or a checkpoint is restored; the
-            network must be trained by then.
+            copy of the network, made when `fit` starts, before anything is pruned or a checkpoint is restored.
         weight: Share of the divergence in the loss, above 0 and at most 1.
         temperature: Divides the logits of both models; above 1, unlikely classes count more.
         network: Name of the submodule whose predictions are compared; by default the module's `pruning_target` if it
@@ -61,9 +65,8 @@ class DistillFromDense(Callback):
         ValueError: If a value is out of range. When `fit` starts: if the network is already pruned and no `dense` is
             given; or if `dense` shares parameters with the module, or differs from that of the run that is resumed. In
             the first step: if there are no logits to compare.
-        MisconfigurationException: When `fit` starts: if the module optimizes manually, is compiled with its
-            `training_step`, or the strategy distributes the model in an unsupported way. In the first step: if
-            `training_step` does not call the network.
+        MisconfigurationException: When `fit` starts: if the module optimizes manually, or is compiled with its
+            `training_step`. In the first step: if `training_step` does not call the network.
     """
 
     def __init__(
@@ -77,7 +80,6 @@ class DistillFromDense(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find or copy the dense model before `fit` changes the network."""
-        refuse_pytorch_lightning(trainer)
         processes_of(trainer)
         if stage != "fit":
             return
@@ -253,15 +255,25 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
     """
     network = network_of(pl_module, name)
     if dense is None:
-        _refuse_pruned(network)
+        has_weights = next(network.parameters(), None) is not None
+        if (zeros := _zeros_of_pruning(network)) or not has_weights:
+            reason = f"is already pruned: {zeros}" if has_weights else "has no parameters in setup()"
+            raise UserError(
+                f"dense must be given, since the network {reason}. Give the model from before pruning, or its name."
+            )
         model = copy.deepcopy(network)
     elif isinstance(dense, nn.Module):
         model = network_of(dense, name) if isinstance(dense, L.LightningModule) else dense
     else:
         model = pl_module.load_dense_model(dense)  # type: ignore[operator]
-    if dense is not None and (zeros := _zeros_of_pruning(model)):
+    if zeros := _zeros_of_pruning(model):
         rank_zero_warn(f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model.")
-    _refuse_shared(model, pl_module)
+    own = {id(parameter) for parameter in model.parameters()}
+    if shared := [name for name, parameter in pl_module.named_parameters() if id(parameter) in own]:
+        raise UserError(
+            f"dense must be a model of its own, but {shared[0]} of {type(pl_module).__name__} belongs to it, too: it "
+            "would be trained and pruned. Leave dense out, or give copy.deepcopy() of the dense model."
+        )
     return model.requires_grad_(False).eval()
 
 
@@ -283,28 +295,9 @@ def fingerprint(model: nn.Module) -> str:
     return found.hexdigest()[:16]
 
 
-def _refuse_pruned(network: nn.Module) -> None:
-    has_weights = next(network.parameters(), None) is not None
-    zeros = _zeros_of_pruning(network)
-    if zeros or not has_weights:
-        reason = f"is already pruned: {zeros}" if has_weights else "has no parameters in setup()"
-        raise UserError(
-            f"dense must be given, since the network {reason}. Give the model from before pruning, or its name."
-        )
-
-
 def _zeros_of_pruning(model: nn.Module) -> str:
     """Describe the zeros of the first layer that seems to be pruned; empty if there is none."""
-    sizes = {layer.name: layer.size for layer in prunable_layers(model)}
+    sizes = {layer.name: layer.size for layer in find_layers(model).layers}
     shares = {name: zeros / sizes[name] for name, zeros in zeros_of(model).items()}
     pruned = [name for name, share in shares.items() if _PRUNED <= share < 1]  # some layers are initialized to zero
     return f"{shares[pruned[0]]:.0%} of the weights of {pruned[0]} are zero" if pruned else ""
-
-
-def _refuse_shared(model: nn.Module, pl_module: L.LightningModule) -> None:
-    own = {id(parameter) for parameter in model.parameters()}
-    if shared := [name for name, parameter in pl_module.named_parameters() if id(parameter) in own]:
-        raise UserError(
-            f"dense must be a model of its own, but {shared[0]} of {type(pl_module).__name__} belongs to it, too: it "
-            "would be trained and pruned. Leave dense out, or give copy.deepcopy() of the dense model."
-        )

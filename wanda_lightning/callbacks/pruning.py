@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +14,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.callbacks import conflicts
-from wanda_lightning.callbacks.calibration_data import (
-    ValidationLoop,
-    calibration_batches,
-    calibration_forward,
-    trial_batches,
-)
-from wanda_lightning.callbacks.reporting import measured_before, publish, run_of, set_metrics, with_result
+from wanda_lightning.callbacks.calibration_data import CalibrationData, ValidationLoop
+from wanda_lightning.callbacks.reporting import publish, run_of, set_metrics, with_result
 from wanda_lightning.callbacks.schedules import OneShot, PruningState, Schedule, schedule_of
-from wanda_lightning.callbacks.trainer import StoppableWeights, processes_of, pruning_target, shows_progress
+from wanda_lightning.callbacks.trainer import processes_of, pruning_target, shows_progress
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
@@ -40,9 +35,8 @@ class PruningCallback(ZerosCallback):
     schedule has one stage, before the first step and after the sanity check of the validation loop. Each stage scores
     all weights again, with new statistics, and zeros stay zero. `trainer.validate`, `test` and `predict` prune when
     they start, and so evaluate the pruned model, unless the schedule starts after step 0. A model that this callback
-    has pruned, also before a resume, is not pruned again while it has its zeros. SIGTERM ends the process at the next
-    batch or unit, with status 143. The zeros stay zero while the model trains (see `KeepZeros`). With `fast_dev_run`,
-    it prunes once, before the first step, and no report is written.
+    has pruned, also before a resume, is not pruned again while it has its zeros. The zeros stay zero while the model
+    trains (see `KeepZeros`). With `fast_dev_run`, it prunes once, before the first step, and writes no report.
 
     The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
@@ -52,11 +46,10 @@ class PruningCallback(ZerosCallback):
     relative to the module's `pruning_target` if it has one (our modules give the names of Hugging Face and timm), else
     to the LightningModule.
 
-    After pruning, `trainer.callback_metrics` has `sparsity/model`, `sparsity/pruned_layers` and the sparsity of each
-    layer, for other callbacks to monitor; loggers get them, too. Use `BestAfterPruning` to keep the best checkpoint.
-
-    To prune at another moment, override `should_prune`. Two pruning callbacks of one class in a Trainer must differ in
-    `skip` or `only`, which tell their states in a checkpoint apart.
+    After pruning, `trainer.callback_metrics` and the loggers have `sparsity/model`, `sparsity/pruned_layers` and the
+    sparsity of each layer. Use `BestAfterPruning` to keep the best checkpoint. To prune at another moment, override
+    `should_prune`. Two pruning callbacks of one class in a Trainer must differ in `skip` or `only`, which tell their
+    states in a checkpoint apart.
 
     Args:
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
@@ -64,8 +57,7 @@ class PruningCallback(ZerosCallback):
         dataloader: The calibration data.
         keep_zeros: Keep the zeros while the model trains.
         report_dir: Folder to which `pruning_report.json` is saved.
-        report: Page (`.html`) or picture (`.png`) of the report to write, with figures, which also go to the loggers of
-            the Trainer that take images. It needs the extra `report`.
+        report: Page (`.html`) or picture (`.png`) of the report to write. It needs the extra `report`.
         at_step: Number of optimizer steps before pruning.
         schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
         calibrate_on: `"validation"` collects statistics from Lightning's own validation loop, without an extra pass,
@@ -103,15 +95,14 @@ class PruningCallback(ZerosCallback):
         super().__init__()
         choices.setdefault("method", self._method)
         check_choices(choices)
-        config = PruningConfig.from_names(sparsity, **choices)
-        if calibrate_on == "validation" and config.sequential in ("auto", "one_pass"):
-            config = replace(config, sequential="none")  # a validation loop runs the dense model
-        self.config = config
+        self.config = PruningConfig.from_names(sparsity, **choices)
+        if calibrate_on == "validation" and self.config.sequential in ("auto", "one_pass"):
+            self.config = replace(self.config, sequential="none")  # a validation loop runs the dense model
         self.schedule = schedule_of(at_step, schedule)
+        conflicts.check_options(self.config, self.schedule, calibrate_on, dataloader)
         checks.check_at_least(1, num_samples=num_samples)
         if report is not None:
             checks.check_report_path(report)
-        conflicts.check_options(config, self.schedule, calibrate_on, dataloader)
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.keep_zeros = keep_zeros
@@ -119,8 +110,8 @@ class PruningCallback(ZerosCallback):
         self.report_path = report
         self.calibrate_on = calibrate_on
         self._state = PruningState(self._fixed_choices)
-        self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
         self._processes = SINGLE_PROCESS
+        self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
         self._pruned_to_evaluate = False  # the loop that runs has pruned the model at its start
         self._resumed = False  # weights and state come from the same checkpoint
 
@@ -157,7 +148,6 @@ class PruningCallback(ZerosCallback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse an unsupported Trainer, and a `report_dir` or `report` that cannot be written."""
-        checks.refuse_pytorch_lightning(trainer)
         self._pruned_to_evaluate = False  # an earlier loop may have been interrupted
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
@@ -299,46 +289,40 @@ class PruningCallback(ZerosCallback):
         self._pruned_to_evaluate = True
 
     def _prune(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune to the share that is due, without changing the random numbers that training draws."""
-        with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
+        """Prune to the share that is due, and publish the report."""
+        with _undisturbed(trainer):
+            data = CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, self._processes)
             report = prune_as(
                 conflicts.without_permutation_in_training(self.config.scaled(self._share_due(trainer)), trainer),
                 pruning_target(pl_module),
-                calibration_batches(trainer, pl_module, self.dataloader, self.num_samples, self._processes),
-                forward=partial(calibration_forward, trainer, pl_module),
-                predict=partial(calibration_forward, trainer, pl_module, for_predictions=True),
+                data.batches(),
+                forward=data.forward,
+                predict=data.predict,
                 progress=shows_progress(trainer),
                 processes=self._processes,
-                store=StoppableWeights(trainer),
             )
         self._record(report, trainer)
 
+    def _record(self, report: PruningReport, trainer: L.Trainer) -> None:
+        """Publish the report of a stage."""
+        report.run = run_of(trainer, self.num_samples if self.reads_calibration_data else 0)
+        self._state.record(report, self._share_due(trainer))
+        publish(report, trainer, self._name)
+        self._save(report, trainer)
+
     def _rehearse(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Raise now the errors of a later stage."""
-        find = partial(trial_batches, trainer, pl_module, self.dataloader, self.num_samples, self._processes)
-        with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            rehearse(
-                self.config,
-                pruning_target(pl_module),
-                find if self.calibrate_on == "calibration" else lambda: None,
-                partial(calibration_forward, trainer, pl_module),
-                partial(calibration_forward, trainer, pl_module, for_predictions=True),
-                self._processes,
-            )
-
-    def _record(self, report: PruningReport, trainer: L.Trainer) -> None:
-        report.run = run_of(trainer, self.num_samples if self.reads_calibration_data else 0)
-        if self.calibrate_on == "validation":  # the loop that has just ended ran the model before this stage
-            report.run = measured_before(report.run, trainer, self._state)
-        self._state.record(report, self._share_due(trainer))
-        publish(report, trainer, self._name, with_figures=self.report_path is not None)
-        self._save(report, trainer)
+        with _undisturbed(trainer):
+            data = CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, self._processes)
+            target = pruning_target(pl_module)
+            find = data.trial_batches if self.calibrate_on == "calibration" else lambda: None
+            rehearse(self.config, target, find, data.forward, data.predict, self._processes)
 
     def _record_result(self, trainer: L.Trainer) -> None:
         """Add what the evaluation loop has measured to the report, if the loop has pruned the model at its start."""
         measured, self._pruned_to_evaluate = self._pruned_to_evaluate, False
         if measured and self.report is not None and self.report.run is not None:
-            self.report.run = with_result(self.report.run, trainer, is_dense=False)
+            self.report.run = with_result(self.report.run, trainer)
             self._save(self.report, trainer)
 
     def _save(self, report: PruningReport, trainer: L.Trainer) -> None:
@@ -353,6 +337,13 @@ class PruningCallback(ZerosCallback):
         if self.keep_zeros and self._state.zeros:
             self._zeros.hold(pruning_target(pl_module), self._state.zeros)
             self._clear_copies(trainer, pl_module)
+
+
+@contextmanager
+def _undisturbed(trainer: L.Trainer) -> Iterator[None]:
+    """Run the model in the Trainer's precision, without changing the random numbers that training draws."""
+    with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
+        yield
 
 
 class WandaPrune(PruningCallback):

@@ -6,9 +6,8 @@ import inspect
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
 from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
-from wanda_lightning.common.checks import check_flags, refuse_pytorch_lightning
+from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
@@ -78,18 +77,13 @@ class SavePretrained(Callback):
     """Save the model when training ends, with the module's own `save_pretrained(folder, overwrite)`.
 
     If something else was written into the folder while the model trained, the model is saved next to it, such as in
-    `out-2`, with a warning. `fast_dev_run` saves nothing.
-
-    If a pruning callback of the same Trainer has pruned the model, a model card (`README.md`) is written, too, unless
-    the module has written one.
+    `out-2`, with a warning. If saving fails, the state dict of the module is written next to the folder, as
+    `out-state.pt`, and the error says so. `fast_dev_run` saves nothing.
 
     If the module has a method `check_saving()`, it is called when training starts, to raise the errors of
-    `save_pretrained`. If saving fails nevertheless, the state dict of the module is written next to the folder, as
-    `out-state.pt`, and the error says so.
-
-    If the module has a `merge()` method, it is called first, to merge adapters: the saved folder loads without peft,
-    and the module in memory no longer has adapters. Checkpoints from before the merge load only into a module with
-    adapters.
+    `save_pretrained`. If it has a `merge()` method, it is called before saving, to merge adapters: the saved folder
+    loads without peft, and the module in memory no longer has adapters. If a pruning callback of the same Trainer has
+    pruned the model, a model card (`README.md`) is written, too.
 
     Args:
         folder: Where to save.
@@ -123,9 +117,9 @@ class SavePretrained(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be written, or a model that cannot be saved."""
-        refuse_pytorch_lightning(trainer)
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        processes = processes_of(trainer)
         save = getattr(pl_module, "save_pretrained", None)
         if not callable(save) or (self.shrink and "shrink" not in inspect.signature(save).parameters):
             raise MisconfigurationException(
@@ -140,7 +134,7 @@ class SavePretrained(Callback):
                 "save_pretrained of a CausalLMModule in every process after fit, or use Lightning's ModelCheckpoint "
                 "with save_distributed_checkpoint=False for one ordinary file."
             )
-        with processes_of(trainer).fail_together():
+        with processes.fail_together():
             if trainer.is_global_zero:
                 if callable(check := getattr(pl_module, "check_saving", None)):
                     check()
@@ -162,8 +156,7 @@ class SavePretrained(Callback):
                     raise
                 raise OSError(
                     f"{self.folder} could not be written ({type(error).__name__}: {error}). The trained weights are in "
-                    f"{_save_state(pl_module, Path(self.folder))}: load them with "
-                    "module.load_state_dict(torch.load(PATH))."
+                    f"{self._save_state(pl_module)}: load them with module.load_state_dict(torch.load(PATH))."
                 ) from error
             if trainer.is_global_zero:
                 self._write_card(folder, trainer, pl_module, is_smaller)
@@ -175,21 +168,34 @@ class SavePretrained(Callback):
 
     def _save(self, pl_module: Any) -> tuple[Path, bool]:
         """Save the model; return where, and whether hidden units were left out."""
-        folder = find_free_folder(self.folder, self.overwrite)
-        if folder != Path(self.folder):
-            rank_zero_warn(
-                f"{self.folder} was written to while the model trained, so the model is saved in {folder}.",
-                category=UserWarning,
-            )
+        folder = Path(self.folder)
+        try:
+            require_writable(folder, self.overwrite)
+        except FileExistsError:
+            folder = _unused(resolve_path(folder))
+            rank_zero_warn(f"{self.folder} was written to while the model trained, so the model is saved in {folder}.")
         if self.shrink:
             try:
                 result = pl_module.save_pretrained(folder, overwrite=self.overwrite, shrink=True)
                 rank_zero_info(f"SavePretrained: {result}")
                 return folder, True
             except UserError as error:
-                rank_zero_warn(f"The model is saved with its zeros. {error}", category=UserWarning)
+                rank_zero_warn(f"The model is saved with its zeros. {error}")
         pl_module.save_pretrained(folder, overwrite=self.overwrite)
         return folder, False
+
+    def _save_state(self, pl_module: L.LightningModule) -> Path:
+        """Write the state dict next to the folder, or else into the folder for temporary files; return where it is."""
+        path = resolve_path(self.folder)
+        for home in (path.parent, Path(tempfile.gettempdir())):
+            target = _unused(home / f"{path.name}-state.pt")
+            try:
+                with atomic_write(target) as new:
+                    torch.save(pl_module.state_dict(), new)
+                return target
+            except Exception as error:  # the disk may be full
+                failure = error
+        raise failure
 
     def _write_card(self, folder: Path, trainer: L.Trainer, pl_module: L.LightningModule, is_smaller: bool) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
@@ -204,29 +210,10 @@ class SavePretrained(Callback):
             write_card(folder, report, name=name, on_hub=on_hub, trained_steps=trainer.global_step)
 
 
-def find_free_folder(folder: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Return the folder, or the first one next to it, such as `out-2`, into which a model can be saved."""
-    place = Path(folder)
-    for number in count(2):
-        with suppress(FileExistsError):
-            require_writable(place, overwrite)
-            break
-        place = resolve_path(folder).with_name(f"{resolve_path(folder).name}-{number}")
-    return place
-
-
-def _save_state(pl_module: L.LightningModule, folder: Path) -> Path:
-    """Write the state dict next to the folder, or else into the folder for temporary files; return where it is."""
-    names = (f"{folder.name}-state{suffix}.pt" for suffix in ("", *(f"-{number}" for number in range(2, 100))))
-    for home in (resolve_path(folder).parent, Path(tempfile.gettempdir())):
-        path = next(home / name for name in names if not os.path.lexists(home / name))
-        try:
-            with atomic_write(path) as new:
-                torch.save(pl_module.state_dict(), new)
-            return path
-        except Exception as error:  # the disk may be full
-            failure = error
-    raise failure
+def _unused(path: Path) -> Path:
+    """Return the path, or the first one next to it that does not exist, such as `out-2`."""
+    places = chain([path], (path.with_stem(f"{path.stem}-{number}") for number in count(2)))
+    return next(place for place in places if not os.path.lexists(place))
 
 
 def _recounted(report: PruningReport, zeros: Mapping[str, int]) -> PruningReport:

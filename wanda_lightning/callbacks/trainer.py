@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import signal
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
-from wanda_lightning.engine.run import Run, WeightStore
-from wanda_lightning.models import Unit
+from wanda_lightning.common.checks import refuse_pytorch_lightning
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
@@ -24,7 +21,11 @@ def pruning_target(pl_module: L.LightningModule) -> nn.Module:
 
 
 def processes_of(trainer: L.Trainer) -> Processes:
-    """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose model cannot be pruned."""
+    """Return the processes of a Trainer, in `setup` or later.
+
+    Refuse a Trainer of `pytorch_lightning`, and a strategy whose model cannot be pruned.
+    """
+    refuse_pytorch_lightning(trainer)
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh
@@ -46,24 +47,6 @@ def processes_of(trainer: L.Trainer) -> Processes:
         "model does not fit on one device. Or prune with Trainer(devices=1), save, and train the pruned model with "
         "KeepZeros."
     )
-
-
-def stop_if_terminated(trainer: L.Trainer) -> None:
-    """End the process with the status of SIGTERM if the Trainer has received it, which its own loops do later."""
-    if trainer.received_sigterm:
-        raise SIGTERMException(128 + signal.SIGTERM)
-
-
-class StoppableWeights(WeightStore):
-    """Weights in memory; if the Trainer has received SIGTERM, the pruning ends at the next unit."""
-
-    def __init__(self, trainer: L.Trainer) -> None:
-        self._trainer = trainer
-
-    def arrive(self, unit: Unit, run: Run) -> bool:
-        """Stop if the Trainer has received SIGTERM."""
-        stop_if_terminated(self._trainer)
-        return False
 
 
 def averaged_models(trainer: L.Trainer) -> list[nn.Module]:

@@ -8,7 +8,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from wanda_lightning.callbacks.trainer import averaged_models, processes_of, pruning_target
-from wanda_lightning.common.checks import refuse_pytorch_lightning
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import HeldZeros
 
@@ -16,8 +15,7 @@ from wanda_lightning.training.held_zeros import HeldZeros
 class ZerosCallback(Callback):
     """A callback that prunes or keeps zeros while a model trains.
 
-    Other callbacks of the Trainer and data modules read its properties. Derive your own callback from this class so
-    that they read its properties, too.
+    Other callbacks of the Trainer and data modules read its properties.
     """
 
     def __init__(self) -> None:
@@ -65,8 +63,7 @@ class KeepZeros(ZerosCallback):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a Trainer of `pytorch_lightning`, or a strategy that distributes the model in an unsupported way."""
-        refuse_pytorch_lightning(trainer)
+        """Refuse a Trainer or a strategy that is not supported."""
         processes_of(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,33 +1,22 @@
 """Prune one model in several processes: collectives, and FSDP2."""
+# ruff: noqa: I001  (isort would write one statement for each name)
 
 from wanda_lightning.parallel.fsdp import (
-    entry_point,
-    free,
-    fsdp_calls_checked,
-    gathered_state_dict,
-    gathering_noticed,
-    is_sharded,
-    kept_gathered,
-    managers_around,
-    reshard,
-    shard_processes,
+    entry_point as entry_point,
+    free as free,
+    fsdp_calls_checked as fsdp_calls_checked,
+    gathered_state_dict as gathered_state_dict,
+    gathering_noticed as gathering_noticed,
+    is_sharded as is_sharded,
+    kept_gathered as kept_gathered,
+    managers_around as managers_around,
+    reshard as reshard,
+    shard_processes as shard_processes,
 )
-from wanda_lightning.parallel.processes import SINGLE_PROCESS, Processes, first_index, local, zero_counts
-
-__all__ = [
-    "SINGLE_PROCESS",
-    "Processes",
-    "entry_point",
-    "first_index",
-    "free",
-    "fsdp_calls_checked",
-    "gathered_state_dict",
-    "gathering_noticed",
-    "is_sharded",
-    "kept_gathered",
-    "local",
-    "managers_around",
-    "reshard",
-    "shard_processes",
-    "zero_counts",
-]
+from wanda_lightning.parallel.processes import (
+    SINGLE_PROCESS as SINGLE_PROCESS,
+    Processes as Processes,
+    first_index as first_index,
+    local as local,
+    zero_counts as zero_counts,
+)

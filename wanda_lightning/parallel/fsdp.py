@@ -1,15 +1,14 @@
 """Everything that touches the internals of FSDP2 (`fully_shard`).
 
 FSDP2 gathers a module's weights in its forward hooks and frees them after the call. Calibration interrupts forward
-passes between these points. Therefore it must know where a call begins, which modules are gathered while batches wait
-inside of them, check that all processes make the same calls, and reset FSDP2 after a pass that did not end.
+passes in between, so it must know where a call begins, which modules are gathered while batches wait inside of them,
+whether all processes make the same calls, and how to reset FSDP2 after a pass that did not end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -46,23 +45,18 @@ def fsdp_calls_checked(
 ) -> Iterator[Callable[[str, int], None]]:
     """Record the calls of FSDP2 modules in this block, and reset these modules at its end.
 
-    All processes must call the same FSDP2 modules in the same order, because each call gathers weights. If a model
-    routes its batches, the order may differ. Then a process would get the weights of another module, or wait forever.
-    `notice` is that of `gathering_noticed`.
+    Each call gathers weights. If a model routes its batches, the order of calls may differ between processes; then one
+    would get the weights of another module, or wait forever. `notice` is that of `gathering_noticed`.
 
     Yields:
         A function that compares the calls so far across all processes. It takes the name of the current unit and the
         number of batches that are parked there, and raises a ValueError in every process if they differ.
     """
-    calls = 0  # a hash of all calls so far
-
-    def record(index: int, *_: object) -> None:
-        nonlocal calls
-        calls = hash((calls, index))
+    calls: list[int] = []  # indices of the modules
 
     def check(unit: str, parked: int) -> None:
-        # Python's hashes of integers are the same in all processes.
-        if is_distributed and len({row[0] for row in processes.all_gather([hash((calls, parked))])}) > 1:
+        own = hash((*calls, parked))  # Python's hashes of integers are the same in all processes
+        if is_distributed and len({number for (number,) in processes.all_gather([own])}) > 1:
             raise UserError(
                 f"strategy must be DDPStrategy for a model that routes its batches: the {processes.world_size} "
                 f"processes do not call the same parts of the model in the same order (found at "
@@ -74,7 +68,7 @@ def fsdp_calls_checked(
     is_distributed = bool(managed) and processes.world_size > 1
     with ExitStack() as hooks, gathering_noticed(model, notice):
         for index, module in enumerate(managed if is_distributed else ()):
-            hooks.callback(module.register_forward_pre_hook(partial(record, index)).remove)
+            hooks.callback(module.register_forward_pre_hook(lambda *_, index=index: calls.append(index)).remove)
         try:
             yield check
         finally:  # forward passes may have stopped halfway

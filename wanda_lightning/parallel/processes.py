@@ -1,8 +1,7 @@
 """The collectives of several processes that prune one model.
 
 All processes must call the same collectives in the same order; otherwise they wait for each other forever. Therefore
-code that may fail in a single process runs inside `Processes.fail_together`. `all_reduce_min` and `broadcast` also
-report the failure of another process.
+code that may fail in a single process runs inside `Processes.fail_together`.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluating import has_float64
 
 Value = TypeVar("Value")
-
-_ENTRIES = 2**25  # in one message: 128 MiB of float32, since a message is a copy
 
 
 class Processes:
@@ -61,19 +58,16 @@ class Processes:
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor in place with its sum over the processes; float64 as float32 if the device lacks it."""
-        if self.world_size == 1:
-            return
-        for message in _messages(tensors):
-            narrow = message[0].dtype == torch.float64 and not has_float64(self._device)
-            flat = torch.cat([(each.float() if narrow else each).to(self._device).flatten() for each in message])
-            dist.all_reduce(flat, group=self._group)
-            for tensor, total in zip(message, flat.split([tensor.numel() for tensor in message]), strict=True):
-                tensor.copy_(total.view_as(tensor))
+        for tensor in tensors if self.world_size > 1 else ():
+            narrow = tensor.dtype == torch.float64 and not has_float64(self._device)
+            message = (tensor.float() if narrow else tensor).to(self._device).contiguous()
+            dist.all_reduce(message, group=self._group)
+            tensor.copy_(message)
 
     def all_gather(self, values: Sequence[int]) -> list[list[int]]:
         """Return the values of every process by rank; every process must pass the same number of values."""
         table = torch.zeros(self.world_size, len(values), dtype=torch.int64)
-        table[self.rank] = torch.tensor(values, dtype=torch.int64)
+        table[self.rank] = torch.tensor(values)
         self.all_reduce_sum([table])
         return table.tolist()
 
@@ -116,18 +110,6 @@ class Processes:
         tensor = torch.tensor(value, device=self._device)
         dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._group)
         return int(tensor)
-
-
-def _messages(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Divide tensors into groups of one dtype and of at most `_ENTRIES` entries; a larger tensor is a group itself."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        group: list[Tensor] = []
-        for tensor in (each for each in tensors if each.dtype == dtype):
-            if group and sum(each.numel() for each in group) + tensor.numel() > _ENTRIES:
-                yield group
-                group = []
-            group.append(tensor)
-        yield group
 
 
 SINGLE_PROCESS = Processes()

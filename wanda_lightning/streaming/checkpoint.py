@@ -176,9 +176,7 @@ class Checkpoint:
         weights_moved()
 
     def stored(self, part: str) -> dict[str, Tensor]:
-        """Return a part on the CPU, under the names and in the layout of the checkpoint."""
-        if part not in self._conversions:
-            raise RuntimeError(f"{part} is not loaded, so it cannot be stored. Please report this error.")
+        """Return a loaded part on the CPU, under the names and in the layout of the checkpoint."""
         model: Any = self.model
         tensors = {name: tensor for name, tensor in model.state_dict().items() if self.part_of(name) == part}
         for name in model._keys_to_ignore_on_save or ():
@@ -217,13 +215,12 @@ def _block_names(model: nn.Module) -> tuple[str, ...]:
 def available_device(device: str) -> torch.device:
     """Return a device with its index, and refuse one that cannot be used."""
     try:
-        tensor = torch.empty(1, device=device)
-        tensor.cpu()  # the meta device has no values
+        tensor = torch.zeros(1, device=device)
+        tensor.tolist()  # the meta device has no values
         return tensor.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
-            f"device must be one that PyTorch can use on this machine, but {device!r} is not: {one_line(error)}. Use "
-            "device='cpu', or install a build of PyTorch for the device."
+            f"device must be one that PyTorch can use on this machine, but {device!r} is not: {one_line(error)}."
         ) from error
 
 

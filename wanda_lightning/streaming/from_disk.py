@@ -68,17 +68,10 @@ def prune_from_disk(
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
     check_choices(choices)
+    config = PruningConfig.from_names(sparsity, **choices)
+    place = ModelSource(source, revision or "main", cache_dir, trust_remote_code)
     with pruned_from_disk(
-        PruningConfig.from_names(sparsity, **choices),
-        ModelSource(source, revision or "main", cache_dir, trust_remote_code),
-        output,
-        batches,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        forward=forward,
-        progress=progress,
-        processes=processes,
-        device=device,
+        config, place, output, batches, dtype, tokenizer, forward, progress, processes, device
     ) as report:
         return report
 
@@ -89,7 +82,6 @@ def pruned_from_disk(
     source: ModelSource,
     output: str | os.PathLike[str],
     batches: Iterable[Any],
-    *,
     dtype: str = "auto",
     tokenizer: Any = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
@@ -113,12 +105,12 @@ def pruned_from_disk(
             check_vocabulary(tokenizer, checkpoint.model)
         own_data = fingerprint(held)
     made_with = {  # the choices and data that determine the result
-        "choices": config.describe(),
+        **config.describe(),
         "dtype": str(checkpoint.model.dtype),
         "device": checkpoint.device.type,
         "calibration data": [processes.broadcast(own_data, rank) for rank in range(processes.world_size)],
-        "weights": {f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
-        "config.json": [fingerprint(checkpoint.configuration)],
+        "config.json": fingerprint(checkpoint.configuration),
+        **{f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
     }
     folder = OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks], processes)
     if folder.progress.report:
@@ -140,18 +132,19 @@ def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROC
     whole, grams = "needs the whole model in memory", "needs the Gram matrices of all layers in memory"
     is_one_pass, recovery = config.sequential == "none", config.shown("recovery")
     gradients = config.reads_gradients and processes.world_size > 1
-    for refused, name, reason, instead in (
+    rows = (
         (gradients, "allocation", "reads gradients, which only a single process can compute", "'owl'"),
         (is_one_pass and config.recovery.recorded, "sequential", f"with {recovery} trains blocks in memory", "'block'"),
         (config.pattern.drops_experts, "pattern", whole, "'unstructured' or '2:4'"),
         (is_one_pass and "gram" in config.needs, "sequential", f"with {config.shown('solver')} {grams}", "'block'"),
         ("gram" in config.allocation.needs, "allocation", grams, "'owl' or 'fisher'"),
         (config.recovery.reads_batches, "recovery", whole, "'none' or 'reconstruct'"),
-    ):
-        if refused:
+    )
+    for applies, option, reason, instead in rows:
+        if applies:
             raise UserError(
-                f"{config.shown(name)} {reason}, but the model is read block by block. Use {name}={instead}, or prune "
-                "in memory."
+                f"{config.shown(option)} {reason}, but the model is read block by block. Use {option}={instead}, or "
+                "prune in memory."
             )
 
 

@@ -1,12 +1,13 @@
-"""A model folder that is written part by part, and resumed after a crash."""
+"""The folder of a model that is written part by part, and resumed after a crash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wanda_lightning.common.atomic_write import atomic_write, list_entries, require_writable, resolve_path
+from wanda_lightning.calibration.batches import map_tensors
+from wanda_lightning.common.atomic_write import (
+    TEMPORARY,
+    atomic_write,
+    list_entries,
+    move_entries,
+    require_writable,
+    resolve_path,
+)
 from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import SkippedMatrix
+from wanda_lightning.modules.loading import save_tokenizer
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PrunedLayer
 from wanda_lightning.report.records import as_json, from_parsed
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.shards import Shards
 
 PROGRESS_NAME, _ROW_WEIGHTS_NAME = ".pruning_progress.json", ".pruning_row_weights.safetensors"
-_VERSION = 2  # of the progress file
+_VERSION = 3  # of the progress file
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,47 @@ class PartRecord:
     size: int = 0  # of the tensors, in bytes
 
 
+class Shards:
+    """A folder with one file for each part of a checkpoint; the files without which it is no model come last."""
+
+    def __init__(self, folder: Path, parts: Sequence[str], is_writer: bool = True) -> None:
+        self.folder, self.parts, self._is_writer = folder, list(parts), is_writer
+        self.written: dict[str, PartRecord] = {}
+
+    def path(self, part: str) -> Path:
+        """Return the file of a part; one without tensors has no file."""
+        number = self.parts.index(part) + 1
+        return self.folder / f"model-{number:05d}-of-{len(self.parts):05d}.safetensors"
+
+    def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()) -> None:
+        """Write a part, and add its tensors to its record."""
+        if tensors and self._is_writer:
+            with atomic_write(self.path(part)) as new:
+                save_file(dict(tensors), new, metadata={"format": "pt"})
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        self.written[part] = replace(record, keys=list(tensors), size=size)
+
+    def stored(self, part: str) -> dict[Path, list[str]]:
+        """Return the file and the names of the tensors of a written part."""
+        return {self.path(part): self.written[part].keys}
+
+    def write_rest(self, checkpoint: Checkpoint, tokenizer: Any) -> None:
+        """Write the index and the configuration."""
+        weight_map = {key: self.path(part).name for part, record in self.written.items() for key in record.keys}
+        size = sum(record.size for record in self.written.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        for leftover in self.folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=TEMPORARY))  # saving deletes weights beside it
+        checkpoint.save_configuration(temporary)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, temporary)
+        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        move_entries(temporary, self.folder)
+
+
 @dataclass
-class Progress:
+class _Progress:
     """The content of the progress file."""
 
     made_with: dict[str, Any]  # choices and data that determine the result
@@ -54,12 +102,11 @@ class Progress:
     report: str = ""  # of the finished pruning, as JSON
 
 
-class OutputFolder:
-    """The folder of a pruned model, with one safetensors file for each part.
+class OutputFolder(Shards):
+    """The folder of a pruned model; of several processes, only the first one writes.
 
-    A part is written as a whole, and the files without which the folder is not a model come last; of several processes,
-    only the first one writes. The folder is empty, does not exist, or was left by an interrupted run with the same
-    choices and data, `made_with`; any other folder is refused.
+    The folder is empty, does not exist, or was left by an interrupted run with the same choices and data, `made_with`;
+    any other folder is refused.
     """
 
     def __init__(
@@ -69,84 +116,74 @@ class OutputFolder:
         parts: Sequence[str],
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
-        self.path, self._parts, self._processes = resolve_path(folder), list(parts), processes
-        self._shards = Shards(self.path, parts)
-        self.progress = Progress(json.loads(json.dumps({"version": _VERSION, **made_with}, default=str)))
-        with self._in_first() as is_first:
-            if is_first:
+        super().__init__(resolve_path(folder), parts, processes.rank == 0)
+        self._processes, self._file = processes, self.folder / PROGRESS_NAME
+        self.progress = _Progress(json.loads(json.dumps({"version": _VERSION, **made_with}, default=str)))
+        with processes.fail_together():
+            if self._is_writer:
                 require_resumable(folder)
-                if (self.path / PROGRESS_NAME).is_file():
+                if self._file.is_file():
                     self._resume(folder)
         self.progress = processes.broadcast(self.progress, 0)
-
-    @contextmanager
-    def _in_first(self) -> Iterator[bool]:
-        """Yield True in the first process, which writes, and False in the others, which wait for it."""
-        with self._processes.fail_together():
-            yield self._processes.rank == 0
+        self.written = self.progress.written
 
     def _resume(self, folder: object) -> None:
         """Continue an interrupted run with the same choices; parts whose files are missing are written again."""
-        own, file = self.progress, self.path / PROGRESS_NAME
+        own = self.progress
         try:
-            begun: Progress = from_parsed(Progress, json.loads(file.read_text(encoding="utf-8")))
+            begun: _Progress = from_parsed(_Progress, json.loads(self._file.read_text(encoding="utf-8")))
             check_values(Number(minimum=0, below=1), **begun.sparsities)
         except ValueError as error:
             raise UserError(
-                f"{file} is not the record of an interrupted run of this version: {one_line(error)} Delete {folder} to "
-                "begin anew, or choose another folder."
+                f"{self._file} is not the record of an interrupted run of this version: {one_line(error)} Delete "
+                f"{folder} to begin anew, or choose another folder."
             ) from error
-        differing = list(_differences(begun.made_with, own.made_with))
+        first, second = begun.made_with, own.made_with
+        differing = [name for name in first | second if first.get(name) != second.get(name)]
         if begun.written and differing:
-            others = f" (and {len(differing) - 1} more)" if differing[1:] else ""
             raise UserError(
-                f"{folder} was begun with {differing[0]}{others}. Use the same choices, data and model to go on, or "
-                "another folder."
+                f"{folder} was begun with other choices, data or weights: {', '.join(differing)}. Use the same to go "
+                "on, or another folder."
             )
         for part, record in begun.written.items():
-            if not record.keys or self._shards.path(part).is_file():
+            if not record.keys or self.path(part).is_file():
                 own.written[part] = record
         if not differing:
             own.sparsities, own.has_row_weights = begun.sparsities, begun.has_row_weights
-        own.report = begun.report if own.written.keys() >= set(self._parts) else ""
+        own.report = begun.report if own.written.keys() >= set(self.parts) else ""
 
-    def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord) -> None:
+    def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()) -> None:
         """Write a part and its record in the first process; the others do not wait for it."""
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        self.progress.written[part] = replace(record, keys=list(tensors), size=size)
-        if self._processes.rank == 0:
+        if self._is_writer:
             self._require_own_folder()
-            self._shards.write(part, tensors)
+        super().save(part, tensors, record)
+        if self._is_writer:
             self._save_progress()
 
     def _require_own_folder(self) -> None:
         """Refuse to mix the parts of two runs."""
-        file = self.path / PROGRESS_NAME
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"written": list_entries(self.path)}
+        entries = {"written": list_entries(self.folder)}
+        found = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else entries
         if found["written"] and found.get("made_with") != self.progress.made_with:
-            raise UserError(f"{self.path} must be written by one run, but another one has. Choose another folder.")
+            raise UserError(f"{self.folder} must be written by one run, but another one has. Choose another folder.")
 
     def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:
         """Write the sparsity of each layer, and the row weights of those that have any."""
         self.progress.sparsities, self.progress.has_row_weights = dict(sparsities), bool(row_weights)
-        with self._in_first() as is_first:
-            if is_first and row_weights:
-                with atomic_write(self.path / _ROW_WEIGHTS_NAME) as new:
+        with self._processes.fail_together():
+            if self._is_writer and row_weights:
+                with atomic_write(self.folder / _ROW_WEIGHTS_NAME) as new:
                     save_file(dict(row_weights), new)
-            if is_first:
+            if self._is_writer:
                 self._save_progress()
 
     def row_weights(self) -> dict[str, Tensor]:
         """Read the row weights; empty if no layer has any."""
-        return load_file(self.path / _ROW_WEIGHTS_NAME) if self.progress.has_row_weights else {}
+        return load_file(self.folder / _ROW_WEIGHTS_NAME) if self.progress.has_row_weights else {}
 
     def _save_progress(self) -> None:
-        with atomic_write(self.path / PROGRESS_NAME) as new:
+        with atomic_write(self._file) as new:
             new.write_text(as_json(asdict(self.progress)), encoding="utf-8")
-
-    def stored(self, part: str) -> dict[Path, list[str]]:
-        """Return the file and the names of the tensors of a written part."""
-        return {self._shards.path(part): self.progress.written[part].keys}
 
     def finish(self, checkpoint: Checkpoint, tokenizer: Any, report: str) -> None:
         """Write the files without which the folder is no model.
@@ -154,19 +191,17 @@ class OutputFolder:
         The report stays in the progress file until `forget`, for a run that is started again.
         """
         self.progress.report = report
-        written = self.progress.written
-        with self._in_first() as is_first:
-            if is_first:
+        with self._processes.fail_together():
+            if self._is_writer:
                 self._save_progress()
-                keys = {part: written[part].keys for part in self._parts}
-                self._shards.finish(checkpoint, keys, sum(each.size for each in written.values()), tokenizer)
+                self.write_rest(checkpoint, tokenizer)
 
     def forget(self) -> None:
         """Delete the files that only a repeated run needs."""
-        with self._in_first() as is_first:
-            if is_first:
-                for name in (_ROW_WEIGHTS_NAME, PROGRESS_NAME):
-                    (self.path / name).unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
+        with self._processes.fail_together():
+            if self._is_writer:
+                for file in (self.folder / _ROW_WEIGHTS_NAME, self._file):
+                    file.unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
 
 
 def require_resumable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -177,37 +212,11 @@ def require_resumable(path: str | os.PathLike[str], overwrite: bool = False) -> 
         raise FileExistsError(f"{path} is not empty, and no interrupted run left it. Choose another one, or empty it.")
 
 
-def _differences(begun: Mapping[str, Any], now: Mapping[str, Any], place: str = "") -> Iterator[str]:
-    """Describe each difference, with the values of choices but without fingerprints."""
-    for name in dict.fromkeys([*begun, *now]):
-        first, second = begun.get(name), now.get(name)
-        if isinstance(first, Mapping) and isinstance(second, Mapping):
-            yield from _differences(first, second, name if place == "choices" else "choices")
-        elif first != second:
-            has_values = all(isinstance(each, str | int | float | None) for each in (first, second))
-            label = place if name == "name" else name
-            yield f"{label}={first!r}, but now it is {second!r}" if has_values else f"other {label}"
-
-
 def fingerprint(values: Any) -> str:
     """Return a hash of nested containers with tensors and plain values."""
-    digest = hashlib.sha256()
-    for piece in _pieces(values):
-        digest.update(piece)
-    return digest.hexdigest()
 
+    def content(tensor: Tensor) -> tuple[Any, ...]:
+        octets = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return tensor.dtype, tuple(tensor.shape), hashlib.sha256(octets.numpy().tobytes()).hexdigest()
 
-def _pieces(values: Any) -> Iterator[bytes]:
-    if isinstance(values, Tensor):
-        yield f"{values.dtype} {tuple(values.shape)}".encode()
-        yield values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(values, Mapping):
-        for key in values:
-            yield repr(key).encode()
-            yield from _pieces(values[key])
-    elif isinstance(values, list | tuple):
-        yield f"{len(values)}".encode()
-        for value in values:
-            yield from _pieces(value)
-    else:
-        yield repr(values).encode()
+    return hashlib.sha256(repr(map_tensors(content, values)).encode()).hexdigest()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.modules.loading import load_own_tokenizer
 from wanda_lightning.shrinking import Shrunk, example_batch, fit_configuration, shrink, write_modeling_file
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
-from wanda_lightning.streaming.shards import Shards
+from wanda_lightning.streaming.output_folder import Shards
 
 
 def shrink_from_disk(
@@ -66,65 +66,51 @@ class _Stream:
     """Reads, shrinks and writes one block after the other."""
 
     def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
-        self.model, self.result = checkpoint.model, Shrunk()
-        self._checkpoint = checkpoint
-        self._parts = [RESIDENT, *checkpoint.blocks]
-        self._shards = Shards(folder, self._parts)
-        self._written: dict[str, list[str]] = {}  # by part: names of its tensors
-        self._size = 0
+        self.model, self.result, self._checkpoint = checkpoint.model, Shrunk(), checkpoint
+        self._shards = Shards(folder, [RESIDENT, *checkpoint.blocks])
         before = sum(parameter.numel() for parameter in self.model.parameters())
         self.result.parameters = before, before
 
     def run(self) -> None:
         """Run a small batch through the model, and write every block."""
         model: Any = self.model
-        with pruning_mode(model), self._reading_blocks():
-            model(**example_batch(model))
-        for part in self._parts:
-            if part not in self._written:  # the batch does not reach it
-                if part != RESIDENT:
-                    self._checkpoint.load(part)
-                self._write(part)
-                if part != RESIDENT:
-                    self._checkpoint.unload(part)
-
-    @contextmanager
-    def _reading_blocks(self) -> Iterator[None]:
-        with ExitStack() as hooks:
+        with pruning_mode(model), ExitStack() as hooks:
             for name in self._checkpoint.blocks:
-                block = self.model.get_submodule(name)
-
-                def enter(block: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                    if name in self._written:  # a block that runs twice
-                        self._checkpoint.load(name, {self._shards.path(name): self._written[name]})
-                    else:
-                        self._checkpoint.load(name)
-                        self._shrink(name, block, args, kwargs)
-                        self._write(name)
-
-                def leave(*_: object, name: str = name) -> None:
-                    self._checkpoint.unload(name)
-
+                block = model.get_submodule(name)
+                enter, leave = partial(self._enter, name), partial(self._leave, name)
                 hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(block.register_forward_hook(leave).remove)
-            yield
+            model(**example_batch(model))
+        for name in self._checkpoint.blocks:
+            if name not in self._shards.written:  # the batch does not reach it
+                self._checkpoint.load(name)
+                self._save(name)
+                self._checkpoint.unload(name)
+        self._save(RESIDENT)
 
-    def _shrink(self, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
+    def _enter(self, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
+        if name in self._shards.written:  # a block that runs twice
+            self._checkpoint.load(name, self._shards.stored(name))
+            return
+
         def forward(batch: Any) -> object:
             args, kwargs = clone_arguments(batch)
             return type(block).forward(block, *args, **kwargs)  # without the hooks of the block
 
+        self._checkpoint.load(name)
         found = shrink(block, (args, kwargs), forward)
         self.result.layers |= {f"{name}.{reader}": widths for reader, widths in found.layers.items()}
         self.result.unproven += found.unproven
         before, after = self.result.parameters
         self.result.parameters = before, after - found.parameters[0] + found.parameters[1]
+        self._save(name)
 
-    def _write(self, part: str) -> None:
-        tensors = self._checkpoint.stored(part)
-        self._written[part] = list(tensors)
-        self._size += self._shards.write(part, tensors)
+    def _leave(self, name: str, *_: object) -> None:
+        self._checkpoint.unload(name)
+
+    def _save(self, part: str) -> None:
+        self._shards.save(part, self._checkpoint.stored(part))
 
     def finish(self, tokenizer: Any) -> None:
         """Write the files without which the folder is no model."""
-        self._shards.finish(self._checkpoint, self._written, self._size, tokenizer)
+        self._shards.write_rest(self._checkpoint, tokenizer)

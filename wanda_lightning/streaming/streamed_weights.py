@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -29,8 +27,7 @@ from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
 class StreamedWeights(WeightStore):
     """Reads each block when the batches arrive at it, and writes it when they have left it.
 
-    At most two blocks are in memory: the one that is pruned, and the prefetched one. The model must be pruned inside
-    `blocks.loading()`.
+    The model must be pruned inside `blocks.loading()`.
     """
 
     advice = "What is written stays: start again with the same choices to continue."
@@ -44,7 +41,7 @@ class StreamedWeights(WeightStore):
         self._ahead: dict[str, str] | None = None
 
     def _stored(self, block: str) -> Keys | None:
-        return self._output.stored(block) if block in self._output.progress.written and not self._is_dense else None
+        return self._output.stored(block) if block in self._output.written and not self._is_dense else None
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -108,7 +105,7 @@ class StreamedWeights(WeightStore):
         """Do nothing: the changed weights are not in memory any more, and are read again."""
 
     def hold(self, name: str) -> None:
-        """Load the block of a layer or unit; evict all others except the prefetched one."""
+        """Load the block of a layer or unit, and free all others."""
         if (part := self._checkpoint.part_of(name)) != RESIDENT:
             self.blocks.load_only(part)
 
@@ -140,54 +137,44 @@ class StreamedWeights(WeightStore):
                 self._store(block, run)
             if part != RESIDENT:
                 self.blocks.load(part)
-                self.blocks.prefetch_after(part)
-            is_pruned = part != RESIDENT and part in self._output.progress.written
+            is_pruned = part != RESIDENT and part in self._output.written
             if is_pruned:
-                self._restore(self._output.progress.written[part], run)
+                self._restore(self._output.written[part], run)
             else:
                 refuse_unprunable(unit.layers)
-            if processes.world_size > 1:
-                self.blocks.wait()  # another process may read what the first one has written
         return is_pruned
 
     def finish(self, run: Run) -> None:
-        """Write the remaining blocks and the weights outside of all blocks, and wait until they are stored."""
+        """Write the remaining blocks, and the weights outside of all blocks."""
         with run.plan.processes.fail_together():
-            self.blocks.drop_prefetched()
-            for block in list(self.blocks.loaded):
+            for block in [*self.blocks.loaded]:
                 self._store(block, run)
-            self.blocks.wait()
             for block in self._checkpoint.blocks:
-                if block not in self._output.progress.written:  # no batch called it
+                if block not in self._output.written:  # no batch called it
                     self.blocks.load(block)
                     self._store(block, run)
-            self.blocks.wait()
-            self._write(RESIDENT, self._record(RESIDENT, run))
+            self._write(RESIDENT, run)
 
     @property
     def zeros(self) -> int:  # type: ignore[override]
         """Number of zeros in the stored blocks."""
-        return sum(record.zeros for part, record in self._output.progress.written.items() if part != RESIDENT)
+        return sum(record.zeros for part, record in self._output.written.items() if part != RESIDENT)
 
     def _store(self, block: str, run: Run) -> None:
-        """Write a block unless it is written already, and free it, both in the background."""
-        if block in self._output.progress.written:
-            self.blocks.evict(block)
-        else:
-            self.blocks.evict(block, partial(self._write, block, self._record(block, run)))
+        """Write a block unless it is written already, and free it."""
+        if block not in self._output.written:
+            self._write(block, run)
+        self.blocks.free(block)
 
-    def _write(self, part: str, record: PartRecord) -> None:
-        weights = self._checkpoint.parameters(part).values()
-        zeros = sum(int((weight == 0).count_nonzero()) for weight in weights)
-        self._output.save(part, self._checkpoint.stored(part), replace(record, zeros=zeros))
-
-    def _record(self, part: str, run: Run) -> PartRecord:
+    def _write(self, part: str, run: Run) -> None:
 
         def own(found: Mapping[str, Any]) -> dict[str, Any]:
             return {name: each for name, each in found.items() if self._checkpoint.part_of(name) == part}
 
         layers, skipped = list(own(run.layers).values()), list(own(run.skipped).values())
-        return PartRecord(layers, skipped, own(run.few_tokens), own(run.zero_units))
+        zeros = sum(int((weight == 0).count_nonzero()) for weight in self._checkpoint.parameters(part).values())
+        record = PartRecord(layers, skipped, own(run.few_tokens), own(run.zero_units), zeros)
+        self._output.save(part, self._checkpoint.stored(part), record)
 
     @staticmethod
     def _restore(record: PartRecord, run: Run) -> None:

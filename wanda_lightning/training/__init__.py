@@ -1,21 +1,12 @@
 """Train with zeros that stay zero: in any training loop, and to recover what pruning has cost."""
+# ruff: noqa: I001  (isort would write one statement for each name)
 
-from wanda_lightning.training.distil import Distil
-from wanda_lightning.training.reconstruct import Reconstruct
+from wanda_lightning.training.distil import Distil as Distil
+from wanda_lightning.training.reconstruct import Reconstruct as Reconstruct
 from wanda_lightning.training.recovery import (
-    DenseModel,
-    ModelRecovery,
-    NoRecovery,
-    Recovery,
-    UnitRecovery,
+    DenseModel as DenseModel,
+    ModelRecovery as ModelRecovery,
+    NoRecovery as NoRecovery,
+    Recovery as Recovery,
+    UnitRecovery as UnitRecovery,
 )
-
-__all__ = [
-    "DenseModel",
-    "Distil",
-    "ModelRecovery",
-    "NoRecovery",
-    "Reconstruct",
-    "Recovery",
-    "UnitRecovery",
-]

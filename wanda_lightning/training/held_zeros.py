@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.masking import fits, mask_, pack, unpack
 from wanda_lightning.core.types import KeepMask
@@ -59,12 +58,6 @@ def keep_zeros(
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
-    for optimizer in optimizers:
-        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
-            raise UserError(
-                f"optimizers must be torch optimizers, but one is a {type(optimizer).__name__}. Call "
-                "keep_zeros(model, optimizer) for one, keep_zeros(model, *optimizers) for several."
-            )
     zeros = HeldZeros()
     if state is not None:
         zeros.load_state_dict(state)
@@ -107,39 +100,31 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         if not layers:
             for layer in found.values():
                 refuse_no_values(layer)
-            zeros = _count_zeros(found.values(), processes)
-            layers = [name for name, count in zeros.items() if 0 < count < found[name].size]
+            layers = [name for name, count in _count_zeros(found, processes).items() if 0 < count < found[name].size]
         if not layers and processes.rank == 0:
             warnings.warn(
                 "No zeros were found in any prunable layer, so none are kept. Load pruned weights, or prune first.",
                 stacklevel=3,
             )
-        if unknown := [name for name in layers if name not in found]:
-            raise UserError(
-                f"state must be of the same model, wrapped in the same way, but it names {unknown[0]}, which this "
-                "model does not have. Pass the model as it was when the state was saved."
-            )
         for name in layers:
-            shape = [*found[name].shape]
-            if shapes.get(name, shape) != shape or not fits(self._loaded.get(name, _NONE), shape):
+            shape = [*found[name].shape] if name in found else []
+            if not shape or shapes.get(name, shape) != shape or not fits(self._loaded.get(name, _NONE), shape):
                 raise UserError(
-                    f"state must be of the same model, but its {name} has another shape than this model's, "
-                    f"{tuple(shape)}. Pass the model as it was when the state was saved."
+                    f"state must be of the same model, wrapped in the same way, but this model has no {name} of the "
+                    "same shape. Pass the model as it was when the state was saved."
                 )
-        self._hold([found[name] for name in layers])
+        self.hold(model, layers)
 
     def hold(self, model: nn.Module, layers: Iterable[str]) -> None:
         """Hold the weights of the named layers that are zero now; release all others."""
         found = _sharded_layers(model)
-        self._hold([found[name] for name in layers])
-
-    def _hold(self, layers: Sequence[Layer]) -> None:
+        held = [found[name] for name in layers]
         self.release()
         unheld, self._loaded, self._at_release = self._loaded, {}, {}
-        self.layers = [layer.name for layer in layers]
-        self._shapes = {layer.name: [*layer.shape] for layer in layers}
-        self._keep = keep_masks(layers, elsewhere=True)
-        self._held_layers = [(layer, layer.parameter) for layer in layers]
+        self.layers = [layer.name for layer in held]
+        self._shapes = {layer.name: [*layer.shape] for layer in held}
+        self._keep = keep_masks(held, elsewhere=True)
+        self._held_layers = [(layer, layer.parameter) for layer in held]
         for layer, weight in self._held_layers:
             if layer.name in unheld:
                 keep = layer.part(self._keep[weight])
@@ -173,12 +158,13 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         """
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         held = {names[weight]: keep for weight, keep in self._keep.items() if weight in names}
-        if self._keep and not held:
+        found = [(copy, _copied(copy, held)) for copy in copies]
+        if self._keep and (wrong := [copy for copy, weights in found if not weights]):
             raise UserError(
-                f"model must hold the {len(self._keep)} weights whose zeros are kept, but this {type(model).__name__} "
-                "has none of them. Pass the model that was given to keep_zeros."
+                f"model must be the one whose zeros are kept, and copies must be copies or averages of it, but a "
+                f"{type(wrong[0]).__name__} has none of the {len(self._keep)} weights. Copy or average the whole model."
             )
-        for weights in [_copied(copy, held) for copy in copies]:
+        for _, weights in found:
             for name, weight in weights.items():
                 _zero(weight, held[name])
 
@@ -189,20 +175,8 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`."""
-        if not isinstance(state, Mapping) or not {"layers", "unheld_zeros"} <= state.keys():
-            raise UserError(
-                "state must be the state_dict() of what keep_zeros returned, with layers and unheld_zeros, but it is "
-                f"a {type(state).__name__}{f' with {sorted(state)[:5]}' if isinstance(state, Mapping) else ''}. The "
-                "state of a model or an optimizer is another one."
-            )
-        layers, unheld = state["layers"], state["unheld_zeros"]
-        if not isinstance(layers, Sequence) or isinstance(layers, str) or not isinstance(unheld, dict):
-            raise UserError(
-                "state must hold a list of layers and a dictionary of unheld_zeros, but they are "
-                f"{shown(layers)} and {shown(unheld)}. Pass the state_dict() of what keep_zeros returned."
-            )
-        self._resumed, self._shapes = list(layers), state.get("shapes", {})
-        self.load(unheld)
+        self._resumed, self._shapes = list(state["layers"]), state.get("shapes", {})
+        self.load(state["unheld_zeros"])
 
     def unheld_zeros(self) -> dict[str, Tensor]:
         """Return a packed mask (`core.masking.pack`) for each layer of weights that are zero by chance and not held.
@@ -256,42 +230,29 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
 def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[str, int]:
     """Count the zeros of each prunable layer, over all processes."""
-    return _count_zeros(_sharded_layers(model).values(), processes)
+    return _count_zeros(_sharded_layers(model), processes)
 
 
 def _sharded_layers(model: nn.Module) -> dict[str, Layer]:
     """Return all layers that may have been pruned by name, with their shards if the model is sharded."""
     reshard(model)  # FSDP2 leaves its outermost module gathered, but the optimizer trains the shards
-    return {layer.name: layer for layer in prunable_layers(model)}
+    return {layer.name: layer for layer in find_layers(model).layers}
 
 
-def _count_zeros(layers: Iterable[Layer], processes: Processes) -> dict[str, int]:
-    layers = list(layers)
+def _count_zeros(layers: Mapping[str, Layer], processes: Processes) -> dict[str, int]:
     counts = torch.zeros(len(layers), dtype=torch.int64)
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(layers.values()):
         if processes.rank == 0 or isinstance(layer.parameter, DTensor):
             counts[index] = (layer.weight == 0).count_nonzero()
     processes.all_reduce_sum([counts])
-    return {layer.name: count for layer, count in zip(layers, counts.tolist(), strict=True)}
-
-
-def prunable_layers(model: nn.Module) -> tuple[Layer, ...]:
-    """Return all layers that may have been pruned."""
-    return find_layers(model).layers
+    return dict(zip(layers, counts.tolist(), strict=True))
 
 
 def _copied(copy: object, held: Mapping[str, KeepMask]) -> Mapping[str, Tensor]:
     """Return the weights of a copy, or of its attribute `module`, whose zeros are held in the original."""
-    found: Mapping[str, Tensor] = {}
-    for module in (copy, getattr(copy, "module", None)):
-        if isinstance(module, nn.Module):
-            found = max(found, {name: weight for name, weight in module.named_parameters() if name in held}, key=len)
-    if held and not found:
-        raise UserError(
-            f"copies must be copies or averages of the pruned model, but a {type(copy).__name__} has none of its "
-            f"{len(held)} pruned weights, such as {next(iter(held))}. Copy or average the whole model."
-        )
-    return found
+    modules = [each for each in (copy, getattr(copy, "module", None)) if isinstance(each, nn.Module)]
+    named = ({name: weight for name, weight in each.named_parameters() if name in held} for each in modules)
+    return max(named, key=len, default={})
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:

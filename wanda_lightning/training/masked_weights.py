@@ -1,11 +1,11 @@
-"""Train the kept weights of pruned layers: masks, float32 masters, learning rates, loss scale, best values."""
+"""Train the kept weights of pruned layers: masks, float32 masters, loss scale, the loop, best values, processes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,10 @@ from wanda_lightning.core.masking import mask_
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer
 from wanda_lightning.parallel import Processes, local
-from wanda_lightning.training.over_processes import sum_over_processes
+from wanda_lightning.report import TrainingPass
 
+_Item = TypeVar("_Item")
+Losses = Callable[[float], Iterable[float]]  # see `MaskedWeights.step`
 # Small gradients are zero in float16, and large ones infinite. Powers of two leave other dtypes unchanged.
 LARGEST_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-16
 
@@ -34,7 +36,31 @@ def keep_masks(layers: Iterable[Layer], elsewhere: bool) -> dict[Tensor, KeepMas
     return keep
 
 
-class NotFiniteError(Exception):
+def in_one_order(batches: Sequence[Sequence[_Item]], processes: Processes) -> list[_Item | None]:
+    """Return the samples of all processes in one order; None stands for a sample of another process.
+
+    Batch i of all processes precedes batch i + 1 of any, so that the order depends on the batches alone.
+    """
+    order: list[_Item | None] = []
+    longest = max(number for (number,) in processes.all_gather([len(batches)]))
+    sizes = processes.all_gather([len(batch) for batch in batches] + [0] * (longest - len(batches)))
+    for index in range(longest):
+        for rank in range(processes.world_size):
+            order += batches[index] if rank == processes.rank and index < len(batches) else [None] * sizes[rank][index]
+    return order
+
+
+def sum_over_processes(losses: Callable[[], Iterable[float]], processes: Processes) -> float:
+    """Return the sum of the losses of all processes; an error in one of them ends all."""
+    total = torch.zeros(1, dtype=torch.float64)  # a Trainer may set the default to 16 bits
+    with processes.fail_together():
+        for loss in losses():
+            total += loss
+    processes.all_reduce_sum([total])
+    return float(total)
+
+
+class _NotFiniteError(Exception):
     """A loss or a gradient is NaN or infinite."""
 
 
@@ -96,22 +122,57 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
             for master, keep in zip(self.masters, self._keep, strict=True)
         ]
 
-    def step(self, optimizer: torch.optim.Optimizer, losses: Callable[[float], Iterable[float]]) -> float:
+    def fit(
+        self,
+        optimizer: torch.optim.Optimizer,
+        passes: Iterable[Iterable[Losses]],
+        held_out: Callable[[], float | None],
+        stops_early: bool = False,
+    ) -> tuple[list[TrainingPass], str]:
+        """Take the steps of each pass, and keep the weights with the lowest held-out loss.
+
+        `held_out()` returns the loss of the samples that are not trained on, or None if there are none; then the latest
+        weights are kept. Training ends if a loss or gradient is NaN or infinite and, with `stops_early`, after the
+        first pass that does not lower the held-out loss.
+
+        Returns:
+            The losses before training and of each pass, and why training stopped; empty if all is finite.
+        """
+        lowest, count = held_out(), 0
+        found = [TrainingPass(None, lowest)]
+        try:
+            _require_finite("held-out loss", lowest)
+            for steps in passes:
+                losses = []
+                for step in steps:
+                    losses.append(self.step(optimizer, step))
+                    count += 1
+                after = held_out()
+                falls = after is None or lowest is None or after < lowest
+                if stops_early and not falls:
+                    break
+                _require_finite("held-out loss", after)
+                found.append(TrainingPass(sum(losses) / len(losses), after))
+                if falls:
+                    lowest = after
+                    self.keep_best()
+        except _NotFiniteError as error:
+            return found, f"the {error} of step {count + 1} was not finite"
+        return found, ""
+
+    def step(self, optimizer: torch.optim.Optimizer, losses: Losses) -> float:
         """Take one optimizer step, and return the loss before it, summed over the samples of all processes.
 
         `losses(scale)` yields the losses of this process's samples, and passes their gradients, times the scale,
         backward. If the gradients overflow, they are computed again with a smaller scale, as no sample should be left
         out.
-
-        Raises:
-            NotFiniteError: Before the step, if the loss or a gradient is NaN or infinite.
         """
         loss, is_finite = self._set_gradients(losses)
         while not is_finite and self._scale > SMALLEST_SCALE:
             self._scale /= 16
             loss, is_finite = self._set_gradients(losses)
         if not is_finite:
-            raise NotFiniteError("gradient")
+            raise _NotFiniteError("gradient")
         optimizer.step()
         with torch.no_grad():
             for parameter, master in zip(self._parameters, self.masters, strict=True):
@@ -124,11 +185,10 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         """Take the present values as the best ones."""
         self._best = [parameter.detach().clone() for parameter in self._parameters]
 
-    def _set_gradients(self, losses: Callable[[float], Iterable[float]]) -> tuple[float, bool]:
+    def _set_gradients(self, losses: Losses) -> tuple[float, bool]:
         """Give the masters the masked gradients of all processes if they are finite; return the loss, and whether."""
         loss = sum_over_processes(lambda: losses(self._scale), self._processes)
-        if not math.isfinite(loss):
-            raise NotFiniteError("loss")
+        _require_finite("loss", loss)
         reached = torch.tensor([parameter.grad is not None for parameter in self._parameters], dtype=torch.int64)
         gradients = [self._take_gradient(*pair) for pair in zip(self._parameters, self.masters, strict=True)]
         self._processes.all_reduce_sum([reached, *gradients])
@@ -146,6 +206,11 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         if gradient is None:
             return torch.zeros_like(master)
         return gradient.to(master.dtype).contiguous().div_(self._scale)
+
+
+def _require_finite(name: str, loss: float | None) -> None:
+    if loss is not None and not math.isfinite(loss):
+        raise _NotFiniteError(name)
 
 
 def _master(parameter: Tensor) -> Tensor:

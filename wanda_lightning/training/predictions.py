@@ -1,4 +1,4 @@
-"""The predictions for one calibration sample, those of the dense model, and the tokens that they predict."""
+"""The predictions for one calibration sample, those of the dense model, and the loss that compares them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch.func import functional_call
 
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.models import Layer, find_predictions, fitting_mask, own_head
+from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
+from wanda_lightning.models import Layer, causal_config, find_predictions, fitting_mask, has_classes, own_head
 from wanda_lightning.parallel import Processes
 
 _MEDIA_TOKENS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
 HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
-ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
+_ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
 
 
 def widened(x: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def works(trial: Callable[[], bool], processes: Processes) -> bool:
             raise
         except Exception:  # the code of a model may raise anything
             own = False
-    return all(found for (found,) in processes.all_gather([own]))
+        return processes.all_agree(own)
 
 
 def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
@@ -150,7 +151,7 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
         )
     if head is not None and len(entered) == 1:
         rows = rows_of(entered[0].detach(), sample)
-        part = slice(0, ROWS_AT_ONCE)  # enough to see whether the model changes the outputs of its head
+        part = slice(0, _ROWS_AT_ONCE)  # enough to see whether the model changes the outputs of its head
         if len(rows) == len(predictions) and _nearly_equal(head(rows[part]).detach(), predictions[part]):
             return DenseTarget(rows.clone(), head)
     return DenseTarget(predictions.clone(), None)
@@ -185,3 +186,66 @@ def _nearly_equal(first: Tensor, second: Tensor) -> bool:
         return True
     tolerance = 4 * torch.finfo(second.dtype).eps * second.abs().max()
     return bool(((first - second).abs() <= tolerance).all())
+
+
+class DistilLoss:
+    """Compares the predictions of a pruned model with the dense ones, and with the next tokens of text."""
+
+    def __init__(self, model: nn.Module, kind: str | None, next_token: float) -> None:  # see `Distil`
+        self._model, self._kind, self._causal = model, kind, causal_config(model)
+        self._is_mixed = True
+        self._next_token = 0.0 if self._causal is None else next_token
+
+    def __call__(self, sample: Sample, target: DenseTarget, factor: float, scale: float | None) -> float:
+        """Return the loss of a sample times a factor, after passing its gradient, times a scale, backward.
+
+        Without a scale, nothing is passed backward. The gradient is computed by hand for some rows at a time: cross
+        entropy would hold several tensors of the size of all predictions.
+        """
+        output, rows = self._run(sample, training=scale is not None)
+        if not len(rows):  # a sample of padding
+            return 0.0
+        gradient = None if scale is None else torch.empty_like(rows)
+        loss, compare = 0.0, self._comparison(output, sample, target)
+        with torch.no_grad():
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = slice(start, start + _ROWS_AT_ONCE)
+                value, slopes = compare(widened(rows[part]), part)
+                loss += float(value) * factor
+                if gradient is not None and scale is not None:
+                    gradient[part] = slopes.mul_(scale * factor)
+        if gradient is not None:
+            rows.backward(gradient)
+        return loss
+
+    def choose_precision(self, sample: Sample | None, processes: Processes) -> None:
+        """Leave mixed precision if a sample does not run in it, as where the code of the model sets a dtype.
+
+        None stands for a process without samples.
+        """
+        self._is_mixed = works(lambda: sample is None or bool(self._run(sample, training=False)), processes)
+
+    def _run(self, sample: Sample, training: bool) -> tuple[object, Tensor]:
+        with torch.set_grad_enabled(training), mixed_precision(self._model, self._is_mixed):
+            output = sample.predict()
+            return output, rows_of(predictions_of(output), sample)
+
+    def _comparison(
+        self, output: object, sample: Sample, target: DenseTarget
+    ) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
+        """Return the function that compares some rows of predictions: their part of the loss, and its gradient."""
+        is_kl = self._kind == "kl" or (self._kind is None and has_classes(output))
+        compare, dense, count = divergence if is_kl else squared_error, target.predictions(), len(target.rows)
+        tokens = next_tokens(output, sample, self._causal) if is_kl and self._next_token else None
+        known = 0 if tokens is None else int((tokens >= 0).sum())
+        share = self._next_token if known else 0.0
+
+        def part_of_loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            value, slopes = compare(rows, widened(dense(part)))
+            loss, gradient = value * ((1 - share) / count), slopes.mul_((1 - share) / count)
+            if tokens is not None and share:
+                value, slopes = cross_entropy(rows, tokens[part])
+                loss, gradient = loss + value * (share / known), gradient.add_(slopes, alpha=share / known)
+            return loss, gradient
+
+        return part_of_loss

@@ -20,8 +20,7 @@ from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Unit, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import TrainedPart
-from wanda_lightning.training.masked_weights import MaskedWeights, NotFiniteError
-from wanda_lightning.training.over_processes import in_one_order
+from wanda_lightning.training.masked_weights import MaskedWeights, in_one_order, sum_over_processes
 from wanda_lightning.training.predictions import mixed_precision, widened, works
 from wanda_lightning.training.recovery import Recovery, UnitRecovery
 
@@ -34,12 +33,12 @@ class Reconstruct(Recovery):
     """Train the kept weights of each part of a block to reproduce the outputs of the dense part.
 
     The attention and the MLP of a block are trained separately, on their inputs in the dense block: Adam minimizes the
-    squared error with the mask fixed. Each step takes at most 16 samples of a calibration batch, or the whole batch if
-    it cannot be split, or if the pieces would have other outputs than the whole. Every fourth step, if there are at
-    least four, is held out. Training ends when the error of the held-out steps stops falling, and keeps the best
-    weights. A block with layers outside its parts is trained as a whole. While a block is trained, the inputs and
-    outputs of its parts are in memory for all batches. Models in float32 run in bfloat16 (autocast) where the hardware
-    and the code of the part support it.
+    squared error with the mask fixed. A block with layers outside its parts is trained as a whole. Each step takes at
+    most 16 samples of a calibration batch, or the whole batch if it cannot be split, or if the pieces would have other
+    outputs than the whole. Every fourth step, if there are at least four, is held out. Training ends when the error of
+    the held-out steps stops falling, and keeps the best weights. While a block is trained, the inputs and outputs of
+    its parts are in memory for all batches. Models in float32 run in bfloat16 (autocast) where the hardware and the
+    code of the part support it.
 
     Attributes:
         epochs: Maximum number of passes over the calibration samples.
@@ -188,26 +187,17 @@ class _PartTraining:
         """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
         if not self._runs:
             return None
-        module, layers, stopped = self._part.module, self._part.layers, ""
-        parameters = list(dict.fromkeys(layer.parameter for layer in layers))
-        with MaskedWeights(module, parameters, layers, self._processes, skip_unreached=True) as weights:
-            optimizer = torch.optim.Adam(weights.groups(self._config.learning_rate))
-            first = least = self._held_out_error()
-            try:
-                if not math.isfinite(first):
-                    raise NotFiniteError("held-out error")
-                for _ in range(self._config.epochs):
-                    for run in self._trained:
-                        weights.step(optimizer, partial(self._losses, run))
-                    if not (after := self._held_out_error()) < least:
-                        break
-                    least = after
-                    weights.keep_best()
-            except NotFiniteError as error:
-                stopped = f"the {error} was not finite"
-        energy = float(sum(self._held_out_sums(lambda run: self._square_sum(run.output, run))))
+        part, config = self._part, self._config
+        parameters = list(dict.fromkeys(layer.parameter for layer in part.layers))
+        passes = [[partial(self._losses, run) for run in self._trained]] * config.epochs
+        with MaskedWeights(part.module, parameters, part.layers, self._processes, skip_unreached=True) as weights:
+            optimizer = torch.optim.Adam(weights.groups(config.learning_rate))
+            held_out = partial(self._held_out_sum, self._error)
+            found, stopped = weights.fit(optimizer, passes, held_out, stops_early=True)
+        energy = self._held_out_sum(lambda run: self._square_sum(run.output, run))
         energy = max(energy, torch.finfo(torch.float32).tiny)
-        return TrainedPart(self._part.name, first / energy, least / energy, stopped)
+        before, after = ((each.held_out or 0.0) / energy for each in (found[0], found[-1]))
+        return TrainedPart(part.name, before, after, stopped)
 
     def _losses(self, run: _Run | None, scale: float) -> Iterator[float]:
         if run is not None:
@@ -215,17 +205,9 @@ class _PartTraining:
             error.backward(torch.full_like(error, scale))
             yield float(error)
 
-    def _held_out_error(self) -> float:
-        return float(self._held_out_sums(self._error).sum())
-
-    def _held_out_sums(self, sum_of: Callable[[_Run], Tensor]) -> Tensor:
-        sums = widened(self._part.layers[0].weight.new_zeros(len(self._held_out)))
-        with self._processes.fail_together():
-            for index, run in enumerate(self._held_out):
-                if run is not None:
-                    sums[index] = sum_of(run)
-        self._processes.all_reduce_sum([sums])
-        return sums
+    def _held_out_sum(self, sum_of: Callable[[_Run], Tensor]) -> float:
+        own = filter(None, self._held_out)
+        return sum_over_processes(lambda: (float(sum_of(run)) for run in own), self._processes)
 
     def _output(self, run: _Run, training: bool = False) -> Tensor:
         part = self._part.module
@@ -247,27 +229,24 @@ class _PartTraining:
 
 def _parts(unit: Unit) -> list[_Part]:
     """Return the children of a block if they hold all its layers, otherwise the block itself; a layer has no parts."""
-    if unit.module is None or any(layer.module is unit.module for layer in unit.layers):
+    if unit.module is None or not unit.layers or any(layer.module is unit.module for layer in unit.layers):
         return []
-    parts = [_part(f"{unit.name}.{name}", module, unit.layers) for name, module in _called_children(unit.module)]
-    parts = [part for part in parts if part.layers]
-    if sum(len(part.layers) for part in parts) < len(unit.layers):
-        return [_part(unit.name, unit.module, unit.layers)]
-    return parts
+    parts = []
+    for name, module in [*_called_children(unit.module, unit.name), (unit.name, unit.module)]:
+        inside = {child for child in module.modules() if child is not module}
+        if layers := tuple(layer for layer in unit.layers if layer.module in inside):
+            parts.append(_Part(name, module, layers))
+    *children, block = parts
+    return children if sum(len(part.layers) for part in children) >= len(unit.layers) else [block]
 
 
-def _called_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _called_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield the children of a module, with the members of a list or dictionary in place of the container."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from ((f"{name}.{inner}", grandchild) for inner, grandchild in _called_children(child))
+            yield from _called_children(child, f"{prefix}.{name}")
         else:
-            yield name, child
-
-
-def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> _Part:
-    inside = {child for child in module.modules() if child is not module}
-    return _Part(name, module, tuple(layer for layer in layers if layer.module in inside))
+            yield f"{prefix}.{name}", child
 
 
 def _first_output(output: object) -> Tensor:
