@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, sample_windows
 from wanda_lightning.data.text import cut
 from wanda_lightning.data.text_sources import OWN_TEXT
-from wanda_lightning.models import Layer, find_layers
+from wanda_lightning.models import find_layers
 
 QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 TEXTS = {"web": "{}", "own": OWN_TEXT, "both": f"{{}} and {OWN_TEXT}"}
@@ -92,19 +92,13 @@ def train(
     )
     trainer.fit(module, loader(windows, 1))
     seconds_taken = time.perf_counter() - clock.start
-    counts = [(int((layer.weight == 0).sum()), layer.size) for layer in prunable_layers(module.model)]
+    counts = [(int((layer.weight == 0).sum()), layer.size) for layer in find_layers(module.model).layers]
     zeros, sizes = (sum(column) for column in zip(*[each for each in counts if 0 < each[0] < each[1]], strict=True))
     return module, {
         "seconds": seconds_taken,
         "trained_tokens": windows.numel(),
         "sparsity": zeros / sizes,
     }
-
-
-def pruned_layers(module: CausalLMModule) -> dict[str, Layer]:
-    """Return the layers that have zeros."""
-    layers = find_layers(module.model).layers
-    return {layer.name: layer for layer in layers if 0 < int((layer.weight == 0).sum()) < layer.size}
 
 
 def main() -> None:
