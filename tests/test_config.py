@@ -83,9 +83,8 @@ def test_choices_replace_those_of_the_method():
         ({"criterion": "wnda"}, "criterion must be one of wanda, .* but it is 'wnda'. Did you mean wanda?"),
         ({"criterion": Wanda}, "criterion must be of class Criterion or one of wanda, .*, but it is <class"),
         ({"criterion": ZeroOut()}, r"criterion must be of class Criterion or one of .* but it is ZeroOut\(\)"),
-        ({"pattern": "2;4"}, "pattern must be one of unstructured, .* N:M such as 1:4, but it is '2;4'"),
-        ({"pattern": "N:M"}, "N:M such as 1:4, but it is 'N:M'.$"),
-        ({"pattern": None}, "pattern must be one of unstructured, .* but it is None"),
+        ({"pattern": "2;4"}, "pattern must be one of unstructured_row, .* 4:8, unstructured, but it is '2;4'"),
+        ({"pattern": None}, "pattern must be one of unstructured_row, .* but it is None"),
         ({"solver": "sparsgpt"}, "Did you mean sparsegpt"),
         ({"allocation": 3}, "allocation must be of class Allocation or one of uniform, .* but it is 3"),
         (
@@ -98,7 +97,7 @@ def test_choices_replace_those_of_the_method():
         ({"sparsity": 0.4, "pattern": "2:4"}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.4"),
         (
             {"solver": "admm", "criterion": "magnitude"},
-            "criterion='magnitude' cannot be combined with solver='admm', which scores the weights itself",
+            "criterion='magnitude' cannot be combined with solver='admm', because the solver scores the weights",
         ),
         (
             {"solver": ADMM(iterations=3), "criterion": "ria"},
@@ -106,7 +105,7 @@ def test_choices_replace_those_of_the_method():
         ),
         (
             {"solver": "sparsegpt", "criterion": "ria"},
-            "criterion='ria' compares each weight with its whole row, but solver='sparsegpt' chooses in one block",
+            "criterion='ria' cannot be combined with solver='sparsegpt', because the one compares whole rows",
         ),
         (
             {"recovery": "reconstruct", "sequential": "layer"},

@@ -10,31 +10,51 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from wanda_lightning.callbacks import (
-        BestAfterPruning,
-        CubicSchedule,
-        DistillFromDense,
-        KeepZeros,
-        LinearSchedule,
-        OneShot,
-        PruningCallback,
-        SavePretrained,
-        Schedule,
-        WandaPrune,
+        BestAfterPruning as BestAfterPruning,
+        CubicSchedule as CubicSchedule,
+        DistillFromDense as DistillFromDense,
+        KeepZeros as KeepZeros,
+        LinearSchedule as LinearSchedule,
+        OneShot as OneShot,
+        PruningCallback as PruningCallback,
+        SavePretrained as SavePretrained,
+        Schedule as Schedule,
+        WandaPrune as WandaPrune,
     )
-    from wanda_lightning.config import PruningConfig
-    from wanda_lightning.core.allocation import OWL, AlphaPruning, Fisher, PerLayer, Uniform
-    from wanda_lightning.core.criteria import RIA, Magnitude, Wanda
-    from wanda_lightning.core.patterns import NM, EqualShare, Experts, Structured, Unstructured
-    from wanda_lightning.core.permutation import Assignment, NoPermutation
-    from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT, ZeroOut
-    from wanda_lightning.data import ImageDataModule, TextDataModule, sample_windows
-    from wanda_lightning.engine.prune import prune
-    from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-    from wanda_lightning.report import PruningReport
-    from wanda_lightning.shrinking import Shrunk, shrink
-    from wanda_lightning.streaming import perplexity_from_disk, prune_from_disk, shrink_from_disk
-    from wanda_lightning.training import Distil, NoRecovery, Reconstruct
-    from wanda_lightning.training.held_zeros import keep_zeros
+    from wanda_lightning.config import PruningConfig as PruningConfig
+    from wanda_lightning.core.allocation import (
+        OWL as OWL,
+        AlphaPruning as AlphaPruning,
+        Fisher as Fisher,
+        PerLayer as PerLayer,
+        Uniform as Uniform,
+    )
+    from wanda_lightning.core.criteria import RIA as RIA, Magnitude as Magnitude, Wanda as Wanda
+    from wanda_lightning.core.patterns import (
+        NM as NM,
+        EqualShare as EqualShare,
+        Experts as Experts,
+        Structured as Structured,
+        Unstructured as Unstructured,
+    )
+    from wanda_lightning.core.permutation import Assignment as Assignment, NoPermutation as NoPermutation
+    from wanda_lightning.core.solvers import ADMM as ADMM, Refit as Refit, SparseGPT as SparseGPT, ZeroOut as ZeroOut
+    from wanda_lightning.data import (
+        ImageDataModule as ImageDataModule,
+        TextDataModule as TextDataModule,
+        sample_windows as sample_windows,
+    )
+    from wanda_lightning.engine.prune import prune as prune
+    from wanda_lightning.modules import CausalLMModule as CausalLMModule, ImageClassifierModule as ImageClassifierModule
+    from wanda_lightning.report import PruningReport as PruningReport
+    from wanda_lightning.shrinking import Shrunk as Shrunk, shrink as shrink
+    from wanda_lightning.streaming import (
+        perplexity_from_disk as perplexity_from_disk,
+        prune_from_disk as prune_from_disk,
+        shrink_from_disk as shrink_from_disk,
+    )
+    from wanda_lightning.training import Distil as Distil, NoRecovery as NoRecovery, Reconstruct as Reconstruct
+    from wanda_lightning.training.held_zeros import keep_zeros as keep_zeros
 
 _HOMES = {
     "callbacks": (
@@ -58,54 +78,7 @@ _HOMES = {
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 
-__all__ = [
-    "ADMM",
-    "NM",
-    "OWL",
-    "RIA",
-    "AlphaPruning",
-    "Assignment",
-    "BestAfterPruning",
-    "CausalLMModule",
-    "CubicSchedule",
-    "Distil",
-    "DistillFromDense",
-    "EqualShare",
-    "Experts",
-    "Fisher",
-    "ImageClassifierModule",
-    "ImageDataModule",
-    "KeepZeros",
-    "LinearSchedule",
-    "Magnitude",
-    "NoPermutation",
-    "NoRecovery",
-    "OneShot",
-    "PerLayer",
-    "PruningCallback",
-    "PruningConfig",
-    "PruningReport",
-    "Reconstruct",
-    "Refit",
-    "SavePretrained",
-    "Schedule",
-    "Shrunk",
-    "SparseGPT",
-    "Structured",
-    "TextDataModule",
-    "Uniform",
-    "Unstructured",
-    "Wanda",
-    "WandaPrune",
-    "ZeroOut",
-    "keep_zeros",
-    "perplexity_from_disk",
-    "prune",
-    "prune_from_disk",
-    "sample_windows",
-    "shrink",
-    "shrink_from_disk",
-]
+__all__ = sorted(_HOME_OF)
 
 
 if not TYPE_CHECKING:  # a type checker would accept every name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
@@ -108,57 +108,67 @@ class PruningConfig:
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
             keep_batch_norm: Leave the running statistics of BatchNorm layers as they are, instead of correcting them.
         """
-        _check_sparsity(sparsity)  # here too, because the following line imports torch
-        choices = _resolve_choices(method, criterion, pattern, allocation, solver, recovery, permutation, sequential)
-        patterns = check_patterns("skip", skip), check_patterns("only", only)
-        return cls(sparsity, *choices, *patterns, keep_batch_norm)
+        _check_sparsity(sparsity)  # here too, because the following lines import torch
+        check_pattern(pattern)
+        base: methods.Method = methods.Method() if method is None else _named("method", method)
+        is_preset = method is None or method in methods.PRESETS
+        if is_preset and resolve_pattern(pattern).drops_experts:
+            base = methods.Method()  # presets choose how weights are pruned
+        chosen_solver: Solver = _resolve("solver", solver, base.solver)
+        usual = base.criterion if solver is None else None
+        chosen_criterion = _resolve("criterion", criterion, usual or (lambda: chosen_solver.own_criterion))
+        shape = resolve_pattern(pattern, base.group or chosen_solver.group(chosen_criterion))
+        if shape.prunes_units and solver is None and is_preset:
+            chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
+        usual_allocation = base.allocation if shape.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
+        usual_permutation = base.permutation if shape.group_size else methods.PERMUTATIONS["none"]
+        return cls(
+            sparsity,
+            chosen_criterion,
+            shape,
+            _resolve("allocation", allocation, usual_allocation),
+            chosen_solver,
+            _resolve("recovery", recovery, base.recovery),
+            _resolve("permutation", permutation, usual_permutation),
+            base.sequential if sequential is None else sequential,
+            check_patterns("skip", skip),
+            check_patterns("only", only),
+            keep_batch_norm,
+        )
 
     def __post_init__(self) -> None:
         _check_sparsity(self.sparsity)
         _named("sequential", self.sequential)
-        if not self.solver.takes_any_criterion and self.criterion != self.solver.own_criterion:
-            raise UserError(
-                f"{self.shown('criterion')} cannot be combined with {self.shown('solver')}, which scores the weights "
-                "itself. Leave the criterion out, or use another solver."
-            )
-        if self.criterion.spans_columns and self.solver.chooses_in_blocks:
-            raise UserError(
-                f"{self.shown('criterion')} compares each weight with its whole row, but {self.shown('solver')} "
-                "chooses in one block of columns after another. Use SparseGPT(mask='upfront'), or another criterion or "
-                "solver."
-            )
         check_flags(keep_batch_norm=self.keep_batch_norm)
         self.pattern.check(self.sparsity)
-        for option in ("solver", "allocation"):
-            if self.pattern.prunes_units and not getattr(self, option).prunes_units:
-                fitting = [name for name, make in NAMES[option].items() if make().prunes_units]
-                raise UserError(
-                    f"{self.shown(option)} cannot be combined with {self.shown('pattern')}, because it compares single "
-                    f"weights, not hidden units. Choose {option} from {', '.join(fitting)}."
-                )
+        for option, other, reason in self._contradictions():
+            raise UserError(f"{self.shown(option)} cannot be combined with {self.shown(other)}, because {reason}")
+
+    def _contradictions(self) -> Iterator[tuple[str, str, str]]:
+        """Yield two options that contradict each other, and why, with what to do."""
+        if not self.solver.takes_any_criterion and self.criterion != self.solver.own_criterion:
+            yield "criterion", "solver", "the solver scores the weights itself. Leave criterion out."
+        if self.criterion.spans_columns and self.solver.chooses_in_blocks:
+            reason = "the one compares whole rows, and the other chooses in one block of columns after another."
+            yield "criterion", "solver", f"{reason} Use SparseGPT(mask='upfront'), or another criterion or solver."
+        for option in ("solver", "allocation") if self.pattern.prunes_units else ():
+            if not getattr(self, option).prunes_units:
+                fitting = ", ".join(name for name, make in NAMES[option].items() if make().prunes_units)
+                yield option, "pattern", f"it compares single weights, not hidden units. Choose from {fitting}."
         for option in ("criterion", "allocation", "solver", "recovery") if self.pattern.drops_experts else ():
             if getattr(self, option) != getattr(methods.METHODS["wanda"], option)():
-                raise UserError(
-                    f"{self.shown(option)} cannot be combined with {self.shown('pattern')}, because it is about "
-                    f"weights, and whole experts are dropped by a score of their own. Leave {option} out."
-                )
-        if reason := self.permutation.why_not(self.pattern):
-            raise UserError(
-                f"{self.shown('permutation')} cannot be combined with {self.shown('pattern')}, because {reason}"
-            )
-        if reason := self.recovery.why_not(self.sequential):
-            raise UserError(
-                f"{self.shown('recovery')} cannot be combined with {self.shown('sequential')}, because {reason}"
-            )
+                yield option, "pattern", f"whole experts are dropped by a score of their own. Leave {option} out."
+        for option, other in (("permutation", "pattern"), ("recovery", "sequential")):
+            if reason := getattr(self, option).why_not(getattr(self, other)):
+                yield option, other, reason
 
     def shown(self, option: str) -> str:
         """Return an option and its value for messages, as the user can type it: `solver='admm'`, `solver=ADMM(...)`."""
         value = getattr(self, option)
         if isinstance(value, str):
             return f"{option}={value!r}"
-        return next(
-            (f"{option}={name!r}" for name, make in NAMES[option].items() if make() == value), f"{option}={value}"
-        )
+        names = (name for name, make in NAMES[option].items() if make() == value)
+        return next((f"{option}={name!r}" for name in names), f"{option}={value}")
 
     @property
     def preset(self) -> str:
@@ -212,27 +222,23 @@ def _reads_data(choice: Any) -> bool:
 NAMES: Mapping[str, Mapping[str, Any]] = {
     "method": {**methods.METHODS, **methods.PRESETS},
     "criterion": methods.CRITERIA,
-    "pattern": methods.PATTERNS,
+    "pattern": {**methods.PATTERNS, "unstructured": methods.PATTERNS["unstructured_row"]},
     "allocation": methods.ALLOCATIONS,
     "solver": methods.SOLVERS,
     "recovery": methods.RECOVERIES,
     "permutation": methods.PERMUTATIONS,
     "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto", "one_pass")),
 }
-"""The names that an argument of `from_names` takes; `pattern` also takes unstructured and any N:M."""
+"""The names that an argument of `from_names` takes; `pattern` also takes any N:M."""
 
 
 def _base(option: str) -> type:
     """Return the class of the objects that an option takes."""
-    from wanda_lightning.core.allocation import Allocation
-    from wanda_lightning.core.criteria import Criterion
-    from wanda_lightning.core.patterns import Pattern
-    from wanda_lightning.core.permutation import Permutation
-    from wanda_lightning.core.solvers import Solver
-    from wanda_lightning.training import Recovery
+    from wanda_lightning import training
+    from wanda_lightning.core import allocation, criteria, patterns, permutation, solvers
 
-    bases = (Criterion, Pattern, Allocation, Solver, Recovery, Permutation)
-    return next(base for base in bases if base.__name__.lower() == option)
+    rooms = (allocation, criteria, patterns, permutation, solvers, training)
+    return next(getattr(room, option.title()) for room in rooms if hasattr(room, option.title()))
 
 
 def check_choices(choices: Mapping[str, Any]) -> None:
@@ -247,54 +253,24 @@ def _check_sparsity(sparsity: float) -> None:
     check_values(Number(minimum=0, below=1, text=fraction), sparsity=sparsity)
 
 
-def _named(option: str, name: str) -> Any:
-    if not isinstance(name, str) or name not in NAMES[option]:
-        raise UserError(_not_one_of(option, name, NAMES[option]))
-    return NAMES[option][name]
+def _named(option: str, name: object) -> Any:
+    names = NAMES[option]
+    if not isinstance(name, str) or name not in names:
+        near = did_you_mean(str(name), names)
+        raise UserError(f"{option} must be one of {', '.join(names)}, but it is {name!r}.{near}")
+    return names[name]
 
 
-def _resolve(option: str, given: Any, default: Callable[[], Any] | None) -> Any:
+def _resolve(option: str, given: Any, default: Callable[[], Any] = dict) -> Any:
     """Return the object for an option, which is given as an object, as a name, or not at all."""
     if given is None:
-        assert default is not None
         return default()
     if isinstance(given, str):
         return _named(option, given)()
     if not isinstance(given, (base := _base(option))):
-        raise UserError(
-            f"{option} must be of class {base.__name__} or one of {', '.join(NAMES[option])}, but it is {given!r}."
-        )
+        names = ", ".join(NAMES[option])
+        raise UserError(f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}.")
     return given
-
-
-def _resolve_choices(
-    method: Any,
-    criterion: Any,
-    pattern: Any,
-    allocation: Any,
-    solver: Any,
-    recovery: Any,
-    permutation: Any,
-    sequential: Any,
-) -> tuple[Criterion, Pattern, Allocation, Solver, Recovery, Permutation, str]:
-    """Return the choices as objects, in the order of the fields of `PruningConfig`."""
-    base: methods.Method = methods.Method() if method is None else _named("method", method)
-    if method in methods.PRESETS and resolve_pattern(pattern).drops_experts:
-        base = methods.Method()  # presets choose how weights are pruned
-    chosen_solver: Solver = _resolve("solver", solver, base.solver)
-    if criterion is None and (solver is not None or base.criterion is None):
-        criterion = chosen_solver.own_criterion
-    criterion = _resolve("criterion", criterion, base.criterion)
-    pattern = resolve_pattern(pattern, base.group or chosen_solver.group(criterion))
-    if pattern.prunes_units and solver is None and (method is None or method in methods.PRESETS):
-        chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
-    usual_allocation = base.allocation if pattern.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
-    usual_permutation = base.permutation if pattern.group_size else methods.PERMUTATIONS["none"]
-    recovery = _resolve("recovery", recovery, base.recovery)
-    sequential = base.sequential if sequential is None else sequential
-    allocation = _resolve("allocation", allocation, usual_allocation)
-    permutation = _resolve("permutation", permutation, usual_permutation)
-    return criterion, pattern, allocation, chosen_solver, recovery, permutation, sequential
 
 
 def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
@@ -304,20 +280,20 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
         >>> resolve_pattern("1:4")
         NM(n=1, m=4)
     """
+    check_pattern(given)
     if given == "unstructured":
         given = f"unstructured_{group}"
-    if isinstance(given, str) and (match := re.fullmatch(r"(\d+):(\d+)", given)):
+    if isinstance(given, str) and ":" in given:
         from wanda_lightning.core.patterns import NM
 
-        return NM(n=int(match[1]), m=int(match[2]))
-    if given is None or (isinstance(given, str) and given not in NAMES["pattern"]):
-        raise UserError(_not_one_of("pattern", given, ["unstructured", *NAMES["pattern"], "N:M such as 1:4"]))
-    return _resolve("pattern", given, None)
+        return NM(*map(int, given.split(":")))
+    return _resolve("pattern", given)
 
 
-def _not_one_of(option: str, given: object, names: Iterable[str]) -> str:
-    known = list(names)
-    return f"{option} must be one of {', '.join(known)}, but it is {given!r}.{did_you_mean(str(given), known)}"
+def check_pattern(given: object) -> None:
+    """Raise a ValueError for a name that is not one of a pattern, nor N:M."""
+    if given is None or (isinstance(given, str) and not re.fullmatch(r"\d+:\d+", given)):
+        _named("pattern", given)
 
 
 def _describe(value: Any) -> Any:

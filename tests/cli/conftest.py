@@ -2,9 +2,7 @@
 
 from support.cli import images as images
 from support.cli import inputs as inputs
-from support.cli import made as made
 from support.cli import pruned as pruned
 from support.cli import refused as refused
 from support.cli import shell as shell
 from support.cli import text as text
-from support.data import few_digits as few_digits

@@ -12,13 +12,12 @@ from support.cli import run
 from wanda_lightning import PruningConfig, Refit
 from wanda_lightning.cli import parse, parse_options
 from wanda_lightning.cli.commands import app
-from wanda_lightning.cli.options import TASKS, Model
-from wanda_lightning.cli.parsing import as_command
+from wanda_lightning.cli.options import Model, as_command
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.evaluation import PAPER_TASKS
 from wanda_lightning.modules import loading
 
+COMMANDS = ["prune", "evaluate", "inspect", "shrink"]
 VIT = ["--model", "timm:test_vit", "--data", "digits"]
 X = ["--model", "x"]
 
@@ -45,22 +44,21 @@ def test_a_file_is_read_as_text_and_the_command_line_wins():
     assert (both["num_samples"], both["seqlen"], both["evaluation"]) == (5, None, ())
 
 
-@pytest.mark.parametrize("command", ["prune", "evaluate", "inspect", "shrink"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_printed_reads_back(capsys, command):
     more = ["--pattern", "2:4", "--skip", "re:x{1,3}"] if command == "prune" else []
     assert run(command, *X, *more, "--print_config") == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["dtype"] == "auto"
     Path("printed.yaml").write_text(printed)
-    again = parse_options(command, ["--config", "printed.yaml"])
-    assert again == options(*more, command=command)
+    assert parse_options(command, ["--config", "printed.yaml"]) == options(*more, command=command)
 
 
 ALIASES = [  # of the reference, and one of an earlier version
     *(("prune", *each) for each in (("sparsity_ratio", "sparsity", "0.25"), ("prune_method", "method", "magnitude"))),
     *(("prune", *each) for each in (("nsamples", "num_samples", "3"), ("resume", "checkpoint", "a.safetensors"))),
     ("inspect", "sparsity_type", "pattern", "2:4"),
-    ("prune", "eval", "evaluation", "a.txt,b.txt"),
+    ("prune", "eval", "evaluation", "c4,wikitext2"),
     ("evaluate", "data_path", "data", "digits"),
 ]
 
@@ -74,15 +72,9 @@ def test_another_name_of_an_option(command, alias, name, value):
     assert options("--config", "old.yaml", command=command) == expected
 
 
-def test_two_names_with_two_values():
-    with pytest.raises(UserError, match="--sparsity_ratio specified multiple times"):
-        options("--sparsity", "0.5", "--sparsity_ratio", "0.6")
-
-
 @pytest.mark.parametrize(
     ("given", "pattern"),
     [
-        (["--use_variant"], "equal_share"),
         (["--use_variant", "--prune_granularity", "row", "--sparsity_type", "unstructured"], "equal_share"),
         (["--prune_granularity", "row"], "unstructured_row"),
         (["--prune_granularity", "layer", "--prune_method", "magnitude"], "unstructured_layer"),
@@ -96,59 +88,42 @@ REFUSED = {
     "prune": [
         (["--sparsity", "1"], "sparsity must be the fraction of weights that become zero, at least 0 and below 1, but"),
         (["--sparsity", "half"], 'Invalid value for --sparsity: unable to convert "half" into float.'),
-        (["--pattern", "diagonal"], "for --pattern. Choose from: unstructured, unstructured_row, "),
+        (["--sparsity", "0.5", "--sparsity_ratio", "0.6"], "--sparsity_ratio specified multiple times"),
+        (["--pattern", "diagonal"], "for --pattern. pattern must be one of unstructured_row, "),
         (["--pattern", "4:2"], "1 <= N < M"),
         (["--method", "wnada"], 'Did you mean "wanda"?'),
         (["--seed", "-1"], "Must be >= 0."),
         (["--num_samples", "0"], "Must be >= 1."),
-        (["--skip", "re:("], "skip='re:(' must be a regular expression after 're:', but missing )"),
-        (["--use_variant", "--method", "magnitude"], "--use_variant has no meaning for the method magnitude."),
-        (["--use_variant", "--pattern", "2:4"], "--use_variant has no meaning for --pattern 2:4. Leave it out."),
-        (["--data", "digits"], "--data has no meaning for a language model. Leave it out."),
-        (["--tasks_dir", "x"], "--tasks_dir has no meaning for pruning without --eval_zero_shot. Leave it out."),
-        ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit have no meaning for an image classifier. Leave"),
-        (VIT[:2], "--data is required for an image classifier: give a folder"),
-        (["--colour", "red"], "Unknown option: --colour."),
+        (["--use_variant", "--pattern", "2:4"], "--use_variant must be left out for --pattern 2:4, or it would be ign"),
+        (["--data", "digits"], "--data must be left out for a language model"),
+        ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit must be left out for an image classifier"),
         (["--nsample", "3"], "Did you mean --nsamples?"),
         (["red"], "Unused Tokens: ['red']"),
         (["--seqlen"], "--seqlen requires an argument."),
-        (["--pattern", "2:4", "--sparsity", "0.7"], "sparsity must be 0.5 for the pattern 2:4,"),
         (["--solver", "admm", "--criterion", "ria"], "criterion='ria' cannot be combined with solver='admm'"),
-        (["--recovery", "reconstruct", "--sequential", "layer"], "sequential='layer'"),
         (["--config", "gone.yaml"], "gone.yaml"),
         (["--save", ""], "--save must not be empty."),
-        (["--calibration", "gone.txt"], "--calibration must be one of c4, wikitext2"),
+        (["--calibration", "gone.txt"], "for --calibration. text must be one of c4, wikitext2"),
         (["--evaluation", "wikitext3"], "but it is 'wikitext3'. Did you mean wikitext2?"),
         ([*VIT[:2], "--data", "digts"], "data must be one of digits, cifar10, cifar100, "),
-        (["--save", "/dev/null/x"], "--save [Errno 20] Not a directory"),
-        (["--stream"], "--stream writes each block to --save_model, which is missing"),
-        (["--stream", "--eval_zero_shot", "--save_model", "x"], "--eval_zero_shot has no meaning for --stream"),
-        (["--device", "cuda"], "--device has no meaning for pruning without --stream"),
-        (["--pattern", "structured", "--shrink"], "--shrink has no meaning for a command without --save_model"),
-        (["--shrink", "--save_model", "x"], "--shrink has no meaning for --pattern unstructured, whose zeros do not"),
-        (["--push_to_hub", "a/b"], "--push_to_hub has no meaning for a command without --save_model"),
+        (["--save", "/dev/null/x"], "[Errno 20] Not a directory"),
+        (["--stream", "--eval_zero_shot", "--save_model", "x"], "--eval_zero_shot must be left out for --stream"),
+        (["--device", "cuda"], "--device must be left out for pruning without --stream"),
+        (["--shrink", "--stream"], "--shrink, --stream must be left out for a command without --save_model"),
         (["--report", "report.pdf"], "report must end with .html or .png, but it is 'report.pdf'."),
     ],
-    "evaluate": [
-        (["--tasks", "rte,arc_eazy"], "paper, all. Did you mean arc_easy?"),
-        (["--task_limit", "2"], "--task_limit has no meaning for an evaluation without --tasks."),
-        (["--overwrite"], "--overwrite has no meaning for an evaluation without --save."),
-        (["--dense", "timm:test_vit"], "language models or image classifiers, but it is timm:test_vit, x."),
-        (["--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2 for 1."),
-    ],
-    "inspect": [
-        (["--seed", "1"], "Unknown option: --seed."),
-        (["--recovery", "reconstruct", "--sequential", "layer"], "sequential='layer'"),
-    ],
-    "shrink": [(["--overwrite"], "--overwrite has no meaning for shrinking without --save_model.")],
+    "evaluate": [(["--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2 for 1.")],
+    "inspect": [(["--seed", "1"], "Unknown option: --seed.")],
+    "shrink": [(["--overwrite"], "--overwrite must be left out for a command that writes nothing")],
 }
 CASES = [(command, *case) for command, cases in REFUSED.items() for case in cases]
 
 
 @pytest.mark.parametrize(("command", "more", "message"), CASES, ids=[f"{c} {' '.join(m)}" for c, m, _ in CASES])
 def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
-    model = [] if "--model" in more and "." not in more and command == "prune" else X
-    assert run(command, *model, *more) == 2
+    if command == "evaluate":
+        more = [*VIT, *more]
+    assert run(command, *([] if "--model" in more else X), *more) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("wanda-lightning: error: ")
     assert message in line
@@ -161,7 +136,6 @@ def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
         ("- a\n", "must be a mapping, but got list"),
         ("model: [a\n", "ParserError"),
         ("use_variant: maybe\n", "maybe"),
-        ("nsamples: many\n", 'unable to convert "many" into int'),
     ],
 )
 def test_files_that_are_refused(content, message):
@@ -171,14 +145,14 @@ def test_files_that_are_refused(content, message):
     assert message in str(caught.value)
 
 
-def test_options_that_a_local_model_ignores(inputs, capsys):
-    for command in ("inspect", "prune", "evaluate", "shrink"):
-        assert run(command, "--model", inputs / "llama", "--revision", "v1") == 2
-        assert "--revision has no meaning for a local model. Leave it out." in capsys.readouterr().err
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_that_a_local_model_ignores(inputs, capsys, command):
+    assert run(command, "--model", inputs / "llama", "--revision", "v1") == 2
+    assert "--revision must be left out for a local model, or" in capsys.readouterr().err
 
 
 def test_the_revision_is_that_of_the_model():
-    models = parse(["evaluate", "--model=a/b,c/d", "--pruned=e/f", "--revision=v1", "--cache_dir=cache"])[1]["models"]
+    models = parse(["evaluate", "--model=a/b,c/d", "--dense=e/f", "--revision=v1", "--cache_dir=cache"])[1]["models"]
     assert models.source("c/d") == ModelSource("c/d", "v1", "cache")
     assert [models.source(name).revision for name in models.all] == ["main", "v1", "v1"]
 
@@ -210,7 +184,6 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
     [
         ([], "wanda"),
         (["--method", "best"], "best"),
-        (["--solver", "sparsegpt"], "sparsegpt"),
         (["--recovery", "distil"], "wanda_distil"),
         (["--pattern", "experts"], "reap"),
         (["--pattern", "structured"], "refit"),
@@ -222,16 +195,12 @@ def test_results_are_labeled_with_what_was_chosen(given, name):
     assert parse(["prune", *X, *given])[1]["pruning"].name == name
 
 
-def test_hidden_units_are_pruned_as_in_python():
+def test_the_choices_are_those_of_the_package():
+    assert set(get_args(get_type_hints(Model)["dtype"])) == {"auto", *loading.DTYPES}
     assert config(*X, "--pattern", "structured").solver == Refit()
 
 
-def test_the_choices_are_those_of_the_package():
-    assert set(get_args(get_type_hints(Model)["dtype"])) == {"auto", *loading.DTYPES}
-    assert (*PAPER_TASKS, "paper", "all") == TASKS
-
-
-@pytest.mark.parametrize("command", ["prune", "evaluate", "inspect", "shrink"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_described_in_a_group(command):
     for option in app[command].assemble_argument_collection(parse_docstring=True):
         if option.children:
@@ -248,7 +217,7 @@ def test_every_option_is_described_in_a_group(command):
         ["--pattern", "2:4", "--seed", "3", "--stream", "--save_model", "a b"],
         ["--skip", "lm_head", "--skip", "re:x{1,3}(a,b)", "--sparsity", "0.25", "--overwrite"],
         ["--evaluation", "", "--use_variant"],
-        ["--evaluation", "a.txt", "--evaluation", "it's here.txt"],
+        ["--evaluation", "c4", "--evaluation", "wikitext2", "--save", "it's here"],
     ],
 )
 def test_a_command_is_parsed_into_the_options_from_which_it_was_made(arguments):
@@ -256,6 +225,5 @@ def test_a_command_is_parsed_into_the_options_from_which_it_was_made(arguments):
     program, name, *again = shlex.split(as_command("prune", *groups.values()))
     assert (program, name) == ("wanda-lightning", "prune")
     assert parse(["prune", *again])[1] == groups
-    assert again == [*X, *arguments] or set(again) == {*X, *arguments}
-    always = as_command("prune", *groups.values(), always=["sparsity"])
-    assert always.count("--sparsity") == 1
+    assert set(again) == {*X, *arguments}
+    assert as_command("prune", *groups.values(), always=["sparsity"]).count("--sparsity") == 1

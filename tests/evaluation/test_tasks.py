@@ -7,16 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tasks import (
-    DOCUMENTS,
-    accuracies_by_hand,
-    needs_lm_eval,
-    tiny_llama,
-    tiny_tokenizer,
-    write_tasks,
-)
+from support.tasks import DOCUMENTS, accuracies_by_hand, needs_lm_eval, tiny_llama, tiny_tokenizer, write_tasks
 
-from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, task_names, zero_shot
+from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
 
 
 @needs_lm_eval
@@ -71,21 +64,13 @@ UNFIT = [
     ("boolq", '{"passage": "a", "question": "b", "answer": 1}', "but label is missing"),
     ("boolq", '{"passage": "a", "question": "b", "label": null}', "document 1 has no label"),
     ("boolq", FITS + '{"passage": "a", "question": "b", "label": 2}', "the answer of document 2 is 2, but there are 2"),
-    ("boolq", FITS + '{"passage": "a", "question": "b", "label": -1}', "the answer of document 2 is -1, but there are"),
     ("boolq", "{", "JSON parse error"),
-    ("arc_easy", '{"question": "a", "choices": ["x", "y"], "answerKey": "A"}', "do not fit lm-eval's definition"),
     (
-        "openbookqa",
-        '{"question_stem": "a", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A"}\n'
-        '{"question_stem": "a", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "E"}',
-        "document 2 raises ValueError",
+        "arc_easy",
+        '{"question": "a", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "E"}',
+        "do not fit lm-eval",
     ),
     ("winogrande", '{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}', "do not fit"),
-    (
-        "hellaswag",
-        '{"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": ""}',
-        "do not fit lm-eval's definition of hellaswag",
-    ),
 ]
 
 
@@ -97,11 +82,14 @@ def test_documents_that_do_not_fit(tmp_path, name, content, message):
         load_tasks([name], tmp_path)
 
 
-def test_names_of_tasks():
-    assert task_names([]) == []
-    assert task_names(["paper"]) == task_names(["all"]) == task_names(["boolq", "paper"]) == list(PAPER_TASKS)
+@needs_lm_eval
+def test_names_of_tasks(tmp_path):
+    write_tasks(tmp_path)
+    for names in (["paper"], ["all"], ["boolq", "paper"]):
+        assert list(load_tasks(names, tmp_path)) == list(PAPER_TASKS)
+    assert load_tasks([], tmp_path) == {}
     with pytest.raises(ValueError, match=r"^tasks must be among .* but one is 'arc_eazy'\. Did you mean arc_easy"):
-        task_names(["boolq", "arc_eazy"])
+        load_tasks(["boolq", "arc_eazy"], tmp_path)
 
 
 def test_the_documented_fields_are_the_ones_that_are_read():
@@ -122,9 +110,3 @@ def test_the_documented_examples_can_be_used(tmp_path):
     for name, line in examples.items():
         (tmp_path / f"{name}.jsonl").write_text(line)
     assert list(load_tasks(list(PAPER_TASKS), tmp_path)) == list(examples) == list(PAPER_TASKS)
-
-
-@pytest.mark.parametrize("option", ["batch_size", "limit"])
-def test_numbers_below_one_are_refused(option):
-    with pytest.raises(ValueError, match=rf"^{option} must be a whole number of at least 1, but it is 0"):
-        zero_shot(None, None, {}, **{option: 0})

@@ -7,7 +7,6 @@ import torch
 from support.callbacks import same, trainer
 from support.modules import CONVNEXT, VIT, tiny_vit
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from wanda_lightning.data.images import class_names_of
@@ -50,8 +49,6 @@ def test_predict_and_calibration_need_no_labels():
         assert torch.equal(logits, module.model.eval()(images))
     for batch in (images, [images], {"image": images}, (images, torch.zeros(4))):
         assert module.calibration_step(batch) is None
-    with pytest.raises(ValueError, match="'image' or 'pixel_values', but it has 'x'"):
-        module.calibration_step({"x": images})
 
 
 def test_an_interrupted_loop_does_not_change_the_next_one():
@@ -70,17 +67,6 @@ def test_biases_and_norms_do_not_decay():
     assert spared == {
         name for name, p in module.model.named_parameters() if p.ndim < 2 or name in ("cls_token", "pos_embed")
     }
-
-
-def test_two_heads_of_a_distilled_model():
-    torch.manual_seed(0)
-    module = ImageClassifierModule("deit_tiny_distilled_patch16_224", False, 10, model_kwargs=VIT)
-    module.model.set_distilled_training(True)
-    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
-    one, two = module(images)
-    module.log = lambda *args, **kwargs: None
-    expected = (F.cross_entropy(one, labels) + F.cross_entropy(two, labels)) / 2
-    assert torch.allclose(module.training_step((images, labels), 0), expected)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), [("timm:vit_tiny_patch16_224", VIT), ("convnext_atto", CONVNEXT)])
@@ -121,12 +107,9 @@ def test_only_timm_models_are_saved_and_only_classifiers_taken(tmp_path):
     with pytest.raises(ValueError, match="must be a timm model for save_pretrained"):
         module.save_pretrained(tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="Linear has no classes"):
-        ImageClassifierModule(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="has no classes"):
-        tiny_vit(num_classes=0)
-    with pytest.raises(ValueError, match="model_kwargs must be left out unless model is a name"):
-        ImageClassifierModule(nn.Linear(2, 2), num_classes=2, model_kwargs={"a": 1})
+    for build in (lambda: ImageClassifierModule(nn.Linear(2, 2)), lambda: tiny_vit(num_classes=0)):
+        with pytest.raises(ValueError, match=r"`num_classes` .* larger than 1"):
+            build()
 
 
 def test_loads_from_a_checkpoint(tmp_path):

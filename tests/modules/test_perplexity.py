@@ -43,13 +43,9 @@ def test_padding_may_hold_anything():
     metric.update(garbage, ids, attention_mask)
     clean.update(logits, ids, attention_mask)
     assert torch.equal(metric.compute(), clean.compute())
-
-
-def test_only_padding_is_nan():
-    ids = windows_of_text()
-    metric = WindowPerplexity()
-    metric.update(torch.randn(*ids.shape, 128), ids, torch.zeros_like(ids))
-    assert metric.compute().isnan()
+    only = WindowPerplexity()
+    only.update(logits, ids, torch.zeros_like(ids))
+    assert only.compute().isnan()
 
 
 def test_no_second_tensor_of_the_size_of_the_logits():
@@ -69,8 +65,3 @@ def test_no_second_tensor_of_the_size_of_the_logits():
     with Largest() as largest:
         WindowPerplexity().update(logits, ids, torch.ones_like(ids))
     assert 0 < largest.numel <= 2**22 < logits.numel() / 4
-
-
-def test_shapes_must_agree():
-    with pytest.raises(ValueError, match=r"\(1, 5, 9\) for \(1, 4\)"):
-        WindowPerplexity().update(torch.zeros(1, 5, 9), torch.zeros(1, 4, dtype=torch.long))

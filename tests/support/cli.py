@@ -6,7 +6,7 @@ The fixtures work in the folders whose conftest.py imports them.
 import math
 import signal
 import sys
-from pathlib import Path
+import warnings
 
 import numpy as np
 import pytest
@@ -22,14 +22,12 @@ from wanda_lightning.cli import main
 
 SEQLEN = 32
 OUT = ["--save", "out", "--save_model", "out/model"]
-IGNORED_WARNINGS = [
-    pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in (
-        ".*does not have many workers",  # they would only slow down these tests
-        ".*and the model has .* outputs",  # tiny classifiers are made without regard to the images
-        "The number of training batches:UserWarning",  # a log of three steps
-    )
-]
+_IGNORED = (
+    ".*does not have many workers",
+    ".*and the model has .* outputs",
+    "The number of training batches:UserWarning",
+)
+IGNORED_WARNINGS = [pytest.mark.filterwarnings(f"ignore:{message}") for message in _IGNORED]
 """Marks for tests that run commands on tiny models."""
 
 
@@ -82,7 +80,8 @@ def shell(tmp_path, monkeypatch):
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 under jsonargparse 4.53
-    monkeypatch.setattr(sys, "argv", ["wanda-lightning"])  # LightningCLI warns where there are two command lines
+    monkeypatch.setattr(sys, "argv", ["wanda-lightning"])  # which `fit` and the like replace
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.chdir(tmp_path)
     rich.reconfigure()  # the bars of a command are on stderr
     level, handler, threads = _logger.level, signal.getsignal(signal.SIGINT), torch.get_num_threads()
@@ -109,8 +108,6 @@ def inputs(tmp_path_factory):
     (folder / "long.txt").write_text(" ".join(words))
     (folder / "other.txt").write_text(" ".join(reversed(words)))
     (folder / "short.txt").write_text("too short")
-    (folder / "latin1.txt").write_bytes("café ".encode("latin1") * 100)
-    (folder / "table.csv").write_text("text\nsome\n")
     for part, count in (("train", 3), ("val", 2)):
         for label in ("ape", "bee", "cat", "dog"):
             save_noise(folder / "images" / part / label, count, rng)
@@ -132,22 +129,10 @@ def text(inputs):
 
 
 @pytest.fixture
-def pruned(text, made):
+def pruned(text):
     """A folder `pruned` with the language model, pruned by the command."""
-    if not made:
-        assert run(*text, "--save_model", "pruned") == 0
-        made.update(everything_in(Path("pruned")))
-    else:
-        Path("pruned").mkdir()
-        for name, content in made.items():
-            (Path("pruned") / name).write_bytes(content)
+    assert run(*text, "--method", "magnitude", "--evaluation", "", "--save_model", "pruned") == 0
     return "pruned"
-
-
-@pytest.fixture(scope="session")
-def made():
-    """The files of the pruned model, once a test has needed them."""
-    return {}
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         *("torch", "lightning", "transformers", "timm", "datasets", "peft", "PIL.Image"),
-        *(f"wanda_lightning.cli.{command}" for command in ("pruning", "inspecting")),
+        "wanda_lightning.cli.pruning",
     ]
 )
 

@@ -33,13 +33,8 @@ class Hub(ThreadingHTTPServer):
 
     def connect(self, monkeypatch):
         """Make this the hub of this process, with a token; without hf_xet, whose protocol is not public."""
-        changes = {
-            "ENDPOINT": self.url,
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_TOKEN_PATH": os.devnull,
-        }
-        for name, value in changes.items():
+        changes = {"ENDPOINT": self.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}
+        for name, value in (changes | {"HF_TOKEN_PATH": os.devnull}).items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
 
@@ -111,24 +106,22 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer({"id": repo_id, "private": repo_id in self.server.private, "siblings": []})
 
     def tree(self, body, repo_id):
-        files = self.server.repositories[repo_id].items()
-        self._answer([{"type": "file", "path": name, "size": len(content), "oid": "0"} for name, content in files])
+        file = {"type": "file", "size": 1, "oid": "0"}
+        self._answer([file | {"path": name} for name in self.server.repositories[repo_id]])
 
     def validate(self, body):
         self._answer({"errors": [], "warnings": []})
 
     def preupload(self, body, repo_id):
         modes = {True: "lfs", False: "regular"}
-        files = [
-            {"path": file["path"], "uploadMode": modes[file["path"].endswith(".safetensors")], "shouldIgnore": False}
-            for file in json.loads(body)["files"]
-        ]
-        self._answer({"files": files})
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        files = [(path, modes[path.endswith(".safetensors")]) for path in paths]
+        self._answer({"files": [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in files]})
 
     def batch(self, body, repo_id):
         objects = json.loads(body)["objects"]
-        links = [{"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}} for each in objects]
-        self._answer({"objects": [each | {"actions": link} for each, link in zip(objects, links, strict=True)]})
+        lfs = f"{self.server.url}/lfs"
+        self._answer({"objects": [o | {"actions": {"upload": {"href": f"{lfs}/{o['oid']}"}}} for o in objects]})
 
     def commit(self, body, repo_id):
         if repo_id == self.server.refused:

@@ -107,20 +107,18 @@ def accuracies_by_hand(model, tokenizer, name, documents):
 
 
 def tiny_llama(seed):
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "initializer_range": 0.3, **SIZES, **SPECIAL}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.3, **SIZES, **SPECIAL)
-        ).eval()
+        return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
 def tiny_tokenizer():
     """Whole words are tokens, so that short choices are not always the likelier ones."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator([json.dumps(DOCUMENTS), " yes no True False" * 20], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

@@ -5,9 +5,11 @@ Neither torch nor a model library is imported before the options are known, so t
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 from cyclopts import CycloptsError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
-from wanda_lightning.cli.parsing import values_of
+from wanda_lightning.cli.options import values_of
 from wanda_lightning.common.errors import UserError
 
 
@@ -29,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] and arguments[0] in LIGHTNING and not {"--help", "-h"} & {*arguments}:
-            _run_lightning([each for each in arguments if each != "--debug"], in_shell=argv is None)
+            _run_lightning(arguments)
         else:
             _run(arguments)
     except KeyboardInterrupt:
@@ -42,27 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the options of a command by name; raise a `UserError`."""
-    _, groups = parse([command, *arguments])
-    return values_of(*(group for name, group in groups.items() if name != "session"))
-
-
-def _run(arguments: list[str]) -> None:
-    function, groups = parse(arguments)
-    session = groups.pop("session", None)
-    if session is None:  # help, or the version
-        function(**groups)
-        return
-    if session.print_config:
-        import yaml
-
-        options = values_of(*groups.values())
-        lists = {name: list(value) for name, value in options.items() if isinstance(value, tuple)}
-        print(yaml.safe_dump(options | lists, sort_keys=False), end="")
-        return
-    from wanda_lightning.cli.output import readable_output
-
-    with readable_output():
-        function(**groups)
+    return values_of(*(group for name, group in parse([command, *arguments])[1].items() if name != "session"))
 
 
 def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
@@ -79,17 +61,40 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]
     return function, bound.arguments
 
 
-def _run_lightning(arguments: list[str], in_shell: bool) -> None:
-    if len(arguments) == 1:
-        raise UserError("--config FILE.yaml is required: a recipe such as those in recipes/.")
-    from wanda_lightning.cli.lightning import run
-    from wanda_lightning.cli.output import readable_output
+def _run(arguments: list[str]) -> None:
+    function, groups = parse(arguments)
+    session = groups.pop("session", None)
+    if session is not None and session.print_config:
+        import yaml
 
-    arguments = ["--help" if argument == "--help_all" else argument for argument in arguments]
-    with readable_output():
-        if in_shell:  # LightningCLI reads sys.argv, and so do the processes that its strategies start
-            sys.argv[1:] = arguments
-        run(None if in_shell else arguments)
+        options = {k: list(v) if isinstance(v, tuple) else v for k, v in values_of(*groups.values()).items()}
+        print(yaml.safe_dump(options, sort_keys=False), end="")
+        return
+    if session is not None:  # neither help nor the version
+        set_up_warnings()
+    function(**groups)
+
+
+def _run_lightning(arguments: list[str]) -> None:
+    from wanda_lightning.cli.lightning import run
+
+    set_up_warnings()
+    # LightningCLI reads sys.argv, and so do the processes that its strategies start.
+    sys.argv[1:] = ["--help" if each == "--help_all" else each for each in arguments if each != "--debug"]
+    run()
+
+
+def set_up_warnings() -> None:
+    """Print each warning on one line without the source path, and hide what users can do nothing about."""
+    warnings.formatwarning = _one_line
+    # Lightning 2.6 calls torch 2.13 in a deprecated way at every dataloader.
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
+    for name in ("torchao", "torch.utils._pytree"):  # about kernels for other devices, if torchao is installed
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _one_line(message: Any, *_: object, **__: object) -> str:
+    return f"wanda-lightning: warning: {message}\n"
 
 
 def refusal_in(error: BaseException) -> BaseException | None:
@@ -98,7 +103,8 @@ def refusal_in(error: BaseException) -> BaseException | None:
     Meant for the user are `UserError`, errors of the operating system, and Lightning's `MisconfigurationException`.
     Causes count because LightningCLI wraps errors of classes.
     """
-    if isinstance(error, UserError | OSError) or type(error).__name__ == "MisconfigurationException":
+    meant = UserError | OSError | UnicodeDecodeError  # the last: of a file that is not UTF-8
+    if isinstance(error, meant) or type(error).__name__ == "MisconfigurationException":
         return error
     return None if error.__cause__ is None else refusal_in(error.__cause__)
 
@@ -107,20 +113,15 @@ def explain(error: BaseException, debug: bool) -> int:
     """Print a refusal in one line, or the traceback of a fault (of any error with `debug`); return the exit status."""
     refusal = refusal_in(error)
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    if debug or not (refusal or is_memory):
+        traceback.print_exception(error)
+    message = "internal error. Please open an issue with the command and the lines above."
     if refusal is not None:
         message = str(refusal) or type(refusal).__name__
     elif is_memory:
         cause = str(error).partition("\n")[0] or "of the host"
         message = f"memory ran out ({cause}). Use smaller batches, fewer samples or shorter windows."
-    else:
-        message = (
-            "internal error in wanda_lightning or in a library that it uses. Please open an issue with the command and "
-            "the lines above."
-        )
-    if debug or not (refusal or is_memory):
-        traceback.print_exception(error)
     print(f"wanda-lightning: error: {message}", file=sys.stderr)
-    if refusal is not None and not debug:
-        for note in getattr(error, "__notes__", ()):
-            print(note, file=sys.stderr)
+    for note in getattr(error, "__notes__", ()) if refusal and not debug else ():
+        print(note, file=sys.stderr)
     return 1 if refusal is None else 2

@@ -1,42 +1,37 @@
-"""The commands as typed functions, from which cyclopts makes the shell.
+"""The commands as typed functions, from which cyclopts makes the shell, and what they refuse before anything is loaded.
 
 Libraries are imported when a command runs, so that help and wrong options do not wait for them.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cyclopts import App, Parameter
 
-from wanda_lightning.cli.options import (
-    Data,
-    File,
-    Folder,
-    Measurements,
-    Model,
-    Models,
-    PruneOptions,
-    Pruning,
-    Results,
-    Session,
-)
-from wanda_lightning.cli.parsing import read_files, shown_default
+import wanda_lightning
+from wanda_lightning.cli import options
+from wanda_lightning.cli.options import PruneOptions, given_in, read_files, values_of
+from wanda_lightning.common.atomic_write import require_writable, resolve_path
+from wanda_lightning.common.checks import check_report_path
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.data import image_sources
+from wanda_lightning.hub.upload import refuse_upload
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"wanda_lightning {version('wanda_lightning')}"
+def _shown_default(value: Any) -> str | None:
+    """Return a default as it is typed; None for what help does not show."""
+    return ",".join(value) if isinstance(value, tuple) and value else str(value) if value else None
 
 
 app = App(
     name="wanda-lightning",
     help="Prune language models and image classifiers in one shot.",
     help_format="plaintext",
-    version=_version,
-    default_parameter=Parameter(negative=(), name_transform=lambda name: name, show_default=shown_default),
+    version=lambda: f"wanda_lightning {wanda_lightning.__version__}",
+    default_parameter=Parameter(negative=(), name_transform=lambda name: name, show_default=_shown_default),
     end_of_options_delimiter="",
     config=read_files,
 )
@@ -44,32 +39,29 @@ app = App(
 
 @app.command
 def prune(
-    model: Model,
-    pruning: Pruning = Pruning(),
-    data: Data = Data(),
-    results: Results = Results(),
-    session: Session = Session(),
+    model: options.Model,
+    pruning: options.Pruning = options.Pruning(),
+    data: options.Data = options.Data(),
+    results: options.Results = options.Results(),
+    session: options.Session = options.Session(),
 ) -> None:
     """Prune a language model or an image classifier, and measure it before and after."""
-    from wanda_lightning.cli.refusals import refuse_to_prune
-
-    options = PruneOptions(model, pruning, data, results)
-    refuse_to_prune(options)
+    _refuse(model, pruning, data, results)
     config = PruningConfig.from_names(**pruning.choices)  # which imports torch
     from wanda_lightning.cli import pruning as runs
 
-    runs.prune(config, options)
+    runs.prune(config, PruneOptions(model, pruning, data, results))
 
 
 @app.command
-def shrink(model: Model, results: Folder = Folder(), session: Session = Session()) -> None:
+def shrink(
+    model: options.Model, results: options.Folder = options.Folder(), session: options.Session = options.Session()
+) -> None:
     """Take out the hidden units that are zero, as prune --pattern structured leaves them, and save the rest.
 
     Without --save_model, what could be taken out is only shown.
     """
-    from wanda_lightning.cli.refusals import refuse_to_shrink
-
-    refuse_to_shrink(model, results)
+    _refuse(model, results)
     from wanda_lightning.cli import pruning as runs
 
     runs.shrink(model, results)
@@ -77,29 +69,33 @@ def shrink(model: Model, results: Folder = Folder(), session: Session = Session(
 
 @app.command
 def evaluate(
-    models: Models, data: Measurements = Measurements(), results: File = File(), session: Session = Session()
+    models: options.Models,
+    data: options.Measurements = options.Measurements(),
+    results: options.File = options.File(),
+    session: options.Session = options.Session(),
 ) -> None:
     """Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity."""
-    from wanda_lightning.cli.refusals import refuse_to_evaluate
-
-    refuse_to_evaluate(models, data, results)
+    _refuse(models, data, results)
+    if len(models.checkpoint) not in (0, len(models.model)):
+        found = f"it has {len(models.checkpoint)} for {len(models.model)}"
+        raise UserError(f"--checkpoint must have one file for each --model, but {found}.")
     from wanda_lightning.cli import measuring
 
     measuring.evaluate(models, data, results)
 
 
 @app.command
-def inspect(model: Model, pruning: Pruning = Pruning(), session: Session = Session()) -> None:
+def inspect(
+    model: options.Model,
+    pruning: options.Pruning = options.Pruning(),
+    session: options.Session = options.Session(),
+) -> None:
     """Show what prune would prune, what not, and why. No weight is loaded."""
-    from wanda_lightning.cli.refusals import refuse_to_inspect
+    _refuse(model)
+    config = PruningConfig.from_names(**pruning.choices)
+    from wanda_lightning.cli import measuring
 
-    refuse_to_inspect(model)
-    kept, _, of = pruning.pattern.partition(":")
-    chosen: dict[str, Any] = {"sparsity": 1 - int(kept) / int(of)} if of else {}  # which inspect does not depend on
-    config = PruningConfig.from_names(**pruning.choices | chosen)
-    from wanda_lightning.cli import inspecting
-
-    inspecting.inspect(config, model)
+    measuring.inspect(config, model)
 
 
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -111,3 +107,41 @@ def _run_lightning() -> None:
 
     Options such as --trainer.max_epochs 3 replace those of the recipe; --help_all lists them, which takes some seconds.
     """
+
+
+def _refuse(models: options.Model, *groups: Any) -> None:
+    """Refuse options that would be ignored, and places that cannot be written.
+
+    Contradictions between choices are refused by `PruningConfig`, and unknown data where options are read.
+    """
+    on: Any = values_of(models, *groups).get
+    given = given_in(models, *groups)
+    pattern, stream = on("pattern", "unstructured"), bool(on("stream"))
+    of_text = "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration"
+    for applies, purpose, names in (
+        (models.is_image, "an image classifier", f"{of_text} eval_zero_shot" + " evaluation" * bool(on("evaluation"))),
+        (not models.is_image, "a language model", "data checkpoint"),
+        (all(Path(name).expanduser().exists() for name in models.all), "a local model", "revision"),
+        (pattern != "unstructured", f"--pattern {pattern}", "use_variant prune_granularity"),
+        (not on("save_model"), "a command without --save_model", "push_to_hub shrink stream"),
+        (stream, "--stream", "eval_zero_shot"),
+        (not stream, "pruning without --stream, which uses a GPU if there is one", "device"),
+        (not (on("save") or on("save_model") or on("report")), "a command that writes nothing", "overwrite"),
+    ):
+        unused = [f"--{name}" for name in names.split() if name in given]
+        if applies and unused:
+            raise UserError(f"{', '.join(unused)} must be left out for {purpose}, or it would be ignored.")
+    if models.is_image and on("data"):
+        image_sources.check_source(on("data"))
+    folder, model = on("save_model"), Path(str(models.model).removeprefix("timm:local-dir:")).expanduser()
+    if on("report"):
+        check_report_path(on("report"))
+        require_writable(on("report"), on("overwrite"), "file")
+    if on("save") and not stream:  # a run that continues may find its model there
+        require_writable(on("save"), on("overwrite"), "file" if isinstance(models, options.Models) else "folder")
+    if folder:
+        require_writable(folder, on("overwrite") or stream, "folder" if stream else "model")
+    if folder and model.exists() and resolve_path(model).is_relative_to(resolve_path(folder)):
+        raise UserError(f"--save_model {folder} would replace --model {model}. Choose another folder.")
+    if on("push_to_hub"):
+        refuse_upload(on("push_to_hub"), on("private"))

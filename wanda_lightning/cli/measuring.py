@@ -1,27 +1,41 @@
-"""Load and measure models; what `evaluate` runs: several models side by side."""
+"""Load, measure and show models: what `evaluate` and `inspect` run."""
 
 from __future__ import annotations
 
 import gc
 import logging
-from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, LambdaCallback
+import torch
+from lightning.pytorch.callbacks import LambdaCallback
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from wanda_lightning.cli.options import File, Measurements, Model, Models
-from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.cli.parsing import values_of
+from wanda_lightning.cli.options import Data, File, Measurements, Model, Models, values_of
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import ModelSource, load_config
+from wanda_lightning.common.model_source import load_config
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.words import as_size, counted
+from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
-from wanda_lightning.evaluation import Evaluation, KeptZeros, Results, load_tasks, sparsity_of, task_names, zero_shot
+from wanda_lightning.engine.drop_experts import find_mixtures
+from wanda_lightning.engine.notes import low_coverage, unfit_layers
+from wanda_lightning.engine.plan import config_for, make_plan
+from wanda_lightning.engine.refusals import refuse_nothing_to_prune
+from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
+from wanda_lightning.models import Inventory, Unit, find_layers
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.modules.loading import check_source, load_own_tokenizer, model_from_config
+from wanda_lightning.report import skipped_table
+from wanda_lightning.report.descriptions import PERPLEXITY, TOP1
 
 _PAPER_SEQLEN = 2048
 _HEADINGS = {"val_accuracy": "top-1", "val_accuracy_top5": "top-5"}
+
+AnyData = TextDataModule | ImageDataModule
 
 
 def load(options: Model | Models, name: str, checkpoint: str | None = None) -> Any:
@@ -31,34 +45,62 @@ def load(options: Model | Models, name: str, checkpoint: str | None = None) -> A
     return CausalLMModule(name, dtype=options.dtype, **options.source(name).hub)
 
 
-def measure(module: L.LightningModule, data: L.LightningDataModule, *callbacks: Callback) -> dict[str, float]:
+def data_for(options: Model | Models, data: Data | Measurements, name: str, classifier: Any = None) -> AnyData:
+    """Return the images for a classifier, or the texts for a model of this name, in windows that fit all models."""
+    num_samples, seed = getattr(data, "num_samples", None), getattr(data, "seed", 0)
+    if options.is_image:
+        images = ImageDataModule(
+            data.data or "",
+            classifier,
+            data.batch_size or 64,
+            num_samples or 4096,
+            seed=seed,
+            cache_dir=options.cache_dir,
+        )
+        images.setup()
+        return images
+    return TextDataModule(
+        load_own_tokenizer(options.source(name)),
+        getattr(data, "calibration", "python-docs"),
+        data.evaluation or "python-docs",  # which is not read
+        window_length(options, data.seqlen),
+        num_samples or 128,
+        data.batch_size or 4,
+        data.limit,
+        seed,
+        options.cache_dir,
+    )
+
+
+def window_length(options: Model | Models, asked: int | None) -> int:
+    """Return the number of tokens in a window: `asked` if it fits all models, else what fits them, at most 2048."""
+    configs = [load_config(options.source(name)).get_text_config() for name in options.all]
+    context = min(getattr(config, "max_position_embeddings", 0) or asked or _PAPER_SEQLEN for config in configs)
+    if asked is not None and asked > context:
+        raise UserError(f"--seqlen must be at most {context}, the model's context, but it is {asked}.")
+    return min(_PAPER_SEQLEN, context) if asked is None else asked
+
+
+def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
     """Run one validation loop, and return its metrics."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # not about the hardware
     plain = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-    with ExitStack() as shown:
-        bar = shown.enter_context(ProgressBar("Measuring", None))
+    with ProgressBar("Measuring", None) as bar:
         progress = LambdaCallback(
             on_validation_start=lambda trainer, _: bar.expect(sum(trainer.num_val_batches)),
             on_validation_batch_end=lambda *_: bar.advance(),
-            on_validation_end=lambda *_: shown.close(),
         )
-        trainer = L.Trainer(accelerator="auto", devices=1, callbacks=[progress, *callbacks], **plain)  # type: ignore[arg-type]
+        trainer = L.Trainer(accelerator="auto", devices=1, callbacks=[progress], **plain)  # type: ignore[arg-type]
         trainer.validate(module, data, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def refuse_long_windows(seqlen: int | None, model: ModelSource) -> None:
-    """Refuse windows that are longer than the context of a model, before its weights are loaded."""
-    if seqlen is not None:
-        checked_seqlen(seqlen, load_config(model))
-
-
-def checked_seqlen(seqlen: int | None, config: Any) -> int:
-    """Return the number of tokens in a window: the given one if it fits, else the context, but at most 2048."""
-    context = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or seqlen or _PAPER_SEQLEN)
-    if seqlen is not None and seqlen > context:
-        raise UserError(f"--seqlen must be at most {context}, the model's context, but it is {seqlen}.")
-    return min(_PAPER_SEQLEN, context) if seqlen is None else seqlen
+def logged_names(data: AnyData) -> list[str]:
+    """Return the names under which a Trainer logs the result on each data set."""
+    if isinstance(data, ImageDataModule):
+        return [TOP1.logged[0]]
+    first = PERPLEXITY.logged[0]
+    return [first, *(f"{first}/{text}" for text in data.evaluations[1:])]
 
 
 def evaluate(models: Models, data: Measurements, results: File) -> None:
@@ -73,80 +115,113 @@ def evaluate(models: Models, data: Measurements, results: File) -> None:
 
 
 def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
-    """Load all models once, so that none is refused after another was measured; then measure them one at a time."""
-    for name in () if models.is_image else models.all:
-        refuse_long_windows(data.seqlen, models.source(name))
-    tasks = load_tasks(task_names(data.tasks), data.tasks_dir, models.cache_dir)
-    sources: list[tuple[str, str | None]] = [(name, None) for name in (models.dense, models.pruned) if name]
+    """Read the data of all models, to refuse them together; then load and measure one model at a time."""
+    tasks = load_tasks(data.tasks, data.tasks_dir, models.cache_dir)
+    sources: list[tuple[str, str | None]] = [(models.dense, None)] if models.dense else []
     sources += zip(models.model, models.checkpoint or [None] * len(models.model), strict=True)
     # One model with several weights: the file names distinguish them.
     named = {f"{name} {file}" if file else name: (name, file) for name, file in sources}
-    zeros, lost, first, prepared = None, dict[str, dict[str, float]](), list[TextDataModule](), list[Any]()
+    classifiers = {name: load(models, *source) for name, source in named.items() if models.is_image}
+    prepared: dict[str, Any] = {}
+    for name, source in named.items() if models.is_image or data.evaluation else ():
+        prepared[name] = data_for(models, data, source[0], classifiers.get(name))
+        for text in () if models.is_image else prepared[name].evaluations:
+            if not prepared[name].windows_of(text).equal(next(iter(prepared.values())).windows_of(text)):
+                raise UserError(
+                    "--model must name models with the same tokenizer, since perplexities over different tokens cannot "
+                    f"be compared, but {name} splits {text} differently than another. Evaluate them one by one."
+                )
+    measured: dict[str, Results] = {}
     module: Any = None
     for name, source in named.items():
-        module, prepared = None, []
+        module = None
         gc.collect()  # a module and the Trainer that ran it refer to each other
-        module = load(models, *source)
-        prepared = _prepare(models, data, name, module, bool(tasks))
-        first = first or ([] if models.is_image else prepared)
-        for text, other in zip(prepared, first, strict=True) if first else ():
-            _refuse_other_windows(name, text, other)
-        if name == models.pruned:
-            zeros = KeptZeros(module.model, name)
-        elif zeros is not None:
-            lost[name] = {"lost": zeros.lost(module.model, name)}
-    first, results = [], dict[str, Results]()
-    for name, source in named.items():
-        if len(named) > 1:
-            module, prepared = None, []
-            gc.collect()
-            module = load(models, *source)
-            prepared = _prepare(models, data, name, module, bool(tasks))
-        results[name] = {"sparsity": sparsity_of(module.model) | lost.get(name, {}), **_measured(module, prepared)}
+        module = classifiers.get(name) or load(models, *source)
+        measured[name] = {"sparsity": sparsity_of(module.model)}
+        if name in prepared:
+            measured[name] |= _results(module, prepared.pop(name))
         if tasks:
-            results[name] |= zero_shot(module.model, module.tokenizer, tasks, data.batch_size or 4, data.task_limit)
-    return results
+            measured[name] |= zero_shot(module.model, module.tokenizer, tasks, data.batch_size or 4, data.task_limit)
+    return measured
 
 
-def _prepare(models: Models, data: Measurements, name: str, module: Any, reads: bool) -> list[Any]:
-    """Return the images, or each text in windows; they do not hold the module."""
-    if models.is_image:
-        size = data.batch_size or 64
-        images = ImageDataModule(data.data or "", module, batch_size=size, cache_dir=models.cache_dir)
-        images.setup("validate")
-        return [images]
-    if module.tokenizer is None and (data.evaluation or reads):
-        raise UserError(f"{name} must have a tokenizer to read text, but it has none. Save one into its folder.")
-    seqlen, size = checked_seqlen(data.seqlen, module.model.config), data.batch_size or 4
-    options: dict[str, Any] = {"seqlen": seqlen, "batch_size": size, "limit": data.limit, "cache_dir": models.cache_dir}
-    texts = [TextDataModule(module.tokenizer, text, text, **options) for text in data.evaluation]
-    for text in texts:
-        text.setup("validate")
-    return texts
+def _results(module: Any, data: AnyData) -> Results:
+    numbers = measure(module, data)
+    if isinstance(data, ImageDataModule):
+        found = {heading: numbers[metric] for metric, heading in _HEADINGS.items() if metric in numbers}
+        return {data.data: {**found, "images": len(data.val_dataloader().dataset)}}  # type: ignore[arg-type]
+    names = zip(data.evaluations, logged_names(data), strict=True)
+    return {text: {"perplexity": numbers[name], "windows": len(data.windows_of(text))} for text, name in names}
 
 
-def _refuse_other_windows(name: str, text: TextDataModule, other: TextDataModule) -> None:
-    if text.seqlen != other.seqlen:
-        raise UserError(
-            f"--seqlen must be given, since models are measured on the same windows, but {name} reads {text.seqlen} "
-            f"tokens at once and another model {other.seqlen}. Use --seqlen {min(text.seqlen, other.seqlen)}."
-        )
-    if not text.evaluation_windows.equal(other.evaluation_windows):
-        raise UserError(
-            "--model must name models with the same tokenizer, since perplexities over different tokens cannot be "
-            f"compared, but {name} splits {text.evaluation} differently than another. Evaluate them one by one, or "
-            "give --evaluation '' to measure tasks alone."
-        )
+def inspect(config: PruningConfig, options: Model) -> None:
+    """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
+    source = options.source(options.model)
+    if not options.is_image:
+        check_source(source)
+    model: Any = model_from_config(source)
+    config = config_for(config, model)
+    found = find_layers(model, config.sequential, config.skip, config.only, config.pattern)
+    print_table(_units_table(found, options.model))
+    print_table(skipped_table(found.skipped))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    weights = sum(layer.size for layer in found.layers)
+    print_line(
+        f"{counted(len(found.layers), 'layer')} in {counted(len(found.units), 'unit')} hold {weights:,} weights, "
+        f"{weights / parameters:.1%} of the model's {parameters:,} parameters, with --sequential {config.sequential}."
+    )
+    for note in filter(None, (unfit_layers(found), low_coverage(found))):
+        print_line(f"Note: {note.text}")
+    if config.pattern.prunes_units:
+        print_line("Note: --pattern structured prunes only those of these layers that write or read hidden units.")
+    refuse_nothing_to_prune(config, found)
+    if config.pattern.drops_experts:
+        find_mixtures(make_plan(config, model, has_weights=False))
+    if not options.is_image:
+        print_line(_memory(model, found, options))
 
 
-def _measured(module: Any, data: list[Any]) -> Results:
-    results: Results = {}
-    for each in data:
-        numbers = measure(module, each)
-        if isinstance(each, TextDataModule):
-            windows = len(each.evaluation_windows)
-            results[each.evaluation] = {"perplexity": numbers["val_perplexity"], "windows": windows}
-        else:
-            found = {heading: numbers[metric] for metric, heading in _HEADINGS.items() if metric in numbers}
-            results[each.data] = {**found, "images": len(each.val_dataloader().dataset)}
-    return results
+def _memory(model: Any, found: Inventory, options: Model) -> str:
+    """Describe the memory that grows with the model and with the samples when a model is pruned from disk."""
+    dtype = getattr(torch, options.dtype) if options.dtype != "auto" else model.config.dtype or model.dtype
+    blocks = (model.get_submodule(name).parameters() for name in {*found.blocks.values()} if name)
+    largest = dtype.itemsize * max((sum(each.numel() for each in block) for block in blocks), default=0)
+    seqlen, width, windows = window_length(options, None), model.get_input_embeddings().weight.shape[-1], 128
+    return (
+        f"prune --stream holds {as_size(2 * largest + dtype.itemsize * windows * seqlen * width)} for a while: twice "
+        f"the largest block ({as_size(largest)}), and the inputs of a block for {windows} windows of {seqlen} tokens."
+    )
+
+
+def _units_table(found: Inventory, model: str) -> Table:
+    table = Table(title=f"{escape(model)}: would be pruned", title_justify="left")
+    for heading in ("unit", "layers", "weights", "inside"):
+        table.add_column(heading, justify="right" if heading in ("layers", "weights") else "left", overflow="fold")
+    for alike, group in groupby(found.units, _row):  # most blocks of a model are alike
+        first, *others = group
+        names = escape(first.name) or "the whole model"
+        if others:
+            names += f" to {escape(others[-1].name)}, each of {len(others) + 1}"
+        table.add_row(names, *alike)
+    return table
+
+
+def _row(unit: Unit) -> tuple[str, str, str]:
+    """Return the number of layers and weights of a unit, and the layers inside, with one name for all experts."""
+    inside = [(layer.siblings or layer.name).removeprefix(f"{unit.name}.") for layer in unit.layers]
+    names = ", ".join(dict.fromkeys(inside)) if unit.name and inside != [unit.name] else ""
+    return str(len(unit.layers)), f"{sum(layer.size for layer in unit.layers):,}", escape(names)
+
+
+def print_table(table: Table) -> None:
+    """Print a table, as wide as it is where the output is not a terminal."""
+    console = Console(emoji=False)  # `N:M:` would contain one
+    if not console.is_terminal:
+        width = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+        console.width = max(console.width, width)
+    console.print(table)
+
+
+def print_line(line: str) -> None:
+    """Print a line as it is."""
+    Console(emoji=False).print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,36 +1,101 @@
-"""The options of the commands. cyclopts makes names, types, defaults, help and refusals from these classes."""
+"""The options of the commands: how they are typed, read from files, shown in help, and turned back into a command.
+
+cyclopts makes names, types, defaults, help and refusals from these classes.
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass, make_dataclass
+import shlex
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, fields, make_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Optional
 
-from cyclopts import Group, Parameter
+from cyclopts import App, ArgumentCollection, Group, Parameter
+from cyclopts.config import Yaml
 from cyclopts.validators import Number
 
-from wanda_lightning.cli.parsing import names_in, split_names
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.config import NAMES, PruningConfig
+from wanda_lightning.config import NAMES, PruningConfig, check_pattern
+from wanda_lightning.data import text_sources
 
-TIMM = "timm:"  # before the name of an image classifier
-TASKS = ("boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa", "paper", "all")
+
+def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
+    """Split texts at commas; a regular expression (re:...) is an argument of its own.
+
+    Example:
+        >>> from cyclopts import Token
+        >>> split_names(None, [Token(value="lm_head, *.down_proj"), Token(value="re:x{1,3}")])
+        ('lm_head', '*.down_proj', 're:x{1,3}')
+    """
+    texts = (token.value for token in tokens)
+    parts = (part.strip() for text in texts for part in ([text] if text.startswith("re:") else text.split(",")))
+    return tuple(part for part in parts if part)
+
+
+def _known_texts(type_: Any, given: str | Collection[str]) -> None:
+    for text in [given] if isinstance(given, str) else given:
+        if text != text_sources.SELF:
+            text_sources.check_source(text)
+
+
+class _File(Yaml):
+    """A YAML file with options, which are read as text, since YAML reads 2:4 as 124; null stands for the default."""
+
+    def _load_config(self, path: Path) -> Any:
+        import yaml
+
+        class Texts(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
+            yaml_implicit_resolvers = {"n": [("tag:yaml.org,2002:null", re.compile("null$"))]}  # noqa: RUF012
+
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Texts) or {}
+        return {k: v for k, v in content.items() if v is not None} if isinstance(content, dict) else content
+
+
+def read_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Read the options that were not given as arguments from the files of `Session.config`, the last file first."""
+    tokens = arguments["--config"].tokens if arguments.get("--config", None) else []
+    for path in reversed(split_names(None, tokens)):
+        _File(path, must_exist=True, use_commands_as_keys=False)(app, commands, arguments)
+
+
+def values_of(*groups: Any) -> dict[str, Any]:
+    """Return all options by name."""
+    return {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
+
+
+def given_in(*groups: Any) -> dict[str, Any]:
+    """Return the options that differ from their defaults."""
+    defaults = {each.name: each.default for group in groups for each in fields(group)}
+    return {name: value for name, value in values_of(*groups).items() if value != defaults[name]}
+
+
+def as_command(command: str, *groups: Any, always: Collection[str] = ()) -> str:
+    """Return a shell command with the options that differ from their defaults, and with those in `always`."""
+    words, given = ["wanda-lightning", command], {*given_in(*groups), *always}
+    for name, value in values_of(*groups).items():
+        for each in (value if isinstance(value, tuple) and value else [value]) if name in given else ():
+            words += [f"--{name}"] if each is True else [f"--{name}", "" if each == () else str(each)]
+    return shlex.join(words)
+
 
 _Names = Annotated[tuple[str, ...], Parameter(converter=split_names)]
-_Tasks = Annotated[tuple[str, ...], Parameter(converter=split_names, validator=names_in(TASKS))]
 _Count = Annotated[int, Parameter(validator=Number(gte=1))]
-_Window = Annotated[int, Parameter(validator=Number(gte=2))]
-
-
 _MODEL, _PRUNING, _DATA, _RESULTS, _SESSION = (
     Parameter(name="*", group=Group(title, sort_key=place))
     for place, title in enumerate(("Model", "Pruning", "Data", "Results", "Session"))
 )
 
 
+@_MODEL
 @dataclass(frozen=True, kw_only=True)
-class _AnyModel:
+class Model:
+    """The model of a command."""
+
+    model: str
+    """Hub id, folder or .gguf file of a language model; timm:NAME of an image classifier, or timm:local-dir:FOLDER."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto: as they are stored."""
     revision: str = "main"
@@ -43,51 +108,38 @@ class _AnyModel:
     @property
     def all(self) -> tuple[str, ...]:
         """The names of all models."""
-        model = vars(self)["model"]
-        return (model,) if isinstance(model, str) else model
+        return (self.model,)
 
     @property
     def is_image(self) -> bool:
         """Whether they are image classifiers."""
-        return self.all[0].startswith(TIMM)
+        return any(name.startswith("timm:") for name in self.all)
 
     def source(self, name: str) -> ModelSource:
-        """Return the source of a model; `revision` is that of `model`, not of `dense` or `pruned`."""
-        revision = self.revision if name in vars(self)["model"] else "main"
+        """Return the source of a model; `revision` is that of `model`, not of `dense`."""
+        revision = self.revision if name in self.model else "main"
         return ModelSource(name, revision, self.cache_dir, self.trust_remote_code)
 
 
 @_MODEL
 @dataclass(frozen=True, kw_only=True)
-class Model(_AnyModel):
-    """The model of a command."""
-
-    model: str
-    """Hub id, folder or .gguf file of a language model; timm:NAME of an image classifier, or timm:local-dir:FOLDER."""
-
-
-@_MODEL
-@dataclass(frozen=True, kw_only=True)
-class Models(_AnyModel):
+class Models(Model):
     """The models of `evaluate`."""
 
-    model: _Names
+    model: _Names  # type: ignore[assignment]
     """The models as for prune, with commas: language models or image classifiers."""
     dense: str | None = None
     """The dense model. It is measured first, and the table shows how the others differ from it."""
-    pruned: str | None = None
-    """The pruned model of which each --model is a version, such as a quantized one. The table shows its lost zeros."""
     checkpoint: Annotated[_Names, Parameter(alias="--resume")] = ()
     """Weights (.safetensors) of image classifiers, one for each --model."""
 
     @property
     def all(self) -> tuple[str, ...]:
-        """The names of all models, without repetitions, the dense one first, then the pruned one."""
-        return tuple(dict.fromkeys([*filter(None, (self.dense, self.pruned)), *self.model]))
+        """The names of all models, without repetitions, the dense one first."""
+        return tuple(dict.fromkeys([*filter(None, [self.dense]), *self.model]))
 
 
 _ALIASES = {"sparsity": "--sparsity_ratio", "pattern": "--sparsity_type", "method": "--prune_method"}
-_PATTERNS = ("unstructured", *NAMES["pattern"])
 
 
 def _choices() -> Any:
@@ -100,12 +152,12 @@ def _choices() -> Any:
     options = []
     for name, argument in inspect.signature(PruningConfig.from_names).parameters.items():
         hint: Any = _Names if isinstance(argument.default, tuple) else type(argument.default)
-        help, check = " ".join(described.get(name, "").replace("`", "").split()), None
+        help = " ".join(described.get(name, "").replace("`", "").split())
         if name == "pattern":
-            help += f" One of {', '.join(_PATTERNS)}, or another N:M."
-            check = names_in(_PATTERNS, r"[1-9]\d*:[1-9]\d*")
+            help += f" One of {', '.join(NAMES[name])}, or another N:M."
         elif name in NAMES:
             hint = Optional[Literal[tuple(NAMES[name])]]  # noqa: UP045  # `|` does not take a Literal of a tuple
+        check = (lambda _, given: check_pattern(given)) if name == "pattern" else None
         parameter = Parameter(help=help, alias=_ALIASES.get(name), validator=check)
         options.append((name, Annotated[hint, parameter], argument.default))
     return make_dataclass("_Choices", options, kw_only=True, frozen=True)
@@ -143,13 +195,13 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    evaluation: Annotated[_Names, Parameter(alias="--eval")] = ("wikitext2",)
+    evaluation: Annotated[_Names, Parameter(alias="--eval", validator=_known_texts)] = ("wikitext2",)
     """Texts to measure perplexity on, with commas; the first is the one that counts. An empty text: measure nothing."""
     data: Annotated[str | None, Parameter(alias="--data_path")] = None
     """Images: a folder laid out like ImageNet, cifar10, cifar100, a hub id, or digits (these need no network)."""
     limit: _Count | None = None
     """Number of windows of each text to measure on; by default all."""
-    seqlen: _Window | None = None
+    seqlen: Annotated[int | None, Parameter(validator=Number(gte=2))] = None
     """Number of tokens in a window; by default the model's context, at most 2048."""
     batch_size: _Count | None = None
     """Number of windows (or answers) in a batch, by default 4; or of images, by default 64."""
@@ -162,7 +214,7 @@ class _Measured:
 class Data(_Measured):
     """Data that `prune` calibrates and measures on."""
 
-    calibration: str = "c4"
+    calibration: Annotated[str, Parameter(validator=_known_texts)] = "c4"
     """Text to calibrate on: c4, wikitext2, python-docs, sklearn-docs (these two need no network), the id of a data set
 on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet); or self, what the dense model writes."""
     num_samples: Annotated[_Count | None, Parameter(alias="--nsamples")] = None
@@ -180,7 +232,7 @@ on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet); or self, what the dens
 class Measurements(_Measured):
     """Measurements of `evaluate`."""
 
-    tasks: _Tasks = ()
+    tasks: _Names = ()
     """Zero-shot tasks (need lm-eval), with commas; paper stands for the seven of the paper, all for the same."""
     task_limit: _Count | None = None
     """Number of documents of each task; by default all."""

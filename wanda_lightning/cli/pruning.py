@@ -6,78 +6,82 @@ Everything is on disk before a word is printed.
 from __future__ import annotations
 
 import ctypes
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
-from rich.table import Table
 from torch.utils.data import DataLoader
 
-from wanda_lightning.cli.examples import Examples
-from wanda_lightning.cli.measuring import checked_seqlen, load, measure, refuse_long_windows
-from wanda_lightning.cli.options import Data, Folder, Model, PruneOptions
-from wanda_lightning.cli.output import print_line, print_table
-from wanda_lightning.cli.parsing import as_command, values_of
+from wanda_lightning.cli.measuring import AnyData, data_for, load, logged_names, measure, print_line, print_table
+from wanda_lightning.cli.options import Folder, Model, PruneOptions, as_command, values_of
 from wanda_lightning.common.atomic_write import atomic_write, require_space, require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import load_config, load_tokenizer
+from wanda_lightning.common.evaluating import evaluating
 from wanda_lightning.common.words import one_line
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.data import ImageDataModule, TextDataModule, sample_windows
+from wanda_lightning.data import TextDataModule, sample_windows
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
-from wanda_lightning.evaluation import Evaluation, load_tasks, task_names, zero_shot
+from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
-from wanda_lightning.modules.loading import check_decoder_only
-from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run
-from wanda_lightning.report.descriptions import METRICS, PERPLEXITY, TOP1, change_of
+from wanda_lightning.modules.loading import check_source
+from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run, Sample
+from wanda_lightning.report.descriptions import METRICS, change_of
 from wanda_lightning.shrinking import shrink as shrink_in_memory
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
-from wanda_lightning.streaming.checkpoint import available_device
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resumable
 
-_NO_TEXT = (
-    "no text by the dense and the pruned model is shown, since --stream never has a whole model in memory to write it"
-)
+PROMPTS = ("The capital of France is", "To make a good cup of tea, first", "def is_prime(n):")
+_NEW_TOKENS = 40
 
 
-class _Pruned(NamedTuple):
-    """A pruned model: its report, what was measured before and after, and how it is saved."""
+@dataclass(frozen=True)
+class _Pruned:
+    """A pruned model: its report, what was measured before and after, how it is saved, and text by both models."""
 
     report: PruningReport
-    data: TextDataModule | ImageDataModule
+    module: Any
+    data: AnyData
     dense: Mapping[str, float]
     pruned: Mapping[str, float]
     save: Callable[[bool], object]  # True shrinks it
-    zero_shot: Callable[[], Any]
-    examples: Mapping[str, Any] = {}
+    samples: tuple[Sample, ...] = ()
 
 
 def prune(config: PruningConfig, options: PruneOptions) -> None:
     """Prune a model, measure it before and after, and save what was asked for."""
-    L.seed_everything(options.data.seed, verbose=False)
-    results = options.results
+    model, _, data, results = options
+    L.seed_everything(data.seed, verbose=False)
+    tasks = load_tasks(["paper"], data.tasks_dir, model.cache_dir) if data.eval_zero_shot else {}
     with (_prune_from_disk if results.stream else _prune_in_memory)(config, options) as done:
         report = done.report
         report.run = _run_of(done, config, options)
-        report.config["command"] = _given(done.data, options)
+        report.config["command"] = {name: each for name, each in values_of(*options).items() if each not in (None, ())}
         lines = [] if results.save_model is None else _save(done, results.shrink)
         files = _write(report, options)
-        if accuracies := done.zero_shot():  # takes hours for a large model, so everything is saved before
-            report.run = replace(report.run, zero_shot=accuracies)
+        if tasks:  # which take hours for a large model, so everything is saved before
+            found = zero_shot(done.module.model, done.module.tokenizer, tasks, done.data.batch_size)
+            report.run = replace(report.run, zero_shot=found)
             _write(report, options)
-    _print(report, options, lines)
-    if accuracies:
-        print_table(Evaluation({f"{options.model.model}, pruned": accuracies}).table())
+    print_line(report.summary())
+    lines += [change_of(METRICS[report.run.metric], each) for each in report.run.results]
+    places = {"The model is": results.save_model, "The results are": results.save, "The report is": results.report}
+    saved = [f"{what} in {place}." for what, place in places.items() if place]
+    nothing = "Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR."
+    for line in (*lines, *(f"Note: {note}" for note in report.notes), *(saved or [nothing])):
+        print_line(line)
+    if tasks:
+        print_table(Evaluation({f"{model.model}, pruned": found}).table())
     _upload(results, files)
 
 
@@ -85,31 +89,29 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
 def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
     model, _, data, results = options
     _keep_freed_memory()
-    tasks = load_tasks(task_names(["paper"]), data.tasks_dir, model.cache_dir) if data.eval_zero_shot else {}
-    module, source = _load(model, data)
+    classifier = load(model, model.model, data.checkpoint) if model.is_image else None
+    source = data_for(model, data, model.model, classifier)
+    module = classifier or load(model, model.model)  # after the data, since it may be large
     plan = make_plan(config, module.model)  # to refuse the model before it is measured
     if plan.config.pattern.drops_experts:
         find_mixtures(plan)
     if results.save_model is not None:
         require_space(results.save_model, sum(each.nbytes for each in (*module.parameters(), *module.buffers())))
-    batches = _calibration(config, module, source, data)  # to refuse a text that is too short, too
-    before, after = (Examples.of(source) if results.report else Examples() for _ in range(2))
-    dense = measure(module, source, before) if data.evaluation else {}
+    batches = _calibration(config, module, source)  # to refuse a text that is too short, too
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    module.to(device)
+
+    def measured() -> tuple[dict[str, float], list[str]]:
+        found = measure(module, source) if data.evaluation else {}
+        module.to(device)
+        return found, continuations(module.model, module.tokenizer) if results.report and classifier is None else []
+
+    dense, before = measured()
     steps = module.calibration_step, module.calibration_predictions
     forward, predict = (lambda batch, run=run: run(module.transfer_batch_to_device(batch, device, 0)) for run in steps)
     report = prune_as(config, module.model, batches, forward=forward, predict=predict)
-    pruned = measure(module, source, after) if data.evaluation else {}
-    yield _Pruned(
-        report,
-        source,
-        dense,
-        pruned,
-        lambda shrink: module.save_pretrained(results.save_model, overwrite=results.overwrite, shrink=shrink),
-        lambda: zero_shot(module.model, module.tokenizer, tasks, source.batch_size) if tasks else {},
-        after.since(before),
-    )
+    pruned, after = measured()
+    save = partial(module.save_pretrained, results.save_model, results.overwrite)
+    yield _Pruned(report, module, source, dense, pruned, save, tuple(map(Sample, PROMPTS, before, after)))
 
 
 @contextmanager
@@ -118,164 +120,99 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     model, _, data, results = options
     hub, output, device = model.source(model.model), results.save_model or "", results.device
     refuse_whole_model(config)
-    available_device(device)
     require_resumable(output)
     if results.save is not None and not (resolve_path(output) / PROGRESS_NAME).is_file():
         require_writable(results.save, results.overwrite, "folder")
-    configuration, tokenizer = load_config(hub), load_tokenizer(hub)
-    check_decoder_only(configuration)
-    source = _text(model, data, tokenizer, configuration)
+    check_source(hub)
+    source: Any = data_for(model, data, model.model)
     batches = source.calibration_dataloader()
 
     def perplexities(path: str, dtype: str = "auto") -> dict[str, float]:
         loaders: Any = source.val_dataloader() if data.evaluation else []
         read = partial(perplexity_from_disk, path, dtype=dtype, device=device, **hub.hub)
-        results = map(read, loaders if isinstance(loaders, list) else [loaders])
-        return dict(zip(_logged_names(source), results, strict=bool(data.evaluation)))
+        found = map(read, loaders if isinstance(loaders, list) else [loaders])
+        return dict(zip(logged_names(source), found, strict=bool(data.evaluation)))
 
     dense = perplexities(model.model, model.dtype)
-    pruning = pruned_from_disk(config, hub, output, batches, tokenizer=tokenizer, dtype=model.dtype, device=device)
-    with pruning as report:
-        if results.report is not None:
-            report.notes.append(_NO_TEXT)
+    how = {"tokenizer": source.tokenizer, "dtype": model.dtype, "device": device}
+    with pruned_from_disk(config, hub, output, batches, **how) as report:
         shrinking = partial(shrink_from_disk, output, output, overwrite=True, **hub.hub)
-        yield _Pruned(report, source, dense, perplexities(output), lambda shrink: shrink and shrinking(), dict)
+        yield _Pruned(report, None, source, dense, perplexities(output), lambda shrink: shrink and shrinking())
 
 
 def shrink(model: Model, results: Folder) -> None:
     """Shrink a model and save it; without a folder, say what could be taken out."""
-    folder = results.save_model
+    folder, hub = results.save_model, model.source(model.model).hub
     if folder is None:
         print_line(str(shrink_in_memory(load(model, model.model).model)))
         print_line("Nothing was saved. To save the smaller model, add --save_model DIR.")
         return
     if results.stream:
-        hub = model.source(model.model).hub
         found = shrink_from_disk(model.model, folder, results.overwrite, dtype=model.dtype, **hub)
     else:
-        found = load(model, model.model).save_pretrained(folder, overwrite=results.overwrite, shrink=True)
+        found = load(model, model.model).save_pretrained(folder, results.overwrite, shrink=True)
     print_line(f"{found}\nThe model is in {folder}.")
     _upload(results, list_files(folder))
 
 
-# -------------------------------------------------------------------------------------------------- models and data
-
-
-def _load(model: Model, data: Data) -> tuple[Any, TextDataModule | ImageDataModule]:
-    if not model.is_image:
-        refuse_long_windows(data.seqlen, model.source(model.model))
-        module = load(model, model.model)
-        return module, _text(model, data, module.tokenizer, module.model.config)
-    module = load(model, model.model, data.checkpoint)
-    images = ImageDataModule(
-        data.data or "",
-        module,
-        batch_size=data.batch_size or 64,
-        num_samples=data.num_samples or 4096,
-        seed=data.seed,
-        cache_dir=model.cache_dir,
-    )
-    images.prepare_data()
-    images.setup()
-    return module, images
-
-
-def _text(model: Model, data: Data, tokenizer: Any, config: Any) -> TextDataModule:
-    return TextDataModule(
-        tokenizer,
-        data.calibration,
-        data.evaluation or "python-docs",  # which is not read
-        seqlen=checked_seqlen(data.seqlen, config),
-        num_samples=data.num_samples or 128,
-        batch_size=data.batch_size or 4,
-        limit=data.limit,
-        seed=data.seed,
-        cache_dir=model.cache_dir,
-    )
-
-
-def _calibration(config: PruningConfig, module: Any, source: Any, data: Data) -> Any:
+def _calibration(config: PruningConfig, module: Any, source: AnyData) -> Any:
     """Return the calibration batches; None if nothing reads them."""
-    if config.data_reader is None and isinstance(source, TextDataModule):
+    if isinstance(source, TextDataModule) and config.data_reader is None:
         return None
     if isinstance(source, TextDataModule) and source.calibration == SELF:
-        windows: Any = sample_windows(module.model, module.tokenizer, source.num_samples, source.seqlen, seed=data.seed)
-        return DataLoader(windows, source.batch_size)
+        windows = sample_windows(module.model, module.tokenizer, source.num_samples, source.seqlen, seed=source.seed)
+        return DataLoader(windows, source.batch_size)  # type: ignore[arg-type]
     return source.calibration_dataloader()
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors free, where it would map and clear every page anew for the next tensor.
-
-    That is up to a fifth of the time of a forward pass. A command owns its process, so it may do so. Not for models
-    that are read block by block, whose memory has to go back.
-    """
+    """Let glibc keep the memory that tensors free: mapping every page anew takes up to a fifth of a forward pass."""
     with suppress(OSError, AttributeError, TypeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD of malloc.h
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-# --------------------------------------------------------------------------------------------------------- results
-
-
-def _logged_names(data: TextDataModule | ImageDataModule) -> list[str]:
-    """Return the names under which a Trainer logs the result on each data set."""
-    if isinstance(data, ImageDataModule):
-        return [TOP1.logged[0]]
-    first = PERPLEXITY.logged[0]
-    return [first, *(f"{first}/{text}" for text in data.evaluations[1:])]
-
-
 def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Run:
     """Describe the run and its results."""
     data, checkpoint = done.data, options.data.checkpoint
-    always = ("sparsity",) if config.pattern.fixed_sparsity is None else ()
-    run = Run(
-        command=as_command("prune", *options, always=always),
-        model=f"{options.model.model} ({checkpoint})" if checkpoint else options.model.model,
-        calibration="" if config.data_reader is None else data.describe_calibration(data.num_samples),
-        **done.examples,
-    )
-    if not done.dense:
-        return run
+    names = logged_names(data) if done.dense else []
     measured = [
         Measured(data.describe_evaluation(*[number] * (number > 0)), done.dense[name], done.pruned[name])
-        for number, name in enumerate(_logged_names(data))
+        for number, name in enumerate(names)
     ]
-    metric = TOP1.name if isinstance(data, ImageDataModule) else PERPLEXITY.name
-    return replace(run, metric=metric, **vars(measured[0]), others=tuple(measured[1:]))
-
-
-def _given(data: TextDataModule | ImageDataModule, options: PruneOptions) -> dict[str, Any]:
-    """Return the options as they were used."""
-    given = {name: value for name, value in values_of(*options).items() if value not in (None, ())}
-    used = ("num_samples", "batch_size", "seqlen")
-    return given | {name: getattr(data, name) for name in used if hasattr(data, name)}
+    return Run(
+        command=as_command("prune", *options, always=["sparsity"] if config.pattern.fixed_sparsity is None else []),
+        model=f"{options.model.model} ({checkpoint})" if checkpoint else options.model.model,
+        metric=next((metric.name for metric in METRICS.values() if {*names} & {*metric.logged}), ""),
+        **(vars(measured[0]) if measured else {}),
+        others=tuple(measured[1:]),
+        calibration="" if config.data_reader is None else data.describe_calibration(data.num_samples),
+        samples=done.samples,
+    )
 
 
 def _save(done: _Pruned, shrink: bool) -> list[str]:
     """Save the model, and return what to print of what was left out."""
+    lines = []
     if shrink:
         try:
-            line = str(done.save(True))
+            lines.append(str(done.save(True)))
             done.report.notes.append(LEFT_OUT)
-            return [line]
+            return lines
         except UserError as error:  # pruning may have taken hours
-            done.save(False)
-            return [f"Note: the model is saved with its zeros. {error}"]
+            lines.append(f"Note: the model is saved with its zeros. {error}")
     done.save(False)
-    return []
+    return lines
 
 
 def _write(report: PruningReport, options: PruneOptions) -> list[str]:
     """Write the card of the model and the results, and return the files of the model."""
-    results, name, files = options.results, options.pruning.name, []
-    assert report.run is not None
+    results, name, run, files = options.results, options.pruning.name, report.run or Run(), []
     if results.save_model is not None:
-        named = results.push_to_hub or results.save_model
+        hub_id = results.push_to_hub
         try:
-            write_card(Path(results.save_model), report, name=named, on_hub=results.push_to_hub is not None)
+            write_card(results.save_model, report, name=hub_id or results.save_model, on_hub=hub_id is not None)
         except Exception as error:  # the saved model and the results matter more
             report.notes.append(f"no model card could be written into {results.save_model}: {one_line(error)}")
         files = list_files(results.save_model)  # before others are written among them
@@ -283,40 +220,38 @@ def _write(report: PruningReport, options: PruneOptions) -> list[str]:
         folder = Path(results.save).expanduser()
         report.save(folder)
         columns = {"method": name, "actual_sparsity": f"{report.sparsity:.4f}"}
-        if report.run.metric:
-            columns[METRICS[report.run.metric].column] = f"{report.run.after:.4f}"
+        if run.metric:
+            columns[METRICS[run.metric].column] = f"{run.after:.4f}"
         with atomic_write(folder / f"log_{name}.txt") as temporary:
-            text = "\n".join(map("\t".join, (columns, columns.values())))
-            temporary.write_text(f"{text}\n", encoding="utf-8")
+            temporary.write_text("\t".join(columns) + "\n" + "\t".join(columns.values()) + "\n", encoding="utf-8")
     if results.report is not None:
         report.write(results.report)
     return files
-
-
-def _print(report: PruningReport, options: PruneOptions, lines: list[str]) -> None:
-    results, run = options.results, report.run
-    assert run is not None
-    cells = {"method": options.pruning.name, "sparsity": f"{report.sparsity:.2%}"}
-    cells["of the model"] = f"{report.model_sparsity:.2%}"
-    if run.metric:
-        metric = METRICS[run.metric]
-        cells |= {f"dense {run.metric}": metric.text(run.before), f"pruned {run.metric}": metric.text(run.after)}
-        lines = [*(change_of(metric, each) for each in run.others), *lines]
-    cells["seconds to prune"] = f"{report.total_seconds:.1f}"
-    table = Table()
-    for column in cells:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    table.add_row(*cells.values())
-    print_table(table)
-    places = {"The model is": results.save_model, "The results are": results.save, "The report is": results.report}
-    saved = [f"{what} in {place}." for what, place in places.items() if place]
-    for line in (*lines, *(f"Note: {note}" for note in report.notes), *saved):
-        print_line(line)
-    if not saved:
-        print_line("Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR.")
 
 
 def _upload(results: Folder, files: list[str]) -> None:
     """Upload files of the saved model if a repository is given. Call it last, since it may fail."""
     if results.push_to_hub is not None and (folder := results.save_model) is not None:
         print_line(f"Uploaded {folder} to {upload(folder, results.push_to_hub, files, results.private)}.")
+
+
+def continuations(model: Any, tokenizer: Any) -> list[str]:
+    """Continue each prompt; warn, and return nothing, if the model cannot generate text."""
+    try:
+        with evaluating(model):
+            return [continuation(model, tokenizer, prompt) for prompt in PROMPTS]
+    except Exception as error:  # code of the model, whose errors must not end a run that has pruned
+        name = type(model).__name__
+        warnings.warn(f"{name} cannot continue a prompt, so the report has no text: {one_line(error)}", stacklevel=2)
+        return []
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
+    """Return the most likely tokens after a prompt, at most 40 and as many as fit into the model's context."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    length = inputs.input_ids.shape[1]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or length + _NEW_TOKENS
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    how = {"max_new_tokens": min(_NEW_TOKENS, context - length), "pad_token_id": padding or 0}
+    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # whatever the model's own are
+    return tokenizer.decode(model.generate(**inputs, **how, **greedy)[0, length:], skip_special_tokens=True)

@@ -18,10 +18,11 @@ class MissingPackageError(UserError, ImportError):
 
 @contextmanager
 def naming_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Name the path if the disk is full, which safetensors says with a class of its own."""
+    """Name the path if the disk is full, which safetensors and tokenizers say with classes of their own."""
     try:
         yield
     except Exception as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG) or "Error while serializing" in str(error):
+        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG)
+        if is_full or type(error) is Exception or "Error while serializing" in str(error):
             raise OSError(f"{path} cannot be written: {error}") from error
         raise

@@ -8,14 +8,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.masking import pack, unpack
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.parallel import zero_counts
@@ -27,7 +24,7 @@ Results = dict[str, dict[str, float]]
 
 _COUNTS = ("windows", "documents", "images")  # metrics that give the number of samples
 _ERROR = "_stderr"  # suffix of a metric's standard error
-_SPARSITY = {"layers": "of prunable layers", "model": "of the model", "lost": "of the pruned model that is lost"}
+_SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
 
 def sparsity_of(model: nn.Module) -> dict[str, float]:
@@ -48,54 +45,6 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
                 zeros[kind] += zero_counts([weight])[0]
                 sizes[kind] += weight.numel()
     return {kind: zeros[kind] / max(1, sizes[kind]) for kind in ("layers", "model")}
-
-
-class KeptZeros:
-    """The zeros of a pruned model, to count those that versions of it have lost, such as quantized ones.
-
-    The model is in floating point. Only its prunable layers count; a model without zeros in them is refused by name.
-    """
-
-    def __init__(self, model: nn.Module, name: str) -> None:
-        names = {module: path for path, module in model.named_modules()}
-        self._name, self._count = name, 0
-        self._zeros: dict[tuple[str, str], tuple[Tensor, torch.Size, bool]] = {}
-        for layer in find_layers(model).layers:
-            place = names[layer.module], layer.parameter_name
-            if place not in self._zeros:  # experts share a parameter
-                zero = layer.parameter.detach() == 0
-                self._zeros[place] = pack(zero), zero.shape, isinstance(layer.module, nn.Linear)
-                self._count += int(zero.count_nonzero())
-        if not self._count:
-            raise UserError(f"pruned must be a pruned model, but no layer of {name} has a zero. Give another model.")
-
-    def lost(self, model: nn.Module, name: str) -> float:
-        """Return which fraction of the zeros another version of the model has lost; quantized weights are dequantized.
-
-        A model with other layers, or with quantized ones that cannot be dequantized, is refused.
-        """
-        modules, lost = dict(model.named_modules()), 0
-        for (path, parameter), (packed, shape, was_linear) in self._zeros.items():
-            module = modules.get(path)
-            if module is None or not hasattr(module, parameter):
-                raise UserError(f"{self._expected(name)} {name} has no {path}.{parameter}.")
-            if not can_be_read(module, parameter):
-                raise UserError(
-                    f"pruned needs weights that can be read, but {name} is quantized by a library whose weights cannot "
-                    f"be dequantized here ({path}: {type(module).__name__}). Dequantize it with that library."
-                )
-            weight = read_weight(module, parameter)
-            if isinstance(module, nn.Linear) and not was_linear:  # a Conv1D of GPT-2, which quantizers replace
-                weight = weight.t()
-            if weight.shape != shape:
-                raise UserError(
-                    f"{self._expected(name)} {path} has the shape {tuple(weight.shape)} there and {tuple(shape)} here."
-                )
-            lost += int((unpack(packed, shape).to(weight.device) & (weight != 0)).count_nonzero())
-        return lost / self._count
-
-    def _expected(self, name: str) -> str:
-        return f"pruned must be the model from which {name} was made, but it is {self._name}:"
 
 
 @dataclass

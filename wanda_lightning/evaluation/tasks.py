@@ -37,27 +37,19 @@ _ALL = ("paper", "all")
 _FOLDERS = ("arc", "glue/rte", "hellaswag", "openbookqa", "super_glue/boolq", "winogrande")  # in lm_eval.tasks
 
 
-def task_names(asked: Sequence[str]) -> list[str]:
-    """Return the names of the tasks without duplicates; `paper` or `all` stands for all seven. Refuse unknown ones.
-
-    >>> task_names(["rte", "rte"])
-    ['rte']
-    """
-    for name in asked:
-        if name not in PAPER_TASKS and name not in _ALL:
-            raise UserError(
-                f"tasks must be among {', '.join(PAPER_TASKS)}, or paper for all of them, but one is {name!r}."
-                f"{did_you_mean(name, PAPER_TASKS)} For other tasks, run lm-eval on the model's folder."
-            )
-    return list(dict.fromkeys(one for name in asked for one in (PAPER_TASKS if name in _ALL else [name])))
-
-
-def load_tasks(names: Sequence[str], folder: str | Path | None = None, cache_dir: str | None = None) -> dict[str, Any]:
-    """Load tasks of lm-eval by name, and refuse documents that they cannot use.
+def load_tasks(asked: Sequence[str], folder: str | Path | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+    """Load tasks of lm-eval by name, and refuse documents that they cannot use; `paper` or `all` stands for all seven.
 
     A folder must have a file TASK.jsonl for each task: one document in each line, with the fields in
     `PAPER_TASKS[TASK]`. Without a folder the documents come from the hub.
     """
+    names = list(dict.fromkeys(one for name in asked for one in (PAPER_TASKS if name in _ALL else [name])))
+    for name in names:
+        if name not in PAPER_TASKS:
+            raise UserError(
+                f"tasks must be among {', '.join(PAPER_TASKS)}, or paper for all of them, but one is {name!r}."
+                f"{did_you_mean(name, PAPER_TASKS)} For other tasks, run lm-eval on the model's folder."
+            )
     if not names:
         return {}
     require_extra("eval", "lm_eval", purpose="Zero-shot tasks")

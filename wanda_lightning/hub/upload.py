@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Collection
 from glob import escape
@@ -15,16 +16,9 @@ from wanda_lightning.common.words import one_line
 def refuse_upload(repo_id: str, private: bool = False) -> None:
     """Refuse an upload that cannot succeed; `private` connects to the hub to refuse a public repository."""
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-    try:
-        validate_repo_id(repo_id)
-        is_complete = "/" in repo_id  # the card names the repository, and whose it would be is not known
-    except HFValidationError:
-        is_complete = False
     for wrong, expected in (
-        (not is_complete, "must be OWNER/NAME of a model repository"),
+        (not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id), "must be OWNER/NAME of a model repository"),
         (constants.HF_HUB_OFFLINE, "must be left out while HF_HUB_OFFLINE is set"),
         (get_token() is None, "must be left out without a token (run hf auth login, or set HF_TOKEN)"),
     ):

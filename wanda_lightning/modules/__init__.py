@@ -1,8 +1,4 @@
-"""Language models and image classifiers as LightningModules.
-
-Both save a folder that their own library loads: `AutoModelForCausalLM.from_pretrained` or
-`timm.create_model("local-dir:...")`.
-"""
+"""Language models and image classifiers as LightningModules, and how they are loaded."""
 
 from wanda_lightning.modules.causal_lm import CausalLMModule
 from wanda_lightning.modules.image_classifier import ImageClassifierModule

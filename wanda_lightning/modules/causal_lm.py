@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
-from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
 import transformers
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,14 +29,11 @@ from wanda_lightning.modules.loading import (
     check_causal,
     check_decoder_only,
     check_source,
-    check_tokenizer,
-    check_vocabulary,
     load_causal_lm,
     load_own_tokenizer,
-    save_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
-from wanda_lightning.parallel import gathered_state_dict, is_sharded, shard_processes
+from wanda_lightning.parallel import SINGLE_PROCESS, gathered_state_dict, is_sharded, shard_processes
 from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
 
 
@@ -52,26 +45,25 @@ class CausalLMModule(L.LightningModule):
     `test_perplexity`; `predict` returns the mean loss of each window. The model is in training mode, as Lightning
     expects before `fit`; call `.eval()` to use it without a Trainer.
 
-    A model that is given by name is loaded by `configure_model`, which the Trainer calls, or when its weights are first
-    needed; its configuration is checked at once. With `ModelParallelStrategy`, `configure_model` shards its blocks.
+    With `ModelParallelStrategy`, `configure_model` shards its blocks.
 
     Args:
         model: Hub id, local folder, `.gguf` file, or a loaded model.
-        tokenizer: For `save_pretrained`; loaded with the model if `model` is a name.
+        tokenizer: For `save_pretrained`; by default the one that belongs to a model that is given by name, if any.
         dtype: Data type of the weights: "auto" (as they are stored; a GGUF file becomes float32), "float32", "bfloat16"
             or "float16".
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         lr_decay: Decay the learning rate linearly to 0 during training.
-        lora: Train adapters instead of the weights: arguments of `wanda_lightning.lora.KeepZerosLoraConfig`, such as
-            `{"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}`; see `add_adapters`.
+        lora: Train low-rank adapters (Hu et al. 2021) instead of the weights: arguments of
+            `wanda_lightning.lora.KeepZerosLoraConfig`, such as `{"r": 8, "target_modules": ["q_proj", "v_proj"]}`; with
+            `"keep_zeros": False`, of `peft.LoraConfig`, whose adapters fill the zeros when they are merged.
         revision: Branch, tag or commit on the hub.
         cache_dir: Folder for downloads.
         trust_remote_code: Run the model code that comes with the checkpoint.
 
     Raises:
-        ValueError: For a wrong option, an encoder or encoder-decoder, a tokenizer of another model, or weights that
-            cannot be used.
+        ValueError: For a wrong option, an encoder or encoder-decoder, or weights that cannot be used.
         OSError: If neither a local folder nor the hub has the model in safetensors.
         ImportError: If a package that reads GGUF files or trains adapters is missing.
     """
@@ -90,86 +82,34 @@ class CausalLMModule(L.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        self._modules["model"] = None  # `__getattr__` loads it
         check_values(DTYPE_NAMES, dtype=dtype)
         check_flags(lr_decay=lr_decay)
-        if tokenizer is not None:
-            check_tokenizer(tokenizer)
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
             self.save_hyperparameters(ignore=["tokenizer"])
-            self._source = ModelSource(model, revision, cache_dir, trust_remote_code)
-            self._dtype_name, self._lora = dtype, lora
-            check_source(self._source)
-            if tokenizer is not None:
-                self.tokenizer = tokenizer
+            source = ModelSource(model, revision, cache_dir, trust_remote_code)
+            check_source(source)
+            self.tokenizer = load_own_tokenizer(source) if tokenizer is None else tokenizer
+            loaded = load_causal_lm(source, dtype)
         else:
             self.save_hyperparameters(ignore=["model", "tokenizer"])
             check_decoder_only(model.config)
             self.tokenizer = tokenizer
-            self._adopt(model if dtype == "auto" else model.to(DTYPES[dtype]), lora)
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.lr_decay = lr_decay
+            check_causal(model)
+            loaded = model if dtype == "auto" else model.to(DTYPES[dtype])
+        self.model = loaded if lora is None else _with_adapters(loaded, **lora)
+        self.model.train()
+        self.lr, self.weight_decay, self.lr_decay = lr, weight_decay, lr_decay
         self.val_perplexity = WindowPerplexity()
         self.test_perplexity = WindowPerplexity()
         self._others: dict[int, WindowPerplexity] = {}  # by the number of a dataloader after the first
 
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer that was given or that belongs to the model; None if there is none."""
-        return load_own_tokenizer(self._source)
-
     def configure_model(self) -> None:
-        """Load the model, and shard it if the Trainer's strategy asks for it (FSDP2). A second call does nothing."""
-        self._load_model()
+        """Shard the model if the Trainer's strategy asks for it (FSDP2). A second call does nothing."""
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
             blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
             for module in (*blocks, self.model):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
-
-    def _load_model(self) -> None:
-        if self._modules["model"] is None:
-            # As outside of the Trainer, whose device context would make transformers require accelerate.
-            with torch.inference_mode(False), torch.device("cpu"):
-                self._adopt(load_causal_lm(self._source, self._dtype_name), self._lora)
-
-    def _adopt(self, model: Any, lora: dict[str, Any] | None) -> None:
-        check_causal(model)
-        if self.tokenizer is not None:
-            check_vocabulary(self.tokenizer, model)
-        self.model = model if lora is None else _with_adapters(model, **lora)
-        self.model.train(self.training)
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a submodule or parameter; `model` is loaded first, as whenever weights are read or moved."""
-        if name == "model":
-            self._load_model()
-        return super().__getattr__(name)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Any:
-        """Yield all modules, of the loaded model, too."""
-        self._load_model()
-        return super().named_modules(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the state, with the weights of the loaded model."""
-        self._load_model()
-        return super().state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Restore the state, after the model has been loaded."""
-        self._load_model()
-        return super().load_state_dict(*args, **kwargs)
-
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Apply a function to all modules, of the loaded model, too."""
-        self._load_model()
-        return super().apply(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._load_model()
-        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def pruning_target(self) -> nn.Module:
@@ -235,14 +175,11 @@ class CausalLMModule(L.LightningModule):
             self._others[dataloader_idx] = WindowPerplexity().to(self.device)
         metric = self._others[dataloader_idx] if dataloader_idx else metric
         metric.update(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
-        log = partial(
-            self.log, value=metric, metric_attribute=name, batch_size=len(input_ids), add_dataloader_idx=False
-        )
         texts = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
-        if not dataloader_idx:
-            log(name, prog_bar=True)
-        if dataloader_idx or len(texts) > 1:
-            log(f"{name}/{texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx}")
+        own = f"{name}/{texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx}"
+        how: dict[str, Any] = {"metric_attribute": name, "batch_size": len(input_ids), "add_dataloader_idx": False}
+        for each in [name] * (not dataloader_idx) + [own] * bool(dataloader_idx or len(texts) > 1):
+            self.log(each, metric, prog_bar=each == name, **how)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
@@ -250,17 +187,12 @@ class CausalLMModule(L.LightningModule):
         return window_losses(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
 
     def configure_optimizers(self) -> Any:
-        """Return AdamW over the parameters that require a gradient. Refuse `lr_decay` without a number of steps."""
+        """Return AdamW over the parameters that require a gradient."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         if not self.lr_decay:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
-        if math.isinf(steps):
-            raise MisconfigurationException(
-                "lr_decay=True needs the number of training steps, but the Trainer does not know it. Give the Trainer "
-                "max_steps (or max_epochs, and a train dataloader with a length), or set lr_decay=False."
-            )
         decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
@@ -268,29 +200,10 @@ class CausalLMModule(L.LightningModule):
         """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""
         cached = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
         dtype = next((key for key, value in DTYPES.items() if value == self.pruning_target.dtype), "auto")
-        model = load_causal_lm(ModelSource(os.fspath(name), **cached), dtype)
-        check_causal(model)
-        return cast(nn.Module, model)
-
-    def add_adapters(self, keep_zeros: bool = True, **arguments: Any) -> None:
-        """Freeze the model and add low-rank adapters to train (Hu et al. 2021).
-
-        Args:
-            keep_zeros: Use adapters that keep the zeros when they are merged, instead of plain LoRA.
-            **arguments: Arguments of `wanda_lightning.lora.KeepZerosLoraConfig`, the same as of `peft.LoraConfig`.
-
-        Raises:
-            ImportError: If peft is not installed.
-        """
-        check_flags(keep_zeros=keep_zeros)
-        self.model = _with_adapters(self.model, keep_zeros, **arguments)
+        return cast(nn.Module, load_causal_lm(ModelSource(os.fspath(name), **cached), dtype))
 
     def merge(self, reprune: bool = False) -> None:
-        """Merge the adapters, if there are any, into the weights; see `wanda_lightning.lora.merge`.
-
-        Args:
-            reprune: Restore the zeros that plain LoRA adapters fill.
-        """
+        """Merge the adapters, if there are any, into the weights; `reprune` restores zeros that plain ones fill."""
         if hasattr(self.model, "peft_config"):
             from wanda_lightning.lora import merge
 
@@ -302,7 +215,7 @@ class CausalLMModule(L.LightningModule):
             model: Any = self.pruning_target
             model.save_pretrained(folder, state_dict={})
             if self.tokenizer is not None:
-                save_tokenizer(self.tokenizer, Path(folder))
+                self.tokenizer.save_pretrained(folder)
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
@@ -326,32 +239,25 @@ class CausalLMModule(L.LightningModule):
             ValueError: With `shrink`, if there is nothing to leave out, or if FSDP2 shards the model.
         """
         check_flags(shrink=shrink)
-        if not is_sharded(self.model):
-            return self._write_folder(folder, overwrite, shrink)
-        if shrink:
+        sharded, result = is_sharded(self.model), None
+        if sharded and shrink:
             raise UserError(
                 "shrink=True needs whole layers, but FSDP2 shards the model. Save it without shrink, and use "
                 "`wanda-lightning shrink` on the folder."
             )
-        processes = shard_processes(self.model)
+        processes = shard_processes(self.model) if sharded else SINGLE_PROCESS
         with processes.fail_together():
             if processes.rank == 0:
                 require_writable(folder, overwrite)
-        whole = gathered_state_dict(self.model)
+        whole = {"state_dict": gathered_state_dict(self.model)} if sharded else {}
         with processes.fail_together():
             if processes.rank == 0:
-                self._write_folder(folder, overwrite, state_dict=whole)
-        return None
-
-    def _write_folder(
-        self, folder: str | os.PathLike[str], overwrite: bool, shrink: bool = False, **state_dict: Any
-    ) -> Shrunk | None:
-        with atomic_folder(folder, overwrite) as new, bars_on_terminals_only():
-            with shrunk(self.model) if shrink else nullcontext() as result:
-                write_modeling_file(self.pruning_target, new)
-                self.model.save_pretrained(new, **state_dict)
-            if self.tokenizer is not None:
-                save_tokenizer(self.tokenizer, new)
+                with atomic_folder(folder, overwrite) as new, bars_on_terminals_only():
+                    with shrunk(self.model) if shrink else nullcontext() as result:
+                        write_modeling_file(self.pruning_target, new)
+                        self.model.save_pretrained(new, **whole)
+                    if self.tokenizer is not None:
+                        self.tokenizer.save_pretrained(new)
         return result
 
 

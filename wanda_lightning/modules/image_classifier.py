@@ -40,7 +40,7 @@ class ImageClassifierModule(L.LightningModule):
         num_classes: Number of classes, if the pretrained weights have another number, or if a built model has no
             attribute `num_classes`.
         checkpoint: A `.safetensors` file with all weights of the model.
-        model_kwargs: More arguments of `timm.create_model`, such as `img_size`.
+        model_kwargs: More arguments of `timm.create_model`, such as `img_size`. Ignored for a built model.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW; biases and norms do not decay.
 
@@ -71,33 +71,18 @@ class ImageClassifierModule(L.LightningModule):
             self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
         else:
             self.save_hyperparameters(ignore=["model"])
-            if model_kwargs:
-                raise UserError(
-                    f"model_kwargs must be left out unless model is a name, but it is a built {type(model).__name__}."
-                )
-            if num_classes not in (None, getattr(model, "num_classes", num_classes)):
-                raise UserError(
-                    f"num_classes must be that of the built model, {model.num_classes}, but it is {num_classes!r}. "
-                    "Build the model with this number."
-                )
             self.model = model
         if checkpoint is not None:
             load_checkpoint(self.model, checkpoint)
         self.model.train()
         self.num_classes: int = getattr(self.model, "num_classes", num_classes) or 0
-        if self.num_classes < 2:
-            raise UserError(
-                f"model must be a classifier with at least 2 classes, but {type(self.model).__name__} has "
-                f"{self.num_classes or 'no'} classes. Set num_classes."
-            )
-        self.lr = lr
-        self.weight_decay = weight_decay
+        self.lr, self.weight_decay = lr, weight_decay
         self.metrics = nn.ModuleDict(
             {
                 f"{stage}_{name}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro")
                 for stage in ("val", "test")
                 for name, k in (("accuracy", 1), ("accuracy_top5", 5))
-                if k < self.num_classes
+                if k == 1 or k < self.num_classes
             }
         )
 
@@ -132,11 +117,9 @@ class ImageClassifierModule(L.LightningModule):
             model.pretrained_cfg["label_names"] = list(names)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the mean cross entropy; for a distilled DeiT with two heads, the mean over the heads."""
+        """Return the mean cross entropy."""
         images, labels = _read_images(batch)
-        outputs = self(images)
-        heads = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
-        loss = torch.stack([F.cross_entropy(logits, labels) for logits in heads]).mean()
+        loss = F.cross_entropy(self(images), labels)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
@@ -163,7 +146,7 @@ class ImageClassifierModule(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the logits of the batch; it needs no labels."""
-        return self(_read_images(batch)[0])
+        return self.calibration_predictions(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the parameters that require a gradient, without decay of biases and norms.
@@ -177,10 +160,7 @@ class ImageClassifierModule(L.LightningModule):
     def check_saving(self) -> None:
         """Raise a ValueError for a model that `save_pretrained` cannot write or timm could not rebuild."""
         if is_sharded(self.model):
-            raise UserError(
-                "save_pretrained needs the whole model in one process, but FSDP2 shards it. Save it with Lightning's "
-                "ModelCheckpoint and ModelParallelStrategy(save_distributed_checkpoint=False)."
-            )
+            raise UserError("save_pretrained needs the whole model in one process, but FSDP2 shards it.")
         if not hasattr(self.model, "pretrained_cfg"):
             raise UserError(
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
@@ -228,10 +208,7 @@ class ImageClassifierModule(L.LightningModule):
 
 def _read_images(batch: Any) -> tuple[Tensor, Any]:
     """Return the images of a batch and their labels, or None without labels."""
-    if not isinstance(batch, Mapping):
-        batch = batch if isinstance(batch, (tuple, list)) else (batch,)
-        return batch[0], batch[1] if len(batch) > 1 else None
-    images = next((batch[key] for key in ("image", "pixel_values") if key in batch), None)
-    if images is None:
-        raise UserError(f"A batch must have 'image' or 'pixel_values', but it has {', '.join(map(repr, batch))}.")
-    return images, next((batch[key] for key in ("label", "labels") if key in batch), None)
+    if isinstance(batch, Mapping):
+        return batch["image" if "image" in batch else "pixel_values"], batch.get("label", batch.get("labels"))
+    images, *labels = batch if isinstance(batch, (tuple, list)) else (batch,)
+    return images, labels[0] if labels else None

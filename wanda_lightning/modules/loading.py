@@ -22,9 +22,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, modeling_gguf_pytorch_utils
+from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
 
-from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
     ModelSource,
@@ -34,15 +33,10 @@ from wanda_lightning.common.model_source import (
     timm_name,
 )
 from wanda_lightning.common.words import counted
-from wanda_lightning.models import number_of_embeddings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = ("auto", *DTYPES)
 _CHECKED = (*DTYPES.values(), torch.float64)
-
-
-# -------------------------------------------------------------------------------------------------- language models
-
 _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
 _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configuration says is_decoder=False
 
@@ -75,15 +69,15 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     # Before transformers 5.24 GGUF weights were always dequantized; since then, this option is needed for some models.
     if path.suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with bars_on_terminals_only():
-        if path.is_dir():
-            require_safetensors(path, "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
-        with reading("weights", source, on_hub=not path.exists()):
-            model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
-    check_complete(name, loaded["missing_keys"], loaded.get("mismatched_keys", ()))
-    warn_unused(name, loaded.get("unexpected_keys", ()))
+    with bars_on_terminals_only(), reading("weights", source, on_hub=not path.exists()):
+        model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
+    check_causal(model)
+    check_complete(name, *(loaded.get(f"{kind}_keys", ()) for kind in ("missing", "mismatched", "unexpected")))
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
-        check_stored_as_float(name, _weight_files(source), model)
+        if not path.is_dir():  # where the hub's files are in the cache
+            where = {"local_files_only": True, "revision": source.revision, "cache_dir": source.cache_dir}
+            path = Path(transformers.utils.cached_file(name, "config.json", **where)).parent
+        check_stored_as_float(name, path.glob("*.safetensors"), model)
     check_finite(model.named_parameters(), name)
     return model
 
@@ -109,29 +103,10 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def check_tokenizer(tokenizer: object) -> None:
-    """Raise a ValueError for anything but a tokenizer that can be saved with a model."""
-    if not hasattr(tokenizer, "save_pretrained") or isinstance(tokenizer, type):
-        raise UserError(
-            f"tokenizer must be one of transformers, but it is {shown(tokenizer)}. Use AutoTokenizer.from_pretrained."
-        )
-
-
-def check_vocabulary(tokenizer: Any, model: Any) -> None:
-    """Raise a ValueError for a tokenizer with more tokens than the model has embeddings.
-
-    Added tokens are not counted, since some models have no embeddings for their own added tokens.
-    """
-    size, embeddings = getattr(tokenizer, "vocab_size", None), number_of_embeddings(model)
-    if isinstance(size, int) and embeddings is not None and size > embeddings:
-        raise UserError(
-            f"tokenizer must belong to the model, but it has {size} tokens and the model only {embeddings} embeddings. "
-            "Use the tokenizer that the model was trained with."
-        )
-
-
-def check_complete(name: str, missing: Collection[str], mismatched: Collection[Any]) -> None:
-    """Raise a ValueError for weights that are missing, or that have other shapes than the configuration requires."""
+def check_complete(
+    name: str, missing: Collection[str], mismatched: Collection[Any], unused: Collection[str] = ()
+) -> None:
+    """Raise a ValueError for weights that are missing or misshapen; warn of stored ones without a place."""
     if mismatched:
         key, stored, expected = min(mismatched)
         raise UserError(
@@ -143,37 +118,12 @@ def check_complete(name: str, missing: Collection[str], mismatched: Collection[A
             f"The model {name!r} has no weights for {len(missing)} parameters of its configuration, {min(missing)} "
             "first; they would be random. Check the folder and its config.json."
         )
-
-
-def warn_unused(name: str, unused: Collection[str]) -> None:
-    """Warn of stored weights that the model has no place for."""
     if unused:
         warnings.warn(
             f"The model {name!r} has no place for {counted(len(unused), 'stored tensor')}, {min(unused)} first, which "
             "will not be saved again. If it should use them, correct config.json.",
             stacklevel=2,
         )
-
-
-def _weight_files(source: ModelSource) -> list[Path]:
-    """Return the safetensors files of a folder, or of a hub model that is in the cache."""
-    folder = source.path
-    if not folder.is_dir():
-        config = transformers.utils.cached_file(
-            str(source), "config.json", local_files_only=True, revision=source.revision, cache_dir=source.cache_dir
-        )
-        folder = Path(config).parent
-    return sorted(folder.glob("*.safetensors"))
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save a tokenizer; a file that cannot be written is an OSError, not the bare Exception of `tokenizers`."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise OSError(f"The tokenizer cannot be written to {folder}: {error}") from error
 
 
 @contextmanager
@@ -191,9 +141,6 @@ def bars_on_terminals_only() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------------ image classifiers
-
-
 def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """Create an image classifier of timm, with a name that `timm_name` accepts and more arguments of `create_model`.
 
@@ -206,9 +153,8 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     on_hub = folder is None and (pretrained or ":" in checked)
     with reading("weights" if pretrained else "configuration", checked, on_hub):
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)
-    if folder is not None and pretrained:
-        check_stored_as_float(str(folder), folder.glob("*.safetensors"), model)
     if pretrained:
+        check_stored_as_float(checked, [] if folder is None else folder.glob("*.safetensors"), model)
         check_finite(model.named_parameters(), checked)
     return model
 
@@ -230,12 +176,8 @@ def model_from_config(source: ModelSource) -> nn.Module:
         if str(source).startswith("timm:"):
             return create_classifier(source.name, False, {})
         config = load_config(source)
-        auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with reading("configuration", source):
-            return auto_class.from_config(config, trust_remote_code=source.trust_remote_code)
-
-
-# ----------------------------------------------------------------------------------------------------------- weights
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
 def require_safetensors(folder: Path, converter: str) -> None:
@@ -254,14 +196,11 @@ def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> N
         if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:  # quantized, for example
             continue
         # The sum is fast; only if it overflows or is NaN is each weight tested.
-        if weight.sum().isfinite() or weight.isfinite().all():
-            continue
-        is_half = weight.dtype is torch.float16
-        advice = "load it with dtype='bfloat16'" if is_half else "download or save the model again"
-        raise UserError(
-            f"The model {name!r} cannot be used: the weight of {key.removesuffix('.weight')} holds NaN or infinity in "
-            f"{str(weight.dtype).removeprefix('torch.')}. Check the checkpoint, or {advice}."
-        )
+        if not weight.sum().isfinite() and not weight.isfinite().all():
+            raise UserError(
+                f"The model {name!r} cannot be used: the weight of {key.removesuffix('.weight')} holds NaN or infinity "
+                f"in {str(weight.dtype)[6:]}. Check the checkpoint, or load it in a wider dtype, such as bfloat16."
+            )
 
 
 def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:

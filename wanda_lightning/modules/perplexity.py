@@ -38,11 +38,6 @@ def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | No
     The logits have the shape (batch, tokens, vocabulary); the loss is computed in float32, or in float64 for float64.
     It is NaN for a window without predicted tokens.
     """
-    if logits.shape[:-1] != input_ids.shape:
-        raise UserError(
-            f"logits must have the shape (batch, tokens, vocabulary) for input_ids of shape (batch, tokens), "
-            f"but they have {tuple(logits.shape)} for {tuple(input_ids.shape)}."
-        )
     size = max(1, _CHUNK // logits.shape[-1])
     targets = input_ids.roll(-1, dims=1).flatten()  # that of the last token of a window does not count
     losses = []

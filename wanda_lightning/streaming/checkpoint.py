@@ -40,7 +40,6 @@ from wanda_lightning.modules.loading import (
     check_finite,
     check_stored_as_float,
     require_safetensors,
-    warn_unused,
 )
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
@@ -91,8 +90,8 @@ class Checkpoint:
                     setattr(module, buffer_name, buffer.to(self.device))
         names = (name for name, _ in self.model.named_parameters())
         missing = {name for name in names if self.part_of(name) not in self._keys}  # now, not when batches arrive there
-        check_complete(self._name, missing | {*loaded["missing_keys"]}, loaded["mismatched_keys"])
-        warn_unused(self._name, loaded["unexpected_keys"])
+        missing |= {*loaded["missing_keys"]}
+        check_complete(self._name, missing, loaded["mismatched_keys"], loaded["unexpected_keys"])
         check_stored_as_float(name, self.files, self.model)
         owners: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):

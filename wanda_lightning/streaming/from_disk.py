@@ -11,12 +11,12 @@ from typing import Any
 from torch import nn
 
 from wanda_lightning.common.atomic_write import resolve_path
+from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
-from wanda_lightning.modules.loading import check_tokenizer, check_vocabulary
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
@@ -95,14 +95,12 @@ def pruned_from_disk(
     """
     refuse_whole_model(config, processes)
     refuse_places(source.name, output)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer)
+    if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
+        raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
     with processes.fail_together():
         held = list(batches)
         checkpoint = Checkpoint(source, dtype, device)
         make_plan(config, checkpoint.model, processes, has_weights=False)  # to refuse before anything is written
-        if tokenizer is not None:
-            check_vocabulary(tokenizer, checkpoint.model)
         own_data = fingerprint(held)
     made_with = {  # the choices and data that determine the result
         **config.describe(),
