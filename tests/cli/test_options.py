@@ -112,7 +112,7 @@ REFUSED = {
         (["--shrink", "--stream"], "--shrink, --stream must be left out for a command without --save_model"),
         (["--report", "report.pdf"], "report must end with .html or .png, but it is 'report.pdf'."),
     ],
-    "evaluate": [(["--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2 for 1.")],
+    "evaluate": [(["--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2.")],
     "inspect": [(["--seed", "1"], "Unknown option: --seed.")],
     "shrink": [(["--overwrite"], "--overwrite must be left out for a command that writes nothing")],
 }

@@ -5,7 +5,6 @@ Neither torch nor a model library is imported before the options are known, so t
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import traceback
@@ -86,6 +85,8 @@ def _run_lightning(arguments: list[str]) -> None:
 
 def set_up_warnings() -> None:
     """Print each warning on one line without the source path, and hide what users can do nothing about."""
+    import logging
+
     warnings.formatwarning = _one_line
     # Lightning 2.6 calls torch 2.13 in a deprecated way at every dataloader.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)

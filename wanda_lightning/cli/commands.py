@@ -13,12 +13,8 @@ from cyclopts import App, Parameter
 import wanda_lightning
 from wanda_lightning.cli import options
 from wanda_lightning.cli.options import PruneOptions, given_in, read_files, values_of
-from wanda_lightning.common.atomic_write import require_writable, resolve_path
-from wanda_lightning.common.checks import check_report_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.data import image_sources
-from wanda_lightning.hub.upload import refuse_upload
 
 
 def _shown_default(value: Any) -> str | None:
@@ -77,8 +73,7 @@ def evaluate(
     """Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity."""
     _refuse(models, data, results)
     if len(models.checkpoint) not in (0, len(models.model)):
-        found = f"it has {len(models.checkpoint)} for {len(models.model)}"
-        raise UserError(f"--checkpoint must have one file for each --model, but {found}.")
+        raise UserError(f"--checkpoint must have one file for each --model, but it has {len(models.checkpoint)}.")
     from wanda_lightning.cli import measuring
 
     measuring.evaluate(models, data, results)
@@ -86,9 +81,7 @@ def evaluate(
 
 @app.command
 def inspect(
-    model: options.Model,
-    pruning: options.Pruning = options.Pruning(),
-    session: options.Session = options.Session(),
+    model: options.Model, pruning: options.Pruning = options.Pruning(), session: options.Session = options.Session()
 ) -> None:
     """Show what prune would prune, what not, and why. No weight is loaded."""
     _refuse(model)
@@ -114,6 +107,11 @@ def _refuse(models: options.Model, *groups: Any) -> None:
 
     Contradictions between choices are refused by `PruningConfig`, and unknown data where options are read.
     """
+    from wanda_lightning.common.atomic_write import require_writable, resolve_path
+    from wanda_lightning.common.checks import check_report_path
+    from wanda_lightning.data import image_sources
+    from wanda_lightning.hub.upload import refuse_upload
+
     on: Any = values_of(models, *groups).get
     given = given_in(models, *groups)
     pattern, stream = on("pattern", "unstructured"), bool(on("stream"))

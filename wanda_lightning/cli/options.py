@@ -19,7 +19,6 @@ from cyclopts.validators import Number
 
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import NAMES, PruningConfig, check_pattern
-from wanda_lightning.data import text_sources
 
 
 def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
@@ -36,6 +35,8 @@ def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
 
 
 def _known_texts(type_: Any, given: str | Collection[str]) -> None:
+    from wanda_lightning.data import text_sources
+
     for text in [given] if isinstance(given, str) else given:
         if text != text_sources.SELF:
             text_sources.check_source(text)
