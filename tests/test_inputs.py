@@ -81,7 +81,7 @@ def test_batches_of_another_dtype_under_autocast():
 def test_weights_that_cannot_be_written():
     for weight, message in [
         (torch.ones(1, 8).expand(8, 8), r"0 was made by expand\(\)"),
-        (torch.eye(8).to_sparse(), "weights of layout torch.sparse_coo cannot be pruned in place"),
+        (torch.eye(8).to_sparse(), "torch.sparse_coo weights of type Parameter cannot be pruned in place"),
     ]:
         model = net()
         model[0].weight = nn.Parameter(weight, requires_grad=False)
