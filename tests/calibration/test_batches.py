@@ -180,6 +180,16 @@ def test_positions_of_three_sections_are_not_those_of_three_samples():
     assert [each.size for each in data.first(2)] == [1]
 
 
+def test_tensors_are_joined_by_their_keys():
+    x, y = torch.zeros(1, 2), torch.ones(1, 2)
+    data, samples = samples_of({"x": x, "y": y}, {"y": y, "x": x})
+    assert fit_together(samples)
+    assert {key: value.tolist() for key, value in data.join(samples).predict().items()} == {
+        "x": [[0, 0]] * 2,
+        "y": [[1, 1]] * 2,
+    }
+
+
 def test_samples_of_several_batches_run_as_one():
     def batch(*rows):
         return {"x": torch.tensor(rows)[:, None], "more": [torch.tensor(rows), (torch.tensor(5), "name")], "flag": True}

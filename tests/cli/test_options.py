@@ -110,9 +110,16 @@ REFUSED = {
         (["--stream", "--eval_zero_shot", "--save_model", "x"], "--eval_zero_shot must be left out for --stream"),
         (["--device", "cuda"], "--device must be left out for pruning without --stream"),
         (["--shrink", "--stream"], "--shrink, --stream must be left out for a command without --save_model"),
+        (["--shrink", "--pattern", "2:4", "--save_model", "x"], "--shrink must be left out for --pattern 2:4"),
+        (VIT[:2], "data must be one of digits, cifar10, cifar100, "),
+        (["--private"], "--private must be left out for a command without --push_to_hub"),
         (["--report", "report.pdf"], "report must end with .html or .png, but it is 'report.pdf'."),
     ],
-    "evaluate": [(["--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2.")],
+    "evaluate": [
+        (["--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2."),
+        (["--model", "gpt2,timm:resnet18"], "--model must name language models, or image classifiers."),
+        (["--task_limit", "3"], "--task_limit must be left out for"),
+    ],
     "inspect": [(["--seed", "1"], "Unknown option: --seed.")],
     "shrink": [(["--overwrite"], "--overwrite must be left out for a command that writes nothing")],
 }

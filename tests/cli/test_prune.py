@@ -203,7 +203,7 @@ REFUSED = [
     (["--pattern", "experts"], "pattern='experts' needs a mixture of experts, but"),
     (["--stream", "--device", "cuda:99"], "device must be one that PyTorch can use on this machine"),
     (["--stream", "--model", "{}/gone.gguf"], "gone.gguf does not exist"),
-    (["--stream", "--calibration", "self"], "calibration='self' needs a Trainer"),
+    (["--stream", "--calibration", "self"], "--calibration must be left out for --stream"),
     (["--stream", "--method", "thorough"], "needs the whole model in memory"),
 ]
 

@@ -200,9 +200,13 @@ def _layout(batch: Any) -> Any:
 
 
 def concatenated(batches: Sequence[Any]) -> Any:
-    """Concatenate the tensors of batches with equal layouts."""
-    found: list[list[Tensor]] = [[] for _ in batches]
-    for tensors, batch in zip(found, batches, strict=True):
-        map_tensors(tensors.append, batch)
-    columns = zip(*found, strict=True)
-    return map_tensors(lambda first: torch.cat(next(columns)) if first.ndim else next(columns)[0], batches[0])
+    """Concatenate the tensors of batches with equal layouts, whose keys may be in another order."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat([*batches]) if first.ndim else first
+    if isinstance(first, Mapping):
+        return {key: concatenated([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple | list):
+        values = [concatenated(column) for column in zip(*batches, strict=True)]
+        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
+    return first

@@ -212,7 +212,8 @@ class SavePretrained(Callback):
 
 def _unused(path: Path) -> Path:
     """Return the path, or the first one next to it that does not exist, such as `out-2`."""
-    places = chain([path], (path.with_stem(f"{path.stem}-{number}") for number in count(2)))
+    stem, suffix = (path.stem, ".pt") if path.suffix == ".pt" else (path.name, "")  # a folder may be named v1.0
+    places = chain([path], (path.with_name(f"{stem}-{number}{suffix}") for number in count(2)))
     return next(place for place in places if not os.path.lexists(place))
 
 

@@ -112,7 +112,7 @@ def _refuse(models: options.Model, *groups: Any) -> None:
     from wanda_lightning.data import image_sources
     from wanda_lightning.hub.upload import refuse_upload
 
-    on: Any = values_of(models, *groups).get
+    on: Any = (values := values_of(models, *groups)).get
     given = given_in(models, *groups)
     pattern, stream = on("pattern", "unstructured"), bool(on("stream"))
     of_text = "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration"
@@ -121,16 +121,21 @@ def _refuse(models: options.Model, *groups: Any) -> None:
         (not models.is_image, "a language model", "data checkpoint"),
         (all(Path(name).expanduser().exists() for name in models.all), "a local model", "revision"),
         (pattern != "unstructured", f"--pattern {pattern}", "use_variant prune_granularity"),
+        (not on("tasks") and not on("eval_zero_shot"), "a command without tasks", "tasks_dir task_limit"),
+        (not on("push_to_hub"), "a command without --push_to_hub", "private"),
         (not on("save_model"), "a command without --save_model", "push_to_hub shrink stream"),
-        (stream, "--stream", "eval_zero_shot"),
+        (on("pattern") not in (None, "structured"), f"--pattern {pattern}", "shrink"),
+        (stream, "--stream", "eval_zero_shot" + " calibration" * (on("calibration") == "self")),
         (not stream, "pruning without --stream, which uses a GPU if there is one", "device"),
         (not (on("save") or on("save_model") or on("report")), "a command that writes nothing", "overwrite"),
     ):
         unused = [f"--{name}" for name in names.split() if name in given]
         if applies and unused:
             raise UserError(f"{', '.join(unused)} must be left out for {purpose}, or it would be ignored.")
-    if models.is_image and on("data"):
-        image_sources.check_source(on("data"))
+    if len({name.startswith("timm:") for name in models.all}) != 1:
+        raise UserError("--model must name language models, or image classifiers.")
+    if models.is_image and "data" in values:
+        image_sources.check_source(on("data") or "")
     folder, model = on("save_model"), Path(str(models.model).removeprefix("timm:local-dir:")).expanduser()
     if on("report"):
         check_report_path(on("report"))

@@ -49,14 +49,8 @@ def data_for(options: Model | Models, data: Data | Measurements, name: str, clas
     """Return the images for a classifier, or the texts for a model of this name, in windows that fit all models."""
     num_samples, seed = getattr(data, "num_samples", None), getattr(data, "seed", 0)
     if options.is_image:
-        images = ImageDataModule(
-            data.data or "",
-            classifier,
-            data.batch_size or 64,
-            num_samples or 4096,
-            seed=seed,
-            cache_dir=options.cache_dir,
-        )
+        more: dict[str, Any] = {"seed": seed, "cache_dir": options.cache_dir}
+        images = ImageDataModule(data.data or "", classifier, data.batch_size or 64, num_samples or 4096, **more)
         images.setup()
         return images
     return TextDataModule(
@@ -121,6 +115,8 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
     sources += zip(models.model, models.checkpoint or [None] * len(models.model), strict=True)
     # One model with several weights: the file names distinguish them.
     named = {f"{name} {file}" if file else name: (name, file) for name, file in sources}
+    if tasks and not all(load_own_tokenizer(models.source(name)) for name in models.all):
+        raise UserError("--tasks need models with a tokenizer. Save it beside the weights.")
     classifiers = {name: load(models, *source) for name, source in named.items() if models.is_image}
     prepared: dict[str, Any] = {}
     for name, source in named.items() if models.is_image or data.evaluation else ():

@@ -162,6 +162,8 @@ def _calibration(config: PruningConfig, module: Any, source: AnyData) -> Any:
     if isinstance(source, TextDataModule) and source.calibration == SELF:
         windows = sample_windows(module.model, module.tokenizer, source.num_samples, source.seqlen, seed=source.seed)
         return DataLoader(windows, source.batch_size)  # type: ignore[arg-type]
+    if isinstance(source, TextDataModule):
+        module.check_tokens(source.calibration_windows)
     return source.calibration_dataloader()
 
 

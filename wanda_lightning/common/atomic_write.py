@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from wanda_lightning.common.errors import naming_full_disk
 
-TEMPORARY = ".wanda-"  # start of temporary names; a killed run may leave some, which can be deleted
+TEMPORARY = ".wanda-"  # start of temporary names; a killed run may leave some, perhaps with the new model
 
 
 @contextmanager
@@ -53,7 +53,9 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     try:
         require_writable(path, overwrite)
         target.mkdir(exist_ok=True)
-        for entry in sorted(list_entries(target), key=lambda entry: entry.name != "config.json"):
+        for entry in sorted(
+            list_entries(target), key=lambda entry: (entry.name != "config.json", entry.name[0] == ".")
+        ):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         move_entries(new, target)
     except OSError as error:

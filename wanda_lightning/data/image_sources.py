@@ -130,7 +130,8 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
         raise UserError(f"data must have training images for each class, but has none in train/{unknown[0]}.")
 
     def labeled(folder: Any) -> Images:
-        return Images([(path, classes.index(folder.classes[i])) for path, i in folder.samples], folder.root)
+        labels = [classes.index(name) for name in folder.classes]
+        return Images([(path, labels[i]) for path, i in folder.samples], folder.root)
 
     return Source(None if train is None else labeled(train), labeled(evaluation), classes, not by_model, is_whole)
 

@@ -193,6 +193,8 @@ class CausalLMModule(L.LightningModule):
         if not self.lr_decay:
             return optimizer
         steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError("lr_decay=True needs the number of steps. Give the Trainer max_steps or max_epochs.")
         decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 

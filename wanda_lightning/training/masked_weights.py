@@ -141,7 +141,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         lowest, count = held_out(), 0
         found = [TrainingPass(None, lowest)]
         try:
-            _require_finite("held-out loss", lowest)
+            _require_finite("held-out loss", lowest if stops_early else None)
             for steps in passes:
                 losses = []
                 for step in steps:
