@@ -18,8 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 from measuring import MIB, PeakMemory, in_new_process, seconds
-from result import Result, Runs
-from result import Samples as Data
+from result import Result, Runs, Samples as Data
 from safetensors.torch import save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 

@@ -4,8 +4,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support.callbacks import Steps
 
 from wanda_lightning import CubicSchedule, LinearSchedule, OneShot, PruningCallback, WandaPrune

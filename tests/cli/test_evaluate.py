@@ -28,8 +28,7 @@ from support.tasks import (
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-from wanda_lightning.cli import measuring
-from wanda_lightning.cli import pruning as runs
+from wanda_lightning.cli import measuring, pruning as runs
 from wanda_lightning.evaluation import PAPER_TASKS, sparsity_of
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 

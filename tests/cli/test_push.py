@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from support.cli import IGNORED_WARNINGS, everything_in, run
-from support.hub import hub as hub
-from support.hub import ignores_uploads
+from support.hub import hub as hub, ignores_uploads
 
 pytestmark = [*IGNORED_WARNINGS, ignores_uploads]
 PUSH = ["--push_to_hub", "us/tiny"]

@@ -8,8 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from jaxtyping import TypeCheckError
 from support import reference
 from support.layers import (
@@ -33,8 +32,7 @@ from wanda_lightning.core.permutation import Assignment
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.methods import ALLOCATIONS, CRITERIA, SOLVERS
-from wanda_lightning.methods import PATTERNS as PATTERN_CHOICES
+from wanda_lightning.methods import ALLOCATIONS, CRITERIA, PATTERNS as PATTERN_CHOICES, SOLVERS
 
 PATTERNS = {name: make() for name, make in PATTERN_CHOICES.items()}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support import reference
 from support.scores import assert_keeps, non_contiguous_views, score_matrices
 

@@ -4,8 +4,7 @@ from functools import partialmethod
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from support import reference
 from support.scores import assert_keeps, non_contiguous_views, score_matrices
 

@@ -5,8 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from support import reference
 from support.layers import random_layer, solve
 from support.pairwise import pairwise

@@ -2,8 +2,7 @@
 
 import pytest
 from huggingface_hub import constants
-from support.hub import hub as hub
-from support.hub import ignores_uploads
+from support.hub import hub as hub, ignores_uploads
 
 from wanda_lightning.hub.upload import refuse_upload, upload
 

@@ -1,5 +1,4 @@
 """An empty working directory for every command, and small inputs."""
 
-from support.cli import inputs as inputs
-from support.cli import shell as shell
+from support.cli import inputs as inputs, shell as shell
 from support.data import few_digits as few_digits

@@ -127,8 +127,11 @@ def test_other_choices_are_refused(source, tmp_path, monkeypatch):
             prune_from_disk(source, tmp_path / "out", **{"batches": batches(), **WANDA, **changed})
         assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "out" / ".wanda-left").mkdir()  # of a run that was killed while it finished
+    whole = tmp_path / "out" / ".wanda-whole"  # of one that was killed while it replaced the folder
+    whole.mkdir()
+    (whole / "model.safetensors").touch()
     prune_from_disk(source, tmp_path / "out", batches(), 0.5, **WANDA)
-    assert not list((tmp_path / "out").glob(".wanda-*"))
+    assert list((tmp_path / "out").glob(".wanda-*")) == [whole]
 
 
 @pytest.mark.parametrize(

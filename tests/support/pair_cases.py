@@ -13,8 +13,7 @@ from support.data import byte_tokenizer
 from support.gradients import gradients
 from support.samples import samples_of
 from support.zoo import ZOO, run
-from torch import distributed as dist
-from torch import nn
+from torch import distributed as dist, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard

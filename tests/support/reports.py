@@ -5,9 +5,8 @@ from html.parser import HTMLParser
 
 from wanda_lightning import PruningReport
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.report import ChangedImage, Measured, PrunedLayer, Run, Sample, Training, TrainingPass
+from wanda_lightning.report import Measured, PrunedLayer, Run, Sample, Training, TrainingPass
 
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="  # one pixel
 SHAPES = {
     "self_attn.q_proj": (576, 576),
     "self_attn.k_proj": (192, 576),
@@ -58,7 +57,6 @@ def llama_report(blocks=30):
                 Sample("The library", " is <b>open</b>.", " is closed."),
                 Sample("def f():", "\n    return", " f f f"),
             ),
-            images=(ChangedImage(PNG, "cat", "cat", "dog"),),
         ),
     )
 

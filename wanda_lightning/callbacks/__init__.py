@@ -1,5 +1,4 @@
 """Lightning callbacks that prune a model, keep its zeros during training, distill it, and save it."""
-# ruff: noqa: I001  (isort would write one statement for each name)
 
 from wanda_lightning.callbacks.distillation import DistillFromDense as DistillFromDense
 from wanda_lightning.callbacks.pruning import PruningCallback as PruningCallback, WandaPrune as WandaPrune

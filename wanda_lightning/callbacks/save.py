@@ -203,7 +203,7 @@ class SavePretrained(Callback):
         if reports := [report for report in found if report is not None]:
             report = _recounted(reports[-1], zeros_of(pruning_target(pl_module)))
             if trainer.global_step and report.run is not None:  # the results are those of the model before training
-                report.run = replace(report.run, after=None, others=(), zero_shot={}, samples=(), images=())
+                report.run = replace(report.run, after=None, others=(), zero_shot={}, samples=())
             if is_smaller:
                 report.notes = [*report.notes, LEFT_OUT]
             name, on_hub = self.push_to_hub or folder, self.push_to_hub is not None

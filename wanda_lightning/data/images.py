@@ -96,10 +96,6 @@ class ImageDataModule(L.LightningDataModule):
         """Number of classes; available after `setup`."""
         return len(self.class_names)
 
-    def evaluation_image(self, index: int) -> tuple[Any, int]:
-        """Return an evaluation image as a PIL image before any transform, and its label; available after `setup`."""
-        return self._opened().evaluation[index]
-
     def prepare_data(self) -> None:
         """Download the images, in one process of each node."""
         load_splits(self.data, self.cache_dir)

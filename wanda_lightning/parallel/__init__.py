@@ -1,5 +1,4 @@
 """Prune one model in several processes: collectives, and FSDP2."""
-# ruff: noqa: I001  (isort would write one statement for each name)
 
 from wanda_lightning.parallel.fsdp import (
     entry_point as entry_point,

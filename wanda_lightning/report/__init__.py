@@ -1,5 +1,4 @@
 """The report of a pruning: every matrix of the model, pruned or skipped with its reason."""
-# ruff: noqa: I001  (isort would write one statement for each name)
 
 from wanda_lightning.report.descriptions import LEFT_OUT as LEFT_OUT
 from wanda_lightning.report.pruning_report import (
@@ -10,7 +9,6 @@ from wanda_lightning.report.pruning_report import (
 from wanda_lightning.report.records import (
     POOLED as POOLED,
     BatchNormCorrection as BatchNormCorrection,
-    ChangedImage as ChangedImage,
     Measured as Measured,
     Permuted as Permuted,
     PrunedLayer as PrunedLayer,

@@ -199,16 +199,6 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ChangedImage:
-    """An image for which the pruned and the dense model predict different classes."""
-
-    png: str  # a small version of the image: a PNG file in base64
-    label: str  # its class
-    before: str  # the prediction of the dense model
-    after: str  # the prediction of the pruned model
-
-
-@dataclass(frozen=True)
 class Measured:
     """The results of the dense and of the pruned model on one data set; None if unknown."""
 
@@ -231,7 +221,6 @@ class Run:
     calibration: str = ""  # the calibration data; also empty if the method reads none
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the pruned model, by task
     samples: tuple[Sample, ...] = ()  # text by both models
-    images: tuple[ChangedImage, ...] = ()  # images whose prediction changed
 
     @property
     def results(self) -> tuple[Measured, ...]:

@@ -81,7 +81,7 @@ class Shards:
         size = sum(record.size for record in self.written.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
-            if not (leftover / "config.json").exists():  # else it may be a whole model
+            if not [*leftover.glob("*.safetensors")]:  # else it may be a whole model
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=TEMPORARY))  # saving deletes weights beside it
         checkpoint.save_configuration(temporary)

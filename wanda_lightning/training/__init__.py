@@ -1,5 +1,4 @@
 """Train with zeros that stay zero: in any training loop, and to recover what pruning has cost."""
-# ruff: noqa: I001  (isort would write one statement for each name)
 
 from wanda_lightning.training.distil import Distil as Distil
 from wanda_lightning.training.reconstruct import Reconstruct as Reconstruct

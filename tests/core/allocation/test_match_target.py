@@ -1,8 +1,7 @@
 """Sparsities that are shifted to the target and rounded to what a pattern can have."""
 
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.layers import dense_layer
 
 from wanda_lightning.core.allocation import match_target
