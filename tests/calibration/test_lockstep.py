@@ -19,7 +19,6 @@ from wanda_lightning.calibration import thread_state
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.calibration.unit_stops import watch_units
 from wanda_lightning.core.solvers import Solver
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Unit, find_layers
@@ -40,14 +39,14 @@ def _no_thread_is_left():
 def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(count):
     """Through the units before, with the weights that these had when the batches continued."""
     model, batches, units = Chain(Mlp(), Mlp(), Mlp()), vectors(count), []
-    for stop in travel(model, batches, model.blocks):
-        units.append(stop.unit)
+    for unit, calls in travel(model, batches, model.blocks):
+        units.append(unit)
         assert overrides(model) == ["blocks.0", "blocks.1", "blocks.2"]
-        model.blocks[stop.unit].down.weight.data.mul_(-0.5)
-        assert [call.sample.batch_index for call in stop.calls] == list(range(count))
-        for call, x in zip(stop.calls, batches, strict=True):
-            assert torch.equal(call.args[0], through(model.blocks[: stop.unit], x))
-            assert torch.equal(call.run(), through(model.blocks[: stop.unit + 1], x))
+        model.blocks[unit].down.weight.data.mul_(-0.5)
+        assert [call.sample.batch_index for call in calls] == list(range(count))
+        for call, x in zip(calls, batches, strict=True):
+            assert torch.equal(call.args[0], through(model.blocks[:unit], x))
+            assert torch.equal(call.run(), through(model.blocks[: unit + 1], x))
             assert call.kwargs == {}
     assert units == [0, 1, 2]
     assert overrides(model) == []
@@ -81,12 +80,12 @@ def test_a_shared_block_runs_through_the_second_time():
     shared = Mlp(before=lambda: calls.append(threading.current_thread()))
     model, batches = Chain(shared, Mlp(), shared, Mlp()), vectors()
     units = [shared, model.blocks[1], model.blocks[3]]
-    for stop in travel(model, batches, units):
-        assert [call.sample.batch_index for call in stop.calls] == [0, 1, 2]
-        if stop.unit == 2:
+    for unit, parked in travel(model, batches, units):
+        assert [call.sample.batch_index for call in parked] == [0, 1, 2]
+        if unit == 2:
             assert calls == [threading.current_thread()] * 2 * len(batches)
             expected = [through([shared, units[1], shared], x) for x in batches]
-            assert all(torch.equal(call.args[0], x) for call, x in zip(stop.calls, expected, strict=True))
+            assert all(torch.equal(call.args[0], x) for call, x in zip(parked, expected, strict=True))
 
 
 def albert():
@@ -108,7 +107,7 @@ def test_units_to_which_a_model_comes_again_are_found(build, batches, inside, se
     model, found = build(), set()
     units = find_layers(model, sequential).units
     list(travel(model, batches(), [unit.module for unit in units], revisited=found))
-    assert found == {index for index, unit in enumerate(units) if inside and inside in unit.name}
+    assert found == {str(index) for index, unit in enumerate(units) if inside and inside in unit.name}
     assert bool(found) == bool(inside)
 
 
@@ -148,8 +147,8 @@ def watched(model, batches):
     samples = Samples(model, batches, None, None, SINGLE_PROCESS, "a test")
     units, observer = find_layers(model, skip=["head"]).units, Observer(frozenset({"square_sum"}))
     with torch.no_grad():
-        for _ in watch_units(units, samples, observer, lambda name: None):
-            pass
+        for unit, calls in lockstep(model, units, samples.hold(), to_end=True):
+            calls[:] = [observer.watched(unit, call) for call in calls]
     assert len(observer.finish(Unit("", None, find_layers(model).layers))) == 12
 
 
@@ -213,7 +212,7 @@ def test_a_forward_of_the_instance_is_used_and_comes_back():
     model, batches = Chain(Mlp(), Mlp()), vectors()
     original = model.blocks[0].forward
     model.blocks[0].forward = own = lambda x: 2 * original(x)
-    inputs = {stop.unit: [call.args[0] for call in stop.calls] for stop in travel(model, batches, model.blocks)}
+    inputs = {unit: [call.args[0] for call in calls] for unit, calls in travel(model, batches, model.blocks)}
     assert all(torch.equal(x, 2 * through([original], y)) for x, y in zip(inputs[1], batches, strict=True))
     assert overrides(model) == ["blocks.0"]
     assert vars(model.blocks[0])["forward"] is own
@@ -278,7 +277,8 @@ class Careful(Chain):
 @pytest.mark.parametrize("kind", [Exception, BaseException])
 def test_closing_early_ends_all_threads_even_if_a_model_catches_exceptions(kind, stops_seen):
     model = Careful(kind)
-    stops = lockstep(samples_of(model, vectors()), model.blocks)
+    units = [Unit("", block, ()) for block in model.blocks]
+    stops = lockstep(model, units, samples_of(model, vectors()))
     for _ in range(stops_seen):
         next(stops)
     stops.close()

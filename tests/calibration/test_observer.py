@@ -10,10 +10,10 @@ from support.pairwise import with_nightly
 from support.zoo import ZOO, run
 from torch import nn
 
+from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.calibration.unit_stops import stop_at_units, watch_units
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.engine.plan import make_plan
@@ -45,13 +45,13 @@ SAMPLED = (
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
 def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(name):
     model = ZOO[name].build()
-    plan, held = make_plan(PruningConfig.from_names(), model), []
+    plan = make_plan(PruningConfig.from_names(), model)
     data = Samples(model, ZOO[name].batches(), partial(run, model), None, SINGLE_PROCESS, "a test")
     observer = Observer(NEEDS)
     with pruning_mode(model):
-        (stop,) = stop_at_units(model, [plan.whole_model], data, SINGLE_PROCESS, set())
-        expected = stop.observe(observer, lambda calls: calls)
-        visited = [unit.name for unit in watch_units(plan.parts, data, observer, held.append)]
+        expected = observer.whole_model(model, plan.whole_model, data, lambda: None)
+        for unit, calls in lockstep(model, plan.parts, data.hold(), to_end=True):
+            calls[:] = [observer.watched(unit, call) for call in calls]
         found = observer.finish(plan.whole_model)
     assert found.keys() == expected.keys()
     # Visits to one block are added in another order.
@@ -59,4 +59,3 @@ def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(na
     for layer, statistics in expected.items():
         assert found[layer].count == statistics.count
         assert all(same(found[layer].sums[each], statistics.sums[each]) for each in NEEDS), layer
-    assert set(visited) == set(held)

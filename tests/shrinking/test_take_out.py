@@ -12,7 +12,7 @@ from support.mlps import MIXING, Mlp
 from torch import nn
 
 import wanda_lightning as wl
-from wanda_lightning.shrinking.trial import Trial
+from wanda_lightning.calibration.block_runs import BlockRuns
 
 IMAGES = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4}),
@@ -230,13 +230,14 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
     model, images = pruned_image_model("convnext")
     before, calls = copy.deepcopy(model.state_dict()), []
 
-    def interrupted(trial, units):
-        calls.append(units)
+    def interrupted(runs, change, read):
+        change()
+        calls.append(read)
         if len(calls) > 2:
             raise KeyboardInterrupt
         return True
 
-    monkeypatch.setattr(Trial, "is_same", interrupted)
+    monkeypatch.setattr(BlockRuns, "same_after", interrupted)
     with pytest.raises(KeyboardInterrupt):
         wl.shrink(model, images)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

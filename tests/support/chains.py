@@ -8,6 +8,7 @@ from support.samples import samples_of
 from torch import nn
 
 from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.models import Unit
 
 WIDTH = 8
 
@@ -73,18 +74,17 @@ def through(blocks, x):
     return x
 
 
-def travel(model, batches, units, **options):
-    """The stops of all batches at some units."""
-    with closing(lockstep(samples_of(model, batches), units, **options)) as stops:
-        yield from stops
+def travel(model, batches, modules, **options):
+    """The index of each module at which all batches stop, and their calls."""
+    units = [Unit(str(index), module, ()) for index, module in enumerate(modules)]
+    with closing(lockstep(model, units, samples_of(model, batches), **options)) as stops:
+        for unit, calls in stops:
+            yield int(unit.name), calls
 
 
-def route(model, batches, units, **options):
-    """Each stop as the index of its unit and the batches there."""
-    return [
-        (stop.unit, [call.sample.batch_index for call in stop.calls])
-        for stop in travel(model, batches, units, **options)
-    ]
+def route(model, batches, modules):
+    """The index of each module at which batches stop, and these batches."""
+    return [(index, [call.sample.batch_index for call in calls]) for index, calls in travel(model, batches, modules)]
 
 
 def overrides(model):

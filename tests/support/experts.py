@@ -7,9 +7,9 @@ from support.samples import samples_of
 from support.zoo import ZOO
 from torch import nn
 
+from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.unit_stops import whole_model_calls
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.models import find_layers
 

@@ -23,8 +23,8 @@ def parts_of(name):
     units = find_layers(model).units
     found = {}
     with torch.no_grad():
-        for stop in lockstep(samples_of(model, batches), [unit.module for unit in units]):
-            recovery = Reconstruct().start(units[stop.unit])
+        for stop in lockstep(model, units, samples_of(model, batches)):
+            recovery = Reconstruct().start(stop.unit)
             for call in recovery.record(stop.calls):
                 call.run()
             parts = getattr(recovery, "parts", [])

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.calibration.lockstep import Call
-from wanda_lightning.common.evaluating import widest
-from wanda_lightning.models import Layer
+from wanda_lightning.common.evaluating import seeded, widest
+from wanda_lightning.models import Layer, RemovableUnits
 
 _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 
@@ -66,33 +66,29 @@ class BlockRuns:
         others = [x for other, entered in inputs.items() if other is not module for x in entered]
         return not any(torch.equal(x, y) for x in inputs[module] for y in others if x.shape == y.shape)
 
-    def inputs_after(
-        self, module: nn.Module, inner: Set[nn.Module] = frozenset()
-    ) -> tuple[list[Tensor], list[Tensor]] | None:
-        """Run the first call, and return the inputs of a module before and after.
+    def is_permuted(self, layer: Layer, source: Tensor, inner: Set[nn.Module]) -> bool:
+        """Run the first call, and return whether a layer reads its inputs in another order, and nothing else changed.
 
-        The result is None if anything else changed but the inputs of the `inner` modules.
+        `source` is the old position of each input. The inputs of the `inner` modules may change, too.
         """
         before, after = self._records[0], self._run_again(0, with_inputs=True)
-        if not _same_results(before, after):
-            return None
-        if before.inputs.keys() != after.inputs.keys():
-            return None
-        unchanged = before.inputs.keys() - {module, *inner}
-        others = (_all_same(before.inputs[m], after.inputs[m], before.eps) for m in unchanged)
-        return (before.inputs[module], after.inputs[module]) if all(others) else None
+        if not _same_results(before, after) or before.inputs.keys() != after.inputs.keys():
+            return False
+        others = before.inputs.keys() - {layer.module, *inner}
+        unchanged = all(_all_same(before.inputs[other], after.inputs[other], before.eps) for other in others)
+        return unchanged and _reads_same(layer, source, before, after)
 
     def same_results(self) -> bool:
         """Run all calls, and return whether the block gives the same results as at first, to rounding."""
         again = [self._run_again(index) for index in range(len(self._records))]  # equally many runs in each process
         return all(map(_same_results, self._records, again))
 
-    def same_after(self, change: Callable[[], object], read: tuple[Layer, Tensor] | None = None) -> bool:
+    def same_after(self, change: Callable[[], object], read: tuple[RemovableUnits, Tensor] | None = None) -> bool:
         """Run the first call, take something out of the block, and run it again: whether it computes the same.
 
-        `read` is a layer, and which of its inputs it had before it still has: they must be the same, too, since a
-        residual stream or a small scale could hide a difference from the results. A block whose shapes no longer fit
-        raises whatever its model raises; it does not compute the same.
+        `read` are hidden units, and which of them stay: the call must reach their layers, and what the reader gets must
+        be the same, too, since a residual stream or a small scale could hide a difference from the results. A block
+        whose shapes no longer fit raises whatever its model raises; it does not compute the same.
         """
         before = self._run_again(0, with_inputs=True)
         change()
@@ -101,17 +97,11 @@ class BlockRuns:
         except Exception:
             return False
         same = _all_same(before.results, after.results, before.eps)  # buffers may have other shapes now
-        return same and (read is None or self._reads_same(*read, before, after))
-
-    def _reads_same(self, layer: Layer, columns: Tensor, before: _Record, after: _Record) -> bool:
-        x, y = ([layer.tokens(each) for each in record.inputs.get(layer.module, ())] for record in (before, after))
-        return len(x) == len(y) and all(
-            self.same_columns(old[:, columns.to(old.device)], new) for old, new in zip(x, y, strict=True)
-        )
-
-    def same_columns(self, x: Tensor, y: Tensor) -> bool:
-        """Whether all columns of two matrices of tokens are the same, to rounding."""
-        return x.shape == y.shape and _same(x, y, self._records[0].eps, each_column=True)
+        if read is None or not same:
+            return same
+        units, keep = read
+        is_reached = all(layer.module in before.inputs for layer in (units.reader, *units.writers))
+        return is_reached and _reads_same(units.reader, keep.repeat(units.columns), before, after)
 
     def _run_again(self, index: int, with_inputs: bool = False) -> _Record:
         call = self._calls[index]
@@ -132,7 +122,8 @@ class BlockRuns:
             if entered := tensors_within((args, kwargs)):
                 record.inputs.setdefault(module, []).append(entered[0].clone())
 
-        with ExitStack() as hooks:
+        device = next((tensor.device for tensor in tensors_within((args, kwargs))), torch.device("cpu"))
+        with seeded(0, device), ExitStack() as hooks:  # some models draw numbers in evaluation, too
             for module in self._matrices if with_inputs else ():
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             output = call.forward(*args, **kwargs)
@@ -151,6 +142,15 @@ def _eps(tensors: Sequence[Tensor]) -> float:
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+
+
+def _reads_same(layer: Layer, columns: Tensor, before: _Record, after: _Record) -> bool:
+    """Whether a layer reads the given columns of what it has read before."""
+    x, y = ([layer.tokens(each) for each in record.inputs.get(layer.module, ())] for record in (before, after))
+    pairs = [(old[:, columns.to(old.device)], new) for old, new in zip(x, y, strict=False)]
+    return len(x) == len(y) and all(
+        old.shape == new.shape and _same(old, new, before.eps, each_column=True) for old, new in pairs
+    )
 
 
 def _same_results(before: _Record, after: _Record) -> bool:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
-from functools import partial
-from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -14,29 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.interception import OnProduct, Product, intercept
-from wanda_lightning.calibration.recomputation import pass_side_by_side, recomputing
+from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
-from wanda_lightning.models import Layer, Unit, find_predictions, fitting_mask
+from wanda_lightning.models import Layer, find_predictions, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, fsdp_calls_checked, reshard
 
 _SAMPLES_AT_ONCE = 32  # with one prediction each
-SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE = 8, 16384  # of a group that passes side by side, at least
 
 
 def gradient_statistics(
     model: nn.Module,
     layers: Sequence[Layer],
-    blocks: Sequence[Unit],
+    blocks: Sequence[nn.Module],
     samples: Samples,
     tick: Callable[[], None] = lambda: None,
     processes: Processes = SINGLE_PROCESS,
     limit: GradientLimit = GradientLimit(),
     columns: Mapping[str, int] = MappingProxyType({}),
-    hold: Callable[[str], None] | None = None,
 ) -> dict[str, GradientStatistics]:
     """Sum squared inputs and gradients of each layer over the tokens.
 
@@ -50,11 +45,6 @@ def gradient_statistics(
     before batch i + 1 of any. `columns` has the number of columns of each hidden unit, for the layers whose units are
     scored. The result holds the layers that a batch reached.
 
-    With `hold`, a single process needs few blocks in memory at a time: groups of at least 8 samples and 16384
-    predictions pass forward and backward side by side, and `hold` is called with the name of a block before a sample
-    runs through it; `tick` is not called. Only sums of samples with a single prediction, which do not share a pass
-    then, and of blocks that are called several times differ, in the last digit.
-
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
     """
@@ -67,15 +57,11 @@ def gradient_statistics(
         fsdp_calls_checked(model, processes, weights_moved) as check_calls,
         intercept(layers, on_product) as mode,
     ):
-        if hold is not None:
-            for group in _groups(samples, _Backward(limit)):
-                pass_side_by_side(group, blocks, mode, hold)
-        else:
-            with recomputing([block.module for block in blocks if block.module], mode), torch.enable_grad():
-                together: Callable[[], AbstractContextManager[None]]
-                together = processes.fail_together if samples.in_step else nullcontext
-                _pass_backward(samples, tick, processes, _Backward(limit, together))
-            check_calls("", 0)
+        with recomputing(blocks, mode), torch.enable_grad():
+            together: Callable[[], AbstractContextManager[None]]
+            together = processes.fail_together if samples.in_step else nullcontext
+            _pass_backward(samples, tick, processes, _Backward(limit, together))
+        check_calls("", 0)
     processes.all_reduce_sum([reached, *(each for total in sums.values() for each in total if each is not None)])
     _refuse_unusable(sums, bool(reached.any()))
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
@@ -142,21 +128,6 @@ class _Backward:
     def left(self, done: int) -> int | None:
         """Return how many samples are left; None if there is no limit."""
         return None if self.last is None else max(0, self.last - done)
-
-
-def _groups(samples: Samples, backward: _Backward) -> Iterator[list[Sample]]:
-    """Yield groups of samples whose `forward` also passes backward."""
-    remaining, done = chain.from_iterable(map(samples.split, samples)), 0
-    while (left := backward.left(done)) != 0:
-        size = max(SAMPLES_AT_ONCE, PREDICTIONS_AT_ONCE // (backward.predictions or PREDICTIONS_AT_ONCE))
-        end = done + (size if left is None else min(size, left))
-        group: list[Sample] = []
-        while done < end and (sample := next(remaining, None)):
-            group.append(replace(sample, forward=partial(backward.run, sample, done)))
-            done += sample.size
-        if not group:
-            return
-        yield group
 
 
 def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:

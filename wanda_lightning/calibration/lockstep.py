@@ -11,21 +11,24 @@ at the same units.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
+from wanda_lightning.calibration.interception import Product, WeightInterceptor
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.thread_state import Switches, ThreadState, end_idle_workers, keeps_many_workers
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, entry_point, is_sharded
+from wanda_lightning.calibration.weight_memory import weights_moved
+from wanda_lightning.models import Unit
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, entry_point, fsdp_calls_checked, is_sharded
 
 Forward = Callable[..., Any]
 
@@ -49,32 +52,39 @@ class Call:
             return self.forward(*args, **kwargs)
 
 
-class Stop(NamedTuple):
-    """All batches that are parked at one unit."""
+def whole_model_calls(samples: Iterable[Sample], tick: Callable[[], None] = lambda: None) -> Iterator[Call]:
+    """Yield calls of the whole model, each on one sample, which is read when it is its turn; `tick` follows each."""
+    thread_state = ThreadState()
+    for sample in samples:
+        yield Call(sample, "", sample.forward, (), {}, thread_state)
+        tick()
 
-    unit: int  # index of the unit
-    calls: list[Call]  # one for each batch at the unit; empty if only other processes are there
+
+class Stop(NamedTuple):
+    """All samples of this process that wait at one unit; they continue with these calls, which may be replaced."""
+
+    unit: Unit
+    calls: list[Call]  # one for each sample; empty if only other processes have samples there
 
 
 def lockstep(
+    model: nn.Module,
+    units: Sequence[Unit],
     samples: Sequence[Sample],
-    units: Sequence[nn.Module | None],
-    names: Sequence[str] = (),
     processes: Processes = SINGLE_PROCESS,
-    revisited: set[int] | None = None,
+    revisited: set[str] | None = None,
     to_end: bool = False,
-    prepared: Callable[[int, Call], Call] = lambda unit, call: call,
 ) -> Iterator[Stop]:
-    """Stop once at each unit that a batch reaches, with all batches that are parked there.
+    """Stop once at each unit that a sample reaches, with all samples that are parked there.
 
-    If batches are parked at different units, the next stop is at the first of these in the given order. A batch that
+    If samples are parked at different units, the next stop is at the first of these in the given order. A sample that
     reaches a unit again, because the model applies it several times, runs through it without a stop. After the last
-    unit every batch ends, so the rest of the model is not computed. Only one batch continues, up to the next module
+    unit every sample ends, so the rest of the model is not computed. Only one sample continues, up to the next module
     with a matrix of its own, to find out whether the model calls a unit again.
 
-    Units are disjoint modules in the order of the stops; None is a stop at which batches `park` themselves. `revisited`
-    receives the index of every unit that a batch reaches again. With `to_end`, the batches run to the end of the model.
-    `prepared` takes the index of a unit and the call with which a batch will continue, and returns the call to run.
+    Units are disjoint modules in the order of the stops; one without a module is a stop at which samples `park`
+    themselves. `revisited` receives the name of every unit that a sample reaches again. With `to_end`, the samples run
+    to the end of the model, and stop at each visit of a unit.
 
     Yields:
         The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all threads
@@ -82,43 +92,46 @@ def lockstep(
     """
     revisited = set() if revisited is None else revisited
     pending = set(range(len(units)))
-    names = names or [type(unit).__name__ for unit in units]
-    with _parking(units), _batch_threads(samples, names) as threads:
+    modules = [unit.module for unit in units if unit.module is not None]
+    with (
+        fsdp_calls_checked(model, processes, weights_moved) as check_calls,
+        _parking(units),
+        _batch_threads(_parking_at_products(samples, units), units) as threads,
+    ):
         with processes.fail_together():
             for thread in threads:
                 thread.start()
                 thread.advance()
         while True:
             parked = [thread for thread in threads if thread.call is not None]
-            unit = processes.all_reduce_min(min((thread.unit for thread in parked), default=len(units)))
-            if unit == len(units):
+            index = processes.all_reduce_min(min((thread.unit for thread in parked), default=len(units)))
+            here = [thread for thread in parked if thread.unit == index]
+            check_calls(units[index].name if index < len(units) else "", len(here))
+            if index == len(units):
                 return
-            here = [thread for thread in parked if thread.unit == unit]
-            if unit in pending:
-                stop = Stop(unit, [thread.call for thread in here if thread.call is not None])
-                yield stop
-                stop.calls.clear()  # or parked activations would outlive the run of the unit
-                pending.remove(unit)
-            else:
-                revisited.add(unit)
+            calls = [thread.call for thread in here if thread.call is not None]
+            if index not in pending:
+                revisited.add(units[index].name)
+            if index in pending or to_end:
+                yield Stop(units[index], calls)
+            pending.discard(index)
             if not pending and not to_end:
-                modules = [unit for unit in units if unit is not None]
                 # FSDP2 communicates: all processes continue, or none.
                 if processes.all_agree(bool(here)) if any(map(is_sharded, modules)) else here:
-                    _find_revisits(here[0], modules, revisited)
+                    _find_revisits(here[0], units, revisited)
                 return
             with processes.fail_together():
-                for thread in here:
-                    thread.run_unit(partial(prepared, unit))
+                for thread in here:  # parked activations must not outlive the run of the unit
+                    thread.advance(calls.pop(0).run())
 
 
-def _find_revisits(thread: _BatchThread, units: Sequence[nn.Module], revisited: set[int]) -> None:
-    """Continue a batch after the last unit, and add to `revisited` the indices of the units that it reaches again.
+def _find_revisits(thread: _BatchThread, units: Sequence[Unit], revisited: set[str]) -> None:
+    """Continue a sample after the last unit, and add to `revisited` the names of the units that it reaches again.
 
     ALBERT and looped models apply one block many times. A global hook, which sees the calls of all modules, ends the
-    batch at the first module that has a matrix and contains no unit, such as the output head.
+    sample at the first module that has a matrix and contains no unit, such as the output head.
     """
-    inside = set(units)
+    inside = {unit.module for unit in units}
 
     def stop(module: nn.Module, args: object) -> None:
         if threading.current_thread() is not thread or not inside.isdisjoint(module.modules()):
@@ -130,24 +143,47 @@ def _find_revisits(thread: _BatchThread, units: Sequence[nn.Module], revisited: 
     try:
         with suppress(Exception):  # the output of the model does not matter here, so neither do its errors
             thread.run_unit()
-            while thread.call is not None and thread.unit not in revisited:
-                revisited.add(thread.unit)
+            while thread.call is not None and thread.call.unit not in revisited:
+                revisited.add(thread.call.unit)
                 thread.run_unit()
     finally:
         hook.remove()
 
 
 @contextmanager
-def _parking(units: Sequence[nn.Module | None]) -> Iterator[None]:
-    """Replace the entry point of every unit, so that batches park there."""
+def _parking(units: Sequence[Unit]) -> Iterator[None]:
+    """Replace the entry point of every unit, so that samples park there."""
     with ExitStack() as restored:
         for index, unit in enumerate(units):
-            if unit is None:
+            if (module := unit.module) is None:
                 continue
-            entry = entry_point(unit)
-            restored.enter_context(patched(unit, "_compiled_call_impl", None))  # it would bypass the entry point
-            restored.enter_context(patched(unit, entry, partial(park, index, getattr(unit, entry))))
+            entry = entry_point(module)
+            restored.enter_context(patched(module, "_compiled_call_impl", None))  # it would bypass the entry point
+            restored.enter_context(patched(module, entry, partial(park, index, getattr(module, entry))))
         yield
+
+
+def _parking_at_products(samples: Sequence[Sample], units: Sequence[Unit]) -> Sequence[Sample]:
+    """Park samples also where a model multiplies by the weight of a unit that is a layer outside of its forward."""
+    index_of = {
+        layer: index
+        for index, unit in enumerate(units)
+        for layer in unit.layers
+        if layer.module is unit.module and layer.expert is None
+    }
+
+    def stop(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+        product = products[0]
+        if product.row:
+            return multiply()
+        return park(index_of[product.layer], lambda tokens: multiply(), product.tokens)
+
+    def watched(forward: Callable[[], object]) -> object:
+        interceptor = WeightInterceptor(index_of, stop)  # each thread has its own
+        with interceptor if interceptor.watches else nullcontext():
+            return forward()
+
+    return [replace(each, forward=partial(watched, each.forward)) for each in samples] if index_of else samples
 
 
 def park(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
@@ -159,10 +195,10 @@ def park(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def _batch_threads(samples: Sequence[Sample], names: Sequence[str]) -> Iterator[list[_BatchThread]]:
+def _batch_threads(samples: Sequence[Sample], units: Sequence[Unit]) -> Iterator[list[_BatchThread]]:
     """Construct one thread for each batch; end all threads at the end of this block."""
     state, ends_workers = ThreadState(), keeps_many_workers(len(samples))
-    threads = [_BatchThread(sample, names, state, ends_workers) for sample in samples]
+    threads = [_BatchThread(sample, units, state, ends_workers) for sample in samples]
     try:
         yield threads
     finally:
@@ -176,13 +212,13 @@ class _StopForward(BaseException):
 
 
 class _BatchThread(threading.Thread):
-    """The forward pass of one sample, which parks at units with the given names."""
+    """The forward pass of one sample, which parks at units."""
 
-    def __init__(self, sample: Sample, names: Sequence[str], thread_state: ThreadState, ends_workers: bool) -> None:
+    def __init__(self, sample: Sample, units: Sequence[Unit], thread_state: ThreadState, ends_workers: bool) -> None:
         super().__init__(name=f"calibration batch {sample.batch_index}", daemon=True)
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.unit = -1  # index of the unit at which the batch is parked, or was parked last
-        self._sample, self._names, self._thread_state, self._ends_workers = sample, names, thread_state, ends_workers
+        self._sample, self._units, self._thread_state, self._ends_workers = sample, units, thread_state, ends_workers
         self._output: Any = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -208,7 +244,7 @@ class _BatchThread(threading.Thread):
         if self._cancelled:  # the model caught `_StopForward`, or calls a unit in a `finally` block
             raise _StopForward
         thread_state = ThreadState()
-        call = Call(self._sample, self._names[unit], forward, args, kwargs, thread_state)
+        call = Call(self._sample, self._units[unit].name, forward, args, kwargs, thread_state)
         self.unit, self.call = unit, call
         del call
         if self._ends_workers:
@@ -234,10 +270,10 @@ class _BatchThread(threading.Thread):
         if self._error is not None:
             raise self._error
 
-    def run_unit(self, prepared: Callable[[Call], Call] = lambda call: call) -> None:
-        """Run the parked call, or the one that `prepared` returns for it, and continue the batch with its output."""
+    def run_unit(self) -> None:
+        """Run the parked call, and continue the batch with its output."""
         assert self.call is not None, "the batch is parked"
-        self.advance(prepared(self.call).run())
+        self.advance(self.call.run())
 
     def cancel(self) -> None:
         """End the thread if it runs, and wait until it has ended."""

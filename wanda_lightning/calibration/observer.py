@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,16 +14,16 @@ from wanda_lightning.calibration import pooling
 from wanda_lightning.calibration.batches import forward_batch
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Product, input_of, intercept
-from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.lockstep import Call, whole_model_calls
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.pooling import all_reduce_statistics, merged, pool_experts
 from wanda_lightning.calibration.reader import BatchReader, Check, Identity, refuse_nonfinite
-from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, Unit, token_masks
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, gathering_noticed
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, fsdp_calls_checked, gathering_noticed
 
 
 @dataclass
@@ -57,6 +57,16 @@ class Observer:
                     # A unit runs again after it is pruned, and may write into its inputs.
                     call.run(on_copies=unit.module is not None)
         return self.finish(unit)
+
+    def whole_model(
+        self, model: nn.Module, unit: Unit, samples: Samples, tick: Callable[[], None]
+    ) -> dict[str, InputStatistics]:
+        """Return the statistics of a unit with all layers, from one pass of each sample; `tick` follows each."""
+        with fsdp_calls_checked(model, self.processes, weights_moved) as check_calls:
+            inputs = self(unit, whole_model_calls(samples, tick))
+            check_calls("", 0)
+        samples.refuse_if_empty()
+        return inputs
 
     def watched(self, unit: Unit, call: Call) -> Call:
         """Return a call that also reads the inputs of the unit's layers when it runs; `finish` returns the sums."""

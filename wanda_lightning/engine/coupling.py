@@ -145,10 +145,9 @@ class _Search:
             return False
         keep = torch.zeros(units.width, dtype=torch.bool)
         keep[torch.randperm(units.width, generator=torch.Generator().manual_seed(0))[: units.width // 2]] = True
-        read = units.reader, keep.repeat(units.columns)
         with units.restored():
             units.zero(~keep)
-            same = runs.is_empty or runs.same_after(lambda: units.take(keep), read)
+            same = runs.is_empty or runs.same_after(lambda: units.take(keep), (units, keep))
             return self._plan.processes.all_agree(same)
 
 

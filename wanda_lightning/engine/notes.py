@@ -125,7 +125,7 @@ def _few_expert_tokens(run: Run) -> Note | None:
 
 
 def _revisited(run: Run) -> Note | None:
-    revisited = {layer.name for index in run.revisited for layer in run.plan.units[index].layers}
+    revisited = {layer.name for unit in run.plan.units if unit.name in run.revisited for layer in unit.layers}
     if run.plan.observed and run.plan.config.sequential != "none":
         revisited |= _shared_outside(run.plan)
     names = [name for name in run.layers if name in revisited]

@@ -20,10 +20,9 @@ from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders, Score
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, dense_blocks
-from wanda_lightning.engine.sharded_layers import gathered_parameters
 from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.parallel import Processes, kept_gathered, managers_around
+from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import Permuted
 
 _SAMPLES = 8  # over all processes; as many as for the gradients of `best`
@@ -43,8 +42,8 @@ def permute(run: Run) -> Permuted:
     units = plan.block_units
     if not units:
         return Permuted(why_not="no layer to prune lies in a block")
-    if any(managers_around(plan.model, [(unit.module, unit.layers[0].module) for unit in units if unit.module])):
-        return Permuted(why_not="the blocks are not sharded one by one")
+    if is_sharded(plan.model):
+        return Permuted(why_not="the model is sharded")
     search, observer, again = _Search(plan), Observer(Wanda.needs, plan.processes), set[str]()
     blocks = dense_blocks(run, units, _SAMPLES, "Permuting", again)
     with pruning_mode(plan.model, search.moved), closing(blocks), noting(search.state):
@@ -55,7 +54,7 @@ def permute(run: Run) -> Permuted:
                 store.undo(partial(search.put_back, name))
                 search.forget(name)
             else:
-                store.repeat(name, partial(_permute_all, search.done.get(name, ()), plan.processes))
+                store.repeat(name, partial(_permute_all, search.done.get(name, ())))
     return search.permuted
 
 
@@ -74,17 +73,13 @@ class _Search:
         """Permute the hidden units that layers of this block read."""
         assert unit.module is not None
         runs = BlockRuns(unit.module, calls)
-        with kept_gathered(unit.module):
-            inputs = observer(unit, runs.recording())
-            with self._plan.processes.fail_together():
-                chosen = list(self._find(unit, runs, inputs))
+        inputs = observer(unit, runs.recording())
         with self._plan.processes.fail_together():
+            chosen = list(self._find(unit, runs, inputs))
             self.moved |= {slot.module for hidden, _ in chosen for slot in hidden.slots}
-            _permute_all(chosen, self._plan.processes)
+            _permute_all(chosen)
             self.done[unit.name] = chosen
-            with kept_gathered(unit.module):
-                same = self._plan.processes.all_agree(runs.same_results())
-            if not same:
+            if not self._plan.processes.all_agree(runs.same_results()):
                 self.put_back(unit.name)
 
     def _find(self, unit: Unit, runs: BlockRuns, inputs: Mapping[str, InputStatistics]) -> Iterator[Reordering]:
@@ -101,7 +96,7 @@ class _Search:
     def put_back(self, name: str) -> None:
         """Put the hidden units of a block, which is in memory, back into their order, and report it."""
         back = [(hidden, orders.argsort(dim=1)) for hidden, orders in reversed(self.done.get(name, []))]
-        _permute_all(back, self._plan.processes)
+        _permute_all(back)
         self.forget(name)
 
     def forget(self, name: str) -> None:
@@ -144,18 +139,10 @@ class _Search:
         orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(heads)])
         hidden.permute(orders)
         try:
-            same = runs.is_empty or self._is_permuted(hidden, orders, runs)
+            same = runs.is_empty or runs.is_permuted(hidden.reader, hidden.source(orders), hidden.inner)
         finally:
             hidden.permute(orders.argsort(dim=1))
         return self._plan.processes.all_agree(same)
-
-    def _is_permuted(self, hidden: HiddenUnits, orders: Orders, runs: BlockRuns) -> bool:
-        inputs = runs.inputs_after(hidden.reader.module, hidden.inner)
-        if inputs is None or len(inputs[0]) != len(inputs[1]):
-            return False
-        before, after = ([hidden.reader.tokens(x) for x in entered] for entered in inputs)
-        source = hidden.source(orders)
-        return all(runs.same_columns(x[:, source.to(x.device)], y) for x, y in zip(before, after, strict=True))
 
     def _choose(self, hidden: HiddenUnits, scores: Score) -> Orders:
         """Return an order of the units of each head."""
@@ -173,7 +160,6 @@ def _candidates(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[
         yield HiddenUnits(reader, units.slots, units.inner)
 
 
-def _permute_all(reorderings: Iterable[Reordering], processes: Processes) -> None:
+def _permute_all(reorderings: Iterable[Reordering]) -> None:
     for hidden, orders in reorderings:
-        with gathered_parameters(((slot.module, slot.name) for slot in hidden.slots), processes):
-            hidden.permute(orders)
+        hidden.permute(orders)

@@ -201,14 +201,15 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
 
     `"auto"` and `"one_pass"` are `"none"` for image models. For others, `"one_pass"` is `"layer"`, and `"auto"` is
     `"block"`, or `"layer"` if whole hidden units are pruned: a block usually has one layer that reads units, so the
-    statistics are the same, in one pass instead of two. If blocks are trained, `"block"` replaces `"layer"`.
+    statistics are the same, in one pass instead of two. If blocks are trained, or sharded by FSDP2, `"block"` replaces
+    `"layer"`.
     """
     is_image, pattern, sequential = reads_images(model), config.pattern, config.sequential
     recovery = config.recovery.for_model(is_image and not pattern.prunes_units, sequential)
     if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
         pattern = replace(pattern, weigh_rows=not is_image)
     if sequential in ("auto", "one_pass"):
-        by_layer = (sequential == "one_pass" or pattern.prunes_units) and not recovery.recorded
+        by_layer = (sequential == "one_pass" or pattern.prunes_units) and not (recovery.recorded or is_sharded(model))
         sequential = "none" if is_image else "layer" if by_layer else "block"
     return replace(config, pattern=pattern, recovery=recovery, sequential=sequential)
 

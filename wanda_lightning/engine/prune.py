@@ -13,7 +13,7 @@ from torch import nn
 
 from wanda_lightning.calibration import pooling
 from wanda_lightning.calibration.error_notes import noting
-from wanda_lightning.calibration.gradients import check_predictions
+from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer, PassiveCalibration
 from wanda_lightning.calibration.samples import Samples
@@ -214,7 +214,11 @@ def _observe_dense_model(run: Run) -> Observed:
             inputs = run.store.observe_dense(run, observer, bar)
     if config.reads_gradients:
         with pruning_mode(model), ProgressBar("Passing backward", None, run.progress) as bar:
-            gradients = run.store.pass_backward(run, bar)
+            bar.expect(run.samples.length)
+            plan, limit = run.plan, config.allocation.gradient_limit
+            gradients = gradient_statistics(
+                model, plan.layers, plan.blocks, run.samples, bar.advance, plan.processes, limit, plan.unit_columns
+            )
         run.samples.refuse_if_empty()
     return inputs, gradients
 
@@ -232,10 +236,15 @@ def _prune_units(run: Run) -> None:
             bar.show(unit.name)
             if not run.store.arrive(unit, run):
                 recovery = config.recovery.start(unit, plan.processes)
-                inputs = stop.observe(observer, recovery.record)
+                calls, inputs = recovery.record(stop.calls), stop.inputs
+                if inputs is None:
+                    inputs = observer(unit, calls)
+                else:  # of the dense model: the calls only record
+                    for call in calls:
+                        call.run()
                 run.selections = run.selections or plan.allocate(inputs)
                 prune_unit(run, unit, inputs, observer)
-                del inputs  # frees the statistics before the recovery
+                del inputs, calls, stop  # frees the statistics before the recovery
                 for part, layers in recovery.train(bar.show):
                     for name in run.layers.keys() & {layer.name for layer in layers}:
                         run.layers[name].part = part

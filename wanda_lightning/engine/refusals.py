@@ -136,12 +136,13 @@ def _shardings(
         f"the weight of {name} is sharded by {weight.placements}, not over one group of processes. Use fully_shard "
         f"with a mesh of one dimension, or leave the layer dense with skip=['{name}'].",
     )
-    stops_at_units = bool(config.unit_needs) and config.sequential != "none"
+    stop = name if config.sequential == "layer" else block
+    stops_there = bool(config.unit_needs) and config.sequential != "none"
     yield (
-        stops_at_units and not f"{around[-1]}.".startswith(_prefix(block)),
-        f"{config.shown('sequential')} stops in {block}, and fully_shard manages {name} as a part of "
-        f"{around[-1] or 'the whole model'}. Apply fully_shard to {block} too, leave it dense with skip=['{block}'], "
-        "or use sequential='none'.",
+        stops_there and not f"{around[-1]}.".startswith(_prefix(stop)),
+        f"{config.shown('sequential')} stops at {stop}, and fully_shard manages {name} as a part of "
+        f"{around[-1] or 'the whole model'}. Apply fully_shard to {stop} too, leave it dense with skip=['{stop}'], "
+        "or use sequential='block' or 'none'.",
     )
 
 

@@ -5,22 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 
-from wanda_lightning.calibration.gradients import gradient_statistics
-from wanda_lightning.calibration.lockstep import Call, lockstep
+from wanda_lightning.calibration.lockstep import Call, Stop, lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.calibration.unit_stops import UnitStop, stop_at_units
-from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.plan import Plan, Selections, make_plan
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
-from wanda_lightning.parallel import Processes, fsdp_calls_checked
+from wanda_lightning.parallel import Processes
 from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
 
 Observed = tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]
@@ -41,7 +39,7 @@ class Run:
     # Number of tokens of each expert that was pruned with the statistics of all experts of its module.
     few_tokens: dict[str, int] = field(default_factory=dict)
     zero_units: dict[str, int] = field(default_factory=dict)  # hidden units that are zero, by the layer that reads them
-    revisited: set[int] = field(default_factory=set)  # indices of units that the model called again after pruning
+    revisited: set[str] = field(default_factory=set)  # names of units that the model called again after pruning
     batch_norm: BatchNormCorrection | None = None
     not_corrected: str = ""  # why BatchNorm layers were not corrected; empty if they were, or there are none
     permuted: Permuted | None = None
@@ -84,6 +82,14 @@ def unreached(layer: Layer) -> SkippedMatrix:
     return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNREACHED, "no calibration batch called it")
 
 
+class UnitStop(NamedTuple):
+    """A unit that is about to be pruned, with the statistics of its layers; None if its calls shall be observed."""
+
+    unit: Unit
+    inputs: Mapping[str, InputStatistics] | None
+    calls: Sequence[Call] = ()  # of all samples that wait there
+
+
 class WeightStore:
     """All weights and activations stay in memory."""
 
@@ -99,42 +105,22 @@ class WeightStore:
     def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Mapping[str, InputStatistics]:
         """Return the statistics of all layers, from one pass of all samples through the dense model."""
         bar.expect(run.samples.length)
-        plan, inputs = run.plan, dict[str, InputStatistics]()
-        for stop in stop_at_units(plan.model, (plan.whole_model,), run.samples, plan.processes, set(), bar.advance):
-            inputs |= stop.observe(observer, lambda calls: calls)
-        return inputs
-
-    def pass_backward(self, run: Run, bar: ProgressBar) -> Mapping[str, GradientStatistics]:
-        """Return the gradient statistics of all layers of the dense model."""
-        bar.expect(run.samples.length)
-        plan, limit = run.plan, run.plan.config.allocation.gradient_limit
-        return gradient_statistics(
-            plan.model,
-            plan.layers,
-            plan.block_units,
-            run.samples,
-            bar.advance,
-            plan.processes,
-            limit,
-            plan.unit_columns,
-        )
+        return observer.whole_model(run.plan.model, run.plan.whole_model, run.samples, bar.advance)
 
     def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
         """Stop at each unit before it is pruned; after each stop the samples run through the pruned unit."""
-        plan = run.plan
-        if plan.is_one_pass and plan.config.recovery.recorded:
-            inputs = self.observe_dense(run, observer, bar)
-            length = run.samples.length
-            bar.expect(length and length + len(plan.units))
-            for stop in stop_at_units(plan.model, plan.units, run.samples, plan.processes, set(), bar.advance):
-                yield replace(stop, inputs=inputs)
-            return
-        bar.expect(run.samples.length if plan.is_one_pass else len(plan.units))
-        if plan.observed:
-            yield from stop_at_units(plan.model, plan.units, run.samples, plan.processes, run.revisited, bar.advance)
+        plan, inputs = run.plan, None if run.plan.observed else dict[str, InputStatistics]()
+        revisited, steps = run.revisited, len(plan.units)
+        if plan.is_one_pass:
+            inputs, revisited, steps = self.observe_dense(run, observer, bar), set(), (run.samples.length or 0) + steps
+        bar.expect(steps)
+        if plan.observed and (plan.config.recovery.recorded or not plan.is_one_pass):
+            for unit, calls in lockstep(plan.model, plan.units, run.samples.hold(), plan.processes, revisited):
+                yield UnitStop(unit, inputs, calls)
+                bar.advance()
             return
         for unit in plan.units:
-            yield UnitStop(unit)
+            yield UnitStop(unit, inputs)
             bar.advance()
 
     # ------------------------------------------------------------------------------------------------------ weights
@@ -171,30 +157,21 @@ class WeightStore:
         """Store what is left, after the last unit."""
 
 
-def dense_blocks(
-    run: Run, blocks: Sequence[Unit], count: int, title: str, again: set[str]
-) -> Generator[tuple[Unit, Sequence[Call]]]:
-    """Yield each block, whose weights are in memory then, with the calls of the samples that wait at it.
+def dense_blocks(run: Run, blocks: Sequence[Unit], count: int, title: str, again: set[str]) -> Generator[Stop]:
+    """Stop at each block, whose weights are in memory then.
 
     The samples are the first `count` of all processes together. After the last block, `again` receives the names of
     those that a sample of any process has reached more than once: the later calls may use a block in another way.
     """
-    store, processes, revisited = run.store, run.plan.processes, set[int]()
+    store, plan, revisited = run.store, run.plan, set[str]()
     samples = run.samples.head(count)
-    if not any(number for (number,) in processes.all_gather([len(samples)])):
+    if not any(number for (number,) in plan.processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
-    modules, names = [block.module for block in blocks], [block.name for block in blocks]
-    with (
-        ProgressBar(title, len(blocks), run.progress) as bar,
-        store.dense(),
-        fsdp_calls_checked(run.plan.model, processes, weights_moved) as check_calls,
-    ):
-        for stop in lockstep(samples, modules, names, processes, revisited):
-            block = blocks[stop.unit]
-            check_calls(block.name, len(stop.calls))
-            bar.show(block.name)
-            store.hold(block.name)
-            yield block, stop.calls
+    with ProgressBar(title, len(blocks), run.progress) as bar, store.dense():
+        for stop in lockstep(plan.model, blocks, samples, plan.processes, revisited):
+            bar.show(stop.unit.name)
+            store.hold(stop.unit.name)
+            yield stop
             bar.advance()
     # Only processes with samples there have seen it.
-    again |= {name for index, name in enumerate(names) if not processes.all_agree(index not in revisited)}
+    again |= {block.name for block in blocks if not plan.processes.all_agree(block.name not in revisited)}

@@ -64,13 +64,7 @@ def gathered(layers: Iterable[Layer], processes: Processes) -> Iterator[None]:
     These are experts, groups of convolutions, and layers that store their weights by columns.
     """
     others = [x for x in layers if isinstance(x.parameter, DTensor) and not _is_by_rows(x, x.parameter)]
-    with gathered_parameters(((x.module, name) for x in others for name in (x.parameter_name, x.bias_name)), processes):
-        yield
-
-
-@contextmanager
-def gathered_parameters(names: Iterable[tuple[nn.Module, str]], processes: Processes) -> Iterator[None]:
-    """Gather those parameters of modules that are sharded; at the end, write the shards."""
+    names = ((x.module, name) for x in others for name in (x.parameter_name, x.bias_name))
     every: dict[tuple[nn.Module, str], Any] = {key: key[0]._parameters.get(key[1]) for key in names}
     shards: dict[tuple[nn.Module, str], Any] = {key: each for key, each in every.items() if isinstance(each, DTensor)}
     try:

@@ -2,13 +2,10 @@
 
 from wanda_lightning.parallel.fsdp import (
     entry_point as entry_point,
-    free as free,
     fsdp_calls_checked as fsdp_calls_checked,
     gathered_state_dict as gathered_state_dict,
     gathering_noticed as gathering_noticed,
     is_sharded as is_sharded,
-    kept_gathered as kept_gathered,
-    managers_around as managers_around,
     reshard as reshard,
     shard_processes as shard_processes,
 )

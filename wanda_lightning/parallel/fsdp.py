@@ -1,13 +1,13 @@
 """Everything that touches the internals of FSDP2 (`fully_shard`).
 
 FSDP2 gathers a module's weights in its forward hooks and frees them after the call. Calibration interrupts forward
-passes in between, so it must know where a call begins, which modules are gathered while batches wait inside of them,
-whether all processes make the same calls, and how to reset FSDP2 after a pass that did not end.
+passes in between, so it must know where a call begins, whether all processes make the same calls, and how to reset
+FSDP2 after a pass that did not end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -85,46 +85,6 @@ def _managed(model: nn.Module) -> list[Any]:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 manages any part of a model, perhaps from a module around it."""
     return any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
-
-
-def managers_around(model: nn.Module, units: Sequence[tuple[nn.Module, nn.Module]]) -> list[list[Any]]:
-    """Return for each unit the FSDP2 modules around it, outermost first, if the last one manages its weights.
-
-    A unit is given with a module inside of it that has a weight. Its list is empty if the unit, or a module inside of
-    it, manages the weight: then no batch waits while it is gathered.
-    """
-    managed = [(module, set(module.modules())) for module in _managed(model)]
-    found: list[list[Any]] = []
-    for unit, inside in units:
-        around = [(module, members) for module, members in managed if inside in members]
-        from_outside = around and around[-1][0] is not unit and unit in around[-1][1]
-        found.append([module for module, _ in around] if from_outside else [])
-    return found
-
-
-@contextmanager
-def kept_gathered(module: nn.Module) -> Iterator[None]:
-    """Gather the weights of the FSDP2 modules in a module for several calls; changes to them are lost at the end."""
-    managed = _managed(module)
-    groups = [group for inner in managed for group in inner._get_fsdp_state()._fsdp_param_groups]
-    after_forward = [group.post_forward_mesh_info for group in groups]
-    try:
-        for inner in managed:
-            inner.unshard()
-        for group in groups:
-            group.post_forward_mesh_info = None  # what `set_reshard_after_forward(False)` sets
-        yield
-    finally:
-        for group, mesh in zip(groups, after_forward, strict=True):
-            group.post_forward_mesh_info = mesh
-        for inner in managed:
-            free(inner)
-
-
-def free(module: Any) -> None:
-    """Free the gathered weights of an FSDP2 module inside which batches wait; `unshard` it before they continue."""
-    for group in module._get_fsdp_state()._fsdp_param_groups:
-        group._to_sharded()  # unlike `reshard`, also between the two forward hooks
 
 
 def reshard(model: nn.Module) -> None:

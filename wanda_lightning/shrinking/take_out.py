@@ -1,27 +1,41 @@
 """Take out the hidden units that are zero on both sides: the inverse of pruning with `pattern="structured"`.
 
-No calibration data is needed. Candidates come from shapes and zeros, and each must leave what the model computes as it
-was: it runs on a small batch before and after.
+No calibration data is needed. Candidates come from shapes and zeros, and each must leave what its block computes as it
+was: the block runs on a small batch before and after.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.batches import forward_batch
+from wanda_lightning.calibration.block_runs import BlockRuns
+from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
+from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import counted
-from wanda_lightning.models import Layer, RemovableUnits, adapted_module, find_layers, removable_units, tied_tensors
+from wanda_lightning.models import (
+    Layer,
+    RemovableUnits,
+    Unit,
+    adapted_module,
+    find_layers,
+    reads_images,
+    removable_units,
+    tied_tensors,
+)
 from wanda_lightning.models.layers import refuse_no_values
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking.configuration import fit_configuration
-from wanda_lightning.shrinking.trial import Trial
 
 
 @dataclass
@@ -108,72 +122,94 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
             "Merge them first (CausalLMModule.merge(), or wanda_lightning.lora.merge(model))."
         )
     before = sum(parameter.numel() for parameter in model.parameters())
-    trial = Trial(model, batch, forward)
-    search = _Search(model, trial, undo)
-    result = search.result
-    with torch.no_grad():
-        # A layer outside of all blocks has the model around it.
-        layers = [
-            (layer, model if unit.module is layer.module else unit.module or model)
-            for unit in find_layers(model).units
-            for layer in unit.layers
-        ]
-        for layer, _ in layers:
-            refuse_no_values(layer)
-        for layer, block in layers:
-            search.take_out(layer, block)
-        if not trial.ends_same():
+    search = _Search(model, undo)
+    if search.finds_any():
+        (call,) = whole_model_calls([_sample(model, batch, forward)])
+        whole = BlockRuns(model, [call])
+
+        def is_same() -> bool:
+            with pruning_mode(model, search.changed):
+                return whole.same_results()
+
+        with pruning_mode(model, search.changed):
+            for recording in whole.recording():
+                recording.run()
+            with closing(lockstep(model, search.blocks, [call.sample], to_end=True)) as stops:
+                for unit, calls in stops:
+                    search.take_out(unit, BlockRuns(unit.module or model, calls))
+            search.take_out(search.rest, whole)
+        if not is_same():
             raise UserError(
                 "shrink must not change what the model computes, but without its zero units its outputs on the batch "
                 "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
             )
-        result.unproven = sum(search.stay(layer, block) for layer, block in layers)
-    if result.layers:
-        result.misfit, put_back = fit_configuration(model, trial.ends_same)
-        undo.callback(put_back)
-    result.parameters = before, sum(parameter.numel() for parameter in model.parameters())
-    return result
+        search.result.unproven = search.left()
+        if search.result.layers:
+            search.result.misfit, put_back = fit_configuration(model, is_same)
+            undo.callback(put_back)
+    search.result.parameters = before, sum(parameter.numel() for parameter in model.parameters())
+    return search.result
+
+
+def _sample(model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> Sample:
+    if batch is None and (batch := example_batch(model)) is None:
+        raise UserError(
+            f"shrink runs a batch to check that the model computes the same, but it cannot make one for a "
+            f"{type(model).__name__}. Give batch=, and forward= if model(batch) is not the way to call it."
+        )
+    run = partial(forward or partial(forward_batch, model), batch)
+    return Sample(run, run)
 
 
 class _Search:
-    """Takes out the units that one layer after the other reads."""
+    """Takes out the units of one block after the other."""
 
-    def __init__(self, model: nn.Module, trial: Trial, undo: ExitStack) -> None:
+    def __init__(self, model: nn.Module, undo: ExitStack) -> None:
         self.result = Shrunk()
-        self._trial, self._undo, self._modules, self._tied = trial, undo, named_modules(model), tied_tensors(model)
+        self.changed = set[nn.Module]()
+        units = find_layers(model).units
+        self.blocks = [unit for unit in units if unit.module and unit.module is not unit.layers[0].module]
+        # Layers outside of all blocks have the model around them.
+        self.rest = Unit("", model, tuple(x for unit in units if unit not in self.blocks for x in unit.layers))
+        self._undo, self._modules, self._tied = undo, named_modules(model), tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
         self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
 
-    def take_out(self, reader: Layer, block: nn.Module) -> None:
-        """Take out the units that a layer reads and that are zero on both sides."""
-        is_started = False
-        for units, empty in self._candidates(reader, block):
-            if empty.all():
-                empty[0] = False  # a layer without inputs is no layer
-            if not is_started:
-                self._trial.start(units)
-            is_started = True
-            with ExitStack() as undo:
-                undo.callback(units.take(~empty))
-                if not self._trial.is_same(units):
-                    continue
-                self._undo.enter_context(undo.pop_all())
-            self.result.layers[reader.name] = units.width, int((~empty).sum())
-            self._taken |= units.lines
-            changed = {slot.module for slot in units.slots}
-            self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
-            return
+    def take_out(self, block: Unit, runs: BlockRuns) -> None:
+        """Take out the units that layers of a block read and that are zero on both sides."""
+        for reader in block.layers:
+            for units, empty in self._candidates(reader, block):
+                if empty.all():
+                    empty[0] = False  # a layer without inputs is no layer
+                with ExitStack() as undo:
+                    if not runs.same_after(lambda u=units, e=empty: undo.callback(u.take(~e)), (units, ~empty)):
+                        continue
+                    self._undo.enter_context(undo.pop_all())
+                self.result.layers[reader.name] = units.width, int((~empty).sum())
+                self._taken |= units.lines
+                changed = {slot.module for slot in units.slots}
+                self.changed |= changed
+                self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
+                break
 
-    def stay(self, reader: Layer, block: nn.Module) -> int:
-        """Return how many units that a layer reads stay although they are zero on both sides."""
-        return next((int(empty.sum()) for _, empty in self._candidates(reader, block)), 0)
+    def finds_any(self) -> bool:
+        """Whether any layer has a candidate; refuses a layer without values."""
+        for layer in (layer for block in (*self.blocks, self.rest) for layer in block.layers):
+            refuse_no_values(layer)
+        return any(any(self._candidates(layer, block)) for block in (*self.blocks, self.rest) for layer in block.layers)
 
-    def _candidates(self, reader: Layer, block: nn.Module) -> Iterator[tuple[RemovableUnits, Tensor]]:
+    def left(self) -> int:
+        """Return how many units stay although they are zero on both sides."""
+        layers = ((layer, block) for block in (*self.blocks, self.rest) for layer in block.layers)
+        return sum(next((int(empty.sum()) for _, empty in self._candidates(*each)), 0) for each in layers)
+
+    def _candidates(self, reader: Layer, block: Unit) -> Iterator[tuple[RemovableUnits, Tensor]]:
         """Yield candidates, and which of their units are zero on both sides."""
         if reader.expert is not None or reader.width < 2:  # a layer keeps one unit
             return
+        assert block.module is not None
         parent = self._modules[reader.name.rpartition(".")[0]]
-        for units in removable_units(reader, parent, block):
+        for units in removable_units(reader, parent, block.module):
             tied = any((slot.module, slot.name) in self._tied for slot in units.slots)
             if tied or self._taken & units.lines:
                 continue
@@ -183,3 +219,37 @@ class _Search:
             empty = torch.stack([self._zeros[slot.key] for slot in units.sides]).all(dim=0)
             if empty.any():
                 yield units, empty
+
+
+def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Any:
+    """Return a small batch for a model of transformers or timm; None for any other.
+
+    A model of timm that was built for another size of images than its architecture may need that size.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(model, "dummy_inputs") and config is not None:
+        if not reads_images(model):
+            return {name: tensor.to(_device(model)) for name, tensor in model.dummy_inputs.items()}  # type: ignore[operator,union-attr]
+        config = getattr(config, "vision_config", config)
+        size = getattr(config, "image_size", 224)
+        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        return {"pixel_values": _noise(model, getattr(config, "num_channels", 3), *size)}
+    settings: Any = getattr(model, "pretrained_cfg", None)
+    if not settings or not settings.get("input_size"):
+        return None
+    own, *usual = settings["input_size"]
+    built_for = next((size for m in model.modules() if isinstance(size := getattr(m, "img_size", None), tuple)), None)
+    built_for = (image_size, image_size) if isinstance(image_size, int) else image_size or built_for
+    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), own)
+    # Built with `in_chans`; a multiple of the channels may be whole pixels that the model puts side by side first.
+    return _noise(model, stem if stem % own else own, *(built_for or usual))
+
+
+def _noise(model: nn.Module, *shape: int) -> Tensor:
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return noise.to(_device(model), dtype)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -93,7 +93,7 @@ def pruned_from_disk(
 
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
-    refuse_whole_model(config, processes)
+    refuse_whole_model(config)
     refuse_places(source.name, output)
     if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
         raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
@@ -125,17 +125,19 @@ def pruned_from_disk(
     folder.forget()
 
 
-def refuse_whole_model(config: PruningConfig, processes: Processes = SINGLE_PROCESS) -> None:
+def refuse_whole_model(config: PruningConfig) -> None:
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
     whole, grams = "needs the whole model in memory", "needs the Gram matrices of all layers in memory"
     is_one_pass, recovery = config.sequential == "none", config.shown("recovery")
-    gradients = config.reads_gradients and processes.world_size > 1
+    weighs = config.pattern.weigh_rows is not False
+    uniform = "'uniform'" + " and pattern='unstructured_layer'" * weighs
     rows = (
-        (gradients, "allocation", "reads gradients, which only a single process can compute", "'owl'"),
+        (config.allocation.reads_gradients, "allocation", f"reads gradients, and {whole}", uniform),
+        (weighs, "pattern", f"reads gradients, and {whole}", "'unstructured_layer'"),
         (is_one_pass and config.recovery.recorded, "sequential", f"with {recovery} trains blocks in memory", "'block'"),
         (config.pattern.drops_experts, "pattern", whole, "'unstructured' or '2:4'"),
         (is_one_pass and "gram" in config.needs, "sequential", f"with {config.shown('solver')} {grams}", "'block'"),
-        ("gram" in config.allocation.needs, "allocation", grams, "'owl' or 'fisher'"),
+        ("gram" in config.allocation.needs, "allocation", grams, "'owl'"),
         (config.recovery.reads_batches, "recovery", whole, "'none' or 'reconstruct'"),
     )
     for applies, option, reason, instead in rows:

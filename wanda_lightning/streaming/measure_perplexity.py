@@ -16,7 +16,7 @@ from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.models import check_tokens
+from wanda_lightning.models import Unit, check_tokens
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal, check_decoder_only
 from wanda_lightning.streaming.block_loader import BlockLoader
@@ -64,18 +64,18 @@ def perplexity_from_disk(
         mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
-    modules, names = [checkpoint.model.get_submodule(block) for block in checkpoint.blocks], checkpoint.blocks
+    blocks = [Unit(block, checkpoint.model.get_submodule(block), ()) for block in checkpoint.blocks]
     runs = ((index, partial(run, batch)) for index, batch in enumerate(batches))
     samples = (Sample(each, each, batch_index=index) for index, each in runs)
     number = length_of(batches)
-    total = None if number is None else ceil(number / AT_ONCE) * len(names)
+    total = None if number is None else ceil(number / AT_ONCE) * len(blocks)
     with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
         while together := list(islice(samples, AT_ONCE)):
             loader = BlockLoader(checkpoint)
             with loader.loading():
-                for stop in lockstep(together, modules, names, to_end=True):
-                    loader.load_only(names[stop.unit])
-                    bar.show(names[stop.unit])
+                for block, _ in lockstep(checkpoint.model, blocks, together, to_end=True):
+                    loader.load_only(block.name)
+                    bar.show(block.name)
                     bar.advance()
     if not metric.windows:
         raise UserError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")

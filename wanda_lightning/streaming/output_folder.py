@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from wanda_lightning.calibration.batches import map_tensors
@@ -34,8 +34,8 @@ from wanda_lightning.report import PrunedLayer
 from wanda_lightning.report.records import as_json, from_parsed
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
-PROGRESS_NAME, _ROW_WEIGHTS_NAME = ".pruning_progress.json", ".pruning_row_weights.safetensors"
-_VERSION = 3  # of the progress file
+PROGRESS_NAME = ".pruning_progress.json"
+_VERSION = 4  # of the progress file
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,6 @@ class _Progress:
 
     made_with: dict[str, Any]  # choices and data that determine the result
     sparsities: dict[str, float] = field(default_factory=dict)  # of each layer, once it is known
-    has_row_weights: bool = False
     written: dict[str, PartRecord] = field(default_factory=dict)  # by part
     report: str = ""  # of the finished pruning, as JSON
 
@@ -150,7 +149,7 @@ class OutputFolder(Shards):
             if not record.keys or self.path(part).is_file():
                 own.written[part] = record
         if not differing:
-            own.sparsities, own.has_row_weights = begun.sparsities, begun.has_row_weights
+            own.sparsities = begun.sparsities
         own.report = begun.report if own.written.keys() >= set(self.parts) else ""
 
     def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()) -> None:
@@ -168,19 +167,12 @@ class OutputFolder(Shards):
         if found["written"] and found.get("made_with") != self.progress.made_with:
             raise UserError(f"{self.folder} must be written by one run, but another one has. Choose another folder.")
 
-    def save_allocation(self, sparsities: Mapping[str, float], row_weights: Mapping[str, Tensor]) -> None:
-        """Write the sparsity of each layer, and the row weights of those that have any."""
-        self.progress.sparsities, self.progress.has_row_weights = dict(sparsities), bool(row_weights)
+    def save_allocation(self, sparsities: Mapping[str, float]) -> None:
+        """Write the sparsity of each layer."""
+        self.progress.sparsities = dict(sparsities)
         with self._processes.fail_together():
-            if self._is_writer and row_weights:
-                with atomic_write(self.folder / _ROW_WEIGHTS_NAME) as new:
-                    save_file(dict(row_weights), new)
             if self._is_writer:
                 self._save_progress()
-
-    def row_weights(self) -> dict[str, Tensor]:
-        """Read the row weights; empty if no layer has any."""
-        return load_file(self.folder / _ROW_WEIGHTS_NAME) if self.progress.has_row_weights else {}
 
     def _save_progress(self) -> None:
         with atomic_write(self._file) as new:

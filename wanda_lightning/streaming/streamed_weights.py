@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from wanda_lightning.calibration.gradients import gradient_statistics
+from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.unit_stops import UnitStop, watch_units
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.engine.plan import Plan, Selections, make_plan
 from wanda_lightning.engine.refusals import refuse_unprunable
-from wanda_lightning.engine.run import Run, WeightStore
+from wanda_lightning.engine.run import Run, UnitStop, WeightStore
 from wanda_lightning.models import Unit
 from wanda_lightning.parallel import Processes
 from wanda_lightning.streaming.block_loader import BlockLoader
@@ -64,29 +63,13 @@ class StreamedWeights(WeightStore):
 
     def _watch(self, run: Run, observer: Observer, bar: ProgressBar) -> Mapping[str, InputStatistics]:
         with self.dense():
-            for unit in watch_units(run.plan.parts, run.samples, observer, self.hold):
+            plan, samples = run.plan, run.samples.hold()
+            for unit, calls in lockstep(plan.model, plan.parts, samples, plan.processes, to_end=True):
                 bar.show(unit.name)
                 bar.advance()
+                self.hold(unit.name)
+                calls[:] = [observer.watched(unit, call) for call in calls]
         return observer.finish(run.plan.whole_model)
-
-    def pass_backward(self, run: Run, bar: ProgressBar) -> Mapping[str, GradientStatistics]:
-        """Return the gradient statistics of all layers, block by block in each direction."""
-
-        def hold(name: str) -> None:
-            bar.show(name)
-            self.hold(name)
-
-        plan, limit = run.plan, run.plan.config.allocation.gradient_limit
-        with self.dense():
-            return gradient_statistics(
-                plan.model,
-                plan.layers,
-                plan.block_units,
-                run.samples,
-                limit=limit,
-                columns=plan.unit_columns,
-                hold=hold,
-            )
 
     def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
         """Stop at each unit; with `sequential="none"`, all statistics are collected before the first stop."""
@@ -115,15 +98,11 @@ class StreamedWeights(WeightStore):
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an interrupted run has stored; empty if there are none."""
-        sparsities = self._output.progress.sparsities
-        weights = {name: each.to(self._checkpoint.device) for name, each in self._output.row_weights().items()}
-        is_complete = bool(sparsities) and (bool(weights) or not plan.config.pattern.weigh_rows)
-        return plan.selections(sparsities, weights) if is_complete else {}
+        return plan.selections(self._output.progress.sparsities) if self._output.progress.sparsities else {}
 
     def keep(self, selections: Selections) -> None:
-        """Store the sparsities and row weights, so that a run that continues this one does not compute them again."""
-        weighed = {name: each.row_weights.cpu() for name, each in selections.items() if each.pattern.weigh_rows}
-        self._output.save_allocation({name: each.sparsity for name, each in selections.items()}, weighed)
+        """Store the sparsities, so that a run that continues this one does not compute them again."""
+        self._output.save_allocation({name: each.sparsity for name, each in selections.items()})
 
     def arrive(self, unit: Unit, run: Run) -> bool:
         """Write and free the blocks that all batches have left, and load the unit's block."""
