@@ -31,8 +31,8 @@ def test_statistics_are_freed_before_those_of_the_next_unit(sequential, monkeypa
     model, observer = nn.Sequential(nn.Linear(8, 8), Mlp(), nn.Linear(8, 8), Mlp()), Observer(NEEDS)
     units = find_layers(model, sequential).units
     assert len(units) == (4 if sequential == "block" else 6)
-    for stop in travel(model, vectors(1), [unit.module for unit in units]):
-        alive.update(observer(units[stop.unit], stop.calls).values())
+    for unit, calls in travel(model, vectors(1), [unit.module for unit in units]):
+        alive.update(observer(units[unit], calls).values())
     assert held == [0] * 6
 
 

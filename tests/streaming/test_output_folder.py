@@ -52,7 +52,7 @@ def test_a_killed_run_continues_where_it_was(source, streamed, tmp_path):
     ("name", "passes", "repeated"),
     with_nightly(
         [("magnitude", 1, 0), ("permutation for wanda", 2, 1), ("structured", 2, 1)],
-        [("none", 3, 1), ("rows", 3, 0), ("alpha_layer", 2, 0), ("owl without statistics", 3, 0)],
+        [("none", 3, 1), ("alpha_layer", 2, 0), ("owl without statistics", 3, 0)],
     ),
 )
 def test_a_continued_run_does_not_allocate_again(source, streamed, tmp_path, monkeypatch, name, passes, repeated):
@@ -153,11 +153,11 @@ def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, dam
 
 
 def test_parts_that_are_missing_are_written_again(source, streamed, tmp_path, monkeypatch):
-    interrupted(source, tmp_path / "out", monkeypatch, **CHOICES["rows"])
+    interrupted(source, tmp_path / "out", monkeypatch, **CHOICES["owl"])
     sorted((tmp_path / "out").glob("*.safetensors"))[3].unlink()
     (tmp_path / "out/.wanda-00000000-0.safetensors").write_bytes(b"half")  # of a killed run
-    prune_from_disk(source, tmp_path / "out", batches(), progress=False, **CHOICES["rows"])
-    assert contents(tmp_path / "out") == contents(streamed("rows")[1])
+    prune_from_disk(source, tmp_path / "out", batches(), progress=False, **CHOICES["owl"])
+    assert contents(tmp_path / "out") == contents(streamed("owl")[1])
 
 
 def test_two_runs_do_not_mix_their_parts(tmp_path):

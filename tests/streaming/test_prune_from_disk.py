@@ -41,7 +41,6 @@ FAMILY_CHOICES = {
     "layer": {"sequential": "layer"},
     "none": {"sequential": "none"},
     "owl": {"allocation": OWL(m=2.0)},
-    "fisher": {"allocation": "fisher"},
     "permuted": {"pattern": "2:4", "permutation": "assignment"},
 }
 REFUSED = {"emu3", "mllama", "musicgen", "musicgen_melody", "rwkv"}
@@ -78,7 +77,7 @@ def test_families_that_are_refused(tmp_path, name):
         prune_from_disk(tmp_path / "source", tmp_path / "disk", family.batches(model), 0.5, progress=False)
 
 
-@pytest.mark.parametrize("allocation", with_nightly(["fisher"], ["uniform", "owl", "fisher"]))
+@pytest.mark.parametrize("allocation", with_nightly(["owl"], ["uniform", "owl"]))
 def test_an_encoder_decoder(tmp_path, allocation):
     torch.manual_seed(0)
     config = T5Config(
@@ -115,7 +114,7 @@ def test_batches_may_take_different_routes(source, tmp_path, name):
     assert report.layers == expected.layers
 
 
-@pytest.mark.parametrize("name", with_nightly(["fisher"], ["wanda"]))
+@pytest.mark.parametrize("name", with_nightly(["owl"], ["wanda"]))
 def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch, name):
     loaded, counts = count_blocks(monkeypatch)
     prune_from_disk(source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name])
@@ -198,8 +197,6 @@ def test_two_processes_fail_together(pair, source, tmp_path):
     assert kind == "FileExistsError"
     assert "not empty" in ours
     assert "not empty" in theirs
-    for _, error in pair.run(pruned_from_disk, str(source), str(tmp_path), batches(), {"method": "best"}):
-        assert "reads gradients, which only a single process can compute" in error
     unreadable = {"input_ids": torch.empty(2, 48, dtype=torch.long, device="meta")}  # only of the second process
     places = str(source), str(tmp_path / "unreadable")
     for _, error in pair.run(pruned_from_disk, *places, [*batches(1), unreadable], {"method": "magnitude"}):

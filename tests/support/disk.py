@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from support.refusals import bits
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from wanda_lightning import OWL, Fisher, PerLayer, Reconstruct, Structured, prune, prune_from_disk
+from wanda_lightning import OWL, PerLayer, Reconstruct, prune, prune_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.output_folder import OutputFolder
 
@@ -28,16 +28,11 @@ CHOICES = {
     "alpha_layer": {"method": "magnitude", "allocation": "alpha_layer"},
     "none": {"method": "wanda", "sequential": "none", "allocation": "owl"},
     "none without statistics": {"method": "magnitude", "sequential": "none"},
-    "fisher": {"method": "wanda", "allocation": "fisher"},
-    "best": {"method": "best"},
     "best 2:4": {"method": "best", "pattern": "2:4"},
     "permutation": {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"},
     "permutation for wanda": {"method": "wanda", "pattern": "2:4", "permutation": "assignment"},
-    "more samples": {"method": "wanda", "allocation": Fisher(num_samples=3, num_predictions=240)},
-    "rows": {"method": "magnitude", "pattern": "unstructured_layer_weighted"},
     "structured": {"pattern": "structured"},
     "structured_magnitude": {"method": "magnitude", "pattern": "structured"},
-    "structured_fisher": {"method": "best", "pattern": Structured(4)},
     "structured_reconstruct": {"pattern": "structured", "recovery": Reconstruct()},
     "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},
 }

@@ -16,7 +16,7 @@ def gradients(model, batches, samples=None, predictions=0, recomputed=True, proc
     """The statistics by layer. Blocks are recomputed, as in pruning, or not."""
     plan = make_plan(PruningConfig.from_names(allocation="fisher", **choices), model)
     data = Samples(model, batches, lambda batch: run(model, batch), None, processes, "the test")
-    blocks = plan.block_units if recomputed else ()
+    blocks = plan.blocks if recomputed else ()
     with calibration_mode(model), torch.no_grad():
         return gradient_statistics(
             model, plan.layers, blocks, data, lambda: None, processes, GradientLimit(samples, predictions)

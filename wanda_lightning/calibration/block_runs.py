@@ -90,6 +90,7 @@ class BlockRuns:
         be the same, too, since a residual stream or a small scale could hide a difference from the results. A block
         whose shapes no longer fit raises whatever its model raises; it does not compute the same.
         """
+        columns = read and read[1].repeat(read[0].columns)  # before there are fewer
         before = self._run_again(0, with_inputs=True)
         change()
         try:
@@ -97,11 +98,11 @@ class BlockRuns:
         except Exception:
             return False
         same = _all_same(before.results, after.results, before.eps)  # buffers may have other shapes now
-        if read is None or not same:
+        if read is None or columns is None or not same:
             return same
-        units, keep = read
+        units, _ = read
         is_reached = all(layer.module in before.inputs for layer in (units.reader, *units.writers))
-        return is_reached and _reads_same(units.reader, keep.repeat(units.columns), before, after)
+        return is_reached and _reads_same(units.reader, columns, before, after)
 
     def _run_again(self, index: int, with_inputs: bool = False) -> _Record:
         call = self._calls[index]

@@ -193,8 +193,7 @@ class OutputFolder(Shards):
         """Delete the files that only a repeated run needs."""
         with self._processes.fail_together():
             if self._is_writer:
-                for file in (self.folder / _ROW_WEIGHTS_NAME, self._file):
-                    file.unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
+                self._file.unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
 
 
 def require_resumable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
