@@ -1,6 +1,5 @@
 """The Fisher information that an allocation reads, against autograd by hand."""
 
-
 import pytest
 import torch
 from support.batches import split

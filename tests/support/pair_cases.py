@@ -331,6 +331,7 @@ def ends_early(rank):
 
 
 CHOICES = {
+    "layer": {"sequential": "layer"},
     "structured": {"pattern": "structured"},
     "reconstruct": {"recovery": "reconstruct"},
     "thorough": {"method": "thorough"},
