@@ -153,7 +153,11 @@ def test_an_error_leaves_all_at_rest(pair):
         ("reconstruct", "llama", r"recovery=Reconstruct\(\) .*DistillFromDense"),
         ("thorough", "llama", r"recovery=Distil\(\) .*DistillFromDense"),
         ("root_only", "llama", r"manages model.layers.0.self_attn.q_proj as a part of the whole model.*skip=\["),
-        ("layer", "llama", r"sequential='layer' stops at model.layers.0.self_attn.q_proj.* sequential='block' or 'none'"),
+        (
+            "layer",
+            "llama",
+            r"sequential='layer' stops at model.layers.0.self_attn.q_proj.* sequential='block' or 'none'",
+        ),
         ("two_dimensions", "llama", "not over one group of processes"),
         ("alone", "llama", r"is sharded across 2 processes and 1 prune"),
         ("outside", "llama", r"a module around it manages the weight"),

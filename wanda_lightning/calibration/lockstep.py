@@ -11,7 +11,7 @@ at the same units.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -74,7 +74,7 @@ def lockstep(
     processes: Processes = SINGLE_PROCESS,
     revisited: set[str] | None = None,
     to_end: bool = False,
-) -> Iterator[Stop]:
+) -> Generator[Stop]:
     """Stop once at each unit that a sample reaches, with all samples that are parked there.
 
     If samples are parked at different units, the next stop is at the first of these in the given order. A sample that

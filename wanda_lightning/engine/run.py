@@ -109,8 +109,8 @@ class WeightStore:
 
     def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
         """Stop at each unit before it is pruned; after each stop the samples run through the pruned unit."""
-        plan, inputs = run.plan, None if run.plan.observed else dict[str, InputStatistics]()
-        revisited, steps = run.revisited, len(plan.units)
+        plan, revisited, steps = run.plan, run.revisited, len(run.plan.units)
+        inputs: Mapping[str, InputStatistics] | None = None if plan.observed else {}
         if plan.is_one_pass:
             inputs, revisited, steps = self.observe_dense(run, observer, bar), set(), (run.samples.length or 0) + steps
         bar.expect(steps)

@@ -182,7 +182,7 @@ class _Search:
                 if empty.all():
                     empty[0] = False  # a layer without inputs is no layer
                 with ExitStack() as undo:
-                    if not runs.same_after(lambda u=units, e=empty: undo.callback(u.take(~e)), (units, ~empty)):
+                    if not runs.same_after(partial(_take, undo, units, ~empty), (units, ~empty)):
                         continue
                     self._undo.enter_context(undo.pop_all())
                 self.result.layers[reader.name] = units.width, int((~empty).sum())
@@ -219,6 +219,10 @@ class _Search:
             empty = torch.stack([self._zeros[slot.key] for slot in units.sides]).all(dim=0)
             if empty.any():
                 yield units, empty
+
+
+def _take(undo: ExitStack, units: RemovableUnits, keep: Tensor) -> None:
+    undo.callback(units.take(keep))
 
 
 def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Any:
