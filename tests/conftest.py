@@ -35,5 +35,6 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session")
 def pair():
     """Two processes, started when the first test runs something in them."""
-    with Pair() as processes:
-        yield processes
+    processes = Pair()
+    yield processes
+    processes.end()

@@ -8,11 +8,10 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from support import families
 from support.mixtures import NUMBERS, blocks, build, cannot_be_chosen, slow_saliency
 from support.refusals import Untouched, refusal
 from support.samples import samples_of
-from support.zoo import ZOO, run, seeded
+from support.zoo import ZOO, family, names, run, seeded
 
 from wanda_lightning import prune, prune_from_disk
 from wanda_lightning.calibration.expert_saliency import ExpertSaliency
@@ -216,10 +215,10 @@ OTHERS = {"dbrx", "inkling_text", "jetmoe", "longcat_flash", "zaya"}  # docs/met
 
 def with_experts():
     """Every family with experts in one parameter, by name, with at least two experts in each group of the router."""
-    for kind, name in [(each, name) for each in ("causal", "other") for name in families.names(each)]:
+    for kind, name in [(each, name) for each in ("causal", "other") for name in names(each)]:
         try:
-            family = families.family(kind, name)
-            model = family.build()
+            specimen = family(kind, name)
+            model = specimen.build()
         except Exception:  # tests/models/test_families.py knows which cannot be built
             continue
         if not any(".experts" in key for key, _ in model.named_modules()) or name == "hunyuan_v1_moe":  # has one
@@ -229,7 +228,7 @@ def with_experts():
             for key in {*NUMBERS.values()} & vars(config).keys():
                 setattr(config, key, 8)
             model = seeded(partial(type(model), config))
-        yield name, model, family.batches(model)
+        yield name, model, specimen.batches()
 
 
 @pytest.mark.nightly

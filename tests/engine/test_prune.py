@@ -5,10 +5,10 @@ from itertools import cycle, product
 
 import pytest
 import torch
-from support.families import _double, slow_prune
+from support.families import slow_prune
 from support.pairwise import with_nightly
 from support.refusals import state_of
-from support.zoo import ZOO, matching, matrices, run
+from support.zoo import ZOO, double, matching, matrices, run
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -63,7 +63,7 @@ def test_equals_the_slow_procedure(name, sequential):
     specimen = ZOO[name]
     model, batches = specimen.build(), specimen.batches()
     if name not in NOT_SLOWLY:
-        model, batches = model.double(), tree_map_only(torch.Tensor, _double, batches)
+        model, batches = model.double(), tree_map_only(torch.Tensor, double, batches)
     slow = copy.deepcopy(model)
     if hasattr(slow, "set_experts_implementation"):
         slow.set_experts_implementation("eager")  # grouped products are not intercepted, and have no float64

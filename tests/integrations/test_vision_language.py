@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from support import families
 from support.pairwise import with_nightly
+from support.zoo import other
 
 from wanda_lightning import prune
 from wanda_lightning.models import find_layers
@@ -17,9 +17,7 @@ METHODS = ["wanda", "balanced", "best", "thorough"]
 
 
 def of(name):
-    family = families.other(name)
-    model = family.build()
-    return model, family.batches(model)
+    return other(name).build(), other(name).batches()
 
 
 def without_images(batches):

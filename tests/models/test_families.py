@@ -1,10 +1,11 @@
-"""A sample of the families in support/families.py, pruned and shrunk, and proof that the checks can fail."""
+"""A sample of the families in support/zoo.py, pruned and shrunk, and proof that the checks can fail."""
 
 import pytest
 import torch
-from support import families, family_units
-from support.family_units import NO_FOLDER, ORDINARY, OWN_FILE, Units
+from support import families
+from support.families import ORDINARY, OWN_FILE, Result
 from support.pairwise import with_nightly
+from support.zoo import KINDS, family, names, of_timm
 
 from wanda_lightning import RIA, prune, shrink
 
@@ -38,7 +39,7 @@ MANY_UNITS = ("crossvit_tiny_240", "coat_tiny")  # too slow for the slow procedu
 
 
 def of(kind, name):
-    return families.of_timm(name) if kind == "timm" else families.family(kind, name)
+    return of_timm(name) if kind == "timm" else family(kind, name)
 
 
 @pytest.mark.parametrize(("kind", "name"), SAMPLE)
@@ -50,7 +51,7 @@ def test_a_sample_of_families(kind, name):
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, name) for kind in ("causal", "other") for name in families.names(kind)] + [("timm", name) for name in TIMM],
+    [(kind, name) for kind in ("causal", "other") for name in names(kind)] + [("timm", name) for name in TIMM],
 )
 def test_every_family(kind, name):
     try:
@@ -107,21 +108,6 @@ def test_coverage_is_counted_by_hand(monkeypatch):
     assert result.left_out == {"skip='*.down_proj'": 1 - result.coverage}
 
 
-# ---- the documents
-
-
-def test_the_document_names_what_fails():
-    llama = ("causal", "llama", "LlamaForCausalLM")
-    passes = families.Result(*llama, "", "passes", 0.5, 0.75, {"a | b": 0.25}, "float64", 1)
-    fails = families.Result("causal", "xlm", "XLMWithLMHeadModel", "RuntimeError: why")
-    absent = families.Result("timm", "vit", "vit_tiny", "ImportError: no", "cannot be built here")
-    text = families.document([passes, fails, absent])
-    assert "1 of 2 models that can be built pass: 50.0%." in text.splitlines()
-    assert "| llama | LlamaForCausalLM | 50.0% | 75% | 25% a \\| b | float64 | 1.0 |" in text.splitlines()
-    assert "| xlm | XLMWithLMHeadModel | fails | RuntimeError: why |" in text.splitlines()
-    assert "| vit | vit_tiny | cannot be built here | ImportError: no |" in text.splitlines()
-
-
 # ---- hidden units
 
 SHRUNK = {
@@ -138,9 +124,10 @@ SHRUNK_AT_NIGHT = {
     ("causal", "gemma3n_text"): OWN_FILE,  # its forward reads a number of its configuration that is a width by chance
     ("other", "T5ForConditionalGeneration"): ORDINARY,
     ("other", "LlavaForConditionalGeneration"): ORDINARY,
-    ("timm", "test_convnext"): NO_FOLDER,  # no argument of timm gives the widths
-    ("timm", "test_efficientnet"): NO_FOLDER,
-    ("timm", "test_resnet"): NO_FOLDER,
+    **{
+        ("timm", f"test_{name}"): "no argument of timm gives the widths"
+        for name in ("convnext", "efficientnet", "resnet")
+    },
 }
 
 
@@ -149,9 +136,9 @@ SHRUNK_AT_NIGHT = {
     with_nightly([(*key, folder) for key, folder in SHRUNK.items()], [(*k, f) for k, f in SHRUNK_AT_NIGHT.items()]),
 )
 def test_hidden_units_of_families_are_taken_out(kind, name, folder):
-    result = family_units.check(of(kind, name))
+    result = families.check_units(of(kind, name))
     assert 0 < result.removed == result.zero < result.width
-    assert result.folder == folder, result.cause
+    assert result.folder == folder
 
 
 @pytest.mark.parametrize(
@@ -164,8 +151,8 @@ def test_hidden_units_of_families_are_taken_out(kind, name, folder):
     ],
 )
 def test_families_without_hidden_units(kind, name):
-    result = family_units.check(of(kind, name))
-    assert (result.width, result.cause) == (0, "no hidden units found")
+    result = families.check_units(of(kind, name))
+    assert (result.width, result.folder) == (0, "no hidden units found")
 
 
 def test_other_outputs_are_seen(monkeypatch):
@@ -175,18 +162,24 @@ def test_other_outputs_are_seen(monkeypatch):
             model.model.layers[1].mlp.down_proj.weight.mul_(1.01)
         return result
 
-    monkeypatch.setattr(family_units, "shrink", sabotage)
+    monkeypatch.setattr(families, "shrink", sabotage)
     with pytest.raises(AssertionError, match="outputs differ by"):
-        family_units.check(of("causal", "llama"))
+        families.check_units(of("causal", "llama"))
 
 
-def test_the_document_counts_shares_of_hidden_units():
-    llama = Units("causal", "llama", "LlamaForCausalLM", "", 128, 32, 32, 0.115, ORDINARY)
-    mamba = Units("causal", "mamba", "MambaForCausalLM", "no hidden units found")
-    stays = Units("timm", "vgg", "vgg11", "2 units stay", 128, 32, 30, 0.1)
-    lines = family_units.document([llama, mamba, stays]).splitlines()
-    assert "| all | 3 | 2 | 1 | 1 | 0 |" in lines
-    shares = "found for 2 (66.7%), taken out for 1 (33.3%), loaded for 1 (33.3%)."
-    assert f"Of 3 models, hidden units are {shares}" in lines
-    assert "| llama | LlamaForCausalLM | 128 | 32 of 32 | -12% | ordinary |  |" in lines
-    assert "| no hidden units found | 1 |" in lines
+# ---- the document
+
+
+def test_the_document_names_what_fails():
+    llama = ("causal", "llama", "LlamaForCausalLM", "", "passes", 0.75, {"a | b": 0.25}, "float64")
+    passes = Result(*llama, 128, 32, 32, 0.115, ORDINARY)
+    fails = Result("causal", "xlm", "XLMWithLMHeadModel", "RuntimeError: why")
+    absent = Result("timm", "vit", "vit_tiny", "ImportError: no", "cannot be built here")
+    lines = families.document([passes, fails, absent]).splitlines()
+    assert "1 of 2 models that can be built pass: 50.0%." in lines
+    assert "Of 3 models, hidden units are found for 1 (33.3%), taken out for 1 (33.3%), loaded for 1 (33.3%)." in lines
+    assert f"| {KINDS['causal']} | 2 | 1 | 1 | 0 | 75% | 1 | 1 | 1 | 1 | 0 |" in lines
+    row = "| llama | LlamaForCausalLM | 75% | 25% a \\| b | float64 | 32 of 128 | -12% | ordinary |"
+    assert row in lines
+    assert "| xlm | XLMWithLMHeadModel | fails | RuntimeError: why |" in lines
+    assert "| vit | vit_tiny | cannot be built here | ImportError: no |" in lines

@@ -8,8 +8,8 @@ import textwrap
 import pytest
 import timm
 import torch
-from support.families import causal
 from support.tiny import VOCABULARY
+from support.zoo import causal
 
 import wanda_lightning as wl
 

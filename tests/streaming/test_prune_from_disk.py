@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 from support.disk import CHOICES, VOCABULARY, batches, count_blocks, in_memory, same, weights
-from support.families import causal, names
 from support.pair_cases import pruned_from_disk
 from support.pairwise import with_nightly
+from support.zoo import causal, names
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from wanda_lightning import OWL, Structured, perplexity_from_disk, prune, prune_from_disk
@@ -57,7 +57,7 @@ def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
     family = causal(name)
     model = family.build()
     model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
-    samples, choices = family.batches(model), {"method": "wanda", **FAMILY_CHOICES[choices]}
+    samples, choices = family.batches(), {"method": "wanda", **FAMILY_CHOICES[choices]}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, **choices)
     prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
@@ -74,7 +74,7 @@ def test_families_that_are_refused(tmp_path, name):
         with pytest.raises(ValueError, match=message):  # of every auto class
             AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
-        prune_from_disk(tmp_path / "source", tmp_path / "disk", family.batches(model), 0.5, progress=False)
+        prune_from_disk(tmp_path / "source", tmp_path / "disk", family.batches(), 0.5, progress=False)
 
 
 @pytest.mark.parametrize("allocation", with_nightly(["owl"], ["uniform", "owl"]))

@@ -114,26 +114,16 @@ def scenes(*sizes, seed=1, height=64):
     batches = []
     for size in sizes:
         images = tuple(torch.rand(3, height, height + 16 * (n % 2), generator=random) for n in range(size))
-        targets = tuple(target(image) for image in images)
-        batches.append((images, targets))
+        box = {"boxes": torch.tensor([[8.0, 8.0, 48.0, 40.0]]), "labels": torch.tensor([1])}
+        batches.append((images, tuple({**box, "masks": torch.ones_like(x[:1], dtype=torch.uint8)} for x in images)))
     return batches
-
-
-def target(image):
-    mask = torch.zeros(1, *image.shape[1:], dtype=torch.uint8)
-    mask[:, 8:40, 8:48] = 1
-    return {"boxes": torch.tensor([[8.0, 8.0, 48.0, 40.0]]), "labels": torch.tensor([1]), "masks": mask}
 
 
 def pictures(*sizes, seed=1, height=64):
     """Batches for segmentation: images, and the class of each pixel."""
-    random = torch.Generator().manual_seed(seed)
+    random, side = torch.Generator().manual_seed(seed), (height, height)
     return [
-        (
-            torch.rand(size, 3, height, height, generator=random),
-            torch.randint(CLASSES, (size, height, height), generator=random),
-        )
-        for size in sizes
+        (torch.rand(n, 3, *side, generator=random), torch.randint(CLASSES, (n, *side), generator=random)) for n in sizes
     ]
 
 
@@ -141,12 +131,11 @@ def batches_for(name, *sizes, **more):
     return (scenes if finds_boxes(name) else pictures)(*sizes, **more)
 
 
-def anchor_outputs(model, images, *names):
-    """What the head of a detector with one stage computes for every anchor: (images, anchors, numbers)."""
-    batch, _ = model.transform(list(images))
-    outputs = model.head(list(model.backbone(batch.tensors).values()))
-    return torch.cat([outputs[name] for name in names], dim=-1)
-
-
 def class_logits(model):
-    return lambda batch: {"logits": anchor_outputs(model, batch[0], "cls_logits")}
+    """Return a forward pass that gives the logits of a detector with one stage: (images, anchors, classes)."""
+
+    def forward(batch):
+        images, _ = model.transform(list(batch[0]))
+        return {"logits": model.head(list(model.backbone(images.tensors).values()))["cls_logits"]}
+
+    return forward

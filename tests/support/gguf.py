@@ -10,25 +10,15 @@ def write_gguf(path, sparsity=0.0, qtype=None):
     The smallest weights of each matrix in a block are zero. The weights are returned as they are before quantization.
     """
     rng, hidden, inner, words = np.random.default_rng(0), 32, 48, 64
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(64)
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(2)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(hidden // 2)
-    writer.add_vocab_size(words)
     tokens = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "th", "the"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens + [f"<{i}>" for i in range(words - len(tokens))])
-    writer.add_token_types([1] * words)
-    writer.add_token_merges(["t h", "th e"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    sizes = {"context_length": 64, "embedding_length": hidden, "block_count": 2, "feed_forward_length": inner}
+    sizes |= {"head_count": 2, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": hidden // 2}
+    tokens += [f"<{i}>" for i in range(words - len(tokens))]
+    tokenizer = {"tokenizer_model": "gpt2", "tokenizer_pre": "default", "token_list": tokens, "bos_token_id": 0}
+    tokenizer |= {"token_types": [1] * words, "token_merges": ["t h", "th e"], "eos_token_id": 1}
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, value in {"name": "tiny", "vocab_size": words, **sizes, **tokenizer}.items():
+        getattr(writer, f"add_{name}")(value)
     shapes = {"token_embd": (words, hidden), "output_norm": (hidden,)}
     for block in ("blk.0", "blk.1"):
         shapes |= {f"{block}.attn_{name}": (hidden, hidden) for name in ("q", "k", "v", "output")}

@@ -3,9 +3,6 @@
 import os
 import sys
 import tempfile
-import traceback
-from contextlib import suppress
-from pathlib import Path
 
 from support.forks import FORKS
 
@@ -14,58 +11,30 @@ PATIENCE = 150.0  # seconds; longer than a loaded machine takes to import torch 
 
 
 class Pair:
-    """Two processes of one process group. `run` gives what the function gave in each, or the exception's text."""
+    """Two processes of one process group, which start with the first call."""
 
     def __init__(self):
-        self._processes = []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._end()
+        self._pools = []
 
     def run(self, function, *args, **kwargs):
         """Call `function(rank, *args, **kwargs)` in both, and return both results or raise what went wrong."""
-        if not self._processes:
-            self._start()
-        for connection in self._connections:
-            connection.send((function, args, kwargs))
-        results = []
-        for rank, connection in enumerate(self._connections):
-            if not connection.poll(PATIENCE):
-                self._end()
-                raise TimeoutError(f"process {rank} hangs in {function.__name__}")
-            try:
-                results.append(connection.recv())
-            except EOFError as error:
-                self._end()
-                raise RuntimeError(f"process {rank} died in {function.__name__}") from error
-        failures = [text for failed, text in results if failed]
-        if failures:
-            self._end()  # its process group may be in the middle of something
-            raise RuntimeError("\n".join(failures))
-        return [result for _, result in results]
+        if not self._pools:
+            meeting = f"{tempfile.mkdtemp()}/meeting"
+            self._pools = [FORKS.Pool(1, _join, (rank, meeting)) for rank in range(SIZE)]
+        calls = [pool.apply_async(function, (rank, *args), kwargs) for rank, pool in enumerate(self._pools)]
+        try:
+            return [call.get(PATIENCE) for call in calls]
+        except BaseException:
+            self.end()  # the process group may be in the middle of something
+            raise
 
-    def _start(self):
-        meeting = Path(tempfile.mkdtemp()) / "meeting"
-        pipes = [FORKS.Pipe() for _ in range(SIZE)]
-        self._connections = [ours for ours, _ in pipes]
-        self._processes = [
-            FORKS.Process(target=_work, args=(rank, str(meeting), theirs), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process in self._processes:
-            process.start()
-
-    def _end(self):
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._processes = []
+    def end(self):
+        for pool in self._pools:
+            pool.terminate()
+        self._pools = []
 
 
-def _work(rank, meeting, connection):
+def _join(rank, meeting):
     import torch
     from jaxtyping import install_import_hook
 
@@ -85,12 +54,3 @@ def _work(rank, meeting, connection):
     }
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE)
-    with suppress(EOFError, KeyboardInterrupt):
-        while True:
-            function, args, kwargs = connection.recv()
-            try:
-                answer = False, function(rank, *args, **kwargs)
-            except BaseException:
-                answer = True, f"process {rank}: {traceback.format_exc()}"
-            connection.send(answer)
-            sys.stdout.flush()

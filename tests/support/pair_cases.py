@@ -3,16 +3,19 @@
 import contextlib
 import io
 import time
+from functools import partial
 from unittest import mock
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.batches import split
+from support.callbacks import trainer as callbacks_trainer
 from support.data import byte_tokenizer
 from support.gradients import gradients
+from support.mlps import Mlp
 from support.samples import samples_of
-from support.zoo import ZOO, run
+from support.zoo import ZOO, double, run
 from torch import distributed as dist, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -258,19 +261,13 @@ def failing(batches):
 # ------------------------------------------------------------------------------------------------------ FSDP2
 
 
-class Block(nn.Module):
-    def __init__(self, rows=24):
-        super().__init__()
-        self.up, self.down = nn.Linear(16, rows), nn.Linear(rows, 16)
-
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
+Block = partial(Mlp, size=16, width=24)
 
 
 def few_rows():
     """A layer with one row: the second process has none of it."""
     torch.manual_seed(0)
-    return nn.Sequential(Block(), Block(rows=1), Block())
+    return nn.Sequential(Block(), Block(width=1), Block())
 
 
 def vectors(count=4):
@@ -284,11 +281,7 @@ def specimen(name, wide=False):
         return model, batches
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products have no float64
-    return model.double(), map_tensors(widened, batches)
-
-
-def widened(tensor):
-    return tensor.double() if tensor.is_floating_point() else tensor
+    return model.double(), map_tensors(double, batches)
 
 
 def sharded(rank, name, shares=None, compiled=False, dtype=None, wide=False, columns=False, **choices):
@@ -400,15 +393,8 @@ class PruneAtStart(L.Callback):
 
 
 def trainer(strategy, *callbacks, **options):
-    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
-    return L.Trainer(
-        accelerator="cpu",
-        strategy=strategy,
-        max_steps=3,
-        callbacks=list(callbacks),
-        num_sanity_val_steps=1,
-        **{"devices": 2, **quiet, **options},
-    )
+    options = {"max_steps": 3, "num_sanity_val_steps": 1, "devices": 2, **options}
+    return callbacks_trainer(*callbacks, strategy=strategy, **options)
 
 
 class Regression(L.LightningModule):

@@ -6,6 +6,8 @@ kind. `MORE` holds the exceptions.
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,85 +16,30 @@ from transformers import PreTrainedConfig
 
 HIDDEN, HEADS, HEAD, INNER, VOCABULARY, LAYERS, EXPERTS = 32, 4, 8, 64, 128, 2, 4
 
-_SIZES: list[tuple[int, str]] = [
-    (
-        HIDDEN,
-        """hidden_size d_model n_embd dim embed_dim embedding_dim emb_dim word_embed_proj_dim embedding_size
-        input_embedding_size output_embedding_size attention_hidden_size hidden_size_global hidden_sizes lru_width
-        out_hidden_size vision_output_dim output_dim projection_dim projector_input_dim projector_output_dim
-        adapter_out_dim adapter_in_dim pronunciation_embed_dim shape_embed_dim backbone_hidden_size ple_embed_dim
-        linear_attn_dim router_hidden_size text_embed_dim vector_quantization_hidden_dimension codebook_dim
-        downsample_hidden_size output_channels output_hidden_size decoder_hidden_size encoder_hidden_size
-        audio_embed_dim visual_embed_dim bottleneck_size adapter_input_size""",
-    ),
-    (
-        INNER,
-        """intermediate_size ffn_dim n_inner inner_dim d_ff dff dim_ff d_inner encoder_ffn_dim decoder_ffn_dim
-        ffn_hidden_size mlp_dim feed_forward_size moe_intermediate_size shared_expert_intermediate_size
-        shared_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size intermediate_size_mlp
-        dense_intermediate_size moe_shared_expert_intermediate_size prompt_mid_dim mamba_d_ssm block_multiple_of
-        moe_shared_intermediate_size dense_ffn_hidden_size moe_ffn_hidden_size ffn_intermediate_size""",
-    ),
-    (
-        HEADS,
-        """num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads
-        attention_heads num_encoder_attention_heads num_decoder_attention_heads linear_num_heads
-        swa_num_attention_heads conf_num_attention_heads cross_attention_heads linear_num_value_heads mamba_n_heads
-        mamba_num_heads n_mamba_heads num_query_groups""",
-    ),
-    (
-        2,
-        """num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads num_global_key_value_heads
-        linear_num_key_heads num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k index_n_heads
-        num_random_blocks hc_mult hc_count zero_expert_num n_group num_expert_group cross_attn_k
-        num_kv_shared_layers""",
-    ),
-    (
-        LAYERS,
-        """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth num_blocks
-        num_encoder_layers num_decoder_layers num_layers_per_stack conf_num_hidden_layers num_global_layers
-        n_input_layers n_recurrent_layers n_output_layers num_lstm_layers""",
-    ),
-    (EXPERTS, """num_experts n_routed_experts num_local_experts moe_num_experts"""),
-    (
-        HEAD,
-        """head_dim kv_channels d_kv d_head dim_head linear_key_head_dim linear_value_head_dim linear_head_dim
-        qk_rope_head_dim qk_nope_head_dim v_head_dim swa_head_dim global_head_dim attention_head_size rotary_dim
-        mamba_d_state state_size ssm_state_size time_step_rank mamba_dt_rank laurel_rank hidden_size_per_layer_input
-        gated_norm_rank loop_gate_rank hc_lowrank d_rel adapter_rank sliding_window chunk_size mamba_chunk_size
-        sliding_window_size attention_window_size window_size attention_chunk_size local_attention index_topk
-        local_attn_chunk_length lsh_attn_chunk_length prompt_length patch_size block_size index_block_size
-        decoder_num_attention_heads local_attention_window_len rel_extent keep_window_size""",
-    ),
-    (
-        16,
-        """q_lora_rank kv_lora_rank o_lora_rank qk_head_dim index_head_dim attention_head_dim mamba_d_head
-        mamba_headdim mamba_head_dim rank conv_dim num_filters num_feature_channels""",
-    ),
-    (
-        64,
-        """max_position_embeddings n_positions max_seq_len model_max_length context_length n_ctx
-        original_max_position_embeddings max_target_positions max_source_positions num_position_embeddings
-        seq_length max_2d_position_embeddings image_seq_length mem_len max_inference_chunksize chroma_length""",
-    ),
-    (
-        32,
-        """image_size crop_size prompt_types segment_types position_bias_num_buckets
-        relative_attention_num_buckets num_centroids num_buckets""",
-    ),
-    (
-        1,
-        """topk_group num_nextn_predict_layers num_hash_functions encoder_hash_byte_group_nb_functions
-        first_k_dense_replace num_dense_layers moe_layer_start_index""",
-    ),
-    (
-        VOCABULARY,
-        """vocab_size vocab_size_per_layer_input decoder_vocab_size audio_vocab_size unpadded_vocab_size
-        codebook_size shape_vocab_size pronunciation_vocab_size encoder_hash_byte_group_vocab ngram_vocab_size_base
-        max_text_length""",
-    ),
+_SIZES: list[tuple[int, str]] = [  # the first pattern that a name matches as a whole counts
+    (2, r".*(key_value|kv|kv_n|key)_heads|num_experts_per_tok(en)?|moe_(topk|k|top_k)|index_n_heads|hc_(mult|count)"),
+    (2, r"zero_expert_num|(num_expert|n)_group|cross_attn_k|num_kv_shared_layers|num_random_blocks"),
+    (HEAD, r"decoder_num_attention_heads"),
+    (HEADS, r".*heads|n_head|num_query_groups"),
+    (1, r"topk_group|num_nextn_predict_layers|num_hash_functions|.*hash_byte_group_nb_functions"),
+    (1, r"first_k_dense_replace|num_dense_layers|moe_layer_start_index"),
+    (LAYERS, r".*(num|n|encoder|decoder)_(\w+_)?layers?(_per_stack)?|depth|num_blocks"),
+    (EXPERTS, r"(moe_)?num_(local_)?experts|n_routed_experts"),
+    (VOCABULARY, r".*vocab(_size.*)?|codebook_size|max_text_length"),
+    (INNER, r".*(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|shared_experts?_\w*size)|d(im)?_?ff|d_inner|n_inner"),
+    (INNER, r"(inner|mlp)_dim|feed_forward_size|prompt_mid_dim|mamba_d_ssm|block_multiple_of"),
+    (64, r".*(position_embeddings|max_(target|source)_positions)|n_positions|max_seq_len|model_max_length|n_ctx"),
+    (64, r"context_length|(image_)?seq_length|mem_len|max_inference_chunksize|chroma_length"),
+    (16, r"[qkvo]+_lora_rank|(qk|index|attention)_head_dim|mamba_(d_head|headdim|head_dim)|rank|conv_dim|num_filters"),
+    (16, r"num_feature_channels"),
+    (32, r"image_size|crop_size|(prompt|segment)_types|.*num_buckets|num_centroids"),
+    (HEAD, r".*(head_dim|_rank|lowrank|window(_size|_len)?|chunk_size|chunk_length|state_size|d_state)|kv_channels"),
+    (HEAD, r"d_kv|d_head|dim_head|attention_head_size|rotary_dim|hidden_size_per_layer_input|d_rel|local_attention"),
+    (HEAD, r"index_topk|prompt_length|patch_size|(index_)?block_size|rel_extent"),
+    (HIDDEN, r".*(hidden_sizes?|hidden_size_global|embd?_dim|embed_dim|embedding_(dim|size)|embed_proj_dim|put_dim)"),
+    (HIDDEN, r".*(_(in|out)_dim|hidden_dimension|bottleneck_size|input_size)|d_model|n_embd|dim|lru_width"),
+    (HIDDEN, r"projection_dim|linear_attn_dim|codebook_dim|output_channels"),
 ]
-SIZES = {name: size for size, names in _SIZES for name in names.split()}
 _LAYERS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"}
 _AS_MANY_AS_HEADS = {"num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_num_key_value_heads"}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "cls_token_id": 1}
@@ -166,6 +113,11 @@ def on_meta(name: str) -> Any:
         return model_class(tiny(model_class.config_class))
 
 
+@cache
+def _size_of(name: str) -> int | None:
+    return next((size for size, pattern in _SIZES if re.fullmatch(pattern, name)), None)
+
+
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     stored = {name: config.attribute_map.get(name, name) for name in type(config).__dataclass_fields__}
     fields = {name: vars(config)[key] for name, key in stored.items() if key in vars(config)}
@@ -180,13 +132,13 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
         elif name in of_layers:
             small[name] = type(value)(value[index] for index in kept)
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
-            small[name] = min(value, 3)
-        elif isinstance(value, int) and not isinstance(value, bool) and name in SIZES:
+            small[name] = min(value, 2)
+        elif isinstance(value, int) and not isinstance(value, bool) and (usual := _size_of(name)):
             heads = fields.get("num_attention_heads", fields.get("num_heads"))
-            size = HEADS if name in _AS_MANY_AS_HEADS and value == heads else SIZES[name]
+            size = HEADS if name in _AS_MANY_AS_HEADS and value == heads else usual
             small[name] = min(value, len(kept) if value == layers and name in _LAYERS else size)
-        elif isinstance(value, list | tuple) and name in SIZES and all(type(inner) is int for inner in value):
-            small[name] = type(value)(min(inner, SIZES[name]) for inner in value)
+        elif isinstance(value, list | tuple) and (usual := _size_of(name)) and all(type(n) is int for n in value):
+            small[name] = type(value)(min(n, usual) for n in value)
     return {name: value for name, value in small.items() if value is not fields[name]}
 
 
@@ -194,7 +146,9 @@ def _one_of_each(fields: dict[str, Any], layers: Any) -> tuple[list[int], set[st
     """Return the indices of the layers to keep, one per kind, and the names of the lists with one entry per layer."""
     if not isinstance(layers, int):
         return [0, 1], set()
-    lists = {n: v for n, v in fields.items() if isinstance(v, list | tuple) and len(v) == layers > 0 and n not in SIZES}
+    lists = {
+        n: v for n, v in fields.items() if isinstance(v, list | tuple) and len(v) == layers > 0 and not _size_of(n)
+    }
     first: dict[str, int] = {}
     for index in range(layers):
         first.setdefault(str([values[index] for values in lists.values()]), index)

@@ -1,31 +1,40 @@
-"""Tiny random models, built rather than downloaded, each with calibration batches.
+"""The models of the tests: tiny, random, built rather than downloaded, each with calibration batches.
 
-Everything is seeded and leaves the global random state unchanged. Names in a `Specimen` are those of `matrices`: the
-module's name for a parameter called `weight` (`lm_head`), otherwise the parameter's own (`cls_token`), followed by the
-index of the expert where one parameter stacks several.
+`ZOO` has a row for each model on which many tests run. `family` returns a model of any family in transformers (by
+`support.tiny`) or timm; docs/models.md lists them. Everything is seeded and leaves the global random state unchanged.
+
+Names in a `Specimen` are those of `matrices`: the module's name for a parameter called `weight` (`lm_head`), otherwise
+the parameter's own (`cls_token`), followed by the index of the expert where one parameter stacks several.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from support.tiny import HEAD, VOCABULARY, tiny
 from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-VOCABULARY, TOKENS, WINDOW = 128, 24, 8
+TOKENS, IMAGE, PATCH = 24, 32, 8
+Batch = Callable[[Any, int, Generator], Any]  # of a configuration, and a number of samples
 
 
 @dataclass(frozen=True)
@@ -39,23 +48,38 @@ class Specimen:
     uncalled: tuple[str, ...] = ()  # layers outside `dense` that no batch calls, so that they keep their weights
 
 
+@dataclass(frozen=True)
+class Family(Specimen):
+    """A model that represents its family."""
+
+    kind: str = ""  # one of `KINDS`
+    name: str = ""  # the model type of the configuration, the class, or the module in timm
+    model: str = ""  # the class, or timm's name of the model
+    arguments: Callable[[], dict[str, Any]] = dict  # of `timm.create_model`, beside the name and `num_classes`
+
+
+def outputs(model: nn.Module, batch: Any) -> Any:
+    """Run the forward pass that `prune` runs for such a batch."""
+    return (
+        model(**batch) if isinstance(batch, Mapping) else model(batch[0] if isinstance(batch, tuple | list) else batch)
+    )
+
+
 def run(model: nn.Module, batch: Any) -> Tensor:
     """Return the main output of a model for a batch. The caller decides whether gradients are recorded."""
-    if isinstance(batch, Mapping):
-        caches = hasattr(getattr(model, "config", None), "use_cache")
-        output = model(**batch, use_cache=False) if caches else model(**batch)
-    else:
-        output = model(batch[0] if isinstance(batch, tuple | list) else batch)
+    if isinstance(batch, Mapping) and hasattr(getattr(model, "config", None), "use_cache"):
+        batch = {**batch, "use_cache": False}
+    output = outputs(model, batch)
     return output if isinstance(output, Tensor) else output[0]
 
 
-def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+def matrices(model: nn.Module, experts: bool = True) -> dict[str, nn.Parameter]:
     """Return every parameter with two or more dimensions by name: once per module that shares it, once per expert."""
     found = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             label = module_name if name == "weight" else f"{module_name}.{name}".lstrip(".")
-            if type(module).__name__.endswith("Experts") and parameter.ndim == 3:
+            if experts and type(module).__name__.endswith("Experts") and parameter.ndim == 3:
                 found |= {f"{label}.{expert}": parameter for expert in range(len(parameter))}
             elif parameter.ndim >= 2:
                 found[label] = parameter
@@ -66,6 +90,10 @@ def matching(names: Iterable[str], globs: Iterable[str]) -> set[str]:
     """Return the names that at least one glob matches."""
     globs = tuple(globs)
     return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
+
+
+def double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
@@ -92,98 +120,259 @@ def _enliven(model: nn.Module) -> None:
 # ---- batches
 
 
-def _random() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
+def _batches(batch: Batch, config: Callable[[], Any] = lambda: None, sizes: Sequence[int] = (2, 3)) -> list[Any]:
+    random, of = torch.Generator().manual_seed(1), config()
+    return [batch(of, samples, random) for samples in sizes]
 
 
-def _ids(samples: int, tokens: int, random: torch.Generator) -> Tensor:
-    return torch.randint(3, VOCABULARY, (samples, tokens), generator=random)  # 0 to 2: padding, start, end
+def _ids(samples: int, random: Generator, tokens: int = TOKENS) -> Tensor:
+    # 0 to 2: padding, start, end and image tokens
+    return torch.randint(3, VOCABULARY, (samples, tokens), generator=random)
 
 
-def _text() -> list[dict[str, Tensor]]:
-    random = _random()
-    return [{"input_ids": _ids(samples, TOKENS, random)} for samples in (2, 3)]
+def _text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    return {"input_ids": _ids(n, random)}
 
 
-def _padded_text(side: str = "right") -> list[dict[str, Tensor]]:
-    random, batches = _random(), []
-    for lengths in ((TOKENS, 10), (17, TOKENS, 5)):
-        position = torch.arange(TOKENS) if side == "right" else torch.arange(TOKENS).flip(0)
-        mask = (position < torch.tensor(lengths)[:, None]).long()
-        batches.append({"input_ids": _ids(len(lengths), TOKENS, random) * mask, "attention_mask": mask})
-    return batches
+def _padded_text(config: Any, n: int, random: Generator, side: str = "right") -> dict[str, Tensor]:
+    lengths = (TOKENS, 10) if n == 2 else (17, TOKENS, 5)
+    position = torch.arange(TOKENS) if side == "right" else torch.arange(TOKENS).flip(0)
+    mask = (position < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": _ids(n, random) * mask, "attention_mask": mask}
 
 
-def _text_pairs() -> list[dict[str, Tensor]]:
-    random = _random()
-    return [{**source, "decoder_input_ids": _ids(len(source["input_ids"]), 16, random)} for source in _padded_text()]
+def _text_pairs(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    return _text(config, n, random) | {"decoder_input_ids": _ids(n, random, 16)}
 
 
-def _images() -> list[tuple[Tensor, Tensor]]:
-    random = _random()
-    return [(torch.randn(n, 3, 32, 32, generator=random), torch.arange(n)) for n in (2, 3)]
+def _padded_pairs(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    return _padded_text(config, n, random) | {"decoder_input_ids": _ids(n, random, 16)}
+
+
+def _codebooks(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    return {"input_ids": _ids(n * config.num_codebooks, random)}
+
+
+def _from_a_target(config: Any, n: int, random: Generator) -> dict[str, Any]:
+    """Inputs of a draft model, which the target model would compute."""
+    shape = (n, config.text_config.num_key_value_heads, TOKENS, HEAD)
+    states = {kind: [torch.randn(shape, generator=random) for _ in range(2)] for kind in config.text_config.layer_types}
+    return {
+        "inputs_embeds": torch.randn(n, 1, 2 * config.backbone_hidden_size, generator=random),
+        "position_ids": torch.full((n, 1), TOKENS),
+        "shared_kv_states": {kind: tuple(pair) for kind, pair in states.items()},
+    }
+
+
+def _pixels(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(n, 3, IMAGE, IMAGE, generator=random)}
+
+
+def _captions(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    return _text(config, n, random) | _pixels(config, n, random)
+
+
+def _images_in_text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    """The image tokens of one image, as many as the model needs, followed by text."""
+    image = getattr(config, "image_token_id", None) or config.image_token_index
+    places = int((IMAGE // PATCH * getattr(config, "downsample_ratio", 1)) ** 2)
+    ids = torch.cat([torch.full((n, places), image), _ids(n, random)], 1)
+    return _pixels(config, n, random) | {"input_ids": ids}
+
+
+def _patches_in_text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    """Qwen-VL: images are rows of patches, with the grids that they form."""
+    vision, side = config.vision_config, IMAGE // PATCH
+    places = (side // vision.spatial_merge_size) ** 2
+    ids = torch.cat([torch.full((n, places), config.image_token_id), _ids(n, random)], 1)
+    d_patch = 3 * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(n * side**2, d_patch, generator=random),
+        "image_grid_thw": torch.tensor([[1, side, side]] * n),
+        "mm_token_type_ids": (ids == config.image_token_id).long(),
+    }
+
+
+def _spectra(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    """Whisper: two frames per position of the encoder."""
+    shape = (n, config.num_mel_bins, 2 * config.max_source_positions)
+    return {"input_features": torch.randn(shape, generator=random), "decoder_input_ids": _ids(n, random, 16)}
+
+
+def _waves(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+    return {"input_values": torch.randn(n, 4000, generator=random)}
+
+
+def _images(config: Any, n: int, random: Generator, size: int = IMAGE) -> tuple[Tensor, Tensor]:
+    return torch.randn(n, 3, size, size, generator=random), torch.arange(n)
 
 
 def _vectors() -> list[Tensor]:
-    random = _random()
-    return [torch.randn(samples, 6, 32, generator=random) for samples in (2, 3, 2)]
+    return _batches(lambda _, n, random: torch.randn(n, 6, 32, generator=random), sizes=(2, 3, 2))
 
 
 def _routed_vectors() -> list[Tensor]:
     return [x + sign for x, sign in zip(_vectors(), (1, -1, 1), strict=True)]
 
 
-# ---- language models
+# ---- families
 
-_SIZES = {
-    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "max_position_embeddings": 64, "initializer_range": 0.1},
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+KINDS = {
+    "causal": "Language models: transformers' `MODEL_FOR_CAUSAL_LM_MAPPING`",
+    "other": "Encoders, encoder-decoders, vision and vision-language models of transformers",
+    "timm": "Image models: the smallest model of each module in `timm.list_models()`",
 }
-_GROUPED = {**_SIZES, "num_key_value_heads": 2}
-_EXPERTS = {**_GROUPED, "tie_word_embeddings": False}
-_FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_GEMMA = {**_GROUPED, "num_hidden_layers": 3, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": WINDOW}
-_DEEPSEEK = {
-    **_FEW,
-    **{"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24},
-    **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
-    **{"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1},
+_OTHERS = {
+    _text_pairs: """
+        T5ForConditionalGeneration MT5ForConditionalGeneration UMT5ForConditionalGeneration
+        LongT5ForConditionalGeneration SwitchTransformersForConditionalGeneration BartForConditionalGeneration
+        MBartForConditionalGeneration PegasusForConditionalGeneration MarianMTModel BlenderbotForConditionalGeneration
+        M2M100ForConditionalGeneration LEDForConditionalGeneration ProphetNetForConditionalGeneration
+    """,
+    _spectra: "WhisperForConditionalGeneration",
+    _text: """
+        BertForMaskedLM BertForSequenceClassification RobertaForMaskedLM XLMRobertaForMaskedLM AlbertForMaskedLM
+        DistilBertForMaskedLM ElectraForMaskedLM DebertaForMaskedLM DebertaV2ForMaskedLM ModernBertForMaskedLM
+        MPNetForMaskedLM LongformerForMaskedLM FunnelForMaskedLM FNetForMaskedLM ConvBertForMaskedLM
+        MobileBertForMaskedLM SqueezeBertForMaskedLM NystromformerForMaskedLM
+    """,
+    _pixels: """
+        ViTForImageClassification DeiTForImageClassification BeitForImageClassification Dinov2ForImageClassification
+        Dinov2WithRegistersForImageClassification DINOv3ViTModel SwinForImageClassification Swinv2ForImageClassification
+        ConvNextForImageClassification ConvNextV2ForImageClassification ResNetForImageClassification
+        RegNetForImageClassification MobileNetV2ForImageClassification MobileViTForImageClassification
+        SegformerForImageClassification PvtForImageClassification PoolFormerForImageClassification CLIPVisionModel
+        SiglipVisionModel IJepaForImageClassification
+    """,
+    _captions: "CLIPModel SiglipModel BlipForConditionalGeneration ViltModel",
+    _images_in_text: """
+        LlavaForConditionalGeneration PaliGemmaForConditionalGeneration InternVLForConditionalGeneration
+    """,
+    _patches_in_text: """
+        Qwen2VLForConditionalGeneration Qwen2_5_VLForConditionalGeneration Qwen3VLForConditionalGeneration
+        Qwen3VLMoeForConditionalGeneration
+    """,
+    _waves: "Wav2Vec2ForCTC HubertForCTC WavLMForCTC",
 }
-# Stores its experts as (d_in, d_out), with biases.
-_GPT_OSS = {
-    **{"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": WINDOW},
-    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+_BATCHES: dict[str, Batch] = {
+    **{name: batch for batch, names in _OTHERS.items() for name in names.split() if hasattr(hf, name)},
+    **{"musicgen": _codebooks, "musicgen_melody": _codebooks},
+    **{"gemma4_assistant": _from_a_target, "gemma4_unified_assistant": _from_a_target},
 }
-# Passes all tokens to each expert, as zeros where they are routed to another.
-_LLAMA4 = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size_mlp": 64, "head_dim": 16}
-_OPT = {**_SIZES, "word_embed_proj_dim": 32, "ffn_dim": 64, "init_std": 0.1}
-_T5 = {**_SIZES, "d_kv": 8, "d_ff": 64, "bos_token_id": None, "decoder_start_token_id": 0, "is_decoder": False}
 
 
-def save_llama_of_bytes(folder: Any) -> None:
-    """Save a tiny Llama and a tokenizer whose tokens are bytes as a Hugging Face folder."""
-    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        config = hf.LlamaConfig(**{**_SIZES, "vocab_size": 256, "initializer_range": 0.3, **special})
-        hf.LlamaForCausalLM(config).save_pretrained(folder)
+class CannotBuild(Exception):
+    """The installed versions cannot build the model, or its plain forward pass fails."""
 
 
-# ---- image classifiers
-
-_IMAGES = {"num_classes": 16}
-_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0, **_IMAGES}
-_CONVNEXT = {"depths": (2, 2, 2, 2), "dims": (8, 16, 24, 32), "ls_init_value": 0.75, **_IMAGES}
-_SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+def names(kind: str) -> list[str]:
+    """Return the names of all families of a kind."""
+    others = [name for name in _BATCHES if hasattr(hf, name)]
+    return {"causal": list(_causal()), "other": others, "timm": sorted(_modules_of_timm())}[kind]
 
 
-def _resnet(block: type[nn.Module], channels: tuple[int, ...]) -> nn.Module:
-    return ResNet(block, layers=(2, 2, 2, 2), channels=channels, zero_init_last=False, **_IMAGES)
+def family(kind: str, name: str) -> Family:
+    """Return a model of a family. Nothing is built yet."""
+    if kind == "timm":
+        return of_timm(min(_modules_of_timm()[name], key=_size))
+    return causal(name) if kind == "causal" else other(name)
+
+
+@cache
+def _causal() -> dict[str, tuple[type[hf.PreTrainedConfig], Any]]:
+    """Return the configuration and the first class of each language model, by its model type."""
+    return {
+        config_class.model_type: (config_class, found[0] if isinstance(found, tuple) else found)
+        for config_class, found in MODEL_FOR_CAUSAL_LM_MAPPING.items()
+    }
+
+
+def causal(name: str) -> Family:
+    """Return a language model that reads only text."""
+    config_class, model_class = _causal()[name]
+
+    def configure() -> hf.PreTrainedConfig:
+        config = tiny(config_class)
+        if not isinstance(config, model_class.config_class):  # the mapping names only the language part of some models
+            parts = [part for part in vars(config).values() if isinstance(part, model_class.config_class)]
+            config = parts[0] if parts else config
+        if hasattr(config, "is_decoder"):
+            config.is_decoder = True
+        return config
+
+    return _of_transformers("causal", name, model_class, configure)
+
+
+def other(name: str) -> Family:
+    """Return a model of another class of transformers."""
+    model_class = getattr(hf, name)
+    return _of_transformers("other", name, model_class, partial(tiny, model_class.config_class))
+
+
+def _of_transformers(kind: str, name: str, model_class: Any, configure: Callable[[], hf.PreTrainedConfig]) -> Family:
+    def make() -> nn.Module:
+        config = configure()
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in model_class._from_config(copy.deepcopy(config)).parameters())
+        if size > 10_000_000:
+            raise CannotBuild(f"its smallest configuration has {size:,} parameters")
+        return without_cache(model_class._from_config(config))
+
+    batches = partial(_batches, _BATCHES.get(name, _text), configure)
+    return Family(partial(seeded, make), batches, kind=kind, name=name, model=model_class.__name__)
+
+
+def without_cache(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
+    return model
+
+
+@cache
+def _modules_of_timm() -> dict[str, list[str]]:
+    """Return the names of timm's models by the module that builds them."""
+    modules: dict[str, list[str]] = {}
+    for name in timm.list_models():
+        modules.setdefault(timm.models._registry._model_to_module[name], []).append(name)
+    return modules
+
+
+def of_timm(name: str) -> Family:
+    """Return a model of timm with as few blocks and with images as small as it accepts."""
+    usual = timm.get_pretrained_cfg(name).input_size[-1]
+
+    @cache
+    def choice() -> tuple[dict[str, Any], int]:
+        sizes = [size for size in (64, 96, 128, 160, 192, 224) if size < usual] + [usual]
+        for more, size in product([_fewer_blocks(name), {}], sizes):
+            for sized in ({**more, "img_size": size}, more):
+                with suppress(Exception), torch.device("meta"), torch.no_grad():  # try another size
+                    timm.create_model(name, num_classes=16, **sized).eval()(torch.zeros(1, 3, size, size))
+                    return sized, size
+        return {}, usual
+
+    return Family(
+        partial(seeded, lambda: timm.create_model(name, num_classes=16, **choice()[0])),
+        lambda: _batches(partial(_images, size=choice()[1]), sizes=(2, 1)),
+        **{"kind": "timm", "name": timm.models._registry._model_to_module[name], "model": name},
+        arguments=lambda: choice()[0],
+    )
+
+
+def _size(name: str, **more: Any) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in timm.create_model(name, num_classes=16, **more).parameters())
+
+
+def _fewer_blocks(name: str) -> dict[str, Any]:
+    whole = _size(name)
+    for more in ({"depth": 2}, {"depths": (2,) * 4}, {"depths": (2,) * 3}, {"layers": (1,) * 4}):
+        with suppress(Exception):  # it has no such argument, or another number of stages
+            if whole > 2_000_000 and _size(name, **more) < whole:
+                return more
+    return {}
 
 
 # ---- unusual models
@@ -312,78 +501,106 @@ class _TorchTransformer(nn.Module):
         return self.head(self.encoder(x))
 
 
+def save_llama_of_bytes(folder: Any) -> None:
+    """Save a tiny Llama and a tokenizer whose tokens are bytes as a Hugging Face folder."""
+    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        config = tiny(hf.LlamaConfig, vocab_size=256, num_key_value_heads=4, initializer_range=0.3, **special)
+        hf.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+# ---- the zoo
+
+
 def _text_model(
     model_class: Any,
-    sizes: Mapping[str, Any],
-    batches: Callable[[], list[Any]] = _text,
     dense: tuple[str, ...] = ("model.embed_tokens", "lm_head"),
-    *blocks: str,
+    blocks: tuple[str, ...] = ("model.layers.[0-9]",),
+    batch: Batch = _text,
+    **sizes: Any,
 ) -> Specimen:
     def make() -> nn.Module:
-        return model_class(model_class.config_class(**sizes))
+        return model_class(tiny(model_class.config_class, **{"initializer_range": 0.1, "pad_token_id": 0, **sizes}))
 
-    return Specimen(partial(seeded, make), batches, dense, blocks or ("model.layers.[0-9]",))
-
-
-def _with_experts(
-    model_class: Any, router: str, *dense: str, batches: Callable[[], list[Any]] = _text, **sizes: Any
-) -> Specimen:
-    return _text_model(model_class, {**_EXPERTS, **sizes}, batches, ("model.embed_tokens", "lm_head", router, *dense))
+    return Specimen(partial(seeded, make), partial(_batches, batch), dense, blocks)
 
 
-def _image_model(make: Callable[[], nn.Module], blocks: str, *dense: str) -> Specimen:
-    return Specimen(partial(seeded, make), _images, dense, (blocks,))
+def _with_experts(model_class: Any, *dense: str, **more: Any) -> Specimen:
+    return _text_model(model_class, ("model.embed_tokens", "lm_head", *dense), tie_word_embeddings=False, **more)
+
+
+def _image_model(make: Callable[..., nn.Module], sizes: dict[str, Any], blocks: str, *dense: str) -> Specimen:
+    build = partial(seeded, partial(make, num_classes=16, **sizes))
+    return Specimen(build, partial(_batches, _images), dense, (blocks,))
 
 
 def _odd(make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: Any) -> Specimen:
     return Specimen(partial(seeded, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
 
 
-_OUTSIDE = ("pos_embed", "patch_embed.proj", "head")
-_RIGHT, _LEFT = _padded_text, partial(_padded_text, "left")
+_LEFT = partial(_padded_text, side="left")
+_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
+_OUTSIDE = ("blocks.[0-9]", "pos_embed", "patch_embed.proj", "head", "cls_token")
+_CONVNEXT = {"depths": (2, 2, 2, 2), "dims": (8, 16, 24, 32), "ls_init_value": 0.75}
+_STAGES = ("stages.[0-9].blocks.[0-9]", "stem.0", "*.conv_dw", "head.fc")
+_SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+_RESNET = {"layers": (2, 2, 2, 2), "zero_init_last": False}
+_FEW = {"moe_intermediate_size": 16}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 ZOO: dict[str, Specimen] = {
-    "llama": _text_model(hf.LlamaForCausalLM, _GROUPED),
-    "llama_padded": _text_model(hf.LlamaForCausalLM, _GROUPED, _RIGHT),
-    "llama_left_padded": _text_model(hf.LlamaForCausalLM, _GROUPED, _LEFT),
-    "mistral": _text_model(hf.MistralForCausalLM, {**_GROUPED, "sliding_window": WINDOW}),
-    "qwen3": _text_model(hf.Qwen3ForCausalLM, {**_GROUPED, "head_dim": 16}),
-    # Eager, since sdpa ignores the soft cap of the attention.
-    "gemma2": _text_model(hf.Gemma2ForCausalLM, {**_GEMMA, "attn_implementation": "eager"}),
-    "mixtral": _with_experts(hf.MixtralForCausalLM, "*.gate", num_local_experts=4),
-    "mixtral_padded": _with_experts(hf.MixtralForCausalLM, "*.gate", batches=_LEFT, num_local_experts=4),
-    "qwen3_moe": _with_experts(hf.Qwen3MoeForCausalLM, "*.gate", **_FEW, num_experts=4, head_dim=16),
-    "deepseek_v3": _with_experts(hf.DeepseekV3ForCausalLM, "*.gate", **_DEEPSEEK),
-    "gpt_oss": _with_experts(hf.GptOssForCausalLM, "*.router", "*_bias", **_GPT_OSS),
-    "llama4": _with_experts(hf.Llama4ForCausalLM, "*.router", **_LLAMA4),
+    "llama": _text_model(hf.LlamaForCausalLM),
+    "llama_padded": _text_model(hf.LlamaForCausalLM, batch=_padded_text),
+    "llama_left_padded": _text_model(hf.LlamaForCausalLM, batch=_LEFT),
+    "mistral": _text_model(hf.MistralForCausalLM),
+    "qwen3": _text_model(hf.Qwen3ForCausalLM, num_key_value_heads=2, head_dim=16),
+    "gemma2": _text_model(
+        hf.Gemma2ForCausalLM,
+        **{"num_hidden_layers": 3, "layer_types": None, "head_dim": 16, "query_pre_attn_scalar": 16},
+        attn_implementation="eager",  # sdpa ignores the soft cap of the attention
+    ),
+    "mixtral": _with_experts(hf.MixtralForCausalLM, "*.gate"),
+    "mixtral_padded": _with_experts(hf.MixtralForCausalLM, "*.gate", batch=_LEFT),
+    "qwen3_moe": _with_experts(hf.Qwen3MoeForCausalLM, "*.gate", head_dim=16, **_FEW),
+    "deepseek_v3": _with_experts(hf.DeepseekV3ForCausalLM, "*.gate", q_lora_rank=24, **_FEW),
+    # Stores its experts as (d_in, d_out), with biases.
+    "gpt_oss": _with_experts(hf.GptOssForCausalLM, "*.router", "*_bias", head_dim=16, rope_parameters=_ROPE),
+    # Passes all tokens to each expert, as zeros where they are routed to another.
+    "llama4": _with_experts(
+        *(hf.Llama4ForCausalLM, "*.router"),
+        **{"num_hidden_layers": 2, "no_rope_layers": None, "moe_layers": None, "layer_types": None},
+        **{"num_experts_per_tok": 2, "head_dim": 16, "attention_chunk_size": 8192},
+    ),
     "opt": _text_model(
-        hf.OPTForCausalLM, _OPT, _text, ("model.decoder.embed_*", "lm_head"), "model.decoder.layers.[0-9]"
+        hf.OPTForCausalLM, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",), init_std=0.1
     ),
-    "gpt2": _text_model(hf.GPT2LMHeadModel, _SIZES, _text, ("transformer.w[tp]e", "lm_head"), "transformer.h.[0-9]"),
+    "gpt2": _text_model(hf.GPT2LMHeadModel, ("transformer.w[tp]e", "lm_head"), ("transformer.h.[0-9]",)),
     "t5": _text_model(
-        *(hf.T5ForConditionalGeneration, _T5, _text_pairs),
+        hf.T5ForConditionalGeneration,
         ("shared", "*.embed_tokens", "*.relative_attention_bias", "lm_head"),
-        *("encoder.block.[0-9]", "decoder.block.[0-9]"),
+        ("encoder.block.[0-9]", "decoder.block.[0-9]"),
+        _padded_pairs,
+        decoder_start_token_id=0,
     ),
-    "vit": _image_model(lambda: VisionTransformer(**_VIT), "blocks.[0-9]", *_OUTSIDE, "cls_token"),
-    "deit": _image_model(
-        lambda: VisionTransformerDistilled(**_VIT), "blocks.[0-9]", *_OUTSIDE, "cls_token", "dist_token", "head_dist"
-    ),
-    **{
-        name: _image_model(
-            partial(ConvNeXt, conv_mlp=conv_mlp, **_CONVNEXT),
-            "stages.[0-9].blocks.[0-9]",
-            *("stem.0", "*.conv_dw", "head.fc"),
-        )
-        for name, conv_mlp in (("convnext", False), ("convnext_conv_mlp", True))
-    },
+    "vit": _image_model(VisionTransformer, _VIT, *_OUTSIDE),
+    "deit": _image_model(VisionTransformerDistilled, _VIT, *_OUTSIDE, "dist_token", "head_dist"),
+    "convnext": _image_model(ConvNeXt, _CONVNEXT, *_STAGES),
+    "convnext_conv_mlp": _image_model(ConvNeXt, {**_CONVNEXT, "conv_mlp": True}, *_STAGES),
     "swin": _image_model(
-        lambda: SwinTransformer(**_SWIN, **_IMAGES),
-        "layers.[0-9].blocks.[0-9]",
+        *(SwinTransformer, _SWIN, "layers.[0-9].blocks.[0-9]"),
         *("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
     ),
-    "resnet18": _image_model(lambda: _resnet(BasicBlock, (16, 16, 32, 32)), "layer[1-4].[0-9]", "conv1", "fc"),
-    "resnet50": _image_model(lambda: _resnet(Bottleneck, (8, 8, 16, 16)), "layer[1-4].[0-9]", "conv1", "fc"),
+    "resnet18": _image_model(
+        partial(ResNet, BasicBlock, channels=(16, 16, 32, 32)), _RESNET, "layer[1-4].[0-9]", "conv1", "fc"
+    ),
+    "resnet50": _image_model(
+        partial(ResNet, Bottleneck, channels=(8, 8, 16, 16)), _RESNET, "layer[1-4].[0-9]", "conv1", "fc"
+    ),
     "keywords_only": _odd(lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]),
     "block_twice": _odd(_block_twice),
     "plain_mlp": _odd(_plain_mlp, blocks=()),
