@@ -548,7 +548,7 @@ def main() -> None:
         if args.resume:
             args.resume.write_text(json.dumps(results, indent=1))
 
-    for key in chosen.keys() - results.keys():
+    for key in [key for key in chosen if key not in results]:
         of = family(*chosen[key])
         # If the process crashes, this stays, and the next run continues with the next family.
         record(key, Result(of.kind, of.name, of.model, "the process crashed"))

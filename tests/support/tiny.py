@@ -23,7 +23,8 @@ _SIZES: list[tuple[int, str]] = [  # the first pattern that a name matches as a 
     (HEADS, r".*heads|n_head|num_query_groups"),
     (1, r"topk_group|num_nextn_predict_layers|num_hash_functions|.*hash_byte_group_nb_functions"),
     (1, r"first_k_dense_replace|num_dense_layers|moe_layer_start_index"),
-    (LAYERS, r".*(num|n|encoder|decoder)_(\w+_)?layers?(_per_stack)?|depth|num_blocks"),
+    (LAYERS, r"(conf_)?num_((hidden|encoder|decoder|global|lstm)_)?layers(_per_stack)?|n_(\w+_)?layers?"),
+    (LAYERS, r"(en|de)coder_layers|depth|num_blocks"),
     (EXPERTS, r"(moe_)?num_(local_)?experts|n_routed_experts"),
     (VOCABULARY, r".*vocab(_size.*)?|codebook_size|max_text_length"),
     (INNER, r".*(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|shared_experts?_\w*size)|d(im)?_?ff|d_inner|n_inner"),
@@ -73,6 +74,7 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"intermediate_size": [INNER] * 4, "activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0]}
     | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma4_assistant": {"_first": {"text_config": _SHARING}, "text_config": _SHARING, "backbone_hidden_size": HIDDEN},
+    "gemma4_unified_text": {"global_head_dim": HEAD},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 4, "mamba_d_head": 16},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
