@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -86,55 +86,53 @@ class Note(NamedTuple):
 
 def notes_on(run: Run) -> list[Note]:
     """Return all notes on a pruning run."""
-    notes = (
-        _left_dense(run, SkipReason.UNREACHED, "no calibration batch called"),
-        _left_dense(run, SkipReason.UNROUTED, "no calibration token was observed in"),
-        _left_dense(run, SkipReason.INACTIVE, "all inputs were zero in"),
-        _few_expert_tokens(run),
-        _revisited(run),
-        _already_sparse(run),
-        unfit_layers(run.plan.inventory),
-        None if run.plan.coupled else low_coverage(run.plan.inventory, run.skipped),
-        _few_tokens(run),
-        _short_of_target(run),
-        _units(run),
-        _mixed_nm(run),
-        _permuted(run),
-        _batch_norm(run),
-        _stopped_parts(run),
-        _training(run),
-    )
-    return [note for note in notes if note]
+    coverage = None if run.plan.coupled else low_coverage(run.plan.inventory, run.skipped)
+    on_coverage = (unfit_layers(run.plan.inventory), coverage)
+    return [
+        *_on_layers(run),
+        *(note for note in on_coverage if note),
+        *_on_targets(run),
+        *_units(run),
+        *_on_permutation(run),
+        *_on_batch_norm(run),
+        *_on_training(run),
+    ]
 
 
-def _left_dense(run: Run, reason: SkipReason, why: str) -> Note | None:
-    names = [name for name, matrix in run.skipped.items() if matrix.reason is reason]
-    return Note(f"{why} {_layers(names)}, {names[0]} first: left dense") if names else None
+_LEFT_DENSE = (
+    (SkipReason.UNREACHED, "no calibration batch called"),
+    (SkipReason.UNROUTED, "no calibration token was observed in"),
+    (SkipReason.INACTIVE, "all inputs were zero in"),
+)
 
 
-def _few_expert_tokens(run: Run) -> Note | None:
-    few = {name: tokens for name, tokens in run.few_tokens.items() if name in run.layers}
-    if not few:
-        return None
-    least = min(few, key=lambda name: run.layers[name].tokens)
-    use = "scored by these" if run.plan.config.pattern.drops_experts else "pruned with the statistics of all experts"
-    return Note(
-        f"{_layers(few, 'expert')} received fewer than {pooling.MIN_EXPERT_TOKENS} tokens, {least} "
-        f"fewest: {run.layers[least].tokens}. They are {use}: give more calibration samples"
-    )
-
-
-def _revisited(run: Run) -> Note | None:
-    revisited = {layer.name for unit in run.plan.units if unit.name in run.revisited for layer in unit.layers}
+def _on_layers(run: Run) -> Iterator[Note]:
+    for reason, why in _LEFT_DENSE:
+        if names := [name for name, matrix in run.skipped.items() if matrix.reason is reason]:
+            yield Note(f"{why} {_layers(names)}, {names[0]} first: left dense")
+    if few := [name for name in run.few_tokens if name in run.layers]:
+        least = min(few, key=lambda name: run.layers[name].tokens)
+        drops = run.plan.config.pattern.drops_experts
+        use = "scored by these" if drops else "pruned with the statistics of all experts"
+        yield Note(
+            f"{_layers(few, 'expert')} received fewer than {pooling.MIN_EXPERT_TOKENS} tokens, {least} "
+            f"fewest: {run.layers[least].tokens}. They are {use}: give more calibration samples"
+        )
+    again = {layer.name for unit in run.plan.units if unit.name in run.revisited for layer in unit.layers}
     if run.plan.observed and run.plan.config.sequential != "none":
-        revisited |= _shared_outside(run.plan)
-    names = [name for name in run.layers if name in revisited]
-    if not names:
-        return None
-    return Note(
-        f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the first "
-        "call: use sequential='none', so that they include all calls"
-    )
+        again |= _shared_outside(run.plan)
+    if names := [name for name in run.layers if name in again]:
+        yield Note(
+            f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the "
+            "first call: use sequential='none', so that they include all calls"
+        )
+    if sparse := [layer for layer in run.layers.values() if layer.before > _ALREADY_SPARSE]:
+        most, were = max(sparse, key=lambda layer: layer.before), "was" if len(sparse) == 1 else "were"
+        yield Note(
+            f"{_layers(sparse)} {were} sparse already, {most.name} most: {most.before:.1%} zeros, which count toward "
+            "the target",
+            is_warning=False,
+        )
 
 
 def _shared_outside(plan: Plan) -> set[str]:
@@ -146,19 +144,6 @@ def _shared_outside(plan: Plan) -> set[str]:
             outside = {id(p) for _, module in modules for p in module.parameters(recurse=False)}
             shared |= {layer.name for layer in unit.layers if id(layer.parameter) in outside}
     return shared
-
-
-def _already_sparse(run: Run) -> Note | None:
-    sparse = [layer for layer in run.layers.values() if layer.before > _ALREADY_SPARSE]
-    if not sparse:
-        return None
-    most = max(sparse, key=lambda layer: layer.before)
-    were = "was" if len(sparse) == 1 else "were"
-    return Note(
-        f"{_layers(sparse)} {were} sparse already, {most.name} most: {most.before:.1%} zeros, which count toward the "
-        "target",
-        is_warning=False,
-    )
 
 
 def unfit_layers(inventory: Inventory) -> Note | None:
@@ -193,42 +178,37 @@ def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}
     )
 
 
-def _few_tokens(run: Run) -> Note | None:
+def _on_targets(run: Run) -> Iterator[Note]:
     layers = run.layers.values()
     few = [layer for layer in layers if layer.tokens < layer.shape[1] and layer.name not in run.few_tokens]
     few = [layer for layer in few if layer.name in run.selections]  # not what only writes hidden units
-    if "gram" not in run.plan.config.needs or not few:
-        return None
-    least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
-    return Note(
-        f"{_layers(few)} received fewer tokens than inputs, {least.name} fewest: {least.tokens} tokens for "
-        f"{least.shape[1]} inputs. Their Gram matrices depend on the dampening: give more calibration samples"
-    )
+    if "gram" in run.plan.config.needs and few:
+        least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
+        yield Note(
+            f"{_layers(few)} received fewer tokens than inputs, {least.name} fewest: {least.tokens} tokens for "
+            f"{least.shape[1]} inputs. Their Gram matrices depend on the dampening: give more calibration samples"
+        )
+    if short := [layer for layer in layers if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]:
+        worst = min(short, key=lambda layer: layer.sparsity)
+        yield Note(
+            f"{run.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
+            f"{worst.sparsity:.1%} of {worst.target:.1%}"
+        )
 
 
-def _short_of_target(run: Run) -> Note | None:
-    short = [layer for layer in run.layers.values() if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
-    if not short:
-        return None
-    worst = min(short, key=lambda layer: layer.sparsity)
-    return Note(
-        f"{run.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
-        f"{worst.sparsity:.1%} of {worst.target:.1%}"
-    )
-
-
-def _units(run: Run) -> Note | None:
+def _units(run: Run) -> Iterator[Note]:
     if not run.plan.coupled or not run.plan.config.sparsity:
-        return None
+        return
     parameters = sum(p.numel() for p in run.plan.model.parameters() if not isinstance(p, UninitializedParameter))
     zero, width = sum(run.zero_units.values()), sum(units.width for units in run.plan.coupled.values())
     if not zero:
-        return Note(
+        yield Note(
             f"none of {width:,} hidden units is zero, because sparsity={run.plan.config.sparsity:g} rounds to no unit "
             "of any layer: use a smaller multiple_of, or a higher sparsity"
         )
+        return
     (before, size), (after, smaller) = cost_without(run.plan, {}), cost_without(run.plan, run.zero_units)
-    return Note(
+    yield Note(
         f"{zero:,} of {width:,} hidden units are zero; shrink() takes out {before - after:,} of {parameters:,} "
         f"parameters ({(before - after) / parameters:.1%}). The layers with hidden units then have {as_size(smaller)} "
         f"instead of {as_size(size)}",
@@ -252,80 +232,72 @@ def cost_without(plan: Plan, removed: Mapping[str, int]) -> tuple[int, int]:
     return parameters, size
 
 
-def _mixed_nm(run: Run) -> Note | None:
-    kinds = Counter(run.selections[name].pattern for name in run.layers if name in run.selections)
-    if run.plan.config.pattern.fixed_sparsity is None or len(kinds) < 2:
-        return None
-    counts = {_as_nm(kind): number for kind, number in kinds.items()}
-    listed = ", ".join(f"{number} layer{'s' * (number > 1)} {kind}" for kind, number in sorted(counts.items()))
-    return Note(f"mixed N:M: {listed}", is_warning=False)
-
-
-def _permuted(run: Run) -> Note | None:
-    if not (done := run.permuted):
-        return None
+def _on_permutation(run: Run) -> Iterator[Note]:
     pattern = run.plan.config.pattern
-    back = done.put_back
-    reason = f"; the units of {_layers(back, 'block')} were put back, {back[0]} first, " if back else ""
-    reason += "because its output changed" * bool(back)
+    kinds = Counter(run.selections[name].pattern for name in run.layers if name in run.selections)
+    if pattern.fixed_sparsity is not None and len(kinds) > 1:
+        counts = {_as_nm(kind): number for kind, number in kinds.items()}
+        listed = ", ".join(f"{counted(number, 'layer')} {kind}" for kind, number in sorted(counts.items()))
+        yield Note(f"mixed N:M: {listed}", is_warning=False)
+    if not (done := run.permuted):
+        return
+    reason = ""
+    if back := done.put_back:
+        reason = f"; the units of {_layers(back, 'block')} were put back, {back[0]} first, because its output changed"
     if not done.kept:
         why = done.why_not or "no layer reads hidden units whose order can be changed"
-        return Note(f"nothing is permuted for {_as_nm(pattern)}: {why}{reason}")
+        yield Note(f"nothing is permuted for {_as_nm(pattern)}: {why}{reason}")
+        return
     before, after = (sum(column) for column in zip(*done.kept.values(), strict=True))
-    return Note(
+    yield Note(
         f"the inputs of {_layers(done.kept)} are permuted, which raises the Wanda scores that {_as_nm(pattern)} keeps "
         f"in them by {after / before - 1:.2%}{reason}",
         is_warning=bool(reason),
     )
 
 
-def _batch_norm(run: Run) -> Note | None:
+def _on_batch_norm(run: Run) -> Iterator[Note]:
     if why := run.not_corrected:
-        return Note(f"BatchNorm layers keep the statistics of the dense model, which do not fit the pruned one: {why}")
+        yield Note(f"BatchNorm layers keep the statistics of the dense model, which do not fit the pruned one: {why}")
     if not (done := run.batch_norm):
-        return None
+        return
     if not done.layers:
-        return Note("no calibration batch reached a BatchNorm layer: they keep the statistics of the dense model")
-    if done.before is None or done.after is None:
-        compared = "; no predictions of held-out samples to compare"
-    else:
-        changes = "changes" if done.kept else "would change"
+        yield Note("no calibration batch reached a BatchNorm layer: they keep the statistics of the dense model")
+        return
+    compared = "; no predictions of held-out samples to compare"
+    if done.before is not None and done.after is not None:
         compared = (
-            f", which {changes} the distance from the dense predictions on {done.held_out} held-out samples from "
-            f"{done.before:.4g} to {done.after:.4g}"
+            f", which {'changes' if done.kept else 'would change'} the distance from the dense predictions on "
+            f"{done.held_out} held-out samples from {done.before:.4g} to {done.after:.4g}"
         )
+    text = f"BatchNorm layers keep their statistics instead of a correction{compared}"
     if done.kept:
-        layers = _layers(range(done.layers), "BatchNorm layer")
-        return Note(f"the statistics of {layers} are corrected on {done.samples} samples{compared}", is_warning=False)
-    return Note(f"BatchNorm layers keep their statistics instead of a correction{compared}", is_warning=False)
+        layers = counted(done.layers, "BatchNorm layer")
+        text = f"the statistics of {layers} are corrected on {done.samples} samples{compared}"
+    yield Note(text, is_warning=not done.kept)
 
 
-def _stopped_parts(run: Run) -> Note | None:
-    parts = {layer.part.name: layer.part for layer in run.layers.values() if layer.part and layer.part.stopped}
-    if not parts:
-        return None
-    first, untrained = next(iter(parts.values())), sum(not part.after < part.before for part in parts.values())
-    return Note(
-        f"the training of {_layers(parts, 'part')} stopped, {first.name} first: {first.stopped}. {untrained} of them "
-        "keep the weights from before the training: load the model in a wider dtype, or use a lower learning_rate"
-    )
-
-
-def _training(run: Run) -> Note | None:
+def _on_training(run: Run) -> Iterator[Note]:
+    if parts := {layer.part.name: layer.part for layer in run.layers.values() if layer.part and layer.part.stopped}:
+        first, untrained = next(iter(parts.values())), sum(not part.after < part.before for part in parts.values())
+        yield Note(
+            f"the training of {_layers(parts, 'part')} stopped, {first.name} first: {first.stopped}. {untrained} of "
+            "them keep the weights from before the training: load the model in a wider dtype, or use a lower "
+            "learning_rate"
+        )
     if not (training := run.training):
-        return None
+        return
     losses = ", ".join(f"{each.loss:.4g}" for each in training.passes if each.loss is not None)
     trained = counted(training.trained, "sample")
     text = f"{training.recovery} trained on {trained}, mean loss of each pass: {losses or 'none'}"
-    held_out = [each.held_out for each in training.passes if each.held_out is not None]
-    if held_out:
+    if held_out := [each.held_out for each in training.passes if each.held_out is not None]:
         best = held_out.index(min(held_out))
         text += f"; on {counted(training.held_out, 'held-out sample')}, before and after each pass: "
         text += ", ".join(f"{loss:.4g}" for loss in held_out)
         text += f"; the weights {f'of pass {best}' if best else 'from before the training'} are kept"
     else:
         text += "; too few samples to hold any out"
-    return Note(f"{text}; {training.stopped}" if training.stopped else text, is_warning=bool(training.stopped))
+    yield Note(f"{text}; {training.stopped}" if training.stopped else text, is_warning=bool(training.stopped))
 
 
 def _as_nm(pattern: Pattern) -> str:
