@@ -15,8 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even
-from wanda_lightning.calibration.samples import Samples, fit_together
+from wanda_lightning.calibration.samples import Samples, batch_size, fit_together, forward_batch, is_even
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import SINGLE_PROCESS
 

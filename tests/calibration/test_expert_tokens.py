@@ -95,7 +95,7 @@ def remote(formula):
 @pytest.mark.parametrize(("formula", "tokens"), [(all_tokens, 120), (broadcast, 120), (by_halves, 30)])
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
 def test_other_formulas(formula, tokens, allocation, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 0)
+    monkeypatch.setattr("wanda_lightning.calibration.observer.MIN_EXPERT_TOKENS", 0)
     model, dense, everything = remote(formula), remote(formula), tokens == 120
     report = prune(model, BATCHES, sequential="none", allocation=allocation, progress=False)
     layers = [layer for layer in report.layers if layer.siblings]
@@ -130,7 +130,7 @@ def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
 
 def test_padding_that_counts_is_noted(monkeypatch):
     """JetMoE sorts its tokens outside of its experts."""
-    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 0)
+    monkeypatch.setattr("wanda_lightning.calibration.observer.MIN_EXPERT_TOKENS", 0)
     torch.manual_seed(0)
     batches = [{key: value % 64 for key, value in batch.items()} for batch in ZOO["llama_padded"].batches()]
     report = prune(jetmoe().eval(), batches, progress=False)
@@ -143,7 +143,7 @@ def test_padding_that_counts_is_noted(monkeypatch):
 
 @pytest.mark.parametrize(("sequential", "minimum"), spread(SEQUENTIAL_CHOICES, [10_000, 1, 40]))
 def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", minimum)
+    monkeypatch.setattr("wanda_lightning.calibration.observer.MIN_EXPERT_TOKENS", minimum)
     model = starved()
     dense, batches = copy.deepcopy(model), ZOO["mixtral"].batches()
     report = prune(model, batches, sequential=sequential, progress=False)
@@ -172,7 +172,7 @@ def assert_pruned_by(square_sum, layer, weights):
 
 
 def test_experts_in_a_list_help_each_other(monkeypatch):
-    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 1)
+    monkeypatch.setattr("wanda_lightning.calibration.observer.MIN_EXPERT_TOKENS", 1)
     model = ZOO["expert_list"].build()
     with torch.no_grad():
         model.blocks[0].gate.bias[1] = -100
@@ -189,7 +189,7 @@ def test_experts_in_a_list_help_each_other(monkeypatch):
 
 def test_alone_at_a_unit_an_expert_keeps_what_it_saw(monkeypatch):
     """At sequential "layer" each layer of a list of experts is a unit, and its siblings are not known."""
-    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 10_000)
+    monkeypatch.setattr("wanda_lightning.calibration.observer.MIN_EXPERT_TOKENS", 10_000)
     specimen = ZOO["expert_list"]
     report = prune(specimen.build(), specimen.batches(), sequential="layer", progress=False)
     assert not any("few tokens" in layer.note for layer in report.layers)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, prune
-from wanda_lightning.calibration.batches import map_tensors
+from wanda_lightning.calibration.samples import map_tensors
 
 
 def measured(model, batches, samples=None, predictions=0):

@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT, prune
-from wanda_lightning.calibration.interception import WeightInterceptor, intercept
+from wanda_lightning.calibration.interception import WeightInterceptor, WeightMemory, intercept
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.weight_memory import WeightMemory
 from wanda_lightning.core.patterns import NM
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.methods import SEQUENTIAL_CHOICES

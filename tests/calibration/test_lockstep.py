@@ -15,8 +15,7 @@ from support.samples import samples_of
 from support.zoo import ZOO
 
 from wanda_lightning import prune
-from wanda_lightning.calibration import thread_state
-from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.lockstep import MOST_IDLE_WORKERS, lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.core.solvers import Solver
@@ -127,10 +126,10 @@ def test_the_head_is_not_computed_and_an_error_before_it_does_not_matter():
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
-@pytest.mark.parametrize("most", [0, thread_state.MOST_IDLE_WORKERS])
+@pytest.mark.parametrize("most", [0, MOST_IDLE_WORKERS])
 def test_waiting_batches_keep_few_workers(monkeypatch, most):
     """OpenMP keeps a team for each thread of a batch that computes between the units."""
-    monkeypatch.setattr(thread_state, "MOST_IDLE_WORKERS", most)
+    monkeypatch.setattr("wanda_lightning.calibration.lockstep.MOST_IDLE_WORKERS", most)
     x = torch.randn(2**16, WIDTH)
     model, before = Chain(Mlp(), Mlp(), glue=lambda index: x.exp()), torch.get_num_threads()
     torch.set_num_threads(4)

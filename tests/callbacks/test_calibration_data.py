@@ -31,7 +31,7 @@ from torch.utils.data import (
 )
 
 from wanda_lightning import PruningCallback, WandaPrune, prune
-from wanda_lightning.calibration.batches import batch_size
+from wanda_lightning.calibration.samples import batch_size
 
 
 class Data(L.LightningDataModule):

@@ -21,10 +21,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, PruningConfig, Refit, Structured, prune
-from wanda_lightning.calibration.batches import map_tensors
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
-from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.calibration.samples import Samples, map_tensors
 from wanda_lightning.core.allocation import Uniform, UnitLayer
 from wanda_lightning.engine.coupling import couple
 from wanda_lightning.engine.notes import cost_without

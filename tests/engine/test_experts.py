@@ -37,7 +37,7 @@ def test_experts_with_the_same_statistics_factorize_them_once(monkeypatch):
         statistics, "inverse_factor", lambda gram, dampening: (factorized.append(gram), compute(gram, dampening))[1]
     )
     model, batches = ZOO["mixtral"].build(), ZOO["mixtral"].batches()
-    monkeypatch.setattr("wanda_lightning.calibration.pooling.MIN_EXPERT_TOKENS", 10**9)
+    monkeypatch.setattr("wanda_lightning.calibration.observer.MIN_EXPERT_TOKENS", 10**9)
     report = prune(model, batches, method="sparsegpt", progress=False)
     assert sum("few tokens" in layer.note for layer in report.layers) == 2 * 2 * 4  # blocks, matrices, experts
     # In each block, queries, keys and values share a factor; the rest is one for o_proj, gate_up_proj and down_proj.

@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import PruningCallback, PruningConfig, WandaPrune, prune
-from wanda_lightning.calibration.batches import map_tensors
-from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.calibration.samples import Samples, map_tensors
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.run import Run, WeightStore

@@ -15,9 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning import NM, Unstructured, prune
-from wanda_lightning.calibration.batches import forward_batch
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.samples import forward_batch
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Unit, find_layers
 

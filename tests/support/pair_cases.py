@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import wanda_lightning as wl
-from wanda_lightning.calibration.batches import map_tensors
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.samples import map_tensors
 from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.calibration_data import CalibrationData
 from wanda_lightning.callbacks.trainer import processes_of

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
-from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.lockstep import Call, ThreadState
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
-from wanda_lightning.calibration.thread_state import ThreadState
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.types import Units
 from wanda_lightning.models import fitting_mask

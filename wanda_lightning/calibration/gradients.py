@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.interception import OnProduct, Product, intercept
+from wanda_lightning.calibration.interception import OnProduct, Product, intercept, weights_moved
 from wanda_lightning.calibration.recomputation import recomputing
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
-from wanda_lightning.calibration.weight_memory import weights_moved
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration import pooling
-from wanda_lightning.calibration.batches import forward_batch
 from wanda_lightning.calibration.error_notes import naming_batch
-from wanda_lightning.calibration.interception import Product, input_of, intercept
+from wanda_lightning.calibration.interception import Product, input_of, intercept, weights_moved
 from wanda_lightning.calibration.lockstep import Call, whole_model_calls
 from wanda_lightning.calibration.mode import calibration_mode
-from wanda_lightning.calibration.pooling import all_reduce_statistics, merged, pool_experts
-from wanda_lightning.calibration.reader import BatchReader, Check, Identity, refuse_nonfinite
-from wanda_lightning.calibration.samples import Sample, Samples
-from wanda_lightning.calibration.weight_memory import weights_moved
+from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.models import Layer, Unit, token_masks
+from wanda_lightning.core.statistics import SUMS, InputStatistics
+from wanda_lightning.models import Layer, Unit, fitting_mask, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, fsdp_calls_checked, gathering_noticed
 
 
@@ -35,7 +32,8 @@ class Observer:
 
     needs: frozenset[str]  # names of the sums
     processes: Processes = SINGLE_PROCESS
-    min_expert_tokens: int = 0  # experts with fewer get the statistics of all their siblings in the unit
+    # Experts with fewer tokens get the statistics of all their siblings in the unit.
+    min_expert_tokens: int = field(default_factory=lambda: MIN_EXPERT_TOKENS)
     # Layers whose statistics include padding, because the masks do not show it in their inputs.
     padding_counted: set[str] = field(default_factory=set)
     # Experts with the statistics of all siblings, each with its own number of tokens.
@@ -167,7 +165,7 @@ class PassiveCalibration:
 
     def __init__(self, model: nn.Module, unit: Unit, needs: frozenset[str], processes: Processes) -> None:
         self._model, self._unit, self._batches = model, unit, 0
-        self.observer = Observer(needs, processes, pooling.MIN_EXPERT_TOKENS)
+        self.observer = Observer(needs, processes)
 
     @contextmanager
     def collect(self, batch: Any) -> Iterator[None]:
@@ -190,3 +188,252 @@ class PassiveCalibration:
         if not batches:
             raise UserError("calibrate_on='validation' needs batches that run through the model, but none did.")
         return statistics, batches
+
+
+class Identity:
+    """Identifies an input without keeping it alive, so that layers with the same input (q, k, v) share statistics."""
+
+    def __init__(self, x: Tensor, layer: Layer, call: int = 0) -> None:
+        self._reference, self._version, self._window = weakref.ref(x), _version(x, call), layer.window
+
+    def matches(self, x: Tensor, layer: Layer, call: int = 0) -> bool:
+        """Whether a layer's input is the same tensor, unmodified, with the same tokens.
+
+        A tensor of inference mode has no version that would show a modification, so it only matches in the same call.
+        """
+        return self._reference() is x and self._version == _version(x, call) and self._window == layer.window
+
+
+def _version(tensor: Tensor, call: int) -> int:
+    return -1 - call if tensor.is_inference() else tensor._version
+
+
+class Check(NamedTuple):
+    """Whether the sums over one input of one batch are finite."""
+
+    layers: list[str]  # names of the layers with this input
+    batch: int
+    finite: Tensor  # a boolean scalar on the input's device
+
+
+class Entry(NamedTuple):
+    """One input of one batch."""
+
+    identity: Identity
+    layers: list[str]  # names of the layers with this input
+    statistics: InputStatistics  # sums over its tokens, except padding
+    padding_counted: bool  # whether the batch may have padding that could not be left out
+
+
+class BatchReader:
+    """Reads the tokens of each layer while one batch runs; called in place of each product."""
+
+    def __init__(self, needs: frozenset[str], sample: Sample) -> None:
+        self.entries: list[Entry] = []  # one for each distinct input
+        self.checks: list[Check] = []
+        self.not_routed: set[str] = set()  # experts to which the model passes every token
+        self._needs, self._batch, self._masks = needs, sample.batch_index, sample.masks
+        self._calls = 0
+        self._last: dict[tuple[nn.Module, int | None], Tensor] = {}  # the last `keep` of each expert
+
+    def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+        """Read the tokens of the products, and return the result of the multiplication."""
+        self._calls += 1
+        for product in products:
+            if product.row == 0:  # every piece has the same tokens
+                self.read(product)
+        if all(product.slot is not None and product.tokens.any(dim=-1).all() for product in products):
+            self.not_routed.update(product.layer.name for product in products)
+        return multiply()
+
+    def read(self, product: Product) -> None:
+        """Sum the tokens of a product, unless another layer had the same input."""
+        layer, x = product.layer, product.tokens
+        # A search through the entries of many experts is slow, and only the latest entry can match.
+        for entry in self.entries if layer.expert is None else self.entries[-1:]:
+            if entry.identity.matches(x, layer, self._calls):
+                entry.layers.append(layer.name)
+                return
+        has_padding = bool(self._masks) and layer.kind.channels > -3  # images have no padding
+        if layer.kind.channels < -1 and not has_padding:
+            self._read_images(layer, x)
+        else:
+            self._read_tokens(product, has_padding)
+
+    def _read_images(self, layer: Layer, x: Tensor) -> None:
+        """Sum the tokens of a convolution, all of which count, without forming all of them at once."""
+        images = (x if x.ndim == 1 - layer.kind.channels else x.unsqueeze(0)).detach()
+        statistics = InputStatistics(self._needs)
+        entry = Entry(Identity(x, layer, self._calls), [layer.name], statistics, padding_counted=False)
+        if self._needs == {"square_sum"}:
+            squares = _fitting(layer.squares(images), layer, x)
+            statistics.add(len(images) * len(squares), {"square_sum": squares.sum(dim=0)})
+        else:
+            for tokens in layer.token_parts(images):
+                statistics.update(_fitting(tokens, layer, x))
+        self._add(entry)
+
+    def _read_tokens(self, product: Product, has_padding: bool) -> None:
+        layer, x = product.layer, product.tokens
+        tokens = layer.tokens(x)
+        if layer.expert is None:
+            _fitting(tokens, layer, x)
+        keep = self._real_tokens(product, tokens) if has_padding else None
+        padding_counted = has_padding and keep is None
+        if product.slot is not None:
+            routed = tokens.any(dim=1)  # tokens of other experts are zeros
+            keep = routed if keep is None else routed & keep
+        if keep is not None:
+            tokens = tokens[keep.flatten().to(tokens.device)]
+        entry = Entry(Identity(x, layer, self._calls), [layer.name], InputStatistics(self._needs), padding_counted)
+        entry.statistics.update(tokens)
+        self._add(entry)
+
+    def _add(self, entry: Entry) -> None:
+        """Add an entry, and check its sums if any token counts."""
+        self.entries.append(entry)
+        if entry.statistics.count:
+            self.checks.append(Check(entry.layers, self._batch, entry.statistics.finite()))
+
+    def _real_tokens(self, product: Product, tokens: Tensor) -> Tensor | None:
+        """Return which tokens are not padding; None if that is unknown.
+
+        An expert gets a subset of the tokens, so the mask applies only through the indices of the gathered rows.
+        """
+        layer, x = product.layer, product.tokens
+        if layer.expert is None:
+            samples = len(x) if x.ndim == 1 - layer.kind.channels else 1
+            mask = fitting_mask(
+                self._masks, layer.name, x if layer.kind.channels == -1 else tokens.unflatten(0, (samples, -1))
+            )
+            return mask.keep if mask else None
+        keep = None
+        if product.gathered:
+            whole, rows = product.gathered
+            if mask := fitting_mask(self._masks, layer.name, whole):
+                keep = mask.keep.flatten().to(rows.device)[rows]
+        elif (last := self._last.get((layer.module, layer.expert))) is not None and len(last) == len(tokens):
+            keep = last  # the second matrix of an expert gets the same tokens as the first
+        elif mask := fitting_mask(self._masks, layer.name, x):
+            keep = mask.keep.flatten().to(tokens.device)
+        if keep is not None:
+            self._last[layer.module, layer.expert] = keep
+        return keep
+
+
+def _fitting(tokens: Tensor, layer: Layer, x: Tensor) -> Tensor:
+    """Return the tokens, or refuse those that do not have the width of the layer."""
+    if tokens.shape[1] != layer.shape[1]:
+        raise UserError(
+            f"batches must fit the model, but the input of {layer.name} has shape {tuple(x.shape)} and the layer "
+            f"takes {layer.shape[1]} features. Check how the batches are made."
+        )
+    return tokens
+
+
+def refuse_nonfinite(checks: Sequence[Check], processes: Processes) -> None:
+    """Read all checks, and refuse sums that are not finite."""
+    by_device: dict[torch.device, list[Tensor]] = {}  # a model may use several devices
+    for check in checks:
+        by_device.setdefault(check.finite.device, []).append(check.finite)
+    if all(torch.stack(flags).all() for flags in by_device.values()):
+        return
+    bad = next(check for check in checks if not check.finite)
+    whose = f" of process {processes.rank}" if processes.world_size > 1 else ""
+    raise UserError(
+        f"calibration batches must give finite activations, but the input of {', '.join(bad.layers)} holds NaN or "
+        f"infinity, or its squares overflow float32, in calibration batch {bad.batch}{whose} (counted from 0). Check "
+        "that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
+    )
+
+
+MIN_EXPERT_TOKENS = 32  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
+
+
+def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
+    """Return the sum of at least one part."""
+    total = InputStatistics(parts[0].needs)
+    for part in parts:
+        total.merge(part)
+    return total
+
+
+def pool_experts(
+    layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], minimum: int
+) -> tuple[dict[str, InputStatistics], dict[str, int]]:
+    """Replace the statistics of each expert with too few tokens, or none, with the sum over its siblings in this unit.
+
+    Return the statistics of all layers, and each pooled expert's own number of tokens.
+    """
+    families: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.siblings:
+            families.setdefault(layer.siblings, []).append(layer.name)
+    result, pooled = dict(statistics), {}
+    for names in families.values():
+        counts = {name: statistics[name].count if name in statistics else 0 for name in names}
+        everything = sum(counts.values())
+        few = {name: count for name, count in counts.items() if count < max(minimum, 1) and count < everything}
+        if few:
+            total = merged([statistics[name] for name, count in counts.items() if count])
+            result.update(dict.fromkeys(few, total))
+            pooled.update(few)
+    return result, pooled
+
+
+def all_reduce_statistics(
+    layers: Sequence[Layer],
+    own: Mapping[str, InputStatistics],
+    padding_counted: Collection[str],
+    needs: frozenset[str],
+    processes: Processes,
+) -> tuple[dict[str, InputStatistics], set[str]]:
+    """Sum the statistics of the layers of a unit over all processes, in one object for each distinct input.
+
+    `own` and `padding_counted` are those of this process. The layout of the message does not depend on which layers its
+    batches reached.
+
+    Returns:
+        The statistics of every layer, with a count of 0 if no batch reached it; and the layers whose statistics include
+        padding in any process.
+    """
+    totals: dict[str, InputStatistics] = {}
+    distinct: list[InputStatistics] = []
+    for group in _same_inputs(layers, own, processes):
+        first = group[0]
+        # From the weight: a process whose batches did not reach the layer does not know the dtype of its input.
+        dtype = torch.promote_types(first.weight.dtype, torch.float32)
+        token = first.weight.new_zeros(1, first.shape[1], dtype=dtype)
+        total = InputStatistics(needs)
+        total.sums = {name: SUMS[name](token) for name in sorted(needs)}
+        if first.name in own:
+            total.count = own[first.name].count
+            for name, value in own[first.name].sums.items():
+                total.sums[name].copy_(value)
+        distinct.append(total)
+        totals.update(dict.fromkeys((layer.name for layer in group), total))
+    counts = torch.tensor([total.count for total in distinct], dtype=torch.int64)
+    padded = torch.tensor([layer.name in padding_counted for layer in layers], dtype=torch.int64)
+    processes.all_reduce_sum([counts, padded, *(value for total in distinct for value in total.sums.values())])
+    for total, count in zip(distinct, counts.tolist(), strict=True):
+        total.count = count
+    return totals, {layer.name for layer, times in zip(layers, padded.tolist(), strict=True) if times}
+
+
+_UNREACHED = -1
+
+
+def _same_inputs(
+    layers: Sequence[Layer], own: Mapping[str, InputStatistics], processes: Processes
+) -> list[list[Layer]]:
+    """Group the layers that have the same input in every process, or are unreached together in it."""
+    first: dict[int, int] = {}
+    here = [
+        first.setdefault(id(own[layer.name]), index) if layer.name in own else _UNREACHED
+        for index, layer in enumerate(layers)
+    ]
+    groups: dict[tuple[int, ...], list[Layer]] = {}
+    for index, (layer, column) in enumerate(zip(layers, zip(*processes.all_gather(here), strict=True), strict=True)):
+        reached = any(leader != _UNREACHED for leader in column)
+        groups.setdefault(column if reached else (*column, index), []).append(layer)
+    return list(groups.values())

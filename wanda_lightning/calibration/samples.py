@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.calibration.batches import (
-    batch_size,
-    concatenated,
-    detached,
-    forward_batch,
-    have_one_layout,
-    is_even,
-    length_of,
-    run_alone,
-    separable_samples,
-    take,
-    tensors_of,
-    to_device,
-)
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.evaluating import widest
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.placeholders import is_unloaded
-from wanda_lightning.models import TokenMask, check_tokens, token_masks
+from wanda_lightning.models import TokenMask, check_tokens, find_predictions, token_masks
 from wanda_lightning.parallel import Processes, is_sharded
 
 
@@ -229,3 +221,199 @@ def _pad_to_equal(batches: Iterable[Any], processes: Processes) -> Iterator[tupl
             last = processes.broadcast(batch if processes.rank == holder else None, holder)
         last = last if batch is _NONE_LEFT else batch
         yield last, batch is not _NONE_LEFT
+
+
+log = logging.getLogger(__name__)
+
+
+def length_of(batches: Any) -> int | None:
+    """Return the number of batches; None if it is unknown, as for a DataLoader of a stream."""
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
+def forward_batch(model: nn.Module, batch: Any) -> object:
+    """Call a model on a batch.
+
+    A mapping becomes keyword arguments, without those that the model's forward does not take. A tuple or list is
+    replaced by its first element. Anything else is passed unchanged.
+    """
+    if isinstance(batch, Mapping):
+        return model(**_accepted(model, batch))
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return batch
+    accepted = {parameter.name for parameter in parameters}
+    if not accepted & batch.keys():
+        raise UserError(
+            f"batches hold {sorted(batch)}, but {type(model).__name__}.forward takes {sorted(accepted)}. Give "
+            "forward=, or, in a LightningModule, define calibration_step(batch)."
+        )
+    return {key: value for key, value in batch.items() if key in accepted}
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch to a device."""
+    return map_tensors(lambda tensor: tensor.to(device), batch)
+
+
+def detached(batch: Any) -> Any:
+    """Detach the tensors of a batch from their graph, which backward passes would free.
+
+    Those that were created in inference mode, which autograd cannot save, are cloned.
+    """
+    found: list[bool] = []
+    map_tensors(lambda each: found.append(each.requires_grad or each.is_inference()), batch)
+    if not any(found):
+        return batch
+    return map_tensors(lambda each: each.clone() if each.is_inference() else each.detach(), batch)
+
+
+def map_tensors(function: Callable[[Tensor], object], batch: Any) -> Any:
+    """Apply a function to every tensor in a nesting of mappings, lists and tuples."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {key: map_tensors(function, value) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        values = [map_tensors(function, value) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return all tensors of a batch that have at least one dimension."""
+    found: list[Tensor] = []
+    map_tensors(found.append, batch)
+    return [tensor for tensor in found if tensor.ndim]
+
+
+# Tensors to which transformers gives one row for each sample.
+_ONE_ROW_EACH = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "labels")
+
+_CHANNELS = 4  # of an image, at most
+
+
+def _images(batch: Any) -> Sequence[Tensor]:
+    """Return the images of a batch for a detector, such as `(images, targets)`; none for any other batch.
+
+    They form a list of tensors (channels, height, width), and all other tensors are in lists, too.
+    """
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    if any(isinstance(value, Tensor) and value.ndim for value in values):  # then lists hold columns
+        return ()
+    lists = (value for value in values if isinstance(value, tuple | list))
+    return next((each for each in lists if all(_is_image(image) for image in each)), ())
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and len(value) <= _CHANNELS
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of samples in a batch.
+
+    This is the number of images in a list, or else the most common length of the batch's tensors. Some tensors may have
+    another length: `pixel_values` may have one row for each patch and `image_grid_thw` one for each image. If several
+    lengths are equally common, the length of a tensor with one row for each sample (`_ONE_ROW_EACH`) decides, then the
+    length of the first tensor.
+
+    Raises:
+        ValueError: If the batch has no tensor with at least one dimension.
+    """
+    if images := _images(batch):
+        return len(images)
+    lengths = Counter(len(tensor) for tensor in tensors_of(batch))
+    if not lengths:
+        raise UserError(f"batches must hold tensors, but one is of class {type(batch).__name__} without any.")
+    common = [length for length, count in lengths.items() if count == max(lengths.values())]
+    named = [batch[key] for key in _ONE_ROW_EACH if key in batch] if isinstance(batch, Mapping) else []
+    return next((len(tensor) for tensor in tensors_of(named) if len(tensor) in common), common[0])
+
+
+def is_even(batch: Any) -> bool:
+    """Whether a batch can be split: all its tensors have the same length.
+
+    It must not have a list of images, whose length is their number of channels, or a list without tensors.
+    """
+    lengths = {len(tensor) for tensor in tensors_of(batch)}
+    return len(lengths) == 1 and not _images(batch) and not _has_column(batch)
+
+
+def separable_samples(batch: Any) -> int:
+    """Return the number of samples that a batch can be split into by its shapes; 1 if it cannot be split."""
+    return batch_size(batch) if is_even(batch) else 1
+
+
+_SAME = 0.03  # of the norm: more than rounding in bfloat16, less than what a time step changes in the next one
+_CLASSES = 256  # to compare; there may be many, such as a vocabulary
+
+
+@torch.no_grad()
+def run_alone(predict: Callable[[Any], object], batch: Any) -> bool:
+    """Whether the last two samples of a batch have the same predictions alone as together, apart from rounding.
+
+    Time steps do not; in a causal model, the earlier one does. True if the model has no predictions, or fails anyway.
+    """
+    last = batch_size(batch) - 1
+
+    def rows(start: int, stop: int) -> Tensor:
+        found = find_predictions(predict(take(batch, start, stop)))
+        return torch.empty(0) if found is None else widest(found[..., :: 1 + found.shape[-1] // _CLASSES])
+
+    try:
+        together, alone = rows(last - 1, last + 1), torch.cat([rows(last - 1, last), rows(last, last + 1)])
+        same = together.shape == alone.shape and not bool((alone - together).norm() > _SAME * together.norm())
+    except Exception:  # the code of a model may raise anything
+        same = True
+        with suppress(Exception):
+            predict(batch)
+            same = False
+    if not same:
+        log.warning(
+            "each batch runs whole, as one sample: entries of its first dimension have other predictions alone than "
+            "together. If it is not that of samples, give batches with samples first, and let forward= rearrange them."
+        )
+    return same
+
+
+def _has_column(batch: Any) -> bool:
+    """Whether a batch holds a list without tensors, as of one text for each sample."""
+    if isinstance(batch, list | tuple) and not any(isinstance(each, Tensor | Mapping | list | tuple) for each in batch):
+        return True
+    inner = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return any(map(_has_column, inner))
+
+
+def take(batch: Any, start: int, stop: int) -> Any:
+    """Return some samples of a batch that can be split."""
+    return map_tensors(lambda tensor: tensor[start:stop] if tensor.ndim else tensor, batch)
+
+
+def have_one_layout(batches: Sequence[Any]) -> bool:
+    """Whether the tensors of all batches have equal shapes, so that they can run as one batch."""
+    first = _layout(batches[0])
+    return all(is_even(batch) and _layout(batch) == first for batch in batches)
+
+
+def _layout(batch: Any) -> Any:
+    return map_tensors(lambda tensor: (tensor.dtype, tensor.shape, tensor.item() if not tensor.ndim else None), batch)
+
+
+def concatenated(batches: Sequence[Any]) -> Any:
+    """Concatenate the tensors of batches with equal layouts, whose keys may be in another order."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat([*batches]) if first.ndim else first
+    if isinstance(first, Mapping):
+        return {key: concatenated([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple | list):
+        values = [concatenated(column) for column in zip(*batches, strict=True)]
+        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
+    return first

@@ -20,9 +20,9 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
-from wanda_lightning.calibration.batches import batch_size, forward_batch, is_even, run_alone, take
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import PassiveCalibration
+from wanda_lightning.calibration.samples import batch_size, forward_batch, is_even, run_alone, take
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_collected

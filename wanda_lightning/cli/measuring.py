@@ -23,8 +23,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.data import ImageDataModule, TextDataModule
 from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
-from wanda_lightning.engine.plan import config_for, make_plan
-from wanda_lightning.engine.refusals import refuse_nothing_to_prune
+from wanda_lightning.engine.plan import config_for, make_plan, refuse_nothing_to_prune
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
 from wanda_lightning.models import Inventory, Unit, find_layers
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule

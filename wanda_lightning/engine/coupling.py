@@ -13,8 +13,7 @@ from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.patterns import Structured
-from wanda_lightning.engine.plan import Plan
-from wanda_lightning.engine.refusals import refuse_rounding
+from wanda_lightning.engine.plan import Plan, refuse_rounding
 from wanda_lightning.engine.run import Run, dense_blocks
 from wanda_lightning.models import (
     Layer,

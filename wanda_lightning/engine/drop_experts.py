@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanda_lightning.calibration import pooling
+from wanda_lightning.calibration import observer
 from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.calibration.expert_saliency import ExpertSaliency, unroutable
@@ -171,6 +171,6 @@ def _record(run: Run, found: Sequence[Mixture], keep: Mapping[str, Units], salie
         note = "dropped" if dropped else "padding counted" * (mixture.name in saliency.padding_counted)
         record = PrunedLayer(layer.name, layer.shape, float(dropped), float(dropped), tokens, note)
         run.layers[layer.name] = replace(record, siblings=layer.siblings, block=plan.inventory.blocks[layer.name])
-        if tokens < pooling.MIN_EXPERT_TOKENS and (layer.module, layer.expert) not in counted_experts:
+        if tokens < observer.MIN_EXPERT_TOKENS and (layer.module, layer.expert) not in counted_experts:
             run.few_tokens[layer.name] = tokens
         counted_experts.add((layer.module, layer.expert))  # which may have several matrices

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.calibration import pooling
+from wanda_lightning.calibration import observer
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import as_size, counted
 from wanda_lightning.core.patterns import Pattern
@@ -115,7 +115,7 @@ def _on_layers(run: Run) -> Iterator[Note]:
         drops = run.plan.config.pattern.drops_experts
         use = "scored by these" if drops else "pruned with the statistics of all experts"
         yield Note(
-            f"{_layers(few, 'expert')} received fewer than {pooling.MIN_EXPERT_TOKENS} tokens, {least} "
+            f"{_layers(few, 'expert')} received fewer than {observer.MIN_EXPERT_TOKENS} tokens, {least} "
             f"fewest: {run.layers[least].tokens}. They are {use}: give more calibration samples"
         )
     again = {layer.name for unit in run.plan.units if unit.name in run.revisited for layer in unit.layers}

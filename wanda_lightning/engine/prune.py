@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanda_lightning.calibration import pooling
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
@@ -209,7 +208,7 @@ def _observe_dense_model(run: Run) -> Observed:
     inputs: Mapping[str, InputStatistics] = {}
     gradients: Mapping[str, GradientStatistics] = {}
     if config.allocation.needs:
-        observer = Observer(config.allocation.needs, run.plan.processes, pooling.MIN_EXPERT_TOKENS)
+        observer = Observer(config.allocation.needs, run.plan.processes)
         with pruning_mode(model), ProgressBar("Observing", None, run.progress) as bar:
             inputs = run.store.observe_dense(run, observer, bar)
     if config.reads_gradients:
@@ -226,7 +225,7 @@ def _observe_dense_model(run: Run) -> Observed:
 def _prune_units(run: Run) -> None:
     """Observe, prune and recover each unit in turn."""
     plan, config = run.plan, run.plan.config
-    observer = Observer(plan.observed, plan.processes, pooling.MIN_EXPERT_TOKENS)
+    observer = Observer(plan.observed, plan.processes)
     with (
         ProgressBar("Pruning", None, run.progress) as bar,
         closing(run.store.stops(run, observer, bar)) as stops,

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batches import forward_batch
 from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
 from wanda_lightning.calibration.mode import pruning_mode
-from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.samples import Sample, forward_batch
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import counted
 from wanda_lightning.models import (

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
-from wanda_lightning.calibration.weight_memory import weights_moved
+from wanda_lightning.calibration.interception import weights_moved
 from wanda_lightning.common.checks import check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading

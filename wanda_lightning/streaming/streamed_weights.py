@@ -13,8 +13,7 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.engine.plan import Plan, Selections, make_plan
-from wanda_lightning.engine.refusals import refuse_unprunable
+from wanda_lightning.engine.plan import Plan, Selections, make_plan, refuse_unprunable
 from wanda_lightning.engine.run import Run, UnitStop, WeightStore
 from wanda_lightning.models import Unit
 from wanda_lightning.parallel import Processes

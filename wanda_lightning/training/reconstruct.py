@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from wanda_lightning.calibration.batches import map_tensors, separable_samples, tensors_of
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.samples import map_tensors, separable_samples, tensors_of
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Unit, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
