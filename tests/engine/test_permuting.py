@@ -25,18 +25,12 @@ from wanda_lightning.parallel import SINGLE_PROCESS
 
 READERS = {
     "llama": {"self_attn.o_proj", "mlp.down_proj"},
-    "mistral": {"self_attn.o_proj", "mlp.down_proj"},
     "mixtral": {"self_attn.o_proj"},
     "deepseek_v3": {"self_attn.q_b_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.shared_experts.down_proj"},
-    "gpt_oss": {"self_attn.o_proj"},
     "opt": {"self_attn.out_proj", "fc2"},
     "gpt2": {"attn.c_proj", "mlp.c_proj"},
-    "t5": {
-        "layer.0.SelfAttention.o",
-        "layer.1.EncDecAttention.o",
-        "layer.1.DenseReluDense.wo",
-        "layer.2.DenseReluDense.wo",
-    },
+    "t5": {"layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"}
+    | {f"layer.{index}.DenseReluDense.wo" for index in (1, 2)},
     "vit": {"attn.proj", "mlp.fc2"},
     "convnext": {"mlp.fc2"},
     "resnet18": set(),
@@ -57,9 +51,18 @@ def permute_model(plan, batches):
     return permute(Run(plan, samples, WeightStore()))
 
 
+def prune_permuted(model, batches, **choices):
+    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "progress": False, **choices}
+    return prune(model, batches, 0.5, **choices)
+
+
+def unchanged(model, dense):
+    return all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
 def outputs(model, batches):
-    with torch.no_grad():
-        return [run(model, batch) for batch in batches]
+    return [run(model, batch) for batch in batches]
 
 
 def efficientnet():
@@ -93,8 +96,7 @@ def test_the_model_computes_the_same(name, dtype):
         changed = not torch.equal(model.state_dict()[f"{layer}.weight"], dense[f"{layer}.weight"])
         assert (kept_after > kept_before) == changed
     for old, new in zip(before, outputs(model, batches), strict=True):
-        difference = (old.double() - new.double()).norm() / old.double().norm()
-        assert difference < (1e-5 if dtype == torch.float32 else 0.02)
+        assert (old.double() - new.double()).norm() < (1e-5 if dtype == torch.float32 else 0.02) * old.double().norm()
 
 
 def test_it_is_pruned_as_a_model_that_was_permuted_before():
@@ -109,6 +111,12 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
     noted = {layer.name.rpartition(".")[2] for layer in report.layers if "inputs permuted: kept score +" in layer.note}
     assert noted == {"o_proj", "down_proj"}
     assert report.seconds["permute"] > 0
+
+
+def test_heads_that_a_group_does_not_fit_into_stay():
+    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
+    done = permute_model(plan_for(model, pattern="8:16"), batches)
+    assert {layer.rpartition(".")[2] for layer in done.kept} == {"down_proj"}
 
 
 def read_once(self, x):
@@ -163,20 +171,6 @@ class Mlp(nn.Module):
         return F.relu(self.up(x))
 
 
-class Odd(nn.Module):
-    """Heads whose size is no multiple of four."""
-
-    head_dim = 6
-
-    def __init__(self):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(*size) for size in ((16, 12), (16, 12), (16, 12), (12, 16)))
-
-    def forward(self, x):
-        q, k, v = (each(x).unflatten(-1, (2, 6)).transpose(1, 2) for each in (self.q, self.k, self.v))
-        return x + self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class Blocks(nn.Module):
     """Two blocks."""
 
@@ -198,7 +192,6 @@ FIXED = {
     "read twice": lambda: Blocks(partial(Mlp, read_twice)),
     "read by another": lambda: Blocks(partial(Mlp, read_by_another)),
     "passed on": lambda: Blocks(partial(Mlp, passed_on), with_what_was_seen),
-    "odd heads": lambda: Blocks(Odd),
 }
 MOVED_BACK = {
     "other layer": lambda: Blocks(
@@ -208,18 +201,9 @@ MOVED_BACK = {
 }
 
 
-def prune_permuted(model, batches, **choices):
-    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "progress": False, **choices}
-    return prune(model, batches, 0.5, **choices)
-
-
 def images(dtype=torch.float32):
     draw = torch.Generator().manual_seed(0)
     return [torch.randn(2, 5, 16, generator=draw).to(dtype) for _ in range(3)]
-
-
-def unchanged(model, dense):
-    return all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(("kind", "dtype"), spread(FIXED, [torch.float32, torch.bfloat16, torch.float16]))
@@ -252,30 +236,28 @@ def test_units_are_put_back_if_another_call_uses_them_in_another_way(kind, caplo
 def tied():
     model = Blocks()
     model.blocks[1].up.weight.data = model.blocks[0].up.weight.data
-    return model, images()
+    return model
 
 
 def adapted():
     options = {"target_modules": ["up_proj", "o_proj"], "init_lora_weights": False}
-    return peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**options)), ZOO["llama"].batches()
+    return peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**options))
 
 
-@pytest.mark.parametrize("make", [tied, adapted])
-def test_tied_blocks_and_adapters_keep_their_order(make):
-    model, batches = make()
+@pytest.mark.parametrize(("make", "batches"), [(tied, images), (adapted, ZOO["llama"].batches)])
+def test_tied_blocks_and_adapters_keep_their_order(make, batches):
+    model = make()
     dense = copy.deepcopy(model.state_dict())
     with model.disable_adapter() if make is adapted else nullcontext():
-        assert permute_model(plan_for(model), batches).kept == {}
+        assert permute_model(plan_for(model), batches()).kept == {}
     assert unchanged(model, dense)
 
 
 def test_no_batches_and_bad_batches():
     with pytest.raises(ValueError, match=r"must hold at least one calibration batch for permutation=.assignment"):
         prune_permuted(Blocks(), [], method="magnitude")
-
-    model = Blocks(run=lambda blocks, x: blocks[1](blocks[0](x) * torch.nan))
     with pytest.raises(ValueError, match="NaN") as error:
-        prune_permuted(model, images())
+        prune_permuted(Blocks(run=lambda blocks, x: blocks[1](blocks[0](x) * torch.nan)), images())
     assert "Hidden units of the model are permuted already" in "".join(error.value.__notes__)
 
 
@@ -295,33 +277,21 @@ def test_two_processes_permute_alike(pair):
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
 
 
-class TwoMlps(Net):
-    def __init__(self):
-        super().__init__(ADAMW)
-        torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(32, 16), Mlp(), Mlp())
-
-
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize(
-    ("at_step", "others"),
+    ("at_step", "make_others", "permuted"),
     [
-        (0, []),
-        (2, []),
-        (0, [partial(EMAWeightAveraging, decay=0.8)]),
-        (0, [partial(WandaPrune, only=["*.up"], num_samples=12)]),
+        (0, lambda: [], True),
+        (2, lambda: [], False),
+        (0, lambda: [EMAWeightAveraging(decay=0.8)], False),
+        (0, lambda: [WandaPrune(only=["*.up"], num_samples=12)], False),
     ],
 )
-def test_a_callback_permutes_only_what_nothing_else_has_stored(at_step, others):
+def test_a_callback_permutes_only_what_nothing_else_has_stored(at_step, make_others, permuted):
     choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "num_samples": 12}
-    callback = PruningCallback(0.5, at_step=at_step, **choices)
-    module, made = TwoMlps(), [other() for other in others]
-    fit = partial(trainer(*made, callback, max_steps=3).fit, module, loader(), loader())
-    if at_step or others:
-        with pytest.warns(UserWarning, match="permutes nothing during training"):
-            fit()
-        assert not any("are permuted" in note for note in callback.report.notes)
-    else:
-        fit()
-        assert any("the inputs of 2 layers are permuted" in note for note in callback.report.notes)
+    callback, module = PruningCallback(0.5, at_step=at_step, **choices), Net(ADAMW)
+    module.layers = nn.Sequential(nn.Linear(32, 16), Mlp(), Mlp())
+    with nullcontext() if permuted else pytest.warns(UserWarning, match="permutes nothing during training"):
+        trainer(*make_others(), callback, max_steps=3).fit(module, loader(), loader())
+    assert any("the inputs of 2 layers are permuted" in note for note in callback.report.notes) == permuted
     assert all((layer.up.weight == 0).float().mean() >= 0.5 for layer in module.layers[1:])
