@@ -1,6 +1,5 @@
 """Calibration batches as forward passes: which are refused, and what an error in one says."""
 
-import copy
 import math
 import sys
 from contextlib import nullcontext
@@ -80,12 +79,6 @@ def test_an_error_names_the_batch_and_the_unit(sequential, unit, layer):
 # ---- how a model is called
 
 
-def test_a_forward_of_ones_own_may_take_anything():
-    model = mlp()
-    report = prune(model, ["3"], forward=lambda text: model(torch.full((2, 8), float(text))), progress=False)
-    assert report.sparsity == 0.5
-
-
 def test_what_a_mapping_holds_beyond_the_forward_is_left_out():
     class Two(nn.Module):
         def forward(self, x, y):
@@ -99,15 +92,12 @@ def test_what_a_mapping_holds_beyond_the_forward_is_left_out():
 def test_a_stream_of_unknown_length_is_read_and_counted(capsys):
     class Stream(IterableDataset):
         def __iter__(self):
-            yield from torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+            yield from torch.ones(4, 8)
 
-    streamed = mlp()
-    held = copy.deepcopy(streamed)
-    prune(streamed, DataLoader(Stream(), batch_size=2), 0.5)
-    assert "Reading batches 2" in capsys.readouterr().err
-    prune(held, list(DataLoader(Stream(), batch_size=2)), 0.5)
-    assert "Reading batches" not in capsys.readouterr().err
-    assert all(map(torch.equal, streamed.parameters(), held.parameters()))
+    streamed, held = DataLoader(Stream(), batch_size=2), [*DataLoader(Stream(), batch_size=2)]
+    for batches in (streamed, held):
+        assert prune(mlp(), batches, 0.5).layers[0].tokens == 4
+        assert ("Reading batches 2" in capsys.readouterr().err) == (batches is streamed)
 
 
 # ---- samples
@@ -147,11 +137,6 @@ def test_the_size_of_a_batch_and_whether_it_can_be_split(batch, size, even):
     assert even or samples[0].predict() is batch
 
 
-def three_sections(batch):
-    assert len(batch["positions"]) == 3  # as Qwen2-VL's positions, (3, samples, tokens)
-    return batch["x"]
-
-
 def fails(batch):
     raise RuntimeError
 
@@ -174,31 +159,27 @@ def test_entries_of_a_batch_that_do_not_run_alone_are_no_samples(forward, count,
 
 
 def test_positions_of_three_sections_are_not_those_of_three_samples():
-    data, (sample,) = samples_of({"x": X3, "positions": X3}, forward=three_sections)
+    def forward(batch):
+        assert len(batch["positions"]) == 3  # as Qwen2-VL's positions, (3, samples, tokens)
+        return batch["x"]
+
+    data, (sample,) = samples_of({"x": X3, "positions": X3}, forward=forward)
     assert sample.predict() is X3
     assert [each.size for each in data.first(2)] == [1]
 
 
-def test_tensors_are_joined_by_their_keys():
-    x, y = torch.zeros(1, 2), torch.ones(1, 2)
-    data, samples = samples_of({"x": x, "y": y}, {"y": y, "x": x})
-    assert fit_together(samples)
-    assert {key: value.tolist() for key, value in data.join(samples).predict().items()} == {
-        "x": [[0, 0]] * 2,
-        "y": [[1, 1]] * 2,
-    }
-
-
 def test_samples_of_several_batches_run_as_one():
+    """Tensors are joined by their keys, in whatever order a batch has them."""
+
     def batch(*rows):
         return {"x": torch.tensor(rows)[:, None], "more": [torch.tensor(rows), (torch.tensor(5), "name")], "flag": True}
 
-    data, samples = samples_of(batch(0, 1), batch(2, 3, 4))
+    data, samples = samples_of(batch(0, 1), dict(reversed(batch(2, 3, 4).items())))
     chosen = [samples[index] for index in (3, 0, 4)]
     assert fit_together(chosen)
     joined = data.join(chosen)
     assert (joined.size, joined.batch_index) == (3, 1)
-    assert str(joined.predict()) == str(batch(3, 0, 4))
+    assert str(sorted(joined.predict().items())) == str(sorted(batch(3, 0, 4).items()))
 
 
 X = {"x": torch.ones(1, 2)}
@@ -227,9 +208,8 @@ def test_the_first_samples_are_the_same_for_any_number_of_processes(batch_size):
         found, counts = [], [[min(8, math.ceil((40 - rank) / world_size))] for rank in range(world_size)]
         for rank in range(world_size):
             batches = torch.arange(40)[rank::world_size].split(batch_size)
-            processes = SimpleNamespace(
-                rank=rank, world_size=world_size, fail_together=nullcontext, all_gather=lambda _, counts=counts: counts
-            )
+            processes = SimpleNamespace(rank=rank, world_size=world_size, fail_together=nullcontext)
+            processes.all_gather = lambda _, counts=counts: counts
             data = Samples(mlp(), batches, lambda batch: batch, None, processes, "test")
             found += [number for sample in data.head(8) for number in sample.predict().tolist()]
         assert sorted(found) == list(range(8))

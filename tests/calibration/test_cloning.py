@@ -1,6 +1,7 @@
 """What is cloned of the arguments of a call."""
 
 import threading
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -16,24 +17,17 @@ class Cache:
 class Slotted:
     __slots__ = ("kept",)
 
-    def __init__(self):
-        self.kept = [torch.ones(2)]
-
 
 class Rows(dict):
     pass
 
 
-class Context:
-    def __init__(self):
-        self.module, self.lock, self.local, self.next = torch, threading.Lock(), threading.local(), None
-
-
 def test_objects_are_copied_once_with_their_tensors_but_no_module():
     x, cache, slotted, rows, model = torch.ones(2), Cache(), Slotted(), Rows(a=[torch.ones(2)]), nn.Linear(2, 2)
-    first = last = Context()
+    slotted.kept = [torch.ones(2)]
+    first = last = SimpleNamespace(module=torch, lock=threading.Lock(), local=threading.local())
     for _ in range(3000):  # too deep for recursion
-        last.next = last = Context()
+        last.next = last = SimpleNamespace()
     other = clone_arguments((cache, cache, {"twice": (x, x)}, slotted, rows, first, model, Cache, torch.relu))
     assert other[0] is other[1] is other[0].owner is not cache
     assert other[2]["twice"][0] is other[2]["twice"][1] is not x

@@ -1,5 +1,6 @@
 """The facts that the lockstep engine rests on, each against a plain forward pass or a counter."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -13,6 +14,7 @@ import transformers as hf
 from support.chains import WIDTH, Chain, Looped, Mlp, hooks, overrides, route, through, travel, vectors
 from support.samples import samples_of
 from support.zoo import ZOO
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanda_lightning import prune
 from wanda_lightning.calibration.lockstep import MOST_IDLE_WORKERS, lockstep
@@ -51,9 +53,6 @@ def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(cou
     assert overrides(model) == []
 
 
-X = torch.ones(2, 3, WIDTH)
-
-
 class EitherWay(Chain):
     def forward(self, x):
         for block in self.blocks if x.mean() > 0 else reversed(self.blocks):
@@ -61,30 +60,9 @@ class EitherWay(Chain):
         return x
 
 
-@pytest.mark.parametrize(
-    ("build", "batches", "stops"),
-    [
-        (lambda: EitherWay(Mlp(), Mlp()), lambda: [X, -X], [(0, [0]), (1, [0, 1])]),
-        (ZOO["routed"].build, ZOO["routed"].batches, [(0, [0, 1, 2]), (1, [0, 2]), (2, [1]), (3, [0, 1, 2])]),
-        (ZOO["unreached"].build, ZOO["unreached"].batches, [(0, [0, 1, 2]), (2, [0, 1, 2])]),
-    ],
-)
-def test_batches_that_go_different_ways(build, batches, stops):
-    model = build()
-    assert route(model, batches(), model.blocks) == stops
-
-
-def test_a_shared_block_runs_through_the_second_time():
-    calls = []
-    shared = Mlp(before=lambda: calls.append(threading.current_thread()))
-    model, batches = Chain(shared, Mlp(), shared, Mlp()), vectors()
-    units = [shared, model.blocks[1], model.blocks[3]]
-    for unit, parked in travel(model, batches, units):
-        assert [call.sample.batch_index for call in parked] == [0, 1, 2]
-        if unit == 2:
-            assert calls == [threading.current_thread()] * 2 * len(batches)
-            expected = [through([shared, units[1], shared], x) for x in batches]
-            assert all(torch.equal(call.args[0], x) for call, x in zip(parked, expected, strict=True))
+def test_batches_that_go_different_ways():
+    model, x = EitherWay(Mlp(), Mlp()), torch.ones(2, 3, WIDTH)
+    assert route(model, [x, -x], model.blocks) == [(0, [0]), (1, [0, 1])]
 
 
 def albert():
@@ -92,22 +70,21 @@ def albert():
     return hf.AlbertModel(hf.AlbertConfig(vocab_size=128, num_hidden_layers=3, **sizes)).eval()
 
 
-REVISITED = [
-    *((lambda: Looped(times=3), lambda count=count: vectors(count), "blocks") for count in (1, 3)),
-    (lambda: Looped(times=1), vectors, None),
-    (albert, ZOO["llama"].batches, "albert_layers"),
-    *((ZOO[name].build, ZOO[name].batches, None) for name in ("t5", "convnext", "routed", "unreached", "plain_mlp")),
-]
-
-
-@pytest.mark.parametrize(("build", "batches", "inside"), REVISITED)
+@pytest.mark.parametrize(
+    ("build", "batches", "inside"),
+    [
+        (lambda: Looped(times=3), vectors, "blocks"),
+        (lambda: Looped(times=1), vectors, None),
+        (albert, ZOO["llama"].batches, "albert_layers"),
+        *((ZOO[name].build, ZOO[name].batches, None) for name in ("t5", "convnext", "routed", "plain_mlp")),
+    ],
+)
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 def test_units_to_which_a_model_comes_again_are_found(build, batches, inside, sequential):
     model, found = build(), set()
     units = find_layers(model, sequential).units
     list(travel(model, batches(), [unit.module for unit in units], revisited=found))
     assert found == {str(index) for index, unit in enumerate(units) if inside and inside in unit.name}
-    assert bool(found) == bool(inside)
 
 
 def test_the_head_is_not_computed_and_an_error_before_it_does_not_matter():
@@ -142,15 +119,6 @@ def test_waiting_batches_keep_few_workers(monkeypatch, most):
         torch.set_num_threads(before)
 
 
-def watched(model, batches):
-    samples = Samples(model, batches, None, None, SINGLE_PROCESS, "a test")
-    units, observer = find_layers(model, skip=["head"]).units, Observer(frozenset({"square_sum"}))
-    with torch.no_grad():
-        for unit, calls in lockstep(model, units, samples.hold(), to_end=True):
-            calls[:] = [observer.watched(unit, call) for call in calls]
-    assert len(observer.finish(Unit("", None, find_layers(model).layers))) == 12
-
-
 @pytest.mark.parametrize("way", ["block", "layer", "watched"])
 def test_the_activations_of_one_unit_are_held(way):
     """While a unit runs, a batch that has gone on has left its old input behind."""
@@ -164,9 +132,13 @@ def test_the_activations_of_one_unit_are_held(way):
             most = max(most, len(alive))
             return y
 
-    model = Chain(*(Counted() for _ in range(6)))
+    model, observer = Chain(*(Counted() for _ in range(6))), Observer(frozenset({"square_sum"}))
     if way == "watched":
-        watched(model, vectors(4))
+        samples = Samples(model, vectors(4), None, None, SINGLE_PROCESS, "a test")
+        with torch.no_grad():
+            for unit, calls in lockstep(model, find_layers(model).units, samples.hold(), to_end=True):
+                calls[:] = [observer.watched(unit, call) for call in calls]
+        assert observer.finish(Unit("", None, find_layers(model).layers))
     else:
         prune(model, vectors(4), sequential=way, skip=["head"], progress=False)
     assert most == 4 + 1
@@ -260,7 +232,7 @@ class Careful(Chain):
 
     def __init__(self, kind):
         super().__init__(Mlp(), Mlp(), Mlp())
-        self.kind, self.caught, self.behind = kind, [], []
+        self.kind, self.caught = kind, []
 
     def forward(self, x):
         for block in self.blocks:
@@ -268,8 +240,7 @@ class Careful(Chain):
                 x = block(x)
             except self.kind as error:
                 self.caught.append(error)
-        self.behind.append(x)
-        return x
+        self.caught.append(x)
 
 
 @pytest.mark.parametrize("stops_seen", range(4))
@@ -282,7 +253,7 @@ def test_closing_early_ends_all_threads_even_if_a_model_catches_exceptions(kind,
         next(stops)
     stops.close()
     assert overrides(model) == list(stops) == []
-    assert kind is BaseException or model.caught == model.behind == []
+    assert kind is BaseException or model.caught == []
 
 
 @pytest.mark.parametrize(
@@ -305,3 +276,63 @@ def test_ctrl_c_ends_at_once(place, sequential, seconds):
     timer.join()
     assert time.monotonic() - started < 10
     assert overrides(model) == hooks(model) == []
+
+
+# ---- the state of a thread, and the switches of the process, are those of a plain forward pass
+
+
+@contextlib.contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def attention():
+    backends = torch.backends.cuda
+    return backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.math_sdp_enabled()
+
+
+STATES = {
+    "autocast": (
+        lambda dtype: torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+        (None, torch.bfloat16),
+        lambda: (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+    ),
+    "device": (torch.device, ("cpu", "meta"), lambda: torch.empty(1).device.type),
+    "dtype": (default_dtype, (torch.float32, torch.float64), torch.get_default_dtype),
+    "attention": (sdpa_kernel, (list(SDPBackend.__members__.values()), SDPBackend.MATH), attention),
+}
+if torch.accelerator.is_available():
+    STATES["stream"] = lambda stream: stream, (torch.Stream(), torch.Stream()), torch.accelerator.current_stream
+"""By name: a context manager, two values for it, and what is current."""
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("units", [1, 2, 3])
+@pytest.mark.parametrize("state", STATES)
+def test_a_unit_sees_the_state_of_its_batch_and_the_caller_its_own(state, units, order):
+    """Batches enter a context one inside the other; the first one leaves while others are inside, or the last one."""
+    (enter, values, current), batches, seen = STATES[state], vectors(), set()
+    outer, inner = values[::order]
+
+    class Held(Chain):
+        def forward(self, x):
+            with enter(inner):
+                x = through(self.blocks[:units], x)
+            return through(self.blocks[units:], x)
+
+    model = Held(*(Mlp(before=lambda i=index: seen.add((i, current()))) for index in range(3)))
+    with enter(outer):
+        model(batches[0])
+        (plain, outside), _ = (seen.copy(), current()), seen.clear()
+        for _, calls in travel(model, batches, model.blocks):
+            assert current() == outside
+            for call in calls:
+                call.run()
+        assert current() == outside
+    assert seen == plain
+    assert {found == outside for _, found in plain} == ({False, True} if units < 3 else {False})

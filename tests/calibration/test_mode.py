@@ -48,14 +48,6 @@ def build():
     return model.train()
 
 
-def modes(model):
-    return {name: module.training for name, module in model.named_modules()}
-
-
-def merging(model):
-    return [module for module in model.modules() if isinstance(module, Merging)]
-
-
 @pytest.mark.parametrize("context", [calibration_mode, evaluating])
 @pytest.mark.parametrize(
     "set_up",
@@ -69,15 +61,18 @@ def merging(model):
 def test_merged_weights_are_as_before_and_those_that_were_merged_are_not_touched(set_up, context):
     model = build()
     set_up(model)
-    before = modes(model), [module.merged for module in merging(model)]
-    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for module in merging(model):
+    merging = [module for module in model.modules() if isinstance(module, Merging)]
+
+    def state():
+        return [module.training for module in model.modules()], [module.merged for module in merging]
+
+    before, weights = state(), copy.deepcopy(model.state_dict())
+    for module in merging:
         module.calls.clear()
     with context(model):
-        assert not any(modes(model).values())
-        assert all(module.merged for module in merging(model))
-    assert (modes(model), [module.merged for module in merging(model)]) == before
-    torch.testing.assert_close(dict(model.named_parameters()), weights, rtol=0, atol=0)
+        assert state() == ([False] * len(before[0]), [True] * 3)
+    assert state() == before
+    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
     assert not model[3][1].merged or set(model[3][1].calls) <= {False}
 
 
@@ -104,8 +99,7 @@ class Counting(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        self.more_calls = self.more_calls + 1
-        self.cache = x
+        self.more_calls, self.cache = self.more_calls + 1, x
         return self.layers(x)
 
 

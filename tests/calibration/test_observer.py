@@ -1,22 +1,26 @@
-"""Statistics of the layers of a unit, against sums by hand."""
+"""Statistics of the layers of a unit: what they are of, and inputs that are never active."""
 
 import weakref
 from functools import partial
 
 import pytest
 import torch
-from support.chains import Mlp, travel, vectors
-from support.pairwise import with_nightly
-from support.zoo import ZOO, run
+from support.chains import Chain, Mlp, travel, vectors
+from support.pairwise import spread, with_nightly
+from support.samples import calls_of
+from support.zoo import ZOO, run, seeded
 from torch import nn
 
+from wanda_lightning import NM, OWL, RIA, Unstructured, prune
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.methods import SEQUENTIAL_CHOICES, SOLVERS
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
 
@@ -59,3 +63,105 @@ def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(na
     for layer, statistics in expected.items():
         assert found[layer].count == statistics.count
         assert all(same(found[layer].sums[each], statistics.sums[each]) for each in NEEDS), layer
+
+
+# ---- inputs that are never active
+
+DEAD = (0, 1, 6, 9, 14, 15)  # inputs of blocks.0.down
+
+
+def build(dead=DEAD):
+    model = seeded(lambda: Chain(Mlp(), Mlp()))
+    with torch.no_grad():
+        model.blocks[0].up.bias[list(dead)] = -100
+        model.blocks[0].down.weight[:, list(dead)] *= 50  # the largest weights, for nothing
+    return model
+
+
+LAYERS = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+COUNTED = "padding counted: the attention_mask does not show which inputs are padding"
+
+
+CHOOSERS = {
+    "wanda": {},
+    "ria": {"criterion": RIA()},
+    "saliency": {"criterion": Saliency()},
+    "owl": {"allocation": OWL()},
+    **{name: {"solver": name} for name in SOLVERS},
+}
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("name", CHOOSERS)
+def test_inputs_that_are_never_active_go_first(name, pattern):
+    model = build()
+    report = prune(model, vectors(), 0.5, pattern=pattern, skip=["head"], **CHOOSERS[name], progress=False)
+    kept = model.blocks[0].down.weight != 0
+    assert not kept[:, list(DEAD)].any()
+    if name != "owl":
+        assert kept.float().mean() == 0.5
+    assert report.layers[1].note.startswith("6 inputs never active")
+
+
+def test_inactive_inputs_are_counted_over_all_batches():
+    model = build()
+    calls = calls_of(model, LAYERS, vectors())
+    report = prune(model, vectors(), skip=["head"], sequential="none", progress=False)
+    inactive = {
+        name: int((torch.cat([x.flatten(0, 1) for (x,) in calls[name]]) == 0).all(dim=0).sum()) for name in LAYERS
+    }
+    assert inactive["blocks.0.down"] == 6
+    notes = {name: f"{count} inputs never active" if count else "" for name, count in inactive.items()}
+    assert {layer.name: layer.note for layer in report.layers} == notes
+
+
+class Masked(nn.Module):
+    """Computes the tokens from `first` on, whatever the mask says."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.net, self.first = build(), first
+
+    def forward(self, x, attention_mask):
+        return self.net(x[:, self.first :])
+
+
+@pytest.mark.parametrize(
+    ("first", "mask", "tokens", "note"),
+    [
+        (0, torch.tensor([[1, 2, 0], [0, 1, 3]]), 2 + 2, ""),  # numbers of documents
+        (1, torch.ones(2, 3).tril(), 2 * 2, f"; {COUNTED}"),  # and the notes of a layer add up
+    ],
+)
+def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
+    report = prune(Masked(first), [{"x": vectors()[0], "attention_mask": mask}], progress=False)
+    assert {layer.tokens for layer in report.layers} == {tokens}
+    assert report.layers[1].note == f"6 inputs never active{note}"
+
+
+# ---- layers without active inputs
+
+
+@pytest.mark.parametrize(("sequential", "solver"), spread(SEQUENTIAL_CHOICES, ["sparsegpt", "zero_out"]))
+def test_a_layer_whose_inputs_are_all_zero_stays_dense(sequential, solver, caplog):
+    model = build(dead=range(16))
+    before = model.blocks[0].down.weight.clone()
+    report = prune(model, vectors(), solver=solver, sequential=sequential, skip=["head"], progress=False)
+    assert torch.equal(model.blocks[0].down.weight, before)
+    assert ("blocks.0.down", "all its inputs were zero") in {(m.name, m.detail) for m in report.skipped}
+    note = "all inputs were zero in 1 layer, blocks.0.down first: left dense"
+    assert note in report.notes
+    assert note in caplog.text
+    assert [layer.name for layer in report.layers] == [LAYERS[0], *LAYERS[2:]]
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_group_whose_inputs_are_all_zero_stays_dense():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2))
+    for parameter in model[0].parameters():
+        parameter.data[4:] = 0
+    report = prune(model, [torch.randn(2, 3, 5, 5)], progress=False)
+    assert [layer.name for layer in report.layers] == ["1.group0"]
+    assert {m.name: m.shape for m in report.skipped if "zero" in m.detail} == {"1.group1": (4, 4, 3, 3)}
+    assert model[1].weight[4:].all()
+    assert report.zeros == 4 * 18 == int((model[1].weight == 0).sum())

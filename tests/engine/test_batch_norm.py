@@ -17,13 +17,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torchvision.ops import FrozenBatchNorm2d
 
-from wanda_lightning import Distil, PruningConfig, prune
-from wanda_lightning.calibration.observer import PassiveCalibration
+from wanda_lightning import Distil, prune
 from wanda_lightning.engine import batch_norm
 from wanda_lightning.engine.batch_norm import batch_norm_layers
-from wanda_lightning.engine.plan import make_plan
-from wanda_lightning.engine.prune import prune_collected
-from wanda_lightning.parallel import SINGLE_PROCESS
 
 
 def statistics(model):
@@ -274,19 +270,6 @@ def test_an_error_restores_the_statistics(last, text):
     assert text in caught.value.__notes__[-1]
     same(statistics(model), statistics(dense))
     assert state_of(model) == state_of(dense)
-
-
-def test_a_validation_loop_does_not_correct():
-    model = resnet()
-    before = statistics(model)
-    plan = make_plan(PruningConfig.from_names(sequential="none"), model)
-    passive = PassiveCalibration(model, plan.whole_model, plan.observed, SINGLE_PROCESS)
-    for batch in images(2):
-        with passive.collect(batch):
-            model(batch)
-    report = prune_collected(plan, passive)
-    close(statistics(model), before)
-    assert "the batches of a validation loop run only once" in notes(report)[0]
 
 
 def test_processes_add_their_sums(pair):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADAMW, Net, loader, trainer
 from support.pair_cases import permute_both
 from support.pairwise import spread
-from support.zoo import ZOO, run
+from support.zoo import ZOO, run, seeded
 from torch import nn
 from torch.nn import functional as F
 
@@ -35,7 +35,6 @@ READERS = {
     "convnext": {"mlp.fc2"},
     "resnet18": set(),
     "efficientnet": {"se.conv_expand", "conv_pwl"},
-    "mlps": {"down"},
 }
 """The layers whose inputs can be permuted, by their names inside the block."""
 
@@ -65,27 +64,17 @@ def outputs(model, batches):
     return [run(model, batch) for batch in batches]
 
 
-def efficientnet():
-    torch.manual_seed(0)
-    model = timm.create_model("test_efficientnet", num_classes=7).eval()  # has squeeze-and-excitation
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                tensor.detach().uniform_(0.5, 1.5)
-    return model, [torch.randn(2, 3, 64, 64)]
-
-
-def mlps():
-    return Blocks(partial(Mlp, read_if_long)), images()
-
-
-OTHERS = {"efficientnet": efficientnet, "mlps": mlps}
+def specimen(name):
+    """A model and its batches; "efficientnet" has squeeze-and-excitation."""
+    if name in ZOO:
+        return ZOO[name].build(), ZOO[name].batches()
+    return seeded(lambda: timm.create_model("test_efficientnet", num_classes=7)), [torch.randn(2, 3, 64, 64)]
 
 
 @pytest.mark.parametrize(("name", "dtype"), spread(READERS, [torch.bfloat16, torch.float32]))
 def test_the_model_computes_the_same(name, dtype):
-    """Also with depthwise convolutions, BatchNorm, squeeze-and-excitation, and layers that read the units as well."""
-    model, batches = OTHERS[name]() if name in OTHERS else (ZOO[name].build(), ZOO[name].batches())
+    """Also with depthwise convolutions, BatchNorm and squeeze-and-excitation."""
+    model, batches = specimen(name)
     model, batches = model.to(dtype), map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
     before, dense, plan = outputs(model, batches), copy.deepcopy(model.state_dict()), plan_for(model)
     done = permute_model(plan, batches)
@@ -136,13 +125,6 @@ def read_by_another(self, x):
     return x + 1000 * F.one_hot(torch.tensor(0), 16) + self.down(hidden) * self.gate(hidden).sigmoid()
 
 
-def read_if_long(self, x):
-    """By a layer that is skipped, in another form; only long samples use its output."""
-    hidden = self.hidden(x)
-    chosen = self.gate(2 * hidden).topk(min(x.shape[1], 100), dim=1)
-    return x + self.down(hidden) * torch.ones_like(x[..., :1]).scatter(1, chosen.indices, 1.0)
-
-
 def passed_on(self, x, seen):
     hidden = seen["hidden"] = self.hidden(x) + seen.get("hidden", 0)
     return x + self.down(hidden)
@@ -159,7 +141,7 @@ class Mlp(nn.Module):
     def __init__(self, way=read_once):
         super().__init__()
         self.up, self.down, self.way = nn.Linear(16, 32), nn.Linear(32, 16), way
-        if way in (read_by_another, read_if_long):
+        if way is read_by_another:
             self.gate = nn.Linear(32, 1)
         if way is one_of_two:
             self.other = nn.Linear(32, 16)

@@ -1,4 +1,4 @@
-"""Calibration samples from batches, or from anything that can be called."""
+"""Calibration samples from batches."""
 
 from functools import partial
 
@@ -7,11 +7,6 @@ from support.zoo import run
 
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.models import token_masks
-
-
-def as_samples(runs):
-    """One sample for each callable."""
-    return [Sample(each, each, batch_index=index) for index, each in enumerate(runs)]
 
 
 def samples_of(model, batches, forward=None):
