@@ -39,11 +39,9 @@ if TYPE_CHECKING:
     )
     from wanda_lightning.core.permutation import Assignment as Assignment, NoPermutation as NoPermutation
     from wanda_lightning.core.solvers import ADMM as ADMM, Refit as Refit, SparseGPT as SparseGPT, ZeroOut as ZeroOut
-    from wanda_lightning.data import (
-        ImageDataModule as ImageDataModule,
-        TextDataModule as TextDataModule,
-        sample_windows as sample_windows,
-    )
+    from wanda_lightning.data.images import ImageDataModule as ImageDataModule
+    from wanda_lightning.data.own_text import sample_windows as sample_windows
+    from wanda_lightning.data.text import TextDataModule as TextDataModule
     from wanda_lightning.engine.prune import prune as prune
     from wanda_lightning.modules import CausalLMModule as CausalLMModule, ImageClassifierModule as ImageClassifierModule
     from wanda_lightning.report import PruningReport as PruningReport
@@ -67,7 +65,9 @@ _HOMES = {
     "core.patterns": "EqualShare Experts NM Structured Unstructured",
     "core.permutation": "Assignment NoPermutation",
     "core.solvers": "ADMM Refit SparseGPT ZeroOut",
-    "data": "ImageDataModule TextDataModule sample_windows",
+    "data.images": "ImageDataModule",
+    "data.own_text": "sample_windows",
+    "data.text": "TextDataModule",
     "modules": "CausalLMModule ImageClassifierModule",
     "engine.prune": "prune",
     "training": "Distil NoRecovery Reconstruct",

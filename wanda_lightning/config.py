@@ -249,8 +249,7 @@ def check_choices(choices: Mapping[str, Any]) -> None:
 
 def _check_sparsity(sparsity: float) -> None:
     percent = f" ({sparsity / 100:g} for {sparsity:g} %)" if isinstance(sparsity, int | float) and sparsity > 1 else ""
-    fraction = f"the fraction of weights that become zero, at least 0 and below 1{percent}"
-    check_values(Number(minimum=0, below=1, text=fraction), sparsity=sparsity)
+    check_values(Number(minimum=0, below=1), **{f"sparsity{percent}": sparsity})
 
 
 def _named(option: str, name: object) -> Any:

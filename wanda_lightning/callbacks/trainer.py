@@ -10,7 +10,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from wanda_lightning.common.checks import refuse_pytorch_lightning
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
@@ -21,11 +20,7 @@ def pruning_target(pl_module: L.LightningModule) -> nn.Module:
 
 
 def processes_of(trainer: L.Trainer) -> Processes:
-    """Return the processes of a Trainer, in `setup` or later.
-
-    Refuse a Trainer of `pytorch_lightning`, and a strategy whose model cannot be pruned.
-    """
-    refuse_pytorch_lightning(trainer)
+    """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose model cannot be pruned."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh

@@ -32,11 +32,6 @@ class ZerosCallback(Callback):
         return True
 
     @property
-    def reads_calibration_data(self) -> bool:
-        """Whether it may prune with data from `calibration_dataloader()` of the datamodule or module."""
-        return False
-
-    @property
     def report(self) -> PruningReport | None:
         """The report of the latest pruning; None before the first."""
         return None

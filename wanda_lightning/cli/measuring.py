@@ -20,7 +20,8 @@ from wanda_lightning.common.model_source import load_config
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size, counted
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.data import ImageDataModule, TextDataModule
+from wanda_lightning.data.images import ImageDataModule
+from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
 from wanda_lightning.engine.plan import config_for, make_plan, refuse_nothing_to_prune

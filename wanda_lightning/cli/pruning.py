@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 
 from wanda_lightning.cli.measuring import AnyData, data_for, load, logged_names, measure, print_line, print_table
 from wanda_lightning.cli.options import Folder, Model, PruneOptions, as_command, values_of
-from wanda_lightning.common.atomic_write import atomic_write, require_space, require_writable, resolve_path
+from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluating import evaluating
 from wanda_lightning.common.words import one_line
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.data import TextDataModule, sample_windows
+from wanda_lightning.data.own_text import sample_windows
+from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.plan import make_plan
@@ -95,8 +96,6 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     plan = make_plan(config, module.model)  # to refuse the model before it is measured
     if plan.config.pattern.drops_experts:
         find_mixtures(plan)
-    if results.save_model is not None:
-        require_space(results.save_model, sum(each.nbytes for each in (*module.parameters(), *module.buffers())))
     batches = _calibration(config, module, source)  # to refuse a text that is too short, too
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 

@@ -8,24 +8,20 @@ from math import inf, isfinite
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from wanda_lightning.common.errors import MissingPackageError, UserError
 
 
 @dataclass(frozen=True)
 class Number:
-    """A finite number in a range: `above` and `below` exclude the bound, `minimum` and `maximum` include it.
-
-    `text` describes the number in messages, by default by its range.
-    """
+    """A finite number in a range: `above` and `below` exclude the bound, `minimum` and `maximum` include it."""
 
     above: int | float = -inf
     minimum: int | float = -inf
     below: int | float = inf
     maximum: int | float = inf
     whole: bool = False
-    text: str = ""
 
     def accepts(self, value: Any) -> bool:
         """Whether a value is a number in the range."""
@@ -35,35 +31,30 @@ class Number:
     def __str__(self) -> str:
         bounds = {"above": self.above, "of at least": self.minimum, "below": self.below, "at most": self.maximum}
         range_ = " and ".join(f"{text} {bound:.10g}" for text, bound in bounds.items() if isfinite(bound))
-        return self.text or f"a {'whole ' if self.whole else ''}number {range_}".rstrip()
+        return f"a {'whole ' if self.whole else ''}number {range_}".rstrip()
 
 
-Rule: TypeAlias = Number | tuple[str, ...]
 SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
 
 
-def check(method: object, **rules: Rule) -> None:
+def check(method: object, **rules: Number | tuple[object, ...]) -> None:
     """Raise a ValueError for an attribute of a method that breaks its rule."""
     for name, rule in rules.items():
         check_values(rule, **{f"{name} of {type(method).__name__}": getattr(method, name)})
 
 
-def check_values(rule: Rule, **values: object) -> None:
+def check_values(rule: Number | tuple[object, ...], **values: object) -> None:
     """Raise a ValueError that names a value which breaks the rule: a `Number`, or one of several names."""
     for name, value in values.items():
         if not (value in rule if isinstance(rule, tuple) else rule.accepts(value)):
-            allowed = f"one of {', '.join(rule)}" if isinstance(rule, tuple) else rule
+            allowed = f"one of {', '.join(map(str, rule))}" if isinstance(rule, tuple) else rule
             raise UserError(f"{name} must be {allowed}, but it is {shown(value)}.")
 
 
 def check_at_least(minimum: int, **values: object) -> None:
-    """Raise a ValueError for a value that is not a whole number of at least `minimum`."""
-    check_values(Number(minimum=minimum, whole=True), **values)
-
-
-def check_positive(**values: object) -> None:
-    """Raise a ValueError for a value that is not a whole number of at least 1; None stands for an unset option."""
-    check_at_least(1, **{name: value for name, value in values.items() if value is not None})
+    """Raise a ValueError for a value that is not a whole number of at least `minimum`, or None for an unset option."""
+    given = {name: value for name, value in values.items() if value is not None}
+    check_values(Number(minimum=minimum, whole=True), **given)
 
 
 def shown(value: object) -> str:
@@ -73,19 +64,7 @@ def shown(value: object) -> str:
 
 def check_flags(**values: object) -> None:
     """Raise a ValueError for a value that is neither True nor False, such as the text "false", which is true."""
-    for name, value in values.items():
-        if not isinstance(value, bool):
-            raise UserError(f"{name} must be True or False, but it is {shown(value)}.")
-
-
-def refuse_pytorch_lightning(trainer: object) -> None:
-    """Raise a ValueError for a Trainer of `pytorch_lightning`, a copy of Lightning whose objects cannot be mixed."""
-    if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in type(trainer).__mro__):
-        raise UserError(
-            f"trainer must be a lightning.pytorch.Trainer, but it is a {type(trainer).__name__} of pytorch_lightning. "
-            "Import Trainer, LightningModule and everything else from lightning.pytorch: pytorch_lightning is a copy "
-            "of the same library, and objects of the two cannot be mixed."
-        )
+    check_values((True, False), **values)
 
 
 def require_extra(extra: str, *packages: str, purpose: str) -> None:
@@ -95,10 +74,8 @@ def require_extra(extra: str, *packages: str, purpose: str) -> None:
         raise MissingPackageError(f"{purpose} need {names}: pip install '.[{extra}]' in the source folder")
 
 
-def check_report_path(path: str | PathLike[str]) -> str:
-    """Return how the path of a report ends; raise an error for another ending, or if no report can be written here."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".html", ".png"):
+def check_report_path(path: str | PathLike[str]) -> None:
+    """Raise an error for the path of a report that cannot be written."""
+    if Path(path).suffix not in (".html", ".png"):
         raise UserError(f"report must end with .html or .png, but it is {str(path)!r}.")
     require_extra("report", "matplotlib", purpose="Reports with figures")
-    return suffix

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,7 +22,6 @@ def naming_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG)
-        if is_full or type(error) is Exception or "Error while serializing" in str(error):
-            raise OSError(f"{path} cannot be written: {error}") from error
-        raise
+        if re.search(r"(os error |Errno )(27|28)\b", str(error)) is None:  # EFBIG and ENOSPC
+            raise
+        raise OSError(f"{path} cannot be written: {error}") from error

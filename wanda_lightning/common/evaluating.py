@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -17,8 +15,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     A module that overrides `train`, as loralib does, is restored by its own.
     """
-    from torch import nn
-
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -35,8 +31,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw the random numbers of the CPU and of a device from a seed; restore their states at the end."""
-    import torch
-
     on_cpu = device.type == "cpu"
     with torch.random.fork_rng(devices=[] if on_cpu else [device]):
         (torch.default_generator if on_cpu else torch).manual_seed(seed)  # torch seeds all devices
@@ -45,8 +39,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64: `mps` and some GPUs of Intel do not."""
-    import torch
-
     if device.type in ("cpu", "cuda"):  # not tried, since no process can fork once CUDA is in use
         return True
     try:

@@ -1,7 +1,4 @@
-"""The source of a model: a hub id, a local folder, a GGUF file or a timm model.
-
-Libraries are imported inside functions, so that checking a local path is fast.
-"""
+"""The source of a model: a hub id, a local folder, a GGUF file or a timm model; paths are checked at once."""
 
 from __future__ import annotations
 
@@ -17,24 +14,15 @@ from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.errors import MissingPackageError, UserError
 from wanda_lightning.common.words import one_line
 
-_LOCAL_FOLDER = "local-dir:"  # timm's prefix of a folder
-
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The source of a model.
+    """The source of a model."""
 
-    Attributes:
-        name: Hub id, folder or `.gguf` file of a language model; or `timm:NAME` of an image classifier.
-        revision: Branch, tag or commit on the hub.
-        cache_dir: Folder for downloads from the hub; None for the usual one.
-        trust_remote_code: Run the code that comes with the model.
-    """
-
-    name: str | os.PathLike[str]
-    revision: str = "main"
-    cache_dir: str | None = None
-    trust_remote_code: bool = False
+    name: str | os.PathLike[str]  # hub id, folder or `.gguf` file of a language model, or `timm:NAME`
+    revision: str = "main"  # branch, tag or commit on the hub
+    cache_dir: str | None = None  # for downloads from the hub; None for the usual one
+    trust_remote_code: bool = False  # whether to run the code that comes with the model
 
     def __post_init__(self) -> None:
         check_flags(trust_remote_code=self.trust_remote_code)
@@ -53,10 +41,7 @@ class ModelSource:
         return {name: getattr(self, name) for name in ("revision", "cache_dir", "trust_remote_code")}
 
     def locate(self) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained`, with a path if one exists, or else a hub id.
-
-        Raises a FileNotFoundError for a path that does not exist.
-        """
+        """Return the arguments of `from_pretrained`; raise a FileNotFoundError for a path that does not exist."""
         path = self.path
         is_path = path.is_absolute() or str(self).startswith(".") or len(path.parts) > 2
         if not path.exists() and (is_path or path.suffix in (".gguf", ".safetensors")):
@@ -70,18 +55,16 @@ class ModelSource:
 def load_config(source: ModelSource) -> Any:
     """Load the transformers configuration of a hub id, a local folder or a GGUF file; errors as for `reading`."""
     arguments, folder = source.locate(), source.path
-    for index in sorted(folder.glob("*.index.json")):
-        with reading("index of the weights", index):
-            names = [PureWindowsPath(name) for name in json.loads(index.read_bytes())["weight_map"].values()]
-        for name in names:  # it knows both kinds of slashes
-            if name.anchor or ".." in name.parts:  # the file could be private, and would be saved as weights
-                raise UserError(f"{index} must name files in its folder, but it names {name.as_posix()}. Correct it.")
     from transformers import AutoConfig
 
     with reading("configuration", source, on_hub=not folder.exists()):
         config = AutoConfig.from_pretrained(**arguments)
+        for index in folder.glob("*.index.json"):
+            for name in map(PureWindowsPath, json.loads(index.read_bytes())["weight_map"].values()):  # for both slashes
+                if name.anchor or ".." in name.parts:  # the file could be private, and would be saved as weights
+                    raise UserError(f"{index} must name files in its folder, but it names {name.as_posix()}.")
     if config.model_type == "timm_wrapper":
-        named = f"{_LOCAL_FOLDER}{folder}" if folder.exists() else f"hf-hub:{source}"
+        named = f"local-dir:{folder}" if folder.exists() else f"hf-hub:{source}"
         raise UserError(f"model {source} is an image classifier of timm: its name is timm:{named}.")
     return config
 
@@ -97,11 +80,10 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 @contextmanager
 def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
-    """While a library loads the `part` of a model or data set, turn its errors into errors for the user.
+    """While a library loads the `part` of a model or data set, name both in its errors.
 
-    A missing package stays an ImportError, an error of the file system or the hub an OSError, and exhausted memory the
-    error that it is; anything else becomes a ValueError. If the hub does not answer, libraries read only their caches,
-    since they would ask it again for half a minute.
+    A missing package stays an ImportError, an error of the file system or the hub an OSError; others are ValueErrors.
+    If the hub does not answer, libraries read only their caches, since they would ask it again for half a minute.
     """
     from huggingface_hub import constants, get_session
 
@@ -114,11 +96,9 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
                 constants.HF_HUB_OFFLINE = True
                 found = f" not in the cache, and the Hugging Face hub cannot be reached ({one_line(error)}):"
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's
-            raise
         kind: type[Exception] = MissingPackageError if isinstance(error, ImportError) else OSError
         if {type(error).__name__, type(error.__context__).__name__} & {"JSONDecodeError", "SafetensorError"}:
             kind, found = UserError, " a file is damaged; download or save it again:"
@@ -130,11 +110,7 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
 
 
 def timm_name(name: str | os.PathLike[str]) -> str:
-    """Return the name of an image classifier for `timm.create_model`.
-
-    It may be a name that timm knows, with or without the prefix `timm:` and a tag of pretrained weights;
-    `hf-hub:OWNER/NAME`; `local-dir:FOLDER`; or a path object of a folder.
-    """
-    text = name.removeprefix("timm:") if isinstance(name, str) else f"{_LOCAL_FOLDER}{os.fspath(name)}"
-    folder = text.removeprefix(_LOCAL_FOLDER)
-    return text if folder == text else f"{_LOCAL_FOLDER}{ModelSource(folder).path}"
+    """Return the name for `timm.create_model`: without the prefix `timm:`, and a path object as `local-dir:FOLDER`."""
+    text = name.removeprefix("timm:") if isinstance(name, str) else f"local-dir:{os.fspath(name)}"
+    folder = text.removeprefix("local-dir:")
+    return text if folder == text else f"local-dir:{ModelSource(folder).path}"

@@ -21,7 +21,12 @@ def duration(seconds: float) -> str:
 def count(number: int, names: Sequence[str] = (" billion", " million", " thousand")) -> str:
     """Return a large number with three digits, such as `135 million`."""
     units = zip((1e9, 1e6, 1e3), names, strict=True)
-    return next((f"{number / unit:.3g}{name}" for unit, name in units if number >= unit), str(number))
+    return next((f"{float(f'{number / unit:.3g}'):g}{name}" for unit, name in units if number >= unit), str(number))
+
+
+def as_size(size: int) -> str:
+    """Return a number of bytes in words, such as `98.8 MB`."""
+    return count(size, (" GB", " MB", " KB"))
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
@@ -29,24 +34,8 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
-def as_size(size: int) -> str:
-    """Describe a number of bytes.
-
-    Example:
-        >>> as_size(999), as_size(1_234_567), as_size(98_765_432_100)
-        ('1.0 KB', '1.2 MB', '98.8 GB')
-    """
-    unit, name = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "KB")
-    return f"{size / unit:.1f} {name}"
-
-
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean ...?` with the known names that resemble `name`, or an empty string if none does.
-
-    Example:
-        >>> did_you_mean("wikitxt2", ["c4", "wikitext2"])
-        ' Did you mean wikitext2?'
-    """
+    """Return ` Did you mean ...?` with the known names that resemble `name`, or an empty string if none does."""
     close = difflib.get_close_matches(name, list(known), n=3)
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
@@ -61,10 +50,6 @@ def matches(name: str, pattern: str, option: str) -> bool:
 
     A pattern is a name, a glob, or `re:` and a regular expression that matches the whole name. If that is not a regular
     expression, the ValueError names `option`.
-
-    Example:
-        >>> matches("blocks.0.mlp.down", "*.mlp", "skip"), matches("blocks.0.mlp.down", "mlp", "skip")
-        (True, False)
     """
     if pattern.startswith("re:"):
         try:
@@ -90,6 +75,6 @@ def refuse_unmatched(patterns: Sequence[str], names: Sequence[str], option: str,
             near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
             nearest = f"the nearest is {near[0]!r}" if near else "the model has none"
             raise UserError(
-                f"{option}={pattern!r} matches no {what} of the model; {nearest}. "
-                "Give a module name, a glob such as '*.down_proj', or 're:' and a regular expression."
+                f"{option}={pattern!r} matches no {what} of the model; {nearest}. Give a name, a glob such as "
+                "'*.down_proj', or 're:' and a regular expression."
             )

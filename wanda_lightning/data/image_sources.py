@@ -11,7 +11,7 @@ from typing import Any
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean, one_line
-from wanda_lightning.data.loading import load
+from wanda_lightning.data.loading import is_hub_id, load
 
 _HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}  # id, label column
 _NAMES = ("digits", *_HUB)
@@ -65,14 +65,17 @@ class Source:
     sorted_by_name: bool = False
     is_whole: bool = False
 
+    @property
+    def calibration(self) -> Images | None:
+        """The images to calibrate on; None if there are none."""
+        return self.evaluation if self.is_whole else self.train
+
 
 def check_source(data: str) -> None:
     """Raise an error for an unknown name or a path that does not exist, without reading or downloading anything."""
     if data == "digits":
         require_extra("demo", "sklearn", purpose="The digits")
-    path = Path(data).expanduser()
-    is_hub_id = data.count("/") == 1 and not (data.startswith(("/", ".", "~")) or path.exists())
-    if not data or not (data in _NAMES or path.is_dir() or is_hub_id):
+    if not data or not (data in _NAMES or Path(data).expanduser().is_dir() or is_hub_id(data)):
         raise UserError(
             f"data must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), or an existing folder "
             f"with train/CLASS and val/CLASS, or with classes only, but it is {data!r}.{did_you_mean(data, _NAMES)}"

@@ -11,17 +11,15 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
-from wanda_lightning.common.checks import SEED, check_at_least, check_positive, check_values
+from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
 from wanda_lightning.common.words import counted
-from wanda_lightning.data.image_sources import Source, check_source, load_splits, open_source
+from wanda_lightning.data.image_sources import Images, Source, check_source, load_splits, open_source
 from wanda_lightning.data.loading import silence_worker_advice
-
-_IN_MEMORY_SIDE = 96  # pixels; digits up to this side are kept as tensors, at most 200 MB
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -44,7 +42,7 @@ class ImageDataModule(L.LightningDataModule):
         model: A timm model, a module that has it as `.model`, or a name; by default the model that the Trainer runs.
         batch_size: Number of images in a batch.
         num_samples: Number of calibration images.
-        num_workers: Number of processes that decode images. Digits of at most 96 pixels are kept in memory instead.
+        num_workers: Number of processes that decode images.
         seed: Seed of the calibration images and of the shuffling for training.
         cache_dir: Folder for downloads from the hub.
         image_size: Height and width in pixels. By default those of the pretrained weights, usually 224; a convolutional
@@ -68,8 +66,7 @@ class ImageDataModule(L.LightningDataModule):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_at_least(1, batch_size=batch_size, num_samples=num_samples)
-        check_positive(image_size=image_size)
+        check_at_least(1, batch_size=batch_size, num_samples=num_samples, image_size=image_size)
         check_values(SEED, seed=seed)
         check_at_least(0, num_workers=num_workers)
         self.data = os.fspath(data)
@@ -84,7 +81,6 @@ class ImageDataModule(L.LightningDataModule):
         self.preprocessing: dict[str, Any] = {}
         self._source: Source | None = None
         self._model_classes: tuple[str, ...] = ()
-        self._kept: dict[str, list[tuple[Tensor, int]]] = {}  # by part
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -112,7 +108,6 @@ class ImageDataModule(L.LightningDataModule):
         if self._source is None or (preprocessing, names) != (self.preprocessing, self._model_classes):
             self._source = open_source(self.data, self.cache_dir, names)
             self.preprocessing, self._model_classes = preprocessing, names
-            self._kept.clear()
         self._check_classes(getattr(model, "num_classes", None), self._source)
 
     def _check_classes(self, outputs: Any, source: Source) -> None:
@@ -140,36 +135,24 @@ class ImageDataModule(L.LightningDataModule):
             raise UserError("setup() opens the images, but it was not called. Call it first.")
         return self._source
 
-    @property
-    def _in_memory(self) -> bool:
-        return self.data == "digits" and max(self.preprocessing["input_size"]) <= _IN_MEMORY_SIDE
-
-    def _dataset(self, part: str, augment: bool = False) -> Any:
+    def _prepare(self, images: Images | None, augment: bool = False) -> Any:
         from timm.data import create_transform
         from torchvision.transforms import Compose
 
-        samples = self._opened().train if part == "train" else self._opened().evaluation
-        if samples is None:
+        if images is None:
             raise UserError(
                 f"data must have training images, but {self.data} has only evaluation images. To calibrate on these, "
                 "give the folder with the classes."
             )
         mode = "L" if self.preprocessing["input_size"][0] == 1 else "RGB"
         transform = create_transform(**self.preprocessing, is_training=augment and self.data != "digits")
-        images = replace(samples, transform=Compose([methodcaller("convert", mode), transform]))
-        if not self._in_memory:
-            return images
-        if part not in self._kept:
-            self._kept[part] = list(images)
-        return self._kept[part]
-
-    @property
-    def _calibration_part(self) -> str:
-        return "evaluation" if self._opened().is_whole else "train"
+        prepared = replace(images, transform=Compose([methodcaller("convert", mode), transform]))
+        in_memory = self.data == "digits" and max(self.preprocessing["input_size"]) <= 96  # pixels: at most 200 MB
+        return list(prepared) if in_memory else prepared
 
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number of images, and the seed that drew them."""
-        count = min(num_samples, self.num_samples, len(self._dataset(self._calibration_part)))
+        count = min(num_samples, self.num_samples, len(self._opened().calibration or ()))
         return f"{self.data}, {counted(count, 'image')}, seed {self.seed}"
 
     def describe_evaluation(self) -> str:
@@ -178,27 +161,25 @@ class ImageDataModule(L.LightningDataModule):
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Return the first `num_samples` images of a seeded permutation, preprocessed as for evaluation."""
-        images = self._dataset(self._calibration_part)
+        images = self._prepare(self._opened().calibration)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         return self._loader(Subset(images, order[: self.num_samples].tolist()))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, augmented, and shuffled anew in each epoch."""
-        return self._loader(self._dataset("train", augment=True), torch.Generator().manual_seed(self.seed))
+        return self._loader(self._prepare(self._opened().train, augment=True), torch.Generator().manual_seed(self.seed))
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the evaluation images, in their order."""
-        return self._loader(self._dataset("evaluation"))
+        return self._loader(self._prepare(self._opened().evaluation))
 
     test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, dataset: Any, shuffle: torch.Generator | None = None) -> DataLoader[Any]:
-        workers = self.num_workers
-        if self._in_memory:
+        if self.data == "digits":
             silence_worker_advice()
-            workers = 0
-        options: dict[str, Any] = {"generator": shuffle, "num_workers": workers, "persistent_workers": workers > 0}
-        return DataLoader(dataset, self.batch_size, shuffle is not None, **options)
+        options: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return DataLoader(dataset, self.batch_size, shuffle is not None, generator=shuffle, **options)
 
 
 def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> dict[str, Any]:
@@ -223,8 +204,6 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
     channels, *size = config["input_size"]
     channels = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), channels)
     size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or size
-    if channels != 1 and channels % 3:  # space-to-depth stems read a multiple of 3
-        raise UserError(f"model must read 1 or 3 channels, but {type(model).__name__} reads {channels}.")
     if image_size:
         size = (image_size, image_size)
     if channels == 1:

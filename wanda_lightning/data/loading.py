@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def load(source: str, *config: str, **options: Any) -> Any:
             return datasets.load_dataset(str(path) if path.is_dir() else name, *config, **options)
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a name is OWNER/NAME, as data sets on the hub have, and not a path."""
+    is_path = source.endswith(EXTENSIONS) or Path(source).exists()
+    return not is_path and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) is not None
 
 
 def silence_worker_advice() -> None:

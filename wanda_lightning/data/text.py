@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.checks import SEED, check_at_least, check_positive, check_values
+from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.common.words import counted
@@ -45,9 +44,9 @@ class TextDataModule(L.LightningDataModule):
     - evaluation: join the documents to one text, cut it into windows and drop the rest. c4 stands for the first 1100
       documents of the validation file, and at most 256 windows.
 
-    Each text is read and tokenized once: in a Trainer, by one of its processes, which gives the windows to the others.
-    The parts of python-docs for calibration and evaluation have no paragraph in common; a file is read whole for both.
-    Text like that of the calibration flatters a pruned model, so evaluate on text of another kind, too.
+    Each process of a Trainer reads and tokenizes each text once. The parts of python-docs for calibration and
+    evaluation have no paragraph in common; a file is read whole for both. Text like that of the calibration flatters a
+    pruned model, so evaluate on text of another kind, too.
 
     Args:
         tokenizer: A tokenizer, or the hub id, folder or `.gguf` file to load it from; by default the tokenizer of the
@@ -88,24 +87,18 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_at_least(2, seqlen=seqlen)  # one token to read and one to predict
-        check_at_least(1, num_samples=num_samples, batch_size=batch_size)
-        check_positive(limit=limit, train_samples=train_samples)
+        check_at_least(1, num_samples=num_samples, batch_size=batch_size, limit=limit, train_samples=train_samples)
         check_values(SEED, seed=seed)
         if isinstance(tokenizer, (str, os.PathLike)):
             ModelSource(tokenizer).locate()
         self._given_tokenizer = tokenizer
-        self.prepare_data_per_node = False
         self.calibration, self._calibration_source = named(calibration, "calibration")
         self._evaluation_sources: dict[str, Any] = {}
         for text in evaluation if isinstance(evaluation, list | tuple) else [evaluation]:
             name, source = named(text, "evaluation")
             if name in self._evaluation_sources and name != source:  # another list of documents
                 name = f"{name} ({len(self._evaluation_sources) + 1})"
-            if name in self._evaluation_sources:
-                raise UserError(f"evaluation must name each text only once, but it names {name!r} again.")
             self._evaluation_sources[name] = source
-        if not self._evaluation_sources:
-            raise UserError("evaluation must name at least one text.")
         self.evaluations = tuple(self._evaluation_sources)
         self.evaluation = self.evaluations[0]
         self.seqlen = seqlen
@@ -188,25 +181,11 @@ class TextDataModule(L.LightningDataModule):
             self._cut[source] = windows[:_C4_EVALUATION_WINDOWS] if source == "c4" else windows
         return self._cut[source]
 
-    def prepare_data(self) -> None:
-        """Read and tokenize, in one process, what the Trainer will use; `setup` gives the windows to the others."""
-        for source in self.evaluations:
-            self.windows_of(source)
-        if self.trainer is None or self.calibration == SELF:
-            return
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        calibrates = any(getattr(callback, "reads_calibration_data", False) for callback in callbacks)
-        trains = self.trainer.state.fn == TrainerFn.FITTING
-        self._windows(max(calibrates * self.num_samples, trains * self.train_samples))
-
     def setup(self, stage: str | None = None) -> None:
-        """Check the windows of the stage: refuse tokens without an embedding, and another tokenizer than the model's.
+        """Read and check the windows: refuse tokens without an embedding, and another tokenizer than the model's.
 
-        Windows that `prepare_data` has not read are read now, those for calibration when `calibration_dataloader()` is
-        called.
+        Those for calibration are read when `calibration_dataloader()` is called.
         """
-        if self.trainer is not None:
-            self._drawn, self._cut = self.trainer.strategy.broadcast((self._drawn, self._cut))
         for source in self.evaluations:
             self._check_tokens(self.windows_of(source))
         if stage in (None, "fit") and self.calibration != SELF:  # the model writes on its device, and once if resumed
@@ -322,8 +301,8 @@ def draw_from_documents(
         if len(lengths) == len(documents):
             raise UserError(
                 f"seqlen={seqlen} needs a document of at least {seqlen + 1} tokens, but the longest of the "
-                f"{len(documents)} documents of {source} has {max(lengths.values())}. Choose a smaller seqlen, or "
-                "give a .txt file, which is read as one text."
+                f"{len(documents)} documents of {source} has {max(lengths.values(), default=0)}. Choose a smaller "
+                "seqlen, or give a .txt file, which is read as one text."
             )
         i = rng.randint(0, len(documents) - 1)
         ids = () if i in lengths else tokenize(documents[i])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean
-from wanda_lightning.data.loading import EXTENSIONS, load
+from wanda_lightning.data.loading import EXTENSIONS, is_hub_id, load
 
 SELF, OWN_TEXT = "self", "text by the dense model"  # the name of the text that the model itself writes, and in words
 
@@ -30,7 +29,7 @@ def check_source(source: str, option: str = "text") -> None:
     path = Path(source).expanduser()
     if source == "sklearn-docs":
         require_extra("demo", "sklearn", purpose="The descriptions of scikit-learn's data sets")
-    if not (source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()) or _is_hub_id(source)):
+    if not (source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()) or is_hub_id(source)):
         raise UserError(
             f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), an existing file "
             f"that ends in {', '.join(EXTENSIONS)}, or a list of documents, but it is {source!r:.80}."
@@ -47,13 +46,11 @@ def documents_in(texts: Any, option: str) -> Sequence[str]:
                 f"{option} must have a column 'text' with a string in each row, but it has the columns "
                 f"{', '.join(texts.column_names)}, and 'text' is {kind} or not in each row."
             )
-        texts = texts["text"]
-    elif not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return texts["text"]
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise UserError(
             f"{option} must be the name of a text, a list of strings or a datasets.Dataset, but it is {texts!r:.200}."
         )
-    if len(texts) == 0:
-        raise UserError(f"{option} must have text, but it is empty.")
     return texts
 
 
@@ -106,11 +103,6 @@ def _read(source: Any, part: int, cache_dir: str | None) -> str | Sequence[str]:
     return documents_in(loaded[split], f"The data set {source}")
 
 
-def _is_hub_id(source: str) -> bool:
-    is_path = source.endswith(EXTENSIONS) or Path(source).exists()
-    return not is_path and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) is not None
-
-
 def python_docs() -> tuple[dict[str, str], dict[str, str]]:
     """Return the topics of Python's language reference (`help("topics")`) for calibration, and those for evaluation.
 
@@ -139,11 +131,7 @@ def sklearn_docs() -> str:
 
 
 def _quoting_groups(topics: Mapping[str, str]) -> list[list[str]]:
-    r"""Group the topics that share a paragraph, directly or through others.
-
-    >>> _quoting_groups({"a": "x" * 80, "b": "y" * 80, "c": "z" * 80 + "\n\n" + "x" * 80})
-    [['b'], ['a', 'c']]
-    """
+    """Group the topics that share a paragraph, directly or through others."""
     groups: list[tuple[list[str], set[str]]] = []
     for name in sorted(topics):
         names, paragraphs = [name], {p.strip() for p in topics[name].split("\n\n") if len(p.strip()) >= _QUOTATION}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from wanda_lightning.common.checks import check_positive, require_extra
+from wanda_lightning.common.checks import check_at_least, require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluating import evaluating
 from wanda_lightning.common.words import did_you_mean, one_line
@@ -146,7 +146,7 @@ def zero_shot(
     task has it, `acc_norm` (log-likelihoods divided by the lengths of the choices), their standard errors, and the
     number of documents; with several tasks, also `mean`: the mean of `acc` and its standard error, as in the paper.
     """
-    check_positive(batch_size=batch_size, limit=limit)
+    check_at_least(1, batch_size=batch_size, limit=limit)
     if not tasks:
         return {}
     import lm_eval

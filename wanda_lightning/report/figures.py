@@ -1,4 +1,4 @@
-"""Figures of a report, drawn with Matplotlib in one style: for its page, as PNG, and for loggers."""
+"""Figures of a report, drawn with Matplotlib in one style: for its page, and as PNG."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ from io import StringIO
 from math import isnan, nan
 from operator import itemgetter
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.words import count
 from wanda_lightning.models import SkipReason
-from wanda_lightning.report.records import POOLED, Layers, PrunedLayer, ReportData, grouped
+from wanda_lightning.report.records import Layers, PrunedLayer, ReportData, grouped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,17 +92,6 @@ def weights_by_kind(report: ReportData) -> list[tuple[str, int, int, int]]:
     return sorted(found, key=lambda each: -sum(each[1:]))
 
 
-def expert_tokens(report: ReportData) -> dict[str, dict[str, float]]:
-    """Return how many calibration tokens the experts of each block received, as a table: numbers by heading."""
-    experts = [layer for layer in report.layers if layer.siblings]
-    found: dict[str, dict[str, float]] = {}
-    for block, layers in grouped(experts, lambda layer: layer.block or layer.siblings.partition(".*")[0]).items():
-        tokens = [layer.tokens for layer in layers]
-        found[block] = {"Matrices": len(layers), "Fewest tokens": min(tokens), "Median": median(tokens)}
-        found[block] |= {"Most": max(tokens), "Pooled": sum(POOLED in layer.note for layer in layers)}
-    return found
-
-
 @dataclass(frozen=True)
 class Plot:
     """One figure, of a height in pixels; `draw` draws it on axes of a width in pixels."""
@@ -116,8 +103,7 @@ class Plot:
 
 
 def plots_of(report: ReportData) -> list[Plot]:
-    """Return the figures for which the report has numbers; refuse if the extra `report` is not installed."""
-    require_extra("report", "matplotlib", purpose="Reports with figures")
+    """Return the figures for which the report has numbers."""
     sparsity, errors, bars = layer_grid(report, "sparsity"), layer_grid(report, "error"), weights_by_kind(report)
     plots = []
     if len(sparsity.shown) > 1:  # colors span at least 10 %, so that nearly uniform sparsities look nearly uniform

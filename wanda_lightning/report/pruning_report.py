@@ -59,10 +59,7 @@ class PruningReport(ReportData):
         """Construct a report from the JSON that `to_json` returned, now or in an older version."""
         content = json.loads(text)
         if content.get("version", 0) > _VERSION:
-            raise UserError(
-                f"version must be at most {_VERSION}, but it is {content['version']!r}. Read this report with the "
-                "version of wanda_lightning that wrote it, or a newer one."
-            )
+            raise UserError(f"version must be at most {_VERSION} (or upgrade), but it is {content['version']!r}")
         return from_parsed(cls, content)
 
     @classmethod
@@ -86,8 +83,7 @@ class PruningReport(ReportData):
         template, run = jinja.get_template("report.html"), self.run or Run()
         texts = {"descriptions": descriptions, "words": words, "metric": METRICS.get(run.metric)}
         with atomic_write(path) as temporary:
-            page = template.render(report=self, run=run, figures=figures, plots=plots, **texts)
-            temporary.write_text(page, encoding="utf-8")
+            temporary.write_text(template.render(report=self, run=run, figures=figures, plots=plots, **texts), "utf-8")
 
     def to_png(self, path: str | Path) -> None:
         """Write the figures of the page into one picture. Needs the extra `report`."""
@@ -98,12 +94,12 @@ class PruningReport(ReportData):
 
     def write(self, path: str | Path) -> None:
         """Write the page (.html) or the picture of its figures (.png)."""
-        (self.to_html if check_report_path(path) == ".html" else self.to_png)(path)
+        check_report_path(path)
+        (self.to_html if Path(path).suffix == ".html" else self.to_png)(path)
 
     def save(self, folder: str | Path) -> Path:
         """Write `pruning_report.json` into a folder, atomically, and return its path."""
-        path = Path(folder) / REPORT_NAME
-        with atomic_write(path) as temporary:
+        with atomic_write(path := Path(folder) / REPORT_NAME) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
         return path
 

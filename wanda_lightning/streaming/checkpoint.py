@@ -190,12 +190,6 @@ class Checkpoint:
         with _quiet():
             self.model.save_pretrained(folder, state_dict={})
 
-    @property
-    def configuration(self) -> dict[str, Any]:
-        """The configuration of the model, without where it was loaded from and by which version."""
-        described: dict[str, Any] = self.model.config.to_dict()
-        return {key: value for key, value in described.items() if key not in ("_name_or_path", "transformers_version")}
-
     def refusal(self, reason: str) -> ValueError:
         """Return an error that names the model and says why it must be in memory as a whole."""
         return UserError(

@@ -17,11 +17,13 @@ from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
+
+_UNRELATED = ("_name_or_path", "transformers_version")  # to the weights: where they are, and what has written them
 
 
 def prune_from_disk(
@@ -37,7 +39,6 @@ def prune_from_disk(
     tokenizer: Any = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
-    processes: Processes = SINGLE_PROCESS,
     device: str = "cpu",
     **choices: Unpack[PruningChoices],
 ) -> PruningReport:
@@ -59,7 +60,6 @@ def prune_from_disk(
         tokenizer: Saved with the model if given, by its `save_pretrained`.
         forward: Called with the model and one batch, to run it; by default as in `prune`.
         progress: Show a bar.
-        processes: All processes, each with its own batches; the first writes to a folder that all of them see.
         device: Where the model computes, for example `"cuda"`. Two blocks and the activations are there.
         **choices: The other arguments of `PruningConfig.from_names`. Choices that need the whole model are refused.
 
@@ -70,9 +70,7 @@ def prune_from_disk(
     check_choices(choices)
     config = PruningConfig.from_names(sparsity, **choices)
     place = ModelSource(source, revision or "main", cache_dir, trust_remote_code)
-    with pruned_from_disk(
-        config, place, output, batches, dtype, tokenizer, forward, progress, processes, device
-    ) as report:
+    with pruned_from_disk(config, place, output, batches, dtype, tokenizer, forward, progress, device) as report:
         return report
 
 
@@ -86,7 +84,6 @@ def pruned_from_disk(
     tokenizer: Any = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,
-    processes: Processes = SINGLE_PROCESS,
     device: str = "cpu",
 ) -> Iterator[PruningReport]:
     """Prune from disk with resolved choices, and yield the report; the output is complete.
@@ -94,32 +91,30 @@ def pruned_from_disk(
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
     refuse_whole_model(config)
-    refuse_places(source.name, output)
+    if source.path.is_dir() and resolve_path(output).is_relative_to(resolve_path(source.path)):
+        raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")
     if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
         raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
-    with processes.fail_together():
-        held = list(batches)
-        checkpoint = Checkpoint(source, dtype, device)
-        make_plan(config, checkpoint.model, processes, has_weights=False)  # to refuse before anything is written
-        own_data = fingerprint(held)
+    held = list(batches)
+    checkpoint = Checkpoint(source, dtype, device)
+    make_plan(config, checkpoint.model, SINGLE_PROCESS, has_weights=False)  # to refuse before anything is written
+    described = checkpoint.model.config.to_dict()
     made_with = {  # the choices and data that determine the result
         **config.describe(),
         "dtype": str(checkpoint.model.dtype),
         "device": checkpoint.device.type,
-        "calibration data": [processes.broadcast(own_data, rank) for rank in range(processes.world_size)],
-        "config.json": fingerprint(checkpoint.configuration),
+        "calibration data": [fingerprint(held)],
+        "config.json": fingerprint({k: v for k, v in described.items() if k not in _UNRELATED}),
         **{f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
     }
-    folder = OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks], processes)
+    folder = OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks])
     if folder.progress.report:
         report = PruningReport.from_json(folder.progress.report)
     else:
         weights = StreamedWeights(checkpoint, folder)
         run = None if forward is None else partial(forward, checkpoint.model)
         with weights.blocks.loading():
-            report = prune_as(
-                config, checkpoint.model, held, forward=run, progress=progress, processes=processes, store=weights
-            )
+            report = prune_as(config, checkpoint.model, held, forward=run, progress=progress, store=weights)
     folder.finish(checkpoint, tokenizer, report.to_json())
     yield report
     folder.forget()
@@ -146,9 +141,3 @@ def refuse_whole_model(config: PruningConfig) -> None:
                 f"{config.shown(option)} {reason}, but the model is read block by block. Use {option}={instead}, or "
                 "prune in memory."
             )
-
-
-def refuse_places(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> None:
-    """Refuse an output that is the source folder or lies inside it."""
-    if os.path.isdir(os.path.expanduser(source)) and resolve_path(output).is_relative_to(resolve_path(source)):
-        raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")

@@ -29,7 +29,6 @@ from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError, naming_full_disk
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import SkippedMatrix
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PrunedLayer
 from wanda_lightning.report.records import as_json, from_parsed
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -54,8 +53,8 @@ class PartRecord:
 class Shards:
     """A folder with one file for each part of a checkpoint; the files without which it is no model come last."""
 
-    def __init__(self, folder: Path, parts: Sequence[str], is_writer: bool = True) -> None:
-        self.folder, self.parts, self._is_writer = folder, list(parts), is_writer
+    def __init__(self, folder: Path, parts: Sequence[str]) -> None:
+        self.folder, self.parts = folder, list(parts)
         self.written: dict[str, PartRecord] = {}
 
     def path(self, part: str) -> Path:
@@ -65,7 +64,7 @@ class Shards:
 
     def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()) -> None:
         """Write a part, and add its tensors to its record."""
-        if tensors and self._is_writer:
+        if tensors:
             with atomic_write(self.path(part)) as new:
                 save_file(dict(tensors), new, metadata={"format": "pt"})
         size = sum(tensor.nbytes for tensor in tensors.values())
@@ -103,28 +102,19 @@ class _Progress:
 
 
 class OutputFolder(Shards):
-    """The folder of a pruned model; of several processes, only the first one writes.
+    """The folder of a pruned model.
 
     The folder is empty, does not exist, or was left by an interrupted run with the same choices and data, `made_with`;
     any other folder is refused.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike[str],
-        made_with: Mapping[str, Any],
-        parts: Sequence[str],
-        processes: Processes = SINGLE_PROCESS,
-    ) -> None:
-        super().__init__(resolve_path(folder), parts, processes.rank == 0)
-        self._processes, self._file = processes, self.folder / PROGRESS_NAME
+    def __init__(self, folder: str | os.PathLike[str], made_with: Mapping[str, Any], parts: Sequence[str]) -> None:
+        super().__init__(resolve_path(folder), parts)
+        self._file = self.folder / PROGRESS_NAME
         self.progress = _Progress(json.loads(json.dumps({"version": _VERSION, **made_with}, default=str)))
-        with processes.fail_together():
-            if self._is_writer:
-                require_resumable(folder)
-                if self._file.is_file():
-                    self._resume(folder)
-        self.progress = processes.broadcast(self.progress, 0)
+        require_resumable(folder)
+        if self._file.is_file():
+            self._resume(folder)
         self.written = self.progress.written
 
     def _resume(self, folder: object) -> None:
@@ -153,26 +143,18 @@ class OutputFolder(Shards):
         own.report = begun.report if own.written.keys() >= set(self.parts) else ""
 
     def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()) -> None:
-        """Write a part and its record in the first process; the others do not wait for it."""
-        if self._is_writer:
-            self._require_own_folder()
-        super().save(part, tensors, record)
-        if self._is_writer:
-            self._save_progress()
-
-    def _require_own_folder(self) -> None:
-        """Refuse to mix the parts of two runs."""
+        """Write a part and its record; refuse to mix the parts of two runs."""
         entries = {"written": list_entries(self.folder)}
         found = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else entries
         if found["written"] and found.get("made_with") != self.progress.made_with:
             raise UserError(f"{self.folder} must be written by one run, but another one has. Choose another folder.")
+        super().save(part, tensors, record)
+        self._save_progress()
 
     def save_allocation(self, sparsities: Mapping[str, float]) -> None:
         """Write the sparsity of each layer."""
         self.progress.sparsities = dict(sparsities)
-        with self._processes.fail_together():
-            if self._is_writer:
-                self._save_progress()
+        self._save_progress()
 
     def _save_progress(self) -> None:
         with atomic_write(self._file) as new:
@@ -184,20 +166,16 @@ class OutputFolder(Shards):
         The report stays in the progress file until `forget`, for a run that is started again.
         """
         self.progress.report = report
-        with self._processes.fail_together():
-            if self._is_writer:
-                self._save_progress()
-                self.write_rest(checkpoint, tokenizer)
+        self._save_progress()
+        self.write_rest(checkpoint, tokenizer)
 
     def forget(self) -> None:
         """Delete the files that only a repeated run needs."""
-        with self._processes.fail_together():
-            if self._is_writer:
-                self._file.unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
+        self._file.unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
 
 
-def require_resumable(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Raise an OSError for a folder that is neither empty nor left by an interrupted run, whatever `overwrite` is."""
+def require_resumable(path: str | os.PathLike[str]) -> None:
+    """Raise an OSError for a folder that is neither empty nor left by an interrupted run."""
     require_writable(path, overwrite=True, kind="folder")
     target = resolve_path(path)
     if list_entries(target) and not (target / PROGRESS_NAME).is_file():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -53,64 +52,55 @@ def shrink_from_disk(
     """
     where = ModelSource(os.fspath(source), revision or "main", cache_dir, trust_remote_code)
     with atomic_folder(output, overwrite) as folder:
-        stream = _Stream(Checkpoint(where, dtype), folder)
-        stream.run()
-        stream.result.refuse_nothing()
-        stream.result.misfit, _ = fit_configuration(stream.model)
-        write_modeling_file(stream.model, folder)
-        stream.finish(load_own_tokenizer(where))
-    return stream.result
+        checkpoint = Checkpoint(where, dtype)
+        shards = Shards(folder, [RESIDENT, *checkpoint.blocks])
+        result = _shrink_parts(checkpoint, shards)
+        result.refuse_nothing()
+        result.misfit, _ = fit_configuration(checkpoint.model)
+        write_modeling_file(checkpoint.model, folder)
+        shards.write_rest(checkpoint, load_own_tokenizer(where))
+    return result
 
 
-class _Stream:
-    """Reads, shrinks and writes one block after the other."""
+def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
+    """Run a small batch through the model, and write each part when it is shrunk."""
+    model: Any = checkpoint.model
+    size, result = sum(parameter.numel() for parameter in model.parameters()), Shrunk()
+    result.parameters = size, size
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
-        self.model, self.result, self._checkpoint = checkpoint.model, Shrunk(), checkpoint
-        self._shards = Shards(folder, [RESIDENT, *checkpoint.blocks])
-        before = sum(parameter.numel() for parameter in self.model.parameters())
-        self.result.parameters = before, before
+    def save(part: str) -> None:
+        shards.save(part, checkpoint.stored(part))
 
-    def run(self) -> None:
-        """Run a small batch through the model, and write every block."""
-        model: Any = self.model
-        with pruning_mode(model), ExitStack() as hooks:
-            for name in self._checkpoint.blocks:
-                block = model.get_submodule(name)
-                enter, leave = partial(self._enter, name), partial(self._leave, name)
-                hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                hooks.callback(block.register_forward_hook(leave).remove)
-            model(**example_batch(model))
-        for name in self._checkpoint.blocks:
-            if name not in self._shards.written:  # the batch does not reach it
-                self._checkpoint.load(name)
-                self._save(name)
-                self._checkpoint.unload(name)
-        self._save(RESIDENT)
-
-    def _enter(self, name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
-        if name in self._shards.written:  # a block that runs twice
-            self._checkpoint.load(name, self._shards.stored(name))
+    def enter(name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
+        if name in shards.written:  # a block that runs twice
+            checkpoint.load(name, shards.stored(name))
             return
 
         def forward(batch: Any) -> object:
             args, kwargs = clone_arguments(batch)
             return type(block).forward(block, *args, **kwargs)  # without the hooks of the block
 
-        self._checkpoint.load(name)
+        checkpoint.load(name)
         found = shrink(block, (args, kwargs), forward)
-        self.result.layers |= {f"{name}.{reader}": widths for reader, widths in found.layers.items()}
-        self.result.unproven += found.unproven
-        before, after = self.result.parameters
-        self.result.parameters = before, after - found.parameters[0] + found.parameters[1]
-        self._save(name)
+        result.layers |= {f"{name}.{reader}": widths for reader, widths in found.layers.items()}
+        result.unproven += found.unproven
+        before, after = result.parameters
+        result.parameters = before, after - found.parameters[0] + found.parameters[1]
+        save(name)
 
-    def _leave(self, name: str, *_: object) -> None:
-        self._checkpoint.unload(name)
+    def leave(name: str, *_: object) -> None:
+        checkpoint.unload(name)
 
-    def _save(self, part: str) -> None:
-        self._shards.save(part, self._checkpoint.stored(part))
-
-    def finish(self, tokenizer: Any) -> None:
-        """Write the files without which the folder is no model."""
-        self._shards.write_rest(self._checkpoint, tokenizer)
+    with pruning_mode(model), ExitStack() as hooks:
+        for name in checkpoint.blocks:
+            block = model.get_submodule(name)
+            hooks.callback(block.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove)
+            hooks.callback(block.register_forward_hook(partial(leave, name)).remove)
+        model(**example_batch(model))
+    for name in checkpoint.blocks:
+        if name not in shards.written:  # the batch does not reach it
+            checkpoint.load(name)
+            save(name)
+            checkpoint.unload(name)
+    save(RESIDENT)
+    return result

@@ -105,33 +105,31 @@ class StreamedWeights(WeightStore):
 
     def arrive(self, unit: Unit, run: Run) -> bool:
         """Write and free the blocks that all batches have left, and load the unit's block."""
-        part, processes = self._checkpoint.part_of(unit.name), run.plan.processes
-        with processes.fail_together():
-            if self._ahead is None:
-                self._ahead = {each.name: self._checkpoint.part_of(each.name) for each in run.plan.units}
-            self._ahead.pop(unit.name, None)
-            needed = {part, *self._ahead.values()}  # a batch may be parked ahead, in a block that is loaded
-            for block in [block for block in self.blocks.loaded if block not in needed]:
-                self._store(block, run)
-            if part != RESIDENT:
-                self.blocks.load(part)
-            is_pruned = part != RESIDENT and part in self._output.written
-            if is_pruned:
-                self._restore(self._output.written[part], run)
-            else:
-                refuse_unprunable(unit.layers)
+        part = self._checkpoint.part_of(unit.name)
+        if self._ahead is None:
+            self._ahead = {each.name: self._checkpoint.part_of(each.name) for each in run.plan.units}
+        self._ahead.pop(unit.name, None)
+        needed = {part, *self._ahead.values()}  # a batch may be parked ahead, in a block that is loaded
+        for block in [block for block in self.blocks.loaded if block not in needed]:
+            self._store(block, run)
+        if part != RESIDENT:
+            self.blocks.load(part)
+        is_pruned = part != RESIDENT and part in self._output.written
+        if is_pruned:
+            self._restore(self._output.written[part], run)
+        else:
+            refuse_unprunable(unit.layers)
         return is_pruned
 
     def finish(self, run: Run) -> None:
         """Write the remaining blocks, and the weights outside of all blocks."""
-        with run.plan.processes.fail_together():
-            for block in [*self.blocks.loaded]:
+        for block in [*self.blocks.loaded]:
+            self._store(block, run)
+        for block in self._checkpoint.blocks:
+            if block not in self._output.written:  # no batch called it
+                self.blocks.load(block)
                 self._store(block, run)
-            for block in self._checkpoint.blocks:
-                if block not in self._output.written:  # no batch called it
-                    self.blocks.load(block)
-                    self._store(block, run)
-            self._write(RESIDENT, run)
+        self._write(RESIDENT, run)
 
     @property
     def zeros(self) -> int:  # type: ignore[override]
