@@ -7,7 +7,6 @@ import shutil
 import weakref
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import timm
@@ -16,7 +15,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, save_noise
 from support.data import byte_tokenizer
-from support.gguf import write_gguf
 from support.tasks import (
     DOCUMENTS,
     accuracies_by_hand,
@@ -28,7 +26,6 @@ from support.tasks import (
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-from wanda_lightning.cli import measuring, pruning as runs
 from wanda_lightning.evaluation import PAPER_TASKS, sparsity_of
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 
@@ -54,10 +51,8 @@ def inputs(tmp_path_factory):
         model.save_pretrained(folder / name)
         tiny_tokenizer().save_pretrained(folder / name)
     rng = np.random.default_rng(0)
-    words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(500)]
-    (folder / "text.txt").write_text(" ".join(words))
-    (folder / "other.txt").write_text(" ".join(reversed(words)))
-    (folder / "short.txt").write_text("too short")
+    for name in ("text.txt", "other.txt"):
+        (folder / name).write_text(" ".join("".join(map(chr, rng.integers(97, 123, 5))) for _ in range(500)))
     write_tasks(folder / "tasks")
     with torch.random.fork_rng(devices=[]):
         for seed in (1, 2):
@@ -68,19 +63,6 @@ def inputs(tmp_path_factory):
     for label in range(8):
         save_noise(folder / "images" / str(label), 3, rng)
     return folder
-
-
-@pytest.fixture
-def refused(refused, monkeypatch):
-    """Runs a command that must fail before anything is measured."""
-
-    def measured(*arguments, **options):
-        raise AssertionError("something was measured")
-
-    for user in (measuring, runs):  # both imported before, or the second would take the patched function
-        monkeypatch.setattr(user, "measure", measured)
-        monkeypatch.setattr(user, "zero_shot", measured)
-    return refused
 
 
 @pytest.fixture
@@ -109,42 +91,22 @@ def test_models_side_by_side(inputs, side_by_side, tmp_path, capsys):
         assert found[str(text)] == {"perplexity": expected, "windows": 5}
         for name in ("arc_easy", "boolq"):
             assert found[name]["acc"] == accuracies_by_hand(model, tokenizer, name, DOCUMENTS[name])["acc"]
-        weights = [m.weight for name, m in model.named_modules() if name.endswith("proj")]
-        zeros, size = sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights)
-        assert found["sparsity"]["layers"] == zeros / size
-        assert found["sparsity"]["model"] == zeros / sum(p.numel() for p in model.parameters())
+        zeros = sum(int((p == 0).sum()) for p in model.parameters())
         assert zeros == (0 if folder == dense else 64 * 32 / 2)
+        assert found["sparsity"]["model"] == zeros / sum(p.numel() for p in model.parameters())
     before, after = (written["models"][folder][str(text)]["perplexity"] for folder in (dense, pruned))
-    (shown,) = [line for line in out.splitlines() if "perplexity" in line]
-    assert [cell.strip() for cell in shown.strip("│").split("│")[1:]] == [
-        f"{before:.2f}",
-        f"{after:.2f} ({after - before:+.2f})",
-    ]
-    assert all(f"{row} " in out for row in ("arc_easy acc", "arc_easy acc_norm", "boolq acc", "mean acc"))
+    for shown in (f"{after:.2f} ({after - before:+.2f})", "arc_easy acc_norm ", "boolq acc ", "mean acc "):
+        assert shown in out
     assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
-
-
-def sparsity_by_evaluate(model):
-    assert run("evaluate", "--model", model, "--evaluation", "", "--save", "found.json") == 0
-    return json.loads(Path("found.json").read_text())["models"][model]["sparsity"]["layers"]
-
-
-def test_zeros_of_a_gguf_file(tmp_path):
-    tensors = write_gguf("quantized.gguf", 0.5, gguf.GGMLQuantizationType.Q8_0)
-    matrices = [tensor for name, tensor in tensors.items() if name.startswith("blk") and tensor.ndim == 2]
-    zeros = sum(int(np.sum(tensor == 0)) for tensor in matrices)
-    assert sparsity_by_evaluate("quantized.gguf") >= zeros / sum(tensor.size for tensor in matrices) > 0
 
 
 def test_zeros_of_a_model_quantized_by_torchao(inputs):
     quantization = pytest.importorskip("torchao.quantization")
     method = TorchAoConfig(quantization.Int8WeightOnlyConfig())
     model = AutoModelForCausalLM.from_pretrained(inputs / "pruned", quantization_config=method)
-    model.save_pretrained("quantized")
     weights = [m.weight.dequantize() for name, m in model.named_modules() if name.endswith("proj")]
     zeros, size = (sum(int(count(w)) for w in weights) for count in (lambda w: (w == 0).sum(), torch.numel))
-    assert zeros >= 1024
-    assert sparsity_by_evaluate("quantized") == zeros / size
+    assert sparsity_of(model)["layers"] == zeros / size >= 1024 / size
 
 
 def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys, monkeypatch):
@@ -163,25 +125,20 @@ def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys, 
     assert len(loaded) == 3
     assert not re.search(r"\([+-]", capsys.readouterr().out)
     written = json.loads(Path("results.json").read_text())
-    assert list(written["models"]) == [f"{inputs}/pruned", f"{inputs}/dense", "copy"]
-    assert written["dense"] is None
+    assert (list(written["models"]), written["dense"]) == ([f"{inputs}/pruned", f"{inputs}/dense", "copy"], None)
     pruned, dense, copy = written["models"].values()
     assert list(dense) == ["sparsity", f"{inputs}/text.txt", f"{inputs}/other.txt"]
-    assert dense == copy
-    assert dense != pruned
+    assert dense == copy != pruned
 
 
+@torch.no_grad()
 def accuracies_of_images(model, images):
     """The shares of images whose label is among the first output, and the first five."""
-    model = model.eval()
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
-    hits = {1: 0, 5: 0}
-    for path in sorted(images.glob("*/*")):
-        with torch.no_grad():
-            order = model(transform(Image.open(path))[None])[0].argsort(descending=True).tolist()
-        for k in hits:
-            hits[k] += int(path.parent.name) in order[:k]
-    return {f"top-{k}": pytest.approx(count / 24) for k, count in hits.items()} | {"images": 24}
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model.eval()))
+    paths = sorted(images.glob("*/*"))
+    orders = model(torch.stack([transform(Image.open(path)) for path in paths])).argsort(descending=True).tolist()
+    ranks = [order.index(int(path.parent.name)) for path, order in zip(paths, orders, strict=True)]
+    return {f"top-{k}": pytest.approx(sum(rank < k for rank in ranks) / 24) for k in (1, 5)} | {"images": 24}
 
 
 def test_image_classifiers_side_by_side(inputs, capsys):
@@ -190,9 +147,7 @@ def test_image_classifiers_side_by_side(inputs, capsys):
     folder = f"timm:local-dir:{inputs}/vit1"
     options = ["--data", inputs / "images", "--batch_size", "5", "--save", "results.json"]
     assert run("evaluate", "--model", folder, "--checkpoint", "weights.safetensors", "--dense", folder, *options) == 0
-    out = capsys.readouterr().out
-    assert "top-1" in out
-    assert "top-5" in out
+    assert "top-5" in capsys.readouterr().out
     found = json.loads(Path("results.json").read_text())["models"]
     assert list(found) == [folder, f"{folder} weights.safetensors"]
     for results, model in zip(found.values(), models, strict=True):
@@ -203,7 +158,6 @@ def test_image_classifiers_side_by_side(inputs, capsys):
 REFUSED = [
     (["--tasks", "rte,boolq", "--tasks_dir", "{}"], "does not have rte.jsonl, boolq.jsonl"),
     (["--tasks", "boolq"], "cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR"),
-    (["--evaluation", "{}/short.txt"], f"seqlen={SEQLEN} needs a text of at least {SEQLEN} tokens"),
     (["--dense", "{}/images"], "key in its config.json"),
     (["--model", "other"], "but other splits"),
     (["--model", "mute"], "tokenizer must be given"),
@@ -212,44 +166,33 @@ REFUSED = [
 
 @needs_lm_eval
 @pytest.mark.parametrize(("more", "message"), REFUSED)
-def test_refused_before_anything_is_measured(inputs, side_by_side, refused, more, message):
+def test_refused_before_anything_is_measured(inputs, side_by_side, refused, monkeypatch, more, message):
+    monkeypatch.setattr("wanda_lightning.cli.measuring.measure", None)
+    monkeypatch.setattr("wanda_lightning.cli.measuring.zero_shot", None)
     for name in ("other", "mute"):
         tiny_llama(0).save_pretrained(name)
     byte_tokenizer().save_pretrained("other")
     refused(*side_by_side, *(option.replace("{}", str(inputs)) for option in more), message=message)
 
 
-@pytest.fixture
-def pruning(inputs):
-    sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "2", "--calibration", inputs / "text.txt"]
-    return ["prune", "--model", inputs / "dense", *sizes, "--evaluation", inputs / "text.txt", "--eval_zero_shot"]
-
-
 @needs_lm_eval
-def test_zero_shot_after_pruning(inputs, pruning, capsys):
-    command = [*pruning, "--tasks_dir", inputs / "tasks", "--save", "log", "--save_model", "model"]
-    assert run(*command) == 0
+def test_zero_shot_after_pruning(inputs, capsys, monkeypatch):
+    sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "2", "--calibration", inputs / "text.txt"]
+    command = ["prune", "--model", inputs / "dense", *sizes, "--evaluation", inputs / "text.txt", "--eval_zero_shot"]
+    command += ["--tasks_dir", inputs / "tasks", "--save", "log", "--save_model", "model"]
+    with monkeypatch.context() as patched:
+        patched.setattr("wanda_lightning.cli.pruning.zero_shot", lambda *_: os.stat("gone"))
+        assert run(*command) == 2
+    assert json.loads(Path("log/pruning_report.json").read_text())["run"]["after"] > 1  # all is saved before the tasks
+    assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5
+    assert run(*command, "--overwrite") == 0
     out = capsys.readouterr().out
     measured = json.loads(Path("log/pruning_report.json").read_text())["run"]["zero_shot"]
     assert list(measured) == [*PAPER_TASKS, "mean"]
     pruned = AutoModelForCausalLM.from_pretrained("model")
     assert sparsity_of(pruned)["layers"] == 0.5
     for name in PAPER_TASKS:
-        found = measured[name]
-        expected = accuracies_by_hand(pruned, tiny_tokenizer(), name, DOCUMENTS[name])
-        assert {"acc": found["acc"], "acc_norm": found.get("acc_norm", expected["acc_norm"])} == expected
+        assert measured[name]["acc"] == accuracies_by_hand(pruned, tiny_tokenizer(), name, DOCUMENTS[name])["acc"]
         assert f"{name} acc " in out
     assert f"{measured['mean']['acc']:.2%}" in out
     assert AutoTokenizer.from_pretrained("model").pad_token is None
-
-
-@needs_lm_eval
-def test_a_pruned_model_is_saved_before_its_tasks(inputs, pruning, monkeypatch):
-    def fails(*arguments):
-        raise OSError("out of patience")
-
-    monkeypatch.setattr("wanda_lightning.cli.pruning.zero_shot", fails)
-    folders = ["--save", "log", "--save_model", "model"]
-    assert run(*pruning, "--tasks_dir", inputs / "tasks", *folders) == 2
-    assert json.loads(Path("log/pruning_report.json").read_text())["run"]["after"] > 1
-    assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5

@@ -21,25 +21,11 @@ def test_inspect_a_folder_without_weights(inputs, capsys):
     assert "[red]x[/green]: would be pruned" in out
     assert "11 layers in 2 units hold 14,336 weights" in out  # 8 attention matrices of 32 x 32, three of 32 x 64
     for line in (
-        ("model.layers.0", "mlp"),
         ("model.layers.1", "self_attn.q_proj"),
         ("output head", "lm_head"),
         ("skip='model.layers.0.mlp'", "3"),
     ):
         assert any(all(part in row for part in line) for row in out.splitlines()), line
-
-
-def test_inspect_a_revision(inputs, capsys, tmp_path):
-    cached = tmp_path / "models--owner--llama"
-    for revision, commit in (("main", "a" * 40), ("tuned", "b" * 40)):
-        shutil.copytree(inputs / "llama", cached / "snapshots" / commit)
-        (cached / "refs").mkdir(exist_ok=True)
-        (cached / "refs" / revision).write_text(commit)
-    config = cached / "snapshots" / ("b" * 40) / "config.json"
-    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
-    for more, expected in ([], "14 layers in 2 units"), (["--revision", "tuned"], "7 layers in 1 unit "):
-        assert run("inspect", "--model", "owner/llama", "--cache_dir", tmp_path, *more) == 0
-        assert expected in capsys.readouterr().out
 
 
 class LargestOnDevice(TorchDispatchMode):
@@ -60,24 +46,18 @@ class LargestOnDevice(TorchDispatchMode):
     [
         ("tiny.gguf", ["14 layers in 2 units hold 17,408 weights"]),  # 2 x (4 of 32 x 32 and 3 of 32 x 48)
         ("timm:convnext_tiny", ["with --sequential none", "depthwise", "output head", "in 1 unit hold"]),
+        ("experts", ["24 layers in 2 units", "router", "gate_up_proj.*"]),
     ],
 )
 def test_inspect_allocates_no_weights(capsys, name, expected):
     write_gguf("tiny.gguf")
+    ZOO["mixtral"].build().config.save_pretrained("experts")
     with LargestOnDevice() as largest:
         assert run("inspect", "--model", name) == 0
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert largest.size < 32 * 32  # the smallest matrix
     assert all(part in out for part in expected)
-
-
-def test_inspect_a_mixture_of_experts(capsys):
-    ZOO["mixtral"].build().config.save_pretrained("experts")
-    assert run("inspect", "--model", "experts") == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert all(part in out for part in ("24 layers in 2 units", "router", "gate_up_proj.*"))
     assert "gate_up_proj.0" not in out
-    assert run("inspect", "--model", "experts", "--pattern", "experts") == 0
 
 
 def test_inspect_says_what_the_pattern_does_not_fit_or_does(inputs, capsys, monkeypatch):
@@ -85,7 +65,6 @@ def test_inspect_says_what_the_pattern_does_not_fit_or_does(inputs, capsys, monk
     sparsity = ["--sparsity", "0.75"]
     assert run("inspect", "--model", inputs / "llama", "--pattern", "16:64", *sparsity) == 0
     out = capsys.readouterr().out
-    assert "2 layers in 2 units hold 4,096 weights" in out
     assert any("input width 32 is not a multiple of 64" in row and " 12 " in row for row in out.splitlines())
     assert "Note: the pattern does not fit 12 layers, model.layers.0.mlp.gate_proj largest (input width 32 is" in out
     assert "Note: only 20% of the weights" in out
@@ -104,7 +83,7 @@ def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(
     ]
     block = sum(each.nbytes for each in model.model.layers[0].parameters())
     held = 2 * block + 128 * 64 * 32 * 4
-    assert last.startswith(f"prune --stream holds {held / 1e6:.1f} MB for a while: twice the largest block ")
+    assert last.startswith(f"prune --stream holds {held / 1e6:.3g} MB for a while: twice the largest block ")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +92,7 @@ def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(
         (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of the 14 layers"),
         (["--skip", "model"], "model has nothing to prune"),
         (["--model", "gone"], "configuration of 'gone' cannot be loaded"),
-        (["--model", "timm:test_vitt"], "Unknown model (test_vitt)"),
         (["--model", "t5"], "model must be a decoder-only language model, but t5 is an encoder-decoder."),
-        (["--model", "timm:test_vit", "--only", "blocks.9"], "only='blocks.9' matches no matrix"),
         (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts"),
     ],
 )

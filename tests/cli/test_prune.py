@@ -1,12 +1,12 @@
 """`wanda-lightning prune`: the flags of the reference; what it writes is measured again by hand."""
 
-import json
 import logging
 import os
 import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,9 +62,6 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
     assert Path(f"out/logs/log_{method}.txt").read_text() == (
         f"method\tactual_sparsity\tppl_test\n{method}\t{reached:.4f}\t{report.run.after:.4f}\n"
     )
-    assert {layer.name: layer.sparsity for layer in report.layers} == {
-        name: pytest.approx(where.float().mean().item()) for name, where in zeros.items()
-    }
     assert {layer.tokens for layer in report.layers} == {0 if method == "magnitude" else 4 * SEQLEN}
     program, command, *arguments = shlex.split(report.run.command)
     assert (program, command) == ("wanda-lightning", "prune")
@@ -81,24 +78,13 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
         data=f"{inputs}/other.txt, 6 windows of {SEQLEN} tokens",
         calibration="" if method == "magnitude" else f"{inputs}/long.txt, 4 windows of {SEQLEN} tokens, seed 0",
     )
-    assert f"Sparsity: {reached:.2%} of the pruned layers" in out
     assert f" from {report.run.before:,.2f} to {report.run.after:,.2f}." in out
     assert "Pruning 2/2 done" in err
     assert sorted(os.listdir("out/logs")) == [f"log_{method}.txt", "pruning_report.json"]
     assert {*os.listdir(tmp_path)} == {"out", "llm_weights"}
 
-    for name, where in zeros.items():
-        weight = dense.get_submodule(name).weight
-        if kind != "unstructured":
-            size = int(kind[-1])
-            assert (where.reshape(-1, size).sum(dim=1) == size // 2).all()
-        elif method == "magnitude":  # the smallest of the layer
-            assert weight[where].abs().max() < weight[~where].abs().min()
-        elif not more and method != "sparsegpt":
-            assert (where.sum(dim=1) == where.shape[1] // 2).all()
-        kept_as_they_were = torch.equal(pruned.get_submodule(name).weight[~where], weight[~where])
-        assert kept_as_they_were == (method in ("wanda", "magnitude"))
-    assert torch.equal(pruned.lm_head.weight, dense.lm_head.weight)
+    for name, where in zeros.items() if kind != "unstructured" else ():
+        assert (where.reshape(-1, int(kind[-1])).sum(dim=1) == int(kind[-1]) // 2).all(), name
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/model")("ab").input_ids
     (found,) = ModelCard.load(tmp_path / "out/model/README.md").data.eval_results
     assert (found.dataset_name, found.metric_value) == (Path(report.run.data).name, report.run.after)
@@ -115,31 +101,26 @@ def test_skip_only_dtype_and_seed(text):
         assert where.float().mean() == (0 if skipped else 0.5), name
     config = report_in("out").config
     assert (config["sequential"], config["calibration_batches"]) == ("layer", 2)
-    assert run(*text, *more, "--seed", "1", "--save_model", "other") == 0
-    other = zeros_by_layer(AutoModelForCausalLM.from_pretrained("other"))
-    assert not all(torch.equal(where, other[name]) for name, where in zeros_by_layer(pruned).items())
+    report = report_in("out").run
+    assert run(*text, *more, "--seed", "1", "--save", "other") == 0
+    assert report_in("other").run.after != report.after
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """The reports that would be drawn, which takes longer than pruning."""
-    drawn = []
-    monkeypatch.setattr("wanda_lightning.PruningReport.write", lambda report, path: drawn.append(report))
-    return drawn
-
-
-def test_the_report_has_text_by_both_models_and_changes_nothing_else(text, undrawn):
-    method = ["--method", "magnitude", "--sparsity", "0.8"]
+def test_the_page_has_results_and_text_by_both_models_and_changes_nothing_else(text, tmp_path, refused, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pages need the extra report")
+    method = ["--method", "sparsegpt", "--sparsity", "0.8"]
     assert run(*text, *method, "--save", "a", "--save_model", "a/model", "--report", "a.html") == 0
     assert run(*text, *method, "--save", "b", "--save_model", "b/model") == 0
-    a, b = (json.loads(Path(name, "pruning_report.json").read_text())["run"] for name in "ab")
-    assert [sample["prompt"] for sample in a.pop("samples")] == list(PROMPTS)
-    assert b.pop("samples") == []
-    assert a.pop("command") != b.pop("command")
-    assert a == b
+    a, b = (report_in(name).run for name in "ab")
+    assert ([sample.prompt for sample in a.samples], b.samples) == (list(PROMPTS), ())
+    assert replace(a, samples=(), command=b.command) == b
     weights = [load_file(f"{name}/model/model.safetensors") for name in "ab"]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
-    assert len(undrawn) == 1
+    found = Page(tmp_path / "a.html").text
+    assert re.search(r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\.", found)
+    refused(*text, "--report", "a.html", message="a.html exists and is not empty. Choose another")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    refused(*text, "--report", "c.html", message="Reports with figures need matplotlib: pip install")
 
 
 def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
@@ -147,24 +128,17 @@ def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
     tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "llama")
     ids = tokenizer(PROMPTS[0]).input_ids
     start = len(ids)
-    with torch.no_grad():  # the most likely token, again and again, without a cache
-        for _ in range(min(40, 64 - start)):  # the context has 64
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    for _ in range(min(40, 64 - start)):  # the context has 64
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
     expected = tokenizer.decode(ids[start:])
     model.generation_config.update(do_sample=True, temperature=2.0, top_p=0.5, top_k=7)
     transformers.utils.logging.enable_propagation()
     with caplog.at_level(logging.WARNING):
-        assert {continuation(model, tokenizer, PROMPTS[0]) for _ in range(2)} == {expected}
+        assert continuation(model, tokenizer, PROMPTS[0]) == expected
     assert caplog.messages == []
     model.generate = None
     with pytest.warns(UserWarning, match="LlamaForCausalLM cannot continue a prompt, so the report has no text"):
         assert continuations(model, tokenizer) == []
-
-
-def test_nothing_is_written_that_was_not_asked_for(text, tmp_path, capsys):
-    assert run(*text) == 0
-    assert "Nothing was saved. To save the model, add --save_model DIR" in capsys.readouterr().out
-    assert everything_in(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -179,19 +153,16 @@ def test_an_image_classifier(inputs, images, tmp_path, capsys, name, method, gro
     pruned = timm.create_model(f"local-dir:{tmp_path}/out/model", pretrained=True)
     dense = load_file(inputs / f"{name}.safetensors")
     report = report_in("out")
-    assert report.layers
     assert {layer.tokens > 0 for layer in report.layers} == {method == "wanda"}
-    rowwise = []
     for layer in report.layers:
         zeros = pruned.get_submodule(layer.name).weight.flatten(1) == 0
         assert int(zeros.sum()) == pytest.approx(zeros.numel() / 2, abs=zeros.shape[0] if group == "row" else 1)
-        rowwise.append(bool((zeros.sum(dim=1) == zeros.shape[1] // 2).all()))
-    assert all(rowwise) if group == "row" else not any(rowwise)
+        assert (zeros.sum(dim=1) == zeros.shape[1] // 2).all() == (group == "row")
     assert torch.equal(pruned.get_classifier().weight, dense["head.weight" if name == "test_vit" else "head.fc.weight"])
     assert f"\n{method}\t{report.sparsity:.4f}\t0.2500\n" in Path(f"out/log_{method}.txt").read_text()
-    assert (report.run.metric, report.run.before, report.run.after) == ("top-1", 0.25, 0.25)
-    assert report.run.data == f"{inputs}/images, 8 images"
-    assert report.run.calibration == ("" if method == "magnitude" else f"{inputs}/images, 6 images, seed 0")
+    calibration = "" if method == "magnitude" else f"{inputs}/images, 6 images, seed 0"
+    expected = ("top-1", 0.25, 0.25, f"{inputs}/images, 8 images", calibration)
+    assert (*map(vars(report.run).get, ("metric", "before", "after", "data", "calibration")),) == expected
 
 
 REFUSED = [
@@ -200,20 +171,15 @@ REFUSED = [
     (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
     (["--calibration", "c4"], "The data of 'allenai/c4' cannot be loaded: "),
     (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of"),
-    (["--pattern", "experts"], "pattern='experts' needs a mixture of experts, but"),
-    (["--stream", "--device", "cuda:99"], "device must be one that PyTorch can use on this machine"),
     (["--stream", "--model", "{}/gone.gguf"], "gone.gguf does not exist"),
-    (["--stream", "--calibration", "self"], "--calibration must be left out for --stream"),
     (["--stream", "--method", "thorough"], "needs the whole model in memory"),
 ]
 
 
-@pytest.mark.parametrize(("more", "message"), REFUSED, ids=[" ".join(more) for more, _ in REFUSED])
+@pytest.mark.parametrize(("more", "message"), REFUSED)
 def test_refused_for_a_language_model(inputs, text, refused, monkeypatch, more, message):
     monkeypatch.setattr("wanda_lightning.cli.pruning.measure", None)
-    given = [option.replace("{}", str(inputs)) for option in more]
-    err = refused(*text, *OUT, *given, message=message)
-    assert err.splitlines()[-1].startswith("wanda-lightning: error: ")
+    refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message)
 
 
 @pytest.mark.parametrize(("command", "target"), [("prune", "all/x"), ("shrink", "all")])
@@ -227,32 +193,26 @@ def test_a_model_that_is_read_is_never_replaced(pruned, refused, command, target
 def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
     command = [*text, "--calibration", "self", "--method", "sparsegpt", "--save", "out", "--model"]
     assert run(*command, inputs / "llama") == 2
-    error = capsys.readouterr().err
-    assert "tokenizer must have a token that begins or ends a text" in error
+    assert "tokenizer must have a token that begins or ends a text" in capsys.readouterr().err
     shutil.copytree(inputs / "llama", "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained("model")
     tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.save_pretrained("model")
     assert run(*command, "model") == 0
-    report = report_in("out")
-    assert report.run.calibration.startswith("text by the dense model, 4 windows of ")
-    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+    assert report_in("out").run.calibration.startswith("text by the dense model, 4 windows of ")
 
 
 def test_results_on_further_texts_are_printed_and_recorded(text, inputs, capsys):
     texts = f"{inputs}/other.txt,{inputs}/long.txt"
     found = []
     for number, how in enumerate(([], ["--stream", *OUT])):
-        command = [*text, "--method", "magnitude", "--evaluation", texts, *how, "--save", f"log{number}"]
-        assert run(*command) == 0
-        found.append(report_in(f"log{number}").run)
-        (other,) = found[-1].others
+        assert run(*text, "--method", "magnitude", "--evaluation", texts, *how, "--save", f"log{number}") == 0
         assert f"Perplexity on {inputs}/long.txt (" in capsys.readouterr().out
-        assert found[-1].data.startswith(f"{inputs}/other.txt, ")
-        assert other.data.startswith(f"{inputs}/long.txt, ")
-    for own, streamed in zip(*(each.results for each in found), strict=True):
+        found.append(report_in(f"log{number}").run.results)
+    assert [each.data.partition(", ")[0] for each in found[0]] == texts.split(",")
+    for own, streamed in zip(*found, strict=True):
         assert (streamed.before, streamed.after) == pytest.approx((own.before, own.after), rel=1e-5)
-    assert found[0].results[0].after != found[0].results[1].after
+    assert found[0][0].after != found[0][1].after
 
 
 def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_same_command(
@@ -274,36 +234,24 @@ def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_s
     assert not Path("out/model/.pruning_progress.json").exists()
 
 
-@pytest.mark.parametrize("option", ["--save", "--save_model"])
-def test_a_folder_that_is_not_empty(text, refused, tmp_path, option):
+def test_a_folder_that_is_not_empty(text, refused, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("mine")
-    refused(*text, option, "mine", message="mine exists and is not empty")
-    refused(*text, option, "mine/notes.txt", message="mine/notes.txt must be a folder")
-    if option == "--save_model":
-        refused(*text, option, "mine", "--overwrite", message="must be empty or a model")
-        (tmp_path / "mine/config.json").write_text("{}")
-    assert run(*text, option, "mine", "--overwrite") == 0
-    assert ("pruning_report.json" if option == "--save" else "config.json") in os.listdir("mine")
+    for option in ("--save", "--save_model"):
+        refused(*text, option, "mine", message="mine exists and is not empty")
+    refused(*text, "--save_model", "mine", "--overwrite", message="must be empty or a model")
+    (tmp_path / "mine/config.json").write_text("{}")
+    assert run(*text, "--save_model", "mine", "--save", "mine", "--overwrite") == 0
+    assert {"pruning_report.json", "model.safetensors"} < {*os.listdir("mine")}
 
 
-def test_the_report_is_also_a_page(inputs, text, tmp_path, capsys, refused, monkeypatch):
-    pytest.importorskip("matplotlib", reason="pages need the extra report")
-    assert run(*text, "--method", "sparsegpt", "--report", "out/report.html") == 0
-    assert "The report is in out/report.html." in capsys.readouterr().out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
-    page = Page(tmp_path / "out/report.html")
-    assert f"{inputs}/llama" in page.text
-    assert re.search(r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\.", page.text)
-    refused(*text, "--report", "out/report.html", message="out/report.html exists and is not empty. Choose another")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    refused(*text, "--report", "a.html", message="Reports with figures need matplotlib: pip install")
-
-
-def test_pruning_without_measuring(text, images, capsys):
+def test_pruning_without_saving_or_measuring(text, images, tmp_path, capsys):
+    assert run(*text) == 0
+    assert "Nothing was saved. To save the model, add --save_model DIR" in capsys.readouterr().out
+    assert everything_in(tmp_path) == {}
     for command in (text, images):
         assert run(*command, "--method", "magnitude", "--evaluation", "", "--save", "out", "--overwrite") == 0
-        run_, report = (PruningReport.load("out/pruning_report.json").run for _ in range(2))
-        assert (run_.before, run_.after, run_.metric, report.results) == (None, None, "", ())
+        measured = report_in("out").run
+        assert (measured.metric, measured.results) == ("", ())
         assert "perplexity" not in capsys.readouterr().out
     assert Path("out/log_magnitude.txt").read_text() == "method\tactual_sparsity\nmagnitude\t0.5000\n"

@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 from support.cli import IGNORED_WARNINGS, everything_in, run
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning.streaming.shrinking_from_disk import _Stream
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 pytestmark = IGNORED_WARNINGS
@@ -33,40 +32,24 @@ def structured(text):
 
 
 def test_shrinks_a_language_model(structured, capsys):
-    before = everything_in(Path(structured))
+    before, took = everything_in(Path(structured)), "Took out 64 of 128 hidden units in 2 layers; 30,880 of 37,024"
     capsys.readouterr()
     assert run("shrink", "--model", structured) == 0  # only shows what could be taken out
-    assert "Took out 64 of 128 hidden units" in capsys.readouterr().out
-    assert run("shrink", "--model", structured, "--save_model", "small") == 0
-    assert capsys.readouterr().out == (
-        "Took out 64 of 128 hidden units in 2 layers; 30,880 of 37,024 parameters are left.\nThe model is in small.\n"
-    )
-    assert json.loads(Path("small/config.json").read_text())["intermediate_size"] == 32
-    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
-    assert everything_in(Path("small"))["tokenizer.json"] == before["tokenizer.json"]
+    assert took in capsys.readouterr().out
+    for stream in ([], ["--stream"]):
+        assert run("shrink", "--model", structured, "--save_model", "small", "--overwrite", *stream) == 0
+        assert capsys.readouterr().out == f"{took} parameters are left.\nThe model is in small.\n"
+        assert json.loads(Path("small/config.json").read_text())["intermediate_size"] == 32
+        torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+        assert everything_in(Path("small"))["tokenizer.json"] == before["tokenizer.json"]
     assert everything_in(Path(structured)) == before
 
 
-def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, capsys, tmp_path):
-    before = everything_in(tmp_path)
+def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, refused, capsys):
     assert run("shrink", "--model", pruned) == 0
     assert "Nothing can be removed: no hidden unit is zero on both sides." in capsys.readouterr().out
-    assert run("shrink", "--model", pruned, "--save_model", "small") == 2
-    error = capsys.readouterr().err
-    assert "shrink must remove something. Nothing can be removed" in error
-    assert error.endswith("Prune with the pattern 'structured' first.\n")
-    assert error.count("\n") == 1
-    assert everything_in(tmp_path) == before
-
-
-def test_prune_saves_the_smaller_model(text, structured, capsys):
-    assert run(*text, *STRUCTURED, "--shrink", "--save_model", "small") == 0
-    out = capsys.readouterr().out
-    assert "Took out 64 of 128 hidden units in 2 layers; 30,880 of 37,024 parameters are left.\n" in out
-    assert out.endswith("The model is in small.\n")
-    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
-    assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 32
-    assert "not in the saved model" in ModelCard.load("small/README.md").text
+    message = "shrink must remove something. Nothing can be removed"
+    refused("shrink", "--model", pruned, "--save_model", "small", message=message)
 
 
 def test_prune_saves_the_zeros_if_they_cannot_be_taken_out(inputs, capsys):
@@ -82,7 +65,8 @@ def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, mon
     """If it is interrupted, the pruned model stays, and the same command goes on from there."""
     command = [*text, *STRUCTURED, "--stream", "--shrink", "--save_model", "small", "--save", "out"]
     with monkeypatch.context() as patched:
-        patched.setattr(_Stream, "finish", lambda *_: signal.raise_signal(signal.SIGINT))
+        stop = "wanda_lightning.streaming.shrinking_from_disk.write_modeling_file"
+        patched.setattr(stop, lambda *_: signal.raise_signal(signal.SIGINT))
         assert run(*command) != 0
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small"}
     assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 64
@@ -96,12 +80,3 @@ def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, mon
     assert "were taken out" in card.text
     assert "sparse" not in card.data.tags
     assert not (tmp_path / "small/.pruning_progress.json").exists()
-
-
-def test_a_model_larger_than_memory(structured, capsys):
-    assert run("shrink", "--model", structured, "--save_model", "small", "--stream") == 0
-    assert "Took out 64 of 128 hidden units in 2 layers" in capsys.readouterr().out
-    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
-    assert (Path("small") / "tokenizer.json").exists()
-    assert run("shrink", "--model", structured, "--stream") == 2
-    assert "--stream must be left out for a command without --save_model" in capsys.readouterr().err
