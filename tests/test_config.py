@@ -57,13 +57,8 @@ def test_the_solver_brings_its_criterion_unless_one_is_given():
     assert PruningConfig.from_names(solver="sparsegpt", criterion="wanda").criterion == Wanda()
     assert PruningConfig.from_names(method="magnitude", solver="refit").criterion == Wanda()
     assert PruningConfig.from_names(method="magnitude").criterion == Magnitude()
-    for options in ({}, {"pattern": "unstructured"}):
-        assert PruningConfig.from_names(criterion="magnitude", **options) == PruningConfig.from_names(
-            method="magnitude", **options
-        )
-        assert PruningConfig.from_names(solver=SparseGPT(), **options) == PruningConfig.from_names(
-            method="sparsegpt", **options
-        )
+    for option, name in (("criterion", "magnitude"), ("solver", "sparsegpt")):
+        assert PruningConfig.from_names(**{option: name}) == PruningConfig.from_names(method=name)
 
 
 def test_choices_replace_those_of_the_method():
@@ -77,44 +72,25 @@ def test_choices_replace_those_of_the_method():
     ("choices", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity must be .* at least 0 and below 1, but it is 1\.0"),
-        ({"sparsity": 50}, r"sparsity must be .* \(0\.5 for 50 %\), but it is 50\."),
+        ({"sparsity": 50}, r"sparsity \(0\.5 for 50 %\) must be .* but it is 50\."),
         ({"sparsity": "half"}, "sparsity must be .* but it is 'half'"),
-        ({"sparsity": True}, "sparsity must be .* but it is True"),
         ({"criterion": "wnda"}, "criterion must be one of wanda, .* but it is 'wnda'. Did you mean wanda?"),
         ({"criterion": Wanda}, "criterion must be of class Criterion or one of wanda, .*, but it is <class"),
         ({"criterion": ZeroOut()}, r"criterion must be of class Criterion or one of .* but it is ZeroOut\(\)"),
         ({"pattern": "2;4"}, "pattern must be one of unstructured_row, .* 4:8, unstructured, but it is '2;4'"),
-        ({"pattern": None}, "pattern must be one of unstructured_row, .* but it is None"),
-        ({"solver": "sparsgpt"}, "Did you mean sparsegpt"),
         ({"allocation": 3}, "allocation must be of class Allocation or one of uniform, .* but it is 3"),
-        (
-            {"recovery": "distill"},
-            "recovery must be one of none, reconstruct, distil, but it is 'distill'. Did you mean distil",
-        ),
         ({"method": "bets"}, "method must be one of .* but it is 'bets'. Did you mean best"),
         ({"sequential": "model"}, "sequential must be one of block, layer, none, auto, one_pass, but it is 'model'"),
         ({"skip": ["re:("]}, r"skip=.* must be a regular expression after"),
         ({"sparsity": 0.4, "pattern": "2:4"}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.4"),
-        (
-            {"solver": "admm", "criterion": "magnitude"},
-            "criterion='magnitude' cannot be combined with solver='admm', because the solver scores the weights",
-        ),
-        (
-            {"solver": ADMM(iterations=3), "criterion": "ria"},
-            r"criterion='ria' cannot be combined with solver=ADMM\(dampening=0\.05, iterations=3",
-        ),
-        (
-            {"solver": "sparsegpt", "criterion": "ria"},
-            "criterion='ria' cannot be combined with solver='sparsegpt', because the one compares whole rows",
-        ),
+        ({"solver": "admm", "criterion": "ria"}, "solver='admm', because the solver scores the weights"),
+        ({"solver": ADMM(iterations=3), "criterion": "ria"}, r"solver=ADMM\(dampening=0\.05, iterations=3"),
+        ({"solver": "sparsegpt", "criterion": "ria"}, "solver='sparsegpt', because the one compares whole rows"),
         (
             {"recovery": "reconstruct", "sequential": "layer"},
-            "recovery='reconstruct' cannot be combined with sequential='layer', because the recovery trains the parts",
+            "sequential='layer', because the recovery",
         ),
-        (
-            {"permutation": "assignment"},
-            "permutation='assignment' cannot be combined with pattern='unstructured_row', because this pattern",
-        ),
+        ({"permutation": "assignment"}, "pattern='unstructured_row', because this pattern"),
     ],
 )
 def test_what_is_refused(choices, message):

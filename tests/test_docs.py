@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import lightning as L
@@ -118,8 +117,7 @@ def test_two_machines_prune_together(folder, tmp_path):
         script = script.replace(large, small)
     (here / "prune.py").write_text(script)
     (commands,) = (text for _, text in blocks(page, "bash") if text.startswith("torchrun"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     smaller = {"--nproc_per_node 4": "--nproc_per_node 2", "10.0.0.1": "127.0.0.1", "29500": port}
     machines = []
@@ -129,15 +127,10 @@ def test_two_machines_prune_together(folder, tmp_path):
         words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(command)[1:]]
         machines.append(subprocess.Popen(words, cwd=here, env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"}))
     try:
-        deadline = time.monotonic() + 300
-        while any(machine.poll() is None for machine in machines) and time.monotonic() < deadline:
-            assert not any(machine.poll() for machine in machines)
-            time.sleep(0.5)
-        assert [machine.poll() for machine in machines] == [0, 0]
+        assert [machine.wait(300) for machine in machines] == [0, 0]
     finally:
         for machine in machines:
             machine.terminate()  # with its processes
-        for machine in machines:
             machine.wait(60)
     alone = CausalLMModule(str(here / "folder"))
     data = TextDataModule(alone.tokenizer, str(here / "text.txt"), str(here / "text.txt"), seqlen=16, num_samples=4)

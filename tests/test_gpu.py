@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from support.zoo import save_llama_of_bytes
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -35,8 +34,3 @@ def test_every_step_is_measured_and_saved_once(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("tmp*"))  # the models on disk are gone
     gpu.main()
     assert capsys.readouterr().out == ""
-
-
-def test_masks_are_compared_by_all_entries():
-    keep = {"a": torch.tensor([[True, False]]), "b": torch.tensor([[True, False]] * 2)}
-    assert gpu.difference(keep, keep | {"a": ~keep["a"]}) == pytest.approx(2 / 6)

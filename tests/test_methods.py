@@ -42,27 +42,12 @@ def test_every_method_prunes_and_every_preset_takes_every_pattern(name, pattern)
 
 
 # What the reference compares: rows for Wanda, the whole layer for magnitude, a layer's block of columns for SparseGPT.
-COMPARED = {
-    "wanda": "row",
-    "magnitude": "layer",
-    "ria": "row",
-    "sparsegpt": "layer",
-    "ablate_mag_seq": "layer",
-    "ablate_wanda_seq": "row",
-    "ablate_mag_iter": "layer",
-    "ablate_wanda_iter": "layer",
-    "refit": "row",
-    "admm": "row",
-    "fast": "row",
-    "balanced": "layer",
-    "best": "layer",
-    "thorough": "layer",
-}
+OF_ROWS = {"wanda", "ria", "ablate_wanda_seq", "refit", "admm", "fast"}
 
 
 def test_unstructured_means_what_the_method_compares():
-    assert COMPARED.keys() == {*METHODS, *PRESETS}
-    for name, group in COMPARED.items():
+    for name in (*METHODS, *PRESETS):
+        group = "row" if name in OF_ROWS else "layer"
         weighed = None if name in ("best", "thorough") else False
         assert PruningConfig.from_names(method=name).pattern == Unstructured(group, weigh_rows=weighed)
         assert PruningConfig.from_names(method=name, pattern="unstructured_row").pattern == Unstructured("row")
@@ -76,13 +61,10 @@ def test_importing_the_names_loads_no_torch():
 
 @pytest.mark.parametrize("name", ["balanced", "thorough"])
 def test_a_preset_before_training(name):
-    module = Net()
-    callback = PruningCallback(0.5, method=name, num_samples=8)
-    trainer(callback, max_steps=3).fit(module, loader())
-    by_hand = Net()
+    module, by_hand = Net(), Net()
+    trainer(PruningCallback(0.5, method=name, num_samples=8), max_steps=3).fit(module, loader())
     prune(by_hand, [x for x, _ in loader()][:2], 0.5, method=name, progress=False)
     assert equal(zeros(module), zeros(by_hand))
-    assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("name", ["vit", "convnext", "resnet18"])
@@ -91,7 +73,6 @@ def test_the_preset_that_trains_on_images(name):
     specimen = ZOO[name]
     report = prune(specimen.build(), specimen.batches(), 0.5, method="thorough", progress=False)
     assert (report.config["preset"], report.config["sequential"]) == ("thorough", "none")
-    assert report.config["recovery"]["blocks"] is True
     assert "blocks=True" in report.training.recovery
     assert all(layer.part for layer in report.layers if layer.block != layer.name and "downsample" not in layer.name)
     assert sum(layer.part is not None for layer in report.layers) > len(report.layers) / 2

@@ -52,13 +52,5 @@ def test_the_workflow_runs_ci_on_the_oldest_and_the_newest_python():
     assert job["strategy"]["matrix"]["python"] == [f"3.{oldest}", f"3.{int(after_newest) - 1}"]
 
 
-@pytest.mark.parametrize("name", ["bug", "model"])
-def test_issue_templates_ask_for_the_report(name):
-    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text(encoding="utf-8"))
-    (report,) = (field for field in form["body"] if field.get("id") == "report")
-    assert "pruning_report.json" in report["attributes"]["description"]
-    assert report["validations"]["required"]
-
-
 def test_users_see_the_types():
     assert (ROOT / "wanda_lightning/py.typed").exists()  # or mypy skips an installed package

@@ -7,14 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from wanda_lightning.common.checks import (
-    Number,
-    check,
-    check_positive,
-    check_values,
-    require_extra,
-    shown,
-)
+from wanda_lightning.common.checks import Number, check, check_at_least, check_values, require_extra, shown
 
 
 def test_a_missing_package_names_its_extra(monkeypatch):
@@ -37,25 +30,26 @@ NAN, INFINITY = float("nan"), float("inf")
         (Number(minimum=0, maximum=0.5), "a number of at least 0 and at most 0.5", [0.0, 0.5], [0.51]),
         (Number(minimum=1, whole=True), "a whole number of at least 1", [1, np.int64(2)], [0, 1.0, 2.5, "1", True]),
         (Number(whole=True), "a whole number", [-1, 10**300], [0.5, False]),
-        (Number(minimum=0, text="0 or more"), "0 or more", [0.0], [-0.1]),
         (("row", "layer"), "one of row, layer", ["row", "layer"], ["rows", "", None, 1, ["row"]]),
+        ((True, False), "one of True, False", [True], ["false", None, 2]),
     ],
     ids=str,
 )
 def test_rules(rule, text, inside, outside):
-    check_positive(limit=None)
+    @dataclass(frozen=True)
+    class Method:
+        rate: object
+
     for value in inside:
         check_values(rule, lr=value)
     for value in outside:
-        with pytest.raises(ValueError, match=rf"^lr must be {text}, but it is {re.escape(shown(value))}\.$"):
-            check_values(rule, lr=value)
+        with pytest.raises(
+            ValueError, match=rf"^rate of Method must be {text}, but it is {re.escape(shown(value))}\.$"
+        ):
+            check(Method(value), rate=rule)
 
 
-def test_the_error_names_what_must_change():
-    @dataclass(frozen=True)
-    class Method:
-        rate: object = 0.5
-
-    check(Method(), rate=Number(above=0))
-    with pytest.raises(ValueError, match=r"^rate of Method must be a number above 0, but it is 'fast'\.$"):
-        check(Method(rate="fast"), rate=Number(above=0))
+def test_an_option_that_is_not_set():
+    check_at_least(1, limit=None, batch_size=1)
+    with pytest.raises(ValueError, match=r"^limit must be a whole number of at least 1, but it is 0\.$"):
+        check_at_least(1, batch_size=1, limit=0)

@@ -27,26 +27,16 @@ def test_lines_where_there_is_no_terminal(capsys, clock, monkeypatch, name):
         bar.show(name)
         bar.advance(3)
         clock[0] += 2
-    middle = " ".join(filter(None, ("Pruning 1/4", name, "(10 s, 30 s left)")))
-    assert capsys.readouterr().err.splitlines() == [middle, "Pruning 4/4 done (12 s)"]
-
-
-def test_nothing_is_left_after_the_end(capsys, clock):
     with ProgressBar("Pruning", 4) as bar:
-        bar.advance(2)
-        clock[0] += 96
-    stopped = ProgressBar("Pruning", 2)
-    stopped.advance()
-    clock[0] += 3
-    stopped.__exit__(KeyboardInterrupt)
-    assert capsys.readouterr().err.splitlines() == ["Pruning 2 done (96 s)", "Pruning 1/2 stopped (3 s)"]
-
-
-@pytest.mark.parametrize(("total", "enabled"), [(0, True), (3, False)])
-def test_nothing_to_show(capsys, total, enabled):
-    with ProgressBar("Pruning", total, enabled) as bar:
-        bar.advance()
-    assert capsys.readouterr().err == ""
+        bar.advance(2)  # and no more
+    with pytest.raises(ZeroDivisionError), ProgressBar("Pruning", 2) as bar:
+        bar.advance(1 / 0)
+    for total, enabled in ((0, True), (3, False)):
+        with ProgressBar("Pruning", total, enabled) as bar:
+            bar.advance()
+    first = " ".join(filter(None, ("Pruning 1/4", name, "(10 s, 30 s left)")))
+    last = ["Pruning 4/4 done (12 s)", "Pruning 2 done (0 s)", "Pruning 0/2 stopped (0 s)"]
+    assert capsys.readouterr().err.splitlines() == [first, *last]
 
 
 def test_a_bar_on_a_terminal(monkeypatch):

@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from support.data import images_of, paint, vit
 
-from wanda_lightning.data import ImageDataModule
+from wanda_lightning import ImageDataModule
 from wanda_lightning.data.image_sources import _from_splits, find_columns
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*and the model has .* outputs")  # models without regard to the images
@@ -23,8 +23,7 @@ def test_digits_are_split_by_class_into_disjoint_parts():
     train, train_labels = images_of(data.calibration_dataloader())
     evaluation, labels = images_of(data.val_dataloader())
     assert (len(train), len(evaluation)) == (1437, 360)
-    assert data.num_classes == 10
-    assert data.class_names == tuple("0123456789")
+    assert (data.num_classes, data.class_names) == (10, tuple("0123456789"))
     counts = np.bincount(load_digits().target)
     assert (np.abs(labels.bincount().numpy() - 0.2 * counts) < 1).all()
     assert torch.equal((train_labels.bincount() + labels.bincount()), torch.tensor(counts))
@@ -79,7 +78,6 @@ def test_ambiguous_columns_are_refused():
     for features, found in (
         (cifar100, r"img \(Image\), fine_label \(ClassLabel\), coarse_label \(ClassLabel\)"),
         ({"img": image, "text": text}, r"img \(Image\), text \(Value\)"),
-        ({"a": image, "b": image, "label": label}, r"a \(Image\), b \(Image\)"),
     ):
         with pytest.raises(ValueError, match=rf"some/set must have one column of type Image .* it has {found}"):
             find_columns(features, "some/set")
@@ -112,16 +110,12 @@ def test_evaluation_may_lack_classes(imagenet):
     assert sorted(images_of(data.train_dataloader())[1].tolist()) == [0] + [1] * 4 + [2] * 4
 
 
-@pytest.mark.parametrize(
-    ("broken", "cause"),
-    [(lambda content: content[:60], "OSError|SyntaxError"), (lambda content: b"<html>", "UnidentifiedImageError")],
-)
-def test_a_broken_image_is_named(imagenet, broken, cause):
+def test_a_broken_image_is_named(imagenet):
     path = imagenet / "val" / "green" / "1.png"
-    path.write_bytes(broken(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:60])
     data = ImageDataModule(str(imagenet), vit())
     data.setup("validate")
-    with pytest.raises(ValueError, match=rf"The image .*val/green/1\.png cannot be read: ({cause})"):
+    with pytest.raises(ValueError, match=r"The image .*val/green/1\.png cannot be read: (OSError|SyntaxError)"):
         images_of(data.val_dataloader())
 
 

@@ -13,7 +13,7 @@ from support.callbacks import trainer
 from support.data import Wrapped, images_of, paint, vit
 from torch import nn
 
-from wanda_lightning.data import ImageDataModule
+from wanda_lightning import ImageDataModule
 from wanda_lightning.data.images import class_names_of, resolve_preprocessing
 
 pytestmark = [
@@ -66,22 +66,6 @@ def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
     assert sorted(t.numpy().tobytes() for t in loaded[2]) == sorted(t.numpy().tobytes() for t in calibration)
 
 
-def test_digits_are_prepared_once_and_large_ones_on_the_fly():
-    data = ImageDataModule("digits", vit())
-    data.setup("validate")
-    kept = data.val_dataloader().dataset
-    data.setup("validate")
-    assert data.val_dataloader().dataset is kept
-    data.model = vit(img_size=8)
-    data.setup("validate")
-    assert data.val_dataloader().dataset[0][0].shape == (3, 8, 8)
-    data = ImageDataModule("digits", "resnet18", num_workers=2)
-    data.setup("validate")
-    loader = data.val_dataloader()
-    assert loader.num_workers == 2
-    assert loader.dataset[0][0].shape == (3, 224, 224)
-
-
 def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     from lightning.pytorch.trainer.connectors import data_connector
 
@@ -98,7 +82,6 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     ("model", "message"),
     [
         (nn.Linear(2, 2), "pretrained_cfg .* but Linear has none"),
-        (vit(in_chans=4), "1 or 3 channels, but VisionTransformer reads 4"),
         (None, "^model must be given, .* no Trainer runs"),
         (vit(num_classes=3), "digits has 10 and the model 3"),
     ],

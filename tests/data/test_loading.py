@@ -4,8 +4,8 @@ import datasets
 import pytest
 from support.data import vit
 
+from wanda_lightning import ImageDataModule, TextDataModule
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.data import ImageDataModule, TextDataModule
 
 
 @pytest.mark.parametrize("knows", [False, True])
@@ -40,4 +40,4 @@ def test_a_data_set_with_several_configurations(monkeypatch, tokenizer):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"'own/news' cannot be loaded: .*ValueError: Config name is"):
-        TextDataModule(tokenizer, evaluation="own/news").prepare_data()
+        TextDataModule(tokenizer, evaluation="own/news").setup("validate")

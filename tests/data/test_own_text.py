@@ -7,7 +7,6 @@ import torch
 from support.callbacks import SaveAt, trainer
 from support.data import byte_tokenizer
 from support.modules import tiny_llama
-from torch import nn
 
 from wanda_lightning import CausalLMModule, PruningCallback, TextDataModule, sample_windows
 
@@ -53,13 +52,9 @@ def test_a_tokenizer_without_a_first_token_begins_with_the_last_or_is_refused():
     tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=7)
     expected = written_by_hand(model, [7], 2, 4, 0, 2)[:, 1:]
     assert torch.equal(sample_windows(model, tokenizer, 2, 4, progress=False), expected)
-    with pytest.raises(ValueError, match=r"but it has neither\. Set its bos_token"):
+    with pytest.raises(ValueError, match="must have a token that begins or ends a text"):
         sample_windows(model, SimpleNamespace(bos_token_id=None, eos_token_id=None), 2, 4)
 
-
-def test_a_model_that_cannot_write_is_refused():
-    with pytest.raises(ValueError, match="but Linear has no method generate"):
-        sample_windows(nn.Linear(2, 2), TOKENIZER, 2, 4)
     with pytest.raises(ValueError, match=r"a Trainer that runs a module with a model, but there is none"):
         TextDataModule(byte_tokenizer(), calibration="self").calibration_dataloader()
 

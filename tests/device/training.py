@@ -81,28 +81,24 @@ def test_a_run_resumes():
     assert_equal(*models)
 
 
-class TestLora:
-    @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.3}])
-    @pytest.mark.parametrize("build", [lora.llama, lora.gpt2])
-    def test_adapters_merge(self, monkeypatch, build, options):
-        merged = []
-        for device in DEVICES:
-            monkeypatch.setattr(lora, "TOKENS", lora.TOKENS.to(device))
-            base = build()
-            zeros = lora.zeros_of(base)
-            model = get_peft_model(base, lora.config(target_modules="all-linear", **options)).to(device)
-            torch.manual_seed(0)
-            lora.train(model)
-            merged.append(merge(model))
-            lora.assert_zeros(merged[-1], {name: zero.to(device) for name, zero in zeros.items()})
-        assert_equal(*merged)
+@pytest.mark.parametrize("build", [lora.llama, lora.gpt2])
+def test_adapters_merge(monkeypatch, build):
+    merged = []
+    for device in DEVICES:
+        monkeypatch.setattr(lora, "TOKENS", lora.TOKENS.to(device))
+        base = build()
+        zeros = lora.zeros_of(base)
+        model = get_peft_model(base, lora.config(target_modules="all-linear", lora_dropout=0.3)).to(device)
+        torch.manual_seed(0)
+        lora.train(model)
+        merged.append(merge(model))
+        lora.assert_zeros(merged[-1], {name: zero.to(device) for name, zero in zeros.items()})
+    assert_equal(*merged)
 
-    def test_plain_adapters_merge_with_the_zeros(self):
-        merged = []
-        for device in DEVICES:
-            model = get_peft_model(lora.llama().to(device), LoraConfig(r=4, target_modules=lora.TARGETS))
-            merged.append(merge(lora.randomize(model), reprune=True))
-        assert_equal(*merged)
+
+def test_plain_adapters_merge_with_the_zeros():
+    models = [get_peft_model(lora.llama().to(d), LoraConfig(r=4, target_modules=lora.TARGETS)) for d in DEVICES]
+    assert_equal(*(merge(lora.randomize(model), reprune=True) for model in models))
 
 
 class Remote(Accelerator):
@@ -156,25 +152,26 @@ FITS = {
 }
 
 
-class TestTrainer:
-    @pytest.mark.parametrize(
-        ("name", "make"), [*((name, Net) for name in FITS), ("wanda", partial(Net, ADAMW)), ("wanda", Manual)]
-    )
-    def test_fit(self, name, make):
-        nets = []
-        for device, made in zip(DEVICES, trainers(FITS[name], max_epochs=2), strict=True):
-            torch.manual_seed(0)
-            nets.append(make())
-            made.fit(nets[-1], loader(24), loader(8))
-            nets[-1].to(device)  # Lightning moves it to the CPU at the end
-        assert_equal(*nets)
+@pytest.mark.parametrize(
+    ("name", "make"), [*((name, Net) for name in FITS), ("wanda", partial(Net, ADAMW)), ("wanda", Manual)]
+)
+def test_fit(name, make):
+    nets = []
+    for device, made in zip(DEVICES, trainers(FITS[name], max_epochs=2), strict=True):
+        torch.manual_seed(0)
+        nets.append(make())
+        made.fit(nets[-1], loader(24), loader(8))
+        nets[-1].to(device)  # Lightning moves it to the CPU at the end
+    assert_equal(*nets)
 
-    def test_validate(self):
-        nets, results = [Net(), Net()], []
-        for net, made in zip(nets, trainers(FITS["best"]), strict=True):
-            results.append(made.validate(net, loader(8), verbose=False))
-        assert_equal(nets[0], nets[1].to("remote"))
-        assert results[0] == results[1]
+
+def test_validate():
+    nets = [Net(), Net()]
+    first, second = (
+        made.validate(net, loader(8), verbose=False) for net, made in zip(nets, trainers(FITS["best"]), strict=True)
+    )
+    assert_equal(nets[0], nets[1].to("remote"))
+    assert first == second
 
 
 @pytest.mark.parametrize("supported", [True, False, None])

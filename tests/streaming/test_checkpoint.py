@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from support.disk import batches
 from transformers import LlamaForCausalLM
 
-from wanda_lightning import perplexity_from_disk, prune_from_disk
+from wanda_lightning import Structured, perplexity_from_disk, prune_from_disk
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.modules.loading import load_causal_lm
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -23,17 +23,17 @@ NO_GRADIENTS = {"allocation": "uniform", "pattern": "unstructured_layer"}
     [
         ({"sequential": "none", "method": "sparsegpt"}, "sequential='none' with solver='sparsegpt' needs the Gram"),
         ({"method": "thorough", **NO_GRADIENTS}, "recovery='distil' needs the whole model in memory"),
-        (
-            {"method": "best"},
-            r"allocation=Fisher\(.* reads gradients.* allocation='uniform' and pattern='unstructured_layer'",
-        ),
+        ({"method": "best"}, r"allocation=Fisher\(.* reads gradients.* Use allocation='uniform' and pattern="),
         ({"method": "best", "allocation": "uniform"}, "reads gradients.* Use pattern='unstructured_layer'"),
+        ({"pattern": "structured", "skip": ["*.mlp.*"]}, "finds no hidden units in the model"),
+        ({"pattern": Structured(64)}, "multiple_of=64 of .* leaves no unit to remove"),
+        ({"pattern": "structured", "sparsity": 0.95}, "sparsity=0.95 would remove all 64 hidden units"),
         *(({"device": x}, f"device must be one .* but '{x}' is not: ") for x in ("cuda:99", "meta", "nonsense")),
     ],
 )
 def test_choices_that_cannot_be_used_from_disk(source, tmp_path, choices, message):
     with pytest.raises(ValueError, match=message):
-        prune_from_disk(source, tmp_path / "out", batches(), 0.5, **choices)
+        prune_from_disk(source, tmp_path / "out", batches(), **choices, progress=False)
     if "device" in choices:
         with pytest.raises(ValueError, match=message):
             perplexity_from_disk(source, batches(), **choices)

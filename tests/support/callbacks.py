@@ -6,7 +6,6 @@ from functools import cache, partial
 
 import lightning as L
 import pytest
-import pytorch_lightning
 import torch
 from lightning.pytorch.trainer.connectors import callback_connector
 from support.zoo import ZOO
@@ -61,22 +60,6 @@ class Net(L.LightningModule):
     def configure_optimizers(self):
         self.used_optimizer = self.optimizer(self.parameters())
         return self.used_optimizer
-
-
-class OldNet(pytorch_lightning.LightningModule):
-    """A module of a user of pytorch_lightning."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Linear(32, 16)
-
-    def training_step(self, batch, batch_idx):
-        return self.layers(batch[0]).sum()
-
-    validation_step = test_step = predict_step = training_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters())
 
 
 def samples(count=12, seed=0, shift=0.0):

@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.batches import split
 from support.callbacks import trainer as callbacks_trainer
-from support.data import byte_tokenizer
 from support.gradients import gradients
 from support.mlps import Mlp
 from support.samples import samples_of
@@ -22,7 +21,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import wanda_lightning as wl
 from wanda_lightning.calibration.lockstep import whole_model_calls
@@ -34,7 +32,6 @@ from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
-from wanda_lightning.data import text
 from wanda_lightning.engine.batch_norm import batch_norm_layers
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.models import find_layers
@@ -546,36 +543,3 @@ def permute_both(rank, batches, shares):
     choices = {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"}
     weights, report = whole_after(ZOO["llama"].build(), share_of(batches, rank, shares), **choices)
     return weights, report.notes
-
-
-def pruned_from_disk(rank, source, folder, batches, choices):
-    """Prune a language model in memory and from disk; its layers, zeros and notes, or the error."""
-    own, model = batches[rank::2], AutoModelForCausalLM.from_pretrained(source)
-
-    def both_ways():
-        report = wl.prune_from_disk(source, f"{folder}/disk", own, progress=False, processes=both(), **choices)
-        expected = prune_both(model, own, **choices)
-        if rank == 0:
-            model.save_pretrained(f"{folder}/memory")
-        assert report.layers == expected.layers
-        assert report.config == expected.config
-        return report.layers, report.zeros, report.notes
-
-    return attempt(both_ways)
-
-
-def read_text(rank, loop, prunes):
-    """The texts that this process reads, and its windows."""
-    reads = []
-
-    def counted(name):
-        original = getattr(text, name)
-        return mock.patch.object(text, name, lambda *arguments: (reads.append(name), original(*arguments))[1])
-
-    data = wl.TextDataModule(byte_tokenizer(), seqlen=16, num_samples=4, limit=4)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    module = CausalLMModule(LlamaForCausalLM(LlamaConfig(vocab_size=257, **sizes)))
-    with counted("calibration_source"), counted("evaluation_text"):
-        run = trainer("ddp", *[wl.WandaPrune(num_samples=4)] * prunes)
-        getattr(run, loop)(module, datamodule=data)
-    return reads, data.evaluation_windows, data.calibration_windows
