@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.calibration.gradients import recomputing
 
 
 def put_nothing(shared, x, layer):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.error_notes import noting
-from wanda_lightning.calibration.recomputation import recomputing
+from wanda_lightning.calibration.gradients import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
 from wanda_lightning.common.checks import SEED, Number, check, check_flags
 from wanda_lightning.common.errors import UserError
