@@ -23,34 +23,25 @@ def reshaped(model_class, config, new):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("model_class", "old", "inside", "changes"),
     [
-        {"num_local_experts": 6},
-        {"intermediate_size": 62, "vocab_size": 126},
-        {"num_local_experts": 2},  # attributes that are equal by chance stay: 4 heads, and 2 layers
+        # Attributes that are equal by chance stay: 4 heads as 4 experts, and 2 layers.
+        (hf.MixtralForCausalLM, ZOO["mixtral"].build().config, None, {"num_local_experts": 6}),
+        (hf.MixtralForCausalLM, ZOO["mixtral"].build().config, None, {"num_local_experts": 2}),
+        (hf.MixtralForCausalLM, ZOO["mixtral"].build().config, None, {"intermediate_size": 62, "vocab_size": 126}),
+        (hf.Qwen3VLMoeForConditionalGeneration, tiny(hf.Qwen3VLMoeConfig), "text_config", {"num_experts": 3}),
     ],
 )
-def test_the_attributes_with_the_shapes_change_and_can_be_changed_back(changes):
-    old = ZOO["mixtral"].build().config
-    assert old.num_attention_heads == old.num_local_experts == 4
+def test_the_attributes_with_the_shapes_change_and_can_be_changed_back(model_class, old, inside, changes):
     new = copy.deepcopy(old)
     for key, value in changes.items():
-        setattr(new, key, value)
-    model = reshaped(hf.MixtralForCausalLM, old, new)
-    misfit, undo = fit_configuration(model)
+        setattr(getattr(new, inside) if inside else new, key, value)
+    model = reshaped(model_class, old, new)
+    misfit, undo = fit_configuration(nn.ModuleList([model]))
     assert not misfit
-    assert model.config.to_dict() == new.to_dict()
+    assert model.config.to_dict() == new.to_dict() != old.to_dict()
     undo()
     assert model.config is old
-
-
-def test_an_attribute_of_a_configuration_inside_changes():
-    config = tiny(hf.Qwen3VLMoeConfig)
-    new = copy.deepcopy(config)
-    new.text_config.num_experts -= 1
-    model = reshaped(hf.Qwen3VLMoeForConditionalGeneration, config, new)
-    assert not fit_configuration(nn.ModuleList([model]))[0]
-    assert model.config.text_config.num_experts == new.text_config.num_experts
 
 
 def test_shapes_that_no_attribute_gives():

@@ -1,5 +1,6 @@
 """Folders of shrunk models load with their own library alone, and give the results of the model with zeros."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import textwrap
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
+from support.pairwise import with_nightly
 from support.tiny import VOCABULARY
 from support.zoo import causal
 
@@ -30,16 +33,14 @@ _ALONE = """
 """
 
 
-def outputs_elsewhere(folder, x, load):
-    """The outputs of a folder in a new process that cannot import wanda_lightning."""
-    from safetensors.torch import load_file, save_file
-
+def assert_loads_elsewhere(folder, x, load, expected):
+    """A new process that cannot import wanda_lightning gets the same outputs from the folder."""
     inputs, outputs = folder.parent / "inputs.safetensors", folder.parent / "outputs.safetensors"
     save_file({"x": x}, inputs)
     code = textwrap.dedent(_ALONE + load)
     done = subprocess.run([sys.executable, "-c", code, folder, inputs, outputs], capture_output=True, text=True)
     assert not done.returncode, done.stderr
-    return load_file(outputs)["y"]
+    torch.testing.assert_close(load_file(outputs)["y"], expected, rtol=1e-4, atol=1e-5)
 
 
 _TRANSFORMERS = """
@@ -56,13 +57,8 @@ _TIMM = """
     with torch.no_grad():
         save_file({"y": timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x)}, outputs)
 """
-LANGUAGE = {
-    "llama": "intermediate_size",
-    "gpt2": "n_inner",
-    "opt": "ffn_dim",
-    "phi3": "intermediate_size",
-    "bloom": None,
-}
+LANGUAGE = {"llama": "intermediate_size", "gpt2": "n_inner", "opt": "ffn_dim", "phi3": "intermediate_size"}
+"""The attribute of the configuration with the width; bloom has none."""
 
 
 def pruned_text_model(name, **choices):
@@ -72,45 +68,36 @@ def pruned_text_model(name, **choices):
     return model, ids
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("llama", "bloom") else pytest.mark.nightly) for name in LANGUAGE]
-)
+@pytest.mark.parametrize("name", with_nightly(["llama", "bloom"], LANGUAGE))
 def test_a_language_model_loads_without_this_package(name, tmp_path):
     model, ids = pruned_text_model(name)
     with torch.no_grad():
         expected = model(ids).logits
-    config, state = model.config.to_dict(), {key: value.clone() for key, value in model.state_dict().items()}
+    config, state = model.config.to_dict(), copy.deepcopy(model.state_dict())
     report = wl.CausalLMModule(model).save_pretrained(tmp_path / "out", shrink=True)
-    saved, attribute = json.loads((tmp_path / "out" / "config.json").read_text()), LANGUAGE[name]
-    widths = {after for _, after in report.layers.values()}
-    assert len(widths) == 1
-    if attribute is None:
-        assert (tmp_path / "out" / "modeling_shrunk.py").exists()
-    else:
-        assert {saved[attribute]} == widths
-        assert "auto_map" not in saved
+    saved, attribute = json.loads((tmp_path / "out" / "config.json").read_text()), LANGUAGE.get(name)
+    (width,) = {after for _, after in report.layers.values()}
+    assert saved.get(attribute) == (width if attribute else None)
+    assert ("auto_map" in saved) == (tmp_path / "out" / "modeling_shrunk.py").exists() == (attribute is None)
     # The module keeps its zeros and its configuration.
     assert model.config.to_dict() == config
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     load = _TRANSFORMERS.replace("TRUST", str(attribute is None))
-    torch.testing.assert_close(outputs_elsewhere(tmp_path / "out", ids, load), expected, rtol=1e-4, atol=1e-5)
+    assert_loads_elsewhere(tmp_path / "out", ids, load, expected)
 
 
 def test_layers_of_several_widths_get_a_modeling_file(tmp_path):
+    """Loaded, it can be saved again, by this package or by transformers."""
     model, ids = pruned_text_model("llama", allocation="fisher")
     with torch.no_grad():
         expected = model(ids).logits
-    report = wl.shrink(model)
-    assert len({after for _, after in report.layers.values()}) > 1
+    assert len({after for _, after in wl.shrink(model).layers.values()}) > 1
     wl.CausalLMModule(model).save_pretrained(tmp_path / "out")
-    load = _TRANSFORMERS.replace("TRUST", "True")
-    torch.testing.assert_close(outputs_elsewhere(tmp_path / "out", ids, load), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="do not fit"):
         wl.CausalLMModule(tmp_path / "out").configure_model()
-    # Loaded, it can be saved again, by this package or by transformers.
-    again = wl.CausalLMModule(tmp_path / "out", trust_remote_code=True)
-    again.save_pretrained(tmp_path / "again")
-    torch.testing.assert_close(outputs_elsewhere(tmp_path / "again", ids, load), expected, rtol=1e-4, atol=1e-5)
+    wl.CausalLMModule(tmp_path / "out", trust_remote_code=True).save_pretrained(tmp_path / "again")
+    for folder in (tmp_path / "out", tmp_path / "again"):
+        assert_loads_elsewhere(folder, ids, _TRANSFORMERS.replace("TRUST", "True"), expected)
 
 
 @pytest.mark.parametrize(
@@ -131,30 +118,29 @@ def test_an_image_model_loads_without_this_package(name, sizes, sparsity, argume
     module.save_pretrained(tmp_path / "out", shrink=True)
     saved = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
     assert {key: saved[key] for key in arguments} == arguments
-    torch.testing.assert_close(outputs_elsewhere(tmp_path / "out", images, _TIMM), expected, rtol=1e-4, atol=1e-5)
+    assert_loads_elsewhere(tmp_path / "out", images, _TIMM, expected)
 
 
-def test_a_model_for_small_images_is_tried_with_small_images(tmp_path):
-    """No attribute of a LeViT says for which size it was built."""
+@pytest.mark.parametrize(
+    ("name", "size", "text"),
+    [
+        ("levit_128s", 64, "no arguments of LevitDistilled"),  # none of its attributes says for which size it was built
+        ("convnext_atto", 32, r"no arguments of ConvNeXt give the widths .*mlp\.fc1\.weight"),
+    ],
+)
+def test_timm_has_no_arguments_for_the_widths(name, size, text, tmp_path):
     torch.manual_seed(0)
-    module = wl.ImageClassifierModule("levit_128s", False, num_classes=10, model_kwargs={"img_size": 64}).eval()
-    wl.prune(module.model, [torch.randn(2, 3, 64, 64)], 0.5, pattern="structured", only=["*.mlp.*"], progress=False)
-    with pytest.raises(ValueError, match="no arguments of LevitDistilled"):
-        module.save_pretrained(tmp_path / "out", shrink=True)
-
-
-def test_timm_has_no_arguments_for_the_widths(tmp_path):
-    module = wl.ImageClassifierModule("convnext_atto", False, num_classes=10).eval()
-    wl.prune(module.model, [torch.randn(2, 3, 32, 32)], 0.5, pattern="structured", progress=False)
-    with pytest.raises(ValueError, match=r"no arguments of ConvNeXt give the widths .*mlp\.fc1\.weight"):
+    kwargs = {"img_size": size} if name == "levit_128s" else {}
+    module = wl.ImageClassifierModule(name, False, num_classes=10, model_kwargs=kwargs).eval()
+    wl.prune(module.model, [torch.randn(2, 3, size, size)], 0.5, pattern="structured", only=["*.mlp.*"], progress=False)
+    with pytest.raises(ValueError, match=text):
         module.save_pretrained(tmp_path / "out", shrink=True)
     assert not (tmp_path / "out").exists()
-    timm.create_model("convnext_atto", num_classes=10).load_state_dict(module.model.state_dict())  # with its zeros
+    timm.create_model(name, num_classes=10, **kwargs).load_state_dict(module.model.state_dict())  # with its zeros
 
 
 def test_a_model_without_zeros_is_not_saved_as_shrunk(tmp_path):
     module = wl.CausalLMModule(causal("llama").build())
-    assert str(wl.shrink(module.model)) == "Nothing can be removed: no hidden unit is zero on both sides."
     with pytest.raises(ValueError, match=r"shrink must remove something\. Nothing can be removed"):
         module.save_pretrained(tmp_path / "out", shrink=True)
     assert not any(tmp_path.iterdir())
