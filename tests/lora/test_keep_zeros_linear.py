@@ -1,12 +1,17 @@
-"""The layer against dense autograd over W + s (B A) * keep, and PEFT's operations on it."""
+"""The layer against dense autograd over W + s (B A) * keep, PEFT's operations on it, and merging."""
+
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 from support.lora import (
+    TARGETS,
     TOKENS,
     assert_zeros,
     config,
+    gpt2,
     llama,
     logits,
     randomize,
@@ -14,6 +19,7 @@ from support.lora import (
     relative,
     single,
     sparse_layer,
+    train,
     zeros_of,
 )
 from torch import nn
@@ -36,36 +42,32 @@ def test_updates_below_the_last_digit_of_bfloat16_count_in_training(monkeypatch)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d", "autocast"])
 def test_output_and_gradients_are_those_of_dense_autograd(kind, dropout):
+    """Autocast computes in its dtype and gives float32 gradients. No copy of the weight waits for backward."""
+    mixed = kind == "autocast"
     model, layer = single(sparse_layer(kind, bias=kind != "no bias"), lora_dropout=dropout)
-    model.double()
+    model.to(dtype := torch.float32 if mixed else torch.float64)
     base = layer.base_layer.requires_grad_(not dropout)  # also of an unfrozen base
-    x = torch.randn(3, 5, 24, dtype=torch.float64, requires_grad=True)
-    direction = torch.randn(3, 5, 40, dtype=torch.float64)
+    x = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
     wanted_for = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight, *base.parameters()]
     wanted_for = [each for each in wanted_for if each.requires_grad]
 
     torch.manual_seed(7)
-    out = model(x)
-    got = torch.autograd.grad((out * direction).sum(), wanted_for)
+    saved, seen = [], torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+        with seen:
+            out = model(x)
+        got = torch.autograd.grad(out.to(dtype).square().sum(), wanted_for)  # backward inside, as some loops do
     expected = reference(layer, x, dropout_seed=7 if dropout else None)
-    want = torch.autograd.grad((expected * direction).sum(), wanted_for)
+    want = torch.autograd.grad(expected.square().sum(), wanted_for)
 
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_backward_keeps_nothing_of_the_size_of_the_weight(dropout):
-    model, layer = single(sparse_layer("linear").float(), lora_dropout=dropout)
-    x = torch.randn(7, 24, requires_grad=True)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        model(x)
-    dense = [t for t in saved if t.numel() == 24 * 40]
-    assert dense  # the hooks see the product
-    assert all(t.data_ptr() == layer.base_layer.weight.data_ptr() for t in dense)
+    places = {each.data_ptr() for each in saved if each.numel() == 24 * 40}
+    assert mixed or places == {base.weight.data_ptr()}
+    assert out.dtype == (torch.bfloat16 if mixed else torch.float64)
+    for mine, theirs in zip((out, *got), (expected, *want), strict=True):
+        assert mine is out or mine.dtype == dtype
+        assert relative(mine.to(dtype), theirs) < (0.02 if mixed else 1e-9)
 
 
 def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
@@ -79,24 +81,6 @@ def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
     model = randomize(get_peft_model(nn.Sequential(dense), KeepZerosLoraConfig(**options)))
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(merge(model)(x), expected)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_autocast_computes_in_its_dtype_and_gives_float32_gradients(dropout):
-    model, layer = single(sparse_layer("linear").float(), lora_dropout=dropout)
-    x = torch.randn(7, 24, requires_grad=True)
-    wanted_for = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.manual_seed(7)
-        out = model(x)
-        got = torch.autograd.grad(out.float().square().sum(), wanted_for)  # backward inside, as some loops do
-    assert out.dtype == torch.bfloat16
-    expected = reference(layer, x, dropout_seed=7 if dropout else None)
-    want = torch.autograd.grad(expected.square().sum(), wanted_for)
-    assert relative(out.float(), expected) < 0.01
-    for mine, theirs in zip(got, want, strict=True):
-        assert mine.dtype == torch.float32
-        assert relative(mine, theirs) < 0.02
 
 
 # The old name of transformers before 5.24; the new one is not in all versions that we support.
@@ -123,16 +107,11 @@ def test_adapters_switch_add_up_and_disable():
     assert not model.supports_lora_conversion()
     model.add_adapter("other", config(r=2, target_modules=["v_proj", "up_proj"]))
     randomize(model)
-    first = logits(model)
-    model.set_adapter("other")
-    other = logits(model)
-    model.base_model.set_adapter(["default", "other"])
+    layer, x = model.base_model.model.model.layers[0].self_attn.v_proj, torch.randn(5, 32)
+    for names in (("other",), ("default", "other")):
+        model.base_model.set_adapter([*names])
+        torch.testing.assert_close(layer(x), reference(layer, x, names=names))
     both = logits(model)
-    assert relative(first, other) > 1e-3
-    assert relative(both, first) > 1e-3
-    layer = model.base_model.model.model.layers[0].self_attn.v_proj
-    x = torch.randn(5, 32)
-    torch.testing.assert_close(layer(x), reference(layer, x, names=("default", "other")))
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), base)
     assert torch.equal(logits(model), both)
@@ -158,13 +137,57 @@ def test_merge_adapter_and_back_restores_every_bit(dtype):
     assert torch.equal(logits(model), adapted)
 
 
-def test_a_weight_that_a_merge_swallows_comes_back():
-    layer = nn.Linear(2, 1, bias=False)
-    layer.weight.data = torch.tensor([[1e-12, 0.0]])
-    model = get_peft_model(nn.Sequential(layer), config(target_modules=["0"], r=1, lora_alpha=1))
-    adapted = model.base_model.model[0]
-    adapted.lora_A["default"].weight.data, adapted.lora_B["default"].weight.data = torch.ones(1, 2), torch.ones(1, 1)
-    model.merge_adapter()
-    assert torch.equal(layer.weight, torch.tensor([[1.0, 0.0]]))
-    model.unmerge_adapter()
-    assert torch.equal(layer.weight, torch.tensor([[1e-12, 0.0]]))
+# ---- merging
+
+
+@pytest.mark.parametrize(
+    ("build", "dropout", "rounding"),
+    [
+        (llama, 0.3, 1e-5),
+        (gpt2, 0.0, 1e-5),
+        (partial(llama, torch.bfloat16), 0.0, 0.02),  # two layers, 2^-8 each for weights and activations
+    ],
+)
+def test_trained_adapters_merge_to_what_was_trained_with_every_zero(build, dropout, rounding):
+    base = build()
+    zeros, dtype = zeros_of(base), base.dtype
+    model = get_peft_model(base, config(target_modules="all-linear", lora_dropout=dropout))
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    adapted = logits(model)
+    with model.disable_adapter():
+        assert relative(logits(model), adapted) > 1e-3
+    merged = merge(model)
+    assert type(merged) is type(base)
+    assert merged.dtype == dtype
+    assert not any(isinstance(module, LoraLayer) for module in merged.modules())
+    assert relative(logits(merged), adapted) < rounding
+    assert_zeros(merged, zeros)
+
+
+def test_merging_plain_lora_and_matrices_trained_whole_warns():
+    model = randomize(get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"])))
+    train(model, steps=1)
+    with pytest.warns(UserWarning, match=r"first in model\.layers\.0\.self_attn\.o_proj\.weight"):
+        merge(model)
+    model = randomize(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)))
+    adapted = logits(model)
+    with pytest.warns(UserWarning, match=r"merge filled zeros of 6 of 6 targeted matrices, first in model\.layers\.0"):
+        merged = merge(model)
+    assert relative(logits(merged), adapted) < 1e-5
+    assert merged.model.layers[0].self_attn.q_proj.weight.all()
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_reprune_puts_the_zeros_back(merges):
+    base = llama()
+    zeros = zeros_of(base)
+    model = randomize(get_peft_model(base, LoraConfig(r=4, target_modules=TARGETS)))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    expected = (layer.weight + layer.get_delta_weight("default")) * (layer.weight != 0)
+    if merges:
+        model.merge_adapter()  # the zeros are those from before
+    merged = merge(model, reprune=True)
+    assert_zeros(merged, zeros)
+    torch.testing.assert_close(merged.model.layers[0].self_attn.q_proj.weight, expected)

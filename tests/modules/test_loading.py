@@ -12,16 +12,7 @@ from support.callbacks import same
 from support.gguf import write_gguf
 from support.modules import VIT, tiny_llama, tiny_tokenizer, tiny_vit
 from support.tiny import tiny
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    GPTNeoXConfig,
-    GPTNeoXJapaneseConfig,
-    MptConfig,
-    T5Config,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, T5Config
 
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule, loading
@@ -168,21 +159,6 @@ LLAMAS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("file", "change", "message"), LLAMAS)
-def test_a_broken_language_model_is_named(folders, tmp_path, file, change, message):
-    shutil.copytree(folders / "llama", tmp_path / "broken")
-    change(tmp_path / "broken" / file)
-    with pytest.raises((ValueError, OSError), match=message) as caught:
-        CausalLMModule(str(tmp_path / "broken"))
-    assert str(tmp_path / "broken") in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert ("damaged" in str(caught.value)) == (DAMAGED in message)
-    if "configuration" in message:
-        with pytest.raises(ValueError, match=message):
-            model_from_config(str(tmp_path / "broken"))
-
-
 CLASSIFIERS = [
     ("config.json", text("{"), DAMAGED),
     ("config.json", changed(num_classes=9, model_args={**VIT, "num_classes": 9}), "size mismatch for head.weight"),
@@ -191,20 +167,23 @@ CLASSIFIERS = [
     ("model.safetensors", stored(integers), r"stores \S+\.weight as I8: packed integers"),
     ("model.safetensors", stored(not_a_number), "the weight of .*norm holds NaN or infinity in float32"),
 ]
+BROKEN = [*(("llama", "{}", *row) for row in LLAMAS), *(("vit", "timm:local-dir:{}", *row) for row in CLASSIFIERS)]
 
 
-@pytest.mark.parametrize(("file", "change", "message"), CLASSIFIERS)
-def test_a_broken_classifier_is_named(folders, tmp_path, file, change, message):
-    shutil.copytree(folders / "vit", tmp_path / "broken")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("model", "form", "file", "change", "message"), BROKEN)
+def test_a_broken_model_is_named(folders, tmp_path, model, form, file, change, message):
+    shutil.copytree(folders / model, tmp_path / "broken")
     change(tmp_path / "broken" / file)
+    name, build = form.format(tmp_path / "broken"), CausalLMModule if model == "llama" else ImageClassifierModule
     with pytest.raises((ValueError, OSError), match=message) as caught:
-        ImageClassifierModule(f"timm:local-dir:{tmp_path / 'broken'}")
+        build(name)
     assert str(tmp_path / "broken") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert ("damaged" in str(caught.value)) == (DAMAGED in message)
-    if file == "config.json" and "mismatch" not in message:
+    if "configuration" in message or message == DAMAGED:
         with pytest.raises(ValueError, match=message):
-            model_from_config(f"timm:local-dir:{tmp_path / 'broken'}")
+            model_from_config(name)
 
 
 @pytest.mark.parametrize("change", [cut(5000), stored(integers), stored(not_a_number)])
@@ -244,10 +223,10 @@ def test_encoders_are_refused(tmp_path, loaded):
         CausalLMModule(str(tmp_path))
 
 
-@pytest.mark.parametrize("config_class", [GPTNeoXConfig, GPTNeoXJapaneseConfig, MptConfig, BertConfig])
-def test_decoders_are_not_taken_for_encoders(config_class):
-    extra = {"is_decoder": True} if config_class is BertConfig else {}
-    model = AutoModelForCausalLM.from_config(tiny(config_class, **extra))
+@pytest.mark.parametrize("name", ["GPTNeoXConfig", "GPTNeoXJapaneseConfig", "MptConfig", "BertConfig"])
+def test_decoders_are_not_taken_for_encoders(name):
+    extra = {"is_decoder": True} if name == "BertConfig" else {}
+    model = AutoModelForCausalLM.from_config(tiny(getattr(transformers, name), **extra))
     assert CausalLMModule(model).model is model
 
 

@@ -3,11 +3,8 @@
 import ast
 import importlib.util
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -29,11 +26,6 @@ SCRIPTS = sorted((ROOT / "recipes").glob("*/*.py"))
 
 def name(path):
     return path.relative_to(ROOT).as_posix()
-
-
-def command_in(text, prefix=""):
-    """The first command in a text."""
-    return next(line[len(prefix) :].strip() for line in text.splitlines() if line.startswith(f"{prefix}   "))
 
 
 @pytest.mark.parametrize("path", [*RECIPES, *SCRIPTS], ids=name)
@@ -81,7 +73,8 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
     runs = []
     monkeypatch.setattr(lightning, "LightningCLI", lambda **options: runs.append(LightningCLI(**options)))
     save_for_hf(timm.create_model("test_convnext"), "convnext", safe_serialization=True)
-    program, command, option, _ = shlex.split(command_in(path.read_text(), prefix="#"))
+    first = next(line for line in path.read_text().splitlines() if line.startswith("#   "))
+    program, command, option, _ = shlex.split(first.removeprefix("#"))
     assert (program, option) == ("wanda-lightning", "--config")
     assert run(command, option, path, *SMALLER[path.stem].format(inputs=inputs).split()) == 0
     content = yaml.safe_load(path.read_text())
@@ -114,16 +107,6 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("script", ["llm/get_smollm2.py", "vision/get_efficientnet.py"])
-def test_a_download_refuses_a_folder_that_it_cannot_use(script, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    command = [sys.executable, ROOT / "recipes" / script, tmp_path / "file"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert "error: folder must be writable, but: " in ended.stderr.splitlines()[-1]
-    assert (tmp_path / "file").read_text() == "mine"
-
-
 def imported(script):
     """A script of the recipes as a module."""
     spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "recipes" / script)
@@ -132,12 +115,7 @@ def imported(script):
     return module
 
 
-def test_2to4_weights_need_a_gpu_and_a_shape_that_fits():
-    command = [sys.executable, ROOT / "recipes/llm/speed_2to4.py", "--model", "folder"]
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].startswith("speed_2to4.py needs a CUDA device of compute capability 8.0")
+def test_2to4_weights_have_a_shape_that_fits():
     layers = [torch.nn.Linear(columns, rows) for rows, columns in ((32, 64), (32, 64), (16, 64), (32, 32))]
     for layer in layers[1:]:
         layer.weight.data[:, ::2] = 0
