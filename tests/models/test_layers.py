@@ -1,14 +1,16 @@
-"""Every layer type as a matrix product; grouped convolutions, and layers whose zeros would not stay."""
+"""Every layer type as a matrix product; grouped convolutions; subclasses of Linear with a forward of their own."""
 
+import copy
 from unittest import mock
 
 import pytest
 import torch
 from hypothesis import assume, given, strategies as st
+from lightning.pytorch.plugins.precision import HalfPrecision
 from support.zoo import seeded
-from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers import Conv2dSame, Linear as TimmLinear
 from torch import nn
-from transformers.models.bit.modeling_bit import WeightStandardizedConv2d
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning import prune
@@ -114,17 +116,6 @@ def test_a_linear_layer_is_a_product_of_its_tokens(make, d_in, d_out, sizes):
     assert_round_trip(layer)
 
 
-def test_groups_of_n_of_m_are_channels_of_one_kernel_position():
-    module = nn.Conv2d(8, 3, (2, 3))
-    (layer,), weight = layers_of(module), module.weight
-    for row in range(3):
-        for group in range(layer.shape[1] // 4):
-            position, first = divmod(4 * group, 8)
-            vertical, horizontal = divmod(position, 3)
-            channels = weight[row, first : first + 4, vertical, horizontal]
-            assert torch.equal(layer.read()[row, 4 * group : 4 * group + 4], channels)
-
-
 def test_layers_with_equal_windows_have_equal_tokens():
     """Two convolutions of one input share statistics only where their tokens are the same."""
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64)
@@ -176,21 +167,70 @@ def test_a_convolution_is_no_block_for_its_groups():
         assert [(unit.name, len(unit.layers)) for unit in found.units] == [("0", 1), ("1", 2), ("2", 1)]
 
 
-# ---- standardized weights
-
-STANDARDIZED = [StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, WeightStandardizedConv2d]
+# ---- subclasses of Linear: pruned if their own forward still computes a linear layer
 
 
-@pytest.mark.parametrize("kind", STANDARDIZED)
-def test_zeros_of_a_standardized_weight_would_not_stay(kind):
-    """The reason given is true: inputs behind stored zeros still reach the output."""
-    module = kind(4, 6, 3)
-    with torch.no_grad():
-        module.weight.normal_(mean=1.0)
-        module.weight[:, :2] = 0
-        x = torch.zeros(1, 4, 5, 5)
-        nothing = module(x)
-        x[:, :2] = 1
-        assert not torch.allclose(module(x), nothing)
-    (reason,) = [m.detail for m in find_layers(Holding(module)).skipped if m.name == "part"]
-    assert reason.startswith(f"{kind.__name__} standardizes its weight in each forward")
+class ByHand(nn.Linear):
+    def forward(self, x):
+        y = torch.einsum("...i,oi->...o", x.to(self.weight.dtype), self.weight)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class Routing(nn.Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.softmax(-1), logits
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [TimmLinear, FalconLinear, ByHand])
+def test_a_forward_of_its_own_that_is_a_linear_layer(kind, bias):
+    module = kind(12, 8, bias=bias)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    model = nn.Sequential(nn.Linear(6, 12), module, nn.Linear(8, 4))
+    with torch.device("meta"):
+        abstract = kind(12, 8, bias=bias)
+    assert [layer.name for layer in find_layers(nn.Sequential(abstract)).layers] == ["0"]
+    with torch.autocast("cpu", dtype=torch.bfloat16), HalfPrecision("bf16-true").forward_context():
+        assert [layer.name for layer in find_layers(model).layers] == ["0", "1", "2"]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert module.in_features == 12
+    plain = copy.deepcopy(model)
+    plain[1] = nn.Linear(12, 8, bias=bias)
+    plain[1].load_state_dict(module.state_dict())
+    for each in (model, plain):
+        batches = [torch.randn(4, 6, generator=torch.Generator().manual_seed(2))]
+        prune(each, batches, 0.5, sequential="none", progress=False)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_forward_of_its_own_that_is_something_else():
+    (reason,) = [m.detail for m in find_layers(nn.Sequential(nn.Linear(6, 12), Routing(12, 8))).skipped]
+    assert reason == "tests.models.test_layers.Routing overrides the forward of Linear"
+
+
+class Counting(nn.Linear):
+    """Writes into everything that it has: a buffer, a list, a module inside it, and a parameter."""
+
+    def __init__(self, d_in, d_out):
+        super().__init__(d_in, d_out)
+        self.register_buffer("steps", torch.zeros(3))
+        self.history, self.inner, self.scale = [], nn.BatchNorm1d(1), nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        self.steps += 1
+        self.history.append(x)
+        self.inner.num_batches_tracked.add_(1)
+        self.scale.data.add_(1)
+        return super().forward(x)
+
+
+def test_trying_out_a_forward_changes_nothing_in_the_module():
+    module = Counting(12, 8)
+    model = nn.Sequential(nn.Linear(6, 12), module)
+    before = copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        assert [layer.name for layer in find_layers(model).layers] == ["0", "1"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert module.history == []
+    assert (module.in_features, module.out_features) == (12, 8)

@@ -17,8 +17,6 @@ from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import is_quantized
 
-OLD = pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated:FutureWarning")
-
 
 def masked(layer):
     torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
@@ -34,11 +32,10 @@ RECOMPUTED = {
 }
 
 
-@OLD
-@pytest.mark.parametrize("make", [lambda: nn.Linear(6, 8), lambda: nn.Conv2d(6, 8, 3)], ids=["linear", "convolution"])
+@pytest.mark.filterwarnings("ignore:.*torch.nn.utils.weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize(("wrap", "kind"), RECOMPUTED.values(), ids=RECOMPUTED)
-def test_a_weight_that_is_recomputed_is_skipped(wrap, kind, make):
-    found = find_layers(nn.Sequential(nn.Conv2d(1, 1, 1), wrap(make())))
+def test_a_weight_that_is_recomputed_is_skipped(wrap, kind):
+    found = find_layers(nn.Sequential(nn.Conv2d(1, 1, 1), wrap(nn.Conv2d(6, 8, 3))))
     assert not found.layers
     skipped = [matrix for matrix in found.skipped if matrix.name.startswith("1")]
     assert all(f"by {kind}: make it an ordinary weight first" in matrix.detail for matrix in skipped)
@@ -51,19 +48,6 @@ class Linear8bitLt(nn.Linear):
     __module__ = "bitsandbytes.nn.modules"
 
 
-class Params4bit(nn.Parameter):
-    __module__ = "bitsandbytes.nn.modules"
-
-
-class Linear4bit(nn.Linear):
-    __module__ = "bitsandbytes.nn.modules"
-
-    def __init__(self, d_in, d_out):
-        super().__init__(d_in, d_out)
-        packed = torch.zeros(d_in * d_out // 2, 1, dtype=torch.uint8)
-        self.weight = torch.Tensor._make_subclass(Params4bit, packed, False)
-
-
 class QuantLinear(nn.Module):
     """GPTQ, like AWQ: integers in buffers, no parameter that is a matrix."""
 
@@ -72,7 +56,6 @@ class QuantLinear(nn.Module):
     def __init__(self, d_in, d_out):
         super().__init__()
         self.register_buffer("qweight", torch.zeros(d_in // 8, d_out, dtype=torch.int32))
-        self.register_buffer("qzeros", torch.zeros(1, d_out // 8, dtype=torch.int32))
         self.register_buffer("scales", torch.ones(1, d_out, dtype=torch.float16))
 
 
@@ -113,8 +96,7 @@ def with_buffer(name, dtype):
 
 
 QUANTIZED = {
-    "bitsandbytes 8 bits": (Linear8bitLt, "q", "quantized by bitsandbytes (Linear8bitLt, Parameter)"),
-    "bitsandbytes 4 bits": (Linear4bit, "q", "quantized by bitsandbytes (Linear4bit, Params4bit)"),
+    "bitsandbytes": (Linear8bitLt, "q", "quantized by bitsandbytes (Linear8bitLt, Parameter)"),
     "auto_gptq": (QuantLinear, "q.qweight", "quantized by auto_gptq (QuantLinear, Tensor)"),
     "float8": (
         lambda *_: with_buffer("weight", torch.float8_e4m3fn),
@@ -144,18 +126,11 @@ def test_quantized_layers_are_refused_by_name(name):
         assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        nn.Linear(4, 4, dtype=torch.float16),
-        parametrizations.weight_norm(nn.Linear(4, 4)),
-        with_buffer("position_ids", torch.int64),
-        with_buffer("weight", torch.float32),
-        nn.Sequential(Linear4bit(4, 4)),  # its child is quantized, it is not
-    ],
-)
-def test_what_is_not_quantized(module):
-    assert not is_quantized(module)
+def test_what_is_not_quantized():
+    """The child of the last is quantized, it is not."""
+    buffers = [with_buffer("position_ids", torch.int64), with_buffer("weight", torch.float32)]
+    layers = [nn.Linear(4, 4, dtype=torch.float16), parametrizations.weight_norm(nn.Linear(4, 4))]
+    assert not any(map(is_quantized, [*buffers, *layers, nn.Sequential(Linear8bitLt(4, 4))]))
 
 
 def test_of_a_layer_with_adapters_the_base_is_pruned():
@@ -168,9 +143,7 @@ def test_of_a_layer_with_adapters_the_base_is_pruned():
 
     names = [layer.name.removeprefix("base_model.model.") for layer in report.layers]
     assert [name.removesuffix(".base_layer") for name in names] == [layer.name for layer in expected.layers]
-    assert [name for name in names if name.endswith(".base_layer")] == [
-        f"model.layers.{i}.{part}.base_layer" for i in range(2) for part in ("self_attn.q_proj", "mlp.up_proj")
-    ]
+    assert sum(name.endswith(".base_layer") for name in names) == 4
     reasons = {matrix.name: matrix.detail for matrix in report.skipped}
     assert len(adapters) == 2 * 2 * 2
     for name, before in adapters.items():

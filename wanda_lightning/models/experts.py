@@ -76,8 +76,8 @@ def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module],
 def _hidden_size(module: nn.Module, module_name: str, modules: Mapping[str, nn.Module]) -> int | None:
     """Return the width of the hidden states that the module declares, or the config of the module or one around it."""
     parts = module_name.split(".")
-    outer = [modules.get(".".join(parts[:length])) for length in range(len(parts), -1, -1)]
-    for declares in (module, *(getattr(m, "config", None) for m in (module, *outer))):
+    around = [modules.get(".".join(parts[:length])) for length in range(len(parts), -1, -1)]  # the module is the first
+    for declares in (module, *(getattr(each, "config", None) for each in around)):
         for key in _HIDDEN:
             if type(size := getattr(declares, key, None)) is int:
                 return size

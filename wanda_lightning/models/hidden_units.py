@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,15 +72,6 @@ class Slot:
         source[index.flatten()] = index.gather(2, orders.cpu().unsqueeze(1).expand(index.shape)).flatten()
         return source
 
-    def permute(self, orders: Orders) -> None:
-        """Permute the units of each head."""
-        tensor = self.tensor.detach()
-        tensor.copy_(tensor.index_select(self.dim, self.source(orders).to(tensor.device)))
-
-    def zero(self, units: Units) -> None:
-        """Set the entries of units to zero."""
-        self.tensor.detach().index_fill_(self.dim, self._where(units), 0)
-
     def zeros(self) -> Units:
         """Return which units have only zeros here."""
         empty = (self.tensor.detach().movedim(self.dim, 0).reshape(self.tensor.shape[self.dim], -1) == 0).all(dim=1)
@@ -87,11 +79,20 @@ class Slot:
 
     def taken(self, units: Units) -> Tensor:
         """Return the tensor without the other units."""
-        new = self.tensor.detach().index_select(self.dim, self._where(units))
+        return self.like(self.tensor.detach().index_select(self.dim, self.where(units)))
+
+    def like(self, new: Tensor) -> Tensor:
+        """Return a tensor as a parameter if this one is a parameter."""
         return nn.Parameter(new, self.tensor.requires_grad) if isinstance(self.tensor, nn.Parameter) else new
 
-    def _where(self, units: Units) -> Tensor:
+    def where(self, units: Units) -> Tensor:
+        """Return the positions of units."""
         return self.index[..., units.cpu()].flatten().sort().values.to(self.tensor.device)
+
+
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Return the names and values of a module's own parameters and buffers."""
+    return chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
 
 
 def replace_attributes(values: Iterable[tuple[nn.Module, str, Any]]) -> Callable[[], None]:
@@ -116,7 +117,8 @@ class HiddenUnits:
     def permute(self, orders: Orders) -> None:
         """Permute the units of each head, in place; units stay within their head."""
         for slot in self.slots:
-            slot.permute(orders)
+            tensor = slot.tensor.detach()
+            tensor.copy_(tensor.index_select(slot.dim, slot.source(orders).to(tensor.device)))
         torch.clear_autocast_cache()  # it holds casts of the weights in their old order
 
     @property
@@ -142,7 +144,7 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
         (module, name)
         for module in parent.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if tuple(parameter.shape) == (d_in,) and name != "bias"
+        if parameter.shape == (d_in,) and name != "bias"
     ]
     proposed: set[object] = set()
     for scope in dict.fromkeys((parent, block)):
@@ -259,7 +261,7 @@ class RemovableUnits:
         """Set all parameters of some units to zero; running statistics stay."""
         for slot in self.slots:
             if isinstance(slot.tensor, nn.Parameter):
-                slot.zero(units)
+                slot.tensor.detach().index_fill_(slot.dim, slot.where(units), 0)
         torch.clear_autocast_cache()  # it holds casts of the weights
 
     def take(self, units: Units) -> Callable[[], None]:
@@ -269,11 +271,9 @@ class RemovableUnits:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Undo `zero` and `take` at the end of this block, in which the modules have copies of the tensors."""
-        undo = self.take(torch.ones(self.width, dtype=torch.bool))
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.take(torch.ones(self.width, dtype=torch.bool)))
             yield
-        finally:
-            undo()
 
     def _without(self, units: Units) -> Iterator[tuple[nn.Module, str, Any]]:
         """Yield new tensors and widths, each after the one before is set: a tensor may have two slots."""
@@ -337,9 +337,7 @@ def _carried(scope: nn.Module, width: int) -> Iterator[Slot]:
         if _is_depthwise(module, width):
             yield from (Slot(module, name, 0) for name in ("weight", "bias") if getattr(module, name) is not None)
         elif whole_layer(module) is None:
-            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-                if tuple(tensor.shape) == (width,):
-                    yield Slot(module, name, 0)
+            yield from (Slot(module, name, 0) for name, tensor in tensors_of(module) if tensor.shape == (width,))
 
 
 def _is_depthwise(module: nn.Module, width: int) -> bool:
@@ -350,12 +348,7 @@ def _is_depthwise(module: nn.Module, width: int) -> bool:
 
 def tied_tensors(model: nn.Module) -> set[tuple[nn.Module, str]]:
     """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
-    found = [
-        (module, name, _memory(tensor))
-        for module in model.modules()
-        for tensors in (module.named_parameters, module.named_buffers)
-        for name, tensor in tensors(recurse=False)
-    ]
+    found = [(module, name, _memory(tensor)) for module in model.modules() for name, tensor in tensors_of(module)]
     counts = Counter(memory for _, _, memory in found)
     return {(module, name) for module, name, memory in found if counts[memory] > 1}
 

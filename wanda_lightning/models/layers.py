@@ -253,19 +253,17 @@ def layers_of(
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return the kind of a module, or None if its forward is not a product with its weight."""
-    if parametrize.is_parametrized(module, "weight"):
-        return None
-    kinds = [kind for kind in layer_kinds().values() if isinstance(module, kind.layer_type)]
-    kept = [kind for kind in kinds if type(module).forward is kind.layer_type.forward]
-    if not kept and isinstance(module, nn.Linear) and computes_linear(module):
-        kept = kinds
-    return kept[0] if kept else None
+    for kind in layer_kinds().values() if not parametrize.is_parametrized(module, "weight") else ():
+        if isinstance(module, kind.layer_type):
+            is_kept = type(module).forward is kind.layer_type.forward
+            if is_kept or (isinstance(module, nn.Linear) and computes_linear(module)):
+                return kind
+    return None
 
 
 def whole_layer(module: nn.Module) -> Layer | None:
     """Return a module as a layer with one matrix of ordinary numbers; None if it is not one."""
-    kind = kind_of(module)
-    layer = Layer("", module, kind) if kind else None
+    layer = Layer("", module, kind) if (kind := kind_of(module)) else None
     return layer if layer and getattr(module, "groups", 1) == 1 and is_whole(layer) else None
 
 

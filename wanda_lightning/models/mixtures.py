@@ -10,12 +10,11 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from wanda_lightning.core.types import Units
 from wanda_lightning.models.experts import routers, stacked_experts
-from wanda_lightning.models.hidden_units import Slot, replace_attributes
+from wanda_lightning.models.hidden_units import Slot, replace_attributes, tensors_of
 from wanda_lightning.models.module_names import named_modules
 
 _NUMBER = re.compile(r"(\w+_)?(n|num)_(?!shared)(\w+_)?experts")  # names of attributes with the number of experts
@@ -43,12 +42,8 @@ class Mixture:
 
     def drop_data(self) -> Callable[[], None]:
         """Move the tensors to the meta device, and return a function that undoes it."""
-        return replace_attributes([(slot.module, slot.name, _on_meta(slot.tensor)) for slot in self.slots])
-
-
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    moved = tensor.detach().to("meta")
-    return nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+        moved = [(slot.module, slot.name, slot.like(slot.tensor.detach().to("meta"))) for slot in self.slots]
+        return replace_attributes(moved)
 
 
 def mixtures(model: nn.Module) -> Iterator[Mixture]:
@@ -76,7 +71,6 @@ def mixtures(model: nn.Module) -> Iterator[Mixture]:
 
 def _slots(module: nn.Module, number: int) -> Iterator[Slot]:
     """Yield the tensors of a module with one dimension for the experts."""
-    for tensors in (module.named_parameters, module.named_buffers):
-        for name, tensor in tensors(recurse=False):
-            if number in tensor.shape:
-                yield Slot(module, name, tuple(tensor.shape).index(number))
+    for name, tensor in tensors_of(module):
+        if number in tensor.shape:
+            yield Slot(module, name, tuple(tensor.shape).index(number))

@@ -8,12 +8,7 @@ _COMPILED = "_orig_mod"  # where `torch.compile` keeps the module that it wraps
 
 
 def uncompiled_name(name: str) -> str:
-    """Return the name that a module or parameter would have without `torch.compile`.
-
-    Example:
-        >>> uncompiled_name("blocks.0._orig_mod.mlp")
-        'blocks.0.mlp'
-    """
+    """Return the name that a module or parameter would have without `torch.compile`."""
     return ".".join(part for part in name.split(".") if part != _COMPILED)
 
 

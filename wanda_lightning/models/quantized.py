@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ _QUANTIZERS = {
     *("aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum"),
     *("quanto", "torchao", "vptq"),
 }
+_READABLE = ("torchao", "bitsandbytes")
 
 
 def is_wrapper(parameter: Tensor) -> bool:
@@ -45,30 +45,24 @@ def is_quantized(module: nn.Module) -> bool:
     )
 
 
-def can_be_read(module: nn.Module, name: str = "weight") -> bool:
-    """Whether `read_weight` can return a weight of a module."""
-    return not is_quantized(module) or quantizer(module, getattr(module, name, None)) in _READERS
+def can_be_read(module: nn.Module) -> bool:
+    """Whether `read_weight` can return the weight of a module."""
+    return not is_quantized(module) or quantizer(module, getattr(module, "weight", None)) in _READABLE
 
 
 @torch.no_grad()
-def read_weight(module: nn.Module, name: str = "weight") -> Tensor:
-    """Return a weight of a module that can be read, in floating point; a quantized one is dequantized to a copy."""
-    weight: Tensor = getattr(module, name)
-    reader = _READERS.get(quantizer(module, weight) or "")
-    return weight.detach() if reader is None else reader(module, weight)
+def read_weight(module: Any) -> Tensor:
+    """Return the weight of a module that can be read, in floating point; a quantized one is dequantized to a copy."""
+    weight: Any = module.weight
+    match quantizer(module, weight):
+        case "torchao":
+            return weight.dequantize()
+        case "bitsandbytes":
+            from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-
-def _read_bitsandbytes(module: Any, weight: Any) -> Tensor:
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-    module.state_dict()  # restores the order of 4-bit codes, which a forward in evaluation mode changes on some CPUs
-    return dequantize_bnb_weight(weight, getattr(module, "state", None))  # int8 layers move their scales there
-
-
-_READERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
-    "torchao": lambda _, weight: weight.dequantize(),
-    "bitsandbytes": _read_bitsandbytes,
-}
+            module.state_dict()  # restores the order of 4-bit codes, which some CPUs change in evaluation mode
+            return dequantize_bnb_weight(weight, getattr(module, "state", None))  # int8 layers have their scales there
+    return weight.detach()
 
 
 def _holds_codes(tensor: Tensor) -> bool:

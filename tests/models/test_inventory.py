@@ -22,8 +22,8 @@ ON_META = {
     **{
         name: partial(on_meta, name)
         for name in (
-            *("BertForSequenceClassification", "BertForMaskedLM", "DistilBertForSequenceClassification"),
-            *("LlamaForSequenceClassification", "ViTForImageClassification"),
+            *("BertForMaskedLM", "DistilBertForSequenceClassification", "LlamaForSequenceClassification"),
+            "ViTForImageClassification",
         )
     },
     **{
@@ -164,22 +164,12 @@ def test_blocks_of_the_backbone_of_a_detector():
 
 NO_LAYER = "is not the weight of a supported layer"
 REASONS = {
-    "BertForSequenceClassification": {
-        "bert.embeddings.word_embeddings": "embedding",
-        "bert.embeddings.position_embeddings": "embedding",
-        "classifier": "output head",
-    },
     "BertForMaskedLM": {
         "cls.predictions.transform.dense": "output head",
         "cls.predictions.decoder": "tied to bert.embeddings.word_embeddings",
     },
     "DistilBertForSequenceClassification": {"pre_classifier": "output head", "classifier": "output head"},
     "LlamaForSequenceClassification": {"model.embed_tokens": "embedding", "score": "output head"},
-    "ViTForImageClassification": {
-        "vit.embeddings.cls_token": "cls_token of ViTEmbeddings",
-        "vit.embeddings.patch_embeddings.projection": "stem",
-        "classifier": "output head",
-    },
     "mixtral": {"model.layers.0.mlp.gate": "router", "lm_head": "output head"},
     "deit_tiny_distilled_patch16_224": {
         "patch_embed.proj": "stem",
@@ -188,9 +178,10 @@ REASONS = {
         "head_dist": "output head",
     },
     "resnet50d": {"conv1.0": "stem", "conv1.3": "stem", "conv1.6": "stem", "fc": "output head"},
-    "efficientnet_b0": {"conv_stem": "stem: reads the raw image", "blocks.0.0.conv_dw": "depthwise convolution"},
+    "efficientnet_b0": {"conv_stem": "stem: reads the raw", "blocks.0.0.conv_dw": "depthwise convolution"},
     "levit_128s": {"head.linear": "output head", "head_dist.linear": "output head", "stem.conv4.linear": "stem"},
-    "nfnet_f0": {"stages.0.0.conv1": "ScaledStdConv2d standardizes its weight in each forward"},
+    # It standardizes its weight in each forward, so that zeros of the stored weight would not stay zero.
+    "nfnet_f0": {"stages.0.0.conv1": "timm.layers.std_conv.ScaledStdConv2d overrides the forward of Conv2d"},
     "sequencer2d_s": {
         "stages.0.blocks.0.rnn_tokens.rnn_v.weight_hh_l0": f"weight_hh_l0 of LSTM {NO_LAYER}",
         "head.fc": "output head",
@@ -226,11 +217,11 @@ ONE_LAYER = {
     "matrix_norm": (lambda: nn.LayerNorm((3, 8)), {"part": "weight of LayerNorm", "part.bias": "bias of LayerNorm"}),
     "patched": (
         lambda: Overriding(8, 8),
-        {"part": "tests.models.test_find_layers.Overriding overrides the forward of Linear"},
+        {"part": "tests.models.test_inventory.Overriding overrides the forward of Linear"},
     ),
     "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), {"part": "depthwise convolution"}),
     "depthwise_wider": (lambda: nn.Conv2d(8, 16, 3, groups=8), {"part": "depthwise convolution"}),
-    "image": (lambda: nn.Conv2d(3, 8, 3), {"part": "stem: reads the raw image"}),
+    "image": (lambda: nn.Conv2d(3, 8, 3), {"part": "stem: reads the raw"}),
     "embedding": (lambda: nn.Embedding(8, 8), {"part": "embedding"}),
     "embedding_bag": (lambda: nn.EmbeddingBag(8, 8), {"part": "embedding"}),
     "int8": (int8_linear, {"part": "int8 weights"}),
@@ -294,15 +285,15 @@ def read_raw(*order):
     return nn.ModuleDict({**{name: inputs[name] for name in order}, "later": nn.Conv2d(3, 8, 3)})
 
 
-RAW = {name: f"stem: reads the raw {name}" for name in ("signal", "image")}
+RAW = "stem: reads the raw image or signal"
 SMALL = [
     (lambda: nn.Sequential(nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)), {}),  # only the first can read the image
-    (lambda: nn.Sequential(nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1)), {"0": "stem: reads the raw image"}),
+    (lambda: nn.Sequential(nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1)), {"0": RAW}),
     (Classifier, {"first": "tied to second: output head", "second": "tied to first"}),
     (lambda: Speech(nn.Linear(8, 8)), {}),
     (embedding_behind, {"decoder": "tied to embed", "embed": "embedding"}),
-    (lambda: read_raw("signal", "image"), RAW),
-    (lambda: read_raw("image", "signal"), RAW),
+    (lambda: read_raw("signal", "image"), {"signal": RAW, "image": RAW}),
+    (lambda: read_raw("image", "signal"), {"signal": RAW, "image": RAW}),
     *map(stem_named, ("stem", "conv_stem", "patch_embed", "patch_embedding", "patch_embeddings")),
 ]
 
