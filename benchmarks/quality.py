@@ -59,7 +59,6 @@ TEXT: dict[str, Choices] = {
     "sparsegpt at layer": {"method": "sparsegpt", "sequential": "layer"},
     "variant": {"method": "wanda", "pattern": EqualShare()},
     "owl": {"method": "wanda", "allocation": OWL()},
-    "alpha": {"method": "wanda", "allocation": "alpha"},
     "fisher": {"method": "wanda", "allocation": Fisher(num_samples=8)},
     **{name: {"method": name} for name in PRESETS},
     "thorough, 3 passes": {"method": "thorough", "recovery": Distil(passes=3)},
@@ -70,7 +69,7 @@ TEXT: dict[str, Choices] = {
     "best-permutation": {"method": "best", "permutation": "none"},
     "best-row_weights": {"method": "best", "pattern": Unstructured("layer")},
 }
-UNSTRUCTURED = ("variant", "owl", "alpha", "fisher", "best-row_weights", "best+row_weights")  # not for N:M
+UNSTRUCTURED = ("variant", "owl", "fisher", "best-row_weights", "best+row_weights")  # not for N:M
 PERMUTED = ("wanda+permutation", "balanced+permutation", "best-permutation")  # only for N:M
 BIASES_KEPT = {  # methods whose solver would fit biases, with `intercept=False`
     f"{name}, biases kept": {"method": name, "solver": replace(method.solver(), intercept=False)}

@@ -3,7 +3,7 @@
     python benchmarks/streaming.py memory FOLDER --shape 7b --method wanda --sequential layer  (13.5 GB of disk, twice)
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --method sparsegpt admm --sequential block
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 8 16 32 --method sparsegpt --sequential block
-    python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 2 --allocation alpha
+    python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 2 --allocation owl
     python benchmarks/streaming.py memory FOLDER --shape narrow --sequential layer --samples 64 --length 512
 
 `--shape` writes a random Llama in bfloat16 to FOLDER, file by file. Each row is pruned in a new process, whose peak of

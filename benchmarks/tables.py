@@ -30,7 +30,6 @@ LABELS: Mapping[str, str] = {
     "variant": "the paper's variant",
     "ria": "`RIA`",
     "owl": "Wanda with `OWL`",
-    "alpha": "Wanda with `AlphaPruning`",
     "fisher": "Wanda with `Fisher`",
     "wanda+permutation": "Wanda with a permutation",
     **{f"wanda_{name}": f'Wanda, `sequential="{name}"`' for name in ("none", "block", "layer")},

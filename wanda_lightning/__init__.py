@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from wanda_lightning.config import PruningConfig as PruningConfig
     from wanda_lightning.core.allocation import (
         OWL as OWL,
-        AlphaPruning as AlphaPruning,
         Fisher as Fisher,
         PerLayer as PerLayer,
         Uniform as Uniform,
@@ -60,7 +59,7 @@ _HOMES = {
         "PruningCallback SavePretrained Schedule WandaPrune"
     ),
     "config": "PruningConfig",
-    "core.allocation": "AlphaPruning Fisher OWL PerLayer Uniform",
+    "core.allocation": "Fisher OWL PerLayer Uniform",
     "core.criteria": "Magnitude RIA Wanda",
     "core.patterns": "EqualShare Experts NM Structured Unstructured",
     "core.permutation": "Assignment NoPermutation",

@@ -38,8 +38,6 @@ ALLOCATIONS: Mapping[str, Callable[[], Allocation]] = {
     "uniform": lambda: wl.Uniform(),
     "owl": lambda: wl.OWL(),
     "owl_layer": lambda: wl.OWL(per="layer"),
-    "alpha": lambda: wl.AlphaPruning(),
-    "alpha_layer": lambda: wl.AlphaPruning(per="layer"),
     "fisher": lambda: wl.Fisher(),
 }
 

@@ -70,7 +70,7 @@ def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
     ("specimen", "choices"),
     [
         *(("llama", {"method": method}) for method in (*METHODS, *PRESETS)),
-        *(("llama", {"allocation": allocation}) for allocation in ("owl", "owl_layer", "alpha", "alpha_layer")),
+        *(("llama", {"allocation": allocation}) for allocation in ("owl", "owl_layer")),
         *itertools.product(("vit", "convnext"), ({"method": "best"}, {"method": "ria"})),
         *itertools.product(("llama_left_padded", "mixtral_padded"), ({"sequential": s} for s in SEQUENTIAL_CHOICES)),
         ("llama", {"pattern": "equal_share"}),

@@ -12,7 +12,7 @@ from support.refusals import Untouched, refusal
 from support.zoo import ZOO, seeded
 from torch import nn
 
-from wanda_lightning import NM, OWL, AlphaPruning, Distil, Fisher, PerLayer, PruningConfig, Unstructured, prune
+from wanda_lightning import NM, OWL, Distil, Fisher, PerLayer, PruningConfig, Unstructured, prune
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
@@ -66,9 +66,7 @@ def test_an_allocation_sees_the_dense_model_at_every_granularity(model_name, nam
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    "allocation", [AlphaPruning(), PerLayer({"*.mlp": 0.6}), PerLayer({"*.0.*q*": 0.0}), OWL(m=2.0)], ids=str
-)
+@pytest.mark.parametrize("allocation", [PerLayer({"*.mlp": 0.6}), PerLayer({"*.0.*q*": 0.0}), OWL(m=2.0)], ids=str)
 @pytest.mark.parametrize("model_name", ["llama", "vit"])
 def test_mixed_n_of_m(model_name, allocation):
     specimen = ZOO[model_name]

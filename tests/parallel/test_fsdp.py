@@ -78,7 +78,7 @@ def test_uneven_and_empty_shares_sharded(pair, sequential, shares):
             {"method": "sparsegpt", "allocation": "owl"},
             marks=pytest.mark.nightly,
         ),
-        ("llama", None, {"criterion": "ria", "pattern": "unstructured_layer", "allocation": "alpha"}),
+        ("llama", None, {"criterion": "ria", "pattern": "unstructured_layer", "allocation": "owl_layer"}),
         pytest.param("few_rows", None, {"method": "sparsegpt", "pattern": "equal_share"}, marks=pytest.mark.nightly),
         pytest.param(
             "few_rows", None, {"method": "admm", "pattern": "2:4", "sequential": "none"}, marks=pytest.mark.nightly

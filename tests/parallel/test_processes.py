@@ -119,7 +119,7 @@ def test_hidden_units_are_those_of_one_process(pair, name, choices):
     assert any("hidden units are zero; shrink() takes out" in note for note in report.notes)
 
 
-@pytest.mark.parametrize(("sequential", "allocation"), spread(SEQUENTIAL_CHOICES, ["owl", "alpha"]))
+@pytest.mark.parametrize(("sequential", "allocation"), spread(SEQUENTIAL_CHOICES, ["owl", "owl_layer"]))
 def test_allocations_are_of_the_batches_of_all(pair, sequential, allocation):
     report = check(pair, "vit", sequential=sequential, allocation=allocation, criterion="ria")
     assert len({layer.target for layer in report.layers}) > 1

@@ -52,7 +52,7 @@ def test_a_killed_run_continues_where_it_was(source, streamed, tmp_path):
     ("name", "passes", "repeated"),
     with_nightly(
         [("magnitude", 1, 0), ("permutation for wanda", 2, 1), ("structured", 2, 1)],
-        [("none", 3, 1), ("alpha_layer", 2, 0), ("owl without statistics", 3, 0)],
+        [("none", 3, 1), ("per_layer", 2, 0), ("owl without statistics", 3, 0)],
     ),
 )
 def test_a_continued_run_does_not_allocate_again(source, streamed, tmp_path, monkeypatch, name, passes, repeated):
@@ -172,11 +172,11 @@ def test_two_runs_do_not_mix_their_parts(tmp_path):
 
 def test_batches_that_could_not_run_refuse_no_others(source, streamed, tmp_path):
     """Also if the sparsities were known, and stored, before the first batch ran."""
-    choices = {"progress": False, **CHOICES["alpha"]}
+    choices = {"progress": False, **CHOICES["per_layer"]}
     with pytest.raises(Exception, match="input_ids must be from 0 to 63"):
         prune_from_disk(source, tmp_path / "out", [{"input_ids": torch.full((1, 8), 99)}], **choices)
     prune_from_disk(source, tmp_path / "out", batches(), **choices)
-    assert contents(tmp_path / "out") == contents(streamed("alpha")[1])
+    assert contents(tmp_path / "out") == contents(streamed("per_layer")[1])
 
 
 def test_a_name_is_not_a_tokenizer(source, tmp_path):

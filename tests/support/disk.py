@@ -24,8 +24,6 @@ CHOICES = {
     "owl": {"method": "wanda", "allocation": "owl"},
     "owl_layer": {"method": "sparsegpt", "allocation": "owl_layer", "sequential": "layer"},
     "owl without statistics": {"method": "magnitude", "allocation": OWL(m=2.0)},
-    "alpha": {"method": "wanda", "allocation": "alpha", "pattern": "2:4"},
-    "alpha_layer": {"method": "magnitude", "allocation": "alpha_layer"},
     "none": {"method": "wanda", "sequential": "none", "allocation": "owl"},
     "none without statistics": {"method": "magnitude", "sequential": "none"},
     "best 2:4": {"method": "best", "pattern": "2:4"},

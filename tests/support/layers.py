@@ -56,15 +56,14 @@ def dense_layer(name, block, weight, tokens=None, pattern=Unstructured()):
     )
 
 
-def random_layers(seed=0, shapes=((6, 24), (24, 6)), blocks=4, heavy=True):
+def random_layers(seed=0, shapes=((6, 24), (24, 6)), blocks=4):
     """Name, block, weight and tokens of each layer; the tails of weights and inputs differ from block to block."""
     generator = torch.Generator().manual_seed(seed)
     for block in range(blocks):
         for index, shape in enumerate(shapes):
             weight = torch.randn(shape, generator=generator)
             tokens = torch.randn(5 + index, shape[1], generator=generator)
-            if heavy:
-                weight = weight * weight.abs() ** (block + 0.3 * index)
+            weight = weight * weight.abs() ** (block + 0.3 * index)
             yield f"{block}.{index}", str(block), weight, tokens
 
 

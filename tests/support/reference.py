@@ -229,28 +229,6 @@ def owl(layers, sparsity, per_block=True):
     return {name: sparsity - (value - mean) for name, value in shift.items()}
 
 
-def hill(weight):
-    """1 + k / (the sum of ln(e_i / e_(k+1)) over the k largest of n eigenvalues of the Gram matrix), k = n / 2."""
-    short = weight.T @ weight if weight.shape[0] >= weight.shape[1] else weight @ weight.T
-    descending = np.linalg.eigvalsh(short)[::-1]
-    k = len(descending) // 2
-    return 1 + k / np.log(descending[:k] / descending[k]).sum()
-
-
-def alpha(layers, sparsity, per_block=True):
-    """Tail exponents, averaged over each block, mapped to [0.7, 1.3] and then by one factor to the target."""
-    exponents = {}
-    for name, block, weight, _ in layers:
-        exponents.setdefault(block if per_block else name, []).append(hill(weight))
-    mean = {group: sum(values) / len(values) for group, values in exponents.items()}
-    low, high = min(mean.values()), max(mean.values())
-    of_layer = {name: mean[block if per_block else name] for name, block, _, _ in layers}
-    mapped = {name: (value - low) / (high - low) * (1.3 - 0.7) + 0.7 for name, value in of_layer.items()}
-    total = sum(layer[2].size for layer in layers)
-    factor = sparsity * total / sum(mapped[name] * weight.size for name, _, weight, _ in layers)
-    return {name: value * factor for name, value in mapped.items()}
-
-
 def fisher(layers, sparsity, max_deviation=0.15):
     """One threshold for w² times the square sum of its input; layers differ by 0.15, or 3/8 of what is kept."""
     max_deviation = min(max_deviation, 3 / 8 * (1 - sparsity))
@@ -272,7 +250,5 @@ SPARSITIES = {
     "uniform": uniform,
     "owl": owl,
     "owl_layer": lambda layers, sparsity: owl(layers, sparsity, per_block=False),
-    "alpha": alpha,
-    "alpha_layer": lambda layers, sparsity: alpha(layers, sparsity, per_block=False),
     "fisher": fisher,
 }

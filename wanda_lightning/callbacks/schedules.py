@@ -19,8 +19,8 @@ class Schedule(ABC):
     """The optimizer steps at which to prune, each with a share of the final sparsity.
 
     A stage `(step, share)` prunes to `share * sparsity` after `step` optimizer steps. Steps increase, shares never
-    decrease, and the last share is 1. If an allocation gives layers different sparsities (`OWL`, `AlphaPruning`,
-    `PerLayer`), the share multiplies each of them; no layer's sparsity decreases.
+    decrease, and the last share is 1. If an allocation gives layers different sparsities (`OWL`, `PerLayer`), the share
+    multiplies each of them; no layer's sparsity decreases.
     """
 
     @property

@@ -60,11 +60,10 @@ class Assignment(Permutation):
 
     def why_not(self, pattern: Pattern) -> str | None:
         """Return the reason if the pattern has no groups of consecutive inputs."""
-        if pattern.group_size:
-            return None
-        return (
+        why = (
             "this pattern does not depend on the order of the inputs. Leave the permutation out, or use an N:M pattern."
         )
+        return None if pattern.group_size else why
 
     def __call__(self, scores: Score, pattern: Pattern) -> Order:
         """Return the order; the original one if none is better."""

@@ -205,11 +205,11 @@ class InputStatistics:
         return torch.stack(flags).all() if flags else torch.tensor(True)
 
 
-def _sum(tokens: Tokens) -> PerInput:
-    return tokens.sum(dim=0)
-
-
-SUMS: dict[str, Callable[[Tensor], Tensor]] = {"square_sum": sum_squares, "gram": _gram, "sum": _sum}
+SUMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "square_sum": sum_squares,
+    "gram": _gram,
+    "sum": lambda tokens: tokens.sum(dim=0),
+}
 
 
 # ---- the Gram matrix

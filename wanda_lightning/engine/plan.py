@@ -171,7 +171,7 @@ class Plan:
                 sparsities = self._unit_sparsities(gradients)
             elif layers and (processes.rank == 0 or (allocation.reads_weights and is_sharded(self.model))):
                 sparsities = allocation(self.dense_layers(layers, inputs, gradients, reading), self.config.sparsity)
-            # One process decides: singular values that differ in the last digit could give different masks. All read
+            # One process decides: numbers that differ in the last digit could give different masks. All read
             # the layers if they are sharded, because each holds some rows.
             sparsities = processes.broadcast(sparsities, 0)
         weighed = gradients if self.config.pattern.weigh_rows else {}

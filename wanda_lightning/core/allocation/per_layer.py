@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from wanda_lightning.common.checks import Number
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import matches, refuse_unmatched
-from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer
-from wanda_lightning.core.allocation.match_target import match_target
+from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, match_target
 
 _OPTION = "PerLayer pattern"
 _SPARSITY = Number(minimum=0, below=1)

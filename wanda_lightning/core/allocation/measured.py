@@ -1,19 +1,80 @@
-"""Sparsity from the gradients of the model's predictions."""
+"""Sparsity from measurements of the dense model: outliers among Wanda's scores (OWL), or gradients (Fisher)."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check
-from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, GradientLimit, UnitLayer
-from wanda_lightning.core.allocation.match_target import match_target, mean_of
+from wanda_lightning.core.allocation.allocation import (
+    Allocation,
+    DenseLayer,
+    GradientLimit,
+    UnitLayer,
+    match_target,
+    mean_of,
+)
+from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.patterns import Structured
+from wanda_lightning.core.types import Score
+
+
+@dataclass(frozen=True)
+class OWL(Allocation):
+    """Less sparsity where more of Wanda's scores are outliers (Yin et al. 2024).
+
+    A score of the dense model is an outlier if it exceeds `m` times the mean score of its block. The fractions of
+    outliers of all blocks are mapped linearly to [0, 2 lambda]. A block with the value D gets
+    `target - (D - mean of D)`.
+
+    Attributes:
+        m: Threshold of an outlier, as a multiple of the mean score.
+        lambda_: Half of the maximum difference between the sparsities of two blocks.
+        per: Whether all layers of a block get the same sparsity (the paper's choice), or each layer its own.
+    """
+
+    needs: ClassVar[frozenset[str]] = Wanda.needs
+    m: float = 5.0
+    lambda_: float = 0.08
+    per: Literal["block", "layer"] = "block"
+
+    def __post_init__(self) -> None:
+        check(self, m=Number(above=0), lambda_=Number(minimum=0, maximum=0.5), per=("block", "layer"))
+
+    def scaled(self, fraction: float) -> OWL:
+        """Scale the differences between blocks."""
+        return replace(self, lambda_=self.lambda_ * fraction)
+
+    def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
+        """Compare the outliers of the blocks."""
+        groups: dict[str, list[DenseLayer]] = {}
+        for layer in layers:
+            groups.setdefault(layer.block if self.per == "block" else layer.name, []).append(layer)
+        outliers = {group: self._outliers(inside) for group, inside in groups.items()}
+        low, high = min(outliers.values()), max(outliers.values())
+        wanted = {
+            layer.name: -2 * self.lambda_ * ((outliers[group] - low) / ((high - low) or 1.0))
+            for group, inside in groups.items()
+            for layer in inside
+        }
+        return match_target(layers, wanted, sparsity)
+
+    def _outliers(self, layers: Sequence[DenseLayer]) -> float:
+        """The fraction of scores above `m` times their mean, over all these layers."""
+        size = sum(layer.size for layer in layers)
+        mean = math.fsum(float(_scores(layer).sum()) for layer in layers) / size
+        return sum(int((_scores(layer) > self.m * mean).count_nonzero()) for layer in layers) / size
+
+
+def _scores(layer: DenseLayer) -> Score:
+    # Per token, since the layers of a block may have seen different numbers of tokens.
+    return Wanda()(layer.read(), layer.inputs).div_(layer.inputs.count**0.5)
 
 
 @dataclass(frozen=True)
