@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import pair_cases as cases
 from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
-from support.pairwise import spread
+from support.pairwise import with_nightly
 from support.zoo import ZOO, run
 from torch import nn
 
@@ -40,82 +40,41 @@ def assert_close_weights(weights, expected):
         torch.testing.assert_close(weights[name], value.detach(), rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize(("sequential", "pattern"), spread(["block", "none"], ["unstructured", "2:4"]))
-def test_gathered_it_is_the_model_of_one_process(pair, sequential, pattern):
-    choices = {"sequential": sequential, "pattern": pattern}
-    check_sharded(pair.run(cases.sharded, "llama", **choices), "llama", **choices)
+WIDE = {"wide": True}  # in float64: choices that compare rows, and experts and layers by columns, which are gathered
+SAMPLE = [
+    ("llama", {}, {"pattern": "unstructured"}),
+    ("llama", {}, {"pattern": "2:4", "sequential": "none"}),
+    *((name, {}, {}) for name in ("block_twice", "few_rows")),
+    *((name, {}, {"sequential": "none"}) for name in ("convnext", "unreached")),
+    ("few_rows", {"shares": ((0, 1, 2, 3), ())}, {}),
+    ("few_rows", {"shares": ((), (0, 1, 2, 3))}, {"sequential": "none"}),
+    ("few_rows", {"shares": ((2,), (0, 1, 3))}, {}),
+    ("llama", WIDE, {"method": "balanced"}),
+    ("llama", {"shares": ((), (0, 1)), **WIDE}, {"method": "best"}),
+    ("few_rows", WIDE, {"method": "best"}),  # biases; a process without a row
+    ("llama", WIDE, {"criterion": "ria", "pattern": "unstructured_layer", "allocation": "owl_layer"}),
+    ("mixtral", WIDE, {"method": "best", "sequential": "none"}),
+    ("gpt2", WIDE, {"method": "best"}),
+    ("llama", {"columns": True}, {"pattern": "2:4"}),
+    # No forward is needed.
+    ("llama", {}, {"criterion": "magnitude", "pattern": Unstructured("row"), "sequential": "layer"}),
+]
+NIGHTLY = [
+    *((name, {}, {}) for name in ("t5", "resnet18")),
+    ("llama", WIDE, {"method": "sparsegpt", "allocation": "owl"}),
+    ("few_rows", WIDE, {"method": "sparsegpt", "pattern": "equal_share"}),
+    ("few_rows", WIDE, {"method": "admm", "pattern": "2:4", "sequential": "none"}),
+    ("convnext", WIDE, {"method": "best", "sequential": "none"}),
+    *((name, WIDE, {"method": "best"}) for name in ("convnext", "expert_list", "gpt_oss")),
+    ("block_twice", WIDE, {"method": "balanced"}),
+    ("llama", {"compiled": True}, {}),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "sequential"),
-    [
-        *spread(["convnext", "block_twice", "unreached", "few_rows"], ["none", "block"]),
-        *(pytest.param(name, "block", marks=pytest.mark.nightly) for name in ("t5", "resnet18")),
-    ],
-)
-def test_other_architectures_sharded(pair, name, sequential):
-    choices = {"sequential": sequential, "keep_batch_norm": True}
-    check_sharded(pair.run(cases.sharded, name, **choices), name, **choices)
-
-
-SHARES = ((0, 1, 2, 3), ()), ((), (0, 1, 2, 3)), ((2,), (0, 1, 3))
-
-
-@pytest.mark.parametrize(("sequential", "shares"), spread(["block", "none"], SHARES))
-def test_uneven_and_empty_shares_sharded(pair, sequential, shares):
-    check_sharded(pair.run(cases.sharded, "few_rows", shares, sequential=sequential), "few_rows", sequential=sequential)
-
-
-@pytest.mark.parametrize(
-    ("name", "shares", "choices"),
-    [
-        ("llama", None, {"method": "balanced"}),
-        ("llama", ((), (0, 1)), {"method": "best"}),
-        ("few_rows", None, {"method": "best"}),  # biases; a process without a row
-        pytest.param(
-            "llama",
-            None,
-            {"method": "sparsegpt", "allocation": "owl"},
-            marks=pytest.mark.nightly,
-        ),
-        ("llama", None, {"criterion": "ria", "pattern": "unstructured_layer", "allocation": "owl_layer"}),
-        pytest.param("few_rows", None, {"method": "sparsegpt", "pattern": "equal_share"}, marks=pytest.mark.nightly),
-        pytest.param(
-            "few_rows", None, {"method": "admm", "pattern": "2:4", "sequential": "none"}, marks=pytest.mark.nightly
-        ),
-        pytest.param("convnext", None, {"method": "best"}, marks=pytest.mark.nightly),  # convolutions
-        pytest.param("convnext", None, {"method": "best", "sequential": "none"}, marks=pytest.mark.nightly),
-        pytest.param("block_twice", None, {"method": "balanced"}, marks=pytest.mark.nightly),
-        pytest.param("expert_list", None, {"method": "best"}, marks=pytest.mark.nightly),
-    ],
-)
-def test_choices_that_compare_rows(pair, name, shares, choices):
-    choices = {"sequential": "block", **choices}  # "one_pass" would be "layer" in one process
-    check_sharded(pair.run(cases.sharded, name, shares, wide=True, **choices), name, wide=True, **choices)
-
-
-@pytest.mark.parametrize(
-    ("name", "sequential"),
-    [
-        *spread(["mixtral", "gpt2"], ["none", "block"]),
-        pytest.param("gpt_oss", "block", marks=pytest.mark.nightly),
-    ],
-)
-def test_experts_and_layers_by_columns_are_gathered(pair, name, sequential):
-    choices = {"method": "best", "sequential": sequential}
-    check_sharded(pair.run(cases.sharded, name, wide=True, **choices), name, wide=True, **choices)
-
-
-@pytest.mark.parametrize(
-    ("case", "choices"),
-    [
-        ({"columns": True}, {"pattern": "2:4"}),
-        ({}, {"criterion": "magnitude", "pattern": Unstructured("row"), "sequential": "layer"}),  # needs no forward
-        pytest.param({"compiled": True}, {}, marks=pytest.mark.nightly),
-    ],
-)
-def test_other_layouts_and_compiled_blocks(pair, case, choices):
-    check_sharded(pair.run(cases.sharded, "llama", **case, **choices), "llama", **choices)
+@pytest.mark.parametrize(("name", "case", "choices"), with_nightly(SAMPLE, NIGHTLY))
+def test_gathered_it_is_the_model_of_one_process(pair, name, case, choices):
+    choices = {"sequential": "block", "keep_batch_norm": True, **choices}
+    check_sharded(pair.run(cases.sharded, name, **case, **choices), name, "wide" in case, **choices)
 
 
 def test_mixed_precision(pair):
@@ -147,32 +106,23 @@ def test_an_error_leaves_all_at_rest(pair):
 
 
 @pytest.mark.parametrize(
-    ("case", "name", "text"),
+    ("case", "text"),
     [
-        ("structured", "llama", "pattern='structured' needs whole layers, but the model is sharded"),
-        ("reconstruct", "llama", r"recovery=Reconstruct\(\) .*DistillFromDense"),
-        ("thorough", "llama", r"recovery=Distil\(\) .*DistillFromDense"),
-        ("root_only", "llama", r"manages model.layers.0.self_attn.q_proj as a part of the whole model.*skip=\["),
-        (
-            "layer",
-            "llama",
-            r"sequential='layer' stops at model.layers.0.self_attn.q_proj.* sequential='block' or 'none'",
-        ),
-        ("two_dimensions", "llama", "not over one group of processes"),
-        ("alone", "llama", r"is sharded across 2 processes and 1 prune"),
-        ("outside", "llama", r"a module around it manages the weight"),
-        ("outside_awake", "llama", r"a module around it manages the weight"),
+        ("structured", "pattern='structured' needs whole layers, but the model is sharded"),
+        ("reconstruct", r"recovery=Reconstruct\(\) .*DistillFromDense"),
+        ("thorough", r"recovery=Distil\(\) .*DistillFromDense"),
+        ("root_only", r"manages model.layers.0.self_attn.q_proj as a part of the whole model.*skip=\["),
+        ("layer", r"sequential='layer' stops at model.layers.0.self_attn.q_proj.* sequential='block' or 'none'"),
+        ("two_dimensions", "not over one group of processes"),
+        ("alone", r"is sharded across 2 processes and 1 prune"),
+        *((case, r"a module around it manages the weight") for case in ("outside", "outside_awake")),
+        ("routed", "do not call the same parts of the model"),
     ],
 )
-def test_what_cannot_be_pruned_sharded(pair, case, name, text):
-    dense = dict(ZOO[name].build().named_parameters())
+def test_what_cannot_be_pruned_sharded(pair, case, text):
+    dense = dict(ZOO["llama"].build().named_parameters())
     for error, weights in pair.run(cases.refused, case):
         assert error[0] == "UserError"
         assert re.search(text, error[1]), error[1]
-        assert_same_weights(weights, dense, tolerance=0)
-
-
-def test_a_model_that_routes_its_batches(pair):
-    for error, _ in pair.run(cases.refused, "routed"):
-        assert error[0] == "UserError"
-        assert "do not call the same parts of the model" in error[1]
+        if case != "routed":
+            assert_same_weights(weights, dense, tolerance=0)

@@ -1,7 +1,7 @@
 """Several processes prune one model: the same masks everywhere, those of one process on all samples, and no hanging."""
 
 import re
-from itertools import zip_longest
+from itertools import cycle, product, zip_longest
 
 import pytest
 import torch
@@ -72,57 +72,30 @@ def check(pair, name, shares=None, tolerance=1e-3, **choices):
     assert_same_weights(first, dict(model.named_parameters()), tolerance)
     assert_same_report(report, expected)
     assert_same_report(other, expected)
-    return report
 
 
+AT = [{"sequential": sequential} for sequential in SEQUENTIAL_CHOICES]
 ARCHITECTURES = "resnet18", "t5", "llama_padded", "convnext", "block_twice", "mixtral_padded", "unreached"
 SHARES = ((0, 1, 2), ()), ((), (0, 1, 2)), ((2,), (0, 1))
+EXPERTS = {"pattern": "experts", "sparsity": 0.25}
+UNITS = {"method": "wanda", "pattern": Structured(4), "keep_batch_norm": True}
+SAMPLE = [
+    *(("llama", {"pattern": pattern, **at}) for pattern, at in product(("unstructured", "2:4"), AT)),
+    *(("plain_mlp", {"shares": shares, **at}) for shares, at in product(SHARES, AT)),
+    *(("routed", at) for at in AT),  # a process may have no batch at a unit
+    *(("plain_mlp", {"pattern": pattern}) for pattern in ("unstructured_layer", "equal_share")),
+    *(("mixtral_padded", {"shares": shares, **EXPERTS}) for shares in (None, ((0, 1), ()), ((), (0, 1)))),
+    *((name, UNITS | {"sequential": "block"}) for name in ("llama", "block_twice")),
+    *((name, UNITS | {"sequential": "none"}) for name in ("resnet50", "unreached")),
+    *(("routed", UNITS | {"sequential": "layer"}), ("llama", UNITS | {"allocation": "fisher"})),  # the gradients of all
+    *(("vit", {"allocation": "owl", "criterion": "ria", **at}) for at in AT),
+    *zip(ARCHITECTURES, cycle(AT)),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "sequential", "choices"),
-    [
-        *(("llama", s, {"pattern": pattern}) for s in SEQUENTIAL_CHOICES for pattern in ("unstructured", "2:4")),
-        *(("plain_mlp", s, {"shares": shares}) for s in SEQUENTIAL_CHOICES for shares in SHARES),
-        *(("routed", s, {}) for s in SEQUENTIAL_CHOICES),  # a process may have no batch at a unit
-        *(("plain_mlp", "auto", {"pattern": pattern}) for pattern in ("unstructured_layer", "equal_share")),
-    ],
-)
-def test_masks_are_those_of_one_process(pair, name, sequential, choices):
-    check(pair, name, sequential=sequential, **choices)
-
-
-@pytest.mark.parametrize(("name", "sequential"), spread(ARCHITECTURES, SEQUENTIAL_CHOICES))
-def test_other_architectures(pair, name, sequential):
-    check(pair, name, sequential=sequential)
-
-
-@pytest.mark.parametrize("shares", [None, ((0, 1), ()), ((), (0, 1))])
-def test_experts(pair, shares):
-    report = check(pair, "mixtral_padded", shares, pattern="experts", sparsity=0.25)
-    assert sum(layer.note == "dropped" for layer in report.layers) == 4
-
-
-@pytest.mark.parametrize(
-    ("name", "choices"),
-    [
-        ("llama", {"sequential": "block"}),
-        ("resnet50", {"sequential": "none"}),
-        ("routed", {"sequential": "layer"}),
-        ("block_twice", {"sequential": "block"}),
-        ("unreached", {"sequential": "none"}),
-        ("llama", {"allocation": "fisher"}),  # by the gradients of all
-    ],
-)
-def test_hidden_units_are_those_of_one_process(pair, name, choices):
-    report = check(pair, name, method="wanda", pattern=Structured(4), keep_batch_norm=True, **choices)
-    assert any("hidden units are zero; shrink() takes out" in note for note in report.notes)
-
-
-@pytest.mark.parametrize(("sequential", "allocation"), spread(SEQUENTIAL_CHOICES, ["owl", "owl_layer"]))
-def test_allocations_are_of_the_batches_of_all(pair, sequential, allocation):
-    report = check(pair, "vit", sequential=sequential, allocation=allocation, criterion="ria")
-    assert len({layer.target for layer in report.layers}) > 1
+@pytest.mark.parametrize(("name", "choices"), with_nightly(SAMPLE, product(ARCHITECTURES, AT)))
+def test_masks_are_those_of_one_process(pair, name, choices):
+    check(pair, name, **choices)
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
