@@ -15,7 +15,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.ops import FrozenBatchNorm2d, Permute
 
 from wanda_lightning import Distil, prune
 from wanda_lightning.engine import batch_norm
@@ -94,20 +94,16 @@ def notes(report):
     return [note for note in report.notes if "BatchNorm" in note]
 
 
-class OneLayer(nn.Module):
-    """A pruned matrix, whose output a BatchNorm layer normalizes."""
+def one_layer(norm, dims=0):
+    """A pruned matrix, whose output a BatchNorm layer normalizes as (tokens, channels), or with places behind those."""
+    places = [Permute([0, 2, 1]), nn.Unflatten(2, (5, *[1] * (dims - 1)))] if dims else [nn.Flatten(0, 1)]
+    return nn.Sequential(nn.Linear(6, 8), *places, norm, nn.Flatten(1), nn.Linear(40 if dims else 8, 3))
 
-    def __init__(self, norm, dims=0):
-        super().__init__()
-        self.linear, self.norm, self.dims = nn.Linear(6, 8), norm, dims
-        self.head = nn.Linear(8, 3)
 
-    def forward(self, x):
-        x = self.linear(x)  # (samples, places, channels)
-        if self.dims == 0:
-            return self.head(self.norm(x.flatten(0, 1)))
-        x = self.norm(x.transpose(1, 2).reshape(len(x), 8, -1, *[1] * (self.dims - 1)))
-        return self.head(x.flatten(2).mean(2))
+def twice():
+    """A block with a BatchNorm layer that runs twice."""
+    block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())
+    return nn.Sequential(nn.Flatten(0, 1), block, block, nn.Linear(6, 3))
 
 
 def warmed(model):
@@ -119,19 +115,7 @@ def warmed(model):
     return model.double().eval()
 
 
-class Twice(nn.Module):
-    """A model that calls one block, with its BatchNorm layer, twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.block = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU())
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(self.block(self.block(x.flatten(0, 1))))
-
-
-LINEAR, TWICE = {"only": ["linear"]}, {"only": ["block.0"], "sequential": "none"}
+LINEAR, TWICE = {"only": ["0"]}, {"only": ["1.0"], "sequential": "none"}
 MAGNITUDE = {"method": "magnitude"}
 CASES = [
     (ZOO["resnet18"].build, images(2, 0, 3), MAGNITUDE),
@@ -142,13 +126,13 @@ CASES = [
         (partial(seeded, partial(retinanet, kind)), scenes(2, 3), MAGNITUDE)
         for kind in (nn.BatchNorm2d, FrozenBatchNorm2d)
     ),
-    (lambda: OneLayer(nn.BatchNorm1d(8)), vectors(3, 4), LINEAR),
-    (lambda: OneLayer(nn.BatchNorm1d(8, momentum=None), 1), vectors(3, 4), LINEAR),
-    (lambda: OneLayer(nn.BatchNorm2d(8, affine=False), 2), vectors(3, 4), LINEAR),
-    (lambda: OneLayer(nn.BatchNorm3d(8), 3), vectors(3, 4), LINEAR),
-    (lambda: OneLayer(nn.SyncBatchNorm(8), 2), vectors(3, 4), LINEAR),
-    (lambda: OneLayer(BatchNormAct2d(8), 2), vectors(3, 4), LINEAR),
-    (Twice, vectors(3, 4), TWICE),
+    (lambda: one_layer(nn.BatchNorm1d(8)), vectors(3, 4), LINEAR),
+    (lambda: one_layer(nn.BatchNorm1d(8, momentum=None), 1), vectors(3, 4), LINEAR),
+    (lambda: one_layer(nn.BatchNorm2d(8, affine=False), 2), vectors(3, 4), LINEAR),
+    (lambda: one_layer(nn.BatchNorm3d(8), 3), vectors(3, 4), LINEAR),
+    (lambda: one_layer(nn.SyncBatchNorm(8), 2), vectors(3, 4), LINEAR),
+    (lambda: one_layer(BatchNormAct2d(8), 2), vectors(3, 4), LINEAR),
+    (twice, vectors(3, 4), TWICE),
 ]
 
 
@@ -156,7 +140,7 @@ CASES = [
     ("make", "batches", "choices", "dtype", "at_once"),
     [
         *((*case, torch.float64, at_once) for case, at_once in zip(CASES, cycle([batch_norm._AT_ONCE, 1, 5000]))),
-        (lambda: OneLayer(nn.BatchNorm1d(8)), vectors(3, 4), LINEAR, torch.bfloat16, batch_norm._AT_ONCE),
+        (lambda: one_layer(nn.BatchNorm1d(8)), vectors(3, 4), LINEAR, torch.bfloat16, batch_norm._AT_ONCE),
     ],
 )
 def test_it_equals_the_slow_version(make, batches, choices, dtype, at_once, monkeypatch):
@@ -218,10 +202,10 @@ def test_a_channel_that_pruning_silences_and_one_that_was_silent():
 
 
 def test_a_layer_that_no_batch_reaches_and_one_without_statistics():
-    dense = warmed(OneLayer(nn.BatchNorm1d(8)))
-    dense.unused, dense.free = nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False)
+    dense = warmed(one_layer(nn.BatchNorm1d(8)))
+    dense[1].unused, dense[1].free = nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False)
     _, corrected, report = both(dense, vectors(3), **LINEAR)
-    assert torch.equal(corrected.unused.running_mean, torch.zeros(8))
+    assert torch.equal(corrected[1].unused.running_mean, torch.zeros(8))
     assert notes(report)[0].startswith("the statistics of 1 BatchNorm layer are corrected")
 
 
