@@ -171,23 +171,15 @@ def assert_pruned_by(square_sum, layer, weights):
 
 def test_experts_in_a_list_help_each_other(set_minimum):
     set_minimum(1)
-    model = ZOO["expert_list"].build()
+    model, batches = ZOO["expert_list"].build(), ZOO["expert_list"].batches()
     with torch.no_grad():
         model.blocks[0].gate.bias[1] = -100
     dense = copy.deepcopy(model)
-    report = prune(model, ZOO["expert_list"].batches(), progress=False)
+    report = prune(model, batches, progress=False)
     few = "few tokens: pruned with the statistics of all experts"
     helped = {layer.name: layer.tokens for layer in report.layers if few in layer.note}
     assert helped == {"blocks.0.experts.1.up": 0, "blocks.0.experts.1.down": 0}
-    calls = calls_of(dense, [f"blocks.0.experts.{index}.up" for index in range(4)], ZOO["expert_list"].batches())
+    calls = calls_of(dense, [f"blocks.0.experts.{index}.up" for index in range(4)], batches)
     square_sum = torch.cat([x for each in calls.values() for (x,) in each]).square().sum(0)
     layer = next(layer for layer in find_layers(dense).layers if layer.name == "blocks.0.experts.1.up")
     assert_pruned_by(square_sum, layer, {layer.name: model.blocks[0].experts[1].up.weight})
-
-
-def test_alone_at_a_unit_an_expert_keeps_what_it_saw(set_minimum):
-    """At sequential "layer" each layer of a list of experts is a unit, and its siblings are not known."""
-    set_minimum(10_000)
-    specimen = ZOO["expert_list"]
-    report = prune(specimen.build(), specimen.batches(), sequential="layer", progress=False)
-    assert not any("few tokens" in layer.note for layer in report.layers)

@@ -1,5 +1,11 @@
 """The Fisher information that an allocation reads, against autograd by hand."""
 
+import copy
+import gc
+import weakref
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.batches import split
@@ -11,9 +17,9 @@ from support.samples import calls_of
 from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
-from torchvision.ops import Permute
 
 from wanda_lightning import Fisher, prune
+from wanda_lightning.calibration.gradients import recomputing
 from wanda_lightning.calibration.samples import map_tensors
 
 
@@ -24,6 +30,10 @@ def measured(model, batches, samples=None, predictions=0):
 def labels_of(logits, first):
     """The labels of a batch that begins with sample number `first`, of one prediction each."""
     return torch.cat([drawn(row, first + index) for index, row in enumerate(logits.split(1))])
+
+
+def gradient(logits, labels, output):
+    return torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), output, retain_graph=True)[0]
 
 
 class Residual(nn.Module):
@@ -47,12 +57,10 @@ def test_the_sums_are_those_of_autograd():
         inner = model.first(x)
         hidden = (x + inner).relu()
         logits = model.second(hidden)
-        loss = F.cross_entropy(logits, labels_of(logits, number), reduction="sum")
         for name, seen, output in (("first", x, inner), ("second", hidden, logits)):
-            (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
-            for token in range(len(x)):  # each alone
-                expected[name] += seen[token].detach() ** 2 * gradient[token].square().mean()
-                rows[name] += gradient[token] ** 2
+            for x_of_token, g in zip(seen, gradient(logits, labels_of(logits, number), output), strict=True):
+                expected[name] += x_of_token.detach() ** 2 * g.square().mean()
+                rows[name] += g**2
     got = gradients(model, batches)
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -78,28 +86,17 @@ def test_recomputed_blocks_give_the_same_sums(name):
     assert not overrides(model)
 
 
-def test_the_classes_of_a_segmentation_are_in_dimension_1():
-    """The same model as one that has them in the last dimension, of three."""
+def test_a_convolution_has_a_gradient_at_each_position_and_classes_are_in_dimension_1():
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 1), nn.Conv2d(6, 5, 1)
-    images = [torch.randn(2, 3, 4, 6), torch.randn(1, 3, 4, 6)]
-    got = gradients(nn.Sequential(*layers), images)
-    expected = gradients(nn.Sequential(*layers, nn.Flatten(2), Permute([0, 2, 1])), images)
-    assert set(got) == {"1", "2"}
-    torch.testing.assert_close(got, {name: expected[name] for name in got})
-
-
-def test_a_convolution_has_a_gradient_at_each_position():
-    torch.manual_seed(0)
-    stem, conv, head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, stride=2), nn.Linear(6, 5)
+    stem, conv, head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, stride=2), nn.Conv2d(6, 5, 1)
     x = torch.randn(2, 3, 7, 7)
     seen = stem(x).detach()
     output = conv(seen)
-    logits = head(output.relu().mean((2, 3)))
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels_of(logits, 0), reduction="sum"), output)
-    patches, gradient = F.unfold(seen, 3, stride=2), gradient.flatten(2)  # (images, channels, places)
-    expected = (patches.square() * gradient.square().mean(1, keepdim=True)).sum((0, 2))
-    found = measured(nn.Sequential(stem, conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head), [x])["1"]
+    logits = head(output.relu()).flatten(2).mT  # (images, places, classes)
+    labels = torch.cat([drawn(each, index) for index, each in enumerate(logits)])
+    g = gradient(logits.flatten(0, 1), labels, output).flatten(2)  # (images, channels, places)
+    expected = (F.unfold(seen, 3, stride=2).square() * g.square().mean(1, keepdim=True)).sum((0, 2))
+    found = measured(nn.Sequential(stem, conv, nn.ReLU(), head), [x])["1"]
     torch.testing.assert_close(found, expected.view(4, 9).T.flatten(), rtol=1e-4, atol=1e-8)
 
 
@@ -169,12 +166,12 @@ def test_time_steps_are_no_samples(hidden, caplog):
     found, expected = measured(model, batches)["up"], 0
     assert caplog.text.count("each batch runs whole") == 1
     assert model.lengths[-2:] == [7, 6]
-    inputs = [seen.flatten(0, 1) for (seen,) in calls_of(model, ["up"], batches)["up"]]
-    for number, seen in enumerate(inputs):
+    for number, (seen,) in enumerate(calls_of(model, ["up"], batches)["up"]):
+        seen = seen.flatten(0, 1)
         output = model.up(seen)
         logits = model.head(output.relu())
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, drawn(logits, number), reduction="sum"), output)
-        expected = expected + (seen.square() * gradient.square().mean(1, keepdim=True)).sum(0)
+        g = gradient(logits, drawn(logits, number), output)
+        expected = expected + (seen.square() * g.square().mean(1, keepdim=True)).sum(0)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
 
 
@@ -190,3 +187,126 @@ def test_time_steps_are_no_samples(hidden, caplog):
 def test_without_predictions_it_is_refused(change, message):
     model, batches = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].batches()
     assert message in refusal(model, batches, allocation="fisher", forward=lambda x: change(model(x)))
+
+
+# ---- blocks that run again in the backward pass
+
+
+def put_nothing(shared, x, layer):
+    return layer(x)
+
+
+def put_into_object(shared, x, layer):
+    shared["object"].tensors.append(layer(x))
+    return torch.stack(shared["object"].tensors).sum(0)
+
+
+def put_into_tensor(shared, x, layer):
+    shared["tensor"] += layer(x)
+    return shared["tensor"].clone()
+
+
+def put_into_input(shared, x, layer):
+    return layer(x.mul_(2))
+
+
+class Block(nn.Module):
+    """Takes keywords, puts something into what all blocks share, reads what earlier blocks have put there.
+
+    It returns a nested output, which holds a number and indices, too.
+    """
+
+    def __init__(self, put):
+        super().__init__()
+        self.linear, self.put, self.calls = nn.Linear(6, 6), put, 0
+
+    def forward(self, *, x, shared):
+        self.calls += 1
+        x = x + self.put(shared, x, self.linear).tanh()
+        return {"x": x, "count": 3, "largest": x.argmax(-1)}
+
+
+class Net(nn.Module):
+    def __init__(self, *puts):
+        super().__init__()
+        self.blocks = nn.ModuleList(map(Block, puts))
+
+    def forward(self, x):
+        x, shared = x.clone(), {"object": SimpleNamespace(tensors=[]), "tensor": torch.zeros_like(x)}
+        for block in self.blocks:
+            output = block(x=x, shared=shared)
+            x = output["x"]
+            assert (output["count"], output["largest"].dtype) == (3, torch.int64)
+        return x
+
+
+def recomputed_gradients(model, x, blocks):
+    model.zero_grad()
+    with recomputing(blocks):
+        model(x).square().sum().backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize(
+    ("put", "silent"),
+    [
+        *product((put_into_object, put_into_input), (None, 0, 1)),
+        (put_into_tensor, None),
+        (put_nothing, None),
+    ],
+)
+def test_gradients_are_those_of_autograd(put, silent, frozen):
+    """A frozen block passes gradients through, and may have none."""
+    torch.manual_seed(0)
+    model = Net(*(put_nothing if index == silent else put for index in range(3))).double()
+    model.blocks[:frozen].requires_grad_(False)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    expected = recomputed_gradients(copy.deepcopy(model), x, [])
+    torch.testing.assert_close(recomputed_gradients(model, x, model.blocks), expected)
+    assert all(gradient is None or gradient.abs().max() > 0 for gradient in expected)
+
+
+def test_without_gradients_a_block_runs_once_and_an_error_restores_it():
+    model = Net(*[put_nothing] * 3)
+    for repeated in (True, False):
+        with recomputing(model.blocks), torch.set_grad_enabled(repeated):
+            output = model(torch.randn(4, 6))
+            if repeated:
+                output.sum().backward()
+    assert [block.calls for block in model.blocks] == [3, 3, 3]
+    with pytest.raises(TypeError), recomputing(model.blocks):
+        model.blocks[0]("no keyword")
+    assert not overrides(model)
+
+
+def test_only_one_block_is_in_memory():
+    """The tensors that the graph keeps do not grow with what a block computes inside."""
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 8)) for _ in range(3)))
+    numbers = []
+    for blocks in (model, []):
+        kept = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x)
+        with recomputing(blocks), hooks:
+            model(torch.randn(16, 8))
+        numbers.append(sum(kept))
+    assert numbers[0] * 10 < numbers[1]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_outlives_the_graph(backward):
+    """Not even until the next garbage collection, since a graph without a backward pass would never be collected."""
+    model, held = Net(*[put_nothing] * 3), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: held.append(weakref.ref(output["x"])))
+    gc.collect()
+    gc.disable()
+    try:
+        with recomputing(model.blocks):
+            output = model(torch.randn(4, 6))
+            if backward:
+                output.sum().backward()
+            del output
+        assert [reference() for reference in held] == [None] * 3
+    finally:
+        gc.enable()

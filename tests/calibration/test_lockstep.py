@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from support.chains import WIDTH, Chain, Looped, Mlp, hooks, overrides, route, through, travel, vectors
+from support.runs import run_of
 from support.samples import samples_of
 from support.zoo import ZOO
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,11 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanda_lightning import prune
 from wanda_lightning.calibration.lockstep import MOST_IDLE_WORKERS, lockstep
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.core.solvers import Solver
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Unit, find_layers
-from wanda_lightning.parallel import SINGLE_PROCESS
 
 
 @pytest.fixture(autouse=True)
@@ -134,11 +133,11 @@ def test_the_activations_of_one_unit_are_held(way):
 
     model, observer = Chain(*(Counted() for _ in range(6))), Observer(frozenset({"square_sum"}))
     if way == "watched":
-        samples = Samples(model, vectors(4), None, None, SINGLE_PROCESS, "a test")
+        own = run_of(model, vectors(4))
         with torch.no_grad():
-            for unit, calls in lockstep(model, find_layers(model).units, samples.hold(), to_end=True):
+            for unit, calls in lockstep(model, own.plan.parts, own.samples.hold(), to_end=True):
                 calls[:] = [observer.watched(unit, call) for call in calls]
-        assert observer.finish(Unit("", None, find_layers(model).layers))
+        assert observer.finish(own.plan.whole_model)
     else:
         prune(model, vectors(4), sequential=way, skip=["head"], progress=False)
     assert most == 4 + 1

@@ -7,22 +7,19 @@ import pytest
 import torch
 from support.chains import Chain, Mlp, travel, vectors
 from support.pairwise import spread, with_nightly
+from support.runs import run_of
 from support.samples import calls_of
-from support.zoo import ZOO, run, seeded
+from support.zoo import ZOO, seeded
 from torch import nn
 
 from wanda_lightning import NM, OWL, RIA, Unstructured, prune
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.core.statistics import SUMS, InputStatistics
-from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import SEQUENTIAL_CHOICES, SOLVERS
 from wanda_lightning.models import find_layers
-from wanda_lightning.parallel import SINGLE_PROCESS
 
 NEEDS = frozenset(SUMS)
 
@@ -48,15 +45,13 @@ SAMPLED = (
 
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
 def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(name):
-    model = ZOO[name].build()
-    plan = make_plan(PruningConfig.from_names(), model)
-    data = Samples(model, ZOO[name].batches(), partial(run, model), None, SINGLE_PROCESS, "a test")
-    observer = Observer(NEEDS)
+    model, observer = ZOO[name].build(), Observer(NEEDS)
+    own = run_of(model, ZOO[name].batches())
     with pruning_mode(model):
-        expected = observer.whole_model(model, plan.whole_model, data, lambda: None)
-        for unit, calls in lockstep(model, plan.parts, data.hold(), to_end=True):
+        expected = observer.whole_model(model, own.plan.whole_model, own.samples, lambda: None)
+        for unit, calls in lockstep(model, own.plan.parts, own.samples.hold(), to_end=True):
             calls[:] = [observer.watched(unit, call) for call in calls]
-        found = observer.finish(plan.whole_model)
+        found = observer.finish(own.plan.whole_model)
     assert found.keys() == expected.keys()
     # Visits to one block are added in another order.
     same = partial(torch.allclose, atol=1e-4) if name in ("block_twice", "tied") else torch.equal

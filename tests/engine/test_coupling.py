@@ -6,31 +6,27 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import transformers as hf
 from peft import LoraConfig, get_peft_model
 from support import reference
 from support.batches import split
 from support.gradients import drawn
 from support.mlps import MIXING, Mlp
 from support.refusals import refusal
+from support.runs import run_of
 from support.samples import calls_of
-from support.tiny import tiny
-from support.zoo import ZOO, run, seeded
+from support.zoo import ZOO, causal, run, seeded
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Fisher, PruningConfig, Structured, prune
+from wanda_lightning import Fisher, Structured, prune
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
-from wanda_lightning.calibration.samples import Samples, map_tensors
+from wanda_lightning.calibration.samples import map_tensors
 from wanda_lightning.core.allocation import Uniform, UnitLayer
 from wanda_lightning.engine.coupling import couple
 from wanda_lightning.engine.notes import cost_without
-from wanda_lightning.engine.plan import make_plan
-from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import SkipReason
-from wanda_lightning.parallel import SINGLE_PROCESS
 
 EACH_OF_4 = Structured(multiple_of=4)
 
@@ -65,7 +61,7 @@ def random(*shape):
 
 vectors = partial(random, 4, 32)
 OWN = {
-    "phi3": (lambda: seeded(lambda: hf.Phi3ForCausalLM(tiny(hf.Phi3Config))), ZOO["llama"].batches),
+    "phi3": (causal("phi3").build, causal("phi3").batches),
     "mobile": (lambda: seeded(mobile), partial(random, 2, 3, 12, 12)),
     "interleaved": (lambda: chain(lambda: [Interleaved(), Interleaved()]), vectors),
 }
@@ -96,9 +92,7 @@ READERS = {
 
 def coupled_run(model, batches, **choices):
     """A run after the search for units."""
-    plan = make_plan(PruningConfig.from_names(0.5, pattern=EACH_OF_4, **choices), model)
-    samples = Samples(model, batches, lambda batch: run(model, batch), None, SINGLE_PROCESS, "the test")
-    own = Run(plan, samples, WeightStore())
+    own = run_of(model, batches, pattern=EACH_OF_4, **choices)
     with pruning_mode(model):
         couple(own)
     return own
@@ -109,24 +103,6 @@ def found_in(model, batches):
     return coupled_run(model, batches).plan
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_the_units_of_each_architecture(name):
-    """Setting them to zero is the same as taking them out, in every tensor with entries of them."""
-    model, batches = specimen(name)
-    plan = found_in(model, batches)
-    inside = {layer: layer.removeprefix(f"{block}.") for layer, block in plan.inventory.blocks.items()}
-    assert plan.coupled.keys() == {layer for layer, short in inside.items() if short in READERS[name]}
-    dense = run(model, batches[0]).detach()
-    for units in plan.coupled.values():
-        units.zero(torch.arange(units.width) % 3 == 1)
-    zero = run(model, batches[0]).detach()
-    assert not torch.allclose(zero, dense, atol=1e-3)
-    for units in plan.coupled.values():
-        assert torch.equal(units.slots[-1].zeros(), torch.arange(units.width) % 3 == 1)
-        units.take(~units.slots[-1].zeros())
-    torch.testing.assert_close(run(model, batches[0]).detach(), zero, rtol=1e-4, atol=1e-4)
-
-
 def size_of(model):
     """The number of parameters, and the bytes of all numbers but integers."""
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
@@ -135,34 +111,35 @@ def size_of(model):
 
 @pytest.mark.parametrize("name", READERS)
 def test_zeros_fill_the_units_and_nothing_else_changes(name):
-    """The report says so, and what taking the units out saves."""
+    """The report says so, and what taking the units out saves, after which the model computes the same."""
     (model, batches), (other, _) = specimen(name), specimen(name)
-    plan, expected, dense = (
-        found_in(model, batches),
-        found_in(other, batches).coupled,
-        copy.deepcopy(model.state_dict()),
-    )
+    plan, expected, dense = found_in(model, batches), found_in(other, batches).coupled, copy.deepcopy(model)
+    inside = {layer: layer.removeprefix(f"{block}.") for layer, block in plan.inventory.blocks.items()}
+    assert plan.coupled.keys() == {layer for layer, short in inside.items() if short in READERS[name]}
     report = prune_units(model, batches, solver="zero_out", keep_batch_norm=True)
-    records, zeros = {layer.name: layer for layer in report.layers}, {}
+    records, numbers = {layer.name: layer for layer in report.layers}, {}
     for reader, units in plan.coupled.items():
-        zero = zeros[reader] = units.slots[-1].zeros()
-        assert int(zero.sum()) == units.width - reference.kept_units(units.width, 0.5, 4)
-        assert records[reader].target == pytest.approx(float(zero.float().mean()))
-        assert f"{int(zero.sum())} of {units.width} hidden units are zero" in records[reader].note
+        zero = units.slots[-1].zeros()
+        numbers[reader] = int(zero.sum())
+        assert numbers[reader] == units.width - reference.kept_units(units.width, 0.5, 4)
+        assert records[reader].target == pytest.approx(numbers[reader] / units.width)
+        assert f"{numbers[reader]} of {units.width} hidden units are zero" in records[reader].note
         expected[reader].zero(zero)
     for key, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[key])
-        assert "running" not in key or torch.equal(value, dense[key])
+        assert "running" not in key or torch.equal(value, dense.state_dict()[key])
     for layer in report.layers:
-        sparsity = (model.get_submodule(layer.name).weight == 0).float().mean()
-        assert layer.sparsity == pytest.approx(float(sparsity), abs=1e-9)
+        zero = model.get_submodule(layer.name).weight == 0
+        assert layer.sparsity == pytest.approx(float(zero.float().mean()), abs=1e-9)
     parameters = model.named_parameters(remove_duplicate=False)
     found = sorted(matrix.name for matrix in (*report.layers, *report.skipped))
     assert found == sorted(key.removesuffix(".weight") for key, p in parameters if p.ndim > 1)
-    numbers = {reader: int(zero.sum()) for reader, zero in zeros.items()}
     saved, before = np.subtract(cost_without(plan, {}), cost_without(plan, numbers)), size_of(model)
-    for reader, units in plan.coupled.items():
-        units.take(~zeros[reader])
+    outputs = run(model, batches[0]).detach()
+    assert not torch.allclose(outputs, run(dense, batches[0]), atol=1e-3)
+    for units in plan.coupled.values():
+        units.take(~units.slots[-1].zeros())
+    torch.testing.assert_close(run(model, batches[0]).detach(), outputs, rtol=1e-4, atol=1e-4)
     fewer = before - size_of(model)
     np.testing.assert_array_equal(saved, fewer)
     text = f"takes out {fewer[0]:,} of {before[0]:,} parameters ({fewer[0] / before[0]:.1%})"

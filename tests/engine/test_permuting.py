@@ -12,16 +12,15 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADAMW, Net, loader, trainer
 from support.pair_cases import permute_both
 from support.pairwise import spread
+from support.runs import run_of
 from support.zoo import ZOO, run, seeded
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import PruningCallback, PruningConfig, WandaPrune, prune
-from wanda_lightning.calibration.samples import Samples, map_tensors
+from wanda_lightning import PruningCallback, WandaPrune, prune
+from wanda_lightning.calibration.samples import map_tensors
 from wanda_lightning.engine.permuting import permute
-from wanda_lightning.engine.plan import make_plan
-from wanda_lightning.engine.run import Run, WeightStore
-from wanda_lightning.parallel import SINGLE_PROCESS
+from wanda_lightning.models import find_layers
 
 READERS = {
     "llama": {"self_attn.o_proj", "mlp.down_proj"},
@@ -39,20 +38,16 @@ READERS = {
 """The layers whose inputs can be permuted, by their names inside the block."""
 
 
-def plan_for(model, **choices):
-    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", **choices}
-    return make_plan(PruningConfig.from_names(**choices), model)
+PERMUTED = {"method": "wanda", "pattern": "2:4", "permutation": "assignment"}
 
 
-def permute_model(plan, batches):
+def permute_model(model, batches, **choices):
     """Permute in place; return what was permuted."""
-    samples = Samples(plan.model, batches, None, None, SINGLE_PROCESS, "Assignment()")
-    return permute(Run(plan, samples, WeightStore()))
+    return permute(run_of(model, batches, **{**PERMUTED, **choices}))
 
 
 def prune_permuted(model, batches, **choices):
-    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "progress": False, **choices}
-    return prune(model, batches, 0.5, **choices)
+    return prune(model, batches, 0.5, progress=False, **{**PERMUTED, **choices})
 
 
 def unchanged(model, dense):
@@ -76,9 +71,9 @@ def test_the_model_computes_the_same(name, dtype):
     """Also with depthwise convolutions, BatchNorm and squeeze-and-excitation."""
     model, batches = specimen(name)
     model, batches = model.to(dtype), map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
-    before, dense, plan = outputs(model, batches), copy.deepcopy(model.state_dict()), plan_for(model)
-    done = permute_model(plan, batches)
-    inside = {layer.removeprefix(f"{plan.inventory.blocks[layer]}.") for layer in done.kept}
+    before, dense, blocks = outputs(model, batches), copy.deepcopy(model.state_dict()), find_layers(model).blocks
+    done = permute_model(model, batches)
+    inside = {layer.removeprefix(f"{blocks[layer]}.") for layer in done.kept}
     assert inside == READERS[name]
     assert not done.put_back
     for layer, (kept_before, kept_after) in done.kept.items():
@@ -91,7 +86,7 @@ def test_the_model_computes_the_same(name, dtype):
 def test_it_is_pruned_as_a_model_that_was_permuted_before():
     model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
     expected = copy.deepcopy(model)
-    permute_model(plan_for(expected), batches)
+    permute_model(expected, batches)
     prune(expected, batches, 0.5, method="wanda", pattern="2:4", progress=False)
     report = prune_permuted(model, batches)
     assert unchanged(model, expected.state_dict())
@@ -104,7 +99,7 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
 
 def test_heads_that_a_group_does_not_fit_into_stay():
     model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
-    done = permute_model(plan_for(model, pattern="8:16"), batches)
+    done = permute_model(model, batches, pattern="8:16")
     assert {layer.rpartition(".")[2] for layer in done.kept} == {"down_proj"}
 
 
@@ -193,7 +188,7 @@ def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
     model = FIXED[kind]().to(dtype)
     dense = copy.deepcopy(model.state_dict())
     skip = ["*.gate"] if kind == "read by another" else []
-    assert permute_model(plan_for(model, skip=skip), images(dtype)).kept == {}
+    assert permute_model(model, images(dtype), skip=skip).kept == {}
     assert unchanged(model, dense)
     report = prune_permuted(model, images(dtype), skip=skip)
     note = "nothing is permuted for 2:4: no layer reads hidden units whose order can be changed"
@@ -206,7 +201,7 @@ def test_units_are_put_back_if_another_call_uses_them_in_another_way(kind, caplo
     model = MOVED_BACK[kind]()
     dense = copy.deepcopy(model.state_dict())
     batches = images() if kind == "called again" else [{"x": x, "other": n % 2 == 1} for n, x in enumerate(images())]
-    done = permute_model(plan_for(model), batches)
+    done = permute_model(model, batches)
     assert done.put_back == ([f"blocks.{n}" for n in range(2)] if kind == "other layer" else ["blocks.0"])
     assert done.kept.keys() == (set() if kind == "other layer" else {"blocks.1.down"})
     assert all(torch.equal(v, dense[n]) for n, v in model.state_dict().items() if not n.startswith("blocks.1."))
@@ -231,7 +226,7 @@ def test_tied_blocks_and_adapters_keep_their_order(make, batches):
     model = make()
     dense = copy.deepcopy(model.state_dict())
     with model.disable_adapter() if make is adapted else nullcontext():
-        assert permute_model(plan_for(model), batches()).kept == {}
+        assert permute_model(model, batches()).kept == {}
     assert unchanged(model, dense)
 
 

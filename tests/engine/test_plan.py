@@ -3,6 +3,7 @@
 import math
 import re
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -166,27 +167,32 @@ def before(unit, sequential):
     return () if sequential == "none" else LAYERS[: LAYERS.index(unit)]
 
 
-def in_the_second_batch(act):
-    """A hook on a module: that batch is the one with three samples."""
-    return lambda module, args: act(args[0]) if len(args[0]) == 3 else None
+class Unforeseen(Exception):
+    pass
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def spoil(value, module, args):
+    """Spoil the second batch, which is the one with three samples."""
+    if len(args[0]) == 3:
+        if value is None:
+            raise Unforeseen("out of luck")
+        return args[0].index_fill(1, torch.tensor(1), value)
+    return None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, None])
 @EVERY_GRANULARITY
-@pytest.mark.parametrize(
-    ("place", "found"),
-    [("blocks.0", "blocks.0.up"), ("blocks.2", "blocks.2.up"), ("blocks.2.down", "blocks.2.down")],
-)
-def test_not_finite(place, found, sequential, value):
-    """Nor are the squares. No weight of the unit is written, neither that of the layer before."""
-    model = build()
-    one = torch.zeros(3, 3, 1, dtype=torch.bool).index_fill(0, torch.tensor(1), True)
-    spoil = in_the_second_batch(lambda x: x.masked_fill(one, value))
-    model.get_submodule(place).register_forward_pre_hook(spoil)
-    reached = "blocks.2.up" if place == "blocks.2.down" and sequential != "layer" else found
-    message = refusal(model, vectors(), sequential=sequential, written=before(reached, sequential))
-    for part in (f"input of {found} holds NaN or infinity", "batch 1 ", "Check that batch", "wider dtype"):
-        assert part in message
+@pytest.mark.parametrize("place", ["blocks.0", "blocks.2", "blocks.2.down"])
+def test_inputs_that_are_not_finite_and_errors_name_what_was_written(place, sequential, value):
+    """Nor are the squares of 1e30. No weight of the unit is written, neither that of the layer before."""
+    model, found = build(), place if place == "blocks.2.down" else f"{place}.up"
+    model.get_submodule(place).register_forward_pre_hook(partial(spoil, value))
+    # Only at "layer", the up-projection of the block is done when a batch is between its layers.
+    written = before("blocks.2.up" if place == "blocks.2.down" and sequential != "layer" else found, sequential)
+    error = Unforeseen if value is None else ValueError
+    message = refusal(model, vectors(), error=error, sequential=sequential, written=written)
+    said = f"input of {found} holds NaN or infinity", "batch 1 ", "Check that batch", "wider dtype"
+    assert all(part in message for part in (said if value is not None else ["out of luck"]))
 
 
 @EVERY_GRANULARITY
@@ -208,22 +214,3 @@ def test_a_weight_that_is_not_finite(criterion, value):
     message = refusal(model, Untouched(), criterion=criterion)
     assert "head has weights that are NaN or infinite. Check the checkpoint" in message
     assert prune(model, vectors(), skip=["head"], criterion=criterion, progress=False).sparsity == 0.5
-
-
-class Unforeseen(Exception):
-    pass
-
-
-def explode(x):
-    raise Unforeseen("out of luck")
-
-
-@EVERY_GRANULARITY
-@pytest.mark.parametrize("place", ["blocks.2", "blocks.2.down"])
-def test_an_error_in_the_third_block_names_what_was_written(place, sequential):
-    model = build()
-    model.get_submodule(place).register_forward_pre_hook(in_the_second_batch(explode))
-    # Between its layers, the up-projection of the block is already done at "layer". At "block" the batches are still
-    # on the way to the third block, or observed there; both before any weight of it is written.
-    written = LAYERS[:5] if (place, sequential) == ("blocks.2.down", "layer") else before("blocks.2.up", sequential)
-    assert refusal(model, vectors(), error=Unforeseen, sequential=sequential, written=written) == "out of luck"
