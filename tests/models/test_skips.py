@@ -25,10 +25,8 @@ def masked(layer):
 
 RECOMPUTED = {
     "old weight norm": (torch.nn.utils.weight_norm, "WeightNorm"),
-    "old spectral norm": (torch.nn.utils.spectral_norm, "SpectralNorm"),
     "mask": (masked, "L1Unstructured"),
     "weight norm": (parametrizations.weight_norm, "_WeightNorm"),
-    "spectral norm": (parametrizations.spectral_norm, "_SpectralNorm"),
 }
 
 

@@ -9,7 +9,7 @@ from support.tiny import on_meta
 from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning import ImageClassifierModule, PruningConfig, prune
+from wanda_lightning import ImageClassifierModule, PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.models import fitting_mask, has_classes, reads_images, token_masks
 
@@ -113,22 +113,6 @@ def test_a_mask_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=text):
         token_masks(nn.Identity(), {"inputs_embeds": torch.zeros(2, 5, 8), "attention_mask": torch.ones(shape)})
     assert read(torch.ones(2, 9), past_key_values=object()) == ()  # longer where a cache comes first
-
-
-def test_the_report_says_where_padding_counted():
-    """A mask of three numbers for each token, in a model that does not look at it."""
-
-    class Text(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x, attention_mask):
-            return self.second(self.first(x))
-
-    report = prune(Text(), [{"x": torch.randn(2, 5, 8), "attention_mask": torch.ones(5)}], progress=False)
-    note = "padding counted: the attention_mask does not show which inputs are padding"
-    assert [layer.note for layer in report.layers] == [note, note]
 
 
 @pytest.mark.parametrize("compiled", ["model", "encoder"])
