@@ -44,8 +44,7 @@ class Frozen(nn.Module):
 
 def build():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), Merging(), Frozen(), nn.Sequential(nn.Dropout(), Merging()))
-    return model.train()
+    return nn.Sequential(nn.Linear(4, 4), Merging(), Frozen(), nn.Sequential(nn.Dropout(), Merging())).train()
 
 
 @pytest.mark.parametrize("context", [calibration_mode, evaluating])
@@ -53,7 +52,7 @@ def build():
     "set_up",
     [
         lambda model: model,
-        lambda model: model.eval(),
+        nn.Module.eval,
         lambda model: model[3].eval(),
         lambda model: (model[0].eval(), model[2].layer.eval(), model[2].norm.train()),
     ],
@@ -83,8 +82,7 @@ def test_configurations_are_as_before():
     with suppress(OSError), calibration_mode(model):
         assert (model.config._experts_implementation, model.config.use_cache) == ("eager", False)
         raise OSError
-    assert model.config._experts_implementation == "batched_mm"
-    assert model.config.to_dict() == before
+    assert (model.config._experts_implementation, model.config.to_dict()) == ("batched_mm", before)
 
 
 class Counting(nn.Module):

@@ -65,9 +65,8 @@ def linear(draw, dtypes):
     module = draw(st.sampled_from([lambda: nn.Linear(d_in, d_out), lambda: Conv1D(d_out, d_in)]))()
     generator = seeded(module, draw(st.integers(0, 2**32 - 1)))
     batches, tokens = [], []
-    for samples, length, padded in draw(
-        st.lists(st.tuples(st.integers(1, 3), st.integers(1, 6), st.booleans()), min_size=1, max_size=3)
-    ):
+    batch = st.tuples(st.integers(1, 3), st.integers(1, 6), st.booleans())
+    for samples, length, padded in draw(st.lists(batch, min_size=1, max_size=3)):
         x = torch.randn(samples, length, d_in, generator=generator).to(dtype)
         keep = torch.rand(samples, length, generator=generator) < (0.6 if padded else 2)
         batches.append({"x": x, "attention_mask": keep.long()} if padded else x)
@@ -92,17 +91,15 @@ def convolution(draw, dtypes):
     mode = "zeros" if way == "same of timm" else draw(st.sampled_from(list(MODES)))
     stride = (1, 1) if way == "same" else draw(PAIRS)
     options = {"stride": stride, "dilation": dilation, "groups": groups}
+    padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2))) if way == "numbers" else way
     if way == "same of timm":
         module = Conv2dSame(channels, out, kernel, **options)
-        pads = [same(*sizes) for sizes in zip(size, kernel, stride, dilation, strict=True)]
-    elif way == "numbers":
-        padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2)))
-        module = nn.Conv2d(channels, out, kernel, padding=padding, padding_mode=mode, **options)
-        pads = [(p, p) for p in padding]
     else:
-        module = nn.Conv2d(channels, out, kernel, padding=way, padding_mode=mode, **options)
-        total = [d * (k - 1) if way == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-        pads = [(missing // 2, missing - missing // 2) for missing in total]
+        module = nn.Conv2d(channels, out, kernel, padding=padding, padding_mode=mode, **options)
+    if way.startswith("same"):
+        pads = [same(*sizes) for sizes in zip(size, kernel, stride, dilation, strict=True)]
+    else:
+        pads = [(0, 0)] * 2 if way == "valid" else [(p, p) for p in padding]
     for length, pad, k, d in zip(size, pads, kernel, dilation, strict=True):
         assume(length + sum(pad) > d * (k - 1))
         assume(mode == "zeros" or max(pad) < length)

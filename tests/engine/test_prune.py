@@ -38,9 +38,8 @@ def assert_complete(report, model, specimen, dense):
         assert torch.equal(value[kept], dense[key][kept]), key
     assert report.parameters == sum(p.numel() for p in model.parameters())
     assert report.zeros == sum(int((p == 0).sum()) for p in model.parameters())
-    assert report.coverage == pytest.approx(
-        sum(found[layer.name].numel() for layer in report.layers) / report.parameters
-    )
+    inside = sum(found[layer.name].numel() for layer in report.layers)
+    assert report.coverage == pytest.approx(inside / report.parameters)
 
 
 def tied(everything):
@@ -51,8 +50,6 @@ def tied(everything):
 
 # Blocks in bfloat16; layers that nothing calls; experts with padding, which test_expert_tokens.py compares.
 NOT_SLOWLY = "autocast_inside", "torch_transformer", "mixtral_padded"
-
-
 # Specimens that differ from another in nothing that pruning sees.
 LIKE_OTHERS = "llama_left_padded", "mistral", "qwen3", "qwen3_moe", "deit", "resnet50", "convnext_conv_mlp"
 
@@ -77,9 +74,7 @@ def test_equals_the_slow_procedure(name, sequential):
     assert_complete(report, model, specimen, dense=dict(slow.named_parameters()))
     if name not in NOT_SLOWLY:
         slow_prune(slow, batches, sequential)
-        expected = slow.state_dict()
-        for key, value in model.state_dict().items():
-            assert torch.equal(value, expected[key]), key
+        torch.testing.assert_close(model.state_dict(), slow.state_dict(), rtol=0, atol=0)
 
 
 # ---- laws
@@ -111,7 +106,7 @@ def test_the_model_is_left_as_it_was(allocation, sequential):
     assert state_of(model) == before
     assert model.config.use_cache
     assert torch.is_grad_enabled()
-    assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(model.state_dict(), dense, rtol=0, atol=0)
 
 
 IDS = torch.arange(16).repeat(2, 1)  # starts with T5's padding, which also starts a sentence
@@ -289,15 +284,13 @@ def mixture(skip=(), **choices):
 
 
 def test_reconstruct_trains_experts_but_those_left_dense():
-    (model, report), (masks_alone, _) = (
-        mixture(["*.0.mlp.experts.down_proj.1"], **choices) for choices in ({"recovery": Reconstruct()}, {})
-    )
-    experts, other, dense = (each.model.layers[0].mlp.experts for each in (model, masks_alone, ZOO["mixtral"].build()))
+    skip, dense = ["*.0.mlp.experts.down_proj.1"], ZOO["mixtral"].build()
+    (model, report), (masks_alone, _) = mixture(skip, recovery=Reconstruct()), mixture(skip)
+    experts, other, dense = (each.model.layers[0].mlp.experts for each in (model, masks_alone, dense))
     assert torch.equal(experts.gate_up_proj == 0, other.gate_up_proj == 0)
     assert not torch.equal(experts.gate_up_proj, other.gate_up_proj)
     assert [torch.equal(experts.down_proj[e], dense.down_proj[e]) for e in range(4)] == [False, True, False, False]
-    parts = {layer.name: layer.part for layer in report.layers}
-    part = parts["model.layers.0.mlp.experts.gate_up_proj.0"]
+    (part,) = (each.part for each in report.layers if each.name == "model.layers.0.mlp.experts.gate_up_proj.0")
     assert part.after < 0.7 * part.before
 
 
