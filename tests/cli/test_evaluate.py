@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import weakref
 from pathlib import Path
@@ -73,43 +72,7 @@ def side_by_side(inputs):
 
 
 @needs_lm_eval
-def test_models_side_by_side(inputs, side_by_side, tmp_path, capsys):
-    write_tasks(tmp_path / "mine")
-    tasks = ["--tasks", "arc_easy,boolq", "--tasks_dir", "mine", "--batch_size", "3"]
-    assert run(*side_by_side, *tasks, "--save", "out/results.json") == 0
-    out = capsys.readouterr().out
-    written = json.loads(Path("out/results.json").read_text())
-    dense, pruned = f"{inputs}/dense", f"{inputs}/pruned"
-    assert list(written["models"]) == [dense, pruned]
-    assert written["dense"] == dense
-    assert written["config"]["limit"] == 5
-    assert written["versions"]["lm_eval"]
-    text, tokenizer = inputs / "text.txt", tiny_tokenizer()
-    for folder, found in written["models"].items():
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        expected = pytest.approx(perplexity_by_hand(model, text.read_text(), 5), rel=1e-6)
-        assert found[str(text)] == {"perplexity": expected, "windows": 5}
-        for name in ("arc_easy", "boolq"):
-            assert found[name]["acc"] == accuracies_by_hand(model, tokenizer, name, DOCUMENTS[name])["acc"]
-        zeros = sum(int((p == 0).sum()) for p in model.parameters())
-        assert zeros == (0 if folder == dense else 64 * 32 / 2)
-        assert found["sparsity"]["model"] == zeros / sum(p.numel() for p in model.parameters())
-    before, after = (written["models"][folder][str(text)]["perplexity"] for folder in (dense, pruned))
-    for shown in (f"{after:.2f} ({after - before:+.2f})", "arc_easy acc_norm ", "boolq acc ", "mean acc "):
-        assert shown in out
-    assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
-
-
-def test_zeros_of_a_model_quantized_by_torchao(inputs):
-    quantization = pytest.importorskip("torchao.quantization")
-    method = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    model = AutoModelForCausalLM.from_pretrained(inputs / "pruned", quantization_config=method)
-    weights = [m.weight.dequantize() for name, m in model.named_modules() if name.endswith("proj")]
-    zeros, size = (sum(int(count(w)) for w in weights) for count in (lambda w: (w == 0).sum(), torch.numel))
-    assert sparsity_of(model)["layers"] == zeros / size >= 1024 / size
-
-
-def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys, monkeypatch):
+def test_models_side_by_side(inputs, side_by_side, tmp_path, capsys, monkeypatch):
     loaded = []
 
     def load(*arguments, **options):
@@ -120,15 +83,39 @@ def test_several_texts_and_models_without_a_dense_one(inputs, tmp_path, capsys, 
 
     monkeypatch.setattr("wanda_lightning.cli.measuring.CausalLMModule", load)
     shutil.copytree(inputs / "dense", tmp_path / "copy")
-    several = [f"{inputs}/pruned, {inputs}/dense,copy", "--evaluation", f"{inputs}/text.txt,{inputs}/other.txt"]
-    assert run("evaluate", "--model", *several, "--limit", "2", "--save", "results.json") == 0
-    assert len(loaded) == 3
-    assert not re.search(r"\([+-]", capsys.readouterr().out)
-    written = json.loads(Path("results.json").read_text())
-    assert (list(written["models"]), written["dense"]) == ([f"{inputs}/pruned", f"{inputs}/dense", "copy"], None)
-    pruned, dense, copy = written["models"].values()
-    assert list(dense) == ["sparsity", f"{inputs}/text.txt", f"{inputs}/other.txt"]
-    assert dense == copy != pruned
+    write_tasks(tmp_path / "mine")
+    texts, tasks = [str(inputs / "text.txt"), str(inputs / "other.txt")], ["--tasks", "arc_easy,boolq"]
+    several = ["--model", f"{inputs}/pruned,copy", "--evaluation", ",".join(texts), "--save", "out/results.json"]
+    assert run(*side_by_side, *several, *tasks, "--tasks_dir", "mine", "--batch_size", "3") == 0
+    out = capsys.readouterr().out
+    written = json.loads(Path("out/results.json").read_text())
+    dense, pruned = f"{inputs}/dense", f"{inputs}/pruned"
+    assert (list(written["models"]), written["dense"]) == ([dense, pruned, "copy"], dense)
+    assert (written["config"]["limit"], len(loaded)) == (5, 3)
+    assert written["models"][dense] == written["models"]["copy"]
+    for folder, found in written["models"].items():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for text in texts:
+            expected = pytest.approx(perplexity_by_hand(model, Path(text).read_text(), 5), rel=1e-6)
+            assert found[text] == {"perplexity": expected, "windows": 5}
+        for name in ("arc_easy", "boolq"):
+            assert found[name]["acc"] == accuracies_by_hand(model, tiny_tokenizer(), name, DOCUMENTS[name])["acc"]
+        zeros = sum(int((p == 0).sum()) for p in model.parameters())
+        assert zeros == (64 * 32 / 2 if folder == pruned else 0)
+        assert found["sparsity"]["model"] == zeros / sum(p.numel() for p in model.parameters())
+    before, after = (written["models"][folder][texts[0]]["perplexity"] for folder in (dense, pruned))
+    for shown in (f"{after:.2f} ({after - before:+.2f})", "arc_easy acc_norm ", "boolq acc ", "mean acc "):
+        assert shown in out
+    assert sorted(os.listdir(tmp_path)) == ["copy", "mine", "out"]
+
+
+def test_zeros_of_a_model_quantized_by_torchao(inputs):
+    quantization = pytest.importorskip("torchao.quantization")
+    method = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(inputs / "pruned", quantization_config=method)
+    weights = [m.weight.dequantize() for name, m in model.named_modules() if name.endswith("proj")]
+    zeros, size = (sum(int(count(w)) for w in weights) for count in (lambda w: (w == 0).sum(), torch.numel))
+    assert sparsity_of(model)["layers"] == zeros / size >= 1024 / size
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -202,36 +203,25 @@ def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
     assert report_in("out").run.calibration.startswith("text by the dense model, 4 windows of ")
 
 
-def test_results_on_further_texts_are_printed_and_recorded(text, inputs, capsys):
+def test_a_streamed_run_that_was_interrupted_goes_on_and_measures_what_one_in_memory_does(
+    text, inputs, capsys, monkeypatch
+):
     texts = f"{inputs}/other.txt,{inputs}/long.txt"
-    found = []
-    for number, how in enumerate(([], ["--stream", *OUT])):
-        assert run(*text, "--method", "magnitude", "--evaluation", texts, *how, "--save", f"log{number}") == 0
-        assert f"Perplexity on {inputs}/long.txt (" in capsys.readouterr().out
-        found.append(report_in(f"log{number}").run.results)
+    command, stream = [*text, "--method", "magnitude", "--evaluation", texts], ["--stream", "--save_model", "b/model"]
+    assert run(*command, "--save", "a") == 0
+    assert f"Perplexity on {inputs}/long.txt (" in capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        interrupt = lambda source, *_, **__: signal.raise_signal(signal.SIGINT) if source == "b/model" else 1.0  # noqa: E731
+        patched.setattr("wanda_lightning.cli.pruning.perplexity_from_disk", interrupt)
+        assert run(*command, *stream, "--save", "b") == 130
+    assert not Path("b/pruning_report.json").exists()
+    assert run(*command, *stream, "--save", "b") == 0
+    assert not Path("b/model/.pruning_progress.json").exists()
+    found = [report_in(folder).run.results for folder in "ab"]
     assert [each.data.partition(", ")[0] for each in found[0]] == texts.split(",")
     for own, streamed in zip(*found, strict=True):
         assert (streamed.before, streamed.after) == pytest.approx((own.before, own.after), rel=1e-5)
     assert found[0][0].after != found[0][1].after
-
-
-def test_a_streamed_model_whose_measurement_was_interrupted_is_measured_by_the_same_command(
-    text, tmp_path, monkeypatch
-):
-    command = [*text, "--method", "magnitude", "--save", "out", "--save_model", "out/model", "--stream"]
-
-    def interrupted(source, *arguments, **options):
-        if source == "out/model":
-            raise KeyboardInterrupt
-        return 1.0
-
-    with monkeypatch.context() as patched:
-        patched.setattr("wanda_lightning.cli.pruning.perplexity_from_disk", interrupted)
-        assert run(*command) != 0
-    assert not Path("out/pruning_report.json").exists()
-    assert run(*command) == 0
-    assert min(report_in("out").run.after, report_in("out").run.before) > 1
-    assert not Path("out/model/.pruning_progress.json").exists()
 
 
 def test_a_folder_that_is_not_empty(text, refused, tmp_path):
