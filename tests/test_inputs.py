@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.disk import VOCABULARY, batches, save_llama
+from support.disk import VOCABULARY, save_llama
 from support.modules import tiny_llama
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from wanda_lightning import (
     CausalLMModule,
@@ -52,21 +52,16 @@ def test_a_wrong_type_is_named(call, message):
         call()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_batches_of_another_dtype_change_no_weight(dtype):
-    model = net()
-    before = model[0].weight.clone()
-    with pytest.raises(RuntimeError, match="dtype"):
-        prune(model, [torch.ones(2, 8, dtype=dtype)], progress=False)
-    assert torch.equal(model[0].weight, before)
-
-
-def test_batches_of_another_dtype_under_autocast():
+def test_batches_of_another_dtype():
     def forward(batch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return model(batch)
 
     model = net()
+    before = model[0].weight.clone()
+    with pytest.raises(RuntimeError, match="dtype"):
+        prune(model, [torch.ones(2, 8, dtype=torch.float16)], progress=False)
+    assert torch.equal(model[0].weight, before)
     prune(model, [torch.randn(9, 8).bfloat16()], forward=forward, progress=False)
     assert (model[0].weight == 0).sum() == (model[0].weight.numel() // 2)
 
@@ -102,13 +97,3 @@ def test_tokens_without_an_embedding(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             call()
-
-
-def test_a_block_without_weights_is_refused_before_anything_is_written(tmp_path):
-    save_llama(tmp_path / "llama")
-    config = LlamaConfig.from_pretrained(tmp_path / "llama")
-    config.num_hidden_layers += 1
-    config.save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match=r"has no weights for 9 parameters .* model\.layers\.4"):
-        prune_from_disk(tmp_path / "llama", tmp_path / "out", batches(), progress=False)
-    assert not (tmp_path / "out").exists()
