@@ -1,6 +1,5 @@
-"""`wanda-lightning fit|validate|test`: recipes."""
+"""`wanda-lightning fit|validate|test`: recipes. All recipes of the repository run in tests/recipes."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,9 +7,9 @@ import pytest
 import yaml
 from support.cli import IGNORED_WARNINGS, SEQLEN, run
 
+from wanda_lightning import PruningReport
+
 pytestmark = IGNORED_WARNINGS
-
-
 RECIPE = """
 model: {class_path: wanda_lightning.CausalLMModule, init_args: {model: INPUTS/llama}}
 data:
@@ -18,39 +17,30 @@ data:
   init_args: {calibration: INPUTS/long.txt, evaluation: INPUTS/other.txt, seqlen: SEQLEN, num_samples: 6, limit: 6}
 trainer:
   accelerator: cpu
-  devices: 1
-  max_epochs: 1
   logger: false
-  enable_checkpointing: false
   enable_progress_bar: false
-  callbacks: [{class_path: wanda_lightning.WandaPrune, init_args: {num_samples: 6, report_dir: out}}]
+  callbacks:
+  - class_path: wanda_lightning.WandaPrune
+    init_args: {num_samples: 6, report_dir: out, sparsity: 0.5, pattern: 2:4, skip: []}
 """
 
 
 @pytest.fixture
 def recipe(inputs):
-    """Writes a recipe of LightningCLI and returns its path."""
-
-    def write(**pruning):
-        options = yaml.safe_load(RECIPE.replace("INPUTS", str(inputs)).replace("SEQLEN", str(SEQLEN)))
-        options["trainer"]["callbacks"][0]["init_args"] |= pruning
-        Path("recipe.yaml").write_text(yaml.safe_dump(options))
-        return "recipe.yaml"
-
-    return write
+    """A recipe in which 2:4 has no quotes."""
+    Path("recipe.yaml").write_text(RECIPE.replace("INPUTS", str(inputs)).replace("SEQLEN", str(SEQLEN)))
+    return Path("recipe.yaml")
 
 
 def test_validate_a_recipe(recipe, capsys, tmp_path):
-    path = Path(recipe(pattern="2:4"))
-    path.write_text(path.read_text().replace("'2:4'", "2:4"))  # needs no quotes
-    assert run("validate", "--config", path, "--print_config") == 0
+    assert run("validate", "--config", recipe, "--print_config") == 0
     (callback,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
     assert (callback["class_path"], callback["init_args"]["pattern"]) == ("wanda_lightning.WandaPrune", "2:4")
     assert callback["init_args"]["keep_batch_norm"] is False  # a default of `PruningConfig.from_names`
-    assert run("validate", "--config", path) == 0
+    assert run("validate", "--config", recipe) == 0
     assert "val_perplexity" in capsys.readouterr().out
-    report = json.loads(Path("out/pruning_report.json").read_text())
-    assert (report["config"]["pattern"], report["sparsity"]) == ({"name": "NM", "n": 2, "m": 4}, 0.5)
+    report = PruningReport.load("out")
+    assert (report.config["pattern"], report.sparsity) == ({"name": "NM", "n": 2, "m": 4}, 0.5)
     assert sorted(os.listdir(tmp_path)) == ["out", "recipe.yaml"]
 
 
@@ -63,6 +53,5 @@ def test_validate_a_recipe(recipe, capsys, tmp_path):
     ],
 )
 def test_a_recipe_is_refused(recipe, refused, change, message):
-    path = Path(recipe(pattern="2:4", sparsity=0.5, skip=[]))
-    path.write_text(path.read_text().replace(*change))
-    refused("validate", "--config", str(path), message=message)
+    recipe.write_text(recipe.read_text().replace(*change))
+    refused("validate", "--config", recipe, message=message)

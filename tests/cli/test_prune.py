@@ -1,5 +1,6 @@
-"""`wanda-lightning prune`: the flags of the reference; what it writes is measured again by hand."""
+"""`wanda-lightning prune` and `shrink`: the flags of the reference; what they write is measured again by hand."""
 
+import json
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support.cli import IGNORED_WARNINGS, OUT, SEQLEN, everything_in, perplexity_by_hand, run, zeros_by_layer
+from support.hub import hub as hub, ignores_uploads
 from support.reports import Page
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +26,7 @@ from wanda_lightning import PruningReport
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.pruning import PROMPTS, continuation, continuations
 from wanda_lightning.report import Run
+from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 pytestmark = IGNORED_WARNINGS
 
@@ -245,3 +248,100 @@ def test_pruning_without_saving_or_measuring(text, images, tmp_path, capsys):
         assert (measured.metric, measured.results) == ("", ())
         assert "perplexity" not in capsys.readouterr().out
     assert Path("out/log_magnitude.txt").read_text() == "method\tactual_sparsity\nmagnitude\t0.5000\n"
+
+
+# ------------------------------------------------------------------------------------------------ uploads
+
+
+PUSH = ["--push_to_hub", "us/tiny"]
+
+
+@ignores_uploads
+def test_a_pruned_model_is_uploaded_without_the_results(hub, text, capsys, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.PruningReport.write", lambda report, path: Path(path).write_text("drawn"))
+    more = ["--save", "out/logs", "--report", "out/page.html", "--private"]
+    assert run(*text, "--stream", "--save_model", "out", *PUSH, *more) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Uploaded out to {hub.url}/us/tiny."
+    saved = {name: content for name, content in everything_in(Path("out")).items() if content is not False}
+    private = {name for name in saved if name.startswith(("logs", "page"))}
+    assert len(private) == 3
+    assert hub.repositories == {"us/tiny": {name: saved[name] for name in saved.keys() - private}}
+    assert hub.private == {"us/tiny"}
+    assert 'from_pretrained("us/tiny")' in hub.repositories["us/tiny"]["README.md"].decode()
+
+
+def test_an_upload_that_cannot_succeed_is_refused_before_pruning(hub, text, refused, monkeypatch):
+    refused(*text, *PUSH, message="--push_to_hub must be left out for a command without --save_model")
+    monkeypatch.setenv("HF_TOKEN", "")
+    refused(*text, "--save_model", "out", *PUSH, message="push_to_hub must be left out without a token")
+    assert hub.requests == []
+
+
+# ------------------------------------------------------------------------------------------------ shrink
+
+
+STRUCTURED = ["--pattern", "structured", "--sparsity", "0.5"]
+IDS = torch.arange(40).reshape(2, 20)
+
+
+def logits(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+
+
+@pytest.fixture
+def structured(text):
+    """A folder `zeros` with the language model, half of whose hidden units are zero."""
+    assert run(*text, *STRUCTURED, "--save_model", "zeros") == 0
+    return "zeros"
+
+
+def test_shrinks_a_language_model(structured, capsys):
+    before, took = everything_in(Path(structured)), "Took out 64 of 128 hidden units in 2 layers; 30,880 of 37,024"
+    capsys.readouterr()
+    assert run("shrink", "--model", structured) == 0  # only shows what could be taken out
+    assert took in capsys.readouterr().out
+    for stream in ([], ["--stream"]):
+        assert run("shrink", "--model", structured, "--save_model", "small", "--overwrite", *stream) == 0
+        assert capsys.readouterr().out == f"{took} parameters are left.\nThe model is in small.\n"
+        assert json.loads(Path("small/config.json").read_text())["intermediate_size"] == 32
+        torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+        assert everything_in(Path("small"))["tokenizer.json"] == before["tokenizer.json"]
+    assert everything_in(Path(structured)) == before
+
+
+def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, refused, capsys):
+    assert run("shrink", "--model", pruned) == 0
+    assert "Nothing can be removed: no hidden unit is zero on both sides." in capsys.readouterr().out
+    message = "shrink must remove something. Nothing can be removed"
+    refused("shrink", "--model", pruned, "--save_model", "small", message=message)
+
+
+def test_prune_saves_the_zeros_if_they_cannot_be_taken_out(inputs, capsys):
+    data = ["--data", inputs / "images", "--num_samples", "4", "--checkpoint", inputs / "test_convnext.safetensors"]
+    command = ["prune", "--model", "timm:test_convnext", *data, *STRUCTURED, "--shrink", "--save_model", "small"]
+    assert run(*command) == 0
+    assert "Note: the model is saved with its zeros. save_pretrained writes a folder that" in capsys.readouterr().out
+    model = timm.create_model("local-dir:small", pretrained=True)
+    assert any((m.weight == 0).any() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, monkeypatch):
+    """If it is interrupted, the pruned model stays, and the same command goes on from there."""
+    command = [*text, *STRUCTURED, "--stream", "--shrink", "--save_model", "small", "--save", "out"]
+    with monkeypatch.context() as patched:
+        stop = "wanda_lightning.streaming.shrinking_from_disk.write_modeling_file"
+        patched.setattr(stop, lambda *_: signal.raise_signal(signal.SIGINT))
+        assert run(*command) != 0
+    assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small"}
+    assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 64
+    monkeypatch.setattr(StreamedWeights, "stops", None)  # nothing is pruned again
+    assert run(*command) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small", "out"}
+    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+    assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 32
+    card = ModelCard.load("small/README.md")
+    assert "not in the saved model" in card.text
+    assert "were taken out" in card.text
+    assert "sparse" not in card.data.tags
+    assert not (tmp_path / "small/.pruning_progress.json").exists()
