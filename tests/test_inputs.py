@@ -66,17 +66,6 @@ def test_batches_of_another_dtype():
     assert (model[0].weight == 0).sum() == (model[0].weight.numel() // 2)
 
 
-def test_weights_that_cannot_be_written():
-    for weight, message in [
-        (torch.ones(1, 8).expand(8, 8), r"0 was made by expand\(\)"),
-        (torch.eye(8).to_sparse(), "torch.sparse_coo weights of type Parameter cannot be pruned in place"),
-    ]:
-        model = net()
-        model[0].weight = nn.Parameter(weight, requires_grad=False)
-        with pytest.raises(ValueError, match=message):
-            prune(model, method="magnitude", progress=False)
-
-
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_layers_without_elements_are_skipped():
     model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 0)])

@@ -97,13 +97,12 @@ def test_masks_of_a_large_matrix(pattern):
 
 @pytest.mark.usefixtures("no_float64")
 def test_structured():
-    shrunk = []
-    for device in DEVICES:
-        shrunk.append(ZOO["llama"].build().to(device))
-        prune(shrunk[-1], ZOO["llama"].batches(), method="best", pattern="structured", progress=False)
-        shrink(shrunk[-1])
-    assert_equal(*shrunk)
-    assert shrunk[1].model.layers[0].mlp.up_proj.weight.shape[0] < 64
+    models = [ZOO["llama"].build().to(device) for device in DEVICES]
+    for model in models:
+        prune(model, ZOO["llama"].batches(), method="best", pattern="structured", progress=False)
+        shrink(model)
+    assert_equal(*models)
+    assert models[1].model.layers[0].mlp.up_proj.weight.shape[0] < 64
 
 
 @pytest.mark.parametrize("method", ["wanda", "refit"])
@@ -164,7 +163,5 @@ def test_from_disk(tmp_path):
         folder = tmp_path / device
         prune_from_disk(tmp_path / "source", folder, batches(), 0.5, progress=False, device=device, **CHOICES["owl"])
     assert same_weights(*(weights(tmp_path / device) for device in DEVICES))
-    perplexities = [
-        perplexity_from_disk(tmp_path / "source", batches(), progress=False, device=device) for device in DEVICES
-    ]
-    assert perplexities[0] == perplexities[1]
+    first, second = (perplexity_from_disk(tmp_path / "source", batches(), progress=False, device=d) for d in DEVICES)
+    assert first == second
