@@ -200,15 +200,15 @@ def test_samples_that_differ_run_alone(one, other):
     assert not fit_together(samples)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 9])
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 16])
-def test_the_first_samples_are_the_same_for_any_number_of_processes(batch_size):
+def test_the_first_samples_are_the_same_for_any_number_of_processes(batch_size, world_size):
     """If a sampler deals them in turn, as Lightning's does."""
-    for world_size in (1, 2, 3, 8, 9):
-        found, counts = [], [[min(8, math.ceil((40 - rank) / world_size))] for rank in range(world_size)]
-        for rank in range(world_size):
-            batches = torch.arange(40)[rank::world_size].split(batch_size)
-            processes = SimpleNamespace(rank=rank, world_size=world_size, fail_together=nullcontext)
-            processes.all_gather = lambda _, counts=counts: counts
-            data = Samples(mlp(), batches, lambda batch: batch, None, processes, "test")
-            found += [number for sample in data.head(8) for number in sample.predict().tolist()]
-        assert sorted(found) == list(range(8))
+    found, counts = [], [[min(8, math.ceil((40 - rank) / world_size))] for rank in range(world_size)]
+    for rank in range(world_size):
+        batches = torch.arange(40)[rank::world_size].split(batch_size)
+        processes = SimpleNamespace(rank=rank, world_size=world_size, fail_together=nullcontext)
+        processes.all_gather = lambda _: counts
+        data = Samples(mlp(), batches, lambda batch: batch, None, processes, "test")
+        found += [number for sample in data.head(8) for number in sample.predict().tolist()]
+    assert sorted(found) == list(range(8))

@@ -56,35 +56,29 @@ class Formula(Stack):
 
     def __init__(self, formula):
         super().__init__(num_experts=4, hidden_size=32)
-        self.forward = partial(formula, self)
+        self.forward = partial(formula, self.up_proj, self.down_proj)
 
 
-def all_tokens(self, x):
-    return torch.bmm(torch.bmm(x.expand(4, -1, -1), self.up_proj.mT).relu(), self.down_proj.mT).mean(0)
+FORMULAS = {
+    "all tokens": lambda up, down, x: torch.bmm(torch.bmm(x.expand(4, -1, -1), up.mT).relu(), down.mT).mean(0),
+    "broadcast": lambda up, down, x: ((x[None] @ up.transpose(1, 2)).relu() @ down.transpose(1, 2)).mean(0),
+    "whole": lambda up, down, x: torch.cat([F.linear(F.linear(x[e::4], up[e]).relu(), down[e]) for e in range(4)]),
+}
 
 
-def broadcast(self, x):
-    return ((x[None] @ self.up_proj.transpose(1, 2)).relu() @ self.down_proj.transpose(1, 2)).mean(0)
-
-
-def by_halves(self, x):
+def by_halves(up, down, x):
     """The rows of an expert in two pieces."""
     parts = []
     for expert in range(4):
-        first, second = self.up_proj[expert].chunk(2)
+        first, second = up[expert].chunk(2)
         hidden = torch.cat([F.linear(x[expert::4], first), x[expert::4].matmul(second.T)], dim=-1)
-        parts.append(torch.mm(hidden.relu(), self.down_proj[expert].t()))
+        parts.append(torch.mm(hidden.relu(), down[expert].t()))
     return torch.cat(parts)
 
 
-def by_copies(self, x):
+def by_copies(up, down, x):
     chosen = torch.arange(len(x)) % 4
-    hidden = torch.bmm(self.up_proj[chosen], x[:, :, None]).relu()
-    return torch.bmm(self.down_proj[chosen], hidden)[:, :, 0]
-
-
-def whole(self, x):
-    return torch.cat([F.linear(F.linear(x[e::4], self.up_proj[e]).relu(), self.down_proj[e]) for e in range(4)])
+    return torch.bmm(down[chosen], torch.bmm(up[chosen], x[:, :, None]).relu())[:, :, 0]
 
 
 BATCHES = [torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)).double() for seed in range(3)]
@@ -95,25 +89,29 @@ def remote(formula):
     return nn.Sequential(Formula(formula), nn.Linear(32, 8)).double()
 
 
-@pytest.mark.parametrize(("formula", "tokens"), [(all_tokens, 120), (broadcast, 120), (by_halves, 30)])
+def assert_pruned_by(square_sum, name, dense, model, sparsity=0.5):
+    before, after = (next(x for x in find_layers(each).layers if x.name == name).read() for each in (dense, model))
+    keep = reference.keep_by_row(reference.array(before.abs() * square_sum.sqrt()), sparsity)
+    assert ((after != 0).numpy() == keep).all(), name
+
+
+@pytest.mark.parametrize("formula", [FORMULAS["all tokens"], FORMULAS["broadcast"], by_halves])
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
-def test_other_formulas(formula, tokens, allocation, set_minimum):
+def test_other_formulas(formula, allocation, set_minimum):
     set_minimum(0)
-    model, dense, everything = remote(formula), remote(formula), tokens == 120
+    model, dense, everything = remote(formula), remote(formula), formula is not by_halves
     report = prune(model, BATCHES, sequential="none", allocation=allocation, progress=False)
     layers = [layer for layer in report.layers if layer.siblings]
-    assert [layer.tokens for layer in layers] == [tokens] * 8
+    assert [layer.tokens for layer in layers] == [120 if everything else 30] * 8
     assert all(("every token counted" in layer.note) == everything for layer in layers)
-    for expert in range(4):
+    for expert, layer in enumerate(layers[:4]):
         x = torch.cat([x if everything else x[expert::4] for x in BATCHES])
-        weight = dense[0].up_proj[expert].detach()
-        target = next(layer.target for layer in layers if layer.name == f"0.up_proj.{expert}")
-        keep = reference.keep_by_row(reference.array(weight.abs() * x.square().sum(0).sqrt()), target)
-        assert ((model[0].up_proj[expert] != 0).numpy() == keep).all()
+        assert_pruned_by(x.square().sum(0), f"0.up_proj.{expert}", dense, model, layer.target)
 
 
 def test_the_fisher_information_of_pieces_is_that_of_the_whole():
-    reports = [prune(remote(f), BATCHES, 0.5, allocation="fisher", progress=False) for f in (by_halves, whole)]
+    models = remote(by_halves), remote(FORMULAS["whole"])
+    reports = [prune(model, BATCHES, 0.5, allocation="fisher", progress=False) for model in models]
     targets, others = ([layer.target for layer in report.layers] for report in reports)
     assert targets == others
     assert len(set(targets)) > 1
@@ -157,16 +155,11 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum,
     assert note.startswith(f"{len(few)} experts received fewer than {minimum} tokens")
     if sequential == "none":
         own, _ = observed(dense, batches)
-        weights = {item.name: item.read() for item in find_layers(model).layers}
         for layer in (layer for layer in find_layers(dense).layers if layer.expert is not None):
             family = [own[name] for name in own if name.rpartition(".")[0] == layer.siblings[:-2] and own[name].count]
             total = sum(part.sums["square_sum"] for part in family)
-            assert_pruned_by(total if layer.name in few else own[layer.name].sums["square_sum"], layer, weights)
-
-
-def assert_pruned_by(square_sum, layer, weights):
-    keep = reference.keep_by_row(reference.array(layer.read().abs() * square_sum.sqrt()), 0.5)
-    assert ((weights[layer.name] != 0).numpy() == keep).all(), layer.name
+            square_sum = total if layer.name in few else own[layer.name].sums["square_sum"]
+            assert_pruned_by(square_sum, layer.name, dense, model)
 
 
 def test_experts_in_a_list_help_each_other(set_minimum):
@@ -181,5 +174,4 @@ def test_experts_in_a_list_help_each_other(set_minimum):
     assert helped == {"blocks.0.experts.1.up": 0, "blocks.0.experts.1.down": 0}
     calls = calls_of(dense, [f"blocks.0.experts.{index}.up" for index in range(4)], batches)
     square_sum = torch.cat([x for each in calls.values() for (x,) in each]).square().sum(0)
-    layer = next(layer for layer in find_layers(dense).layers if layer.name == "blocks.0.experts.1.up")
-    assert_pruned_by(square_sum, layer, {layer.name: model.blocks[0].experts[1].up.weight})
+    assert_pruned_by(square_sum, "blocks.0.experts.1.up", dense, model)

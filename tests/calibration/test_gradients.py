@@ -102,20 +102,17 @@ def test_a_convolution_has_a_gradient_at_each_position_and_classes_are_in_dimens
 
 @pytest.mark.parametrize("name", ["llama_padded", "llama_left_padded"])
 def test_padding_does_not_count(name):
-    specimen = ZOO[name]
-    model = specimen.build()
-    batch = next(batch for batch in specimen.batches() if not batch["attention_mask"].all())
-    mask = batch["attention_mask"].bool()
-    other = dict(batch, input_ids=torch.where(mask, batch["input_ids"], 7))
-    torch.testing.assert_close(measured(model, [batch]), measured(model, [other]))
+    model, batch = ZOO[name].build(), ZOO[name].batches()[0]
+    other = batch["input_ids"].where(batch["attention_mask"].bool(), 7)
+    torch.testing.assert_close(measured(model, [batch]), measured(model, [batch | {"input_ids": other}]))
 
 
 def test_only_the_first_samples_go_backward():
     batches = ZOO["llama"].batches()
     ways = (batches, len(batches[0]["input_ids"])), (batches[:1], 128), (batches, 128)
     reports = [prune(ZOO["llama"].build(), x, 0.5, allocation=Fisher(num_samples=n), progress=False) for x, n in ways]
-    targets = [[layer.target for layer in report.layers] for report in reports]
-    assert targets[0] == targets[1] != targets[2]
+    first, alone, every = ([layer.target for layer in report.layers] for report in reports)
+    assert first == alone != every
 
 
 @pytest.mark.parametrize(("name", "samples"), spread(["llama", "llama_padded", "mixtral"], [3, None, 6, 1]))
@@ -178,9 +175,7 @@ def test_time_steps_are_no_samples(hidden, caplog):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda logits: None, "without logits of two or more classes that depend"),
-        (torch.sum, "without logits of two or more classes that depend"),
-        (torch.detach, "without logits of two or more classes that depend"),
+        *((change, "without logits of two or more classes that depend") for change in (id, torch.sum, torch.detach)),
         (lambda logits: logits * torch.inf, "finite predictions, but those of batch 0 (counted from 0) hold NaN"),
     ],
 )

@@ -110,17 +110,6 @@ def test_inactive_inputs_are_counted_over_all_batches():
     assert {layer.name: layer.note for layer in report.layers} == notes
 
 
-class Masked(nn.Module):
-    """Computes the tokens from `first` on, whatever the mask says."""
-
-    def __init__(self, first):
-        super().__init__()
-        self.net, self.first = build(), first
-
-    def forward(self, x, attention_mask):
-        return self.net(x[:, self.first :])
-
-
 @pytest.mark.parametrize(
     ("first", "mask", "tokens", "note"),
     [
@@ -129,7 +118,8 @@ class Masked(nn.Module):
     ],
 )
 def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
-    report = prune(Masked(first), [{"x": vectors()[0], "attention_mask": mask}], progress=False)
+    model, batch = build(), {"x": vectors()[0], "attention_mask": mask}
+    report = prune(model, [batch], forward=lambda batch: model(batch["x"][:, first:]), progress=False)
     assert {layer.tokens for layer in report.layers} == {tokens}
     assert report.layers[1].note.endswith(f" inputs never active{note}")
 
