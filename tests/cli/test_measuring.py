@@ -1,4 +1,4 @@
-"""`wanda-lightning evaluate` and zero-shot tasks after pruning: numbers against loops by hand, and what is refused."""
+"""`wanda-lightning evaluate` and `inspect`: numbers against loops by hand, and what is refused."""
 
 import json
 import os
@@ -14,17 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, save_noise
 from support.data import byte_tokenizer
-from support.tasks import (
-    DOCUMENTS,
-    accuracies_by_hand,
-    needs_lm_eval,
-    tiny_llama,
-    tiny_tokenizer,
-    write_tasks,
-)
+from support.gguf import write_gguf
+from support.tasks import DOCUMENTS, accuracies_by_hand, needs_lm_eval, tiny_llama, tiny_tokenizer, write_tasks
+from support.zoo import ZOO
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, TorchAoConfig
 
+from wanda_lightning.cli import measuring
 from wanda_lightning.evaluation import PAPER_TASKS, sparsity_of
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 
@@ -40,7 +36,7 @@ def no_cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def stored(tmp_path_factory):
     """Language models dense and with zeros, a text, tasks; image classifiers and images. No command may change them."""
     folder = tmp_path_factory.mktemp("inputs")
     for name in ("dense", "pruned"):
@@ -65,14 +61,14 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture
-def side_by_side(inputs):
+def side_by_side(stored):
     """The options of a fast run on two language models."""
-    text = ["--evaluation", inputs / "text.txt", "--limit", "5", "--seqlen", SEQLEN]
-    return ["evaluate", "--model", inputs / "pruned", "--dense", inputs / "dense", *text]
+    text = ["--evaluation", stored / "text.txt", "--limit", "5", "--seqlen", SEQLEN]
+    return ["evaluate", "--model", stored / "pruned", "--dense", stored / "dense", *text]
 
 
 @needs_lm_eval
-def test_models_side_by_side(inputs, side_by_side, tmp_path, capsys, monkeypatch):
+def test_models_side_by_side(stored, side_by_side, tmp_path, capsys, monkeypatch):
     loaded = []
 
     def load(*arguments, **options):
@@ -82,14 +78,14 @@ def test_models_side_by_side(inputs, side_by_side, tmp_path, capsys, monkeypatch
         return module
 
     monkeypatch.setattr("wanda_lightning.cli.measuring.CausalLMModule", load)
-    shutil.copytree(inputs / "dense", tmp_path / "copy")
+    shutil.copytree(stored / "dense", tmp_path / "copy")
     write_tasks(tmp_path / "mine")
-    texts, tasks = [str(inputs / "text.txt"), str(inputs / "other.txt")], ["--tasks", "arc_easy,boolq"]
-    several = ["--model", f"{inputs}/pruned,copy", "--evaluation", ",".join(texts), "--save", "out/results.json"]
+    texts, tasks = [str(stored / "text.txt"), str(stored / "other.txt")], ["--tasks", "arc_easy,boolq"]
+    several = ["--model", f"{stored}/pruned,copy", "--evaluation", ",".join(texts), "--save", "out/results.json"]
     assert run(*side_by_side, *several, *tasks, "--tasks_dir", "mine", "--batch_size", "3") == 0
     out = capsys.readouterr().out
     written = json.loads(Path("out/results.json").read_text())
-    dense, pruned = f"{inputs}/dense", f"{inputs}/pruned"
+    dense, pruned = f"{stored}/dense", f"{stored}/pruned"
     assert (list(written["models"]), written["dense"]) == ([dense, pruned, "copy"], dense)
     assert (written["config"]["limit"], len(loaded)) == (5, 3)
     assert written["models"][dense] == written["models"]["copy"]
@@ -109,10 +105,10 @@ def test_models_side_by_side(inputs, side_by_side, tmp_path, capsys, monkeypatch
     assert sorted(os.listdir(tmp_path)) == ["copy", "mine", "out"]
 
 
-def test_zeros_of_a_model_quantized_by_torchao(inputs):
+def test_zeros_of_a_model_quantized_by_torchao(stored):
     quantization = pytest.importorskip("torchao.quantization")
     method = TorchAoConfig(quantization.Int8WeightOnlyConfig())
-    model = AutoModelForCausalLM.from_pretrained(inputs / "pruned", quantization_config=method)
+    model = AutoModelForCausalLM.from_pretrained(stored / "pruned", quantization_config=method)
     weights = [m.weight.dequantize() for name, m in model.named_modules() if name.endswith("proj")]
     zeros, size = (sum(int(count(w)) for w in weights) for count in (lambda w: (w == 0).sum(), torch.numel))
     assert sparsity_of(model)["layers"] == zeros / size >= 1024 / size
@@ -128,17 +124,17 @@ def accuracies_of_images(model, images):
     return {f"top-{k}": pytest.approx(sum(rank < k for rank in ranks) / 24) for k in (1, 5)} | {"images": 24}
 
 
-def test_image_classifiers_side_by_side(inputs, capsys):
-    models = [timm.create_model(f"local-dir:{inputs}/vit{seed}", pretrained=True) for seed in (1, 2)]
+def test_image_classifiers_side_by_side(stored, capsys):
+    models = [timm.create_model(f"local-dir:{stored}/vit{seed}", pretrained=True) for seed in (1, 2)]
     save_file(models[1].state_dict(), "weights.safetensors")
-    folder = f"timm:local-dir:{inputs}/vit1"
-    options = ["--data", inputs / "images", "--batch_size", "5", "--save", "results.json"]
+    folder = f"timm:local-dir:{stored}/vit1"
+    options = ["--data", stored / "images", "--batch_size", "5", "--save", "results.json"]
     assert run("evaluate", "--model", folder, "--checkpoint", "weights.safetensors", "--dense", folder, *options) == 0
     assert "top-5" in capsys.readouterr().out
     found = json.loads(Path("results.json").read_text())["models"]
     assert list(found) == [folder, f"{folder} weights.safetensors"]
     for results, model in zip(found.values(), models, strict=True):
-        assert results[f"{inputs}/images"] == accuracies_of_images(model, inputs / "images")
+        assert results[f"{stored}/images"] == accuracies_of_images(model, stored / "images")
         assert results["sparsity"] == {"layers": 0.0, "model": sparsity_of(model)["model"]}
 
 
@@ -153,20 +149,20 @@ REFUSED = [
 
 @needs_lm_eval
 @pytest.mark.parametrize(("more", "message"), REFUSED)
-def test_refused_before_anything_is_measured(inputs, side_by_side, refused, monkeypatch, more, message):
+def test_refused_before_anything_is_measured(stored, side_by_side, refused, monkeypatch, more, message):
     monkeypatch.setattr("wanda_lightning.cli.measuring.measure", None)
     monkeypatch.setattr("wanda_lightning.cli.measuring.zero_shot", None)
     for name in ("other", "mute"):
         tiny_llama(0).save_pretrained(name)
     byte_tokenizer().save_pretrained("other")
-    refused(*side_by_side, *(option.replace("{}", str(inputs)) for option in more), message=message)
+    refused(*side_by_side, *(option.replace("{}", str(stored)) for option in more), message=message)
 
 
 @needs_lm_eval
-def test_zero_shot_after_pruning(inputs, capsys, monkeypatch):
-    sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "2", "--calibration", inputs / "text.txt"]
-    command = ["prune", "--model", inputs / "dense", *sizes, "--evaluation", inputs / "text.txt", "--eval_zero_shot"]
-    command += ["--tasks_dir", inputs / "tasks", "--save", "log", "--save_model", "model"]
+def test_zero_shot_after_pruning(stored, capsys, monkeypatch):
+    sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "2", "--calibration", stored / "text.txt"]
+    command = ["prune", "--model", stored / "dense", *sizes, "--evaluation", stored / "text.txt", "--eval_zero_shot"]
+    command += ["--tasks_dir", stored / "tasks", "--save", "log", "--save_model", "model"]
     with monkeypatch.context() as patched:
         patched.setattr("wanda_lightning.cli.pruning.zero_shot", lambda *_: os.stat("gone"))
         assert run(*command) == 2
@@ -183,3 +179,77 @@ def test_zero_shot_after_pruning(inputs, capsys, monkeypatch):
         assert f"{name} acc " in out
     assert f"{measured['mean']['acc']:.2%}" in out
     assert AutoTokenizer.from_pretrained("model").pad_token is None
+
+
+# ------------------------------------------------------------------------------------------------ inspect
+
+
+def test_inspect_a_folder_without_weights(inputs, capsys):
+    shutil.copytree(inputs / "llama", "[red]x[/green]", ignore=shutil.ignore_patterns("*.safetensors"))  # no markup
+    assert run("inspect", "--model", "[red]x[/green]", "--skip", "model.layers.0.mlp") == 0
+    out = capsys.readouterr().out
+    assert "[red]x[/green]: would be pruned" in out
+    assert "11 layers in 2 units hold 14,336 weights" in out  # 8 attention matrices of 32 x 32, three of 32 x 64
+    for first, second in (("output head", "lm_head"), ("skip='model.layers.0.mlp'", "3")):
+        assert any(first in row and second in row for row in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tiny.gguf", ["14 layers in 2 units hold 17,408 weights"]),  # 2 x (4 of 32 x 32 and 3 of 32 x 48)
+        ("timm:convnext_tiny", ["with --sequential none", "depthwise", "output head", "in 1 unit hold"]),
+        ("experts", ["24 layers in 2 units", "router", "gate_up_proj.*"]),
+    ],
+)
+def test_inspect_allocates_no_weights(capsys, monkeypatch, name, expected):
+    built, build = [], measuring.model_from_config
+    monkeypatch.setattr(measuring, "model_from_config", lambda source: built.append(build(source)) or built[0])
+    write_gguf("tiny.gguf")
+    ZOO["mixtral"].build().config.save_pretrained("experts")
+    assert run("inspect", "--model", name) == 0
+    assert all(parameter.is_meta for parameter in built[0].parameters())
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(part in out for part in expected)
+    assert "gate_up_proj.0" not in out
+
+
+def test_inspect_says_what_the_pattern_does_not_fit_or_does(inputs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    sparsity = ["--sparsity", "0.75"]
+    assert run("inspect", "--model", inputs / "llama", "--pattern", "16:64", *sparsity) == 0
+    out = capsys.readouterr().out
+    assert any("input width 32 is not a multiple of 64" in row and " 12 " in row for row in out.splitlines())
+    assert "Note: the pattern does not fit 12 layers, model.layers.0.mlp.gate_proj largest (input width 32 is" in out
+    assert "Note: only 20% of the weights" in out
+    assert run("inspect", "--model", inputs / "llama", "--pattern", "structured") == 0
+    assert "prunes only those of these layers that write or read hidden units" in capsys.readouterr().out
+
+
+def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(inputs, capsys):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "llama")
+    model.config.num_hidden_layers = 30
+    model.config.save_pretrained("deep")
+    assert run("inspect", "--model", "deep") == 0
+    *rows, last = capsys.readouterr().out.splitlines()
+    assert [row.split("│")[1].strip() for row in rows if "self_attn.q_proj" in row] == [
+        "model.layers.0 to model.layers.29, each of 30"
+    ]
+    block = sum(each.nbytes for each in model.model.layers[0].parameters())
+    held = 2 * block + 128 * 64 * 32 * 4
+    assert last.startswith(f"prune --stream holds {held / 1e6:.3g} MB for a while: twice the largest block ")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of the 14 layers"),
+        (["--skip", "model"], "model has nothing to prune"),
+        (["--model", "gone"], "configuration of 'gone' cannot be loaded"),
+        (["--model", "t5"], "model must be a decoder-only language model, but t5 is an encoder-decoder."),
+        (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts"),
+    ],
+)
+def test_inspect_refuses(inputs, refused, more, message):
+    T5Config(num_layers=1).save_pretrained("t5")
+    refused("inspect", "--model", inputs / "llama", *more, message=message)
