@@ -105,8 +105,7 @@ def test_evaluation_may_lack_classes(imagenet):
     shutil.rmtree(imagenet / "val" / "blue")
     data = ImageDataModule(str(imagenet), vit())
     data.setup("fit")
-    assert data.class_names == ("azure", "blue", "green")
-    assert images_of(data.val_dataloader())[1].tolist() == [2, 2]
+    assert (data.class_names, images_of(data.val_dataloader())[1].tolist()) == (("azure", "blue", "green"), [2, 2])
     assert sorted(images_of(data.train_dataloader())[1].tolist()) == [0] + [1] * 4 + [2] * 4
 
 

@@ -120,25 +120,16 @@ def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch, name):
     assert loaded == {""}
 
 
-def test_progress_shows_the_unit_and_the_seconds_left(source, tmp_path, monkeypatch, capsys):
+def test_the_perplexity_is_that_of_the_model_in_memory(source, monkeypatch, capsys):
+    monkeypatch.setattr(measure_perplexity, "AT_ONCE", 2)
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
-    prune_from_disk(source, tmp_path / "out", batches(), 0.5, method="wanda")
-    for number, line in enumerate(capsys.readouterr().err.splitlines()[:4]):
-        left = r", \d+ s left" if number else ""
-        assert re.fullmatch(rf"Pruning {number}/4 model\.layers\.{number} \(\d+ s{left}\)", line)
-    monkeypatch.setattr(measure_perplexity, "AT_ONCE", 2)
-    perplexity_from_disk(source, batches())
-    assert re.search(r"Measuring 5/8 model\.layers\.1 \(\d+ s, \d+ s left\)", capsys.readouterr().err)
-
-
-def test_the_perplexity_is_that_of_the_model_in_memory(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure_perplexity, "AT_ONCE", 2)
     model, metric = AutoModelForCausalLM.from_pretrained(source), WindowPerplexity()
     with torch.no_grad():
         for batch in batches():
             metric.update(model(**batch).logits, batch["input_ids"])
-    measured = perplexity_from_disk(source, batches(), progress=False)
+    measured = perplexity_from_disk(source, batches())
     assert measured == pytest.approx(float(metric.compute()), rel=1e-6)
+    assert re.search(r"Measuring 5/8 model\.layers\.1 \(\d+ s, \d+ s left\)", capsys.readouterr().err)
 
 
 def test_what_has_no_perplexity_is_refused(source, tmp_path):
