@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 
 import pytest
 from support.reports import llama_report
@@ -60,18 +59,10 @@ def test_numbers_that_are_not_finite_become_null():
     assert math.isnan(again.seconds["prune"])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 2}, "version must be at most 1 (or upgrade), but it is 2"),
-        ({"zeros": None}, "missing 1 required positional argument: 'zeros'"),
-        ({"layers": [7]}, ""),
-    ],
-)
-def test_what_is_not_a_report_is_refused_by_the_name_of_the_file(tmp_path, change, message):
+def test_what_is_not_a_report_is_refused_by_the_name_of_the_file(tmp_path):
     report = json.loads(small(seconds={"prune": 1.5}).to_json())
-    assert PruningReport.from_json(json.dumps(report)) == small(seconds={"prune": 1.5})
-    changed = {name: value for name, value in (report | change).items() if value is not None}
-    (tmp_path / "pruning_report.json").write_text(json.dumps(changed))
-    with pytest.raises(ValueError, match=rf"pruning_report\.json is not a report: .*{re.escape(message)}"):
-        PruningReport.load(tmp_path)
+    for change, message in (({"version": 2}, "at most 1"), ({"layers": [7]}, ""), ({"zeros": ...}, "'zeros'")):
+        changed = {name: value for name, value in (report | change).items() if value is not ...}
+        (tmp_path / "pruning_report.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"pruning_report\.json is not a report: .*{message}"):
+            PruningReport.load(tmp_path)
