@@ -10,7 +10,7 @@ import timm
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADAMW, Net, loader, trainer
-from support.pair_cases import permute_both
+from support.pair_cases import replicated
 from support.pairwise import spread
 from support.runs import run_of
 from support.zoo import ZOO, run, seeded
@@ -245,10 +245,11 @@ def test_a_model_without_blocks():
 
 def test_two_processes_permute_alike(pair):
     batches = ZOO["llama"].batches()
+    choices = {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"}
     for shares in (None, [[0, 1], []]):
-        (weights, notes), (others, _) = pair.run(permute_both, batches, shares)
+        (weights, report), (others, _) = pair.run(replicated, "llama", shares, **choices)
         assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
-        assert any("the inputs of 4 layers are permuted" in note for note in notes)
+        assert any("the inputs of 4 layers are permuted" in note for note in report.notes)
     model = ZOO["llama"].build()
     prune_permuted(model, batches, method="magnitude")
     assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())

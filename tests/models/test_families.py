@@ -3,9 +3,9 @@
 import pytest
 import torch
 from support import families
-from support.families import ORDINARY, OWN_FILE, Result
+from support.families import ORDINARY, OWN_FILE
 from support.pairwise import with_nightly
-from support.zoo import KINDS, family, names, of_timm
+from support.zoo import family, names, of_timm
 
 from wanda_lightning import RIA, prune, shrink
 
@@ -157,21 +157,3 @@ def test_other_outputs_are_seen(monkeypatch):
     monkeypatch.setattr(families, "shrink", sabotage)
     with pytest.raises(AssertionError, match="outputs differ by"):
         families.check_units(of("causal", "llama"))
-
-
-# ---- the document
-
-
-def test_the_document_names_what_fails():
-    llama = ("causal", "llama", "LlamaForCausalLM", "", "passes", 0.75, {"a | b": 0.25}, "float64")
-    passes = Result(*llama, 128, 32, 32, 0.115, ORDINARY)
-    fails = Result("causal", "xlm", "XLMWithLMHeadModel", "RuntimeError: why")
-    absent = Result("timm", "vit", "vit_tiny", "ImportError: no", "cannot be built here")
-    lines = families.document([passes, fails, absent]).splitlines()
-    assert "1 of 2 models that can be built pass: 50.0%." in lines
-    assert "Of 3 models, hidden units are found for 1 (33.3%), taken out for 1 (33.3%), loaded for 1 (33.3%)." in lines
-    assert f"| {KINDS['causal']} | 2 | 1 | 1 | 0 | 75% | 1 | 1 | 1 | 1 | 0 |" in lines
-    row = "| llama | LlamaForCausalLM | 75% | 25% a \\| b | float64 | 32 of 128 | -12% | ordinary |"
-    assert row in lines
-    assert "| xlm | XLMWithLMHeadModel | fails | RuntimeError: why |" in lines
-    assert "| vit | vit_tiny | cannot be built here | ImportError: no |" in lines

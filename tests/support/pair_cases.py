@@ -78,26 +78,11 @@ def whole_after(model, batches, **choices):
     return whole(model), report
 
 
-def with_a_bad_mask(rank, sequential):
-    """Only the second process has a batch whose mask does not fit."""
-    batches = [{"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8 - rank)}]
-    return attempt(lambda: prune_both(ZOO["llama"].build(), batches, sequential=sequential))
-
-
 def counted(processes):
     """How many numbers the processes add up from now on, one entry for each message."""
     sent, add = [], processes.all_reduce_sum
     processes.all_reduce_sum = lambda tensors: sent.append(sum(x.numel() for x in tensors)) or add(tensors)
     return sent
-
-
-def factorized(rank):
-    """How often SparseGPT factorizes a Gram matrix at "layer", and how many numbers are sent."""
-    processes, batches = both(), share_of(ZOO["llama"].batches(), rank, None)
-    sent = counted(processes)
-    with mock.patch.object(torch.linalg, "cholesky_ex", wraps=torch.linalg.cholesky_ex) as factorize:
-        prune_both(ZOO["llama"].build(), batches, processes, method="sparsegpt", sequential="layer")
-    return factorize.call_count, sum(sent)
 
 
 def shard(model, units=None, **options):
@@ -122,23 +107,18 @@ def collectives(rank):
         torch.tensor([[3.0], [4.0]]),
     ]
     processes.all_reduce_sum(tensors)
+    with (
+        mock.patch("wanda_lightning.parallel.processes.has_float64", return_value=False),
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message,
+    ):
+        processes.all_reduce_sum(tensors[2:3])
+    assert message.call_args.args[0].dtype == torch.float32
     return {
         "add": [tensor.tolist() for tensor in tensors],
         "minimum": processes.all_reduce_min(5 - rank),
         "share": [processes.broadcast(f"of {rank}", source) for source in (0, 1)],
         "gather": processes.all_gather([rank, 5]),
     }
-
-
-def without_float64(rank):
-    """The sum of both processes, and the dtype of the message, on a device without float64."""
-    tensor = torch.tensor([3.0, 4.0]).double()
-    with (
-        mock.patch("wanda_lightning.parallel.processes.has_float64", return_value=False),
-        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message,
-    ):
-        both().all_reduce_sum([tensor])
-    return tensor.tolist(), message.call_args.args[0].dtype
 
 
 def failures(rank, who):
@@ -207,18 +187,6 @@ def fisher_of(rank, name, shares, samples):
     return gradients(model, batches, samples, processes=both())
 
 
-def failing_reconstruction(rank):
-    """The errors if a part fails in one process while it is trained."""
-    model = ZOO["llama"].build()
-
-    def fail(*_):
-        if rank == 1 and torch.is_grad_enabled():
-            raise OSError("no more disk")
-
-    model.model.layers[0].mlp.register_forward_hook(fail)
-    return attempt(lambda: prune_both(model, share_of(ZOO["llama"].batches(), rank, None), recovery=wl.Reconstruct()))
-
-
 def progress(rank):
     model, batches = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].batches()
     with contextlib.redirect_stderr(io.StringIO()) as shown:
@@ -227,10 +195,15 @@ def progress(rank):
 
 
 def spoilt(rank, sequential, spoil):
-    """Prune where one process has something wrong."""
-    model, batches = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].batches()[rank::2]
+    """Prune where one process has something wrong; the error, and whether the weights are as before."""
+    name = "llama" if spoil in ("mask", "training") else "plain_mlp"
+    model, batches, forward, recovery = ZOO[name].build(), ZOO[name].batches()[rank::2], None, None
+    if spoil == "mask":
+        batches = [{"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8 - rank)}]
+    if spoil == "training":
+        recovery = wl.Reconstruct()
+        model.model.layers[0].mlp.register_forward_hook(lambda *_: fail() if rank and torch.is_grad_enabled() else None)
     before = whole(model)
-    forward = None
     if rank == 1 and spoil == "input":
         batches[-1][0] = float("nan")
     if spoil == "iterator":
@@ -243,16 +216,20 @@ def spoilt(rank, sequential, spoil):
 
         def forward(batch):
             model[:2](batch)
-            raise OSError("no more disk")
+            fail()
 
-    error = attempt(lambda: prune_both(model, batches, forward=forward, sequential=sequential))
+    error = attempt(lambda: prune_both(model, batches, forward=forward, sequential=sequential, recovery=recovery))
     same = all(torch.equal(value, before[name]) for name, value in whole(model).items())
-    return error, same or spoil == "weight"
+    return error, same or spoil in ("weight", "forward", "training")
+
+
+def fail():
+    raise OSError("no more disk")
 
 
 def failing(batches):
     yield batches[0]
-    raise OSError("no more disk")
+    fail()
 
 
 # ------------------------------------------------------------------------------------------------------ FSDP2
@@ -536,10 +513,3 @@ def prune_batch_norms(rank, batches, shares):
     model = ZOO["resnet18"].build().double()
     prune_both(model, share_of(batches, rank, shares), method="magnitude", only=["layer4.*"])
     return [layer.running_mean for layer in batch_norm_layers(model)]
-
-
-def permute_both(rank, batches, shares):
-    """The weights after both processes prune a Llama to 2:4 with permuted hidden units, each with its batches."""
-    choices = {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"}
-    weights, report = whole_after(ZOO["llama"].build(), share_of(batches, rank, shares), **choices)
-    return weights, report.notes
