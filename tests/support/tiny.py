@@ -6,6 +6,7 @@ kind. `MORE` holds the exceptions.
 
 from __future__ import annotations
 
+import inspect
 import re
 from functools import cache
 from typing import Any
@@ -121,7 +122,7 @@ def _size_of(name: str) -> int | None:
 
 
 def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
-    stored = {name: config.attribute_map.get(name, name) for name in type(config).__dataclass_fields__}
+    stored = {name: config.attribute_map.get(name, name) for name in inspect.signature(type(config)).parameters}
     fields = {name: vars(config)[key] for name, key in stored.items() if key in vars(config)}
     layers = next((fields[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in fields), 0)
     kept, of_layers = _one_of_each(fields, layers)

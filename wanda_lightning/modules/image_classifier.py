@@ -12,7 +12,7 @@ import lightning as L
 import timm
 import timm.optim
 import torch
-from timm.models import get_model_args, save_for_hf
+from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -21,9 +21,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.modules.loading import create_classifier, load_checkpoint
+from wanda_lightning.modules.loading import create_classifier, load_checkpoint, stored_arguments
 from wanda_lightning.parallel import is_sharded
-from wanda_lightning.shrinking import Shrunk, example_batch, fitting_arguments, shrunk
+from wanda_lightning.shrinking import Shrunk, example_batch, shrunk
+from wanda_lightning.shrinking.configuration import all_arguments, fitting_arguments
 
 
 class ImageClassifierModule(L.LightningModule):
@@ -61,7 +62,7 @@ class ImageClassifierModule(L.LightningModule):
     ) -> None:
         super().__init__()
         check_flags(pretrained=pretrained)
-        self._model_kwargs = dict(model_kwargs or {})
+        self._model_kwargs = self._arguments = dict(model_kwargs or {})
         checkpoint = None if checkpoint is None else os.fspath(checkpoint)
         if isinstance(model, (str, os.PathLike)):
             model = model if isinstance(model, str) else f"local-dir:{os.fspath(model)}"
@@ -69,6 +70,7 @@ class ImageClassifierModule(L.LightningModule):
             if num_classes is not None:
                 self._model_kwargs["num_classes"] = num_classes
             self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
+            self._arguments = stored_arguments(model) | self._model_kwargs
         else:
             self.save_hyperparameters(ignore=["model"])
             self.model = model
@@ -167,7 +169,7 @@ class ImageClassifierModule(L.LightningModule):
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
         try:
-            json.dumps(get_model_args(self.model, fitting_arguments(self.model, self._model_kwargs)))
+            json.dumps(all_arguments(self.model, fitting_arguments(self.model, self._arguments)))
         except TypeError as error:
             raise UserError(
                 f"model_kwargs must be plain data for save_pretrained, since timm writes them as JSON: {error}. Give "
@@ -201,7 +203,7 @@ class ImageClassifierModule(L.LightningModule):
         labels = {"label_names": names} if len(names) == self.num_classes else None
         batch = example_batch(model, self._model_kwargs.get("img_size"))
         with atomic_folder(folder, overwrite) as new, shrunk(model, batch) if shrink else nullcontext() as result:
-            arguments = fitting_arguments(model, self._model_kwargs)
+            arguments = fitting_arguments(model, self._arguments)
             save_for_hf(model, str(new), model_config=labels, model_args=arguments, safe_serialization=True)
         return result
 

@@ -6,6 +6,7 @@ non-finite or quantized weights raise an error.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -157,6 +158,13 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
         check_stored_as_float(checked, [] if folder is None else folder.glob("*.safetensors"), model)
         check_finite(model.named_parameters(), checked)
     return model
+
+
+def stored_arguments(name: str) -> dict[str, Any]:
+    """Return the arguments of `timm.create_model` in a folder `local-dir:FOLDER`, which timm before 1.0.31 forgets."""
+    folder = timm_name(name).partition("local-dir:")[2]
+    stored = json.loads(Path(folder, "config.json").read_text()).get("model_args", {}) if folder else {}
+    return {key: value for key, value in stored.items() if key != "num_classes"}
 
 
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:

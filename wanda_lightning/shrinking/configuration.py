@@ -296,6 +296,11 @@ def fitting_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     return {**arguments, **dict(found)}
 
 
+def all_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of `timm.create_model`: those that timm (from 1.0.31 on) has recorded, and the given ones."""
+    return {**getattr(model, "_model_args", {}), "num_classes": model.num_classes, **arguments}
+
+
 def _scaled(value: Any, ratio: float) -> Any:
     if isinstance(value, list | tuple) and value:
         scaled = [_scaled(each, ratio) for each in value]
@@ -309,7 +314,6 @@ def _scaled(value: Any, ratio: float) -> Any:
 def _build(model: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Build a model on the meta device; return it, and all arguments that its class got, with defaults."""
     import timm
-    from timm.models import get_model_args
 
     settings: dict[str, Any] = {}
     family: Any = type(model)
@@ -324,7 +328,7 @@ def _build(model: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, dict[st
     try:
         family.__init__ = recording
         with torch.device("meta"):
-            built = timm.create_model(model.pretrained_cfg["architecture"], **get_model_args(model, dict(arguments)))
+            built = timm.create_model(model.pretrained_cfg["architecture"], **all_arguments(model, arguments))
     finally:
         family.__init__ = original
     settings.pop("self", None)
