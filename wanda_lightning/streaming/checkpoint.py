@@ -147,7 +147,7 @@ class Checkpoint:
                 )
         slices = {key: _Stored(path, key) for path, keys in stored.items() for key in keys}
         with _quiet():
-            # No plan of tensor parallelism, which transformers before 5.10 takes in fourth place, and nothing offloaded.
+            # None: nothing is offloaded; before transformers 5.10, no plan of tensor parallelism.
             loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, self._load_config, None)
         self._conversions[part] = self.model._weight_conversions
         weights_moved()
