@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import transformers as hf
 from support.samples import samples_of
-from support.zoo import ZOO
+from support.zoo import ZOO, is_experts
 from torch import nn
 
 from wanda_lightning.calibration.lockstep import whole_model_calls
@@ -19,7 +19,7 @@ BY_COLUMNS = ("gpt_oss", "llama4")
 
 def experts_of(model):
     """Modules that hold experts, by name."""
-    return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Experts")}
+    return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
 def reasons(model, **choices):

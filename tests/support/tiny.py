@@ -100,6 +100,7 @@ MORE: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"]}
     | {"num_hidden_layers": 5, "attention_hidden_size": INNER, "attention_head_dim": 16},
+    "zamba2": {"use_mem_rope": True},  # without it, transformers 5.2 fails
 }
 
 

@@ -79,11 +79,16 @@ def matrices(model: nn.Module, experts: bool = True) -> dict[str, nn.Parameter]:
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             label = module_name if name == "weight" else f"{module_name}.{name}".lstrip(".")
-            if experts and type(module).__name__.endswith("Experts") and parameter.ndim == 3:
+            if experts and is_experts(module) and parameter.ndim == 3:
                 found |= {f"{label}.{expert}": parameter for expert in range(len(parameter))}
             elif parameter.ndim >= 2:
                 found[label] = parameter
     return found
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Tell whether a module holds experts; in transformers 5.2, some have another name."""
+    return type(module).__name__.endswith(("Experts", "NaiveMoe"))
 
 
 def matching(names: Iterable[str], globs: Iterable[str]) -> set[str]:

@@ -27,7 +27,6 @@ from wanda_lightning.modules.loading import (
     DTYPES,
     bars_on_terminals_only,
     check_causal,
-    check_decoder_only,
     check_source,
     load_causal_lm,
     load_own_tokenizer,
@@ -93,9 +92,8 @@ class CausalLMModule(L.LightningModule):
             loaded = load_causal_lm(source, dtype)
         else:
             self.save_hyperparameters(ignore=["model", "tokenizer"])
-            check_decoder_only(model.config)
-            self.tokenizer = tokenizer
             check_causal(model)
+            self.tokenizer = tokenizer
             loaded = model if dtype == "auto" else model.to(DTYPES[dtype])
         self.model = loaded if lora is None else _with_adapters(loaded, **lora)
         self.model.train()

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,10 +22,11 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.modules.loading import create_classifier, load_checkpoint, stored_arguments
+from wanda_lightning.common.model_source import timm_name
+from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking import Shrunk, example_batch, shrunk
-from wanda_lightning.shrinking.configuration import all_arguments, fitting_arguments
+from wanda_lightning.shrinking.configuration import fitting_arguments
 
 
 class ImageClassifierModule(L.LightningModule):
@@ -70,7 +72,9 @@ class ImageClassifierModule(L.LightningModule):
             if num_classes is not None:
                 self._model_kwargs["num_classes"] = num_classes
             self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
-            self._arguments = stored_arguments(model) | self._model_kwargs
+            if folder := timm_name(model).partition("local-dir:")[2]:  # timm before 1.0.31 forgets its arguments
+                stored = json.loads(Path(folder, "config.json").read_text()).get("model_args", {})
+                self._arguments = stored | self._model_kwargs
         else:
             self.save_hyperparameters(ignore=["model"])
             self.model = model
@@ -101,9 +105,7 @@ class ImageClassifierModule(L.LightningModule):
         """Run the images of the batch through the model and return the logits."""
         return self(_read_images(batch)[0])
 
-    def calibration_step(self, batch: Any) -> None:
-        """Run the images of the batch through the model."""
-        self(_read_images(batch)[0])
+    calibration_step = calibration_predictions
 
     def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
         """Load another pretrained classifier, by any name, with the same arguments of `timm.create_model`."""
@@ -169,7 +171,7 @@ class ImageClassifierModule(L.LightningModule):
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
         try:
-            json.dumps(all_arguments(self.model, fitting_arguments(self.model, self._arguments)))
+            json.dumps([getattr(self.model, "_model_args", {}), fitting_arguments(self.model, self._arguments)])
         except TypeError as error:
             raise UserError(
                 f"model_kwargs must be plain data for save_pretrained, since timm writes them as JSON: {error}. Give "

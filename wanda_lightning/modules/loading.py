@@ -6,7 +6,7 @@ non-finite or quantized weights raise an error.
 
 from __future__ import annotations
 
-import json
+import inspect
 import os
 import sys
 import warnings
@@ -44,9 +44,8 @@ _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configura
 
 def check_source(source: ModelSource) -> None:
     """Raise an error for the configuration of another kind of model; for a GGUF file, only check that it exists."""
-    location = source.locate()
-    if "gguf_file" not in location:
-        check_decoder_only(load_config(source))
+    if "gguf_file" not in source.locate():
+        _check_decoder_only(load_config(source))
 
 
 def load_own_tokenizer(source: ModelSource) -> Any:
@@ -64,8 +63,8 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     Raises an OSError for a model that neither a folder nor the hub has in safetensors, and a ValueError for files that
     are broken or contradict each other, and for weights that cannot be used.
     """
-    name, path, options = str(source), source.path, source.locate()
     check_source(source)
+    name, path, options = str(source), source.path, source.locate()
     options |= {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     # Before transformers 5.24 GGUF weights were always dequantized; since then, this option is needed for some models.
     if path.suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
@@ -83,19 +82,17 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     return model
 
 
-def check_decoder_only(config: Any) -> None:
-    """Raise a ValueError for the configuration of an encoder-decoder."""
+def _check_decoder_only(config: Any) -> None:
     if config.is_encoder_decoder:
-        raise UserError(
-            f"model must be a decoder-only language model, but {config.model_type} is an encoder-decoder. {_OTHERS}"
-        )
+        raise UserError(f"model must be a decoder, but {config.model_type} is an encoder-decoder. {_OTHERS}")
 
 
 def check_causal(model: nn.Module) -> None:
-    """Raise a ValueError for an encoder: it attends to the next token, so predicting it would be trivial."""
+    """Raise a ValueError for an encoder, which attends to the next token, so predicting it would be trivial."""
     config: Any = model.config
-    fields = getattr(type(config), "__dataclass_fields__", {})
-    if "is_decoder" not in fields or config.is_decoder or config.model_type in _CAUSAL:
+    _check_decoder_only(config)
+    options = inspect.signature(type(config)).parameters
+    if "is_decoder" not in options or config.is_decoder or config.model_type in _CAUSAL:
         return
     if not any(getattr(module, "is_causal", None) is True for module in model.modules()):
         raise UserError(
@@ -158,13 +155,6 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
         check_stored_as_float(checked, [] if folder is None else folder.glob("*.safetensors"), model)
         check_finite(model.named_parameters(), checked)
     return model
-
-
-def stored_arguments(name: str) -> dict[str, Any]:
-    """Return the arguments of `timm.create_model` in a folder `local-dir:FOLDER`, which timm before 1.0.31 forgets."""
-    folder = timm_name(name).partition("local-dir:")[2]
-    stored = json.loads(Path(folder, "config.json").read_text()).get("model_args", {}) if folder else {}
-    return {key: value for key, value in stored.items() if key != "num_classes"}
 
 
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:

@@ -296,11 +296,6 @@ def fitting_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any
     return {**arguments, **dict(found)}
 
 
-def all_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of `timm.create_model`: those that timm (from 1.0.31 on) has recorded, and the given ones."""
-    return {**getattr(model, "_model_args", {}), "num_classes": model.num_classes, **arguments}
-
-
 def _scaled(value: Any, ratio: float) -> Any:
     if isinstance(value, list | tuple) and value:
         scaled = [_scaled(each, ratio) for each in value]
@@ -315,6 +310,7 @@ def _build(model: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, dict[st
     """Build a model on the meta device; return it, and all arguments that its class got, with defaults."""
     import timm
 
+    more = {**getattr(model, "_model_args", {}), "num_classes": model.num_classes, **arguments}
     settings: dict[str, Any] = {}
     family: Any = type(model)
     original = family.__init__
@@ -328,7 +324,7 @@ def _build(model: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, dict[st
     try:
         family.__init__ = recording
         with torch.device("meta"):
-            built = timm.create_model(model.pretrained_cfg["architecture"], **all_arguments(model, arguments))
+            built = timm.create_model(model.pretrained_cfg["architecture"], **more)
     finally:
         family.__init__ = original
     settings.pop("self", None)

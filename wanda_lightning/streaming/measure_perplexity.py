@@ -17,7 +17,7 @@ from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Unit, check_tokens
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.modules.loading import check_causal, check_decoder_only
+from wanda_lightning.modules.loading import check_causal
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
@@ -53,7 +53,6 @@ def perplexity_from_disk(
         ValueError: If no token of the batches has a next token.
     """
     checkpoint = Checkpoint(ModelSource(source, revision or "main", cache_dir, trust_remote_code), dtype, device)
-    check_decoder_only(checkpoint.model.config)
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
 
