@@ -246,7 +246,7 @@ def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(
         (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of the 14 layers"),
         (["--skip", "model"], "model has nothing to prune"),
         (["--model", "gone"], "configuration of 'gone' cannot be loaded"),
-        (["--model", "t5"], "model must be a decoder-only language model, but t5 is an encoder-decoder."),
+        (["--model", "t5"], "model must be a decoder, but t5 is an encoder-decoder."),
         (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts"),
     ],
 )

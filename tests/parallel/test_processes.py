@@ -232,6 +232,7 @@ def test_what_is_wrong_in_one_process_ends_all(pair, sequential, spoil, kind, te
     assert unchanged
     if spoil == "nothing":  # in any process
         return
+    assert other[0] == "UserError"
     assert "process 1 of 2" in other[1]
     assert "process 1 of 2" not in own[1]
     if spoil == "input":

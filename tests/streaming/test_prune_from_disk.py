@@ -138,7 +138,7 @@ def test_what_has_no_perplexity_is_refused(source, tmp_path):
         with pytest.raises(ValueError, match="batches must hold at least two tokens in a row, but there are none"):
             perplexity_from_disk(source, given, progress=False)
     T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="model must be a decoder-only language model, but t5 is an encoder-decoder"):
+    with pytest.raises(UserError, match="model must be a decoder, but t5 is an encoder-decoder"):
         perplexity_from_disk(tmp_path, batches(), progress=False)
 
 
