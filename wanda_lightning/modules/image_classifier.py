@@ -43,7 +43,7 @@ class ImageClassifierModule(L.LightningModule):
         num_classes: Number of classes, if the pretrained weights have another number, or if a built model has no
             attribute `num_classes`.
         checkpoint: A `.safetensors` file with all weights of the model.
-        model_kwargs: More arguments of `timm.create_model`, such as `img_size`. Ignored for a built model.
+        model_kwargs: More arguments of `timm.create_model`, such as `img_size`; for a built model, with timm < 1.0.31.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW; biases and norms do not decay.
 
