@@ -3,6 +3,7 @@
 import math
 import sys
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -140,14 +141,24 @@ def fails(batch):
     raise RuntimeError
 
 
+ATTENTION = nn.MultiheadAttention(8, 2).eval()
+
+
+def over_time(hidden, x):
+    """Attention of (time, samples, features); `hidden` gives the time steps that each step does not see."""
+    return ATTENTION(x, x, x, attn_mask=hidden(torch.ones(len(x), len(x), dtype=torch.bool)))[0]
+
+
 X3 = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+HIDDEN = torch.logical_not, lambda every: every.triu(1), lambda every: every.tril(-1)
 
 
 @pytest.mark.parametrize(
     ("forward", "count"),
     [
         *((each, 3) for each in (torch.relu, lambda x: x.flatten(0, 1), lambda x: x * torch.nan, torch.sum, fails)),
-        *((each, 1) for each in (lambda x: x.cumsum(0), lambda x: x.flip(0).cumsum(0), lambda x: x.mean(0))),
+        *((each, 1) for each in (lambda x: x.flip(0).cumsum(0), lambda x: x.mean(0))),
+        *((partial(over_time, hidden), 1) for hidden in HIDDEN),
     ],
 )
 def test_entries_of_a_batch_that_do_not_run_alone_are_no_samples(forward, count, caplog):

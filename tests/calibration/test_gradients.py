@@ -13,7 +13,6 @@ from support.chains import overrides
 from support.gradients import drawn, gradients
 from support.pairwise import spread, with_nightly
 from support.refusals import refusal
-from support.samples import calls_of
 from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
@@ -140,36 +139,6 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
     handle.remove()
     torch.testing.assert_close(every, measured(model, [images]), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(some, six, rtol=1e-4, atol=1e-7)
-
-
-class TimeFirst(nn.Module):
-    """Its inputs are (time, samples, features); `hidden` gives the time steps that each step does not see."""
-
-    def __init__(self, hidden):
-        super().__init__()
-        self.attention, self.up, self.head = nn.MultiheadAttention(8, 2), nn.Linear(8, 12), nn.Linear(12, 5)
-        self.hidden, self.lengths = hidden, []
-
-    def forward(self, x):
-        self.lengths.append(len(x))
-        mask = self.hidden(torch.ones(len(x), len(x), dtype=torch.bool))
-        return self.head(self.up(x + self.attention(x, x, x, attn_mask=mask)[0]).relu())
-
-
-@pytest.mark.parametrize("hidden", [torch.logical_not, lambda every: every.triu(1), lambda every: every.tril(-1)])
-def test_time_steps_are_no_samples(hidden, caplog):
-    torch.manual_seed(0)
-    model, batches = TimeFirst(hidden), [torch.randn(7, 3, 8), torch.randn(6, 3, 8)]
-    found, expected = measured(model, batches)["up"], 0
-    assert caplog.text.count("each batch runs whole") == 1
-    assert model.lengths[-2:] == [7, 6]
-    for number, (seen,) in enumerate(calls_of(model, ["up"], batches)["up"]):
-        seen = seen.flatten(0, 1)
-        output = model.up(seen)
-        logits = model.head(output.relu())
-        g = gradient(logits, drawn(logits, number), output)
-        expected = expected + (seen.square() * g.square().mean(1, keepdim=True)).sum(0)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize(

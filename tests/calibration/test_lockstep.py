@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wanda_lightning import prune
 from wanda_lightning.calibration.lockstep import MOST_IDLE_WORKERS, lockstep
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.core.solvers import Solver
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Unit, find_layers
 
@@ -187,28 +186,20 @@ class Unforeseen(Exception):
 
 @pytest.mark.parametrize("error", [Unforeseen("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-@pytest.mark.parametrize("place", ["glue", "unit", "solver"])
+@pytest.mark.parametrize("place", ["glue", "unit"])
 def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
     """It is raised the second time, while other batches are parked."""
     calls = []
 
-    def explode():
-        calls.append(1)
+    def explode(index=1):
+        calls.extend([1] * (index == 1))
         if len(calls) == 2:
             raise error
 
-    class Exploding(Solver):
-        needs = frozenset()
-
-        def __call__(self, weight, inputs, selection):
-            explode()
-            return weight, weight != 0
-
-    glue = {"glue": lambda now: explode() if now == 1 else None}.get(place, lambda now: None)
-    model = Chain(Mlp(), Mlp(before=explode if place == "unit" else None), Mlp(), glue=glue).train()
-    solver = Exploding() if place == "solver" else "zero_out"
+    within, around = {"glue": (None, explode), "unit": (explode, lambda index: None)}[place]
+    model = Chain(Mlp(), Mlp(before=within), Mlp(), glue=around).train()
     with pytest.raises(type(error)) as caught:
-        prune(model, vectors(), solver=solver, sequential=sequential, skip=["head"], progress=False)
+        prune(model, vectors(), sequential=sequential, skip=["head"], progress=False)
     assert caught.value is error
     assert "explode" in {frame.name for frame in traceback.extract_tb(caught.tb)}
     assert overrides(model) == hooks(model) == []

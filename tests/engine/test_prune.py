@@ -8,15 +8,19 @@ import torch
 from support.families import slow_prune
 from support.pairwise import with_nightly
 from support.refusals import state_of
+from support.runs import run_of
 from support.zoo import ZOO, double, matching, matrices, run
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from wanda_lightning import ADMM, Reconstruct, Refit, SparseGPT, Structured, prune
+from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.core import statistics
 from wanda_lightning.engine import write
+from wanda_lightning.engine.prune import prune_collected
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
+from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.training.held_zeros import HeldZeros, zeros_of
 
 
@@ -75,6 +79,21 @@ def test_equals_the_slow_procedure(name, sequential):
     if name not in NOT_SLOWLY:
         slow_prune(slow, batches, sequential)
         torch.testing.assert_close(model.state_dict(), slow.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama_padded", "resnet18"])
+def test_passes_that_run_anyway_prune_like_one_pass(name):
+    """Without a correction of BatchNorm layers, as the batches of a validation loop run only once."""
+    (model, expected), batches = (ZOO[name].build() for _ in range(2)), ZOO[name].batches()
+    plan = run_of(model, batches, sequential="none").plan
+    passive = PassiveCalibration(model, plan.whole_model, plan.observed, SINGLE_PROCESS)
+    for batch in batches:
+        with passive.collect(batch):
+            run(model, batch)
+    report = prune_collected(plan, passive)
+    prune(expected, batches, sequential="none", keep_batch_norm=True, progress=False)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert any("run only once" in note for note in report.notes) == (name == "resnet18")
 
 
 # ---- laws

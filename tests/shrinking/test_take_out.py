@@ -25,12 +25,12 @@ IMAGES = {
 }
 
 
-def pruned_image_model(name, sparsity=0.5):
+def pruned_image_model(name, in_chans=3):
     torch.manual_seed(0)
     architecture, kwargs = IMAGES[name]
-    model = timm.create_model(architecture, num_classes=10, **kwargs).eval()
-    images = torch.randn(4, 3, 32, 32)
-    wl.prune(model, [images], sparsity, pattern="structured", progress=False)
+    model = timm.create_model(architecture, num_classes=10, in_chans=in_chans, **kwargs).eval()
+    images = torch.randn(4, in_chans, 32, 32)
+    wl.prune(model, [images], 0.5, pattern="structured", progress=False)
     return model, images
 
 
@@ -190,9 +190,7 @@ def test_a_model_that_shrink_cannot_call_needs_a_batch():
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_a_model_for_images_with_other_channels_needs_no_batch(channels):
-    model = timm.create_model("convnext_atto", num_classes=10, in_chans=channels, **IMAGES["convnext"][1]).eval()
-    images = torch.randn(4, channels, 32, 32)
-    wl.prune(model, [images], 0.5, pattern="structured", progress=False)
+    model, _ = pruned_image_model("convnext", in_chans=channels)
     assert wl.shrink(model).layers
 
 
