@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from support.chains import WIDTH, Chain, Looped, Mlp, hooks, overrides, route, through, travel, vectors
+from support.chains import WIDTH, Chain, Mlp, hooks, overrides, route, through, travel, vectors
 from support.runs import run_of
 from support.samples import samples_of
 from support.zoo import ZOO
@@ -20,7 +20,7 @@ from wanda_lightning import prune
 from wanda_lightning.calibration.lockstep import MOST_IDLE_WORKERS, lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
-from wanda_lightning.models import Unit, find_layers
+from wanda_lightning.models import Unit
 
 
 @pytest.fixture(autouse=True)
@@ -57,23 +57,6 @@ def test_batches_that_go_different_ways():
 
     model, x = EitherWay(Mlp(), Mlp()), torch.ones(2, 3, WIDTH)
     assert route(model, [x, -x], model.blocks) == [(0, [0]), (1, [0, 1])]
-
-
-@pytest.mark.parametrize(
-    ("build", "batches", "inside"),
-    [
-        (lambda: Looped(times=3), vectors, "blocks"),
-        (lambda: Looped(times=1), vectors, None),
-        (ZOO["block_twice"].build, ZOO["block_twice"].batches, "blocks.1"),
-        *((ZOO[name].build, ZOO[name].batches, None) for name in ("t5", "convnext", "routed", "plain_mlp")),
-    ],
-)
-@pytest.mark.parametrize("sequential", ["block", "layer"])
-def test_units_to_which_a_model_comes_again_are_found(build, batches, inside, sequential):
-    model, found = build(), set()
-    units = find_layers(model, sequential).units
-    list(travel(model, batches(), [unit.module for unit in units], revisited=found))
-    assert found == {str(index) for index, unit in enumerate(units) if inside and inside in unit.name}
 
 
 def test_the_head_is_not_computed_and_an_error_before_it_does_not_matter():
