@@ -14,7 +14,6 @@ from wanda_lightning import (
     ImageClassifierModule,
     ImageDataModule,
     TextDataModule,
-    keep_zeros,
     perplexity_from_disk,
     prune,
     prune_from_disk,
@@ -28,7 +27,6 @@ def net():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: keep_zeros(net().to("meta")), "model must hold its weights, but 0 is on the meta device"),
         (
             lambda: prune(net(), keep_batch_norm="false"),
             "keep_batch_norm must be one of True, False, but",

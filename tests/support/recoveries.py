@@ -28,3 +28,22 @@ def pruned_with_and_without(dense, batches, sparsity=0.5, recovery=None, **choic
 def weights_of(report):
     """The names of the parameters that were pruned."""
     return {f"{layer.name}.weight" for layer in report.layers}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+
+    def forward(self, x):
+        return x + self.mlp(x)
+
+
+def blocks(dtype=torch.float64):
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block()).to(dtype)
+
+
+def some_batches(count, dtype=torch.float64, size=16):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 8, generator=generator).to(dtype) for _ in range(count)]

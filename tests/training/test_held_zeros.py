@@ -70,13 +70,6 @@ def test_moments_from_before_pruning_are_cleared():
                 assert not optimizer.state[weight]["exp_avg"][zeros(module)[name]].any()
 
 
-def test_an_error_in_the_loop_releases_the_weights():
-    module = pruned_net()
-    with pytest.raises(ZeroDivisionError), keep_zeros(module):
-        raise ZeroDivisionError
-    assert not _global_optimizer_post_hooks
-
-
 def test_a_resumed_loop_equals_one_that_was_not_interrupted():
     module, batches = pruned_net(), list(loader(24))
     optimizer = ADAMW(module.parameters())
@@ -139,7 +132,7 @@ def test_a_state_of_another_model_is_refused(state):
 
 def test_a_state_of_an_older_version_has_no_shapes():
     with keep_zeros(linear(32), state={"layers": ["0"], "unheld_zeros": {}}) as held:
-        assert held.layers == ["0"]
+        assert held.state_dict()["layers"] == ["0"]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -83,7 +83,7 @@ class DistillFromDense(Callback):
         processes_of(trainer)
         if stage != "fit":
             return
-        self._release()  # an earlier fit may have been interrupted
+        self.on_train_end()  # an earlier fit may have been interrupted
         name, network = type(pl_module).__name__, network_of(pl_module, self.network)
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
@@ -100,28 +100,34 @@ class DistillFromDense(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move the dense model beside the network, and add to the loss of each step from now on."""
-        assert self._teacher is not None
-        network = network_of(pl_module, self.network)
-        move_beside(self._teacher, network, pl_module.device)
+        teacher, network = self._teacher, network_of(pl_module, self.network)
+        assert teacher is not None
+        move_beside(teacher, network, pl_module.device)
         step = pl_module.training_step
 
         @functools.wraps(step)  # Lightning reads its signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            assert self._teacher is not None
-            comparison = _Comparison(network, self._teacher, self.temperature)
+            comparison = _Comparison(network, teacher, self.temperature)
             with patched(network, "forward", comparison.watched(network.forward)):
                 output = step(*args, **kwargs)
-            return output if output is None else self._with_distillation(output, comparison, pl_module)
+            if output is None:
+                return None
+            divergence = comparison.mean(pl_module)
+            pl_module.log("distillation_loss", divergence.detach(), prog_bar=True)
+            own = output["loss"] if isinstance(output, Mapping) else output
+            loss = (1 - self.weight) * own + self.weight * divergence
+            return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
         self._patches.enter_context(patched(pl_module, "training_step", training_step))
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Restore `training_step`, and free the dense model."""
-        self._release()
+        self._patches.close()
+        self._teacher = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Restore `training_step`, and free the dense model."""
-        self._release()
+    def on_exception(self, *_: Any) -> None:
+        """Do the same after an error."""
+        self.on_train_end()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the choices and a fingerprint of the dense model, which a resumed run must not change."""
@@ -140,17 +146,6 @@ class DistillFromDense(Callback):
     def _fixed_choices(self) -> dict[str, Any]:
         choices = {"weight": self.weight, "temperature": self.temperature, "network": self.network}
         return {"dense": self._fingerprint, **choices}
-
-    def _with_distillation(self, output: Any, comparison: _Comparison, pl_module: L.LightningModule) -> Any:
-        divergence = comparison.mean(pl_module)
-        pl_module.log("distillation_loss", divergence.detach(), prog_bar=True)
-        own = output["loss"] if isinstance(output, Mapping) else output
-        loss = (1 - self.weight) * own + self.weight * divergence
-        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
-
-    def _release(self) -> None:
-        self._patches.close()
-        self._teacher = None
 
 
 @dataclass
@@ -174,10 +169,14 @@ class _Comparison:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            dense = self._predict(*clone_arguments((args, kwargs)))  # first, since the network may change its inputs
+            inputs, options = clone_arguments((args, kwargs))  # the network may change its own
+            if options.get("labels") is not None and causal_config(self.teacher) is not None:
+                options["labels"] = None  # the dense model's own loss would take memory and time
+            with torch.no_grad():
+                dense = _logits(self.teacher(*inputs, **options), "The dense model")
             arguments = _by_name(forward, args, kwargs)
             output = forward(*args, **kwargs)
-            self._add(_logits(output, "The network"), _logits(dense, "The dense model"), arguments)
+            self._add(_logits(output, "The network"), dense, arguments)
             return output
 
         return watched
@@ -195,12 +194,6 @@ class _Comparison:
         assert isinstance(self.total, Tensor)
         # Such a power keeps the gradients as large at any temperature (Hinton et al. 2015, section 2).
         return self.total * (self.temperature**2 / max(1, self.count))  # a batch may be all padding
-
-    @torch.no_grad()
-    def _predict(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("labels") is not None and causal_config(self.teacher) is not None:
-            kwargs["labels"] = None  # its own loss would take memory and time
-        return self.teacher(*args, **kwargs)
 
     def _add(self, predicted: Tensor, dense: Tensor, arguments: Mapping[str, Any]) -> None:
         if predicted.shape != dense.shape:

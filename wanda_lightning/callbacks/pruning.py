@@ -15,9 +15,16 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.callbacks import conflicts
 from wanda_lightning.callbacks.calibration_data import CalibrationData, ValidationLoop
-from wanda_lightning.callbacks.reporting import publish, run_of, set_metrics, with_result
 from wanda_lightning.callbacks.schedules import OneShot, PruningState, Schedule, schedule_of
-from wanda_lightning.callbacks.trainer import processes_of, pruning_target, shows_progress
+from wanda_lightning.callbacks.trainer import (
+    processes_of,
+    pruning_target,
+    publish,
+    run_of,
+    set_metrics,
+    shows_progress,
+    with_result,
+)
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
@@ -33,10 +40,10 @@ class PruningCallback(ZerosCallback):
 
     `trainer.fit` prunes at each stage of the schedule, counted in optimizer steps (`trainer.global_step`). The default
     schedule has one stage, before the first step and after the sanity check of the validation loop. Each stage scores
-    all weights again, with new statistics, and zeros stay zero. `trainer.validate`, `test` and `predict` prune when
-    they start, and so evaluate the pruned model, unless the schedule starts after step 0. A model that this callback
-    has pruned, also before a resume, is not pruned again while it has its zeros. The zeros stay zero while the model
-    trains (see `KeepZeros`). With `fast_dev_run`, it prunes once, before the first step, and writes no report.
+    all weights again, with new statistics. The zeros stay zero while the model trains (see `KeepZeros`).
+    `trainer.validate`, `test` and `predict` prune when they start, and so evaluate the pruned model, unless the
+    schedule starts after step 0. A model that this callback has pruned, also before a resume, is not pruned again while
+    it has its zeros. With `fast_dev_run`, it prunes once, before the first step, and writes no report.
 
     The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
@@ -161,10 +168,12 @@ class PruningCallback(ZerosCallback):
         conflicts.refuse_training(
             self.config, self._schedule(trainer), self._state, trainer, self.calibrate_on, self.dataloader
         )
-        if self._state.asked_at != trainer.global_step:
-            self._prune_if_asked(trainer, pl_module)
+        self._prune_if_asked(trainer, pl_module)
         if self._state.share < 1:
-            self._rehearse(trainer, pl_module)
+            with self._calibration(trainer, pl_module) as data:  # raises the errors of a later stage now
+                find = data.trial_batches if self.calibrate_on == "calibration" else lambda: None
+                target = pruning_target(pl_module)
+                rehearse(self.config, target, find, data.forward, data.predict, self._processes)
             conflicts.warn_of_dense_best(self.schedule, trainer)
         self._hold(trainer, pl_module)
 
@@ -172,7 +181,7 @@ class PruningCallback(ZerosCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Prune after an optimizer step if the schedule says so."""
-        if self._state.asked_at != trainer.global_step and self._prune_if_asked(trainer, pl_module):
+        if self._prune_if_asked(trainer, pl_module):
             self._hold(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -229,12 +238,12 @@ class PruningCallback(ZerosCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the model is pruned; see `PruningState`."""
-        return replace(self._state, unheld_zeros=self._zeros.unheld_zeros()).to_checkpoint()
+        return replace(self._state, unheld_zeros=self._zeros.state_dict()["unheld_zeros"]).to_checkpoint()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; refuse that of a run with another sparsity or pattern."""
         self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, self._name)
-        self._zeros.load(self._state.unheld_zeros)
+        self._zeros.load_state_dict({"layers": [], "unheld_zeros": self._state.unheld_zeros})
         self._resumed = True
 
     @property
@@ -266,7 +275,9 @@ class PruningCallback(ZerosCallback):
             set_metrics(self.report, trainer)
 
     def _prune_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Return whether the model was pruned."""
+        """Return whether the model was pruned; ask once for each step."""
+        if self._state.asked_at == trainer.global_step:
+            return False
         asked, later = self.should_prune(trainer), self.calibrate_on == "validation"
         if asked and later:
             self._state.due = True
@@ -290,8 +301,7 @@ class PruningCallback(ZerosCallback):
 
     def _prune(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune to the share that is due, and publish the report."""
-        with _undisturbed(trainer):
-            data = CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, self._processes)
+        with self._calibration(trainer, pl_module) as data:
             report = prune_as(
                 conflicts.without_permutation_in_training(self.config.scaled(self._share_due(trainer)), trainer),
                 pruning_target(pl_module),
@@ -310,13 +320,11 @@ class PruningCallback(ZerosCallback):
         publish(report, trainer, self._name)
         self._save(report, trainer)
 
-    def _rehearse(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Raise now the errors of a later stage."""
-        with _undisturbed(trainer):
-            data = CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, self._processes)
-            target = pruning_target(pl_module)
-            find = data.trial_batches if self.calibrate_on == "calibration" else lambda: None
-            rehearse(self.config, target, find, data.forward, data.predict, self._processes)
+    @contextmanager
+    def _calibration(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[CalibrationData]:
+        """Give the data to run in the Trainer's precision, without changing the random numbers that training draws."""
+        with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
+            yield CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, self._processes)
 
     def _record_result(self, trainer: L.Trainer) -> None:
         """Add what the evaluation loop has measured to the report, if the loop has pruned the model at its start."""
@@ -337,13 +345,6 @@ class PruningCallback(ZerosCallback):
         if self.keep_zeros and self._state.zeros:
             self._zeros.hold(pruning_target(pl_module), self._state.zeros)
             self._clear_copies(trainer, pl_module)
-
-
-@contextmanager
-def _undisturbed(trainer: L.Trainer) -> Iterator[None]:
-    """Run the model in the Trainer's precision, without changing the random numbers that training draws."""
-    with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
-        yield
 
 
 class WandaPrune(PruningCallback):

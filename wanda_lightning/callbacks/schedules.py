@@ -35,14 +35,8 @@ class Schedule(ABC):
     def check(self) -> None:
         """Raise a ValueError if steps or shares are out of range or out of order, or the last share is not 1."""
         steps, shares = [step for step, _ in self.stages], [share for _, share in self.stages]
-        if (
-            not steps
-            or any(not isinstance(step, int) or step < 0 for step in steps)
-            or steps != sorted(set(steps))
-            or not all(share > 0 for share in shares)
-            or shares != sorted(shares)
-            or shares[-1] != 1
-        ):
+        ordered = steps == sorted(set(steps)) and shares == sorted(shares) and shares[-1:] == [1]
+        if not ordered or not all(isinstance(step, int) and step >= 0 and share > 0 for step, share in self.stages):
             raise UserError(
                 "schedule must have stages at increasing optimizer steps of at least 0, with shares of the final "
                 f"sparsity that are above 0, never decrease, and end at 1, but {self} has {self.stages}."
@@ -143,24 +137,24 @@ class PruningState:
         return all(2 * zeros.get(name, 0) >= count for name, count in self.zeros.items())
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package.
-
-        Training resumes without the report, so a report that cannot be read does not prevent it.
-        """
+        """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package."""
         return {**vars(self), "report": None if self.report is None else self.report.to_json()}
 
     @classmethod
     def from_checkpoint(cls, saved: Mapping[str, Any], choices: Mapping[str, Any], name: str) -> PruningState:
-        """Restore the state that `to_checkpoint` returned, for a callback of the class `name` with the same choices."""
+        """Restore the state that `to_checkpoint` returned, for a callback of the class `name` with the same choices.
+
+        Training resumes without the report if it cannot be read.
+        """
         if saved.get("choices") != choices:
             raise UserError(
                 f"{' and '.join(choices)} must be the same as in the checkpoint, which {name} wrote with "
                 f"{saved.get('choices')}, but they are {choices}. Use the same, or load only the weights in a new run."
             )
-        known = {each.name: saved[each.name] for each in fields(cls) if each.name in saved}
+        state = cls(**{each.name: saved[each.name] for each in fields(cls) if each.name in saved})
+        text, state.report = saved.get("report"), None
         try:
-            report = PruningReport.from_json(saved["report"]) if known.get("report") else None
+            state.report = PruningReport.from_json(text) if text else None
         except ValueError as error:
             rank_zero_warn(f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}")
-            report = None
-        return cls(**known | {"report": report})
+        return state

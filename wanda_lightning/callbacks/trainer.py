@@ -1,16 +1,22 @@
-"""Functions that read from a Trainer and its LightningModule: model, processes, progress bar, last step."""
+"""What callbacks read from a Trainer and its LightningModule, and what they report about a run of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.report import Measured, PruningReport, Run
+from wanda_lightning.report.descriptions import METRICS
 
 
 def pruning_target(pl_module: L.LightningModule) -> nn.Module:
@@ -21,26 +27,22 @@ def pruning_target(pl_module: L.LightningModule) -> nn.Module:
 
 def processes_of(trainer: L.Trainer) -> Processes:
     """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose model cannot be pruned."""
-    strategy = trainer.strategy
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh
-        if (tensor_parallel := mesh["tensor_parallel"].size()) > 1:
-            raise MisconfigurationException(
-                f"strategy must not split single matrices, but ModelParallelStrategy has "
-                f"tensor_parallel_size={tensor_parallel}. Use tensor_parallel_size=1, and data_parallel_size=... with "
-                "fully_shard."
-            )
-        return Processes(mesh["data_parallel"].get_group(), strategy.root_device) if mesh.size() > 1 else SINGLE_PROCESS
-    unsupported = isinstance(strategy, DeepSpeedStrategy | FSDPStrategy)  # flatten weights even in one process
-    if trainer.world_size == 1 and not unsupported:
-        return SINGLE_PROCESS
-    if isinstance(strategy, DDPStrategy) and not unsupported:
-        return Processes(torch.distributed.group.WORLD, strategy.root_device)
+        if (size := mesh["tensor_parallel"].size()) == 1:
+            group = mesh["data_parallel"].get_group()
+            return Processes(group, strategy.root_device) if mesh.size() > 1 else SINGLE_PROCESS
+        name += f" with tensor_parallel_size={size}"
+    elif not isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):  # which flatten weights, even in one process
+        if trainer.world_size == 1:
+            return SINGLE_PROCESS
+        if isinstance(strategy, DDPStrategy):
+            return Processes(torch.distributed.group.WORLD, strategy.root_device)
     raise MisconfigurationException(
-        f"strategy must leave each process the whole model or whole rows of its matrices, but it is "
-        f"{type(strategy).__name__}. Use strategy='ddp', or ModelParallelStrategy with fully_shard (FSDP2) if the "
-        "model does not fit on one device. Or prune with Trainer(devices=1), save, and train the pruned model with "
-        "KeepZeros."
+        f"strategy must leave each process the whole model or whole rows of its matrices, but it is {name}. Use "
+        "strategy='ddp', or ModelParallelStrategy with fully_shard (FSDP2) if the model does not fit on one device. Or "
+        "prune with Trainer(devices=1), save, and train the pruned model with KeepZeros."
     )
 
 
@@ -62,3 +64,58 @@ def last_step(trainer: L.Trainer) -> float:
     if trainer.lightning_module.automatic_optimization:
         known.append(trainer.estimated_stepping_batches)
     return min((steps for steps in known if steps != -1), default=math.inf)
+
+
+def publish(report: PruningReport, trainer: L.Trainer, name: str) -> None:
+    """Print the summary under a name, and give the metrics to loggers and callbacks."""
+    if shows_progress(trainer):
+        rank_zero_info(f"{name}: {report.summary()}")
+    for logger in trainer.loggers:
+        logger.log_metrics(report.metrics(), step=trainer.global_step)
+    set_metrics(report, trainer)
+
+
+def set_metrics(report: PruningReport, trainer: L.Trainer) -> None:
+    """Add the sparsities of a report to the metrics that callbacks such as `ModelCheckpoint` monitor."""
+    device = trainer.strategy.root_device
+    trainer.callback_metrics.update({name: torch.tensor(x, device=device) for name, x in report.metrics().items()})
+
+
+def run_of(trainer: L.Trainer, calibration_samples: int) -> Run:
+    """Describe a run that has measured nothing. With 0 samples, it was not calibrated on the datamodule."""
+    describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
+    calibration = describe(calibration_samples) if describe and calibration_samples else ""
+    return Run(model=_name_of(trainer.lightning_module), calibration=calibration)
+
+
+def with_result(run: Run, trainer: L.Trainer) -> Run:
+    """Return the run with the result of the evaluation loop that has just ended, if it measured a known metric."""
+    logged: Mapping[str, Any] = trainer.callback_metrics
+    found = ((metric, name) for metric in METRICS.values() for name in metric.logged if name in logged)
+    metric, name = next(found, (None, ""))
+    if metric is None or (metric.is_share and logged[name] > 1):  # not a fraction
+        return run
+    data: Any = getattr(trainer, "datamodule", None)
+    describe: Any = getattr(data, "describe_evaluation", None)
+    limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
+    is_whole = isinstance(limit, float) and limit == 1  # the integer 1 is one batch
+    others = tuple(
+        Measured(describe(number), None, float(logged[f"{name}/{source}"]))
+        for number, source in enumerate(getattr(data, "evaluations", ())[1:], start=1)
+        if is_whole and f"{name}/{source}" in logged
+    )
+    text = describe() if describe and is_whole else ""
+    return replace(run, metric=metric.name, after=float(logged[name]), data=text, others=others)
+
+
+def _name_of(pl_module: L.LightningModule) -> str:
+    """Return the name from which the model was loaded; empty if it is not known."""
+    choices, model = pl_module.hparams, pruning_target(pl_module)
+    name = choices.get("model")
+    if not hasattr(model, "pretrained_cfg"):
+        own = str(getattr(model, "name_or_path", ""))  # other models have none, so `name` could mean anything
+        return name if isinstance(name, str) and hasattr(model, "name_or_path") else own
+    if not isinstance(name, str):
+        return ""
+    source = choices.get("checkpoint") or ("" if choices.get("pretrained", True) else "not pretrained")
+    return f"timm:{name.removeprefix('timm:')}" + (f" ({source})" if source else "")

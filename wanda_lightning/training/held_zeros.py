@@ -18,11 +18,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.masking import fits, mask_, pack, unpack
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
-from wanda_lightning.models.layers import refuse_no_values
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard
-from wanda_lightning.training.masked_weights import keep_masks
-
-_NONE = torch.zeros(0, dtype=torch.int64)  # packed: no weight
 
 
 def keep_zeros(
@@ -33,19 +29,17 @@ def keep_zeros(
 ) -> HeldZeros:
     """Keep every zero of a pruned model at zero from now on, in any training loop.
 
-    The zeros are those that each prunable layer has now. A layer that is all zeros is skipped, since some layers are
-    initialized to zero. All optimizers are covered, including those that are created later.
+    The zeros are those that each prunable layer has now, unless it is all zeros, as some layers are initialized. All
+    optimizers are covered, including those that are created later.
 
     Args:
         model: The pruned model, which may be wrapped, for example by DistributedDataParallel or Fabric.
         *optimizers: Optimizers that have already taken steps; their moments of zero weights become zero, too.
-        state: `state_dict()` of an interrupted run with the same model, wrapped in the same way, to go on exactly as
-            that run would have.
+        state: `state_dict()` of an interrupted run with the same model, wrapped in the same way, to go on like it.
         processes: All processes, if they share the rows of one model (FSDP2).
 
     Returns:
-        A handle that keeps the zeros, and a reference to the model, until `release()`. As a context manager, it calls
-        `release()` at the end.
+        A handle that keeps the zeros, and a reference to the model, until `release()` or the end of a `with` block.
 
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
@@ -59,8 +53,7 @@ def keep_zeros(
                 [0.0000, 0.5000]])
     """
     zeros = HeldZeros()
-    if state is not None:
-        zeros.load_state_dict(state)
+    zeros.load_state_dict(state or {})
     zeros.hold_all(model, processes)
     zeros.clear(optimizers)
     return zeros
@@ -74,14 +67,11 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     """
 
     def __init__(self) -> None:
-        self.layers: list[str] = []  # of the latest `hold`
-        self._resumed: list[str] = []  # layers of a loaded state
-        self._shapes: dict[str, list[int]] = {}  # of `layers`, or of a loaded state; it may have none
         self._handles: list[RemovableHandle] = []
         self._held_layers: list[tuple[Layer, Tensor]] = []
         self._keep: dict[Tensor, KeepMask] = {}
-        self._loaded: dict[str, Tensor] = {}
-        self._at_release: dict[str, Tensor] = {}
+        self._loaded: dict[str, Any] = {}  # the state for the next `hold`
+        self._released: dict[str, Any] = {"layers": [], "unheld_zeros": {}, "shapes": {}}  # the state at `release`
 
     @property
     def is_holding(self) -> bool:
@@ -89,26 +79,23 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         return bool(self._handles)
 
     def __exit__(self, *_: object) -> None:
-        """Release all weights."""
         self.release()
 
     def hold_all(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> None:
         """Hold the zeros that each prunable layer has now, or only those of the layers in a loaded state."""
-        layers, self._resumed = self._resumed, []
-        shapes = self._shapes if layers else {}
-        found = _sharded_layers(model)
+        found, layers = _sharded_layers(model), self._loaded.get("layers")
         if not layers:
-            for layer in found.values():
-                refuse_no_values(layer)
-            layers = [name for name, count in _count_zeros(found, processes).items() if 0 < count < found[name].size]
+            counts = _count_zeros(found, processes)
+            layers = [name for name, count in counts.items() if 0 < count < found[name].size]
         if not layers and processes.rank == 0:
             warnings.warn(
                 "No zeros were found in any prunable layer, so none are kept. Load pruned weights, or prune first.",
                 stacklevel=3,
             )
+        shapes, unheld = self._loaded.get("shapes", {}), self._loaded.get("unheld_zeros", {})  # older: no shapes
         for name in layers:
             shape = [*found[name].shape] if name in found else []
-            if not shape or shapes.get(name, shape) != shape or not fits(self._loaded.get(name, _NONE), shape):
+            if not shape or shapes.get(name, shape) != shape or (name in unheld and not fits(unheld[name], shape)):
                 raise UserError(
                     f"state must be of the same model, wrapped in the same way, but this model has no {name} of the "
                     "same shape. Pass the model as it was when the state was saved."
@@ -120,14 +107,12 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         found = _sharded_layers(model)
         held = [found[name] for name in layers]
         self.release()
-        unheld, self._loaded, self._at_release = self._loaded, {}, {}
-        self.layers = [layer.name for layer in held]
-        self._shapes = {layer.name: [*layer.shape] for layer in held}
+        unheld, self._loaded = self._loaded.get("unheld_zeros", {}), {}
         self._keep = keep_masks(held, elsewhere=True)
         self._held_layers = [(layer, layer.parameter) for layer in held]
-        for layer, weight in self._held_layers:
+        for layer in held:
             if layer.name in unheld:
-                keep = layer.part(self._keep[weight])
+                keep = layer.part(self._keep[layer.parameter])
                 keep |= unpack(unheld[layer.name], keep.shape).to(keep.device)
         for weight in self._keep:
             self._mask_gradient(weight)
@@ -169,39 +154,30 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 _zero(weight, held[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the layers, their shapes and which of their zeros are not held; the held zeros are in the weights."""
-        layers = self._resumed or self.layers
-        return {"layers": layers, "unheld_zeros": self.unheld_zeros(), "shapes": self._shapes}
+        """Return what a resumed run must load, also after `release`: the layers, their shapes, and zeros that train on.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Hold the same zeros as an interrupted run at the next `hold_all`."""
-        self._resumed, self._shapes = list(state["layers"]), state.get("shapes", {})
-        self.load(state["unheld_zeros"])
-
-    def unheld_zeros(self) -> dict[str, Tensor]:
-        """Return a packed mask (`core.masking.pack`) for each layer of weights that are zero by chance and not held.
-
-        A resumed run must `load` them. After `release`, the masks are those at the time of the release. Sharded layers
-        are left out.
+        These are weights that are zero by chance, as a packed mask (`core.masking.pack`) for each layer; sharded layers
+        are left out. The held zeros are in the weights.
         """
         if not self._handles:
-            return self._loaded or self._at_release
-        found = {}
+            return self._loaded or self._released
+        unheld, shapes = {}, {}
         for layer, weight in self._held_layers:
+            shapes[layer.name] = [*layer.shape]
             if not isinstance(weight, DTensor):
                 zero = (layer.part(weight.detach()) == 0) & layer.part(self._keep_of(weight))
                 if zero.any():
-                    found[layer.name] = pack(zero)
-        return found
+                    unheld[layer.name] = pack(zero)
+        return {"layers": [*shapes], "unheld_zeros": unheld, "shapes": shapes}
 
-    def load(self, unheld: dict[str, Tensor]) -> None:
-        """Do not hold the `unheld_zeros` of a resumed run at the next `hold`."""
-        self._loaded = unheld
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hold the same zeros as an interrupted run at the next `hold_all`; only `unheld_zeros` matter to `hold`."""
+        self._loaded = state
 
     def release(self) -> None:
         """Remove all hooks."""
         try:
-            self._at_release = self.unheld_zeros()
+            self._released = self.state_dict()
         finally:
             for handle in self._handles:
                 handle.remove()
@@ -226,6 +202,20 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         for weight in self._held(optimizer):
             _zero(weight, self._keep_of(weight))
+
+
+def keep_masks(layers: Iterable[Layer], elsewhere: bool) -> dict[Tensor, KeepMask]:
+    """Return the nonzero weights of some layers as a mask of each parameter, or of its shard in this process.
+
+    The entries of further layers in a parameter, such as other experts, are `elsewhere`.
+    """
+    keep: dict[Tensor, KeepMask] = {}
+    for layer in layers:
+        parameter = layer.parameter
+        if parameter not in keep:
+            keep[parameter] = torch.full_like(local(parameter.detach()), elsewhere, dtype=torch.bool)
+        layer.part(keep[parameter]).copy_(layer.weight != 0)
+    return keep
 
 
 def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[str, int]:

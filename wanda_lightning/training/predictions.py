@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextManager[object]:
-    """Run float32 models in bfloat16 where the hardware supports it natively; keep the precision set by a Trainer.
-
-    If it is not enabled, the precision stays as it is.
-    """
+    """Run float32 models in bfloat16, if enabled, where the hardware supports it; keep the precision of a Trainer."""
     if not enabled:
         return nullcontext()
     parameter = next(model.parameters())
@@ -70,8 +67,8 @@ def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
 def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
     """Return the id of the token that follows each row of the predictions, or -1 if there is none to predict.
 
-    Placeholders for parts of an image, a video or audio, which the config of the model names, are not predicted. The
-    result is None if the sample has no `input_ids`, or not one prediction for each of them.
+    Placeholders for images, videos and audio, which the config names, are not predicted. The result is None if the
+    sample has no `input_ids`, or not one prediction for each of them.
     """
     ids = sample.batch.get("input_ids") if isinstance(sample.batch, Mapping) else None
     logits = find_predictions(output)
@@ -107,10 +104,12 @@ class DenseTarget:
 
     def predictions(self) -> Callable[[slice], Tensor]:
         """Return a function that computes a slice of the dense predictions, (rows, classes)."""
-        head, rows = self.head, self.rows
+        head, rows, cast = self.head, self.rows, dict[str, Tensor]()
         if head is None:
             return lambda part: rows[part]
-        cast = _cast_by_autocast(head)
+        if torch.is_autocast_enabled(kind := rows.device.type):  # it would cast the matrices anew for each slice
+            wide = {name: p for name, p in head.named_parameters() if p.ndim > 1 and p.dtype == torch.float32}
+            cast = {name: p.detach().to(torch.get_autocast_dtype(kind)) for name, p in wide.items()}
         return lambda part: functional_call(head, cast, (rows[part],))
 
 
@@ -130,24 +129,20 @@ def dense_targets(samples: Sequence[Sample], data: Samples, head: nn.Module | No
 
 def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
     entered: list[Tensor] = []
-    with ExitStack() as hooks:
-        if head is not None:
-            hook = head.register_forward_pre_hook(lambda module, args: entered.extend(args))
-            hooks.callback(hook.remove)
+    hook = head and head.register_forward_pre_hook(lambda module, args: entered.extend(args))
+    with hook or nullcontext():
         output = sample.predict()
     predictions = rows_of(predictions_of(output), sample)
     if torch.is_grad_enabled() and not predictions.requires_grad:
         raise UserError(
-            "recovery=Distil() needs predictions with gradients, but the predictions of the model have none, as under "
-            "torch.no_grad() or after detach(). Let forward= (or calibration_step) return predictions with gradients, "
-            "or use another recovery."
+            "recovery=Distil() needs predictions with gradients, but those of the model have none, as after detach(). "
+            "Let forward= (or calibration_step) return predictions with gradients, or use another recovery."
         )
     predictions = predictions.detach()
     if not (predictions < math.inf).all():  # minus infinity is allowed: the logit of an impossible class
         raise UserError(
             f"recovery=Distil() needs finite predictions, but those of batch {sample.batch_index} (counted from 0) "
-            "hold NaN or infinity. Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather "
-            "than float16)."
+            "hold NaN or infinity. Check that batch, or load the model in float32 or bfloat16 rather than float16."
         )
     if head is not None and len(entered) == 1:
         rows = rows_of(entered[0].detach(), sample)
@@ -157,27 +152,11 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
     return DenseTarget(predictions.clone(), None)
 
 
-def _cast_by_autocast(head: nn.Module) -> dict[str, Tensor]:
-    """Return the matrices of a head in the dtype of autocast, which would cast them anew for all rows of each part."""
-    parameters = dict(head.named_parameters())
-    kinds = {parameter.device.type for parameter in parameters.values()}
-    if not all(torch.is_autocast_enabled(kind) for kind in kinds):
-        return {}
-    return {
-        name: parameter.detach().to(torch.get_autocast_dtype(parameter.device.type))
-        for name, parameter in parameters.items()
-        if parameter.ndim > 1 and parameter.dtype == torch.float32
-    }
-
-
 def output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
     """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
     pruned = {id(layer.parameter) for layer in layers}
-    for module in model.modules():
-        head = own_head(module)
-        if head is not None:
-            return None if any(id(parameter) in pruned for parameter in head.parameters()) else head
-    return None
+    head = next((head for module in model.modules() if (head := own_head(module)) is not None), None)
+    return None if head is None or any(id(parameter) in pruned for parameter in head.parameters()) else head
 
 
 def _nearly_equal(first: Tensor, second: Tensor) -> bool:
@@ -189,12 +168,18 @@ def _nearly_equal(first: Tensor, second: Tensor) -> bool:
 
 
 class DistilLoss:
-    """Compares the predictions of a pruned model with the dense ones, and with the next tokens of text."""
+    """Compares the predictions of a pruned model with the dense ones, and with the next tokens of text; see `Distil`.
 
-    def __init__(self, model: nn.Module, kind: str | None, next_token: float) -> None:  # see `Distil`
+    The model runs in mixed precision if the sample, where there is one, does: the code of some models sets a dtype.
+    """
+
+    def __init__(
+        self, model: nn.Module, kind: str | None, next_token: float, sample: Sample | None, processes: Processes
+    ) -> None:
         self._model, self._kind, self._causal = model, kind, causal_config(model)
-        self._is_mixed = True
         self._next_token = 0.0 if self._causal is None else next_token
+        self._is_mixed = True
+        self._is_mixed = works(lambda: sample is None or bool(self._run(sample, training=False)), processes)
 
     def __call__(self, sample: Sample, target: DenseTarget, factor: float, scale: float | None) -> float:
         """Return the loss of a sample times a factor, after passing its gradient, times a scale, backward.
@@ -205,12 +190,22 @@ class DistilLoss:
         output, rows = self._run(sample, training=scale is not None)
         if not len(rows):  # a sample of padding
             return 0.0
+        is_kl = self._kind == "kl" or (self._kind is None and has_classes(output))
+        compare, dense = divergence if is_kl else squared_error, target.predictions()
+        tokens = next_tokens(output, sample, self._causal) if is_kl and self._next_token else None
+        known = 0 if tokens is None else int((tokens >= 0).sum())
+        share = self._next_token if known else 0.0
+        loss, weight = 0.0, (1 - share) / len(target.rows)
         gradient = None if scale is None else torch.empty_like(rows)
-        loss, compare = 0.0, self._comparison(output, sample, target)
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 part = slice(start, start + _ROWS_AT_ONCE)
-                value, slopes = compare(widened(rows[part]), part)
+                predicted = widened(rows[part])
+                value, slopes = compare(predicted, widened(dense(part)))
+                value, slopes = value * weight, slopes.mul_(weight)
+                if tokens is not None and share:
+                    entropy, more = cross_entropy(predicted, tokens[part])
+                    value, slopes = value + entropy * (share / known), slopes.add_(more, alpha=share / known)
                 loss += float(value) * factor
                 if gradient is not None and scale is not None:
                     gradient[part] = slopes.mul_(scale * factor)
@@ -218,34 +213,7 @@ class DistilLoss:
             rows.backward(gradient)
         return loss
 
-    def choose_precision(self, sample: Sample | None, processes: Processes) -> None:
-        """Leave mixed precision if a sample does not run in it, as where the code of the model sets a dtype.
-
-        None stands for a process without samples.
-        """
-        self._is_mixed = works(lambda: sample is None or bool(self._run(sample, training=False)), processes)
-
     def _run(self, sample: Sample, training: bool) -> tuple[object, Tensor]:
         with torch.set_grad_enabled(training), mixed_precision(self._model, self._is_mixed):
             output = sample.predict()
             return output, rows_of(predictions_of(output), sample)
-
-    def _comparison(
-        self, output: object, sample: Sample, target: DenseTarget
-    ) -> Callable[[Tensor, slice], tuple[Tensor, Tensor]]:
-        """Return the function that compares some rows of predictions: their part of the loss, and its gradient."""
-        is_kl = self._kind == "kl" or (self._kind is None and has_classes(output))
-        compare, dense, count = divergence if is_kl else squared_error, target.predictions(), len(target.rows)
-        tokens = next_tokens(output, sample, self._causal) if is_kl and self._next_token else None
-        known = 0 if tokens is None else int((tokens >= 0).sum())
-        share = self._next_token if known else 0.0
-
-        def part_of_loss(rows: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            value, slopes = compare(rows, widened(dense(part)))
-            loss, gradient = value * ((1 - share) / count), slopes.mul_((1 - share) / count)
-            if tokens is not None and share:
-                value, slopes = cross_entropy(rows, tokens[part])
-                loss, gradient = loss + value * (share / known), gradient.add_(slopes, alpha=share / known)
-            return loss, gradient
-
-        return part_of_loss

@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import map_tensors, separable_samples, tensors_of
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Unit, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import TrainedPart
-from wanda_lightning.training.masked_weights import MaskedWeights, in_one_order, sum_over_processes
 from wanda_lightning.training.predictions import mixed_precision, widened, works
-from wanda_lightning.training.recovery import Recovery, UnitRecovery
+from wanda_lightning.training.recovery import MaskedWeights, Recovery, UnitRecovery, hold_out
 
 _HELD_OUT = 4  # every fourth step is held out from training
 _SAMPLES = 16  # of a batch in a step, at most
@@ -34,30 +34,22 @@ class Reconstruct(Recovery):
 
     The attention and the MLP of a block are trained separately, on their inputs in the dense block: Adam minimizes the
     squared error with the mask fixed. A block with layers outside its parts is trained as a whole. Each step takes at
-    most 16 samples of a calibration batch, or the whole batch if it cannot be split, or if the pieces would have other
-    outputs than the whole. Every fourth step, if there are at least four, is held out. Training ends when the error of
-    the held-out steps stops falling, and keeps the best weights. While a block is trained, the inputs and outputs of
-    its parts are in memory for all batches. Models in float32 run in bfloat16 (autocast) where the hardware and the
-    code of the part support it.
+    most 16 samples of a calibration batch, or the whole batch if its pieces would have other outputs. Every fourth
+    step, if there are at least four, is held out. Training ends when the held-out error stops falling, and keeps the
+    best weights. The inputs and outputs of a block's parts are in memory for all batches while it is trained. Models in
+    float32 run in bfloat16 (autocast) where the hardware and the code of the part support it.
 
     Attributes:
         epochs: Maximum number of passes over the calibration samples.
         learning_rate: Learning rate of Adam, relative to the root mean square of the layer's kept weights.
     """
 
-    needs: ClassVar = frozenset({"square_sum"})
-    recorded: ClassVar = 4  # the inputs and outputs of attention and MLP
+    recorded: ClassVar = True
     epochs: int = 4
     learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
         check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
-
-    def why_not(self, sequential: str) -> str | None:
-        """Return the reason if `sequential` is "layer", in which units are single layers."""
-        if sequential != "layer":
-            return None
-        return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
 
     def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
         """Find the parts of the unit; a unit that is a single layer has no parts."""
@@ -66,10 +58,7 @@ class Reconstruct(Recovery):
 
 
 class _Run(NamedTuple):
-    """One call of a part: its arguments and keyword arguments, the output of the dense part, and what is not padding.
-
-    Training may split it into several, with some samples of the batch in each.
-    """
+    """One call of a part, or some samples of it: the arguments, the output of the dense part, what is not padding."""
 
     call: Call
     inputs: tuple[tuple[Any, ...], dict[str, Any]]
@@ -85,17 +74,15 @@ class _Part:
     module: nn.Module
     layers: tuple[Layer, ...]
     runs: list[_Run] = field(default_factory=list)
-    inputs: tuple[tuple[Any, ...], dict[str, Any]] = (), {}  # of the latest call
 
-    def record_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Copy the inputs before the forward of the module, which may write into them (a hook)."""
-        self.inputs = clone_arguments((args, kwargs))
-
-    def record_output(self, call: Call, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        """Copy the output after the forward of the module (a hook)."""
+    def record(self, call: Call, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Run the dense part, and copy its inputs, into which it may write, and its output."""
+        inputs = clone_arguments((args, kwargs))
+        output = forward(*args, **kwargs)
         found = _first_output(output).clone()
         mask = fitting_mask(call.sample.masks, self.name, found)
-        self.runs.append(_Run(call, self.inputs, found, mask.keep if mask else None))
+        self.runs.append(_Run(call, inputs, found, mask.keep if mask else None))
+        return output
 
 
 @dataclass
@@ -112,18 +99,13 @@ class _BlockReconstruction(UnitRecovery):
         for call in calls:
             yield replace(call, forward=partial(self._run, call)) if call.sample.counts else call
 
-    def _run(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        if self.parts[0].module is self.unit.module:  # the batch is parked inside the module, so its hooks do not run
-            self.parts[0].record_inputs(self.unit.module, args, kwargs)
-            output = call.forward(*args, **kwargs)
-            self.parts[0].record_output(call, self.unit.module, args, output)
-            return output
-        with ExitStack() as hooks:
+    def _run(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
+        if (part := self.parts[0]).module is self.unit.module:  # its forward parks the batch
+            return part.record(call, call.forward, *args, **kwargs)
+        with ExitStack() as patches:
             for part in self.parts:
-                before = part.module.register_forward_pre_hook(part.record_inputs, with_kwargs=True)
-                after = part.module.register_forward_hook(partial(part.record_output, call))
-                hooks.callback(before.remove)
-                hooks.callback(after.remove)
+                recording = partial(part.record, call, part.module.forward)
+                patches.enter_context(patched(part.module, "forward", recording))
             return call.forward(*args, **kwargs)
 
     def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
@@ -149,9 +131,9 @@ class _PartTraining:
         by_batch: dict[int, list[_Run]] = {run.call.sample.batch_index: [] for run in part.runs}
         for run in part.runs:
             by_batch[run.call.sample.batch_index] += self._split(run) if splits else [run]
-        self._runs = in_one_order([by_batch.get(n, []) for n in range(1 + max(by_batch, default=-1))], processes)
-        self._trained = [run for index, run in enumerate(self._runs) if index % _HELD_OUT != _HELD_OUT - 1]
-        self._held_out = self._runs[_HELD_OUT - 1 :: _HELD_OUT] or self._trained
+        runs = [by_batch.get(index, []) for index in range(1 + max(by_batch, default=-1))]
+        self._trained, held_out = hold_out(runs, _HELD_OUT, processes)
+        self._held_out = held_out or self._trained
 
     def _split(self, run: _Run) -> list[_Run]:
         """Return the run in pieces with few samples of the batch; as it is if its rows do not belong to samples."""
@@ -172,53 +154,47 @@ class _PartTraining:
     def _splits_exactly(self) -> bool:
         """Return whether the pieces have the outputs of the whole, for one run of each shape."""
         runs = {tuple(x.shape for x in tensors_of((run.inputs, run.output))): run for run in self._part.runs}
-        return all(len(pieces := self._split(run)) == 1 or self._is_whole(pieces, run) for run in runs.values())
+        return all(self._is_whole(pieces, run) for run in runs.values() if len(pieces := self._split(run)) > 1)
 
     def _is_whole(self, pieces: Sequence[_Run], run: _Run) -> bool:
         outputs = [self._output(piece) for piece in pieces]
         expected = self._output(run).split([len(output) for output in outputs])
         rounding = min(2e-4, torch.finfo(outputs[0].dtype).eps)  # of a square sum; less than eps, even in bfloat16
-        return all(
-            bool(widened(one - other).square().sum() <= rounding * widened(other).square().sum())
-            for one, other in zip(outputs, expected, strict=True)
-        )
+        errors = [(widened(one - other), widened(other)) for one, other in zip(outputs, expected, strict=True)]
+        return all(bool(error.square().sum() <= rounding * other.square().sum()) for error, other in errors)
 
     def train(self) -> TrainedPart | None:
         """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
-        if not self._runs:
+        if not self._held_out:
             return None
         part, config = self._part, self._config
         parameters = list(dict.fromkeys(layer.parameter for layer in part.layers))
-        passes = [[partial(self._losses, run) for run in self._trained]] * config.epochs
+        passes = [[[run] for run in self._trained]] * config.epochs
         with MaskedWeights(part.module, parameters, part.layers, self._processes, skip_unreached=True) as weights:
             optimizer = torch.optim.Adam(weights.groups(config.learning_rate))
-            held_out = partial(self._held_out_sum, self._error)
-            found, stopped = weights.fit(optimizer, passes, held_out, stops_early=True)
-        energy = self._held_out_sum(lambda run: self._square_sum(run.output, run))
-        energy = max(energy, torch.finfo(torch.float32).tiny)
+            found, stopped = weights.fit(optimizer, passes, self._held_out, self._losses, stops_early=True)
+            energy = weights.evaluate(self._held_out, self._energies) or torch.finfo(torch.float32).tiny
         before, after = ((each.held_out or 0.0) / energy for each in (found[0], found[-1]))
         return TrainedPart(part.name, before, after, stopped)
 
-    def _losses(self, run: _Run | None, scale: float) -> Iterator[float]:
-        if run is not None:
-            error = self._error(run, training=True)
-            error.backward(torch.full_like(error, scale))
+    def _losses(self, runs: Sequence[_Run | None], scale: float | None) -> Iterator[float]:
+        """Yield the squared error of each run of this process."""
+        for run in filter(None, runs):
+            with torch.set_grad_enabled(scale is not None):
+                error = self._square_sum(self._output(run, scale is not None) - run.output, run)
+            if scale is not None:
+                error.backward(torch.full_like(error, scale))
             yield float(error)
 
-    def _held_out_sum(self, sum_of: Callable[[_Run], Tensor]) -> float:
-        own = filter(None, self._held_out)
-        return sum_over_processes(lambda: (float(sum_of(run)) for run in own), self._processes)
+    def _energies(self, runs: Sequence[_Run | None], _: float | None) -> Iterator[float]:
+        return (float(self._square_sum(run.output, run)) for run in filter(None, runs))
 
     def _output(self, run: _Run, training: bool = False) -> Tensor:
         part = self._part.module
         precision = mixed_precision(part, self._is_mixed)
         with run.call.thread_state.entered(), torch.set_grad_enabled(training), precision:
             args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
-            return _first_output(part(*args, **kwargs))
-
-    def _error(self, run: _Run, training: bool = False) -> Tensor:
-        with torch.set_grad_enabled(training):
-            return self._square_sum(self._output(run, training) - run.output, run)
+            return _first_output(part.forward(*args, **kwargs))  # without hooks, as it was recorded
 
     def _square_sum(self, x: Tensor, run: _Run) -> Tensor:
         """Sum the squares over all tokens except padding."""

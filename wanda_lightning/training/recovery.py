@@ -1,19 +1,29 @@
-"""The interface of a recovery, and the recovery that does nothing."""
+"""The interface of a recovery, and the loop that all of them train with, in one process or several."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import Layer, Unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-from wanda_lightning.report import TrainedPart, Training
+from wanda_lightning.report import TrainedPart, Training, TrainingPass
+from wanda_lightning.training.held_zeros import keep_masks
+
+_Item = TypeVar("_Item")
+Loss = Callable[[Sequence[Any], float | None], Iterable[float]]  # see `MaskedWeights.fit`
+# Small gradients are zero in float16, and large ones infinite. Powers of two leave other dtypes unchanged.
+LARGEST_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-16
 
 
 class UnitRecovery:
@@ -24,10 +34,7 @@ class UnitRecovery:
         return calls
 
     def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
-        """Train the kept weights of the pruned unit; yield each part with its layers.
-
-        `show` is called with the name of each part before it is trained.
-        """
+        """Train the kept weights of the pruned unit; `show` the name of each part, and yield it with its layers."""
         return iter(())
 
 
@@ -58,13 +65,13 @@ class Recovery:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics that it reads; if there are any, calibration batches are required."""
-        return frozenset()
+        """The statistics for which it requires calibration batches: any, if it trains blocks."""
+        return frozenset({"square_sum"} if self.recorded else ())
 
     @property
-    def recorded(self) -> int:
-        """Number of hidden states of each token that it records while it trains a block; 0 if it trains no blocks."""
-        return 0
+    def recorded(self) -> bool:
+        """Whether it records the hidden states of each token, to train blocks."""
+        return False
 
     def for_model(self, is_image: bool, sequential: str) -> Recovery:
         """Return the recovery for a model."""
@@ -72,15 +79,17 @@ class Recovery:
 
     def why_not(self, sequential: str) -> str | None:
         """Return why it cannot be combined with a value of `sequential`, and what to do; None if it can be."""
-        return None
+        if sequential != "layer" or not self.recorded:  # units are then single layers
+            return None
+        return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
 
     def check_sharded(self) -> None:
-        """Raise a ValueError if the recovery does not support sharded models."""
-        raise UserError(
-            f"recovery={type(self).__name__}() trains a model that each process holds as a whole, but this one is "
-            "sharded. Prune without recovery, and train with DistillFromDense in Trainer.fit; or prune before sharding "
-            "(devices=1)."
-        )
+        """Raise a ValueError, since a recovery that trains does not support sharded models."""
+        if self.reads_batches or self.recorded:
+            raise UserError(
+                f"recovery={type(self).__name__}() needs the whole model in each process, but this one is sharded. "
+                "Prune without recovery, and train with DistillFromDense in Trainer.fit; or prune with devices=1."
+            )
 
     def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
         """Start the recovery of a unit that is still dense."""
@@ -95,5 +104,172 @@ class Recovery:
 class NoRecovery(Recovery):
     """Leave the weights as the solver computed them."""
 
-    def check_sharded(self) -> None:
-        """Accept sharded models."""
+
+def hold_out(batches: Sequence[Sequence[_Item]], every: int, processes: Processes) -> tuple[list[_Item | None], ...]:
+    """Return the samples of all processes to train on, and every n-th one, which is held out.
+
+    None stands for a sample of another process. The order depends on the batches alone: batch i of all processes
+    precedes batch i + 1 of any.
+    """
+    order: list[_Item | None] = []
+    longest = max(number for (number,) in processes.all_gather([len(batches)]))
+    sizes = processes.all_gather([len(batch) for batch in batches] + [0] * (longest - len(batches)))
+    for index in range(longest):
+        for rank in range(processes.world_size):
+            order += batches[index] if rank == processes.rank and index < len(batches) else [None] * sizes[rank][index]
+    return [sample for number, sample in enumerate(order, start=1) if number % every], order[every - 1 :: every]
+
+
+class MaskedWeights(AbstractContextManager["MaskedWeights"]):
+    """The trained parameters of a pruned module: where a pruned layer is not zero, and all others as a whole.
+
+    Inside a `with` block, only these parameters have gradients. At its end, also after an error, they get their best
+    values (see `fit`), and all flags and gradients of the module are restored.
+
+    An optimizer updates the masters: the parameters themselves, or copies in float32, since bfloat16 would lose small
+    steps. All processes train copies of the module together, each on its own samples. With `skip_unreached`, the
+    optimizer skips a parameter that no sample of a step reaches; otherwise its gradient is 0.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[Tensor],
+        layers: Sequence[Layer],
+        processes: Processes,
+        skip_unreached: bool = False,
+    ) -> None:
+        self._parameters, self._processes, self._skip_unreached = parameters, processes, skip_unreached
+        everything = dict.fromkeys((*module.parameters(), *parameters))
+        self._before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
+        kept = keep_masks(layers, elsewhere=False)
+        self._keep = [kept[p] if p in kept else torch.ones_like(p, dtype=torch.bool) for p in parameters]
+        self._masters = [_master(parameter) for parameter in parameters]
+        self._keep_best()
+        self._scale = LARGEST_SCALE
+
+    def __enter__(self) -> MaskedWeights:
+        """Turn on gradients for the trained parameters only."""
+        for parameter, _, _ in self._before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        return self
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        """Write the best values, and restore all flags and gradients."""
+        for parameter, best in zip(self._parameters, self._best, strict=True):
+            parameter.copy_(best)
+        for parameter, requires_grad, gradient in self._before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Return the optimizer's groups; learning rates are relative to the root mean square of the kept weights."""
+        kept = (master.detach()[keep] for master, keep in zip(self._masters, self._keep, strict=True))
+        sizes = [float(weights.square().mean().sqrt().nan_to_num()) for weights in kept]  # of none, the mean is NaN
+        return [
+            {"params": [master], "lr": learning_rate * size} for master, size in zip(self._masters, sizes, strict=True)
+        ]
+
+    def fit(
+        self,
+        optimizer: torch.optim.Optimizer,
+        passes: Iterable[Iterable[Sequence[Any]]],
+        held_out: Sequence[Any],
+        loss: Loss,
+        stops_early: bool = False,
+    ) -> tuple[list[TrainingPass], str]:
+        """Take the steps of each pass, and keep the weights with the lowest held-out loss, or else the latest.
+
+        A step is a list of samples. `loss(samples, scale)` yields the parts of their loss that this process computes,
+        and passes their gradients, times the scale, backward; with None for a scale, it only computes the loss. If a
+        loss or gradient is NaN or infinite, training stops; with `stops_early` also after the first pass that does not
+        lower the held-out loss. Return the losses before training and of each pass, and what was not finite.
+        """
+        lowest, count = self.evaluate(held_out, loss), 0
+        found = [TrainingPass(None, lowest)]
+        try:
+            _require_finite("held-out loss", lowest if stops_early else None)
+            for steps in passes:
+                losses = []
+                for samples in steps:
+                    losses.append(self.step(optimizer, samples, loss))
+                    count += 1
+                after = self.evaluate(held_out, loss)
+                falls = after is None or lowest is None or after < lowest
+                if stops_early and not falls:
+                    break
+                _require_finite("held-out loss", after)
+                found.append(TrainingPass(sum(losses) / len(losses), after))
+                if falls:
+                    lowest = after
+                    self._keep_best()
+        except FloatingPointError as error:
+            return found, f"the {error} of step {count + 1} was not finite"
+        return found, ""
+
+    def evaluate(self, samples: Sequence[Any], loss: Loss) -> float | None:
+        """Return the loss of samples of all processes, or None if there are none."""
+        return self._sum(loss(samples, None)) if samples else None
+
+    def step(self, optimizer: torch.optim.Optimizer, samples: Sequence[Any], loss: Loss) -> float:
+        """Take one optimizer step, and return the loss before it, summed over the samples of all processes.
+
+        If the gradients overflow, they are computed again with a smaller scale, as no sample should be left out.
+        """
+        while (value := self._set_gradients(samples, loss)) is None:
+            if self._scale <= SMALLEST_SCALE:
+                raise FloatingPointError("gradient")
+            self._scale /= 16
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, master in zip(self._parameters, self._masters, strict=True):
+                master.grad = None
+                if master is not parameter:
+                    parameter.copy_(master)
+        return value
+
+    def _sum(self, losses: Iterable[float]) -> float:
+        """Return the sum over all processes; an error in one of them ends all."""
+        total = torch.zeros(1, dtype=torch.float64)  # a Trainer may set the default to 16 bits
+        with self._processes.fail_together():
+            for loss in losses:
+                total += loss
+        self._processes.all_reduce_sum([total])
+        return float(total)
+
+    def _keep_best(self) -> None:
+        self._best = [parameter.detach().clone() for parameter in self._parameters]
+
+    def _set_gradients(self, samples: Sequence[Any], loss: Loss) -> float | None:
+        """Give the masters the masked gradients of all processes; return the loss, or None if any is not finite."""
+        value = self._sum(loss(samples, self._scale))
+        _require_finite("loss", value)
+        reached = torch.tensor([parameter.grad is not None for parameter in self._parameters], dtype=torch.int64)
+        gradients = []  # unscaled, in the dtype of the master
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            gradient, parameter.grad = parameter.grad, None
+            own = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype).contiguous()
+            gradients.append(own.div_(self._scale))
+        self._processes.all_reduce_sum([reached, *gradients])
+        for gradient, keep in zip(gradients, self._keep, strict=True):
+            mask_(gradient, keep)
+        if not torch.stack([gradient.sum().isfinite().cpu() for gradient in gradients]).all():
+            return None  # no gradient is set: the next backward pass would add to that of a master
+        for master, gradient, is_reached in zip(self._masters, gradients, reached.tolist(), strict=True):
+            master.grad = gradient if is_reached or not self._skip_unreached else None
+        return value
+
+
+def _require_finite(name: str, loss: float | None) -> None:
+    if loss is not None and not math.isfinite(loss):
+        raise FloatingPointError(name)
+
+
+def _master(parameter: Tensor) -> Tensor:
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    is_master = parameter.dtype == wide and parameter.is_contiguous()  # fused AdamW of PyTorch 2.13 ignores strides
+    return parameter if is_master else parameter.detach().to(wide).contiguous()
