@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
@@ -29,9 +29,8 @@ from wanda_lightning.engine.prune import prune_collected
 from wanda_lightning.parallel import Processes, is_sharded
 from wanda_lightning.report import PruningReport
 
-log = logging.getLogger(__name__)
 
-
+@dataclass
 class CalibrationData:
     """The first `num_samples` samples of the calibration data, and how a batch of them runs through the module.
 
@@ -39,38 +38,31 @@ class CalibrationData:
     batches in each process, or the first samples if the loader has a `DistributedSampler`, as Lightning's loaders have.
 
     Raises:
-        MisconfigurationException: Without data, with more than one loader, or if the module cannot run a batch.
+        MisconfigurationException: Without data, or with more than one loader.
     """
 
-    def __init__(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        dataloader: Iterable[Any] | None,
-        num_samples: int,
-        processes: Processes,
-    ) -> None:
-        self._trainer, self._module, self._dataloader = trainer, pl_module, dataloader
-        self._num_samples, self._processes = num_samples, processes
+    trainer: L.Trainer
+    module: L.LightningModule
+    dataloader: Iterable[Any] | None
+    num_samples: int
+    processes: Processes
 
     def batches(self) -> Iterator[Any]:
         """Yield the samples in the batches that the loader makes; warn if there are fewer.
 
         All processes continue with the random state of the first, so that their loaders shuffle in the same order.
         """
-        loader, source = _find(self._trainer, self._module, self._dataloader)
-        log.info("Calibrating on %s", source)
-        yield from self._first_samples(loader, source)
+        yield from self._first_samples(*_find(self.trainer, self.module, self.dataloader))
 
     def trial_batches(self) -> Iterator[Any] | None:
         """Return the same batches from a copy of the loader, with the same errors; None for data that are used up."""
-        loader, source = _find(self._trainer, self._module, self._dataloader)
+        loader, source = _find(self.trainer, self.module, self.dataloader)
         if isinstance(loader, Iterator) or isinstance(getattr(loader, "dataset", None), IterableDataset):
             return None  # the copy would share its state
         return self._first_samples(_independent_copy(loader), source)
 
     def _first_samples(self, loader: Any, source: str) -> Iterator[Any]:
-        processes, wanted = self._processes, self._num_samples
+        processes, wanted = self.processes, self.num_samples
         if processes.world_size > 1:
             torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
         step, offset = processes.world_size, processes.rank
@@ -87,39 +79,31 @@ class CalibrationData:
             if seen == wanted:
                 return
         if seen < wanted:
-            rank_zero_warn(
-                f"num_samples is {wanted}, but {source} has only {seen}. The model is calibrated on all of them."
-            )
+            rank_zero_warn(f"num_samples is {wanted}, but {source} has only {seen}. All of them are used.")
 
     def _run_alone(self, batch: Any) -> bool:
         """Whether the samples of a batch run alone, which is not tried if the module is sharded."""
-        if is_sharded(self._module):
+        if is_sharded(self.module):
             return True
-        with pruning_mode(self._module):
+        with pruning_mode(self.module):
             return run_alone(self.predict, batch)
 
     def forward(self, batch: Any) -> object:
-        """Run a batch through the module with the precision, transfer hooks and device of Lightning's loops.
-
-        Calls the module's `calibration_step(batch)` if it has one, which may stop after the last layer, else `forward`.
-        """
+        """Run a batch through the module as Lightning's loops do, by `calibration_step(batch)` if it has one."""
         return self._run(batch, "calibration_step")
 
     def predict(self, batch: Any) -> object:
-        """Run a batch as `forward` does; return the logits, or an output that holds them.
-
-        Calls the module's `calibration_predictions(batch)` if it has one, else its `forward` or `calibration_step`.
-        """
-        has_forward = is_overridden("forward", self._module)
+        """Return the logits of a batch, or an output with them, by `calibration_predictions(batch)` if it has one."""
+        has_forward = is_overridden("forward", self.module)
         return self._run(batch, "calibration_predictions", *[] if has_forward else ["calibration_step"])
 
     def _run(self, batch: Any, *names: str) -> object:
-        batch = self._module._on_before_batch_transfer(self._trainer.precision_plugin.convert_input(batch))
-        batch = self._trainer.strategy.batch_to_device(batch)
+        batch = self.module._on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch))
+        batch = self.trainer.strategy.batch_to_device(batch)
         for name in names:
-            if callable(step := getattr(self._module, name, None)):
+            if callable(step := getattr(self.module, name, None)):
                 return step(batch)
-        return forward_batch(self._module, batch)
+        return forward_batch(self.module, batch)
 
 
 def _reads_own_part(loader: Any) -> bool:
@@ -130,11 +114,6 @@ def _reads_own_part(loader: Any) -> bool:
 
 def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable[Any] | None) -> tuple[Any, str]:
     """Return the first calibration loader that exists, in the order that `PruningCallback` documents, and its name."""
-    if not is_overridden("forward", pl_module) and not callable(getattr(pl_module, "calibration_step", None)):
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} must define forward() or calibration_step(batch), so that calibration batches "
-            "can run through it, but it has neither."
-        )
     if dataloader is not None:
         return dataloader, "dataloader"
     datamodule: Any = getattr(trainer, "datamodule", None)
@@ -152,8 +131,7 @@ def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable
         if (loader := getattr(trainer, f"{kind}_dataloaders")) is not None:
             return _independent_copy(_single(loader, kind)), f"the {kind} dataloader"
     raise MisconfigurationException(
-        "dataloader must be given, since there is no other data to calibrate on. Or define calibration_dataloader() in "
-        "the LightningDataModule or LightningModule."
+        "dataloader must be given, or calibration_dataloader() defined, since there is no other data to calibrate on."
     )
 
 
@@ -162,8 +140,8 @@ def _single(loaders: Any, kind: str) -> Any:
         return loaders
     if len(loaders) != 1:
         raise MisconfigurationException(
-            f"dataloader must be given, since there are {len(loaders)} {kind} dataloaders to calibrate on. Or define "
-            "calibration_dataloader() in the LightningDataModule or LightningModule."
+            f"dataloader must be given, or calibration_dataloader() defined, since there are {len(loaders)} {kind} "
+            "dataloaders to calibrate on."
         )
     (loader,) = loaders.values() if isinstance(loaders, Mapping) else loaders
     return loader
@@ -194,10 +172,7 @@ def _independent_copy(loader: Any) -> Any:
 
 
 class ValidationLoop:
-    """Collects statistics from the first batches of one validation loop, and prunes the model with them.
-
-    Each process runs a part of the samples. Collection stops after `num_samples` samples; batches are not cut.
-    """
+    """Prunes a model with statistics from the first batches of a validation loop, until they have `num_samples`."""
 
     def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes, num_samples: int) -> None:
         with processes.fail_together():
@@ -209,7 +184,7 @@ class ValidationLoop:
 
     def start_batch(self, batch: Any) -> None:
         """Collect while the batch runs, until `end_batch`."""
-        if self._samples_left > 0:
+        if self._samples_left > 0:  # of all processes
             self._samples_left -= batch_size(batch) * self._world_size
             self._batch.enter_context(self._calibration.collect(batch))
 

@@ -29,17 +29,17 @@ def check_options(config: PruningConfig, schedule: Schedule, calibrate_on: str, 
             f"schedule must have one stage for {pattern}, whose sparsity is fixed, but it is {schedule}. Prune with "
             "at_step=..., or use pattern='unstructured'."
         )
-    reads_gradients = "allocation" if config.allocation.reads_gradients else "pattern"
     rows = (
         (dataloader is not None, "dataloader", "has other batches"),
         (pattern.drops_experts, "pattern", "needs a pass of its own"),
         (config.sequential != "none", "sequential", "runs pruned layers"),
         (pattern.prunes_units, "pattern", "runs each block with and without hidden units"),
-        (config.reads_gradients, reads_gradients, "needs backward passes"),
+        (config.allocation.reads_gradients, "allocation", "needs backward passes"),
+        (config.reads_gradients, "pattern", "needs backward passes"),
         (recovery.reads_batches or recovery.recorded, "recovery", "trains on the batches"),
     )
-    for applies, option, why in rows if calibrate_on == "validation" else ():
-        if applies:
+    for applies, option, why in rows:
+        if applies and calibrate_on == "validation":
             shown = option if option == "dataloader" else config.shown(option)
             raise UserError(
                 "calibrate_on='validation' only collects statistics of the dense model while Lightning validates it, "
@@ -93,41 +93,33 @@ def without_permutation_in_training(config: PruningConfig, trainer: L.Trainer) -
         return config
     rank_zero_warn(
         f"{config.permutation} permutes nothing during training: the optimizer's moments, averaged weights and the "
-        "zeros that other callbacks keep are stored in the old order. Prune before training and without averaging, or "
-        "give permutation='none'."
+        "zeros that other callbacks keep are in the old order. Prune before training, or give permutation='none'."
     )
     return replace(config, permutation=NoPermutation())
 
 
 def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
-    """Warn if a `ModelCheckpoint(monitor=...)` compares checkpoints from before pruning with those from after it.
-
-    A subclass that overrides `check_monitor_top_k` chooses which checkpoints it compares, as `BestAfterPruning` does.
-    """
-    last = schedule.stages[-1][0]
-    for checkpoint in () if trainer.fast_dev_run else trainer.checkpoint_callbacks:  # type: ignore[attr-defined]
-        if not isinstance(checkpoint, ModelCheckpoint) or checkpoint.monitor is None:
-            continue
+    """Warn if a `ModelCheckpoint(monitor=...)` compares checkpoints from before pruning with those from after it."""
+    found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
+    for checkpoint in () if trainer.fast_dev_run else found:  # type: ignore[attr-defined]
+        # A subclass that overrides this chooses what it compares, as BestAfterPruning does.
         if type(checkpoint).check_monitor_top_k is ModelCheckpoint.check_monitor_top_k:
             rank_zero_warn(
-                f"ModelCheckpoint(monitor={checkpoint.monitor!r}) also compares checkpoints from before step {last}, "
-                "when pruning ends, so its best one is probably less sparse than requested. Use "
-                f"BestAfterPruning(monitor={checkpoint.monitor!r}), which compares only checkpoints from after pruning."
+                f"ModelCheckpoint(monitor={checkpoint.monitor!r}) also compares checkpoints from before step "
+                f"{schedule.stages[-1][0]}, when pruning ends, so its best one is probably less sparse than requested. "
+                f"Use BestAfterPruning(monitor={checkpoint.monitor!r}), which compares only those from after pruning."
             )
 
 
 def warn_of_evaluation(name: str, share: float, state: PruningState, schedule: Schedule) -> None:
-    """Warn of an evaluation before the first stage, which does not prune, or of one that prunes before training does.
-
-    `share` is 0 if the evaluation does not prune.
-    """
+    """Warn of an evaluation that does not prune (`share` is 0) a dense model, or that prunes before training does."""
     if not share and state.share == 0:
         rank_zero_warn(f"{name} prunes during training, by {schedule}, so the model evaluated now is dense.")
     if share > (schedule.share(0) or 0):
         rank_zero_warn(
             f"{name} prunes this model right before it is evaluated, but the schedule {schedule} prunes it during "
-            "training, so the result is that of a pruned model without training after pruning. To evaluate the trained "
-            "model, load a checkpoint from after pruning, such as ckpt_path='last'."
+            "training, so the result is that of a pruned model without training after pruning. Load a checkpoint from "
+            "after pruning, such as ckpt_path='last', to evaluate the trained model."
         )
 
 

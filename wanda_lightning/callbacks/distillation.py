@@ -63,8 +63,8 @@ class DistillFromDense(Callback):
 
     Raises:
         ValueError: If a value is out of range. When `fit` starts: if the network is already pruned and no `dense` is
-            given; or if `dense` shares parameters with the module, or differs from that of the run that is resumed. In
-            the first step: if there are no logits to compare.
+            given, or `dense` shares parameters with the module, or differs from that of the resumed run. In the first
+            step: if there are no logits to compare.
         MisconfigurationException: When `fit` starts: if the module optimizes manually, or is compiled with its
             `training_step`. In the first step: if `training_step` does not call the network.
     """
@@ -155,9 +155,8 @@ class _Comparison:
     network: nn.Module
     teacher: nn.Module
     temperature: float
-    total: Tensor | float = 0.0
+    total: Tensor | float = 0.0  # a number until the first call
     count: int = 0  # of predictions
-    calls: int = 0
 
     def watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Return the forward of the network with a comparison of its output.
@@ -183,24 +182,20 @@ class _Comparison:
 
     def mean(self, pl_module: L.LightningModule) -> Tensor:
         """Return the divergence times the squared temperature, averaged over all predictions of the step."""
-        if not self.calls:
-            name = type(pl_module).__name__
-            found = ", ".join(child for child, _ in pl_module.named_children())
+        if not isinstance(self.total, Tensor):
+            name, found = type(pl_module).__name__, ", ".join(child for child, _ in pl_module.named_children())
             raise MisconfigurationException(
-                f"network must be the part of {name} whose predictions are compared, but {name}.training_step never "
-                f"called {type(self.network).__name__} with gradients. Give network=NAME of the part that it calls; "
-                f"there are {found}."
+                f"network must be the part of {name} whose predictions are compared, but training_step never called "
+                f"{type(self.network).__name__} with gradients. Give network=NAME of what it calls; there are {found}."
             )
-        assert isinstance(self.total, Tensor)
         # Such a power keeps the gradients as large at any temperature (Hinton et al. 2015, section 2).
         return self.total * (self.temperature**2 / max(1, self.count))  # a batch may be all padding
 
     def _add(self, predicted: Tensor, dense: Tensor, arguments: Mapping[str, Any]) -> None:
         if predicted.shape != dense.shape:
             raise UserError(
-                f"dense must make the same predictions as the network, but its logits have the shape "
-                f"{tuple(dense.shape)} and those of the network {tuple(predicted.shape)}. Give the model from which "
-                "the network was pruned."
+                f"dense must be the model from which the network was pruned, but its logits have the shape "
+                f"{tuple(dense.shape)} and those of the network {tuple(predicted.shape)}."
             )
         if not predicted.requires_grad:
             raise UserError(
@@ -211,7 +206,6 @@ class _Comparison:
         keep = None if mask is None else mask.keep.flatten().to(predicted.device)
         self.total += summed_divergence(predicted.flatten(0, -2), dense.flatten(0, -2), keep, self.temperature)
         self.count += predicted.shape[:-1].numel() if keep is None else int(keep.sum())
-        self.calls += 1
 
 
 def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
@@ -228,9 +222,9 @@ def _logits(output: object, whose: str) -> Tensor:
     if found is None or found.shape[-1] < 2 or (found.ndim > 3 and not has_classes(output)):
         kind = type(output).__name__ if found is None else f"a tensor of shape {tuple(found.shape)}"
         raise UserError(
-            f"{whose} must return logits of shape (samples, classes) or (samples, tokens, classes), or an output that "
-            "has them, or those of images (samples, classes, height, width), as `logits`, to be distilled, but it "
-            f"returns {kind}. Give network=NAME of the part that does."
+            f"{whose} must return logits of shape (samples, classes) or (samples, tokens, classes), or an output with "
+            f"such `logits`, or (samples, classes, height, width), but it returns {kind}. Give network=NAME of a part "
+            "that does."
         )
     return found
 
@@ -241,11 +235,7 @@ def network_of(module: L.LightningModule, name: str | None) -> nn.Module:
 
 
 def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) -> nn.Module:
-    """Return the dense counterpart of the network with this name in a module, frozen and in eval mode.
-
-    Call it in `setup("fit")`: callbacks prune later, and checkpoints are restored later. The result is not a submodule
-    of the LightningModule.
-    """
+    """Return the dense counterpart of the network with this name in a module, frozen and in eval mode."""
     network = network_of(pl_module, name)
     if dense is None:
         has_weights = next(network.parameters(), None) is not None

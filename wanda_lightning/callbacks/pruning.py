@@ -16,15 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from wanda_lightning.callbacks import conflicts
 from wanda_lightning.callbacks.calibration_data import CalibrationData, ValidationLoop
 from wanda_lightning.callbacks.schedules import OneShot, PruningState, Schedule, schedule_of
-from wanda_lightning.callbacks.trainer import (
-    processes_of,
-    pruning_target,
-    publish,
-    run_of,
-    set_metrics,
-    shows_progress,
-    with_result,
-)
+from wanda_lightning.callbacks.trainer import processes_of, pruning_target, publish, set_metrics, shows_progress
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
@@ -49,14 +41,12 @@ class PruningCallback(ZerosCallback):
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
     runs. The callback uses the first `num_samples` samples, and does not cut a batch whose tensors have different
     lengths. A batch runs through the module's `calibration_step(batch)` if it has one, else as in `prune`, in the
-    Trainer's precision. With mixed precision, the result is that of `prune` inside `torch.autocast`. Layer names are
-    relative to the module's `pruning_target` if it has one (our modules give the names of Hugging Face and timm), else
-    to the LightningModule.
+    Trainer's precision. Layer names are relative to the module's `pruning_target` if it has one (our modules give the
+    names of Hugging Face and timm), else to the LightningModule.
 
     After pruning, `trainer.callback_metrics` and the loggers have `sparsity/model`, `sparsity/pruned_layers` and the
     sparsity of each layer. Use `BestAfterPruning` to keep the best checkpoint. To prune at another moment, override
-    `should_prune`. Two pruning callbacks of one class in a Trainer must differ in `skip` or `only`, which tell their
-    states in a checkpoint apart.
+    `should_prune`. Two pruning callbacks of one class in a Trainer must differ in `skip` or `only`.
 
     Args:
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
@@ -68,17 +58,17 @@ class PruningCallback(ZerosCallback):
         at_step: Number of optimizer steps before pruning.
         schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
         calibrate_on: `"validation"` collects statistics from Lightning's own validation loop, without an extra pass,
-            and prunes at the end of the loop: of the next validation loop after the step of the schedule, or of
-            `trainer.validate`, which then evaluates the dense model. The default of `sequential` is then `"none"`, the
-            only value that it supports. It uses whole batches until they have `num_samples` samples.
+            and prunes at its end: of the next one after the step of the schedule, or of `trainer.validate`, which then
+            evaluates the dense model. The default of `sequential` is then `"none"`, the only value that it supports. It
+            uses whole batches until they have `num_samples` samples.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Raises:
         ImportError: If a library that writes the `report` is missing.
         ValueError: If a value is out of range, or choices contradict each other. When a loop starts: if the model
-            cannot be pruned as requested, now or at a later stage. If a later stage reads data, one batch of it runs
-            through the model once, unless the data is an iterator or an `IterableDataset`.
+            cannot be pruned as requested, now or at a later stage, for which one batch runs through the model, unless
+            the data is an iterator or an `IterableDataset`.
         MisconfigurationException: When a loop starts: if the strategy distributes the model in a way that cannot be
             pruned, or training ends before the last stage.
     """
@@ -110,16 +100,11 @@ class PruningCallback(ZerosCallback):
         checks.check_at_least(1, num_samples=num_samples)
         if report is not None:
             checks.check_report_path(report)
-        self.num_samples = num_samples
-        self.dataloader = dataloader
-        self.keep_zeros = keep_zeros
-        self.report_dir = report_dir
-        self.report_path = report
-        self.calibrate_on = calibrate_on
+        self.num_samples, self.dataloader, self.calibrate_on = num_samples, dataloader, calibrate_on
+        self.keep_zeros, self.report_dir, self.report_path = keep_zeros, report_dir, report
         self._state = PruningState(self._fixed_choices)
         self._processes = SINGLE_PROCESS
         self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
-        self._pruned_to_evaluate = False  # the loop that runs has pruned the model at its start
         self._resumed = False  # weights and state come from the same checkpoint
 
     @property
@@ -147,15 +132,13 @@ class PruningCallback(ZerosCallback):
     def should_prune(self, trainer: L.Trainer) -> bool:
         """Whether to prune now; called before training, after each optimizer step, and before an evaluation.
 
-        Override it to prune at other moments. The callback then prunes to the share of the sparsity that the schedule
-        has at `trainer.global_step`, by default all of it.
+        If it is overridden, the schedule still gives the share of the sparsity, by default all of it.
         """
         share = self._schedule(trainer).share(trainer.global_step)
         return share is not None and share > self._state.share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse an unsupported Trainer, and a `report_dir` or `report` that cannot be written."""
-        self._pruned_to_evaluate = False  # an earlier loop may have been interrupted
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
             for path, kind in ((self.report_dir, "folder"), (self.report_path, "file")):
@@ -186,13 +169,12 @@ class PruningCallback(ZerosCallback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the hooks, and warn if the final sparsity was not reached."""
-        conflicts.warn_if_unfinished(self._name, self._state, self.config.sparsity, trainer.global_step)
+        conflicts.warn_if_unfinished(type(self).__name__, self._state, self.config.sparsity, trainer.global_step)
         super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Remove the hooks."""
-        if self._validation is not None:
-            self._validation.end_batch()
+        self.on_validation_batch_end()
         self._validation = None
         super().on_exception(trainer, pl_module, exception)
 
@@ -217,14 +199,12 @@ class PruningCallback(ZerosCallback):
             self._validation.end_batch()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune with the collected statistics, or record the result of the pruned model."""
-        if self._validation is None:
-            self._record_result(trainer)
-            return
-        report, self._validation = self._validation.prune(), None
-        self._record(report, trainer)
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._hold(trainer, pl_module)
+        """Prune with the collected statistics."""
+        if self._validation is not None:
+            report, self._validation = self._validation.prune(), None
+            self._record(report, trainer)
+            if trainer.state.fn == TrainerFn.FITTING:
+                self._hold(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune before `trainer.test` or `trainer.predict`."""
@@ -232,23 +212,15 @@ class PruningCallback(ZerosCallback):
 
     on_predict_start = on_test_start
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the result of the pruned model."""
-        self._record_result(trainer)
-
     def state_dict(self) -> dict[str, Any]:
         """Return how far the model is pruned; see `PruningState`."""
         return replace(self._state, unheld_zeros=self._zeros.state_dict()["unheld_zeros"]).to_checkpoint()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; refuse that of a run with another sparsity or pattern."""
-        self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, self._name)
+        self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, type(self).__name__)
         self._zeros.load_state_dict({"layers": [], "unheld_zeros": self._state.unheld_zeros})
         self._resumed = True
-
-    @property
-    def _name(self) -> str:
-        return type(self).__name__
 
     @property
     def _fixed_choices(self) -> dict[str, Any]:
@@ -267,8 +239,7 @@ class PruningCallback(ZerosCallback):
 
     def _forget_if_dense(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
-        resumed, self._resumed = self._resumed, False
-        may_differ = bool(self._state.zeros) and not resumed
+        may_differ, self._resumed = bool(self._state.zeros) and not self._resumed, False
         if may_differ and not self._state.describes(zeros_of(pruning_target(pl_module), self._processes)):
             self._state = PruningState(self._fixed_choices)
         if self.report is not None:
@@ -287,17 +258,14 @@ class PruningCallback(ZerosCallback):
         return asked and not later
 
     def _prune_to_evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._pruned_to_evaluate = False
         self._forget_if_dense(trainer, pl_module)
-        if not self.should_prune(trainer):
-            conflicts.warn_of_evaluation(self._name, 0, self._state, self.schedule)
-            return
-        if self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
+        share = self._share_due(trainer) if self.should_prune(trainer) else 0.0
+        if share and self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
             self._state.due = True
             return
-        conflicts.warn_of_evaluation(self._name, self._share_due(trainer), self._state, self.schedule)
-        self._prune(trainer, pl_module)
-        self._pruned_to_evaluate = True
+        conflicts.warn_of_evaluation(type(self).__name__, share, self._state, self.schedule)
+        if share:
+            self._prune(trainer, pl_module)
 
     def _prune(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune to the share that is due, and publish the report."""
@@ -314,32 +282,20 @@ class PruningCallback(ZerosCallback):
         self._record(report, trainer)
 
     def _record(self, report: PruningReport, trainer: L.Trainer) -> None:
-        """Publish the report of a stage."""
-        report.run = run_of(trainer, self.num_samples if self.reads_calibration_data else 0)
+        """Publish and save the report of a stage."""
         self._state.record(report, self._share_due(trainer))
-        publish(report, trainer, self._name)
-        self._save(report, trainer)
+        publish(report, trainer, type(self).__name__, self.num_samples if self.reads_calibration_data else 0)
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if self.report_dir is not None:
+                report.save(self.report_dir)
+            if self.report_path is not None:
+                report.write(self.report_path)
 
     @contextmanager
     def _calibration(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[CalibrationData]:
         """Give the data to run in the Trainer's precision, without changing the random numbers that training draws."""
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
             yield CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, self._processes)
-
-    def _record_result(self, trainer: L.Trainer) -> None:
-        """Add what the evaluation loop has measured to the report, if the loop has pruned the model at its start."""
-        measured, self._pruned_to_evaluate = self._pruned_to_evaluate, False
-        if measured and self.report is not None and self.report.run is not None:
-            self.report.run = with_result(self.report.run, trainer)
-            self._save(self.report, trainer)
-
-    def _save(self, report: PruningReport, trainer: L.Trainer) -> None:
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
-            return
-        if self.report_dir is not None:
-            report.save(self.report_dir)
-        if self.report_path is not None:
-            report.write(self.report_path)
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:

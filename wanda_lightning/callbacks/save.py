@@ -33,10 +33,9 @@ from wanda_lightning.training.held_zeros import zeros_of
 class BestAfterPruning(ModelCheckpoint):
     """Lightning's `ModelCheckpoint`, but only checkpoints from after the last stage of pruning are compared.
 
-    A dense model usually scores better than a pruned one, so `ModelCheckpoint(monitor=...)` would keep a checkpoint
-    from before pruning. This callback compares none before the last stage of every pruning callback of the Trainer, and
-    then waits for the next validation loop, so that no score of an earlier model counts. It takes all arguments of
-    `ModelCheckpoint`. `save_last=True` also saves before the last stage, for resuming.
+    A dense model usually scores better than a pruned one. So this callback compares none before the last stage of every
+    pruning callback of the Trainer, and then waits for the next validation loop, so that no score of an earlier model
+    counts. `save_last=True` also saves before the last stage, for resuming.
 
     Args:
         monitor: Name of the metric to compare.
@@ -76,29 +75,26 @@ def _is_pruned(trainer: L.Trainer) -> bool:
 class SavePretrained(Callback):
     """Save the model when training ends, with the module's own `save_pretrained(folder, overwrite)`.
 
-    If something else was written into the folder while the model trained, the model is saved next to it, such as in
-    `out-2`, with a warning. If saving fails, the state dict of the module is written next to the folder, as
-    `out-state.pt`, and the error says so. `fast_dev_run` saves nothing.
+    If the folder was filled while the model trained, the model is saved next to it, such as in `out-2`, with a warning.
+    If saving fails, the state dict of the module is written next to the folder, as `out-state.pt`, and the error says
+    so. `fast_dev_run` saves nothing.
 
-    If the module has a method `check_saving()`, it is called when training starts, to raise the errors of
-    `save_pretrained`. If it has a `merge()` method, it is called before saving, to merge adapters: the saved folder
-    loads without peft, and the module in memory no longer has adapters. If a pruning callback of the same Trainer has
-    pruned the model, a model card (`README.md`) is written, too.
+    The module may have a method `check_saving()`, called when training starts, to raise the errors of
+    `save_pretrained`; and `merge()`, called before saving, to merge adapters, so that the folder loads without peft. If
+    a pruning callback of the same Trainer has pruned the model, a model card (`README.md`) is written, too.
 
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
         push_to_hub: OWNER/NAME of a repository on the Hugging Face hub, to which the saved files are uploaded.
         private: Make the repository private if it is new, and refuse a public one.
-        shrink: Leave out the hidden units that are zero on both sides, as `pattern="structured"` leaves them, with the
-            module's `save_pretrained(folder, overwrite, shrink=True)`. If they cannot be left out, the model is saved
-            with its zeros, with a warning.
+        shrink: Leave out hidden units that are zero on both sides, as after `pattern="structured"`, with the module's
+            `save_pretrained(folder, overwrite, shrink=True)`; with a warning if the module cannot.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
         ValueError: When training starts, if nothing can be uploaded to `push_to_hub`, for example without a token.
-        OSError: If saving fails, or the upload. If the upload fails, the folder is saved, and the message names the
-            command that uploads it later.
+        OSError: If saving or the upload fails. After the latter, the message names the command that uploads the folder.
         MisconfigurationException: When training starts, if the module has no `save_pretrained`, or if no process holds
             the whole model.
     """
@@ -112,8 +108,8 @@ class SavePretrained(Callback):
         shrink: bool = False,
     ) -> None:
         check_flags(overwrite=overwrite, private=private, shrink=shrink)
-        self.shrink = shrink
-        self.folder, self.overwrite, self.push_to_hub, self.private = folder, overwrite, push_to_hub, private
+        self.folder, self.overwrite, self.shrink = folder, overwrite, shrink
+        self.push_to_hub, self.private = push_to_hub, private
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be written, or a model that cannot be saved."""
@@ -124,15 +120,13 @@ class SavePretrained(Callback):
         if not callable(save) or (self.shrink and "shrink" not in inspect.signature(save).parameters):
             raise MisconfigurationException(
                 f"SavePretrained calls save_pretrained(folder, overwrite{', shrink=True' * self.shrink}), but "
-                f"{type(pl_module).__name__} has no such method. Define it (wanda_lightning.shrink takes hidden units "
-                "out), or use Lightning's ModelCheckpoint."
+                f"{type(pl_module).__name__} has no such method. Define it, or use Lightning's ModelCheckpoint."
             )
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
-                f"SavePretrained saves from one process that holds the whole model, but "
-                f"{type(trainer.strategy).__name__} distributes the model. With ModelParallelStrategy (FSDP2), call "
-                "save_pretrained of a CausalLMModule in every process after fit, or use Lightning's ModelCheckpoint "
-                "with save_distributed_checkpoint=False for one ordinary file."
+                f"SavePretrained needs a process with the whole model, but {type(trainer.strategy).__name__} "
+                "distributes the model. With ModelParallelStrategy (FSDP2), call save_pretrained of CausalLMModule in "
+                "every process after fit, or use ModelCheckpoint with save_distributed_checkpoint=False."
             )
         with processes.fail_together():
             if trainer.is_global_zero:
@@ -150,7 +144,7 @@ class SavePretrained(Callback):
             try:
                 if callable(merge := getattr(pl_module, "merge", None)):
                     merge()
-                folder, is_smaller = self._save(pl_module) if trainer.is_global_zero else (Path(self.folder), False)
+                saved = self._save(pl_module) if trainer.is_global_zero else None
             except Exception as error:
                 if not trainer.is_global_zero:
                     raise
@@ -158,10 +152,10 @@ class SavePretrained(Callback):
                     f"{self.folder} could not be written ({type(error).__name__}: {error}). The trained weights are in "
                     f"{self._save_state(pl_module)}: load them with module.load_state_dict(torch.load(PATH))."
                 ) from error
-            if trainer.is_global_zero:
-                self._write_card(folder, trainer, pl_module, is_smaller)
+            if saved is not None:
+                self._write_card(*saved, trainer, pl_module)
                 if self.push_to_hub is not None:
-                    address = upload(folder, self.push_to_hub, list_files(folder), self.private)
+                    address = upload(saved[0], self.push_to_hub, list_files(saved[0]), self.private)
                     rank_zero_info(f"SavePretrained: uploaded to {address}")
         finally:  # also if the upload fails
             trainer.strategy.barrier("SavePretrained")
@@ -187,34 +181,30 @@ class SavePretrained(Callback):
     def _save_state(self, pl_module: L.LightningModule) -> Path:
         """Write the state dict next to the folder, or else into the folder for temporary files; return where it is."""
         path = resolve_path(self.folder)
-        for home in (path.parent, Path(tempfile.gettempdir())):
-            target = _unused(home / f"{path.name}-state.pt")
-            try:
-                with atomic_write(target) as new:
-                    torch.save(pl_module.state_dict(), new)
-                return target
-            except Exception as error:  # the disk may be full
-                failure = error
-        raise failure
+        homes = path.parent, Path(tempfile.gettempdir())
+        target, spare = (_unused(home / f"{path.name}-state", ".pt") for home in homes)
+        try:
+            with atomic_write(target) as new:
+                torch.save(pl_module.state_dict(), new)
+        except Exception:  # the disk may be full
+            torch.save(pl_module.state_dict(), spare)
+            return spare
+        return target
 
-    def _write_card(self, folder: Path, trainer: L.Trainer, pl_module: L.LightningModule, is_smaller: bool) -> None:
+    def _write_card(self, folder: Path, is_smaller: bool, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
-        found = [callback.report for callback in zeros_callbacks(trainer)]
-        if reports := [report for report in found if report is not None]:
+        if reports := [callback.report for callback in zeros_callbacks(trainer) if callback.report is not None]:
             report = _recounted(reports[-1], zeros_of(pruning_target(pl_module)))
-            if trainer.global_step and report.run is not None:  # the results are those of the model before training
-                report.run = replace(report.run, after=None, others=(), zero_shot={}, samples=())
             if is_smaller:
                 report.notes = [*report.notes, LEFT_OUT]
             name, on_hub = self.push_to_hub or folder, self.push_to_hub is not None
             write_card(folder, report, name=name, on_hub=on_hub, trained_steps=trainer.global_step)
 
 
-def _unused(path: Path) -> Path:
-    """Return the path, or the first one next to it that does not exist, such as `out-2`."""
-    stem, suffix = (path.stem, ".pt") if path.suffix == ".pt" else (path.name, "")  # a folder may be named v1.0
-    places = chain([path], (path.with_name(f"{stem}-{number}{suffix}") for number in count(2)))
-    return next(place for place in places if not os.path.lexists(place))
+def _unused(path: Path, suffix: str = "") -> Path:
+    """Return the path, with the suffix, or the first one next to it that does not exist, such as `out-2`."""
+    names = chain([path.name], (f"{path.name}-{number}" for number in count(2)))
+    return next(place for name in names if not os.path.lexists(place := path.with_name(name + suffix)))
 
 
 def _recounted(report: PruningReport, zeros: Mapping[str, int]) -> PruningReport:

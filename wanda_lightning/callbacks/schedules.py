@@ -18,9 +18,8 @@ from wanda_lightning.report import PruningReport
 class Schedule(ABC):
     """The optimizer steps at which to prune, each with a share of the final sparsity.
 
-    A stage `(step, share)` prunes to `share * sparsity` after `step` optimizer steps. Steps increase, shares never
-    decrease, and the last share is 1. If an allocation gives layers different sparsities (`OWL`, `PerLayer`), the share
-    multiplies each of them; no layer's sparsity decreases.
+    A stage `(step, share)` prunes to `share * sparsity` after `step` optimizer steps; if layers have different
+    sparsities, to that share of each. Steps increase, shares never decrease, and the last share is 1.
     """
 
     @property
@@ -127,8 +126,7 @@ class PruningState:
 
     def record(self, report: PruningReport, share: float) -> None:
         """Record that the model was pruned to a share of the final sparsity."""
-        # Layers that this stage did not prune keep their counts. A layer that is all zeros was initialized so, and may
-        # train.
+        # Layers that this stage did not prune keep their counts. A layer that was initialized to zeros may train.
         self.zeros |= {layer.name: layer.zeros for layer in report.layers if 0 < layer.sparsity < 1}
         self.report, self.share, self.due = report, share, False
 

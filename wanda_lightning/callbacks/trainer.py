@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -15,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-from wanda_lightning.report import Measured, PruningReport, Run
-from wanda_lightning.report.descriptions import METRICS
+from wanda_lightning.report import PruningReport, Run
 
 
 def pruning_target(pl_module: L.LightningModule) -> nn.Module:
@@ -66,8 +63,14 @@ def last_step(trainer: L.Trainer) -> float:
     return min((steps for steps in known if steps != -1), default=math.inf)
 
 
-def publish(report: PruningReport, trainer: L.Trainer, name: str) -> None:
-    """Print the summary under a name, and give the metrics to loggers and callbacks."""
+def publish(report: PruningReport, trainer: L.Trainer, name: str, calibration_samples: int) -> None:
+    """Describe the run, print the summary under a name, and give the metrics to loggers and callbacks.
+
+    With 0 samples, the run was not calibrated on the datamodule.
+    """
+    describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
+    calibration = describe(calibration_samples) if describe and calibration_samples else ""
+    report.run = Run(model=_name_of(trainer.lightning_module), calibration=calibration)
     if shows_progress(trainer):
         rank_zero_info(f"{name}: {report.summary()}")
     for logger in trainer.loggers:
@@ -79,33 +82,6 @@ def set_metrics(report: PruningReport, trainer: L.Trainer) -> None:
     """Add the sparsities of a report to the metrics that callbacks such as `ModelCheckpoint` monitor."""
     device = trainer.strategy.root_device
     trainer.callback_metrics.update({name: torch.tensor(x, device=device) for name, x in report.metrics().items()})
-
-
-def run_of(trainer: L.Trainer, calibration_samples: int) -> Run:
-    """Describe a run that has measured nothing. With 0 samples, it was not calibrated on the datamodule."""
-    describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
-    calibration = describe(calibration_samples) if describe and calibration_samples else ""
-    return Run(model=_name_of(trainer.lightning_module), calibration=calibration)
-
-
-def with_result(run: Run, trainer: L.Trainer) -> Run:
-    """Return the run with the result of the evaluation loop that has just ended, if it measured a known metric."""
-    logged: Mapping[str, Any] = trainer.callback_metrics
-    found = ((metric, name) for metric in METRICS.values() for name in metric.logged if name in logged)
-    metric, name = next(found, (None, ""))
-    if metric is None or (metric.is_share and logged[name] > 1):  # not a fraction
-        return run
-    data: Any = getattr(trainer, "datamodule", None)
-    describe: Any = getattr(data, "describe_evaluation", None)
-    limit = trainer.limit_test_batches if trainer.testing else trainer.limit_val_batches
-    is_whole = isinstance(limit, float) and limit == 1  # the integer 1 is one batch
-    others = tuple(
-        Measured(describe(number), None, float(logged[f"{name}/{source}"]))
-        for number, source in enumerate(getattr(data, "evaluations", ())[1:], start=1)
-        if is_whole and f"{name}/{source}" in logged
-    )
-    text = describe() if describe and is_whole else ""
-    return replace(run, metric=metric.name, after=float(logged[name]), data=text, others=others)
 
 
 def _name_of(pl_module: L.LightningModule) -> str:

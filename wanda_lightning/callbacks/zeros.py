@@ -53,8 +53,8 @@ class ZerosCallback(Callback):
 class KeepZeros(ZerosCallback):
     """Keep every zero of a model that was pruned earlier at zero while the model trains.
 
-    `PruningCallback` does this for the layers that it prunes. `KeepZeros` keeps the zeros that each prunable layer has
-    when training starts. A layer that is all zeros is skipped, since some layers are initialized to zero.
+    The zeros are those that each prunable layer has when training starts, unless it is all zeros, as some layers are
+    initialized. `PruningCallback` does this for the layers that it prunes.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
