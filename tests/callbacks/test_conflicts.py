@@ -47,29 +47,20 @@ def test_options_that_contradict_each_other_are_refused_at_once(options, message
         (Net, {"at_step": 5}, {"max_epochs": 2, "max_steps": 4}, 4),
         (Net, {"schedule": Steps((1, 0.5), (20, 1.0))}, {"max_epochs": 2}, 12),
         (Manual, {"at_step": 9}, {"max_steps": 8}, 8),
+        (Net, {"at_step": 4}, {"max_epochs": 2, "accumulate_grad_batches": 3}, None),
+        (TwoOptimizers, {"at_step": 12}, {"max_epochs": 1}, None),  # twelve steps an epoch of six batches
     ],
 )
 def test_a_stage_after_the_end_of_training_is_refused_at_the_start(make, when, options, end):
-    module = make()
-    steps = []
-    module.register_forward_pre_hook(lambda *_: steps.append(1))
+    module, run = make(), trainer(WandaPrune(num_samples=24, **when), **options)
+    if end is None:
+        run.fit(module, loader(24))
+        assert share_of_zeros(module) == all_at(0.5)
+        return
     with pytest.raises(MisconfigurationException, match=rf"and training ends at {end}\. Prune earlier"):
-        trainer(WandaPrune(num_samples=24, **when), **options).fit(module, loader(24))
+        run.fit(module, loader(24))
     assert same(module, Net())
-    assert not steps
-
-
-@pytest.mark.parametrize(
-    ("make", "at_step", "options"),
-    [
-        (Net, 4, {"max_epochs": 2, "accumulate_grad_batches": 3}),
-        (TwoOptimizers, 12, {"max_epochs": 1}),  # twelve steps an epoch of six batches
-    ],
-)
-def test_a_stage_at_the_end_of_training_is_not_refused(make, at_step, options):
-    module = make()
-    trainer(WandaPrune(num_samples=24, at_step=at_step), **options).fit(module, loader(24))
-    assert share_of_zeros(module) == all_at(0.5)
+    assert run.global_step == 0
 
 
 class OnlySteps(L.LightningModule):
@@ -86,48 +77,49 @@ class OnlySteps(L.LightningModule):
         return torch.optim.SGD(self.parameters())
 
 
-class WithoutPredictions(OnlySteps):
-    def calibration_step(self, batch):
-        self.layers(batch[0])
+def with_forward(forward, name="forward"):
+    return type("WithForward", (OnlySteps,), {name: forward})
 
 
-class Forward(OnlySteps):
-    def forward(self, x):
-        return self.layers(x)
-
-
-class TwoArguments(OnlySteps):
-    def forward(self, x, scale):
-        return self.layers(x * scale)
-
-
-class Regression(OnlySteps):
-    def forward(self, x):
-        return self.layers(x)[:, :1]
-
-
-class Detached(OnlySteps):
-    def forward(self, x):
-        return self.layers(x).detach()
+Forward = with_forward(lambda self, x: self.layers(x))
 
 
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (OnlySteps, {}, r"OnlySteps must define forward\(\) or calibration_step"),
+        (OnlySteps, {}, 'is missing the required "forward" function'),
         (Forward, {"dataloader": []}, "must hold at least one calibration batch"),
         (Forward, {"dataloader": iter(loader())}, "must be read by 2 stages of .*, but it is a _SingleProcess"),
         (Forward, {"calibrate_on": "validation"}, "this fit has none"),
-        (TwoArguments, {}, "missing 1 required positional argument: .scale."),
-        (Regression, {"method": "best"}, r"a batch gave Tensor of shape \(1, 1\) without logits of two or more"),
-        (Detached, {"method": "best"}, r"a batch gave Tensor of shape \(1, 16\) without logits .* that depend"),
-        (WithoutPredictions, {"recovery": "distil"}, "needs outputs, or their logits"),
+        (Forward, {"skip": ["layers.2"]}, "skip='layers.2' matches no matrix of the model; the nearest is 'layers"),
+        (Forward, {"skip": ["*"]}, "nothing to prune"),
+        (Forward, {"pattern": "structured", "sparsity": 0.99}, "sparsity=0.99 would remove all 32 hidden units"),
+        (
+            with_forward(lambda self, x, scale: self.layers(x * scale)),
+            {},
+            "missing 1 required positional argument: .scale.",
+        ),
+        (
+            with_forward(lambda self, x: self.layers(x)[:, :1]),
+            {"method": "best"},
+            r"a batch gave Tensor of shape \(1, 1\) without logits of two or more",
+        ),
+        (
+            with_forward(lambda self, x: self.layers(x).detach()),
+            {"method": "best"},
+            r"a batch gave Tensor of shape \(1, 16\) without logits .* that depend",
+        ),
+        (
+            with_forward(lambda self, batch: None, name="calibration_step"),
+            {"recovery": "distil"},
+            "needs outputs, or their logits",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:num_samples is 12, but dataloader has only 0")
 def test_data_that_a_later_stage_cannot_use_is_refused_at_the_start(make, options, message):
     callback = PruningCallback(num_samples=12, schedule=LinearSchedule(0, 4, every=2), **options)
-    with pytest.raises((ValueError, TypeError, MisconfigurationException), match=message):
+    with pytest.raises((ValueError, TypeError, NotImplementedError, MisconfigurationException), match=message):
         trainer(callback, max_steps=6).fit(make(), loader())
 
 
@@ -160,48 +152,34 @@ def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):
     assert share_of_zeros(module) == all_at(0.5)
 
 
-class TestExperts:
+class Routed(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = ZOO["mixtral"].build().train()
+
+    def forward(self, ids):
+        return self.net(ids).logits
+
+    def training_step(self, batch, index):
+        return self(batch[0]).square().mean()
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.training_step(batch, index))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_experts_are_dropped_before_an_evaluation_but_not_in_training():
     """They leave the model, so its optimizer must not hold it yet."""
-
-    class Routed(L.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = ZOO["mixtral"].build().train()
-
-        def forward(self, ids):
-            return self.net(ids).logits
-
-        def step(self, batch):
-            loss = self(batch[0]).square().mean()
-            self.log("val_loss", loss)
-            return loss
-
-        def training_step(self, batch, index):
-            return self.step(batch)
-
-        def validation_step(self, batch, index):
-            self.step(batch)
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def data(self):
-        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randint(32, (24, 8))), batch_size=4)
-
-    def test_are_not_dropped_when_training_starts(self):
-        module = self.Routed()
-        with pytest.raises(
-            MisconfigurationException, match=r"pattern='experts' replaces parameters .* before training"
-        ):
-            trainer(WandaPrune(0.5, pattern="experts", num_samples=24), max_epochs=1).fit(module, self.data())
-        assert same(module, self.Routed())
-
-    def test_are_dropped_before_an_evaluation_and_then_the_rest_can_train(self):
-        module, callback = self.Routed(), WandaPrune(0.5, pattern="experts", num_samples=24)
-        trainer(callback).validate(module, self.data(), verbose=False)
+    module, callback = Routed(), WandaPrune(0.5, pattern="experts", num_samples=24)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randint(32, (24, 8))), batch_size=4)
+    with pytest.raises(MisconfigurationException, match=r"pattern='experts' replaces parameters .* before training"):
+        trainer(callback, max_epochs=1).fit(module, data)
+    assert same(module, Routed())
+    for _ in range(2):  # not a second time
+        trainer(callback).validate(module, data, verbose=False)
         assert [len(layer.mlp.gate.weight) for layer in module.net.model.layers] == [2, 2]
-        trainer(callback).validate(module, self.data(), verbose=False)  # not a second time
-        assert [len(layer.mlp.gate.weight) for layer in module.net.model.layers] == [2, 2]
-        before = module.net.model.layers[0].mlp.gate.weight.clone()
-        trainer(callback, max_epochs=1).fit(module, self.data())
-        assert not torch.equal(module.net.model.layers[0].mlp.gate.weight, before)
+    before = module.net.model.layers[0].mlp.gate.weight.clone()
+    trainer(callback, max_epochs=1).fit(module, data)
+    assert not torch.equal(module.net.model.layers[0].mlp.gate.weight, before)

@@ -205,12 +205,11 @@ def test_adapters_learn_from_the_dense_model(keep_zeros):
 
 def test_a_dense_language_model_by_name(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "dense")
-    results = []
-    for dense in (tmp_path / "dense", tiny_llama(), CausalLMModule(tiny_llama())):
-        module = language_model()
+    modules = [language_model() for _ in range(3)]
+    for module, dense in zip(modules, (tmp_path / "dense", tiny_llama(), CausalLMModule(tiny_llama())), strict=True):
         trainer(KeepZeros(), DistillFromDense(dense), max_steps=2).fit(module, DataLoader([IDS] * 2, batch_size=None))
-        results.append(module)
-    assert all(same(results[0], other) for other in results[1:])
+    assert same(modules[0], modules[1])
+    assert same(modules[0], modules[2])
 
 
 def test_an_image_classifier(tmp_path):
@@ -237,12 +236,10 @@ class Parts(Net):
 
 
 def test_a_part_of_a_module_and_a_training_step_that_returns_a_dictionary():
-    results = []
-    for module in (Net(), Parts()):
-        network = "layers" if isinstance(module, Parts) else None
+    whole, parts = Net(), Parts()
+    for module, network in ((whole, None), (parts, "layers")):
         trainer(DistillFromDense(Dense(), network=network), max_steps=3).fit(module, loader())
-        results.append(module)
-    assert same(*results)
+    assert same(whole, parts)
 
 
 class Recomputing(Net):
@@ -259,25 +256,24 @@ class Compiled(Net):
 class CompiledPart(Compiled):
     """The compiled module is the network."""
 
-    @property
-    def pruning_target(self):
-        return self.layers
+    pruning_target = property(lambda self: self.layers)
 
 
-@pytest.mark.parametrize("make", [Recomputing, Compiled, CompiledPart])
+COMPILES = pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
+
+
+@pytest.mark.parametrize(
+    "make", [Recomputing, *(pytest.param(make, marks=COMPILES) for make in (Compiled, CompiledPart))]
+)
 def test_other_ways_to_run_a_network(make):
-    if "Compiled" in make.__name__ and not torch._dynamo.is_dynamo_supported():
-        pytest.skip("torch.compile does not know this Python")
     results = []
-    for kind in (Net, make):
-        module = kind()
+    for module in (Net(), make()):
         trainer(WandaPrune(num_samples=12), DistillFromDense(), max_steps=3).fit(module, loader())
         results.append([*module.parameters()])
-    for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*results)
 
 
-@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
+@COMPILES
 def test_code_that_is_compiled_with_the_training_step_is_refused():
     in_place = Net()
     in_place.compile(backend="eager")
@@ -308,31 +304,11 @@ class Detached(Net):
         return self.layers(x).detach()
 
 
-class Wider(Net):
+def wider():
     """A dense model with more classes, which no attribute shows."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers[4] = nn.Linear(self.layers[4].in_features, 20)
-
-
-@pytest.mark.parametrize(
-    ("make", "dense", "error", "message"),
-    [
-        (NeverCalls, Dense, MisconfigurationException, "training_step never called NeverCalls .* there are layers"),
-        (Pooled, Pooled, ValueError, r"logits.*it returns a tensor of shape \(4, 1\)"),
-        (Detached, Dense, ValueError, "its predictions have none"),
-        (Net, Wider, ValueError, r"shape \(4, 20\) and those of the network \(4, 16\)"),
-    ],
-)
-def test_what_the_first_step_shows_is_refused_before_a_weight_changes(make, dense, error, message):
-    module = make()
-    before = copy.deepcopy(module.state_dict())
-    with pytest.raises(error, match=message):
-        trainer(DistillFromDense(dense()), max_steps=3).fit(module, loader())
-    assert equal(before, module.state_dict())
-    assert "training_step" not in vars(module)
-    assert all("forward" not in vars(part) for part in module.modules())
+    module = Net()
+    module.layers[4] = nn.Linear(module.layers[4].in_features, 20)
+    return module
 
 
 def pruned_net():
@@ -360,13 +336,21 @@ class Later(Net):
         (Net, {"dense": "some/name"}, AttributeError, "'Net' object has no attribute 'load_dense_model'"),
         (Net, {"network": "head"}, AttributeError, "Net has no attribute `head`"),
         (Manual, {}, MisconfigurationException, "Manual optimizes manually"),
+        # Shown by the first step:
+        (NeverCalls, {}, MisconfigurationException, "training_step never called NeverCalls .* there are layers"),
+        (Pooled, {}, ValueError, r"logits.*it returns a tensor of shape \(4, 1\)"),
+        (Detached, {"dense": Dense()}, ValueError, "its predictions have none"),
+        (Net, {"dense": wider()}, ValueError, r"shape \(4, 20\) and those of the network \(4, 16\)"),
     ],
 )
-def test_what_cannot_be_distilled_is_refused_before_training(make, choices, error, message):
+def test_what_cannot_be_distilled_is_refused_before_a_weight_changes(make, choices, error, message):
     module = make()
+    before = copy.deepcopy(module.state_dict())
     with pytest.raises(error, match=message):
-        trainer(WandaPrune(num_samples=12), DistillFromDense(**choices), max_steps=1).fit(module, loader())
-    assert share_of_zeros(module)[f"{LAYERS[0]}.weight"] == 0 if module.layers is not None else True
+        trainer(DistillFromDense(**choices), max_steps=3).fit(module, loader())
+    assert not before or equal(before, module.state_dict())
+    assert "training_step" not in vars(module)
+    assert all("forward" not in vars(part) for part in module.modules())
 
 
 def test_a_given_model_that_was_pruned_or_is_trained_itself():
@@ -376,13 +360,6 @@ def test_a_given_model_that_was_pruned_or_is_trained_itself():
     for dense in (module, module.layers):
         with pytest.raises(ValueError, match=r"layers.0.weight of Net belongs to it, too.*copy.deepcopy"):
             trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
-
-
-def test_a_fit_without_a_new_dense_model_uses_no_old_one():
-    callback, module = DistillFromDense(), Net()
-    trainer(WandaPrune(num_samples=12), callback, max_steps=1).fit(module, loader())
-    with pytest.raises(ValueError, match="already pruned"):
-        trainer(callback, max_steps=1).fit(module, loader())
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])

@@ -10,7 +10,7 @@ from support.zoo import ZOO
 from torch import nn
 from torch.utils.data import DataLoader
 
-from wanda_lightning import LinearSchedule, PruningCallback, WandaPrune, prune
+from wanda_lightning import PruningCallback, WandaPrune, prune
 
 
 class Counting(Net):
@@ -100,12 +100,6 @@ def test_fit_prunes_at_the_end_of_the_validation_loop_that_follows():
     assert module.passes == 2 + 2 * (3 + 3)
 
 
-def test_a_schedule_on_validation():
-    module, callback = Net(), on_validation(sparsity=0.8, schedule=LinearSchedule(0, 6, every=3))
-    trainer(callback, max_epochs=2, num_sanity_val_steps=0).fit(module, loader(), loader())
-    assert [layer.sparsity for layer in callback.report.layers] == pytest.approx([0.8] * 3, abs=0.02)
-
-
 def test_a_fit_that_ends_before_the_validation_loop_warns():
     with pytest.warns(UserWarning, match="no validation loop ended after pruning was due"):
         trainer(on_validation(at_step=3), max_epochs=1, check_val_every_n_epoch=2).fit(Net(), loader(), loader())
@@ -146,23 +140,3 @@ def test_convolutions_are_read_although_lightning_is_in_inference_mode(name, loo
     assert same(module.pruning_target, before.copy)
     assert any(layer.ndim == 4 and (layer == 0).any() for layer in module.parameters())
     assert not any(parameter.is_inference() for parameter in module.parameters())
-
-
-@pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
-def test_a_compiled_model_runs_as_it_is_written_while_it_is_calibrated():
-    runs = []
-
-    def backend(graph, inputs):
-        def run(*args):
-            runs.append(1)
-            return graph(*args)
-
-        return run
-
-    module, expected, callback = Net(), by_hand(Net(), 8), on_validation(num_samples=8)
-    module.layers = torch.compile(module.layers, backend=backend)
-    trainer(callback).validate(module, loader(), verbose=False)
-    assert len(runs) == 1  # the third batch
-    assert [layer.tokens for layer in callback.report.layers] == [8] * 3
-    weights = {name.replace("._orig_mod", ""): weight for name, weight in module.state_dict().items()}
-    assert all(torch.equal(weight, weights[name]) for name, weight in expected.state_dict().items())

@@ -249,7 +249,7 @@ class SaveAt(L.Callback):
 
 
 class Recorder(Net):
-    """Records the batches that it is calibrated and trained on."""
+    """Records the batches that it is calibrated on, and those that it is trained or validated on."""
 
     def __init__(self):
         super().__init__()
@@ -262,6 +262,9 @@ class Recorder(Net):
     def training_step(self, batch, batch_idx):
         self.trained.append(batch)
         return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self.trained.append(batch)
 
 
 def tagged(tag, count=4):

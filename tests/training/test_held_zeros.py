@@ -50,8 +50,8 @@ def test_a_plain_loop_takes_the_steps_of_one_that_masks(name, accumulate, clip):
 
 def test_it_holds_until_it_is_released():
     module = pruned_net()
-    pruned, optimizer = zeros(module), ADAMW(module.parameters())
-    held = keep_zeros(module)
+    pruned, held = zeros(module), keep_zeros(module)
+    optimizer = ADAMW(module.parameters())  # created later
     train(module, loader(24), optimizer)
     assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
     held.release()
