@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, WeightAveraging
 from support.callbacks import (
     ADAMW,
-    Lion,
     Net,
     all_at,
     hooks_of,
@@ -22,6 +21,7 @@ from support.callbacks import (
 )
 from support.held_zeros import AVERAGING, OPTIMIZERS, PRECISIONS, LooksAtZeros, Witness, of_the_shape, precision_of
 from support.pairwise import pairwise, with_nightly
+from timm.optim import Lion
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint

@@ -50,7 +50,8 @@ class TestMeasuring:
         torch.testing.assert_close(measured, getattr(trainer(), loop)(by_hand, loader()), rtol=0, atol=0)
         assert [layer.name for layer in callback.report.layers] == LAYERS
         assert [layer.tokens for layer in callback.report.layers] == [12, 12, 12]
-        assert share_of_zeros(module) == all_at(0.5)
+        assert hooks_of(module, SGD(module.parameters())) == []
+        assert all(p.requires_grad and not p.is_inference() for p in module.parameters())
 
     def test_layers_are_named_as_in_the_pruning_target(self):
         class Wrapper(Net):
@@ -81,16 +82,6 @@ class TestMeasuring:
         prune(by_hand, criterion="magnitude", pattern="unstructured_layer", progress=False)
         trainer(PruningCallback(method="magnitude")).validate(module, loader())
         assert same(module, by_hand)
-
-    def test_nothing_else_changes(self):
-        module = Net()
-        module.layers[1].eval()  # one part in evaluation mode
-        modes = {name: m.training for name, m in module.named_modules()}
-        trainer(WandaPrune(num_samples=12)).validate(module, loader())
-        assert {name: m.training for name, m in module.named_modules()} == modes
-        assert hooks_of(module, SGD(module.parameters())) == []
-        assert all(p.requires_grad and not p.is_inference() for p in module.parameters())
-        module(torch.ones(1, 32)).sum().backward()
 
 
 class Diary(Net):
@@ -148,77 +139,56 @@ class TestTraining:
         assert all(map(torch.equal, without.random, with_pruning.random))
 
 
-class TestAtStep:
-    @pytest.mark.parametrize(
-        ("make", "accumulate", "at_step"),
-        [
-            (lambda: Net(ADAMW), 1, 7),  # in the second epoch
-            (Net, 4, 2),  # six batches an epoch: the last step of an epoch accumulates two
-            (Manual, 1, 4),
-            (TwoOptimizers, 1, 6),
-        ],
-        ids=["adamw", "accumulated", "manual", "optimizers"],
-    )
-    def test_dense_training_then_what_prune_does_by_hand(self, make, accumulate, at_step):
-        dense, before, after = Notes(), Notes(), Notes()
-        options = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
-        trainer(dense, **options).fit(make(), loader(24))
-        module, callback = make(), WandaPrune(0.5, num_samples=24, at_step=at_step)
-        trainer(before, callback, after, **options).fit(module, loader(24))
-        assert all(equal(before.at[step], dense.at[step]) for step in before.at if step <= at_step)
-        assert before.at.keys() == dense.at.keys()
-        assert max(before.at) > at_step
-        by_hand = pruned_by_hand(dense.at[at_step], 0.5)
-        assert equal(after.at[at_step], by_hand.state_dict())
-        for step in after.at:
-            expected = zeros(by_hand) if step >= at_step else zeros_in(dense.at[step])
-            assert equal(zeros_in(after.at[step]), expected)
-        assert not equal(after.at[max(after.at)], by_hand.state_dict())
-        assert equal(zeros(module), zeros(by_hand))
+@pytest.mark.parametrize(
+    ("loop", "when"), [("validate", {"at_step": 3}), ("predict", {"schedule": CubicSchedule(0, 4, every=2)})]
+)
+def test_measuring_before_training_warns_and_sees_the_dense_model(loop, when):
+    module, dense, callback = Net(), Net(), WandaPrune(num_samples=12, **when)
+    with pytest.warns(UserWarning, match=r"prunes during training, by .*, so the model evaluated now is dense"):
+        measured = getattr(trainer(callback), loop)(module, loader())
+    assert same(module, dense)
+    assert callback.report is None
+    torch.testing.assert_close(measured, getattr(trainer(), loop)(dense, loader()), rtol=0, atol=0)
 
-    @pytest.mark.parametrize(
-        ("loop", "when"), [("validate", {"at_step": 3}), ("predict", {"schedule": CubicSchedule(0, 4, every=2)})]
-    )
-    def test_measuring_before_training_warns_and_sees_the_dense_model(self, loop, when):
-        module, dense, callback = Net(), Net(), WandaPrune(num_samples=12, **when)
-        with pytest.warns(
-            UserWarning, match=r"WandaPrune prunes during training, by .*, so the model evaluated now is dense"
-        ):
-            measured = getattr(trainer(callback), loop)(module, loader())
-        assert same(module, dense)
-        assert callback.report is None
-        torch.testing.assert_close(measured, getattr(trainer(), loop)(dense, loader()), rtol=0, atol=0)
+
+def adamw():
+    return Net(ADAMW)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "stages", "sparsity"),
+    ("make", "accumulate", "when", "stages", "sparsity"),
     [
-        (CubicSchedule(2, 8, every=2), {4: 19 / 27, 6: 26 / 27, 8: 1.0}, 0.7),
-        (LinearSchedule(1, 9, every=2), {3: 0.25, 5: 0.5, 7: 0.75, 9: 1.0}, 0.5),
-        (Steps((0, 0.25), (5, 0.25), (9, 1.0)), {0: 0.25, 9: 1.0}, 0.7),
+        (adamw, 1, {"at_step": 7}, {7: 1.0}, 0.5),  # in the second epoch
+        (Net, 4, {"at_step": 2}, {2: 1.0}, 0.5),  # six batches an epoch: the last step accumulates two
+        (Manual, 1, {"at_step": 4}, {4: 1.0}, 0.5),
+        (TwoOptimizers, 1, {"at_step": 6}, {6: 1.0}, 0.5),
+        (adamw, 2, {"schedule": CubicSchedule(2, 8, every=2)}, {4: 19 / 27, 6: 26 / 27, 8: 1.0}, 0.7),
+        (adamw, 2, {"schedule": LinearSchedule(1, 9, every=2)}, {3: 0.25, 5: 0.5, 7: 0.75, 9: 1.0}, 0.5),
+        (adamw, 2, {"schedule": Steps((0, 0.25), (5, 0.25), (9, 1.0))}, {0: 0.25, 9: 1.0}, 0.7),
     ],
-    ids=["cubic", "linear", "own"],
 )
-def test_each_stage_scores_anew_and_zeros_stay(schedule, stages, sparsity):
-    before, after, module = Notes(), Notes(), Net(ADAMW)
-    callback = WandaPrune(sparsity, num_samples=24, schedule=schedule)
-    first = pruned_by_hand(module.state_dict(), sparsity * stages[0]) if 0 in stages else Net()
-    trainer(before, callback, after, max_steps=12, accumulate_grad_batches=2).fit(module, loader(24))
-    reached, previous = stages.get(0, 0.0) * sparsity, zeros(first)
-    for step in range(1, 13):
+def test_each_stage_does_what_prune_does_and_zeros_stay(make, accumulate, when, stages, sparsity):
+    dense, before, after, module = Notes(), Notes(), Notes(), make()
+    options = {"max_epochs": 4, "max_steps": 12, "accumulate_grad_batches": accumulate}
+    trainer(dense, **options).fit(make(), loader(24))
+    reached = stages.get(0, 0.0) * sparsity
+    previous = zeros(pruned_by_hand(module.state_dict(), reached))
+    trainer(before, WandaPrune(sparsity, num_samples=24, **when), after, **options).fit(module, loader(24))
+    assert before.at.keys() == dense.at.keys()
+    for step, weights in after.at.items():
+        assert step > min(stages) or step == 0 or equal(before.at[step], dense.at[step])
         if step in stages:
             reached = stages[step] * sparsity
-            by_hand = pruned_by_hand(before.at[step], reached)
-            assert equal(after.at[step], by_hand.state_dict())
-        now = zeros_in(after.at[step])
+            assert equal(weights, pruned_by_hand(before.at[step], reached).state_dict())
+        now = zeros_in(weights)
         for name, where in now.items():
-            d_in = where.shape[1]
-            assert where.sum(dim=1).tolist() == [int(d_in * reached)] * len(where)
+            assert where.sum(dim=1).tolist() == [int(where.shape[1] * reached)] * len(where)
             assert not (previous[name] & ~where).any(), f"{name} revived weights at step {step}"
             assert step in stages or torch.equal(previous[name], where)
         previous = now
     assert reached == sparsity
     assert equal(zeros(module), previous)
+    assert not equal(module.state_dict(), after.at[max(stages)])
 
 
 class Asked(WandaPrune):

@@ -48,26 +48,22 @@ def test_the_report_names_the_calibration_data_that_it_knows(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("options", "name"),
+    ("make", "name"),
     [
-        ({"model": "test_vit", "pretrained": False}, "timm:test_vit (not pretrained)"),
-        ({"model": "timm:test_vit", "checkpoint": "w.safetensors"}, "timm:test_vit (w.safetensors)"),
+        (lambda: CausalLMModule("llama", tiny_tokenizer()), "llama"),
+        (lambda: CausalLMModule(AutoModelForCausalLM.from_pretrained("llama"), tiny_tokenizer()), "llama"),
+        (lambda: ImageClassifierModule("test_vit", pretrained=False), "timm:test_vit (not pretrained)"),
+        (lambda: ImageClassifierModule("timm:test_vit", checkpoint="w.safetensors"), "timm:test_vit (w.safetensors)"),
     ],
 )
-def test_the_name_of_a_classifier_says_which_weights_it_had(tmp_path, monkeypatch, options, name):
+def test_the_name_says_which_weights_the_model_had(tmp_path, monkeypatch, make, name):
     monkeypatch.chdir(tmp_path)
     save_file(timm.create_model("test_vit").state_dict(), "w.safetensors")
-    callback, images = PruningCallback(method="magnitude"), DataLoader(torch.zeros(1, 3, 160, 160))
-    trainer(callback).predict(ImageClassifierModule(**options), images)
+    tiny_llama().save_pretrained("llama")
+    module, callback = make(), PruningCallback(method="magnitude")
+    inputs = torch.zeros(1, 3, 160, 160) if isinstance(module, ImageClassifierModule) else torch.zeros(1, 8).long()
+    trainer(callback).predict(module, DataLoader(inputs))
     assert callback.report.run == Run(model=name)
-
-
-def test_the_name_of_a_language_model_is_that_of_its_folder(tmp_path, text):
-    tiny_llama().save_pretrained(tmp_path / "llama")
-    for model in (f"{tmp_path}/llama", AutoModelForCausalLM.from_pretrained(tmp_path / "llama")):
-        callback = PruningCallback(method="magnitude")
-        trainer(callback).predict(CausalLMModule(model, tiny_tokenizer()), text)
-        assert callback.report.run == Run(model=f"{tmp_path}/llama")
 
 
 def test_a_page_is_written_when_the_callback_prunes(tmp_path):

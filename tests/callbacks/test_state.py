@@ -13,7 +13,6 @@ from support.callbacks import (
     ADAMW,
     LAYERS,
     SGD,
-    Lion,
     Net,
     Resumable,
     SaveAt,
@@ -27,6 +26,7 @@ from support.callbacks import (
     trainer,
     zeros,
 )
+from timm.optim import Lion
 from torch import nn
 
 from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrune, prune

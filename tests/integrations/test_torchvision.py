@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from support.callbacks import trainer
+from support.callbacks import ADVICE, trainer
 from support.detectors import (
     DETECTORS,
     SEGMENTERS,
@@ -20,35 +20,19 @@ from support.detectors import (
     pictures,
     scenes,
 )
-from support.pairwise import spread, with_nightly
-from support.refusals import refusal
+from support.pairwise import with_nightly
 from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from wanda_lightning import Distil, KeepZeros, WandaPrune, prune, shrink
+from wanda_lightning import KeepZeros, WandaPrune, prune, shrink
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.models import SkipReason, find_layers
 from wanda_lightning.training.held_zeros import zeros_of
 
 READ_PREDICTIONS = {"best", "thorough"}
-ONE_STAGE = sorted(DETECTORS.keys() - {"faster_rcnn", "mask_rcnn"})
-pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore:.*does not have many workers",
-        "ignore:.*but have no `val_dataloader`",
-        "ignore:.*The number of training batches",
-    ),
-    pytest.mark.usefixtures("one_thread"),
-]
-
-
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+TWO_STAGES = {"faster_rcnn", "mask_rcnn"}
+pytestmark = pytest.mark.filterwarnings(*(f"ignore:.*{message}" for message in ADVICE))
 
 
 def all_finite(model, batch):
@@ -67,25 +51,17 @@ def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-# ---- every method
-
-
 SAMPLE = [("wanda", "faster_rcnn"), ("balanced", "mask_rcnn"), ("sparsegpt", "fcos"), ("fast", "ssdlite")]
 SAMPLE += [("best", "retinanet"), ("thorough", "lraspp")]
+EVERY = [
+    (method, name)
+    for method in (*METHODS, *PRESETS)
+    for name in (*DETECTORS, *SEGMENTERS)
+    if method not in READ_PREDICTIONS or name not in TWO_STAGES
+]
 
 
-def fits(name, method):
-    return method not in READ_PREDICTIONS or name not in ("faster_rcnn", "mask_rcnn")
-
-
-@pytest.mark.filterwarnings("ignore:Memory use")
-@pytest.mark.parametrize(
-    ("method", "name"),
-    with_nightly(
-        SAMPLE,
-        [(method, name) for method in (*METHODS, *PRESETS) for name in (*DETECTORS, *SEGMENTERS) if fits(name, method)],
-    ),
-)
+@pytest.mark.parametrize(("method", "name"), with_nightly(SAMPLE, EVERY))
 def test_every_method_prunes_as_asked(method, name):
     """The best presets read predictions, which the detections are not."""
     model, batches = build(name), batches_for(name, 2, 1)
@@ -96,21 +72,6 @@ def test_every_method_prunes_as_asked(method, name):
     # SparseGPT also zeroes weights that only multiply zeros.
     assert 0.49 < share < (0.8 if method == "sparsegpt" or method.startswith("ablate") else 0.51)
     assert all_finite(model, batches[0])
-
-
-@pytest.mark.parametrize(("method", "name"), spread(sorted(READ_PREDICTIONS), DETECTORS))
-def test_what_reads_predictions_is_refused_on_detections(method, name):
-    message = refusal(build(name), scenes(2, 1), method=method)
-    assert message.startswith("forward must return predictions, since gradients are read, but a batch gave list")
-    assert "Let forward= (or calibration_step) return the logits" in message
-    assert "\n" not in message
-
-
-def rows_of_the_page():
-    """The patterns that docs/detectors.md gives for the output heads, by the names in its table."""
-    page = (Path(__file__).parents[2] / "docs/detectors.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([A-Z][^|]*) \| `(\[.*?\])`", page, flags=re.MULTILINE)
-    return {name: ast.literal_eval(patterns) for names, patterns in rows for name in names.split(", ")}
 
 
 @pytest.mark.parametrize(
@@ -125,21 +86,11 @@ def rows_of_the_page():
     ],
 )
 def test_the_page_names_the_output_heads(row, name, left):
-    found = find_layers(build(name), skip=rows_of_the_page()[row])
-    assert len(found.skipped_for(SkipReason.USER)) == left
-
-
-@pytest.mark.parametrize("sequential", ["layer", "none"])
-def test_a_head_sees_all_levels_without_stops(sequential):
-    """And the report says which layers saw only the first level."""
-    report = prune(build("retinanet"), scenes(1), 0.5, method="fast", sequential=sequential, progress=False)
-    tokens = {layer.name: layer.tokens for layer in report.layers}
-    levels = [size**2 for size in (16, 8, 4, 2)]  # of one image of 64 pixels
-    assert tokens["head.regression_head.bbox_reg"] == (levels[0] if sequential == "layer" else sum(levels))
-    assert any("the model calls 10 layers more than once" in note for note in report.notes) == (sequential == "layer")
-
-
-# ---- lists of images
+    """With the patterns for `skip` in the table of docs/detectors.md."""
+    page = (Path(__file__).parents[2] / "docs/detectors.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([A-Z][^|]*) \| `(\[.*?\])`", page, flags=re.MULTILINE)
+    (patterns,) = (ast.literal_eval(patterns) for names, patterns in rows if row in names.split(", "))
+    assert len(find_layers(build(name), skip=patterns).skipped_for(SkipReason.USER)) == left
 
 
 def test_images_in_a_list_and_in_a_tensor_give_the_same_masks():
@@ -149,37 +100,16 @@ def test_images_in_a_list_and_in_a_tensor_give_the_same_masks():
         model = build("retinanet").double()
         logits = class_logits(model)
         choices = {"allocation": "fisher", "keep_batch_norm": True, "progress": False}
-        prune(model, [batch], 0.5, forward=lambda batch, logits=logits: logits(tuple_of(batch)), **choices)
+        forward = (lambda batch, of=logits: of(tuple(batch.values()))) if isinstance(batch, dict) else logits
+        prune(model, [batch], 0.5, forward=forward, **choices)
         pruned.append(masks(model))
     assert all(equal(pruned[0], other) for other in pruned[1:])
-
-
-def tuple_of(batch):
-    return tuple(batch.values()) if isinstance(batch, dict) else batch
-
-
-# ---- predictions
-
-
-def test_the_output_of_a_segmentation_model_is_its_logits():
-    pruned = []
-    for named in (False, True):
-        model, batches = build("lraspp"), pictures(8, height=32)
-        forward = (lambda batch, model=model: {"logits": model(batch[0])["out"]}) if named else None
-        choices = {"allocation": "fisher", "recovery": Distil(passes=2)}
-        report = prune(model, batches, 0.7, forward=forward, progress=False, **choices)
-        pruned.append(dict(model.named_parameters()))
-        assert report.training.passes[-1].loss < report.training.passes[1].loss
-    assert equal(*pruned)
-
-
-# ---- smaller models
 
 
 @pytest.mark.parametrize("name", with_nightly(["retinanet"], [*DETECTORS, *SEGMENTERS]))
 def test_hidden_units_are_taken_out(name):
     model, (batch,) = build(name), batches_for(name, 2)
-    forward = class_logits(model) if name in ONE_STAGE else lambda batch: model(batch[0])
+    forward = class_logits(model) if name in DETECTORS.keys() - TWO_STAGES else lambda batch: model(batch[0])
     prune(model, [batch], 0.5, pattern="structured", forward=forward, progress=False)
     with torch.no_grad():
         before = tree_leaves(forward(batch))
@@ -188,13 +118,10 @@ def test_hidden_units_are_taken_out(name):
     assert shrunk.units > 0
     assert not shrunk.unproven
     assert shrunk.parameters[1] < shrunk.parameters[0]
-    if finds_boxes(name) and name not in ONE_STAGE:  # rounding may change the order of boxes
+    if name in TWO_STAGES:  # rounding may change the order of boxes
         before, after = before[:1], after[:1]
     for one, other in zip(before, after, strict=True):
         assert (one - other).norm() <= 1e-4 * one.norm()
-
-
-# ---- training
 
 
 class Module(L.LightningModule):
@@ -260,12 +187,9 @@ def test_a_callback_prunes_a_detector_in_training_beside_an_average(order):
     assert pruning.report.sparsity == pytest.approx(0.5, abs=0.02)
 
 
-class Predicting(Module):
-    def calibration_predictions(self, batch):
-        return class_logits(self.net)(batch)
-
-
 def test_a_module_says_how_a_detector_predicts():
+    module = Module("retinanet")
+    module.calibration_predictions = class_logits(module.net)
     callback = WandaPrune(0.5, num_samples=4, allocation="fisher", keep_batch_norm=True)
-    trainer(callback).validate(Predicting("retinanet"), loader("retinanet"), verbose=False)
+    trainer(callback).validate(module, loader("retinanet"), verbose=False)
     assert len({round(layer.target, 3) for layer in callback.report.layers}) > 1

@@ -39,10 +39,6 @@ def zeros(model):
     return {name: weight == 0 for name, weight in model.named_parameters() if weight.ndim == 2}
 
 
-def differ(one, other):
-    return sum(int((one[name] != other[name]).sum()) for name in one)
-
-
 @pytest.mark.parametrize(
     ("name", "method"),
     with_nightly(
@@ -62,6 +58,6 @@ def test_images_reach_the_statistics(name, method):
         if method == "wanda":
             assert {layer.tokens for layer in report.layers} == {sum(batch["input_ids"].numel() for batch in batches)}
         found.append(zeros(model))
-    assert differ(*found) > 0
+    assert any((found[0][name] != found[1][name]).any() for name in found[0])
     with torch.no_grad():
         assert all(model(**batch).logits.isfinite().all() for batch in batches)

@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from wanda_lightning import Schedule, prune
 
+# Workers would only slow down these tests, and some only train, for a few steps.
+ADVICE = "does not have many workers", "but have no `val_dataloader`", "The number of training batches"
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -123,29 +126,6 @@ def rows_of(folder):
         return list(csv.DictReader(stream))
 
 
-class Lion(torch.optim.Optimizer):
-    """Fixed-size steps by the sign of a momentum, with decoupled weight decay (Chen et al. 2023)."""
-
-    def __init__(self, params, lr=0.01, betas=(0.9, 0.99), weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        with torch.enable_grad():
-            loss = closure() if closure else None
-        for group in self.param_groups:
-            slow, fast = group["betas"]
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                momentum = state.setdefault("momentum", torch.zeros_like(weight))
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.sub_(group["lr"] * (slow * momentum + (1 - slow) * weight.grad).sign())
-                momentum.lerp_(weight.grad, 1 - fast)
-        return loss
-
-
 @torch.no_grad()
 def to_quarters(module):
     """Weights that steps of a quarter can make exactly zero: -0.25 and 0.25, and a few zeros."""
@@ -211,6 +191,7 @@ def pruned_by_hand(weights, sparsity, **options):
 
 
 def zeros_in(weights):
+    """Where the matrices of a state are zero."""
     return {name: weight == 0 for name, weight in weights.items() if weight.ndim == 2}
 
 

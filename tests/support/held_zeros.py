@@ -7,7 +7,8 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
-from support.callbacks import SGD, Lion, Net, zeros
+from support.callbacks import SGD, Net, zeros
+from timm.optim import Lion
 
 
 class Noisy(Lion):
