@@ -24,6 +24,8 @@ from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import TokenMask, check_tokens, find_predictions, token_masks
 from wanda_lightning.parallel import Processes, is_sharded
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, eq=False)
 class Sample:
@@ -221,9 +223,6 @@ def _pad_to_equal(batches: Iterable[Any], processes: Processes) -> Iterator[tupl
             last = processes.broadcast(batch if processes.rank == holder else None, holder)
         last = last if batch is _NONE_LEFT else batch
         yield last, batch is not _NONE_LEFT
-
-
-log = logging.getLogger(__name__)
 
 
 def length_of(batches: Any) -> int | None:

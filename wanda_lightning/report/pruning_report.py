@@ -59,7 +59,7 @@ class PruningReport(ReportData):
         """Construct a report from the JSON that `to_json` returned, now or in an older version."""
         content = json.loads(text)
         if content.get("version", 0) > _VERSION:
-            raise UserError(f"version must be at most {_VERSION}, but it is {content['version']!r}: upgrade this package.")
+            raise UserError(f"version must be at most {_VERSION}, but it is {content['version']!r}: upgrade.")
         return from_parsed(cls, content)
 
     @classmethod
