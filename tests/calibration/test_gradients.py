@@ -175,10 +175,7 @@ def put_into_input(shared, x, layer):
 
 
 class Block(nn.Module):
-    """Takes keywords, puts something into what all blocks share, reads what earlier blocks have put there.
-
-    It returns a nested output, which holds a number and indices, too.
-    """
+    """Takes keywords, changes what all blocks share, and returns a nested output with a number and indices."""
 
     def __init__(self, put):
         super().__init__()

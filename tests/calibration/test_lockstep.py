@@ -30,9 +30,6 @@ def _no_thread_is_left():
     assert set(threading.enumerate()) <= before
 
 
-# ---- where it stops
-
-
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(count):
     """Through the units before, with the weights that these had when the batches continued."""
@@ -69,9 +66,6 @@ def test_the_head_is_not_computed_and_an_error_before_it_does_not_matter():
     for each in (model, failing):
         assert [unit for unit, _ in route(each, vectors(), each.blocks)] == [0, 1]
     assert seen == []
-
-
-# ---- memory
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
@@ -117,9 +111,6 @@ def test_the_activations_of_one_unit_are_held(way):
     assert len(alive) == 0
 
 
-# ---- grad mode, inference mode, instance forwards
-
-
 @pytest.mark.parametrize("outer", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_no_gradients_inside_and_the_callers_mode_outside(outer):
     def modes():
@@ -154,13 +145,10 @@ def test_a_forward_of_the_instance_is_used_and_comes_back():
     model, batches = Chain(Mlp(), Mlp()), vectors()
     original = model.blocks[0].forward
     model.blocks[0].forward = own = lambda x: 2 * original(x)
-    inputs = {unit: [call.args[0] for call in calls] for unit, calls in travel(model, batches, model.blocks)}
-    assert all(torch.equal(x, 2 * through([original], y)) for x, y in zip(inputs[1], batches, strict=True))
+    _, (_, calls) = travel(model, batches, model.blocks)
+    assert all(torch.equal(call.args[0], 2 * through([original], x)) for call, x in zip(calls, batches, strict=True))
     assert overrides(model) == ["blocks.0"]
     assert vars(model.blocks[0])["forward"] is own
-
-
-# ---- endings
 
 
 class Unforeseen(Exception):

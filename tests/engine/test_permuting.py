@@ -160,15 +160,10 @@ class Blocks(nn.Module):
         return self.run(self.blocks, x, **options)
 
 
-def with_what_was_seen(blocks, x):
-    seen = {}
-    return blocks[1](blocks[0](x, seen), seen)
-
-
 FIXED = {
     "read twice": lambda: Blocks(partial(Mlp, read_twice)),
     "read by another": lambda: Blocks(partial(Mlp, read_by_another)),
-    "passed on": lambda: Blocks(partial(Mlp, passed_on), with_what_was_seen),
+    "passed on": lambda: Blocks(partial(Mlp, passed_on), lambda blocks, x: blocks[1](blocks[0](x, seen := {}), seen)),
 }
 MOVED_BACK = {
     "other layer": lambda: Blocks(
