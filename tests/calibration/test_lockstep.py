@@ -151,11 +151,7 @@ def test_a_forward_of_the_instance_is_used_and_comes_back():
     assert vars(model.blocks[0])["forward"] is own
 
 
-class Unforeseen(Exception):
-    pass
-
-
-@pytest.mark.parametrize("error", [Unforeseen("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+@pytest.mark.parametrize("error", [LookupError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 @pytest.mark.parametrize("place", ["glue", "unit"])
 def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):

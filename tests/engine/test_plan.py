@@ -178,7 +178,7 @@ def spoil(value, module, args):
 @EVERY_GRANULARITY
 @pytest.mark.parametrize("place", ["blocks.0", "blocks.2", "blocks.2.down"])
 def test_inputs_that_are_not_finite_and_errors_name_what_was_written(place, sequential, value):
-    """Nor are the squares of 1e30. No weight of the unit is written, neither that of the layer before."""
+    """Also if only the squares overflow (1e30). No weight of the unit is written, nor that of the layer before."""
     model, found = build(), place if place == "blocks.2.down" else f"{place}.up"
     model.get_submodule(place).register_forward_pre_hook(partial(spoil, value))
     # Only at "layer", the up-projection of the block is done when a batch is between its layers.

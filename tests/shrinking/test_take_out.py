@@ -49,8 +49,7 @@ def test_an_image_model_computes_the_same_with_fewer_parameters(name):
     nonzero = sum(int(weight.count_nonzero()) for weight in matrices.values())
     report = shrunk(model, images)
     assert (bool(report.layers), report.unproven) == (True, 0)
-    # Every zero is gone, since only whole units were zero.
-    assert sum(module.weight.numel() for module in matrices) <= nonzero
+    assert sum(module.weight.numel() for module in matrices) <= nonzero  # since only whole units were zero
     assert report.parameters[1] == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -244,8 +243,7 @@ def test_layers_of_several_widths_are_exported(tmp_path):
         model.stages[0].blocks[0].mlp.fc2.weight[:, -8:] = 0
         expected = model(images)
     wl.shrink(model, images)
-    exported = torch.export.export(model, (images,)).module()
-    torch.testing.assert_close(exported(images), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), expected, rtol=1e-4, atol=1e-5)
     torch.onnx.export(model, (images,), tmp_path / "small.onnx", dynamo=True)
     session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
     (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})

@@ -54,6 +54,7 @@ def refusal(model, batches=None, *args, error=ValueError, written=(), **choices)
     assert set(threading.enumerate()) <= threads
     assert torch.is_grad_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
+    assert not torch.overrides._get_current_function_mode_stack()
     notes = [note for note in getattr(caught.value, "__notes__", []) if "already pruned" in note]
     assert len(notes) == (bool(written) and sys.version_info >= (3, 11))
     if notes:
