@@ -202,7 +202,8 @@ def spoilt(rank, sequential, spoil):
         batches = [{"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8 - rank)}]
     if spoil == "training":
         recovery = wl.Reconstruct()
-        model.model.layers[0].mlp.register_forward_hook(lambda *_: fail() if rank and torch.is_grad_enabled() else None)
+        inside = model.model.layers[0].mlp.act_fn
+        inside.register_forward_hook(lambda *_: fail() if rank and torch.is_grad_enabled() else None)
     before = whole(model)
     if rank == 1 and spoil == "input":
         batches[-1][0] = float("nan")
