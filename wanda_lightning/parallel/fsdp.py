@@ -66,16 +66,16 @@ def fsdp_calls_checked(
 
     managed = _managed(model)
     is_distributed = bool(managed) and processes.world_size > 1
+    inner = {module for outer in managed for module in outer.modules() if module is not outer}
+    resets = [root.reset_iter_state for root in managed if root not in inner]  # before PyTorch 2.13 there is none
     with ExitStack() as hooks, gathering_noticed(model, notice):
         for index, module in enumerate(managed if is_distributed else ()):
             hooks.callback(module.register_forward_pre_hook(lambda *_, index=index: calls.append(index)).remove)
         try:
             yield check
         finally:  # forward passes may have stopped halfway
-            inner = {module for outer in managed for module in outer.modules() if module is not outer}
-            for root in managed:
-                if root not in inner:
-                    root.reset_iter_state()
+            for reset in resets:
+                reset()
 
 
 def _managed(model: nn.Module) -> list[Any]:
