@@ -88,8 +88,9 @@ def test_the_code_of_the_card_loads_the_model(tmp_path, library):
 
 def test_only_our_own_card_is_replaced(tmp_path):
     assert "The same run trained it for 1 step." in card_of(tmp_path / "tiny", trained_steps=1).text
-    broken = card_of(tmp_path / "broken", replace(RUN, after=float("inf"), zero_shot={}))
-    assert broken.data.eval_results is None  # results that are no numbers are left out
+    assert card_of(tmp_path / "inf", replace(RUN, after=float("inf"), zero_shot={})).data.eval_results is None
+    write_card(tmp_path, pruned_llama()[1], name=tmp_path)
+    assert "```python" not in (tmp_path / "README.md").read_text()  # a model of neither library
     (tmp_path / "README.md").write_text("mine")
     write_card(tmp_path, pruned_llama()[1], name=tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
