@@ -2,12 +2,12 @@
 
 import copy
 from contextlib import contextmanager
-from functools import partial
 from unittest.mock import patch
 
 import torch
 from support.experts import BY_COLUMNS, inside
-from support.zoo import ZOO, run, seeded
+from support.samples import calls_of
+from support.zoo import ZOO, seeded
 
 NUMBERS = {
     "mixtral": "num_local_experts",
@@ -66,21 +66,12 @@ def expert(name, block, index, x):
     return second @ middle
 
 
-def _keep(inputs, key, block, args):
-    inputs[key] = args[0]
-
-
 @torch.no_grad()
 def slow_saliency(name, model, batches):
     """The mean over the tokens of each expert of its gate times the norm of its output; and the number of tokens."""
     found = {}
     for batch in batches:
-        inputs, hooks = {}, []
-        for key, block in blocks(model).items():
-            hooks.append(block.register_forward_pre_hook(partial(_keep, inputs, key)))
-        run(model, batch)
-        for hook in hooks:
-            hook.remove()
+        inputs = {key: args[0] for key, (args,) in calls_of(model, blocks(model), [batch]).items()}
         for key, block in blocks(model).items():
             real = batch["attention_mask"].flatten().bool() if isinstance(batch, dict) else None
             for position, x in enumerate(inputs[key].flatten(0, -2)):
