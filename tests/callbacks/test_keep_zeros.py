@@ -27,7 +27,6 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.checkpoint import checkpoint
 
 from wanda_lightning import KeepZeros, PruningCallback, WandaPrune, prune
-from wanda_lightning.training.held_zeros import HeldZeros
 
 CLIPPING = {
     None: {},
@@ -231,31 +230,6 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
     assert min(module.died, module.moved) > 1000
     assert same(module, by_hand)
     assert all((where | ~pruned[name]).all() for name, where in zeros(module).items())
-
-
-@pytest.mark.parametrize(
-    ("layout", "count"), [("contiguous_format", 0), ("contiguous_format", 500), ("channels_last", 2)]
-)
-def test_zeros_by_chance_are_distinguished_in_any_layout_and_number(layout, count):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 16, 3)).to(memory_format=getattr(torch, layout))
-    weight, held = model[1].weight, HeldZeros()
-    with torch.no_grad():
-        weight[:, ::2] = 0
-        held.hold(model, ["1"])
-        kept = weight[:, 1::2].flatten()
-        weight[:, 1::2] = kept.index_fill(0, torch.randperm(len(kept))[:count], 0).view_as(weight[:, 1::2])
-    held.release()
-    assert sum(part.nbytes for part in held.state_dict()["unheld_zeros"].values()) <= weight.numel() / 8 * bool(count)
-    again = HeldZeros()
-    again.load_state_dict(held.state_dict())
-    again.hold_all(model)
-    with torch.no_grad():
-        weight.fill_(1)
-    weight.grad = torch.ones_like(weight)
-    torch.optim.SGD([weight], lr=0.0).step()
-    again.release()
-    assert torch.equal(weight == 0, torch.arange(8).view(1, 8, 1, 1).expand_as(weight) % 2 == 0)
 
 
 def test_keep_zeros_on_a_dense_model_warns():

@@ -65,7 +65,7 @@ class Recovery:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics for which it requires calibration batches: any, if it trains blocks."""
+        """The statistics that it reads. To train blocks it reads batches, which any statistic requires."""
         return frozenset({"square_sum"} if self.recorded else ())
 
     @property
