@@ -2,14 +2,15 @@
 
 import json
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 from huggingface_hub import constants
-from support.hub import running_hub
 from support.modules import tiny_llama
 
 from wanda_lightning.common.model_source import ModelSource, load_config, load_tokenizer
@@ -39,8 +40,9 @@ LOADERS = {
 def test_a_hub_is_asked_once(monkeypatch, tmp_path, part, answers):
     """Without a network nobody waits, and a hub that answers is not called unreachable."""
     slept = []
-    with running_hub() as hub:
-        url = hub.url if answers else "http://127.0.0.1:9"  # nothing listens there
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port if answers else 9}"  # nothing listens at 9
         template = f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         changes = {"HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path), "ENDPOINT": url}
         for name, value in {**changes, "HUGGINGFACE_CO_URL_TEMPLATE": template}.items():
@@ -48,6 +50,7 @@ def test_a_hub_is_asked_once(monkeypatch, tmp_path, part, answers):
         monkeypatch.setattr(time, "sleep", slept.append)
         with pytest.raises(OSError, match=rf"^The {part} of .* cannot be loaded: ") as found:
             LOADERS[part]()
+        server.shutdown()
     assert ("not in the cache, and the Hugging Face hub cannot be reached" in str(found.value)) == (not answers)
     assert slept == []
     assert not constants.HF_HUB_OFFLINE

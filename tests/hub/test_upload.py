@@ -2,11 +2,9 @@
 
 import pytest
 from huggingface_hub import constants
-from support.hub import hub as hub, ignores_uploads
+from support.hub import hub as hub
 
 from wanda_lightning.hub.upload import refuse_upload, upload
-
-pytestmark = ignores_uploads
 
 FILES = {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(range(256)) * 9}
 
