@@ -25,7 +25,6 @@ from result import (  # noqa: E402
     Runs,
     Samples,
     from_hexadecimal,
-    read,
     read_table,
     to_hexadecimal,
 )
@@ -115,17 +114,6 @@ def test_a_run_is_measured_once_unless_its_arguments_differ_and_never_on_other_d
     with pytest.raises(ValueError, match="--save must name a folder with runs on the same data"):
         Runs(str(tmp_path), "methods")(on_other_data, measure)
     assert read_table("methods", tmp_path) == [other]
-
-
-def test_unknown_quantities_and_fields_are_refused(tmp_path):
-    for wrong, message in (({"measured": {"accuracy": 0.5}}, "is not one of them"), ({"sparsity": 50}, "must be in")):
-        with pytest.raises(ValueError, match=message):
-            Result(model="m", method="wanda", **wrong)
-    with pytest.raises(ValueError, match="one run in each cell"):
-        tables.lookup([RUN, RUN])
-    (tmp_path / "a.json").write_text('{"model": "m", "speed": 3}')
-    with pytest.raises(ValueError, match="must hold the fields of"):
-        read(tmp_path / "a.json")
 
 
 def test_the_images_that_are_classified_correctly_agree_with_the_accuracy():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from support.callbacks import Net, Resumable, SaveAt, loader, same, share_of_zeros, trainer
-from support.hub import ignores_uploads, running_hub
+from support.hub import hub as hub
 from support.modules import VIT, tiny_llama, windows_of_text
 from torch import nn
 from torch.utils.data import DataLoader
@@ -164,14 +164,11 @@ def test_only_a_pruned_model_gets_a_card_and_it_counts_the_zeros_after_training(
     assert f"{zeros / size:.2%} of the weights in 14 layers are zero" in card
 
 
-@ignores_uploads
-def test_the_folder_is_pushed_to_the_hub(tmp_path, monkeypatch):
-    with running_hub() as hub:
-        hub.connect(monkeypatch)
-        saving = SavePretrained(tmp_path / "out", push_to_hub="us/tiny")
-        trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(
-            CausalLMModule(tiny_llama()), DataLoader(windows_of_text(1))
-        )
+def test_the_folder_is_pushed_to_the_hub(tmp_path, hub):
+    saving = SavePretrained(tmp_path / "out", push_to_hub="us/tiny")
+    trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(
+        CausalLMModule(tiny_llama()), DataLoader(windows_of_text(1))
+    )
     assert hub.repositories == {"us/tiny": {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}}
 
 

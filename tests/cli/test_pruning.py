@@ -18,7 +18,7 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from support.cli import IGNORED_WARNINGS, OUT, SEQLEN, everything_in, perplexity_by_hand, run, zeros_by_layer
-from support.hub import hub as hub, ignores_uploads
+from support.hub import hub as hub
 from support.reports import Page
 from transformers import AutoModelForCausalLM
 
@@ -256,7 +256,6 @@ def test_pruning_without_saving_or_measuring(text, images, tmp_path, capsys):
 PUSH = ["--push_to_hub", "us/tiny"]
 
 
-@ignores_uploads
 def test_a_pruned_model_is_uploaded_without_the_results(hub, text, capsys, monkeypatch):
     monkeypatch.setattr("wanda_lightning.PruningReport.write", lambda report, path: Path(path).write_text("drawn"))
     more = ["--save", "out/logs", "--report", "out/page.html", "--private"]

@@ -14,18 +14,13 @@ from wanda_lightning.core.statistics import GradientStatistics
 # ---- OWL
 
 
-def test_more_outliers_less_sparsity():
-    weight = torch.ones(3, 8, 100)
-    weight[1, :, 0], weight[2, :, :3] = 100, 100
-    layers = [(name, name, weight[i], torch.ones(1, 100)) for i, name in enumerate("abc")]
-    got = allocate(OWL(), layers, 0.5, Unstructured("layer"))
-    assert got["a"] > got["b"] > got["c"]
-    assert got["a"] - got["c"] == pytest.approx(2 * 0.08, abs=1e-2)
-    assert allocate(OWL(lambda_=0.2), layers, 0.5, Unstructured("layer"))["c"] < got["c"]
+def test_outliers_get_at_most_what_a_layer_can_have():
+    weight = torch.ones(2, 8, 100)
+    weight[1, :, 0] = 100
+    layers = [(name, name, weight[i], torch.ones(1, 100)) for i, name in enumerate("ab")]
     assert len(set(allocate(OWL(m=200.0), layers, 0.5).values())) == 1  # no outliers anywhere
-    # within what a layer can have
-    assert allocate(OWL(), layers[:2], 0.02) == {"a": 0.04, "b": 0.0}
-    assert allocate(OWL(lambda_=0.5), layers[:2], 0.75) == {"a": 0.99, "b": 0.51}
+    assert allocate(OWL(), layers, 0.02) == {"a": 0.04, "b": 0.0}
+    assert allocate(OWL(lambda_=0.5), layers, 0.75) == {"a": 0.99, "b": 0.51}
 
 
 # ---- Fisher

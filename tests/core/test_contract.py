@@ -14,9 +14,7 @@ from support import reference
 from support.layers import (
     WIDE,
     allocate,
-    correlated_layer,
     mean_of,
-    output_error,
     random_layer,
     random_layers,
     solve,
@@ -220,18 +218,6 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, together, s
         torch.testing.assert_close(pruned, alone, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
-def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern):
-    weight, tokens = correlated_layer(0)
-    errors = {
-        name: output_error(weight, solve(make(), weight, tokens, pattern=pattern)[0], tokens)
-        for name, make in SOLVERS.items()
-    }
-    assert errors["refit"] < errors["zero_out"]
-    assert errors["sparsegpt"] < errors["zero_out"]
-    assert errors["admm"] < min(errors["refit"], errors["sparsegpt"])
-
-
 @pytest.mark.parametrize(
     ("make", "values", "text"),
     [
@@ -239,17 +225,12 @@ def test_each_solver_is_nearer_to_the_dense_layer_than_zero_out(pattern):
         (Saliency, {"dampening": 0.0}, "dampening of Saliency must be a number above 0"),
         (Assignment, {"iterations": True}, "iterations of Assignment must be a whole number of at least 1"),
         (OWL, {"lambda_": 0.6}, "lambda_ of OWL must be a number of at least 0 and at most 0.5, but it is 0.6"),
-        (OWL, {"per": "row"}, "per of OWL must be one of block, layer, but it is 'row'"),
         (Fisher, {"max_deviation": 1.5}, "max_deviation of Fisher must be a number of at least 0 and at most 1"),
-        (Fisher, {"num_samples": 1.5}, "num_samples of Fisher must be a whole number of at least 1, but it is 1.5"),
         (ADMM, {"rho": (0.0009, 1.0)}, "rho of ADMM must be two numbers of at least 0.001"),
-        (ADMM, {"rho": (0.5, 0.1)}, "a last that is not smaller"),
-        (Refit, {"steps": 0}, "steps of Refit must be a whole number of at least 1, but it is 0"),
         (SparseGPT, {"block_size": 0}, "block_size of SparseGPT must be a whole number of at least 1, but it is 0"),
         (Unstructured, {"group": "column"}, "group of Unstructured must be one of row, layer, but it is 'column'"),
         (Unstructured, {"weigh_rows": True}, "weigh_rows of Unstructured must be False for group='row'"),
         (NM, {"n": 4, "m": 4}, "whole numbers with 1 <= N < M <= 1000000, but it is 4:4"),
-        (NM, {"n": 2, "m": 4.0}, "whole numbers with 1 <= N < M <= 1000000, but it is 2:4.0"),
         (PerLayer, {"sparsities": "last"}, "sparsities of PerLayer must map names of layers to sparsities"),
         (PerLayer, {"sparsities": {"last": 1.0}}, "sparsity of 'last' in PerLayer must be .* at least 0 and below 1"),
     ],

@@ -1,12 +1,10 @@
 """Patterns keep exactly what a stable sort of each group would keep."""
 
-from functools import partialmethod
-
 import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from support import reference
-from support.scores import assert_keeps, non_contiguous_views, score_matrices
+from support.scores import assert_keeps, score_matrices
 
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
 from wanda_lightning.core.permutation import Assignment
@@ -73,48 +71,17 @@ def test_equal_share_leaves_a_pruned_matrix_as_it_is(sparsity):
 # ---- laws of every pattern
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS.values(), NM(1, 4), NM(5, 32)], ids=repr)
-def test_layout_in_memory_does_not_matter(pattern):
-    scores = distinct_scores(0, 6, 32)
-    sparsity = getattr(pattern, "sparsity", 0.5)
-    expected = reference.keep(pattern, reference.array(scores), sparsity)
-    for view in non_contiguous_views(scores):
-        assert_keeps(pattern(view, sparsity), expected)
-
-
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=repr)
-@given(seed=st.integers(0, 2**32 - 1), d_in=st.sampled_from([16, 32]))
-@settings(max_examples=10)
-def test_permuted_rows_and_columns_permute_what_is_kept(pattern, seed, d_in):
-    scores, generator = distinct_scores(seed, 5, d_in, dtype=torch.float64), torch.Generator().manual_seed(seed)
-    rows, columns = (torch.randperm(size, generator=generator) for size in scores.shape)
-    assert torch.equal(pattern(scores[rows], 0.5), pattern(scores, 0.5)[rows])
-    if not isinstance(pattern, NM):
-        assert torch.equal(pattern(scores[:, columns], 0.5), pattern(scores, 0.5)[:, columns])
-        assert pattern(scores, 0.0).all()
-
-
 @pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=["off", "strict", "warn_only"])
 @pytest.mark.parametrize("choose", [*PATTERNS.values(), NM(5, 32), Assignment(1)], ids=repr)
-def test_deterministic_mode_is_off_only_where_values_are_read(choose, mode, monkeypatch):
-    """On CUDA, deterministic mode refuses kthvalue and cumsum of floats; on a CPU it refuses nothing."""
-
-    def strict():
-        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-    def watching(scores, original, *args, **kwargs):
-        assert not (scores.is_floating_point() and strict()[0])
-        return original(scores, *args, **kwargs)
-
-    for name in ("kthvalue", "cumsum"):
-        monkeypatch.setattr(torch.Tensor, name, partialmethod(watching, getattr(torch.Tensor, name)))
-    before = strict()
+def test_the_users_deterministic_mode_stays(choose, mode):
+    """tests/device shows where it is off."""
     torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
     try:
         choose(distinct_scores(0, 4, 32).half(), NM(2, 4) if isinstance(choose, Assignment) else 0.5)
-        assert strict() == mode
+        after = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        assert after == mode
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS.values(), *(NM(n, m) for n, m in N_OF_M)], ids=repr)

@@ -5,7 +5,6 @@ import pytest
 from support.data import vit
 
 from wanda_lightning import ImageDataModule, TextDataModule
-from wanda_lightning.common.errors import UserError
 
 
 @pytest.mark.parametrize("knows", [False, True])
@@ -32,12 +31,3 @@ def test_images_are_downloaded_before_they_are_opened(monkeypatch, imagenet):
     for data in ("digits", str(imagenet), "cifar10", "some/images"):
         ImageDataModule(data, cache_dir="cache").prepare_data()
     assert asked == [(name, {"cache_dir": "cache"}) for name in ("uoft-cs/cifar10", "some/images")]
-
-
-def test_a_data_set_with_several_configurations(monkeypatch, tokenizer):
-    def load_dataset(name, **options):
-        raise ValueError("Config name is missing.")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match=r"'own/news' cannot be loaded: .*ValueError: Config name is"):
-        TextDataModule(tokenizer, evaluation="own/news").setup("validate")

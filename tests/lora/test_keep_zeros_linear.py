@@ -8,7 +8,6 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from support.lora import (
     TARGETS,
-    TOKENS,
     assert_zeros,
     config,
     gpt2,
@@ -84,21 +83,6 @@ def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
 
 
 # The old name of transformers before 5.24; the new one is not in all versions that we support.
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.* is deprecated:FutureWarning")
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
-    def gradients(checkpointing):
-        model = randomize(get_peft_model(llama(), config(lora_dropout=0.2))).train()
-        if checkpointing:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        torch.manual_seed(3)
-        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-    plain, checkpointed = gradients(False), gradients(True)
-    assert plain
-    torch.testing.assert_close(checkpointed, plain)
 
 
 def test_adapters_switch_add_up_and_disable():

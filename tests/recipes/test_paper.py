@@ -134,24 +134,6 @@ def test_a_sweep_resumes_and_shows_published_numbers_beside_what_was_measured_al
     assert rows()[1]["options"]["limit"] == "2"
 
 
-def test_a_cell_is_a_process_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.undo()
-    assert sweep.launch(["prune", "--model", "gone.gguf"], tmp_path / "output.txt") == 2
-    command, error = (tmp_path / "output.txt").read_text().splitlines()
-    assert command == "$ wanda-lightning prune --model gone.gguf"
-    assert error.startswith("wanda-lightning: error: The model gone.gguf does not exist")
-
-
-def test_accuracies_of_image_classifiers_are_in_percent(inputs, capsys):
-    options = ["--set", f"data_path={inputs}/images", "nsamples=4", f"resume={inputs}/test_vit.safetensors"]
-    only = ["--only", "wanda_80"]
-    assert run(PAPER / "vision.yaml", "--out", "out", "--model", "timm:test_vit", *options, *only) == 0
-    dense, wanda = rows()
-    assert (dense["metric"], wanda["metric"]) == ("top-1", "top-1")
-    assert wanda["sparsity"] == pytest.approx(0.8, abs=0.01)
-    assert f" {100 * dense['ours']:.2f} " in capsys.readouterr().out
-
-
 def test_dry_run_prints_commands_and_writes_nothing(capsys):
     assert run(PAPER / "llama2.yaml", "--out", "out", "--only", "70B/*_2to4", "--dry_run") == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,6 +1,5 @@
 """A Hugging Face hub in memory, in place of the requests with which huggingface_hub uploads a folder."""
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -70,11 +69,3 @@ def hub(monkeypatch):
     hub = Hub()
     hub.connect(monkeypatch)
     return hub
-
-
-ignores_uploads = pytest.mark.filterwarnings("default")
-
-
-@contextmanager
-def running_hub():
-    yield Hub()

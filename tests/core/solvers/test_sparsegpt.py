@@ -66,20 +66,6 @@ def test_rows_that_wanda_pruned_have_their_exact_number(criterion, before, after
         assert torch.equal(again, pruned)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)], ids=str)
-@pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()], ids=str)
-def test_rows_that_are_solved_apart_are_solved_as_together(criterion, pattern):
-    """Processes that hold some rows each must choose what one process would."""
-    weight, tokens = random_layer(torch.float64, shape=(8, 152), tokens=300)
-    weight[0] = 0
-    weight[1, :100] = 0
-    weight[5:, ::3] = 0
-    together, _ = solve(SparseGPT(), weight, tokens, criterion, pattern)
-    apart = [solve(SparseGPT(), rows, tokens, criterion, pattern)[0] for rows in weight.split([1, 3, 4])]
-    assert torch.equal(together == 0, torch.cat(apart) == 0)
-    torch.testing.assert_close(together, torch.cat(apart))
-
-
 def test_other_patterns_make_up_for_earlier_blocks():
     weight, tokens = random_layer(shape=WIDE, tokens=500)
     _, keep = solve(SparseGPT(), weight, tokens, pattern=EqualShare(), sparsity=0.5)
