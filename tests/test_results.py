@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
@@ -18,26 +17,9 @@ import figures  # noqa: E402
 import pages  # noqa: E402
 import quality  # noqa: E402
 import tables  # noqa: E402
-from result import (  # noqa: E402
-    FOLDER,
-    OURS,
-    Result,
-    Runs,
-    Samples,
-    from_hexadecimal,
-    read_table,
-    to_hexadecimal,
-)
+from result import FOLDER, OURS, Result, Samples, read_table, to_hexadecimal  # noqa: E402
 
 DESCRIPTION = ".//{http://purl.org/dc/elements/1.1/}description"
-RUN = Result(
-    model="tiny.gguf",
-    method="wanda",
-    sparsity=0.5,
-    arguments={"method": "wanda"},
-    calibration=Samples("a.txt", 2, 16),
-    evaluation=Samples("b.txt", 3, 16),
-)
 
 
 @pytest.mark.parametrize("table", sorted(folder.name for folder in FOLDER.iterdir()))
@@ -95,40 +77,10 @@ def test_the_table_of_all_methods_has_the_numbers_of_the_files():
         assert shown == pytest.approx(run.measured["perplexity"], rel=1e-3)
 
 
-def test_a_run_is_measured_once_unless_its_arguments_differ_and_never_on_other_data(tmp_path):
-    measured = []
-
-    def measure():
-        measured.append(len(measured))
-        return {"perplexity": 10.0 + len(measured)}
-
-    for _ in range(2):
-        run = Runs(str(tmp_path), "methods")(RUN, measure)
-        assert run.measured == {"perplexity": 11.0}
-    assert read_table("methods", tmp_path) == [run]
-    assert run.command.startswith("python benchmarks/")
-    assert run.versions["torch"]
-    other = Runs(str(tmp_path), "methods")(replace(RUN, arguments={"method": "best"}), measure)
-    assert other.measured == {"perplexity": 12.0}
-    on_other_data = replace(RUN, calibration=Samples("a.txt", 4, 16))
-    with pytest.raises(ValueError, match="--save must name a folder with runs on the same data"):
-        Runs(str(tmp_path), "methods")(on_other_data, measure)
-    assert read_table("methods", tmp_path) == [other]
-
-
-def test_the_images_that_are_classified_correctly_agree_with_the_accuracy():
-    runs = [run for table in ("photos", "more_photos") for run in read_table(table)]
-    for run in runs:
-        bits = from_hexadecimal(run.correct, run.evaluation.windows)
-        assert to_hexadecimal(bits) == run.correct
-        assert len(bits) == run.evaluation.windows
-        assert sum(bits) / len(bits) == pytest.approx(run.measured["top1"]), run.name
-    assert len({run.correct for run in runs if run.method == "dense"}) == 1
-
-
 def test_paired_differences_have_the_standard_error_of_the_mean():
     def run(*correct):
-        return replace(RUN, correct=to_hexadecimal(correct), evaluation=Samples("photos", len(correct)))
+        photos = Samples("photos", len(correct))
+        return Result(model="m", method="wanda", correct=to_hexadecimal(correct), evaluation=photos)
 
     first, second = run(False, True, True, True, False), run(False, True, False, True, True)
     assert first.correct == "0e"

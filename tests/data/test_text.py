@@ -135,19 +135,6 @@ def test_what_is_no_text(tokenizer, source, message):
             TextDataModule(tokenizer, **{option: given})
 
 
-def test_training_shuffles_the_calibration_windows_by_the_seed(tokenizer):
-    def epochs(seed):
-        loader = TextDataModule(tokenizer, seqlen=16, num_samples=20, seed=seed).train_dataloader()
-        return [ids_of(loader) for _ in range(2)]
-
-    first, second = epochs(5)
-    drawn = TextDataModule(tokenizer, seqlen=16, num_samples=20, seed=5).calibration_windows
-    assert sorted(first.tolist()) == sorted(second.tolist()) == sorted(drawn.tolist())
-    assert not torch.equal(first, drawn)
-    assert not torch.equal(first, second)
-    assert all(torch.equal(a, b) for a, b in zip(epochs(5), (first, second), strict=True))
-
-
 def language_model(embeddings, tokenizer=None):
     return CausalLMModule(tiny_llama(vocab_size=embeddings), tokenizer)
 

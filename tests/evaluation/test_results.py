@@ -8,7 +8,6 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from wanda_lightning import prune
 from wanda_lightning.evaluation import Evaluation, sparsity_of
 
 
@@ -21,14 +20,6 @@ def test_sparsity_is_counted_by_parameter():
         model[2].bias.fill_(1)
     # 24 + 12 weights; 6 + 6 + 6 + 2 other parameters, of which the 6 biases of the norm are zero
     assert sparsity_of(model) == {"layers": 12 / 36, "model": 18 / 56}
-
-
-def test_grouped_convolutions_count():
-    torch.manual_seed(0)
-    stem, grouped = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 3, groups=2)
-    model = nn.Sequential(stem, grouped, nn.Flatten(), nn.Linear(8, 4))
-    prune(model, [torch.randn(2, 3, 3, 3)], 0.5, progress=False)
-    assert sparsity_of(model)["layers"] == 0.5
 
 
 def rows_of(evaluation):

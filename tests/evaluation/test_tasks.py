@@ -50,15 +50,6 @@ def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(tmp_pat
     assert found["mean"] == {"acc": (found["arc_easy"]["acc"] + found["rte"]["acc"]) / 2}
 
 
-@needs_lm_eval
-def test_fields_that_are_not_needed_may_be_anything(tmp_path):
-    rows = [{**row, "id": i, "source": None} for i, row in enumerate(DOCUMENTS["boolq"])]
-    write_tasks(tmp_path, {"boolq": [*rows, {**rows[0], "more": 1}]})
-    (tmp_path / "boolq.jsonl").write_text((tmp_path / "boolq.jsonl").read_text() + "\n\n")
-    (task,) = load_tasks(["boolq"], tmp_path).values()
-    assert len(task.eval_docs) == 3
-
-
 FITS = '{"passage": "a", "question": "b", "label": 1}\n'
 UNFIT = [
     ("boolq", '{"passage": "a", "question": "b", "answer": 1}', "but label is missing"),

@@ -124,13 +124,6 @@ def test_quantized_layers_are_refused_by_name(name):
         assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_what_is_not_quantized():
-    """The child of the last is quantized, it is not."""
-    buffers = [with_buffer("position_ids", torch.int64), with_buffer("weight", torch.float32)]
-    layers = [nn.Linear(4, 4, dtype=torch.float16), parametrizations.weight_norm(nn.Linear(4, 4))]
-    assert not any(map(is_quantized, [*buffers, *layers, nn.Sequential(Linear8bitLt(4, 4))]))
-
-
 def test_of_a_layer_with_adapters_the_base_is_pruned():
     model = ZOO["llama"].build()
     plain = copy.deepcopy(model)

@@ -139,22 +139,3 @@ def test_dry_run_prints_commands_and_writes_nothing(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:3:2] for line in lines] == [["wanda-lightning", "--model=meta-llama/Llama-2-70b-hf"]] * 3
     assert not Path("out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--only", "tiny/1B/wanda_50"], "matches no cell. Did you mean tiny/1B/wanda_2to4"),
-        (["--set", "save=here"], "--set save cannot be used"),
-        (["--set", "sparsity_type=4:8"], "--set sparsity_type would make tiny/1B/wanda_2to4 another cell"),
-        ([lambda c: c.update(option={})], "tiny.yaml must have the keys cells, models, options"),
-        ([lambda c: c["options"].update(seq_len=3)], "tiny/1B/magnitude_50: "),
-    ],
-)
-def test_bad_arguments_and_families_are_refused_before_anything_runs(family, capsys, arguments, message):
-    change = [each for each in arguments if callable(each)]
-    assert run(family(*change), *(each for each in arguments if not callable(each)), "--out", "out") == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("run.py: error: ")
-    assert not Path("out").exists()
