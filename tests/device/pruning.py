@@ -32,28 +32,6 @@ def on_both(specimen, **choices):
     return models[1], " ".join(reports[1].notes)
 
 
-@pytest.mark.usefixtures("no_float64")
-def test_the_device_refuses_and_takes_what_others_do():
-    here = torch.arange(9.0).view(3, 3)
-    there = here.to("remote")
-    with pytest.raises(TypeError, match="doesn't support float64"):
-        there.double()
-    for refused in (
-        lambda: here + there,
-        lambda: here[0, 0].add_(there[0, 0]),
-        lambda: here[torch.tensor([1], device="remote")],
-        lambda: torch.bernoulli(there.sigmoid(), generator=torch.Generator()),
-    ):
-        with pytest.raises(RuntimeError, match=r"Expected all tensors to be on the same device|for generator"):
-            refused()
-    for taken in (
-        lambda x: x * here[0, 1],
-        lambda x: x[torch.tensor([1, 0])],
-        lambda x: torch.zeros_like(x).copy_(here),
-    ):
-        assert (taken(there).device.type, taken(there).tolist()) == ("remote", taken(here).tolist())
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
     seeds, before = [], torch.get_rng_state()

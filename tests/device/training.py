@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from support import lora, modules, tasks
 from support.both import DEVICES, assert_equal, on
 from support.callbacks import ADAMW, SGD, Manual, Net, loader, trainer
@@ -93,11 +93,6 @@ def test_adapters_merge(monkeypatch, build):
     assert_equal(*merged)
 
 
-def test_plain_adapters_merge_with_the_zeros():
-    models = [get_peft_model(lora.llama().to(d), LoraConfig(r=4, target_modules=lora.TARGETS)) for d in DEVICES]
-    assert_equal(*(merge(lora.randomize(model), reprune=True) for model in models))
-
-
 class Remote(Accelerator):
     """The device for a Trainer."""
 
@@ -160,15 +155,6 @@ def test_fit(name, make):
         made.fit(nets[-1], loader(24), loader(8))
         nets[-1].to(device)  # Lightning moves it to the CPU at the end
     assert_equal(*nets)
-
-
-def test_validate():
-    nets = [Net(), Net()]
-    first, second = (
-        made.validate(net, loader(8), verbose=False) for net, made in zip(nets, trainers(FITS["best"]), strict=True)
-    )
-    assert_equal(nets[0], nets[1].to("remote"))
-    assert first == second
 
 
 @pytest.mark.parametrize("supported", [True, False, None])

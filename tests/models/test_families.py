@@ -1,13 +1,12 @@
 """A sample of the families in support/zoo.py, pruned and shrunk, and proof that the checks can fail."""
 
 import pytest
-import torch
 from support import families
 from support.families import ORDINARY, OWN_FILE
 from support.pairwise import with_nightly
 from support.zoo import family, names, of_timm
 
-from wanda_lightning import RIA, prune, shrink
+from wanda_lightning import RIA, prune
 
 # Models of transformers and timm warn about their own renamed arguments and missing kernels.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -68,34 +67,8 @@ def test_every_family(kind, name):
 # ---- the checks can fail
 
 
-def sabotaged(monkeypatch, after=lambda model, report: None, **choices):
-    def sabotage(model, *args, **kwargs):
-        report = prune(model, *args, **{**kwargs, **choices})
-        with torch.no_grad():
-            after(model, report)
-        return report
-
-    monkeypatch.setattr(families, "prune", sabotage)
-
-
-def revive(model, report):
-    weight = model.model.layers[1].mlp.up_proj.weight
-    weight[3, weight[3] == 0] = 1.0
-
-
-@pytest.mark.parametrize(
-    ("sabotage", "message"),
-    [
-        (revive, r"not 0\.5 of each row: model\.layers\.1\.mlp\.up_proj"),
-        (lambda model, report: model.model.norm.weight.mul_(2), r"model\.norm\.weight changed"),
-        (lambda model, report: model.model.layers[0].mlp.up_proj.weight.mul_(2), r"0\.mlp\.up_proj\.weight changed"),
-        (lambda model, report: report.skipped.clear(), r"neither pruned nor skipped: model\.embed_tokens"),
-    ],
-)
-def test_what_must_not_happen_is_seen(monkeypatch, sabotage, message):
-    sabotaged(monkeypatch, sabotage)
-    with pytest.raises(AssertionError, match=message):
-        families.check(of("causal", "llama"))
+def sabotaged(monkeypatch, **choices):
+    monkeypatch.setattr(families, "prune", lambda *args, **kwargs: prune(*args, **{**kwargs, **choices}))
 
 
 @pytest.mark.parametrize("choices", [{"criterion": RIA()}, {"sequential": "none"}])
@@ -150,15 +123,3 @@ def test_hidden_units_of_families_are_taken_out(kind, name, folder):
 def test_families_without_hidden_units(kind, name):
     result = families.check_units(of(kind, name))
     assert (result.width, result.folder) == (0, "no hidden units found")
-
-
-def test_other_outputs_are_seen(monkeypatch):
-    def sabotage(model, *args):
-        result = shrink(model, *args)
-        with torch.no_grad():
-            model.model.layers[1].mlp.down_proj.weight.mul_(1.01)
-        return result
-
-    monkeypatch.setattr(families, "shrink", sabotage)
-    with pytest.raises(AssertionError, match="outputs differ by"):
-        families.check_units(of("causal", "llama"))
