@@ -44,8 +44,6 @@ SMALLER = {
 
 ROOT = DOCS.parent
 MARKDOWN = [*DOCS.glob("*.md"), *ROOT.glob("*.md"), *(ROOT / ".github").glob("*.md")]
-DIRECTIVES = re.compile(r"^:::|^\([\w-]+\)=$|\{[\w:-]+\}`|^: |^%", re.MULTILINE)
-"""What only MyST understands, outside code: a directive with colons, a label, a role, a definition, a comment."""
 
 
 def blocks(page, language):
@@ -106,15 +104,6 @@ def anchors(page: Path) -> set[str]:
     found = tokens(page)
     titles = [found[index + 1].content for index, token in enumerate(found) if token.type == "heading_open"]
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
-
-
-@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.stem)
-def test_a_page_is_plain_markdown(page):
-    for token in tokens(page):
-        if token.type == "fence":
-            assert not token.info.startswith("{"), token.info
-        elif token.type == "inline":
-            assert not DIRECTIVES.search(token.content), token.content
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.stem)

@@ -17,7 +17,7 @@ import figures  # noqa: E402
 import pages  # noqa: E402
 import quality  # noqa: E402
 import tables  # noqa: E402
-from result import FOLDER, OURS, Result, Samples, read_table, to_hexadecimal  # noqa: E402
+from result import FOLDER, OURS, read_table  # noqa: E402
 
 DESCRIPTION = ".//{http://purl.org/dc/elements/1.1/}description"
 
@@ -75,14 +75,3 @@ def test_the_table_of_all_methods_has_the_numbers_of_the_files():
     for run in runs:
         shown = float(cells[tables.LABELS[run.method], run.goal])
         assert shown == pytest.approx(run.measured["perplexity"], rel=1e-3)
-
-
-def test_paired_differences_have_the_standard_error_of_the_mean():
-    def run(*correct):
-        photos = Samples("photos", len(correct))
-        return Result(model="m", method="wanda", correct=to_hexadecimal(correct), evaluation=photos)
-
-    first, second = run(False, True, True, True, False), run(False, True, False, True, True)
-    assert first.correct == "0e"
-    assert tables._paired(first, second) == "+0.0 (31.6)"  # one image gained, one lost: sqrt(2 / 4) / sqrt(5)
-    assert tables._paired(first, first) == "+0.0 (0.0)"

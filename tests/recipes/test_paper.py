@@ -132,10 +132,3 @@ def test_a_sweep_resumes_and_shows_published_numbers_beside_what_was_measured_al
     assert times() == before
     assert run(path, "--out", "out", "--only", "magnitude_50", "--set", "limit=2", "--overwrite") == 0
     assert rows()[1]["options"]["limit"] == "2"
-
-
-def test_dry_run_prints_commands_and_writes_nothing(capsys):
-    assert run(PAPER / "llama2.yaml", "--out", "out", "--only", "70B/*_2to4", "--dry_run") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3:2] for line in lines] == [["wanda-lightning", "--model=meta-llama/Llama-2-70b-hf"]] * 3
-    assert not Path("out").exists()

@@ -1,7 +1,6 @@
 """Documents of the zero-shot tasks, their accuracy counted by hand, and tiny models to measure."""
 
 import json
-import re
 from importlib.util import find_spec
 
 import pytest
@@ -69,16 +68,6 @@ def by_hand(name, doc):
     elif name == "rte":
         prompt = f"{doc['sentence1']}\nQuestion: {doc['sentence2']} True or False?\nAnswer:"
         choices = ["True", "False"]
-    elif name == "hellaswag":
-        text = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
-        prompt, *choices = (
-            re.sub(r"\[.*?\]", "", part.strip().replace(" [title]", ". ")).replace("  ", " ")
-            for part in [text, *doc["endings"]]
-        )
-    elif name == "winogrande":
-        before, after = doc["sentence"].split("_")
-        choices = [before + doc["option1"], before + doc["option2"]]
-        return [(choice, f" {after.strip()}") for choice in choices], choices, int(doc["answer"]) - 1
     else:
         prompt = doc["question_stem"] if name == "openbookqa" else f"Question: {doc['question']}\nAnswer:"
         choices = doc["choices"]["text"]
