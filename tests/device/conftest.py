@@ -20,7 +20,7 @@ def same_way(remote, monkeypatch):
     These are the sum of squares in parts, fused attention, and distillation in bfloat16 where the processor has it.
     Kernels must be deterministic, as a user may ask for.
     """
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     sum_squares = statistics.SUMS["square_sum"]
     plain = {"cpu": lambda tokens: tokens.square().sum(dim=0)}
     monkeypatch.setitem(statistics.SUMS, "square_sum", lambda x: plain.get(x.device.type, sum_squares)(x))
