@@ -36,7 +36,7 @@ def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextMa
     kind = parameter.device.type
     active, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     if not active and parameter.dtype == torch.float32:
-        dtype, features = torch.bfloat16, getattr(torch.cpu, "get_capabilities", dict)()  # not in 2.10
+        dtype, features = torch.bfloat16, getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # not in 2.10
         on_cpu = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
         supports = getattr(torch.get_device_module(kind), "is_bf16_supported", None)  # `mps` does not say
         active = on_cpu if kind == "cpu" else supports is not None and supports(including_emulation=False)
