@@ -121,7 +121,7 @@ EMPTY = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": tor
 BEFORE_A_BATCH_IS_READ = [
     (ZOO["llama"].build, {}, "pattern='experts' needs a mixture of experts, but no module"),
     (ZOO["expert_list"].build, {}, r"experts in stacked parameters \(a list of modules does not count\)"),
-    (adapted, {}, r"needs whole layers, but the model is sharded or has adapters\. Merge"),
+    (adapted, {}, r"needs whole layers, but the model has adapters\. Merge"),
     (partial(with_block, unequal), {}, r"model\.layers\.0\.mlp has 8 in 1 group and \S+1\.mlp has 4 in 1 group"),
     (MIXTRAL, {"sparsity": 0.05}, r"drops none of the 8 experts .* Choose at least 0\.125"),
     (MIXTRAL, {"sparsity": 0.97}, r"drops all of the 8 experts .* at most 0\.875"),

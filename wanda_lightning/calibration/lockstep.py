@@ -83,8 +83,7 @@ def lockstep(
     unit every sample ends, so the rest of the model is not computed. Only one sample continues, up to the next module
     with a matrix of its own, to find out whether the model calls a unit again.
 
-    Units are disjoint modules in the order of the stops; one without a module is a stop at which samples `park`
-    themselves. `revisited` receives the name of every unit that a sample reaches again. With `to_end`, the samples run
+    Units are disjoint modules in the order of the stops. `revisited` receives the name of every unit that a sample reaches again. With `to_end`, the samples run
     to the end of the model, and stop at each visit of a unit.
 
     Yields:
@@ -156,11 +155,10 @@ def _parking(units: Sequence[Unit]) -> Iterator[None]:
     """Replace the entry point of every unit, so that samples park there."""
     with ExitStack() as restored:
         for index, unit in enumerate(units):
-            if (module := unit.module) is None:
-                continue
+            assert (module := unit.module) is not None
             entry = entry_point(module)
             restored.enter_context(patched(module, "_compiled_call_impl", None))  # it would bypass the entry point
-            restored.enter_context(patched(module, entry, partial(park, index, getattr(module, entry))))
+            restored.enter_context(patched(module, entry, partial(_park, index, getattr(module, entry))))
         yield
 
 
@@ -177,7 +175,7 @@ def _parking_at_products(samples: Sequence[Sample], units: Sequence[Unit]) -> Se
         product = products[0]
         if product.row:
             return multiply()
-        return park(index_of[product.layer], lambda tokens: multiply(), product.tokens)
+        return _park(index_of[product.layer], lambda tokens: multiply(), product.tokens)
 
     def watched(forward: Callable[[], object]) -> object:
         interceptor = WeightInterceptor(index_of, stop)  # each thread has its own
@@ -187,7 +185,7 @@ def _parking_at_products(samples: Sequence[Sample], units: Sequence[Unit]) -> Se
     return [replace(each, forward=partial(watched, each.forward)) for each in samples] if index_of else samples
 
 
-def park(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _park(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """Park the batch of the current thread and return the unit's output; outside a batch's thread, run the forward."""
     thread = threading.current_thread()
     if isinstance(thread, _BatchThread):

@@ -121,7 +121,7 @@ class PruningState:
     share: float = 0.0  # of the final sparsity
     asked_at: int | None = None  # optimizer step of the latest call of `should_prune`
     due: bool = False  # prune at the end of the next validation loop
-    unheld_zeros: dict[str, Tensor] = field(default_factory=dict)  # see `HeldZeros.unheld_zeros`
+    unheld_zeros: dict[str, Tensor] = field(default_factory=dict)  # see `HeldZeros.state_dict`
     report: PruningReport | None = None  # of the latest pruning
 
     def record(self, report: PruningReport, share: float) -> None:

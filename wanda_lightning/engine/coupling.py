@@ -25,7 +25,6 @@ from wanda_lightning.models import (
     tied_tensors,
 )
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.parallel import is_sharded
 
 _DETAIL = "no hidden units that could be taken out were found at its inputs or outputs"
 
@@ -40,11 +39,6 @@ def couple(run: Run) -> None:
     without blocks is one block.
     """
     plan = run.plan
-    if is_sharded(plan.model):
-        raise UserError(
-            f"{plan.config.shown('pattern')} needs whole layers, but the model is sharded. Prune it in one process, or "
-            "with DDP."
-        )
     search, again, units = _Search(plan), set[str](), plan.block_units or (_one_block(plan),)
     with closing(dense_blocks(run, units, 1, "Finding hidden units", again)) as blocks:
         for unit, calls in blocks:

@@ -25,7 +25,6 @@ from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run
 from wanda_lightning.models import SkippedMatrix, SkipReason, adapted_module
 from wanda_lightning.models.mixtures import Mixture, mixtures
-from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.shrinking.configuration import fit_configuration
 
@@ -86,9 +85,8 @@ def find_mixtures(plan: Plan) -> list[Mixture]:
     where = f" in each of the {found[0].groups} groups" if found and found[0].groups > 1 else ""
     for is_wrong, why in (
         (
-            adapted_module(plan.model) is not None or is_sharded(plan.model),
-            "needs whole layers, but the model is sharded or has adapters. Merge adapters first, and prune in one "
-            "process, or with DDP.",
+            adapted_module(plan.model) is not None,
+            "needs whole layers, but the model has adapters. Merge them first.",
         ),
         (
             not found,

@@ -331,6 +331,12 @@ def refuse_rounding(config: PruningConfig, widths: Mapping[str, int]) -> None:
 
 def refuse_sharding(config: PruningConfig, model: nn.Module, inventory: Inventory, processes: Processes) -> None:
     """Refuse layers that are sharded by FSDP2 or tensor parallelism in a way that pruning does not support."""
+    pattern = config.pattern
+    if is_sharded(model) and (pattern.prunes_units or pattern.drops_experts):
+        raise UserError(
+            f"{config.shown('pattern')} needs whole layers, but the model is sharded. Prune it in one process, or with "
+            "DDP."
+        )
     managers = [name for name, module in named_modules(model).items() if isinstance(module, FSDPModule)]
     for layer in inventory.layers:
         for is_wrong, found in _shardings(config, managers, inventory.blocks[layer.name], layer, processes):

@@ -6,7 +6,7 @@ was: the block runs on a small batch before and after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -123,20 +123,24 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
     before = sum(parameter.numel() for parameter in model.parameters())
     search = _Search(model, undo)
     if search.finds_any():
-        (call,) = whole_model_calls([_sample(model, batch, forward)])
-        whole = BlockRuns(model, [call])
+        sample, again = _sample(model, batch, forward), set[str]()
+        with pruning_mode(model, search.changed):
+            (call,) = whole_model_calls([sample])
+            whole = BlockRuns(model, [call], whole=True)
+            for recording in whole.recording():
+                recording.run()
+            for _ in lockstep(model, search.blocks, [sample], revisited=again, to_end=True):
+                pass
+            search.leave_out(again)
+            with closing(lockstep(model, search.blocks, [sample])) as stops:
+                for unit, calls in stops:
+                    search.take_out(unit, BlockRuns(unit.module or model, calls))
+            search.take_out(search.rest, whole)
 
         def is_same() -> bool:
             with pruning_mode(model, search.changed):
                 return whole.same_results()
 
-        with pruning_mode(model, search.changed):
-            for recording in whole.recording():
-                recording.run()
-            with closing(lockstep(model, search.blocks, [call.sample], to_end=True)) as stops:
-                for unit, calls in stops:
-                    search.take_out(unit, BlockRuns(unit.module or model, calls))
-            search.take_out(search.rest, whole)
         if not is_same():
             raise UserError(
                 "shrink must not change what the model computes, but without its zero units its outputs on the batch "
@@ -166,10 +170,10 @@ class _Search:
     def __init__(self, model: nn.Module, undo: ExitStack) -> None:
         self.result = Shrunk()
         self.changed = set[nn.Module]()
-        units = find_layers(model).units
+        units = self._units = find_layers(model).units
         self.blocks = [unit for unit in units if unit.module and unit.module is not unit.layers[0].module]
-        # Layers outside of all blocks have the model around them.
-        self.rest = Unit("", model, tuple(x for unit in units if unit not in self.blocks for x in unit.layers))
+        self._model = model
+        self.leave_out(())
         self._undo, self._modules, self._tied = undo, named_modules(model), tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
         self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
@@ -190,6 +194,11 @@ class _Search:
                 self.changed |= changed
                 self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
                 break
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Try layers of these blocks, which run more than once, in the whole model, as those outside of all blocks."""
+        self.blocks = [unit for unit in self.blocks if unit.name not in names]
+        self.rest = Unit("", self._model, tuple(x for u in self._units if u not in self.blocks for x in u.layers))
 
     def finds_any(self) -> bool:
         """Whether any layer has a candidate; refuses a layer without values."""
