@@ -83,8 +83,8 @@ def lockstep(
     unit every sample ends, so the rest of the model is not computed. Only one sample continues, up to the next module
     with a matrix of its own, to find out whether the model calls a unit again.
 
-    Units are disjoint modules in the order of the stops. `revisited` receives the name of every unit that a sample reaches again. With `to_end`, the samples run
-    to the end of the model, and stop at each visit of a unit.
+    Units are disjoint modules in the order of the stops. `revisited` receives the name of every unit that a sample
+    reaches again. With `to_end`, the samples run to the end of the model, and stop at each visit of a unit.
 
     Yields:
         The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all threads
@@ -155,7 +155,8 @@ def _parking(units: Sequence[Unit]) -> Iterator[None]:
     """Replace the entry point of every unit, so that samples park there."""
     with ExitStack() as restored:
         for index, unit in enumerate(units):
-            assert (module := unit.module) is not None
+            module = unit.module
+            assert module is not None
             entry = entry_point(module)
             restored.enter_context(patched(module, "_compiled_call_impl", None))  # it would bypass the entry point
             restored.enter_context(patched(module, entry, partial(_park, index, getattr(module, entry))))
