@@ -49,7 +49,7 @@ def test_rules(rule, text, inside, outside):
             check(Method(value), rate=rule)
 
 
-def test_an_option_that_is_not_set():
-    check_at_least(1, limit=None, batch_size=1)
-    with pytest.raises(ValueError, match=r"^limit must be a whole number of at least 1, but it is 0\.$"):
-        check_at_least(1, batch_size=1, limit=0)
+def test_options_that_must_be_set():
+    for limit in (0, None):
+        with pytest.raises(ValueError, match=rf"^limit must be a whole number of at least 1, but it is {limit}\.$"):
+            check_at_least(1, batch_size=1, limit=limit)

@@ -58,7 +58,7 @@ def test_the_page_shows_everything_that_the_report_has(tmp_path, undrawn):
 def test_the_page_says_what_is_not_available(tmp_path, name, undrawn):
     report = prune(ZOO[name].build(), ZOO[name].batches(), progress=False)
     page = page_of(report, tmp_path)
-    assert "The effect on the predictions was not measured." in page.text
+    assert "This page has no measured effect on the predictions." in page.text
     assert "Not available. Wanda collects no Gram matrix" in page.text
     assert "Errors of whole blocks are not available" in page.text
     for heading in ("Text before and after", "Images whose", "Zero-shot", "Training after", "To repeat it"):

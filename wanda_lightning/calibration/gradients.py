@@ -99,9 +99,7 @@ class _Backward:
     communicates.
     """
 
-    def __init__(
-        self, limit: GradientLimit, together: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
+    def __init__(self, limit: GradientLimit, together: Callable[[], AbstractContextManager[None]]) -> None:
         self._limit, self.last = limit, limit.samples  # the number of samples; None if all of them pass backward
         self._together = together
         self.predictions = 0  # of each sample; 0 until the first one has run

@@ -138,7 +138,7 @@ class PruningCallback(ZerosCallback):
         return share is not None and share > self._state.share
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse an unsupported Trainer, and a `report_dir` or `report` that cannot be written."""
+        """Refuse an unsupported strategy, and a `report_dir` or `report` that cannot be written."""
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
             for path, kind in ((self.report_dir, "folder"), (self.report_path, "file")):

@@ -15,7 +15,7 @@ from wanda_lightning.training.held_zeros import HeldZeros
 class ZerosCallback(Callback):
     """A callback that prunes or keeps zeros while a model trains.
 
-    Other callbacks of the Trainer and data modules read its properties.
+    Other callbacks of the Trainer read its properties.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class KeepZeros(ZerosCallback):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a Trainer or a strategy that is not supported."""
+        """Refuse a strategy that is not supported."""
         processes_of(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

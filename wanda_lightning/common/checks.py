@@ -52,9 +52,8 @@ def check_values(rule: Number | tuple[object, ...], **values: object) -> None:
 
 
 def check_at_least(minimum: int, **values: object) -> None:
-    """Raise a ValueError for a value that is not a whole number of at least `minimum`, or None for an unset option."""
-    given = {name: value for name, value in values.items() if value is not None}
-    check_values(Number(minimum=minimum, whole=True), **given)
+    """Raise a ValueError for a value that is not a whole number of at least `minimum`."""
+    check_values(Number(minimum=minimum, whole=True), **values)
 
 
 def shown(value: object) -> str:
@@ -76,6 +75,6 @@ def require_extra(extra: str, *packages: str, purpose: str) -> None:
 
 def check_report_path(path: str | PathLike[str]) -> None:
     """Raise an error for the path of a report that cannot be written."""
-    if Path(path).suffix not in (".html", ".png"):
+    if Path(path).suffix.lower() not in (".html", ".png"):
         raise UserError(f"report must end with .html or .png, but it is {str(path)!r}.")
     require_extra("report", "matplotlib", purpose="Reports with figures")

@@ -96,9 +96,9 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
                 constants.HF_HUB_OFFLINE = True
                 found = f" not in the cache, and the Hugging Face hub cannot be reached ({one_line(error)}):"
         yield
-    except UserError:
-        raise
     except Exception as error:
+        if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+            raise
         kind: type[Exception] = MissingPackageError if isinstance(error, ImportError) else OSError
         if {type(error).__name__, type(error.__context__).__name__} & {"JSONDecodeError", "SafetensorError"}:
             kind, found = UserError, " a file is damaged; download or save it again:"

@@ -26,7 +26,7 @@ def count(number: int, names: Sequence[str] = (" billion", " million", " thousan
 
 def as_size(size: int) -> str:
     """Return a number of bytes in words, such as `98.8 MB`."""
-    return count(size, (" GB", " MB", " KB"))
+    return count(size, (" GB", " MB", " KB")) if size >= 1000 else f"{size} bytes"
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

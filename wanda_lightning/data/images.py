@@ -66,7 +66,7 @@ class ImageDataModule(L.LightningDataModule):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_at_least(1, batch_size=batch_size, num_samples=num_samples, image_size=image_size)
+        check_at_least(1, batch_size=batch_size, num_samples=num_samples, image_size=image_size or 1)
         check_values(SEED, seed=seed)
         check_at_least(0, num_workers=num_workers)
         self.data = os.fspath(data)

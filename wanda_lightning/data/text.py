@@ -87,7 +87,8 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_at_least(2, seqlen=seqlen)  # one token to read and one to predict
-        check_at_least(1, num_samples=num_samples, batch_size=batch_size, limit=limit, train_samples=train_samples)
+        given = {name: each for name, each in (("limit", limit), ("train_samples", train_samples)) if each is not None}
+        check_at_least(1, num_samples=num_samples, batch_size=batch_size, **given)
         check_values(SEED, seed=seed)
         if isinstance(tokenizer, (str, os.PathLike)):
             ModelSource(tokenizer).locate()

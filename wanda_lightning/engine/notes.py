@@ -274,7 +274,7 @@ def _on_batch_norm(run: Run) -> Iterator[Note]:
     if done.kept:
         layers = counted(done.layers, "BatchNorm layer")
         text = f"the statistics of {layers} are corrected on {done.samples} samples{compared}"
-    yield Note(text, is_warning=not done.kept)
+    yield Note(text, is_warning=False)
 
 
 def _on_training(run: Run) -> Iterator[Note]:

@@ -240,7 +240,7 @@ def _prune_units(run: Run) -> None:
                     inputs = observer(unit, calls)
                 else:  # of the dense model: the calls only record
                     for call in calls:
-                        call.run()
+                        call.run(on_copies=True)
                 run.selections = run.selections or plan.allocate(inputs)
                 prune_unit(run, unit, inputs, observer)
                 del inputs, calls, stop  # frees the statistics before the recovery

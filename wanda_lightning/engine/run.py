@@ -109,11 +109,11 @@ class WeightStore:
 
     def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
         """Stop at each unit before it is pruned; after each stop the samples run through the pruned unit."""
-        plan, revisited, steps = run.plan, run.revisited, len(run.plan.units)
+        plan, revisited, length = run.plan, run.revisited, 0 if not run.plan.is_one_pass else run.samples.length
         inputs: Mapping[str, InputStatistics] | None = None if plan.observed else {}
         if plan.is_one_pass:
-            inputs, revisited, steps = self.observe_dense(run, observer, bar), set(), (run.samples.length or 0) + steps
-        bar.expect(steps)
+            inputs, revisited = self.observe_dense(run, observer, bar), set()
+        bar.expect(None if length is None else length + len(plan.units))
         if plan.observed and (plan.config.recovery.recorded or not plan.is_one_pass):
             for unit, calls in lockstep(plan.model, plan.units, run.samples.hold(), plan.processes, revisited):
                 yield UnitStop(unit, inputs, calls)

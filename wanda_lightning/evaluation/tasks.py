@@ -146,7 +146,7 @@ def zero_shot(
     task has it, `acc_norm` (log-likelihoods divided by the lengths of the choices), their standard errors, and the
     number of documents; with several tasks, also `mean`: the mean of `acc` and its standard error, as in the paper.
     """
-    check_at_least(1, batch_size=batch_size, limit=limit)
+    check_at_least(1, batch_size=batch_size, limit=1 if limit is None else limit)
     if not tasks:
         return {}
     import lm_eval

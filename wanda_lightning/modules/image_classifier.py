@@ -73,7 +73,7 @@ class ImageClassifierModule(L.LightningModule):
                 self._model_kwargs["num_classes"] = num_classes
             self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
             if folder := timm_name(model).partition("local-dir:")[2]:  # timm before 1.0.31 forgets its arguments
-                stored = json.loads(Path(folder, "config.json").read_text()).get("model_args", {})
+                stored = json.loads(Path(folder, "config.json").read_text()).get("model_args") or {}
                 self._arguments = stored | self._model_kwargs
         else:
             self.save_hyperparameters(ignore=["model"])

@@ -95,7 +95,7 @@ class PruningReport(ReportData):
     def write(self, path: str | Path) -> None:
         """Write the page (.html) or the picture of its figures (.png)."""
         check_report_path(path)
-        (self.to_html if Path(path).suffix == ".html" else self.to_png)(path)
+        (self.to_html if Path(path).suffix.lower() == ".html" else self.to_png)(path)
 
     def save(self, folder: str | Path) -> Path:
         """Write `pruning_report.json` into a folder, atomically, and return its path."""

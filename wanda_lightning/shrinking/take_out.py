@@ -6,7 +6,7 @@ was: the block runs on a small batch before and after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,26 +112,22 @@ def shrunk(model: nn.Module, batch: Any = None) -> Iterator[Shrunk]:
 
 def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> Shrunk:
     if is_sharded(model):
-        raise UserError(
-            "shrink needs whole layers, but the model is sharded. Shrink it in one process, after training."
-        )
+        raise UserError("shrink needs whole layers, but the model is sharded. Shrink it later, in one process.")
     if (adapted := adapted_module(model)) is not None:
         raise UserError(
-            f"shrink would break adapters, which were trained for the present widths, such as that of {adapted}. "
-            "Merge them first (CausalLMModule.merge(), or wanda_lightning.lora.merge(model))."
+            f"shrink would break adapters, such as that of {adapted}. Merge them first (lora.merge(model))."
         )
     before = sum(parameter.numel() for parameter in model.parameters())
     search = _Search(model, undo)
     if search.finds_any():
         sample, again = _sample(model, batch, forward), set[str]()
         with pruning_mode(model, search.changed):
-            (call,) = whole_model_calls([sample])
-            whole = BlockRuns(model, [call], whole=True)
+            whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
             for recording in whole.recording():
                 recording.run()
             for _ in lockstep(model, search.blocks, [sample], revisited=again, to_end=True):
                 pass
-            search.leave_out(again)
+            search.blocks = [unit for unit in search.blocks if unit.name not in again]
             with closing(lockstep(model, search.blocks, [sample])) as stops:
                 for unit, calls in stops:
                     search.take_out(unit, BlockRuns(unit.module or model, calls))
@@ -157,23 +153,19 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
 def _sample(model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> Sample:
     if batch is None and (batch := example_batch(model)) is None:
         raise UserError(
-            f"shrink runs a batch to check that the model computes the same, but it cannot make one for a "
-            f"{type(model).__name__}. Give batch=, and forward= if model(batch) is not the way to call it."
+            f"shrink compares runs of a batch, but cannot make one for a {type(model).__name__}. Give batch=, and "
+            "forward= if model(batch) is not the way to call it."
         )
-    run = partial(forward or partial(forward_batch, model), batch)
-    return Sample(run, run)
+    return Sample(run := partial(forward or partial(forward_batch, model), batch), run)
 
 
 class _Search:
     """Takes out the units of one block after the other."""
 
     def __init__(self, model: nn.Module, undo: ExitStack) -> None:
-        self.result = Shrunk()
-        self.changed = set[nn.Module]()
-        units = self._units = find_layers(model).units
-        self.blocks = [unit for unit in units if unit.module and unit.module is not unit.layers[0].module]
-        self._model = model
-        self.leave_out(())
+        self.result, self.changed = Shrunk(), set[nn.Module]()
+        self._model, self._units = model, find_layers(model).units
+        self.blocks = [unit for unit in self._units if unit.module and unit.module is not unit.layers[0].module]
         self._undo, self._modules, self._tied = undo, named_modules(model), tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
         self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
@@ -185,7 +177,7 @@ class _Search:
                 if empty.all():
                     empty[0] = False  # a layer without inputs is no layer
                 with ExitStack() as undo:
-                    if not runs.same_after(partial(_take, undo, units, ~empty), (units, ~empty)):
+                    if not runs.same_after(lambda: undo.callback(units.take(~empty)), (units, ~empty)):  # noqa: B023
                         continue
                     self._undo.enter_context(undo.pop_all())
                 self.result.layers[reader.name] = units.width, int((~empty).sum())
@@ -195,10 +187,10 @@ class _Search:
                 self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
                 break
 
-    def leave_out(self, names: Collection[str]) -> None:
-        """Try layers of these blocks, which run more than once, in the whole model, as those outside of all blocks."""
-        self.blocks = [unit for unit in self.blocks if unit.name not in names]
-        self.rest = Unit("", self._model, tuple(x for u in self._units if u not in self.blocks for x in u.layers))
+    @property
+    def rest(self) -> Unit:
+        """The layers outside of these blocks, with the model around them."""
+        return Unit("", self._model, tuple(x for u in self._units if u not in self.blocks for x in u.layers))
 
     def finds_any(self) -> bool:
         """Whether any layer has a candidate; refuses a layer without values."""
@@ -227,10 +219,6 @@ class _Search:
             empty = torch.stack([self._zeros[slot.key] for slot in units.sides]).all(dim=0)
             if empty.any():
                 yield units, empty
-
-
-def _take(undo: ExitStack, units: RemovableUnits, keep: Tensor) -> None:
-    undo.callback(units.take(keep))
 
 
 def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Any:

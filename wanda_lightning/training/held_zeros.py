@@ -53,7 +53,7 @@ def keep_zeros(
                 [0.0000, 0.5000]])
     """
     zeros = HeldZeros()
-    zeros.load_state_dict(state or {})
+    zeros.load_state_dict({"layers": None, "unheld_zeros": {}} if state is None else state)
     zeros.hold_all(model, processes)
     zeros.clear(optimizers)
     return zeros
@@ -172,7 +172,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`; only `unheld_zeros` matter to `hold`."""
-        self._loaded = state
+        self._loaded = state | {key: state[key] for key in ("layers", "unheld_zeros")}  # not another dictionary
 
     def release(self) -> None:
         """Remove all hooks."""

@@ -32,8 +32,7 @@ def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextMa
     """Run float32 models in bfloat16, if enabled, where the hardware supports it; keep the precision of a Trainer."""
     if not enabled:
         return nullcontext()
-    parameter = next(model.parameters())
-    kind = parameter.device.type
+    kind = (parameter := next(model.parameters())).device.type
     active, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     if not active and parameter.dtype == torch.float32:
         dtype, features = torch.bfloat16, getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # not in 2.10

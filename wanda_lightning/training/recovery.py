@@ -84,7 +84,7 @@ class Recovery:
         return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
 
     def check_sharded(self) -> None:
-        """Raise a ValueError, since a recovery that trains does not support sharded models."""
+        """Raise a ValueError if it trains: each process must hold the whole model for that."""
         if self.reads_batches or self.recorded:
             raise UserError(
                 f"recovery={type(self).__name__}() needs the whole model in each process, but this one is sharded. "
@@ -106,10 +106,9 @@ class NoRecovery(Recovery):
 
 
 def hold_out(batches: Sequence[Sequence[_Item]], every: int, processes: Processes) -> tuple[list[_Item | None], ...]:
-    """Return the samples of all processes to train on, and every n-th one, which is held out.
+    """Return the samples of all processes to train on (None for those of others), and every n-th one, held out.
 
-    None stands for a sample of another process. The order depends on the batches alone: batch i of all processes
-    precedes batch i + 1 of any.
+    The order depends on the batches alone: batch i of all processes precedes batch i + 1 of any.
     """
     order: list[_Item | None] = []
     longest = max(number for (number,) in processes.all_gather([len(batches)]))
@@ -169,10 +168,9 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Return the optimizer's groups; learning rates are relative to the root mean square of the kept weights."""
         kept = (master.detach()[keep] for master, keep in zip(self._masters, self._keep, strict=True))
-        sizes = [float(weights.square().mean().sqrt().nan_to_num()) for weights in kept]  # of none, the mean is NaN
-        return [
-            {"params": [master], "lr": learning_rate * size} for master, size in zip(self._masters, sizes, strict=True)
-        ]
+        sizes = (float(weights.square().mean().sqrt().nan_to_num()) for weights in kept)  # of none, the mean is NaN
+        pairs = zip(self._masters, sizes, strict=True)
+        return [{"params": [master], "lr": learning_rate * size} for master, size in pairs]
 
     def fit(
         self,
@@ -207,7 +205,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
                 if falls:
                     lowest = after
                     self._keep_best()
-        except FloatingPointError as error:
+        except _NotFiniteError as error:
             return found, f"the {error} of step {count + 1} was not finite"
         return found, ""
 
@@ -222,7 +220,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         """
         while (value := self._set_gradients(samples, loss)) is None:
             if self._scale <= SMALLEST_SCALE:
-                raise FloatingPointError("gradient")
+                raise _NotFiniteError("gradient")
             self._scale /= 16
         optimizer.step()
         with torch.no_grad():
@@ -264,9 +262,12 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         return value
 
 
+class _NotFiniteError(Exception): ...
+
+
 def _require_finite(name: str, loss: float | None) -> None:
     if loss is not None and not math.isfinite(loss):
-        raise FloatingPointError(name)
+        raise _NotFiniteError(name)
 
 
 def _master(parameter: Tensor) -> Tensor:
