@@ -7,8 +7,9 @@ from pathlib import Path
 DEVICE = Path(__file__).parent / "device"
 
 
-def test_equal_on_another_device():
+def test_equal_on_another_device(pytestconfig):
     files = [DEVICE / "pruning.py", DEVICE / "training.py"]  # not test_*.py, so that nothing else collects them
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *files]
+    command += [f"-W{each}" for each in pytestconfig.option.pythonwarnings or ()]
     done = subprocess.run(command, cwd=DEVICE.parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]

@@ -48,6 +48,7 @@ def gates(name, block, x):
         scores, choice, size = logits.sigmoid(), logits.sigmoid() + own.e_score_correction_bias, len(logits) // 2
         best = max(range(2), key=lambda group: choice[group * size :][:size].sort().values[-2:].sum())
         chosen = choice[best * size :][:size].argsort(descending=True)[:2] + best * size
+        own = own if hasattr(own, "routed_scaling_factor") else block  # in older transformers
         return {int(e): own.routed_scaling_factor * scores[e] / scores[chosen].sum() for e in chosen}
     chosen = logits.argsort(descending=True)[:2]
     if name == "llama4":
