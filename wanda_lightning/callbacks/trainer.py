@@ -1,4 +1,4 @@
-"""What callbacks read from a Trainer and its LightningModule, and what they report about a run of it."""
+"""Read the model, its processes and its progress bar from a Trainer, and publish the report of a pruning."""
 
 from __future__ import annotations
 

@@ -50,8 +50,8 @@ def prune(
 
     `forward(batch)` runs one batch through the model. The default is `model(**batch)` for a mapping, without the keys
     that the model's forward does not take, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor. The
-    zeros of an `attention_mask` in a mapping mark padding, which does not count. `position_ids`
-    that restart (packed documents) exclude no token.
+    zeros of an `attention_mask` in a mapping mark padding, which does not count. `position_ids` that restart (packed
+    documents) exclude no token.
 
     Args:
         model: The model; only its weights and the running statistics of BatchNorm layers change, in place; with the

@@ -1,4 +1,4 @@
-"""What a model reads and predicts: images or tokens, which of them are padding, and predictions of classes."""
+"""Find out whether a model reads images or tokens, which tokens are padding, and what it predicts."""
 
 from __future__ import annotations
 
