@@ -13,6 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.words import count
 from wanda_lightning.models import SkipReason
 from wanda_lightning.report.records import Layers, PrunedLayer, ReportData, grouped
@@ -29,8 +30,8 @@ COLORS: Mapping[str, str] = {
 """The colors of the light theme, which all differ: in the page, CSS finds them in figures and replaces them."""
 INK, MUTED, LINE, SURFACE, ACCENT, *SERIES = COLORS.values()
 _STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
-_LABEL: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "size": 11}
-_LABEL["annotation_clip"] = False
+_LABEL: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "annotation_clip": False}
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _LINE = 0.065  # height of a line of text, as a fraction of axes with lines
 
 _GROUP = re.compile(r"(^|\.)group\d+$")  # each group of a grouped convolution is a layer
@@ -104,6 +105,7 @@ class Plot:
 
 def plots_of(report: ReportData) -> list[Plot]:
     """Return the figures for which the report has numbers."""
+    require_extra("report", "matplotlib", purpose="Figures")
     sparsity, errors, bars = layer_grid(report, "sparsity"), layer_grid(report, "error"), weights_by_kind(report)
     plots = []
     if len(sparsity.shown) > 1:  # colors span at least 10 %, so that nearly uniform sparsities look nearly uniform
@@ -127,8 +129,7 @@ def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> No
         high = low + least_range
     strengths = LinearSegmentedColormap.from_list("strengths", [to_rgba(ACCENT, 0.12), to_rgba(ACCENT, 1.0)])
     edges = (np.arange(size + 1) - 0.5 for size in (len(grid.blocks), len(grid.kinds)))
-    gap: dict[str, Any] = {"edgecolors": SURFACE, "linewidth": 1}
-    axes.pcolormesh(*edges, np.array(grid.values), cmap=strengths, vmin=low, vmax=high, **gap)
+    axes.pcolormesh(*edges, np.array(grid.values), cmap=strengths, vmin=low, vmax=high, edgecolors=SURFACE, linewidth=1)
     for row, values in enumerate(grid.values if width >= 26 * len(grid.blocks) else ()):
         for column, value in enumerate(values):
             ink = SURFACE if value - low > 0.64 * (high - low) else INK
@@ -168,7 +169,7 @@ def _draw_weights(bars: Sequence[tuple[str, int, int, int]], axes: Axes, _: int)
         size = zeros + kept + dense
         short = count(size, (" B", " M", " K"))
         text = f"{short} dense" if dense == size else f"{zeros / size:.1%} of {short}"
-        axes.annotate(text, (size, row), color=MUTED, **_LABEL)
+        axes.annotate(text, (size, row), color=MUTED, size=11, **_LABEL)
     axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, max(sum(numbers) for _, *numbers in bars)), xticks=[])
     axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
     axes.spines[:].set_visible(False)
@@ -184,7 +185,7 @@ def _label_lines(axes: Axes) -> None:
     place = 0.0
     for rank, (end, line) in enumerate(ends, start=1):
         place = min(max(place, end), 1 - _LINE * (len(ends) - rank))
-        axes.annotate(line.get_label(), (1, place), xycoords="axes fraction", color=line.get_color(), **_LABEL)
+        axes.annotate(line.get_label(), (1, place), xycoords="axes fraction", color=line.get_color(), size=11, **_LABEL)
         place += _LINE
 
 
@@ -196,8 +197,7 @@ def to_svg(plot: Plot, width: int) -> str:
     with mpl.rc_context({"svg.hashsalt": f"{plot.name}-{width}"}, _STYLE), StringIO() as file:  # ids of its own
         figure = Figure((width / 72, plot.height / 72))
         plot.draw(figure.add_subplot(), width)
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+        figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
         _, start, content = file.getvalue().partition("<svg ")
     return f'{start}role="img" aria-label="{plot.title}" {content}'
 
