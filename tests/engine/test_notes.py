@@ -58,9 +58,9 @@ def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
     assert all(layer.sparsity == 0.5 for layer in report.layers)
     assert {matrix.name: matrix.shape[0] for matrix in report.skipped} == dict.fromkeys(MISFITS, 16) | {"3": 40}
     assert {matrix.detail for matrix in report.skipped} == {"input width 6 is not a multiple of 4"}
-    assert report.notes == [SAID, *coverage_notes(report)]
+    assert report.notes == (SAID, *coverage_notes(report))
     assert coverage_notes(report)[0].startswith("only 35% of the weights")  # 3 x 96 of 3 x 192 + 240
-    assert [record.getMessage() for record in caplog.records] == report.notes
+    assert [record.getMessage() for record in caplog.records] == [*report.notes]
     prune(other, ROWS.split(1), pattern="2:4", skip=MISFITS, **choices)
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
 

@@ -9,7 +9,7 @@ from support.zoo import ZOO
 
 from wanda_lightning import PruningReport, prune
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.report import PrunedLayer, Run, TrainedPart
+from wanda_lightning.report import Permuted, PrunedLayer, Run, TrainedPart
 
 
 def test_experts_of_a_module_share_one_metric():
@@ -29,6 +29,7 @@ def test_a_report_survives_json_also_that_of_an_older_version():
     report = prune(ZOO["llama"].build(), ZOO["llama"].batches(), skip=["model.layers.0"], progress=False)
     for each in (report, llama_report(1)):
         assert PruningReport.from_json(each.to_json()) == each
+    assert all(kind.__dataclass_params__.frozen for kind in (PruningReport, PrunedLayer, Permuted))
     fields = json.loads(report.to_json())
     assert (fields.pop("version"), fields.pop("run")) == (1, None)
     for layer in fields["layers"]:
@@ -46,9 +47,8 @@ def small(**fields):
 
 
 def test_numbers_that_are_not_finite_become_null():
-    part = TrainedPart("mlp", math.nan, 0.25)
-    layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=part)
-    report = small(layers=[layer], seconds={"prune": math.inf}, run=Run(before=12.5, after=-math.inf))
+    layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=TrainedPart("mlp", math.nan, 0.25))
+    report = small(layers=(layer,), seconds={"prune": math.inf}, run=Run(before=12.5, after=-math.inf))
     text = report.to_json()
     json.loads(text, parse_constant=pytest.fail)
     again = PruningReport.from_json(text)

@@ -30,18 +30,18 @@ CONFIG = {
 def llama_report(blocks=30):
     """A report with everything that one can have: 30 blocks are those of SmolLM2-135M."""
     kinds = list(enumerate(SHAPES.items()))
-    layers = [_layer(block, number, *kind) for block in range(blocks) for number, kind in kinds]
+    layers = tuple(_layer(block, number, *kind) for block in range(blocks) for number, kind in kinds)
     embedding = SkippedMatrix("model.embed_tokens", (49152, 576), SkipReason.EMBEDDING, "embedding")
     head = SkippedMatrix("lm_head", (49152, 576), SkipReason.TIED, "tied to model.embed_tokens")
     passes = (TrainingPass(None, 0.61), TrainingPass(0.52, 0.44), TrainingPass(0.43, 0.41), TrainingPass(0.4, 0.395))
     return PruningReport(
         layers=layers,
-        skipped=[embedding, head],
+        skipped=(embedding, head),
         parameters=sum(layer.size for layer in layers) + embedding.size + (2 * blocks + 1) * 576,
         zeros=sum(layer.zeros for layer in layers),
         seconds={"prepare": 0.5, "prune": 95.0},
         config=CONFIG,
-        notes=["an <escaped> note & a second half"],
+        notes=("an <escaped> note & a second half",),
         training=Training("Distil(epochs=3)", 28, 4, passes),
         run=Run(
             command="wanda-lightning prune --model smollm2 --prune_method thorough --nsamples 32",

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from wanda_lightning.callbacks import conflicts
 from wanda_lightning.callbacks.calibration_data import CalibrationData, ValidationLoop
 from wanda_lightning.callbacks.schedules import OneShot, PruningState, Schedule, schedule_of
-from wanda_lightning.callbacks.trainer import processes_of, pruning_target, publish, set_metrics, shows_progress
+from wanda_lightning.callbacks.trainer import processes_of, pruning_target, publish, run_of, set_metrics, shows_progress
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
@@ -282,9 +282,10 @@ class PruningCallback(ZerosCallback):
         self._record(report, trainer)
 
     def _record(self, report: PruningReport, trainer: L.Trainer) -> None:
-        """Publish and save the report of a stage."""
+        """Publish and save the report of a stage, with its run."""
+        report = replace(report, run=run_of(trainer, self.num_samples if self.reads_calibration_data else 0))
         self._state.record(report, self._share_due(trainer))
-        publish(report, trainer, type(self).__name__, self.num_samples if self.reads_calibration_data else 0)
+        publish(report, trainer, type(self).__name__)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             if self.report_dir is not None:
                 report.save(self.report_dir)

@@ -196,7 +196,7 @@ class SavePretrained(Callback):
         if reports := [callback.report for callback in zeros_callbacks(trainer) if callback.report is not None]:
             report = _recounted(reports[-1], zeros_of(pruning_target(pl_module)))
             if is_smaller:
-                report.notes = [*report.notes, LEFT_OUT]
+                report = replace(report, notes=(*report.notes, LEFT_OUT))
             name, on_hub = self.push_to_hub or folder, self.push_to_hub is not None
             write_card(folder, report, name=name, on_hub=on_hub, trained_steps=trainer.global_step)
 
@@ -209,6 +209,6 @@ def _unused(path: Path, suffix: str = "") -> Path:
 
 def _recounted(report: PruningReport, zeros: Mapping[str, int]) -> PruningReport:
     """Return the report with the zeros that the layers have now: training may have filled some."""
-    layers = [replace(layer, sparsity=zeros.get(layer.name, layer.zeros) / layer.size) for layer in report.layers]
+    layers = tuple(replace(each, sparsity=zeros.get(each.name, each.zeros) / each.size) for each in report.layers)
     filled = sum(before.zeros - after.zeros for before, after in zip(report.layers, layers, strict=True))
     return replace(report, layers=layers, zeros=report.zeros - filled)

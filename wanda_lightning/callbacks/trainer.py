@@ -63,14 +63,15 @@ def last_step(trainer: L.Trainer) -> float:
     return min((steps for steps in known if steps != -1), default=math.inf)
 
 
-def publish(report: PruningReport, trainer: L.Trainer, name: str, calibration_samples: int) -> None:
-    """Describe the run, print the summary under a name, and give the metrics to loggers and callbacks.
-
-    With 0 samples, the run was not calibrated on the datamodule.
-    """
+def run_of(trainer: L.Trainer, calibration_samples: int) -> Run:
+    """Describe the run; with 0 samples, it was not calibrated on the datamodule."""
     describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
     calibration = describe(calibration_samples) if describe and calibration_samples else ""
-    report.run = Run(model=_name_of(trainer.lightning_module), calibration=calibration)
+    return Run(model=_name_of(trainer.lightning_module), calibration=calibration)
+
+
+def publish(report: PruningReport, trainer: L.Trainer, name: str) -> None:
+    """Print the summary under a name, and give the metrics to loggers and callbacks."""
     if shows_progress(trainer):
         rank_zero_info(f"{name}: {report.summary()}")
     for logger in trainer.loggers:

@@ -65,17 +65,18 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
     L.seed_everything(data.seed, verbose=False)
     tasks = load_tasks(["paper"], data.tasks_dir, model.cache_dir) if data.eval_zero_shot else {}
     with (_prune_from_disk if results.stream else _prune_in_memory)(config, options) as done:
-        report = done.report
-        report.run = _run_of(done, config, options)
-        report.config["command"] = {name: each for name, each in values_of(*options).items() if each not in (None, ())}
-        lines = [] if results.save_model is None else _save(done, results.shrink)
-        files = _write(report, options)
+        run = _run_of(done, config, options)
+        command = {name: each for name, each in values_of(*options).items() if each not in (None, ())}
+        report = replace(done.report, run=run, config={**done.report.config, "command": command})
+        is_smaller, lines = (False, []) if results.save_model is None else _save(done, results.shrink)
+        if is_smaller:
+            report = replace(report, notes=(*report.notes, LEFT_OUT))
+        report, files = _write(report, options)
         if tasks:  # which take hours for a large model, so everything is saved before
             found = zero_shot(done.module.model, done.module.tokenizer, tasks, done.data.batch_size)
-            report.run = replace(report.run, zero_shot=found)
-            _write(report, options)
+            report, _ = _write(replace(report, run=replace(run, zero_shot=found)), options)
     print_line(report.summary())
-    lines += [change_of(METRICS[report.run.metric], each) for each in report.run.results]
+    lines += [change_of(METRICS[run.metric], each) for each in run.results]
     places = {"The model is": results.save_model, "The results are": results.save, "The report is": results.report}
     saved = [f"{what} in {place}." for what, place in places.items() if place]
     nothing = "Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR."
@@ -193,29 +194,28 @@ def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Run:
     )
 
 
-def _save(done: _Pruned, shrink: bool) -> list[str]:
-    """Save the model, and return what to print of what was left out."""
+def _save(done: _Pruned, shrink: bool) -> tuple[bool, list[str]]:
+    """Save the model; return whether hidden units were left out, and what to print about it."""
     lines = []
     if shrink:
         try:
-            lines.append(str(done.save(True)))
-            done.report.notes.append(LEFT_OUT)
-            return lines
+            return True, [str(done.save(True))]
         except UserError as error:  # pruning may have taken hours
-            lines.append(f"Note: the model is saved with its zeros. {error}")
+            lines = [f"Note: the model is saved with its zeros. {error}"]
     done.save(False)
-    return lines
+    return False, lines
 
 
-def _write(report: PruningReport, options: PruneOptions) -> list[str]:
-    """Write the card of the model and the results, and return the files of the model."""
+def _write(report: PruningReport, options: PruneOptions) -> tuple[PruningReport, list[str]]:
+    """Write the card of the model and the results; return the report, with a note on a failure, and the files."""
     results, name, run, files = options.results, options.pruning.name, report.run or Run(), []
     if results.save_model is not None:
         hub_id = results.push_to_hub
         try:
             write_card(results.save_model, report, name=hub_id or results.save_model, on_hub=hub_id is not None)
         except Exception as error:  # the saved model and the results matter more
-            report.notes.append(f"no model card could be written into {results.save_model}: {one_line(error)}")
+            note = f"no model card could be written into {results.save_model}: {one_line(error)}"
+            report = replace(report, notes=(*report.notes, note))
         files = list_files(results.save_model)  # before others are written among them
     if results.save is not None:
         folder = Path(results.save).expanduser()
@@ -227,7 +227,7 @@ def _write(report: PruningReport, options: PruneOptions) -> list[str]:
             temporary.write_text("\t".join(columns) + "\n" + "\t".join(columns.values()) + "\n", encoding="utf-8")
     if results.report is not None:
         report.write(results.report)
-    return files
+    return report, files
 
 
 def _upload(results: Folder, files: list[str]) -> None:

@@ -65,11 +65,11 @@ def drop_experts(run: Run) -> PruningReport:
             raise UserError(f"{plan.config.shown('pattern')} changes the shapes of the model, but {problem}. {_OTHERS}")
         for mixture in found:
             mixture.take(keep[mixture.name])
-    report.zeros = report.parameters - sum(parameter.numel() for parameter in model.parameters())
-    report.config = {**report.config, "preset": "", "criterion": {"name": "REAP"}}  # of experts, not of weights
+    zeros = report.parameters - sum(parameter.numel() for parameter in model.parameters())
     gone = f"{int((~keep[found[0].name]).sum())} of {found[0].number} experts were taken out of each of "
-    report.notes.insert(0, f"{gone}{counted(len(found), 'layer')}: {report.zeros:,} parameters, reported as zeros")
-    return report
+    note = f"{gone}{counted(len(found), 'layer')}: {zeros:,} parameters, reported as zeros"
+    config = {**report.config, "preset": "", "criterion": {"name": "REAP"}}  # of experts, not of weights
+    return replace(report, zeros=zeros, config=config, notes=(note, *report.notes))
 
 
 def find_mixtures(plan: Plan) -> list[Mixture]:

@@ -66,13 +66,13 @@ def make_report(run: Run) -> PruningReport:
     skipped = [run.skipped[name] for name in names if name in run.skipped and name not in run.layers]
     run.seconds["report"] = time.perf_counter() - started
     return PruningReport(
-        layers=[run.layers[name] for name in names if name in run.layers],
-        skipped=[*plan.inventory.skipped, *skipped],
+        layers=tuple(run.layers[name] for name in names if name in run.layers),
+        skipped=(*plan.inventory.skipped, *skipped),
         parameters=sum(parameter.numel() for parameter in parameters),
         zeros=zeros,
         seconds=run.seconds,
         config={"preset": plan.preset, **plan.config.describe(), "calibration_batches": run.samples.total},
-        notes=[note.text for note in notes],
+        notes=tuple(note.text for note in notes),
         training=run.training,
     )
 

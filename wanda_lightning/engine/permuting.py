@@ -55,14 +55,15 @@ def permute(run: Run) -> Permuted:
                 search.forget(name)
             else:
                 store.repeat(name, partial(_permute_all, search.done.get(name, ())))
-    return search.permuted
+    return Permuted(search.kept, tuple(search.back))
 
 
 class _Search:
     """Permutes the hidden units of one block after the other."""
 
     def __init__(self, plan: Plan) -> None:
-        self.permuted = Permuted()
+        self.kept = dict[str, tuple[float, float]]()  # see `Permuted`
+        self.back = list[str]()  # names of blocks whose units have their own order again
         self.done: dict[str, list[Reordering]] = {}  # by block
         self.moved = set[nn.Module]()  # whose tensors have another order, perhaps buffers among them
         self._plan, self._modules, self._tied = plan, named_modules(plan.model), tied_tensors(plan.model)
@@ -90,7 +91,7 @@ class _Search:
             both = torch.arange(scores.shape[1]), hidden.source(orders)
             if not torch.equal(*both):
                 before, after = (kept_score(scores, each, self._plan.config.pattern) for each in both)
-                self.permuted.kept[hidden.reader.name] = before, after
+                self.kept[hidden.reader.name] = before, after
                 yield hidden, orders
 
     def put_back(self, name: str) -> None:
@@ -103,9 +104,9 @@ class _Search:
         """Report that the hidden units of a block are in their own order."""
         chosen = self.done.pop(name, [])
         for hidden, _ in chosen:
-            del self.permuted.kept[hidden.reader.name]
+            del self.kept[hidden.reader.name]
         if chosen:
-            self.permuted.put_back.append(name)
+            self.back.append(name)
 
     def state(self) -> str:
         """Say, for an error, that the dense model is permuted; return nothing if it is not."""

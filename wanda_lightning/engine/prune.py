@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -246,5 +247,5 @@ def _prune_units(run: Run) -> None:
                 del inputs, calls, stop  # frees the statistics before the recovery
                 for part, layers in recovery.train(bar.show):
                     for name in run.layers.keys() & {layer.name for layer in layers}:
-                        run.layers[name].part = part
+                        run.layers[name] = replace(run.layers[name], part=part)
         run.store.finish(run)

@@ -38,9 +38,7 @@ def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], obse
                 if (following := inputs.get(layers[0].name, InputStatistics())) is not statistics:
                     statistics.forget_derived()
                 statistics = following
-                for pruned in _prune_layers(run, layers, statistics):
-                    pruned.tokens = observer.pooled.get(pruned.name, pruned.tokens)
-                    pruned.note = "; ".join(_layer_notes(run, pruned, statistics, observer))
+                for pruned in _prune_layers(run, layers, statistics, observer):
                     run.layers[pruned.name] = pruned
                     if pruned.name in plan.coupled:
                         run.layers |= _zero_units(run, pruned)
@@ -89,7 +87,9 @@ def _gathered_groups(
             yield from groups
 
 
-def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) -> Iterator[PrunedLayer]:
+def _prune_layers(
+    run: Run, layers: Sequence[Layer], inputs: InputStatistics, observer: Observer
+) -> Iterator[PrunedLayer]:
     """Solve layers that share one input, and write their weights."""
     weights = [layer.read() for layer in layers]
     biases = {layer.name: bias for layer in layers if (bias := run.plan.fitted_bias(layer)) is not None}
@@ -100,36 +100,33 @@ def _prune_layers(run: Run, layers: Sequence[Layer], inputs: InputStatistics) ->
         solved = run.plan.config.solver.solve_together(weights, fitted, selections)
     for layer, own, dense, (sparse, _) in zip(layers, rows, weights, solved, strict=True):
         target, block = run.selections[layer.name].sparsity, run.plan.inventory.blocks[layer.name]
-        pruned = PrunedLayer(layer.name, layer.shape, target, 0.0, inputs.count, siblings=layer.siblings, block=block)
-        pruned.before, pruned.sparsity = _share_of_zeros(dense, own), _share_of_zeros(sparse, own)
+        before, sparsity, error = _share_of_zeros(dense, own), _share_of_zeros(sparse, own), None
         if "gram" in inputs.sums:
-            pruned.error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"], own.sum)
+            error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"], own.sum)
         if layer.name in biases:  # the means of the outputs stay
             means = fitted.mean()
             lost = ((dense.to(means.dtype) - sparse) * means).sum(dim=1)  # autocast would round a product of matrices
             biases[layer.name].add_(lost.to(biases[layer.name].dtype))
         layer.write(sparse)
-        yield pruned
+        tokens, note = observer.pooled.get(layer.name, inputs.count), "; ".join(_notes(run, layer, inputs, observer))
+        yield PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, note, layer.siblings, before, block, error)
 
 
 def _zero_units(run: Run, read: PrunedLayer) -> dict[str, PrunedLayer]:
-    """Set to zero what writes the units that a layer no longer reads, and return the records of their writers."""
-    units, written = run.plan.coupled[read.name], dict[str, PrunedLayer]()
+    """Set to zero what writes the units that a layer no longer reads; return its record and their writers'."""
+    units = run.plan.coupled[read.name]
     before = {writer.name: _share_of_zeros(writer.read()) for writer in units.writers}
     zeros = units.slots[-1].zeros()
     units.zero(zeros)
     run.zero_units[read.name] = int(zeros.sum())
     unread = f"{run.zero_units[read.name]:,} of {units.width:,} hidden units are zero"
-    read.note = "; ".join(filter(None, (read.note, unread)))
+    records = {read.name: replace(read, note="; ".join(filter(None, (read.note, unread))))}
     for writer in units.writers:
         block, sparsity = run.plan.inventory.blocks[writer.name], _share_of_zeros(writer.read())
-        record = PrunedLayer(
-            writer.name, writer.shape, read.target, sparsity, read.tokens, before=before[writer.name], block=block
-        )
-        # A layer between two others reads units and writes units.
-        own = run.layers.get(writer.name)
-        written[writer.name] = replace(own, sparsity=sparsity) if own else record
-    return written
+        record = PrunedLayer(writer.name, writer.shape, read.target, sparsity, read.tokens, block=block)
+        own = run.layers.get(writer.name)  # a layer between two others reads units and writes units
+        records[writer.name] = replace(own or replace(record, before=before[writer.name]), sparsity=sparsity)
+    return records
 
 
 def _share_of_zeros(weight: Tensor, rows: Rows = ALL_ROWS) -> float:
@@ -137,16 +134,16 @@ def _share_of_zeros(weight: Tensor, rows: Rows = ALL_ROWS) -> float:
     return int(zeros.sum()) / (len(zeros) * weight.shape[1])
 
 
-def _layer_notes(run: Run, pruned: PrunedLayer, inputs: InputStatistics, observer: Observer) -> Iterator[str]:
-    if run.permuted and pruned.name in run.permuted.kept:
-        before, after = run.permuted.kept[pruned.name]
+def _notes(run: Run, layer: Layer, inputs: InputStatistics, observer: Observer) -> Iterator[str]:
+    if run.permuted and layer.name in run.permuted.kept:
+        before, after = run.permuted.kept[layer.name]
         yield f"inputs permuted: kept score {after / before - 1:+.2%}"
     has_energy = inputs.sums.keys() & {"square_sum", "gram"}
     if inputs.count and has_energy and (inactive := int(inputs.inactive().count_nonzero())):
         yield f"{inactive} inputs never active"
-    if pruned.name in observer.padding_counted:
+    if layer.name in observer.padding_counted:
         yield "padding counted: the attention_mask does not show which inputs are padding"
-    if pruned.name in observer.not_routed:
+    if layer.name in observer.not_routed:
         yield "every token counted: the model passes all tokens to every expert"
-    if pruned.name in observer.pooled:
+    if layer.name in observer.pooled:
         yield POOLED

@@ -25,7 +25,7 @@ REPORT_NAME = "pruning_report.json"
 _VERSION = 1  # of the JSON; a report without a version is older, and has the same fields
 
 
-@dataclass
+@dataclass(frozen=True)
 class PruningReport(ReportData):
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
 

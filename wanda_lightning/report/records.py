@@ -77,7 +77,7 @@ class TrainedPart:
     stopped: str = ""  # why training ended early or did not take place
 
 
-@dataclass
+@dataclass(frozen=True)
 class PrunedLayer:
     """One matrix that was pruned."""
 
@@ -179,13 +179,13 @@ class BatchNormCorrection:
     kept: bool  # whether the correction was kept
 
 
-@dataclass
+@dataclass(frozen=True)
 class Permuted:
     """The permutation of hidden units before pruning."""
 
     # by layer whose inputs were permuted: the sum of Wanda's scores that the pattern keeps, before and after
-    kept: dict[str, tuple[float, float]] = field(default_factory=dict)
-    put_back: list[str] = field(default_factory=list)  # blocks whose output changed: their units have the old order
+    kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    put_back: tuple[str, ...] = ()  # blocks whose output changed: their units have the old order
     why_not: str = ""  # why no units were sought; empty if they were
 
 
@@ -229,20 +229,20 @@ class Run:
         return tuple(each for each in found if (each.before, each.after) != (None, None))
 
 
-@dataclass
+@dataclass(frozen=True)
 class ReportData:
     """The content of a report, and the totals that follow from it."""
 
-    layers: list[PrunedLayer]  # the pruned matrices
-    skipped: list[SkippedMatrix]  # all other matrices, each with its reason
+    layers: tuple[PrunedLayer, ...]  # the pruned matrices
+    skipped: tuple[SkippedMatrix, ...]  # all other matrices, each with its reason
     parameters: int  # number of parameters of the whole model
     zeros: int  # number of zeros among them
-    seconds: dict[str, float]  # time per stage
-    config: dict[str, Any]  # the configuration, in full
-    notes: list[str] = field(default_factory=list)  # sentences about the pruning as a whole
+    seconds: Mapping[str, float]  # time per stage
+    config: Mapping[str, Any]  # the configuration, in full
+    notes: tuple[str, ...] = ()  # sentences about the pruning as a whole
     training: Training | None = None  # of the whole pruned model
     run: Run | None = None  # the run that pruned the model; None from `prune()`, which measures nothing
-    versions: dict[str, str] = field(default_factory=versions)  # of Python and the libraries
+    versions: Mapping[str, str] = field(default_factory=versions)  # of Python and the libraries
 
     @property
     def sparsity(self) -> float:
