@@ -7,7 +7,6 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 from support.pair import Pair
-from torch.distributed.fsdp import FSDPModule
 
 install_import_hook("wanda_lightning.core", "beartype.beartype")  # before anything imports wanda_lightning
 
@@ -26,8 +25,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "pair" in getattr(item, "fixturenames", ()):  # doctests have none
             item.add_marker(pytest.mark.xdist_group("pair"))
-        if "fsdp" in item.nodeid and not hasattr(FSDPModule, "reset_iter_state"):
-            item.add_marker(pytest.mark.skip(reason="models that FSDP2 shards are pruned with PyTorch 2.13"))
 
 
 def pytest_collection_finish():

@@ -102,7 +102,7 @@ class PruningConfig:
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
                 layers (`layer`) or nothing (`none`); `auto` means none for image models, layer for structured patterns,
                 else block; `one_pass` means none for image models, else layer; and both mean block instead of layer if
-                a recovery trains blocks or FSDP2 shards the model.
+                a recovery trains blocks.
             skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
                 order of their rows and columns.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.

@@ -102,7 +102,7 @@ def test_the_activations_of_one_unit_are_held(way):
     if way == "watched":
         own = run_of(model, vectors(4))
         with torch.no_grad():
-            for unit, calls in lockstep(model, own.plan.parts, own.samples.hold(), to_end=True):
+            for unit, calls in lockstep(own.plan.parts, own.samples.hold(), to_end=True):
                 calls[:] = [observer.watched(unit, call) for call in calls]
         assert observer.finish(own.plan.whole_model)
     else:
@@ -194,7 +194,7 @@ def test_closing_early_ends_all_threads_even_if_a_model_catches_exceptions(kind,
     model = Careful(Mlp(), Mlp(), Mlp())
     model.kind = kind
     units = [Unit("", block, ()) for block in model.blocks]
-    stops = lockstep(model, units, samples_of(model, vectors()))
+    stops = lockstep(units, samples_of(model, vectors()))
     for _ in range(stops_seen):
         next(stops)
     stops.close()

@@ -48,8 +48,8 @@ def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(na
     model, observer = ZOO[name].build(), Observer(NEEDS)
     own = run_of(model, ZOO[name].batches())
     with pruning_mode(model):
-        expected = observer.whole_model(model, own.plan.whole_model, own.samples, lambda: None)
-        for unit, calls in lockstep(model, own.plan.parts, own.samples.hold(), to_end=True):
+        expected = observer.whole_model(own.plan.whole_model, own.samples, lambda: None)
+        for unit, calls in lockstep(own.plan.parts, own.samples.hold(), to_end=True):
             calls[:] = [observer.watched(unit, call) for call in calls]
         found = observer.finish(own.plan.whole_model)
     assert found.keys() == expected.keys()

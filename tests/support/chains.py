@@ -77,7 +77,7 @@ def through(blocks, x):
 def travel(model, batches, modules, **options):
     """The index of each module at which all batches stop, and their calls."""
     units = [Unit(str(index), module, ()) for index, module in enumerate(modules)]
-    with closing(lockstep(model, units, samples_of(model, batches), **options)) as stops:
+    with closing(lockstep(units, samples_of(model, batches), **options)) as stops:
         for unit, calls in stops:
             yield int(unit.name), calls
 

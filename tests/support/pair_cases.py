@@ -17,8 +17,8 @@ from support.samples import samples_of
 from support.zoo import ZOO, double, run
 from torch import distributed as dist, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
@@ -85,13 +85,12 @@ def counted(processes):
     return sent
 
 
-def shard(model, units=None, **options):
+def shard(model):
     """Apply `fully_shard` to the blocks and to the model around them, as one does for training."""
     mesh = init_device_mesh("cpu", (2,))
-    for unit in find_layers(model, "block").units if units is None else units:
-        if unit.module is not model:
-            fully_shard(unit.module, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+    for unit in find_layers(model, "block").units:
+        fully_shard(unit.module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 # ------------------------------------------------------------------------------------------------- prune together
@@ -235,111 +234,25 @@ def failing(batches):
 
 # ------------------------------------------------------------------------------------------------------ FSDP2
 
-
 Block = partial(Mlp, size=16, width=24)
-
-
-def few_rows():
-    """A layer with one row: the second process has none of it."""
-    torch.manual_seed(0)
-    return nn.Sequential(Block(), Block(width=1), Block())
-
-
-def vectors(count=4):
-    return list(torch.randn(count, 6, 16, generator=torch.Generator().manual_seed(1)))
 
 
 def specimen(name, wide=False):
     """A model and its batches, perhaps in float64."""
-    model, batches = (few_rows(), vectors()) if name == "few_rows" else (ZOO[name].build(), ZOO[name].batches())
-    if not wide:
-        return model, batches
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products have no float64
-    return model.double(), map_tensors(double, batches)
-
-
-def sharded(rank, name, shares=None, compiled=False, dtype=None, wide=False, columns=False, **choices):
-    """Prune a specimen sharded by FSDP2; how it answers, and a step of training, afterwards."""
-    model, batches = specimen(name, wide)
-    if compiled:
-        for unit in find_layers(model, "block").units:
-            unit.module.compile(backend="eager")
-    by_columns = {"shard_placement_fn": lambda p: Shard(p.ndim - 1)} if columns else {}
-    shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=dtype), **by_columns)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # before the first forward pass: of the shards
-    with torch.no_grad():
-        run(model, batches[0])  # the root module holds all its weights after this
-    report = prune_both(model, iter(share_of(batches, rank, shares)), **choices)
-    asleep = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    pruned = whole(model)
-    with torch.no_grad():
-        output = run(model, batches[0])
-    run(model, batches[0]).float().square().mean().backward()
-    optimizer.step()
-    hooks = [n for n, m in model.named_modules() if {"_call_impl", "forward"} & m.__dict__.keys()]
-    found = {"weights": pruned, "report": report, "asleep": asleep, "output": output}
-    return {**found, "trained": whole(model), "hooks": hooks}
-
-
-def ends_early(rank):
-    """After an error in the middle of the forward pass all is at rest, too."""
-    model, batches = shard(ZOO["llama"].build()), ZOO["llama"].batches()
-    before = whole(model)
-
-    def forward(batch):
-        model(**batch)
-        raise OSError("no more disk")
-
-    error = attempt(lambda: prune_both(model, batches[:2], forward=forward, sequential="none"))
-    asleep = all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    after = whole(model)
-    with torch.no_grad():
-        return error, asleep, all(torch.equal(after[name], before[name]) for name in after), run(model, batches[0])
-
-
-CHOICES = {
-    "layer": {"sequential": "layer"},
-    "structured": {"pattern": "structured"},
-    "reconstruct": {"recovery": "reconstruct"},
-    "thorough": {"method": "thorough"},
-}
-
-
-def refused(rank, case):
-    """Why a sharded model is not pruned, and whether it was left as it was."""
-    mesh = init_device_mesh("cpu", (2,))
-    name = "routed" if case == "routed" else "llama"
     model, batches = ZOO[name].build(), ZOO[name].batches()
-    target, units = model, find_layers(model).units
-    blocks = [unit.module for unit in units]
-    if case in ("root_only", "outside", "outside_awake"):
-        fully_shard(model, mesh=mesh)
-    elif case == "two_dimensions":
-        for block in blocks:
-            fully_shard(block, mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard")))
-    else:
-        shard(model, units)
-    if case in ("outside", "outside_awake"):
-        target = model.model.layers[0]
-    if case == "outside_awake":
-        with torch.no_grad():
-            run(model, batches[0])
-    processes = Processes() if case == "alone" else None
-    error = attempt(lambda: prune_both(target, batches[rank::2], processes, **CHOICES.get(case, {})))
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    return error, whole(model)
+    return (model.double(), map_tensors(double, batches)) if wide else (model, batches)
 
 
-def evaluation_of_ignored(rank):
-    """A parameter that FSDP2 was told to ignore is whole in each process, and pruned there."""
-    torch.manual_seed(0)
-    model = nn.Sequential(Block(), Block())
-    for block in model:
-        fully_shard(block, mesh=init_device_mesh("cpu", (2,)), ignored_params={block.up.weight})
-    return whole_after(model, vectors()[rank::2])
+def prune_shards(rank, folder):
+    """Why a model is not pruned that FSDP2 shards, and which was just gathered, or a block of it."""
+    model, batches = shard(ZOO["llama"].build()), ZOO["llama"].batches()
+    with torch.no_grad():
+        run(model, batches[0])
+    first, second = (attempt(partial(prune_both, each, batches)) for each in (model, model.model.layers[0]))
+    fit = trainer(strategy_named("fsdp2"), wl.WandaPrune()).fit
+    third = attempt(lambda: fit(Regression(True), DataLoader(SAMPLES, batch_size=2)))
+    assert first == second == third
+    return first
 
 
 # ---------------------------------------------------------------------------------------------- in a Trainer
@@ -405,13 +318,12 @@ def strategy_named(name):
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if name == "fsdp2" else name
 
 
-def fit(rank, strategy, num_samples, given, shuffle=False):
+def fit(rank, num_samples, given, shuffle=False):
     """Prune in a Trainer; the samples that this process took, and the weights."""
     torch.manual_seed(5 + rank)
     calibration = DataLoader(SAMPLES, batch_size=3, shuffle=shuffle) if given else None
     callback = PruneAtStart(PruningConfig.from_names(), num_samples, calibration)
-    module = Regression(strategy == "fsdp2")
-    trainer(strategy_named(strategy), callback).fit(module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES))
+    trainer("ddp", callback).fit(Regression(), DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES))
     return callback.batches, callback.weights, callback.report
 
 
@@ -455,18 +367,18 @@ def distill(rank, strategy):
     return whole(module)
 
 
-def fit_llama(rank, folder, sequential, saved):
-    windows = [batch["input_ids"] for batch in ZOO["llama"].batches()]
-    callback = PruneAtStart(PruningConfig.from_names(sequential=sequential), 1000, windows)
+def fit_llama(rank, folder, saved):
+    """Train a pruned model that FSDP2 shards, and save it; what is sharded, what is refused, and the weights."""
     module = CausalLMModule(folder)
-    trainer(strategy_named("fsdp2"), callback).fit(module, DataLoader(windows, batch_size=None))
+    windows = [batch["input_ids"] for batch in ZOO["llama"].batches()]
+    trainer(strategy_named("fsdp2"), wl.KeepZeros()).fit(module, DataLoader(windows, batch_size=None))
     module.configure_model()  # once more
     sharded = [type(each).__name__ for each in module.modules() if isinstance(each, FSDPModule)]
     refused = [attempt(lambda: module.save_pretrained(saved, shrink=True))]
     module.save_pretrained(saved)
     assert (saved / "config.json").is_file()  # in every process
     refused.append(attempt(lambda: module.save_pretrained(saved)))
-    return callback.weights, callback.report, sharded, refused, whole(module.model)
+    return sharded, refused, whole(module.model)
 
 
 def save_tied(rank, folder):

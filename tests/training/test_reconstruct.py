@@ -22,7 +22,7 @@ def parts_of(name):
     units = find_layers(model).units
     found = {}
     with torch.no_grad():
-        for stop in lockstep(model, units, samples_of(model, batches)):
+        for stop in lockstep(units, samples_of(model, batches)):
             recovery = Reconstruct().start(stop.unit)
             for call in recovery.record(stop.calls):
                 call.run()

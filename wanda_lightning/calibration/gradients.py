@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
-from wanda_lightning.calibration.interception import OnProduct, Product, intercept, weights_moved
+from wanda_lightning.calibration.interception import OnProduct, Product, intercept
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
 from wanda_lightning.models import Layer, find_predictions, fitting_mask
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, fsdp_calls_checked, reshard
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 _SAMPLES_AT_ONCE = 32  # with one prediction each
 
@@ -53,17 +53,9 @@ def gradient_statistics(
     sums = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
     reached = torch.zeros(len(layers), dtype=torch.int64)
     on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
-    reshard(model)  # `without_gradients` must see the shards
-    with (
-        without_gradients(model),
-        fsdp_calls_checked(model, processes, weights_moved) as check_calls,
-        intercept(layers, on_product) as mode,
-    ):
-        with recomputing(blocks, mode), torch.enable_grad():
-            together: Callable[[], AbstractContextManager[None]]
-            together = processes.fail_together if samples.in_step else nullcontext
-            _pass_backward(samples, tick, processes, _Backward(limit, together))
-        check_calls("", 0)
+    intercepted = intercept(layers, on_product)
+    with without_gradients(model), intercepted as mode, recomputing(blocks, mode), torch.enable_grad():
+        _pass_backward(samples, tick, processes, limit)
     processes.all_reduce_sum([reached, *(each for total in sums.values() for each in total if each is not None)])
     _refuse_unusable(sums, bool(reached.any()))
     return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
@@ -92,44 +84,6 @@ def _refuse_unusable(sums: Mapping[str, GradientStatistics], reached: bool) -> N
         )
 
 
-class _Backward:
-    """Runs the backward passes of samples, until there are enough samples and predictions.
-
-    Forward passes run in contexts from `together`, because an error must end those of all processes if FSDP2
-    communicates.
-    """
-
-    def __init__(self, limit: GradientLimit, together: Callable[[], AbstractContextManager[None]]) -> None:
-        self._limit, self.last = limit, limit.samples  # the number of samples; None if all of them pass backward
-        self._together = together
-        self.predictions = 0  # of each sample; 0 until the first one has run
-
-    def run(self, sample: Sample, first: int) -> None:
-        """Run the backward pass of a sample; `first` is its index, or that of the first of several joined samples."""
-        with self._together():
-            count = sample.size if self.last is None else self.last - first
-            objective, predictions = _objective(sample, first, count)
-            self.expect(predictions)
-        objective.backward()
-
-    def run_along(self, sample: Sample) -> None:
-        """Run the backward pass of a sample with gradients of 0, because another process runs one at the same time."""
-        with self._together():
-            objective, _ = _objective(sample, 0, 0)
-        objective.backward()
-
-    def expect(self, predictions: int) -> None:
-        """Expect that each sample has as many predictions as the first."""
-        if not self.predictions:
-            self.predictions = predictions
-            if self.last is not None:
-                self.last = max(self.last, -(-self._limit.predictions // predictions))
-
-    def left(self, done: int) -> int | None:
-        """Return how many samples are left; None if there is no limit."""
-        return None if self.last is None else max(0, self.last - done)
-
-
 def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:
     d_out, d_in = layer.shape
     zeros = torch.zeros(d_in + d_out, dtype=torch.float32, device=layer.weight.device)
@@ -137,43 +91,46 @@ def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:
     return GradientStatistics(zeros[:d_in], zeros[d_in:], units)
 
 
-def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Processes, backward: _Backward) -> None:
+def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Processes, limit: GradientLimit) -> None:
     """Run backward passes for one batch of each process, then for the next, until enough samples are done.
 
-    The index of a sample is its position in this order; in a single process this is the order of the batches. If FSDP2
-    communicates in each pass, all processes run the same number of passes.
+    The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
-    batches, done = iter(samples), 0
-    while backward.left(done) != 0:
+    batches, done, predictions, last = iter(samples), 0, 0, limit.samples
+    while last is None or done < last:
         with processes.fail_together():
             batch = next(batches, None)
-            parts = samples.split(batch) if batch else []
-            own = parts if batch and batch.counts else []
+            own = samples.split(batch) if batch else []
         sizes = processes.all_gather([batch is not None, sum(sample.size for sample in own)])
         if not any(has_batch for has_batch, _ in sizes):
             return
         index = done + sum(size for _, size in sizes[: processes.rank])
         with processes.fail_together():
-            if not backward.predictions and any(size for _, size in sizes):
+            if not predictions and any(size for _, size in sizes):
                 first = next(rank for rank, (_, size) in enumerate(sizes) if size)
                 if processes.rank == first:
                     sample, *own = own
-                    backward.run(sample, index)
+                    predictions = _backward(sample, index, last)
                     index += sample.size
-                elif samples.in_step:
-                    backward.run_along(parts[0])
-                backward.expect(processes.broadcast(backward.predictions, first))
-            own = own[: backward.left(index)]
-            own = list(_joined(samples, own)) if backward.predictions == 1 else own
-        passes = max(number for (number,) in processes.all_gather([len(own)])) if samples.in_step else len(own)
-        with processes.fail_together():
-            for sample in own:
-                backward.run(sample, index)
+                predictions = processes.broadcast(predictions, first)
+                last = None if last is None else max(last, -(-limit.predictions // predictions))
+            own = own if last is None else own[: max(0, last - index)]
+            for sample in _joined(samples, own) if predictions == 1 else own:
+                _backward(sample, index, last)
                 index += sample.size
-            for _ in range(passes - len(own)):
-                backward.run_along(parts[0])
             tick()
         done += sum(size for _, size in sizes)
+
+
+def _backward(sample: Sample, first: int, last: int | None) -> int:
+    """Run the backward pass of a sample, and return how many predictions it has.
+
+    `first` is its index, or that of the first of several joined samples, and `last` the number of samples in all; None
+    if all of them pass backward.
+    """
+    objective, predictions = _objective(sample, first, sample.size if last is None else last - first)
+    objective.backward()
+    return predictions
 
 
 def _joined(samples: Samples, parts: Sequence[Sample]) -> Iterator[Sample]:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.mode import patched
@@ -76,12 +75,6 @@ class WeightInterceptor(TorchFunctionMode):
         self._in_a_forward = False
         self._attention: tuple[int, int] | None = None
         self._gathered: deque[tuple[weakref.ref[Tensor], weakref.ref[Tensor], Tensor]] = deque(maxlen=_GATHERED)
-
-    def __enter__(self) -> Any:
-        """Activate the mode."""
-        if self._memory.is_sharded:
-            weights_moved()  # in a backward pass, no hook of a module tells that FSDP2 has gathered its weights
-        return super().__enter__()  # type: ignore[no-untyped-call]
 
     @property
     def watches(self) -> bool:
@@ -184,7 +177,7 @@ def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
 
 
 def _is_plain(x: object) -> TypeGuard[Tensor]:
-    """Whether x is a dense tensor with memory: not sharded, quantized, sparse, on the meta device or under `vmap`."""
+    """Whether x is a dense tensor with memory: not quantized, sparse, on the meta device or under `vmap`."""
     if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
         return False
     return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
@@ -252,20 +245,19 @@ class WeightMemory:
     """The memory ranges of the weights of some layers.
 
     Convolutions and weights on the meta device have no plain matrix in memory and are left out, as are weights that are
-    not loaded, or sharded and not gathered, until `weights_moved` is called.
+    not loaded until `weights_moved` is called.
     """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self._layers = [layer for layer in layers if _has_matrix(layer)]
         self.has_experts = any(layer.expert is not None for layer in self._layers)
-        self.is_sharded = any(isinstance(layer.parameter, DTensor) for layer in self._layers)
         self._read()
 
     def _read(self) -> None:
         self._moves = _moves
         stacks: dict[int, _Stack] = {}
         for layer in self._layers:
-            if isinstance(layer.parameter, DTensor) or is_unloaded(weight := layer.parameter.detach()):
+            if is_unloaded(weight := layer.parameter.detach()):
                 continue
             start, end = weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size()
             if start not in stacks:
@@ -318,4 +310,4 @@ class WeightMemory:
 def _has_matrix(layer: Layer) -> bool:
     weight = layer.parameter.detach()
     dimensions = 2 if layer.expert is None else 3
-    return type(weight) in (Tensor, DTensor) and not weight.is_meta and weight.ndim == dimensions and weight.numel() > 0
+    return type(weight) is Tensor and not weight.is_meta and weight.ndim == dimensions and weight.numel() > 0

@@ -25,11 +25,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
-from wanda_lightning.calibration.interception import Product, WeightInterceptor, weights_moved
+from wanda_lightning.calibration.interception import Product, WeightInterceptor
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.models import Unit
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, entry_point, fsdp_calls_checked, is_sharded
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 Forward = Callable[..., Any]
 
@@ -69,7 +69,6 @@ class Stop(NamedTuple):
 
 
 def lockstep(
-    model: nn.Module,
     units: Sequence[Unit],
     samples: Sequence[Sample],
     processes: Processes = SINGLE_PROCESS,
@@ -92,9 +91,7 @@ def lockstep(
     """
     revisited = set() if revisited is None else revisited
     pending = set(range(len(units)))
-    modules = [unit.module for unit in units if unit.module is not None]
     with (
-        fsdp_calls_checked(model, processes, weights_moved) as check_calls,
         _parking(units),
         _batch_threads(_parking_at_products(samples, units), units) as threads,
     ):
@@ -106,7 +103,6 @@ def lockstep(
             parked = [thread for thread in threads if thread.call is not None]
             index = processes.all_reduce_min(min((thread.unit for thread in parked), default=len(units)))
             here = [thread for thread in parked if thread.unit == index]
-            check_calls(units[index].name if index < len(units) else "", len(here))
             if index == len(units):
                 return
             calls = [thread.call for thread in here if thread.call is not None]
@@ -116,8 +112,7 @@ def lockstep(
                 yield Stop(units[index], calls)
             pending.discard(index)
             if not pending and not to_end:
-                # FSDP2 communicates: all processes continue, or none.
-                if processes.all_agree(bool(here)) if any(map(is_sharded, modules)) else here:
+                if here:
                     _find_revisits(here[0], units, revisited)
                 return
             with processes.fail_together():
@@ -152,14 +147,13 @@ def _find_revisits(thread: _BatchThread, units: Sequence[Unit], revisited: set[s
 
 @contextmanager
 def _parking(units: Sequence[Unit]) -> Iterator[None]:
-    """Replace the entry point of every unit, so that samples park there."""
+    """Replace the forward of every unit, so that samples park there."""
     with ExitStack() as restored:
         for index, unit in enumerate(units):
             module = unit.module
             assert module is not None
-            entry = entry_point(module)
-            restored.enter_context(patched(module, "_compiled_call_impl", None))  # it would bypass the entry point
-            restored.enter_context(patched(module, entry, partial(_park, index, getattr(module, entry))))
+            restored.enter_context(patched(module, "_compiled_call_impl", None))  # it would bypass the forward
+            restored.enter_context(patched(module, "forward", partial(_park, index, module.forward)))
         yield
 
 

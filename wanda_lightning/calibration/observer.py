@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.error_notes import naming_batch
-from wanda_lightning.calibration.interception import Product, input_of, intercept, weights_moved
+from wanda_lightning.calibration.interception import Product, input_of, intercept
 from wanda_lightning.calibration.lockstep import Call, whole_model_calls
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.models import Layer, Unit, fitting_mask, token_masks
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, fsdp_calls_checked, gathering_noticed
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Observer:
     def __call__(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
         """Return the statistics of each layer of the unit that a batch reached."""
         if _is_layer(unit):  # it need not run: its input is in the parked calls
-            return self._read_parked(unit, [call for call in calls if call.sample.counts])
+            return self._read_parked(unit, list(calls))
         self._last = (), [], {}
         with self.processes.fail_together():
             for call in calls:
@@ -56,13 +56,9 @@ class Observer:
                     call.run(on_copies=unit.module is not None)
         return self.finish(unit)
 
-    def whole_model(
-        self, model: nn.Module, unit: Unit, samples: Samples, tick: Callable[[], None]
-    ) -> dict[str, InputStatistics]:
+    def whole_model(self, unit: Unit, samples: Samples, tick: Callable[[], None]) -> dict[str, InputStatistics]:
         """Return the statistics of a unit with all layers, from one pass of each sample; `tick` follows each."""
-        with fsdp_calls_checked(model, self.processes, weights_moved) as check_calls:
-            inputs = self(unit, whole_model_calls(samples, tick))
-            check_calls("", 0)
+        inputs = self(unit, whole_model_calls(samples, tick))
         samples.refuse_if_empty()
         return inputs
 
@@ -73,8 +69,7 @@ class Observer:
             if not _is_layer(unit):
                 with self.collect(unit, call.sample):
                     return call.forward(*args, **kwargs)
-            if call.sample.counts:
-                self._add(self._read(unit, call.sample, input_of(args, kwargs)))
+            self._add(self._read(unit, call.sample, input_of(args, kwargs)))
             return call.forward(*args, **kwargs)
 
         return replace(call, forward=run)
@@ -83,7 +78,7 @@ class Observer:
     def collect(self, unit: Unit, sample: Sample) -> Iterator[None]:
         """Read the inputs of the unit's layers while a sample runs in this block."""
         reader = BatchReader(self.needs, sample)
-        with intercept(unit.layers if sample.counts else (), reader):
+        with intercept(unit.layers, reader):
             yield
         self._add(reader)
 
@@ -173,8 +168,7 @@ class PassiveCalibration:
         run = partial(forward_batch, self._model, batch)
         sample = Sample(run, run, batch, token_masks(self._model, batch), batch_index=self._batches)
         self._batches += 1
-        noticed = gathering_noticed(self._model, weights_moved)
-        with calibration_mode(self._model), noticed, self.observer.collect(self._unit, sample):
+        with calibration_mode(self._model), self.observer.collect(self._unit, sample):
             yield
 
     def finish(self) -> tuple[dict[str, InputStatistics], int]:

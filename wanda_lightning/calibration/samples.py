@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -22,7 +22,7 @@ from wanda_lightning.common.evaluating import widest
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import TokenMask, check_tokens, find_predictions, token_masks
-from wanda_lightning.parallel import Processes, is_sharded
+from wanda_lightning.parallel import Processes
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ class Sample:
     predict: Callable[[], object]  # returns the logits
     batch: Any = None
     masks: tuple[TokenMask, ...] = ()
-    counts: bool = True  # False if it only runs because another process runs a batch at the same time
     size: int = 1  # number of samples
     batch_index: int = 0  # of the calibration batch, for messages
 
@@ -67,10 +66,8 @@ class Samples:
         self._batches: Iterable[Any] = () if reader is None or batches is None else batches
         self._forward = forward or self._forward_on_device
         self._predict = predict or self._forward
-        # FSDP2 communicates in every forward pass, so all processes must run the same number of them.
-        self.in_step = processes.world_size > 1 and is_sharded(model)
         parameters = (each for each in model.parameters() if not isinstance(each, UninitializedParameter))
-        self._can_try = not self.in_step and not any(map(is_unloaded, parameters))
+        self._can_try = not any(map(is_unloaded, parameters))
         self._splits: dict[tuple[int, ...], bool] = {}  # whether samples run alone, by the dimensions of the tensors
         self._counted = 0  # batches of this process in the latest pass
         self.total = 0  # batches of all processes, once they have run
@@ -95,13 +92,10 @@ class Samples:
 
     def __iter__(self) -> Iterator[Sample]:
         """Read the batches one by one; in several processes, inside `Processes.fail_together`."""
-        batches: Iterable[tuple[Any, bool]] = ((batch, True) for batch in self._batches)
-        if self.in_step:
-            batches = _pad_to_equal(self._batches, self._processes)
         self._counted = 0
-        for index, (batch, counts) in enumerate(batches):
-            self._counted += counts
-            yield replace(self._sample(batch, index, 1), counts=counts)
+        for index, batch in enumerate(self._batches):
+            self._counted += 1
+            yield self._sample(batch, index, 1)
 
     def hold(self) -> list[Sample]:
         """Return one sample for each batch, all of which are in memory; refuse to go on without any."""
@@ -149,8 +143,7 @@ class Samples:
     def head(self, count: int) -> list[Sample]:
         """Return this process's part of the first `count` samples, which are taken from all processes in turn.
 
-        They are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does. If
-        FSDP2 communicates in each pass, samples that do not count follow until all processes have equally many.
+        They are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does.
         """
         with self._processes.fail_together():
             found = self.first(count)
@@ -161,9 +154,6 @@ class Samples:
             if left > 0:
                 own.append(self.part(sample, 0, min(left, sample.size)))
             left -= sample.size
-        if self.in_step:
-            padded = [batch for batch, _ in _pad_to_equal([sample.batch for sample in own], self._processes)]
-            own += [replace(self._sample(batch, 0, 1), counts=False) for batch in padded[len(own) :]]
         return own
 
     def count(self) -> None:
@@ -189,7 +179,7 @@ class Samples:
         batch = detached(batch)
         forward, predict = (partial(_run, run, batch, index) for run in (self._forward, self._predict))
         masks = token_masks(self._model, batch)
-        return Sample(forward, predict, batch, masks, True, size, index)
+        return Sample(forward, predict, batch, masks, size, index)
 
 
 def fit_together(samples: Sequence[Sample]) -> bool:
@@ -204,25 +194,6 @@ def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
 
 
 _NONE_LEFT = object()
-
-
-def _pad_to_equal(batches: Iterable[Any], processes: Processes) -> Iterator[tuple[Any, bool]]:
-    """Yield equally many batches in every process: its own, which count, then repetitions of its last, which do not.
-
-    A process without any batch repeats a batch of another process.
-    """
-    iterator = iter(batches)
-    last: Any = _NONE_LEFT
-    while True:
-        with processes.fail_together():
-            batch = next(iterator, _NONE_LEFT)
-        holder = processes.all_reduce_min(processes.world_size if batch is _NONE_LEFT else processes.rank)
-        if holder == processes.world_size:
-            return
-        if last is _NONE_LEFT and processes.all_reduce_min(batch is not _NONE_LEFT) == 0:
-            last = processes.broadcast(batch if processes.rank == holder else None, holder)
-        last = last if batch is _NONE_LEFT else batch
-        yield last, batch is not _NONE_LEFT
 
 
 def length_of(batches: Any) -> int | None:

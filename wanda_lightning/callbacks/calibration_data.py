@@ -26,7 +26,7 @@ from wanda_lightning.calibration.samples import batch_size, forward_batch, is_ev
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_collected
-from wanda_lightning.parallel import Processes, is_sharded
+from wanda_lightning.parallel import Processes
 from wanda_lightning.report import PruningReport
 
 
@@ -82,9 +82,7 @@ class CalibrationData:
             rank_zero_warn(f"num_samples is {wanted}, but {source} has only {seen}. All of them are used.")
 
     def _run_alone(self, batch: Any) -> bool:
-        """Whether the samples of a batch run alone, which is not tried if the module is sharded."""
-        if is_sharded(self.module):
-            return True
+        """Whether the samples of a batch run alone."""
         with pruning_mode(self.module):
             return run_alone(self.predict, batch)
 

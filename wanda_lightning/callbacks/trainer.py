@@ -23,7 +23,7 @@ def pruning_target(pl_module: L.LightningModule) -> nn.Module:
 
 
 def processes_of(trainer: L.Trainer) -> Processes:
-    """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose model cannot be pruned."""
+    """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose zeros cannot be kept."""
     strategy, name = trainer.strategy, type(trainer.strategy).__name__
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh
@@ -38,8 +38,8 @@ def processes_of(trainer: L.Trainer) -> Processes:
             return Processes(torch.distributed.group.WORLD, strategy.root_device)
     raise MisconfigurationException(
         f"strategy must leave each process the whole model or whole rows of its matrices, but it is {name}. Use "
-        "strategy='ddp', or ModelParallelStrategy with fully_shard (FSDP2) if the model does not fit on one device. Or "
-        "prune with Trainer(devices=1), save, and train the pruned model with KeepZeros."
+        "strategy='ddp'; or prune with Trainer(devices=1), save, and train the pruned model with KeepZeros and "
+        "ModelParallelStrategy with fully_shard (FSDP2)."
     )
 
 

@@ -21,8 +21,7 @@ class Criterion(ABC):
     Attributes:
         needs: The input statistics that it reads, by their names in `core.statistics.SUMS`.
         group: Where the method's paper compares weights in unstructured pruning: within a row or within the layer.
-        spans_rows: Whether the score of a weight depends on other rows. Processes that hold only some of the rows
-            gather the others then.
+        spans_rows: Whether the score of a weight depends on other rows.
         spans_columns: Whether the score depends on the weights of other columns. A solver that chooses in blocks of
             columns cannot use it then.
     """

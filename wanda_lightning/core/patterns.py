@@ -55,11 +55,6 @@ class Pattern(ABC):
     drops_experts: ClassVar[bool] = False
 
     @property
-    def spans_rows(self) -> bool:
-        """Whether the mask of a row depends on other rows; processes that hold some rows gather the scores then."""
-        return False
-
-    @property
     def group_size(self) -> int:
         """Number of consecutive columns of a row that form a group; 0 if the pattern has no such groups."""
         return 0
@@ -125,11 +120,6 @@ class Unstructured(Pattern):
                 "weigh_rows of Unstructured must be False for group='row', which compares the weights of one row only. "
                 "Use group='layer'."
             )
-
-    @property
-    def spans_rows(self) -> bool:
-        """True if all weights of the layer are compared."""
-        return self.group == "layer"
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """Return the number of weights of a comparison group."""
@@ -240,8 +230,6 @@ class EqualShare(Pattern):
     is narrower than 0.001 (Sun et al. 2024, `--use_variant`). A share of 0.8 may be too small for a high sparsity.
     """
 
-    spans_rows = True  # all rows have the same share
-
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Find the share, and keep what is above each row's cut."""
         tolerance = 0.001
@@ -281,7 +269,6 @@ class Structured(Pattern):
     """
 
     prunes_units: ClassVar[bool] = True
-    spans_rows = True  # the score of a unit is a sum over all rows
     multiple_of: int = 8
     columns: int = field(default=1, kw_only=True)
 

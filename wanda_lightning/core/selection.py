@@ -13,38 +13,15 @@ from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import KeepMask, RowWeights, Score, Weight
 
 
-class Rows:
-    """The rows of a layer that this process solves: all of them, unless a subclass divides them over processes."""
-
-    def gather(self, own: Tensor) -> Tensor:
-        """Return a tensor with an entry for every row of the layer, given the entries of the own rows."""
-        return own
-
-    def own(self, entries: Tensor) -> Tensor:
-        """Return the entries of the own rows."""
-        return entries
-
-    def sum(self, part: Tensor) -> Tensor:
-        """Return the sum over all rows, given the sum over the rows of this process."""
-        return part
-
-
-ALL_ROWS = Rows()
-
-
 @dataclass(frozen=True)
 class Selection:
-    """The criterion, pattern and sparsity that decide which weights of one layer are kept.
-
-    Scores and masks are those of the own rows (`rows`). Whatever compares rows sees those of all processes.
-    """
+    """The criterion, pattern and sparsity that decide which weights of one layer are kept."""
 
     criterion: Criterion
     pattern: Pattern
     sparsity: float
     # How much an error at each output matters, with mean 1, for a pattern that weighs rows.
     row_weights: RowWeights = field(default_factory=lambda: torch.ones(1), compare=False, repr=False)
-    rows: Rows = field(default=ALL_ROWS, compare=False, repr=False)
 
     def keep(self, weight: Weight, inputs: InputStatistics) -> KeepMask:
         """Score the weights, and return the mask of those to keep."""
@@ -52,20 +29,15 @@ class Selection:
 
     def score(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score the weights."""
-        rows = self.rows if self.criterion.spans_rows else ALL_ROWS
-        return rows.own(self.criterion(rows.gather(weight), inputs))
+        return self.criterion(weight, inputs)
 
     def choose(self, scores: Score) -> KeepMask:
         """Return what to keep, given the scores."""
-        rows = self.rows if self.pattern.spans_rows else ALL_ROWS
-        return rows.own(self.pattern(self._weigh(rows.gather(scores)), self.sparsity))
+        return self.pattern(self._weigh(scores), self.sparsity)
 
     def choose_block(self, scores: Score, block: ColumnBlock) -> KeepMask:
         """Return what to keep in a block of columns, given its scores; see `Pattern.keep_block`."""
-        rows = self.rows if self.pattern.spans_rows else ALL_ROWS
-        zeros = rows.gather(block.zeros_left), rows.gather(block.zeros_right)
-        block = ColumnBlock(block.stop, block.d_in, *zeros)
-        return rows.own(self.pattern.keep_block(self._weigh(rows.gather(scores)), self.sparsity, block))
+        return self.pattern.keep_block(self._weigh(scores), self.sparsity, block)
 
     def _weigh(self, scores: Score) -> Score:
         """Scale the scores of each row by the square root of its weight, if the pattern weighs rows.
@@ -76,5 +48,4 @@ class Selection:
 
     def total_error(self, errors: Tensor) -> Tensor:
         """Sum the squared errors of the rows, (d_out,), each times its weight if the pattern weighs rows."""
-        errors = self.rows.gather(errors)
         return (errors * self.row_weights.to(errors)).sum() if self.pattern.weigh_rows else errors.sum()

@@ -271,18 +271,11 @@ def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:
     return scale, result.div_(scale).div_(scale[:, None])
 
 
-def relative_error(
-    dense: Weight,
-    pruned: Weight,
-    gram: Gram,
-    fitted: Gram | None = None,
-    total: Callable[[Tensor], Tensor] = lambda part: part,
-) -> float | None:
+def relative_error(dense: Weight, pruned: Weight, gram: Gram, fitted: Gram | None = None) -> float | None:
     """Return `||(W - W') X^T||^2 / ||W X^T||^2`, the relative squared error of a layer's outputs; None if it overflows.
 
     Of more than 256 rows, about 256, evenly spaced, are compared. `fitted` is the Gram matrix of the error if it is
-    not `gram`: that of centered inputs if the bias was fitted, too. `total` sums a tensor over all processes,
-    if each holds only some of the rows.
+    not `gram`: that of centered inputs if the bias was fitted, too.
 
     Example:
         >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]), torch.eye(2))
@@ -294,8 +287,7 @@ def relative_error(
     with torch.autocast(gram.device.type, enabled=False):
         pairs = (lost, gram if fitted is None else fitted), (weight, gram)
         sums = torch.stack([(torch.mm(each, matrix) * each).sum() for each, matrix in pairs])
-    rows_per_compared = len(dense) / max(1, len(weight))  # which may differ between processes
-    error, energy = total(sums * rows_per_compared).tolist()
+    error, energy = sums.tolist()
     if not math.isfinite(error + energy):
         return None
     return max(0.0, error) / energy if energy > 0 else 0.0

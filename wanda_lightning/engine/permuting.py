@@ -22,7 +22,6 @@ from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, dense_blocks
 from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import Permuted
 
 _SAMPLES = 8  # over all processes; as many as for the gradients of `best`
@@ -42,8 +41,6 @@ def permute(run: Run) -> Permuted:
     units = plan.block_units
     if not units:
         return Permuted(why_not="no layer to prune lies in a block")
-    if is_sharded(plan.model):
-        return Permuted(why_not="the model is sharded")
     search, observer, again = _Search(plan), Observer(Wanda.needs, plan.processes), set[str]()
     blocks = dense_blocks(run, units, _SAMPLES, "Permuting", again)
     with pruning_mode(plan.model, search.moved), closing(blocks), noting(search.state):

@@ -9,8 +9,6 @@ from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
 
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
@@ -22,7 +20,6 @@ from wanda_lightning.core.patterns import Structured, Unstructured
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import RowWeights
-from wanda_lightning.engine.sharded_layers import WholeMatrices
 from wanda_lightning.models import (
     Inventory,
     Layer,
@@ -35,7 +32,7 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.models.layers import refuse_no_values
 from wanda_lightning.models.module_names import named_modules
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded, local, reshard
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 
 Selections = Mapping[str, Selection]  # by layer
 
@@ -119,11 +116,10 @@ class Plan:
         reading: Callable[[str], None] = lambda name: None,
     ) -> list[DenseLayer]:
         """Describe layers to an allocation, which calls `reading` with a layer's name before it reads the weight."""
-        whole = WholeMatrices(self.processes)
 
         def read(layer: Layer) -> Tensor:
             reading(layer.name)
-            return whole(layer)
+            return layer.read()
 
         return [
             DenseLayer(
@@ -169,10 +165,9 @@ class Plan:
         with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
             if processes.rank == 0 and self.coupled:
                 sparsities = self._unit_sparsities(gradients)
-            elif layers and (processes.rank == 0 or (allocation.reads_weights and is_sharded(self.model))):
+            elif layers and processes.rank == 0:
                 sparsities = allocation(self.dense_layers(layers, inputs, gradients, reading), self.config.sparsity)
-            # One process decides: numbers that differ in the last digit could give different masks. All read
-            # the layers if they are sharded, because each holds some rows.
+            # One process decides: numbers that differ in the last digit could give different masks.
             sparsities = processes.broadcast(sparsities, 0)
         weighed = gradients if self.config.pattern.weigh_rows else {}
         return self.selections(sparsities, {name: each.row_weights() for name, each in weighed.items()})
@@ -208,15 +203,14 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
 
     `"auto"` and `"one_pass"` are `"none"` for image models. For others, `"one_pass"` is `"layer"`, and `"auto"` is
     `"block"`, or `"layer"` if whole hidden units are pruned: a block usually has one layer that reads units, so the
-    statistics are the same, in one pass instead of two. If blocks are trained, or sharded by FSDP2, `"block"` replaces
-    `"layer"`.
+    statistics are the same, in one pass instead of two. If blocks are trained, `"block"` replaces `"layer"`.
     """
     is_image, pattern, sequential = reads_images(model), config.pattern, config.sequential
     recovery = config.recovery.for_model(is_image and not pattern.prunes_units, sequential)
     if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
         pattern = replace(pattern, weigh_rows=not is_image)
     if sequential in ("auto", "one_pass"):
-        by_layer = (sequential == "one_pass" or pattern.prunes_units) and not (recovery.recorded or is_sharded(model))
+        by_layer = (sequential == "one_pass" or pattern.prunes_units) and not recovery.recorded
         sequential = "none" if is_image else "layer" if by_layer else "block"
     return replace(config, pattern=pattern, recovery=recovery, sequential=sequential)
 
@@ -232,19 +226,21 @@ def make_plan(
     if not isinstance(model, nn.Module):  # a class, or the arguments are swapped
         found = f"the class {model.__name__}" if isinstance(model, type) else shown(model)
         raise UserError(f"model must be a torch.nn.Module, but it is {found}. Call prune(model, batches).")
-    reshard(model)
+    if is_sharded(model):
+        raise UserError(
+            "model must be whole in each process, but FSDP2 or tensor parallelism shards it. Prune it before it is "
+            "sharded: with prune, with DDP, or, if it is larger than memory, with prune_from_disk. Then train it with "
+            "KeepZeros, which keeps the zeros of sharded models."
+        )
     preset, config = config.preset, config_for(config, model)
     # Blocks are loaded or trained one at a time, also to be pruned with statistics of the dense model.
     by_block = config.recovery.recorded or not has_weights
     stops = "block" if config.sequential == "none" and by_block else config.sequential
     inventory = find_layers(model, stops, config.skip, config.only, config.pattern)
     plan = Plan(config, model, processes, inventory, preset=preset)
-    if is_sharded(model):
-        config.recovery.check_sharded()
     with torch.inference_mode(False), torch.no_grad():
         refuse_nothing_to_prune(config, inventory)
         refuse_rounding(config, {layer.name: layer.width for layer in inventory.layers})
-        refuse_sharding(config, model, inventory, processes)
         if has_weights:
             refuse_unprunable(inventory.layers)
         config.allocation.check(plan.dense_layers(plan.layers), config.sparsity)
@@ -276,7 +272,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
 
 
 def _repeats(layer: Layer) -> bool:
-    stored = local(layer.parameter.detach())
+    stored = layer.parameter
     return any(step == 0 and size > 1 for step, size in zip(stored.stride(), stored.shape, strict=True))
 
 
@@ -327,63 +323,3 @@ def refuse_rounding(config: PruningConfig, widths: Mapping[str, int]) -> None:
                 f"{found}the widest layer, {name}, reads {widest}, in multiples of {multiple}. "
                 "Choose another sparsity, or a smaller multiple_of."
             )
-
-
-def refuse_sharding(config: PruningConfig, model: nn.Module, inventory: Inventory, processes: Processes) -> None:
-    """Refuse layers that are sharded by FSDP2 or tensor parallelism in a way that pruning does not support."""
-    pattern = config.pattern
-    if is_sharded(model) and (pattern.prunes_units or pattern.drops_experts):
-        raise UserError(
-            f"{config.shown('pattern')} needs whole layers, but the model is sharded. Prune it in one process, or with "
-            "DDP."
-        )
-    managers = [name for name, module in named_modules(model).items() if isinstance(module, FSDPModule)]
-    for layer in inventory.layers:
-        for is_wrong, found in _shardings(config, managers, inventory.blocks[layer.name], layer, processes):
-            if is_wrong:
-                raise UserError(f"model must be sharded by fully_shard, over the processes that prune, but {found}")
-
-
-def _shardings(
-    config: PruningConfig, managers: Sequence[str], block: str, layer: Layer, processes: Processes
-) -> Iterable[tuple[bool, str]]:
-    """Yield what can be wrong with the shards of a layer: whether it is, what was found, and what to do."""
-    weight, name = layer.parameter, layer.name
-    is_managed = getattr(layer.module, "_is_fsdp_managed_module", False)
-    around = [inside for inside in managers if f"{name}.".startswith(_prefix(inside))]
-    if is_managed:
-        yield (
-            not around,
-            f"a module around it manages the weight of {name}. Apply fully_shard to the model and to its blocks; FSDP1 "
-            "is not supported.",
-        )
-    if not isinstance(weight, DTensor):  # fully_shard(ignored_params=...): each process has all of it
-        return
-    yield (
-        not is_managed,
-        f"the weight of {name} is sharded by {weight.placements}: tensor parallelism is not supported. Prune the model "
-        "before parallelize_module, or load it without tp_plan=.",
-    )
-    yield (
-        weight.device_mesh.size() != processes.world_size,
-        f"the weight of {name} is sharded across {weight.device_mesh.size()} processes and {processes.world_size} "
-        "prune. Prune inside a Trainer with ModelParallelStrategy (WandaPrune does), or call "
-        "prune_as(..., processes=Processes(group)).",
-    )
-    yield (
-        len(weight.placements) != 1 or type(weight.placements[0]) is not Shard,
-        f"the weight of {name} is sharded by {weight.placements}, not over one group of processes. Use fully_shard "
-        f"with a mesh of one dimension, or leave the layer dense with skip=['{name}'].",
-    )
-    stop = name if config.sequential == "layer" else block
-    stops_there = bool(config.unit_needs) and config.sequential != "none"
-    yield (
-        stops_there and not f"{around[-1]}.".startswith(_prefix(stop)),
-        f"{config.shown('sequential')} stops at {stop}, and fully_shard manages {name} as a part of "
-        f"{around[-1] or 'the whole model'}. Apply fully_shard to {stop} too, leave it dense with skip=['{stop}'], "
-        "or use sequential='block' or 'none'.",
-    )
-
-
-def _prefix(name: str) -> str:
-    return f"{name}." if name else ""

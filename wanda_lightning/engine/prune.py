@@ -28,7 +28,7 @@ from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import Plan, make_plan
 from wanda_lightning.engine.run import Observed, Run, WeightStore
 from wanda_lightning.engine.write import prune_unit
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 from wanda_lightning.training.predictions import predictions_of
@@ -93,7 +93,7 @@ def prune_as(
 
     Args:
         config: The choices.
-        model: A full copy in each process, or sharded on dimension 0 by FSDP2 (`fully_shard`).
+        model: The model, of which each process has a full copy.
         batches: Calibration batches of this process.
         forward: Runs one batch through the model.
         predict: Runs one batch and returns the logits, for choices that read gradients or train on predictions; by
@@ -108,9 +108,8 @@ def prune_as(
         plan = store.plan(config, model, processes)
         batch_norms = _batch_norms(plan)
         not_corrected = ""
-        if batch_norms and (is_sharded(model) or batches is None):
-            not_corrected = "the model is sharded" if is_sharded(model) else "no calibration batches were given"
-            batch_norms = []
+        if batch_norms and batches is None:
+            not_corrected, batch_norms = "no calibration batches were given", []
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         samples = Samples(model, batches, forward, predict, processes, reader)
         run = Run(plan, samples, store, progress and processes.rank == 0, not_corrected=not_corrected)
@@ -170,7 +169,7 @@ def rehearse(
     samples = Samples(model, batches, forward, predict, processes, reader)
     with pruning_mode(model), processes.fail_together():
         if sample := next(iter(samples), None):
-            if plan.config.reads_gradients and not samples.in_step:
+            if plan.config.reads_gradients:
                 check_predictions(plan.layers, samples.split(sample)[0])
             elif config.recovery.reads_batches:
                 predictions_of(samples.split(sample)[0].predict())

@@ -105,7 +105,7 @@ class WeightStore:
     def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Mapping[str, InputStatistics]:
         """Return the statistics of all layers, from one pass of all samples through the dense model."""
         bar.expect(run.samples.length)
-        return observer.whole_model(run.plan.model, run.plan.whole_model, run.samples, bar.advance)
+        return observer.whole_model(run.plan.whole_model, run.samples, bar.advance)
 
     def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
         """Stop at each unit before it is pruned; after each stop the samples run through the pruned unit."""
@@ -115,7 +115,7 @@ class WeightStore:
             inputs, revisited = self.observe_dense(run, observer, bar), set()
         bar.expect(None if length is None else length + len(plan.units))
         if plan.observed and (plan.config.recovery.recorded or not plan.is_one_pass):
-            for unit, calls in lockstep(plan.model, plan.units, run.samples.hold(), plan.processes, revisited):
+            for unit, calls in lockstep(plan.units, run.samples.hold(), plan.processes, revisited):
                 yield UnitStop(unit, inputs, calls)
                 bar.advance()
             return
@@ -168,7 +168,7 @@ def dense_blocks(run: Run, blocks: Sequence[Unit], count: int, title: str, again
     if not any(number for (number,) in plan.processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
     with ProgressBar(title, len(blocks), run.progress) as bar, store.dense():
-        for stop in lockstep(plan.model, blocks, samples, plan.processes, revisited):
+        for stop in lockstep(blocks, samples, plan.processes, revisited):
             bar.show(stop.unit.name)
             store.hold(stop.unit.name)
             yield stop

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.core.selection import ALL_ROWS, Rows
 from wanda_lightning.core.statistics import InputStatistics, relative_error
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
-from wanda_lightning.engine.sharded_layers import gathered, rows_of
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
-from wanda_lightning.parallel import reshard
 from wanda_lightning.report import POOLED, PrunedLayer
 
 
 def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], observer: Observer) -> None:
     """Prune the layers that the samples reached, and leave the others dense with a reason."""
     plan = run.plan
-    reshard(unit.module or plan.model)
     with plan.processes.fail_together():
         reached: list[Layer] = []
         for layer in unit.layers:
@@ -33,15 +27,14 @@ def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], obse
             else:
                 reached.append(layer)
         statistics = InputStatistics()
-        with closing(_gathered_groups(reached, inputs, plan)) as groups:
-            for layers in groups:
-                if (following := inputs.get(layers[0].name, InputStatistics())) is not statistics:
-                    statistics.forget_derived()
-                statistics = following
-                for pruned in _prune_layers(run, layers, statistics, observer):
-                    run.layers[pruned.name] = pruned
-                    if pruned.name in plan.coupled:
-                        run.layers |= _zero_units(run, pruned)
+        for layers in _by_input(reached, inputs, plan):
+            if (following := inputs.get(layers[0].name, InputStatistics())) is not statistics:
+                statistics.forget_derived()
+            statistics = following
+            for pruned in _prune_layers(run, layers, statistics, observer):
+                run.layers[pruned.name] = pruned
+                if pruned.name in plan.coupled:
+                    run.layers |= _zero_units(run, pruned)
         run.few_tokens |= observer.pooled
 
 
@@ -78,31 +71,21 @@ def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], pl
         yield part
 
 
-def _gathered_groups(
-    layers: Sequence[Layer], inputs: Mapping[str, InputStatistics], plan: Plan
-) -> Generator[list[Layer]]:
-    """Yield the groups of `_by_input`, gathered if FSDP2 shards them otherwise than by rows."""
-    for modules, groups in groupby(_by_input(layers, inputs, plan), lambda group: {layer.module for layer in group}):
-        with gathered((layer for layer in layers if layer.module in modules), plan.processes):
-            yield from groups
-
-
 def _prune_layers(
     run: Run, layers: Sequence[Layer], inputs: InputStatistics, observer: Observer
 ) -> Iterator[PrunedLayer]:
     """Solve layers that share one input, and write their weights."""
     weights = [layer.read() for layer in layers]
     biases = {layer.name: bias for layer in layers if (bias := run.plan.fitted_bias(layer)) is not None}
-    rows = [rows_of(layer, run.plan.processes) for layer in layers]
     with torch.autocast(weights[0].device.type, enabled=False):  # a mixed-precision Trainer's would round statistics
         fitted = inputs.centered() if biases else inputs
-        selections = [replace(run.selections[x.name], rows=own) for x, own in zip(layers, rows, strict=True)]
+        selections = [run.selections[layer.name] for layer in layers]
         solved = run.plan.config.solver.solve_together(weights, fitted, selections)
-    for layer, own, dense, (sparse, _) in zip(layers, rows, weights, solved, strict=True):
+    for layer, dense, (sparse, _) in zip(layers, weights, solved, strict=True):
         target, block = run.selections[layer.name].sparsity, run.plan.inventory.blocks[layer.name]
-        before, sparsity, error = _share_of_zeros(dense, own), _share_of_zeros(sparse, own), None
+        before, sparsity, error = _share_of_zeros(dense), _share_of_zeros(sparse), None
         if "gram" in inputs.sums:
-            error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"], own.sum)
+            error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"])
         if layer.name in biases:  # the means of the outputs stay
             means = fitted.mean()
             lost = ((dense.to(means.dtype) - sparse) * means).sum(dim=1)  # autocast would round a product of matrices
@@ -129,9 +112,8 @@ def _zero_units(run: Run, read: PrunedLayer) -> dict[str, PrunedLayer]:
     return records
 
 
-def _share_of_zeros(weight: Tensor, rows: Rows = ALL_ROWS) -> float:
-    zeros = rows.gather((weight == 0).sum(dim=1))
-    return int(zeros.sum()) / (len(zeros) * weight.shape[1])
+def _share_of_zeros(weight: Tensor) -> float:
+    return int((weight == 0).sum()) / weight.numel()
 
 
 def _notes(run: Run, layer: Layer, inputs: InputStatistics, observer: Observer) -> Iterator[str]:

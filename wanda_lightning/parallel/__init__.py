@@ -1,10 +1,7 @@
 """Prune one model in several processes: collectives, and FSDP2."""
 
 from wanda_lightning.parallel.fsdp import (
-    entry_point as entry_point,
-    fsdp_calls_checked as fsdp_calls_checked,
     gathered_state_dict as gathered_state_dict,
-    gathering_noticed as gathering_noticed,
     is_sharded as is_sharded,
     reshard as reshard,
     shard_processes as shard_processes,

@@ -125,10 +125,10 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
             whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
             for recording in whole.recording():
                 recording.run()
-            for _ in lockstep(model, search.blocks, [sample], revisited=again, to_end=True):
+            for _ in lockstep(search.blocks, [sample], revisited=again, to_end=True):
                 pass
             search.blocks = [unit for unit in search.blocks if unit.name not in again]
-            with closing(lockstep(model, search.blocks, [sample])) as stops:
+            with closing(lockstep(search.blocks, [sample])) as stops:
                 for unit, calls in stops:
                     search.take_out(unit, BlockRuns(unit.module or model, calls))
             search.take_out(search.rest, whole)

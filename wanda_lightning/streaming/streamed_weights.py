@@ -63,7 +63,7 @@ class StreamedWeights(WeightStore):
     def _watch(self, run: Run, observer: Observer, bar: ProgressBar) -> Mapping[str, InputStatistics]:
         with self.dense():
             plan, samples = run.plan, run.samples.hold()
-            for unit, calls in lockstep(plan.model, plan.parts, samples, plan.processes, to_end=True):
+            for unit, calls in lockstep(plan.parts, samples, plan.processes, to_end=True):
                 bar.show(unit.name)
                 bar.advance()
                 self.hold(unit.name)

@@ -95,9 +95,9 @@ class _BlockReconstruction(UnitRecovery):
     processes: Processes
 
     def record(self, calls: Iterable[Call]) -> Iterator[Call]:
-        """Record the parts during each call; a batch that does not count is not recorded."""
+        """Record the parts during each call."""
         for call in calls:
-            yield replace(call, forward=partial(self._run, call)) if call.sample.counts else call
+            yield replace(call, forward=partial(self._run, call))
 
     def _run(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
         if (part := self.parts[0]).module is self.unit.module:  # its forward parks the batch

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import Layer, Unit
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
@@ -82,14 +81,6 @@ class Recovery:
         if sequential != "layer" or not self.recorded:  # units are then single layers
             return None
         return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
-
-    def check_sharded(self) -> None:
-        """Raise a ValueError if it trains: each process must hold the whole model for that."""
-        if self.reads_batches or self.recorded:
-            raise UserError(
-                f"recovery={type(self).__name__}() needs the whole model in each process, but this one is sharded. "
-                "Prune without recovery, and train with DistillFromDense in Trainer.fit; or prune with devices=1."
-            )
 
     def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
         """Start the recovery of a unit that is still dense."""
