@@ -31,8 +31,8 @@ _DETAIL = "no hidden units that could be taken out were found at its inputs or o
 _UNSEEN = "the calibration sample that shows which hidden units can be taken out does not call it"
 
 
-def couple(run: Run) -> None:
-    """Find the hidden units that can be taken out, and leave all other layers dense.
+def couple(run: Run) -> Plan:
+    """Find the hidden units that can be taken out, and return the plan that leaves all other layers dense.
 
     One sample runs through the dense model. For each candidate, a random half of the units is set to zero, and then
     taken out: the block must compute the same. Units stay if the user has skipped a layer that writes them. A model
@@ -45,7 +45,7 @@ def couple(run: Run) -> None:
             search(unit, calls)
     left_out = {layer.name for unit in units if unit.name in again for layer in unit.layers}
     found = {name: each for name, each in search.found.items() if name not in left_out}
-    run.plan = _narrowed(plan, _wide_enough(plan, found), search.reached)
+    return _narrowed(plan, _wide_enough(plan, found), search.reached)
 
 
 def _one_block(plan: Plan) -> Unit:

@@ -43,7 +43,7 @@ def drop_experts(run: Run) -> PruningReport:
     plan, model, keep = run.plan, run.plan.model, dict[str, Units]()
     with plan.processes.fail_together():
         found = find_mixtures(plan)
-    with run.timed("observe"), pruning_mode(model):
+    with run.clock.timed("observe"), pruning_mode(model):
         saliency = _observe(run, found)
         for mixture in found:
             scores = saliency(mixture).float().view(mixture.groups, -1)
@@ -51,10 +51,10 @@ def drop_experts(run: Run) -> PruningReport:
         keep = plan.processes.broadcast(keep, 0)
     _record(run, found, keep, saliency)
     report = make_report(run)
-    with run.timed("drop"), pruning_mode(model):
+    with run.clock.timed("drop"), pruning_mode(model):
         for mixture in found:
             _refuse_wrong(plan, mixture, saliency, keep[mixture.name])
-    with run.timed("drop"), torch.inference_mode(False), torch.no_grad():
+    with run.clock.timed("drop"), torch.inference_mode(False), torch.no_grad():
         with ExitStack() as undo:  # first without data, since dense and smaller tensors would be in memory together
             for mixture in found:
                 undo.callback(mixture.drop_data())
@@ -162,13 +162,13 @@ def _record(run: Run, found: Sequence[Mixture], keep: Mapping[str, Units], salie
     for layer in plan.layers:
         if layer.module not in mixture_of or layer.expert is None:
             detail = "no matrix of a routed expert"
-            run.skipped[layer.name] = SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail)
+            run.done.skipped[layer.name] = SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail)
             continue
         mixture = mixture_of[layer.module]
         dropped, tokens = not keep[mixture.name][layer.expert], int(saliency.tokens(mixture)[layer.expert])
         note = "dropped" if dropped else "padding counted" * (mixture.name in saliency.padding_counted)
         record = PrunedLayer(layer.name, layer.shape, float(dropped), float(dropped), tokens, note)
-        run.layers[layer.name] = replace(record, siblings=layer.siblings, block=plan.inventory.blocks[layer.name])
+        run.done.layers[layer.name] = replace(record, siblings=layer.siblings, block=plan.inventory.blocks[layer.name])
         if tokens < observer.MIN_EXPERT_TOKENS and (layer.module, layer.expert) not in counted_experts:
-            run.few_tokens[layer.name] = tokens
+            run.done.few_tokens[layer.name] = tokens
         counted_experts.add((layer.module, layer.expert))  # which may have several matrices

@@ -35,15 +35,15 @@ def make_report(run: Run) -> PruningReport:
     started = time.perf_counter()
     plan = run.plan
     for layer in plan.layers:
-        if layer.name not in run.layers and layer.name not in run.skipped:  # no batch reached its unit
-            run.skipped[layer.name] = unreached(layer)
+        if layer.name not in run.done.layers and layer.name not in run.done.skipped:  # no batch reached its unit
+            run.done.skipped[layer.name] = unreached(layer)
     for name, units in plan.coupled.items():
-        for writer in units.writers if name in run.skipped else ():
-            why = replace(run.skipped[name], name=writer.name, shape=writer.stored_shape)
-            run.skipped.setdefault(writer.name, why)
-    if not run.layers and plan.config.sparsity > 0:
+        for writer in units.writers if name in run.done.skipped else ():
+            why = replace(run.done.skipped[name], name=writer.name, shape=writer.stored_shape)
+            run.done.skipped.setdefault(writer.name, why)
+    if not run.done.layers and plan.config.sparsity > 0:
         found = "no token except padding reached any"
-        if any(each.reason == SkipReason.INACTIVE for each in run.skipped.values()):
+        if any(each.reason == SkipReason.INACTIVE for each in run.done.skipped.values()):
             found = "only zeros reached any"
         raise UserError(
             f"batches must reach the layers, but {found} of the {len(plan.layers)} layers, so nothing was pruned. "
@@ -56,21 +56,21 @@ def make_report(run: Run) -> PruningReport:
     parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
     # The zeros of a parameter that is one pruned layer are known; to count them again would read every weight.
     known = {
-        id(layer.parameter): run.layers[layer.name].zeros
+        id(layer.parameter): run.done.layers[layer.name].zeros
         for layer in plan.layers
-        if layer.name in run.layers and layer.size == layer.parameter.numel() and not is_unloaded(layer.parameter)
+        if layer.name in run.done.layers and layer.size == layer.parameter.numel() and not is_unloaded(layer.parameter)
     }
     others = [p for p in parameters if id(p) not in known and not is_wrapper(p) and not is_unloaded(p)]
     zeros = run.store.zeros + sum(known.values()) + sum(zero_counts(others, plan.processes))
     names = plan.inventory.blocks if plan.coupled else [layer.name for layer in plan.layers]
-    skipped = [run.skipped[name] for name in names if name in run.skipped and name not in run.layers]
-    run.seconds["report"] = time.perf_counter() - started
+    skipped = [run.done.skipped[name] for name in names if name in run.done.skipped and name not in run.done.layers]
+    run.clock["report"] = time.perf_counter() - started
     return PruningReport(
-        layers=tuple(run.layers[name] for name in names if name in run.layers),
+        layers=tuple(run.done.layers[name] for name in names if name in run.done.layers),
         skipped=(*plan.inventory.skipped, *skipped),
         parameters=sum(parameter.numel() for parameter in parameters),
         zeros=zeros,
-        seconds=run.seconds,
+        seconds=dict(run.clock),
         config={"preset": plan.preset, **plan.config.describe(), "calibration_batches": run.samples.total},
         notes=tuple(note.text for note in notes),
         training=run.training,
@@ -86,7 +86,7 @@ class Note(NamedTuple):
 
 def notes_on(run: Run) -> list[Note]:
     """Return all notes on a pruning run."""
-    coverage = None if run.plan.coupled else low_coverage(run.plan.inventory, run.skipped)
+    coverage = None if run.plan.coupled else low_coverage(run.plan.inventory, run.done.skipped)
     on_coverage = (unfit_layers(run.plan.inventory), coverage)
     return [
         *_on_layers(run),
@@ -108,25 +108,26 @@ _LEFT_DENSE = (
 
 def _on_layers(run: Run) -> Iterator[Note]:
     for reason, why in _LEFT_DENSE:
-        if names := [name for name, matrix in run.skipped.items() if matrix.reason is reason]:
+        if names := [name for name, matrix in run.done.skipped.items() if matrix.reason is reason]:
             yield Note(f"{why} {_layers(names)}, {names[0]} first: left dense")
-    if few := [name for name in run.few_tokens if name in run.layers]:
-        least = min(few, key=lambda name: run.layers[name].tokens)
+    if few := [name for name in run.done.few_tokens if name in run.done.layers]:
+        least = min(few, key=lambda name: run.done.layers[name].tokens)
         drops = run.plan.config.pattern.drops_experts
         use = "scored by these" if drops else "pruned with the statistics of all experts"
         yield Note(
             f"{_layers(few, 'expert')} received fewer than {observer.MIN_EXPERT_TOKENS} tokens, {least} "
-            f"fewest: {run.layers[least].tokens}. They are {use}: give more calibration samples"
+            f"fewest: {run.done.layers[least].tokens}. They are {use}: give more calibration samples"
         )
-    again = {layer.name for unit in run.plan.units if unit.name in run.revisited for layer in unit.layers}
+    again = set[str]()
     if run.plan.observed and run.plan.config.sequential != "none":
+        again |= {layer.name for unit in run.plan.units if unit.name in run.done.revisited for layer in unit.layers}
         again |= _shared_outside(run.plan)
-    if names := [name for name in run.layers if name in again]:
+    if names := [name for name in run.done.layers if name in again]:
         yield Note(
             f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the "
             "first call: use sequential='none', so that they include all calls"
         )
-    if sparse := [layer for layer in run.layers.values() if layer.before > _ALREADY_SPARSE]:
+    if sparse := [layer for layer in run.done.layers.values() if layer.before > _ALREADY_SPARSE]:
         most, were = max(sparse, key=lambda layer: layer.before), "was" if len(sparse) == 1 else "were"
         yield Note(
             f"{_layers(sparse)} {were} sparse already, {most.name} most: {most.before:.1%} zeros, which count toward "
@@ -179,8 +180,8 @@ def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}
 
 
 def _on_targets(run: Run) -> Iterator[Note]:
-    layers = run.layers.values()
-    few = [layer for layer in layers if layer.tokens < layer.shape[1] and layer.name not in run.few_tokens]
+    layers = run.done.layers.values()
+    few = [layer for layer in layers if layer.tokens < layer.shape[1] and layer.name not in run.done.few_tokens]
     few = [layer for layer in few if layer.name in run.selections]  # not what only writes hidden units
     if "gram" in run.plan.config.needs and few:
         least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
@@ -200,14 +201,14 @@ def _units(run: Run) -> Iterator[Note]:
     if not run.plan.coupled or not run.plan.config.sparsity:
         return
     parameters = sum(p.numel() for p in run.plan.model.parameters() if not isinstance(p, UninitializedParameter))
-    zero, width = sum(run.zero_units.values()), sum(units.width for units in run.plan.coupled.values())
+    zero, width = sum(run.done.zero_units.values()), sum(units.width for units in run.plan.coupled.values())
     if not zero:
         yield Note(
             f"none of {width:,} hidden units is zero, because sparsity={run.plan.config.sparsity:g} rounds to no unit "
             "of any layer: use a smaller multiple_of, or a higher sparsity"
         )
         return
-    (before, size), (after, smaller) = cost_without(run.plan, {}), cost_without(run.plan, run.zero_units)
+    (before, size), (after, smaller) = cost_without(run.plan, {}), cost_without(run.plan, run.done.zero_units)
     yield Note(
         f"{zero:,} of {width:,} hidden units are zero; shrink() takes out {before - after:,} of {parameters:,} "
         f"parameters ({(before - after) / parameters:.1%}). The layers with hidden units then have {as_size(smaller)} "
@@ -234,7 +235,7 @@ def cost_without(plan: Plan, removed: Mapping[str, int]) -> tuple[int, int]:
 
 def _on_permutation(run: Run) -> Iterator[Note]:
     pattern = run.plan.config.pattern
-    kinds = Counter(run.selections[name].pattern for name in run.layers if name in run.selections)
+    kinds = Counter(run.selections[name].pattern for name in run.done.layers if name in run.selections)
     if pattern.fixed_sparsity is not None and len(kinds) > 1:
         counts = {_as_nm(kind): number for kind, number in kinds.items()}
         listed = ", ".join(f"{counted(number, 'layer')} {kind}" for kind, number in sorted(counts.items()))
@@ -278,7 +279,9 @@ def _on_batch_norm(run: Run) -> Iterator[Note]:
 
 
 def _on_training(run: Run) -> Iterator[Note]:
-    if parts := {layer.part.name: layer.part for layer in run.layers.values() if layer.part and layer.part.stopped}:
+    if parts := {
+        layer.part.name: layer.part for layer in run.done.layers.values() if layer.part and layer.part.stopped
+    }:
         first, untrained = next(iter(parts.values())), sum(not part.after < part.before for part in parts.values())
         yield Note(
             f"the training of {_layers(parts, 'part')} stopped, {first.name} first: {first.stopped}. {untrained} of "

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,34 +118,34 @@ def prune_as(
         recovery_reads = config.recovery.reads_batches or config.recovery.recorded
         if config.data_reader and (allocate_first or recovery_reads):
             samples.read_all(run.progress)  # the batches run several times, or side by side
-    run.seconds["prepare"] = time.perf_counter() - started
+    run.clock["prepare"] = time.perf_counter() - started
     if config.pattern.drops_experts:
         return drop_experts(run)
     if config.permutation.reads_batches:
-        with run.timed("permute"):
-            run.permuted = permute(run)
+        with run.clock.timed("permute"):
+            run = replace(run, permuted=permute(run))
     if config.pattern.prunes_units:
-        with run.timed("find units"), pruning_mode(model):
-            couple(run)
-    with run.timed("normalize", bool(batch_norms)), pruning_mode(model):
+        with run.clock.timed("find units"), pruning_mode(model):
+            run = replace(run, plan=couple(run))
+    with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(model):
         statistics = BatchNormStatistics(batch_norms, samples, processes)
     if allocate_first:
-        with run.timed("allocate", config.allocation.reads_weights):
-            run.allocate(lambda: _observe_dense_model(run))
+        with run.clock.timed("allocate", config.allocation.reads_weights):
+            run = run.allocated(partial(_observe_dense_model, run))
     recovers = config.recovery.reads_batches and config.sparsity > 0
-    with run.timed("recover", recovers), pruning_mode(model):
+    with run.clock.timed("recover", recovers), pruning_mode(model):
         recovery = ModelRecovery()
         if recovers:
             # With a structured pattern, layers without hidden units (not in `run.plan`) train, too.
             dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
             recovery = plan.config.recovery.start_model(dense)
-    with run.timed("prune"), pruning_mode(model), noting(run.written, log.error):
-        _prune_units(run)
+    with run.clock.timed("prune"), pruning_mode(model), noting(run.written, log.error):
+        run = _prune_units(run)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
-    with run.timed("normalize", bool(batch_norms)), pruning_mode(model, batch_norms):
-        run.batch_norm = statistics.correct()
-    with run.timed("recover", recovers), pruning_mode(model):
-        run.training = recovery.train()
+    with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(model, batch_norms):
+        run = replace(run, batch_norm=statistics.correct())
+    with run.clock.timed("recover", recovers), pruning_mode(model):
+        run = replace(run, training=recovery.train())
     return make_report(run)
 
 
@@ -184,14 +185,13 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
     Raises:
         ValueError: Before any weight is written, if there was no batch or an activation is NaN or infinite.
     """
-    run = Run(plan, Samples(plan.model, None, None, None, plan.processes, None), WeightStore())
-    if _batch_norms(plan):
-        run.not_corrected = _ONE_LOOP
-    if plan.config.permutation.reads_batches:
-        run.permuted = Permuted(why_not=_ONE_LOOP)
-    with run.timed("prune"), torch.inference_mode(False), torch.no_grad(), noting(run.written, log.error):
+    permuted = Permuted(why_not=_ONE_LOOP) if plan.config.permutation.reads_batches else None
+    not_corrected = _ONE_LOOP if _batch_norms(plan) else ""
+    samples = Samples(plan.model, None, None, None, plan.processes, None)
+    run = Run(plan, samples, WeightStore(), permuted=permuted, not_corrected=not_corrected)
+    with run.clock.timed("prune"), torch.inference_mode(False), torch.no_grad(), noting(run.written, log.error):
         inputs, run.samples.total = passive.finish()
-        run.selections = plan.allocate(inputs)
+        run = replace(run, selections=plan.allocate(inputs))
         prune_unit(run, plan.whole_model, inputs, passive.observer)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     return make_report(run)
@@ -222,29 +222,30 @@ def _observe_dense_model(run: Run) -> Observed:
     return inputs, gradients
 
 
-def _prune_units(run: Run) -> None:
+def _prune_units(run: Run) -> Run:
     """Observe, prune and recover each unit in turn."""
     plan, config = run.plan, run.plan.config
     observer = Observer(plan.observed, plan.processes)
-    with (
-        ProgressBar("Pruning", None, run.progress) as bar,
-        closing(run.store.stops(run, observer, bar)) as stops,
-    ):
-        for stop in stops:
-            unit = stop.unit
+    of_dense: Mapping[str, InputStatistics] | None = None if plan.observed else {}
+    if plan.is_one_pass:
+        with ProgressBar("Observing", None, run.progress) as bar:
+            of_dense = inputs = run.store.observe_dense(run, observer, bar)
+        run = run if run.selections else run.allocated(lambda: (inputs, {}))
+    with ProgressBar("Pruning", None, run.progress) as bar, closing(run.store.stops(run, bar)) as stops:
+        for unit, waiting in stops:
             bar.show(unit.name)
-            if not run.store.arrive(unit, run):
-                recovery = config.recovery.start(unit, plan.processes)
-                calls, inputs = recovery.record(stop.calls), stop.inputs
-                if inputs is None:
-                    inputs = observer(unit, calls)
-                else:  # of the dense model: the calls only record
-                    for call in calls:
-                        call.run(on_copies=True)
-                run.selections = run.selections or plan.allocate(inputs)
-                prune_unit(run, unit, inputs, observer)
-                del inputs, calls, stop  # frees the statistics before the recovery
-                for part, layers in recovery.train(bar.show):
-                    for name in run.layers.keys() & {layer.name for layer in layers}:
-                        run.layers[name] = replace(run.layers[name], part=part)
+            if run.store.arrive(unit, run):
+                continue
+            recovery = config.recovery.start(unit, plan.processes)
+            calls = recovery.record(waiting)
+            if of_dense is None:
+                prune_unit(run, unit, observer(unit, calls), observer)
+            else:
+                for call in calls:  # which only record
+                    call.run(on_copies=True)
+                prune_unit(run, unit, of_dense, observer)
+            for part, layers in recovery.train(bar.show):
+                for name in run.done.layers.keys() & {layer.name for layer in layers}:
+                    run.done.layers[name] = replace(run.done.layers[name], part=part)
         run.store.finish(run)
+    return run

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from wanda_lightning.calibration.lockstep import Call, Stop, lockstep
+from wanda_lightning.calibration.lockstep import Stop, lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
@@ -24,38 +23,8 @@ from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, T
 Observed = tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]
 
 
-@dataclass
-class Run:
-    """One pruning run. Dictionaries of layers and experts have their names as keys."""
-
-    plan: Plan
-    samples: Samples
-    store: WeightStore
-    progress: bool = False  # whether to show bars
-    seconds: dict[str, float] = field(default_factory=dict)  # by stage
-    selections: Selections = field(default_factory=dict)  # empty until the sparsities are allocated
-    layers: dict[str, PrunedLayer] = field(default_factory=dict)  # in the order in which they were pruned
-    skipped: dict[str, SkippedMatrix] = field(default_factory=dict)  # layers that were left dense
-    # Number of tokens of each expert that was pruned with the statistics of all experts of its module.
-    few_tokens: dict[str, int] = field(default_factory=dict)
-    zero_units: dict[str, int] = field(default_factory=dict)  # hidden units that are zero, by the layer that reads them
-    revisited: set[str] = field(default_factory=set)  # names of units that the model called again after pruning
-    batch_norm: BatchNormCorrection | None = None
-    not_corrected: str = ""  # why BatchNorm layers were not corrected; empty if they were, or there are none
-    permuted: Permuted | None = None
-    training: Training | None = None  # of the whole model
-
-    def allocate(self, observe: Callable[[], Observed]) -> None:
-        """Give each layer its sparsity, from what `observe` finds in the dense model, or as an earlier run did."""
-        with self.plan.processes.fail_together():
-            self.selections = self.store.recall(self.plan)
-        if self.selections:
-            self.samples.count()
-            return
-        found = observe()
-        with self.store.dense():
-            self.selections = self.plan.allocate(*found, self.progress, self.store.hold)
-        self.store.keep(self.selections)
+class Clock(dict[str, float]):
+    """Seconds by stage."""
 
     @contextmanager
     def timed(self, stage: str, is_reported: bool = True) -> Iterator[None]:
@@ -65,11 +34,53 @@ class Run:
             yield
         finally:
             if is_reported:
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+                self[stage] = self.get(stage, 0.0) + time.perf_counter() - started
+
+
+@dataclass
+class Done:
+    """What has been done so far, by name of the layer: filled as each is written, also for the message of an error."""
+
+    layers: dict[str, PrunedLayer] = field(default_factory=dict)  # in the order in which they were pruned
+    skipped: dict[str, SkippedMatrix] = field(default_factory=dict)  # left dense
+    # Number of tokens of each expert that was pruned with the statistics of all experts of its module.
+    few_tokens: dict[str, int] = field(default_factory=dict)
+    zero_units: dict[str, int] = field(default_factory=dict)  # hidden units that are zero, by the layer that reads them
+    revisited: set[str] = field(default_factory=set)  # names of units that the model called again after pruning
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pruning run; each stage returns what it found, and the next one gets it in a new value."""
+
+    plan: Plan
+    samples: Samples
+    store: WeightStore
+    progress: bool = False  # whether to show bars
+    clock: Clock = field(default_factory=Clock)
+    done: Done = field(default_factory=Done)
+    selections: Selections = field(default_factory=dict)  # empty until the sparsities are allocated
+    permuted: Permuted | None = None
+    not_corrected: str = ""  # why BatchNorm layers were not corrected; empty if they were, or there are none
+    batch_norm: BatchNormCorrection | None = None
+    training: Training | None = None  # of the whole model
+
+    def allocated(self, observe: Callable[[], Observed]) -> Run:
+        """Return this run with a sparsity for each layer, from what `observe` finds, or as an earlier run chose it."""
+        with self.plan.processes.fail_together():
+            selections = self.store.recall(self.plan)
+        if selections:
+            self.samples.count()
+            return replace(self, selections=selections)
+        found = observe()
+        with self.store.dense():
+            selections = self.plan.allocate(*found, self.progress, self.store.hold)
+        self.store.keep(selections)
+        return replace(self, selections=selections)
 
     def written(self) -> str:
         """Say, for an error, which layers are pruned already; return nothing if none is."""
-        if not (names := list(self.layers)):
+        if not (names := list(self.done.layers)):
             return ""
         pruned = f"{len(names)} layers are already pruned, from {names[0]} to {names[-1]}"
         if len(names) == 1:
@@ -80,14 +91,6 @@ class Run:
 def unreached(layer: Layer) -> SkippedMatrix:
     """Return the record of a layer that no calibration batch called."""
     return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNREACHED, "no calibration batch called it")
-
-
-class UnitStop(NamedTuple):
-    """A unit that is about to be pruned, with the statistics of its layers; None if its calls shall be observed."""
-
-    unit: Unit
-    inputs: Mapping[str, InputStatistics] | None
-    calls: Sequence[Call] = ()  # of all samples that wait there
 
 
 class WeightStore:
@@ -107,20 +110,18 @@ class WeightStore:
         bar.expect(run.samples.length)
         return observer.whole_model(run.plan.whole_model, run.samples, bar.advance)
 
-    def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
-        """Stop at each unit before it is pruned; after each stop the samples run through the pruned unit."""
-        plan, revisited, length = run.plan, run.revisited, 0 if not run.plan.is_one_pass else run.samples.length
-        inputs: Mapping[str, InputStatistics] | None = None if plan.observed else {}
-        if plan.is_one_pass:
-            inputs, revisited = self.observe_dense(run, observer, bar), set()
-        bar.expect(None if length is None else length + len(plan.units))
+    def stops(self, run: Run, bar: ProgressBar) -> Generator[Stop]:
+        """Stop at each unit before it is pruned; after each stop the samples run through the pruned unit.
+
+        No sample waits there if nothing is left to observe or to record.
+        """
+        plan = run.plan
+        bar.expect(len(plan.units))
+        stops: Iterable[Stop] = (Stop(unit, []) for unit in plan.units)
         if plan.observed and (plan.config.recovery.recorded or not plan.is_one_pass):
-            for unit, calls in lockstep(plan.units, run.samples.hold(), plan.processes, revisited):
-                yield UnitStop(unit, inputs, calls)
-                bar.advance()
-            return
-        for unit in plan.units:
-            yield UnitStop(unit, inputs)
+            stops = lockstep(plan.units, run.samples.hold(), plan.processes, run.done.revisited)
+        for stop in stops:
+            yield stop
             bar.advance()
 
     # ------------------------------------------------------------------------------------------------------ weights

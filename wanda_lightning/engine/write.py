@@ -23,7 +23,7 @@ def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], obse
         reached: list[Layer] = []
         for layer in unit.layers:
             if skipped := _left_dense(layer, inputs.get(layer.name, InputStatistics())) if plan.observed else None:
-                run.skipped[layer.name] = skipped
+                run.done.skipped[layer.name] = skipped
             else:
                 reached.append(layer)
         statistics = InputStatistics()
@@ -32,10 +32,10 @@ def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], obse
                 statistics.forget_derived()
             statistics = following
             for pruned in _prune_layers(run, layers, statistics, observer):
-                run.layers[pruned.name] = pruned
+                run.done.layers[pruned.name] = pruned
                 if pruned.name in plan.coupled:
-                    run.layers |= _zero_units(run, pruned)
-        run.few_tokens |= observer.pooled
+                    run.done.layers |= _zero_units(run, pruned)
+        run.done.few_tokens |= observer.pooled
 
 
 def _left_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
@@ -101,13 +101,13 @@ def _zero_units(run: Run, read: PrunedLayer) -> dict[str, PrunedLayer]:
     before = {writer.name: _share_of_zeros(writer.read()) for writer in units.writers}
     zeros = units.slots[-1].zeros()
     units.zero(zeros)
-    run.zero_units[read.name] = int(zeros.sum())
-    unread = f"{run.zero_units[read.name]:,} of {units.width:,} hidden units are zero"
+    run.done.zero_units[read.name] = int(zeros.sum())
+    unread = f"{run.done.zero_units[read.name]:,} of {units.width:,} hidden units are zero"
     records = {read.name: replace(read, note="; ".join(filter(None, (read.note, unread))))}
     for writer in units.writers:
         block, sparsity = run.plan.inventory.blocks[writer.name], _share_of_zeros(writer.read())
         record = PrunedLayer(writer.name, writer.shape, read.target, sparsity, read.tokens, block=block)
-        own = run.layers.get(writer.name)  # a layer between two others reads units and writes units
+        own = run.done.layers.get(writer.name)  # a layer between two others reads units and writes units
         records[writer.name] = replace(own or replace(record, before=before[writer.name]), sparsity=sparsity)
     return records
 

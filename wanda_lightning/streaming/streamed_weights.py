@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.engine.plan import Plan, Selections, make_plan, refuse_unprunable
-from wanda_lightning.engine.run import Run, UnitStop, WeightStore
+from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import Unit
 from wanda_lightning.parallel import Processes
 from wanda_lightning.streaming.block_loader import BlockLoader
@@ -58,9 +58,6 @@ class StreamedWeights(WeightStore):
     def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Mapping[str, InputStatistics]:
         """Return the statistics of all layers from one pass through the dense model, block by block."""
         bar.expect(len(run.plan.parts))
-        return self._watch(run, observer, bar)
-
-    def _watch(self, run: Run, observer: Observer, bar: ProgressBar) -> Mapping[str, InputStatistics]:
         with self.dense():
             plan, samples = run.plan, run.samples.hold()
             for unit, calls in lockstep(plan.parts, samples, plan.processes, to_end=True):
@@ -69,19 +66,6 @@ class StreamedWeights(WeightStore):
                 self.hold(unit.name)
                 calls[:] = [observer.watched(unit, call) for call in calls]
         return observer.finish(run.plan.whole_model)
-
-    def stops(self, run: Run, observer: Observer, bar: ProgressBar) -> Generator[UnitStop]:
-        """Stop at each unit; with `sequential="none"`, all statistics are collected before the first stop."""
-        if not run.plan.is_one_pass:
-            yield from super().stops(run, observer, bar)
-            return
-        bar.expect(2 * len(run.plan.units))
-        inputs = self._watch(run, observer, bar)
-        if not run.selections:
-            run.allocate(lambda: (inputs, {}))
-        for unit in run.plan.units:
-            yield UnitStop(unit, inputs)
-            bar.advance()
 
     def undo(self, change: Callable[[], None]) -> None:
         """Do nothing: the changed weights are not in memory any more, and are read again."""
@@ -147,15 +131,15 @@ class StreamedWeights(WeightStore):
         def own(found: Mapping[str, Any]) -> dict[str, Any]:
             return {name: each for name, each in found.items() if self._checkpoint.part_of(name) == part}
 
-        layers, skipped = list(own(run.layers).values()), list(own(run.skipped).values())
+        layers, skipped = list(own(run.done.layers).values()), list(own(run.done.skipped).values())
         zeros = sum(int((weight == 0).count_nonzero()) for weight in self._checkpoint.parameters(part).values())
-        record = PartRecord(layers, skipped, own(run.few_tokens), own(run.zero_units), zeros)
+        record = PartRecord(layers, skipped, own(run.done.few_tokens), own(run.done.zero_units), zeros)
         self._output.save(part, self._checkpoint.stored(part), record)
 
     @staticmethod
     def _restore(record: PartRecord, run: Run) -> None:
         """Copy what an earlier run did to a part into the run."""
-        run.layers |= {each.name: each for each in record.layers}
-        run.skipped |= {each.name: each for each in record.skipped}
-        run.few_tokens |= record.few_tokens
-        run.zero_units |= record.zero_units
+        run.done.layers |= {each.name: each for each in record.layers}
+        run.done.skipped |= {each.name: each for each in record.skipped}
+        run.done.few_tokens |= record.few_tokens
+        run.done.zero_units |= record.zero_units
