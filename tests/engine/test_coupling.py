@@ -1,6 +1,7 @@
 """Structured zeros fill whole hidden units, in every architecture, and what is no unit of its own stays dense."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -93,8 +94,7 @@ def coupled_run(model, batches, **choices):
     """A run after the search for units."""
     own = run_of(model, batches, pattern=EACH_OF_4, **choices)
     with pruning_mode(model):
-        couple(own)
-    return own
+        return replace(own, plan=couple(own))
 
 
 def found_in(model, batches):
