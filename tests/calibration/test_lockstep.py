@@ -104,7 +104,7 @@ def test_the_activations_of_one_unit_are_held(way):
         with torch.no_grad():
             for unit, calls in lockstep(own.plan.parts, own.samples.hold(), to_end=True):
                 calls[:] = [observer.watched(unit, call) for call in calls]
-        assert observer.finish(own.plan.whole_model)
+        assert observer.finish(own.plan.whole_model).inputs
     else:
         prune(model, vectors(4), sequential=way, skip=["head"], progress=False)
     assert most == 4 + 1

@@ -33,7 +33,7 @@ def test_statistics_are_freed_before_those_of_the_next_unit(sequential, monkeypa
     units = find_layers(model, sequential).units
     assert len(units) == (4 if sequential == "block" else 6)
     for unit, calls in travel(model, vectors(1), [unit.module for unit in units]):
-        alive.update(observer(units[unit], calls).values())
+        alive.update(observer(units[unit], calls).inputs.values())
     assert held == [0] * 6
 
 
@@ -48,10 +48,10 @@ def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(na
     model, observer = ZOO[name].build(), Observer(NEEDS)
     own = run_of(model, ZOO[name].batches())
     with pruning_mode(model):
-        expected = observer.whole_model(own.plan.whole_model, own.samples, lambda: None)
+        expected = observer.whole_model(own.plan.whole_model, own.samples, lambda: None).inputs
         for unit, calls in lockstep(own.plan.parts, own.samples.hold(), to_end=True):
             calls[:] = [observer.watched(unit, call) for call in calls]
-        found = observer.finish(own.plan.whole_model)
+        found = observer.finish(own.plan.whole_model).inputs
     assert found.keys() == expected.keys()
     # Visits to one block are added in another order.
     same = partial(torch.allclose, atol=1e-4) if name in ("block_twice", "tied") else torch.equal

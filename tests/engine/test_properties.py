@@ -137,7 +137,7 @@ def assert_statistics(case):
     layers = find_layers(case.model).layers
     samples = samples_of(case.model, case.batches, forward=partial(forward_batch, case.model))
     with torch.no_grad():
-        found = Observer(frozenset({"square_sum", "gram"}))(Unit("", None, layers), whole_model_calls(samples))
+        found = Observer(frozenset({"square_sum", "gram"}))(Unit("", None, layers), whole_model_calls(samples)).inputs
     assert found.keys() == case.tokens.keys()
     for name, tokens in case.tokens.items():
         sums, gram = found[name].sums, reference.gram(tokens)

@@ -1,6 +1,7 @@
 """Models whose experts are one parameter, and what is seen of them."""
 
-import numpy as np
+from unittest import mock
+
 import torch
 import transformers as hf
 from support.samples import samples_of
@@ -13,7 +14,7 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.models import find_layers
 
-SPECIMENS = ["mixtral", "mixtral_padded", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"]
+SPECIMENS = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4"]
 BY_COLUMNS = ("gpt_oss", "llama4")
 
 
@@ -48,12 +49,12 @@ class Stack(nn.Module):
             setattr(self, name, value)
 
 
-def observed(model, batches, needs=frozenset(SUMS), minimum=0):
+def observed(model, batches):
     unit = find_layers(model, "none").units[0]
-    observer = Observer(needs, min_expert_tokens=minimum)
-    with calibration_mode(model), torch.no_grad():
-        statistics = observer(unit, whole_model_calls(samples_of(model, batches)))
-    return {name: value for name, value in statistics.items() if ".experts." in name}, observer
+    alone = mock.patch("wanda_lightning.calibration.observer.MIN_EXPERT_TOKENS", 0)
+    with calibration_mode(model), torch.no_grad(), alone:
+        found = Observer(frozenset(SUMS))(unit, whole_model_calls(samples_of(model, batches)))
+    return {name: value for name, value in found.inputs.items() if ".experts." in name}
 
 
 def double(name, implementation="batched_mm"):
@@ -84,15 +85,13 @@ def inside(module, index, x):
 
 
 def routed_tokens(module, x, *routing):
-    """The inputs of each expert's matrices and the indices of their tokens, computed one token after the other."""
+    """The inputs of each expert's matrices, computed one token after the other."""
     found, tokens = {}, len(x) // len(module.down_proj)
     if routing:
-        entries = [(token, expert, x[token]) for token in range(len(x)) for expert in routing[0][token].tolist()]
+        entries = [(expert, x[token]) for token in range(len(x)) for expert in routing[0][token].tolist()]
     else:  # Llama-4: a copy of all tokens for each expert, in which the tokens of other experts are zero
-        entries = [(row % tokens, row // tokens, x[row]) for row in range(len(x)) if x[row].any()]
-    for token, expert, vector in entries:
+        entries = [(row // tokens, x[row]) for row in range(len(x)) if x[row].any()]
+    for expert, vector in entries:
         for name, entering in (("gate_up_proj", vector), ("down_proj", inside(module, expert, vector))):
-            inputs, rows = found.setdefault((name, expert), ([], []))
-            inputs.append(entering.detach().double().numpy())
-            rows.append(token)
-    return {key: (np.array(inputs), np.array(rows)) for key, (inputs, rows) in found.items()}
+            found.setdefault((name, expert), []).append(entering.detach().double().numpy())
+    return found

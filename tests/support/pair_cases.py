@@ -166,7 +166,7 @@ def statistics_of(rank, name, shares=None):
     sent, observer = counted(processes), Observer(frozenset(SUMS), processes)
     unit = find_layers(model, "none").units[0]
     with torch.no_grad():
-        found = observer(unit, whole_model_calls(samples_of(model, batches)))
+        found = observer(unit, whole_model_calls(samples_of(model, batches))).inputs
     groups = {}
     for layer, statistics in found.items():
         groups.setdefault(id(statistics), []).append(layer)

@@ -7,9 +7,7 @@ products. A torch-function mode sees every call of a PyTorch function, and recog
 
 from __future__ import annotations
 
-import weakref
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -40,7 +38,6 @@ class Product(NamedTuple):
     row: int = 0  # the first row of the matrix in this product, if a model multiplies by pieces of it
     left: bool = False  # the matrix is the left factor, so the columns of the output are tokens
     time_first: tuple[int, int] | None = None  # (steps, samples) if the output is ordered by step, then by sample
-    gathered: tuple[Tensor, Tensor] | None = None  # the tensor from which the tokens were gathered, and its rows
 
     def part(self, output: Tensor) -> Tensor:
         """Return this layer's part of the product's output, or of its gradient."""
@@ -55,8 +52,6 @@ OnProduct = Callable[[list[Product], Callable[[], Tensor]], Tensor]
 
 _PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
 _PRODUCTS_WITH_BIAS = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
-_GATHERS = {Tensor.__getitem__, torch.index_select, Tensor.index_select}
-_GATHERED = 8  # number of gathered tensors that are tracked
 
 
 class WeightInterceptor(TorchFunctionMode):
@@ -74,7 +69,6 @@ class WeightInterceptor(TorchFunctionMode):
         self._memory = WeightMemory(layers)
         self._in_a_forward = False
         self._attention: tuple[int, int] | None = None
-        self._gathered: deque[tuple[weakref.ref[Tensor], weakref.ref[Tensor], Tensor]] = deque(maxlen=_GATHERED)
 
     @property
     def watches(self) -> bool:
@@ -93,10 +87,7 @@ class WeightInterceptor(TorchFunctionMode):
             return self._multiply(func, call, *_factors(func, args, kwargs))
         if func is F.multi_head_attention_forward:
             return self._attend(func, args, kwargs)
-        output = call()
-        if self._memory.has_experts and func in _GATHERS:
-            self._note_gather(output, args)
-        return output
+        return call()
 
     def _multiply(self, func: Any, call: Callable[[], Tensor], x: Any, weight: Any) -> Tensor:
         if not (_is_plain(x) and _is_plain(weight) and weight.ndim > 1):
@@ -117,12 +108,6 @@ class WeightInterceptor(TorchFunctionMode):
         finally:
             self._attention = None
 
-    def _note_gather(self, output: Tensor, args: tuple[Any, ...]) -> None:
-        if len(args) == 2 or (len(args) == 3 and args[1] == 0):
-            index = args[-1][0] if isinstance(args[-1], tuple) and len(args[-1]) == 1 else args[-1]
-            if isinstance(index, Tensor) and index.ndim == 1:
-                self._gathered.append((weakref.ref(output), weakref.ref(args[0]), index))
-
     def by_forward(self, layers: Sequence[Layer], forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Treat the forward of a module as the product with its layer, or with all groups of a convolution."""
         x = input_of(args, kwargs)
@@ -132,20 +117,13 @@ class WeightInterceptor(TorchFunctionMode):
         finally:
             self._in_a_forward = outer
 
-    def _source_of(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the tensor from which `x` was gathered, and the indices of its rows; None if it was not gathered."""
-        for output, source, index in self._gathered:
-            if output() is x and (whole := source()) is not None:
-                return whole, index
-        return None
-
     def _products(self, x: Tensor, weight: Tensor) -> list[Product]:
         """Return the products in `x @ weight`; none if the weight is no view of a layer's weight."""
         matches = self._memory.matches(weight)
         if not matches or x in self._memory:  # a product of two weights has no tokens
             return []
         if matches[0].slot is None:
-            product = Product(matches[0].layer, x, None, matches[0].row, gathered=self._source_of(x))
+            product = Product(matches[0].layer, x, None, matches[0].row)
             if self._attention and x.ndim == 2 and len(x) == self._attention[0] * self._attention[1]:
                 # Samples first, as in padding masks.
                 samples = x.unflatten(0, self._attention).transpose(0, 1)
@@ -250,7 +228,6 @@ class WeightMemory:
 
     def __init__(self, layers: Iterable[Layer]) -> None:
         self._layers = [layer for layer in layers if _has_matrix(layer)]
-        self.has_experts = any(layer.expert is not None for layer in self._layers)
         self._read()
 
     def _read(self) -> None:

@@ -279,23 +279,18 @@ class _BatchThread(threading.Thread):
             switches.restore()
 
 
-def _current_streams() -> tuple[int, list[torch.Stream]] | None:
-    """Return the current device and the current stream of each device; None before the accelerator is used."""
+def _current_stream() -> torch.Stream | None:
+    """Return the current stream, which determines the current device; None before the accelerator is used."""
     accelerator = torch.accelerator.current_accelerator()
     # `mps` has no such function, and a single stream.
     if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", bool)():
         return None
-    streams = [torch.accelerator.current_stream(device) for device in range(torch.accelerator.device_count())]
-    return torch.accelerator.current_device_index(), streams
+    return torch.accelerator.current_stream()
 
 
-def _set_streams(current: tuple[int, list[torch.Stream]] | None) -> None:
-    if current is not None:
-        device, streams = current
-        for index, stream in enumerate(streams):
-            if stream != torch.accelerator.current_stream(index):
-                torch.accelerator.set_stream(stream)  # changes the current device, too
-        torch.accelerator.set_device_index(device)
+def _set_stream(stream: torch.Stream | None) -> None:
+    if stream is not None:
+        torch.accelerator.set_stream(stream)  # changes the current device, too
 
 
 # Process-wide switches: without restoring them, a batch would see the values that another batch has set.
@@ -305,12 +300,12 @@ _SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-    (_current_streams, _set_streams),  # of this thread
+    (_current_stream, _set_stream),  # of this thread
 )
 
 
 class Switches:
-    """PyTorch's process-wide switches and this thread's streams, which models change in a `with` block."""
+    """PyTorch's process-wide switches and this thread's stream, which models change in a `with` block."""
 
     def __init__(self) -> None:
         self._values = [read() for read, _ in _SWITCHES]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,32 +23,33 @@ from wanda_lightning.models import Layer, Unit, fitting_mask, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
-@dataclass
+@dataclass(frozen=True)
+class Observation:
+    """What entered some layers, by their names."""
+
+    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)  # one object for layers with the same input
+    padding_counted: Set[str] = frozenset()  # whose statistics include padding, since no mask shows it in their inputs
+    # Experts with the statistics of all siblings, each with its own number of tokens.
+    pooled: Mapping[str, int] = field(default_factory=dict)
+
+
 class Observer:
     """Sums up the inputs of the layers of a unit over the calibration batches of all processes.
 
-    Layers with the same input share one `InputStatistics` object.
+    `needs` holds the names of the sums.
     """
 
-    needs: frozenset[str]  # names of the sums
-    processes: Processes = SINGLE_PROCESS
-    # Experts with fewer tokens get the statistics of all their siblings in the unit.
-    min_expert_tokens: int = field(default_factory=lambda: MIN_EXPERT_TOKENS)
-    # Layers whose statistics include padding, because the masks do not show it in their inputs.
-    padding_counted: set[str] = field(default_factory=set)
-    # Experts with the statistics of all siblings, each with its own number of tokens.
-    pooled: dict[str, int] = field(default_factory=dict)
-    not_routed: set[str] = field(default_factory=set)  # experts to which the model passes every token
-    _sums: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)  # by the layers with this input
-    _checks: list[Check] = field(default_factory=list)
-    # The layers of the last unit, if that was a layer, their inputs in this process, and their statistics over all.
-    _last: tuple[Sequence[Layer], list[Identity], dict[str, InputStatistics]] = (), [], {}
+    def __init__(self, needs: frozenset[str], processes: Processes = SINGLE_PROCESS) -> None:
+        self.needs, self.processes = needs, processes
+        self._readings = _Readings(needs)
+        # The layers of the last unit, if that was a layer, their inputs in this process, and what all processes found.
+        self._last: tuple[Sequence[Layer], list[Identity], Observation] = (), [], Observation()
 
-    def __call__(self, unit: Unit, calls: Iterable[Call]) -> dict[str, InputStatistics]:
-        """Return the statistics of each layer of the unit that a batch reached."""
+    def __call__(self, unit: Unit, calls: Iterable[Call]) -> Observation:
+        """Return what entered each layer of the unit that a batch reached."""
         if _is_layer(unit):  # it need not run: its input is in the parked calls
             return self._read_parked(unit, list(calls))
-        self._last = (), [], {}
+        self._last = (), [], Observation()
         with self.processes.fail_together():
             for call in calls:
                 with self.collect(unit, call.sample):
@@ -56,11 +57,11 @@ class Observer:
                     call.run(on_copies=unit.module is not None)
         return self.finish(unit)
 
-    def whole_model(self, unit: Unit, samples: Samples, tick: Callable[[], None]) -> dict[str, InputStatistics]:
-        """Return the statistics of a unit with all layers, from one pass of each sample; `tick` follows each."""
-        inputs = self(unit, whole_model_calls(samples, tick))
+    def whole_model(self, unit: Unit, samples: Samples, tick: Callable[[], None]) -> Observation:
+        """Observe a unit with all layers in one pass of each sample; `tick` follows each."""
+        found = self(unit, whole_model_calls(samples, tick))
         samples.refuse_if_empty()
-        return inputs
+        return found
 
     def watched(self, unit: Unit, call: Call) -> Call:
         """Return a call that also reads the inputs of the unit's layers when it runs; `finish` returns the sums."""
@@ -69,7 +70,7 @@ class Observer:
             if not _is_layer(unit):
                 with self.collect(unit, call.sample):
                     return call.forward(*args, **kwargs)
-            self._add(self._read(unit, call.sample, input_of(args, kwargs)))
+            self._readings.add(self._read(unit, call.sample, input_of(args, kwargs)))
             return call.forward(*args, **kwargs)
 
         return replace(call, forward=run)
@@ -80,30 +81,25 @@ class Observer:
         reader = BatchReader(self.needs, sample)
         with intercept(unit.layers, reader):
             yield
-        self._add(reader)
+        self._readings.add(reader)
 
-    def finish(self, unit: Unit) -> dict[str, InputStatistics]:
-        """Return the statistics of the batches that ran in `collect`; otherwise the same as `__call__`."""
-        sums, checks = self._sums, self._checks
-        self._sums, self._checks = {}, []
+    def finish(self, unit: Unit) -> Observation:
+        """Return what the batches that ran in `collect` show; otherwise the same as `__call__`."""
+        readings, self._readings = self._readings, _Readings(self.needs)
         with self.processes.fail_together():
-            refuse_nonfinite(checks, self.processes)
+            refuse_nonfinite(readings.checks, self.processes)
         by_layer: dict[str, list[InputStatistics]] = {}
-        for names, value in sums.items():
+        for names, value in readings.sums.items():
             for name in names:
                 by_layer.setdefault(name, []).append(value)
         found = {layer.name: by_layer[layer.name] for layer in unit.layers if layer.name in by_layer}
         statistics = {name: parts[0] if len(parts) == 1 else merged(parts) for name, parts in found.items()}
+        padded = readings.padded
         if self.processes.world_size > 1:
-            statistics, padding_counted = all_reduce_statistics(
-                unit.layers, statistics, self.padding_counted, self.needs, self.processes
-            )
-            self.padding_counted |= padding_counted
-        result, pooled = pool_experts(unit.layers, statistics, self.min_expert_tokens)
-        self.pooled.update(pooled)
-        return result
+            statistics, padded = all_reduce_statistics(unit.layers, statistics, padded, self.needs, self.processes)
+        return pool_experts(unit.layers, statistics, padded)
 
-    def _read_parked(self, unit: Unit, calls: Sequence[Call]) -> dict[str, InputStatistics]:
+    def _read_parked(self, unit: Unit, calls: Sequence[Call]) -> Observation:
         """Read the inputs of a unit that is a layer from its parked calls, without running it.
 
         If they are the inputs of the last such unit in all processes, its statistics are returned: q, k and v share one
@@ -111,14 +107,14 @@ class Observer:
         """
         with self.processes.fail_together():
             pairs = [(input_of(call.args, call.kwargs), layer) for call in calls for layer in unit.layers]
-        layers, identities, statistics = self._last
+        layers, identities, found = self._last
         same = len(pairs) == len(identities) and len(layers) == len(unit.layers)
         same = same and all(identity.matches(*pair) for identity, pair in zip(identities, pairs, strict=True))
-        if self.processes.all_reduce_min(int(same)) and statistics:
+        if self.processes.all_reduce_min(int(same)) and found.inputs:
             names = {last.name: layer.name for last, layer in zip(layers, unit.layers, strict=True)}
-            self.padding_counted.update(names[name] for name in self.padding_counted & names.keys())
-            return {names[name]: value for name, value in statistics.items()}
-        self._last, identities, statistics = ((), [], {}), [], {}  # frees the Gram matrix before the next one
+            inputs = {names[name]: value for name, value in found.inputs.items()}
+            return Observation(inputs, {names[name] for name in found.padding_counted & names.keys()})
+        self._last = layers, identities, found = (), [], Observation()  # frees the Gram matrix before the next one
         with self.processes.fail_together():
             for call in calls:
                 x = input_of(call.args, call.kwargs)
@@ -126,7 +122,7 @@ class Observer:
                     reader = self._read(unit, call.sample, x)
                     if x.dtype != unit.layers[0].parameter.dtype:  # fails without autocast; now, before it is pruned
                         call.run(on_copies=True)
-                self._add(reader)
+                self._readings.add(reader)
                 identities += [entry.identity for entry in reader.entries]
         found = self.finish(unit)
         self._last = unit.layers, identities, found
@@ -138,13 +134,23 @@ class Observer:
             reader.read(Product(layer, x))
         return reader
 
-    def _add(self, reader: BatchReader) -> None:
+
+class _Readings:
+    """Sums over the batches that have run since the last observation."""
+
+    def __init__(self, needs: frozenset[str]) -> None:
+        self.sums: dict[tuple[str, ...], InputStatistics] = {}  # by the layers with this input
+        self.checks: list[Check] = []
+        self.padded: set[str] = set()  # layers whose sums may include padding
+        self._needs = needs
+
+    def add(self, reader: BatchReader) -> None:
+        """Add what a batch has shown."""
         for entry in reader.entries:
             if entry.padding_counted:
-                self.padding_counted.update(entry.layers)
-            self._sums.setdefault(tuple(entry.layers), InputStatistics(self.needs)).merge(entry.statistics)
-        self._checks += reader.checks
-        self.not_routed |= reader.not_routed
+                self.padded.update(entry.layers)
+            self.sums.setdefault(tuple(entry.layers), InputStatistics(self._needs)).merge(entry.statistics)
+        self.checks += reader.checks
 
 
 def _is_layer(unit: Unit) -> bool:
@@ -171,17 +177,17 @@ class PassiveCalibration:
         with calibration_mode(self._model), self.observer.collect(self._unit, sample):
             yield
 
-    def finish(self) -> tuple[dict[str, InputStatistics], int]:
-        """Return the statistics by layer, and the number of batches of all processes.
+    def finish(self) -> tuple[Observation, int]:
+        """Return what the batches have shown, and the number of batches of all processes.
 
         Raises:
             UserError: If there was no batch, or an activation held NaN or infinity.
         """
-        statistics = self.observer.finish(self._unit)
+        found = self.observer.finish(self._unit)
         batches = sum(count for (count,) in self.observer.processes.all_gather([self._batches]))
         if not batches:
             raise UserError("calibrate_on='validation' needs batches that run through the model, but none did.")
-        return statistics, batches
+        return found, batches
 
 
 class Identity:
@@ -225,10 +231,8 @@ class BatchReader:
     def __init__(self, needs: frozenset[str], sample: Sample) -> None:
         self.entries: list[Entry] = []  # one for each distinct input
         self.checks: list[Check] = []
-        self.not_routed: set[str] = set()  # experts to which the model passes every token
         self._needs, self._batch, self._masks = needs, sample.batch_index, sample.masks
         self._calls = 0
-        self._last: dict[tuple[nn.Module, int | None], Tensor] = {}  # the last `keep` of each expert
 
     def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         """Read the tokens of the products, and return the result of the multiplication."""
@@ -236,8 +240,6 @@ class BatchReader:
         for product in products:
             if product.row == 0:  # every piece has the same tokens
                 self.read(product)
-        if all(product.slot is not None and product.tokens.any(dim=-1).all() for product in products):
-            self.not_routed.update(product.layer.name for product in products)
         return multiply()
 
     def read(self, product: Product) -> None:
@@ -272,13 +274,13 @@ class BatchReader:
         tokens = layer.tokens(x)
         if layer.expert is None:
             _fitting(tokens, layer, x)
-        keep = self._real_tokens(product, tokens) if has_padding else None
+        keep = self._real_tokens(layer, x, tokens) if has_padding else None
         padding_counted = has_padding and keep is None
         if product.slot is not None:
             routed = tokens.any(dim=1)  # tokens of other experts are zeros
             keep = routed if keep is None else routed & keep
         if keep is not None:
-            tokens = tokens[keep.flatten().to(tokens.device)]
+            tokens = tokens[keep]
         entry = Entry(Identity(x, layer, self._calls), [layer.name], InputStatistics(self._needs), padding_counted)
         entry.statistics.update(tokens)
         self._add(entry)
@@ -289,30 +291,12 @@ class BatchReader:
         if entry.statistics.count:
             self.checks.append(Check(entry.layers, self._batch, entry.statistics.finite()))
 
-    def _real_tokens(self, product: Product, tokens: Tensor) -> Tensor | None:
-        """Return which tokens are not padding; None if that is unknown.
-
-        An expert gets a subset of the tokens, so the mask applies only through the indices of the gathered rows.
-        """
-        layer, x = product.layer, product.tokens
-        if layer.expert is None:
-            samples = len(x) if x.ndim == 1 - layer.kind.channels else 1
-            mask = fitting_mask(
-                self._masks, layer.name, x if layer.kind.channels == -1 else tokens.unflatten(0, (samples, -1))
-            )
-            return mask.keep if mask else None
-        keep = None
-        if product.gathered:
-            whole, rows = product.gathered
-            if mask := fitting_mask(self._masks, layer.name, whole):
-                keep = mask.keep.flatten().to(rows.device)[rows]
-        elif (last := self._last.get((layer.module, layer.expert))) is not None and len(last) == len(tokens):
-            keep = last  # the second matrix of an expert gets the same tokens as the first
-        elif mask := fitting_mask(self._masks, layer.name, x):
-            keep = mask.keep.flatten().to(tokens.device)
-        if keep is not None:
-            self._last[layer.module, layer.expert] = keep
-        return keep
+    def _real_tokens(self, layer: Layer, x: Tensor, tokens: Tensor) -> Tensor | None:
+        """Return which tokens are not padding; None if that is unknown, as for an expert that gets some of them."""
+        samples = len(x) if x.ndim == 1 - layer.kind.channels else 1
+        fits = x if layer.kind.channels == -1 else tokens.unflatten(0, (samples, -1))
+        mask = fitting_mask(self._masks, layer.name, fits)
+        return mask.keep.flatten().to(tokens.device) if mask else None
 
 
 def _fitting(tokens: Tensor, layer: Layer, x: Tensor) -> Tensor:
@@ -352,12 +336,10 @@ def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
     return total
 
 
-def pool_experts(
-    layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], minimum: int
-) -> tuple[dict[str, InputStatistics], dict[str, int]]:
+def pool_experts(layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], padded: Set[str]) -> Observation:
     """Replace the statistics of each expert with too few tokens, or none, with the sum over its siblings in this unit.
 
-    Return the statistics of all layers, and each pooled expert's own number of tokens.
+    `padded` are the layers whose statistics include padding.
     """
     families: dict[str, list[str]] = {}
     for layer in layers:
@@ -367,12 +349,14 @@ def pool_experts(
     for names in families.values():
         counts = {name: statistics[name].count if name in statistics else 0 for name in names}
         everything = sum(counts.values())
-        few = {name: count for name, count in counts.items() if count < max(minimum, 1) and count < everything}
+        few = {
+            name: count for name, count in counts.items() if count < max(MIN_EXPERT_TOKENS, 1) and count < everything
+        }
         if few:
             total = merged([statistics[name] for name, count in counts.items() if count])
             result.update(dict.fromkeys(few, total))
             pooled.update(few)
-    return result, pooled
+    return Observation(result, padded, pooled)
 
 
 def all_reduce_statistics(

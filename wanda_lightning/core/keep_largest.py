@@ -16,7 +16,6 @@ from torch import Tensor
 from wanda_lightning.core.types import Counts, Groups, KeepGroups
 
 _SMALL_GROUP = 16  # up to this size, comparing all pairs is faster than selecting in each group (4096 x 11008 scores)
-_FEW_GROUPS = 1024  # up to this number of small groups, sorting is faster than comparing (on a CPU: 2/3 of the time)
 _GROUPS_AT_ONCE = 1 << 16  # number of groups whose pairwise comparison fits into the cache
 
 
@@ -35,7 +34,7 @@ def keep_largest(scores: Groups, count: int) -> KeepGroups:
     if count == 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     if size <= _SMALL_GROUP:
-        return _keep_by_sorting(scores, count) if len(scores) <= _FEW_GROUPS else _keep_by_comparing(scores, count)
+        return _keep_by_comparing(scores, count)
     return _keep_by_threshold(scores, count)
 
 
@@ -55,11 +54,6 @@ def keep_largest_of_each(scores: Groups, counts: Counts) -> KeepGroups:
         groups = counts == count
         keep[groups] = keep_largest(scores[groups], count)
     return keep
-
-
-def _keep_by_sorting(scores: Groups, count: int) -> KeepGroups:
-    pruned = scores.sort(dim=1, stable=True).indices[:, : scores.shape[1] - count]
-    return torch.ones_like(scores, dtype=torch.bool).scatter_(1, pruned, False)
 
 
 def _keep_by_comparing(scores: Groups, count: int) -> KeepGroups:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import replace
 from typing import NamedTuple
 
-from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import as_size, counted
+from wanda_lightning.common.words import counted
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.engine.plan import Plan
@@ -200,7 +198,6 @@ def _on_targets(run: Run) -> Iterator[Note]:
 def _units(run: Run) -> Iterator[Note]:
     if not run.plan.coupled or not run.plan.config.sparsity:
         return
-    parameters = sum(p.numel() for p in run.plan.model.parameters() if not isinstance(p, UninitializedParameter))
     zero, width = sum(run.done.zero_units.values()), sum(units.width for units in run.plan.coupled.values())
     if not zero:
         yield Note(
@@ -208,29 +205,7 @@ def _units(run: Run) -> Iterator[Note]:
             "of any layer: use a smaller multiple_of, or a higher sparsity"
         )
         return
-    (before, size), (after, smaller) = cost_without(run.plan, {}), cost_without(run.plan, run.done.zero_units)
-    yield Note(
-        f"{zero:,} of {width:,} hidden units are zero; shrink() takes out {before - after:,} of {parameters:,} "
-        f"parameters ({(before - after) / parameters:.1%}). The layers with hidden units then have {as_size(smaller)} "
-        f"instead of {as_size(size)}",
-        is_warning=False,
-    )
-
-
-def cost_without(plan: Plan, removed: Mapping[str, int]) -> tuple[int, int]:
-    """Return the parameters and bytes of the layers with hidden units, without some units of each reader."""
-    entries: dict[tuple[nn.Module, str], dict[int, int]] = {}  # that are taken out of each tensor, by dimension
-    for reader, units in plan.coupled.items():
-        for slot in units.slots:
-            copies = slot.tensor.shape[slot.dim] // units.width
-            entries.setdefault((slot.module, slot.name), {})[slot.dim] = copies * removed.get(reader, 0)
-    parameters = size = 0
-    for (module, name), taken in entries.items():
-        tensor = getattr(module, name)
-        left = math.prod(length - taken.get(dim, 0) for dim, length in enumerate(tensor.shape))
-        parameters += left if isinstance(tensor, nn.Parameter) else 0
-        size += left * tensor.element_size()
-    return parameters, size
+    yield Note(f"{zero:,} of {width:,} hidden units are zero; shrink() takes them out", is_warning=False)
 
 
 def _on_permutation(run: Run) -> Iterator[Note]:

@@ -71,7 +71,7 @@ class _Search:
         """Permute the hidden units that layers of this block read."""
         assert unit.module is not None
         runs = BlockRuns(unit.module, calls)
-        inputs = observer(unit, runs.recording())
+        inputs = observer(unit, runs.recording()).inputs
         with self._plan.processes.fail_together():
             chosen = list(self._find(unit, runs, inputs))
             self.moved |= {slot.module for hidden, _ in chosen for slot in hidden.slots}

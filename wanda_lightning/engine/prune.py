@@ -16,7 +16,7 @@ from torch import nn
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
-from wanda_lightning.calibration.observer import Observer, PassiveCalibration
+from wanda_lightning.calibration.observer import Observation, Observer, PassiveCalibration
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
@@ -190,9 +190,9 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
     samples = Samples(plan.model, None, None, None, plan.processes, None)
     run = Run(plan, samples, WeightStore(), permuted=permuted, not_corrected=not_corrected)
     with run.clock.timed("prune"), torch.inference_mode(False), torch.no_grad(), noting(run.written, log.error):
-        inputs, run.samples.total = passive.finish()
-        run = replace(run, selections=plan.allocate(inputs))
-        prune_unit(run, plan.whole_model, inputs, passive.observer)
+        found, run.samples.total = passive.finish()
+        run = replace(run, selections=plan.allocate(found.inputs))
+        prune_unit(run, plan.whole_model, found)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     return make_report(run)
 
@@ -210,7 +210,7 @@ def _observe_dense_model(run: Run) -> Observed:
     if config.allocation.needs:
         observer = Observer(config.allocation.needs, run.plan.processes)
         with pruning_mode(model), ProgressBar("Observing", None, run.progress) as bar:
-            inputs = run.store.observe_dense(run, observer, bar)
+            inputs = run.store.observe_dense(run, observer, bar).inputs
     if config.reads_gradients:
         with pruning_mode(model), ProgressBar("Passing backward", None, run.progress) as bar:
             bar.expect(run.samples.length)
@@ -226,11 +226,11 @@ def _prune_units(run: Run) -> Run:
     """Observe, prune and recover each unit in turn."""
     plan, config = run.plan, run.plan.config
     observer = Observer(plan.observed, plan.processes)
-    of_dense: Mapping[str, InputStatistics] | None = None if plan.observed else {}
+    of_dense = None if plan.observed else Observation()
     if plan.is_one_pass:
         with ProgressBar("Observing", None, run.progress) as bar:
-            of_dense = inputs = run.store.observe_dense(run, observer, bar)
-        run = run if run.selections else run.allocated(lambda: (inputs, {}))
+            of_dense = found = run.store.observe_dense(run, observer, bar)
+        run = run if run.selections else run.allocated(lambda: (found.inputs, {}))
     with ProgressBar("Pruning", None, run.progress) as bar, closing(run.store.stops(run, bar)) as stops:
         for unit, waiting in stops:
             bar.show(unit.name)
@@ -239,11 +239,11 @@ def _prune_units(run: Run) -> Run:
             recovery = config.recovery.start(unit, plan.processes)
             calls = recovery.record(waiting)
             if of_dense is None:
-                prune_unit(run, unit, observer(unit, calls), observer)
+                prune_unit(run, unit, observer(unit, calls))
             else:
                 for call in calls:  # which only record
                     call.run(on_copies=True)
-                prune_unit(run, unit, of_dense, observer)
+                prune_unit(run, unit, of_dense)
             for part, layers in recovery.train(bar.show):
                 for name in run.done.layers.keys() & {layer.name for layer in layers}:
                     run.done.layers[name] = replace(run.done.layers[name], part=part)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from wanda_lightning.calibration.lockstep import Stop, lockstep
-from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
@@ -105,8 +105,8 @@ class WeightStore:
 
     # ------------------------------------------------------------------------------------------------------- passes
 
-    def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Mapping[str, InputStatistics]:
-        """Return the statistics of all layers, from one pass of all samples through the dense model."""
+    def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Observation:
+        """Observe all layers in one pass of all samples through the dense model."""
         bar.expect(run.samples.length)
         return observer.whole_model(run.plan.whole_model, run.samples, bar.advance)
 

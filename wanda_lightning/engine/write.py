@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.core.statistics import InputStatistics, relative_error
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
@@ -16,9 +16,9 @@ from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
 from wanda_lightning.report import POOLED, PrunedLayer
 
 
-def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], observer: Observer) -> None:
+def prune_unit(run: Run, unit: Unit, found: Observation) -> None:
     """Prune the layers that the samples reached, and leave the others dense with a reason."""
-    plan = run.plan
+    plan, inputs = run.plan, found.inputs
     with plan.processes.fail_together():
         reached: list[Layer] = []
         for layer in unit.layers:
@@ -31,11 +31,11 @@ def prune_unit(run: Run, unit: Unit, inputs: Mapping[str, InputStatistics], obse
             if (following := inputs.get(layers[0].name, InputStatistics())) is not statistics:
                 statistics.forget_derived()
             statistics = following
-            for pruned in _prune_layers(run, layers, statistics, observer):
+            for pruned in _prune_layers(run, layers, statistics, found):
                 run.done.layers[pruned.name] = pruned
                 if pruned.name in plan.coupled:
                     run.done.layers |= _zero_units(run, pruned)
-        run.done.few_tokens |= observer.pooled
+        run.done.few_tokens |= found.pooled
 
 
 def _left_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
@@ -72,7 +72,7 @@ def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], pl
 
 
 def _prune_layers(
-    run: Run, layers: Sequence[Layer], inputs: InputStatistics, observer: Observer
+    run: Run, layers: Sequence[Layer], inputs: InputStatistics, found: Observation
 ) -> Iterator[PrunedLayer]:
     """Solve layers that share one input, and write their weights."""
     weights = [layer.read() for layer in layers]
@@ -91,7 +91,7 @@ def _prune_layers(
             lost = ((dense.to(means.dtype) - sparse) * means).sum(dim=1)  # autocast would round a product of matrices
             biases[layer.name].add_(lost.to(biases[layer.name].dtype))
         layer.write(sparse)
-        tokens, note = observer.pooled.get(layer.name, inputs.count), "; ".join(_notes(run, layer, inputs, observer))
+        tokens, note = found.pooled.get(layer.name, inputs.count), "; ".join(_notes(run, layer, inputs, found))
         yield PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, note, layer.siblings, before, block, error)
 
 
@@ -116,16 +116,14 @@ def _share_of_zeros(weight: Tensor) -> float:
     return int((weight == 0).sum()) / weight.numel()
 
 
-def _notes(run: Run, layer: Layer, inputs: InputStatistics, observer: Observer) -> Iterator[str]:
+def _notes(run: Run, layer: Layer, inputs: InputStatistics, found: Observation) -> Iterator[str]:
     if run.permuted and layer.name in run.permuted.kept:
         before, after = run.permuted.kept[layer.name]
         yield f"inputs permuted: kept score {after / before - 1:+.2%}"
     has_energy = inputs.sums.keys() & {"square_sum", "gram"}
     if inputs.count and has_energy and (inactive := int(inputs.inactive().count_nonzero())):
         yield f"{inactive} inputs never active"
-    if layer.name in observer.padding_counted:
+    if layer.name in found.padding_counted:
         yield "padding counted: the attention_mask does not show which inputs are padding"
-    if layer.name in observer.not_routed:
-        yield "every token counted: the model passes all tokens to every expert"
-    if layer.name in observer.pooled:
+    if layer.name in found.pooled:
         yield POOLED

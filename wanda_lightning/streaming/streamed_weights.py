@@ -9,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.engine.plan import Plan, Selections, make_plan, refuse_unprunable
 from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import Unit
@@ -55,8 +54,8 @@ class StreamedWeights(WeightStore):
         """Find what will be pruned, without the weights."""
         return make_plan(config, model, processes, has_weights=False)
 
-    def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Mapping[str, InputStatistics]:
-        """Return the statistics of all layers from one pass through the dense model, block by block."""
+    def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Observation:
+        """Observe all layers in one pass through the dense model, block by block."""
         bar.expect(len(run.plan.parts))
         with self.dense():
             plan, samples = run.plan, run.samples.hold()
