@@ -33,8 +33,7 @@ class Training:
 
     def __init__(self, model: nn.Module, batch_size: int, seqlen: int, runs: int) -> None:
         self.model, self.runs = model.train(), runs
-        report = prune(model, None, 0.5, criterion=Magnitude(), progress=False)
-        self.layers = [layer.name for layer in report.layers]
+        prune(model, None, 0.5, criterion=Magnitude(), progress=False)
         self.ids = torch.randint(model.config.get_text_config().vocab_size, (batch_size, seqlen)).to(model.device)
 
     def keep_zeros(self) -> dict[str, float]:
@@ -47,7 +46,7 @@ class Training:
 
         def held() -> float:
             self.model.load_state_dict(pruned)
-            zeros.hold(self.model, self.layers)
+            zeros.hold_all(self.model)
             duration = step()
             zeros.release()
             return duration

@@ -304,13 +304,6 @@ class Detached(Net):
         return self.layers(x).detach()
 
 
-def wider():
-    """A dense model with more classes, which no attribute shows."""
-    module = Net()
-    module.layers[4] = nn.Linear(module.layers[4].in_features, 20)
-    return module
-
-
 def pruned_net():
     module = Net()
     prune(module, criterion="magnitude", only=[LAYERS[1]], progress=False)
@@ -340,7 +333,6 @@ class Later(Net):
         (NeverCalls, {}, MisconfigurationException, "training_step never called NeverCalls .* there are layers"),
         (Pooled, {}, ValueError, r"logits.*it returns a tensor of shape \(4, 1\)"),
         (Detached, {"dense": Dense()}, ValueError, "its predictions have none"),
-        (Net, {"dense": wider()}, ValueError, r"shape \(4, 20\) and those of the network \(4, 16\)"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused_before_a_weight_changes(make, choices, error, message):

@@ -275,6 +275,14 @@ def test_ctrl_c_while_pruning_leaves_no_hooks_and_no_threads():
     assert same(module, Net())
 
 
+def test_weights_that_became_nan_in_training_are_refused_before_one_is_pruned():
+    module = Net()
+    module.on_train_batch_start = lambda batch, index: module.layers[0].weight.data[0].fill_(torch.nan)[0]
+    with pytest.raises(ValueError, match=r"layers.0 has weights that are NaN or infinite"):
+        trainer(WandaPrune(num_samples=12, at_step=3), max_steps=5).fit(module, loader())
+    assert share_of_zeros(module) == all_at(0.0)
+
+
 def test_a_callback_can_be_copied_and_pickled():
     callback = WandaPrune(num_samples=12)
     trainer(callback).validate(Net(), loader())

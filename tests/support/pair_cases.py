@@ -33,6 +33,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.engine.batch_norm import batch_norm_layers
+from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.models import find_layers
 from wanda_lightning.modules import CausalLMModule
@@ -68,8 +69,8 @@ def attempt(work):
 
 def prune_both(model, batches, processes=None, forward=None, **choices):
     """Prune a model together; return the report."""
-    config = PruningConfig.from_names(**choices)
-    return prune_as(config, model, batches, forward=forward, progress=False, processes=processes or both())
+    plan = make_plan(PruningConfig.from_names(**choices), model, processes or both())
+    return prune_as(plan, batches, forward=forward, progress=False)
 
 
 def whole_after(model, batches, **choices):
@@ -189,7 +190,7 @@ def fisher_of(rank, name, shares, samples):
 def progress(rank):
     model, batches = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].batches()
     with contextlib.redirect_stderr(io.StringIO()) as shown:
-        prune_as(PruningConfig.from_names(), model, batches[rank::2], progress=True, processes=both())
+        prune_as(make_plan(PruningConfig.from_names(), model, both()), batches[rank::2], progress=True)
     return shown.getvalue()
 
 
@@ -274,9 +275,8 @@ class PruneAtStart(L.Callback):
             self.batches.append(batch)
             return data.forward(batch)
 
-        self.report = prune_as(
-            self.config, target, data.batches(), forward=forward, progress=False, processes=processes
-        )
+        plan = make_plan(self.config, target, processes)
+        self.report = prune_as(plan, data.batches(), forward=forward, progress=False)
         self.weights = whole(target)
 
 

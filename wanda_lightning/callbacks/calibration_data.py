@@ -16,15 +16,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.calibration.samples import batch_size, forward_batch, is_even, run_alone, take
-from wanda_lightning.config import PruningConfig
-from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.prune import prune_collected
 from wanda_lightning.parallel import Processes
 from wanda_lightning.report import PruningReport
@@ -66,7 +64,8 @@ class CalibrationData:
         if processes.world_size > 1:
             torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
         step, offset = processes.world_size, processes.rank
-        if step > 1 and _reads_own_part(loader):
+        samplers = getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+        if step > 1 and any(isinstance(sampler, DistributedSampler) for sampler in samplers):  # it has a part already
             wanted = wanted // step + (offset < wanted % step)
             step, offset, source = 1, 0, f"the part of {source} for this process"
         seen = 0
@@ -102,12 +101,6 @@ class CalibrationData:
             if callable(step := getattr(self.module, name, None)):
                 return step(batch)
         return forward_batch(self.module, batch)
-
-
-def _reads_own_part(loader: Any) -> bool:
-    """Whether a loader gives each process different samples."""
-    samplers = getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
 
 
 def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable[Any] | None) -> tuple[Any, str]:
@@ -172,18 +165,15 @@ def _independent_copy(loader: Any) -> Any:
 class ValidationLoop:
     """Prunes a model with statistics from the first batches of a validation loop, until they have `num_samples`."""
 
-    def __init__(self, config: PruningConfig, model: nn.Module, processes: Processes, num_samples: int) -> None:
-        with processes.fail_together():
-            self._plan = make_plan(config, model, processes)
-        self._calibration = PassiveCalibration(model, self._plan.whole_model, self._plan.observed, processes)
-        self._samples_left = num_samples
-        self._world_size = processes.world_size
+    def __init__(self, plan: Plan, num_samples: int) -> None:
+        self._plan, self._samples_left = plan, num_samples
+        self._calibration = PassiveCalibration(plan.model, plan.whole_model, plan.observed, plan.processes)
         self._batch = ExitStack()
 
     def start_batch(self, batch: Any) -> None:
         """Collect while the batch runs, until `end_batch`."""
         if self._samples_left > 0:  # of all processes
-            self._samples_left -= batch_size(batch) * self._world_size
+            self._samples_left -= batch_size(batch) * self._plan.processes.world_size
             self._batch.enter_context(self._calibration.collect(batch))
 
     def end_batch(self) -> None:

@@ -34,7 +34,6 @@ from wanda_lightning.models import (
     token_masks,
 )
 from wanda_lightning.parallel import local
-from wanda_lightning.training.held_zeros import zeros_of
 
 _PRUNED = 0.01  # share of zeros; weights in 16 bits have a few zeros by chance
 _VALUES = 64  # of each tensor, for the fingerprint
@@ -190,11 +189,6 @@ class _Comparison:
         return self.total * (self.temperature**2 / max(1, self.count))  # a batch may be all padding
 
     def _add(self, predicted: Tensor, dense: Tensor, arguments: Mapping[str, Any]) -> None:
-        if predicted.shape != dense.shape:
-            raise UserError(
-                f"dense must be the model from which the network was pruned, but its logits have the shape "
-                f"{tuple(dense.shape)} and those of the network {tuple(predicted.shape)}."
-            )
         if not predicted.requires_grad:
             raise UserError(
                 "The network must predict with gradients to be distilled, but its predictions have none, as after "
@@ -247,7 +241,7 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
         model = network_of(dense, name) if isinstance(dense, L.LightningModule) else dense
     else:
         model = pl_module.load_dense_model(dense)  # type: ignore[operator]
-    if zeros := _zeros_of_pruning(model):
+    if dense is not None and (zeros := _zeros_of_pruning(model)):
         rank_zero_warn(f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model.")
     own = {id(parameter) for parameter in model.parameters()}
     if shared := [name for name, parameter in pl_module.named_parameters() if id(parameter) in own]:
@@ -278,7 +272,8 @@ def fingerprint(model: nn.Module) -> str:
 
 def _zeros_of_pruning(model: nn.Module) -> str:
     """Describe the zeros of the first layer that seems to be pruned; empty if there is none."""
-    sizes = {layer.name: layer.size for layer in find_layers(model).layers}
-    shares = {name: zeros / sizes[name] for name, zeros in zeros_of(model).items()}
-    pruned = [name for name, share in shares.items() if _PRUNED <= share < 1]  # some layers are initialized to zero
-    return f"{shares[pruned[0]]:.0%} of the weights of {pruned[0]} are zero" if pruned else ""
+    for layer in find_layers(model).layers:
+        share = int((layer.weight == 0).sum()) / layer.size
+        if _PRUNED <= share < 1:  # some layers are initialized to zero
+            return f"{share:.0%} of the weights of {layer.name} are zero"
+    return ""

@@ -21,10 +21,11 @@ from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
+from wanda_lightning.engine.plan import Plan, make_plan
 from wanda_lightning.engine.prune import prune_as, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport
-from wanda_lightning.training.held_zeros import zeros_of
+from wanda_lightning.training.held_zeros import sharded_layers, zeros_of
 
 
 class PruningCallback(ZerosCallback):
@@ -104,6 +105,7 @@ class PruningCallback(ZerosCallback):
         self.keep_zeros, self.report_dir, self.report_path = keep_zeros, report_dir, report
         self._state = PruningState(self._fixed_choices)
         self._processes = SINGLE_PROCESS
+        self._plan: Plan | None = None  # in a run of the Trainer, once it is needed
         self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
         self._resumed = False  # weights and state come from the same checkpoint
 
@@ -116,12 +118,6 @@ class PruningCallback(ZerosCallback):
     def is_finished(self) -> bool:
         """Whether it has pruned the model to its final sparsity."""
         return self._state.share == 1
-
-    @property
-    def reads_calibration_data(self) -> bool:
-        """Whether it may prune with data from `calibration_dataloader()` of the datamodule or module."""
-        is_given = self.dataloader is not None or self.calibrate_on == "validation"
-        return not is_given and self.config.data_reader is not None
 
     @property
     def state_key(self) -> str:
@@ -155,8 +151,7 @@ class PruningCallback(ZerosCallback):
         if self._state.share < 1:
             with self._calibration(trainer, pl_module) as data:  # raises the errors of a later stage now
                 find = data.trial_batches if self.calibrate_on == "calibration" else lambda: None
-                target = pruning_target(pl_module)
-                rehearse(self.config, target, find, data.forward, data.predict, self._processes)
+                rehearse(self._plan_once(pl_module), find, data.forward, data.predict)
             conflicts.warn_of_dense_best(self.schedule, trainer)
         self._hold(trainer, pl_module)
 
@@ -175,7 +170,7 @@ class PruningCallback(ZerosCallback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Remove the hooks."""
         self.on_validation_batch_end()
-        self._validation = None
+        self._plan = self._validation = None
         super().on_exception(trainer, pl_module, exception)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -183,8 +178,7 @@ class PruningCallback(ZerosCallback):
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._prune_to_evaluate(trainer, pl_module)
         if self._state.due and not trainer.sanity_checking:
-            config = self.config.scaled(self._share_due(trainer))
-            self._validation = ValidationLoop(config, pruning_target(pl_module), self._processes, self.num_samples)
+            self._validation = ValidationLoop(self._plan_due(trainer, pl_module), self.num_samples)
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -212,6 +206,10 @@ class PruningCallback(ZerosCallback):
 
     on_predict_start = on_test_start
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget the plan, which refers to the model."""
+        self._plan = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return how far the model is pruned; see `PruningState`."""
         return replace(self._state, unheld_zeros=self._zeros.state_dict()["unheld_zeros"]).to_checkpoint()
@@ -236,6 +234,18 @@ class PruningCallback(ZerosCallback):
     def _share_due(self, trainer: L.Trainer) -> float:
         """The share of the final sparsity to prune to now."""
         return self._schedule(trainer).share(trainer.global_step) or 1.0
+
+    def _plan_once(self, pl_module: L.LightningModule) -> Plan:
+        """Return the plan for the final sparsity; the layers are found once in a run of the Trainer."""
+        self._plan = self._plan or make_plan(self.config, pruning_target(pl_module), self._processes)
+        return self._plan
+
+    def _plan_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
+        """Return the plan for the stage that is due."""
+        config = self.config.scaled(self._share_due(trainer))
+        if self.calibrate_on == "calibration":
+            config = conflicts.without_permutation_in_training(config, trainer)
+        return self._plan_once(pl_module).with_choices(config)
 
     def _forget_if_dense(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
@@ -271,19 +281,19 @@ class PruningCallback(ZerosCallback):
         """Prune to the share that is due, and publish the report."""
         with self._calibration(trainer, pl_module) as data:
             report = prune_as(
-                conflicts.without_permutation_in_training(self.config.scaled(self._share_due(trainer)), trainer),
-                pruning_target(pl_module),
+                self._plan_due(trainer, pl_module),
                 data.batches(),
                 forward=data.forward,
                 predict=data.predict,
                 progress=shows_progress(trainer),
-                processes=self._processes,
             )
         self._record(report, trainer)
 
     def _record(self, report: PruningReport, trainer: L.Trainer) -> None:
         """Publish and save the report of a stage, with its run."""
-        report = replace(report, run=run_of(trainer, self.num_samples if self.reads_calibration_data else 0))
+        is_given = self.dataloader is not None or self.calibrate_on == "validation"
+        of_datamodule = self.num_samples if self.config.data_reader and not is_given else 0
+        report = replace(report, run=run_of(trainer, of_datamodule))
         self._state.record(report, self._share_due(trainer))
         publish(report, trainer, type(self).__name__)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -300,7 +310,9 @@ class PruningCallback(ZerosCallback):
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:
-            self._zeros.hold(pruning_target(pl_module), self._state.zeros)
+            plan, target = self._plan, pruning_target(pl_module)
+            found = sharded_layers(target) if plan is None else {layer.name: layer for layer in plan.layers}
+            self._zeros.hold([found[name] for name in self._state.zeros])
             self._clear_copies(trainer, pl_module)
 
 

@@ -172,7 +172,7 @@ def inspect(config: PruningConfig, options: Model) -> None:
         print_line("Note: --pattern structured prunes only those of these layers that write or read hidden units.")
     refuse_nothing_to_prune(config, found)
     if config.pattern.drops_experts:
-        find_mixtures(make_plan(config, model, has_weights=False))
+        find_mixtures(make_plan(config, model))
     if not options.is_image:
         print_line(_memory(model, found, options))
 

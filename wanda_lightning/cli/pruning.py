@@ -108,7 +108,7 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     dense, before = measured()
     steps = module.calibration_step, module.calibration_predictions
     forward, predict = (lambda batch, run=run: run(module.transfer_batch_to_device(batch, device, 0)) for run in steps)
-    report = prune_as(config, module.model, batches, forward=forward, predict=predict)
+    report = prune_as(plan, batches, forward=forward, predict=predict)
     pruned, after = measured()
     save = partial(module.save_pretrained, results.save_model, results.overwrite)
     yield _Pruned(report, module, source, dense, pruned, save, tuple(map(Sample, PROMPTS, before, after)))

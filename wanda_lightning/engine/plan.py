@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
-import torch
 from torch import Tensor, nn
 
 from wanda_lightning.common.checks import shown
@@ -97,6 +96,10 @@ class Plan:
     def unit_columns(self) -> dict[str, int]:
         """The number of columns of each hidden unit, by layer."""
         return {name: units.columns for name, units in self.coupled.items()}
+
+    def with_choices(self, config: PruningConfig) -> Plan:
+        """Return the plan for other choices that concern the same layers, such as a lower sparsity."""
+        return replace(self, config=config_for(config, self.model), preset=config.preset)
 
     @property
     def is_one_pass(self) -> bool:
@@ -216,9 +219,11 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
 
 
 def make_plan(
-    config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS, has_weights: bool = True
+    config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS, by_block: bool = False
 ) -> Plan:
-    """Find what will be pruned, without changing the model; check its weights if they are in memory.
+    """Find what will be pruned, without reading or changing the weights.
+
+    An error in one of the processes ends all of them. With `by_block`, blocks are loaded one at a time.
 
     Raises:
         ValueError: If the model cannot be pruned as asked.
@@ -234,15 +239,13 @@ def make_plan(
         )
     preset, config = config.preset, config_for(config, model)
     # Blocks are loaded or trained one at a time, also to be pruned with statistics of the dense model.
-    by_block = config.recovery.recorded or not has_weights
+    by_block |= config.recovery.recorded
     stops = "block" if config.sequential == "none" and by_block else config.sequential
-    inventory = find_layers(model, stops, config.skip, config.only, config.pattern)
-    plan = Plan(config, model, processes, inventory, preset=preset)
-    with torch.inference_mode(False), torch.no_grad():
+    with processes.fail_together():
+        inventory = find_layers(model, stops, config.skip, config.only, config.pattern)
+        plan = Plan(config, model, processes, inventory, preset=preset)
         refuse_nothing_to_prune(config, inventory)
         refuse_rounding(config, {layer.name: layer.width for layer in inventory.layers})
-        if has_weights:
-            refuse_unprunable(inventory.layers)
         config.allocation.check(plan.dense_layers(plan.layers), config.sparsity)
     return plan
 

@@ -26,10 +26,9 @@ from wanda_lightning.engine.coupling import couple
 from wanda_lightning.engine.drop_experts import drop_experts
 from wanda_lightning.engine.notes import make_report
 from wanda_lightning.engine.permuting import permute
-from wanda_lightning.engine.plan import Plan, make_plan
+from wanda_lightning.engine.plan import Plan, make_plan, refuse_unprunable
 from wanda_lightning.engine.run import Observed, Run, WeightStore
 from wanda_lightning.engine.write import prune_unit
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 from wanda_lightning.training.predictions import predictions_of
@@ -76,37 +75,35 @@ def prune(
     """
     check_choices(choices)
     config = PruningConfig.from_names(sparsity, **choices)
-    return prune_as(config, model, batches, forward=forward, progress=progress)
+    return prune_as(make_plan(config, model), batches, forward=forward, progress=progress)
 
 
 def prune_as(
-    config: PruningConfig,
-    model: nn.Module,
+    plan: Plan,
     batches: Iterable[Any] | None = None,
     *,
     forward: Callable[[Any], object] | None = None,
     predict: Callable[[Any], object] | None = None,
     progress: bool = True,
-    processes: Processes = SINGLE_PROCESS,
     store: WeightStore = WeightStore(),
 ) -> PruningReport:
-    """Prune with resolved choices, in one process or several.
+    """Prune as planned, in one process or several.
 
     Args:
-        config: The choices.
-        model: The model, of which each process has a full copy.
+        plan: The choices, the model and the processes. All of these processes call this, with the same choices and a
+            full copy of the model. Statistics are summed over all of them, so they choose the same masks; an error in
+            one process ends all of them.
         batches: Calibration batches of this process.
         forward: Runs one batch through the model.
         predict: Runs one batch and returns the logits, for choices that read gradients or train on predictions; by
             default `forward`.
         progress: Show a bar in the first process.
-        processes: All processes that call this, with the same choices. Statistics are summed over all of them, so they
-            choose the same masks; an error in one process ends all of them.
         store: Where the weights are.
     """
     started = time.perf_counter()
+    config, model, processes = plan.config, plan.model, plan.processes
     with processes.fail_together():
-        plan = store.plan(config, model, processes)
+        store.check(plan.layers)
         batch_norms = _batch_norms(plan)
         not_corrected = ""
         if batch_norms and batches is None:
@@ -114,7 +111,7 @@ def prune_as(
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         samples = Samples(model, batches, forward, predict, processes, reader)
         run = Run(plan, samples, store, progress and processes.rank == 0, not_corrected=not_corrected)
-        allocate_first = (not plan.is_one_pass or plan.config.reads_gradients) and not config.pattern.drops_experts
+        allocate_first = (not plan.is_one_pass or config.reads_gradients) and not config.pattern.drops_experts
         recovery_reads = config.recovery.reads_batches or config.recovery.recorded
         if config.data_reader and (allocate_first or recovery_reads):
             samples.read_all(run.progress)  # the batches run several times, or side by side
@@ -138,7 +135,7 @@ def prune_as(
         if recovers:
             # With a structured pattern, layers without hidden units (not in `run.plan`) train, too.
             dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
-            recovery = plan.config.recovery.start_model(dense)
+            recovery = config.recovery.start_model(dense)
     with run.clock.timed("prune"), pruning_mode(model), noting(run.written, log.error):
         run = _prune_units(run)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
@@ -150,19 +147,18 @@ def prune_as(
 
 
 def rehearse(
-    config: PruningConfig,
-    model: nn.Module,
+    plan: Plan,
     find_batches: Callable[[], Iterable[Any] | None],
     forward: Callable[[Any], object],
     predict: Callable[[Any], object],
-    processes: Processes,
 ) -> None:
-    """Raise the errors of a later `prune_as` that the plan or one forward pass of the first batch shows.
+    """Raise the errors of a later `prune_as` that the weights or one forward pass of the first batch show.
 
     `find_batches` is called if a choice reads batches, and returns None if no batch can be spared.
     """
+    config, model, processes = plan.config, plan.model, plan.processes
     with processes.fail_together():
-        plan = make_plan(config, model, processes)
+        refuse_unprunable(plan.layers)
         reader = config.data_reader or ("keep_batch_norm=False" if _batch_norms(plan) else None)
         batches = find_batches() if reader else None
     if batches is None:
@@ -170,7 +166,7 @@ def rehearse(
     samples = Samples(model, batches, forward, predict, processes, reader)
     with pruning_mode(model), processes.fail_together():
         if sample := next(iter(samples), None):
-            if plan.config.reads_gradients:
+            if config.reads_gradients:
                 check_predictions(plan.layers, samples.split(sample)[0])
             elif config.recovery.reads_batches:
                 predictions_of(samples.split(sample)[0].predict())
@@ -190,6 +186,8 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
     samples = Samples(plan.model, None, None, None, plan.processes, None)
     run = Run(plan, samples, WeightStore(), permuted=permuted, not_corrected=not_corrected)
     with run.clock.timed("prune"), torch.inference_mode(False), torch.no_grad(), noting(run.written, log.error):
+        with plan.processes.fail_together():
+            refuse_unprunable(plan.layers)
         found, run.samples.total = passive.finish()
         run = replace(run, selections=plan.allocate(found.inputs))
         prune_unit(run, plan.whole_model, found)

@@ -7,17 +7,13 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from torch import nn
-
 from wanda_lightning.calibration.lockstep import Stop, lockstep
 from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
-from wanda_lightning.engine.plan import Plan, Selections, make_plan
+from wanda_lightning.engine.plan import Plan, Selections, refuse_unprunable
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
-from wanda_lightning.parallel import Processes
 from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
 
 Observed = tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]
@@ -99,9 +95,9 @@ class WeightStore:
     zeros: int = 0  # among the weights that are not in memory
     advice: str = "Reload the model before you try again."  # if pruning fails halfway
 
-    def plan(self, config: PruningConfig, model: nn.Module, processes: Processes) -> Plan:
-        """Find what will be pruned."""
-        return make_plan(config, model, processes)
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Refuse weights that are in memory and cannot be pruned."""
+        refuse_unprunable(layers)
 
     # ------------------------------------------------------------------------------------------------------- passes
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import tempfile
 from collections.abc import Mapping
@@ -128,13 +127,8 @@ class CausalLMModule(L.LightningModule):
     def calibration_step(self, batch: Any) -> None:
         """Run the batch through all blocks; the logits are not computed."""
         input_ids, attention_mask, _ = self._read(batch)
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        model: Any = self.model
-        if not isinstance(model, FSDPModule):
-            model = self.pruning_target.base_model
-        elif "logits_to_keep" in inspect.signature(self.model.forward).parameters:
-            inputs["logits_to_keep"] = 1  # only a call of the whole model gathers the weights outside the blocks
-        model(**inputs)
+        base: Any = self.pruning_target.base_model
+        base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def check_tokens(self, input_ids: Tensor) -> None:
         """Raise a ValueError for token ids without an embedding. On a CUDA device they would end the process."""

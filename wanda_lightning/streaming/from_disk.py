@@ -17,7 +17,6 @@ from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
-from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
@@ -97,7 +96,7 @@ def pruned_from_disk(
         raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
     held = list(batches)
     checkpoint = Checkpoint(source, dtype, device)
-    make_plan(config, checkpoint.model, SINGLE_PROCESS, has_weights=False)  # to refuse before anything is written
+    plan = make_plan(config, checkpoint.model, by_block=True)
     described = checkpoint.model.config.to_dict()
     made_with = {  # the choices and data that determine the result
         **config.describe(),
@@ -114,7 +113,7 @@ def pruned_from_disk(
         weights = StreamedWeights(checkpoint, folder)
         run = None if forward is None else partial(forward, checkpoint.model)
         with weights.blocks.loading():
-            report = prune_as(config, checkpoint.model, held, forward=run, progress=progress, store=weights)
+            report = prune_as(plan, held, forward=run, progress=progress, store=weights)
     folder.finish(checkpoint, tokenizer, report.to_json())
     yield report
     folder.forget()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-
-from torch import nn
 
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.config import PruningConfig
-from wanda_lightning.engine.plan import Plan, Selections, make_plan, refuse_unprunable
+from wanda_lightning.engine.plan import Plan, Selections, refuse_unprunable
 from wanda_lightning.engine.run import Run, WeightStore
-from wanda_lightning.models import Unit
-from wanda_lightning.parallel import Processes
+from wanda_lightning.models import Layer, Unit
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint, Keys
 from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
@@ -50,9 +46,8 @@ class StreamedWeights(WeightStore):
             self._is_dense = False
             self.blocks.reset()
 
-    def plan(self, config: PruningConfig, model: nn.Module, processes: Processes) -> Plan:
-        """Find what will be pruned, without the weights."""
-        return make_plan(config, model, processes, has_weights=False)
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Do nothing: the weights are checked when they are read."""
 
     def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Observation:
         """Observe all layers in one pass through the dense model, block by block."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -83,7 +83,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     def hold_all(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> None:
         """Hold the zeros that each prunable layer has now, or only those of the layers in a loaded state."""
-        found, layers = _sharded_layers(model), self._loaded.get("layers")
+        found, layers = sharded_layers(model), self._loaded.get("layers")
         if not layers:
             counts = _count_zeros(found, processes)
             layers = [name for name, count in counts.items() if 0 < count < found[name].size]
@@ -100,12 +100,10 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                     f"state must be of the same model, wrapped in the same way, but this model has no {name} of the "
                     "same shape. Pass the model as it was when the state was saved."
                 )
-        self.hold(model, layers)
+        self.hold([found[name] for name in layers])
 
-    def hold(self, model: nn.Module, layers: Iterable[str]) -> None:
-        """Hold the weights of the named layers that are zero now; release all others."""
-        found = _sharded_layers(model)
-        held = [found[name] for name in layers]
+    def hold(self, held: Sequence[Layer]) -> None:
+        """Hold the weights of these layers that are zero now; release all others."""
         self.release()
         unheld, self._loaded = self._loaded.get("unheld_zeros", {}), {}
         self._keep = keep_masks(held, elsewhere=True)
@@ -220,10 +218,10 @@ def keep_masks(layers: Iterable[Layer], elsewhere: bool) -> dict[Tensor, KeepMas
 
 def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[str, int]:
     """Count the zeros of each prunable layer, over all processes."""
-    return _count_zeros(_sharded_layers(model), processes)
+    return _count_zeros(sharded_layers(model), processes)
 
 
-def _sharded_layers(model: nn.Module) -> dict[str, Layer]:
+def sharded_layers(model: nn.Module) -> dict[str, Layer]:
     """Return all layers that may have been pruned by name, with their shards if the model is sharded."""
     reshard(model)  # FSDP2 leaves its outermost module gathered, but the optimizer trains the shards
     return {layer.name: layer for layer in find_layers(model).layers}
