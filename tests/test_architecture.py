@@ -131,3 +131,18 @@ def test_the_whole_keeps_its_budget(row):
     files = list((ROOT / folder).rglob("*.py"))
     assert lines_in(files) <= lines
     assert len(files) <= int(number or len(files))
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "allowed"),
+    [
+        ("core/new.py", "import torch.nn\nimport json\nfrom . import types", True),
+        ("core/new.py", "import numpy", False),
+        ("core/deep/new.py", "from ... import engine", False),
+        ("data/new.py", "class A:\n    def f(self):\n        import timm", True),
+        ("data/new.py", "if TYPE_CHECKING:\n    import timm", True),
+        ("data/new.py", "if True:\n    from timm.layers import x", False),
+    ],
+)
+def test_the_rules_can_be_broken(file, source, allowed):
+    assert allowed == (not list(violations(f"{PACKAGE}/{file}", source)))

@@ -143,7 +143,8 @@ def test_the_tokenizer_may_be_a_gguf_file_or_is_refused_before_anything_is_read(
     write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "a.txt").write_text("theta" * 4)
     data = TextDataModule(str(tmp_path / "tiny.gguf"), evaluation=str(tmp_path / "a.txt"), seqlen=3)
-    assert data.evaluation_windows[0].tolist() == [29, 21, 2]
+    tokens = data.evaluation_windows.flatten().tolist()
+    assert tokens[tokens.index(29) :][:3] == [29, 21, 2]  # transformers 5.2 puts <s> in front
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it was imported
     with pytest.raises(FileNotFoundError, match=r"missing\.gguf does not exist"):
         TextDataModule(str(tmp_path / "missing.gguf"))

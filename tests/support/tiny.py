@@ -89,6 +89,7 @@ MORE: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": HEAD, "num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4},
     "qwen2_5_vl_vision": {"window_size": 32},
+    "qwen2_vl": {"vision_start_token_id": 1},  # or transformers 5.2 takes image tokens for the start of others
     "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {"num_experts_per_tok": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
@@ -130,7 +131,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     small: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            small[name] = tiny(type(value)) if type(value) is not PreTrainedConfig else value
+            small[name] = tiny(type(value)).to_diff_dict() if type(value) is not PreTrainedConfig else value
         elif name in TOKENS and value is not None:
             small[name] = TOKENS[name]
         elif name in of_layers:

@@ -32,7 +32,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw the random numbers of the CPU and of a device from a seed; restore their states at the end."""
     on_cpu = device.type == "cpu"
-    with torch.random.fork_rng(devices=[] if on_cpu else [device]):
+    with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
         (torch.default_generator if on_cpu else torch).manual_seed(seed)  # torch seeds all devices
         yield
 
