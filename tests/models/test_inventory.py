@@ -142,7 +142,7 @@ def test_a_compiled_model_is_found_the_same(name):
 
 def test_blocks_of_the_backbone_of_a_detector():
     """It holds them in a dictionary, which it runs in order."""
-    found = find_layers(build("faster_rcnn"))
+    found = find_layers(build("mask_rcnn"))
     expected = ["backbone.body.1.conv.1", *(f"backbone.body.{number}" for number in range(2, 8))]
     assert [unit.name for unit in found.units][:7] == expected
     assert {len(unit.layers) for unit in found.units[1:7]} == {2}
