@@ -11,8 +11,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from rich.table import Table
-from support.cli import IGNORED_WARNINGS, everything_in, run
-from support.forks import Fork, shell
+from support.cli import IGNORED_WARNINGS, OUT, everything_in, run
 
 from wanda_lightning.cli import explain, set_up_warnings
 from wanda_lightning.cli.measuring import print_line, print_table
@@ -63,9 +62,10 @@ def test_ctrl_c(monkeypatch, capsys):
 
 
 def test_a_closed_pipe_still_saves(text, tmp_path):
-    fork = Fork(shell, *map(str, text), "--save", "out", "--save_model", "out/model")
-    fork.stdout.close()
-    assert fork.wait().returncode != 0
+    command = [sys.executable, "-m", "wanda_lightning", *map(str, text), *OUT]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.close()
+    assert process.returncode != 0
     saved = everything_in(tmp_path / "out").keys()
     assert {"pruning_report.json", "model/model.safetensors", "model/README.md"} <= saved
 

@@ -1,15 +1,14 @@
-"""Processes that cost little: forks of one process that has imported the libraries and the commands.
+"""Calls in processes that cost little: forks of one process that has imported the libraries and the commands.
 
-A fresh interpreter needs 4 to 8 CPU seconds to import them. Use one only where that is what a test is about: imports,
-or environment variables that a library reads when it is imported.
+A fresh interpreter needs 4 to 8 CPU seconds to import them. Use one only where that is what a test is about.
 """
 
 import multiprocessing
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from pathlib import Path
 from subprocess import CompletedProcess
+from tempfile import TemporaryDirectory
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -20,75 +19,27 @@ FORKS.set_forkserver_preload(
 )
 
 
-class Fork:
-    """A running call of a function of a module in a process of its own, whose output is in `stdout` and `stderr`.
-
-    The arguments are pickled, and the module is imported in the fork unless it is preloaded. `cwd` and `env`, with all
-    environment variables, are those of this process by default; some libraries have read theirs already.
-    """
-
-    def __init__(self, function, *arguments, cwd=None, env=None):
-        pipes = [FORKS.Pipe(duplex=False) for _ in range(2)]
-        place = os.fspath(cwd or os.getcwd()), dict(os.environ if env is None else env)
-        self._process = FORKS.Process(
-            target=_call, args=(function, arguments, place, [there for _, there in pipes]), daemon=True
-        )
-        self._process.start()
-        self.pid = self._process.pid
-        self.stdout, self.stderr = (os.fdopen(os.dup(here.fileno()), errors="replace") for here, _ in pipes)
-        for here, there in pipes:
-            here.close()
-            there.close()
-
-    def send_signal(self, number):
-        """Send a signal; nothing happens if the process has ended."""
-        with suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-    def wait(self, timeout=120):
-        """Return the exit status (minus the number of a signal that killed it) and what was not read of its output."""
-        with ThreadPoolExecutor(2) as pool:
-            texts = [pool.submit(stream.read) for stream in (self.stdout, self.stderr) if not stream.closed]
-            self._process.join(timeout)
-            is_late = self._process.is_alive()
-            self._process.kill()
-            self._process.join()
-        assert not is_late, f"the fork did not end in {timeout} s: {[text.result() for text in texts]}"
-        *out, err = (text.result() for text in texts)
-        for stream in (self.stdout, self.stderr):
-            stream.close()
-        return CompletedProcess([], self._process.exitcode, "".join(out), err)
-
-
-def run(function, *arguments, **place):
-    """Call a function in a fork; return exit status, output and errors. Raising `SystemExit` sets the status."""
-    return Fork(function, *arguments, **place).wait()
-
-
-def shell(*arguments):
-    """Be the command line: the target of a `Fork`."""
-    from wanda_lightning.cli import main
-
-    sys.argv = ["wanda-lightning", *arguments]
-    sys.exit(main())
+def run(function, *arguments, timeout=120):
+    """Call a function of a module, with arguments that can be pickled; return its exit status, output and errors."""
+    with TemporaryDirectory() as folder:
+        process = FORKS.Process(target=_call, args=(function, arguments, folder), daemon=True)
+        process.start()
+        process.join(timeout)
+        assert not process.is_alive(), f"{function} did not end in {timeout} s"
+        return CompletedProcess([], process.exitcode, *(Path(folder, name).read_text() for name in ("1", "2")))
 
 
 def execute(code, *arguments):
-    """Be `python -c CODE ARGUMENTS`: the target of a `Fork`."""
+    """Be `python -c CODE ARGUMENTS`: a function to call in a fork."""
     sys.argv = ["-c", *map(str, arguments)]
     exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
 
 
-def _call(function, arguments, place, pipes):
+def _call(function, arguments, folder):
     import torch
 
-    folder, environment = place
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    for descriptor, pipe in enumerate(pipes, start=1):
-        os.dup2(pipe.fileno(), descriptor)
-        pipe.close()
+    for descriptor in (1, 2):
+        os.dup2(os.open(f"{folder}/{descriptor}", os.O_CREAT | os.O_WRONLY), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", 1, closefd=False) for descriptor in (1, 2))
     torch.set_num_threads(1)
     function(*arguments)
