@@ -2,102 +2,64 @@
 
 import copy
 import json
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
 from support.pairwise import with_nightly
 from support.tiny import VOCABULARY
 from support.zoo import causal
+from transformers import AutoModelForCausalLM
 
 import wanda_lightning as wl
 
-_ALONE = """
-    import sys
-
-    class Blocked:
-        def find_spec(self, name, path=None, target=None):
-            if name.partition(".")[0] == "wanda_lightning":
-                raise ImportError(name)
-
-    sys.meta_path.insert(0, Blocked())
-    folder, inputs, outputs = sys.argv[1:]
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    x = load_file(inputs)["x"]
-"""
-
-
-def assert_loads_elsewhere(folder, x, load, expected):
-    """A new process that cannot import wanda_lightning gets the same outputs from the folder."""
-    inputs, outputs = folder.parent / "inputs.safetensors", folder.parent / "outputs.safetensors"
-    save_file({"x": x}, inputs)
-    code = textwrap.dedent(_ALONE + load)
-    done = subprocess.run([sys.executable, "-c", code, folder, inputs, outputs], capture_output=True, text=True)
-    assert not done.returncode, done.stderr
-    torch.testing.assert_close(load_file(outputs)["y"], expected, rtol=1e-4, atol=1e-5)
-
-
-_TRANSFORMERS = """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=TRUST)
-    assert model.generate(x[:, :3], max_new_tokens=3, do_sample=False).shape[1] == 6
-    with torch.no_grad():
-        save_file({"y": model.eval()(x).logits}, outputs)
-"""
-_TIMM = """
-    import timm
-
-    with torch.no_grad():
-        save_file({"y": timm.create_model(f"local-dir:{folder}", pretrained=True).eval()(x)}, outputs)
-"""
 LANGUAGE = {"llama": "intermediate_size", "gpt2": "n_inner", "opt": "ffn_dim", "phi3": "intermediate_size"}
 """The attribute of the configuration with the width; bloom has none."""
 
 
 def pruned_text_model(name, **choices):
-    model = causal(name).build()
-    ids = torch.randint(3, VOCABULARY, (8, 16))
+    """A model with zeros, tokens, and the logits for them."""
+    model, ids = causal(name).build(), torch.randint(3, VOCABULARY, (8, 16))
     wl.prune(model, [{"input_ids": ids}], 0.4, pattern="structured", progress=False, **choices)
-    return model, ids
+    with torch.no_grad():
+        return model, ids, model(ids).logits
+
+
+def assert_loads(folder, ids, expected, own_file):
+    """Transformers gets the same logits from the folder, whose own modeling file does not import this package."""
+    assert [path.name for path in folder.glob("*.py")] == ["modeling_shrunk.py"] * own_file
+    assert not any("wanda_lightning" in path.read_text() for path in folder.glob("*.py"))
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own_file).eval()
+    assert model.generate(ids[:, :3], max_new_tokens=3, do_sample=False).shape[1] == 6
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", with_nightly(["llama", "bloom"], LANGUAGE))
 def test_a_language_model_loads_without_this_package(name, tmp_path):
-    model, ids = pruned_text_model(name)
-    with torch.no_grad():
-        expected = model(ids).logits
+    model, ids, expected = pruned_text_model(name)
     config, state = model.config.to_dict(), copy.deepcopy(model.state_dict())
     report = wl.CausalLMModule(model).save_pretrained(tmp_path / "out", shrink=True)
     saved, attribute = json.loads((tmp_path / "out" / "config.json").read_text()), LANGUAGE.get(name)
     (width,) = {after for _, after in report.layers.values()}
     assert saved.get(attribute) == (width if attribute else None)
-    assert ("auto_map" in saved) == (tmp_path / "out" / "modeling_shrunk.py").exists() == (attribute is None)
+    assert ("auto_map" in saved) == (attribute is None)
     # The module keeps its zeros and its configuration.
     assert model.config.to_dict() == config
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    load = _TRANSFORMERS.replace("TRUST", str(attribute is None))
-    assert_loads_elsewhere(tmp_path / "out", ids, load, expected)
+    assert_loads(tmp_path / "out", ids, expected, attribute is None)
 
 
 def test_layers_of_several_widths_get_a_modeling_file(tmp_path):
     """Loaded, it can be saved again, by this package or by transformers."""
-    model, ids = pruned_text_model("llama", allocation="fisher")
-    with torch.no_grad():
-        expected = model(ids).logits
+    model, ids, expected = pruned_text_model("llama", allocation="fisher")
     assert len({after for _, after in wl.shrink(model).layers.values()}) > 1
     wl.CausalLMModule(model).save_pretrained(tmp_path / "out")
     with pytest.raises(ValueError, match="do not fit"):
         wl.CausalLMModule(tmp_path / "out").configure_model()
     wl.CausalLMModule(tmp_path / "out", trust_remote_code=True).save_pretrained(tmp_path / "again")
-    for folder in (tmp_path / "out", tmp_path / "again"):
-        assert_loads_elsewhere(folder, ids, _TRANSFORMERS.replace("TRUST", "True"), expected)
+    for folder in ("out", "again"):
+        assert_loads(tmp_path / folder, ids, expected, True)
 
 
 @pytest.mark.parametrize(
@@ -113,12 +75,12 @@ def test_an_image_model_loads_without_this_package(name, sizes, sparsity, argume
     module = wl.ImageClassifierModule(name, False, num_classes=10, model_kwargs=kwargs).eval()
     images = torch.randn(4, 3, 32, 32)
     wl.prune(module.model, [images], sparsity, pattern="structured", progress=False)
-    with torch.no_grad():
-        expected = module(images)
     module.save_pretrained(tmp_path / "out", shrink=True)
     saved = json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]
     assert {key: saved[key] for key in arguments} == arguments
-    assert_loads_elsewhere(tmp_path / "out", images, _TIMM, expected)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), module(images), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

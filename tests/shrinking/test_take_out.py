@@ -3,7 +3,6 @@
 import copy
 from functools import partial
 
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -232,19 +231,3 @@ def test_16_bits_and_the_configuration_which_other_models_keep(dtype):
     torch.testing.assert_close(model(ids).logits, expected, rtol=0.1, atol=0.1)
     assert model.config.intermediate_size == model.model.config.intermediate_size == 42
     assert other.config.intermediate_size == config.intermediate_size == 64
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within onnxscript
-def test_layers_of_several_widths_are_exported(tmp_path):
-    """torch.export and ONNX take any shape, also that of a model that has no ordinary folder."""
-    model, images = pruned_image_model("convnext")
-    with torch.no_grad():
-        model.stages[0].blocks[0].mlp.fc1.weight[-8:] = 0
-        model.stages[0].blocks[0].mlp.fc2.weight[:, -8:] = 0
-        expected = model(images)
-    wl.shrink(model, images)
-    torch.testing.assert_close(torch.export.export(model, (images,)).module()(images), expected, rtol=1e-4, atol=1e-5)
-    torch.onnx.export(model, (images,), tmp_path / "small.onnx", dynamo=True)
-    session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
-    (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-3, atol=1e-4)
