@@ -7,14 +7,12 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
-import safetensors.torch
 import timm
-import torch
 from huggingface_hub import constants
 from support.modules import tiny_llama
 
 from wanda_lightning.common.model_source import ModelSource, load_config, load_tokenizer
-from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.modules import ImageClassifierModule
 
 
 def test_a_path_or_a_hub_id(monkeypatch, tmp_path):
@@ -69,12 +67,3 @@ def test_a_classifier_without_its_prefix(tmp_path):
     timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path)
     with pytest.raises(ValueError, match=rf"is an image classifier of timm: its name is timm:local-dir:{tmp_path}"):
         load_config(ModelSource(tmp_path))
-
-
-def test_a_package_that_a_quantized_model_needs_is_named(tmp_path):
-    config = tiny_llama().config
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    config.save_pretrained(tmp_path)
-    safetensors.torch.save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ImportError, match=r"The weights of .* cannot be loaded: .*(optimum|gptq|accelerate)"):
-        CausalLMModule(str(tmp_path)).configure_model()

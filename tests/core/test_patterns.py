@@ -29,12 +29,8 @@ def distinct_scores(seed, rows, d_in, dtype=torch.float32):
 @example(torch.ones(2, 10), 0.7)
 @example(torch.ones(2, 100), 0.29)  # 100 * 0.29 is 28.999999999999996
 def test_unstructured_prunes_the_exact_number_of_each_group(scores, sparsity):
-    by_row = Unstructured()(scores, sparsity)
-    assert ((~by_row).sum(dim=1) == int(scores.shape[1] * sparsity)).all()
-    assert_keeps(by_row, reference.keep_by_row(scores.numpy(), sparsity))
-    by_layer = Unstructured(group="layer")(scores, sparsity)
-    assert (~by_layer).sum() == int(scores.numel() * sparsity)
-    assert_keeps(by_layer, reference.keep_by_layer(scores.numpy(), sparsity))
+    assert_keeps(Unstructured()(scores, sparsity), reference.keep_by_row(scores.numpy(), sparsity))
+    assert_keeps(Unstructured(group="layer")(scores, sparsity), reference.keep_by_layer(scores.numpy(), sparsity))
 
 
 # ---- N:M
@@ -45,9 +41,7 @@ def test_unstructured_prunes_the_exact_number_of_each_group(scores, sparsity):
 @settings(max_examples=20)
 def test_n_of_every_m_survive(n, m, data):
     scores = data.draw(score_matrices(multiple_of=m, multiples=4))
-    keep = NM(n, m)(scores, 1 - n / m)
-    assert (keep.reshape(-1, m).sum(dim=1) == n).all()
-    assert_keeps(keep, reference.keep_n_of_m(scores.numpy(), n, m))
+    assert_keeps(NM(n, m)(scores, 1 - n / m), reference.keep_n_of_m(scores.numpy(), n, m))
 
 
 # ---- the share of each row

@@ -106,13 +106,3 @@ def test_only_timm_models_are_saved_and_only_classifiers_taken(tmp_path):
     for build in (lambda: ImageClassifierModule(nn.Linear(2, 2)), lambda: tiny_vit(num_classes=0)):
         with pytest.raises(ValueError, match=r"`num_classes` .* larger than 1"):
             build()
-
-
-def test_loads_from_a_checkpoint(tmp_path):
-    module = tiny_vit(lr=0.5)
-    run = trainer()
-    run.strategy.connect(module)
-    run.save_checkpoint(tmp_path / "last.ckpt")
-    again = ImageClassifierModule.load_from_checkpoint(tmp_path / "last.ckpt")
-    assert same(again, module)
-    assert again.lr == 0.5

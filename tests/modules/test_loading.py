@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -201,13 +200,6 @@ def test_a_broken_gguf_file_is_named(folders, tmp_path, part):
     path.write_bytes(part((folders / "tiny.gguf").read_bytes()))
     with pytest.raises(ValueError, match=r"broken\.gguf' cannot be loaded: "):
         CausalLMModule(str(path))
-
-
-def test_gguf_names_the_extra(folders, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    for build in (CausalLMModule, model_from_config):
-        with pytest.raises(ImportError, match=r"need gguf: pip install '\.\[demo\]' in"):
-            build(str(folders / "tiny.gguf"))
 
 
 @pytest.mark.parametrize("loaded", [False, True])

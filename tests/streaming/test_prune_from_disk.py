@@ -140,17 +140,3 @@ def test_what_has_no_perplexity_is_refused(source, tmp_path):
     T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="model must be a decoder, but t5 is an encoder-decoder"):
         perplexity_from_disk(tmp_path, batches(), progress=False)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", CHOICES)
-def test_a_gpu_gives_the_weights_that_it_gives_in_memory(source, tmp_path, name):
-    model = AutoModelForCausalLM.from_pretrained(source).cuda()
-    expected = prune(model, batches(), 0.5, progress=False, **CHOICES[name])
-    model.save_pretrained(tmp_path / "memory")
-    on_gpu = {"progress": False, "device": "cuda"}
-    report = prune_from_disk(source, tmp_path / "disk", batches(), 0.5, **on_gpu, **CHOICES[name])
-    assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
-    assert report.layers == expected.layers
-    perplexity = perplexity_from_disk(tmp_path / "disk", batches(), **on_gpu)
-    assert perplexity == pytest.approx(perplexity_from_disk(tmp_path / "disk", batches(), progress=False), rel=1e-2)

@@ -69,24 +69,15 @@ def build(name):
 
 def scenes(*sizes):
     """Batches of images of different sizes, each with one box, as torchvision's `tuple(zip(*samples))` makes them."""
-    random, batches = torch.Generator().manual_seed(1), []
-    for size in sizes:
-        images = tuple(torch.rand(3, 64, 64 + 16 * (n % 2), generator=random) for n in range(size))
-        box = {"boxes": torch.tensor([[8.0, 8.0, 48.0, 40.0]]), "labels": torch.tensor([1])}
-        batches.append((images, tuple({**box, "masks": torch.ones_like(x[:1], dtype=torch.uint8)} for x in images)))
-    return batches
-
-
-def pictures(*sizes):
-    """Batches for segmentation: images, and the class of each pixel."""
     draw = torch.Generator().manual_seed(1)
-    return [
-        (torch.rand(n, 3, 64, 64, generator=draw), torch.randint(CLASSES, (n, 64, 64), generator=draw)) for n in sizes
-    ]
+    box = {"boxes": torch.tensor([[8.0, 8.0, 48.0, 40.0]]), "labels": torch.tensor([1])}
+    images = (tuple(torch.rand(3, 64, 64 + 16 * (n % 2), generator=draw) for n in range(size)) for size in sizes)
+    return [(each, (box,) * len(each)) for each in images]
 
 
 def batches_for(name, *sizes):
-    return (pictures if name == "lraspp" else scenes)(*sizes)
+    draw = torch.Generator().manual_seed(1)
+    return [(torch.rand(n, 3, 64, 64, generator=draw),) for n in sizes] if name == "lraspp" else scenes(*sizes)
 
 
 def class_logits(model):
