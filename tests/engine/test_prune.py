@@ -55,7 +55,7 @@ def tied(everything):
 # Blocks in bfloat16; layers that nothing calls; experts with padding, which test_expert_tokens.py compares.
 NOT_SLOWLY = "autocast_inside", "torch_transformer", "mixtral_padded"
 # Specimens that differ from another in nothing that pruning sees.
-LIKE_OTHERS = "llama_left_padded", "mistral", "qwen3", "qwen3_moe", "deit", "resnet50", "convnext_conv_mlp"
+LIKE_OTHERS = "llama_left_padded", "qwen3_moe", "resnet50", "convnext_conv_mlp"
 
 
 @pytest.mark.parametrize(

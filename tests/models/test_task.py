@@ -19,7 +19,7 @@ OF_TRANSFORMERS = {
     "Wav2Vec2ForSequenceClassification": False,
 }
 MODELS = {
-    **{name: (ZOO[name].build, True) for name in ("vit", "deit", "convnext", "swin", "resnet18", "resnet50")},
+    **{name: (ZOO[name].build, True) for name in ("vit", "convnext", "swin", "resnet18", "resnet50")},
     **{name: (ZOO[name].build, False) for name in ("llama", "t5", "mixtral", "plain_mlp", "torch_transformer")},
     **{name: (partial(on_meta, name), images) for name, images in OF_TRANSFORMERS.items()},
     "efficientnet": (lambda: timm.create_model("test_efficientnet"), True),

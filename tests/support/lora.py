@@ -2,9 +2,10 @@
 
 import torch
 from peft import get_peft_model
+from support.modules import tiny_llama
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning import prune
@@ -15,12 +16,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def llama(dtype=torch.float32, sparsity=0.5, **sizes):
-    torch.manual_seed(0)
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
-    sizes = {"hidden_size": 32, "intermediate_size": 56, "max_position_embeddings": 64, **heads, **sizes}
-    return pruned(LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False, use_cache=False)), sparsity).to(
-        dtype
-    )
+    sizes = {"vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 56, **sizes}
+    return pruned(tiny_llama(**sizes, use_cache=False), sparsity).to(dtype)
 
 
 def gpt2(sparsity=0.5):

@@ -14,8 +14,8 @@ VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads"
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 
 
-def tiny_llama(**kwargs):
-    torch.manual_seed(0)
+def tiny_llama(seed=0, **kwargs):
+    torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     sizes |= {"vocab_size": 128, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(**sizes | kwargs)).eval()

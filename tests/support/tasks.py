@@ -5,14 +5,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from support import modules
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
-SEQLEN, VOCABULARY = 32, 400
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-SPECIAL = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
+VOCABULARY = 400
 
 DOCUMENTS = {
     "boolq": [
@@ -23,42 +22,26 @@ DOCUMENTS = {
         {"sentence1": "A cat sleeps.", "sentence2": "An animal sleeps.", "label": 0},
         {"sentence1": "It rains.", "sentence2": "It is dry.", "label": 1},
     ],
-    "hellaswag": [
-        {
-            "activity_label": "Cooking",
-            "ctx_a": "A man cuts an onion.",
-            "ctx_b": "he",
-            "endings": ["flies [step] away and is not seen again.", "cries.", "sings  a song.", "[title] ends"],
-            "label": "1",
-        },
-        {
-            "activity_label": "Sleeping",
-            "ctx_a": "[header] A cat lies down.",
-            "ctx_b": "",
-            "endings": ["it sleeps.", "it writes a long letter to its sister in London."],
-            "label": "0",
-        },
+    "hellaswag": 2
+    * [
+        {"activity_label": "Cooking", "ctx_a": "A man cuts an onion.", "ctx_b": "he", "label": "1"}
+        | {"endings": ["flies [step] away and is not seen again.", "cries.", "sings  a song.", "[title] ends"]}
     ],
-    "winogrande": [
-        {"sentence": "The cup did not fit; _ was too big.", "option1": "the cup", "option2": "a box", "answer": "1"},
-        {"sentence": "Ann thanked Eve because _ had helped.", "option1": "Ann", "option2": "Eve", "answer": "2"},
-    ],
+    "winogrande": 2
+    * [{"sentence": "The cup did not fit; _ was too big.", "option1": "the cup", "option2": "a box", "answer": "1"}],
     "arc_easy": [
         {"question": "What do plants need?", "choices": {"text": ["light", "a hammer"], "label": ["A", "B"]}},
         {"question": "What is hot?", "choices": {"text": ["ice", "the sun", "deep snow"], "label": ["1", "2", "3"]}},
-    ],
-    "arc_challenge": [
-        {"question": "What is 2 + 2?", "choices": {"text": ["four", "a large number"], "label": ["A", "B"]}},
-        {"question": "Which is wet?", "choices": {"text": ["dust", "the sea"], "label": ["A", "B"]}},
     ],
     "openbookqa": [
         {"question_stem": "A magnet attracts", "choices": {"text": ["iron", "dry wood"], "label": ["A", "B"]}},
         {"question_stem": "Frogs begin as", "choices": {"text": ["eagles", "tadpoles"], "label": ["A", "B"]}},
     ],
 }
-for name in ("arc_easy", "arc_challenge", "openbookqa"):
-    DOCUMENTS[name][0]["answerKey"] = "A"
-    DOCUMENTS[name][1]["answerKey"] = DOCUMENTS[name][1]["choices"]["label"][1]
+for name in ("arc_easy", "openbookqa"):
+    for number, document in enumerate(DOCUMENTS[name]):
+        document["answerKey"] = document["choices"]["label"][number]
+DOCUMENTS["arc_challenge"] = DOCUMENTS["arc_easy"]
 
 
 def by_hand(name, doc):
@@ -96,10 +79,9 @@ def accuracies_by_hand(model, tokenizer, name, documents):
 
 
 def tiny_llama(seed):
-    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "initializer_range": 0.3, **SIZES, **SPECIAL}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
+    sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, "initializer_range": 0.3}
+    return modules.tiny_llama(seed, num_attention_heads=4, **sizes, **special)
 
 
 def tiny_tokenizer():

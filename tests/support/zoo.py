@@ -25,7 +25,6 @@ import torch.nn.functional as F
 import transformers as hf
 from support.tiny import HEAD, VOCABULARY, tiny
 from timm.models.convnext import ConvNeXt
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
@@ -550,7 +549,6 @@ def _odd(make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vect
 
 _LEFT = partial(_padded_text, side="left")
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
-_OUTSIDE = ("blocks.[0-9]", "pos_embed", "patch_embed.proj", "head", "cls_token")
 _CONVNEXT = {"depths": (2, 2, 2, 2), "dims": (8, 16, 24, 32), "ls_init_value": 0.75}
 _STAGES = ("stages.[0-9].blocks.[0-9]", "stem.0", "*.conv_dw", "head.fc")
 _SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
@@ -562,8 +560,6 @@ ZOO: dict[str, Specimen] = {
     "llama": _text_model(hf.LlamaForCausalLM),
     "llama_padded": _text_model(hf.LlamaForCausalLM, batch=_padded_text),
     "llama_left_padded": _text_model(hf.LlamaForCausalLM, batch=_LEFT),
-    "mistral": _text_model(hf.MistralForCausalLM),
-    "qwen3": _text_model(hf.Qwen3ForCausalLM, num_key_value_heads=2, head_dim=16),
     "gemma2": _text_model(
         hf.Gemma2ForCausalLM,
         **{"num_hidden_layers": 3, "layer_types": None, "head_dim": 16, "query_pre_attn_scalar": 16},
@@ -592,8 +588,7 @@ ZOO: dict[str, Specimen] = {
         _padded_pairs,
         decoder_start_token_id=0,
     ),
-    "vit": _image_model(VisionTransformer, _VIT, *_OUTSIDE),
-    "deit": _image_model(VisionTransformerDistilled, _VIT, *_OUTSIDE, "dist_token", "head_dist"),
+    "vit": _image_model(VisionTransformer, _VIT, "blocks.[0-9]", "pos_embed", "patch_embed.proj", "head", "cls_token"),
     "convnext": _image_model(ConvNeXt, _CONVNEXT, *_STAGES),
     "convnext_conv_mlp": _image_model(ConvNeXt, {**_CONVNEXT, "conv_mlp": True}, *_STAGES),
     "swin": _image_model(
