@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -123,9 +123,8 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
         sample, again = _sample(model, batch, forward), set[str]()
         with pruning_mode(model, search.changed):
             whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
-            for recording in whole.recording():
-                recording.run()
-            for _ in lockstep(search.blocks, [sample], revisited=again, to_end=True):
+            recorded = [replace(sample, forward=call.run) for call in whole.recording()]
+            for _ in lockstep(search.blocks, recorded, revisited=again, to_end=True):
                 pass
             search.blocks = [unit for unit in search.blocks if unit.name not in again]
             with closing(lockstep(search.blocks, [sample])) as stops:
