@@ -183,14 +183,14 @@ class PruningConfig:
         return ""
 
     @property
-    def unit_needs(self) -> frozenset[str]:
-        """The statistics that are collected at each unit, before it is pruned."""
+    def stop_needs(self) -> frozenset[str]:
+        """The statistics that are collected at each stop, before it is pruned."""
         return self.criterion.needs | self.solver.needs | self.recovery.needs
 
     @property
     def needs(self) -> frozenset[str]:
         """All statistics that any choice reads, including those of the dense model for the allocation."""
-        return self.unit_needs | self.allocation.needs
+        return self.stop_needs | self.allocation.needs
 
     @property
     def reads_gradients(self) -> bool:

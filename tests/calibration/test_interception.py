@@ -144,9 +144,9 @@ def test_layers_that_are_called_and_read_past_count_both_and_those_with_one_inpu
 
     found = []
     for model in (build(twice), build(separate_past)):
-        (unit,) = find_layers(model, "none").units
+        (stop,) = find_layers(model, "none").stops
         with torch.no_grad():
-            found.append(Observer(frozenset(SUMS))(unit, whole_model_calls(samples_of(model, vectors()))).inputs)
+            found.append(Observer(frozenset(SUMS))(stop, whole_model_calls(samples_of(model, vectors()))).inputs)
     both, shared = found
     assert (both["0.qkv"].count, both["0.q"].count) == (30, 60)
     assert torch.allclose(both["0.q"].sums["square_sum"], 5 * both["0.qkv"].sums["square_sum"])

@@ -20,7 +20,7 @@ from wanda_lightning import prune
 from wanda_lightning.calibration.lockstep import MOST_IDLE_WORKERS, lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
-from wanda_lightning.models import Unit
+from wanda_lightning.models import Stop
 
 
 @pytest.fixture(autouse=True)
@@ -32,18 +32,18 @@ def _no_thread_is_left():
 
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(count):
-    """Through the units before, with the weights that these had when the batches continued."""
-    model, batches, units = Chain(Mlp(), Mlp(), Mlp()), vectors(count), []
-    for unit, calls in travel(model, batches, model.blocks):
-        units.append(unit)
+    """Through the stops before, with the weights that these had when the batches continued."""
+    model, batches, stops = Chain(Mlp(), Mlp(), Mlp()), vectors(count), []
+    for stop, calls in travel(model, batches, model.blocks):
+        stops.append(stop)
         assert overrides(model) == ["blocks.0", "blocks.1", "blocks.2"]
-        model.blocks[unit].down.weight.data.mul_(-0.5)
+        model.blocks[stop].down.weight.data.mul_(-0.5)
         assert [call.sample.batch_index for call in calls] == list(range(count))
         for call, x in zip(calls, batches, strict=True):
-            assert torch.equal(call.args[0], through(model.blocks[:unit], x))
-            assert torch.equal(call.run(), through(model.blocks[: unit + 1], x))
+            assert torch.equal(call.args[0], through(model.blocks[:stop], x))
+            assert torch.equal(call.run(), through(model.blocks[: stop + 1], x))
             assert call.kwargs == {}
-    assert units == [0, 1, 2]
+    assert stops == [0, 1, 2]
     assert overrides(model) == []
 
 
@@ -64,14 +64,14 @@ def test_the_head_is_not_computed_and_an_error_before_it_does_not_matter():
     model, failing, seen = Chain(Mlp(), Mlp()), Chain(Mlp(), Mlp(), glue=glue), []
     model.head.register_forward_hook(lambda *_: seen.append(1))
     for each in (model, failing):
-        assert [unit for unit, _ in route(each, vectors(), each.blocks)] == [0, 1]
+        assert [stop for stop, _ in route(each, vectors(), each.blocks)] == [0, 1]
     assert seen == []
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
 @pytest.mark.parametrize("most", [0, MOST_IDLE_WORKERS])
 def test_waiting_batches_keep_few_workers(monkeypatch, most):
-    """OpenMP keeps a team for each thread of a batch that computes between the units."""
+    """OpenMP keeps a team for each thread of a batch that computes between the stops."""
     monkeypatch.setattr("wanda_lightning.calibration.lockstep.MOST_IDLE_WORKERS", most)
     x = torch.randn(2**16, WIDTH)
     model, before = Chain(Mlp(), Mlp(), glue=lambda index: x.exp()), torch.get_num_threads()
@@ -87,7 +87,7 @@ def test_waiting_batches_keep_few_workers(monkeypatch, most):
 
 @pytest.mark.parametrize("way", ["block", "layer", "watched"])
 def test_the_activations_of_one_unit_are_held(way):
-    """While a unit runs, a batch that has gone on has left its old input behind."""
+    """While a stop runs, a batch that has gone on has left its old input behind."""
     alive, most = weakref.WeakSet(), 0
 
     class Counted(Mlp):
@@ -102,8 +102,8 @@ def test_the_activations_of_one_unit_are_held(way):
     if way == "watched":
         own = run_of(model, vectors(4))
         with torch.no_grad():
-            for unit, calls in lockstep(own.plan.parts, own.samples.hold(), to_end=True):
-                calls[:] = [observer.watched(unit, call) for call in calls]
+            for stop, calls in lockstep(own.plan.parts, own.samples.hold(), to_end=True):
+                calls[:] = [observer.watched(stop, call) for call in calls]
         assert observer.finish(own.plan.whole_model).inputs
     else:
         prune(model, vectors(4), sequential=way, skip=["head"], progress=False)
@@ -153,7 +153,7 @@ def test_a_forward_of_the_instance_is_used_and_comes_back():
 
 @pytest.mark.parametrize("error", [LookupError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-@pytest.mark.parametrize("place", ["glue", "unit"])
+@pytest.mark.parametrize("place", ["glue", "stop"])
 def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
     """It is raised the second time, while other batches are parked."""
     calls = []
@@ -163,7 +163,7 @@ def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
         if len(calls) == 2:
             raise error
 
-    within, around = {"glue": (None, explode), "unit": (explode, lambda index: None)}[place]
+    within, around = {"glue": (None, explode), "stop": (explode, lambda index: None)}[place]
     model = Chain(Mlp(), Mlp(before=within), Mlp(), glue=around).train()
     with pytest.raises(type(error)) as caught:
         prune(model, vectors(), sequential=sequential, skip=["head"], progress=False)
@@ -193,20 +193,20 @@ class Careful(Chain):
 def test_closing_early_ends_all_threads_even_if_a_model_catches_exceptions(kind, stops_seen):
     model = Careful(Mlp(), Mlp(), Mlp())
     model.kind = kind
-    units = [Unit("", block, ()) for block in model.blocks]
-    stops = lockstep(units, samples_of(model, vectors()))
+    stops = [Stop("", block, ()) for block in model.blocks]
+    visits = lockstep(stops, samples_of(model, vectors()))
     for _ in range(stops_seen):
-        next(stops)
-    stops.close()
-    assert overrides(model) == list(stops) == []
+        next(visits)
+    visits.close()
+    assert overrides(model) == list(visits) == []
     assert kind is BaseException or model.caught == ()
 
 
 @pytest.mark.parametrize(
-    ("place", "sequential", "seconds"), [("glue", "block", 0.1), ("unit", "block", 60), ("unit", "none", 60)]
+    ("place", "sequential", "seconds"), [("glue", "block", 0.1), ("stop", "block", 60), ("stop", "none", 60)]
 )
 def test_ctrl_c_ends_at_once(place, sequential, seconds):
-    """In a unit the sleep itself is cut short; in the model's own code a batch goes on to its next stop."""
+    """In a stop the sleep itself is cut short; in the model's own code a batch goes on to its next stop."""
     timer = threading.Timer(0.15, os.kill, [os.getpid(), signal.SIGINT])
 
     def nap(*_):
@@ -214,7 +214,7 @@ def test_ctrl_c_ends_at_once(place, sequential, seconds):
             timer.start()
         time.sleep(seconds)
 
-    model = Chain(*(Mlp(before=nap if place == "unit" else None) for _ in range(40)))
+    model = Chain(*(Mlp(before=nap if place == "stop" else None) for _ in range(40)))
     model.glue = nap if place == "glue" else model.glue
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -258,9 +258,9 @@ if torch.accelerator.is_available():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("units", [1, 2, 3])
+@pytest.mark.parametrize("stops", [1, 2, 3])
 @pytest.mark.parametrize("state", STATES)
-def test_a_unit_sees_the_state_of_its_batch_and_the_caller_its_own(state, units, order):
+def test_a_module_sees_the_state_of_its_batch_and_the_caller_its_own(state, stops, order):
     """Batches enter a context one inside the other; the first one leaves while others are inside, or the last one."""
     (enter, values, current), batches, seen = STATES[state], vectors(), set()
     outer, inner = values[::order]
@@ -268,8 +268,8 @@ def test_a_unit_sees_the_state_of_its_batch_and_the_caller_its_own(state, units,
     class Held(Chain):
         def forward(self, x):
             with enter(inner):
-                x = through(self.blocks[:units], x)
-            return through(self.blocks[units:], x)
+                x = through(self.blocks[:stops], x)
+            return through(self.blocks[stops:], x)
 
     model = Held(*(Mlp(before=lambda i=index: seen.add((i, current()))) for index in range(3)))
     with enter(outer):
@@ -281,4 +281,4 @@ def test_a_unit_sees_the_state_of_its_batch_and_the_caller_its_own(state, units,
                 call.run()
         assert current() == outside
     assert seen == plain
-    assert {found == outside for _, found in plain} == ({False, True} if units < 3 else {False})
+    assert {found == outside for _, found in plain} == ({False, True} if stops < 3 else {False})

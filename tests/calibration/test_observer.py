@@ -1,4 +1,4 @@
-"""Statistics of the layers of a unit: what they are of, and inputs that are never active."""
+"""Statistics of the layers of a stop: what they are of, and inputs that are never active."""
 
 import weakref
 from functools import partial
@@ -30,10 +30,10 @@ def test_statistics_are_freed_before_those_of_the_next_unit(sequential, monkeypa
     alive, held, update = weakref.WeakSet(), [], InputStatistics.update
     monkeypatch.setattr(InputStatistics, "update", lambda *args: held.append(len(alive)) or update(*args))
     model, observer = nn.Sequential(nn.Linear(8, 8), Mlp(), nn.Linear(8, 8), Mlp()), Observer(NEEDS)
-    units = find_layers(model, sequential).units
-    assert len(units) == (4 if sequential == "block" else 6)
-    for unit, calls in travel(model, vectors(1), [unit.module for unit in units]):
-        alive.update(observer(units[unit], calls).inputs.values())
+    stops = find_layers(model, sequential).stops
+    assert len(stops) == (4 if sequential == "block" else 6)
+    for index, calls in travel(model, vectors(1), [stop.module for stop in stops]):
+        alive.update(observer(stops[index], calls).inputs.values())
     assert held == [0] * 6
 
 
@@ -49,8 +49,8 @@ def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(na
     own = run_of(model, ZOO[name].batches())
     with pruning_mode(model):
         expected = observer.whole_model(own.plan.whole_model, own.samples, lambda: None).inputs
-        for unit, calls in lockstep(own.plan.parts, own.samples.hold(), to_end=True):
-            calls[:] = [observer.watched(unit, call) for call in calls]
+        for stop, calls in lockstep(own.plan.parts, own.samples.hold(), to_end=True):
+            calls[:] = [observer.watched(stop, call) for call in calls]
         found = observer.finish(own.plan.whole_model).inputs
     assert found.keys() == expected.keys()
     # Visits to one block are added in another order.

@@ -189,7 +189,7 @@ def test_inspect_a_folder_without_weights(inputs, capsys):
     assert run("inspect", "--model", "[red]x[/green]", "--skip", "model.layers.0.mlp") == 0
     out = capsys.readouterr().out
     assert "[red]x[/green]: would be pruned" in out
-    assert "11 layers in 2 units hold 14,336 weights" in out  # 8 attention matrices of 32 x 32, three of 32 x 64
+    assert "11 layers at 2 stops hold 14,336 weights" in out  # 8 attention matrices of 32 x 32, three of 32 x 64
     for first, second in (("output head", "lm_head"), ("skip='model.layers.0.mlp'", "3")):
         assert any(first in row and second in row for row in out.splitlines())
 
@@ -197,9 +197,9 @@ def test_inspect_a_folder_without_weights(inputs, capsys):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("tiny.gguf", ["14 layers in 2 units hold 17,408 weights"]),  # 2 x (4 of 32 x 32 and 3 of 32 x 48)
-        ("timm:convnext_tiny", ["with --sequential none", "depthwise", "output head", "in 1 unit hold"]),
-        ("experts", ["24 layers in 2 units", "router", "gate_up_proj.*"]),
+        ("tiny.gguf", ["14 layers at 2 stops hold 17,408 weights"]),  # 2 x (4 of 32 x 32 and 3 of 32 x 48)
+        ("timm:convnext_tiny", ["with --sequential none", "depthwise", "output head", "at 1 stop hold"]),
+        ("experts", ["24 layers at 2 stops", "router", "gate_up_proj.*"]),
     ],
 )
 def test_inspect_allocates_no_weights(capsys, monkeypatch, name, expected):

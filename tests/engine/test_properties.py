@@ -19,7 +19,7 @@ from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import forward_batch
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
-from wanda_lightning.models import Unit, find_layers
+from wanda_lightning.models import Stop, find_layers
 
 DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # with what tolerance
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # of torch and of numpy
@@ -137,7 +137,7 @@ def assert_statistics(case):
     layers = find_layers(case.model).layers
     samples = samples_of(case.model, case.batches, forward=partial(forward_batch, case.model))
     with torch.no_grad():
-        found = Observer(frozenset({"square_sum", "gram"}))(Unit("", None, layers), whole_model_calls(samples)).inputs
+        found = Observer(frozenset({"square_sum", "gram"}))(Stop("", None, layers), whole_model_calls(samples)).inputs
     assert found.keys() == case.tokens.keys()
     for name, tokens in case.tokens.items():
         sums, gram = found[name].sums, reference.gram(tokens)

@@ -1,4 +1,4 @@
-"""What `find_layers` finds: each matrix once, in a unit or with its reason."""
+"""What `find_layers` finds: each matrix once, in a stop or with its reason."""
 
 from collections import Counter
 from functools import cache, partial
@@ -84,15 +84,15 @@ def test_each_matrix_is_there_once(name):
 
 @EVERY_MODEL
 def test_units_are_disjoint_and_hold_their_layers(name):
-    assert [(unit.name, unit.module) for unit in found_in(name, "none").units] == [("", None)]
+    assert [(stop.name, stop.module) for stop in found_in(name, "none").stops] == [("", None)]
     for sequential in ("block", "layer"):
-        units, modules = found_in(name, sequential).units, dict(built(name).named_modules())
-        inside = [module for unit in units for module in unit.module.modules()]
+        stops, modules = found_in(name, sequential).stops, dict(built(name).named_modules())
+        inside = [module for stop in stops for module in stop.module.modules()]
         assert len(inside) == len(set(inside))
-        for unit in units:
-            assert unit.layers
-            assert modules[unit.name] is unit.module
-            assert {layer.module for layer in unit.layers} <= set(unit.module.modules())
+        for stop in stops:
+            assert stop.layers
+            assert modules[stop.name] is stop.module
+            assert {layer.module for layer in stop.layers} <= set(stop.module.modules())
 
 
 @EVERY_MODEL
@@ -105,15 +105,15 @@ def test_granularity_changes_only_the_units(name):
     for found in by_granularity.values():
         assert {layer.name for layer in found.layers} == {layer.name for layer in layers}
         assert found.skipped == by_granularity["layer"].skipped
-    for unit in by_granularity["layer"].units:  # more layers are the experts of a module, which no forward tells apart
-        assert unit.module is model.get_submodule(unit.name)
-        assert unit.layers == tuple(layer for layer in layers if layer.module is unit.module)
+    for stop in by_granularity["layer"].stops:  # more layers are the experts of a module, which no forward tells apart
+        assert stop.module is model.get_submodule(stop.name)
+        assert stop.layers == tuple(layer for layer in layers if layer.module is stop.module)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_blocks_of_the_zoo(name):
     model, found = built(name), found_in(name)
-    blocks = {unit.name for unit in found.units if unit.module is not unit.layers[0].module}
+    blocks = {stop.name for stop in found.stops if stop.module is not stop.layers[0].module}
     assert blocks == matching(dict(model.named_modules()), ZOO[name].blocks)
     dense = {matrix.name for matrix in found.skipped if not matrix.detail.startswith("tied to ")}
     assert dense <= matching(matrices(model), ZOO[name].dense)
@@ -122,7 +122,7 @@ def test_blocks_of_the_zoo(name):
 @EVERY_MODEL
 def test_a_model_inside_another_is_found_the_same(name):
     alone, inside = found_in(name), find_layers(nn.ModuleDict({"net": built(name)}))
-    assert [f"net.{unit.name}" for unit in alone.units] == [unit.name for unit in inside.units]
+    assert [f"net.{stop.name}" for stop in alone.stops] == [stop.name for stop in inside.stops]
     assert [f"net.{matrix.name}" for matrix in alone.skipped] == [matrix.name for matrix in inside.skipped]
     assert [m.detail for m in alone.skipped] == [m.detail.replace("tied to net.", "tied to ") for m in inside.skipped]
 
@@ -134,7 +134,7 @@ def test_a_compiled_model_is_found_the_same(name):
     for sequential in SEQUENTIAL_CHOICES:
         alone, found = found_in(name, sequential), find_layers(model, sequential)
         assert alone.layers
-        assert [unit.name for unit in found.units] == [unit.name for unit in alone.units]
+        assert [stop.name for stop in found.stops] == [stop.name for stop in alone.stops]
         assert [layer.name for layer in found.layers] == [layer.name for layer in alone.layers]
         assert found.skipped == alone.skipped
         assert found.blocks == alone.blocks
@@ -144,9 +144,9 @@ def test_blocks_of_the_backbone_of_a_detector():
     """It holds them in a dictionary, which it runs in order."""
     found = find_layers(build("mask_rcnn"))
     expected = ["backbone.body.1.conv.1", *(f"backbone.body.{number}" for number in range(2, 8))]
-    assert [unit.name for unit in found.units][:7] == expected
-    assert {len(unit.layers) for unit in found.units[1:7]} == {2}
-    assert {len(unit.layers) for unit in found.units[7:]} == {1}
+    assert [stop.name for stop in found.stops][:7] == expected
+    assert {len(stop.layers) for stop in found.stops[1:7]} == {2}
+    assert {len(stop.layers) for stop in found.stops[7:]} == {1}
 
 
 # ---- reasons
@@ -307,7 +307,7 @@ def test_skip_and_only_name_layers(sequential):
         found = find_layers(TWELVE, sequential, **{choice: ["*.up"]})
         assert [(m.name, m.detail, m.reason) for m in found.skipped] == [(n, detail, SkipReason.USER) for n in dense]
         assert [layer.name for layer in found.layers] == [name for name in EVERYTHING if name not in dense]
-        assert all(unit.layers for unit in found.units)
+        assert all(stop.layers for stop in found.stops)
     found = find_layers(TWELVE, sequential, only=["blocks.0", "blocks.3.up"], skip=["*.0.down"])
     assert [layer.name for layer in found.layers] == ["blocks.0.up", "blocks.3.up"]
     details = {matrix.name: matrix.detail for matrix in found.skipped}

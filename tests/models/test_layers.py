@@ -163,7 +163,7 @@ def test_a_convolution_is_no_block_for_its_groups():
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
     for sequential in ("block", "layer"):
         found = find_layers(model, sequential)
-        assert [(unit.name, len(unit.layers)) for unit in found.units] == [("0", 1), ("1", 2), ("2", 1)]
+        assert [(stop.name, len(stop.layers)) for stop in found.stops] == [("0", 1), ("1", 2), ("2", 1)]
 
 
 # ---- subclasses of Linear: pruned if their own forward still computes a linear layer

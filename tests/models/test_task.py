@@ -55,7 +55,7 @@ def test_choices_that_are_made_win(name, choices, sequential):
     config = PruningConfig.from_names(**choices)
     plan = make_plan(config, ZOO[name].build())
     assert plan.config.sequential == sequential
-    assert plan.units == make_plan(PruningConfig.from_names(**{**choices, "sequential": sequential}), plan.model).units
+    assert plan.stops == make_plan(PruningConfig.from_names(**{**choices, "sequential": sequential}), plan.model).stops
     assert config == PruningConfig.from_names(**choices)  # what was asked stays as it was
 
 

@@ -8,7 +8,7 @@ from support.samples import samples_of
 from torch import nn
 
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.models import Unit
+from wanda_lightning.models import Stop
 
 WIDTH = 8
 
@@ -76,10 +76,10 @@ def through(blocks, x):
 
 def travel(model, batches, modules, **options):
     """The index of each module at which all batches stop, and their calls."""
-    units = [Unit(str(index), module, ()) for index, module in enumerate(modules)]
-    with closing(lockstep(units, samples_of(model, batches), **options)) as stops:
-        for unit, calls in stops:
-            yield int(unit.name), calls
+    stops = [Stop(str(index), module, ()) for index, module in enumerate(modules)]
+    with closing(lockstep(stops, samples_of(model, batches), **options)) as visits:
+        for stop, calls in visits:
+            yield int(stop.name), calls
 
 
 def route(model, batches, modules):

@@ -50,7 +50,7 @@ class Stack(nn.Module):
 
 
 def observed(model, batches):
-    unit = find_layers(model, "none").units[0]
+    unit = find_layers(model, "none").stops[0]
     alone = mock.patch("wanda_lightning.calibration.observer.MIN_EXPERT_TOKENS", 0)
     with calibration_mode(model), torch.no_grad(), alone:
         found = Observer(frozenset(SUMS))(unit, whole_model_calls(samples_of(model, batches)))

@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning import ImageClassifierModule, PruningReport, Structured, prune, shrink
-from wanda_lightning.models import Layer, Unit, find_layers
+from wanda_lightning.models import Layer, Stop, find_layers
 from wanda_lightning.report import versions
 from wanda_lightning.shrinking import write_modeling_file
 from wanda_lightning.shrinking.configuration import auto_classes
@@ -213,28 +213,28 @@ def _compare(dense: nn.Module, batches: list[Any]) -> str:
 
 
 def slow_prune(model: nn.Module, batches: list[Any], sequential: str = "block", sparsity: float = 0.5) -> None:
-    """Prune with Wanda, unit by unit, in plain code.
+    """Prune with Wanda, stop by stop, in plain code.
 
-    For each unit, every batch runs through the model as pruned so far, up to the first end of that unit. The inputs of
+    For each stop, every batch runs through the model as pruned so far, up to the first end of that stop. The inputs of
     a weight are read where PyTorch multiplies, below all modules. Padding is found in the products with as many tokens
     as the `attention_mask` has, so not in those of experts.
     """
-    units = find_layers(model, sequential).units
-    for unit in units if sequential == "none" else _in_order(model, units, batches):
-        sums = _InputSquares(unit.layers)
-        handle = (unit.module or model).register_forward_hook(_stop)
+    stops = find_layers(model, sequential).stops
+    for stop in stops if sequential == "none" else _in_order(model, stops, batches):
+        sums = _InputSquares(stop.layers)
+        handle = (stop.module or model).register_forward_hook(_stop)
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             sums.tokens = None if mask is None else mask.flatten().bool()
             with suppress(_UnitDone), _Products(sums.on_product):
                 _outputs(model, batch)
         handle.remove()
-        for layer in unit.layers:
+        for layer in stop.layers:
             sums.zero_smallest(layer, sparsity)
 
 
 class _UnitDone(Exception):
-    """The unit has run, so the rest of the model need not."""
+    """The stop has run, so the rest of the model need not."""
 
 
 def _stop(*_: object) -> None:
@@ -327,20 +327,20 @@ def _is_convolution(layer: Layer) -> bool:
     return layer.expert is None and layer.parameter.ndim > 2
 
 
-def _in_order(model: nn.Module, units: Sequence[Unit], batches: list[Any]) -> list[Unit]:
-    """Sort units: the next one is the first in model order that is the next for any batch."""
-    unit_of = {layer.parameter.data_ptr(): index for index, unit in enumerate(units) for layer in unit.layers}
+def _in_order(model: nn.Module, stops: Sequence[Stop], batches: list[Any]) -> list[Stop]:
+    """Sort stops: the next one is the first in model order that is the next for any batch."""
+    stop_of = {layer.parameter.data_ptr(): index for index, stop in enumerate(stops) for layer in stop.layers}
     routes = []
     for batch in batches:
         starts: list[int] = []
         with _Products(lambda weight, _, starts=starts: starts.append(weight.untyped_storage().data_ptr())):
             _outputs(model, batch)
-        routes.append(list(dict.fromkeys(unit_of[start] for start in starts if start in unit_of)))
+        routes.append(list(dict.fromkeys(stop_of[start] for start in starts if start in stop_of)))
     order: list[int] = []
     while any(routes):
         order.append(min(route[0] for route in routes if route))
         routes = [[index for index in route if index != order[-1]] for route in routes]
-    return [units[index] for index in order]
+    return [stops[index] for index in order]
 
 
 # ---- hidden units

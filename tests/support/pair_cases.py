@@ -89,7 +89,7 @@ def counted(processes):
 def shard(model):
     """Apply `fully_shard` to the blocks and to the model around them, as one does for training."""
     mesh = init_device_mesh("cpu", (2,))
-    for unit in find_layers(model, "block").units:
+    for unit in find_layers(model, "block").stops:
         fully_shard(unit.module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -165,7 +165,7 @@ def statistics_of(rank, name, shares=None):
     batches = share_of(fork_batches() if name == "fork" else ZOO[name].batches(), rank, shares)
     processes = both()
     sent, observer = counted(processes), Observer(frozenset(SUMS), processes)
-    unit = find_layers(model, "none").units[0]
+    unit = find_layers(model, "none").stops[0]
     with torch.no_grad():
         found = observer(unit, whole_model_calls(samples_of(model, batches))).inputs
     groups = {}

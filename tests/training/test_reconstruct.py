@@ -19,15 +19,15 @@ from wanda_lightning.training import reconstruct
 
 def parts_of(name):
     model, batches = ZOO[name].build(), ZOO[name].batches()
-    units = find_layers(model).units
+    stops = find_layers(model).stops
     found = {}
     with torch.no_grad():
-        for stop in lockstep(units, samples_of(model, batches)):
-            recovery = Reconstruct().start(stop.unit)
-            for call in recovery.record(stop.calls):
+        for stop, calls in lockstep(stops, samples_of(model, batches)):
+            recovery = Reconstruct().start(stop)
+            for call in recovery.record(calls):
                 call.run()
             parts = getattr(recovery, "parts", [])
-            assert all(len(part.runs) == len(tuple(stop.calls)) for part in parts)
+            assert all(len(part.runs) == len(calls) for part in parts)
             for part in parts:
                 found[part.name] = {layer.name.removeprefix(f"{part.name}.") for layer in part.layers}
     return found

@@ -30,7 +30,7 @@ def test_only_kept_weights_move_and_nothing_is_left_behind(recovery, name, solve
     hooks = sum(len(module._forward_hooks) for module in dense.modules())
     start, model, report = pruned_with_and_without(dense, batches, recovery=RECOVERIES[recovery], solver=solver)
     assert report.sparsity == pytest.approx(0.5, abs=0.03) or solver == "sparsegpt"
-    first, *_ = find_layers(model).units
+    first, *_ = find_layers(model).stops
     kept = find_layers(model).layers if recovery == "distil" else first.layers  # later blocks see other inputs
     pruned = {id(layer.parameter) for layer in find_layers(model).layers}
     masks, moved = {id(layer.parameter) for layer in kept}, 0

@@ -1,4 +1,4 @@
-"""Add to an error the unit and the calibration batch in which it happened."""
+"""Add to an error the stop and the calibration batch in which it happened."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def noting(
 
 
 @contextmanager
-def naming_batch(index: int, values: Any, unit: str = "") -> Iterator[None]:
-    """Add a note to an error with the unit, the batch and the shapes of its values, unless it has one already."""
+def naming_batch(index: int, values: Any, stop: str = "") -> Iterator[None]:
+    """Add a note to an error with the stop, the batch and the shapes of its values, unless it has one already."""
     try:
         yield
     except Exception as error:
         if not any(note.startswith(_START) for note in getattr(error, "__notes__", ())):
-            where = f"{unit}, in " if unit else ""
+            where = f"{stop}, in " if stop else ""
             add_note(error, f"{_START}{where}calibration batch {index} (counted from 0): {_describe(values)}.")
         raise
 

@@ -1,11 +1,11 @@
-"""Run all calibration batches through any model side by side, and stop at each unit.
+"""Run all calibration batches through any model side by side, and wait at each stop.
 
 The model's own forward runs unchanged, once for each batch, each in a thread of its own. While the engine is active,
-the `forward` of every unit parks the batch that calls it. Only one thread runs at a time: the scheduler, which is the
-caller's thread, or one batch. The scheduler advances each batch until it is parked or finished, and passes the parked
-calls of one unit to the caller, which may run the unit on them, change its weights, or both. Then the scheduler runs
-the unit on each call, returns the outputs to the batches, and continues. Several processes with their own batches stop
-at the same units.
+the `forward` of the module at a stop parks the batch that calls it. Only one thread runs at a time: the scheduler,
+which is the caller's thread, or one batch. The scheduler advances each batch until it is parked or finished, and passes
+the parked calls of one stop to the caller, which may run them, change weights, or both. Then the scheduler runs each
+call, returns the outputs to the batches, and continues. Several processes with their own batches wait at the same
+stops.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
-from wanda_lightning.models import Unit
+from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 Forward = Callable[..., Any]
@@ -36,19 +36,19 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Call:
-    """The call of a unit at which a sample is parked, before the unit runs."""
+    """The call of the module at a stop, where a sample is parked before it runs."""
 
     sample: Sample
-    unit: str  # name of the unit; "" for the whole model
-    forward: Forward  # the unit's own forward
+    stop: str  # name of the stop; "" for the whole model
+    forward: Forward  # the module's own forward
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     thread_state: ThreadState  # of the sample's thread at the call
 
     def run(self, on_copies: bool = False) -> Any:
-        """Run the unit and return its output; on clones of its arguments if it will run again on the same values."""
+        """Run the module and return its output; on clones of its arguments if it will run again on the same values."""
         arguments = self.args, self.kwargs
-        with naming_batch(self.sample.batch_index, arguments, self.unit), self.thread_state.entered():
+        with naming_batch(self.sample.batch_index, arguments, self.stop), self.thread_state.entered():
             args, kwargs = clone_arguments(arguments) if on_copies else arguments
             return self.forward(*args, **kwargs)
 
@@ -61,39 +61,36 @@ def whole_model_calls(samples: Iterable[Sample], tick: Callable[[], None] = lamb
         tick()
 
 
-class Stop(NamedTuple):
-    """All samples of this process that wait at one unit; they continue with these calls, which may be replaced."""
-
-    unit: Unit
-    calls: list[Call]  # one for each sample; empty if only other processes have samples there
+Stops = Generator[tuple[Stop, list[Call]]]
+"""Stops, each with the calls of this process that wait there; these may be replaced."""
 
 
 def lockstep(
-    units: Sequence[Unit],
+    stops: Sequence[Stop],
     samples: Sequence[Sample],
     processes: Processes = SINGLE_PROCESS,
     revisited: set[str] | None = None,
     to_end: bool = False,
-) -> Generator[Stop]:
-    """Stop once at each unit that a sample reaches, with all samples that are parked there.
+) -> Stops:
+    """Yield each stop that a sample reaches, once, with all samples that are parked there.
 
-    If samples are parked at different units, the next stop is at the first of these in the given order. A sample that
-    reaches a unit again, because the model applies it several times, runs through it without a stop. After the last
-    unit every sample ends, so the rest of the model is not computed. Only one sample continues, up to the next module
-    with a matrix of its own, to find out whether the model calls a unit again.
+    If samples are parked at different stops, the first of these in the given order is next. A sample that reaches a
+    stop again, because the model calls its module several times, does not wait. After the last stop every sample ends,
+    so the rest of the model is not computed. Only one sample continues, up to the next module with a matrix of its own,
+    to find out whether the model calls one of these modules again.
 
-    Units are disjoint modules in the order of the stops. `revisited` receives the name of every unit that a sample
-    reaches again. With `to_end`, the samples run to the end of the model, and stop at each visit of a unit.
+    The modules of the stops are disjoint. `revisited` receives the name of every stop that a sample reaches again. With
+    `to_end`, the samples run to the end of the model, and wait at each visit of a stop.
 
     Yields:
         The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all threads
         and restores the modules.
     """
     revisited = set() if revisited is None else revisited
-    pending = set(range(len(units)))
+    pending = set(range(len(stops)))
     with (
-        _parking(units),
-        _batch_threads(_parking_at_products(samples, units), units) as threads,
+        _parking(stops),
+        _batch_threads(_parking_at_products(samples, stops), stops) as threads,
     ):
         with processes.fail_together():
             for thread in threads:
@@ -101,98 +98,98 @@ def lockstep(
                 thread.advance()
         while True:
             parked = [thread for thread in threads if thread.call is not None]
-            index = processes.all_reduce_min(min((thread.unit for thread in parked), default=len(units)))
-            here = [thread for thread in parked if thread.unit == index]
-            if index == len(units):
+            index = processes.all_reduce_min(min((thread.stop for thread in parked), default=len(stops)))
+            here = [thread for thread in parked if thread.stop == index]
+            if index == len(stops):
                 return
             calls = [thread.call for thread in here if thread.call is not None]
             if index not in pending:
-                revisited.add(units[index].name)
+                revisited.add(stops[index].name)
             if index in pending or to_end:
-                yield Stop(units[index], calls)
+                yield stops[index], calls
             pending.discard(index)
             if not pending and not to_end:
                 if here:
-                    _find_revisits(here[0], units, revisited)
+                    _find_revisits(here[0], stops, revisited)
                 return
             with processes.fail_together():
-                for thread in here:  # parked activations must not outlive the run of the unit
+                for thread in here:  # parked activations must not outlive the run of the module
                     thread.advance(calls.pop(0).run())
 
 
-def _find_revisits(thread: _BatchThread, units: Sequence[Unit], revisited: set[str]) -> None:
-    """Continue a sample after the last unit, and add to `revisited` the names of the units that it reaches again.
+def _find_revisits(thread: _BatchThread, stops: Sequence[Stop], revisited: set[str]) -> None:
+    """Continue a sample after the last stop, and add to `revisited` the names of the stops that it reaches again.
 
     ALBERT and looped models apply one block many times. A global hook, which sees the calls of all modules, ends the
-    sample at the first module that has a matrix and contains no unit, such as the output head.
+    sample at the first module that has a matrix and contains none of a stop, such as the output head.
     """
-    inside = {unit.module for unit in units}
+    inside = {stop.module for stop in stops}
 
-    def stop(module: nn.Module, args: object) -> None:
+    def end(module: nn.Module, args: object) -> None:
         if threading.current_thread() is not thread or not inside.isdisjoint(module.modules()):
             return
         if any(parameter.ndim > 1 for parameter in module.parameters()):
             raise _StopForward
 
-    hook = register_module_forward_pre_hook(stop)
+    hook = register_module_forward_pre_hook(end)
     try:
         with suppress(Exception):  # the output of the model does not matter here, so neither do its errors
-            thread.run_unit()
-            while thread.call is not None and thread.call.unit not in revisited:
-                revisited.add(thread.call.unit)
-                thread.run_unit()
+            thread.run_call()
+            while thread.call is not None and thread.call.stop not in revisited:
+                revisited.add(thread.call.stop)
+                thread.run_call()
     finally:
         hook.remove()
 
 
 @contextmanager
-def _parking(units: Sequence[Unit]) -> Iterator[None]:
-    """Replace the forward of every unit, so that samples park there."""
+def _parking(stops: Sequence[Stop]) -> Iterator[None]:
+    """Replace the forward of the module at every stop, so that samples park there."""
     with ExitStack() as restored:
-        for index, unit in enumerate(units):
-            module = unit.module
+        for index, stop in enumerate(stops):
+            module = stop.module
             assert module is not None
             restored.enter_context(patched(module, "_compiled_call_impl", None))  # it would bypass the forward
             restored.enter_context(patched(module, "forward", partial(_park, index, module.forward)))
         yield
 
 
-def _parking_at_products(samples: Sequence[Sample], units: Sequence[Unit]) -> Sequence[Sample]:
-    """Park samples also where a model multiplies by the weight of a unit that is a layer outside of its forward."""
+def _parking_at_products(samples: Sequence[Sample], stops: Sequence[Stop]) -> Sequence[Sample]:
+    """Park samples also where a model multiplies by the weight of a layer at a stop outside of its forward."""
     index_of = {
         layer: index
-        for index, unit in enumerate(units)
-        for layer in unit.layers
-        if layer.module is unit.module and layer.expert is None
+        for index, stop in enumerate(stops)
+        for layer in stop.layers
+        if layer.module is stop.module and layer.expert is None
     }
 
-    def stop(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+    def park(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         product = products[0]
         if product.row:
             return multiply()
         return _park(index_of[product.layer], lambda tokens: multiply(), product.tokens)
 
     def watched(forward: Callable[[], object]) -> object:
-        interceptor = WeightInterceptor(index_of, stop)  # each thread has its own
+        interceptor = WeightInterceptor(index_of, park)  # each thread has its own
         with interceptor if interceptor.watches else nullcontext():
             return forward()
 
     return [replace(each, forward=partial(watched, each.forward)) for each in samples] if index_of else samples
 
 
-def _park(unit: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """Park the batch of the current thread and return the unit's output; outside a batch's thread, run the forward."""
+def _park(stop: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Park the batch of the current thread and return the module's output; in another thread, run the forward."""
     thread = threading.current_thread()
     if isinstance(thread, _BatchThread):
-        return thread.park(unit, forward, args, kwargs)
+        return thread.park(stop, forward, args, kwargs)
     return forward(*args, **kwargs)
 
 
 @contextmanager
-def _batch_threads(samples: Sequence[Sample], units: Sequence[Unit]) -> Iterator[list[_BatchThread]]:
+def _batch_threads(samples: Sequence[Sample], stops: Sequence[Stop]) -> Iterator[list[_BatchThread]]:
     """Construct one thread for each batch; end all threads at the end of this block."""
     state, ends_workers = ThreadState(), keeps_many_workers(len(samples))
-    threads = [_BatchThread(sample, units, state, ends_workers) for sample in samples]
+    threads = [_BatchThread(sample, stops, state, ends_workers) for sample in samples]
     try:
         yield threads
     finally:
@@ -202,17 +199,17 @@ def _batch_threads(samples: Sequence[Sample], units: Sequence[Unit]) -> Iterator
 
 
 class _StopForward(BaseException):
-    """Ends a batch's thread at its next unit. Models rarely catch it, because it is no `Exception`."""
+    """Ends a batch's thread at its next stop. Models rarely catch it, because it is no `Exception`."""
 
 
 class _BatchThread(threading.Thread):
-    """The forward pass of one sample, which parks at units."""
+    """The forward pass of one sample, which parks at stops."""
 
-    def __init__(self, sample: Sample, units: Sequence[Unit], thread_state: ThreadState, ends_workers: bool) -> None:
+    def __init__(self, sample: Sample, stops: Sequence[Stop], thread_state: ThreadState, ends_workers: bool) -> None:
         super().__init__(name=f"calibration batch {sample.batch_index}", daemon=True)
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
-        self.unit = -1  # index of the unit at which the batch is parked, or was parked last
-        self._sample, self._units, self._thread_state, self._ends_workers = sample, units, thread_state, ends_workers
+        self.stop = -1  # index of the stop at which the batch is parked, or was parked last
+        self._sample, self._stops, self._thread_state, self._ends_workers = sample, stops, thread_state, ends_workers
         self._output: Any = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -233,13 +230,13 @@ class _BatchThread(threading.Thread):
             self.call = None
             self._back.release()
 
-    def park(self, unit: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Wait at a unit for its output (called in the batch's thread)."""
-        if self._cancelled:  # the model caught `_StopForward`, or calls a unit in a `finally` block
+    def park(self, stop: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Wait at a stop for the output of its module (called in the batch's thread)."""
+        if self._cancelled:  # the model caught `_StopForward`, or calls a module in a `finally` block
             raise _StopForward
         thread_state = ThreadState()
-        call = Call(self._sample, self._units[unit].name, forward, args, kwargs, thread_state)
-        self.unit, self.call = unit, call
+        call = Call(self._sample, self._stops[stop].name, forward, args, kwargs, thread_state)
+        self.stop, self.call = stop, call
         del call
         if self._ends_workers:
             end_idle_workers()
@@ -252,7 +249,7 @@ class _BatchThread(threading.Thread):
         return output
 
     def advance(self, output: Any = None) -> None:
-        """Let the batch run to its next unit, or to its end (called in the scheduler's thread)."""
+        """Let the batch run to its next stop, or to its end (called in the scheduler's thread)."""
         self.call, self._output = None, output
         del output
         switches = Switches()
@@ -264,7 +261,7 @@ class _BatchThread(threading.Thread):
         if self._error is not None:
             raise self._error
 
-    def run_unit(self) -> None:
+    def run_call(self) -> None:
         """Run the parked call, and continue the batch with its output."""
         assert self.call is not None, "the batch is parked"
         self.advance(self.call.run())
@@ -321,7 +318,7 @@ class ThreadState:
     """The state of the current thread, and the switches, at the time of construction.
 
     PyTorch keeps grad mode, autocast, inference mode and the default device for each thread. A model may change them
-    between two units, and units run in another thread than the rest of the model.
+    between two stops, and the modules there run in another thread than the rest of the model.
     """
 
     def __init__(self) -> None:
@@ -358,7 +355,7 @@ _SOFT_PAUSE = 1  # omp_pause_soft of OpenMP 5.0: keeps the settings
 def keeps_many_workers(threads: int) -> bool:
     """Whether so many threads would keep too many workers.
 
-    GNU OpenMP keeps a team of workers for each thread that has computed in parallel, as samples do between the units:
+    GNU OpenMP keeps a team of workers for each thread that has computed in parallel, as samples do between the stops:
     128 samples on 64 cores would keep 8,000. LLVM's OpenMP shares its workers among threads.
     """
     return threads * (torch.get_num_threads() - 1) > MOST_IDLE_WORKERS

@@ -1,4 +1,4 @@
-"""Collect input statistics of all layers of a unit."""
+"""Collect input statistics of all layers of a stop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import SUMS, InputStatistics
-from wanda_lightning.models import Layer, Unit, fitting_mask, token_masks
+from wanda_lightning.models import Layer, Stop, fitting_mask, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
@@ -34,7 +34,7 @@ class Observation:
 
 
 class Observer:
-    """Sums up the inputs of the layers of a unit over the calibration batches of all processes.
+    """Sums up the inputs of the layers of a stop over the calibration batches of all processes.
 
     `needs` holds the names of the sums.
     """
@@ -42,48 +42,48 @@ class Observer:
     def __init__(self, needs: frozenset[str], processes: Processes = SINGLE_PROCESS) -> None:
         self.needs, self.processes = needs, processes
         self._readings = _Readings(needs)
-        # The layers of the last unit, if that was a layer, their inputs in this process, and what all processes found.
+        # The layers of the last stop, if that was a layer, their inputs in this process, and what all processes found.
         self._last: tuple[Sequence[Layer], list[Identity], Observation] = (), [], Observation()
 
-    def __call__(self, unit: Unit, calls: Iterable[Call]) -> Observation:
-        """Return what entered each layer of the unit that a batch reached."""
-        if _is_layer(unit):  # it need not run: its input is in the parked calls
-            return self._read_parked(unit, list(calls))
+    def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
+        """Return what entered each layer of the stop that a batch reached."""
+        if _is_layer(stop):  # it need not run: its input is in the parked calls
+            return self._read_parked(stop, list(calls))
         self._last = (), [], Observation()
         with self.processes.fail_together():
             for call in calls:
-                with self.collect(unit, call.sample):
-                    # A unit runs again after it is pruned, and may write into its inputs.
-                    call.run(on_copies=unit.module is not None)
-        return self.finish(unit)
+                with self.collect(stop, call.sample):
+                    # The module runs again after it is pruned, and may write into its inputs.
+                    call.run(on_copies=stop.module is not None)
+        return self.finish(stop)
 
-    def whole_model(self, unit: Unit, samples: Samples, tick: Callable[[], None]) -> Observation:
-        """Observe a unit with all layers in one pass of each sample; `tick` follows each."""
-        found = self(unit, whole_model_calls(samples, tick))
+    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
+        """Observe a stop with all layers in one pass of each sample; `tick` follows each."""
+        found = self(stop, whole_model_calls(samples, tick))
         samples.refuse_if_empty()
         return found
 
-    def watched(self, unit: Unit, call: Call) -> Call:
-        """Return a call that also reads the inputs of the unit's layers when it runs; `finish` returns the sums."""
+    def watched(self, stop: Stop, call: Call) -> Call:
+        """Return a call that also reads the inputs of the stop's layers when it runs; `finish` returns the sums."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not _is_layer(unit):
-                with self.collect(unit, call.sample):
+            if not _is_layer(stop):
+                with self.collect(stop, call.sample):
                     return call.forward(*args, **kwargs)
-            self._readings.add(self._read(unit, call.sample, input_of(args, kwargs)))
+            self._readings.add(self._read(stop, call.sample, input_of(args, kwargs)))
             return call.forward(*args, **kwargs)
 
         return replace(call, forward=run)
 
     @contextmanager
-    def collect(self, unit: Unit, sample: Sample) -> Iterator[None]:
-        """Read the inputs of the unit's layers while a sample runs in this block."""
+    def collect(self, stop: Stop, sample: Sample) -> Iterator[None]:
+        """Read the inputs of the stop's layers while a sample runs in this block."""
         reader = BatchReader(self.needs, sample)
-        with intercept(unit.layers, reader):
+        with intercept(stop.layers, reader):
             yield
         self._readings.add(reader)
 
-    def finish(self, unit: Unit) -> Observation:
+    def finish(self, stop: Stop) -> Observation:
         """Return what the batches that ran in `collect` show; otherwise the same as `__call__`."""
         readings, self._readings = self._readings, _Readings(self.needs)
         with self.processes.fail_together():
@@ -92,45 +92,45 @@ class Observer:
         for names, value in readings.sums.items():
             for name in names:
                 by_layer.setdefault(name, []).append(value)
-        found = {layer.name: by_layer[layer.name] for layer in unit.layers if layer.name in by_layer}
+        found = {layer.name: by_layer[layer.name] for layer in stop.layers if layer.name in by_layer}
         statistics = {name: parts[0] if len(parts) == 1 else merged(parts) for name, parts in found.items()}
         padded = readings.padded
         if self.processes.world_size > 1:
-            statistics, padded = all_reduce_statistics(unit.layers, statistics, padded, self.needs, self.processes)
-        return pool_experts(unit.layers, statistics, padded)
+            statistics, padded = all_reduce_statistics(stop.layers, statistics, padded, self.needs, self.processes)
+        return pool_experts(stop.layers, statistics, padded)
 
-    def _read_parked(self, unit: Unit, calls: Sequence[Call]) -> Observation:
-        """Read the inputs of a unit that is a layer from its parked calls, without running it.
+    def _read_parked(self, stop: Stop, calls: Sequence[Call]) -> Observation:
+        """Read the inputs of a stop that is a layer from its parked calls, without running it.
 
-        If they are the inputs of the last such unit in all processes, its statistics are returned: q, k and v share one
+        If they are the inputs of the last such stop in all processes, its statistics are returned: q, k and v share one
         sum over the processes, and one factorization.
         """
         with self.processes.fail_together():
-            pairs = [(input_of(call.args, call.kwargs), layer) for call in calls for layer in unit.layers]
+            pairs = [(input_of(call.args, call.kwargs), layer) for call in calls for layer in stop.layers]
         layers, identities, found = self._last
-        same = len(pairs) == len(identities) and len(layers) == len(unit.layers)
+        same = len(pairs) == len(identities) and len(layers) == len(stop.layers)
         same = same and all(identity.matches(*pair) for identity, pair in zip(identities, pairs, strict=True))
         if self.processes.all_reduce_min(int(same)) and found.inputs:
-            names = {last.name: layer.name for last, layer in zip(layers, unit.layers, strict=True)}
+            names = {last.name: layer.name for last, layer in zip(layers, stop.layers, strict=True)}
             inputs = {names[name]: value for name, value in found.inputs.items()}
             return Observation(inputs, {names[name] for name in found.padding_counted & names.keys()})
         self._last = layers, identities, found = (), [], Observation()  # frees the Gram matrix before the next one
         with self.processes.fail_together():
             for call in calls:
                 x = input_of(call.args, call.kwargs)
-                with naming_batch(call.sample.batch_index, x, unit.name):
-                    reader = self._read(unit, call.sample, x)
-                    if x.dtype != unit.layers[0].parameter.dtype:  # fails without autocast; now, before it is pruned
+                with naming_batch(call.sample.batch_index, x, stop.name):
+                    reader = self._read(stop, call.sample, x)
+                    if x.dtype != stop.layers[0].parameter.dtype:  # fails without autocast; now, before it is pruned
                         call.run(on_copies=True)
                 self._readings.add(reader)
                 identities += [entry.identity for entry in reader.entries]
-        found = self.finish(unit)
-        self._last = unit.layers, identities, found
+        found = self.finish(stop)
+        self._last = stop.layers, identities, found
         return found
 
-    def _read(self, unit: Unit, sample: Sample, x: Tensor) -> BatchReader:
+    def _read(self, stop: Stop, sample: Sample, x: Tensor) -> BatchReader:
         reader = BatchReader(self.needs, sample)
-        for layer in unit.layers:
+        for layer in stop.layers:
             reader.read(Product(layer, x))
         return reader
 
@@ -153,19 +153,19 @@ class _Readings:
         self.checks += reader.checks
 
 
-def _is_layer(unit: Unit) -> bool:
-    """Whether a unit is one layer, or all groups of one convolution."""
-    return all(layer.module is unit.module and layer.expert is None for layer in unit.layers)
+def _is_layer(stop: Stop) -> bool:
+    """Whether a stop is one layer, or all groups of one convolution."""
+    return all(layer.module is stop.module and layer.expert is None for layer in stop.layers)
 
 
 class PassiveCalibration:
     """Collects statistics of a dense model from forward passes that run anyway, as in a validation loop.
 
-    `unit` holds all layers of the model; see `Observer` for the other arguments.
+    `stop` holds all layers of the model; see `Observer` for the other arguments.
     """
 
-    def __init__(self, model: nn.Module, unit: Unit, needs: frozenset[str], processes: Processes) -> None:
-        self._model, self._unit, self._batches = model, unit, 0
+    def __init__(self, model: nn.Module, stop: Stop, needs: frozenset[str], processes: Processes) -> None:
+        self._model, self._stop, self._batches = model, stop, 0
         self.observer = Observer(needs, processes)
 
     @contextmanager
@@ -174,7 +174,7 @@ class PassiveCalibration:
         run = partial(forward_batch, self._model, batch)
         sample = Sample(run, run, batch, token_masks(self._model, batch), batch_index=self._batches)
         self._batches += 1
-        with calibration_mode(self._model), self.observer.collect(self._unit, sample):
+        with calibration_mode(self._model), self.observer.collect(self._stop, sample):
             yield
 
     def finish(self) -> tuple[Observation, int]:
@@ -183,7 +183,7 @@ class PassiveCalibration:
         Raises:
             UserError: If there was no batch, or an activation held NaN or infinity.
         """
-        found = self.observer.finish(self._unit)
+        found = self.observer.finish(self._stop)
         batches = sum(count for (count,) in self.observer.processes.all_gather([self._batches]))
         if not batches:
             raise UserError("calibrate_on='validation' needs batches that run through the model, but none did.")
@@ -337,7 +337,7 @@ def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
 
 
 def pool_experts(layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], padded: Set[str]) -> Observation:
-    """Replace the statistics of each expert with too few tokens, or none, with the sum over its siblings in this unit.
+    """Replace the statistics of each expert with too few tokens, or none, with the sum over its siblings in this stop.
 
     `padded` are the layers whose statistics include padding.
     """
@@ -366,7 +366,7 @@ def all_reduce_statistics(
     needs: frozenset[str],
     processes: Processes,
 ) -> tuple[dict[str, InputStatistics], set[str]]:
-    """Sum the statistics of the layers of a unit over all processes, in one object for each distinct input.
+    """Sum the statistics of the layers of a stop over all processes, in one object for each distinct input.
 
     `own` and `padding_counted` are those of this process. The layout of the message does not depend on which layers its
     batches reached.

@@ -26,7 +26,7 @@ from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
 from wanda_lightning.engine.plan import config_for, make_plan, refuse_nothing_to_prune
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
-from wanda_lightning.models import Inventory, Unit, find_layers
+from wanda_lightning.models import Inventory, Stop, find_layers
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_source, load_own_tokenizer, model_from_config
 from wanda_lightning.report import skipped_table
@@ -151,19 +151,19 @@ def _results(module: Any, data: AnyData) -> Results:
 
 
 def inspect(config: PruningConfig, options: Model) -> None:
-    """Print the layers that would be pruned, by unit, and the other matrices, by reason."""
+    """Print the layers that would be pruned, by stop, and the other matrices, by reason."""
     source = options.source(options.model)
     if not options.is_image:
         check_source(source)
     model: Any = model_from_config(source)
     config = config_for(config, model)
     found = find_layers(model, config.sequential, config.skip, config.only, config.pattern)
-    print_table(_units_table(found, options.model))
+    print_table(_stops_table(found, options.model))
     print_table(skipped_table(found.skipped))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = sum(layer.size for layer in found.layers)
     print_line(
-        f"{counted(len(found.layers), 'layer')} in {counted(len(found.units), 'unit')} hold {weights:,} weights, "
+        f"{counted(len(found.layers), 'layer')} at {counted(len(found.stops), 'stop')} hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters, with --sequential {config.sequential}."
     )
     for note in filter(None, (unfit_layers(found), low_coverage(found))):
@@ -189,11 +189,11 @@ def _memory(model: Any, found: Inventory, options: Model) -> str:
     )
 
 
-def _units_table(found: Inventory, model: str) -> Table:
+def _stops_table(found: Inventory, model: str) -> Table:
     table = Table(title=f"{escape(model)}: would be pruned", title_justify="left")
-    for heading in ("unit", "layers", "weights", "inside"):
+    for heading in ("stop", "layers", "weights", "inside"):
         table.add_column(heading, justify="right" if heading in ("layers", "weights") else "left", overflow="fold")
-    for alike, group in groupby(found.units, _row):  # most blocks of a model are alike
+    for alike, group in groupby(found.stops, _row):  # most blocks of a model are alike
         first, *others = group
         names = escape(first.name) or "the whole model"
         if others:
@@ -202,11 +202,11 @@ def _units_table(found: Inventory, model: str) -> Table:
     return table
 
 
-def _row(unit: Unit) -> tuple[str, str, str]:
-    """Return the number of layers and weights of a unit, and the layers inside, with one name for all experts."""
-    inside = [(layer.siblings or layer.name).removeprefix(f"{unit.name}.") for layer in unit.layers]
-    names = ", ".join(dict.fromkeys(inside)) if unit.name and inside != [unit.name] else ""
-    return str(len(unit.layers)), f"{sum(layer.size for layer in unit.layers):,}", escape(names)
+def _row(stop: Stop) -> tuple[str, str, str]:
+    """Return the number of layers and weights of a stop, and the layers inside, with one name for all experts."""
+    inside = [(layer.siblings or layer.name).removeprefix(f"{stop.name}.") for layer in stop.layers]
+    names = ", ".join(dict.fromkeys(inside)) if stop.name and inside != [stop.name] else ""
+    return str(len(stop.layers)), f"{sum(layer.size for layer in stop.layers):,}", escape(names)
 
 
 def print_table(table: Table) -> None:

@@ -20,7 +20,7 @@ from wanda_lightning.models import (
     RemovableUnits,
     SkippedMatrix,
     SkipReason,
-    Unit,
+    Stop,
     removable_units,
     tied_tensors,
 )
@@ -39,16 +39,16 @@ def couple(run: Run) -> Plan:
     without blocks is one block.
     """
     plan = run.plan
-    search, again, units = _Search(plan), set[str](), plan.block_units or (_one_block(plan),)
-    with closing(dense_blocks(run, units, 1, "Finding hidden units", again)) as blocks:
-        for unit, calls in blocks:
-            search(unit, calls)
-    left_out = {layer.name for unit in units if unit.name in again for layer in unit.layers}
+    search, again, places = _Search(plan), set[str](), plan.block_stops or (_one_block(plan),)
+    with closing(dense_blocks(run, places, 1, "Finding hidden units", again)) as blocks:
+        for block, calls in blocks:
+            search(block, calls)
+    left_out = {layer.name for block in places if block.name in again for layer in block.layers}
     found = {name: each for name, each in search.found.items() if name not in left_out}
     return _narrowed(plan, _wide_enough(plan, found), search.reached)
 
 
-def _one_block(plan: Plan) -> Unit:
+def _one_block(plan: Plan) -> Stop:
     """Return the smallest module with a forward that contains all layers."""
     modules, name = named_modules(plan.model), plan.layers[0].name.rpartition(".")[0]
 
@@ -58,7 +58,7 @@ def _one_block(plan: Plan) -> Unit:
 
     while name and not is_around(name):
         name = name.rpartition(".")[0]
-    return Unit(name, modules[name], plan.layers)
+    return Stop(name, modules[name], plan.layers)
 
 
 def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, RemovableUnits]:
@@ -88,32 +88,32 @@ class _Search:
         # The candidate that fits readers with the same name in blocks of the same kind; -1 if none does.
         self._known: dict[tuple[object, ...], int] = {}
 
-    def __call__(self, unit: Unit, calls: Sequence[Call]) -> None:
+    def __call__(self, block: Stop, calls: Sequence[Call]) -> None:
         """Find the units that layers of this block read."""
-        assert unit.module is not None
-        runs = BlockRuns(unit.module, calls)
+        assert block.module is not None
+        runs = BlockRuns(block.module, calls)
         for call in runs.recording():
             call.run(on_copies=True)
         with self._plan.processes.fail_together():
-            for layer in unit.layers:
-                if units := self._fitting(layer, unit, runs):
+            for layer in block.layers:
+                if units := self._fitting(layer, block, runs):
                     self.found[layer.name] = units
                     self._taken |= units.lines
 
-    def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> RemovableUnits | None:
+    def _fitting(self, reader: Layer, block: Stop, runs: BlockRuns) -> RemovableUnits | None:
         """Return the units that a layer reads, if they can be taken out."""
-        assert unit.module is not None
+        assert block.module is not None
         if reader.expert is not None or reader.group is not None:
             return None
         parent = self._modules[reader.name.rpartition(".")[0]]
-        key = _likeness(unit.module), reader.name.removeprefix(unit.name)
+        key = _likeness(block.module), reader.name.removeprefix(block.name)
         if not self._plan.processes.all_agree(runs.is_empty or runs.reaches(reader.module)):
             return None
         self.reached.add(reader.name)
         if not self._plan.processes.all_agree(runs.is_empty or runs.reads_alone(reader.module)):
             return None
         all_free = True
-        for index, found in enumerate(removable_units(reader, parent, unit.module)):
+        for index, found in enumerate(removable_units(reader, parent, block.module)):
             if self._known.get(key, index) != index:
                 continue
             if not self._is_free(found):
@@ -166,7 +166,7 @@ def _narrowed(plan: Plan, coupled: Mapping[str, RemovableUnits], reached: Set[st
         for layer in inventory.layers
         if layer.name not in coupled and layer.name not in written
     )
-    narrow = (replace(unit, layers=tuple(x for x in unit.layers if x.name in coupled)) for unit in inventory.units)
-    units = tuple(unit for unit in narrow if unit.layers)
-    inventory = replace(inventory, units=units, skipped=(*inventory.skipped, *skipped))
+    narrow = (replace(stop, layers=tuple(x for x in stop.layers if x.name in coupled)) for stop in inventory.stops)
+    stops = tuple(stop for stop in narrow if stop.layers)
+    inventory = replace(inventory, stops=stops, skipped=(*inventory.skipped, *skipped))
     return replace(plan, inventory=inventory, coupled=coupled)

@@ -33,7 +33,7 @@ def make_report(run: Run) -> PruningReport:
     started = time.perf_counter()
     plan = run.plan
     for layer in plan.layers:
-        if layer.name not in run.done.layers and layer.name not in run.done.skipped:  # no batch reached its unit
+        if layer.name not in run.done.layers and layer.name not in run.done.skipped:  # no batch reached its stop
             run.done.skipped[layer.name] = unreached(layer)
     for name, units in plan.coupled.items():
         for writer in units.writers if name in run.done.skipped else ():
@@ -118,7 +118,7 @@ def _on_layers(run: Run) -> Iterator[Note]:
         )
     again = set[str]()
     if run.plan.observed and run.plan.config.sequential != "none":
-        again |= {layer.name for unit in run.plan.units if unit.name in run.done.revisited for layer in unit.layers}
+        again |= {layer.name for stop in run.plan.stops if stop.name in run.done.revisited for layer in stop.layers}
         again |= _shared_outside(run.plan)
     if names := [name for name in run.done.layers if name in again]:
         yield Note(
@@ -135,13 +135,13 @@ def _on_layers(run: Run) -> Iterator[Note]:
 
 
 def _shared_outside(plan: Plan) -> set[str]:
-    """Return the layers whose weight the model also holds outside of their unit, where it is called once more."""
+    """Return the layers whose weight the model also holds outside of their stop, where it is called once more."""
     names, shared = Counter(id(p) for _, p in plan.model.named_parameters(remove_duplicate=False)), set[str]()
-    for unit in plan.units:
-        if unit.module is not None and any(names[id(layer.parameter)] > 1 for layer in unit.layers):
-            modules = plan.model.named_modules({unit.module})  # without that module and what it contains
+    for stop in plan.stops:
+        if stop.module is not None and any(names[id(layer.parameter)] > 1 for layer in stop.layers):
+            modules = plan.model.named_modules({stop.module})  # without that module and what it contains
             outside = {id(p) for _, module in modules for p in module.parameters(recurse=False)}
-            shared |= {layer.name for layer in unit.layers if id(layer.parameter) in outside}
+            shared |= {layer.name for layer in stop.layers if id(layer.parameter) in outside}
     return shared
 
 

@@ -20,7 +20,7 @@ from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders, Score
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, dense_blocks
-from wanda_lightning.models import HiddenUnits, Layer, Unit, hidden_units, is_plain, removable_units, tied_tensors
+from wanda_lightning.models import HiddenUnits, Layer, Stop, hidden_units, is_plain, removable_units, tied_tensors
 from wanda_lightning.models.module_names import named_modules
 from wanda_lightning.report import Permuted
 
@@ -38,15 +38,15 @@ def permute(run: Run) -> Permuted:
     permuted, its results must be the same for all samples; otherwise the units are put back in their original order.
     """
     plan, store = run.plan, run.store
-    units = plan.block_units
-    if not units:
+    stops = plan.block_stops
+    if not stops:
         return Permuted(why_not="no layer to prune lies in a block")
     search, observer, again = _Search(plan), Observer(Wanda.needs, plan.processes), set[str]()
-    blocks = dense_blocks(run, units, _SAMPLES, "Permuting", again)
+    blocks = dense_blocks(run, stops, _SAMPLES, "Permuting", again)
     with pruning_mode(plan.model, search.moved), closing(blocks), noting(search.state):
-        for unit, calls in blocks:
-            search(unit, calls, observer)
-        for name in [unit.name for unit in units]:
+        for block, calls in blocks:
+            search(block, calls, observer)
+        for name in [stop.name for stop in stops]:
             if name in again:
                 store.undo(partial(search.put_back, name))
                 search.forget(name)
@@ -67,22 +67,22 @@ class _Search:
         # The candidate that fits readers with the same name and shape in blocks of the same class; -1 if none does.
         self._known: dict[tuple[object, ...], int] = {}
 
-    def __call__(self, unit: Unit, calls: Sequence[Call], observer: Observer) -> None:
+    def __call__(self, block: Stop, calls: Sequence[Call], observer: Observer) -> None:
         """Permute the hidden units that layers of this block read."""
-        assert unit.module is not None
-        runs = BlockRuns(unit.module, calls)
-        inputs = observer(unit, runs.recording()).inputs
+        assert block.module is not None
+        runs = BlockRuns(block.module, calls)
+        inputs = observer(block, runs.recording()).inputs
         with self._plan.processes.fail_together():
-            chosen = list(self._find(unit, runs, inputs))
+            chosen = list(self._find(block, runs, inputs))
             self.moved |= {slot.module for hidden, _ in chosen for slot in hidden.slots}
             _permute_all(chosen)
-            self.done[unit.name] = chosen
+            self.done[block.name] = chosen
             if not self._plan.processes.all_agree(runs.same_results()):
-                self.put_back(unit.name)
+                self.put_back(block.name)
 
-    def _find(self, unit: Unit, runs: BlockRuns, inputs: Mapping[str, InputStatistics]) -> Iterator[Reordering]:
+    def _find(self, block: Stop, runs: BlockRuns, inputs: Mapping[str, InputStatistics]) -> Iterator[Reordering]:
         """Yield the hidden units of a block that can be permuted, with another order for them."""
-        for hidden in [hidden for layer in unit.layers for hidden in self._fitting(layer, unit, runs)]:
+        for hidden in [hidden for layer in block.layers for hidden in self._fitting(layer, block, runs)]:
             scores = Wanda()(hidden.reader.read(), inputs[hidden.reader.name])
             orders = self._choose(hidden, scores)
             both = torch.arange(scores.shape[1]), hidden.source(orders)
@@ -110,15 +110,15 @@ class _Search:
         permuted = "Hidden units of the model are permuted already. It computes the same as before."
         return permuted if any(self.done.values()) else ""
 
-    def _fitting(self, reader: Layer, unit: Unit, runs: BlockRuns) -> Iterator[HiddenUnits]:
+    def _fitting(self, reader: Layer, block: Stop, runs: BlockRuns) -> Iterator[HiddenUnits]:
         """Yield the hidden units that a layer reads, if they can be permuted."""
-        assert unit.module is not None
+        assert block.module is not None
         alone = is_plain(reader) and (runs.is_empty or runs.reads_alone(reader.module))
         if not self._plan.processes.all_agree(alone):
             return
         parent = self._modules[reader.name.rpartition(".")[0]]
-        key = type(unit.module), reader.name.removeprefix(unit.name), reader.shape
-        for index, hidden in enumerate(_candidates(reader, parent, unit.module)):
+        key = type(block.module), reader.name.removeprefix(block.name), reader.shape
+        for index, hidden in enumerate(_candidates(reader, parent, block.module)):
             if self._known.get(key, index) == index and self._is_movable(hidden) and self._is_right(hidden, runs):
                 self._known[key] = index
                 yield hidden

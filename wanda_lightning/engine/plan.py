@@ -1,4 +1,4 @@
-"""The plan of a pruning: the layers, their units and their sparsities, found before any weight changes."""
+"""The plan of a pruning: the layers, their stops and their sparsities, found before any weight changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from wanda_lightning.models import (
     Layer,
     RemovableUnits,
     SkipReason,
-    Unit,
+    Stop,
     find_layers,
     reads_images,
     tied_tensors,
@@ -38,7 +38,7 @@ Selections = Mapping[str, Selection]  # by layer
 
 @dataclass(frozen=True)
 class Plan:
-    """A model with its layers grouped into units, and the choices and processes that prune it."""
+    """A model with its layers grouped into stops, and the choices and processes that prune it."""
 
     config: PruningConfig  # for this model, see `config_for`
     model: nn.Module
@@ -49,9 +49,9 @@ class Plan:
     preset: str = ""  # the name for these choices, before the model decided about any
 
     @property
-    def units(self) -> tuple[Unit, ...]:
-        """The units at which the calibration batches stop."""
-        return self.inventory.units
+    def stops(self) -> tuple[Stop, ...]:
+        """Where the calibration batches wait."""
+        return self.inventory.stops
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -59,28 +59,28 @@ class Plan:
         return self.inventory.layers
 
     @property
-    def whole_model(self) -> Unit:
-        """All layers as one unit."""
-        return Unit("", None, self.layers)
+    def whole_model(self) -> Stop:
+        """All layers as one stop."""
+        return Stop("", None, self.layers)
 
     @cached_property
-    def parts(self) -> tuple[Unit, ...]:
-        """One unit for each block that holds layers, and for each layer outside of all blocks."""
+    def parts(self) -> tuple[Stop, ...]:
+        """One stop for each block that holds layers, and for each layer outside of all blocks."""
         modules, members = named_modules(self.model), dict[str, list[Layer]]()
         for layer in self.layers:
             members.setdefault(self.inventory.blocks[layer.name], []).append(layer)
-        return tuple(Unit(name, modules.get(name, self.model), tuple(inside)) for name, inside in members.items())
+        return tuple(Stop(name, modules.get(name, self.model), tuple(inside)) for name, inside in members.items())
 
     @cached_property
-    def block_units(self) -> tuple[Unit, ...]:
-        """One unit for each block that holds layers; none contains another."""
+    def block_stops(self) -> tuple[Stop, ...]:
+        """One stop for each block that holds layers; none contains another."""
         own = {self.model, *(layer.module for layer in self.layers)}
-        return tuple(unit for unit in self.parts if unit.module not in own)
+        return tuple(stop for stop in self.parts if stop.module not in own)
 
     @cached_property
     def blocks(self) -> tuple[nn.Module, ...]:
-        """The modules of `block_units`."""
-        return tuple(unit.module for unit in self.block_units if unit.module)
+        """The modules of `block_stops`."""
+        return tuple(stop.module for stop in self.block_stops if stop.module)
 
     @cached_property
     def _tied(self) -> set[tuple[nn.Module, str]]:
@@ -108,8 +108,8 @@ class Plan:
 
     @property
     def observed(self) -> frozenset[str]:
-        """The statistics that are collected before a unit is pruned."""
-        return self.config.needs if self.is_one_pass else self.config.unit_needs
+        """The statistics that are collected before the layers of a stop are pruned."""
+        return self.config.needs if self.is_one_pass else self.config.stop_needs
 
     def dense_layers(
         self,

@@ -28,7 +28,7 @@ from wanda_lightning.engine.notes import make_report
 from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import Plan, make_plan, refuse_unprunable
 from wanda_lightning.engine.run import Observed, Run, WeightStore
-from wanda_lightning.engine.write import prune_unit
+from wanda_lightning.engine.write import prune_stop
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 from wanda_lightning.training.predictions import predictions_of
@@ -137,7 +137,7 @@ def prune_as(
             dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
             recovery = config.recovery.start_model(dense)
     with run.clock.timed("prune"), pruning_mode(model), noting(run.written, log.error):
-        run = _prune_units(run)
+        run = _prune_stops(run)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(model, batch_norms):
         run = replace(run, batch_norm=statistics.correct())
@@ -190,7 +190,7 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
             refuse_unprunable(plan.layers)
         found, run.samples.total = passive.finish()
         run = replace(run, selections=plan.allocate(found.inputs))
-        prune_unit(run, plan.whole_model, found)
+        prune_stop(run, plan.whole_model, found)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     return make_report(run)
 
@@ -220,8 +220,8 @@ def _observe_dense_model(run: Run) -> Observed:
     return inputs, gradients
 
 
-def _prune_units(run: Run) -> Run:
-    """Observe, prune and recover each unit in turn."""
+def _prune_stops(run: Run) -> Run:
+    """Observe, prune and recover each stop in turn."""
     plan, config = run.plan, run.plan.config
     observer = Observer(plan.observed, plan.processes)
     of_dense = None if plan.observed else Observation()
@@ -230,18 +230,18 @@ def _prune_units(run: Run) -> Run:
             of_dense = found = run.store.observe_dense(run, observer, bar)
         run = run if run.selections else run.allocated(lambda: (found.inputs, {}))
     with ProgressBar("Pruning", None, run.progress) as bar, closing(run.store.stops(run, bar)) as stops:
-        for unit, waiting in stops:
-            bar.show(unit.name)
-            if run.store.arrive(unit, run):
+        for stop, waiting in stops:
+            bar.show(stop.name)
+            if run.store.arrive(stop, run):
                 continue
-            recovery = config.recovery.start(unit, plan.processes)
+            recovery = config.recovery.start(stop, plan.processes)
             calls = recovery.record(waiting)
             if of_dense is None:
-                prune_unit(run, unit, observer(unit, calls))
+                prune_stop(run, stop, observer(stop, calls))
             else:
                 for call in calls:  # which only record
                     call.run(on_copies=True)
-                prune_unit(run, unit, of_dense)
+                prune_stop(run, stop, of_dense)
             for part, layers in recovery.train(bar.show):
                 for name in run.done.layers.keys() & {layer.name for layer in layers}:
                     run.done.layers[name] = replace(run.done.layers[name], part=part)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from wanda_lightning.calibration.lockstep import Stop, lockstep
+from wanda_lightning.calibration.lockstep import Call, Stops, lockstep
 from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.plan import Plan, Selections, refuse_unprunable
-from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
+from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
 
 Observed = tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]
@@ -42,7 +42,7 @@ class Done:
     # Number of tokens of each expert that was pruned with the statistics of all experts of its module.
     few_tokens: dict[str, int] = field(default_factory=dict)
     zero_units: dict[str, int] = field(default_factory=dict)  # hidden units that are zero, by the layer that reads them
-    revisited: set[str] = field(default_factory=set)  # names of units that the model called again after pruning
+    revisited: set[str] = field(default_factory=set)  # names of stops that the model called again after pruning
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,16 @@ class WeightStore:
         bar.expect(run.samples.length)
         return observer.whole_model(run.plan.whole_model, run.samples, bar.advance)
 
-    def stops(self, run: Run, bar: ProgressBar) -> Generator[Stop]:
-        """Stop at each unit before it is pruned; after each stop the samples run through the pruned unit.
+    def stops(self, run: Run, bar: ProgressBar) -> Stops:
+        """Yield each stop before it is pruned, with the calls that wait there, which then run through what is pruned.
 
         No sample waits there if nothing is left to observe or to record.
         """
         plan = run.plan
-        bar.expect(len(plan.units))
-        stops: Iterable[Stop] = (Stop(unit, []) for unit in plan.units)
+        bar.expect(len(plan.stops))
+        stops: Iterable[tuple[Stop, list[Call]]] = ((stop, []) for stop in plan.stops)
         if plan.observed and (plan.config.recovery.recorded or not plan.is_one_pass):
-            stops = lockstep(plan.units, run.samples.hold(), plan.processes, run.done.revisited)
+            stops = lockstep(plan.stops, run.samples.hold(), plan.processes, run.done.revisited)
         for stop in stops:
             yield stop
             bar.advance()
@@ -128,7 +128,7 @@ class WeightStore:
         yield
 
     def hold(self, name: str) -> None:
-        """Load the dense weights of a layer or a unit."""
+        """Load the dense weights of a layer or a stop."""
 
     def repeat(self, block: str, change: Callable[[], None]) -> None:
         """Apply `change`, which the dense weights of a block have seen, again each time they are read."""
@@ -146,15 +146,15 @@ class WeightStore:
     def keep(self, selections: Selections) -> None:
         """Keep the selections for a later run that continues this one."""
 
-    def arrive(self, unit: Unit, run: Run) -> bool:
-        """Prepare a unit that is about to be pruned; return whether an earlier run has pruned it already."""
+    def arrive(self, stop: Stop, run: Run) -> bool:
+        """Prepare a stop that is about to be pruned; return whether an earlier run has pruned it already."""
         return False
 
     def finish(self, run: Run) -> None:
-        """Store what is left, after the last unit."""
+        """Store what is left, after the last stop."""
 
 
-def dense_blocks(run: Run, blocks: Sequence[Unit], count: int, title: str, again: set[str]) -> Generator[Stop]:
+def dense_blocks(run: Run, blocks: Sequence[Stop], count: int, title: str, again: set[str]) -> Stops:
     """Stop at each block, whose weights are in memory then.
 
     The samples are the first `count` of all processes together. After the last block, `again` receives the names of
@@ -165,10 +165,10 @@ def dense_blocks(run: Run, blocks: Sequence[Unit], count: int, title: str, again
     if not any(number for (number,) in plan.processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
     with ProgressBar(title, len(blocks), run.progress) as bar, store.dense():
-        for stop in lockstep(blocks, samples, plan.processes, revisited):
-            bar.show(stop.unit.name)
-            store.hold(stop.unit.name)
-            yield stop
+        for stop, calls in lockstep(blocks, samples, plan.processes, revisited):
+            bar.show(stop.name)
+            store.hold(stop.name)
+            yield stop, calls
             bar.advance()
     # Only processes with samples there have seen it.
     again |= {block.name for block in blocks if not plan.processes.all_agree(block.name not in revisited)}

@@ -1,4 +1,4 @@
-"""Prune the layers of one unit with their statistics: solve, write, and record what happened."""
+"""Prune the layers of one stop with their statistics: solve, write, and record what happened."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.core.statistics import InputStatistics, relative_error
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
-from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Unit
+from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.report import POOLED, PrunedLayer
 
 
-def prune_unit(run: Run, unit: Unit, found: Observation) -> None:
+def prune_stop(run: Run, stop: Stop, found: Observation) -> None:
     """Prune the layers that the samples reached, and leave the others dense with a reason."""
     plan, inputs = run.plan, found.inputs
     with plan.processes.fail_together():
         reached: list[Layer] = []
-        for layer in unit.layers:
+        for layer in stop.layers:
             if skipped := _left_dense(layer, inputs.get(layer.name, InputStatistics())) if plan.observed else None:
                 run.done.skipped[layer.name] = skipped
             else:

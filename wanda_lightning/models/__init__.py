@@ -11,7 +11,7 @@ from wanda_lightning.models.inventory import (
     Inventory as Inventory,
     SkippedMatrix as SkippedMatrix,
     SkipReason as SkipReason,
-    Unit as Unit,
+    Stop as Stop,
     find_layers as find_layers,
 )
 from wanda_lightning.models.layers import Layer as Layer, is_plain as is_plain

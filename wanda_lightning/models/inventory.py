@@ -1,4 +1,4 @@
-"""The inventory of a model: layers to prune, grouped into units, and what is left dense, with a reason for each."""
+"""The inventory of a model: layers to prune, grouped into stops, and what is left dense, with a reason for each."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class SkippedMatrix:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A part of the model at which calibration batches stop: a block, a layer, or (module None) the whole model."""
+class Stop:
+    """Where calibration batches wait: before a block, before a layer, or (module None) not at all."""
 
     name: str
     module: nn.Module | None
@@ -79,14 +79,14 @@ class Unit:
 class Inventory:
     """Every matrix of a model."""
 
-    units: tuple[Unit, ...]  # the layers to prune, in model order
+    stops: tuple[Stop, ...]  # the layers to prune, in model order
     skipped: tuple[SkippedMatrix, ...]  # all other matrices
     blocks: Mapping[str, str]  # by layer: the name of its block, or of its module if it lies in no block
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """All layers to prune, in model order."""
-        return tuple(layer for unit in self.units for layer in unit.layers)
+        return tuple(layer for stop in self.stops for layer in stop.layers)
 
     def skipped_for(self, reason: SkipReason) -> tuple[SkippedMatrix, ...]:
         """Return the matrices that are skipped for a reason, largest first."""
@@ -100,7 +100,7 @@ def find_layers(
     only: Sequence[str] = (),
     pattern: Pattern = Unstructured(),
 ) -> Inventory:
-    """Find the layers to prune, group them into units, and list every other matrix with its reason.
+    """Find the layers to prune, group them into stops, and list every other matrix with its reason.
 
     `PruningConfig.from_names` describes the arguments; `sequential` is `"block"`, `"layer"` or `"none"`. Layers whose
     width does not fit the pattern are skipped. The weights are not read, so the model may be on the meta device. Raises
@@ -114,7 +114,7 @@ def find_layers(
     # Find blocks before the pattern removes layers: blocks must not depend on the pattern.
     blocks = finder.block_of_each_layer()
     finder.skip(SkipReason.PATTERN, lambda layer: pattern.why_not(layer.shape[1]))
-    return Inventory(finder.units(sequential, blocks), tuple(finder.skipped), blocks)
+    return Inventory(finder.stops(sequential, blocks), tuple(finder.skipped), blocks)
 
 
 class _Finder:
@@ -222,16 +222,16 @@ class _Finder:
             for layer in self.layers
         }
 
-    def units(self, sequential: str, blocks: Mapping[str, str]) -> tuple[Unit, ...]:
-        """Group the layers into units."""
+    def stops(self, sequential: str, blocks: Mapping[str, str]) -> tuple[Stop, ...]:
+        """Group the layers into stops."""
         if sequential == "none":
-            return (Unit("", None, tuple(self.layers)),) if self.layers else ()
+            return (Stop("", None, tuple(self.layers)),) if self.layers else ()
         members: dict[str, list[Layer]] = {}
         for layer in self.layers:
-            # Experts or groups of one parameter form one unit: batches can stop only at their module.
+            # Experts or groups of one parameter form one stop: batches can stop only at their module.
             name = blocks[layer.name] if sequential == "block" else self._module_names[layer.module]
             members.setdefault(name, []).append(layer)
-        return tuple(Unit(name, self.modules.get(name, self.model), tuple(inner)) for name, inner in members.items())
+        return tuple(Stop(name, self.modules.get(name, self.model), tuple(inner)) for name, inner in members.items())
 
 
 def _find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> list[str]:

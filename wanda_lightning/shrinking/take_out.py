@@ -24,7 +24,7 @@ from wanda_lightning.common.words import counted
 from wanda_lightning.models import (
     Layer,
     RemovableUnits,
-    Unit,
+    Stop,
     adapted_module,
     find_layers,
     reads_images,
@@ -126,10 +126,10 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
             recorded = [replace(sample, forward=call.run) for call in whole.recording()]
             for _ in lockstep(search.blocks, recorded, revisited=again, to_end=True):
                 pass
-            search.blocks = [unit for unit in search.blocks if unit.name not in again]
+            search.blocks = [block for block in search.blocks if block.name not in again]
             with closing(lockstep(search.blocks, [sample])) as stops:
-                for unit, calls in stops:
-                    search.take_out(unit, BlockRuns(unit.module or model, calls))
+                for block, calls in stops:
+                    search.take_out(block, BlockRuns(block.module or model, calls))
             search.take_out(search.rest, whole)
 
         def is_same() -> bool:
@@ -163,13 +163,13 @@ class _Search:
 
     def __init__(self, model: nn.Module, undo: ExitStack) -> None:
         self.result, self.changed = Shrunk(), set[nn.Module]()
-        self._model, self._units = model, find_layers(model).units
-        self.blocks = [unit for unit in self._units if unit.module and unit.module is not unit.layers[0].module]
+        self._model, self._stops = model, find_layers(model).stops
+        self.blocks = [stop for stop in self._stops if stop.module and stop.module is not stop.layers[0].module]
         self._undo, self._modules, self._tied = undo, named_modules(model), tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
         self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
 
-    def take_out(self, block: Unit, runs: BlockRuns) -> None:
+    def take_out(self, block: Stop, runs: BlockRuns) -> None:
         """Take out the units that layers of a block read and that are zero on both sides."""
         for reader in block.layers:
             for units, empty in self._candidates(reader, block):
@@ -187,9 +187,9 @@ class _Search:
                 break
 
     @property
-    def rest(self) -> Unit:
+    def rest(self) -> Stop:
         """The layers outside of these blocks, with the model around them."""
-        return Unit("", self._model, tuple(x for u in self._units if u not in self.blocks for x in u.layers))
+        return Stop("", self._model, tuple(x for stop in self._stops if stop not in self.blocks for x in stop.layers))
 
     def finds_any(self) -> bool:
         """Whether any layer has a candidate; refuses a layer without values."""
@@ -202,7 +202,7 @@ class _Search:
         layers = ((layer, block) for block in (*self.blocks, self.rest) for layer in block.layers)
         return sum(next((int(empty.sum()) for _, empty in self._candidates(*each)), 0) for each in layers)
 
-    def _candidates(self, reader: Layer, block: Unit) -> Iterator[tuple[RemovableUnits, Tensor]]:
+    def _candidates(self, reader: Layer, block: Stop) -> Iterator[tuple[RemovableUnits, Tensor]]:
         """Yield candidates, and which of their units are zero on both sides."""
         if reader.expert is not None or reader.width < 2:  # a layer keeps one unit
             return

@@ -15,7 +15,7 @@ from wanda_lightning.calibration.samples import Sample, length_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.models import Unit, check_tokens
+from wanda_lightning.models import Stop, check_tokens
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.loading import check_causal
 from wanda_lightning.streaming.block_loader import BlockLoader
@@ -62,7 +62,7 @@ def perplexity_from_disk(
         mask = None if mask is None else mask.to(checkpoint.device)
         metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
 
-    blocks = [Unit(block, checkpoint.model.get_submodule(block), ()) for block in checkpoint.blocks]
+    blocks = [Stop(block, checkpoint.model.get_submodule(block), ()) for block in checkpoint.blocks]
     runs = ((index, partial(run, batch)) for index, batch in enumerate(batches))
     samples = (Sample(each, each, batch_index=index) for index, each in runs)
     number = length_of(batches)

@@ -11,7 +11,7 @@ from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.engine.plan import Plan, Selections, refuse_unprunable
 from wanda_lightning.engine.run import Run, WeightStore
-from wanda_lightning.models import Layer, Unit
+from wanda_lightning.models import Layer, Stop
 from wanda_lightning.streaming.block_loader import BlockLoader
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint, Keys
 from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
@@ -30,7 +30,7 @@ class StreamedWeights(WeightStore):
         self._checkpoint, self._output = checkpoint, output
         self._is_dense = False
         self._changes: dict[str, Callable[[], None]] = {}  # by block
-        # The parts of the units at which no batch has stopped yet, by unit; None before the first stop
+        # The parts of the stops at which no batch has stopped yet, by stop; None before the first stop
         self._ahead: dict[str, str] | None = None
 
     def _stored(self, block: str) -> Keys | None:
@@ -54,18 +54,18 @@ class StreamedWeights(WeightStore):
         bar.expect(len(run.plan.parts))
         with self.dense():
             plan, samples = run.plan, run.samples.hold()
-            for unit, calls in lockstep(plan.parts, samples, plan.processes, to_end=True):
-                bar.show(unit.name)
+            for stop, calls in lockstep(plan.parts, samples, plan.processes, to_end=True):
+                bar.show(stop.name)
                 bar.advance()
-                self.hold(unit.name)
-                calls[:] = [observer.watched(unit, call) for call in calls]
+                self.hold(stop.name)
+                calls[:] = [observer.watched(stop, call) for call in calls]
         return observer.finish(run.plan.whole_model)
 
     def undo(self, change: Callable[[], None]) -> None:
         """Do nothing: the changed weights are not in memory any more, and are read again."""
 
     def hold(self, name: str) -> None:
-        """Load the block of a layer or unit, and free all others."""
+        """Load the block of a layer or stop, and free all others."""
         if (part := self._checkpoint.part_of(name)) != RESIDENT:
             self.blocks.load_only(part)
 
@@ -81,12 +81,12 @@ class StreamedWeights(WeightStore):
         """Store the sparsities, so that a run that continues this one does not compute them again."""
         self._output.save_allocation({name: each.sparsity for name, each in selections.items()})
 
-    def arrive(self, unit: Unit, run: Run) -> bool:
-        """Write and free the blocks that all batches have left, and load the unit's block."""
-        part = self._checkpoint.part_of(unit.name)
+    def arrive(self, stop: Stop, run: Run) -> bool:
+        """Write and free the blocks that all batches have left, and load the stop's block."""
+        part = self._checkpoint.part_of(stop.name)
         if self._ahead is None:
-            self._ahead = {each.name: self._checkpoint.part_of(each.name) for each in run.plan.units}
-        self._ahead.pop(unit.name, None)
+            self._ahead = {each.name: self._checkpoint.part_of(each.name) for each in run.plan.stops}
+        self._ahead.pop(stop.name, None)
         needed = {part, *self._ahead.values()}  # a batch may be parked ahead, in a block that is loaded
         for block in [block for block in self.blocks.loaded if block not in needed]:
             self._store(block, run)
@@ -96,7 +96,7 @@ class StreamedWeights(WeightStore):
         if is_pruned:
             self._restore(self._output.written[part], run)
         else:
-            refuse_unprunable(unit.layers)
+            refuse_unprunable(stop.layers)
         return is_pruned
 
     def finish(self, run: Run) -> None:

@@ -3,9 +3,9 @@
 from wanda_lightning.training.distil import Distil as Distil
 from wanda_lightning.training.reconstruct import Reconstruct as Reconstruct
 from wanda_lightning.training.recovery import (
+    BlockRecovery as BlockRecovery,
     DenseModel as DenseModel,
     ModelRecovery as ModelRecovery,
     NoRecovery as NoRecovery,
     Recovery as Recovery,
-    UnitRecovery as UnitRecovery,
 )

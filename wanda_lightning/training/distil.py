@@ -18,12 +18,19 @@ from wanda_lightning.calibration.samples import Sample, fit_together
 from wanda_lightning.common.checks import SEED, Number, check, check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.models import Unit
+from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import Training
 from wanda_lightning.training.predictions import HELD_OUT, DenseTarget, DistilLoss, dense_targets, output_head
 from wanda_lightning.training.reconstruct import Reconstruct
-from wanda_lightning.training.recovery import DenseModel, MaskedWeights, ModelRecovery, Recovery, UnitRecovery, hold_out
+from wanda_lightning.training.recovery import (
+    BlockRecovery,
+    DenseModel,
+    MaskedWeights,
+    ModelRecovery,
+    Recovery,
+    hold_out,
+)
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +109,9 @@ class Distil(Recovery):
         """Decide about `blocks=None`."""
         return replace(self, blocks=is_image and sequential != "layer") if self.blocks is None else self
 
-    def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
+    def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
         """Start to train a block."""
-        return Reconstruct().start(unit, processes) if self.blocks else UnitRecovery()
+        return Reconstruct().start(stop, processes) if self.blocks else BlockRecovery()
 
     def start_model(self, dense: DenseModel) -> ModelRecovery:
         """Store the predictions of the dense model."""

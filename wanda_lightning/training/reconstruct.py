@@ -18,11 +18,11 @@ from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import map_tensors, separable_samples, tensors_of
 from wanda_lightning.common.checks import Number, check
-from wanda_lightning.models import Layer, Unit, fitting_mask
+from wanda_lightning.models import Layer, Stop, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import TrainedPart
 from wanda_lightning.training.predictions import mixed_precision, widened, works
-from wanda_lightning.training.recovery import MaskedWeights, Recovery, UnitRecovery, hold_out
+from wanda_lightning.training.recovery import BlockRecovery, MaskedWeights, Recovery, hold_out
 
 _HELD_OUT = 4  # every fourth step is held out from training
 _SAMPLES = 16  # of a batch in a step, at most
@@ -51,10 +51,10 @@ class Reconstruct(Recovery):
     def __post_init__(self) -> None:
         check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
 
-    def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
-        """Find the parts of the unit; a unit that is a single layer has no parts."""
-        parts = _parts(unit)
-        return _BlockReconstruction(self, unit, parts, processes) if parts else UnitRecovery()
+    def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
+        """Find the parts of the stop; a stop that is a single layer has no parts."""
+        parts = _parts(stop)
+        return _BlockReconstruction(self, stop, parts, processes) if parts else BlockRecovery()
 
 
 class _Run(NamedTuple):
@@ -86,11 +86,11 @@ class _Part:
 
 
 @dataclass
-class _BlockReconstruction(UnitRecovery):
+class _BlockReconstruction(BlockRecovery):
     """Records the inputs and outputs of the parts of a dense block, and trains the pruned parts on them."""
 
     config: Reconstruct
-    unit: Unit
+    stop: Stop
     parts: list[_Part]
     processes: Processes
 
@@ -100,7 +100,7 @@ class _BlockReconstruction(UnitRecovery):
             yield replace(call, forward=partial(self._run, call))
 
     def _run(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
-        if (part := self.parts[0]).module is self.unit.module:  # its forward parks the batch
+        if (part := self.parts[0]).module is self.stop.module:  # its forward parks the batch
             return part.record(call, call.forward, *args, **kwargs)
         with ExitStack() as patches:
             for part in self.parts:
@@ -203,17 +203,17 @@ class _PartTraining:
         return widened(x).square().sum()
 
 
-def _parts(unit: Unit) -> list[_Part]:
+def _parts(stop: Stop) -> list[_Part]:
     """Return the children of a block if they hold all its layers, otherwise the block itself; a layer has no parts."""
-    if unit.module is None or not unit.layers or any(layer.module is unit.module for layer in unit.layers):
+    if stop.module is None or not stop.layers or any(layer.module is stop.module for layer in stop.layers):
         return []
     parts = []
-    for name, module in [*_called_children(unit.module, unit.name), (unit.name, unit.module)]:
+    for name, module in [*_called_children(stop.module, stop.name), (stop.name, stop.module)]:
         inside = {child for child in module.modules() if child is not module}
-        if layers := tuple(layer for layer in unit.layers if layer.module in inside):
+        if layers := tuple(layer for layer in stop.layers if layer.module in inside):
             parts.append(_Part(name, module, layers))
     *children, block = parts
-    return children if sum(len(part.layers) for part in children) >= len(unit.layers) else [block]
+    return children if sum(len(part.layers) for part in children) >= len(stop.layers) else [block]
 
 
 def _called_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

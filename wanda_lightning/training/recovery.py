@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.core.masking import mask_
-from wanda_lightning.models import Layer, Unit
+from wanda_lightning.models import Layer, Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import TrainedPart, Training, TrainingPass
 from wanda_lightning.training.held_zeros import keep_masks
@@ -25,15 +25,15 @@ Loss = Callable[[Sequence[Any], float | None], Iterable[float]]  # see `MaskedWe
 LARGEST_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-16
 
 
-class UnitRecovery:
-    """The recovery of one unit. The base class records nothing and trains nothing."""
+class BlockRecovery:
+    """The recovery of one block. The base class records nothing and trains nothing."""
 
     def record(self, calls: Iterable[Call]) -> Iterable[Call]:
-        """Return calls of the dense unit that record what training needs when each is run once."""
+        """Return calls of the dense block that record what training needs when each is run once."""
         return calls
 
     def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
-        """Train the kept weights of the pruned unit; `show` the name of each part, and yield it with its layers."""
+        """Train the kept weights of the pruned block; `show` the name of each part, and yield it with its layers."""
         return iter(())
 
 
@@ -58,7 +58,7 @@ class ModelRecovery:
 
 
 class Recovery:
-    """Trains the kept weights of each pruned unit, of the whole model at the end, or both."""
+    """Trains the kept weights of each pruned block, of the whole model at the end, or both."""
 
     reads_batches: ClassVar[bool] = False  # whether it runs the calibration batches itself
 
@@ -78,13 +78,13 @@ class Recovery:
 
     def why_not(self, sequential: str) -> str | None:
         """Return why it cannot be combined with a value of `sequential`, and what to do; None if it can be."""
-        if sequential != "layer" or not self.recorded:  # units are then single layers
+        if sequential != "layer" or not self.recorded:  # stops are then single layers
             return None
         return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
 
-    def start(self, unit: Unit, processes: Processes = SINGLE_PROCESS) -> UnitRecovery:
-        """Start the recovery of a unit that is still dense."""
-        return UnitRecovery()
+    def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
+        """Start the recovery at a stop that is still dense."""
+        return BlockRecovery()
 
     def start_model(self, dense: DenseModel) -> ModelRecovery:
         """Start the recovery of a whole model before any layer is pruned."""
