@@ -4,17 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from importlib.metadata import version
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from rich.table import Table
 from support.cli import IGNORED_WARNINGS, OUT, everything_in, run
 
-from wanda_lightning.cli import explain, set_up_warnings
-from wanda_lightning.cli.measuring import print_line, print_table
+from wanda_lightning.cli import explain
 from wanda_lightning.common.errors import UserError
 
 pytestmark = IGNORED_WARNINGS
@@ -90,17 +87,3 @@ def test_a_refusal_is_one_line_and_a_fault_keeps_its_traceback(error, message, c
     assert err.startswith("wanda-lightning: error: ") == bool(message)
     explain(error, debug=True)
     assert "wanda-lightning: error: " not in capsys.readouterr().err.partition("\n")[0]
-
-
-def test_what_is_printed_is_whole_and_plain(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "20")
-    made = Table("", *(f"/models/of/the/laboratory/llama-{number}" for number in range(3)))
-    made.add_row("sparsity of the prunable layers", *["50.00% (+50.00)"] * 3)
-    print_table(made)
-    assert capsys.readouterr().out.count("50.00% (+50.00)") == 3
-    print_line("layers [bold]x[/bold]")
-    with warnings.catch_warnings():
-        set_up_warnings()
-        text = warnings.formatwarning("num_samples is 50", UserWarning, "/a/path.py", 3)
-    said = capsys.readouterr().out, text
-    assert said == ("layers [bold]x[/bold]\n", "wanda-lightning: warning: num_samples is 50\n")

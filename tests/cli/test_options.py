@@ -13,7 +13,6 @@ from wanda_lightning import PruningConfig
 from wanda_lightning.cli import parse, parse_options
 from wanda_lightning.cli.commands import app
 from wanda_lightning.cli.options import Model, as_command
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.modules import loading
 
@@ -121,18 +120,6 @@ def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("wanda-lightning: error: ")
     assert message in line
-
-
-def test_files_that_are_refused():
-    for content, message in (
-        ("modle: x\n", 'Unknown option: "[modle]"'),
-        ("- a\n", "must be a mapping, but got list"),
-        ("model: [a\n", "ParserError"),
-    ):
-        Path("a.yaml").write_text(content)
-        with pytest.raises(UserError) as caught:
-            options("--config", "a.yaml")
-        assert message in str(caught.value)
 
 
 def test_the_revision_is_that_of_the_model(inputs, capsys):

@@ -10,15 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from support import reference
-from support.layers import (
-    WIDE,
-    allocate,
-    mean_of,
-    random_layer,
-    random_layers,
-    solve,
-    statistics,
-)
+from support.layers import WIDE, allocate, mean_of, random_layer, random_layers, solve, statistics
 from support.pairwise import pairwise
 
 from wanda_lightning.core.allocation import OWL, Allocation, Fisher, PerLayer, Uniform

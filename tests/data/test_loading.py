@@ -23,11 +23,3 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path, monkeypatch, tokenizer,
         data.setup("fit")
     assert ("hub cannot be reached" in str(error.value)) == (not knows)
     assert isinstance(error.value.__cause__, ConnectionError)
-
-
-def test_images_are_downloaded_before_they_are_opened(monkeypatch, imagenet):
-    asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **options: asked.append((name, options)))
-    for data in ("digits", str(imagenet), "cifar10", "some/images"):
-        ImageDataModule(data, cache_dir="cache").prepare_data()
-    assert asked == [(name, {"cache_dir": "cache"}) for name in ("uoft-cs/cifar10", "some/images")]

@@ -14,7 +14,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from peft import get_peft_model
-from support import lora, modules, tasks
+from support import lora, modules
 from support.both import DEVICES, assert_equal, on
 from support.callbacks import ADAMW, SGD, Manual, Net, loader, trainer
 from support.zoo import ZOO
@@ -31,7 +31,6 @@ from wanda_lightning import (
     prune,
     sample_windows,
 )
-from wanda_lightning.evaluation.tasks import load_tasks, zero_shot
 from wanda_lightning.lora import merge
 from wanda_lightning.training.predictions import mixed_precision
 
@@ -172,14 +171,6 @@ def test_perplexity(monkeypatch, has_float64):
     monkeypatch.setattr(support.remote, "HAS_FLOAT64", has_float64)
     windows = DataLoader([{"input_ids": ids} for ids in modules.windows_of_text()], 3)
     found = [made.validate(CausalLMModule(modules.tiny_llama()), windows, verbose=False) for made in trainers(list)]
-    assert found[0] == found[1]
-
-
-@tasks.needs_lm_eval
-def test_zero_shot(tmp_path):
-    tasks.write_tasks(tmp_path)
-    loaded, models = load_tasks(["rte", "arc_easy"], tmp_path), [tasks.tiny_llama(0).to(device) for device in DEVICES]
-    found = [zero_shot(model, tasks.tiny_tokenizer(), loaded) for model in models]
     assert found[0] == found[1]
 
 

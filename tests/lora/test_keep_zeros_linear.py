@@ -82,9 +82,6 @@ def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
     torch.testing.assert_close(merge(model)(x), expected)
 
 
-# The old name of transformers before 5.24; the new one is not in all versions that we support.
-
-
 def test_adapters_switch_add_up_and_disable():
     base = logits(llama())
     model = get_peft_model(llama(), config())

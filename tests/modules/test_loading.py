@@ -185,15 +185,6 @@ def test_a_broken_model_is_named(folders, tmp_path, model, form, file, change, m
             model_from_config(name)
 
 
-@pytest.mark.parametrize("change", [cut(5000), stored(integers), stored(not_a_number)])
-def test_a_broken_checkpoint_is_named(tmp_path, change):
-    path = tmp_path / "weights.safetensors"
-    save_file(tiny_vit().model.state_dict(), path)
-    change(path)
-    with pytest.raises(ValueError, match=r"weights\.safetensors.*(damaged|packed integers|NaN or infinity)"):
-        tiny_vit(checkpoint=str(path))
-
-
 @pytest.mark.parametrize("part", [lambda c: c[:1000], lambda c: b"x" + c[1:]])
 def test_a_broken_gguf_file_is_named(folders, tmp_path, part):
     path = tmp_path / "broken.gguf"
