@@ -80,23 +80,6 @@ def test_evaluation_cuts_the_joined_text(tmp_path, tokenizer, kind):
     assert torch.equal(ids_of(data.val_dataloader()), expected[:3])
 
 
-def test_only_what_is_needed_is_read_and_only_once(monkeypatch, tokenizer):
-    from wanda_lightning.data import text
-
-    reads = []
-    for name in ("calibration_source", "evaluation_text"):
-        original = getattr(text, name)
-        monkeypatch.setattr(text, name, lambda *a, name=name, original=original: (reads.append(name), original(*a))[1])
-    data = TextDataModule(tokenizer, seqlen=32, num_samples=2, train_samples=5)
-    assert reads == []
-    data.setup("validate"), data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()
-    assert reads == ["evaluation_text"]
-    data.setup("fit"), data.train_dataloader(), data.calibration_dataloader()
-    assert reads == ["evaluation_text", "calibration_source"]
-    assert data.train_windows.shape == (5, 32)
-    assert torch.equal(data.train_windows[:2], data.calibration_windows)
-
-
 def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
     texts = documents([30, 41, 10])
     table = datasets.Dataset.from_dict({"text": texts})

@@ -103,7 +103,6 @@ def test_saves_an_ordinary_folder(tmp_path, tied):
     large = [file.suffix for file in (tmp_path / "new" / "model").iterdir() if file.stat().st_size > 20_000]
     assert large == [".safetensors"]
     again = CausalLMModule(str(tmp_path / "new" / "model"))
-    assert same(again.model, model)
     assert again.model.training
     assert again.tokenizer("w3 w7").input_ids == [3, 7]
 

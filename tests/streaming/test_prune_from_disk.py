@@ -6,9 +6,9 @@ from functools import partial
 
 import pytest
 import torch
-from support.disk import CHOICES, VOCABULARY, batches, count_blocks, in_memory, same, weights
+from support.disk import CHOICES, batches, count_blocks, in_memory, same, weights
 from support.pairwise import with_nightly
-from support.zoo import causal, names
+from support.zoo import causal, names, other
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from wanda_lightning import OWL, perplexity_from_disk, prune, prune_from_disk
@@ -77,13 +77,9 @@ def test_families_that_are_refused(tmp_path, name):
 
 @pytest.mark.parametrize("allocation", with_nightly(["owl"], ["uniform", "owl"]))
 def test_an_encoder_decoder(tmp_path, allocation):
-    torch.manual_seed(0)
-    config = T5Config(
-        vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "source")
-    samples = [{**batch, "labels": batch["input_ids"]} for batch in batches()]
-    choices = {"method": "wanda", "allocation": allocation}
+    family = other("T5ForConditionalGeneration")
+    family.build().save_pretrained(tmp_path / "source")
+    samples, choices = family.batches(), {"method": "wanda", "allocation": allocation}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, AutoModelForSeq2SeqLM, **choices)
     prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))

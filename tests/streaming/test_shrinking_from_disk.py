@@ -4,18 +4,15 @@ import pytest
 import torch
 import transformers as hf
 from support.disk import count_blocks
+from support.tiny import tiny
+from support.zoo import causal, seeded
 from transformers import AutoModelForCausalLM
 
 import wanda_lightning as wl
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
-LLAMA = {**SIZES, "intermediate_size": 64, "initializer_range": 0.3}
-OPT = {**SIZES, "ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}
 MODELS = {
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)),
-    "tied": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
-    "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**LLAMA, pad_token_id=0)),
-    "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(**OPT)),
+    **{name: causal(name).build for name in ("llama", "phi3", "opt")},
+    "tied": lambda: seeded(lambda: hf.LlamaForCausalLM(tiny(hf.LlamaConfig, tie_word_embeddings=True))),
 }
 IDS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
 
@@ -23,8 +20,7 @@ IDS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
-    torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    model = MODELS[name]()
     wl.prune(model, [{"input_ids": IDS}], 0.4, pattern="structured", allocation=allocation, progress=False)
     model.save_pretrained(tmp_path / "zeros")
     report = wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")

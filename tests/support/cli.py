@@ -22,13 +22,10 @@ from wanda_lightning.cli import main
 
 SEQLEN = 32
 OUT = ["--save", "out", "--save_model", "out/model"]
-_IGNORED = (
-    ".*does not have many workers",
-    ".*and the model has .* outputs",
-    "The number of training batches:UserWarning",
+IGNORED_WARNINGS = pytest.mark.filterwarnings(  # of tests that run commands on tiny models
+    *("ignore:.*does not have many workers", "ignore:.*and the model has .* outputs"),
+    "ignore:The number of training batches:UserWarning",
 )
-IGNORED_WARNINGS = [pytest.mark.filterwarnings(f"ignore:{message}") for message in _IGNORED]
-"""Marks for tests that run commands on tiny models."""
 
 
 def run(*arguments):
