@@ -6,20 +6,14 @@ import pytest
 import torch
 from support.modules import tiny_llama
 from torch.optim.optimizer import _global_optimizer_post_hooks
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from wanda_lightning import prune
 from wanda_lightning.integrations.transformers import KeepZerosCallback
 
 
-class Windows(Dataset):
-    def __len__(self):
-        return 16
-
-    def __getitem__(self, index):
-        ids = torch.randint(64, (12,), generator=torch.Generator().manual_seed(index))
-        return {"input_ids": ids, "labels": ids}
+IDS = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(0))
+WINDOWS = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
 
 def pruned_llama():
@@ -52,7 +46,7 @@ class Looks(TrainerCallback):
 
 def trained(folder, *callbacks, model=None, **options):
     model = model or pruned_llama()
-    Trainer(model, arguments(folder, **options), train_dataset=Windows(), callbacks=list(callbacks)).train()
+    Trainer(model, arguments(folder, **options), train_dataset=WINDOWS, callbacks=list(callbacks)).train()
     return model
 
 
@@ -99,7 +93,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(restore, tmp_path):
     assert saved["attributes"]["held"]["unheld_zeros"].keys() == {"model.layers.0.mlp.up_proj"}
     again, before = pruned_llama(), zeros(pruned_llama())
     callbacks = [KeepZerosCallback(), ZeroByChance()]
-    trainer = Trainer(again, arguments(tmp_path, **options), train_dataset=Windows(), callbacks=callbacks)
+    trainer = Trainer(again, arguments(tmp_path, **options), train_dataset=WINDOWS, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=str(checkpoint))
     for name, weight in whole.named_parameters():
         assert torch.equal(weight, again.get_parameter(name)), name
@@ -109,7 +103,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(restore, tmp_path):
 def test_a_run_that_began_without_it_can_go_on_with_it(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1}
     trained(tmp_path, learning_rate=0.0, max_steps=1, **options)
-    run = Trainer(pruned_llama(), arguments(tmp_path, max_steps=2, **options), train_dataset=Windows())
+    run = Trainer(pruned_llama(), arguments(tmp_path, max_steps=2, **options), train_dataset=WINDOWS)
     run.add_callback(KeepZerosCallback())
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["stateful_callbacks"]
