@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.batches import split
 from support.chains import overrides
 from support.gradients import drawn, gradients
 from support.pairwise import spread, with_nightly
 from support.refusals import refusal
+from support.samples import split
 from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F

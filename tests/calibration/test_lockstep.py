@@ -11,8 +11,7 @@ import weakref
 import pytest
 import torch
 from support.chains import WIDTH, Chain, Mlp, hooks, overrides, route, through, travel, vectors
-from support.runs import run_of
-from support.samples import samples_of
+from support.samples import run_of, samples_of
 from support.zoo import ZOO
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

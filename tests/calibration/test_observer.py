@@ -7,8 +7,7 @@ import pytest
 import torch
 from support.chains import Chain, Mlp, travel, vectors
 from support.pairwise import spread, with_nightly
-from support.runs import run_of
-from support.samples import calls_of
+from support.samples import calls_of, run_of
 from support.zoo import ZOO, seeded
 from torch import nn
 

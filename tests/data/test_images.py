@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from support.callbacks import trainer
-from support.data import Wrapped, images_of, paint, vit
+from support.data import images_of, paint, vit
 from torch import nn
 
-from wanda_lightning import ImageDataModule
+from wanda_lightning import ImageClassifierModule, ImageDataModule
 from wanda_lightning.data.images import class_names_of, resolve_preprocessing
 
 pytestmark = [
@@ -70,12 +70,12 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     from lightning.pytorch.trainer.connectors import data_connector
 
     monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 31)
-    module = Wrapped(vit(in_chans=1))
-    data = ImageDataModule("digits", batch_size=50)
-    trainer().validate(module, data, verbose=False)
-    assert module.shapes == [(50, 1, 16, 16), (10, 1, 16, 16)]
-    trainer().validate(other := Wrapped(vit()), data, verbose=False)
-    assert other.shapes[0] == (50, 3, 16, 16)
+    data, shapes = ImageDataModule("digits", batch_size=50), []
+    for channels in (1, 3):
+        module = ImageClassifierModule(vit(in_chans=channels), num_classes=10)
+        module.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
+        trainer().validate(module, data, verbose=False)
+    assert shapes == [(images, channels, 16, 16) for channels in (1, 3) for images in (50, 10)]
 
 
 @pytest.mark.parametrize(
@@ -175,13 +175,13 @@ def test_preprocessing_is_the_models_own():
     assert (found["input_size"], found["mean"], found["crop_pct"]) == ((3, 224, 224), (0.485, 0.456, 0.406), 0.875)
     assert resolve_preprocessing("convnext_atto") == resolve_preprocessing("timm:convnext_atto.d2_in1k") == found
     assert resolve_preprocessing("convnext_atto", image_size=64)["input_size"] == (3, 64, 64)
-    gray = resolve_preprocessing(Wrapped(timm.create_model("resnet18", in_chans=1)))
+    gray = resolve_preprocessing(ImageClassifierModule(timm.create_model("resnet18", in_chans=1)))
     assert (gray["input_size"], gray["mean"]) == ((1, 224, 224), pytest.approx(((0.485 + 0.456 + 0.406) / 3,)))
 
 
-def test_class_names_come_from_the_model_or_imagenet():
+def test_class_names_come_from_the_model():
     model = vit(num_classes=3)
     assert class_names_of(model) == ()
-    for names in (["a", "b", "c"], {0: "a", 1: "b", 2: "c"}, ["a", "b"]):  # the last of another head
-        model.pretrained_cfg["label_names"] = names
-        assert class_names_of(model) == class_names_of(Wrapped(model)) == (("a", "b", "c") if len(names) == 3 else ())
+    for names, found in ((["a", "b", "c"], "abc"), ({0: "a", 1: "b", 2: "c"}, "abc"), (["a", "b"], "")):
+        model.pretrained_cfg["label_names"] = names  # the last of another head
+        assert class_names_of(model) == class_names_of(ImageClassifierModule(model)) == tuple(found)

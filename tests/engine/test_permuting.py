@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADAMW, Net, loader, trainer
 from support.pair_cases import replicated
 from support.pairwise import spread
-from support.runs import run_of
+from support.samples import run_of
 from support.zoo import ZOO, run, seeded
 from torch import nn
 from torch.nn import functional as F

@@ -8,7 +8,7 @@ import torch
 from support.families import slow_prune
 from support.pairwise import with_nightly
 from support.refusals import state_of
-from support.runs import run_of
+from support.samples import run_of
 from support.zoo import ZOO, double, matching, matrices, run
 from torch import nn
 from torch.utils._pytree import tree_map_only

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADVICE, trainer
-from support.detectors import MODELS, batches_for, build, class_logits, scenes
+from support.detectors import batches_for, build, class_logits, scenes
 from support.pairwise import with_nightly
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader

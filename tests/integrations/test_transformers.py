@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from wanda_lightning import prune
 from wanda_lightning.integrations.transformers import KeepZerosCallback
 
-
 IDS = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(0))
 WINDOWS = [{"input_ids": ids, "labels": ids} for ids in IDS]
 

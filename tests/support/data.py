@@ -4,7 +4,6 @@ import json
 import random
 from types import SimpleNamespace
 
-import lightning as L
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -63,20 +62,6 @@ def few_digits(monkeypatch):
     scans = load_digits()
     few = SimpleNamespace(images=scans.images[:300], target=scans.target[:300])
     monkeypatch.setattr("sklearn.datasets.load_digits", lambda: few)
-
-
-class Wrapped(L.LightningModule):
-    """Like ImageClassifierModule, it has the timm model as `.model`."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.shapes = []
-
-    def validation_step(self, batch, batch_idx):
-        images, _ = batch
-        assert self.model(images).shape == (len(images), 10)
-        self.shapes.append(tuple(images.shape))
 
 
 def paint(folder, colour, count):

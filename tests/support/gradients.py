@@ -1,7 +1,7 @@
 """Gradient statistics of a model, as pruning collects them."""
 
 import torch
-from support.runs import run_of
+from support.samples import run_of
 
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import calibration_mode

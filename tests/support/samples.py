@@ -1,12 +1,16 @@
-"""Calibration samples from batches."""
+"""Calibration samples from batches, and what `prune` makes of its arguments before anything is measured."""
 
 from functools import partial
 
 import torch
 from support.zoo import run
 
-from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.samples import Sample, Samples
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import token_masks
+from wanda_lightning.parallel import SINGLE_PROCESS
 
 
 def samples_of(model, batches, forward=None):
@@ -31,3 +35,16 @@ def calls_of(model, names, batches):
     for hook in hooks:
         hook.remove()
     return calls
+
+
+def run_of(model, batches, processes=SINGLE_PROCESS, **choices):
+    plan = make_plan(PruningConfig.from_names(**choices), model)
+    samples = Samples(model, batches, lambda batch: run(model, batch), None, processes, "the test")
+    return Run(plan, samples, WeightStore())
+
+
+def split(batches, size):
+    """Cut batches (mappings of tensors) into batches of another size."""
+    whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    parts = {key: value.split(size) for key, value in whole.items()}
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
