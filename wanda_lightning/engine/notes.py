@@ -19,7 +19,6 @@ from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason, is_wrapper
-from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import PruningReport
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ def make_report(run: Run) -> PruningReport:
         if layer.name in run.done.layers and layer.size == layer.parameter.numel() and not is_unloaded(layer.parameter)
     }
     others = [p for p in parameters if id(p) not in known and not is_wrapper(p) and not is_unloaded(p)]
-    zeros = run.store.zeros + sum(known.values()) + sum(zero_counts(others, plan.processes))
+    zeros = run.store.zeros + sum(known.values()) + sum(int((p.detach() == 0).count_nonzero()) for p in others)
     names = plan.inventory.blocks if plan.coupled else [layer.name for layer in plan.layers]
     skipped = [run.done.skipped[name] for name in names if name in run.done.skipped and name not in run.done.layers]
     run.clock["report"] = time.perf_counter() - started

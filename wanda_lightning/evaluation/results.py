@@ -15,7 +15,6 @@ from torch import nn
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
-from wanda_lightning.parallel import zero_counts
 from wanda_lightning.report import versions
 from wanda_lightning.report.records import as_json
 
@@ -42,7 +41,7 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
             is_quantized = name == "weight" and quantizer(module, parameter) is not None and can_be_read(module)
             weight = read_weight(module) if is_quantized else parameter
             for kind in ("layers", "model") if is_quantized or id(parameter) in prunable else ("model",):
-                zeros[kind] += zero_counts([weight])[0]
+                zeros[kind] += int((weight.detach() == 0).count_nonzero())
                 sizes[kind] += weight.numel()
     return {kind: zeros[kind] / max(1, sizes[kind]) for kind in ("layers", "model")}
 

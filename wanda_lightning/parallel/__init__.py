@@ -11,5 +11,4 @@ from wanda_lightning.parallel.processes import (
     Processes as Processes,
     first_index as first_index,
     local as local,
-    zero_counts as zero_counts,
 )

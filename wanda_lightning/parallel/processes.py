@@ -125,13 +125,3 @@ def first_index(tensor: Tensor) -> int:
     if not isinstance(tensor, DTensor):
         return 0
     return tensor.device_mesh.get_local_rank() * -(-len(tensor) // tensor.device_mesh.size())  # as by torch.chunk
-
-
-def zero_counts(tensors: Sequence[Tensor], processes: Processes = SINGLE_PROCESS) -> list[int]:
-    """Count the zeros of each tensor over all processes; copies of one tensor count once."""
-    counts = torch.zeros(len(tensors), dtype=torch.int64)
-    for index, tensor in enumerate(tensors):
-        if processes.rank == 0 or isinstance(tensor, DTensor):
-            counts[index] = (local(tensor.detach()) == 0).count_nonzero()
-    processes.all_reduce_sum([counts])
-    return counts.tolist()
