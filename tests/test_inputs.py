@@ -37,7 +37,7 @@ def net():
         (lambda: TextDataModule(seed=None), "seed must be a whole number of at least 0 .* but it is None"),
         (lambda: ImageDataModule("digits", num_samples="64"), "num_samples must be a whole number of .* is '64'"),
         (lambda: ImageDataModule("digits", num_workers=-1), "num_workers must be a whole number of at least 0"),
-        (lambda: ImageDataModule("cifar"), "data must be one of digits, .* mean cifar10"),
+        (lambda: ImageDataModule("cifar"), "data must be digits, or an existing folder"),
         (lambda: ImageClassifierModule("test_vit", pretrained="no"), "pretrained must be one of True, False"),
         (lambda: CausalLMModule("folder", trust_remote_code="false"), "trust_remote_code must be one of True, False"),
         (lambda: CausalLMModule(tiny_llama(), lr_decay="false"), "lr_decay must be one of True, False"),

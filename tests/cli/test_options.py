@@ -96,7 +96,7 @@ REFUSED = {
         (["--device", "cuda"], "--device must be left out for pruning without --stream"),
         (["--shrink", "--stream"], "--shrink, --stream must be left out for a command without --save_model"),
         (["--shrink", "--pattern", "2:4", "--save_model", "x"], "--shrink must be left out for --pattern 2:4"),
-        (VIT[:2], "data must be one of digits, cifar10, cifar100, "),
+        (VIT[:2], "data must be digits, or an existing folder"),
         (["--private"], "--private must be left out for a command without --push_to_hub"),
         (["--report", "report.pdf"], "report must end with .html or .png, but it is 'report.pdf'."),
     ],

@@ -49,8 +49,7 @@ def data_for(options: Model | Models, data: Data | Measurements, name: str, clas
     """Return the images for a classifier, or the texts for a model of this name, in windows that fit all models."""
     num_samples, seed = getattr(data, "num_samples", None), getattr(data, "seed", 0)
     if options.is_image:
-        more: dict[str, Any] = {"seed": seed, "cache_dir": options.cache_dir}
-        images = ImageDataModule(data.data or "", classifier, data.batch_size or 64, num_samples or 4096, **more)
+        images = ImageDataModule(data.data or "", classifier, data.batch_size or 64, num_samples or 4096, seed=seed)
         images.setup()
         return images
     return TextDataModule(

@@ -199,7 +199,7 @@ class _Measured:
     evaluation: Annotated[_Names, Parameter(alias="--eval", validator=_known_texts)] = ("wikitext2",)
     """Texts to measure perplexity on, with commas; the first is the one that counts. An empty text: measure nothing."""
     data: Annotated[str | None, Parameter(alias="--data_path")] = None
-    """Images: a folder laid out like ImageNet, cifar10, cifar100, a hub id, or digits (these need no network)."""
+    """Images: a folder laid out like ImageNet, or digits."""
     limit: _Count | None = None
     """Number of windows of each text to measure on; by default all."""
     seqlen: Annotated[int | None, Parameter(validator=Number(gte=2))] = None

@@ -18,7 +18,7 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
 from wanda_lightning.common.words import counted
-from wanda_lightning.data.image_sources import Images, Source, check_source, load_splits, open_source
+from wanda_lightning.data.image_sources import Images, Source, check_source, open_source
 from wanda_lightning.data.loading import silence_worker_advice
 
 
@@ -31,27 +31,24 @@ class ImageDataModule(L.LightningDataModule):
     the model, with the global random generators that `seed_everything` sets. Digits are resized without cropping and
     not augmented, since a mirrored digit is not a digit.
 
-    A folder of classes or a hub data set with one split has evaluation images alone, on which it also calibrates; with
-    val/CLASS alone, calibration raises an error. The label of a class folder is the model's output of the same name if
+    A folder of classes has evaluation images alone, on which it also calibrates; with val/CLASS alone, calibration
+    raises an error. The label of a class folder is the model's output of the same name if
     the model has class names and they include all folders, else the position in the sorted names of the folders.
 
     Args:
-        data: digits (needs no network), cifar10, cifar100, a folder with train/CLASS and val/CLASS, with val/CLASS
-            alone or with CLASS alone, a folder of Parquet files, or the id of a hub data set with one Image and one
-            ClassLabel column.
+        data: digits, or a folder with train/CLASS and val/CLASS, with val/CLASS alone or with CLASS alone.
         model: A timm model, a module that has it as `.model`, or a name; by default the model that the Trainer runs.
         batch_size: Number of images in a batch.
         num_samples: Number of calibration images.
         num_workers: Number of processes that decode images.
         seed: Seed of the calibration images and of the shuffling for training.
-        cache_dir: Folder for downloads from the hub.
         image_size: Height and width in pixels. By default those of the pretrained weights, usually 224; a convolutional
             model takes any.
 
     Raises:
-        ValueError: For a number out of range, an unknown source, a folder or table without images and labels, an image
+        ValueError: For a number out of range, an unknown source, a folder without images and labels, an image
             that cannot be read, more classes than the model has, or a model whose transforms timm does not know.
-        OSError: If the hub cannot be reached, or for a folder without images.
+        OSError: For a folder without images.
     """
 
     def __init__(
@@ -62,7 +59,6 @@ class ImageDataModule(L.LightningDataModule):
         num_samples: int = 4096,
         num_workers: int = 0,
         seed: int = 0,
-        cache_dir: str | None = None,
         image_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -76,7 +72,6 @@ class ImageDataModule(L.LightningDataModule):
         self.num_samples = num_samples
         self.num_workers = num_workers
         self.seed = seed
-        self.cache_dir = cache_dir
         self.image_size = image_size
         self.preprocessing: dict[str, Any] = {}
         self._source: Source | None = None
@@ -92,10 +87,6 @@ class ImageDataModule(L.LightningDataModule):
         """Number of classes; available after `setup`."""
         return len(self.class_names)
 
-    def prepare_data(self) -> None:
-        """Download the images, in one process of each node."""
-        load_splits(self.data, self.cache_dir)
-
     def setup(self, stage: str | None = None) -> None:
         """Open the images, find the transforms, and check that the classes fit the model."""
         model = self.model if self.model is not None else getattr(self.trainer, "lightning_module", None)
@@ -106,7 +97,7 @@ class ImageDataModule(L.LightningDataModule):
             preprocessing |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
         names = class_names_of(model)
         if self._source is None or (preprocessing, names) != (self.preprocessing, self._model_classes):
-            self._source = open_source(self.data, self.cache_dir, names)
+            self._source = open_source(self.data, names)
             self.preprocessing, self._model_classes = preprocessing, names
         self._check_classes(getattr(model, "num_classes", None), self._source)
 

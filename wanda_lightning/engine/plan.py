@@ -164,7 +164,7 @@ class Plan:
             shown.add(name)
             hold(name)
 
-        progress = progress and allocation.reads_weights and not self.coupled
+        progress = progress and bool(allocation.needs or allocation.reads_gradients) and not self.coupled
         with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
             if processes.rank == 0 and self.coupled:
                 sparsities = self._unit_sparsities(gradients)

@@ -127,7 +127,7 @@ def prune_as(
     with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(model):
         statistics = BatchNormStatistics(batch_norms, samples, processes)
     if allocate_first:
-        with run.clock.timed("allocate", config.allocation.reads_weights):
+        with run.clock.timed("allocate", bool(config.allocation.needs or config.reads_gradients)):
             run = run.allocated(partial(_observe_dense_model, run))
     recovers = config.recovery.reads_batches and config.sparsity > 0
     with run.clock.timed("recover", recovers), pruning_mode(model):

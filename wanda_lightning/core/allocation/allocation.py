@@ -65,13 +65,11 @@ class Allocation(ABC):
     Attributes:
         needs: The input statistics of the dense model that it reads.
         reads_gradients: Whether it reads gradients of the dense model.
-        reads_weights: Whether it reads whole layers, which the processes gather if each holds only some of the rows.
         prunes_units: Whether it can distribute hidden units.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_gradients: ClassVar[bool] = False
-    reads_weights: ClassVar[bool] = True
     prunes_units: ClassVar[bool] = False
 
     @property
@@ -99,7 +97,6 @@ class Allocation(ABC):
 class Uniform(Allocation):
     """The same sparsity for every layer."""
 
-    reads_weights: ClassVar[bool] = False
     prunes_units: ClassVar[bool] = True
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
