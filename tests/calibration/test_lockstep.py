@@ -1,6 +1,5 @@
 """The facts that the lockstep engine rests on, each against a plain forward pass or a counter."""
 
-import contextlib
 import os
 import signal
 import threading
@@ -13,7 +12,6 @@ import torch
 from support.chains import WIDTH, Chain, Mlp, hooks, overrides, route, through, travel, vectors
 from support.samples import run_of, samples_of
 from support.zoo import ZOO
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wanda_lightning import prune
 from wanda_lightning.calibration.lockstep import MOST_IDLE_WORKERS, lockstep
@@ -223,22 +221,7 @@ def test_ctrl_c_ends_at_once(place, sequential, seconds):
     assert overrides(model) == hooks(model) == []
 
 
-# ---- the state of a thread, and the switches of the process, are those of a plain forward pass
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def attention():
-    backends = torch.backends.cuda
-    return backends.flash_sdp_enabled(), backends.mem_efficient_sdp_enabled(), backends.math_sdp_enabled()
+# ---- the state of a thread is that of a plain forward pass
 
 
 STATES = {
@@ -248,8 +231,6 @@ STATES = {
         lambda: (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
     ),
     "device": (torch.device, ("cpu", "meta"), lambda: torch.empty(1).device.type),
-    "dtype": (default_dtype, (torch.float32, torch.float64), torch.get_default_dtype),
-    "attention": (sdpa_kernel, (list(SDPBackend.__members__.values()), SDPBackend.MATH), attention),
 }
 if torch.accelerator.is_available():
     STATES["stream"] = lambda stream: stream, (torch.Stream(), torch.Stream()), torch.accelerator.current_stream

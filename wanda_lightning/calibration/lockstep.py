@@ -234,15 +234,13 @@ class _BatchThread(threading.Thread):
         """Wait at a stop for the output of its module (called in the batch's thread)."""
         if self._cancelled:  # the model caught `_StopForward`, or calls a module in a `finally` block
             raise _StopForward
-        thread_state = ThreadState()
-        call = Call(self._sample, self._stops[stop].name, forward, args, kwargs, thread_state)
+        call = Call(self._sample, self._stops[stop].name, forward, args, kwargs, ThreadState())
         self.stop, self.call = stop, call
         del call
         if self._ends_workers:
             end_idle_workers()
         self._back.release()
         self._go.acquire()
-        thread_state.switches.restore()
         if self._cancelled:
             raise _StopForward
         output, self._output = self._output, None
@@ -252,12 +250,8 @@ class _BatchThread(threading.Thread):
         """Let the batch run to its next stop, or to its end (called in the scheduler's thread)."""
         self.call, self._output = None, output
         del output
-        switches = Switches()
-        try:
-            self._go.release()
-            self._back.acquire()
-        finally:
-            switches.restore()
+        self._go.release()
+        self._back.acquire()
         if self._error is not None:
             raise self._error
 
@@ -269,11 +263,9 @@ class _BatchThread(threading.Thread):
     def cancel(self) -> None:
         """End the thread if it runs, and wait until it has ended."""
         if self.is_alive():
-            switches = Switches()
             self._cancelled = True
             self._go.release()
             self.join()
-            switches.restore()
 
 
 def _current_stream() -> torch.Stream | None:
@@ -286,46 +278,22 @@ def _current_stream() -> torch.Stream | None:
 
 
 def _set_stream(stream: torch.Stream | None) -> None:
-    if stream is not None:
+    if stream is not None and stream != torch.accelerator.current_stream():
         torch.accelerator.set_stream(stream)  # changes the current device, too
 
 
-# Process-wide switches: without restoring them, a batch would see the values that another batch has set.
-_SWITCHES: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-    (_current_stream, _set_stream),  # of this thread
-)
-
-
-class Switches:
-    """PyTorch's process-wide switches and this thread's stream, which models change in a `with` block."""
-
-    def __init__(self) -> None:
-        self._values = [read() for read, _ in _SWITCHES]
-
-    def restore(self) -> None:
-        """Set every switch that has changed back to its value."""
-        for (read, write), value in zip(_SWITCHES, self._values, strict=True):
-            if read() != value:
-                write(value)
-
-
 class ThreadState:
-    """The state of the current thread, and the switches, at the time of construction.
+    """The state of the current thread at the time of construction.
 
-    PyTorch keeps grad mode, autocast, inference mode and the default device for each thread. A model may change them
-    between two stops, and the modules there run in another thread than the rest of the model.
+    PyTorch keeps grad mode, autocast, inference mode, the default device and the current stream for each thread. A
+    model may change them between two stops, and the modules there run in another thread than the rest of the model.
     """
 
     def __init__(self) -> None:
         devices = {"cpu"}
         if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
             devices.add(accelerator.type)
-        self.switches = Switches()
+        self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
         self._default_device = torch.get_default_device()
@@ -334,8 +302,8 @@ class ThreadState:
     def entered(self) -> Iterator[None]:
         """Switch the current thread to this state, without gradients; restore its own state at the end."""
         with ExitStack() as stack:
-            stack.callback(Switches().restore)
-            self.switches.restore()
+            stack.callback(_set_stream, _current_stream())
+            _set_stream(self._stream)
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.no_grad())
             if self._default_device != torch.get_default_device():
