@@ -14,7 +14,7 @@ from support.samples import run_of, samples_of
 from support.zoo import ZOO
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.lockstep import MOST_IDLE_WORKERS, lockstep
+from wanda_lightning.calibration.lockstep import MOST_WORKERS, lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Stop
@@ -66,10 +66,10 @@ def test_the_head_is_not_computed_and_an_error_before_it_does_not_matter():
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts threads in /proc")
-@pytest.mark.parametrize("most", [0, MOST_IDLE_WORKERS])
+@pytest.mark.parametrize("most", [16, 32, MOST_WORKERS])
 def test_waiting_batches_keep_few_workers(monkeypatch, most):
     """OpenMP keeps a team for each thread of a batch that computes between the stops."""
-    monkeypatch.setattr("wanda_lightning.calibration.lockstep.MOST_IDLE_WORKERS", most)
+    monkeypatch.setattr("wanda_lightning.calibration.lockstep.MOST_WORKERS", most)
     x = torch.randn(2**16, WIDTH)
     model, before = Chain(Mlp(), Mlp(), glue=lambda index: x.exp()), torch.get_num_threads()
     torch.set_num_threads(4)
@@ -77,7 +77,8 @@ def test_waiting_batches_keep_few_workers(monkeypatch, most):
         x.exp()  # the team of this thread
         threads = len(os.listdir("/proc/self/task"))
         for _ in travel(model, vectors(16), model.blocks):
-            assert len(os.listdir("/proc/self/task")) <= threads + 16 + (2 * 3 if most == 0 else most)
+            assert torch.get_num_threads() == 4
+            assert len(os.listdir("/proc/self/task")) <= threads + 16 + 16 * (min(4, most // 16) - 1)
     finally:
         torch.set_num_threads(before)
 

@@ -10,13 +10,11 @@ stops.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -185,17 +183,23 @@ def _park(stop: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     return forward(*args, **kwargs)
 
 
+MOST_WORKERS = 512  # of OpenMP, for all threads of batches together: 128 samples on 64 cores would keep 8,000
+
+
 @contextmanager
 def _batch_threads(samples: Sequence[Sample], stops: Sequence[Stop]) -> Iterator[list[_BatchThread]]:
     """Construct one thread for each batch; end all threads at the end of this block."""
-    state, ends_workers = ThreadState(), keeps_many_workers(len(samples))
-    threads = [_BatchThread(sample, stops, state, ends_workers) for sample in samples]
+    state, cores = ThreadState(), torch.get_num_threads()
+    # OpenMP keeps a team of workers for each thread that has computed in parallel, as samples do between the stops.
+    own = min(cores, max(1, MOST_WORKERS // max(1, len(samples))))
+    threads = [_BatchThread(sample, stops, state, own) for sample in samples]
     try:
         yield threads
     finally:
         # In reverse order, as contexts nest: a batch may have entered a context inside the context of the batch before.
         for thread in reversed(threads):
             thread.cancel()
+        torch.set_num_threads(cores)  # what a thread sets holds for all that start later
 
 
 class _StopForward(BaseException):
@@ -205,11 +209,11 @@ class _StopForward(BaseException):
 class _BatchThread(threading.Thread):
     """The forward pass of one sample, which parks at stops."""
 
-    def __init__(self, sample: Sample, stops: Sequence[Stop], thread_state: ThreadState, ends_workers: bool) -> None:
+    def __init__(self, sample: Sample, stops: Sequence[Stop], thread_state: ThreadState, cores: int) -> None:
         super().__init__(name=f"calibration batch {sample.batch_index}", daemon=True)
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
-        self._sample, self._stops, self._thread_state, self._ends_workers = sample, stops, thread_state, ends_workers
+        self._sample, self._stops, self._thread_state, self._cores = sample, stops, thread_state, cores
         self._output: Any = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -220,6 +224,7 @@ class _BatchThread(threading.Thread):
         self._go.acquire()
         try:
             if not self._cancelled:
+                torch.set_num_threads(self._cores)
                 with self._thread_state.entered():
                     self._sample.forward()
         except _StopForward:
@@ -237,8 +242,6 @@ class _BatchThread(threading.Thread):
         call = Call(self._sample, self._stops[stop].name, forward, args, kwargs, ThreadState())
         self.stop, self.call = stop, call
         del call
-        if self._ends_workers:
-            end_idle_workers()
         self._back.release()
         self._go.acquire()
         if self._cancelled:
@@ -312,31 +315,3 @@ class ThreadState:
                 # No cache: it would give the pruned run the cast of a dense weight.
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
-
-
-MOST_IDLE_WORKERS = 512
-"""In all threads together. To end workers takes time, in particular on a busy machine."""
-
-_SOFT_PAUSE = 1  # omp_pause_soft of OpenMP 5.0: keeps the settings
-
-
-def keeps_many_workers(threads: int) -> bool:
-    """Whether so many threads would keep too many workers.
-
-    GNU OpenMP keeps a team of workers for each thread that has computed in parallel, as samples do between the stops:
-    128 samples on 64 cores would keep 8,000. LLVM's OpenMP shares its workers among threads.
-    """
-    return threads * (torch.get_num_threads() - 1) > MOST_IDLE_WORKERS
-
-
-def end_idle_workers() -> None:
-    """End the workers of the current thread, whose next parallel computation starts new ones."""
-    _pause()(_SOFT_PAUSE)
-
-
-@cache
-def _pause() -> Callable[[int], Any]:
-    for library in Path(torch.__file__).parent.glob("lib/libgomp*"):  # the one that PyTorch uses
-        with suppress(OSError, AttributeError):
-            return ctypes.CDLL(str(library)).omp_pause_resource_all
-    return lambda kind: None
