@@ -16,10 +16,6 @@ LANGUAGE = "model.language_model"
 METHODS = ["wanda", "balanced", "best", "thorough"]
 
 
-def of(name):
-    return other(name).build(), other(name).batches()
-
-
 def without_images(batches):
     """The same tokens; those of the image are ordinary words then."""
     return [{name: value for name, value in batch.items() if name == "input_ids"} for batch in batches]
@@ -35,10 +31,6 @@ def assert_half_of_the_language_model(model, dense, report):
         assert name.startswith(f"{LANGUAGE}.") or torch.equal(value, before[name]), name
 
 
-def zeros(model):
-    return {name: weight == 0 for name, weight in model.named_parameters() if weight.ndim == 2}
-
-
 @pytest.mark.parametrize(
     ("name", "method"),
     with_nightly(
@@ -49,7 +41,7 @@ def zeros(model):
 def test_images_reach_the_statistics(name, method):
     found = []
     for change in (lambda batches: batches, without_images):
-        model, batches = of(name)
+        model, batches = other(name).build(), other(name).batches()
         model.requires_grad_(False)  # or `Distil` trains the norms and biases of the vision model, too
         model.model.language_model.requires_grad_(True)
         dense = copy.deepcopy(model)
@@ -57,7 +49,7 @@ def test_images_reach_the_statistics(name, method):
         assert_half_of_the_language_model(model, dense, report)
         if method == "wanda":
             assert {layer.tokens for layer in report.layers} == {sum(batch["input_ids"].numel() for batch in batches)}
-        found.append(zeros(model))
+        found.append({name: weight == 0 for name, weight in model.named_parameters() if weight.ndim == 2})
     assert any((found[0][name] != found[1][name]).any() for name in found[0])
     with torch.no_grad():
         assert all(model(**batch).logits.isfinite().all() for batch in batches)

@@ -40,18 +40,6 @@ def test_gguf_becomes_an_ordinary_model(tmp_path, capfd):
     assert AutoTokenizer.from_pretrained(tmp_path / "model").tokenize("theta") == module.tokenizer.tokenize("theta")
 
 
-def test_missing_models_are_refused(tmp_path):
-    with pytest.raises(OSError, match=r"'nobody/nothing'.*couldn't find them in the cached files") as caught:
-        CausalLMModule("nobody/nothing")
-    assert isinstance(caught.value.__cause__, OSError)
-    with pytest.raises(FileNotFoundError, match=r"The model .*nothing does not exist\. Check the path\."):
-        CausalLMModule(str(tmp_path / "nothing"))
-    with pytest.raises(ValueError, match=r"(?i)should have a `model_type` key in its config\.json"):
-        CausalLMModule(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"nothing\.gguf does not exist"):
-        CausalLMModule(str(tmp_path / "nothing.gguf"))
-
-
 def test_checkpoint(tmp_path):
     module = tiny_vit()
     save_file(module.model.state_dict(), tmp_path / "weights.safetensors")
@@ -70,19 +58,24 @@ def test_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpoint", "message"),
+    ("make", "name", "checkpoint", "message"),
     [
-        ("test_vit", "{}/weights.pth", r"must be a \.safetensors file, but it is .*weights\.pth"),
-        ("test_vit", "{}/weights.safetensors", "No such file"),
-        ("timm:local-dir:{}/gone", None, "gone"),
-        ("convnext_ato", None, r"Unknown model \(convnext_ato\)"),
-        ("hf-hub:nobody/nothing", None, "The weights of 'hf-hub:nobody/nothing' cannot be loaded"),
-        ("vit_tiny_patch16_224", None, "The weights of 'vit_tiny_patch16_224' cannot be loaded"),
+        (CausalLMModule, "nobody/nothing", None, r"'nobody/nothing'.*couldn't find them in the cached files"),
+        (CausalLMModule, "{}/nothing", None, r"The model .*nothing does not exist\. Check the path\."),
+        (CausalLMModule, "{}", None, r"(?i)should have a `model_type` key in its config\.json"),
+        (CausalLMModule, "{}/nothing.gguf", None, r"nothing\.gguf does not exist"),
+        (ImageClassifierModule, "test_vit", "{}/a.pth", r"must be a \.safetensors file, but it is .*a\.pth"),
+        (ImageClassifierModule, "test_vit", "{}/a.safetensors", "No such file"),
+        (ImageClassifierModule, "timm:local-dir:{}/gone", None, "gone"),
+        (ImageClassifierModule, "convnext_ato", None, r"Unknown model \(convnext_ato\)"),
+        (ImageClassifierModule, "hf-hub:nobody/nothing", None, "weights of 'hf-hub:nobody/nothing' cannot be loaded"),
+        (ImageClassifierModule, "vit_tiny_patch16_224", None, "weights of 'vit_tiny_patch16_224' cannot be loaded"),
     ],
 )
-def test_missing_classifiers_and_other_formats_are_refused(tmp_path, name, checkpoint, message):
+def test_missing_models_and_other_formats_are_refused(tmp_path, make, name, checkpoint, message):
+    options = {"checkpoint": checkpoint.format(tmp_path)} if checkpoint else {}
     with pytest.raises((OSError, ValueError), match=message):
-        ImageClassifierModule(name.format(tmp_path), checkpoint=checkpoint and checkpoint.format(tmp_path))
+        make(name.format(tmp_path), **options)
 
 
 def test_home_is_expanded_and_a_path_object_is_a_folder(tmp_path, monkeypatch, capsys):
