@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support import tiny
-from support.experts import BY_COLUMNS, SPECIMENS, Stack, experts_of, jetmoe, on_meta, reasons
+from support.experts import BY_COLUMNS, SPECIMENS, Stack, experts_of, jetmoe, reasons
 from support.zoo import ZOO
 from torch import nn
 
@@ -35,8 +35,8 @@ def test_each_expert_is_a_layer_that_lies_in_its_parameter(name):
 
 def test_square_experts_are_read_as_those_of_their_class():
     """JetMoE's attention has experts of 32 x 32, which do not say which side is the input; those of its MLP do."""
-    found = {layer.name: layer for layer in find_layers(on_meta(jetmoe)).layers}
-    assert found["model.layers.0.mlp.input_linear.3"].shape == (96, 32)
+    found = {layer.name: layer for layer in find_layers(jetmoe()).layers}
+    assert found["model.layers.0.mlp.input_linear.3"].shape == (128, 32)
     square = found["model.layers.0.self_attention.experts.output_linear.0"]
     assert square.kind is found["model.layers.0.mlp.input_linear.3"].kind
     assert square.kind.rows_first
@@ -46,7 +46,7 @@ def test_routers_are_left_dense():
     found = reasons(tiny.on_meta("Qwen2MoeForCausalLM"))
     routers = {name for name, reason in found.items() if reason == "router"}
     assert routers == {f"model.layers.{i}.mlp.{gate}" for i in range(2) for gate in ("gate", "shared_expert_gate")}
-    found = reasons(on_meta(jetmoe))
+    found = reasons(jetmoe())
     assert {name.removeprefix("model.layers.1.") for name, reason in found.items() if reason == "router"} >= {
         "mlp.router.layer",
         "self_attention.experts.router.layer",

@@ -5,6 +5,7 @@ from unittest import mock
 import torch
 import transformers as hf
 from support.samples import samples_of
+from support.tiny import tiny
 from support.zoo import ZOO, is_experts
 from torch import nn
 
@@ -27,15 +28,9 @@ def reasons(model, **choices):
     return {matrix.name: matrix.detail for matrix in find_layers(model, **choices).skipped}
 
 
-def on_meta(make):
-    with torch.device("meta"):
-        return make()
-
-
 def jetmoe():
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
-    more = {"max_position_embeddings": 64, "num_key_value_heads": 2, "kv_channels": 16, "num_local_experts": 4}
-    return hf.JetMoeForCausalLM(hf.JetMoeConfig(**sizes, **more))
+    with torch.device("meta"):
+        return hf.JetMoeForCausalLM(tiny(hf.JetMoeConfig, kv_channels=16))
 
 
 class Stack(nn.Module):
