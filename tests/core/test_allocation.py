@@ -11,8 +11,6 @@ from wanda_lightning.core.allocation import OWL, DenseLayer, Fisher, PerLayer, m
 from wanda_lightning.core.patterns import NM, Unstructured
 from wanda_lightning.core.statistics import GradientStatistics
 
-# ---- OWL
-
 
 def test_outliers_get_at_most_what_a_layer_can_have():
     weight = torch.ones(2, 8, 100)
@@ -21,9 +19,6 @@ def test_outliers_get_at_most_what_a_layer_can_have():
     assert len(set(allocate(OWL(m=200.0), layers, 0.5).values())) == 1  # no outliers anywhere
     assert allocate(OWL(), layers, 0.02) == {"a": 0.04, "b": 0.0}
     assert allocate(OWL(lambda_=0.5), layers, 0.75) == {"a": 0.99, "b": 0.51}
-
-
-# ---- Fisher
 
 
 def test_weights_that_matter_less_get_more_sparsity():
@@ -53,8 +48,6 @@ def test_the_score_of_a_weight_is_its_square_times_input_and_row():
         assert got[name] == pytest.approx((each <= threshold).float().mean().item(), abs=0.01)
     assert abs(got["a"] - got["b"]) > 0.02
 
-
-# ---- PerLayer
 
 NAMES = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "last"]
 
@@ -107,9 +100,6 @@ def test_per_layer_refuses(sparsities, texts):
 def test_pairs_from_a_file_are_a_mapping():
     assert PerLayer((("a", 0.5),)) == PerLayer({"a": 0.5})
     assert hash(PerLayer({"a": 0.5})) == hash(PerLayer({"a": 0.5}))
-
-
-# ---- the target
 
 
 @given(st.integers(1, 300), st.data())

@@ -22,9 +22,6 @@ def distinct_scores(seed, rows, d_in, dtype=torch.float32):
     return (1 + torch.randperm(rows * d_in, generator=generator)).to(dtype).reshape(rows, d_in)
 
 
-# ---- unstructured
-
-
 @given(score_matrices(), sparsities)
 @example(torch.ones(2, 10), 0.7)
 @example(torch.ones(2, 100), 0.29)  # 100 * 0.29 is 28.999999999999996
@@ -33,18 +30,12 @@ def test_unstructured_prunes_the_exact_number_of_each_group(scores, sparsity):
     assert_keeps(Unstructured(group="layer")(scores, sparsity), reference.keep_by_layer(scores.numpy(), sparsity))
 
 
-# ---- N:M
-
-
 @pytest.mark.parametrize(("n", "m"), N_OF_M)
 @given(data=st.data())
 @settings(max_examples=20)
 def test_n_of_every_m_survive(n, m, data):
     scores = data.draw(score_matrices(multiple_of=m, multiples=4))
     assert_keeps(NM(n, m)(scores, 1 - n / m), reference.keep_n_of_m(scores.numpy(), n, m))
-
-
-# ---- the share of each row
 
 
 @pytest.mark.parametrize("shape", [(8, 16), (5, 37), (24, 64)])
@@ -60,9 +51,6 @@ def test_equal_share_leaves_a_pruned_matrix_as_it_is(sparsity):
     scores = torch.rand(4, 4096, generator=torch.Generator().manual_seed(0))  # a thousandth is 4 weights of a row
     keep = EqualShare()(scores, sparsity)
     assert torch.equal(EqualShare()(scores * keep, sparsity), keep)
-
-
-# ---- laws of every pattern
 
 
 @pytest.mark.parametrize("mode", [(False, False), (True, False), (True, True)], ids=["off", "strict", "warn_only"])

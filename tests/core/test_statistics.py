@@ -136,9 +136,6 @@ def test_finite_notices_one_bad_number(bad):
         assert not inputs.finite()
 
 
-# ---- the Gram matrix
-
-
 def gram_of(tokens):
     return tokens.t() @ tokens
 

@@ -119,9 +119,6 @@ def test_a_folder_without_training_images(imagenet, folder):
             loader()
 
 
-# -------------------------------------------------------------------------- which output of the model each class is
-
-
 def named_vit(*names):
     model = vit(num_classes=len(names))
     model.pretrained_cfg["label_names"] = list(names)

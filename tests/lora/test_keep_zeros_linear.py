@@ -118,9 +118,6 @@ def test_merge_adapter_and_back_restores_every_bit(dtype):
     assert torch.equal(logits(model), adapted)
 
 
-# ---- merging
-
-
 @pytest.mark.parametrize(
     ("build", "dropout", "rounding"),
     [

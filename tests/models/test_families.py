@@ -52,17 +52,12 @@ def test_every_family(kind, name):
         pytest.skip(str(error))
 
 
-# ---- the checks can fail
-
-
 @pytest.mark.parametrize("choices", [{"criterion": RIA()}, {"sequential": "none"}])
 def test_other_masks_are_seen(monkeypatch, choices):
     monkeypatch.setattr(families, "prune", lambda *args, **kwargs: prune(*args, **{**kwargs, **choices}))
     with pytest.raises(AssertionError, match=r"float64: \d+ of \d+ zeros are not those of the slow procedure"):
         families.check(of("causal", "llama"), ways=WAYS[:1])
 
-
-# ---- hidden units
 
 NONE = "no hidden units found"
 SHRUNK = {

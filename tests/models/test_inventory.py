@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import SkipReason, find_layers
 
-# ---- models without weights: only their shapes matter
 
 ON_META = {
     **{
@@ -56,9 +55,6 @@ def reasons(model, **choices):
 
 
 EVERY_MODEL = pytest.mark.parametrize("name", [*ZOO, *ON_META])
-
-
-# ---- completeness
 
 
 @EVERY_MODEL
@@ -148,8 +144,6 @@ def test_blocks_of_the_backbone_of_a_detector():
     assert {len(stop.layers) for stop in found.stops[1:7]} == {2}
     assert {len(stop.layers) for stop in found.stops[7:]} == {1}
 
-
-# ---- reasons
 
 NO_LAYER = "is not the weight of a supported layer"
 REASONS = {
@@ -291,8 +285,6 @@ SMALL = [
 def test_stems_heads_and_tied_weights(make, expected):
     assert reasons(make()) == expected
 
-
-# ---- skip and only
 
 TWELVE = nn.ModuleDict(
     {"blocks": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(12))}

@@ -78,8 +78,6 @@ def test_which_outputs_are_classes(output, expected):
     assert has_classes(output) is expected
 
 
-# ---- padding
-
 RIGHT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 LEFT = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 IDS = torch.arange(10).view(2, 5)

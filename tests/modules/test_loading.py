@@ -11,7 +11,8 @@ from support.callbacks import same
 from support.gguf import write_gguf
 from support.modules import VIT, tiny_llama, tiny_tokenizer, tiny_vit
 from support.tiny import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, T5Config
+from support.zoo import other
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule, loading
@@ -188,8 +189,7 @@ def test_a_broken_gguf_file_is_named(folders, tmp_path, part):
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_encoders_are_refused(tmp_path, loaded):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = BertForMaskedLM(BertConfig(vocab_size=128, **sizes))
+    model = other("BertForMaskedLM").build()
     model.save_pretrained(tmp_path)
     message = r"bert is an encoder.*perplexity would be meaningless.*wanda_lightning\.prune"
     with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from support.mlps import MIXING, Mlp
+from support.tiny import tiny
 from support.zoo import ZOO
 from torch import nn
 
@@ -209,19 +210,15 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
 
 def test_adapters_are_refused():
     peft = pytest.importorskip("peft")
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA))
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    model = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"shrink would break adapters.*Merge them first"):
         wl.shrink(model)
-
-
-LLAMA = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_and_the_configuration_which_other_models_keep(dtype):
     torch.manual_seed(0)
-    config = hf.LlamaConfig(**LLAMA, initializer_range=0.3)
+    config = tiny(hf.LlamaConfig, initializer_range=0.3)
     model, other = (hf.LlamaForCausalLM(config).to(dtype) for _ in range(2))
     for layer in model.model.layers:
         zero(layer.mlp, torch.arange(0, 64, 3), ("down_proj",), ("gate_proj", "up_proj"))
