@@ -22,6 +22,7 @@ EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 LLAMA = ZOO["llama"].build
 FORCED = Unstructured("layer", weigh_rows=True)
 IMAGES, TEXT, EACH = ("vit", "convnext"), ("llama",), ("vit", "convnext", "llama")
+UNITS = {"pattern": "structured"}
 RESOLVED = [
     (TEXT, {"method": "best"}, "pattern", FORCED),
     (IMAGES, {"method": "best"}, "pattern", Unstructured("layer", weigh_rows=False)),
@@ -32,8 +33,12 @@ RESOLVED = [
     *((IMAGES, {"method": "thorough", "pattern": p}, "recovery", Distil(blocks=True)) for p in ("unstructured", "2:4")),
     (EACH, {"method": "thorough", "pattern": "structured"}, "recovery", Distil(blocks=False)),
     (EACH, {"method": "thorough", "sequential": "layer"}, "recovery", Distil(blocks=False)),
-    (TEXT, {"pattern": "structured"}, "sequential", "layer"),
-    (IMAGES, {"pattern": "structured"}, "sequential", "none"),
+    (TEXT, UNITS, "sequential", "layer"),
+    *((IMAGES, choices, "sequential", "none") for choices in ({}, UNITS)),
+    *((EACH, {"method": "fast", "sequential": each}, "sequential", each) for each in SEQUENTIAL_CHOICES),
+    *((TEXT, choices, "sequential", "block") for choices in ({}, {"method": "fast", "sequential": "auto"})),
+    (IMAGES, {"recovery": "reconstruct"}, "sequential", "none"),
+    *((TEXT, {"recovery": "reconstruct", **c}, "sequential", "block") for c in ({"method": "best"}, UNITS)),
 ]
 
 

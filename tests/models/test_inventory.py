@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import SkipReason, find_layers
 
-
 ON_META = {
     **{
         name: partial(on_meta, name)

@@ -1,4 +1,4 @@
-"""What a model reads and predicts, and which tokens are padding; image models calibrate on the dense model."""
+"""What a model reads and predicts, and which tokens are padding."""
 
 from functools import partial
 
@@ -9,8 +9,7 @@ from support.tiny import on_meta
 from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning import ImageClassifierModule, PruningConfig
-from wanda_lightning.engine.plan import make_plan
+from wanda_lightning import ImageClassifierModule
 from wanda_lightning.models import fitting_mask, has_classes, reads_images, token_masks
 
 OF_TRANSFORMERS = {
@@ -33,30 +32,6 @@ MODELS = {
 def test_image_models_are_recognized(name):
     build, expected = MODELS[name]
     assert reads_images(build()) is expected
-
-
-@pytest.mark.parametrize(
-    ("name", "choices", "sequential"),
-    [
-        ("vit", {}, "none"),
-        ("vit", {"sequential": "block"}, "block"),
-        ("vit", {"method": "fast", "sequential": "layer"}, "layer"),
-        ("vit", {"recovery": "reconstruct"}, "none"),
-        ("llama", {"method": "best", "recovery": "reconstruct"}, "block"),
-        ("llama", {"pattern": "structured", "recovery": "reconstruct"}, "block"),
-        ("llama", {}, "block"),
-        ("llama", {"method": "fast"}, "layer"),
-        ("llama", {"method": "fast", "sequential": "auto"}, "block"),
-        ("llama", {"sequential": "none"}, "none"),
-        ("plain_mlp", {}, "block"),
-    ],
-)
-def test_choices_that_are_made_win(name, choices, sequential):
-    config = PruningConfig.from_names(**choices)
-    plan = make_plan(config, ZOO[name].build())
-    assert plan.config.sequential == sequential
-    assert plan.stops == make_plan(PruningConfig.from_names(**{**choices, "sequential": sequential}), plan.model).stops
-    assert config == PruningConfig.from_names(**choices)  # what was asked stays as it was
 
 
 @pytest.mark.parametrize(
