@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -24,6 +24,7 @@ from wanda_lightning.calibration.mode import patched
 from wanda_lightning.callbacks.trainer import processes_of, pruning_target
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.own_module import PrunableModule
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import (
     causal_config,
@@ -240,7 +241,7 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
     elif isinstance(dense, nn.Module):
         model = network_of(dense, name) if isinstance(dense, L.LightningModule) else dense
     else:
-        model = pl_module.load_dense_model(dense)  # type: ignore[operator]
+        model = cast(PrunableModule, pl_module).load_dense_model(dense)
     if dense is not None and (zeros := _zeros_of_pruning(model)):
         rank_zero_warn(f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model.")
     own = {id(parameter) for parameter in model.parameters()}

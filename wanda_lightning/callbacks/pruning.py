@@ -41,9 +41,8 @@ class PruningCallback(ZerosCallback):
     The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
     runs. The callback uses the first `num_samples` samples, and does not cut a batch whose tensors have different
-    lengths. A batch runs through the module's `calibration_step(batch)` if it has one, else as in `prune`, in the
-    Trainer's precision. Layer names are relative to the module's `pruning_target` if it has one (our modules give the
-    names of Hugging Face and timm), else to the LightningModule.
+    lengths. A batch runs through the module in the Trainer's precision. `PrunableModule` lists what a module may define
+    for that. Layer names are relative to its `pruning_target` (our modules give the names of Hugging Face and timm).
 
     After pruning, `trainer.callback_metrics` and the loggers have `sparsity/model`, `sparsity/pruned_layers` and the
     sparsity of each layer. Use `BestAfterPruning` to keep the best checkpoint. To prune at another moment, override

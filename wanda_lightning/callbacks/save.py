@@ -24,6 +24,7 @@ from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.own_module import PrunableModule, own
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.report import LEFT_OUT, PruningReport
@@ -73,23 +74,21 @@ def _is_pruned(trainer: L.Trainer) -> bool:
 
 
 class SavePretrained(Callback):
-    """Save the model when training ends, with the module's own `save_pretrained(folder, overwrite)`.
+    """Save the model when training ends, with the module's own `save_pretrained` (see `PrunableModule`).
 
     If the folder was filled while the model trained, the model is saved next to it, such as in `out-2`, with a warning.
     If saving fails, the state dict of the module is written next to the folder, as `out-state.pt`, and the error says
     so. `fast_dev_run` saves nothing.
 
-    The module may have a method `check_saving()`, called when training starts, to raise the errors of
-    `save_pretrained`; and `merge()`, called before saving, to merge adapters, so that the folder loads without peft. If
-    a pruning callback of the same Trainer has pruned the model, a model card (`README.md`) is written, too.
+    If a pruning callback of the same Trainer has pruned the model, a model card (`README.md`) is written, too.
 
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
         push_to_hub: OWNER/NAME of a repository on the Hugging Face hub, to which the saved files are uploaded.
         private: Make the repository private if it is new, and refuse a public one.
-        shrink: Leave out hidden units that are zero on both sides, as after `pattern="structured"`, with the module's
-            `save_pretrained(folder, overwrite, shrink=True)`; with a warning if the module cannot.
+        shrink: Leave out hidden units that are zero on both sides, as after `pattern="structured"`; with a warning if
+            the module cannot.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
@@ -116,8 +115,8 @@ class SavePretrained(Callback):
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         processes = processes_of(trainer)
-        save = getattr(pl_module, "save_pretrained", None)
-        if not callable(save) or (self.shrink and "shrink" not in inspect.signature(save).parameters):
+        save = own(pl_module, PrunableModule.save_pretrained)
+        if save is None or (self.shrink and "shrink" not in inspect.signature(save).parameters):
             raise MisconfigurationException(
                 f"SavePretrained calls save_pretrained(folder, overwrite{', shrink=True' * self.shrink}), but "
                 f"{type(pl_module).__name__} has no such method. Define it, or use Lightning's ModelCheckpoint."
@@ -130,7 +129,7 @@ class SavePretrained(Callback):
             )
         with processes.fail_together():
             if trainer.is_global_zero:
-                if callable(check := getattr(pl_module, "check_saving", None)):
+                if check := own(pl_module, PrunableModule.check_saving):
                     check()
                 if self.push_to_hub is not None:
                     refuse_upload(self.push_to_hub, self.private)
@@ -142,7 +141,7 @@ class SavePretrained(Callback):
             return
         try:
             try:
-                if callable(merge := getattr(pl_module, "merge", None)):
+                if merge := own(pl_module, PrunableModule.merge):
                     merge()
                 saved = self._save(pl_module) if trainer.is_global_zero else None
             except Exception as error:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
+from wanda_lightning.common.own_module import PrunableModule, own
 from wanda_lightning.common.words import counted
 from wanda_lightning.data.loading import silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows
@@ -147,7 +148,7 @@ class TextDataModule(L.LightningDataModule):
 
     def _draw(self, count: int) -> Tensor:
         if self.calibration == SELF:
-            model = getattr(self._module, "model", None)
+            model = getattr(self._module, "pruning_target", None)
             if model is None:
                 raise UserError(
                     "calibration='self' needs a Trainer that runs a module with a model, but there is none. Pass the "
@@ -199,8 +200,8 @@ class TextDataModule(L.LightningDataModule):
             )
 
     def _check_tokens(self, windows: Tensor) -> Tensor:
-        if hasattr(self._module, "check_tokens"):
-            self._module.check_tokens(windows)
+        if check := own(self._module, PrunableModule.check_tokens):
+            check(windows)
         return windows
 
     def describe_calibration(self, num_samples: int) -> str:
