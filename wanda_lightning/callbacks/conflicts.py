@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,8 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from wanda_lightning.callbacks.schedules import PruningState, Schedule
-from wanda_lightning.callbacks.trainer import averaged_models, last_step
-from wanda_lightning.callbacks.zeros import zeros_callbacks
+from wanda_lightning.callbacks.zeros import averaged_models, zeros_callbacks
 from wanda_lightning.common.checks import check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
@@ -56,7 +56,10 @@ def refuse_training(
     dataloader: object,
 ) -> None:
     """Raise an error for a fit in which pruning would be wrong, or would fail at a later stage."""
-    last, end = schedule.stages[-1][0], last_step(trainer)
+    known: list[float] = [trainer.max_steps]  # numbers of optimizer steps after which training ends; -1 for no limit
+    if trainer.lightning_module.automatic_optimization:
+        known.append(trainer.estimated_stepping_batches)
+    last, end = schedule.stages[-1][0], min((steps for steps in known if steps != -1), default=math.inf)
     left = sum(share > state.share for _, share in schedule.stages)
     rows = (
         (

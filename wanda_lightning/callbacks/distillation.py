@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.mode import patched
-from wanda_lightning.callbacks.trainer import processes_of, pruning_target
+from wanda_lightning.callbacks.zeros import processes_of, pruning_target
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.own_module import PrunableModule
@@ -102,7 +102,10 @@ class DistillFromDense(Callback):
         """Move the dense model beside the network, and add to the loss of each step from now on."""
         teacher, network = self._teacher, network_of(pl_module, self.network)
         assert teacher is not None
-        move_beside(teacher, network, pl_module.device)
+        teacher.to(pl_module.device)
+        own, wanted = (max(x.parameters(), key=lambda weight: weight.numel()).dtype for x in (teacher, network))
+        if own != wanted and own.is_floating_point and wanted.is_floating_point:  # else one is quantized
+            teacher.to(wanted)
         step = pl_module.training_step
 
         @functools.wraps(step)  # Lightning reads its signature
@@ -251,14 +254,6 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
             "would be trained and pruned. Leave dense out, or give copy.deepcopy() of the dense model."
         )
     return model.requires_grad_(False).eval()
-
-
-def move_beside(model: nn.Module, network: nn.Module, device: torch.device) -> None:
-    """Move a dense model to a device, and to the dtype in which most of the network is stored."""
-    model.to(device)
-    own, wanted = (max(each.parameters(), key=lambda weight: weight.numel()).dtype for each in (model, network))
-    if own != wanted and own.is_floating_point and wanted.is_floating_point:  # else it is quantized
-        model.to(wanted)
 
 
 def fingerprint(model: nn.Module) -> str:

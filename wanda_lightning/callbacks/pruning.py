@@ -11,20 +11,20 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from wanda_lightning.callbacks import conflicts
 from wanda_lightning.callbacks.calibration_data import CalibrationData, ValidationLoop
 from wanda_lightning.callbacks.schedules import OneShot, PruningState, Schedule, schedule_of
-from wanda_lightning.callbacks.trainer import processes_of, pruning_target, publish, run_of, set_metrics, shows_progress
-from wanda_lightning.callbacks.zeros import ZerosCallback
+from wanda_lightning.callbacks.zeros import ZerosCallback, processes_of, pruning_target
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.plan import Plan, make_plan
 from wanda_lightning.engine.prune import prune_as, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.report import PruningReport
+from wanda_lightning.report import PruningReport, Run
 from wanda_lightning.training.held_zeros import sharded_layers, zeros_of
 
 
@@ -290,11 +290,16 @@ class PruningCallback(ZerosCallback):
 
     def _record(self, report: PruningReport, trainer: L.Trainer) -> None:
         """Publish and save the report of a stage, with its run."""
+        describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
         is_given = self.dataloader is not None or self.calibrate_on == "validation"
-        of_datamodule = self.num_samples if self.config.data_reader and not is_given else 0
-        report = replace(report, run=run_of(trainer, of_datamodule))
+        calibration = describe(self.num_samples) if describe and self.config.data_reader and not is_given else ""
+        report = replace(report, run=Run(model=_name_of(trainer.lightning_module), calibration=calibration))
         self._state.record(report, self._share_due(trainer))
-        publish(report, trainer, type(self).__name__)
+        if shows_progress(trainer):
+            rank_zero_info(f"{type(self).__name__}: {report.summary()}")
+        for logger in trainer.loggers:
+            logger.log_metrics(report.metrics(), step=trainer.global_step)
+        set_metrics(report, trainer)
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             if self.report_dir is not None:
                 report.save(self.report_dir)
@@ -319,3 +324,28 @@ class WandaPrune(PruningCallback):
     """`PruningCallback(method="wanda")`: by weight magnitude times input norm, within each row (Sun et al. 2024)."""
 
     _method = "wanda"
+
+
+def shows_progress(trainer: L.Trainer) -> bool:
+    """Whether the Trainer shows a progress bar."""
+    bar = trainer.progress_bar_callback
+    return bar is not None and bool(getattr(bar, "is_enabled", True))
+
+
+def set_metrics(report: PruningReport, trainer: L.Trainer) -> None:
+    """Add the sparsities of a report to the metrics that callbacks such as `ModelCheckpoint` monitor."""
+    device = trainer.strategy.root_device
+    trainer.callback_metrics.update({name: torch.tensor(x, device=device) for name, x in report.metrics().items()})
+
+
+def _name_of(pl_module: L.LightningModule) -> str:
+    """Return the name from which the model was loaded; empty if it is not known."""
+    choices, model = pl_module.hparams, pruning_target(pl_module)
+    name = choices.get("model")
+    if not hasattr(model, "pretrained_cfg"):
+        own = str(getattr(model, "name_or_path", ""))  # other models have none, so `name` could mean anything
+        return name if isinstance(name, str) and hasattr(model, "name_or_path") else own
+    if not isinstance(name, str):
+        return ""
+    source = choices.get("checkpoint") or ("" if choices.get("pretrained", True) else "not pretrained")
+    return f"timm:{name.removeprefix('timm:')}" + (f" ({source})" if source else "")

@@ -19,8 +19,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from wanda_lightning.callbacks.trainer import processes_of, pruning_target
-from wanda_lightning.callbacks.zeros import zeros_callbacks
+from wanda_lightning.callbacks.zeros import processes_of, pruning_target, zeros_callbacks
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError

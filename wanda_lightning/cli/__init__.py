@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Threads that spin while they wait take the cores from other work: OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not os.isatty(2):
+        os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries in log files
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] and arguments[0] in LIGHTNING and not {"--help", "-h"} & {*arguments}:
@@ -105,7 +107,8 @@ def refusal_in(error: BaseException) -> BaseException | None:
     Causes count because LightningCLI wraps errors of classes.
     """
     meant = UserError | OSError | UnicodeDecodeError  # the last: of a file that is not UTF-8
-    if isinstance(error, meant) or type(error).__name__ == "MisconfigurationException":
+    named = type(error).__name__ == "MisconfigurationException" or "(os error " in str(error)  # the disk is full
+    if isinstance(error, meant) or named:
         return error
     return None if error.__cause__ is None else refusal_in(error.__cause__)
 

@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 
 import wanda_lightning
 from wanda_lightning.cli import options
-from wanda_lightning.cli.options import PruneOptions, given_in, read_files, values_of
+from wanda_lightning.cli.options import given_in, read_files, values_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 
@@ -46,7 +46,7 @@ def prune(
     config = PruningConfig.from_names(**pruning.choices)  # which imports torch
     from wanda_lightning.cli import pruning as runs
 
-    runs.prune(config, PruneOptions(model, pruning, data, results))
+    runs.prune(config, (model, pruning, data, results))
 
 
 @app.command

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from wanda_lightning.cli.options import Data, File, Measurements, Model, Models, values_of
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import load_config
+from wanda_lightning.common.model_source import load_config, load_tokenizer
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import as_size, counted
 from wanda_lightning.config import PruningConfig
@@ -28,7 +28,7 @@ from wanda_lightning.engine.plan import config_for, make_plan, refuse_nothing_to
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
 from wanda_lightning.models import Inventory, Stop, find_layers
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.modules.loading import check_source, load_own_tokenizer, model_from_config
+from wanda_lightning.modules.loading import check_source, model_from_config
 from wanda_lightning.report import skipped_table
 from wanda_lightning.report.descriptions import PERPLEXITY, TOP1
 
@@ -53,7 +53,7 @@ def data_for(options: Model | Models, data: Data | Measurements, name: str, clas
         images.setup()
         return images
     return TextDataModule(
-        load_own_tokenizer(options.source(name)),
+        load_tokenizer(options.source(name)),
         getattr(data, "calibration", "python-docs"),
         data.evaluation or "python-docs",  # which is not read
         window_length(options, data.seqlen),
@@ -114,7 +114,7 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
     sources += zip(models.model, models.checkpoint or [None] * len(models.model), strict=True)
     # One model with several weights: the file names distinguish them.
     named = {f"{name} {file}" if file else name: (name, file) for name, file in sources}
-    if tasks and not all(load_own_tokenizer(models.source(name)) for name in models.all):
+    if tasks and not all(load_tokenizer(models.source(name)) for name in models.all):
         raise UserError("--tasks need models with a tokenizer. Save it beside the weights.")
     classifiers = {name: load(models, *source) for name, source in named.items() if models.is_image}
     prepared: dict[str, Any] = {}

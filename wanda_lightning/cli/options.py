@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Optional
+from typing import Annotated, Any, Literal, Optional
 
 from cyclopts import App, ArgumentCollection, Group, Parameter
 from cyclopts.config import Yaml
@@ -295,10 +295,5 @@ class Session:
     """Show the traceback of every error."""
 
 
-class PruneOptions(NamedTuple):
-    """All options of `prune`."""
-
-    model: Model
-    pruning: Pruning
-    data: Data
-    results: Results
+PruneOptions = tuple[Model, Pruning, Data, Results]
+"""All options of `prune`."""

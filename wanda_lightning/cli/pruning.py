@@ -177,7 +177,7 @@ def _keep_freed_memory() -> None:
 
 def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Run:
     """Describe the run and its results."""
-    data, checkpoint = done.data, options.data.checkpoint
+    (model, _, given, _), data = options, done.data
     names = logged_names(data) if done.dense else []
     measured = [
         Measured(data.describe_evaluation(*[number] * (number > 0)), done.dense[name], done.pruned[name])
@@ -185,7 +185,7 @@ def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Run:
     ]
     return Run(
         command=as_command("prune", *options, always=["sparsity"] if config.pattern.fixed_sparsity is None else []),
-        model=f"{options.model.model} ({checkpoint})" if checkpoint else options.model.model,
+        model=f"{model.model} ({given.checkpoint})" if given.checkpoint else model.model,
         metric=next((metric.name for metric in METRICS.values() if {*names} & {*metric.logged}), ""),
         **(vars(measured[0]) if measured else {}),
         others=tuple(measured[1:]),
@@ -208,7 +208,8 @@ def _save(done: _Pruned, shrink: bool) -> tuple[bool, list[str]]:
 
 def _write(report: PruningReport, options: PruneOptions) -> tuple[PruningReport, list[str]]:
     """Write the card of the model and the results; return the report, with a note on a failure, and the files."""
-    results, name, run, files = options.results, options.pruning.name, report.run or Run(), []
+    _, pruning, _, results = options
+    name, run, files = pruning.name, report.run or Run(), []
     if results.save_model is not None:
         hub_id = results.push_to_hub
         try:

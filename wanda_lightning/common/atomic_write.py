@@ -10,8 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from wanda_lightning.common.errors import naming_full_disk
-
 TEMPORARY = ".wanda-"  # start of temporary names; a killed run may leave some, perhaps with the new model
 
 
@@ -22,8 +20,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.parent / _temporary(target)
     try:
-        with naming_full_disk(path):
-            yield new
+        yield new
         _flush(new)
         os.replace(new, target)
         _flush(target.parent)
@@ -43,8 +40,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     new = (target if target.is_dir() else target.parent) / _temporary(target)
     new.mkdir(parents=True)
     try:
-        with naming_full_disk(path):
-            yield new
+        yield new
         for entry in (*new.rglob("*"), new):
             _flush(entry)
     except BaseException:

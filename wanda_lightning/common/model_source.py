@@ -70,11 +70,13 @@ def load_config(source: ModelSource) -> Any:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """Load a transformers tokenizer; errors as for `reading`."""
-    arguments = source.locate()
+    """Load a transformers tokenizer; None for a folder without one; errors as for `reading`."""
+    arguments, path = source.locate(), source.path
+    if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("vocab*")):
+        return None
     from transformers import AutoTokenizer
 
-    with reading("tokenizer", source, on_hub=not source.path.exists()):
+    with reading("tokenizer", source, on_hub=not path.exists()):
         return AutoTokenizer.from_pretrained(**arguments)
 
 

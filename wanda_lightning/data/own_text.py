@@ -8,7 +8,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from wanda_lightning.common.checks import check_at_least
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluating import evaluating, seeded
 from wanda_lightning.common.progress import ProgressBar
@@ -47,8 +46,6 @@ def sample_windows(
     Raises:
         ValueError: If no token begins or ends a text.
     """
-    check_at_least(1, count=count, batch_size=batch_size)
-    check_at_least(2, seqlen=seqlen)
     from transformers import GenerationConfig
 
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -121,10 +121,10 @@ class TextDataModule(L.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded at first use."""
         given = self._given_tokenizer or getattr(self._module, "tokenizer", None)
-        if given is None:
-            raise UserError("tokenizer must be given, since no Trainer runs a module that has one.")
         if isinstance(given, (str, os.PathLike)):
             given = load_tokenizer(ModelSource(given, cache_dir=self.cache_dir))
+        if given is None:
+            raise UserError("tokenizer must be given, since no Trainer runs a module that has one.")
         return given
 
     def _tokenize(self, text: str) -> list[int]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wanda_lightning.common.checks import check_at_least, require_extra
+from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluating import evaluating
 from wanda_lightning.common.words import did_you_mean, one_line
@@ -34,6 +34,11 @@ PAPER_TASKS: dict[str, tuple[str, ...]] = {
     "openbookqa": ("question_stem", "choices", "answerKey"),
 }
 _ALL = ("paper", "all")
+_UNFIT = "The documents in {} do not fit lm-eval's definition of {}"
+_NOT_ON_THE_HUB = (
+    "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them into "
+    "files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause"
+)
 _FOLDERS = ("arc", "glue/rte", "hellaswag", "openbookqa", "super_glue/boolq", "winogrande")  # in lm_eval.tasks
 
 
@@ -54,7 +59,7 @@ def load_tasks(asked: Sequence[str], folder: str | Path | None = None, cache_dir
         return {}
     require_extra("eval", "lm_eval", purpose="Zero-shot tasks")
     if folder is None:
-        return _load({name: {"dataset_kwargs": {"cache_dir": cache_dir}} for name in names}, _not_on_the_hub)
+        return _load({name: {"dataset_kwargs": {"cache_dir": cache_dir}} for name in names}, _NOT_ON_THE_HUB)
     files = {name: Path(folder).expanduser() / f"{name}.jsonl" for name in names}
     if missing := [path.name for path in files.values() if not path.is_file()]:
         raise FileNotFoundError(
@@ -64,7 +69,7 @@ def load_tasks(asked: Sequence[str], folder: str | Path | None = None, cache_dir
     documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
     tasks: dict[str, Any] = {}
     for name, path in files.items():
-        tasks |= _load({name: _local(documents[name])}, partial(_unfit, path))
+        tasks |= _load({name: _local(documents[name])}, _UNFIT.format(path, name))
         _check_answers(tasks[name], path)
     return tasks
 
@@ -80,7 +85,7 @@ def _task_manager() -> Any:
     return tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
 
 
-def _load(overrides: Mapping[str, Mapping[str, Any]], explain: Callable[[str], Exception]) -> dict[str, Any]:
+def _load(overrides: Mapping[str, Mapping[str, Any]], failure: str) -> dict[str, Any]:
     # lm-eval merges overrides into its own definition of a task only if the task is a member of a group.
     members = [{"task": name, **changes} for name, changes in overrides.items()]
     with _quiet():
@@ -88,14 +93,7 @@ def _load(overrides: Mapping[str, Mapping[str, Any]], explain: Callable[[str], E
         try:
             return dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
         except Exception as error:  # lm-eval runs code and templates on the documents, which may raise any class
-            raise explain(one_line(error)) from error
-
-
-def _not_on_the_hub(cause: str) -> Exception:
-    return OSError(
-        "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them "
-        f"into files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause: {cause}"
-    )
+            raise UserError(f"{failure}: {one_line(error)}") from error
 
 
 def _local(documents: Any) -> dict[str, Any]:
@@ -119,21 +117,19 @@ def _read(path: Path, fields: Sequence[str]) -> Any:
     return documents.select_columns(list(fields))
 
 
-def _unfit(path: Path, reason: str) -> ValueError:
-    return UserError(f"The documents in {path} do not fit lm-eval's definition of {path.stem}: {reason}")
-
-
 def _check_answers(task: Any, path: Path) -> None:
     """Refuse an answer that is not among the choices, since lm-eval would count every prediction as wrong."""
+    unfit = _UNFIT.format(path, path.stem)
     for number, document in enumerate(task.eval_docs, start=1):
         try:
             choices = task.doc_to_choice(document)
             answer = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
             fits = answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)
         except Exception as error:
-            raise _unfit(path, f"document {number} raises {error!r}.") from error
+            raise UserError(f"{unfit}: document {number} raises {error!r}.") from error
         if not fits:
-            raise _unfit(path, f"the answer of document {number} is {answer!r}, but there are {len(choices)} choices.")
+            found = f"the answer of document {number} is {answer!r}, but there are {len(choices)} choices"
+            raise UserError(f"{unfit}: {found}.")
 
 
 def zero_shot(
@@ -146,7 +142,6 @@ def zero_shot(
     task has it, `acc_norm` (log-likelihoods divided by the lengths of the choices), their standard errors, and the
     number of documents; with several tasks, also `mean`: the mean of `acc` and its standard error, as in the paper.
     """
-    check_at_least(1, batch_size=batch_size, limit=1 if limit is None else limit)
     if not tasks:
         return {}
     import lm_eval

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from wanda_lightning.common import words
 from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run, descriptions
+from wanda_lightning.report import LEFT_OUT, PruningReport, Run, descriptions
 from wanda_lightning.report.descriptions import METRICS, TOP1
+from wanda_lightning.report.records import as_json, from_parsed
 
 PICTURE_NAME = "pruning_report.png"
 _MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
@@ -41,8 +41,12 @@ def write_card(
     path, config = folder / "README.md", folder / "config.json"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
-    base = _hub_id(report.run.model) if report.run else ""
-    report = replace(report, run=(run := _to_publish(report.run or Run())))
+    given = report.run or Run()
+    base = _hub_id(given.model)
+    # Without folders of this machine, and without results that are not finite, which become None.
+    run = from_parsed(Run, json.loads(_FOLDERS.sub("", as_json(asdict(given)))))
+    run = replace(run, samples=given.samples)
+    report = replace(report, run=run)
     has_picture = find_spec("matplotlib") is not None and LEFT_OUT not in report.notes
     if has_picture:
         report.to_png(folder / PICTURE_NAME)
@@ -77,18 +81,6 @@ def _hub_id(model: str) -> str:
     """Return the id of the dense model on the hub; empty if its name may be that of a file."""
     name = model.removeprefix("timm:").removeprefix("hf-hub:")
     return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else ""
-
-
-def _to_publish(run: Run) -> Run:
-    """Return the run without folders of this machine, and without results that are not finite."""
-    names = ("model", "data", "calibration", "command")
-    texts: dict[str, Any] = {name: _FOLDERS.sub("", getattr(run, name)) for name in names}
-    others = (Measured(_FOLDERS.sub("", each.data), _known(each.before), _known(each.after)) for each in run.others)
-    return replace(run, before=_known(run.before), after=_known(run.after), others=tuple(others), **texts)
-
-
-def _known(value: float | None) -> float | None:
-    return None if value is None or not isfinite(value) else value
 
 
 def _results(run: Run) -> tuple[list[tuple[str, ...]], list[Any]]:

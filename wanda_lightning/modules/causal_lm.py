@@ -16,19 +16,17 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wanda_lightning.common.atomic_write import atomic_folder, require_writable
+from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags, check_values, require_extra
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.loading import (
     DTYPE_NAMES,
     DTYPES,
-    bars_on_terminals_only,
     check_causal,
     check_source,
     load_causal_lm,
-    load_own_tokenizer,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 from wanda_lightning.parallel import SINGLE_PROCESS, gathered_state_dict, is_sharded, shard_processes
@@ -87,7 +85,7 @@ class CausalLMModule(L.LightningModule):
             self.save_hyperparameters(ignore=["tokenizer"])
             source = ModelSource(model, revision, cache_dir, trust_remote_code)
             check_source(source)
-            self.tokenizer = load_own_tokenizer(source) if tokenizer is None else tokenizer
+            self.tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
             loaded = load_causal_lm(source, dtype)
         else:
             self.save_hyperparameters(ignore=["model", "tokenizer"])
@@ -184,10 +182,8 @@ class CausalLMModule(L.LightningModule):
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         if not self.lr_decay:
             return optimizer
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise UserError("lr_decay=True needs the number of steps. Give the Trainer max_steps or max_epochs.")
-        decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, int(steps))
+        steps = int(self.trainer.estimated_stepping_batches)
+        decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
@@ -240,13 +236,10 @@ class CausalLMModule(L.LightningModule):
                 "`wanda-lightning shrink` on the folder."
             )
         processes = shard_processes(self.model) if sharded else SINGLE_PROCESS
-        with processes.fail_together():
-            if processes.rank == 0:
-                require_writable(folder, overwrite)
         whole = {"state_dict": gathered_state_dict(self.model)} if sharded else {}
         with processes.fail_together():
             if processes.rank == 0:
-                with atomic_folder(folder, overwrite) as new, bars_on_terminals_only():
+                with atomic_folder(folder, overwrite) as new:
                     with shrunk(self.model) if shrink else nullcontext() as result:
                         write_modeling_file(self.pruning_target, new)
                         self.model.save_pretrained(new, **whole)

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import timm
 import torch
@@ -23,13 +19,12 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, modeling_gguf_pytorch_utils
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
     ModelSource,
     load_config,
-    load_tokenizer,
     reading,
     timm_name,
 )
@@ -48,15 +43,6 @@ def check_source(source: ModelSource) -> None:
         _check_decoder_only(load_config(source))
 
 
-def load_own_tokenizer(source: ModelSource) -> Any:
-    """Load the tokenizer that belongs to a model, or return None for a folder without one."""
-    path = source.path
-    if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("vocab*")):
-        return None
-    with bars_on_terminals_only():
-        return load_tokenizer(source)
-
-
 def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     """Load a decoder-only language model.
 
@@ -69,7 +55,7 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     # Before transformers 5.24 GGUF weights were always dequantized; since then, this option is needed for some models.
     if path.suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with bars_on_terminals_only(), reading("weights", source, on_hub=not path.exists()):
+    with reading("weights", source, on_hub=not path.exists()):
         model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     check_causal(model)
     check_complete(name, *(loaded.get(f"{kind}_keys", ()) for kind in ("missing", "mismatched", "unexpected")))
@@ -122,21 +108,6 @@ def check_complete(
             "will not be saved again. If it should use them, correct config.json.",
             stacklevel=2,
         )
-
-
-@contextmanager
-def bars_on_terminals_only() -> Iterator[None]:
-    """Keep the progress bars of transformers out of log files; the bar of GGUF files has no option."""
-    logging = transformers.utils.logging
-    if not logging.is_progress_bar_enabled() or (sys.stderr is not None and sys.stderr.isatty()):
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        with patch.object(modeling_gguf_pytorch_utils, "tqdm", partial(modeling_gguf_pytorch_utils.tqdm, disable=True)):
-            yield
-    finally:
-        logging.enable_progress_bar()
 
 
 def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

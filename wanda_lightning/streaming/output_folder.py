@@ -26,7 +26,7 @@ from wanda_lightning.common.atomic_write import (
     resolve_path,
 )
 from wanda_lightning.common.checks import Number, check_values
-from wanda_lightning.common.errors import UserError, naming_full_disk
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import PrunedLayer
@@ -85,8 +85,7 @@ class Shards:
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=TEMPORARY))  # saving deletes weights beside it
         checkpoint.save_configuration(temporary)
         if tokenizer is not None:
-            with naming_full_disk(self.folder):
-                tokenizer.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         move_entries(temporary, self.folder)
 

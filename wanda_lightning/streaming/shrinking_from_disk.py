@@ -12,8 +12,7 @@ from torch import nn
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.common.atomic_write import atomic_folder
-from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.modules.loading import load_own_tokenizer
+from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.shrinking import Shrunk, example_batch, fit_configuration, shrink, write_modeling_file
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import Shards
@@ -58,7 +57,7 @@ def shrink_from_disk(
         result.refuse_nothing()
         result.misfit, _ = fit_configuration(checkpoint.model)
         write_modeling_file(checkpoint.model, folder)
-        shards.write_rest(checkpoint, load_own_tokenizer(where))
+        shards.write_rest(checkpoint, load_tokenizer(where))
     return result
 
 

@@ -12,8 +12,7 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.engine.plan import Plan, Selections, refuse_unprunable
 from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import Layer, Stop
-from wanda_lightning.streaming.block_loader import BlockLoader
-from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint, Keys
+from wanda_lightning.streaming.checkpoint import RESIDENT, BlockLoader, Checkpoint, Keys
 from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
 
 
