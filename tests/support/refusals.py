@@ -58,7 +58,6 @@ def refusal(model, batches=None, *args, error=ValueError, written=(), **choices)
     notes = [note for note in getattr(caught.value, "__notes__", []) if "already pruned" in note]
     assert len(notes) == (bool(written) and sys.version_info >= (3, 11))
     if notes:
-        several = f"{len(written)} layers are already pruned, from {written[0]} to {written[-1]};"
-        assert (several if written[1:] else f"{written[0]} is already pruned;") in notes[0]
+        assert f"{len(written)} {'layers are' if written[1:] else 'layer is'} already pruned;" in notes[0]
         assert "Reload the model" in notes[0]
     return str(caught.value)

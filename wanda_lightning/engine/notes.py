@@ -51,14 +51,8 @@ def make_report(run: Run) -> PruningReport:
         if note.is_warning and plan.processes.rank == 0:
             log.warning(note.text)
     parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
-    # The zeros of a parameter that is one pruned layer are known; to count them again would read every weight.
-    known = {
-        id(layer.parameter): run.done.layers[layer.name].zeros
-        for layer in plan.layers
-        if layer.name in run.done.layers and layer.size == layer.parameter.numel() and not is_unloaded(layer.parameter)
-    }
-    others = [p for p in parameters if id(p) not in known and not is_wrapper(p) and not is_unloaded(p)]
-    zeros = run.store.zeros + sum(known.values()) + sum(int((p.detach() == 0).count_nonzero()) for p in others)
+    held = (p.detach() for p in parameters if not is_wrapper(p) and not is_unloaded(p))
+    zeros = run.store.zeros + sum(int((values == 0).count_nonzero()) for values in held)
     names = plan.inventory.blocks if plan.coupled else [layer.name for layer in plan.layers]
     skipped = [run.done.skipped[name] for name in names if name in run.done.skipped and name not in run.done.layers]
     run.clock["report"] = time.perf_counter() - started

@@ -11,6 +11,7 @@ from wanda_lightning.calibration.lockstep import Call, Stops, lockstep
 from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.words import counted
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.plan import Plan, Selections, refuse_unprunable
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
@@ -75,13 +76,9 @@ class Run:
         return replace(self, selections=selections)
 
     def written(self) -> str:
-        """Say, for an error, which layers are pruned already; return nothing if none is."""
-        if not (names := list(self.done.layers)):
-            return ""
-        pruned = f"{len(names)} layers are already pruned, from {names[0]} to {names[-1]}"
-        if len(names) == 1:
-            pruned = f"{names[0]} is already pruned"
-        return f"{pruned}; the others are dense. {self.store.advice}"
+        """Say, for an error, how many layers are pruned already; return nothing if none is."""
+        pruned = counted(len(self.done.layers), "layer is", "layers are")
+        return f"{pruned} already pruned; the others are dense. {self.store.advice}" if self.done.layers else ""
 
 
 def unreached(layer: Layer) -> SkippedMatrix:
