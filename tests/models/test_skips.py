@@ -142,7 +142,7 @@ def test_tensor_parallelism_is_refused(tmp_path):
     try:
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
         parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
-        with pytest.raises(ValueError, match="FSDP2 or tensor parallelism shards it"):
+        with pytest.raises(ValueError, match="FSDP or tensor parallelism shards it"):
             prune(model, [torch.randn(2, 8)], progress=False)
     finally:
         dist.destroy_process_group()

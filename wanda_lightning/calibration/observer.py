@@ -274,7 +274,9 @@ class BatchReader:
         tokens = layer.tokens(x)
         if layer.expert is None:
             _fitting(tokens, layer, x)
-        keep = self._real_tokens(layer, x, tokens) if has_padding else None
+        # An expert gets some of the tokens, in an order of its own, or a copy of all of them.
+        in_order = layer.expert is None or product.slot is not None
+        keep = self._real_tokens(layer, x, tokens) if has_padding and in_order else None
         padding_counted = has_padding and keep is None
         if product.slot is not None:
             routed = tokens.any(dim=1)  # tokens of other experts are zeros
@@ -292,7 +294,7 @@ class BatchReader:
             self.checks.append(Check(entry.layers, self._batch, entry.statistics.finite()))
 
     def _real_tokens(self, layer: Layer, x: Tensor, tokens: Tensor) -> Tensor | None:
-        """Return which tokens are not padding; None if that is unknown, as for an expert that gets some of them."""
+        """Return which tokens are not padding; None if that is unknown."""
         samples = len(x) if x.ndim == 1 - layer.kind.channels else 1
         fits = x if layer.kind.channels == -1 else tokens.unflatten(0, (samples, -1))
         mask = fitting_mask(self._masks, layer.name, fits)

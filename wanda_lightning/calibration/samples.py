@@ -75,7 +75,8 @@ class Samples:
 
     def _forward_on_device(self, batch: Any) -> object:
         try:
-            return forward_batch(self._model, to_device(batch, next(self._model.parameters()).device))
+            device = next(self._model.parameters()).device
+            return forward_batch(self._model, map_tensors(lambda tensor: tensor.to(device), batch))
         except Exception:
             if isinstance(batch, Mapping) and "input_ids" in batch:  # only now, since some models replace ids
                 check_tokens(self._model, batch["input_ids"])
@@ -184,8 +185,9 @@ class Samples:
 
 def fit_together(samples: Sequence[Sample]) -> bool:
     """Whether all samples are entries of a first dimension with equal shapes, so that they can run as one batch."""
-    batches = [sample.batch for sample in samples]
-    return have_one_layout(batches) and samples[0].size == batch_size(batches[0])
+    batches, layout = [sample.batch for sample in samples], _layout(samples[0].batch)
+    alike = all(is_even(batch) and _layout(batch) == layout for batch in batches)
+    return alike and samples[0].size == batch_size(batches[0])
 
 
 def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
@@ -226,11 +228,6 @@ def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
             "forward=, or, in a LightningModule, define calibration_step(batch)."
         )
     return {key: value for key, value in batch.items() if key in accepted}
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch to a device."""
-    return map_tensors(lambda tensor: tensor.to(device), batch)
 
 
 def detached(batch: Any) -> Any:
@@ -364,12 +361,6 @@ def _has_column(batch: Any) -> bool:
 def take(batch: Any, start: int, stop: int) -> Any:
     """Return some samples of a batch that can be split."""
     return map_tensors(lambda tensor: tensor[start:stop] if tensor.ndim else tensor, batch)
-
-
-def have_one_layout(batches: Sequence[Any]) -> bool:
-    """Whether the tensors of all batches have equal shapes, so that they can run as one batch."""
-    first = _layout(batches[0])
-    return all(is_even(batch) and _layout(batch) == first for batch in batches)
 
 
 def _layout(batch: Any) -> Any:

@@ -235,8 +235,10 @@ class PruningCallback(ZerosCallback):
         return self._schedule(trainer).share(trainer.global_step) or 1.0
 
     def _plan_once(self, pl_module: L.LightningModule) -> Plan:
-        """Return the plan for the final sparsity; the layers are found once in a run of the Trainer."""
-        self._plan = self._plan or make_plan(self.config, pruning_target(pl_module), self._processes)
+        """Return the plan for the final sparsity; the layers are found once, unless the model has other ones now."""
+        model = pruning_target(pl_module)
+        if self._plan is None or not {layer.module for layer in self._plan.layers} <= {*model.modules()}:
+            self._plan = make_plan(self.config, model, self._processes)
         return self._plan
 
     def _plan_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
@@ -314,8 +316,8 @@ class PruningCallback(ZerosCallback):
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:
-            plan, target = self._plan, pruning_target(pl_module)
-            found = sharded_layers(target) if plan is None else {layer.name: layer for layer in plan.layers}
+            layers = self._plan_once(pl_module).layers if self._plan else ()
+            found = {layer.name: layer for layer in layers} or sharded_layers(pruning_target(pl_module))
             self._zeros.hold([found[name] for name in self._state.zeros])
             self._clear_copies(trainer, pl_module)
 

@@ -29,7 +29,7 @@ from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.drop_experts import find_mixtures
-from wanda_lightning.engine.plan import make_plan
+from wanda_lightning.engine.plan import make_plan, refuse_unprunable
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
 from wanda_lightning.hub.card import write_card
@@ -94,7 +94,8 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     classifier = load(model, model.model, data.checkpoint) if model.is_image else None
     source = data_for(model, data, model.model, classifier)
     module = classifier or load(model, model.model)  # after the data, since it may be large
-    plan = make_plan(config, module.model)  # to refuse the model before it is measured
+    plan = make_plan(config, module.model)
+    refuse_unprunable(plan.layers)  # before the model is measured
     if plan.config.pattern.drops_experts:
         find_mixtures(plan)
     batches = _calibration(config, module, source)  # to refuse a text that is too short, too

@@ -119,16 +119,13 @@ class _Search:
         parent = self._modules[reader.name.rpartition(".")[0]]
         key = type(block.module), reader.name.removeprefix(block.name), reader.shape
         for index, hidden in enumerate(_candidates(reader, parent, block.module)):
-            if self._known.get(key, index) == index and self._is_movable(hidden) and self._is_right(hidden, runs):
+            tied = any((slot.module, slot.name) in self._tied for slot in hidden.slots)
+            fits = hidden.columns.shape[2] % self._plan.config.pattern.group_size == 0  # groups lie within heads
+            if self._known.get(key, index) == index and not tied and fits and self._is_right(hidden, runs):
                 self._known[key] = index
                 yield hidden
                 return
         self._known.setdefault(key, -1)
-
-    def _is_movable(self, hidden: HiddenUnits) -> bool:
-        """Whether groups fit into heads, and no other module has the same parameters."""
-        tied = any((slot.module, slot.name) in self._tied for slot in hidden.slots)
-        return not tied and hidden.columns.shape[2] % self._plan.config.pattern.group_size == 0
 
     def _is_right(self, hidden: HiddenUnits, runs: BlockRuns) -> bool:
         """Whether a random order of the units permutes what the reader receives, and changes nothing else."""

@@ -233,7 +233,7 @@ def make_plan(
         raise UserError(f"model must be a torch.nn.Module, but it is {found}. Call prune(model, batches).")
     if is_sharded(model):
         raise UserError(
-            "model must be whole in each process, but FSDP2 or tensor parallelism shards it. Prune it before it is "
+            "model must be whole in each process, but FSDP or tensor parallelism shards it. Prune it before it is "
             "sharded: with prune, with DDP, or, if it is larger than memory, with prune_from_disk. Then train it with "
             "KeepZeros, which keeps the zeros of sharded models."
         )

@@ -164,7 +164,7 @@ class ImageClassifierModule(L.LightningModule):
     def check_saving(self) -> None:
         """Raise a ValueError for a model that `save_pretrained` cannot write or timm could not rebuild."""
         if is_sharded(self.model):
-            raise UserError("save_pretrained needs the whole model in one process, but FSDP2 shards it.")
+            raise UserError("save_pretrained needs the whole model in one process, but it is sharded.")
         if not hasattr(self.model, "pretrained_cfg"):
             raise UserError(
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
