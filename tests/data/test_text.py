@@ -101,23 +101,6 @@ def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
     assert not torch.equal(data.windows_of("texts in memory"), data.windows_of("texts in memory (3)"))
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        (["a", 1], r"must be the name of a text, a list of strings or a datasets.Dataset, but it is \['a', 1\]"),
-        (
-            datasets.Dataset.from_dict({"text": []}),
-            "must have a column 'text' with a string in each row, but it has the columns text, and 'text' is null",
-        ),
-        ("one line\nand another", r"must be one of c4, .* or a list of documents, but it is 'one line"),
-    ],
-)
-def test_what_is_no_text(tokenizer, source, message):
-    for option, given in (("calibration", source), ("evaluation", [source])):
-        with pytest.raises(ValueError, match=f"^{option} {message}"):
-            TextDataModule(tokenizer, **{option: given})
-
-
 def language_model(embeddings, tokenizer=None):
     return CausalLMModule(tiny_llama(vocab_size=embeddings), tokenizer)
 
@@ -142,6 +125,8 @@ def test_the_tokenizer_may_be_a_gguf_file_or_is_refused_before_anything_is_read(
     [
         ({"seqlen": 1}, "^seqlen must be a whole number of at least 2, but it is 1"),
         ({"calibration": "wikitxt2"}, r"^calibration must be one of c4, .* 'wikitxt2'\. .* mean wikitext2\?"),
+        ({"calibration": ["a", 1]}, r"^calibration must be .* a list of strings or a .*Dataset, but it is \['a', 1\]"),
+        ({"evaluation": ["one line\nand another"]}, "^evaluation must be .* a list of documents, but it is 'one line"),
         ({"evaluation": "ptb"}, r"^evaluation must be .* but it is 'ptb'\.$"),
         ({"evaluation": "a.csv"}, r"ends in \.txt, \.jsonl, \.parquet, or .* but it is .*a\.csv"),
         ({"calibration": "gone.jsonl"}, r"an existing file that ends in .* but it is 'gone\.jsonl'"),
