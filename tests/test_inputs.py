@@ -71,14 +71,16 @@ def test_layers_without_elements_are_skipped():
     assert [skipped.detail for skipped in report.skipped] == ["has no elements"]
 
 
-def test_tokens_without_an_embedding(tmp_path):
+@pytest.mark.parametrize("token", [VOCABULARY, -1])
+def test_tokens_without_an_embedding(tmp_path, token):
     save_llama(tmp_path / "llama")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
-    wrong = [{"input_ids": torch.full((2, 8), VOCABULARY)}]
-    message = f"input_ids must be from 0 to {VOCABULARY - 1}, .* but one is {VOCABULARY}"
+    wrong = [{"input_ids": torch.full((2, 8), token)}]
+    message = f"input_ids must be from 0 to {VOCABULARY - 1}, .* but one is {token}"
     for call in (
         lambda: prune(model, wrong, progress=False),
         lambda: CausalLMModule(model).training_step(wrong[0], 0),
+        lambda: CausalLMModule(model).validation_step([wrong[0]["input_ids"]], 0),
         lambda: perplexity_from_disk(tmp_path / "llama", wrong, progress=False),
         lambda: prune_from_disk(tmp_path / "llama", tmp_path / "out", wrong, progress=False),
     ):

@@ -85,10 +85,9 @@ def routed(model, batch):
     """Run the blocks from number `batch["first"]` on."""
     inner = model.model
     states = inner.embed_tokens(batch["input_ids"])
-    positions = torch.arange(states.shape[1])[None]
-    rotary = inner.rotary_emb(states, position_ids=positions)
+    rotary = inner.rotary_emb(states, position_ids=torch.arange(states.shape[1])[None])
     for layer in inner.layers[batch["first"] :]:
-        states = layer(states, position_embeddings=rotary, position_ids=positions)
+        states = layer(states, position_embeddings=rotary)
     return states
 
 

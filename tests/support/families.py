@@ -1,6 +1,6 @@
 """Prune one small random model of every family in transformers and timm, check it, and write docs/models.md.
 
-    PYTHONPATH=tests python tests/support/families.py --kind causal --only 'qwen*' --resume families.json --write
+    PYTHONPATH=tests python tests/support/families.py --only 'causal/qwen*' --resume families.json --write
 
 A family is a configuration class (transformers) or a module (timm); `support.zoo` builds its model. `check` prunes it
 to 50 % and to 2:4, with sequential="block" and "layer" (timm models also with "none"). The model passes if every matrix
@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from typing import Any
 import timm
 import torch
 import transformers as hf
-from support.zoo import KINDS, CannotBuild, Family, double, family, matrices, names, outputs, without_cache
+from support.zoo import KINDS, CannotBuild, Family, double, family, matching, matrices, names, outputs, without_cache
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -529,8 +528,7 @@ def _row(result: Result) -> list[str]:
 def main() -> None:
     """Examine the chosen families, in a process that continues after a crash, and print the summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by name")
-    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by kind/name")
     parser.add_argument("--resume", type=Path, help="JSON file of results: families in it are not examined again")
     parser.add_argument("--write", action="store_true", help="write docs/models.md")
     args = parser.parse_args()
@@ -540,8 +538,8 @@ def main() -> None:
     logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     results: dict[str, Any] = json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}
-    every = [(kind, name) for kind in args.kind for name in names(kind)]
-    chosen = {f"{kind}/{name}": (kind, name) for kind, name in every if any(fnmatchcase(name, g) for g in args.only)}
+    every = {f"{kind}/{name}": (kind, name) for kind in KINDS for name in names(kind)}
+    chosen = {key: every[key] for key in sorted(matching(every, args.only))}
 
     def record(key: str, result: Result) -> None:
         results[key] = asdict(result)
