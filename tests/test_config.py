@@ -82,10 +82,7 @@ def test_choices_replace_those_of_the_method():
         ({"sparsity": 0.4, "pattern": "2:4"}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.4"),
         ({"solver": "admm", "criterion": "ria"}, "solver='admm', because the solver scores the weights"),
         ({"solver": "sparsegpt", "criterion": "ria"}, "solver='sparsegpt', because the one compares whole rows"),
-        (
-            {"recovery": "reconstruct", "sequential": "layer"},
-            "sequential='layer', because the recovery",
-        ),
+        ({"recovery": "reconstruct", "sequential": "layer"}, "sequential='layer', because the recovery"),
         ({"permutation": "assignment"}, "pattern='unstructured_row', because this pattern"),
     ],
 )

@@ -27,10 +27,7 @@ def net():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: prune(net(), keep_batch_norm="false"),
-            "keep_batch_norm must be one of True, False, but",
-        ),
+        (lambda: prune(net(), keep_batch_norm="false"), "keep_batch_norm must be one of True, False, but"),
         (lambda: DistillFromDense(weight=0.0), "weight of DistillFromDense must be a number above 0 and at most 1"),
         (lambda: DistillFromDense(temperature=0), "temperature of DistillFromDense must be a number above 0"),
         (lambda: TextDataModule(calibration=None), "calibration must be the name of a text"),

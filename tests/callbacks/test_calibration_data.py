@@ -23,14 +23,7 @@ from support.callbacks import (
 )
 from support.zoo import ZOO
 from torch import nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-)
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
 
 from wanda_lightning import PruningCallback, WandaPrune, prune
 from wanda_lightning.calibration.samples import batch_size

@@ -22,10 +22,7 @@ DENSE = "only collects statistics of the dense model while Lightning validates i
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, but it is 0"),
         ({"report": "report.pdf"}, r"report must end with \.html or \.png, but it is 'report\.pdf'"),
         ({"calibrate_on": "test"}, "calibrate_on must be one of calibration, validation, but it is 'test'"),
-        (
-            {"pattern": "2:4", "schedule": CubicSchedule(0, 4, every=2)},
-            r"one stage for NM\(n=2, m=4\).*Cubic",
-        ),
+        ({"pattern": "2:4", "schedule": CubicSchedule(0, 4, every=2)}, r"one stage for NM\(n=2, m=4\).*Cubic"),
         ({**VALIDATION, "dataloader": []}, f"{DENSE} dataloader has other batches"),
         ({**VALIDATION, "pattern": "experts"}, f"{DENSE} pattern='experts' needs a pass of its own"),
         ({**VALIDATION, "sequential": "block"}, f"{DENSE} sequential='block' runs pruned layers"),

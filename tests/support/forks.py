@@ -12,10 +12,7 @@ from tempfile import TemporaryDirectory
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    [
-        *("torch", "lightning", "transformers", "timm", "datasets", "peft", "PIL.Image"),
-        "wanda_lightning.cli.pruning",
-    ]
+    [*("torch", "lightning", "transformers", "timm", "datasets", "peft", "PIL.Image"), "wanda_lightning.cli.pruning"]
 )
 
 
