@@ -9,10 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.chains import overrides
-from support.gradients import drawn, gradients
 from support.pairwise import spread, with_nightly
 from support.refusals import refusal
-from support.samples import split
+from support.samples import drawn, gradients, split
 from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F

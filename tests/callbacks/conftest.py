@@ -1,10 +1,17 @@
 """One thread, and no advice of Lightning, for all tests of the callbacks."""
 
 import pytest
-from support.callbacks import ADVICE, one_thread
-from support.data import few_digits
+import torch
+from support.callbacks import ADVICE
+from support.data import few_digits as few_digits
 
-__all__ = ["few_digits", "one_thread"]
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small operations are slower with more
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_itemcollected(item):

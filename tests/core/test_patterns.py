@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from support import reference
-from support.scores import assert_keeps, score_matrices
+from support.reference import assert_keeps
 
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
 from wanda_lightning.core.permutation import Assignment
@@ -14,6 +14,15 @@ PATTERNS = {name: make() for name, make in PATTERN_CHOICES.items()}
 
 N_OF_M = [(2, 4), (4, 8), (1, 4), (1, 3), (2, 8), (1, 2), (5, 32)]
 sparsities = st.floats(0, 1, exclude_max=True)
+
+
+@st.composite
+def score_matrices(draw, multiple_of=1, multiples=40):
+    """Scores of few or many levels: 1 makes all equal, 3 makes many ties, 10000 almost none."""
+    rows, d_in = draw(st.integers(1, 6)), multiple_of * draw(st.integers(1, multiples))
+    levels = draw(st.sampled_from([1, 3, 10_000]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    return torch.randint(0, levels, (rows, d_in), generator=generator).float()
 
 
 def distinct_scores(seed, rows, d_in, dtype=torch.float32):

@@ -9,10 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support import reference
-from support.gradients import drawn
 from support.mlps import MIXING, Mlp
 from support.refusals import refusal
-from support.samples import calls_of, run_of, split
+from support.samples import calls_of, drawn, run_of, split
 from support.zoo import ZOO, causal, run, seeded
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import nn

@@ -1,11 +1,9 @@
 """A small module and its training, shared by the tests of the callbacks."""
 
 import copy
-import csv
 from functools import cache, partial
 
 import lightning as L
-import pytest
 import torch
 from lightning.pytorch.trainer.connectors import callback_connector
 from support.zoo import ZOO
@@ -18,14 +16,6 @@ from wanda_lightning import Schedule, prune
 
 # Workers would only slow down these tests, and some only train, for a few steps.
 ADVICE = "does not have many workers", "but have no `val_dataloader`", "The number of training batches"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # such small operations are slower with more
-    yield
-    torch.set_num_threads(threads)
 
 
 LAYERS = ["layers.0", "layers.2", "layers.4"]  # of Net
@@ -118,12 +108,6 @@ def train_by_hand(module, batches, optimizer, accumulate, clip):
             for weight, kept in keep.items():
                 weight *= kept
         optimizer.zero_grad()
-
-
-def rows_of(folder):
-    (file,) = folder.rglob("metrics.csv")
-    with file.open(newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 @torch.no_grad()

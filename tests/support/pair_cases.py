@@ -10,9 +10,8 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.callbacks import trainer as callbacks_trainer
-from support.gradients import gradients
 from support.mlps import Mlp
-from support.samples import samples_of, split
+from support.samples import gradients, samples_of, split
 from support.zoo import ZOO, double, run
 from torch import distributed as dist, nn
 from torch.distributed.device_mesh import init_device_mesh

@@ -15,6 +15,11 @@ def array(tensor):
     return tensor.detach().double().numpy()
 
 
+def assert_keeps(keep, expected):
+    assert keep.dtype == torch.bool
+    np.testing.assert_array_equal(keep.numpy(), expected)
+
+
 # ---- statistics
 
 

@@ -1,12 +1,15 @@
-"""Calibration samples from batches, and what `prune` makes of its arguments before anything is measured."""
+"""Calibration samples from batches, a run before anything is measured, and gradient statistics."""
 
 from functools import partial
 
 import torch
 from support.zoo import run
 
+from wanda_lightning.calibration.gradients import gradient_statistics
+from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import token_masks
@@ -48,3 +51,19 @@ def split(batches, size):
     whole = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     parts = {key: value.split(size) for key, value in whole.items()}
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+
+
+def gradients(model, batches, samples=None, predictions=0, recomputed=True, processes=SINGLE_PROCESS, **choices):
+    """The statistics by layer. Blocks are recomputed, as in pruning, or not."""
+    own = run_of(model, batches, processes, allocation="fisher", **choices)
+    blocks = own.plan.blocks if recomputed else ()
+    with calibration_mode(model), torch.no_grad():
+        return gradient_statistics(
+            model, own.plan.layers, blocks, own.samples, lambda: None, processes, GradientLimit(samples, predictions)
+        )
+
+
+def drawn(logits, sample):
+    """The labels that are drawn from the predictions of one sample, which are rows, by its number."""
+    generator = torch.Generator().manual_seed(sample)
+    return torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]
