@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from support.detectors import build
+from support.experts import reasons
 from support.tiny import on_meta
 from support.zoo import ZOO, matching, matrices
 from torch import nn
@@ -47,10 +48,6 @@ def built(name):
 @cache
 def found_in(name, sequential="block"):
     return find_layers(built(name), sequential)
-
-
-def reasons(model, **choices):
-    return {matrix.name: matrix.detail for matrix in find_layers(model, **choices).skipped}
 
 
 EVERY_MODEL = pytest.mark.parametrize("name", [*ZOO, *ON_META])
