@@ -68,11 +68,11 @@ class Run:
             selections = self.store.recall(self.plan)
         if selections:
             self.samples.count()
-            return replace(self, selections=selections)
-        found = observe()
-        with self.store.dense():
-            selections = self.plan.allocate(*found, self.progress, self.store.hold)
-        self.store.keep(selections)
+        else:
+            found = observe()
+            with self.store.dense():
+                selections = self.plan.allocate(*found, self.progress, self.store.hold)
+            self.store.keep(selections)
         return replace(self, selections=selections)
 
     def written(self) -> str:
@@ -96,8 +96,6 @@ class WeightStore:
         """Refuse weights that are in memory and cannot be pruned."""
         refuse_unprunable(layers)
 
-    # ------------------------------------------------------------------------------------------------------- passes
-
     def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Observation:
         """Observe all layers in one pass of all samples through the dense model."""
         bar.expect(run.samples.length)
@@ -117,8 +115,6 @@ class WeightStore:
             yield stop
             bar.advance()
 
-    # ------------------------------------------------------------------------------------------------------ weights
-
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Give access to the weights before pruning, in one pass through the model in this block."""
@@ -133,8 +129,6 @@ class WeightStore:
     def undo(self, change: Callable[[], None]) -> None:
         """Call `change`, which takes back a change of the dense weights of a block after their pass."""
         change()
-
-    # ------------------------------------------------------------------------------------------------- interrupted runs
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an earlier run has made; empty if there are none."""
