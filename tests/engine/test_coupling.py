@@ -233,7 +233,8 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
         hook.remove()
     model.zero_grad()
     with pruning_mode(model):
-        got = gradient_statistics(model, own.plan.layers, own.plan.blocks, own.samples, columns=own.plan.unit_columns)
+        columns = {name: units.columns for name, units in own.plan.coupled.items()}
+        got = gradient_statistics(model, own.plan.layers, own.plan.blocks, own.samples, columns=columns)
     for reader, value in expected.items():
         torch.testing.assert_close(got[reader].units, value, rtol=1e-3, atol=1e-9)
 

@@ -227,7 +227,8 @@ class WeightMemory:
     """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
-        self._layers = [layer for layer in layers if _has_matrix(layer)]
+        matrices = [layer for layer in layers if layer.parameter.ndim == (2 if layer.expert is None else 3)]
+        self._layers = [x for x in matrices if _is_plain(weight := x.parameter.detach()) and weight.numel()]
         self._read()
 
     def _read(self) -> None:
@@ -282,9 +283,3 @@ class WeightMemory:
         index = bisect_right(self._starts, pointer) - 1
         stack = self._stacks[index] if index >= 0 else None
         return stack if stack and pointer < stack.end and tensor.dtype == stack.weight.dtype else None
-
-
-def _has_matrix(layer: Layer) -> bool:
-    weight = layer.parameter.detach()
-    dimensions = 2 if layer.expert is None else 3
-    return type(weight) is Tensor and not weight.is_meta and weight.ndim == dimensions and weight.numel() > 0

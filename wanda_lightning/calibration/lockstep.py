@@ -86,10 +86,7 @@ def lockstep(
     """
     revisited = set() if revisited is None else revisited
     pending = set(range(len(stops)))
-    with (
-        _parking(stops),
-        _batch_threads(_parking_at_products(samples, stops), stops) as threads,
-    ):
+    with _parking(stops), _batch_threads(_parking_at_products(samples, stops), stops) as threads:
         with processes.fail_together():
             for thread in threads:
                 thread.start()
@@ -132,10 +129,11 @@ def _find_revisits(thread: _BatchThread, stops: Sequence[Stop], revisited: set[s
     hook = register_module_forward_pre_hook(end)
     try:
         with suppress(Exception):  # the output of the model does not matter here, so neither do its errors
-            thread.run_call()
-            while thread.call is not None and thread.call.stop not in revisited:
+            while (call := thread.call) is not None:
+                thread.advance(call.run())
+                if thread.call is None or thread.call.stop in revisited:
+                    break
                 revisited.add(thread.call.stop)
-                thread.run_call()
     finally:
         hook.remove()
 
@@ -257,11 +255,6 @@ class _BatchThread(threading.Thread):
         self._back.acquire()
         if self._error is not None:
             raise self._error
-
-    def run_call(self) -> None:
-        """Run the parked call, and continue the batch with its output."""
-        assert self.call is not None, "the batch is parked"
-        self.advance(self.call.run())
 
     def cancel(self) -> None:
         """End the thread if it runs, and wait until it has ended."""

@@ -92,11 +92,6 @@ class Plan:
             return None
         return None if (layer.module, layer.bias_name) in self._tied else layer.bias
 
-    @property
-    def unit_columns(self) -> dict[str, int]:
-        """The number of columns of each hidden unit, by layer."""
-        return {name: units.columns for name, units in self.coupled.items()}
-
     def with_choices(self, config: PruningConfig) -> Plan:
         """Return the plan for other choices that concern the same layers, such as a lower sparsity."""
         return replace(self, config=config_for(config, self.model), preset=config.preset)

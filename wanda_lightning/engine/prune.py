@@ -213,8 +213,9 @@ def _observe_dense_model(run: Run) -> Observed:
         with pruning_mode(model), ProgressBar("Passing backward", None, run.progress) as bar:
             bar.expect(run.samples.length)
             plan, limit = run.plan, config.allocation.gradient_limit
+            columns = {name: units.columns for name, units in plan.coupled.items()}
             gradients = gradient_statistics(
-                model, plan.layers, plan.blocks, run.samples, bar.advance, plan.processes, limit, plan.unit_columns
+                model, plan.layers, plan.blocks, run.samples, bar.advance, plan.processes, limit, columns
             )
         run.samples.refuse_if_empty()
     return inputs, gradients
