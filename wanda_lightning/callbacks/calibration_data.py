@@ -24,9 +24,7 @@ from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.calibration.samples import batch_size, forward_batch, is_even, run_alone, take
 from wanda_lightning.common.own_module import PrunableModule, own
 from wanda_lightning.engine.plan import Plan
-from wanda_lightning.engine.prune import prune_collected
 from wanda_lightning.parallel import Processes
-from wanda_lightning.report import PruningReport
 
 
 @dataclass
@@ -164,23 +162,14 @@ def _independent_copy(loader: Any) -> Any:
 
 
 class ValidationLoop:
-    """Prunes a model with statistics from the first batches of a validation loop, until they have `num_samples`."""
+    """Collects statistics from the first batches of a validation loop, until they have `num_samples`."""
 
     def __init__(self, plan: Plan, num_samples: int) -> None:
-        self._plan, self._samples_left = plan, num_samples
-        self._calibration = PassiveCalibration(plan.model, plan.whole_model, plan.observed, plan.processes)
-        self._batch = ExitStack()
+        self.plan, self._samples_left, self.batch = plan, num_samples, ExitStack()
+        self.calibration = PassiveCalibration(plan.model, plan.whole_model, plan.observed, plan.processes)
 
     def start_batch(self, batch: Any) -> None:
-        """Collect while the batch runs, until `end_batch`."""
+        """Collect while the batch runs, until `batch.close()`."""
         if self._samples_left > 0:  # of all processes
-            self._samples_left -= batch_size(batch) * self._plan.processes.world_size
-            self._batch.enter_context(self._calibration.collect(batch))
-
-    def end_batch(self) -> None:
-        """Stop collecting; called after an error as well."""
-        self._batch.close()
-
-    def prune(self) -> PruningReport:
-        """Prune with the collected statistics."""
-        return prune_collected(self._plan, self._calibration)
+            self._samples_left -= batch_size(batch) * self.plan.processes.world_size
+            self.batch.enter_context(self.calibration.collect(batch))

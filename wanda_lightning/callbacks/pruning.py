@@ -22,7 +22,7 @@ from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.plan import Plan, make_plan
-from wanda_lightning.engine.prune import prune_as, rehearse
+from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport, Run
 from wanda_lightning.training.held_zeros import sharded_layers, zeros_of
@@ -189,13 +189,13 @@ class PruningCallback(ZerosCallback):
     def on_validation_batch_end(self, *_: Any) -> None:
         """Stop collecting."""
         if self._validation is not None:
-            self._validation.end_batch()
+            self._validation.batch.close()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune with the collected statistics."""
         if self._validation is not None:
-            report, self._validation = self._validation.prune(), None
-            self._record(report, trainer)
+            collected, self._validation = self._validation, None
+            self._record(prune_collected(collected.plan, collected.calibration), trainer)
             if trainer.state.fn == TrainerFn.FITTING:
                 self._hold(trainer, pl_module)
 

@@ -136,7 +136,7 @@ def refuse_whole_model(config: PruningConfig) -> None:
     )
     for applies, option, reason, instead in rows:
         if applies:
+            asked = f"method={config.preset!r}" if config.preset else config.shown(option)
             raise UserError(
-                f"{config.shown(option)} {reason}, but the model is read block by block. Use {option}={instead}, or "
-                "prune in memory."
+                f"{asked} {reason}, but the model is read block by block. Use {option}={instead}, or prune in memory."
             )

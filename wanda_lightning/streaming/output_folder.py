@@ -25,7 +25,6 @@ from wanda_lightning.common.atomic_write import (
     require_writable,
     resolve_path,
 )
-from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import SkippedMatrix
@@ -121,7 +120,6 @@ class OutputFolder(Shards):
         own = self.progress
         try:
             begun: _Progress = from_parsed(_Progress, json.loads(self._file.read_text(encoding="utf-8")))
-            check_values(Number(minimum=0, below=1), **begun.sparsities)
         except ValueError as error:
             raise UserError(
                 f"{self._file} is not the record of an interrupted run of this version: {one_line(error)} Delete "
@@ -148,24 +146,17 @@ class OutputFolder(Shards):
         if found["written"] and found.get("made_with") != self.progress.made_with:
             raise UserError(f"{self.folder} must be written by one run, but another one has. Choose another folder.")
         super().save(part, tensors, record)
-        self._save_progress()
+        self.save_progress()
 
-    def save_allocation(self, sparsities: Mapping[str, float]) -> None:
-        """Write the sparsity of each layer."""
-        self.progress.sparsities = dict(sparsities)
-        self._save_progress()
-
-    def _save_progress(self) -> None:
+    def save_progress(self, **found: Any) -> None:
+        """Write the progress, with new values of its fields, for a run that is started again."""
+        self.progress = replace(self.progress, **found)
         with atomic_write(self._file) as new:
             new.write_text(as_json(asdict(self.progress)), encoding="utf-8")
 
     def finish(self, checkpoint: Checkpoint, tokenizer: Any, report: str) -> None:
-        """Write the files without which the folder is no model.
-
-        The report stays in the progress file until `forget`, for a run that is started again.
-        """
-        self.progress.report = report
-        self._save_progress()
+        """Write the files without which the folder is no model; the report stays in the progress until `forget`."""
+        self.save_progress(report=report)
         self.write_rest(checkpoint, tokenizer)
 
     def forget(self) -> None:

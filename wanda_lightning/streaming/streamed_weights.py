@@ -78,7 +78,7 @@ class StreamedWeights(WeightStore):
 
     def keep(self, selections: Selections) -> None:
         """Store the sparsities, so that a run that continues this one does not compute them again."""
-        self._output.save_allocation({name: each.sparsity for name, each in selections.items()})
+        self._output.save_progress(sparsities={name: each.sparsity for name, each in selections.items()})
 
     def arrive(self, stop: Stop, run: Run) -> bool:
         """Write and free the blocks that all batches have left, and load the stop's block."""
