@@ -49,8 +49,8 @@ def claims() -> str:
     top1 = {key: percent(run, "top1", 1) for key, run in lookup(photos).items()}
     lines = (
         "**Wanda gives the same masks as [the reference](https://github.com/locuslab/wanda)**, bit for bit, on the "
-        f"tiny random models of the tests, and the same perplexity, {same} at 50 %. [Other methods "
-        "differ](docs/measured.md#the-reference-code-and-alps) by ties and the order of sums.",
+        f"tiny random models of the tests, and the same perplexity, {same} at 50 %. [At 2:4, and "
+        "with other methods](docs/measured.md#the-reference-code-and-alps), both differ by ties and the order of sums.",
         f"**Better models for the time.** At 50 %, `best` has perplexity {perplexity(best)} after {seconds(best)} s, "
         f"and [ALPS](https://arxiv.org/abs/2406.07831) {perplexity(alps)} after {seconds(alps)} s, with its authors' "
         "code on another machine of the same kind, one run each.",

@@ -1,4 +1,4 @@
-"""Prune one model in several processes: collectives, and FSDP2."""
+"""Collectives for pruning in several processes, and models that FSDP2 shards, which are trained and saved."""
 
 from wanda_lightning.parallel.fsdp import (
     gathered_state_dict as gathered_state_dict,
