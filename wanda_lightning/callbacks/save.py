@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
@@ -26,7 +25,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.own_module import PrunableModule, own
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
-from wanda_lightning.report import LEFT_OUT, PruningReport
+from wanda_lightning.report import LEFT_OUT
 from wanda_lightning.training.held_zeros import zeros_of
 
 
@@ -192,7 +191,10 @@ class SavePretrained(Callback):
     def _write_card(self, folder: Path, is_smaller: bool, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
         if reports := [callback.report for callback in zeros_callbacks(trainer) if callback.report is not None]:
-            report = _recounted(reports[-1], zeros_of(pruning_target(pl_module)))
+            report, zeros = reports[-1], zeros_of(pruning_target(pl_module))  # training may have filled some
+            layers = tuple(replace(x, sparsity=zeros.get(x.name, x.zeros) / x.size) for x in report.layers)
+            filled = sum(before.zeros - after.zeros for before, after in zip(report.layers, layers, strict=True))
+            report = replace(report, layers=layers, zeros=report.zeros - filled)
             if is_smaller:
                 report = replace(report, notes=(*report.notes, LEFT_OUT))
             name, on_hub = self.push_to_hub or folder, self.push_to_hub is not None
@@ -203,10 +205,3 @@ def _unused(path: Path, suffix: str = "") -> Path:
     """Return the path, with the suffix, or the first one next to it that does not exist, such as `out-2`."""
     names = chain([path.name], (f"{path.name}-{number}" for number in count(2)))
     return next(place for name in names if not os.path.lexists(place := path.with_name(name + suffix)))
-
-
-def _recounted(report: PruningReport, zeros: Mapping[str, int]) -> PruningReport:
-    """Return the report with the zeros that the layers have now: training may have filled some."""
-    layers = tuple(replace(each, sparsity=zeros.get(each.name, each.zeros) / each.size) for each in report.layers)
-    filled = sum(before.zeros - after.zeros for before, after in zip(report.layers, layers, strict=True))
-    return replace(report, layers=layers, zeros=report.zeros - filled)

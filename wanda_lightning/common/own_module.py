@@ -39,7 +39,7 @@ class PrunableModule(Protocol):
         """
 
     def calibration_dataloader(self) -> Iterable[Any]:
-        """Return the calibration data. `PruningCallback` calls it unless a datamodule has this method or it has data.
+        """Return the data of a `PruningCallback` without a `dataloader`; a datamodule with this method comes first.
 
         A datamodule with it may also have `describe_calibration(num_samples)`, which returns a text for the report.
         """

@@ -69,7 +69,9 @@ def load_tasks(asked: Sequence[str], folder: str | Path | None = None, cache_dir
     documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
     tasks: dict[str, Any] = {}
     for name, path in files.items():
-        tasks |= _load({name: _local(documents[name])}, _UNFIT.format(path, name))
+        splits = dict.fromkeys(("training_split", "test_split", "fewshot_split")) | {"validation_split": "validation"}
+        source = {"custom_dataset": lambda name=name, **_: {"validation": documents[name]}}
+        tasks |= _load({name: source | splits}, _UNFIT.format(path, name))
         _check_answers(tasks[name], path)
     return tasks
 
@@ -94,16 +96,6 @@ def _load(overrides: Mapping[str, Mapping[str, Any]], failure: str) -> dict[str,
             return dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
         except Exception as error:  # lm-eval runs code and templates on the documents, which may raise any class
             raise UserError(f"{failure}: {one_line(error)}") from error
-
-
-def _local(documents: Any) -> dict[str, Any]:
-    return {
-        "custom_dataset": lambda **_: {"validation": documents},
-        "training_split": None,
-        "validation_split": "validation",
-        "test_split": None,
-        "fewshot_split": None,
-    }
 
 
 def _read(path: Path, fields: Sequence[str]) -> Any:

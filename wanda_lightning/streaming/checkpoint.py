@@ -98,7 +98,10 @@ class Checkpoint:
         owners: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if owners.setdefault(id(parameter), part := self.part_of(name)) != part:
-                raise self.refusal(f"{name} is shared by two parts of the model")
+                raise UserError(
+                    f"The model {self._name!r} cannot be read block by block, because {name} is shared by two parts of "
+                    "the model. Prune it in memory."
+                )
 
     def _load_resident(
         self, model: Any, state_dict: object, files: Sequence[str], load_config: Any, expected_keys: object = None
@@ -192,12 +195,6 @@ class Checkpoint:
         """Write all files of the model except the weights."""
         with _quiet():
             self.model.save_pretrained(folder, state_dict={})
-
-    def refusal(self, reason: str) -> ValueError:
-        """Return an error that names the model and says why it must be in memory as a whole."""
-        return UserError(
-            f"The model {self._name!r} cannot be read block by block, because {reason}. Prune it in memory."
-        )
 
 
 class BlockLoader:
