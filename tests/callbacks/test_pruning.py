@@ -108,15 +108,16 @@ class TestTraining:
         assert module.sanity == [all_at(0.0)]
         assert [shares for shares, _ in module.steps] == [all_at(0.5)] * 3
 
-    def test_a_layer_that_was_replaced_is_pruned(self):
+    def test_layers_that_were_replaced_and_added_are_pruned(self):
         class Grown(Net):
             def on_train_batch_end(self, *_):
                 if self.global_step == 2:
                     self.layers[2] = copy.deepcopy(self.layers[2])
+                    self.layers.append(torch.nn.Linear(16, 16))
 
         module = Grown()
         trainer(WandaPrune(num_samples=12, at_step=4), max_epochs=2).fit(module, loader())
-        assert share_of_zeros(module) == all_at(0.5)
+        assert share_of_zeros(module) == {**all_at(0.5), "layers.5.weight": 0.5}
 
     @pytest.mark.parametrize("callback", [WandaPrune(num_samples=12), KeepZeros()], ids=["prune", "keep"])
     def test_hooks_are_gone_after_an_error_in_training(self, callback):

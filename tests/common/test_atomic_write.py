@@ -66,9 +66,8 @@ def test_nothing_is_left_on_a_full_disk(tmp_path):
     before, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, largest))  # bytes
     try:
-        with pytest.raises(Exception, match=r"File too large"):  # noqa: SIM117
-            with atomic_write(tmp_path / "m.safetensors") as new:
-                save_file({"a": torch.ones(99)}, new)
+        with pytest.raises(Exception, match=r"File too large"), atomic_write(tmp_path / "m.safetensors") as new:
+            save_file({"a": torch.ones(99)}, new)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, largest))
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
 
 from wanda_lightning.callbacks import conflicts
 from wanda_lightning.callbacks.calibration_data import CalibrationData, ValidationLoop
@@ -105,6 +106,7 @@ class PruningCallback(ZerosCallback):
         self._state = PruningState(self._fixed_choices)
         self._processes = SINGLE_PROCESS
         self._plan: Plan | None = None  # in a run of the Trainer, once it is needed
+        self._modules: list[nn.Module] = []  # of the model that is planned
         self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
         self._resumed = False  # weights and state come from the same checkpoint
 
@@ -169,7 +171,8 @@ class PruningCallback(ZerosCallback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Remove the hooks."""
         self.on_validation_batch_end()
-        self._plan = self._validation = None
+        self._validation = None
+        self.teardown()
         super().on_exception(trainer, pl_module, exception)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -205,9 +208,9 @@ class PruningCallback(ZerosCallback):
 
     on_predict_start = on_test_start
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         """Forget the plan, which refers to the model."""
-        self._plan = None
+        self._plan, self._modules = None, []
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the model is pruned; see `PruningState`."""
@@ -235,10 +238,10 @@ class PruningCallback(ZerosCallback):
         return self._schedule(trainer).share(trainer.global_step) or 1.0
 
     def _plan_once(self, pl_module: L.LightningModule) -> Plan:
-        """Return the plan for the final sparsity; the layers are found once, unless the model has other ones now."""
-        model = pruning_target(pl_module)
-        if self._plan is None or not {layer.module for layer in self._plan.layers} <= {*model.modules()}:
-            self._plan = make_plan(self.config, model, self._processes)
+        """Return the plan for the final sparsity; the layers are found once, unless the model has other modules now."""
+        model, modules = pruning_target(pl_module), [*pruning_target(pl_module).modules()]
+        if self._plan is None or self._modules != modules:
+            self._plan, self._modules = make_plan(self.config, model, self._processes), modules
         return self._plan
 
     def _plan_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
@@ -344,10 +347,9 @@ def _name_of(pl_module: L.LightningModule) -> str:
     """Return the name from which the model was loaded; empty if it is not known."""
     choices, model = pl_module.hparams, pruning_target(pl_module)
     name = choices.get("model")
-    if not hasattr(model, "pretrained_cfg"):
-        own = str(getattr(model, "name_or_path", ""))  # other models have none, so `name` could mean anything
-        return name if isinstance(name, str) and hasattr(model, "name_or_path") else own
-    if not isinstance(name, str):
-        return ""
+    if not isinstance(name, str) or not (hasattr(model, "name_or_path") or hasattr(model, "pretrained_cfg")):
+        return str(getattr(model, "name_or_path", ""))  # other models have neither, so `model` could mean anything
+    if hasattr(model, "name_or_path"):
+        return name
     source = choices.get("checkpoint") or ("" if choices.get("pretrained", True) else "not pretrained")
     return f"timm:{name.removeprefix('timm:')}" + (f" ({source})" if source else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -87,8 +87,7 @@ def zeros_callbacks(trainer: L.Trainer) -> list[ZerosCallback]:
 
 def pruning_target(pl_module: L.LightningModule) -> nn.Module:
     """Return the model to prune: the module's `pruning_target` if it has one, else the module itself."""
-    target: nn.Module = getattr(pl_module, "pruning_target", pl_module)
-    return target
+    return cast(nn.Module, getattr(pl_module, "pruning_target", pl_module))
 
 
 def processes_of(trainer: L.Trainer) -> Processes:

@@ -42,7 +42,9 @@ def write_card(
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     given = report.run or Run()
-    base = _hub_id(given.model)
+    base = given.model.removeprefix("timm:").removeprefix("hf-hub:")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) or Path(base).exists():  # no id on the hub, or a file
+        base = ""
     # Without folders of this machine, and without results that are not finite, which become None.
     run = from_parsed(Run, json.loads(_FOLDERS.sub("", as_json(asdict(given)))))
     run = replace(run, samples=given.samples)
@@ -75,12 +77,6 @@ def write_card(
     card = ModelCard.from_template(data, template_path=str(Path(__file__).with_name("card.md")), **values)
     with atomic_write(path) as temporary:
         temporary.write_text(f"{card}\n", encoding="utf-8")
-
-
-def _hub_id(model: str) -> str:
-    """Return the id of the dense model on the hub; empty if its name may be that of a file."""
-    name = model.removeprefix("timm:").removeprefix("hf-hub:")
-    return name if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists() else ""
 
 
 def _results(run: Run) -> tuple[list[tuple[str, ...]], list[Any]]:
