@@ -55,16 +55,6 @@ def test_an_interrupted_loop_does_not_change_the_next_one():
     assert trainer().validate(module, DataLoader(samples[3:]), verbose=False) == [expected]
 
 
-def test_biases_and_norms_do_not_decay():
-    module = tiny_vit(weight_decay=0.1)
-    decays = {id(p): g["weight_decay"] for g in module.configure_optimizers().param_groups for p in g["params"]}
-    spared = {name for name, p in module.model.named_parameters() if decays.pop(id(p)) == 0}
-    assert not decays
-    assert spared == {
-        name for name, p in module.model.named_parameters() if p.ndim < 2 or name in ("cls_token", "pos_embed")
-    }
-
-
 @pytest.mark.parametrize(("name", "kwargs"), [("timm:vit_tiny_patch16_224", VIT), ("convnext_atto", CONVNEXT)])
 def test_saves_a_timm_folder(tmp_path, name, kwargs):
     torch.manual_seed(0)
