@@ -9,7 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file
 from support import pair_cases as cases
-from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
+from support.pair_cases import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
 from support.pairwise import pairwise
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM

@@ -6,7 +6,7 @@ from itertools import cycle, product, zip_longest
 import pytest
 import torch
 from support import pair_cases as cases
-from support.pair_checks import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
+from support.pair_cases import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
 from support.pairwise import pairwise, spread, with_nightly
 from support.samples import gradients, split
 from support.zoo import ZOO

@@ -1,4 +1,4 @@
-"""What two processes do together in tests with the fixture `pair`; each function runs in both."""
+"""What two processes do together in tests with the fixture `pair`, and how it is compared with one process."""
 
 import contextlib
 import io
@@ -7,12 +7,13 @@ from functools import partial
 from unittest import mock
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.callbacks import trainer as callbacks_trainer
 from support.mlps import Mlp
 from support.samples import gradients, samples_of, split
-from support.zoo import ZOO, double, run
+from support.zoo import ZOO, run
 from torch import distributed as dist, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -23,7 +24,6 @@ from torch.utils.data import DataLoader
 import wanda_lightning as wl
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
-from wanda_lightning.calibration.samples import map_tensors
 from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.calibration_data import CalibrationData
 from wanda_lightning.callbacks.zeros import processes_of
@@ -236,12 +236,6 @@ def failing(batches):
 Block = partial(Mlp, size=16, width=24)
 
 
-def specimen(name, wide=False):
-    """A model and its batches, perhaps in float64."""
-    model, batches = ZOO[name].build(), ZOO[name].batches()
-    return (model.double(), map_tensors(double, batches)) if wide else (model, batches)
-
-
 def prune_shards(rank, folder):
     """Why a model is not pruned that FSDP2 shards, and which was just gathered, or a block of it."""
     model, batches = shard(ZOO["llama"].build()), ZOO["llama"].batches()
@@ -424,3 +418,41 @@ def prune_batch_norms(rank, batches, shares):
     model = ZOO["resnet18"].build().double()
     prune_both(model, share_of(batches, rank, shares), method="magnitude", only=["layer4.*"])
     return [layer.running_mean for layer in batch_norm_layers(model)]
+
+
+# ---------------------------------------------------------------------------------------------- in the test itself
+
+
+def alone(name, **choices):
+    """Prune a specimen in one process; return the model and the report."""
+    model = ZOO[name].build()
+    return model, wl.prune(model, ZOO[name].batches(), progress=False, **choices)
+
+
+def assert_same_weights(weights, expected, tolerance=1e-3):
+    """The same zeros but for near ties (sums in another order differ in the last bit); what stays is bit-equal."""
+    expected = {name: value.detach() for name, value in expected.items()}
+    assert weights.keys() == expected.keys()
+    others = sum(int(((weights[name] == 0) != (expected[name] == 0)).sum()) for name in weights)
+    assert others <= tolerance * sum(value.numel() for value in expected.values())
+    for name, value in weights.items():
+        kept = (value != 0) & (expected[name] != 0)
+        assert torch.equal(value[kept], expected[name][kept]), name
+
+
+def assert_same_report(report, expected):
+    def plain(layers):
+        return [(layer.name, layer.shape, layer.tokens, layer.note, layer.target) for layer in layers]
+
+    assert plain(report.layers) == plain(expected.layers)
+    assert [layer.zeros for layer in report.layers] == [layer.zeros for layer in expected.layers]
+    for layer, other in zip(report.layers, expected.layers, strict=True):
+        assert layer.error == (None if other.error is None else pytest.approx(other.error, rel=1e-3)), layer.name
+    assert report.skipped == expected.skipped
+    assert (report.parameters, report.zeros) == (expected.parameters, expected.zeros)
+    assert report.config == expected.config
+    assert report.notes == expected.notes
+
+
+def assert_equal_everywhere(first, second):
+    assert all(torch.equal(first[name], second[name]) for name in first)
