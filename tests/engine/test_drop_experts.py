@@ -7,8 +7,7 @@ from functools import partial
 import peft
 import pytest
 import torch
-from support.experts import starved
-from support.mixtures import NUMBERS, build, cannot_be_chosen, slow_saliency
+from support.experts import NUMBERS, build, cannot_be_chosen, slow_saliency, starved
 from support.refusals import Untouched, refusal
 from support.zoo import ZOO, family, names, run, seeded
 
