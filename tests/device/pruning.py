@@ -10,8 +10,8 @@ import itertools
 
 import pytest
 import torch
-from support.both import DEVICES, assert_equal, on
 from support.disk import CHOICES, batches, same as same_weights, save_llama, weights
+from support.remote import DEVICES, assert_equal, on
 from support.zoo import ZOO
 
 from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune, prune_from_disk, shrink

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from peft import get_peft_model
 from support import lora, modules
-from support.both import DEVICES, assert_equal, on
 from support.callbacks import ADAMW, SGD, Manual, Net, loader, trainer
+from support.remote import DEVICES, assert_equal, on
 from support.zoo import ZOO
 from torch.utils.data import DataLoader
 

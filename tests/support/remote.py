@@ -13,10 +13,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from support.refusals import bits
+from torch import Tensor, nn
 from torch._C import DispatchKey, DispatchKeySet
+from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+DEVICES = ("cpu", "remote:0")
 _CPU, _EXTENSION = 1, 12  # kinds of devices in DLPack; the second one is PyTorch's PrivateUse1
 _aten = torch.ops.aten
 _libraries: list[torch.library.Library] = []  # they undo their registrations when they are freed
@@ -184,3 +187,18 @@ _REPLACED = {
     "convolution_overrideable": _aten.convolution.default,
     "convolution_backward_overrideable": _convolution_backward,
 }
+
+
+def on(device: str, value: Any) -> Any:
+    """Move all tensors of a batch."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value)
+
+
+def assert_equal(on_cpu: nn.Module, on_device: nn.Module) -> None:
+    """Weights and buffers are equal to the bit; those of a model that is not spread are on one device."""
+    expected, found = on_cpu.state_dict(), on_device.state_dict()
+    assert expected.keys() == found.keys()
+    differ = [name for name in expected if not torch.equal(bits(expected[name]), bits(found[name].cpu()))]
+    assert not differ
+    assert {tensor.device.type for tensor in expected.values()} == {"cpu"}
+    assert "remote" in {tensor.device.type for tensor in found.values()}
