@@ -181,9 +181,6 @@ def test_zero_shot_after_pruning(stored, capsys, monkeypatch):
     assert AutoTokenizer.from_pretrained("model").pad_token is None
 
 
-# ------------------------------------------------------------------------------------------------ inspect
-
-
 def test_inspect_a_folder_without_weights(inputs, capsys):
     shutil.copytree(inputs / "llama", "[red]x[/green]", ignore=shutil.ignore_patterns("*.safetensors"))  # no markup
     assert run("inspect", "--model", "[red]x[/green]", "--skip", "model.layers.0.mlp") == 0

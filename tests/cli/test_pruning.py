@@ -244,9 +244,6 @@ def test_pruning_without_saving_or_measuring(text, images, tmp_path, capsys):
     assert Path("out/log_magnitude.txt").read_text() == "method\tactual_sparsity\nmagnitude\t0.5000\n"
 
 
-# ------------------------------------------------------------------------------------------------ uploads
-
-
 PUSH = ["--push_to_hub", "us/tiny"]
 
 
@@ -268,9 +265,6 @@ def test_an_upload_that_cannot_succeed_is_refused_before_pruning(hub, text, refu
     monkeypatch.setenv("HF_TOKEN", "")
     refused(*text, "--save_model", "out", *PUSH, message="push_to_hub must be left out without a token")
     assert hub.requests == []
-
-
-# ------------------------------------------------------------------------------------------------ shrink
 
 
 STRUCTURED = ["--pattern", "structured", "--sparsity", "0.5"]

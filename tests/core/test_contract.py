@@ -71,9 +71,6 @@ def assert_counts(pattern, keep, sparsity):
             raise NotImplementedError(f"write here how many weights {pattern} prunes")
 
 
-# ---- each entry is a value
-
-
 @EVERY_ENTRY
 def test_entry_is_a_frozen_dataclass_equal_by_value(protocol, make):
     entry, twin = make(), make()
@@ -86,9 +83,6 @@ def test_entry_is_a_frozen_dataclass_equal_by_value(protocol, make):
     assert eval(repr(entry), vars(sys.modules[type(entry).__module__])) == entry
 
 
-# ---- criteria
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @EVERY_CRITERION
 def test_scores_are_those_of_a_loop(criterion, dtype):
@@ -99,9 +93,6 @@ def test_scores_are_those_of_a_loop(criterion, dtype):
     expected = reference.SCORES[criterion](reference.array(weight), reference.array(tokens))
     np.testing.assert_allclose(reference.array(scores), expected, rtol=1e-5)
     assert torch.equal(weight, before)
-
-
-# ---- all pairs of criterion, pattern, solver and dtype
 
 
 @pytest.mark.parametrize(
@@ -228,9 +219,6 @@ def test_values_out_of_range_are_refused(make, values, text, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses some before we do
     with pytest.raises(ValueError, match=text):
         make(**values)
-
-
-# ---- allocations
 
 
 @pytest.mark.parametrize(

@@ -138,9 +138,6 @@ def test_layers_with_equal_windows_have_equal_tokens():
     assert linear.window == other.window != layers[0].window
 
 
-# ---- along one dimension, and in groups
-
-
 def test_padding_does_not_count_along_one_dimension():
     """As in SqueezeBert, whose layers are convolutions over the tokens."""
 
@@ -164,9 +161,6 @@ def test_a_convolution_is_no_block_for_its_groups():
     for sequential in ("block", "layer"):
         found = find_layers(model, sequential)
         assert [(stop.name, len(stop.layers)) for stop in found.stops] == [("0", 1), ("1", 2), ("2", 1)]
-
-
-# ---- subclasses of Linear: pruned if their own forward still computes a linear layer
 
 
 class ByHand(nn.Linear):
