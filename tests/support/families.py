@@ -47,6 +47,7 @@ from wanda_lightning.shrinking.configuration import auto_classes
 aten = torch.ops.aten
 SEQUENTIAL, PATTERNS = ("block", "layer", "none"), ("unstructured", "2:4")
 ORDINARY, OWN_FILE = "ordinary", "with a modeling file"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _MINUTES = 10  # of processor time for a family
 _outputs = torch.no_grad()(outputs)
 
@@ -460,7 +461,7 @@ def table(*rows: Sequence[object]) -> list[str]:
 
 
 def document(results: Sequence[Result]) -> str:
-    """Return the text of docs/models.md."""
+    """Return the text of docs/models.md, with the introduction that it has."""
     used = {name: version.partition("+")[0] for name, version in versions().items()}
     kinds = {kind: [result for result in results if result.kind == kind] for kind in KINDS}
     kinds = {kind: own for kind, own in kinds.items() if own}
@@ -468,7 +469,9 @@ def document(results: Sequence[Result]) -> str:
     head += ("hidden units found", "taken out", "folder loaded", "of these with a modeling file")
     summary = table(head, *((KINDS[kind], *_summary(own)) for kind, own in kinds.items()))
     by = f"torch {used['torch']}, transformers {used['transformers']} and timm {used['timm']}"
-    lines = [_INTRODUCTION.format(by=by), "", *summary, "", share(results)]
+    introduction = PAGE.read_text(encoding="utf-8").partition("\n|")[0]
+    introduction = re.sub("(?<=wrote this page with ).*(?=\\.$)", by, introduction, flags=re.MULTILINE)
+    lines = [introduction, *summary, "", share(results)]
     for kind, own in kinds.items():
         own.sort(key=lambda result: result.name)
         lines += ["", f"## {KINDS[kind]}", ""]
@@ -477,24 +480,6 @@ def document(results: Sequence[Result]) -> str:
         columns = ("family", "class", "coverage", "left dense", "slow", "units taken out", "parameters", "folder")
         lines += table(columns, *(_row(result) for result in own if result.status == "passes"))
     return "\n".join(lines) + "\n"
-
-
-_INTRODUCTION = """# Which models can be pruned
-
-For every row of the lists, a script builds one small random model, prunes it to 50 % and to 2:4 with \
-`sequential="block"` and `"layer"` (timm models also with `"none"`), and checks the result. Each matrix inside the \
-blocks has exactly its sparsity or is skipped with a reason, skipped weights have not changed, outputs are finite, and \
-the masks for `"block"` equal those of a slow, independent procedure. \
-`PYTHONPATH=tests python tests/support/families.py --write` wrote this page with {by}.
-
-Coverage is the number of pruned parameters divided by that of all matrices inside the blocks that a batch reaches, \
-without embeddings, output heads and stems. Slow is the dtype in which the masks equal those of the slow procedure. \
-The sizes are tiny, so small matrices count for more than in real models.
-
-The script also prunes a quarter of the hidden units with `pattern="structured"`, takes them out with `shrink`, \
-compares the outputs, saves a folder, loads it with transformers or timm, and compares again. Numbers of kept units \
-are multiples of 8 for timm, and any for the tiny models of transformers. Models without an MLP, or with experts in \
-its place, have no such units."""
 
 
 def share(results: Sequence[Result]) -> str:
@@ -554,7 +539,7 @@ def main() -> None:
         print(key, result, flush=True)
     done = [Result(**results[key]) for key in chosen]
     if args.write:
-        (Path(__file__).parents[2] / "docs" / "models.md").write_text(document(done), encoding="utf-8")
+        PAGE.write_text(document(done), encoding="utf-8")
     print(share(done))
 
 
