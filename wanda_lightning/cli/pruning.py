@@ -209,8 +209,7 @@ def _save(done: _Pruned, shrink: bool) -> tuple[bool, list[str]]:
 
 def _write(report: PruningReport, options: PruneOptions) -> tuple[PruningReport, list[str]]:
     """Write the card of the model and the results; return the report, with a note on a failure, and the files."""
-    _, pruning, _, results = options
-    name, run, files = pruning.name, report.run or Run(), []
+    (_, pruning, _, results), run, files = options, report.run or Run(), []
     if results.save_model is not None:
         hub_id = results.push_to_hub
         try:
@@ -222,10 +221,10 @@ def _write(report: PruningReport, options: PruneOptions) -> tuple[PruningReport,
     if results.save is not None:
         folder = Path(results.save).expanduser()
         report.save(folder)
-        columns = {"method": name, "actual_sparsity": f"{report.sparsity:.4f}"}
+        columns = {"method": pruning.name, "actual_sparsity": f"{report.sparsity:.4f}"}
         if run.metric:
             columns[METRICS[run.metric].column] = f"{run.after:.4f}"
-        with atomic_write(folder / f"log_{name}.txt") as temporary:
+        with atomic_write(folder / f"log_{pruning.name}.txt") as temporary:
             temporary.write_text("\t".join(columns) + "\n" + "\t".join(columns.values()) + "\n", encoding="utf-8")
     if results.report is not None:
         report.write(results.report)

@@ -124,7 +124,9 @@ class TextDataModule(L.LightningDataModule):
         if isinstance(given, (str, os.PathLike)):
             given = load_tokenizer(ModelSource(given, cache_dir=self.cache_dir))
         if given is None:
-            raise UserError("tokenizer must be given, since no Trainer runs a module that has one.")
+            source = self._given_tokenizer
+            why = f"{source} has none" if source else "no Trainer runs a module that has one"
+            raise UserError(f"tokenizer must be given, since {why}.")
         return given
 
     def _tokenize(self, text: str) -> list[int]:

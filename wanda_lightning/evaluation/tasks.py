@@ -120,8 +120,7 @@ def _check_answers(task: Any, path: Path) -> None:
         except Exception as error:
             raise UserError(f"{unfit}: document {number} raises {error!r}.") from error
         if not fits:
-            found = f"the answer of document {number} is {answer!r}, but there are {len(choices)} choices"
-            raise UserError(f"{unfit}: {found}.")
+            raise UserError(f"{unfit}: the answer of document {number} is {answer!r}, but there are {len(choices)}.")
 
 
 def zero_shot(
