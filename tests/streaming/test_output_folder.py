@@ -136,14 +136,19 @@ def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
     assert list((tmp_path / "out").glob(".wanda-*")) == [whole]
 
 
-def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:90], "Unterminated|Expecting"),
+        (lambda text: text.replace(": 0.5", ": 5"), "must be a number of at least 0 and below 1, but it is 5"),
+    ],
+)
+def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, damage, message):
     interrupted(source, tmp_path / "out", monkeypatch, at="model.layers.2", method="magnitude")
     file = tmp_path / "out" / PROGRESS_NAME
-    file.write_text(file.read_text()[:90])
+    file.write_text(damage(file.read_text()))
     before = contents(tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=r"json is not the record of an interrupted run.*(Unterminated|Expecting).* begin anew"
-    ):
+    with pytest.raises(ValueError, match=rf"json is not the record of an interrupted run.*({message}).* begin anew"):
         prune_from_disk(source, tmp_path / "out", batches(), method="magnitude", progress=False)
     assert contents(tmp_path / "out") == before
 

@@ -25,6 +25,7 @@ from wanda_lightning.common.atomic_write import (
     require_writable,
     resolve_path,
 )
+from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import one_line
 from wanda_lightning.models import SkippedMatrix
@@ -120,6 +121,7 @@ class OutputFolder(Shards):
         own = self.progress
         try:
             begun: _Progress = from_parsed(_Progress, json.loads(self._file.read_text(encoding="utf-8")))
+            check_values(Number(minimum=0, below=1), **begun.sparsities)
         except ValueError as error:
             raise UserError(
                 f"{self._file} is not the record of an interrupted run of this version: {one_line(error)} Delete "
