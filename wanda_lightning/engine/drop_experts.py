@@ -69,7 +69,7 @@ def drop_experts(run: Run) -> PruningReport:
     gone = f"{int((~keep[found[0].name]).sum())} of {found[0].number} experts were taken out of each of "
     note = f"{gone}{counted(len(found), 'layer')}: {zeros:,} parameters, reported as zeros"
     config = {**report.config, "preset": "", "criterion": {"name": "REAP"}}  # of experts, not of weights
-    return replace(report, zeros=zeros, config=config, notes=(note, *report.notes))
+    return replace(report, zeros=zeros, config=config, seconds=dict(run.clock), notes=(note, *report.notes))
 
 
 def find_mixtures(plan: Plan) -> list[Mixture]:
