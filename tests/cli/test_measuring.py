@@ -27,14 +27,6 @@ from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 pytestmark = IGNORED_WARNINGS
 
 
-@pytest.fixture(autouse=True)
-def no_cache(tmp_path, monkeypatch):
-    """Find no data set that was downloaded before."""
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / "no_cache")
-
-
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """Language models dense and with zeros, a text, tasks; image classifiers and images. No command may change them."""

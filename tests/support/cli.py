@@ -72,6 +72,7 @@ def shell(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read when it was imported
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / "no_cache")  # of earlier downloads
     monkeypatch.setattr("wanda_lightning.PruningReport.to_png", lambda report, path: path.write_bytes(b"a picture"))
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")

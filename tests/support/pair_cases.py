@@ -65,9 +65,9 @@ def attempt(work):
         return type(error).__name__, str(error)
 
 
-def prune_both(model, batches, processes=None, forward=None, **choices):
+def prune_both(model, batches, forward=None, **choices):
     """Prune a model together; return the report."""
-    plan = make_plan(PruningConfig.from_names(**choices), model, processes or both())
+    plan = make_plan(PruningConfig.from_names(**choices), model, both())
     return prune_as(plan, batches, forward=forward, progress=False)
 
 
