@@ -321,9 +321,6 @@ def test_a_batch_sampler_is_read_as_a_batch_size_is(loop):
     assert_same(seen[1], [x for x, _ in seen[0]])
 
 
-# ---- Lightning's own validation loop, against `prune` on the same batches
-
-
 class Counting(Net):
     """Counts the batches that go through."""
 

@@ -198,9 +198,6 @@ def test_zeros_that_cannot_be_left_out_are_saved(tmp_path):
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), module.model)
 
 
-# ---- BestAfterPruning
-
-
 class Worsening(Net):
     """Logs the number of optimizer steps as its loss, so that the first model is the best."""
 

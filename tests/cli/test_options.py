@@ -80,10 +80,8 @@ def test_flags_of_the_reference_that_stand_for_a_pattern():
 
 REFUSED = {
     "prune": [
-        (["--sparsity", "1"], "sparsity must be a number of at least 0 and below 1, but it is 1"),
         (["--sparsity", "half"], 'Invalid value for --sparsity: unable to convert "half" into float.'),
         (["--sparsity", "0.5", "--sparsity_ratio", "0.6"], "--sparsity_ratio specified multiple times"),
-        (["--pattern", "4:2"], "1 <= N < M"),
         (["--num_samples", "0"], "Must be >= 1."),
         (["--use_variant", "--pattern", "2:4"], "--use_variant must be left out for --pattern 2:4, or it would be ign"),
         (["--data", "digits"], "--data must be left out for a language model"),

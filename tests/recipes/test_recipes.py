@@ -84,7 +84,12 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
         choices, *others = [callback.get("init_args", {}) for callback in content["trainer"]["callbacks"]]
         sparsity, pattern = choices["sparsity"], choices.get("pattern", "unstructured")
         folder = others[-1]["folder"] if others else None
-    model = runs[0].model.model if folder is None else load(folder)
+    if folder is None:
+        model = runs[0].model.model
+    elif "architecture" in json.loads(Path(folder, "config.json").read_text()):
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
     layers = [model.get_submodule(layer.name) for layer in find_layers(model).layers]
     assert len(layers) >= 14
     if pattern == "structured":
@@ -98,13 +103,6 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
         if pattern == "2:4":
             zeros = zeros.view(-1, 4)
         assert (zeros.sum(1) == int(sparsity * zeros.shape[1])).all()
-
-
-def load(folder):
-    """The model in a folder, by the library that its config.json is of."""
-    if "architecture" in json.loads(Path(folder, "config.json").read_text()):
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_2to4_weights_have_a_shape_that_fits():

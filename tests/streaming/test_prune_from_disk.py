@@ -71,11 +71,10 @@ def test_families_that_are_refused(tmp_path, name):
         prune_from_disk(tmp_path / "source", tmp_path / "disk", family.batches(), 0.5, progress=False)
 
 
-@pytest.mark.parametrize("allocation", with_nightly(["owl"], ["uniform", "owl"]))
-def test_an_encoder_decoder(tmp_path, allocation):
+def test_an_encoder_decoder(tmp_path):
     family = other("T5ForConditionalGeneration")
     family.build().save_pretrained(tmp_path / "source")
-    samples, choices = family.batches(), {"method": "wanda", "allocation": allocation}
+    samples, choices = family.batches(), {"method": "wanda", "allocation": "owl"}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, AutoModelForSeq2SeqLM, **choices)
     prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
@@ -91,10 +90,9 @@ def routed(model, batch):
     return states
 
 
-@pytest.mark.parametrize("name", with_nightly(["owl"], ["wanda", "layer", "owl", "none"]))
-def test_batches_may_take_different_routes(source, tmp_path, name):
+def test_batches_may_take_different_routes(source, tmp_path):
     samples = [{**batch, "first": first} for batch, first in zip(batches(), (1, 0, 2), strict=True)]
-    choices = {"progress": False, **CHOICES[name]}
+    choices = {"progress": False, **CHOICES["owl"]}
     model = AutoModelForCausalLM.from_pretrained(source)
     expected = prune(model, samples, 0.5, forward=partial(routed, model), **choices)
     model.save_pretrained(tmp_path / "memory")
@@ -103,10 +101,9 @@ def test_batches_may_take_different_routes(source, tmp_path, name):
     assert report.layers == expected.layers
 
 
-@pytest.mark.parametrize("name", with_nightly(["owl"], ["wanda"]))
-def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch, name):
+def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch):
     loaded, counts = count_blocks(monkeypatch)
-    prune_from_disk(source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name])
+    prune_from_disk(source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES["owl"])
     assert max(counts) == 2
     assert loaded == {""}
 

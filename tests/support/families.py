@@ -71,9 +71,6 @@ class Result:
     folder: str = ""  # how the smaller model is saved, or why it is not
 
 
-# ---- the masks
-
-
 def _finite(output: Any) -> bool:
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     assert leaves, "the model returns no floating-point output"
@@ -135,8 +132,6 @@ def _verify(model: nn.Module, dense: nn.Module, report: PruningReport, pattern: 
         assert torch.equal(buffer, other) or buffer.isnan().any(), f"buffer {name} changed"
 
 
-# ---- coverage
-
 _OUTSIDE = ("embedding", "output head", "stem", "tied to")
 
 
@@ -183,9 +178,6 @@ def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set
     }
     inside = sum(n for name, n in sizes.items() if _inside(name, repeated))
     return repeated if inside >= sum(sizes.values()) / 2 else {""}, idle
-
-
-# ---- the slow procedure
 
 
 def _compare(dense: nn.Module, batches: list[Any]) -> str:
@@ -343,9 +335,6 @@ def _in_order(model: nn.Module, stops: Sequence[Stop], batches: list[Any]) -> li
     return [stops[index] for index in order]
 
 
-# ---- hidden units
-
-
 def check_units(family: Family, result: Result | None = None) -> Result:
     """Prune, shrink, save and load the model of a family; raise an error if its outputs change."""
     result = result or Result(family.kind, family.name, family.model)
@@ -417,9 +406,6 @@ def _timm_folder(family: Family, model: nn.Module, folder: Path) -> tuple[nn.Mod
     module.model.load_state_dict(model.state_dict())
     module.eval().save_pretrained(folder, shrink=True)
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), ORDINARY
-
-
-# ---- the page
 
 
 def first_line(error: BaseException) -> str:

@@ -92,9 +92,6 @@ def shard(model):
     return fully_shard(model, mesh=mesh)
 
 
-# ------------------------------------------------------------------------------------------------- prune together
-
-
 def collectives(rank):
     processes = both()
     tensors = [
@@ -231,8 +228,6 @@ def failing(batches):
     fail()
 
 
-# ------------------------------------------------------------------------------------------------------ FSDP2
-
 Block = partial(Mlp, size=16, width=24)
 
 
@@ -246,9 +241,6 @@ def prune_shards(rank, folder):
     third = attempt(lambda: fit(Regression(True), DataLoader(SAMPLES, batch_size=2)))
     assert first == second == third
     return first
-
-
-# ---------------------------------------------------------------------------------------------- in a Trainer
 
 
 class PruneAtStart(L.Callback):
@@ -418,9 +410,6 @@ def prune_batch_norms(rank, batches, shares):
     model = ZOO["resnet18"].build().double()
     prune_both(model, share_of(batches, rank, shares), method="magnitude", only=["layer4.*"])
     return [layer.running_mean for layer in batch_norm_layers(model)]
-
-
-# ---------------------------------------------------------------------------------------------- in the test itself
 
 
 def alone(name, **choices):

@@ -1,6 +1,7 @@
 """Slow versions of what the package computes that are obviously right, in float64, by NumPy and torch.
 
-Nothing here is shared with the package. `keep` arrays are True where a weight survives.
+Nothing here is shared with the package. `keep` arrays are True where a weight survives. Allocations return the
+sparsity of each (name, block, weight, tokens) by the formula, not rounded to a pattern's steps.
 """
 
 import numpy as np
@@ -18,9 +19,6 @@ def array(tensor):
 def assert_keeps(keep, expected):
     assert keep.dtype == torch.bool
     np.testing.assert_array_equal(keep.numpy(), expected)
-
-
-# ---- statistics
 
 
 def square_sum(tokens):
@@ -41,9 +39,6 @@ def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
     """
     columns = F.unfold(torch.from_numpy(images), kernel, dilation, padding, stride)  # by channels, then positions
     return columns.unflatten(1, (images.shape[1], -1)).permute(0, 3, 2, 1).flatten(2).flatten(0, 1).numpy()
-
-
-# ---- criteria
 
 
 def magnitude(weight, tokens):
@@ -74,9 +69,6 @@ def saliency(weight, tokens, dampening=0.01):
 
 
 SCORES = {"magnitude": magnitude, "wanda": wanda, "ria": ria, "saliency": saliency}
-
-
-# ---- solvers
 
 
 def damped_gram(tokens, dampening):
@@ -123,9 +115,6 @@ def admm(weight, tokens, dampening, rhos, choose):
         copy = (fit + dual / rho) * keep
         dual = dual + rho * (fit - copy)
     return keep
-
-
-# ---- patterns
 
 
 def keep_largest(groups, count):
@@ -211,9 +200,6 @@ def keep(pattern, scores, sparsity):
         case Experts():
             return keep_largest(scores, round(scores.shape[1] * (1 - sparsity)))
     raise NotImplementedError(f"write the slow version of {pattern} in tests/support/reference.py")
-
-
-# ---- allocations: the sparsity of each (name, block, weight, tokens) by the formula, not rounded to a pattern's steps
 
 
 def uniform(layers, sparsity):

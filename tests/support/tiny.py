@@ -47,7 +47,7 @@ _AS_MANY_AS_HEADS = {"num_key_value_heads", "num_kv_heads", "kv_n_heads", "swa_n
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "cls_token_id": 1}
 
 # By model type: the exceptions.
-_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _MLA = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS, "q_lora_rank": 16, "kv_lora_rank": 16} | {
     "head_dim": 16,
     "qk_nope_head_dim": HEAD,
@@ -63,7 +63,7 @@ _SHARING = {
 _SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32, "patch_size": 4}
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0}},
     "deepseek_v2": {"num_key_value_heads": HEADS, "num_experts_per_tok": 2},
     "dory": {"num_hidden_layers": 6, "n_input_layers": 2, "n_recurrent_layers": 2, "n_output_layers": 2}
@@ -90,8 +90,8 @@ MORE: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4},
     "qwen2_5_vl_vision": {"window_size": 32},
     "qwen2_vl": {"vision_start_token_id": 1},  # or transformers 5.2 takes image tokens for the start of others
-    "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
-    "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "qwen2_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}},
+    "qwen2_5_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {"num_experts_per_tok": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16}
     | {"indexer_budget": 8, "indexer_compress_ratio": 2},
     "recurrent_gemma": {"num_hidden_layers": 3},

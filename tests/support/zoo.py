@@ -23,7 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from support.tiny import HEAD, VOCABULARY, tiny
+from support.tiny import HEAD, ROPE, VOCABULARY, tiny
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer
@@ -121,9 +121,6 @@ def _enliven(model: nn.Module) -> None:
             module.running_var.uniform_(2.0, 4.0)
 
 
-# ---- batches
-
-
 def _batches(batch: Batch, config: Callable[[], Any] = lambda: None, sizes: Sequence[int] = (2, 3)) -> list[Any]:
     random, of = torch.Generator().manual_seed(1), config()
     return [batch(of, samples, random) for samples in sizes]
@@ -219,8 +216,6 @@ def _vectors() -> list[Tensor]:
 def _routed_vectors() -> list[Tensor]:
     return [x + sign for x, sign in zip(_vectors(), (1, -1, 1), strict=True)]
 
-
-# ---- families
 
 KINDS = {
     "causal": "Language models: transformers' `MODEL_FOR_CAUSAL_LM_MAPPING`",
@@ -379,9 +374,6 @@ def _fewer_blocks(name: str) -> dict[str, Any]:
     return {}
 
 
-# ---- unusual models
-
-
 class _Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -518,9 +510,6 @@ def save_llama_of_bytes(folder: Any) -> None:
         hf.LlamaForCausalLM(config).save_pretrained(folder)
 
 
-# ---- the zoo
-
-
 def _text_model(
     model_class: Any,
     dense: tuple[str, ...] = ("model.embed_tokens", "lm_head"),
@@ -554,7 +543,6 @@ _STAGES = ("stages.[0-9].blocks.[0-9]", "stem.0", "*.conv_dw", "head.fc")
 _SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
 _RESNET = {"layers": (2, 2, 2, 2), "zero_init_last": False}
 _FEW = {"moe_intermediate_size": 16}
-_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 ZOO: dict[str, Specimen] = {
     "llama": _text_model(hf.LlamaForCausalLM),
@@ -570,7 +558,7 @@ ZOO: dict[str, Specimen] = {
     "qwen3_moe": _with_experts(hf.Qwen3MoeForCausalLM, "*.gate", head_dim=16, **_FEW),
     "deepseek_v3": _with_experts(hf.DeepseekV3ForCausalLM, "*.gate", q_lora_rank=24, **_FEW),
     # Stores its experts as (d_in, d_out), with biases.
-    "gpt_oss": _with_experts(hf.GptOssForCausalLM, "*.router", "*_bias", head_dim=16, rope_parameters=_ROPE),
+    "gpt_oss": _with_experts(hf.GptOssForCausalLM, "*.router", "*_bias", head_dim=16, rope_parameters=ROPE),
     # Passes all tokens to each expert, as zeros where they are routed to another.
     "llama4": _with_experts(
         *(hf.Llama4ForCausalLM, "*.router"),
