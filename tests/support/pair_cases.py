@@ -251,15 +251,14 @@ class PruneAtStart(L.Callback):
         self.batches = []
 
     def on_train_start(self, trainer, pl_module):
-        processes = processes_of(trainer)
-        data = CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, processes)
+        data = CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, processes_of(trainer))
         target = getattr(pl_module, "pruning_target", pl_module)
 
         def forward(batch):
             self.batches.append(batch)
             return data.forward(batch)
 
-        plan = make_plan(self.config, target, processes)
+        plan = make_plan(self.config, target, data.processes)
         self.report = prune_as(plan, data.batches(), forward=forward, progress=False)
         self.weights = whole(target)
 
