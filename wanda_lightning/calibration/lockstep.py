@@ -197,7 +197,8 @@ def _batch_threads(samples: Sequence[Sample], stops: Sequence[Stop]) -> Iterator
         # In reverse order, as contexts nest: a batch may have entered a context inside the context of the batch before.
         for thread in reversed(threads):
             thread.cancel()
-        torch.set_num_threads(cores)  # what a thread sets holds for all that start later
+        if own < cores:
+            torch.set_num_threads(cores)  # what a thread sets holds for all that start later
 
 
 class _StopForward(BaseException):
@@ -222,7 +223,8 @@ class _BatchThread(threading.Thread):
         self._go.acquire()
         try:
             if not self._cancelled:
-                torch.set_num_threads(self._cores)
+                if self._cores < torch.get_num_threads():
+                    torch.set_num_threads(self._cores)
                 with self._thread_state.entered():
                     self._sample.forward()
         except _StopForward:
