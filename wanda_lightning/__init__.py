@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         Schedule as Schedule,
         WandaPrune as WandaPrune,
     )
-    from wanda_lightning.common.own_module import PrunableModule as PrunableModule
+    from wanda_lightning.callbacks.trainer import PrunableModule as PrunableModule
     from wanda_lightning.config import PruningConfig as PruningConfig
     from wanda_lightning.core.allocation import (
         OWL as OWL,
@@ -59,7 +59,7 @@ _HOMES = {
         "BestAfterPruning CubicSchedule DistillFromDense KeepZeros LinearSchedule OneShot "
         "PruningCallback SavePretrained Schedule WandaPrune"
     ),
-    "common.own_module": "PrunableModule",
+    "callbacks.trainer": "PrunableModule",
     "config": "PruningConfig",
     "core.allocation": "Fisher OWL PerLayer Uniform",
     "core.criteria": "Magnitude RIA Wanda",

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_lightning import KeepZeros, WandaPrune, prune
 from wanda_lightning.callbacks.calibration_data import CalibrationData
-from wanda_lightning.callbacks.zeros import processes_of
+from wanda_lightning.callbacks.trainer import processes_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:num_samples is")  # some tests take all there are
 

@@ -26,7 +26,7 @@ from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.callbacks import SavePretrained
 from wanda_lightning.callbacks.calibration_data import CalibrationData
-from wanda_lightning.callbacks.zeros import processes_of
+from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS

@@ -25,7 +25,7 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 @dataclass(frozen=True)
 class Observation:
-    """What entered some layers, by their names."""
+    """The inputs of some layers, summed over their tokens. The keys are names of layers."""
 
     inputs: Mapping[str, InputStatistics] = field(default_factory=dict)  # one object for layers with the same input
     padding_counted: Set[str] = frozenset()  # whose statistics include padding, since no mask shows it in their inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import NoneType
@@ -22,7 +22,6 @@ from torch.utils.data.distributed import DistributedSampler
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.calibration.samples import batch_size, forward_batch, is_even, run_alone, take
-from wanda_lightning.common.own_module import PrunableModule, own
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.parallel import Processes
 
@@ -86,18 +85,18 @@ class CalibrationData:
 
     def forward(self, batch: Any) -> object:
         """Run a batch through the module as Lightning's loops do, by its `calibration_step` if it has one."""
-        return self._run(batch, PrunableModule.calibration_step)
+        return self._run(batch, "calibration_step")
 
     def predict(self, batch: Any) -> object:
         """Return the logits of a batch, or an output with them, by its `calibration_predictions` if it has one."""
-        without_forward = [] if is_overridden("forward", self.module) else [PrunableModule.calibration_step]
-        return self._run(batch, PrunableModule.calibration_predictions, *without_forward)
+        without_forward = [] if is_overridden("forward", self.module) else ["calibration_step"]
+        return self._run(batch, "calibration_predictions", *without_forward)
 
-    def _run(self, batch: Any, *methods: Callable[[Any, Any], object]) -> object:
+    def _run(self, batch: Any, *names: str) -> object:
         batch = self.module._on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch))
         batch = self.trainer.strategy.batch_to_device(batch)
-        for method in methods:
-            if step := own(self.module, method):
+        for name in names:
+            if callable(step := getattr(self.module, name, None)):
                 return step(batch)
         return forward_batch(self.module, batch)
 
@@ -108,7 +107,7 @@ def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable
         return dataloader, "dataloader"
     datamodule: Any = getattr(trainer, "datamodule", None)
     for holder in (datamodule, pl_module):
-        if calibration_dataloader := own(holder, PrunableModule.calibration_dataloader):
+        if callable(calibration_dataloader := getattr(holder, "calibration_dataloader", None)):
             return calibration_dataloader(), f"{type(holder).__name__}.calibration_dataloader()"
     if trainer.train_dataloader is not None:
         return _independent_copy(_single(trainer.train_dataloader, "train")), "the train dataloader"

@@ -13,7 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from wanda_lightning.callbacks.schedules import PruningState, Schedule
-from wanda_lightning.callbacks.zeros import averaged_models, zeros_callbacks
+from wanda_lightning.callbacks.trainer import averaged_models
+from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.checks import check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.mode import patched
-from wanda_lightning.callbacks.zeros import processes_of, pruning_target
+from wanda_lightning.callbacks.trainer import PrunableModule, processes_of, pruning_target
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.own_module import PrunableModule
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import (
     causal_config,

@@ -18,11 +18,11 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from wanda_lightning.callbacks.zeros import processes_of, pruning_target, zeros_callbacks
+from wanda_lightning.callbacks.trainer import processes_of, pruning_target
+from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.own_module import PrunableModule, own
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.report import LEFT_OUT
@@ -113,8 +113,8 @@ class SavePretrained(Callback):
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         processes = processes_of(trainer)
-        save = own(pl_module, PrunableModule.save_pretrained)
-        if save is None or (self.shrink and "shrink" not in inspect.signature(save).parameters):
+        save = getattr(pl_module, "save_pretrained", None)
+        if not callable(save) or (self.shrink and "shrink" not in inspect.signature(save).parameters):
             raise MisconfigurationException(
                 f"SavePretrained calls save_pretrained(folder, overwrite{', shrink=True' * self.shrink}), but "
                 f"{type(pl_module).__name__} has no such method. Define it, or use Lightning's ModelCheckpoint."
@@ -127,7 +127,7 @@ class SavePretrained(Callback):
             )
         with processes.fail_together():
             if trainer.is_global_zero:
-                if check := own(pl_module, PrunableModule.check_saving):
+                if callable(check := getattr(pl_module, "check_saving", None)):
                     check()
                 if self.push_to_hub is not None:
                     refuse_upload(self.push_to_hub, self.private)
@@ -139,7 +139,7 @@ class SavePretrained(Callback):
             return
         try:
             try:
-                if merge := own(pl_module, PrunableModule.merge):
+                if callable(merge := getattr(pl_module, "merge", None)):
                     merge()
                 saved = self._save(pl_module) if trainer.is_global_zero else None
             except Exception as error:

@@ -1,26 +1,19 @@
-"""The base class of callbacks that prune or keep zeros, `KeepZeros`, and the model and processes of a Trainer."""
+"""`KeepZeros`, and the base class of all callbacks that prune or keep zeros."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import nn
 
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.callbacks.trainer import averaged_models, processes_of, pruning_target
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import HeldZeros
 
 
 class ZerosCallback(Callback):
-    """A callback that prunes or keeps zeros while a model trains.
-
-    Other callbacks of the Trainer read its properties.
-    """
+    """A callback that prunes or keeps zeros while a model trains; other callbacks read its properties."""
 
     def __init__(self) -> None:
         self._zeros = HeldZeros()
@@ -83,35 +76,3 @@ def zeros_callbacks(trainer: L.Trainer) -> list[ZerosCallback]:
     """Return the callbacks of a Trainer that prune or keep zeros."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ZerosCallback)]
-
-
-def pruning_target(pl_module: L.LightningModule) -> nn.Module:
-    """Return the model to prune: the module's `pruning_target` if it has one, else the module itself."""
-    return cast(nn.Module, getattr(pl_module, "pruning_target", pl_module))
-
-
-def processes_of(trainer: L.Trainer) -> Processes:
-    """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose zeros cannot be kept."""
-    strategy, name = trainer.strategy, type(trainer.strategy).__name__
-    if isinstance(strategy, ModelParallelStrategy):
-        mesh = strategy.device_mesh
-        if (size := mesh["tensor_parallel"].size()) == 1:
-            group = mesh["data_parallel"].get_group()
-            return Processes(group, strategy.root_device) if mesh.size() > 1 else SINGLE_PROCESS
-        name += f" with tensor_parallel_size={size}"
-    elif not isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):  # which flatten weights, even in one process
-        if trainer.world_size == 1:
-            return SINGLE_PROCESS
-        if isinstance(strategy, DDPStrategy):
-            return Processes(torch.distributed.group.WORLD, strategy.root_device)
-    raise MisconfigurationException(
-        f"strategy must leave each process the whole model or whole rows of its matrices, but it is {name}. Use "
-        "strategy='ddp'; or prune with Trainer(devices=1), save, and train the pruned model with KeepZeros and "
-        "ModelParallelStrategy with fully_shard (FSDP2)."
-    )
-
-
-def averaged_models(trainer: L.Trainer) -> list[nn.Module]:
-    """Return the models whose weights callbacks average (WeightAveraging and StochasticWeightAveraging)."""
-    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return [average for average in found if isinstance(average, nn.Module)]

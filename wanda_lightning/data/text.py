@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.common.own_module import PrunableModule, own
 from wanda_lightning.common.words import counted
 from wanda_lightning.data.loading import silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows
@@ -202,8 +201,8 @@ class TextDataModule(L.LightningDataModule):
             )
 
     def _check_tokens(self, windows: Tensor) -> Tensor:
-        if check := own(self._module, PrunableModule.check_tokens):
-            check(windows)
+        if hasattr(self._module, "check_tokens"):
+            self._module.check_tokens(windows)
         return windows
 
     def describe_calibration(self, num_samples: int) -> str:

@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def stops(self) -> tuple[Stop, ...]:
-        """Where the calibration batches wait."""
+        """The stops at which the calibration batches wait."""
         return self.inventory.stops
 
     @property

@@ -36,7 +36,7 @@ class Clock(dict[str, float]):
 
 @dataclass
 class Done:
-    """What has been done so far, by name of the layer: filled as each is written, also for the message of an error."""
+    """The records of the layers so far, by name. An error message uses them, too, so they are added at each write."""
 
     layers: dict[str, PrunedLayer] = field(default_factory=dict)  # in the order in which they were pruned
     skipped: dict[str, SkippedMatrix] = field(default_factory=dict)  # left dense

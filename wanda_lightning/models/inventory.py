@@ -68,7 +68,7 @@ class SkippedMatrix:
 
 @dataclass(frozen=True)
 class Stop:
-    """Where calibration batches wait: before a block, before a layer, or (module None) not at all."""
+    """A place where calibration batches wait, the entry of a block or a layer. Without a module, none waits."""
 
     name: str
     module: nn.Module | None

@@ -1,19 +1,22 @@
-"""The members of a LightningModule that the package uses if the module defines them."""
+"""What callbacks find in a module and its Trainer: the members that a module may define, the model, the processes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from collections.abc import Iterable
+from typing import Any, Protocol, cast
 
+import lightning as L
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
 class PrunableModule(Protocol):
-    """What a LightningModule may define for the callbacks and data modules; all of it is optional.
+    """Members that a LightningModule may define for callbacks and data modules; all are optional.
 
     Do not inherit from this class: it has no defaults. `CausalLMModule` and `ImageClassifierModule` are examples.
     """
@@ -64,9 +67,32 @@ class PrunableModule(Protocol):
         """
 
 
-def own(
-    module: object, method: Callable[Concatenate[Any, _Arguments], _Result]
-) -> Callable[_Arguments, _Result] | None:
-    """Return the method of a module, or of a datamodule, that stands for one of `PrunableModule`; None without one."""
-    found = getattr(module, method.__name__, None)
-    return found if callable(found) else None
+def pruning_target(pl_module: L.LightningModule) -> nn.Module:
+    """Return the model to prune: the module's `pruning_target` if it has one, else the module itself."""
+    return cast(nn.Module, getattr(pl_module, "pruning_target", pl_module))
+
+
+def processes_of(trainer: L.Trainer) -> Processes:
+    """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose zeros cannot be kept."""
+    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh
+        if (size := mesh["tensor_parallel"].size()) == 1:
+            group = mesh["data_parallel"].get_group()
+            return Processes(group, strategy.root_device) if mesh.size() > 1 else SINGLE_PROCESS
+        name += f" with tensor_parallel_size={size}"
+    elif not isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):  # which flatten weights, even in one process
+        if trainer.world_size == 1:
+            return SINGLE_PROCESS
+        if isinstance(strategy, DDPStrategy):
+            return Processes(torch.distributed.group.WORLD, strategy.root_device)
+    raise MisconfigurationException(
+        f"strategy must leave each process the whole model, or shard it with fully_shard, but it is {name}. Use "
+        "strategy='ddp', or prune with devices=1, and train the saved model with ModelParallelStrategy and KeepZeros."
+    )
+
+
+def averaged_models(trainer: L.Trainer) -> list[nn.Module]:
+    """Return the models whose weights callbacks average (WeightAveraging and StochasticWeightAveraging)."""
+    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    return [average for average in found if isinstance(average, nn.Module)]
