@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.calibration.lockstep import Call
-from wanda_lightning.common.evaluating import seeded, widest
+from wanda_lightning.common.evaluating import seeded
+from wanda_lightning.core.rounding import all_same, coarsest_eps, same
 from wanda_lightning.models import Layer, RemovableUnits
-
-_CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 
 
 @dataclass
@@ -79,7 +78,7 @@ class BlockRuns:
         if not self._same_results(before, after) or before.inputs.keys() != after.inputs.keys():
             return False
         others = before.inputs.keys() - {layer.module, *inner}
-        unchanged = all(_all_same(before.inputs[other], after.inputs[other], before.eps) for other in others)
+        unchanged = all(all_same(before.inputs[other], after.inputs[other], before.eps) for other in others)
         return unchanged and _reads_same(layer, source, before, after)
 
     def same_results(self) -> bool:
@@ -108,7 +107,7 @@ class BlockRuns:
 
     def _same_results(self, before: _Record, after: _Record) -> bool:
         results = before.results + before.buffers, after.results + after.buffers
-        return _all_same(*results, before.eps, loosely=self._whole)
+        return all_same(*results, before.eps, loosely=self._whole)
 
     def _run_again(self, index: int, watched: Sequence[nn.Module] = ()) -> _Record:
         call = self._calls[index]
@@ -140,16 +139,10 @@ class BlockRuns:
             found = [*tensors_within((output, args, kwargs)), *(x for x in attributes if isinstance(x, Tensor))]
         record.results = [tensor.clone() for tensor in found]
         record.buffers = [buffer.clone() for buffer, old in buffers if not torch.equal(buffer, old)]
-        record.eps = _eps(record.results + record.buffers + [x for entered in record.inputs.values() for x in entered])
+        record.eps = coarsest_eps(
+            record.results + record.buffers + [x for entered in record.inputs.values() for x in entered]
+        )
         return output, record
-
-
-def _eps(tensors: Sequence[Tensor]) -> float:
-    """Return the precision of the coarsest dtype, including that of autocast."""
-    kinds = {tensor.device.type for tensor in tensors}
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)}
-    return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
 def _reads_same(layer: Layer, columns: Tensor, before: _Record, after: _Record) -> bool:
@@ -157,29 +150,5 @@ def _reads_same(layer: Layer, columns: Tensor, before: _Record, after: _Record) 
     x, y = ([layer.tokens(each) for each in record.inputs.get(layer.module, ())] for record in (before, after))
     pairs = [(old[:, columns.to(old.device)], new) for old, new in zip(x, y, strict=False)]
     return len(x) == len(y) and all(
-        old.shape == new.shape and _same(old, new, before.eps, each_column=True) for old, new in pairs
+        old.shape == new.shape and same(old, new, before.eps, each_column=True) for old, new in pairs
     )
-
-
-def _all_same(before: Sequence[Tensor], after: Sequence[Tensor], eps: float, loosely: bool = False) -> bool:
-    return [x.shape for x in before] == [y.shape for y in after] and all(
-        _same(x, y, eps, loosely=loosely) for x, y in zip(before, after, strict=True)
-    )
-
-
-def _same(x: Tensor, y: Tensor, eps: float, each_column: bool = False, loosely: bool = False) -> bool:
-    """Whether two tensors are the same: most entries are close, and the norm of the difference is a few roundings.
-
-    The norm is over the whole tensor, or over each column. One large activation dominates a norm, so most entries must
-    also be close individually, except after many blocks.
-    """
-    if not x.is_floating_point():
-        return torch.equal(x, y)
-    x, y = widest(x), widest(y)
-    difference = torch.where(x == y, 0.0, x - y).abs()  # both may be infinite
-    enough = 0.9 if each_column else 0.0 if loosely else 0.5
-    most = not enough or not x.numel() or (difference <= _CLOSE * x.abs()).double().mean() > enough
-    dims = 0 if each_column else None
-    limit = max(8 * eps, _CLOSE if each_column or loosely else 1e-5)
-    norm, scale = (torch.linalg.vector_norm(each, dim=dims) for each in (difference, x))
-    return bool(most) and bool((norm <= limit * scale).all())

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from wanda_lightning.calibration.cloning import tensors_within
 
 _START = "This happened in "
 
@@ -41,16 +41,6 @@ def naming_batch(index: int, values: Any, stop: str = "") -> Iterator[None]:
     except Exception as error:
         if not any(note.startswith(_START) for note in getattr(error, "__notes__", ())):
             where = f"{stop}, in " if stop else ""
-            add_note(error, f"{_START}{where}calibration batch {index} (counted from 0): {_describe(values)}.")
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_within(values)) or "no tensor"
+            add_note(error, f"{_START}{where}calibration batch {index} (counted from 0), with shapes {shapes}.")
         raise
-
-
-def _describe(value: Any) -> str:
-    """The shapes of the tensors in a value, in a few words."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_describe(inner)}" for key, inner in value.items()) or "nothing"
-    if isinstance(value, tuple | list):
-        return ", ".join(map(_describe, value)) or "nothing"
-    return f"a {type(value).__name__}"

@@ -13,12 +13,12 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
-from wanda_lightning.calibration.lockstep import Call, ThreadState
+from wanda_lightning.calibration.interception import PRODUCTS
+from wanda_lightning.calibration.lockstep import Call, TorchState
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.errors import UserError
@@ -26,8 +26,6 @@ from wanda_lightning.core.types import Units
 from wanda_lightning.models import fitting_mask
 from wanda_lightning.models.mixtures import Mixture
 from wanda_lightning.parallel import Processes
-
-_PRODUCTS = {F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.addmm, Tensor.addmm}
 
 
 class ExpertSaliency:
@@ -68,7 +66,7 @@ class ExpertSaliency:
     def _keep_first(self, sample: Sample, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if name not in self.first:
             args, kwargs = clone_arguments((args, kwargs))
-            self.first[name] = Call(sample, name, module.forward, args, kwargs, ThreadState())
+            self.first[name] = Call(sample, name, module.forward, args, kwargs, TorchState())
 
     def _read(self, sample: Sample, mixture: Mixture, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         x, *others = tensors_within((args, kwargs))
@@ -138,7 +136,7 @@ class _Lower(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func in _PRODUCTS and result.shape[-1] == len(self._experts):
+        if func in PRODUCTS and result.shape[-1] == len(self._experts):
             return _lowered(result, self._experts)
         return result
 

@@ -50,8 +50,9 @@ class Product(NamedTuple):
 
 OnProduct = Callable[[list[Product], Callable[[], Tensor]], Tensor]
 
-_PRODUCTS = {F.linear, torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
 _PRODUCTS_WITH_BIAS = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
+_MATMULS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+PRODUCTS = {F.linear, *_MATMULS, *_PRODUCTS_WITH_BIAS}
 
 
 class WeightInterceptor(TorchFunctionMode):
@@ -83,7 +84,7 @@ class WeightInterceptor(TorchFunctionMode):
         call = partial(func, *args, **kwargs)
         if self._in_a_forward:
             return call()
-        if func in _PRODUCTS or func in _PRODUCTS_WITH_BIAS:
+        if func in PRODUCTS:
             return self._multiply(func, call, *_factors(func, args, kwargs))
         if func is F.multi_head_attention_forward:
             return self._attend(func, args, kwargs)

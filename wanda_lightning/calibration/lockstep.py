@@ -1,16 +1,16 @@
 """Run all calibration batches through any model side by side, and wait at each stop.
 
-The model's own forward runs unchanged, once for each batch, each in a thread of its own. While the engine is active,
-the `forward` of the module at a stop parks the batch that calls it. Only one thread runs at a time: the scheduler,
-which is the caller's thread, or one batch. The scheduler advances each batch until it is parked or finished, and passes
-the parked calls of one stop to the caller, which may run them, change weights, or both. Then the scheduler runs each
-call, returns the outputs to the batches, and continues. Several processes with their own batches wait at the same
-stops.
+The model's own forward runs unchanged, once for each batch, each in a greenlet: a call stack that can be left in the
+middle of a function and continued later, in the same thread. While the engine is active, the `forward` of the module at
+a stop parks the batch that calls it, so the call returns to the scheduler. The scheduler advances each batch until it
+is parked or finished, and passes the parked calls of one stop to the caller, which may run them, change weights, or
+both. Then the scheduler runs each call, returns the outputs to the batches, and continues. Several processes with their
+own batches wait at the same stops.
 """
 
 from __future__ import annotations
 
-import threading
+import contextvars
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -18,8 +18,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
@@ -41,21 +43,21 @@ class Call:
     forward: Forward  # the module's own forward
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    thread_state: ThreadState  # of the sample's thread at the call
+    state: TorchState  # of the sample at the call
 
     def run(self, on_copies: bool = False) -> Any:
         """Run the module and return its output; on clones of its arguments if it will run again on the same values."""
         arguments = self.args, self.kwargs
-        with naming_batch(self.sample.batch_index, arguments, self.stop), self.thread_state.entered():
+        with naming_batch(self.sample.batch_index, arguments, self.stop), self.state.entered():
             args, kwargs = clone_arguments(arguments) if on_copies else arguments
             return self.forward(*args, **kwargs)
 
 
 def whole_model_calls(samples: Iterable[Sample], tick: Callable[[], None] = lambda: None) -> Iterator[Call]:
     """Yield calls of the whole model, each on one sample, which is read when it is its turn; `tick` follows each."""
-    thread_state = ThreadState()
+    state = TorchState()
     for sample in samples:
-        yield Call(sample, "", sample.forward, (), {}, thread_state)
+        yield Call(sample, "", sample.forward, (), {}, state)
         tick()
 
 
@@ -81,23 +83,22 @@ def lockstep(
     `to_end`, the samples run to the end of the model, and wait at each visit of a stop.
 
     Yields:
-        The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all threads
+        The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all samples
         and restores the modules.
     """
     revisited = set() if revisited is None else revisited
     pending = set(range(len(stops)))
-    with _parking(stops), _batch_threads(_parking_at_products(samples, stops), stops) as threads:
+    with _parking(stops), _batches(_parking_at_products(samples, stops), stops) as batches:
         with processes.fail_together():
-            for thread in threads:
-                thread.start()
-                thread.advance()
+            for batch in batches:
+                batch.advance()
         while True:
-            parked = [thread for thread in threads if thread.call is not None]
-            index = processes.all_reduce_min(min((thread.stop for thread in parked), default=len(stops)))
-            here = [thread for thread in parked if thread.stop == index]
+            parked = [batch for batch in batches if batch.call is not None]
+            index = processes.all_reduce_min(min((batch.stop for batch in parked), default=len(stops)))
+            here = [batch for batch in parked if batch.stop == index]
             if index == len(stops):
                 return
-            calls = [thread.call for thread in here if thread.call is not None]
+            calls = [batch.call for batch in here if batch.call is not None]
             if index not in pending:
                 revisited.add(stops[index].name)
             if index in pending or to_end:
@@ -108,11 +109,11 @@ def lockstep(
                     _find_revisits(here[0], stops, revisited)
                 return
             with processes.fail_together():
-                for thread in here:  # parked activations must not outlive the run of the module
-                    thread.advance(calls.pop(0).run())
+                for batch in here:  # parked activations must not outlive the run of the module
+                    batch.advance(calls.pop(0).run())
 
 
-def _find_revisits(thread: _BatchThread, stops: Sequence[Stop], revisited: set[str]) -> None:
+def _find_revisits(batch: _Batch, stops: Sequence[Stop], revisited: set[str]) -> None:
     """Continue a sample after the last stop, and add to `revisited` the names of the stops that it reaches again.
 
     ALBERT and looped models apply one block many times. A global hook, which sees the calls of all modules, ends the
@@ -121,19 +122,19 @@ def _find_revisits(thread: _BatchThread, stops: Sequence[Stop], revisited: set[s
     inside = {stop.module for stop in stops}
 
     def end(module: nn.Module, args: object) -> None:
-        if threading.current_thread() is not thread or not inside.isdisjoint(module.modules()):
+        if getcurrent() is not batch or not inside.isdisjoint(module.modules()):
             return
         if any(parameter.ndim > 1 for parameter in module.parameters()):
-            raise _StopForward
+            raise GreenletExit
 
     hook = register_module_forward_pre_hook(end)
     try:
         with suppress(Exception):  # the output of the model does not matter here, so neither do its errors
-            while (call := thread.call) is not None:
-                thread.advance(call.run())
-                if thread.call is None or thread.call.stop in revisited:
+            while (call := batch.call) is not None:
+                batch.advance(call.run())
+                if batch.call is None or batch.call.stop in revisited:
                     break
-                revisited.add(thread.call.stop)
+                revisited.add(batch.call.stop)
     finally:
         hook.remove()
 
@@ -166,7 +167,7 @@ def _parking_at_products(samples: Sequence[Sample], stops: Sequence[Stop]) -> Se
         return _park(index_of[product.layer], lambda tokens: multiply(), product.tokens)
 
     def watched(forward: Callable[[], object]) -> object:
-        interceptor = WeightInterceptor(index_of, park)  # each thread has its own
+        interceptor = WeightInterceptor(index_of, park)  # each sample has its own
         with interceptor if interceptor.watches else nullcontext():
             return forward()
 
@@ -174,139 +175,106 @@ def _parking_at_products(samples: Sequence[Sample], stops: Sequence[Stop]) -> Se
 
 
 def _park(stop: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """Park the batch of the current thread and return the module's output; in another thread, run the forward."""
-    thread = threading.current_thread()
-    if isinstance(thread, _BatchThread):
-        return thread.park(stop, forward, args, kwargs)
-    return forward(*args, **kwargs)
-
-
-MOST_WORKERS = 512  # of OpenMP, for all threads of batches together: 128 samples on 64 cores would keep 8,000
+    """Park the current batch and return the module's output; run the forward if no batch is running."""
+    batch = getcurrent()
+    return batch.park(stop, forward, args, kwargs) if isinstance(batch, _Batch) else forward(*args, **kwargs)
 
 
 @contextmanager
-def _batch_threads(samples: Sequence[Sample], stops: Sequence[Stop]) -> Iterator[list[_BatchThread]]:
-    """Construct one thread for each batch; end all threads at the end of this block."""
-    state, cores = ThreadState(), torch.get_num_threads()
-    # OpenMP keeps a team of workers for each thread that has computed in parallel, as samples do between the stops.
-    own = min(cores, max(1, MOST_WORKERS // max(1, len(samples))))
-    threads = [_BatchThread(sample, stops, state, own) for sample in samples]
+def _batches(samples: Sequence[Sample], stops: Sequence[Stop]) -> Iterator[list[_Batch]]:
+    """Construct one batch for each sample; end all of them at the end of this block."""
+    batches = [_Batch(sample, stops) for sample in samples]
     try:
-        yield threads
+        yield batches
     finally:
         # In reverse order, as contexts nest: a batch may have entered a context inside the context of the batch before.
-        for thread in reversed(threads):
-            thread.cancel()
-        if own < cores:
-            torch.set_num_threads(cores)  # what a thread sets holds for all that start later
+        for batch in reversed(batches):
+            batch.end()
 
 
-class _StopForward(BaseException):
-    """Ends a batch's thread at its next stop. Models rarely catch it, because it is no `Exception`."""
+class _Batch(greenlet):
+    """The forward pass of one sample, which parks at stops.
 
+    Uncaught, `GreenletExit` ends it. Models rarely catch that, because it is no `Exception`.
+    """
 
-class _BatchThread(threading.Thread):
-    """The forward pass of one sample, which parks at stops."""
-
-    def __init__(self, sample: Sample, stops: Sequence[Stop], thread_state: ThreadState, cores: int) -> None:
-        super().__init__(name=f"calibration batch {sample.batch_index}", daemon=True)
+    def __init__(self, sample: Sample, stops: Sequence[Stop]) -> None:
+        super().__init__()
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
-        self._sample, self._stops, self._thread_state, self._cores = sample, stops, thread_state, cores
+        self.gr_context = contextvars.copy_context()
+        self._sample, self._stops, self._state, self._ended = sample, stops, TorchState(), False
         self._output: Any = None
-        self._error: BaseException | None = None
-        self._cancelled = False
-        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
 
     def run(self) -> None:
-        """Run the model's forward while the scheduler waits."""
-        self._go.acquire()
-        try:
-            if not self._cancelled:
-                if self._cores < torch.get_num_threads():
-                    torch.set_num_threads(self._cores)
-                with self._thread_state.entered():
-                    self._sample.forward()
-        except _StopForward:
-            pass
-        except BaseException as error:
-            self._error = error
-        finally:
-            self.call = None
-            self._back.release()
+        """Run the model's forward until its end (called by `advance`)."""
+        self._sample.forward()
 
     def park(self, stop: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Wait at a stop for the output of its module (called in the batch's thread)."""
-        if self._cancelled:  # the model caught `_StopForward`, or calls a module in a `finally` block
-            raise _StopForward
-        call = Call(self._sample, self._stops[stop].name, forward, args, kwargs, ThreadState())
-        self.stop, self.call = stop, call
-        del call
-        self._back.release()
-        self._go.acquire()
-        if self._cancelled:
-            raise _StopForward
+        """Wait at a stop for the output of its module (called in the batch)."""
+        if self._ended:  # the model caught `GreenletExit`, or calls a module in a `finally` block
+            raise GreenletExit
+        self._state = TorchState()
+        self.stop, self.call = stop, Call(self._sample, self._stops[stop].name, forward, args, kwargs, self._state)
+        del args, kwargs
+        assert self.parent is not None
+        self.parent.switch()
         output, self._output = self._output, None
         return output
 
     def advance(self, output: Any = None) -> None:
-        """Let the batch run to its next stop, or to its end (called in the scheduler's thread)."""
-        self.call, self._output = None, output
+        """Let the batch run to its next stop, or to its end (called by the scheduler)."""
+        self.call, self._output, self.parent = None, output, getcurrent()
         del output
-        self._go.release()
-        self._back.acquire()
-        if self._error is not None:
-            raise self._error
+        with self._state.entered(own_modes=True):
+            self.switch()
 
-    def cancel(self) -> None:
-        """End the thread if it runs, and wait until it has ended."""
-        if self.is_alive():
-            self._cancelled = True
-            self._go.release()
-            self.join()
-
-
-def _current_stream() -> torch.Stream | None:
-    """Return the current stream, which determines the current device; None before the accelerator is used."""
-    accelerator = torch.accelerator.current_accelerator()
-    # `mps` has no such function, and a single stream.
-    if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", bool)():
-        return None
-    return torch.accelerator.current_stream()
+    def end(self) -> None:
+        """End the batch if it runs."""
+        self.call, self._ended = None, True
+        if self:
+            self.parent = getcurrent()
+            with self._state.entered(own_modes=True), suppress(Exception):  # of code that meets `GreenletExit`
+                self.throw()
 
 
-def _set_stream(stream: torch.Stream | None) -> None:
-    if stream is not None and stream != torch.accelerator.current_stream():
-        torch.accelerator.set_stream(stream)  # changes the current device, too
+class TorchState:
+    """The state of PyTorch at the time of construction: inference mode, autocast, the default device and other modes.
 
-
-class ThreadState:
-    """The state of the current thread at the time of construction.
-
-    PyTorch keeps grad mode, autocast, inference mode, the default device and the current stream for each thread. A
-    model may change them between two stops, and the modules there run in another thread than the rest of the model.
+    A model may change it between two stops, where other samples and the scheduler run.
     """
 
     def __init__(self) -> None:
         devices = {"cpu"}
         if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
             devices.add(accelerator.type)
-        self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
         self._default_device = torch.get_default_device()
+        self._modes = _get_current_function_mode_stack()
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Switch the current thread to this state, without gradients; restore its own state at the end."""
+    def entered(self, own_modes: bool = False) -> Iterator[None]:
+        """Switch to this state, without gradients; restore the present one at the end.
+
+        The torch-function modes are those of this state, too, with `own_modes`.
+        """
         with ExitStack() as stack:
-            stack.callback(_set_stream, _current_stream())
-            _set_stream(self._stream)
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.no_grad())
-            if self._default_device != torch.get_default_device():
+            if own_modes:
+                stack.callback(_set_modes, _get_current_function_mode_stack())
+                _set_modes(self._modes)
+            elif self._default_device != torch.get_default_device():
                 stack.enter_context(self._default_device)
             for device, enabled, dtype in self._autocast:
                 # No cache: it would give the pruned run the cast of a dense weight.
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
+
+
+def _set_modes(modes: Sequence[Any]) -> None:
+    for _ in _get_current_function_mode_stack():
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,9 +18,9 @@ from wanda_lightning.calibration.lockstep import Call, whole_model_calls
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.statistics import SUMS, InputStatistics
+from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, Stop, fitting_mask, token_masks
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes, all_reduce_statistics
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Observer:
 
     def __init__(self, needs: frozenset[str], processes: Processes = SINGLE_PROCESS) -> None:
         self.needs, self.processes = needs, processes
-        self._readings = _Readings(needs)
+        self._readings = _Readings()
         # The layers of the last stop, if that was a layer, their inputs in this process, and what all processes found.
         self._last: tuple[Sequence[Layer], list[Identity], Observation] = (), [], Observation()
 
@@ -85,18 +85,22 @@ class Observer:
 
     def finish(self, stop: Stop) -> Observation:
         """Return what the batches that ran in `collect` show; otherwise the same as `__call__`."""
-        readings, self._readings = self._readings, _Readings(self.needs)
+        readings, self._readings = self._readings, _Readings()
         with self.processes.fail_together():
-            refuse_nonfinite(readings.checks, self.processes)
+            readings.refuse_nonfinite(self.processes)
         by_layer: dict[str, list[InputStatistics]] = {}
         for names, value in readings.sums.items():
             for name in names:
                 by_layer.setdefault(name, []).append(value)
         found = {layer.name: by_layer[layer.name] for layer in stop.layers if layer.name in by_layer}
-        statistics = {name: parts[0] if len(parts) == 1 else merged(parts) for name, parts in found.items()}
+        statistics = {
+            name: parts[0] if len(parts) == 1 else InputStatistics.merged(parts) for name, parts in found.items()
+        }
         padded = readings.padded
         if self.processes.world_size > 1:
-            statistics, padded = all_reduce_statistics(stop.layers, statistics, padded, self.needs, self.processes)
+            # From the weight: a process whose batches did not reach a layer does not know the dtype of its input.
+            tokens = {layer.name: layer.weight.new_zeros(1, layer.shape[1]) for layer in stop.layers}
+            statistics, padded = all_reduce_statistics(tokens, statistics, padded, self.needs, self.processes)
         return pool_experts(stop.layers, statistics, padded)
 
     def _read_parked(self, stop: Stop, calls: Sequence[Call]) -> Observation:
@@ -135,22 +139,38 @@ class Observer:
         return reader
 
 
+@dataclass
 class _Readings:
     """Sums over the batches that have run since the last observation."""
 
-    def __init__(self, needs: frozenset[str]) -> None:
-        self.sums: dict[tuple[str, ...], InputStatistics] = {}  # by the layers with this input
-        self.checks: list[Check] = []
-        self.padded: set[str] = set()  # layers whose sums may include padding
-        self._needs = needs
+    sums: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)  # by the layers with this input
+    padded: set[str] = field(default_factory=set)  # layers whose sums may include padding
+    # Whether the sums over one input of one batch are finite, each with the layers and the batch.
+    checks: list[tuple[Tensor, Sequence[str], int]] = field(default_factory=list)
 
     def add(self, reader: BatchReader) -> None:
         """Add what a batch has shown."""
         for entry in reader.entries:
             if entry.padding_counted:
                 self.padded.update(entry.layers)
-            self.sums.setdefault(tuple(entry.layers), InputStatistics(self._needs)).merge(entry.statistics)
-        self.checks += reader.checks
+            self.sums.setdefault(tuple(entry.layers), InputStatistics(entry.statistics.needs)).merge(entry.statistics)
+            if entry.statistics.count:
+                self.checks.append((entry.statistics.finite(), entry.layers, reader.batch))
+
+    def refuse_nonfinite(self, processes: Processes) -> None:
+        """Read all checks, and refuse sums that are not finite."""
+        by_device: dict[torch.device, list[Tensor]] = {}  # a model may use several devices
+        for finite, _, _ in self.checks:
+            by_device.setdefault(finite.device, []).append(finite)
+        if all(torch.stack(flags).all() for flags in by_device.values()):
+            return
+        _, layers, batch = next(check for check in self.checks if not check[0])
+        whose = f" of process {processes.rank}" if processes.world_size > 1 else ""
+        raise UserError(
+            f"calibration batches must give finite activations, but the input of {', '.join(layers)} holds NaN or "
+            f"infinity, or its squares overflow float32, in calibration batch {batch}{whose} (counted from 0). Check "
+            "that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
+        )
 
 
 def _is_layer(stop: Stop) -> bool:
@@ -208,14 +228,6 @@ def _version(tensor: Tensor, call: int) -> int:
     return -1 - call if tensor.is_inference() else tensor._version
 
 
-class Check(NamedTuple):
-    """Whether the sums over one input of one batch are finite."""
-
-    layers: list[str]  # names of the layers with this input
-    batch: int
-    finite: Tensor  # a boolean scalar on the input's device
-
-
 class Entry(NamedTuple):
     """One input of one batch."""
 
@@ -230,8 +242,8 @@ class BatchReader:
 
     def __init__(self, needs: frozenset[str], sample: Sample) -> None:
         self.entries: list[Entry] = []  # one for each distinct input
-        self.checks: list[Check] = []
-        self._needs, self._batch, self._masks = needs, sample.batch_index, sample.masks
+        self.batch = sample.batch_index
+        self._needs, self._masks = needs, sample.masks
         self._calls = 0
 
     def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
@@ -267,7 +279,7 @@ class BatchReader:
         else:
             for tokens in layer.token_parts(images):
                 statistics.update(_fitting(tokens, layer, x))
-        self._add(entry)
+        self.entries.append(entry)
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
         layer, x = product.layer, product.tokens
@@ -285,13 +297,7 @@ class BatchReader:
             tokens = tokens[keep]
         entry = Entry(Identity(x, layer, self._calls), [layer.name], InputStatistics(self._needs), padding_counted)
         entry.statistics.update(tokens)
-        self._add(entry)
-
-    def _add(self, entry: Entry) -> None:
-        """Add an entry, and check its sums if any token counts."""
         self.entries.append(entry)
-        if entry.statistics.count:
-            self.checks.append(Check(entry.layers, self._batch, entry.statistics.finite()))
 
     def _real_tokens(self, layer: Layer, x: Tensor, tokens: Tensor) -> Tensor | None:
         """Return which tokens are not padding; None if that is unknown."""
@@ -311,31 +317,7 @@ def _fitting(tokens: Tensor, layer: Layer, x: Tensor) -> Tensor:
     return tokens
 
 
-def refuse_nonfinite(checks: Sequence[Check], processes: Processes) -> None:
-    """Read all checks, and refuse sums that are not finite."""
-    by_device: dict[torch.device, list[Tensor]] = {}  # a model may use several devices
-    for check in checks:
-        by_device.setdefault(check.finite.device, []).append(check.finite)
-    if all(torch.stack(flags).all() for flags in by_device.values()):
-        return
-    bad = next(check for check in checks if not check.finite)
-    whose = f" of process {processes.rank}" if processes.world_size > 1 else ""
-    raise UserError(
-        f"calibration batches must give finite activations, but the input of {', '.join(bad.layers)} holds NaN or "
-        f"infinity, or its squares overflow float32, in calibration batch {bad.batch}{whose} (counted from 0). Check "
-        "that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
-    )
-
-
 MIN_EXPERT_TOKENS = 32  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
-
-
-def merged(parts: Sequence[InputStatistics]) -> InputStatistics:
-    """Return the sum of at least one part."""
-    total = InputStatistics(parts[0].needs)
-    for part in parts:
-        total.merge(part)
-    return total
 
 
 def pool_experts(layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], padded: Set[str]) -> Observation:
@@ -355,65 +337,7 @@ def pool_experts(layers: Sequence[Layer], statistics: Mapping[str, InputStatisti
             name: count for name, count in counts.items() if count < max(MIN_EXPERT_TOKENS, 1) and count < everything
         }
         if few:
-            total = merged([statistics[name] for name, count in counts.items() if count])
+            total = InputStatistics.merged([statistics[name] for name, count in counts.items() if count])
             result.update(dict.fromkeys(few, total))
             pooled.update(few)
     return Observation(result, padded, pooled)
-
-
-def all_reduce_statistics(
-    layers: Sequence[Layer],
-    own: Mapping[str, InputStatistics],
-    padding_counted: Collection[str],
-    needs: frozenset[str],
-    processes: Processes,
-) -> tuple[dict[str, InputStatistics], set[str]]:
-    """Sum the statistics of the layers of a stop over all processes, in one object for each distinct input.
-
-    `own` and `padding_counted` are those of this process. The layout of the message does not depend on which layers its
-    batches reached.
-
-    Returns:
-        The statistics of every layer, with a count of 0 if no batch reached it; and the layers whose statistics include
-        padding in any process.
-    """
-    totals: dict[str, InputStatistics] = {}
-    distinct: list[InputStatistics] = []
-    for group in _same_inputs(layers, own, processes):
-        first = group[0]
-        # From the weight: a process whose batches did not reach the layer does not know the dtype of its input.
-        dtype = torch.promote_types(first.weight.dtype, torch.float32)
-        token = first.weight.new_zeros(1, first.shape[1], dtype=dtype)
-        total = InputStatistics(needs)
-        total.sums = {name: SUMS[name](token) for name in sorted(needs)}
-        if first.name in own:
-            total.count = own[first.name].count
-            for name, value in own[first.name].sums.items():
-                total.sums[name].copy_(value)
-        distinct.append(total)
-        totals.update(dict.fromkeys((layer.name for layer in group), total))
-    counts = torch.tensor([total.count for total in distinct], dtype=torch.int64)
-    padded = torch.tensor([layer.name in padding_counted for layer in layers], dtype=torch.int64)
-    processes.all_reduce_sum([counts, padded, *(value for total in distinct for value in total.sums.values())])
-    for total, count in zip(distinct, counts.tolist(), strict=True):
-        total.count = count
-    return totals, {layer.name for layer, times in zip(layers, padded.tolist(), strict=True) if times}
-
-
-_UNREACHED = -1
-
-
-def _same_inputs(
-    layers: Sequence[Layer], own: Mapping[str, InputStatistics], processes: Processes
-) -> list[list[Layer]]:
-    """Group the layers that have the same input in every process, or are unreached together in it."""
-    first: dict[int, int] = {}
-    here = [
-        first.setdefault(id(own[layer.name]), index) if layer.name in own else _UNREACHED
-        for index, layer in enumerate(layers)
-    ]
-    groups: dict[tuple[int, ...], list[Layer]] = {}
-    for index, (layer, column) in enumerate(zip(layers, zip(*processes.all_gather(here), strict=True), strict=True)):
-        reached = any(leader != _UNREACHED for leader in column)
-        groups.setdefault(column if reached else (*column, index), []).append(layer)
-    return list(groups.values())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -116,6 +116,14 @@ class InputStatistics:
         self._part_of: tuple[InputStatistics, slice] | None = None
         if unknown := self.needs - SUMS.keys():
             raise UserError(f"needs must be names from {sorted(SUMS)}, but they hold {sorted(unknown)}.")
+
+    @classmethod
+    def merged(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
+        """Return the sum of at least one part."""
+        total = cls(parts[0].needs)
+        for part in parts:
+            total.merge(part)
+        return total
 
     def update(self, tokens: Tokens) -> None:
         """Add a batch of tokens, one row each."""

@@ -12,3 +12,4 @@ from wanda_lightning.parallel.processes import (
     first_index as first_index,
     local as local,
 )
+from wanda_lightning.parallel.statistics import all_reduce_statistics as all_reduce_statistics
