@@ -84,7 +84,7 @@ def test_the_activations_of_one_unit_are_held(way):
     if way == "watched":
         own = run_of(model, vectors(4))
         with torch.no_grad():
-            for stop, calls in lockstep(own.plan.parts, own.samples.hold(), to_end=True):
+            for stop, calls in lockstep(own.plan.places, own.samples.in_memory(), to_end=True):
                 calls[:] = [observer.watched(stop, call) for call in calls]
         assert observer.finish(own.plan.whole_model).inputs
     else:

@@ -18,7 +18,7 @@ from wanda_lightning import (
     TextDataModule,
     WandaPrune,
 )
-from wanda_lightning.report import REPORT_NAME, Run
+from wanda_lightning.report import REPORT_NAME, Circumstances
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def module():
 
 
 def test_the_report_names_the_calibration_data_that_it_knows(tmp_path, text):
-    expected = Run(calibration=f"{text.calibration}, 4 windows of 16 tokens, seed 3")
+    expected = Circumstances(calibration=f"{text.calibration}, 4 windows of 16 tokens, seed 3")
     callback = WandaPrune(num_samples=4, report_dir=tmp_path / "out")
     trainer(callback).validate(module(), text, verbose=False)
     assert callback.report.run == expected
@@ -44,7 +44,7 @@ def test_the_report_names_the_calibration_data_that_it_knows(tmp_path, text):
         PruningCallback(method="magnitude"),
     ):
         trainer(own).validate(module(), text, verbose=False)
-        assert own.report.run == Run()
+        assert own.report.run == Circumstances()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_name_says_which_weights_the_model_had(tmp_path, monkeypatch, make, 
     module, callback = make(), PruningCallback(method="magnitude")
     inputs = torch.zeros(1, 3, 160, 160) if isinstance(module, ImageClassifierModule) else torch.zeros(1, 8).long()
     trainer(callback).predict(module, DataLoader(inputs))
-    assert callback.report.run == Run(model=name)
+    assert callback.report.run == Circumstances(model=name)
 
 
 def test_a_page_is_written_when_the_callback_prunes(tmp_path):

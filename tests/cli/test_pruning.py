@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from wanda_lightning import PruningReport
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.pruning import PROMPTS, continuation, continuations
-from wanda_lightning.report import Run
+from wanda_lightning.report import Circumstances
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 pytestmark = IGNORED_WARNINGS
@@ -73,7 +73,7 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
     assert parse_options("prune", arguments) == given
     assert ("--sparsity" in arguments) == (kind == "unstructured")
     assert report.config["command"]["num_samples"] == 4
-    assert report.run == Run(
+    assert report.run == Circumstances(
         command=report.run.command,
         model=f"{inputs}/llama",
         metric="perplexity",

@@ -12,9 +12,9 @@ from support.modules import tiny_llama, tiny_tokenizer
 
 from wanda_lightning import CausalLMModule, prune
 from wanda_lightning.hub.card import PICTURE_NAME, write_card
-from wanda_lightning.report import Measured, Run, Sample
+from wanda_lightning.report import Circumstances, Continuations, Measured
 
-RUN = Run(
+RUN = Circumstances(
     command="wanda-lightning prune --model 'a b' --sparsity_ratio 0.5",
     metric="perplexity",
     before=12.5,
@@ -23,7 +23,7 @@ RUN = Run(
     others=(Measured("/home/me/own.txt, 9 windows of 2,048 tokens", 8.5, float("nan")),),
     calibration="c4, 128 windows of 2,048 tokens, seed 0",
     zero_shot={"boolq": {"acc": 0.625, "acc_stderr": 0.01}, "mean": {"acc": 0.625}},
-    samples=(Sample("Once", " upon\n# a time", " again"),),
+    samples=(Continuations("Once", " upon\n# a time", " again"),),
 )
 
 

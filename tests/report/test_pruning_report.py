@@ -9,7 +9,7 @@ from support.zoo import ZOO
 
 from wanda_lightning import PruningReport, prune
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.report import Permuted, PrunedLayer, Run, TrainedPart
+from wanda_lightning.report import Circumstances, Permuted, PrunedLayer, TrainedPart
 
 
 def test_experts_of_a_module_share_one_metric():
@@ -48,7 +48,7 @@ def small(**fields):
 
 def test_numbers_that_are_not_finite_become_null():
     layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=TrainedPart("mlp", math.nan, 0.25))
-    report = small(layers=(layer,), seconds={"prune": math.inf}, run=Run(before=12.5, after=-math.inf))
+    report = small(layers=(layer,), seconds={"prune": math.inf}, run=Circumstances(before=12.5, after=-math.inf))
     text = report.to_json()
     json.loads(text, parse_constant=pytest.fail)
     again = PruningReport.from_json(text)

@@ -280,7 +280,7 @@ class _InputSquares:
         if _is_convolution(layer := self._layers[start]):
             self._sums[start, 0] = self._sums.get((start, 0), 0) + x
             return
-        one = layer.part(layer.parameter)
+        one = layer.own(layer.parameter)
         self._columns[start] = (weight.shape[-2], weight.stride(-2)) == (one.shape[0], one.stride(0))
         first = weight.storage_offset() // one.numel()
         for place, tokens in enumerate(x if weight.ndim == 3 else [x]):
@@ -298,7 +298,7 @@ class _InputSquares:
         if not keys & self._sums.keys():
             return
         total = sum(value for key, value in self._sums.items() if key in keys)
-        rows = layer.part(layer.parameter)
+        rows = layer.own(layer.parameter)
         if _is_convolution(layer):  # kernel positions, then channels: of equal scores (only padding) the first goes
             group, groups = layer.group or (0, 1)
             rows, total = rows.movedim(1, -1), total.chunk(groups)[group].movedim(1, -1)

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 from wanda_lightning import PruningReport
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.report import Measured, PrunedLayer, Run, Sample, Training, TrainingPass
+from wanda_lightning.report import Circumstances, Continuations, Measured, PrunedLayer, Training, TrainingPass
 
 SHAPES = {
     "self_attn.q_proj": (576, 576),
@@ -43,7 +43,7 @@ def llama_report(blocks=30):
         config=CONFIG,
         notes=("an <escaped> note & a second half",),
         training=Training("Distil(epochs=3)", 28, 4, passes),
-        run=Run(
+        run=Circumstances(
             command="wanda-lightning prune --model smollm2 --prune_method thorough --nsamples 32",
             model="smollm2",
             metric="perplexity",
@@ -54,8 +54,8 @@ def llama_report(blocks=30):
             calibration="python-docs, 32 windows of 512 tokens, seed 0",
             zero_shot={"boolq": {"acc": 0.5625, "acc_stderr": 0.02, "documents": 400}},
             samples=(
-                Sample("The library", " is <b>open</b>.", " is closed."),
-                Sample("def f():", "\n    return", " f f f"),
+                Continuations("The library", " is <b>open</b>.", " is closed."),
+                Continuations("def f():", "\n    return", " f f f"),
             ),
         ),
     )

@@ -39,7 +39,7 @@ class Product(NamedTuple):
     left: bool = False  # the matrix is the left factor, so the columns of the output are tokens
     time_first: tuple[int, int] | None = None  # (steps, samples) if the output is ordered by step, then by sample
 
-    def part(self, output: Tensor) -> Tensor:
+    def own_output(self, output: Tensor) -> Tensor:
         """Return this layer's part of the product's output, or of its gradient."""
         if self.left:
             return output.mT

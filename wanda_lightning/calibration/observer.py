@@ -78,10 +78,10 @@ class Observer:
     @contextmanager
     def collect(self, stop: Stop, sample: Sample) -> Iterator[None]:
         """Read the inputs of the stop's layers while a sample runs in this block."""
-        reader = BatchReader(self.needs, sample)
-        with intercept(stop.layers, reader):
+        own = BatchInputs(self.needs, sample)
+        with intercept(stop.layers, own):
             yield
-        self._readings.add(reader)
+        self._readings.add(own)
 
     def finish(self, stop: Stop) -> Observation:
         """Return what the batches that ran in `collect` show; otherwise the same as `__call__`."""
@@ -123,20 +123,20 @@ class Observer:
             for call in calls:
                 x = input_of(call.args, call.kwargs)
                 with naming_batch(call.sample.batch_index, x, stop.name):
-                    reader = self._read(stop, call.sample, x)
+                    own = self._read(stop, call.sample, x)
                     if x.dtype != stop.layers[0].parameter.dtype:  # fails without autocast; now, before it is pruned
                         call.run(on_copies=True)
-                self._readings.add(reader)
-                identities += [entry.identity for entry in reader.entries]
+                self._readings.add(own)
+                identities += [entry.identity for entry in own.entries]
         found = self.finish(stop)
         self._last = stop.layers, identities, found
         return found
 
-    def _read(self, stop: Stop, sample: Sample, x: Tensor) -> BatchReader:
-        reader = BatchReader(self.needs, sample)
+    def _read(self, stop: Stop, sample: Sample, x: Tensor) -> BatchInputs:
+        own = BatchInputs(self.needs, sample)
         for layer in stop.layers:
-            reader.read(Product(layer, x))
-        return reader
+            own.read(Product(layer, x))
+        return own
 
 
 @dataclass
@@ -148,14 +148,14 @@ class _Readings:
     # Whether the sums over one input of one batch are finite, each with the layers and the batch.
     checks: list[tuple[Tensor, Sequence[str], int]] = field(default_factory=list)
 
-    def add(self, reader: BatchReader) -> None:
+    def add(self, own: BatchInputs) -> None:
         """Add what a batch has shown."""
-        for entry in reader.entries:
+        for entry in own.entries:
             if entry.padding_counted:
                 self.padded.update(entry.layers)
             self.sums.setdefault(tuple(entry.layers), InputStatistics(entry.statistics.needs)).merge(entry.statistics)
             if entry.statistics.count:
-                self.checks.append((entry.statistics.finite(), entry.layers, reader.batch))
+                self.checks.append((entry.statistics.finite(), entry.layers, own.batch))
 
     def refuse_nonfinite(self, processes: Processes) -> None:
         """Read all checks, and refuse sums that are not finite."""
@@ -237,7 +237,7 @@ class Entry(NamedTuple):
     padding_counted: bool  # whether the batch may have padding that could not be left out
 
 
-class BatchReader:
+class BatchInputs:
     """Reads the tokens of each layer while one batch runs; called in place of each product."""
 
     def __init__(self, needs: frozenset[str], sample: Sample) -> None:

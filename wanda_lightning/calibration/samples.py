@@ -98,7 +98,7 @@ class Samples:
             self._counted += 1
             yield self._sample(batch, index, 1)
 
-    def hold(self) -> list[Sample]:
+    def in_memory(self) -> list[Sample]:
         """Return one sample for each batch, all of which are in memory; refuse to go on without any."""
         with self._processes.fail_together():
             samples = list(self)
@@ -124,7 +124,7 @@ class Samples:
         batch = concatenated([sample.batch for sample in samples])
         return self._sample(batch, samples[0].batch_index, sum(sample.size for sample in samples))
 
-    def part(self, sample: Sample, start: int, stop: int) -> Sample:
+    def subset(self, sample: Sample, start: int, stop: int) -> Sample:
         """Return some samples of a batch; the batch itself if it has no others."""
         whole = (start, stop) == (0, sample.size)
         return sample if whole else self._sample(take(sample.batch, start, stop), sample.batch_index, stop - start)
@@ -153,7 +153,7 @@ class Samples:
         left, own = sum(rank == self._processes.rank for _, rank in turns[:count]), []
         for sample in found:
             if left > 0:
-                own.append(self.part(sample, 0, min(left, sample.size)))
+                own.append(self.subset(sample, 0, min(left, sample.size)))
             left -= sample.size
         return own
 

@@ -26,7 +26,7 @@ from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_
 from wanda_lightning.engine.plan import Plan, make_plan
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.report import PruningReport, Run
+from wanda_lightning.report import Circumstances, PruningReport
 from wanda_lightning.training.held_zeros import sharded_layers, zeros_of
 
 
@@ -299,7 +299,7 @@ class PruningCallback(ZerosCallback):
         describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
         is_given = self.dataloader is not None or self.calibrate_on == "validation"
         calibration = describe(self.num_samples) if describe and self.config.data_reader and not is_given else ""
-        report = replace(report, run=Run(model=_name_of(trainer.lightning_module), calibration=calibration))
+        report = replace(report, run=Circumstances(model=_name_of(trainer.lightning_module), calibration=calibration))
         self._state.record(report, self._share_due(trainer))
         if shows_progress(trainer):
             rank_zero_info(f"{type(self).__name__}: {report.summary()}")

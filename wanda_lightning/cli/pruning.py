@@ -35,7 +35,7 @@ from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
 from wanda_lightning.modules.loading import check_source
-from wanda_lightning.report import LEFT_OUT, Measured, PruningReport, Run, Sample
+from wanda_lightning.report import LEFT_OUT, Circumstances, Continuations, Measured, PruningReport
 from wanda_lightning.report.descriptions import METRICS, change_of
 from wanda_lightning.shrinking import shrink as shrink_in_memory
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
@@ -56,7 +56,7 @@ class _Pruned:
     dense: Mapping[str, float]
     pruned: Mapping[str, float]
     save: Callable[[bool], object]  # True shrinks it
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[Continuations, ...] = ()
 
 
 def prune(config: PruningConfig, options: PruneOptions) -> None:
@@ -112,7 +112,7 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     report = prune_as(plan, batches, forward=forward, predict=predict)
     pruned, after = measured()
     save = partial(module.save_pretrained, results.save_model, results.overwrite)
-    yield _Pruned(report, module, source, dense, pruned, save, tuple(map(Sample, PROMPTS, before, after)))
+    yield _Pruned(report, module, source, dense, pruned, save, tuple(map(Continuations, PROMPTS, before, after)))
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Run:
+def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Circumstances:
     """Describe the run and its results."""
     (model, _, given, _), data = options, done.data
     names = logged_names(data) if done.dense else []
@@ -184,7 +184,7 @@ def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Run:
         Measured(data.describe_evaluation(*[number] * (number > 0)), done.dense[name], done.pruned[name])
         for number, name in enumerate(names)
     ]
-    return Run(
+    return Circumstances(
         command=as_command("prune", *options, always=["sparsity"] if config.pattern.fixed_sparsity is None else []),
         model=f"{model.model} ({given.checkpoint})" if given.checkpoint else model.model,
         metric=next((metric.name for metric in METRICS.values() if {*names} & {*metric.logged}), ""),
@@ -209,7 +209,7 @@ def _save(done: _Pruned, shrink: bool) -> tuple[bool, list[str]]:
 
 def _write(report: PruningReport, options: PruneOptions) -> tuple[PruningReport, list[str]]:
     """Write the card of the model and the results; return the report, with a note on a failure, and the files."""
-    (_, pruning, _, results), run, files = options, report.run or Run(), []
+    (_, pruning, _, results), run, files = options, report.run or Circumstances(), []
     if results.save_model is not None:
         hub_id = results.push_to_hub
         try:

@@ -37,7 +37,7 @@ class Images(Sequence[tuple[Any, int]]):
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Labeled images before any transform; `train` is None if there are none for training.
 
     Labels are positions in `class_names`, which `sorted_by_name` says are the sorted names of the class folders. A
@@ -67,7 +67,7 @@ def check_source(data: str) -> None:
         )
 
 
-def open_source(data: str, model_classes: Sequence[str] = ()) -> Source:
+def open_source(data: str, model_classes: Sequence[str] = ()) -> ImageSource:
     """Open a source that `check_source` accepts; images are decoded when they are used.
 
     If all class folders have names that are among `model_classes`, the model's classes by output, their labels are the
@@ -76,7 +76,7 @@ def open_source(data: str, model_classes: Sequence[str] = ()) -> Source:
     return _digits() if data == "digits" else _from_folder(Path(data).expanduser(), model_classes)
 
 
-def _digits() -> Source:
+def _digits() -> ImageSource:
     """Split the 1,797 scans of `sklearn.datasets.load_digits` (8x8 pixels): always the same 20 % for evaluation."""
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -86,10 +86,10 @@ def _digits() -> Source:
     pixels = (scans.images * (255 / 16)).round().astype("uint8")
     samples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, scans.target, strict=True)]
     train, evaluation = train_test_split(samples, test_size=0.2, random_state=0, stratify=scans.target)
-    return Source(Images(train), Images(evaluation), tuple("0123456789"))
+    return ImageSource(Images(train), Images(evaluation), tuple("0123456789"))
 
 
-def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
+def _from_folder(root: Path, model_classes: Sequence[str]) -> ImageSource:
     from torchvision.datasets import ImageFolder
 
     train = ImageFolder(str(root / "train")) if (root / "train").is_dir() else None
@@ -107,4 +107,4 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> Source:
         labels = [classes.index(name) for name in folder.classes]
         return Images([(path, labels[i]) for path, i in folder.samples])
 
-    return Source(None if train is None else labeled(train), labeled(evaluation), classes, not by_model, is_whole)
+    return ImageSource(None if train is None else labeled(train), labeled(evaluation), classes, not by_model, is_whole)

@@ -18,7 +18,7 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
 from wanda_lightning.common.words import counted
-from wanda_lightning.data.image_sources import Images, Source, check_source, open_source
+from wanda_lightning.data.image_sources import Images, ImageSource, check_source, open_source
 from wanda_lightning.data.loading import silence_worker_advice
 
 
@@ -74,7 +74,7 @@ class ImageDataModule(L.LightningDataModule):
         self.seed = seed
         self.image_size = image_size
         self.preprocessing: dict[str, Any] = {}
-        self._source: Source | None = None
+        self._source: ImageSource | None = None
         self._model_classes: tuple[str, ...] = ()
 
     @property
@@ -101,7 +101,7 @@ class ImageDataModule(L.LightningDataModule):
             self.preprocessing, self._model_classes = preprocessing, names
         self._check_classes(getattr(model, "num_classes", None), self._source)
 
-    def _check_classes(self, outputs: Any, source: Source) -> None:
+    def _check_classes(self, outputs: Any, source: ImageSource) -> None:
         """Raise an error if the model has too few outputs; warn if its outputs may be other classes."""
         classes = source.class_names
         if not isinstance(outputs, int) or outputs < 1:
@@ -121,7 +121,7 @@ class ImageDataModule(L.LightningDataModule):
                 "if the model was trained on these classes in this order."
             )
 
-    def _opened(self) -> Source:
+    def _opened(self) -> ImageSource:
         if self._source is None:
             raise UserError("setup() opens the images, but it was not called. Call it first.")
         return self._source

@@ -155,7 +155,7 @@ def _divided(samples: Samples, most: int) -> tuple[list[tuple[Sample, int]], lis
         count = batch.size - (seen + batch.size) // HELD_OUT + seen // HELD_OUT
         used.append((batch, count))
         if count < batch.size:
-            held_out.append(samples.part(batch, count, batch.size))
+            held_out.append(samples.subset(batch, count, batch.size))
         seen += batch.size
     return used, held_out
 

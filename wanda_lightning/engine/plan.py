@@ -64,7 +64,7 @@ class Plan:
         return Stop("", None, self.layers)
 
     @cached_property
-    def parts(self) -> tuple[Stop, ...]:
+    def places(self) -> tuple[Stop, ...]:
         """One stop for each block that holds layers, and for each layer outside of all blocks."""
         modules, members = named_modules(self.model), dict[str, list[Layer]]()
         for layer in self.layers:
@@ -75,7 +75,7 @@ class Plan:
     def block_stops(self) -> tuple[Stop, ...]:
         """One stop for each block that holds layers; none contains another."""
         own = {self.model, *(layer.module for layer in self.layers)}
-        return tuple(stop for stop in self.parts if stop.module not in own)
+        return tuple(stop for stop in self.places if stop.module not in own)
 
     @cached_property
     def blocks(self) -> tuple[nn.Module, ...]:

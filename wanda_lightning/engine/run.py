@@ -110,7 +110,7 @@ class WeightStore:
         bar.expect(len(plan.stops))
         stops: Iterable[tuple[Stop, list[Call]]] = ((stop, []) for stop in plan.stops)
         if plan.observed and (plan.config.recovery.recorded or not plan.is_one_pass):
-            stops = lockstep(plan.stops, run.samples.hold(), plan.processes, run.done.revisited)
+            stops = lockstep(plan.stops, run.samples.in_memory(), plan.processes, run.done.revisited)
         for stop in stops:
             yield stop
             bar.advance()

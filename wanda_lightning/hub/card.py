@@ -12,7 +12,7 @@ from typing import Any
 
 from wanda_lightning.common import words
 from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.report import LEFT_OUT, PruningReport, Run, descriptions
+from wanda_lightning.report import LEFT_OUT, Circumstances, PruningReport, descriptions
 from wanda_lightning.report.descriptions import METRICS, TOP1
 from wanda_lightning.report.records import as_json, from_parsed
 
@@ -41,12 +41,12 @@ def write_card(
     path, config = folder / "README.md", folder / "config.json"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
-    given = report.run or Run()
+    given = report.run or Circumstances()
     base = given.model.removeprefix("timm:").removeprefix("hf-hub:")
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) or Path(base).exists():  # no id on the hub, or a file
         base = ""
     # Without folders of this machine, and without results that are not finite, which become None.
-    run = from_parsed(Run, json.loads(_FOLDERS.sub("", as_json(asdict(given)))))
+    run = from_parsed(Circumstances, json.loads(_FOLDERS.sub("", as_json(asdict(given)))))
     run = replace(run, samples=given.samples)
     report = replace(report, run=run)
     has_picture = find_spec("matplotlib") is not None and LEFT_OUT not in report.notes
@@ -79,7 +79,7 @@ def write_card(
         temporary.write_text(f"{card}\n", encoding="utf-8")
 
 
-def _results(run: Run) -> tuple[list[tuple[str, ...]], list[Any]]:
+def _results(run: Circumstances) -> tuple[list[tuple[str, ...]], list[Any]]:
     """Return the measured results as rows of a table, and as metadata of the hub."""
     from huggingface_hub import EvalResult
 

@@ -168,7 +168,7 @@ class Layer:
         assert isinstance(weight, Tensor)
         return weight
 
-    def part(self, tensor: Tensor) -> Tensor:
+    def own(self, tensor: Tensor) -> Tensor:
         """Return this layer's part of a tensor with the shape of its parameter, or of the shard of this process.
 
         It is empty if the shard holds other experts or groups.
@@ -187,7 +187,7 @@ class Layer:
     @property
     def weight(self) -> Tensor:
         """The values without gradients; if the parameter is sharded, the shard of this process."""
-        return self.part(local(self.parameter.detach()))
+        return self.own(local(self.parameter.detach()))
 
     @property
     def bias_name(self) -> str:
@@ -200,13 +200,13 @@ class Layer:
         bias = getattr(self.module, self.bias_name, None)
         if not isinstance(bias, nn.Parameter) or isinstance(bias, DTensor) != isinstance(self.parameter, DTensor):
             return None
-        shape = self.part(torch.empty(bias.shape, device="meta")).shape
-        return self.part(local(bias.detach())) if tuple(shape) == self.shape[:1] else None
+        shape = self.own(torch.empty(bias.shape, device="meta")).shape
+        return self.own(local(bias.detach())) if tuple(shape) == self.shape[:1] else None
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of the weight in its own layout, unsharded."""
-        return tuple(self.part(torch.empty(self.parameter.shape, device="meta")).shape)
+        return tuple(self.own(torch.empty(self.parameter.shape, device="meta")).shape)
 
     @property
     def shape(self) -> tuple[int, int]:

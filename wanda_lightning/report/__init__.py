@@ -9,11 +9,11 @@ from wanda_lightning.report.pruning_report import (
 from wanda_lightning.report.records import (
     POOLED as POOLED,
     BatchNormCorrection as BatchNormCorrection,
+    Circumstances as Circumstances,
+    Continuations as Continuations,
     Measured as Measured,
     Permuted as Permuted,
     PrunedLayer as PrunedLayer,
-    Run as Run,
-    Sample as Sample,
     TrainedPart as TrainedPart,
     Training as Training,
     TrainingPass as TrainingPass,

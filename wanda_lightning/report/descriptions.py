@@ -23,7 +23,7 @@ _NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that
 class Metric:
     """A metric of models."""
 
-    name: str  # in `Run.metric` and in tables
+    name: str  # in `Circumstances.metric` and in tables
     title: str  # at the start of a sentence
     logged: tuple[str, str]  # the names under which modules log it, in validation and in test
     task: str  # of the models that it measures, in the vocabulary of the Hugging Face hub

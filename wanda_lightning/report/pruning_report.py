@@ -19,7 +19,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import descriptions, figures
 from wanda_lightning.report.descriptions import METRICS
-from wanda_lightning.report.records import ReportData, Run, as_json, from_parsed, grouped
+from wanda_lightning.report.records import Circumstances, ReportData, as_json, from_parsed, grouped
 
 REPORT_NAME = "pruning_report.json"
 _VERSION = 1  # of the JSON; a report without a version is older, and has the same fields
@@ -80,7 +80,7 @@ class PruningReport(ReportData):
         options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
         jinja = Environment(loader=loader, undefined=StrictUndefined, **options)
         jinja.filters |= {"percent": "{:.2%}".format, "duration": words.duration}
-        template, run = jinja.get_template("report.html"), self.run or Run()
+        template, run = jinja.get_template("report.html"), self.run or Circumstances()
         texts = {"descriptions": descriptions, "words": words, "metric": METRICS.get(run.metric)}
         with atomic_write(path) as temporary:
             temporary.write_text(template.render(report=self, run=run, figures=figures, plots=plots, **texts), "utf-8")

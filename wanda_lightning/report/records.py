@@ -190,7 +190,7 @@ class Permuted:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Continuations:
     """A prompt, and its continuations by the dense and by the pruned language model."""
 
     prompt: str
@@ -208,7 +208,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Run:
+class Circumstances:
     """The run that pruned the model: its data and results. Unknown values are empty or None."""
 
     command: str = ""  # the shell command that repeats it; empty for a run that was started from Python
@@ -220,7 +220,7 @@ class Run:
     others: tuple[Measured, ...] = ()  # results on other data
     calibration: str = ""  # the calibration data; also empty if the method reads none
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the pruned model, by task
-    samples: tuple[Sample, ...] = ()  # text by both models
+    samples: tuple[Continuations, ...] = ()  # text by both models
 
     @property
     def results(self) -> tuple[Measured, ...]:
@@ -241,7 +241,7 @@ class ReportData:
     config: Mapping[str, Any]  # the configuration, in full
     notes: tuple[str, ...] = ()  # sentences about the pruning as a whole
     training: Training | None = None  # of the whole pruned model
-    run: Run | None = None  # the run that pruned the model; None from `prune()`, which measures nothing
+    run: Circumstances | None = None  # the run that pruned the model; None from `prune()`, which measures nothing
     versions: Mapping[str, str] = field(default_factory=versions)  # of Python and the libraries
 
     @property

@@ -50,10 +50,10 @@ class StreamedWeights(WeightStore):
 
     def observe_dense(self, run: Run, observer: Observer, bar: ProgressBar) -> Observation:
         """Observe all layers in one pass through the dense model, block by block."""
-        bar.expect(len(run.plan.parts))
+        bar.expect(len(run.plan.places))
         with self.dense():
-            plan, samples = run.plan, run.samples.hold()
-            for stop, calls in lockstep(plan.parts, samples, plan.processes, to_end=True):
+            plan, samples = run.plan, run.samples.in_memory()
+            for stop, calls in lockstep(plan.places, samples, plan.processes, to_end=True):
                 bar.show(stop.name)
                 bar.advance()
                 self.hold(stop.name)

@@ -110,7 +110,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self._held_layers = [(layer, layer.parameter) for layer in held]
         for layer in held:
             if layer.name in unheld:
-                keep = layer.part(self._keep[layer.parameter])
+                keep = layer.own(self._keep[layer.parameter])
                 keep |= unpack(unheld[layer.name], keep.shape).to(keep.device)
         for weight in self._keep:
             self._mask_gradient(weight)
@@ -163,7 +163,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         for layer, weight in self._held_layers:
             shapes[layer.name] = [*layer.shape]
             if not isinstance(weight, DTensor):
-                zero = (layer.part(weight.detach()) == 0) & layer.part(self._keep_of(weight))
+                zero = (layer.own(weight.detach()) == 0) & layer.own(self._keep_of(weight))
                 if zero.any():
                     unheld[layer.name] = pack(zero)
         return {"layers": [*shapes], "unheld_zeros": unheld, "shapes": shapes}
@@ -212,7 +212,7 @@ def keep_masks(layers: Iterable[Layer], elsewhere: bool) -> dict[Tensor, KeepMas
         parameter = layer.parameter
         if parameter not in keep:
             keep[parameter] = torch.full_like(local(parameter.detach()), elsewhere, dtype=torch.bool)
-        layer.part(keep[parameter]).copy_(layer.weight != 0)
+        layer.own(keep[parameter]).copy_(layer.weight != 0)
     return keep
 
 
