@@ -21,7 +21,7 @@ from wanda_lightning import Fisher, Structured, prune
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.core.allocation import Uniform, UnitLayer
-from wanda_lightning.engine.coupling import couple
+from wanda_lightning.engine.hidden_units import couple
 from wanda_lightning.models import SkipReason
 
 EACH_OF_4 = Structured(multiple_of=4)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from wanda_lightning import PruningCallback, WandaPrune, prune
 from wanda_lightning.calibration.samples import map_tensors
-from wanda_lightning.engine.permuting import permute
+from wanda_lightning.engine.hidden_units import permute
 from wanda_lightning.models import find_layers
 
 READERS = {
@@ -228,9 +228,8 @@ def test_tied_blocks_and_adapters_keep_their_order(make, batches):
 def test_no_batches_and_bad_batches():
     with pytest.raises(ValueError, match=r"must hold at least one calibration batch for permutation=.assignment"):
         prune_permuted(Blocks(), [], method="magnitude")
-    with pytest.raises(ValueError, match="NaN") as error:
+    with pytest.raises(ValueError, match="NaN"):
         prune_permuted(Blocks(run=lambda blocks, x: blocks[1](blocks[0](x) * torch.nan)), images())
-    assert "Hidden units of the model are permuted already" in "".join(error.value.__notes__)
 
 
 def test_a_model_without_blocks():

@@ -22,10 +22,9 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
-from wanda_lightning.engine.coupling import couple
 from wanda_lightning.engine.drop_experts import drop_experts
+from wanda_lightning.engine.hidden_units import couple, permute
 from wanda_lightning.engine.notes import make_report
-from wanda_lightning.engine.permuting import permute
 from wanda_lightning.engine.plan import Plan, make_plan, refuse_unprunable
 from wanda_lightning.engine.run import Observed, Run, WeightStore
 from wanda_lightning.engine.write import prune_stop
