@@ -235,9 +235,7 @@ def test_outputs_that_are_no_predictions():
     assert any(changed(model, resnet()))
 
 
-@pytest.mark.parametrize(
-    ("last", "text"), [(5, "keep_batch_norm=True leaves"), (7, "have the statistics of the dense")]
-)
+@pytest.mark.parametrize(("last", "text"), [(5, "keep_batch_norm=True leaves"), (7, "calibration batch")])
 def test_an_error_restores_the_statistics(last, text):
     """After 3 passes to try two samples, 2 dense batches, and 2 pruned ones."""
     dense = resnet()

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections import Counter
 from functools import partial
 
 import pytest
@@ -75,14 +74,12 @@ def test_mixed_n_of_m(model_name, allocation):
     specimen = ZOO[model_name]
     model = specimen.build()
     report = prune(model, specimen.batches(), 0.5, pattern=NM(8, 16), allocation=allocation, progress=False)
-    sparsities, kinds = {layer.name: layer.sparsity for layer in report.layers}, Counter()
+    sparsities, kinds = {layer.name: layer.sparsity for layer in report.layers}, set()
     for layer in find_layers(model).layers:
         (kept,) = (layer.read().reshape(-1, 16) != 0).sum(dim=1).unique().tolist()
-        kinds["dense" if kept == 16 else f"{kept}:16"] += 1
+        kinds.add(kept)
         assert sparsities[layer.name] == 1 - kept / 16
     assert len(kinds) > 1
-    listed = (f"{number} layer{'s' * (number > 1)} {kind}" for kind, number in sorted(kinds.items()))
-    assert f"mixed N:M: {', '.join(listed)}" in report.notes
     largest = max(layer.size for layer in report.layers)
     assert abs(report.sparsity - 0.5) * sum(layer.size for layer in report.layers) <= largest / 16 / 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
-from wanda_lightning.calibration.error_notes import add_note, noting
+from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.interception import input_of
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.core.losses import divergence, squared_error
@@ -69,18 +70,16 @@ class BatchNormStatistics:
             return None
         sizes = [sum(count for _, count in self._used), sum(sample.size for sample, _, _ in self._held_out)]
         used, held_out = (sum(column) for column in zip(*self._processes.all_gather(sizes), strict=True))
-        try:
+        with ExitStack() as undo:
+            for layer, moments in enumerate(self._original):
+                undo.callback(self._set, layer, moments)  # also after an error
             before = self._mean_distance()
             corrected = self._correct()
             after = self._mean_distance()
-        except BaseException as error:
-            self._restore()
-            add_note(error, "The model is pruned. Its BatchNorm layers have the statistics of the dense model.")
-            raise
-        hurts = before is not None and after is not None and not after <= before
-        if hurts:
-            self._restore()
-        return BatchNormCorrection(corrected, used, held_out, before, after, not hurts)
+            kept = before is None or after is None or after <= before
+            if kept:
+                undo.pop_all()
+        return BatchNormCorrection(corrected, used, held_out, before, after, kept)
 
     def _record(self, layer: int, call: int, inputs: Tensor) -> None:
         """Add the inputs of a layer of the dense model."""
@@ -141,10 +140,6 @@ class BatchNormStatistics:
         for buffer, values in zip(_buffers(self._layers[layer]), moments, strict=True):
             buffer.copy_(values)
 
-    def _restore(self) -> None:
-        for layer, moments in enumerate(self._original):
-            self._set(layer, moments)
-
 
 def _divided(samples: Samples, most: int) -> tuple[list[tuple[Sample, int]], list[Sample]]:
     """Return the first batches, each with its number of samples that are not held out, and every eighth sample."""
@@ -166,11 +161,8 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
     The frozen ones of detectors, which are classes of their own in every library, normalize by them in training, too.
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) or "FrozenBatchNorm" in type(m).__name__]
-    return [
-        layer
-        for layer in layers
-        if not any(x is None or isinstance(x, UninitializedBuffer) for x in (layer.running_mean, layer.running_var))
-    ]
+    without = (NoneType, UninitializedBuffer)
+    return [m for m in layers if not any(isinstance(x, without) for x in (m.running_mean, m.running_var))]
 
 
 def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:

@@ -77,7 +77,6 @@ def find_mixtures(plan: Plan) -> list[Mixture]:
     found, shown, pattern = list(mixtures(plan.model)), plan.config.shown("pattern"), plan.config.pattern
     assert isinstance(pattern, Experts)
     sizes = {(mixture.number, mixture.groups): mixture.name for mixture in found}
-    texts = [f"{name} has {number} in {counted(groups, 'group')}" for (number, groups), name in sizes.items()]
     experts = tuple(f"{mixture.prefix}." for mixture in found)
     left_out = [m.name for m in plan.inventory.skipped_for(SkipReason.USER) if m.name.startswith(experts)]
     size, sparsity = (found[0].number // found[0].groups if found else 1), plan.config.sparsity
@@ -93,7 +92,7 @@ def find_mixtures(plan: Plan) -> list[Mixture]:
             "needs a mixture of experts, but no module of the model has experts in stacked parameters (a list of "
             f"modules does not count) and a router with one row for each of them. {_OTHERS}",
         ),
-        (len(sizes) > 1, f"drops the same number of experts in every layer, but {' and '.join(texts)}. {_OTHERS}"),
+        (len(sizes) > 1, f"needs as many experts in {' as in '.join(sizes.values())}, in as many groups. {_OTHERS}"),
         (left_out, f"drops experts in every layer, but skip or only leaves out {', '.join(left_out[:1])}. {_OTHERS}"),
         (
             kept == 0 or (kept == size and sparsity > 0),
@@ -134,7 +133,7 @@ def _refuse_wrong(plan: Plan, mixture: Mixture, saliency: ExpertSaliency, keep: 
         results = tensors_within(mixture.module.forward(*args, **kwargs))  # perhaps with one logit for each expert
         return [x[..., keep.to(x.device)] if x.shape[-1:] == keep.shape else x for x in results]
 
-    kept, groups, same = int(keep.sum()), mixture.groups, True
+    kept, same = int(keep.sum()), True
     if (call := saliency.first.get(mixture.name)) is not None:  # this process has a batch
         with ExitStack() as undo, ExitStack() as lowered:
             lowered.enter_context(unroutable(mixture, ~keep))
@@ -146,12 +145,11 @@ def _refuse_wrong(plan: Plan, mixture: Mixture, saliency: ExpertSaliency, keep: 
             same = BlockRuns(mixture.module, [replace(call, forward=forward)]).same_after(take)
             same = same and saliency.per_token[mixture.name] <= kept
     if not plan.processes.all_agree(same):
-        where = f" ({kept // groups} in each of its {groups} groups)" if groups > 1 else ""
         raise UserError(
             f"sparsity={plan.config.sparsity:g} with {plan.config.shown('pattern')} leaves {kept} of {mixture.number} "
-            f"experts{where}, but without the others {mixture.name} ({type(mixture.module).__name__}) computes "
-            "something else than with the others unroutable: a token may need more experts, or the experts are used in "
-            f"another way. Choose a lower sparsity, or another pattern. {_OTHERS}"
+            f"experts, but without the others {mixture.name} ({type(mixture.module).__name__}) computes something "
+            "else than with the others unroutable: a token may need more experts, or the experts are used in another "
+            f"way. Choose a lower sparsity. {_OTHERS}"
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -57,8 +58,7 @@ def permute(run: Run) -> Permuted:
     receive the permuted values, while everything else in the block stays the same. After all units of the block are
     permuted, its results must be the same for all samples; otherwise the units are put back in their original order.
     """
-    plan, store = run.plan, run.store
-    stops = plan.block_stops
+    plan, stops = run.plan, run.plan.block_stops
     if not stops:
         return Permuted(why_not="no layer to prune lies in a block")
     search, again = _Permuting(plan), set[str]()
@@ -66,11 +66,11 @@ def permute(run: Run) -> Permuted:
     with pruning_mode(plan.model, search.moved), closing(blocks):
         for block, calls in blocks:
             search(block, calls)
-        for name in [stop.name for stop in stops]:
-            if name in again:
-                search.put_back(name, store.undo)
+        for stop in stops:
+            if stop.name in again:
+                search.put_back(stop.name, run.store.undo)
             else:
-                store.repeat(name, partial(_permute_all, search.done.get(name, ())))
+                run.store.repeat(stop.name, partial(_permute_all, search.done.get(stop.name, ())))
     return Permuted(search.kept, tuple(search.back))
 
 
@@ -264,15 +264,11 @@ def _likeness(block: nn.Module) -> tuple[object, ...]:
 
 def _one_block(plan: Plan) -> Stop:
     """Return the smallest module with a forward that contains all layers."""
-    modules, name = named_modules(plan.model), plan.layers[0].name.rpartition(".")[0]
-
-    def is_around(name: str) -> bool:
-        inside = all(layer.name.startswith(f"{name}." if name else "") for layer in plan.layers)
-        return inside and type(modules[name]).forward is not nn.Module.forward  # a ModuleList has none
-
-    while name and not is_around(name):
-        name = name.rpartition(".")[0]
-    return Stop(name, modules[name], plan.layers)
+    modules, levels = named_modules(plan.model), zip(*(x.name.split(".")[:-1] for x in plan.layers), strict=False)
+    parts = [names[0] for names in takewhile(lambda names: len({*names}) == 1, levels)]
+    while parts and type(modules[".".join(parts)]).forward is nn.Module.forward:  # a ModuleList has none
+        parts.pop()
+    return Stop(".".join(parts), modules[".".join(parts)], plan.layers)
 
 
 def _wide_enough(plan: Plan, found: Mapping[str, RemovableUnits]) -> dict[str, RemovableUnits]:

@@ -14,51 +14,40 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration import observer
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import counted
-from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason, is_wrapper
 from wanda_lightning.report import PruningReport
+from wanda_lightning.report.records import grouped
 
 log = logging.getLogger(__name__)
 
-_ALREADY_SPARSE = 0.05  # fraction of zeros before pruning
 _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be pruned
 
 
 def make_report(run: Run) -> PruningReport:
-    """Return the report of a run that has pruned all units, and log its warnings."""
+    """Return the report of a run that has pruned all stops, and log its warnings."""
     started = time.perf_counter()
-    plan = run.plan
-    for layer in plan.layers:
-        if layer.name not in run.done.layers and layer.name not in run.done.skipped:  # no batch reached its stop
-            run.done.skipped[layer.name] = unreached(layer)
-    for name, units in plan.coupled.items():
-        for writer in units.writers if name in run.done.skipped else ():
-            why = replace(run.done.skipped[name], name=writer.name, shape=writer.stored_shape)
-            run.done.skipped.setdefault(writer.name, why)
-    if not run.done.layers and plan.config.sparsity > 0:
-        found = "no token except padding reached any"
-        if any(each.reason == SkipReason.INACTIVE for each in run.done.skipped.values()):
-            found = "only zeros reached any"
+    plan, pruned, skipped = run.plan, run.done.layers, _left_dense(run)
+    if not pruned and plan.config.sparsity > 0:
+        only_zeros = any(each.reason == SkipReason.INACTIVE for each in skipped.values())
+        found = "only zeros" if only_zeros else "no token except padding"
         raise UserError(
-            f"batches must reach the layers, but {found} of the {len(plan.layers)} layers, so nothing was pruned. "
-            "Check that the batches hold more than padding or zeros, and that forward= runs the model."
+            f"batches must reach the layers, but {found} reached any of the {len(plan.layers)} layers, so nothing was "
+            "pruned. Check that the batches hold more than padding or zeros, and that forward= runs the model."
         )
-    notes = notes_on(run)
+    notes = _notes_on(run, skipped)
     for note in notes:
         if note.is_warning and plan.processes.rank == 0:
             log.warning(note.text)
     parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
     held = (p.detach() for p in parameters if not is_wrapper(p) and not is_unloaded(p))
     zeros = run.store.zeros + sum(int((values == 0).count_nonzero()) for values in held)
-    names = plan.inventory.blocks if plan.coupled else [layer.name for layer in plan.layers]
-    skipped = [run.done.skipped[name] for name in names if name in run.done.skipped and name not in run.done.layers]
     run.clock["report"] = time.perf_counter() - started
     return PruningReport(
-        layers=tuple(run.done.layers[name] for name in names if name in run.done.layers),
-        skipped=(*plan.inventory.skipped, *skipped),
+        layers=tuple(pruned[name] for name in plan.inventory.blocks if name in pruned),
+        skipped=(*plan.inventory.skipped, *skipped.values()),
         parameters=sum(parameter.numel() for parameter in parameters),
         zeros=zeros,
         seconds=dict(run.clock),
@@ -68,6 +57,16 @@ def make_report(run: Run) -> PruningReport:
     )
 
 
+def _left_dense(run: Run) -> dict[str, SkippedMatrix]:
+    """Return the layers of the plan that were not pruned, and what writes the hidden units that such layers read."""
+    done, plan = run.done, run.plan
+    dense = {x.name: done.skipped.get(x.name) or unreached(x) for x in plan.layers if x.name not in done.layers}
+    for name, units in plan.coupled.items():
+        for writer in units.writers if name in dense else ():
+            dense.setdefault(writer.name, replace(dense[name], name=writer.name, shape=writer.stored_shape))
+    return {name: dense[name] for name in plan.inventory.blocks if name in dense and name not in done.layers}
+
+
 class Note(NamedTuple):
     """A sentence for the report; a warning is also logged."""
 
@@ -75,15 +74,13 @@ class Note(NamedTuple):
     is_warning: bool = True
 
 
-def notes_on(run: Run) -> list[Note]:
-    """Return all notes on a pruning run."""
-    coverage = None if run.plan.coupled else low_coverage(run.plan.inventory, run.done.skipped)
-    on_coverage = (unfit_layers(run.plan.inventory), coverage)
+def _notes_on(run: Run, skipped: Mapping[str, SkippedMatrix]) -> list[Note]:
+    coverage = None if run.plan.coupled else low_coverage(run.plan.inventory, skipped)
     return [
-        *_on_layers(run),
-        *(note for note in on_coverage if note),
+        *_on_layers(run, skipped),
+        *filter(None, (unfit_layers(run.plan.inventory), coverage)),
         *_on_targets(run),
-        *_units(run),
+        *_on_units(run),
         *_on_permutation(run),
         *_on_batch_norm(run),
         *_on_training(run),
@@ -97,9 +94,9 @@ _LEFT_DENSE = (
 )
 
 
-def _on_layers(run: Run) -> Iterator[Note]:
+def _on_layers(run: Run, skipped: Mapping[str, SkippedMatrix]) -> Iterator[Note]:
     for reason, why in _LEFT_DENSE:
-        if names := [name for name, matrix in run.done.skipped.items() if matrix.reason is reason]:
+        if names := [name for name, matrix in skipped.items() if matrix.reason is reason]:
             yield Note(f"{why} {_layers(names)}, {names[0]} first: left dense")
     if few := [name for name in run.done.few_tokens if name in run.done.layers]:
         least = min(few, key=lambda name: run.done.layers[name].tokens)
@@ -117,13 +114,6 @@ def _on_layers(run: Run) -> Iterator[Note]:
         yield Note(
             f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the "
             "first call: use sequential='none', so that they include all calls"
-        )
-    if sparse := [layer for layer in run.done.layers.values() if layer.before > _ALREADY_SPARSE]:
-        most, were = max(sparse, key=lambda layer: layer.before), "was" if len(sparse) == 1 else "were"
-        yield Note(
-            f"{_layers(sparse)} {were} sparse already, {most.name} most: {most.before:.1%} zeros, which count toward "
-            "the target",
-            is_warning=False,
         )
 
 
@@ -156,12 +146,8 @@ def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}
     total = pruned + _size(left)
     if pruned >= _ENOUGH_COVERAGE * total:
         return None
-    alike: dict[str, list[SkippedMatrix]] = {}
-    for matrix in left:
-        alike.setdefault(matrix.detail, []).append(matrix)
-    largest = sorted(alike.items(), key=lambda item: -_size(item[1]))[:3]
-    texts = []
-    for detail, matrices in largest:
+    alike, texts = grouped(left, lambda matrix: matrix.detail), []
+    for detail, matrices in sorted(alike.items(), key=lambda item: -_size(item[1]))[:3]:
         more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
         texts.append(f"{matrices[0].name}{more}, {_size(matrices):,} weights: {detail}")
     return Note(
@@ -188,7 +174,7 @@ def _on_targets(run: Run) -> Iterator[Note]:
         )
 
 
-def _units(run: Run) -> Iterator[Note]:
+def _on_units(run: Run) -> Iterator[Note]:
     if not run.plan.coupled or not run.plan.config.sparsity:
         return
     zero, width = sum(run.done.zero_units.values()), sum(units.width for units in run.plan.coupled.values())
@@ -202,24 +188,18 @@ def _units(run: Run) -> Iterator[Note]:
 
 
 def _on_permutation(run: Run) -> Iterator[Note]:
-    pattern = run.plan.config.pattern
-    kinds = Counter(run.selections[name].pattern for name in run.done.layers if name in run.selections)
-    if pattern.fixed_sparsity is not None and len(kinds) > 1:
-        counts = {_as_nm(kind): number for kind, number in kinds.items()}
-        listed = ", ".join(f"{counted(number, 'layer')} {kind}" for kind, number in sorted(counts.items()))
-        yield Note(f"mixed N:M: {listed}", is_warning=False)
     if not (done := run.permuted):
         return
-    reason = ""
+    reason, nm = "", f"{run.plan.config.pattern.group_kept}:{run.plan.config.pattern.group_size}"
     if back := done.put_back:
         reason = f"; the units of {_layers(back, 'block')} were put back, {back[0]} first, because its output changed"
     if not done.kept:
         why = done.why_not or "no layer reads hidden units whose order can be changed"
-        yield Note(f"nothing is permuted for {_as_nm(pattern)}: {why}{reason}")
+        yield Note(f"nothing is permuted for {nm}: {why}{reason}")
         return
     before, after = (sum(column) for column in zip(*done.kept.values(), strict=True))
     yield Note(
-        f"the inputs of {_layers(done.kept)} are permuted, which raises the Wanda scores that {_as_nm(pattern)} keeps "
+        f"the inputs of {_layers(done.kept)} are permuted, which raises the Wanda scores that {nm} keeps "
         f"in them by {after / before - 1:.2%}{reason}",
         is_warning=bool(reason),
     )
@@ -233,16 +213,16 @@ def _on_batch_norm(run: Run) -> Iterator[Note]:
     if not done.layers:
         yield Note("no calibration batch reached a BatchNorm layer: they keep the statistics of the dense model")
         return
-    compared = "; no predictions of held-out samples to compare"
-    if done.before is not None and done.after is not None:
-        compared = (
+    text = f"the statistics of {counted(done.layers, 'BatchNorm layer')} are corrected on {done.samples} samples"
+    if not done.kept:
+        text = "BatchNorm layers keep their statistics instead of a correction"
+    if done.before is None or done.after is None:
+        text += "; no predictions of held-out samples to compare"
+    else:
+        text += (
             f", which {'changes' if done.kept else 'would change'} the distance from the dense predictions on "
             f"{done.held_out} held-out samples from {done.before:.4g} to {done.after:.4g}"
         )
-    text = f"BatchNorm layers keep their statistics instead of a correction{compared}"
-    if done.kept:
-        layers = counted(done.layers, "BatchNorm layer")
-        text = f"the statistics of {layers} are corrected on {done.samples} samples{compared}"
     yield Note(text, is_warning=False)
 
 
@@ -258,23 +238,15 @@ def _on_training(run: Run) -> Iterator[Note]:
         )
     if not (training := run.training):
         return
-    losses = ", ".join(f"{each.loss:.4g}" for each in training.passes if each.loss is not None)
-    trained = counted(training.trained, "sample")
-    text = f"{training.recovery} trained on {trained}, mean loss of each pass: {losses or 'none'}"
-    if held_out := [each.held_out for each in training.passes if each.held_out is not None]:
-        best = held_out.index(min(held_out))
-        text += f"; on {counted(training.held_out, 'held-out sample')}, before and after each pass: "
-        text += ", ".join(f"{loss:.4g}" for loss in held_out)
+    text = f"{training.recovery} trained on {counted(training.trained, 'sample')}"
+    if losses := [each.held_out for each in training.passes if each.held_out is not None]:
+        best = losses.index(min(losses))
+        text += f"; loss on {counted(training.held_out, 'held-out sample')} before and after each pass: "
+        text += ", ".join(f"{loss:.4g}" for loss in losses)
         text += f"; the weights {f'of pass {best}' if best else 'from before the training'} are kept"
     else:
         text += "; too few samples to hold any out"
     yield Note(f"{text}; {training.stopped}" if training.stopped else text, is_warning=bool(training.stopped))
-
-
-def _as_nm(pattern: Pattern) -> str:
-    if pattern.fixed_sparsity is None:
-        return "dense"
-    return f"{pattern.group_kept}:{pattern.group_size}"
 
 
 def _size(matrices: Sequence[SkippedMatrix]) -> int:

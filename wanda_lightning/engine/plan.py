@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import DenseLayer, UnitLayer
 from wanda_lightning.core.patterns import Structured, Unstructured
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
-from wanda_lightning.core.types import RowWeights
 from wanda_lightning.models import (
     Inventory,
     Layer,
@@ -108,17 +106,12 @@ class Plan:
 
     def dense_layers(
         self,
-        layers: Sequence[Layer],
+        layers: Iterable[Layer],
         inputs: Mapping[str, InputStatistics] = {},
         gradients: Mapping[str, GradientStatistics] = {},
-        reading: Callable[[str], None] = lambda name: None,
+        read: Callable[[Layer], Tensor] = Layer.read,
     ) -> list[DenseLayer]:
-        """Describe layers to an allocation, which calls `reading` with a layer's name before it reads the weight."""
-
-        def read(layer: Layer) -> Tensor:
-            reading(layer.name)
-            return layer.read()
-
+        """Describe layers to an allocation."""
         return [
             DenseLayer(
                 layer.name,
@@ -136,39 +129,25 @@ class Plan:
         self,
         inputs: Mapping[str, InputStatistics],
         gradients: Mapping[str, GradientStatistics] = {},
-        progress: bool = False,
-        hold: Callable[[str], None] = lambda name: None,
+        read: Callable[[Layer], Tensor] = Layer.read,
     ) -> Selections:
         """Give each layer its sparsity, the same in all processes; a layer without statistics gets the target.
 
-        `inputs` and `gradients` are those of the dense model. `hold` is called with the name of a layer before its
-        weight is read.
+        `inputs` and `gradients` are those of the dense model, whose weights `read` returns.
         """
-        allocation, processes = self.config.allocation, self.processes
-        layers = list(self.layers)
+        allocation, layers, sparsities = self.config.allocation, list(self.layers), dict[str, float]()
         if allocation.needs:
-            layers = [layer for layer in layers if layer.name in inputs and inputs[layer.name].count > 0]
+            layers = [layer for layer in layers if layer.name in inputs and inputs[layer.name].count]
         if allocation.reads_gradients:
             layers = [layer for layer in layers if layer.name in gradients]
-        sparsities: dict[str, float] = {}
-        shown: set[str] = set()
-
-        def reading(name: str) -> None:
-            bar.show(name)
-            bar.advance(name not in shown)
-            shown.add(name)
-            hold(name)
-
-        progress = progress and bool(allocation.needs or allocation.reads_gradients) and not self.coupled
-        with processes.fail_together(), ProgressBar("Allocating", len(layers), progress) as bar:
-            if processes.rank == 0 and self.coupled:
+        with self.processes.fail_together():
+            if self.processes.rank == 0 and self.coupled:
                 sparsities = self._unit_sparsities(gradients)
-            elif layers and processes.rank == 0:
-                sparsities = allocation(self.dense_layers(layers, inputs, gradients, reading), self.config.sparsity)
+            elif self.processes.rank == 0 and layers:
+                sparsities = allocation(self.dense_layers(layers, inputs, gradients, read), self.config.sparsity)
             # One process decides: numbers that differ in the last digit could give different masks.
-            sparsities = processes.broadcast(sparsities, 0)
-        weighed = gradients if self.config.pattern.weigh_rows else {}
-        return self.selections(sparsities, {name: each.row_weights() for name, each in weighed.items()})
+            sparsities = self.processes.broadcast(sparsities, 0)
+        return self.selections(sparsities, gradients)
 
     def _unit_sparsities(self, gradients: Mapping[str, GradientStatistics]) -> dict[str, float]:
         """Give each layer that reads hidden units the fraction of them that becomes zero."""
@@ -181,7 +160,9 @@ class Plan:
         found = allocation.of_units(layers, self.config.sparsity, pattern) if layers else {}
         return {layer.name: 1 - pattern.kept(layer.width, found[layer.name]) / layer.width for layer in layers}
 
-    def selections(self, sparsities: Mapping[str, float], row_weights: Mapping[str, RowWeights] = {}) -> Selections:
+    def selections(
+        self, sparsities: Mapping[str, float], gradients: Mapping[str, GradientStatistics] = {}
+    ) -> Selections:
         """Return how the weights of each layer are selected; a layer without a sparsity of its own gets the target."""
         selections: dict[str, Selection] = {}
         for layer in self.layers:
@@ -191,8 +172,9 @@ class Plan:
                 assert isinstance(pattern, Structured)
                 pattern = replace(pattern, columns=self.coupled[layer.name].columns)
             selection = Selection(self.config.criterion, pattern, sparsity)
-            weighed = layer.name in row_weights
-            selections[layer.name] = replace(selection, row_weights=row_weights[layer.name]) if weighed else selection
+            if pattern.weigh_rows and layer.name in gradients:
+                selection = replace(selection, row_weights=gradients[layer.name].row_weights())
+            selections[layer.name] = selection
         return selections
 
 
@@ -269,36 +251,27 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     )
 
 
-def _repeats(layer: Layer) -> bool:
-    stored = layer.parameter
-    return any(step == 0 and size > 1 for step, size in zip(stored.stride(), stored.shape, strict=True))
-
-
-def _is_not_finite(layer: Layer) -> bool:
-    # The sum takes one fast pass. It may overflow, so only the slow check of each weight decides.
-    return not layer.weight.sum().isfinite() and not layer.weight.isfinite().all()
-
-
-_WEIGHTS: Sequence[tuple[Callable[[Layer], bool], str]] = (
-    (
-        lambda layer: layer.parameter.is_inference(),
-        "was created under torch.inference_mode() and cannot change. Build or load the model outside of it.",
-    ),
-    (_repeats, "was made by expand() and repeats the same numbers. Replace it by nn.Parameter(weight.clone())."),
-    (
-        _is_not_finite,
-        "has weights that are NaN or infinite. Check the checkpoint. If its weights overflowed in the conversion to "
-        "float16, load it in float32 or bfloat16.",
-    ),
-)
-
-
 def refuse_unprunable(layers: Iterable[Layer]) -> None:
     """Refuse weights without values, weights that cannot be written, NaN and infinity."""
     for layer in layers:
         refuse_no_values(layer)
-        for is_wrong, found in _WEIGHTS:
-            if is_wrong(layer):
+        stored = layer.parameter
+        repeats = any(step == 0 and size > 1 for step, size in zip(stored.stride(), stored.shape, strict=True))
+        # The sum takes one fast pass. It may overflow, so only the slow check of each weight decides.
+        is_finite = bool(layer.weight.sum().isfinite() or layer.weight.isfinite().all())
+        for is_wrong, found in (
+            (
+                stored.is_inference(),
+                "was created under torch.inference_mode() and cannot change. Build or load the model outside of it.",
+            ),
+            (repeats, "was made by expand() and repeats the same numbers. Replace it by nn.Parameter(weight.clone())."),
+            (
+                not is_finite,
+                "has weights that are NaN or infinite. Check the checkpoint. If its weights overflowed in the "
+                "conversion to float16, load it in float32 or bfloat16.",
+            ),
+        ):
+            if is_wrong:
                 raise UserError(f"model must have finite weights that can be written, but {layer.name} {found}")
 
 

@@ -103,8 +103,7 @@ def prune_as(
     config, model, processes = plan.config, plan.model, plan.processes
     with processes.fail_together():
         store.check(plan.layers)
-        batch_norms = _batch_norms(plan)
-        not_corrected = ""
+        batch_norms, not_corrected = _batch_norms(plan), ""
         if batch_norms and batches is None:
             not_corrected, batch_norms = "no calibration batches were given", []
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
@@ -201,18 +200,17 @@ def _batch_norms(plan: Plan) -> list[nn.Module]:
 
 def _observe_dense_model(run: Run) -> Observed:
     """Collect the input statistics and the gradients that allocation and pattern read."""
-    config, model = run.plan.config, run.plan.model
+    plan, config, model = run.plan, run.plan.config, run.plan.model
     inputs: Mapping[str, InputStatistics] = {}
     gradients: Mapping[str, GradientStatistics] = {}
     if config.allocation.needs:
-        observer = Observer(config.allocation.needs, run.plan.processes)
+        observer = Observer(config.allocation.needs, plan.processes)
         with pruning_mode(model), ProgressBar("Observing", None, run.progress) as bar:
             inputs = run.store.observe_dense(run, observer, bar).inputs
     if config.reads_gradients:
-        with pruning_mode(model), ProgressBar("Passing backward", None, run.progress) as bar:
-            bar.expect(run.samples.length)
-            plan, limit = run.plan, config.allocation.gradient_limit
-            columns = {name: units.columns for name, units in plan.coupled.items()}
+        limit = config.allocation.gradient_limit
+        columns = {name: units.columns for name, units in plan.coupled.items()}
+        with pruning_mode(model), ProgressBar("Passing backward", run.samples.length, run.progress) as bar:
             gradients = gradient_statistics(
                 model, plan.layers, plan.blocks, run.samples, bar.advance, plan.processes, limit, columns
             )

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from wanda_lightning.calibration.lockstep import Call, Stops, lockstep
 from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.samples import Samples
@@ -68,11 +70,19 @@ class Run:
             selections = self.store.recall(self.plan)
         if selections:
             self.samples.count()
-        else:
-            found = observe()
-            with self.store.dense():
-                selections = self.plan.allocate(*found, self.progress, self.store.hold)
-            self.store.keep(selections)
+            return replace(self, selections=selections)
+        found, allocation = observe(), self.plan.config.allocation
+        is_shown = self.progress and bool(allocation.needs or allocation.reads_gradients) and not self.plan.coupled
+        with self.store.dense(), ProgressBar("Allocating", None, is_shown) as bar:
+
+            def read(layer: Layer) -> Tensor:
+                bar.show(layer.name)
+                bar.advance()
+                self.store.hold(layer.name)
+                return layer.read()
+
+            selections = self.plan.allocate(*found, read)
+        self.store.keep(selections)
         return replace(self, selections=selections)
 
     def written(self) -> str:
