@@ -241,7 +241,7 @@ def _on_training(run: Run) -> Iterator[Note]:
     text = f"{training.recovery} trained on {counted(training.trained, 'sample')}"
     if losses := [each.held_out for each in training.passes if each.held_out is not None]:
         best = losses.index(min(losses))
-        text += f"; loss on {counted(training.held_out, 'held-out sample')} before and after each pass: "
+        text += f"; mean loss on {counted(training.held_out, 'held-out sample')}, before and after each pass: "
         text += ", ".join(f"{loss:.4g}" for loss in losses)
         text += f"; the weights {f'of pass {best}' if best else 'from before the training'} are kept"
     else:
