@@ -12,7 +12,7 @@ from support.refusals import Untouched, refusal
 from support.zoo import ZOO, family, names, run, seeded
 
 from wanda_lightning import prune, prune_from_disk
-from wanda_lightning.models.mixtures import mixtures
+from wanda_lightning.experts.mixtures import mixtures
 
 BATCHES = ZOO["mixtral_padded"].batches
 

@@ -22,10 +22,10 @@ from wanda_lightning.common.words import as_size, counted
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
-from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.notes import low_coverage, unfit_layers
-from wanda_lightning.engine.plan import config_for, make_plan, refuse_nothing_to_prune
+from wanda_lightning.engine.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
+from wanda_lightning.experts.removal import find_mixtures
 from wanda_lightning.models import Inventory, Stop, find_layers
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_source, model_from_config
@@ -171,7 +171,7 @@ def inspect(config: PruningConfig, options: Model) -> None:
         print_line("Note: --pattern structured prunes only those of these layers that write or read hidden units.")
     refuse_nothing_to_prune(config, found)
     if config.pattern.drops_experts:
-        find_mixtures(make_plan(config, model))
+        find_mixtures(config, model, found)
     if not options.is_image:
         print_line(_memory(model, found, options))
 

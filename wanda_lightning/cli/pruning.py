@@ -28,10 +28,10 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
-from wanda_lightning.engine.drop_experts import find_mixtures
 from wanda_lightning.engine.plan import make_plan, refuse_unprunable
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
+from wanda_lightning.experts.removal import find_mixtures
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
 from wanda_lightning.modules.loading import check_source
@@ -97,7 +97,7 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     plan = make_plan(config, module.model)
     refuse_unprunable(plan.layers)  # before the model is measured
     if plan.config.pattern.drops_experts:
-        find_mixtures(plan)
+        find_mixtures(config, module.model, plan.inventory)
     batches = _calibration(config, module, source)  # to refuse a text that is too short, too
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 

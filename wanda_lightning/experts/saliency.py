@@ -23,8 +23,8 @@ from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.types import Units
+from wanda_lightning.experts.mixtures import Mixture
 from wanda_lightning.models import fitting_mask
-from wanda_lightning.models.mixtures import Mixture
 from wanda_lightning.parallel import Processes
 
 

@@ -1,0 +1,1 @@
+"""Mixtures of experts: what each expert adds, and models without some of them."""

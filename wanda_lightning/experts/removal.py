@@ -1,0 +1,100 @@
+"""Take experts out of the mixtures of a model, after a check that each computes the same without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.block_runs import BlockRuns
+from wanda_lightning.calibration.cloning import tensors_within
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.patterns import Experts
+from wanda_lightning.core.types import Units
+from wanda_lightning.experts.mixtures import Mixture, mixtures
+from wanda_lightning.experts.saliency import ExpertSaliency, unroutable
+from wanda_lightning.models import Inventory, SkipReason, adapted_module
+from wanda_lightning.parallel import Processes
+from wanda_lightning.shrinking.configuration import fit_configuration
+
+_OTHERS = "Use pattern='unstructured' or '2:4'."
+
+
+def find_mixtures(config: PruningConfig, model: nn.Module, inventory: Inventory) -> list[Mixture]:
+    """Return the mixtures of the model, or refuse the model."""
+    found, shown, pattern = list(mixtures(model)), config.shown("pattern"), config.pattern
+    assert isinstance(pattern, Experts)
+    sizes = {(mixture.number, mixture.groups): mixture.name for mixture in found}
+    experts = tuple(f"{mixture.prefix}." for mixture in found)
+    left_out = [m.name for m in inventory.skipped_for(SkipReason.USER) if m.name.startswith(experts)]
+    size, sparsity = (found[0].number // found[0].groups if found else 1), config.sparsity
+    kept = pattern.kept(size, sparsity)
+    where = f" in each of the {found[0].groups} groups" if found and found[0].groups > 1 else ""
+    for is_wrong, why in (
+        (
+            adapted_module(model) is not None,
+            "needs whole layers, but the model has adapters. Merge them first.",
+        ),
+        (
+            not found,
+            "needs a mixture of experts, but no module of the model has experts in stacked parameters (a list of "
+            f"modules does not count) and a router with one row for each of them. {_OTHERS}",
+        ),
+        (len(sizes) > 1, f"needs as many experts in {' as in '.join(sizes.values())}, in as many groups. {_OTHERS}"),
+        (left_out, f"drops experts in every layer, but skip or only leaves out {', '.join(left_out[:1])}. {_OTHERS}"),
+        (
+            kept == 0 or (kept == size and sparsity > 0),
+            f"drops {'none' if kept else 'all'} of the {size} experts{where} with sparsity={sparsity:g}. Choose at "
+            f"least {1 / size:.3g} and at most {1 - 1 / size:.3g}.",
+        ),
+    ):
+        if is_wrong:
+            raise UserError(f"{shown} {why}")
+    return found
+
+
+def refuse_wrong(
+    config: PruningConfig, mixture: Mixture, saliency: ExpertSaliency, keep: Units, processes: Processes
+) -> None:
+    """Refuse a mixture that does not compute the same without experts as with these experts unroutable."""
+
+    def forward(*args: Any, **kwargs: Any) -> list[Tensor]:
+        results = tensors_within(mixture.module.forward(*args, **kwargs))  # perhaps with one logit for each expert
+        return [x[..., keep.to(x.device)] if x.shape[-1:] == keep.shape else x for x in results]
+
+    kept, same = int(keep.sum()), True
+    if (call := saliency.first.get(mixture.name)) is not None:  # this process has a batch
+        with ExitStack() as undo, ExitStack() as lowered:
+            lowered.enter_context(unroutable(mixture, ~keep))
+
+            def take() -> None:
+                lowered.close()
+                undo.callback(mixture.take(keep))
+
+            same = BlockRuns(mixture.module, [replace(call, forward=forward)]).same_after(take)
+            same = same and saliency.per_token[mixture.name] <= kept
+    if not processes.all_agree(same):
+        raise UserError(
+            f"sparsity={config.sparsity:g} with {config.shown('pattern')} leaves {kept} of {mixture.number} "
+            f"experts, but without the others {mixture.name} ({type(mixture.module).__name__}) computes something "
+            "else than with the others unroutable: a token may need more experts, or the experts are used in another "
+            f"way. Choose a lower sparsity. {_OTHERS}"
+        )
+
+
+def take_out(config: PruningConfig, model: nn.Module, found: Sequence[Mixture], keep: Mapping[str, Units]) -> None:
+    """Take the other experts out of all mixtures, in place; refuse a model without a configuration for the rest."""
+    with ExitStack() as undo:  # first without data, since dense and smaller tensors would be in memory together
+        for mixture in found:
+            undo.callback(mixture.drop_data())
+            undo.callback(mixture.take(keep[mixture.name]))
+        problem, undo_configuration = fit_configuration(model)
+    if problem:
+        undo_configuration()
+        raise UserError(f"{config.shown('pattern')} changes the shapes of the model, but {problem}. {_OTHERS}")
+    for mixture in found:
+        mixture.take(keep[mixture.name])
