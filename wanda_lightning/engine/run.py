@@ -78,7 +78,7 @@ class Run:
             def read(layer: Layer) -> Tensor:
                 bar.show(layer.name)
                 bar.advance()
-                self.store.hold(layer.name)
+                self.store.load(layer.name)
                 return layer.read()
 
             selections = self.plan.allocate(*found, read)
@@ -130,7 +130,7 @@ class WeightStore:
         """Give access to the weights before pruning, in one pass through the model in this block."""
         yield
 
-    def hold(self, name: str) -> None:
+    def load(self, name: str) -> None:
         """Load the dense weights of a layer or a stop."""
 
     def repeat(self, block: str, change: Callable[[], None]) -> None:
@@ -168,7 +168,7 @@ def dense_blocks(run: Run, blocks: Sequence[Stop], count: int, title: str, again
     with ProgressBar(title, len(blocks), run.progress) as bar, store.dense():
         for stop, calls in lockstep(blocks, samples, plan.processes, revisited):
             bar.show(stop.name)
-            store.hold(stop.name)
+            store.load(stop.name)
             yield stop, calls
             bar.advance()
     # Only processes with samples there have seen it.

@@ -118,7 +118,7 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
             f"shrink would break adapters, such as that of {adapted}. Merge them first (lora.merge(model))."
         )
     before = sum(parameter.numel() for parameter in model.parameters())
-    search = _Search(model, undo)
+    search = _EmptyUnits(model, undo)
     if search.finds_any():
         sample, again = _sample(model, batch, forward), set[str]()
         with pruning_mode(model, search.changed):
@@ -158,7 +158,7 @@ def _sample(model: nn.Module, batch: Any, forward: Callable[[Any], object] | Non
     return Sample(run := partial(forward or partial(forward_batch, model), batch), run)
 
 
-class _Search:
+class _EmptyUnits:
     """Takes out the units of one block after the other."""
 
     def __init__(self, model: nn.Module, undo: ExitStack) -> None:

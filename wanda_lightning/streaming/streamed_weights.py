@@ -56,14 +56,14 @@ class StreamedWeights(WeightStore):
             for stop, calls in lockstep(plan.places, samples, plan.processes, to_end=True):
                 bar.show(stop.name)
                 bar.advance()
-                self.hold(stop.name)
+                self.load(stop.name)
                 calls[:] = [observer.watched(stop, call) for call in calls]
         return observer.finish(run.plan.whole_model)
 
     def undo(self, change: Callable[[], None]) -> None:
         """Do nothing: the changed weights are not in memory any more, and are read again."""
 
-    def hold(self, name: str) -> None:
+    def load(self, name: str) -> None:
         """Load the block of a layer or stop, and free all others."""
         if (part := self._checkpoint.part_of(name)) != RESIDENT:
             self.blocks.load_only(part)
