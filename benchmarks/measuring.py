@@ -1,4 +1,4 @@
-"""Clocks, memory, perplexity, fingerprints and random models for the benchmarks."""
+"""What the benchmarks share: options, models with their data, clocks, memory, perplexity, and random models."""
 
 import ctypes
 import gc
@@ -10,19 +10,102 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from cyclopts import App, Parameter
+from result import Result, Samples
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from wanda_lightning import CausalLMModule, ImageClassifierModule, ImageDataModule, TextDataModule, sample_windows
+from wanda_lightning.data.text_sources import OWN_TEXT, SELF
 from wanda_lightning.modules import WindowPerplexity
 
 MIB = 2**20
+SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation
 
 Batches = list[dict[str, Tensor]]
+
+
+def run_from_shell(main: Callable[..., None]) -> None:
+    """Call a function with its parameters as options, such as `--batch_size 4`, or `--goals 50 2:4` for a list."""
+    names = Parameter(consume_multiple=True, negative=(), name_transform=str)
+    app = App(default_parameter=names, help=main.__globals__["__doc__"], version_flags=())
+    app.default(main)
+    app()
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Options of a language model and its windows. The model is a hub id, a folder or a .gguf file."""
+
+    model: str
+    calibration: str = "python-docs"
+    eval: str = "python-docs"
+    nsamples: int = 16
+    seqlen: int = 512
+    limit: int = 40
+
+
+class LanguageModel:
+    """A model in float32, its windows in batches of 4, and the result of a run that is still without numbers.
+
+    Args:
+        options: Model and windows.
+        seed: Draws the calibration windows.
+        more: Number of windows in `data.train_windows`, of which the calibration windows are the first.
+    """
+
+    def __init__(self, options: Text, seed: int = 0, more: int | None = None) -> None:
+        module = CausalLMModule(options.model, dtype="float32")
+        self.tokenizer, self.model = module.tokenizer, module.model.eval()
+        texts = list(dict.fromkeys((options.eval, SECOND_TEXT)))  # the second is only read if it is used
+        sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
+        self.data = TextDataModule(self.tokenizer, options.calibration, texts, **sizes, seed=seed, train_samples=more)
+        if options.calibration == SELF:  # no Trainer runs the model
+            windows = sample_windows(self.model, self.tokenizer, options.nsamples, options.seqlen)
+        else:
+            windows = self.data.calibration_windows
+        self.calibration, self.evaluation = in_batches(windows), in_batches(self.data.evaluation_windows)
+        name = OWN_TEXT if options.calibration == SELF else Path(options.calibration).name
+        self.planned = Result(
+            model=Path(options.model).name,
+            method="dense",
+            calibration=Samples(name, options.nsamples, options.seqlen),
+            evaluation=Samples(Path(options.eval).name, options.limit, options.seqlen),
+        )
+
+    def forward(self, batch: Mapping[str, Tensor]) -> object:
+        """Run the model."""
+        return self.model(**batch, use_cache=False)
+
+
+def in_batches(windows: Tensor) -> Batches:
+    """Return windows in batches of 4."""
+    return [{"input_ids": part} for part in windows.split(4)]
+
+
+class Photos:
+    """A timm model with its weights, images in the layout of ImageNet, and a result as in `LanguageModel`."""
+
+    def __init__(self, folder: str, data: str, count: int) -> None:
+        module = ImageClassifierModule(f"timm:local-dir:{folder}")
+        images = ImageDataModule(data, module, num_samples=count)
+        images.setup("validate")
+        self.model = module.model.eval()
+        self.calibration = [pixels for pixels, _ in images.calibration_dataloader()]
+        self.evaluation = list(images.val_dataloader())
+        self.labels = torch.cat([labels for _, labels in self.evaluation])
+        samples = {
+            "calibration": Samples(Path(data).name, count),
+            "evaluation": Samples(Path(data).name, len(self.labels)),
+        }
+        self.planned = Result(model=Path(folder).name, method="dense", **samples)
 
 
 def seconds(step: Callable[[], object]) -> float:
