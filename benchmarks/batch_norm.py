@@ -9,15 +9,15 @@ is trained on the scanned digits of scikit-learn, resized to 32 x 32 pixels, for
 training images in batches of 64. Each cell holds the accuracy on 360 held-out digits without and with the correction.
 """
 
-import argparse
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
-from measuring import fingerprint
+from measuring import fingerprint, run_from_shell
 from result import Result, Runs, Samples, sparsity_of
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -86,26 +86,26 @@ def measure(dense: nn.Module, batches: list[Tensor], evaluation: tuple[Tensor, T
     return measured
 
 
-def main() -> None:
+def main(
+    *,
+    model: Literal[tuple(MODELS)] = "resnet",
+    epochs: int = 12,
+    goals: Sequence[str] = ("50", "60", "70", "2:4"),
+    methods: Sequence[Literal[tuple(METHODS)]] = tuple(METHODS),
+    save: str | None = None,
+) -> None:
     """Train once, then prune copies."""
-    parser = argparse.ArgumentParser(description="Measure the correction of BatchNorm statistics.")
-    parser.add_argument("--model", default="resnet", choices=list(MODELS))
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--goals", nargs="+", default=["50", "60", "70", "2:4"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
-    options = parser.parse_args()
     training, evaluation = digits()
-    dense = train(options.model, *training, options.epochs)
+    dense = train(model, *training, epochs)
     order = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(0))
     batches = list(training[0][order[:256]].split(64))
 
-    runs, top1 = Runs(options.save, "batch_norm"), accuracy(dense, *evaluation)
+    runs, top1 = Runs(save, "batch_norm"), accuracy(dense, *evaluation)
     case = {"weights": fingerprint(dense)}
-    trained = Result(model=options.model, method="dense", case=case, evaluation=Samples("digits", len(evaluation[0])))
+    trained = Result(model=model, method="dense", case=case, evaluation=Samples("digits", len(evaluation[0])))
     runs(trained, lambda: {"top1": top1})
-    for method in options.methods:
-        for goal in options.goals:
+    for method in methods:
+        for goal in goals:
             planned = replace(trained, method=method, **sparsity_of(goal), arguments=METHODS[method])
             planned = replace(planned, calibration=Samples("digits", 256))
             chosen = {**METHODS[method], "sparsity": planned.sparsity, "pattern": planned.pattern}
@@ -113,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

@@ -7,7 +7,6 @@ The model is pruned by magnitude to 50 %; training costs the same after any othe
 model and the moments: activations, gradients and, with KeepZeros, its masks (one byte per weight).
 """
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measuring import MIB, PeakMemory, medians, seconds
+from measuring import medians, peak_mib, run_from_shell, seconds
 from result import Result, Runs, Samples
 from torch import nn
 
@@ -87,36 +86,21 @@ class Training:
 
     def _peak(self, clock: Callable[[], float]) -> float:
         """Return the peak memory of a step after the first one, in MiB above the start: the median of three."""
-
-        def once() -> float:
-            with PeakMemory(self.ids.device) as memory:
-                clock()
-            return memory.peak / MIB
-
-        return statistics.median(once() for _ in range(3))
+        return statistics.median(peak_mib(clock, self.ids.device) for _ in range(3))
 
 
-def main() -> None:
+def main(*, model: str, batch_size: int = 4, seqlen: int = 512, runs: int = 5, save: str | None = None) -> None:
     """Measure steps with and without kept zeros."""
-    parser = argparse.ArgumentParser(description="Measure what keeping zeros costs in training.")
-    parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
-    options = parser.parse_args()
-
     torch.manual_seed(0)
-    model = CausalLMModule(options.model, dtype="float32").model
-    training = Training(model, options.batch_size, options.seqlen, options.runs)
-    runs, tokens = Runs(options.save, "keeping_zeros"), Samples("random tokens", options.batch_size, options.seqlen)
-    planned = Result(model=Path(options.model).name, method="KeepZeros", sparsity=0.5, calibration=tokens)
-    planned = replace(planned, arguments={"method": "magnitude"})
-    runs.save(planned, training.keep_zeros())
+    training = Training(CausalLMModule(model, dtype="float32").model, batch_size, seqlen, runs)
+    record, tokens = Runs(save, "keeping_zeros"), Samples("random tokens", batch_size, seqlen)
+    own = {"method": "KeepZeros", "arguments": {"method": "magnitude"}}
+    planned = Result(model=Path(model).name, sparsity=0.5, calibration=tokens, **own)
+    record.save(planned, training.keep_zeros())
     for name in ADAPTERS:
         adapted = replace(planned, method="KeepZerosLoraConfig", case={"adapters": name})
-        runs.save(adapted, training.adapters(name))
+        record.save(adapted, training.adapters(name))
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

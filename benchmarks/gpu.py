@@ -10,9 +10,9 @@ Pruning from disk needs 27 GB in `--folder` for a while. Steps run from the most
 after `--minutes`, and the same command again measures what is missing.
 """
 
-import argparse
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -20,16 +20,35 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from measuring import MIB, PeakMemory, random_llama, random_windows, seconds
+from cyclopts import Parameter
+from measuring import MIB, PeakMemory, random_llama, random_windows, run_from_shell, seconds
 from result import Result, Runs, Samples
 from torch import Tensor
 
 from wanda_lightning import CausalLMModule, prune, prune_from_disk
 from wanda_lightning.models import find_layers
 
-LARGE = {"hidden": 4096, "mlp": 11008, "layers": 32, "heads": 32, "vocabulary": 32000, "samples": 128, "seqlen": 2048}
 SMALL = (8, 512)  # windows and tokens for the masks
 Measured = dict[str, float]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of this program. The numbers are those of the large model and its windows."""
+
+    model: str
+    folder: str
+    device: str = "cuda"
+    hidden: int = 4096
+    mlp: int = 11008
+    layers: int = 32
+    heads: int = 32
+    vocabulary: int = 32000
+    samples: int = 128
+    seqlen: int = 2048
+    minutes: float = 8
+    save: str | None = None
 
 
 def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -37,7 +56,7 @@ def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     return sum(int((one[name] != other[name]).sum()) for name in one) / sum(mask.numel() for mask in one.values())
 
 
-def pruned(options: argparse.Namespace, method: str, dtype: str, device: str) -> tuple[dict[str, Tensor], list[float]]:
+def pruned(options: Options, method: str, dtype: str, device: str) -> tuple[dict[str, Tensor], list[float]]:
     """Return the masks of `--model` by layer, and the errors of the layers' outputs that are known."""
     model = CausalLMModule(options.model, dtype=dtype).model.eval().to(device)
     windows = random_windows(model.config.get_text_config().vocab_size, *SMALL)
@@ -46,7 +65,7 @@ def pruned(options: argparse.Namespace, method: str, dtype: str, device: str) ->
     return masks, [layer.error for layer in report.layers if layer.error is not None]
 
 
-def against_cpu(options: argparse.Namespace, method: str, dtype: str) -> Measured:
+def against_cpu(options: Options, method: str, dtype: str) -> Measured:
     """Compare masks and errors with those of the CPU."""
     (cpu, plain), (own, errors) = (pruned(options, method, dtype, device) for device in ("cpu", options.device))
     known = {"output_error": fmean(errors), "plain_output_error": fmean(plain)} if errors else {}
@@ -56,7 +75,7 @@ def against_cpu(options: argparse.Namespace, method: str, dtype: str) -> Measure
 class Large:
     """The random model, and its calibration windows."""
 
-    def __init__(self, options: argparse.Namespace, plain: Result | None) -> None:
+    def __init__(self, options: Options, plain: Result | None) -> None:
         self.options, self.plain = options, plain.measured["seconds"] if plain else 0.0
         self.batches = random_windows(options.vocabulary, options.samples, options.seqlen)
 
@@ -99,17 +118,8 @@ class Large:
             return self.measured(lambda: prune_from_disk(dense, output, self.batches, 0.5, **arguments))
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Measure the steps that are not saved yet, while there is time."""
-    parser = argparse.ArgumentParser(description="Measure on one GPU.")
-    parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
-    parser.add_argument("--folder", required=True, help="where the large model is written for a while")
-    parser.add_argument("--device", default="cuda")
-    for name, default in LARGE.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--minutes", type=float, default=8)
-    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
-    options = parser.parse_args()
     runs, until = Runs(options.save, "gpu"), time.monotonic() + 60 * options.minutes
     name, tokens = f"random Llama {options.layers} x {options.hidden}", (options.samples, options.seqlen)
     passes = Result(model=name, method="forward pass", calibration=Samples("random tokens", *tokens))
@@ -140,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

@@ -80,10 +80,6 @@ class LanguageModel:
             evaluation=Samples(Path(options.eval).name, options.limit, options.seqlen),
         )
 
-    def forward(self, batch: Mapping[str, Tensor]) -> object:
-        """Run the model."""
-        return self.model(**batch, use_cache=False)
-
 
 def in_batches(windows: Tensor) -> Batches:
     """Return windows in batches of 4."""
@@ -184,24 +180,24 @@ class PeakMemory:
     """Measure the bytes of memory at the `start`, and their largest increase: `peak`.
 
     It is the memory that an accelerator has allocated for tensors, or the resident memory of this process as Linux
-    records it. `start=` counts from an earlier start.
+    records it.
     """
 
-    def __init__(self, device: str | torch.device = "cpu", start: int | None = None) -> None:
-        self._on_accelerator, self._given = torch.device(device).type != "cpu", start
+    def __init__(self, device: str | torch.device = "cpu") -> None:
+        self._on_accelerator = torch.device(device).type != "cpu"
 
     def __enter__(self) -> "PeakMemory":
         gc.collect()
         if self._on_accelerator:
             torch.accelerator.synchronize()
             torch.accelerator.reset_peak_memory_stats()
-            self.start = torch.accelerator.memory_allocated() if self._given is None else self._given
+            self.start = torch.accelerator.memory_allocated()
             return self
         if not Path("/proc/self/clear_refs").exists():
             raise RuntimeError("Peak memory needs Linux, which records it in /proc/self, but this system does not.")
         with suppress(OSError, AttributeError):  # glibc: return freed memory first, or the start would count it
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self.start = int(psutil.Process().memory_info().rss) if self._given is None else self._given
+        self.start = int(psutil.Process().memory_info().rss)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         return self
 
@@ -211,3 +207,10 @@ class PeakMemory:
             return
         status = Path("/proc/self/status").read_text()
         self.peak = 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0]) - self.start
+
+
+def peak_mib(step: Callable[[], object], device: str | torch.device = "cpu") -> float:
+    """Return the largest increase of memory during a step, in MiB."""
+    with PeakMemory(device) as memory:
+        step()
+    return memory.peak / MIB

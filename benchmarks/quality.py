@@ -187,9 +187,10 @@ class TextQuality:
     def of_pruned(self, chosen: Choices) -> Measured:
         """Prune the model, and return one cell of the table."""
         language, reports = self.language, []
-        given = {**chosen, "forward": language.forward, "progress": False}
         with PeakMemory() as memory:
-            duration = seconds(lambda: reports.append(prune(language.model, language.calibration, **given)))
+            duration = seconds(
+                lambda: reports.append(prune(language.model, language.calibration, **chosen, progress=False))
+            )
         cost = {"seconds": duration, "peak_mib": memory.peak / MIB}
         return {**self.of_model(), **cost, "sparsity": reports[0].sparsity}
 

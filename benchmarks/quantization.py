@@ -9,20 +9,19 @@ float32. `zeros kept` is the share of the pruned weights that are still exactly 
 weights that became zero. Quantizers that are not installed, or do not run on this machine, are named at the end.
 """
 
-import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from measuring import perplexity
-from result import Result, Runs, Samples
+from measuring import Batches, LanguageModel, Text, perplexity, run_from_shell
+from result import Runs
 from torch import Tensor, nn
 
-from wanda_lightning import CausalLMModule, TextDataModule, prune
+from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
 Scheme = Callable[[Tensor], Tensor]
@@ -64,7 +63,7 @@ def bitsandbytes_8bit(weight: Tensor) -> Tensor:
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     quantized = Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False).to(weight.device)
-    return dequantize_bnb_weight(quantized, state=argparse.Namespace(SCB=quantized.SCB))
+    return dequantize_bnb_weight(quantized, state=SimpleNamespace(SCB=quantized.SCB))
 
 
 def gguf_type(name: str, weight: Tensor) -> Tensor:
@@ -120,55 +119,38 @@ def quantize(pruned: nn.Module, scheme: Scheme) -> tuple[nn.Module, float, float
     return model, kept / zeros, new / others
 
 
-def measure(pruned: nn.Module, scheme: Scheme, batches: Any) -> dict[str, float]:
+def measure(pruned: nn.Module, scheme: Scheme, batches: Batches) -> dict[str, float]:
     """Return what quantization does to zeros and perplexity."""
     quantized, kept, new = quantize(pruned, scheme)
     return {"zeros_kept": kept, "new_zeros": new, "perplexity": perplexity(quantized, batches)}
 
 
-def plan(options: argparse.Namespace, quantizer: str = "", scheme: str = "none") -> Result:
-    """Describe a run: without a quantizer, that of the dense model."""
-    calibration, evaluation = (
-        Samples(Path(data).name, windows, options.seqlen)
-        for data, windows in ((options.calibration, options.nsamples), (options.eval, options.limit))
-    )
-    dense = Result(model=Path(options.model).name, method="dense", evaluation=evaluation)
-    if not quantizer:
-        return dense
-    case, arguments = {"quantizer": quantizer, "scheme": scheme}, {"method": "wanda"}
-    chosen = {"sparsity": options.sparsity, "case": case, "arguments": arguments, "calibration": calibration}
-    return replace(dense, method="wanda", **chosen)
+@dataclass(frozen=True, kw_only=True)
+class Options(Text):
+    """Options of this program."""
+
+    sparsity: float = 0.5
+    nsamples: int = 8
+    seqlen: int = 256
+    limit: int = 32
+    save: str | None = None
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Prune once, then quantize copies."""
-    parser = argparse.ArgumentParser(description="Measure which quantizers keep zeros.")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--calibration", default="python-docs")
-    parser.add_argument("--eval", default="python-docs")
-    parser.add_argument("--nsamples", type=int, default=8)
-    parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--limit", type=int, default=32)
-    parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
-    options = parser.parse_args()
-    module = CausalLMModule(options.model, dtype="float32")
-    sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
-    data = TextDataModule(module.tokenizer, options.calibration, options.eval, batch_size=4, **sizes)
-    model, batches = module.model.eval(), data.val_dataloader()
-    runs = Runs(options.save, "quantization")
-    runs(plan(options), lambda: {"perplexity": perplexity(model, batches)})
-    prune(model, data.calibration_dataloader(), options.sparsity, method="wanda", progress=False)
-    unchanged = {"zeros_kept": 1.0, "new_zeros": 0.0}
-    runs(plan(options, "none"), lambda: {**unchanged, "perplexity": perplexity(model, batches)})
-    failures: list[str] = []
-    for (package, name), scheme in SCHEMES.items():
+    language, runs = LanguageModel(options), Runs(options.save, "quantization")
+    model, batches, failures = language.model, language.evaluation, []
+    runs(replace(language.planned, calibration=None), lambda: {"perplexity": perplexity(model, batches)})
+    prune(model, language.calibration, options.sparsity, method="wanda", progress=False)
+    pruned = replace(language.planned, method="wanda", sparsity=options.sparsity, arguments={"method": "wanda"})
+    for (package, name), scheme in {("none", "none"): lambda weight: weight, **SCHEMES}.items():
+        planned = replace(pruned, case={"quantizer": package, "scheme": name})
         try:
-            runs(plan(options, package, name), partial(measure, model, scheme, batches))
+            runs(planned, partial(measure, model, scheme, batches))
         except Exception as error:
             failures.append(f"Not measured: {package} {name}: {type(error).__name__}: {' '.join(str(error).split())}")
     print("\n".join(failures))
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

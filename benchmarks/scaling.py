@@ -7,14 +7,13 @@ the others keep their defaults: 16 windows of 256 tokens, 2 blocks, width 512; b
 Seconds are those of the processor, in one thread. Memory is what is needed beyond the model and the windows.
 """
 
-import argparse
 import time
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
-from measuring import MIB, Batches, PeakMemory, in_new_process, random_llama
+from measuring import MIB, Batches, PeakMemory, in_new_process, random_llama, run_from_shell
 from result import Result, Runs, Samples
 from tables import SCALED
 
@@ -60,12 +59,9 @@ def run(method: str, model: Any, batches: Batches) -> None:
             forward(batch)
 
 
-def main() -> None:
+def main(*, save: str | None = None) -> None:
     """Measure each size with each method."""
-    parser = argparse.ArgumentParser(description="Measure how pruning grows with tokens, layers and width.")
-    parser.add_argument("--save", help="FOLDER in which each run becomes a file; a run that it holds is not repeated")
-    options = parser.parse_args()
-    runs = Runs(options.save, "scaling")
+    runs = Runs(save, "scaling")
     for size, values in SIZES.items():
         for name, value in product(SCALED, values):
             sizes = {**DEFAULTS, **({"blocks": 1} if size == "width" else {}), size: value}
@@ -82,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

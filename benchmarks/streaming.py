@@ -10,17 +10,20 @@
 resident memory counts, with PyTorch and transformers.
 """
 
-import argparse
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
-from measuring import MIB, PeakMemory, in_new_process, seconds
-from result import Result, Runs, Samples as Data
+from cyclopts import Parameter
+from measuring import MIB, Batches, PeakMemory, in_new_process, random_windows, run_from_shell, seconds
+from result import Result, Runs, Samples
 from safetensors.torch import save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import prune_from_disk
 
@@ -46,96 +49,74 @@ def build(folder: Path, config: LlamaConfig) -> None:
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
         parts.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "", {})[name] = tensor
-    total, index = 0, {}
+    index = {}
     folder.mkdir(parents=True)
-    for number, tensors in enumerate(parts.values()):
-        file = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        values = {}
-        for name, tensor in tensors.items():
-            values[name] = torch.ones(tensor.shape, dtype=torch.bfloat16)
-            if tensor.ndim > 1:
-                values[name].normal_(0, 0.02, generator=generator)
-            total += tensor.numel() * 2
-            index[name] = file
+    for number, tensors in enumerate(parts.values(), 1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        values = {name: torch.ones(tensor.shape, dtype=torch.bfloat16) for name, tensor in tensors.items()}
+        for value in values.values():
+            if value.ndim > 1:
+                value.normal_(0, 0.02, generator=generator)
         save_file(values, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(values, file)
     config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
     config.save_pretrained(folder)
-    with (folder / "model.safetensors.index.json").open("w") as file:
-        json.dump({"metadata": {"total_size": total}, "weight_map": index}, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
-def source(options: argparse.Namespace, layers: int | None) -> Path:
-    """Return the folder of the model, written now if it is not there."""
-    folder = Path(options.folder) / f"{options.shape}-{layers or 'all'}"
-    if not folder.exists():
-        shape = SHAPES[options.shape] | ({"num_hidden_layers": layers} if layers else {})
-        build(folder, LlamaConfig(**shape, vocab_size=32000))
-    return folder
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of this program."""
+
+    shape: Literal[tuple(SHAPES)]
+    layers: Sequence[int | None] = (None,)  # instead of the number of the shape
+    samples: int = 4
+    length: int = 256
+    method: Sequence[str] = ("wanda",)
+    sequential: Literal["block", "layer"] = "block"
+    pattern: str | None = None
+    allocation: str | None = None
+    permutation: str | None = None
+    recovery: str | None = None
+    save: str | None = None
 
 
-def batches(folder: Path, options: argparse.Namespace) -> list[dict[str, torch.Tensor]]:
-    """Return random windows, each a batch."""
-    vocabulary, generator = AutoConfig.from_pretrained(folder).vocab_size, torch.Generator().manual_seed(0)
-    return [
-        {"input_ids": torch.randint(vocabulary, (1, options.length), generator=generator)}
-        for _ in range(options.samples)
-    ]
-
-
-def stream(folder: Path, options: argparse.Namespace, method: str) -> tuple[float, ...]:
+def stream(folder: Path, output: Path, samples: Batches, choices: dict[str, str]) -> dict[str, float]:
     """Prune from disk; return the seconds, the peak memory, and the bytes read and written."""
-    given = {name: getattr(options, name) for name in OTHERS if getattr(options, name) is not None}
-    named = {"solver" if method == "admm" else "method": method, "sequential": options.sequential, **given}
-    output, samples = Path(options.folder) / "pruned", batches(folder, options)
     shutil.rmtree(output, ignore_errors=True)
     with PeakMemory() as memory:
-        duration = seconds(lambda: prune_from_disk(folder, output, samples, 0.5, **named, progress=False))
-    moved = psutil.Process().io_counters()
-    return duration, memory.start + memory.peak, moved.read_chars, moved.write_chars
+        duration = seconds(lambda: prune_from_disk(folder, output, samples, 0.5, **choices, progress=False))
+    peak, moved = memory.start + memory.peak, psutil.Process().io_counters()
+    bytes_ = {"read_gb": moved.read_chars / 1e9, "written_gb": moved.write_chars / 1e9}
+    return {"seconds": duration, "peak_rss_mib": peak / MIB, **bytes_}
 
 
-def plan(options: argparse.Namespace, method: str, **case: object) -> Result:
-    """Describe a run."""
-    others = {name: getattr(options, name) for name in OTHERS if getattr(options, name) is not None}
-    pattern = others.pop("pattern", "unstructured")
-    return Result(
-        model=f"random Llama {options.shape}",
-        method=method,
-        sparsity=0.5,
-        pattern=pattern,
-        case={**case, "sequential": options.sequential, **others},
-        calibration=Data("random tokens", options.samples, options.length),
-    )
-
-
-def main() -> None:
-    """Prune in a new process for each run."""
-    parser = argparse.ArgumentParser(description="Measure pruning from disk.")
-    parser.add_argument("command", choices=["memory"])
-    parser.add_argument("folder", help="where models are written")
-    parser.add_argument("--shape", choices=SHAPES, required=True, help="shape of a random model")
-    parser.add_argument("--layers", type=int, nargs="+", default=[None], help="instead of the number of the shape")
-    parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--method", nargs="+", default=["wanda"])
-    parser.add_argument("--sequential", default="block", choices=("block", "layer"))
-    for name in OTHERS:
-        parser.add_argument(f"--{name}")
-    parser.add_argument("--save", help="FOLDER in which each run becomes a file")
-    options = parser.parse_args()
+def main(command: Literal["memory"], folder: Path, /, *, options: Options) -> None:
+    """Prune in a new process for each run; models are written to a folder unless they are there."""
+    others = {name: given for name in OTHERS if (given := getattr(options, name)) is not None}
     for layers in options.layers:
-        folder = source(options, layers)
+        source = folder / f"{options.shape}-{layers or 'all'}"
+        config = LlamaConfig(
+            **SHAPES[options.shape] | ({"num_hidden_layers": layers} if layers else {}), vocab_size=32000
+        )
+        if not source.exists():
+            build(source, config)
+        samples = random_windows(config.vocab_size, options.samples, options.length)
         for method in options.method:
-            duration, peak, read, written = in_new_process(stream, folder, options, method)
-            numbers = {
-                "seconds": duration,
-                "peak_rss_mib": peak / MIB,
-                "read_gb": read / 1e9,
-                "written_gb": written / 1e9,
-            }
-            planned = plan(options, method, layers=AutoConfig.from_pretrained(folder).num_hidden_layers)
+            own = {"solver" if method == "admm" else "method": method, "sequential": options.sequential, **others}
+            case = {"layers": config.num_hidden_layers, "sequential": options.sequential, **others}
+            planned = Result(
+                model=f"random Llama {options.shape}",
+                method=method,
+                sparsity=0.5,
+                pattern=case.pop("pattern", "unstructured"),
+                case=case,
+                calibration=Samples("random tokens", options.samples, options.length),
+            )
+            numbers = in_new_process(stream, source, folder / "pruned", samples, own)
             Runs(options.save, "streaming_memory").save(planned, numbers)
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

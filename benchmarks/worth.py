@@ -10,30 +10,29 @@ is a forward pass of 128 tokens, `decode` the 4 tokens after them with a cache, 
 batches of 1 and 32.
 """
 
-import argparse
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import MIB, PeakMemory, medians, seconds
+from measuring import (
+    MIB,
+    LanguageModel,
+    Photos,
+    Text,
+    in_batches,
+    medians,
+    peak_mib,
+    perplexity,
+    run_from_shell,
+    seconds,
+)
 from result import OURS, Result, Runs, Samples, sparsity_of
 from torch import Tensor, nn
 
-from wanda_lightning import (
-    CausalLMModule,
-    Distil,
-    Fisher,
-    ImageClassifierModule,
-    ImageDataModule,
-    TextDataModule,
-    prune,
-    shrink,
-)
-from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning import Distil, Fisher, prune, shrink
 
 BATCHES = (1, 32)
 PROMPT, NEW = 128, 4  # tokens
@@ -43,6 +42,20 @@ SCATTERED = (("best", "50"), ("thorough", "50"), ("best", "2:4"))
 BY_LOSS = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
 WIDTHS = ("12.5", "25", "50")
 PEER = "Torch-Pruning"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Text):
+    """Either `--model`, or `--images` with a folder of a timm model and `--data`."""
+
+    model: str = ""
+    images: str = ""
+    data: str = ""
+    nsamples: int = 0  # 16 windows or 128 images
+    distil_windows: int = 128  # to calibrate and distil with
+    rows: Sequence[str] = ()  # all
+    runs: int = 2  # 0 measures no speeds and no memory
+    save: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,14 +94,14 @@ def quantized(model: nn.Module, bits: int) -> nn.Module:
     return model
 
 
-def by_peer(ids: Tensor, goal: str, model: Any) -> nn.Module:
+def by_peer(batch: Mapping[str, Tensor], goal: str, model: Any) -> nn.Module:
     """Return the model without the units that Torch-Pruning takes out of its MLPs, as in its example for LLMs."""
     import torch_pruning
 
     mlps = [block.mlp for block in model.model.layers]
     pruner = torch_pruning.pruner.BasePruner(
         model,
-        {"input_ids": ids[:1], "use_cache": False},
+        {"input_ids": batch["input_ids"][:1], "use_cache": False},
         output_transform=lambda output: output.logits,
         importance=torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
         pruning_ratio=0.0,
@@ -115,20 +128,17 @@ def size_of(model: nn.Module) -> Measured:
     return {"weights_mib": sum(map(len, data)) / MIB, "zstd_mib": left / MIB}
 
 
+@dataclass(frozen=True)
 class Comparison:
     """Measures what each change does to one model, beside the dense one in float32.
 
-    `clocks` run something on a model, and return how many seconds it took.
+    `clocks` run something on a model, and return how many seconds it took; memory is that of the last one.
     """
 
-    def __init__(
-        self,
-        dense: nn.Module,
-        clocks: Mapping[str, Callable[[nn.Module], float]],
-        quality: Callable[[nn.Module], Measured],
-        rounds: int,
-    ) -> None:
-        self.dense, self._clocks, self._quality, self._rounds = dense, clocks, quality, rounds
+    dense: nn.Module
+    clocks: Mapping[str, Callable[[nn.Module], float]]
+    quality: Callable[[nn.Module], Measured]
+    rounds: int
 
     def __call__(self, change: Change) -> Measured:
         """Return quality, bytes, speeds relative to the dense model, memory, and seconds to make the model."""
@@ -136,15 +146,11 @@ class Comparison:
         duration = seconds(lambda: models.append(change(copy.deepcopy(self.dense))))
         model = models[0].eval()
         with torch.no_grad():
-            measured = {"seconds": duration, **self._quality(model), **size_of(model)}
-            if not self._rounds:
-                return measured
-            for name, clock in self._clocks.items():
-                dense, own = medians(partial(clock, self.dense), partial(clock, model), runs=self._rounds)
-                measured[name] = dense / own
-            with PeakMemory() as memory:
-                list(self._clocks.values())[-1](model)
-        return {**measured, "peak_mib": memory.peak / MIB}
+            measured = {"seconds": duration, **self.quality(model), **size_of(model)}
+            for name, clock in self.clocks.items() if self.rounds else ():
+                dense, own = medians(partial(clock, self.dense), partial(clock, model), runs=self.rounds)
+                measured |= {name: dense / own, "peak_mib": peak_mib(partial(clock, model))}
+        return measured
 
 
 def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
@@ -183,129 +189,68 @@ def image_clocks(shape: tuple[int, ...]) -> dict[str, Callable[[nn.Module], floa
     return {f"images_{size}": partial(run, size) for size in BATCHES}
 
 
-def common_rows(batches: list[Any], forward: Callable[[nn.Module, Any], object]) -> list[Row]:
+def narrower(batches: Any, goal: str, model: nn.Module, bits: int = 0, **choices: Any) -> nn.Module:
+    """Return the model without a percentage of its hidden units, and with fewer bits if they are given."""
+    prune(model, batches, float(goal) / 100, pattern="structured", **choices, progress=False)
+    shrink(model)
+    return quantized(model, bits) if bits else model
+
+
+def common_rows(batches: Any) -> list[Row]:
     """Return the lines that all models have."""
 
     def scattered(method: str, goal: str, model: nn.Module) -> nn.Module:
-        prune(model, batches, **sparsity_of(goal), method=method, forward=partial(forward, model), progress=False)
+        prune(model, batches, **sparsity_of(goal), method=method, progress=False)
         return model
 
-    def narrower(goal: str, model: nn.Module, allocation: Any = "uniform", bits: int = 0) -> nn.Module:
-        chosen = {"pattern": "structured", "allocation": allocation, "forward": partial(forward, model)}
-        prune(model, batches, float(goal) / 100, **chosen, progress=False)
-        shrink(model)
-        return quantized(model, bits) if bits else model
-
-    widths = [Row("structured", partial(narrower, goal), goal, units=True) for goal in WIDTHS]
-    fisher = partial(narrower, allocation=BY_LOSS)
+    narrow = partial(narrower, batches)
+    fisher = partial(narrow, allocation=BY_LOSS)
     return [
         Row("dense", lambda model: model),
         Row("bfloat16", lambda model: model.bfloat16()),
         Row("int8", partial(quantized, bits=8)),
         Row("int4", partial(quantized, bits=4)),
-        *widths,
+        *(Row("structured", partial(narrow, goal), goal, units=True) for goal in WIDTHS),
         *(Row("structured, fisher", partial(fisher, goal), goal, units=True) for goal in WIDTHS[:2]),
-        Row("structured, int8", partial(narrower, "25", bits=8), "25", units=True),
+        Row("structured, int8", partial(narrow, "25", bits=8), "25", units=True),
         *(Row(method, partial(scattered, method, goal), goal) for method, goal in SCATTERED),
     ]
 
 
-def text(options: argparse.Namespace) -> tuple[Comparison, list[Row], Result]:
+def text(options: Options) -> tuple[Comparison, list[Row], Result]:
     """Prepare a language model."""
-    module = CausalLMModule(options.model, dtype="float32")
-    data, longer = (
-        TextDataModule(
-            module.tokenizer,
-            options.calibration,
-            options.eval,
-            seqlen=options.seqlen,
-            num_samples=windows,
-            limit=options.limit,
-        )
-        for windows in (options.nsamples, options.distil_windows)
-    )
-    model, evaluated = module.model.eval(), data.evaluation_windows.split(4)
+    language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=options.distil_windows)
+    samples = replace(language.planned.calibration, windows=options.distil_windows)
+    chosen = {"allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
+    distilled = partial(narrower, in_batches(language.data.train_windows), **chosen)
+    rows = common_rows(language.calibration)
+    for goal in WIDTHS[:2]:
+        peer = partial(by_peer, language.calibration[0], goal)
+        rows.append(Row("GroupMagnitude", peer, goal, units=True, code=PEER))
+        rows.append(Row("structured, distilled", partial(distilled, goal), goal, units=True, data=samples))
 
-    def quality(model: Any) -> Measured:
-        metric = WindowPerplexity()
-        for ids in evaluated:
-            metric.update(model(input_ids=ids, use_cache=False).logits.float(), ids)
-        return {"perplexity": float(metric.compute())}
+    def quality(model: nn.Module) -> Measured:
+        return {"perplexity": perplexity(model, language.evaluation)}
 
-    def forward(model: Any, batch: Mapping[str, Tensor]) -> object:
-        return model(**batch, use_cache=False)
-
-    def distilled(goal: str, model: nn.Module) -> nn.Module:
-        chosen = {"pattern": "structured", "allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
-        prune(model, more, float(goal) / 100, **chosen, forward=partial(forward, model), progress=False)
-        shrink(model)
-        return model
-
-    batches, more = ([{"input_ids": part} for part in each.calibration_windows.split(4)] for each in (data, longer))
-    clocks = text_clocks(model.config.get_text_config().vocab_size)
-    names = [name if name == "python-docs" else Path(name).name for name in (options.calibration, options.eval)]
-    planned = Result(
-        model=Path(options.model).name,
-        method="dense",
-        calibration=Samples(names[0], options.nsamples, options.seqlen),
-        evaluation=Samples(names[1], options.limit, options.seqlen),
-    )
-    ids, samples = data.calibration_windows, Samples(names[0], options.distil_windows, options.seqlen)
-    rows = [
-        *common_rows(batches, forward),
-        *(Row("GroupMagnitude", partial(by_peer, ids, goal), goal, units=True, code=PEER) for goal in WIDTHS[:2]),
-        *(
-            Row("structured, distilled", partial(distilled, goal), goal, units=True, data=samples)
-            for goal in WIDTHS[:2]
-        ),
-    ]
-    return Comparison(model, clocks, quality, options.runs), rows, planned
+    clocks = text_clocks(language.model.config.get_text_config().vocab_size)
+    return Comparison(language.model, clocks, quality, options.runs), rows, language.planned
 
 
-def photos(options: argparse.Namespace) -> tuple[Comparison, list[Row], Result]:
+def photos(options: Options) -> tuple[Comparison, list[Row], Result]:
     """Prepare a classifier with its weights, such as EfficientNet-Lite0, and images in the layout of ImageNet."""
-    module = ImageClassifierModule(f"timm:local-dir:{options.images}")
-    data = ImageDataModule(options.data, module, num_samples=options.nsamples)
-    data.setup("validate")
-    evaluated = list(data.val_dataloader())
-    calibration = [images for images, _ in data.calibration_dataloader()]
-    count = sum(len(labels) for _, labels in evaluated)
+    images = Photos(options.images, options.data, options.nsamples or 128)
 
     def quality(model: nn.Module) -> Measured:
         dtype = next(model.parameters()).dtype
-        right = [(model(images.to(dtype)).argmax(dim=1) == labels).sum() for images, labels in evaluated]
-        return {"top1": float(sum(right)) / count}
+        found = torch.cat([model(pixels.to(dtype)).argmax(dim=1) for pixels, _ in images.evaluation])
+        return {"top1": float((found == images.labels).sum()) / len(found)}
 
-    rows = common_rows(calibration, lambda model, images: model(images))
-    name = Path(options.data).name
-    planned = Result(
-        model=Path(options.images).name,
-        method="dense",
-        calibration=Samples(name, options.nsamples),
-        evaluation=Samples(name, count),
-    )
-    clocks = image_clocks(tuple(calibration[0].shape[1:]))
-    return Comparison(module.model.eval(), clocks, quality, options.runs), rows, planned
+    clocks = image_clocks(tuple(images.calibration[0].shape[1:]))
+    return Comparison(images.model, clocks, quality, options.runs), common_rows(images.calibration), images.planned
 
 
-def main() -> None:
+def main(options: Options = Options()) -> None:
     """Measure the rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help="language model: hub id, folder or .gguf file")
-    what.add_argument("--images", help="folder of a timm model with its weights")
-    parser.add_argument("--data", help="images for --images: a folder with train/CLASS and val/CLASS")
-    parser.add_argument("--calibration", default="python-docs")
-    parser.add_argument("--eval", default="python-docs")
-    parser.add_argument("--nsamples", type=int, help="default 16; with --images 128")
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--limit", type=int, default=40, help="windows to measure on")
-    parser.add_argument("--distil_windows", type=int, default=128, help="windows to calibrate and distil with")
-    parser.add_argument("--rows", nargs="+", help="only these methods")
-    parser.add_argument("--runs", type=int, default=2, help="0 measures no speeds and no memory")
-    parser.add_argument("--save", help="FOLDER of runs; a run that it holds is not measured again")
-    options = parser.parse_args()
-    options.nsamples = options.nsamples or (128 if options.images else 16)
     comparison, rows, base = photos(options) if options.images else text(options)
     runs = Runs(options.save, "worth")
     for row in rows:
@@ -314,4 +259,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)
