@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from result import OURS, Result, read_table
-from tables import LABELS, ROOT
+from result import OURS, read_table
+from tables import LABELS, ROOT, lookup
 
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import require_extra
@@ -54,16 +54,11 @@ COMPARED = (  # method, whose implementation, label
 )
 
 
-def runs_of(table: str, code: str = OURS) -> dict[tuple[str, str], Result]:
-    """Return the runs of one implementation in a table, by method and goal."""
-    return {(run.method, run.goal): run for run in read_table(table) if run.code == code}
-
-
 def methods() -> dict[str, Any]:
     """Perplexity at each sparsity and seconds of pruning, for the presets and for other methods."""
     rows = []
     for method, code, label in COMPARED:
-        found = runs_of("methods" if code == OURS else "reference", code)
+        found = lookup(run for run in read_table("methods" if code == OURS else "reference") if run.code == code)
         runs = {goal: found[method, goal] for goal in GOALS if (method, goal) in found}
         points = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
         times = [run.measured["seconds"] for run in runs.values() if "seconds" in run.measured]
@@ -72,7 +67,7 @@ def methods() -> dict[str, Any]:
 
 
 def _dense() -> float:
-    return round(runs_of("methods")["dense", "dense"].measured["perplexity"], 2)
+    return round(lookup(read_table("methods"))["dense", "dense"].measured["perplexity"], 2)
 
 
 def draw_methods(data: Mapping[str, Any]) -> "Figure":

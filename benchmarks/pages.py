@@ -10,13 +10,13 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import tables
-from result import Result, read_table
+from result import read_table
 from tables import ROOT, Lookup, lookup, markdown, number, percent, perplexity, seconds
 
 import wanda_lightning
@@ -125,7 +125,7 @@ def demo_table() -> str:
 
 def training_costs() -> str:
     """What keeping zeros costs, and what training a pruned model gains."""
-    cost = _only(r for r in read_table("keeping_zeros") if r.method == "KeepZeros")
+    (cost,) = (r for r in read_table("keeping_zeros") if r.method == "KeepZeros")
     if cost.measured["ratio"] > 1.02:
         raise ValueError(f"The claim that keeping zeros takes no time must be changed: {number(cost, 'ratio')}.")
     tuned = {r.method: r for r in read_table("finetuning") if r.goal == "50 %"}
@@ -142,20 +142,13 @@ def training_costs() -> str:
 
 def adapters() -> str:
     """What adapters that keep zeros cost in a training step."""
-    runs = {r.case["adapters"]: r for r in read_table("keeping_zeros") if "adapters" in r.case}
-    few, every = (
-        _only(r for name, r in runs.items() if name.startswith(of)) for of in ("q_proj, v_proj", "all-linear")
-    )
+    runs = {r.case.get("adapters", "").partition(",")[0]: r for r in read_table("keeping_zeros")}
+    few, every = runs["q_proj"], runs["all-linear"]
     return (
         f"A training step takes {number(few, 'ratio', '.2f')} times as long as with PEFT's LoRA on `q_proj` and "
         f"`v_proj`, and {number(every, 'ratio', '.2f')} times on all linear layers "
         "([measured](measured.md#keeping-zeros-in-training))."
     )
-
-
-def _only(results: Iterable[Result]) -> Result:
-    (result,) = results
-    return result
 
 
 def measured(*names: str) -> str:
@@ -180,7 +173,8 @@ def choices(table: str) -> str:
         also = ", ".join(filter(None, (shown.pop("permutation"), shown.pop("recovery"))))
         group = method.group or made["solver"].group(made.get("criterion", made["solver"].own_criterion))
         rows.append([f"`{name}`", *shown.values(), also, group.replace("_", ", rows "), f"`{method.sequential}`"])
-    return _text_table(("name", "criterion", "solver", "allocation", "also", "within", "sequential"), rows)
+    headings = ("name", "criterion", "solver", "allocation", "also", "within", "sequential")
+    return markdown(headings, rows, "---")
 
 
 def _short(choice: Any) -> str:
@@ -192,13 +186,6 @@ def _short(choice: Any) -> str:
     given = {each.name: getattr(choice, each.name) for each in fields(choice)}
     shown = [f"{key}={value!r}" for key, value in given.items() if value != getattr(usual, key)]
     return f"`{name}({', '.join(shown)})`" if shown else f"`{name}`"
-
-
-def _text_table(headings: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table with all columns aligned to the left."""
-    lines = [list(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def card(name: str) -> str:
@@ -213,7 +200,7 @@ def names(*listed: str) -> str:
     rows = []
     for name, *members in (each.split(":") for each in listed):
         rows.append([f"`wanda_lightning.{name}`", " ".join(f"`{member}`" for member in members), _summary(name)])
-    return _text_table(("name", "members", "what it is"), rows)
+    return markdown(("name", "members", "what it is"), rows, "---")
 
 
 def _summary(name: str) -> str:
@@ -224,11 +211,6 @@ def _summary(name: str) -> str:
 
 OWN = (claims, which, zeros, worth_short, demo_table, training_costs, adapters, measured, choices, card, names)
 PARTS: Mapping[str, Callable[..., str]] = {part.__name__: part for part in OWN} | tables.FRAGMENTS
-
-
-def parts(text: str) -> Iterator[str]:
-    """Yield the name and the arguments of each generated part of a page."""
-    yield from (name for _, name, _ in PART.findall(text))
 
 
 def fill(text: str) -> str:

@@ -200,15 +200,10 @@ class Runs:
         """Return the run with its numbers, and with `correct` if it is among them, after printing and saving it."""
         numbers = dict(measured)
         result = replace(planned, correct=numbers.pop("correct", None), measured=numbers, **here())
-        print(f"{result.name}: {in_short(numbers)}", flush=True)
+        print(f"{result.name}:", ", ".join(f"{key} {number:.4g}" for key, number in numbers.items()), flush=True)
         if self.folder:
             result.save(self.folder)
         return result
-
-
-def in_short(measured: Mapping[str, float]) -> str:
-    """Return numbers on one line."""
-    return ", ".join(f"{key} {number:.4g}" for key, number in measured.items())
 
 
 def to_hexadecimal(bits: Sequence[bool]) -> str:

@@ -27,17 +27,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import prune_from_disk
 
-SHAPES = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "1.1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-    },
-    "narrow": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8},
-}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {"7b": (4096, 11008, 32, 32, 32), "1.1b": (2048, 5632, 22, 32, 4), "narrow": (512, 2048, 8, 8, 8)}
 OTHERS = ("pattern", "allocation", "permutation", "recovery")  # choices besides the method
 
 
@@ -97,9 +88,8 @@ def main(command: Literal["memory"], folder: Path, /, *, options: Options) -> No
     others = {name: given for name in OTHERS if (given := getattr(options, name)) is not None}
     for layers in options.layers:
         source = folder / f"{options.shape}-{layers or 'all'}"
-        config = LlamaConfig(
-            **SHAPES[options.shape] | ({"num_hidden_layers": layers} if layers else {}), vocab_size=32000
-        )
+        config = LlamaConfig(**dict(zip(SIZES, SHAPES[options.shape], strict=True)), vocab_size=32000)
+        config.num_hidden_layers = layers or config.num_hidden_layers
         if not source.exists():
             build(source, config)
         samples = random_windows(config.vocab_size, options.samples, options.length)

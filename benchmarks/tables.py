@@ -5,25 +5,21 @@ pages that ask for it.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from statistics import linear_regression, mean, stdev
-from typing import Any
+from statistics import linear_regression, mean
 
+import numpy as np
 import pandas as pd
 from result import OURS, Result, Samples, from_hexadecimal, read_table
+from scipy.stats import sem
 
 ROOT = Path(__file__).parents[1]
 LABELS: Mapping[str, str] = {
-    "dense": "dense",
-    "bfloat16": "bfloat16",
-    "int8": "int8",
-    "int4": "int4",
-    "magnitude": "magnitude",
+    **{name: name for name in ("dense", "bfloat16", "int8", "int4", "magnitude")},
     "wanda": "Wanda",
     "wanda, row": "Wanda, within a row",
     "wanda, layer": "Wanda, within a layer",
@@ -67,23 +63,24 @@ LABELS: Mapping[str, str] = {
 }
 """How a method is written. Tables list methods in this order."""
 
+SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
 Lookup = Mapping[tuple[str, str], Result]
 Cell = Callable[[Result], str]
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---:") -> str:
     """Return a table with all columns but the first aligned to the right."""
-    lines = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [headings, ["---", *[align] * (len(headings) - 1)], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def grid(heading: str, cells: Iterable[tuple[str, str, str]], columns: Sequence[str] | None = None) -> str:
     """Return a table of cells, each with its row and column, in the order of their first appearance.
 
     Raises:
-        ValueError: Two cells have the same place.
+        ValueError: Two different cells have the same place.
     """
-    data = pd.DataFrame(cells, columns=["row", "column", "cell"])
+    data = pd.DataFrame(cells, columns=["row", "column", "cell"]).drop_duplicates()
     table = data.pivot(index="row", columns="column", values="cell")
     table = table.reindex(index=data["row"].unique(), columns=columns or data["column"].unique()).fillna("")
     return markdown([heading, *table.columns], table.reset_index().to_numpy().tolist())
@@ -101,14 +98,9 @@ def lookup(results: Iterable[Result]) -> Lookup:
     Raises:
         ValueError: Two of them have the same method and goal.
     """
-    found: dict[tuple[str, str], Result] = {}
-    for result in results:
-        key = result.method, result.goal
-        if key in found:
-            raise ValueError(
-                f"A table must have one run in each cell, but {result.name} and {found[key].name} share one."
-            )
-        found[key] = result
+    pairs = [((result.method, result.goal), result) for result in results]
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"A table must have one run in each cell, but has {sorted(key for key, _ in pairs)}.")
     return found
 
 
@@ -122,10 +114,10 @@ def goals_of(results: Iterable[Result]) -> list[str]:
     return sorted({result.goal for result in results} - {"dense"}, key=by_goal)
 
 
-def number(result: Result | None, quantity: str, form: str = ".4g") -> str:
+def number(result: Result | None, quantity: str, form: str = ".4g", scale: float = 1) -> str:
     """Return a measured number, or an empty string if it was not measured."""
     measured = result.measured.get(quantity) if result else None
-    return "" if measured is None else f"{measured:{form}}"
+    return "" if measured is None else f"{scale * measured:{form}}"
 
 
 def percent(result: Result | None, quantity: str, digits: int = 2) -> str:
@@ -196,25 +188,23 @@ def _distinct(values: Iterable[str | None]) -> list[str]:
     return list(dict.fromkeys(filter(None, values)))
 
 
-def all_methods() -> str:
+def methods() -> str:
     """Perplexity, seconds and memory of all methods with a language model."""
-    results, goals, cells, worse = in_order(read_table("methods")), ["50 %", "60 %", "70 %", "2:4"], [], []
+    results, goals, rows, worse = in_order(read_table("methods")), ["50 %", "60 %", "70 %", "2:4"], [], []
     wanda = {result.goal: _perplexity(result) for result in results if result.method == "wanda"}
     for method, group in groupby(results, lambda result: result.method):
-        runs = [result for result in group if method == "dense" or result.goal in goals]
-        label, peaks = LABELS[method], [run.measured["peak_mib"] for run in runs if "peak_mib" in run.measured]
-        cells += [
-            (label, goal, perplexity(run)) for run in runs for goal in (goals if method == "dense" else [run.goal])
-        ]
-        cells.append((label, "seconds", ", ".join(filter(None, map(seconds, runs))) if method != "dense" else ""))
-        cells.append((label, "peak memory above the model, MiB", f"{max(peaks):.0f}" if peaks else ""))
-        lost = [run.goal for run in runs if _perplexity(run) > wanda.get(run.goal, math.inf)]
+        runs = {run.goal: run for run in group if run.goal in ("dense", *goals)}
+        cells = [perplexity(runs.get("dense", runs.get(goal))) for goal in goals]
+        peaks = [run.measured["peak_mib"] for run in runs.values() if "peak_mib" in run.measured]
+        times = ", ".join(filter(None, map(seconds, runs.values())))
+        rows.append([LABELS[method], *cells, times, f"{max(peaks):.0f}" if peaks else ""])
+        lost = [goal for goal, run in runs.items() if _perplexity(run) > wanda.get(goal, math.inf)]
         if lost and method != "magnitude":
-            worse.append(f"{label} ({', '.join(lost)})")
+            worse.append(f"{LABELS[method]} ({', '.join(lost)})")
     other = [f"{LABELS[r.method]} {perplexity(r)} at {r.goal}" for r in results if r.goal not in ("dense", *goals)]
     sentences = f"Worse than Wanda: {', '.join(worse)}. Other sparsities: {', '.join(other)}."
-    columns = [*goals, "seconds", "peak memory above the model, MiB"]
-    return "\n\n".join([grid("perplexity", cells, columns), sentences]) + source(results)
+    headings = ("perplexity", *goals, "seconds", "peak memory above the model, MiB")
+    return "\n\n".join([markdown(headings, rows), sentences]) + source(results)
 
 
 def demo() -> str:
@@ -223,7 +213,7 @@ def demo() -> str:
     cells = [(LABELS[r.method], "sparsity", r.goal if r.sparsity else "0") for r in results]
     cells += [(LABELS[r.method], r.case["on"], perplexity(r)) for r in results]
     columns = ["sparsity", *sorted({r.case["on"] for r in results}, reverse=True)]  # sklearn-docs first
-    return grid("method", list(dict.fromkeys(cells)), columns) + source(results)
+    return grid("method", cells, columns) + source(results)
 
 
 def reference() -> str:
@@ -243,13 +233,8 @@ def reference() -> str:
 
 
 def images() -> str:
-    """Accuracy of image classifiers, and where it was measured, the divergence from the dense predictions."""
-
-    def cell(result: Result) -> str:
-        differs = number(result, "divergence", "#.2g")
-        return percent(result, "top1") + (f" ({differs})" if differs else "")
-
-    return _by_model(read_table("images"), cell)
+    """Accuracy of classifiers that were trained on digits, and the divergence from the dense predictions."""
+    return _by_model(read_table("images"), lambda r: f"{percent(r, 'top1')} ({number(r, 'divergence', '#.2g')})")
 
 
 def photos() -> str:
@@ -268,16 +253,23 @@ def batch_norm() -> str:
 
 
 def _by_model(results: Sequence[Result], cell: Cell) -> str:
-    """Return one table for each trained model: first by the weights, then by name."""
-    groups = defaultdict(list)
-    for result in results:
-        groups[result.case.get("weights", ""), result.model].append(result)
+    """Return one table for each trained model."""
     parts = []
-    for (weights, model), group in sorted(groups.items(), key=lambda item: (item[0][0], -len(item[0][1]))):
+    for (weights, model), group in by_model(results).items():
         which = f"`{model}`" + f" with the weights `{weights}`" * bool(weights)
         (dense,) = (result for result in group if result.method == "dense")
         parts += [f"{which}, {percent(dense, 'top1')} dense:", by_goals("method", group, cell)]
     return "\n\n".join(parts) + source(results, notes=False)
+
+
+def by_model(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    """Return the results of each model by its weights and its name, first by the weights, longer names first."""
+
+    def key(result: Result) -> tuple[str, int, str]:
+        return result.case.get("weights", ""), -len(result.model), result.model
+
+    groups = groupby(sorted(results, key=key), key)
+    return {(weights, model): list(group) for (weights, _, model), group in groups}
 
 
 def costs() -> str:
@@ -299,26 +291,17 @@ def scaling() -> str:
     """Processor seconds and peak memory by windows, blocks and width, with exponents."""
     results, parts = read_table("scaling"), []
     for size in ("windows", "blocks", "width"):
-        runs = sorted(
-            (r for r in results if r.case["by"] == size), key=lambda r: (SCALED.index(r.method), r.case["value"])
-        )
+        runs = sorted((run for run in results if run.case["by"] == size), key=lambda run: run.case["value"])
         for quantity, name, form in (("processor_seconds", "seconds", ".2f"), ("peak_mib", "MiB", ".0f")):
-            cells = []
-            for method, group in groupby(runs, lambda r: LABELS.get(r.method, r.method)):
-                points = [(r.case["value"], r.measured[quantity]) for r in group]
-                cells += [(method, str(value), f"{y:{form}}") for value, y in points]
-                cells.append((method, "exponent", f"{round(exponent(points), 2) or 0.0:.2f}"))  # not -0.0
-            parts.append(grid(f"{name} by {size}", cells))
+            rows = []
+            for method in SCALED:
+                xs, ys = zip(
+                    *[(r.case["value"], r.measured[quantity]) for r in runs if r.method == method], strict=True
+                )
+                slope = round(linear_regression(*map(np.log, (xs[-3:], ys[-3:]))).slope, 2) or 0.0  # not -0.0
+                rows.append([LABELS.get(method, method), *(f"{y:{form}}" for y in ys), f"{slope:.2f}"])
+            parts.append(markdown((f"{name} by {size}", *map(str, xs), "exponent"), rows))
     return "\n\n".join(parts) + source(results, data=False)
-
-
-def exponent(points: Sequence[tuple[float, float]]) -> float:
-    """Return the slope of a line through the last three points, fitted to their logarithms."""
-    xs, ys = ([math.log(value) for value in column] for column in zip(*points[-3:], strict=True))
-    return linear_regression(xs, ys).slope
-
-
-SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
 
 
 def finetuning() -> str:
@@ -326,7 +309,7 @@ def finetuning() -> str:
     results = sorted(read_table("finetuning"), key=lambda r: (by_goal(r.goal), r.method == "full"))
     cells = [(f"Wanda, {r.goal}", "pruned", number(r, "perplexity_before")) for r in results]
     cells += [(f"Wanda, {r.goal}", f"then `{r.method}`", perplexity(r)) for r in results]
-    return grid("perplexity", list(dict.fromkeys(cells))) + source(results)
+    return grid("perplexity", cells) + source(results)
 
 
 def keeping_zeros() -> str:
@@ -342,26 +325,23 @@ def keeping_zeros() -> str:
 
 def quantization() -> str:
     """Zeros that quantizers keep."""
-    order = {"torchao": 1, "bitsandbytes": 2, "gguf": 3, "compressed_tensors": 4}
-
-    def key(result: Result) -> tuple[Any, ...]:
-        return result.method != "dense", order.get(result.case.get("quantizer", ""), 0), result.case.get("scheme", "")
-
-    rows, results = [], sorted(read_table("quantization"), key=key)
-    for result in results:
-        quantizer, scheme = (result.case.get(name, "none") for name in ("quantizer", "scheme"))
-        if quantizer == "none":
-            quantizer, scheme = "", f"none, {'dense' if result.method == 'dense' else 'pruned'}"
-        fractions = [result.measured.get(name) for name in ("zeros_kept", "new_zeros")]
-        shown = ["" if fraction is None else f"{100 * fraction:.3g} %" for fraction in fractions]
-        rows.append([quantizer, scheme, *shown, perplexity(result)])
-    return markdown(("quantizer", "scheme", "zeros kept", "new zeros", "perplexity"), rows) + source(results)
+    order, rows = ("none", "torchao", "bitsandbytes", "gguf", "compressed_tensors"), []
+    none = {"quantizer": "none", "scheme": "none"}
+    runs = [(result, none | result.case) for result in read_table("quantization")]
+    runs.sort(key=lambda run: (run[0].sparsity, order.index(run[1]["quantizer"]), run[1]["scheme"]))
+    for result, case in runs:
+        unquantized = ["", f"none, {'pruned' if result.sparsity else 'dense'}"]
+        shares = [number(result, name, ".3g", 100) for name in ("zeros_kept", "new_zeros")]
+        named = unquantized if case == none else [*case.values()]
+        rows.append([*named, *(f"{share} %" if share else "" for share in shares), perplexity(result)])
+    headings = ("quantizer", "scheme", "zeros kept", "new zeros", "perplexity")
+    return markdown(headings, rows) + source([result for result, _ in runs])
 
 
 def tasks() -> str:
     """Zero-shot accuracy beside perplexity."""
-    results, cells = read_table("tasks"), {}
-    for r in sorted(results, key=_perplexity):
+    results, cells = sorted(read_table("tasks"), key=_perplexity), {}
+    for r in results:
         row = LABELS[r.method] + ("" if r.method == "dense" else f", {r.goal}")
         cells.setdefault((row, "perplexity"), perplexity(r))
         for metric in {"acc", "acc_norm"} & r.measured.keys():
@@ -415,38 +395,38 @@ def paired_photos() -> str:
     """Differences of the accuracy between presets on the same images, each with its standard error."""
     results = [*read_table("photos"), *read_table("more_photos")]
     (dense,) = {run.correct: run for run in results if run.method == "dense"}.values()
-    found = {(run.method, run.goal, run.calibration.windows): run for run in results if run.calibration}
+    found = {(run.method, run.goal, _count(run)): run for run in results if run.calibration}
     steps = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best")]
     others = [(name, f"{name} at layer") for name in ("balanced", "best")] + [("thorough", "best+distil at layer")]
     cells = []
-    for method, other in [*steps, *others, ("best", ""), ("thorough", "")]:
+    for method, other in [*steps, *others, ("best", "dense"), ("thorough", "dense")]:
         for (name, goal, count), run in sorted(found.items(), key=lambda item: item[0][2]):
-            beside = found.get((other, goal, count)) if other else dense
+            beside = dense if other == "dense" else found.get((other, goal, count))
             if name == method and beside:
-                label = f"{LABELS[method]} - {LABELS[other or 'dense']}, {count:,} images"
-                cells.append((label, goal, _paired(run, beside)))
+                cells.append((f"{LABELS[method]} - {LABELS[other]}, {count:,} images", goal, _paired(run, beside)))
     return grid("points of accuracy (standard error)", cells, goals_of(found.values()))
 
 
 def _paired(*runs: Result) -> str:
     """Return the difference of two accuracies on the same images in points, and its standard error."""
-    first, second = (from_hexadecimal(run.correct or "", run.evaluation.windows or 0) for run in runs if run.evaluation)
-    differences = [100 * (a - b) for a, b in zip(first, second, strict=True)]
-    return f"{mean(differences):+.1f} ({stdev(differences) / math.sqrt(len(differences)):.1f})"
+    first, second = (from_hexadecimal(run.correct, run.evaluation.windows) for run in runs)
+    differences = 100.0 * np.subtract(first, second, dtype=float)
+    return f"{differences.mean():+.1f} ({sem(differences):.1f})"
 
 
 def draws() -> str:
     """Mean perplexity over draws of the calibration windows, with the lowest and the highest, on two texts."""
-    more = read_table("draws")
+    more = in_order(read_table("draws"))
     drawn = {(run.method, run.goal) for run in more}
-    results = [*(run for run in read_table("methods") if (run.method, run.goal) in drawn), *more]
+    runs = [*(run for run in read_table("methods") if (run.method, run.goal) in drawn), *more]
     goals, cells = goals_of(more), []
-    for method in dict.fromkeys(run.method for run in in_order(more)):
+    for method in dict.fromkeys(run.method for run in more):
         for quantity, text in (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs")):
             for goal in goals:
-                own = [run for run in results if run.method == method and run.goal in (goal, "dense")]
-                values = [run.measured[quantity] for run in own if quantity in run.measured]
-                cells.append((f"{LABELS[method]}, {text}", goal, mean_and_range(values)))
+                own = [
+                    run.measured.get(quantity) for run in runs if run.method == method and run.goal in (goal, "dense")
+                ]
+                cells.append((f"{LABELS[method]}, {text}", goal, mean_and_range([*filter(None, own)])))
     return grid("perplexity", cells, goals)
 
 
@@ -508,15 +488,10 @@ WORTH: Mapping[str, tuple[str, Cell]] = {
 
 def worth() -> str:
     """Quality, size and speed of fewer bits, scattered zeros and fewer units."""
-    groups = defaultdict(list)
-    for result in read_worth():
-        groups[result.case.get("weights", ""), result.model].append(result)
-    parts = []
-    for weights, model in sorted(groups, key=lambda key: (key[0] != "", key[1].startswith("efficientnet"))):
-        parts.append(
-            f"`{model}`:\n\n{worth_table(groups[weights, model], list(WORTH))}{source(groups[weights, model])}"
-        )
-    return "\n\n".join(parts)
+    groups = by_model(read_worth())
+    return "\n\n".join(
+        f"`{model}`:\n\n{worth_table(group, list(WORTH))}{source(group)}" for (_, model), group in groups.items()
+    )
 
 
 def read_worth() -> list[Result]:
@@ -533,14 +508,9 @@ def read_worth() -> list[Result]:
 def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
     """Return the rows of one model, with the columns that were measured."""
     shown = [WORTH[name] for name in columns if any(name in result.measured for result in results)]
-    rows = [[_worth_name(result), *(cell(result) for _, cell in shown)] for result in by_worth(results)]
+    ordered = sorted(in_order(results), key=lambda result: result.pattern == "structured")
+    rows = [[_worth_name(result), *(cell(result) for _, cell in shown)] for result in ordered]
     return markdown(("", *(heading for heading, _ in shown)), rows)
-
-
-def by_worth(results: Iterable[Result]) -> list[Result]:
-    """Return the runs of one model in the order of their rows."""
-    order = list(LABELS)
-    return sorted(results, key=lambda r: (r.pattern == "structured", order.index(r.method), ":" in r.goal, r.sparsity))
 
 
 def _worth_name(result: Result) -> str:
@@ -549,10 +519,10 @@ def _worth_name(result: Result) -> str:
     return f"{name}{goal}{', ' if more else ''}{more}"
 
 
-FRAGMENTS: Mapping[str, Callable[[], str]] = {"methods": all_methods} | {
+FRAGMENTS: Mapping[str, Callable[[], str]] = {
     table.__name__: table
     for table in (
-        *(demo, reference, images, photos, batch_norm, costs, scaling, finetuning),
+        *(methods, demo, reference, images, photos, batch_norm, costs, scaling, finetuning),
         *(keeping_zeros, quantization, tasks, streaming, windows, more_photos, paired_photos),
         *(draws, own_text, training, worth),
     )

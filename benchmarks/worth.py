@@ -29,7 +29,7 @@ from measuring import (
     run_from_shell,
     seconds,
 )
-from result import OURS, Result, Runs, Samples, sparsity_of
+from result import Result, Runs, sparsity_of
 from torch import Tensor, nn
 
 from wanda_lightning import Distil, Fisher, prune, shrink
@@ -37,11 +37,11 @@ from wanda_lightning import Distil, Fisher, prune, shrink
 BATCHES = (1, 32)
 PROMPT, NEW = 128, 4  # tokens
 Measured = dict[str, float]
-Change = Callable[[nn.Module], nn.Module]
+Change = Callable[[nn.Module], nn.Module]  # returns the changed model, given a copy of the dense one
+Rows = list[tuple[Result, Change]]
 SCATTERED = (("best", "50"), ("thorough", "50"), ("best", "2:4"))
 BY_LOSS = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
 WIDTHS = ("12.5", "25", "50")
-PEER = "Torch-Pruning"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,33 +56,6 @@ class Options(Text):
     rows: Sequence[str] = ()  # all
     runs: int = 2  # 0 measures no speeds and no memory
     save: str | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table.
-
-    Attributes:
-        method: Its name.
-        change: Returns the changed model, given a copy of the dense one.
-        goal: Percentage of zeros or N:M; with `units`, the percentage of hidden units that are taken out.
-        units: Whether whole hidden units are zero.
-        code: Whose implementation.
-        data: Calibration samples, if they are not those of the other lines.
-    """
-
-    method: str
-    change: Change
-    goal: str = "0"
-    units: bool = False
-    code: str = OURS
-    data: Samples | None = None
-
-    def planned(self, base: Result) -> Result:
-        """Return the result that the line will have."""
-        pattern = {"pattern": "structured"} if self.units else {}
-        own = {"method": self.method, "code": self.code, "calibration": self.data or base.calibration}
-        return replace(base, **own, **{**sparsity_of(self.goal), **pattern})
 
 
 def quantized(model: nn.Module, bits: int) -> nn.Module:
@@ -196,47 +169,56 @@ def narrower(batches: Any, goal: str, model: nn.Module, bits: int = 0, **choices
     return quantized(model, bits) if bits else model
 
 
-def common_rows(batches: Any) -> list[Row]:
-    """Return the lines that all models have."""
+def rows_of_units(base: Result, method: str, change: Callable[..., nn.Module], widths: Sequence[str]) -> Rows:
+    """Return a row for each percentage of hidden units that are taken out."""
+    planned = [replace(base, method=method, sparsity=float(goal) / 100, pattern="structured") for goal in widths]
+    return [(run, partial(change, goal)) for run, goal in zip(planned, widths, strict=True)]
+
+
+def common_rows(base: Result, batches: Any) -> Rows:
+    """Return the rows that all models have."""
 
     def scattered(method: str, goal: str, model: nn.Module) -> nn.Module:
         prune(model, batches, **sparsity_of(goal), method=method, progress=False)
         return model
 
     narrow = partial(narrower, batches)
-    fisher = partial(narrow, allocation=BY_LOSS)
     return [
-        Row("dense", lambda model: model),
-        Row("bfloat16", lambda model: model.bfloat16()),
-        Row("int8", partial(quantized, bits=8)),
-        Row("int4", partial(quantized, bits=4)),
-        *(Row("structured", partial(narrow, goal), goal, units=True) for goal in WIDTHS),
-        *(Row("structured, fisher", partial(fisher, goal), goal, units=True) for goal in WIDTHS[:2]),
-        Row("structured, int8", partial(narrow, "25", bits=8), "25", units=True),
-        *(Row(method, partial(scattered, method, goal), goal) for method, goal in SCATTERED),
+        (base, lambda model: model),
+        (replace(base, method="bfloat16"), lambda model: model.bfloat16()),
+        (replace(base, method="int8"), partial(quantized, bits=8)),
+        (replace(base, method="int4"), partial(quantized, bits=4)),
+        *rows_of_units(base, "structured", narrow, WIDTHS),
+        *rows_of_units(base, "structured, fisher", partial(narrow, allocation=BY_LOSS), WIDTHS[:2]),
+        *rows_of_units(base, "structured, int8", partial(narrow, bits=8), ["25"]),
+        *(
+            (replace(base, method=method, **sparsity_of(goal)), partial(scattered, method, goal))
+            for method, goal in SCATTERED
+        ),
     ]
 
 
-def text(options: Options) -> tuple[Comparison, list[Row], Result]:
+def text(options: Options) -> tuple[Comparison, Rows]:
     """Prepare a language model."""
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=options.distil_windows)
-    samples = replace(language.planned.calibration, windows=options.distil_windows)
-    chosen = {"allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
+    base, chosen = language.planned, {"allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
+    longer = replace(base, calibration=replace(base.calibration, windows=options.distil_windows))
+    peer = partial(by_peer, language.calibration[0])
     distilled = partial(narrower, in_batches(language.data.train_windows), **chosen)
-    rows = common_rows(language.calibration)
-    for goal in WIDTHS[:2]:
-        peer = partial(by_peer, language.calibration[0], goal)
-        rows.append(Row("GroupMagnitude", peer, goal, units=True, code=PEER))
-        rows.append(Row("structured, distilled", partial(distilled, goal), goal, units=True, data=samples))
+    rows = [
+        *common_rows(base, language.calibration),
+        *rows_of_units(replace(base, code="Torch-Pruning"), "GroupMagnitude", peer, WIDTHS[:2]),
+        *rows_of_units(longer, "structured, distilled", distilled, WIDTHS[:2]),
+    ]
 
     def quality(model: nn.Module) -> Measured:
         return {"perplexity": perplexity(model, language.evaluation)}
 
     clocks = text_clocks(language.model.config.get_text_config().vocab_size)
-    return Comparison(language.model, clocks, quality, options.runs), rows, language.planned
+    return Comparison(language.model, clocks, quality, options.runs), rows
 
 
-def photos(options: Options) -> tuple[Comparison, list[Row], Result]:
+def photos(options: Options) -> tuple[Comparison, Rows]:
     """Prepare a classifier with its weights, such as EfficientNet-Lite0, and images in the layout of ImageNet."""
     images = Photos(options.images, options.data, options.nsamples or 128)
 
@@ -246,16 +228,17 @@ def photos(options: Options) -> tuple[Comparison, list[Row], Result]:
         return {"top1": float((found == images.labels).sum()) / len(found)}
 
     clocks = image_clocks(tuple(images.calibration[0].shape[1:]))
-    return Comparison(images.model, clocks, quality, options.runs), common_rows(images.calibration), images.planned
+    rows = common_rows(images.planned, images.calibration)
+    return Comparison(images.model, clocks, quality, options.runs), rows
 
 
 def main(options: Options = Options()) -> None:
     """Measure the rows."""
-    comparison, rows, base = photos(options) if options.images else text(options)
+    comparison, rows = photos(options) if options.images else text(options)
     runs = Runs(options.save, "worth")
-    for row in rows:
-        if not options.rows or row.method in options.rows:
-            runs(row.planned(base), partial(comparison, row.change))
+    for planned, change in rows:
+        if not options.rows or planned.method in options.rows:
+            runs(planned, partial(comparison, change))
 
 
 if __name__ == "__main__":

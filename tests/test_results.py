@@ -51,7 +51,7 @@ def test_the_benchmark_of_all_methods_can_repeat_the_runs(table):
 
 def test_the_pages_have_the_numbers_of_the_runs_and_the_options_of_the_package():
     texts = {file: file.read_text(encoding="utf-8") for file in pages.FILES}
-    used = {part.split()[0] for text in texts.values() for part in pages.parts(text)}
+    used = {part.split()[0] for text in texts.values() for _, part, _ in pages.PART.findall(text)}
     assert used == set(pages.PARTS)
     for file, text in texts.items():
         assert pages.fill(text) == text, f"{file.name} is out of date: make results"
@@ -68,7 +68,7 @@ def test_a_figure_shows_the_runs_and_can_be_drawn(name, tmp_path):
 
 
 def test_the_table_of_all_methods_has_the_numbers_of_the_files():
-    head, *rows = [line.split(" | ") for line in tables.all_methods().splitlines() if line.startswith("| ")]
+    head, *rows = [line.split(" | ") for line in tables.methods().splitlines() if line.startswith("| ")]
     cells = {(row[0].removeprefix("| "), goal): cell for row in rows for goal, cell in zip(head, row, strict=False)}
     runs = [run for run in read_table("methods") if run.goal in head]
     assert len(runs) > 30
