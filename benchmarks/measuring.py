@@ -34,7 +34,7 @@ Batches = list[dict[str, Tensor]]
 def run_from_shell(main: Callable[..., None]) -> None:
     """Call a function with its parameters as options, such as `--batch_size 4`, or `--goals 50 2:4` for a list."""
     names = Parameter(consume_multiple=True, negative=(), name_transform=str)
-    app = App(default_parameter=names, help=main.__globals__["__doc__"], version_flags=())
+    app = App(default_parameter=names, help=main.__globals__["__doc__"], help_format="plaintext", version_flags=())
     app.default(main)
     app()
 
@@ -42,9 +42,10 @@ def run_from_shell(main: Callable[..., None]) -> None:
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Options of a language model and its windows. The model is a hub id, a folder or a .gguf file."""
+    """Options of a language model and its windows."""
 
     model: str
+    """Hub id, folder or .gguf file."""
     calibration: str = "python-docs"
     eval: str = "python-docs"
     nsamples: int = 16
@@ -57,21 +58,24 @@ class LanguageModel:
 
     Args:
         options: Model and windows.
-        seed: Draws the calibration windows.
+        draw: Seed of the calibration windows; unless it is 0, a second text counts, too.
         more: Number of windows in `data.train_windows`, of which the calibration windows are the first.
     """
 
-    def __init__(self, options: Text, seed: int = 0, more: int | None = None) -> None:
+    def __init__(self, options: Text, draw: int = 0, more: int | None = None) -> None:
         module = CausalLMModule(options.model, dtype="float32")
         self.tokenizer, self.model = module.tokenizer, module.model.eval()
         texts = list(dict.fromkeys((options.eval, SECOND_TEXT)))  # the second is only read if it is used
         sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
-        self.data = TextDataModule(self.tokenizer, options.calibration, texts, **sizes, seed=seed, train_samples=more)
+        self.data = TextDataModule(self.tokenizer, options.calibration, texts, **sizes, seed=draw, train_samples=more)
         if options.calibration == SELF:  # no Trainer runs the model
             windows = sample_windows(self.model, self.tokenizer, options.nsamples, options.seqlen)
         else:
             windows = self.data.calibration_windows
         self.calibration, self.evaluation = in_batches(windows), in_batches(self.data.evaluation_windows)
+        self._texts = {"perplexity": self.evaluation}
+        if draw:
+            self._texts["perplexity_second"] = in_batches(self.data.windows_of(SECOND_TEXT))
         name = OWN_TEXT if options.calibration == SELF else Path(options.calibration).name
         self.planned = Result(
             model=Path(options.model).name,
@@ -79,6 +83,10 @@ class LanguageModel:
             calibration=Samples(name, options.nsamples, options.seqlen),
             evaluation=Samples(Path(options.eval).name, options.limit, options.seqlen),
         )
+
+    def measure(self) -> dict[str, float]:
+        """Return the perplexity of the model in its present state on each text."""
+        return {name: perplexity(self.model, windows) for name, windows in self._texts.items()}
 
 
 def in_batches(windows: Tensor) -> Batches:

@@ -24,33 +24,11 @@ from typing import Any
 
 import torch
 from cyclopts import Parameter
-from measuring import (
-    MIB,
-    SECOND_TEXT,
-    LanguageModel,
-    PeakMemory,
-    Photos,
-    Text,
-    fingerprint,
-    in_batches,
-    perplexity,
-    run_from_shell,
-    seconds,
-)
+from measuring import MIB, LanguageModel, PeakMemory, Photos, Text, fingerprint, run_from_shell, seconds
 from result import Result, Runs, Samples, sparsity_of, to_hexadecimal
 from torch import Tensor, nn
 
-from wanda_lightning import (
-    NM,
-    OWL,
-    Distil,
-    EqualShare,
-    Fisher,
-    PruningCallback,
-    PruningConfig,
-    Unstructured,
-    prune,
-)
+from wanda_lightning import NM, OWL, Distil, EqualShare, Fisher, PruningCallback, PruningConfig, Unstructured, prune
 from wanda_lightning.core.losses import divergence
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.plan import make_plan
@@ -123,12 +101,15 @@ class Options(CellOptions):
     """Options of this program. Only a language model needs `--model`."""
 
     model: str = ""
-    nsamples: int = 0  # `WINDOWS` or `CALIBRATION_PHOTOS`
-    draw: int = 0  # none
+    nsamples: int = 0
+    """By default 16 windows, or 512 photos."""
+    draw: int = 0
+    """Another seed of the calibration windows; also measures on a second text."""
     images: bool = False
     photos: str | None = None
     data: str = ""
-    epochs: int = 30  # training of --images
+    epochs: int = 30
+    """Epochs of training with --images."""
 
 
 def choices(method: Choices, goal: str) -> Choices:
@@ -171,28 +152,15 @@ def cells_of(
     ]
 
 
-class TextQuality:
-    """A language model and the texts whose perplexity counts."""
-
-    def __init__(self, options: CellOptions, draw: int = 0) -> None:
-        self.language = language = LanguageModel(options, draw)
-        self.texts = {"perplexity": language.evaluation}
-        if draw:
-            self.texts["perplexity_second"] = in_batches(language.data.windows_of(SECOND_TEXT))
-
-    def of_model(self) -> Measured:
-        """Return the perplexity of the model in its present state on each text."""
-        return {name: perplexity(self.language.model, windows) for name, windows in self.texts.items()}
-
-    def of_pruned(self, chosen: Choices) -> Measured:
-        """Prune the model, and return one cell of the table."""
-        language, reports = self.language, []
-        with PeakMemory() as memory:
-            duration = seconds(
-                lambda: reports.append(prune(language.model, language.calibration, **chosen, progress=False))
-            )
-        cost = {"seconds": duration, "peak_mib": memory.peak / MIB}
-        return {**self.of_model(), **cost, "sparsity": reports[0].sparsity}
+def prune_and_measure(language: LanguageModel, chosen: Choices) -> Measured:
+    """Return one cell of the table of a language model."""
+    reports = []
+    with PeakMemory() as memory:
+        duration = seconds(
+            lambda: reports.append(prune(language.model, language.calibration, **chosen, progress=False))
+        )
+    cost = {"seconds": duration, "peak_mib": memory.peak / MIB}
+    return {**language.measure(), **cost, "sparsity": reports[0].sparsity}
 
 
 def measure_text(options: Options) -> None:
@@ -201,13 +169,12 @@ def measure_text(options: Options) -> None:
     own, more = options.calibration == SELF, options.nsamples != WINDOWS
     if options.draw and (own or more):
         raise ValueError(f"--draw needs a calibration text and {WINDOWS} windows.")
-    cells, quality = cells_of(options, TEXT, GOALS["text"]), TextQuality(options, options.draw)
+    cells, language = cells_of(options, TEXT, GOALS["text"]), LanguageModel(options, options.draw)
     runs = Runs(options.save, "own_text" if own else "draws" if options.draw else "windows" if more else "methods")
-    planned = quality.language.planned
-    runs(replace(planned, calibration=None), quality.of_model)
+    runs(replace(language.planned, calibration=None), language.measure)
     case = {"calibration": own and SELF, "windows": more and options.nsamples, "draw": options.draw}
-    planned = replace(planned, case={name: value for name, value in case.items() if value})
-    prune_cells(quality.language.model, cells, planned, runs, quality.of_pruned)
+    planned = replace(language.planned, case={name: value for name, value in case.items() if value})
+    prune_cells(language.model, cells, planned, runs, partial(prune_and_measure, language))
 
 
 def measure_images(options: Options) -> None:

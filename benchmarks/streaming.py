@@ -61,7 +61,8 @@ class Options:
     """Options of this program."""
 
     shape: Literal[tuple(SHAPES)]
-    layers: Sequence[int | None] = (None,)  # instead of the number of the shape
+    layers: Sequence[int | None] = (None,)
+    """Numbers of layers, instead of that of the shape."""
     samples: int = 4
     length: int = 256
     method: Sequence[str] = ("wanda",)

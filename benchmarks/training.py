@@ -35,18 +35,24 @@ class Options:
     """Options of this program."""
 
     dense: str
-    start: str  # folder of the pruned model
-    goal: str  # its sparsity: a percentage such as 50, or N:M
+    start: str
+    """Folder of the pruned model."""
+    goal: str
+    """Sparsity of the pruned model: a percentage such as 50, or N:M."""
     train: Path
     eval: Path
-    windows: int = 256  # to train on
+    windows: int = 256
+    """Number of windows to train on."""
     text: Literal[tuple(TEXTS)] = "both"
-    own: int = 256  # windows that the dense model writes
-    own_file: Path = Path("own_windows.pt")  # keeps them
+    own: int = 256
+    """Number of windows that the dense model writes."""
+    own_file: Path = Path("own_windows.pt")
+    """File that keeps the windows of the dense model."""
     seqlen: int = 512
     limit: int = 40
     lr: float = 1e-4
-    accumulate: int = 2  # windows in an optimizer step
+    accumulate: int = 2
+    """Windows in an optimizer step."""
     precision: str = "bf16-mixed"
     seed: int = 0
     save: str | None = None

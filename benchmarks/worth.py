@@ -51,10 +51,14 @@ class Options(Text):
     model: str = ""
     images: str = ""
     data: str = ""
-    nsamples: int = 0  # 16 windows or 128 images
-    distil_windows: int = 128  # to calibrate and distil with
-    rows: Sequence[str] = ()  # all
-    runs: int = 2  # 0 measures no speeds and no memory
+    nsamples: int = 0
+    """By default 16 windows or 128 images."""
+    distil_windows: int = 128
+    """Windows to calibrate and distil with."""
+    rows: Sequence[str] = ()
+    """Only these methods."""
+    runs: int = 2
+    """Rounds of each clock; 0 measures no speeds and no memory."""
     save: str | None = None
 
 

@@ -9,10 +9,11 @@ quality.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from measuring import run_from_shell
-from quality import TEXT, CellOptions, Measured, TextQuality, cells_of, prune_cells
+from measuring import LanguageModel, run_from_shell
+from quality import TEXT, CellOptions, Measured, cells_of, prune_and_measure, prune_cells
 from result import Result, Runs
 
 from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
@@ -39,7 +40,7 @@ def main(options: Options) -> None:
     if not names:
         raise ValueError(f"--tasks_dir must have a file TASK.jsonl, but {options.tasks_dir} has none.")
     tasks, runs = load_tasks(names, options.tasks_dir), Runs(options.save, "tasks")
-    cells, quality = cells_of(options, TEXT, ()), TextQuality(options)
+    cells, language = cells_of(options, TEXT, ()), LanguageModel(options)
 
     def record(planned: Result, measure: Callable[[], Measured]) -> None:
         """Save a run for each task, measured together unless all are saved: perplexity, and accuracy."""
@@ -47,12 +48,12 @@ def main(options: Options) -> None:
         if all(runs.saved(run) for run in each.values()):
             return
         measured = measure()
-        found = zero_shot(quality.language.model, quality.language.tokenizer, tasks)
+        found = zero_shot(language.model, language.tokenizer, tasks)
         for name, run in each.items():
             runs.save(run, {**measured, **accuracies(found[name])})
 
-    record(replace(quality.language.planned, calibration=None), quality.of_model)
-    prune_cells(quality.language.model, cells, quality.language.planned, record, quality.of_pruned)
+    record(replace(language.planned, calibration=None), language.measure)
+    prune_cells(language.model, cells, language.planned, record, partial(prune_and_measure, language))
 
 
 if __name__ == "__main__":
