@@ -69,7 +69,7 @@ Cell = Callable[[Result], str]
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---:") -> str:
-    """Return a table with all columns but the first aligned to the right."""
+    """Return a table; `align` is that of all columns but the first."""
     lines = [headings, ["---", *[align] * (len(headings) - 1)], *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
