@@ -16,15 +16,17 @@ from wanda_lightning.models.inventory import (
 )
 from wanda_lightning.models.layers import Layer as Layer, is_plain as is_plain
 from wanda_lightning.models.module_names import adapted_module as adapted_module
+from wanda_lightning.models.padding import (
+    TokenMask as TokenMask,
+    fitting_mask as fitting_mask,
+    token_masks as token_masks,
+)
 from wanda_lightning.models.quantized import is_wrapper as is_wrapper
 from wanda_lightning.models.task import (
-    TokenMask as TokenMask,
     causal_config as causal_config,
     check_tokens as check_tokens,
     find_predictions as find_predictions,
-    fitting_mask as fitting_mask,
     has_classes as has_classes,
     own_head as own_head,
     reads_images as reads_images,
-    token_masks as token_masks,
 )

@@ -1,0 +1,90 @@
+"""Which tokens of a batch are padding, from its attention mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.models.module_names import named_modules, uncompiled_name
+
+_NO_LABEL = -100  # transformers pads labels with this value
+
+
+@dataclass(frozen=True)
+class TokenMask:
+    """The tokens of a batch that count, in contrast to padding."""
+
+    inside: str  # name of the module that these tokens enter; "" for the whole model
+    keep: Tensor  # (batch, tokens); True is a token, False is padding
+
+    def rank(self, layer: str) -> int:
+        """Sort key of the mask for a layer: lowest for the smallest module that contains the layer."""
+        contains = not self.inside or f"{layer}.".startswith(f"{self.inside}.")
+        return -len(self.inside) if contains else 1
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether a layer's input has one row for each token of this mask."""
+        return x.shape[:-1] == self.keep.shape or (x.ndim == 2 and len(x) == self.keep.numel())
+
+
+def fitting_mask(masks: Sequence[TokenMask], name: str, x: Tensor) -> TokenMask | None:
+    """Return the mask that fits a tensor; of several, the mask of the smallest module that contains `name`."""
+    return next((mask for mask in sorted(masks, key=lambda mask: mask.rank(name)) if mask.fits(x)), None)
+
+
+def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
+    """Read the padding of a batch from its `attention_mask`, which is the encoder's, and its `decoder_attention_mask`.
+
+    An attention mask is (samples, tokens). The result for any other mask, such as one with a row for each query, fits
+    no input, so that the report notes for each layer that padding counts. A batch without padding has no masks.
+    """
+    if not isinstance(batch, Mapping) or (attention := batch.get("attention_mask")) is None:
+        return ()
+    keep = torch.zeros(0, 0, dtype=torch.bool)  # fits nothing
+    if isinstance(attention, Tensor) and attention.ndim == 2:
+        _check_shape(attention, batch)
+        keep = attention.bool()
+    masks = [TokenMask("", keep)]
+    if found := _encoder_and_decoder(model):
+        encoder, whole = found
+        masks = [TokenMask(encoder, mask.keep) for mask in masks] + _decoder_masks(whole, batch)
+    usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
+    return usable if any(not (mask.keep.numel() and mask.keep.all()) for mask in usable) else ()
+
+
+def _encoder_and_decoder(model: nn.Module) -> tuple[str, str] | None:
+    """Return the names of the encoder and of the module around it and the decoder; None for any other model."""
+    for name, module in named_modules(model).items():
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
+            encoder = module.get_encoder()  # type: ignore[operator]
+            return uncompiled_name(next(inner for inner, other in model.named_modules() if other is encoder)), name
+    return None
+
+
+def _check_shape(attention: Tensor, batch: Mapping[str, Any]) -> None:
+    """Refuse a mask (samples, tokens) with another shape than the tokens, unless a cache adds keys before them."""
+    tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if isinstance(batch.get(key), Tensor)), None)
+    cached = "cache" in batch or "past_key_values" in batch  # transformers 5.24 renames the second to the first
+    if tokens is not None and not cached and attention.shape != tokens.shape[:2]:
+        raise UserError(
+            f"attention_mask must have the shape of the tokens, {tuple(tokens.shape[:2])}, but its shape is "
+            f"{tuple(attention.shape)}. Give one entry for each token of each sample."
+        )
+
+
+def _decoder_masks(name: str, batch: Mapping[str, Any]) -> list[TokenMask]:
+    """Return the padding of a decoder's tokens, read from the first of its inputs that shows it."""
+    real_tokens: dict[str, Callable[[Tensor], Tensor]] = {
+        "decoder_attention_mask": Tensor.bool,
+        "decoder_input_ids": lambda ids: torch.ones_like(ids, dtype=torch.bool),
+        "labels": lambda labels: labels != _NO_LABEL,
+    }
+    for key, real in real_tokens.items():
+        if isinstance(batch.get(key), Tensor):
+            return [TokenMask(name, real(batch[key]))]
+    return []
