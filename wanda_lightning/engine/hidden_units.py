@@ -40,7 +40,7 @@ from wanda_lightning.models import (
     removable_units,
     tied_tensors,
 )
-from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.models.layers import named_modules
 from wanda_lightning.report import Permuted
 
 _SAMPLES = 8  # over all processes; as many as for the gradients of `best`

@@ -27,8 +27,7 @@ from wanda_lightning.models import (
     reads_images,
     tied_tensors,
 )
-from wanda_lightning.models.layers import refuse_no_values
-from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.models.layers import named_modules, refuse_no_values
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 
 Selections = Mapping[str, Selection]  # by layer

@@ -15,7 +15,7 @@ from torch import nn
 from wanda_lightning.core.types import Units
 from wanda_lightning.models.experts import routers, stacked_experts
 from wanda_lightning.models.hidden_units import Slot, replace_attributes, tensors_of
-from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.models.layers import named_modules
 
 _NUMBER = re.compile(r"(\w+_)?(n|num)_(?!shared)(\w+_)?experts")  # names of attributes with the number of experts
 _GROUPS = re.compile(r"(n|num)_(expert_)?groups?")

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.core.types import Orders, Units
-from wanda_lightning.models.layers import Layer, is_plain, is_whole, whole_layer
-from wanda_lightning.models.module_names import adapted_module
+from wanda_lightning.models.layers import Layer, adapted_module, is_plain, is_whole, whole_layer
 from wanda_lightning.models.quantized import is_wrapper
 from wanda_lightning.parallel import local
 

@@ -18,8 +18,7 @@ from torch.nn.utils import parametrize
 from wanda_lightning.common.words import check_patterns, matches, refuse_unmatched
 from wanda_lightning.core.patterns import Pattern, Unstructured
 from wanda_lightning.models.experts import routers, stacked_experts, stored_by_columns
-from wanda_lightning.models.layers import Layer, layer_kinds, layers_of
-from wanda_lightning.models.module_names import named_modules, uncompiled_name
+from wanda_lightning.models.layers import Layer, layer_kinds, layers_of, named_modules, uncompiled_name
 from wanda_lightning.models.quantized import is_packed, is_packed_weight, quantizer
 from wanda_lightning.models.task import own_head
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.models.module_names import named_modules, uncompiled_name
+from wanda_lightning.models.layers import named_modules, uncompiled_name
 
 _NO_LABEL = -100  # transformers pads labels with this value
 

@@ -31,8 +31,7 @@ from wanda_lightning.models import (
     removable_units,
     tied_tensors,
 )
-from wanda_lightning.models.layers import refuse_no_values
-from wanda_lightning.models.module_names import named_modules
+from wanda_lightning.models.layers import named_modules, refuse_no_values
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking.configuration import fit_configuration
 
