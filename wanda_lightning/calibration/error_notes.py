@@ -41,6 +41,7 @@ def naming_batch(index: int, values: Any, stop: str = "") -> Iterator[None]:
     except Exception as error:
         if not any(note.startswith(_START) for note in getattr(error, "__notes__", ())):
             where = f"{stop}, in " if stop else ""
-            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_within(values)) or "no tensor"
-            add_note(error, f"{_START}{where}calibration batch {index} (counted from 0), with shapes {shapes}.")
+            shapes = [str(tuple(tensor.shape)) for tensor in tensors_within(values)]
+            of = f", with shapes {', '.join(shapes)}" if shapes else ""
+            add_note(error, f"{_START}{where}calibration batch {index} (counted from 0){of}.")
         raise

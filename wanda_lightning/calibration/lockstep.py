@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils import _python_dispatch
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
@@ -184,12 +184,11 @@ def _park(stop: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
 def _batches(samples: Sequence[Sample], stops: Sequence[Stop]) -> Iterator[list[_Batch]]:
     """Construct one batch for each sample; end all of them at the end of this block."""
     batches = [_Batch(sample, stops) for sample in samples]
-    try:
+    with ExitStack() as ends:
+        for batch in batches:
+            # In reverse order, as contexts nest: a batch may have entered one inside the context of the batch before.
+            ends.callback(batch.end)
         yield batches
-    finally:
-        # In reverse order, as contexts nest: a batch may have entered a context inside the context of the batch before.
-        for batch in reversed(batches):
-            batch.end()
 
 
 class _Batch(greenlet):
@@ -226,7 +225,7 @@ class _Batch(greenlet):
         """Let the batch run to its next stop, or to its end (called by the scheduler)."""
         self.call, self._output, self.parent = None, output, getcurrent()
         del output
-        with self._state.entered(own_modes=True):
+        with self._state.entered(function_modes=True):
             self.switch()
 
     def end(self) -> None:
@@ -234,38 +233,56 @@ class _Batch(greenlet):
         self.call, self._ended = None, True
         if self:
             self.parent = getcurrent()
-            with self._state.entered(own_modes=True), suppress(Exception):  # of code that meets `GreenletExit`
+            with self._state.entered(function_modes=True), suppress(Exception):  # of code that meets `GreenletExit`
                 self.throw()
 
 
-class TorchState:
-    """The state of PyTorch at the time of construction: inference mode, autocast, the default device and other modes.
+def _current_stream() -> torch.Stream | None:
+    """Return the current stream, which determines the current device; None before the accelerator is used."""
+    accelerator = torch.accelerator.current_accelerator()
+    # `mps` has no such function, and a single stream.
+    if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", bool)():
+        return None
+    return torch.accelerator.current_stream()
 
-    A model may change it between two stops, where other samples and the scheduler run.
+
+def _set_stream(stream: torch.Stream | None) -> None:
+    if stream is not None and stream != torch.accelerator.current_stream():
+        torch.accelerator.set_stream(stream)  # changes the current device, too
+
+
+class TorchState:
+    """The state of PyTorch at the time of construction.
+
+    Inference mode, autocast, the stream with its device, the default device, and the modes of functions and dispatch: a
+    model may change them between two stops, where other samples and the scheduler run.
     """
 
     def __init__(self) -> None:
         devices = {"cpu"}
         if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
             devices.add(accelerator.type)
+        self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
         self._default_device = torch.get_default_device()
-        self._modes = _get_current_function_mode_stack()
+        self._modes = _modes()
 
     @contextmanager
-    def entered(self, own_modes: bool = False) -> Iterator[None]:
+    def entered(self, function_modes: bool = False) -> Iterator[None]:
         """Switch to this state, without gradients; restore the present one at the end.
 
-        The torch-function modes are those of this state, too, with `own_modes`.
+        Torch-function modes are only replaced with `function_modes`.
         """
         with ExitStack() as stack:
+            stack.callback(_set_stream, _current_stream())
+            _set_stream(self._stream)
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.no_grad())
-            if own_modes:
-                stack.callback(_set_modes, _get_current_function_mode_stack())
-                _set_modes(self._modes)
-            elif self._default_device != torch.get_default_device():
+            current, (functions, dispatch) = _modes(), self._modes
+            stack.callback(_set_modes, current)
+            _set_modes([functions if function_modes else current[0], dispatch])
+            if self._default_device != torch.get_default_device():
                 stack.enter_context(self._default_device)
             for device, enabled, dtype in self._autocast:
                 # No cache: it would give the pruned run the cast of a dense weight.
@@ -273,8 +290,21 @@ class TorchState:
             yield
 
 
-def _set_modes(modes: Sequence[Any]) -> None:
-    for _ in _get_current_function_mode_stack():
-        _pop_mode()
-    for mode in modes:
-        _push_mode(mode)
+_MODES = (
+    (overrides, overrides._get_current_function_mode_stack),
+    (_python_dispatch, _python_dispatch._get_current_dispatch_mode_stack),
+)
+
+
+def _modes() -> list[Sequence[Any]]:
+    """Return the modes of torch functions and those of dispatch, the innermost last."""
+    return [[*read()] for _, read in _MODES]
+
+
+def _set_modes(modes: Sequence[Sequence[Any]]) -> None:
+    for (module, _), current, own in zip(_MODES, _modes(), modes, strict=True):
+        if current != own:
+            for _ in current:
+                module._pop_mode()
+            for mode in own:
+                module._push_mode(mode)

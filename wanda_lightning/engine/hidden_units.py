@@ -221,9 +221,9 @@ class _Removing(_Search):
         """Find the units that layers of this block read."""
         assert block.module is not None
         runs = BlockRuns(block.module, calls)
-        for call in runs.recording():
-            call.run(on_copies=True)
         with self._plan.processes.fail_together():
+            for call in runs.recording():
+                call.run(on_copies=True)
             for layer in block.layers:
                 if layer.expert is not None or layer.group is not None:
                     continue

@@ -85,6 +85,3 @@ def check_tokens(model: Any, input_ids: object) -> None:
             f"input_ids must be from 0 to {embeddings - 1}, since the model has {embeddings} embeddings, but one is "
             f"{low if low < 0 else high}. Use the tokenizer that the model was trained with."
         )
-
-
-# ---- padding
