@@ -88,7 +88,11 @@ def lockstep(
     """
     revisited = set() if revisited is None else revisited
     pending = set(range(len(stops)))
-    with _parking(stops), _batches(_parking_at_products(samples, stops), stops) as batches:
+    with _parking(stops), ExitStack() as ends:
+        batches = [_Batch(sample, stops) for sample in _parking_at_products(samples, stops)]
+        for batch in batches:
+            # In reverse order, as contexts nest: a batch may have entered one inside the context of the batch before.
+            ends.callback(batch.end)
         with processes.fail_together():
             for batch in batches:
                 batch.advance()
@@ -178,17 +182,6 @@ def _park(stop: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """Park the current batch and return the module's output; run the forward if no batch is running."""
     batch = getcurrent()
     return batch.park(stop, forward, args, kwargs) if isinstance(batch, _Batch) else forward(*args, **kwargs)
-
-
-@contextmanager
-def _batches(samples: Sequence[Sample], stops: Sequence[Stop]) -> Iterator[list[_Batch]]:
-    """Construct one batch for each sample; end all of them at the end of this block."""
-    batches = [_Batch(sample, stops) for sample in samples]
-    with ExitStack() as ends:
-        for batch in batches:
-            # In reverse order, as contexts nest: a batch may have entered one inside the context of the batch before.
-            ends.callback(batch.end)
-        yield batches
 
 
 class _Batch(greenlet):

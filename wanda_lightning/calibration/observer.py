@@ -198,11 +198,7 @@ class PassiveCalibration:
             yield
 
     def finish(self) -> tuple[Observation, int]:
-        """Return what the batches have shown, and the number of batches of all processes.
-
-        Raises:
-            UserError: If there was no batch, or an activation held NaN or infinity.
-        """
+        """Return what the batches have shown, and the number of batches of all processes; there must be one."""
         found = self.observer.finish(self._stop)
         batches = sum(count for (count,) in self.observer.processes.all_gather([self._batches]))
         if not batches:
