@@ -50,6 +50,7 @@ class UnitLayer:
     kind: str  # layers of one kind differ in nothing but their place in the model
     width: int  # number of units
     scores: PerUnit | None = None  # of the units, if the allocation reads gradients
+    cost: float = 1.0  # of a unit, relative to the mean over all units of the model
 
 
 class GradientLimit(NamedTuple):
@@ -76,6 +77,11 @@ class Allocation(ABC):
     def gradient_limit(self) -> GradientLimit:
         """The number of calibration samples, over all processes, that get a backward pass."""
         return GradientLimit()
+
+    @property
+    def unit_cost(self) -> str:
+        """What a hidden unit costs: `"units"`, `"parameters"`, `"macs"` or `"seconds"`."""
+        return "units"
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
         """Raise a ValueError for layers whose names or sizes do not fit; weights are not read."""

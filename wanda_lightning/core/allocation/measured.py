@@ -91,7 +91,8 @@ class Fisher(Allocation):
 
     The score of a hidden unit is the sum over tokens of its squared activation times the squared gradient there. The
     units with the smallest scores of the whole model become zero: of a layer at most 60 %, or halfway from the target
-    to all.
+    to all. With a `cost`, scores are divided by what a unit costs, and `sparsity` is the share of the cost of all
+    hidden units that leaves (compare Shen et al. 2022, arXiv 2110.10811).
 
     Attributes:
         max_deviation: Maximum difference between a layer's sparsity and the target, and at most 3/8 of the fraction
@@ -100,6 +101,9 @@ class Fisher(Allocation):
             None for all.
         num_predictions: Take more samples, if there are any, until they have this many predictions: a window of text
             has one for each token, an image a single one.
+        cost: What a hidden unit costs: all the same (`"units"`), its `"parameters"`, its multiply-adds (`"macs"`), or
+            `"seconds"`: its share of the time that the forward pass of its block takes for a calibration batch, here
+            and now. So `"seconds"` may give other masks on another machine, or in a second run.
     """
 
     reads_gradients: ClassVar[bool] = True
@@ -107,9 +111,11 @@ class Fisher(Allocation):
     max_deviation: float = 0.15
     num_samples: int | None = None
     num_predictions: int = 0
+    cost: Literal["units", "parameters", "macs", "seconds"] = "units"
 
     def __post_init__(self) -> None:
         check(self, max_deviation=Number(minimum=0, maximum=1), num_predictions=Number(minimum=0, whole=True))
+        check(self, cost=("units", "parameters", "macs", "seconds"))
         if self.num_samples is not None:
             check(self, num_samples=Number(minimum=1, whole=True))
 
@@ -117,6 +123,11 @@ class Fisher(Allocation):
     def gradient_limit(self) -> GradientLimit:
         """`num_samples` and `num_predictions`."""
         return GradientLimit(self.num_samples, self.num_predictions)
+
+    @property
+    def unit_cost(self) -> str:
+        """`cost`."""
+        return self.cost
 
     def scaled(self, fraction: float) -> Fisher:
         """Scale the differences between layers."""
@@ -141,7 +152,7 @@ class Fisher(Allocation):
     def of_units(self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured) -> dict[str, float]:
         """Compare the units of all layers; `max_deviation` does not apply."""
         most = max(_MOST_UNITS, (1 + sparsity) / 2)
-        scored = [(layer, layer.scores.cpu()) for layer in layers if layer.scores is not None]
+        scored = [(layer, layer.scores.cpu() / layer.cost) for layer in layers if layer.scores is not None]
         every = torch.cat([scores for _, scores in scored])
         ranks = every.argsort(stable=True).argsort()  # without ties: many units may have the score 0
         own = [each.sort().values for each in ranks.split([layer.width for layer, _ in scored])]
@@ -154,7 +165,8 @@ class Fisher(Allocation):
             ]
 
         def enough(rank: int) -> bool:
-            return sum(removed(rank)) >= int(sparsity * len(every))
+            gone = sum(layer.cost * number for (layer, _), number in zip(scored, removed(rank), strict=True))
+            return gone >= int(sparsity * sum(layer.cost * layer.width for layer, _ in scored))
 
         found = removed(bisect_left(range(len(every)), True, key=enough))
         return {layer.name: number / layer.width for (layer, _), number in zip(scored, found, strict=True)}
