@@ -155,6 +155,12 @@ class PruningConfig:
             if not getattr(self, option).prunes_units:
                 fitting = ", ".join(name for name, make in NAMES[option].items() if make().prunes_units)
                 yield option, "pattern", f"it compares single weights, not hidden units. Choose from {fitting}."
+        if self.allocation.unit_cost != "units" and not self.pattern.prunes_units:
+            yield (
+                "allocation",
+                "pattern",
+                "only hidden units have a cost. Use pattern='structured', or another allocation.",
+            )
         for option in ("criterion", "allocation", "solver", "recovery") if self.pattern.drops_experts else ():
             if getattr(self, option) != getattr(methods.METHODS["wanda"], option)():
                 yield option, "pattern", f"whole experts are dropped by a score of their own. Leave {option} out."

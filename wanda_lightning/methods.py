@@ -39,6 +39,9 @@ ALLOCATIONS: Mapping[str, Callable[[], Allocation]] = {
     "owl": lambda: wl.OWL(),
     "owl_layer": lambda: wl.OWL(per="layer"),
     "fisher": lambda: wl.Fisher(),
+    "fisher_parameters": lambda: wl.Fisher(cost="parameters"),
+    "fisher_macs": lambda: wl.Fisher(cost="macs"),
+    "fisher_seconds": lambda: wl.Fisher(cost="seconds"),
 }
 
 RECOVERIES: Mapping[str, Callable[[], Recovery]] = {

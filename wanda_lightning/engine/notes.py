@@ -184,7 +184,14 @@ def _on_units(run: Run) -> Iterator[Note]:
             "of any layer: use a smaller multiple_of, or a higher sparsity"
         )
         return
-    yield Note(f"{zero:,} of {width:,} hidden units are zero; shrink() takes them out", is_warning=False)
+    plan, of_cost = run.plan, ""
+    if plan.costs:
+        cost, all_units = plan.config.allocation.unit_cost, {name: units.width for name, units in plan.coupled.items()}
+        total = plan.cost_of(all_units)
+        of_cost = f", {plan.cost_of(run.done.zero_units) / total:.1%} of the {cost} of all"
+        shares = ", ".join(f"{name} {plan.cost_of({name: number}) / total:.1%}" for name, number in all_units.items())
+        yield Note(f"of the {cost} of all hidden units: {shares}", is_warning=False)
+    yield Note(f"{zero:,} of {width:,} hidden units are zero{of_cost}; shrink() takes them out", is_warning=False)
 
 
 def _on_permutation(run: Run) -> Iterator[Note]:

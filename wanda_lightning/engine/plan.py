@@ -43,6 +43,7 @@ class Plan:
     inventory: Inventory
     # The hidden units to prune, by the layer that reads them, if whole units are pruned; the layers are these readers.
     coupled: Mapping[str, RemovableUnits] = field(default_factory=dict)
+    costs: Mapping[str, float] = field(default_factory=dict)  # of one unit of each of these; empty if all cost the same
     preset: str = ""  # the name for these choices, before the model decided about any
 
     @property
@@ -148,14 +149,22 @@ class Plan:
             sparsities = self.processes.broadcast(sparsities, 0)
         return self.selections(sparsities, gradients)
 
+    def cost_of(self, units: Mapping[str, int]) -> float:
+        """Return what numbers of hidden units cost, by layer."""
+        return sum(self.costs.get(name, 1.0) * number for name, number in units.items())
+
     def _unit_sparsities(self, gradients: Mapping[str, GradientStatistics]) -> dict[str, float]:
         """Give each layer that reads hidden units the fraction of them that becomes zero."""
         pattern, allocation, layers = self.config.pattern, self.config.allocation, list[UnitLayer]()
         assert isinstance(pattern, Structured)
+        mean = self.cost_of({name: units.width for name, units in self.coupled.items()})
+        mean /= sum(units.width for units in self.coupled.values())
         for name, units in self.coupled.items():
             scores = gradients[name].units if name in gradients else None
             if scores is not None or not allocation.reads_gradients:
-                layers.append(UnitLayer(name, re.sub(r"\d+", "*", name), units.width, scores))
+                layers.append(
+                    UnitLayer(name, re.sub(r"\d+", "*", name), units.width, scores, self.costs.get(name, 1.0) / mean)
+                )
         found = allocation.of_units(layers, self.config.sparsity, pattern) if layers else {}
         return {layer.name: 1 - pattern.kept(layer.width, found[layer.name]) / layer.width for layer in layers}
 

@@ -27,6 +27,7 @@ from wanda_lightning.engine.hidden_units import couple, permute
 from wanda_lightning.engine.notes import make_report
 from wanda_lightning.engine.plan import Plan, make_plan, refuse_unprunable
 from wanda_lightning.engine.run import Observed, Run, WeightStore
+from wanda_lightning.engine.unit_costs import unit_costs
 from wanda_lightning.engine.write import prune_stop
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
@@ -122,6 +123,7 @@ def prune_as(
     if config.pattern.prunes_units:
         with run.clock.timed("find units"), pruning_mode(model):
             run = replace(run, plan=couple(run))
+            run = replace(run, plan=replace(run.plan, costs=unit_costs(run)))
     with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(model):
         statistics = BatchNormStatistics(batch_norms, samples, processes)
     if allocate_first:
