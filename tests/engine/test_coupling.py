@@ -1,6 +1,7 @@
 """Structured zeros fill whole hidden units, in every architecture, and what is no unit of its own stays dense."""
 
 import copy
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -22,6 +23,7 @@ from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.core.allocation import Uniform, UnitLayer
 from wanda_lightning.engine.hidden_units import couple
+from wanda_lightning.engine.unit_costs import unit_costs
 from wanda_lightning.models import SkipReason
 
 EACH_OF_4 = Structured(multiple_of=4)
@@ -253,6 +255,45 @@ def test_fisher_meets_the_target_within_one_multiple(sparsity, zeros):
     assert max(removed) <= 96 * max(0.6, (1 + sparsity) / 2) + 4
 
 
+def test_fisher_takes_the_units_with_the_smallest_scores_for_their_costs():
+    """One at a time, until they cost a share of all: the plainest way to say it."""
+    scores, costs = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)), torch.tensor([0.25, 0.75, 2.0])
+    layers = [UnitLayer(f"layer.{n}", "*", 40, each, float(costs[n])) for n, each in enumerate(scores)]
+    got = [round(share * 40) for share in Fisher(cost="seconds").of_units(layers, 0.3, Structured(1)).values()]
+    expected = [0, 0, 0]
+    for index in (scores / costs[:, None]).flatten().argsort():
+        if (torch.tensor(expected) * costs).sum() < 36:
+            expected[index // 40] += 1
+    assert got == expected
+    assert got[2] > got[0]
+
+
+@pytest.mark.parametrize(
+    ("cost", "per_unit"),
+    [
+        ("parameters", (16 + 2 + 9 + 2 + 16,) * 2),  # two of each BatchNorm
+        ("macs", (16 * 64 + 9 * 16 + 16 * 16, 16 * 16 + 9 * 16 + 16 * 16)),  # a stride halves the sides of the images
+    ],
+)
+def test_what_a_unit_costs_is_that_of_its_rows_and_columns(cost, per_unit):
+    blocks = [InvertedResidual(16, 16, stride=stride, exp_ratio=2) for stride in (2, 1)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(256, 10)).eval()
+    run = run_of(model, random(2, 16, 8, 8), sparsity=0.5, pattern=EACH_OF_4, allocation=Fisher(cost=cost))
+    with pruning_mode(model):
+        run = replace(run, plan=couple(run))
+        assert tuple(unit_costs(run).values()) == per_unit
+
+
+def test_a_slow_block_loses_more_units():
+    model = chain(lambda: (Mlp(), Mlp(), Mlp()))
+    model[1].between.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    report = prune(model, vectors(), 0.4, pattern=EACH_OF_4, allocation="fisher_seconds", progress=False)
+    zeros = [int((block.down.weight == 0).all(dim=0).sum()) for block in model[:3]]
+    assert zeros[1] > max(zeros[0], zeros[2])
+    assert any(note.startswith("of the seconds of all hidden units: 0.down 0.") for note in report.notes)
+    assert any("% of the seconds of all; shrink() takes them out" in note for note in report.notes)
+
+
 @pytest.mark.parametrize(
     ("widths", "sparsity", "kept"),
     [
@@ -335,6 +376,7 @@ LLAMA = ZOO["llama"].build
             "sparsity=0.95 would remove all 64 hidden units: the widest layer, model.layers.0.mlp",
         ),
         (LLAMA, {"permutation": "assignment"}, "permutation='assignment' cannot be combined with pattern='struc"),
+        (LLAMA, {"allocation": "fisher_macs", "pattern": "2:4"}, "only hidden units have a cost"),
         (LLAMA, {"allocation": "owl"}, "allocation='owl' cannot be combined with pattern='structured'"),
         (LLAMA, {"solver": "admm"}, "solver='admm' cannot be combined with pattern='structured'"),
         (LLAMA, {"method": "sparsegpt"}, "Choose from zero_out, refit."),
