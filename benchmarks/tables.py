@@ -57,6 +57,7 @@ LABELS: Mapping[str, str] = {
     "fixed": "then `DistillFromDense`",
     "structured": "units",
     "structured, fisher": "units, by the loss",
+    "structured, fisher seconds": "units, by the loss and their seconds",
     "GroupMagnitude": "units, by Torch-Pruning",
     "structured, int8": "units, then int8",
     "structured, distilled": "units, by the loss, then distilled",

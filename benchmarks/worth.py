@@ -232,7 +232,11 @@ def photos(options: Options) -> tuple[Comparison, Rows]:
         return {"top1": float((found == images.labels).sum()) / len(found)}
 
     clocks = image_clocks(tuple(images.calibration[0].shape[1:]))
-    rows = common_rows(images.planned, images.calibration)
+    priced = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
+    rows = [
+        *common_rows(images.planned, images.calibration),
+        *rows_of_units(images.planned, "structured, fisher seconds", priced, ["25", "35"]),
+    ]
     return Comparison(images.model, clocks, quality, options.runs), rows
 
 
