@@ -51,7 +51,12 @@ def make_report(run: Run) -> PruningReport:
         parameters=sum(parameter.numel() for parameter in parameters),
         zeros=zeros,
         seconds=dict(run.clock),
-        config={"preset": plan.preset, **plan.config.describe(), "calibration_batches": run.samples.total},
+        config={
+            "preset": plan.preset,
+            **plan.config.describe(),
+            "calibration_batches": run.samples.total,
+            **({"unit_costs": dict(plan.costs)} if plan.costs else {}),
+        },
         notes=tuple(note.text for note in notes),
         training=run.training,
     )
@@ -186,11 +191,12 @@ def _on_units(run: Run) -> Iterator[Note]:
         return
     plan, of_cost = run.plan, ""
     if plan.costs:
-        cost, all_units = plan.config.allocation.unit_cost, {name: units.width for name, units in plan.coupled.items()}
-        total = plan.cost_of(all_units)
+        cost = plan.config.allocation.unit_cost
+        of = {name: plan.cost_of({name: units.width}) for name, units in plan.coupled.items()}
+        total, most = sum(of.values()), sorted(of, key=lambda name: -of[name])[:3]
         of_cost = f", {plan.cost_of(run.done.zero_units) / total:.1%} of the {cost} of all"
-        shares = ", ".join(f"{name} {plan.cost_of({name: number}) / total:.1%}" for name, number in all_units.items())
-        yield Note(f"of the {cost} of all hidden units: {shares}", is_warning=False)
+        shares = ", ".join(f"{name} {of[name] / total:.1%}" for name in most)
+        yield Note(f"of the {cost} of all hidden units, most are in {shares}", is_warning=False)
     yield Note(f"{zero:,} of {width:,} hidden units are zero{of_cost}; shrink() takes them out", is_warning=False)
 
 

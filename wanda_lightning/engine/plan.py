@@ -150,21 +150,20 @@ class Plan:
         return self.selections(sparsities, gradients)
 
     def cost_of(self, units: Mapping[str, int]) -> float:
-        """Return what numbers of hidden units cost, by layer."""
-        return sum(self.costs.get(name, 1.0) * number for name, number in units.items())
+        """Return what numbers of hidden units cost, by layer; 0 for layers that the measured batch did not reach."""
+        return sum(number * (self.costs.get(name, 0.0) if self.costs else 1.0) for name, number in units.items())
 
     def _unit_sparsities(self, gradients: Mapping[str, GradientStatistics]) -> dict[str, float]:
-        """Give each layer that reads hidden units the fraction of them that becomes zero."""
+        """Give each layer that reads hidden units, and was measured, the fraction of them that becomes zero."""
         pattern, allocation, layers = self.config.pattern, self.config.allocation, list[UnitLayer]()
         assert isinstance(pattern, Structured)
-        mean = self.cost_of({name: units.width for name, units in self.coupled.items()})
-        mean /= sum(units.width for units in self.coupled.values())
         for name, units in self.coupled.items():
             scores = gradients[name].units if name in gradients else None
-            if scores is not None or not allocation.reads_gradients:
-                layers.append(
-                    UnitLayer(name, re.sub(r"\d+", "*", name), units.width, scores, self.costs.get(name, 1.0) / mean)
-                )
+            if (scores is not None or not allocation.reads_gradients) and (cost := self.cost_of({name: 1})):
+                layers.append(UnitLayer(name, re.sub(r"\d+", "*", name), units.width, scores, cost))
+        if self.costs and layers:
+            mean = sum(layer.cost * layer.width for layer in layers) / sum(layer.width for layer in layers)
+            layers = [replace(layer, cost=layer.cost / mean) for layer in layers]
         found = allocation.of_units(layers, self.config.sparsity, pattern) if layers else {}
         return {layer.name: 1 - pattern.kept(layer.width, found[layer.name]) / layer.width for layer in layers}
 

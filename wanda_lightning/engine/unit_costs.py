@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.cloning import tensors_within
+from wanda_lightning.calibration.lockstep import Call, lockstep
+from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.engine.plan import Plan
-from wanda_lightning.engine.run import Run, dense_blocks
+from wanda_lightning.engine.run import Run
 from wanda_lightning.models.hidden_units import Slot
 from wanda_lightning.models.layers import whole_layer
 
@@ -24,13 +27,21 @@ def unit_costs(run: Run) -> dict[str, float]:
     """Return what a hidden unit costs, for each layer that reads some, as the allocation asks; nothing if all cost 1.
 
     The parameters and multiply-adds are those of all tensors with entries for the unit. The seconds of a block are the
-    shortest of seven runs on the first calibration batch, divided by the number of its units.
+    shortest of seven runs on the first calibration batch, divided by the number of its units. One process measures.
     """
     plan, cost = run.plan, run.plan.config.allocation.unit_cost
     if cost == "units":
         return {}
-    found = _seconds(run) if cost == "seconds" else _sizes(plan, _positions(run) if cost == "macs" else None)
-    return plan.processes.broadcast(found, 0)  # times differ between processes
+    with plan.processes.fail_together():
+        batches = run.samples.first(1)[:1]
+    measures = [bool(number) for (number,) in plan.processes.all_gather([len(batches)])].index(True)
+    batches = batches if plan.processes.rank == measures else []
+    if cost == "seconds":
+        found = _seconds(run, batches)
+    else:
+        with plan.processes.fail_together():
+            found = _sizes(plan, _positions(plan, batches) if cost == "macs" else None)
+    return plan.processes.broadcast(found, measures)
 
 
 def _sizes(plan: Plan, positions: Mapping[nn.Module, float] | None) -> dict[str, float]:
@@ -45,51 +56,53 @@ def _sizes(plan: Plan, positions: Mapping[nn.Module, float] | None) -> dict[str,
     return {name: sum(map(size, slots.values())) for name, slots in distinct.items()}
 
 
-def _positions(run: Run) -> dict[nn.Module, float]:
-    """Return at how many positions of the first sample each module with a matrix of units computes an output."""
+def _positions(plan: Plan, batches: Sequence[Sample]) -> dict[nn.Module, float]:
+    """Return at how many positions of the batch each module with a matrix of units computes an output."""
     found: dict[nn.Module, float] = {}
 
-    def count(module: Any, args: object, output: Tensor) -> None:
-        layer = whole_layer(module)  # None for a depthwise convolution
-        found[module] = found.get(module, 0.0) + output.numel() / (layer.shape[0] if layer else len(module.weight))
+    def count(module: Any, args: object, output: object) -> None:
+        layer, outputs = whole_layer(module), tensors_within(output)  # no layer: a depthwise convolution
+        found[module] = found.get(module, 0.0) + outputs[0].numel() / (layer.shape[0] if layer else len(module.weight))
 
-    with ExitStack() as hooks, run.plan.processes.fail_together():
-        slots = (slot for units in run.plan.coupled.values() for slot in units.slots if slot.tensor.ndim > 1)
+    with ExitStack() as hooks:
+        slots = (slot for units in plan.coupled.values() for slot in units.slots if slot.tensor.ndim > 1)
         for module in {slot.module for slot in slots}:
             hooks.callback(module.register_forward_hook(count).remove)
-        for sample in run.samples.head(1):
-            sample.forward()
+        for batch in batches:
+            batch.forward()
     return found
 
 
-def _seconds(run: Run) -> dict[str, float]:
+def _seconds(run: Run, batches: Sequence[Sample]) -> dict[str, float]:
     """Return the seconds of each block for each of its units; nothing if the model has no blocks."""
     plan, found = run.plan, dict[str, float]()
-    first = run.samples.first(1)
-    count = sum(plan.processes.all_gather([first[0].size if first else 0])[0])
-    with closing(dense_blocks(run, plan.block_stops, count, "Timing blocks", set())) as blocks:
+    with (
+        ProgressBar("Timing blocks", len(plan.block_stops), run.progress) as bar,
+        closing(lockstep(plan.block_stops, batches, plan.processes)) as blocks,
+    ):
         for block, calls in blocks:
-            seconds = sum(_seconds_of(call) for call in calls)
+            with plan.processes.fail_together():
+                seconds = sum(_seconds_of(call, block.layers[0].weight.device) for call in calls)
             width = sum(plan.coupled[layer.name].width for layer in block.layers)
             found |= {layer.name: seconds / width for layer in block.layers}
+            bar.advance()
     return found
 
 
-def _seconds_of(call: Call) -> float:
+def _seconds_of(call: Call, device: torch.device) -> float:
     times: list[float] = []
 
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
     def timed(*args: Any, **kwargs: Any) -> None:
-        _synchronize()
+        wait()
         started = time.perf_counter()
         call.forward(*args, **kwargs)
-        _synchronize()
+        wait()
         times.append(time.perf_counter() - started)
 
     for _ in range(1 + _RUNS):
         replace(call, forward=timed).run(on_copies=True)
     return min(times[1:])  # other programs only make it longer
-
-
-def _synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

@@ -166,7 +166,7 @@ class Fisher(Allocation):
 
         def enough(rank: int) -> bool:
             gone = sum(layer.cost * number for (layer, _), number in zip(scored, removed(rank), strict=True))
-            return gone >= int(sparsity * sum(layer.cost * layer.width for layer, _ in scored))
+            return gone >= int(sparsity * round(sum(layer.cost * layer.width for layer, _ in scored), 6))
 
         found = removed(bisect_left(range(len(every)), True, key=enough))
         return {layer.name: number / layer.width for (layer, _), number in zip(scored, found, strict=True)}
