@@ -50,7 +50,8 @@ def claims() -> str:
     lines = (
         "**Wanda gives the same masks as [the reference](https://github.com/locuslab/wanda)**, bit for bit, on the "
         f"tiny random models of the tests, and the same perplexity, {same} at 50 %. [At 2:4, and "
-        "with other methods](docs/measured.md#the-reference-code-and-alps), both differ by ties and the order of sums.",
+        "with other methods](docs/measured.md#the-reference-code-and-alps), both differ slightly, "
+        "by equal scores and the order of sums.",
         f"**Better models for the time.** At 50 %, `best` has perplexity {perplexity(best)} after {seconds(best)} s, "
         f"and [ALPS](https://arxiv.org/abs/2406.07831) {perplexity(alps)} after {seconds(alps)} s, with its authors' "
         "code on another machine of the same kind, one run each.",

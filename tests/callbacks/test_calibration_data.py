@@ -23,7 +23,7 @@ from support.callbacks import (
 )
 from support.zoo import ZOO
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 
 from wanda_lightning import PruningCallback, WandaPrune, prune
 from wanda_lightning.calibration.samples import batch_size
@@ -262,32 +262,14 @@ def test_the_size_of_a_batch(lengths, size):
     assert batch_size({name: torch.zeros(length, 3) for name, length in lengths.items()}) == size
 
 
-@pytest.mark.filterwarnings(SHUFFLED)
-def test_a_subclass_is_calibrated_on_with_its_own_batches():
-    module = Recorder()
-    trainer(WandaPrune(num_samples=12)).validate(module, listed())
-    assert_same(module.seen, [x for x, _ in listed()])
-
-
-class Batched(Dataset):
-    """Its items are batches."""
-
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, index):
-        return SAMPLES[4 * index : 4 * index + 4]
-
-
 class BatchedStream(IterableDataset):
     def __iter__(self):
         return iter(loader())
 
 
-@pytest.mark.parametrize("dataset", [Batched, BatchedStream])
-def test_a_loader_of_precomputed_batches(dataset):
+def test_a_loader_of_precomputed_batches():
     module = Recorder()
-    trainer(WandaPrune(num_samples=10), max_epochs=1).fit(module, DataLoader(dataset(), batch_size=None))
+    trainer(WandaPrune(num_samples=10), max_epochs=1).fit(module, DataLoader(BatchedStream(), batch_size=None))
     x = SAMPLES.tensors[0]
     assert_same(module.seen, [*x[:8].split(4), x[8:10]])
     assert_same(module.trained, x.split(4))

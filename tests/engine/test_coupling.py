@@ -278,7 +278,7 @@ def test_fisher_takes_the_units_with_the_smallest_scores_for_their_costs():
 def test_what_a_unit_costs_is_that_of_its_rows_and_columns(cost, per_unit):
     blocks = [InvertedResidual(16, 16, stride=stride, exp_ratio=2) for stride in (2, 1)]
     model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(256, 10)).eval()
-    run = run_of(model, random(2, 16, 8, 8), sparsity=0.5, pattern=EACH_OF_4, allocation=Fisher(cost=cost))
+    run = run_of(model, random(1, 16, 8, 8), sparsity=0.5, pattern=EACH_OF_4, allocation=Fisher(cost=cost))
     with pruning_mode(model):
         run = replace(run, plan=couple(run))
         assert tuple(unit_costs(run).values()) == per_unit
