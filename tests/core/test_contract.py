@@ -26,8 +26,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 EVERY_CRITERION = pytest.mark.parametrize("criterion", CRITERIA)
 EVERY_SOLVER = pytest.mark.parametrize("solver", [SOLVERS[name]() for name in SOLVERS], ids=SOLVERS)
-EVERY_ALLOCATION = pytest.mark.parametrize("name", ALLOCATIONS)
-UNEQUAL = [name for name in ALLOCATIONS if name != "uniform"]
+OF_WEIGHTS = [name for name in ALLOCATIONS if ALLOCATIONS[name]().unit_cost == "units"]
+EVERY_ALLOCATION = pytest.mark.parametrize("name", OF_WEIGHTS)
+UNEQUAL = [name for name in OF_WEIGHTS if name != "uniform"]
 
 ENTRIES = [
     *((Criterion, CRITERIA[name]) for name in CRITERIA),
