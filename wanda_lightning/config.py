@@ -155,7 +155,7 @@ class PruningConfig:
             if not getattr(self, option).prunes_units:
                 fitting = ", ".join(name for name, make in NAMES[option].items() if make().prunes_units)
                 yield option, "pattern", f"it compares single weights, not hidden units. Choose from {fitting}."
-        if self.allocation.unit_cost != "units" and not self.pattern.prunes_units:
+        if self.allocation.cost != "units" and not self.pattern.prunes_units:
             yield (
                 "allocation",
                 "pattern",

@@ -290,7 +290,7 @@ def test_a_slow_block_loses_more_units():
     report = prune(model, vectors(), 0.4, pattern=EACH_OF_4, allocation="fisher_seconds", progress=False)
     zeros = [int((block.down.weight == 0).all(dim=0).sum()) for block in model[:3]]
     assert zeros[1] > max(zeros[0], zeros[2])
-    assert any(note.startswith("of the seconds of all hidden units, most are in 1.down 9") for note in report.notes)
+    assert max(report.config["unit_costs"], key=report.config["unit_costs"].get) == "1.down"
     assert report.config["unit_costs"].keys() == {f"{block}.down" for block in range(3)}
     assert any("% of the seconds of all; shrink() takes them out" in note for note in report.notes)
 

@@ -218,10 +218,8 @@ def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistic
 
         def add(gradient: Tensor) -> None:
             for product, each, tokens, total in zip(products, squares, signed, totals, strict=True):
-                layer, outputs = (
-                    product.layer,
-                    product.layer.outputs(product.own_output(gradient)).flatten(0, -2).float(),
-                )
+                layer = product.layer
+                outputs = layer.outputs(product.own_output(gradient)).flatten(0, -2).float()
                 rows, squared = slice(product.row, product.row + outputs.shape[1]), outputs.square()
                 # Divide by all rows of the layer: this product may use only some of them.
                 total.inputs.add_(torch.mv(each.t(), squared.sum(dim=1) / len(total.rows)))

@@ -191,12 +191,9 @@ def _on_units(run: Run) -> Iterator[Note]:
         return
     plan, of_cost = run.plan, ""
     if plan.costs:
-        cost = plan.config.allocation.unit_cost
-        of = {name: plan.cost_of({name: units.width}) for name, units in plan.coupled.items()}
-        total, most = sum(of.values()), sorted(of, key=lambda name: -of[name])[:3]
+        cost = plan.config.allocation.cost
+        total = plan.cost_of({name: units.width for name, units in plan.coupled.items()})
         of_cost = f", {plan.cost_of(run.done.zero_units) / total:.1%} of the {cost} of all"
-        shares = ", ".join(f"{name} {of[name] / total:.1%}" for name in most)
-        yield Note(f"of the {cost} of all hidden units, most are in {shares}", is_warning=False)
     yield Note(f"{zero:,} of {width:,} hidden units are zero{of_cost}; shrink() takes them out", is_warning=False)
 
 

@@ -29,7 +29,7 @@ def unit_costs(run: Run) -> dict[str, float]:
     The parameters and multiply-adds are those of all tensors with entries for the unit. The seconds of a block are the
     shortest of seven runs on the first calibration batch, divided by the number of its units. One process measures.
     """
-    plan, cost = run.plan, run.plan.config.allocation.unit_cost
+    plan, cost = run.plan, run.plan.config.allocation.cost
     if cost == "units":
         return {}
     with plan.processes.fail_together():

@@ -67,21 +67,18 @@ class Allocation(ABC):
         needs: The input statistics of the dense model that it reads.
         reads_gradients: Whether it reads gradients of the dense model.
         prunes_units: Whether it can distribute hidden units.
+        cost: What it counts for a hidden unit, see `Fisher`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_gradients: ClassVar[bool] = False
     prunes_units: ClassVar[bool] = False
+    cost: str = "units"
 
     @property
     def gradient_limit(self) -> GradientLimit:
         """The number of calibration samples, over all processes, that get a backward pass."""
         return GradientLimit()
-
-    @property
-    def unit_cost(self) -> str:
-        """What a hidden unit costs: `"units"`, `"parameters"`, `"macs"` or `"seconds"`."""
-        return "units"
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
         """Raise a ValueError for layers whose names or sizes do not fit; weights are not read."""

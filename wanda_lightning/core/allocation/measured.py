@@ -124,11 +124,6 @@ class Fisher(Allocation):
         """`num_samples` and `num_predictions`."""
         return GradientLimit(self.num_samples, self.num_predictions)
 
-    @property
-    def unit_cost(self) -> str:
-        """`cost`."""
-        return self.cost
-
     def scaled(self, fraction: float) -> Fisher:
         """Scale the differences between layers."""
         return replace(self, max_deviation=self.max_deviation * fraction)
