@@ -200,6 +200,14 @@ def test_masks_with_fisher_are_those_of_one_process(pair, samples):
     assert sum(int((one != other).sum()) for one, other in zeros) <= 1e-3 * sum(one.numel() for one, _ in zeros)
 
 
+@pytest.mark.parametrize(("cost", "shares"), [("macs", ((), (0, 1))), ("seconds", None)])
+def test_one_process_measures_what_units_cost(pair, cost, shares):
+    choices = {"pattern": "structured", "allocation": Fisher(cost=cost)}
+    (first, report), (second, other) = pair.run(cases.replicated, "llama", shares, **choices)
+    assert_equal_everywhere(first, second)
+    assert report.config["unit_costs"] == other.config["unit_costs"]
+
+
 def test_only_the_first_process_shows_progress(pair):
     first, second = pair.run(cases.progress)
     assert "done" in first

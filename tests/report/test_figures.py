@@ -1,9 +1,7 @@
 """Figures: the numbers they show, compared with plain loops, and their colors."""
 
 import re
-from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 
 import pytest
 from support.pairwise import with_nightly
@@ -16,7 +14,7 @@ from matplotlib import rc_params_from_file
 
 from wanda_lightning import prune
 from wanda_lightning.report import figures
-from wanda_lightning.report.figures import COLORS, layer_grid, plots_of, to_figure, to_svg
+from wanda_lightning.report.figures import COLORS, layer_grid, plots_of, to_svg
 
 
 @cache
@@ -77,31 +75,3 @@ def test_the_style_and_figures_have_only_colors_that_the_page_replaces():
     assert texts[0] == to_svg(plots_of(llama_report(4))[0], 970)
     ids = [{*re.findall(r'(?:href="|url\()#([^")]+)', text)} for text in texts]
     assert sum(map(len, ids)) == len(set.union(*ids))  # no figure refers to a shape of another
-
-
-def test_nearly_uniform_sparsities_look_nearly_uniform():
-    wide = llama_report(2)
-    narrow = replace(wide, layers=[replace(each, sparsity=0.5 + 0.01 * (each.sparsity - 0.5)) for each in wide.layers])
-    spreads = []
-    for report in (wide, narrow):
-        text = to_svg(plots_of(report)[0], 970)
-        strengths = [float(found) for found in re.findall(rf"fill: {COLORS['accent']}; fill-opacity: ([\d.]+)", text)]
-        spreads.append(max(strengths) - min(strengths))
-    assert spreads[1] < spreads[0] / 10
-    low, high = map(float, re.search(r"from (\S+)% \(pale\) to (\S+)% \(strong\)", text).groups())
-    assert high - low == pytest.approx(10)
-
-
-def test_labels_of_lines_are_at_their_ends_in_order_and_apart():
-    report = llama_report(2)
-    layers = [replace(each, error=0.2 if "mlp" in each.name else 0.1 * each.error) for each in report.layers]
-    (axes,) = to_figure(plots_of(replace(report, layers=layers))[1:2]).subfigs[0].axes
-    axes.figure.figure.draw_without_rendering()
-    box = axes.get_window_extent()
-    places = {text.get_text(): text.xy[1] for text in axes.texts}
-    ends = {line.get_label(): line.get_ydata()[-1] / axes.get_ylim()[1] for line in axes.get_lines()}
-    assert sorted(places, key=lambda name: (ends[name], places[name])) == sorted(places, key=places.__getitem__)
-    heights = sorted(place * box.height for place in places.values())
-    assert all(high - low >= 12 for low, high in pairwise(heights))
-    assert heights[-1] <= box.height
-    assert all(abs(places[name] - ends[name]) < 0.4 for name in places)
