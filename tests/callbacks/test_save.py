@@ -113,7 +113,7 @@ def generating():
         (lambda: built(act_layer=nn.ReLU), "type is not JSON serializable"),
         (
             lambda: built(lambda model: setattr(model, "norm", nn.LayerNorm(8))),
-            "no arguments of VisionTransformer give",
+            r"timm has `.*LayerNorm\(\(32,.*` where this model has `.*LayerNorm\(\(8,",
         ),
         (generating, "`temperature`"),
         (Net, r"save_pretrained\(folder, overwrite, shrink=True\), but Net has no such method"),

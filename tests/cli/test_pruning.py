@@ -304,13 +304,17 @@ def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, refused, ca
     refused("shrink", "--model", pruned, "--save_model", "small", message=message)
 
 
-def test_prune_saves_the_zeros_if_they_cannot_be_taken_out(inputs, capsys):
+@pytest.mark.parametrize(
+    ("sparsity", "smaller", "text"),
+    [("0.5", True, "Took out "), ("0.01", False, "Note: the model is saved with its zeros. shrink must remove")],
+)
+def test_prune_takes_out_the_zeros_of_an_image_classifier(sparsity, smaller, text, inputs, capsys):
     data = ["--data", inputs / "images", "--num_samples", "4", "--checkpoint", inputs / "test_convnext.safetensors"]
-    command = ["prune", "--model", "timm:test_convnext", *data, *STRUCTURED, "--shrink", "--save_model", "small"]
-    assert run(*command) == 0
-    assert "Note: the model is saved with its zeros. save_pretrained writes a folder that" in capsys.readouterr().out
-    model = timm.create_model("local-dir:small", pretrained=True)
-    assert any((m.weight == 0).any() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    pattern = ["--pattern", "structured", "--sparsity", sparsity, "--shrink", "--save_model", "small"]
+    assert run("prune", "--model", "timm:test_convnext", *data, *pattern) == 0
+    assert text in capsys.readouterr().out
+    assert Path("small/modeling_shrunk.py").exists() == smaller
+    assert run("evaluate", "--model", "timm:local-dir:small", *data[:2]) == 0
 
 
 def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, monkeypatch):

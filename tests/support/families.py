@@ -364,8 +364,7 @@ def check_units(family: Family, result: Result | None = None) -> Result:
             _assert_same(loaded, batches, expected, is_timm)
             result.folder = form
         except Exception as error:
-            no_width = "no arguments of" in str(error)
-            result.folder = "no argument of timm gives the widths" if no_width else first_line(error)
+            result.folder = first_line(error)
     return result
 
 
@@ -405,7 +404,8 @@ def _timm_folder(family: Family, model: nn.Module, folder: Path) -> tuple[nn.Mod
     module = ImageClassifierModule(family.model, False, num_classes=16, model_kwargs=family.arguments())
     module.model.load_state_dict(model.state_dict())
     module.eval().save_pretrained(folder, shrink=True)
-    return timm.create_model(f"local-dir:{folder}", pretrained=True).eval(), ORDINARY
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return loaded, OWN_FILE if list(folder.glob("modeling_*.py")) else ORDINARY
 
 
 def first_line(error: BaseException) -> str:

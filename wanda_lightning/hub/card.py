@@ -103,7 +103,9 @@ def _loading(config: dict[str, Any], name: str, on_hub: bool) -> tuple[str | Non
     """Return the library and the task of a saved model, and the code that loads it, by its config.json."""
     if "architecture" in config:
         place = json.dumps(f"{'hf-hub' if on_hub else 'local-dir'}:{name}")
-        return "timm", "image-classification", f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)"
+        own = "modeling_shrunk, " * (config["architecture"] == "shrunk_model")  # a file beside this configuration
+        code = f"import {own}timm\n\nmodel = timm.create_model({place}, pretrained=True)"
+        return "timm", "image-classification", code
     if "model_type" not in config:
         return None, None, ""
     (kind, *_) = config.get("architectures") or ["AutoModel"]

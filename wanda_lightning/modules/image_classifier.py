@@ -13,7 +13,6 @@ import lightning as L
 import timm
 import timm.optim
 import torch
-from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -26,7 +25,7 @@ from wanda_lightning.common.model_source import timm_name
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking import Shrunk, example_batch, shrunk
-from wanda_lightning.shrinking.configuration import fitting_arguments
+from wanda_lightning.shrinking.configuration import fit_arguments, save_for_timm
 
 
 class ImageClassifierModule(L.LightningModule):
@@ -170,7 +169,7 @@ class ImageClassifierModule(L.LightningModule):
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
-        json.dumps([getattr(self.model, "_model_args", {}), fitting_arguments(self.model, self._arguments)])
+        json.dumps([getattr(self.model, "_model_args", {}), *fit_arguments(self.model, self._arguments)])
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
@@ -178,7 +177,8 @@ class ImageClassifierModule(L.LightningModule):
         """Write a timm folder with weights and configuration atomically. Call it in one process only.
 
         Args:
-            folder: Path to write; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+            folder: Path to write; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, for some after
+                `shrink` once the file `modeling_shrunk.py` in it is imported.
             overwrite: Replace a folder that is not empty, with everything in it.
             shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
                 memory keeps them.
@@ -188,19 +188,17 @@ class ImageClassifierModule(L.LightningModule):
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: If timm did not build the model, and so cannot rebuild it from the configuration; if no
-                arguments of `timm.create_model` give its widths; if FSDP2 shards it; or if `shrink` finds nothing to
-                leave out.
+            ValueError: If timm did not build the model, and so cannot rebuild it from the configuration; if FSDP2
+                shards it; or if `shrink` finds nothing to leave out.
         """
         check_flags(shrink=shrink)
         self.check_saving()
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
-        labels = {"label_names": names} if len(names) == self.num_classes else None
+        labels = {"label_names": names} if len(names) == self.num_classes else {}
         batch = example_batch(model, self._model_kwargs.get("img_size"))
         with atomic_folder(folder, overwrite) as new, shrunk(model, batch) if shrink else nullcontext() as result:
-            arguments = fitting_arguments(model, self._arguments)
-            save_for_hf(model, str(new), model_config=labels, model_args=arguments, safe_serialization=True)
+            save_for_timm(model, self._arguments, labels, new)
         return result
 
 

@@ -29,6 +29,7 @@ from wanda_lightning.common.model_source import (
     timm_name,
 )
 from wanda_lightning.common.words import counted
+from wanda_lightning.shrinking.configuration import register_shrunk_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = ("auto", *DTYPES)
@@ -119,6 +120,7 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
     if folder is not None and pretrained:
         require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
+    register_shrunk_model()
     on_hub = folder is None and (pretrained or ":" in checked)
     with reading("weights" if pretrained else "configuration", checked, on_hub):
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)

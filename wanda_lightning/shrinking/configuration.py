@@ -3,8 +3,8 @@
 No table of families says which setting holds a width. Each one that may hold it is changed, and the model is built on
 the meta device: a setting is right if more shapes fit. For a model of timm, the settings are the arguments of its
 class. For a model of transformers, they are the attributes of its configuration. If none give the shapes, the shapes
-themselves are added to it, and a modeling file reads them: transformers loads a class of its own for a folder with such
-a file if `trust_remote_code=True`.
+themselves are saved, and a file in the folder reads them. Transformers loads the class in it if
+`trust_remote_code=True`; for timm, it registers `shrunk_model`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.hidden_units import replace_attributes
 
-# Attributes of a configuration: the shapes of tensors and the widths of modules that no other attribute says.
+# Attributes of a configuration, and arguments of `shrunk_model`: shapes and widths that no other says.
 SHAPES, NUMBERS = "shrunk_shapes", "shrunk_numbers"
 _FAMILY = "shrunk_family"  # attribute of a class in a modeling file: the class of transformers that it is made from
 
@@ -44,11 +45,9 @@ def fit_settings(
     that still have other shapes.
     """
     names = _shapes_of(built_with(())).keys()
-    target = {name: shape for name, shape in _shapes_of(model).items() if name in names}
 
     def wrong_with(settings: _Settings) -> _Wrong:
-        built = _shapes_of(built_with(settings))
-        return {name: (built.get(name, ()), shape) for name, shape in target.items() if built.get(name) != shape}
+        return _wrong_shapes(model, built_with(settings), names)
 
     settings: _Settings = ()
     wrong = wrong_with(settings)
@@ -74,6 +73,13 @@ def fit_settings(
 
 def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _wrong_shapes(model: nn.Module, built: nn.Module, names: Collection[str] | None = None) -> _Wrong:
+    """Compare the tensors with some names; by default those that both have."""
+    shapes, right = _shapes_of(built), _shapes_of(model)
+    names = right.keys() & (shapes if names is None else names)
+    return {x: (shapes.get(x, ()), right[x]) for x in right if x in names and shapes.get(x) != right[x]}
 
 
 def wrong_sizes(wrong: _Wrong) -> dict[tuple[int, int], None]:
@@ -147,24 +153,24 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
 
     settings, wrong = fit_settings(model, built_with, options, changes_nothing)
     if wrong:
-        return _store_shapes(model, built_with(settings), wrong)
+        vars(config).update(_differences(model, built_with(settings)))
+        names = ", ".join(map(str, sorted({new for _, new in wrong_sizes(wrong)})[:8]))
+        return f"no configuration of {family.__name__} gives the new numbers ({names})"
     if family is not type(model) and getattr(config, "auto_map", None):  # the modeling file is no longer needed
         del config.auto_map
     return ""
 
 
-def _store_shapes(model: Any, built: nn.Module, wrong: _Wrong) -> str:
-    """Add the shapes to the configuration that its other attributes do not say, and the widths of modules."""
+def _differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
+    """Return the shapes of tensors and the widths of modules that a model as built does not have, by their keys."""
+    wrong = _wrong_shapes(model, built)
     sizes, modules, numbers = wrong_sizes(wrong), dict(built.named_modules()), {}
     for name, module in model.named_modules():
         before = vars(modules[name]) if name in modules else {}
         integers = {key: now for key, now in vars(module).items() if type(now) is type(before.get(key)) is int}
         if found := {key: now for key, now in integers.items() if (before[key], now) in sizes}:
             numbers[name] = found
-    setattr(model.config, SHAPES, {name: list(right) for name, (_, right) in wrong.items()})
-    setattr(model.config, NUMBERS, numbers)
-    names = ", ".join(map(str, sorted({new for _, new in sizes})[:8]))
-    return f"no configuration of {_family_of(model).__name__} gives the new numbers ({names})"
+    return {SHAPES: {name: list(right) for name, (_, right) in wrong.items()}, NUMBERS: numbers}
 
 
 def _family_of(model: Any) -> Any:
@@ -196,6 +202,19 @@ def _changed(config: Any, settings: _Settings) -> Any:
     return config
 
 
+def reshape(model: nn.Module, shapes: dict[str, list[int]], numbers: dict[str, dict[str, int]]) -> None:
+    """Give tensors other shapes, with zeros, and modules other widths."""
+    for name, shape in shapes.items():
+        place, _, name = name.rpartition(".")
+        module = model.get_submodule(place)
+        old = getattr(module, name)
+        new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+        setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    for place, widths in numbers.items():
+        for name, width in widths.items():
+            setattr(model.get_submodule(place), name, width)
+
+
 _NAME = "modeling_shrunk"
 _TEMPLATE = '''\
 """{family} with hidden units taken out: the configuration has the shapes that differ. Written by wanda-lightning."""
@@ -205,6 +224,8 @@ from torch import nn
 from {module} import {family} as Family
 
 
+{reshape}
+
 class {family}(Family):
     """{family} with widths of its own in some layers."""
 
@@ -212,15 +233,7 @@ class {family}(Family):
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        for name, shape in config.shrunk_shapes.items():
-            place, _, name = name.rpartition(".")
-            module = self.get_submodule(place)
-            old = getattr(module, name)
-            new = torch.zeros(shape, dtype=old.dtype, device=old.device)
-            setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
-        for place, widths in config.shrunk_numbers.items():
-            for name, width in widths.items():
-                setattr(self.get_submodule(place), name, width)
+        reshape(self, config.shrunk_shapes, config.shrunk_numbers)
 
     @classmethod
     def is_custom_code(cls):
@@ -241,7 +254,7 @@ def write_modeling_file(model: nn.Module, folder: Path) -> None:
             f"written for classes of transformers only, but this one is from {family.__module__}. Use the model in "
             "memory, export it (torch.export, ONNX), or prune with allocation='uniform'."
         )
-    text = _TEMPLATE.format(family=family.__name__, module=family.__module__)
+    text = _TEMPLATE.format(family=family.__name__, module=family.__module__, reshape=inspect.getsource(reshape))
     config.auto_map = dict.fromkeys(auto_classes(family, config), f"{_NAME}.{family.__name__}")
     (folder / f"{_NAME}.py").write_text(text, encoding="utf-8")
 
@@ -261,39 +274,93 @@ def auto_classes(family: Any, config: Any) -> list[str]:
 
 # ---- timm
 
+_BASE = "shrunk_from"  # the argument of `shrunk_model` that names a model of timm
+_TIMM_FILE = '''\
+"""Register shrunk_model: any model of timm with hidden units taken out. Written by wanda-lightning.
 
-def fitting_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments with which timm builds a model with the shapes of this one.
+After `import modeling_shrunk`, timm.create_model("local-dir:FOLDER", pretrained=True) loads the folder of this file.
+"""
 
-    Each number among the arguments of the model's class, such as `mlp_ratio`, is scaled as the widths were. `arguments`
-    are those of `timm.create_model` beside the name. Raises a ValueError that names layers if none give the shapes.
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+
+{reshape}
+
+{shrunk_model}
+
+if not timm.is_model("shrunk_model"):
+    timm.models.register_model(shrunk_model)
+'''
+
+
+def shrunk_model(
+    shrunk_from: str,
+    shrunk_shapes: dict[str, list[int]],
+    shrunk_numbers: dict[str, dict[str, int]],
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build the model `shrunk_from` of timm, give it its shapes and widths, and load the weights if `pretrained`."""
+    import timm
+
+    model = timm.create_model(shrunk_from, **kwargs)
+    reshape(model, shrunk_shapes, shrunk_numbers)
+    config = model.pretrained_cfg
+    config["architecture"] = "shrunk_model"
+    if pretrained:
+        channels = kwargs.get("in_chans", config["input_size"][0])
+        timm.models.load_pretrained(model, config, model.num_classes, channels, cache_dir=kwargs.get("cache_dir"))
+    return model
+
+
+def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments with which `timm.create_model` builds a model with the shapes of this one.
+
+    Each number among the arguments of the model's class, such as `mlp_ratio`, is scaled as the widths were. If none
+    give the shapes, the name is `shrunk_model`, and its arguments are the shapes. `arguments` are those of
+    `timm.create_model` beside the name. Raises a ValueError for a model with other modules.
     """
+    known = {**getattr(model, "_model_args", {}), "num_classes": model.num_classes, **arguments}
+    known = {key: value for key, value in known.items() if key not in (SHAPES, NUMBERS)}
+    base = known.pop(_BASE, None)
+    name = base or model.pretrained_cfg["architecture"]
+    build = functools.partial(_build, type(model), name)
 
     def options(found: Iterable[tuple[Any, Any]], sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
         """Yield arguments of which one number, or all numbers in a list, are scaled."""
         pairs = sorted(sizes)
         # A width is often int(channels * ratio): half a unit more protects it against rounding.
         ratios = dict.fromkeys((after + more) / before for more in (0, 0.5) for before, after in pairs)
-        for name, value in _build(model, {**arguments, **dict(found)})[1].items():
+        for key, value in build({**known, **dict(found)})[1].items():
             for ratio in [*ratios, *(1 / ratio for ratio in ratios)]:
                 scaled = _scaled(value, ratio)
                 if scaled is not None and scaled != value:
-                    yield name, scaled
+                    yield key, scaled
 
     try:
-        _build(model, arguments)
+        built, _ = build(known)
     except Exception:  # timm cannot build it without its shapes, either: nothing is known about it
-        return dict(arguments)
-    found, wrong = fit_settings(model, lambda more: _build(model, {**arguments, **dict(more)})[0], options)
-    if wrong:
-        shown = ", ".join(f"{name} {list(new)} instead of {list(old)}" for name, (old, new) in [*wrong.items()][:3])
+        return name, dict(arguments)
+    sizes = wrong_sizes(_wrong_shapes(model, built))
+    uneven = len(sizes) > len({before for before, _ in sizes})  # equal widths became different ones
+    if base is None and not uneven:
+        found, wrong = fit_settings(model, lambda more: build({**known, **dict(more)})[0], options)
+        if not wrong:
+            return name, {**arguments, **dict(found)}
+    different = _differences(model, built)
+    reshape(built, *different.values())
+    lines = itertools.zip_longest(str(model).splitlines(), str(built).splitlines(), fillvalue="nothing")
+    if pair := next((pair for pair in lines if pair[0] != pair[1]), None):
         raise UserError(
-            f"save_pretrained writes a folder that timm.create_model can build, but no arguments of "
-            f"{type(model).__name__} give the widths of this model: {shown}{', ...' if len(wrong) > 3 else ''}. "
-            "Save it with its zeros, or keep the module in memory and export it (torch.export, ONNX), which takes "
-            "any shape."
+            f"save_pretrained writes a folder that timm.create_model can build, but {name} of timm has "
+            f"`{pair[1].strip()}` where this model has `{pair[0].strip()}`. Keep the module in memory and export it "
+            "(torch.export, ONNX), which takes any model."
         )
-    return {**arguments, **dict(found)}
+    return shrunk_model.__name__, {**arguments, _BASE: name, **different}
 
 
 def _scaled(value: Any, ratio: float) -> Any:
@@ -306,13 +373,11 @@ def _scaled(value: Any, ratio: float) -> Any:
     return round(number) if isinstance(value, int) and abs(number - round(number)) < 1e-6 else number
 
 
-def _build(model: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _build(family: Any, name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Build a model on the meta device; return it, and all arguments that its class got, with defaults."""
     import timm
 
-    more = {**getattr(model, "_model_args", {}), "num_classes": model.num_classes, **arguments}
     settings: dict[str, Any] = {}
-    family: Any = type(model)
     original = family.__init__
 
     def recording(self: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -324,9 +389,32 @@ def _build(model: Any, arguments: Mapping[str, Any]) -> tuple[nn.Module, dict[st
     try:
         family.__init__ = recording
         with torch.device("meta"):
-            built = timm.create_model(model.pretrained_cfg["architecture"], **more)
+            built = timm.create_model(name, **arguments)
     finally:
         family.__init__ = original
     settings.pop("self", None)
     settings |= settings.pop("kwargs", {})
     return built, settings
+
+
+def register_shrunk_model() -> None:
+    """Let timm load folders of a `shrunk_model`, so that no file of a folder has to run."""
+    import timm
+
+    if not timm.is_model(shrunk_model.__name__):
+        timm.models.register_model(shrunk_model)
+
+
+def save_for_timm(model: Any, arguments: Mapping[str, Any], labels: Mapping[str, Any], folder: Path) -> None:
+    """Write a folder that timm loads, with a file of its own if no arguments of timm give the model's shapes.
+
+    `arguments` are those of `timm.create_model` beside the name; `labels` go into the configuration.
+    """
+    from timm.models import save_for_hf
+
+    name, arguments = fit_arguments(model, arguments)
+    config = {"architecture": name, **labels}
+    save_for_hf(model, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
+    if name == shrunk_model.__name__:
+        text = _TIMM_FILE.format(reshape=inspect.getsource(reshape), shrunk_model=inspect.getsource(shrunk_model))
+        (folder / f"{_NAME}.py").write_text(text, encoding="utf-8")
