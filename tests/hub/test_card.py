@@ -9,12 +9,10 @@ import timm
 from huggingface_hub import ModelCard
 from support.callbacks import same
 from support.modules import tiny_llama, tiny_tokenizer
-from torch import nn
 
 from wanda_lightning import CausalLMModule, prune
 from wanda_lightning.hub.card import PICTURE_NAME, write_card
 from wanda_lightning.report import Circumstances, Continuations, Measured
-from wanda_lightning.shrinking.configuration import save_for_timm
 
 RUN = Circumstances(
     command="wanda-lightning prune --model 'a b' --sparsity_ratio 0.5",
@@ -70,24 +68,20 @@ def test_the_card_describes_the_model_and_its_results_and_how_to_repeat_them(tmp
     assert (tmp_path / "tiny" / PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("library", ["transformers", "timm", "modeling_shrunk"])
-def test_the_code_of_the_card_loads_the_model(tmp_path, library, monkeypatch):
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+def test_the_code_of_the_card_loads_the_model(tmp_path, library):
     model, code = tiny_llama() if library == "transformers" else timm.create_model("test_vit"), {}
-    if library == "modeling_shrunk":
-        model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2 = nn.Linear(64, 8), nn.Linear(8, 64)
-        monkeypatch.syspath_prepend(tmp_path)
     report = prune(model, None, 0.5, criterion="magnitude", progress=False)
-    if library == "transformers":
-        model.save_pretrained(tmp_path)
+    if library == "timm":
+        timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     else:
-        save_for_timm(model, {}, {}, tmp_path)
+        model.save_pretrained(tmp_path)
     for name in ("us/tiny", tmp_path):
         write_card(tmp_path, report, name=name, on_hub=name == "us/tiny")
         text = (tmp_path / "README.md").read_text()
         code[name] = "".join(re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL))
         assert "wanda_lightning" not in code[name]
     assert ('("us/tiny"' if library == "transformers" else '("hf-hub:us/tiny", ') in code["us/tiny"]
-    assert ("modeling_shrunk" in code[tmp_path]) == (library == "modeling_shrunk")
     exec(code[tmp_path], names := {})
     assert same(names["model"], model)
 
