@@ -50,7 +50,7 @@ QUANTITIES: Mapping[str, str] = {
     "zeros_kept": "fraction of the pruned weights that are still zero",
     "trained_tokens": "tokens that training has read",
     "new_zeros": "fraction of the kept weights that became zero",
-    "weights_mib": "bytes of all weights, in MiB",
+    "weights_mib": "bytes of all weights, or of the files that a program reads, in MiB",
     "zstd_mib": "weights_mib after zstd -3",
     **{
         f"{what}_{size}": f"{text} per second with a batch of {size} / those of the dense float32 model"

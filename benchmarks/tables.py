@@ -514,10 +514,17 @@ def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
     return markdown(("", *(heading for heading, _ in shown)), rows)
 
 
+def runtimes() -> str:
+    """Quality, size and speed of fewer bits and fewer units, in programs that run models on a CPU."""
+    runs = sorted(read_table("runtimes"), key=lambda r: (r.model, r.case["program"], -r.measured["weights_mib"]))
+    groups = groupby(runs, lambda r: f"`{r.model}` in {r.case['program']}")
+    return "\n\n".join(f"{name}:\n\n{worth_table(list(group), list(WORTH))}" for name, group in groups)
+
+
 def _worth_name(result: Result) -> str:
     goal = "" if result.goal == "dense" else f" {result.goal.removesuffix(' of units')}"
     name, _, more = LABELS[result.method].partition(", ")
-    return f"{name}{goal}{', ' if more else ''}{more}"
+    return ", ".join(filter(None, (f"{name}{goal}", more, result.case.get("numbers"))))
 
 
 FRAGMENTS: Mapping[str, Callable[[], str]] = {
@@ -525,6 +532,6 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     for table in (
         *(methods, demo, reference, images, photos, batch_norm, costs, scaling, finetuning),
         *(keeping_zeros, quantization, tasks, streaming, windows, more_photos, paired_photos),
-        *(draws, own_text, training, worth),
+        *(draws, own_text, training, worth, runtimes),
     )
 }
