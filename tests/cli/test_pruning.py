@@ -174,12 +174,14 @@ REFUSED = [
     (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of"),
     (["--stream", "--model", "{}/gone.gguf"], "gone.gguf does not exist"),
     (["--stream", "--method", "thorough"], "needs the whole model in memory"),
+    (["--stream", "--pattern", "experts"], "needs a mixture of experts, but no module"),
 ]
 
 
 @pytest.mark.parametrize(("more", "message"), REFUSED)
 def test_refused_for_a_language_model(inputs, text, refused, monkeypatch, more, message):
-    monkeypatch.setattr("wanda_lightning.cli.pruning.measure", None)
+    for name in ("measure", "perplexity_from_disk"):
+        monkeypatch.setattr(f"wanda_lightning.cli.pruning.{name}", None)
     refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message)
 
 

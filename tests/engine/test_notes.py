@@ -93,11 +93,6 @@ def share(blocks):
     blocks[1].up = blocks[0].up
 
 
-def tie_within(blocks):
-    blocks[0].up, blocks[0].down = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 8)
-    blocks[0].up[1].weight = blocks[0].up[0].weight
-
-
 @pytest.mark.parametrize(("sequential", "noted"), [("block", True), ("layer", True), ("none", False)])
 @pytest.mark.parametrize(
     ("build", "calls"),
@@ -109,12 +104,3 @@ def test_the_report_says_that_the_statistics_are_those_of_the_first_call(build, 
     start = f"the model calls {more} layer{'s' * (more > 1)} more than once, blocks.0.up first, but"
     assert sum(note.startswith(start) for note in report.notes) == noted
     assert [layer.tokens for layer in report.layers] == [21 * (1 if noted else number) for number in calls]
-
-
-@pytest.mark.parametrize(
-    ("change", "choices"), [(tie_within, {}), (tie, {"method": "magnitude"}), (tie, {"skip": ["*.up"]})]
-)
-def test_a_weight_tied_within_a_block_or_seen_by_nothing_says_no_such_thing(change, choices):
-    model = looped(change)
-    model.alias = model.blocks  # a block has two names
-    assert not any("more than once" in note for note in prune(model, vectors(), **choices, progress=False).notes)

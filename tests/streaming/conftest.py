@@ -4,6 +4,7 @@ from functools import cache
 
 import pytest
 from support.disk import CHOICES, batches, save_llama
+from support.experts import build
 from transformers import LlamaForCausalLM
 
 from wanda_lightning import prune_from_disk
@@ -17,13 +18,21 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def streamed(source, tmp_path_factory):
-    """Prune the source by the choices with a name; return the report and the folder. Each name is pruned once."""
+def source_for(source, tmp_path_factory):
+    """The folder of the model for the choices with a name."""
+    mixture = tmp_path_factory.mktemp("mixture") / "source"
+    build("mixtral", num_hidden_layers=4).save_pretrained(mixture, max_shard_size="50KB")
+    return lambda name: mixture if "experts" in name else source
+
+
+@pytest.fixture(scope="session")
+def streamed(source_for, tmp_path_factory):
+    """Prune a model by the choices with a name; return the report and the folder. Each name is pruned once."""
 
     @cache
     def prune_once(name):
         folder = tmp_path_factory.mktemp("streamed") / "out"
-        return prune_from_disk(source, folder, batches(), 0.5, progress=False, **CHOICES[name]), folder
+        return prune_from_disk(source_for(name), folder, batches(), 0.5, progress=False, **CHOICES[name]), folder
 
     return prune_once
 

@@ -26,12 +26,14 @@ NO_GRADIENTS = {"allocation": "uniform", "pattern": "unstructured_layer"}
         ({"method": "best"}, r"method='best' reads gradients.* Use allocation='uniform' and pattern="),
         ({"method": "best", "allocation": "uniform"}, "reads gradients.* Use pattern='unstructured_layer'"),
         ({"pattern": "structured", "skip": ["*.mlp.*"]}, "finds no hidden units in the model"),
+        ({"pattern": "experts", "sparsity": 0.97}, "drops all of the 8 experts with sparsity=0.97"),
         ({"pattern": Structured(64)}, "multiple_of=64 of .* leaves no unit to remove"),
         ({"pattern": "structured", "sparsity": 0.95}, "sparsity=0.95 would remove all 64 hidden units"),
         *(({"device": x}, f"device must be one .* but '{x}' is not: ") for x in ("cuda:99", "meta", "nonsense")),
     ],
 )
-def test_choices_that_cannot_be_used_from_disk(source, tmp_path, choices, message):
+def test_choices_that_cannot_be_used_from_disk(source_for, tmp_path, choices, message):
+    source = source_for(str(choices))
     with pytest.raises(ValueError, match=message):
         prune_from_disk(source, tmp_path / "out", batches(), **choices, progress=False)
     if "device" in choices:

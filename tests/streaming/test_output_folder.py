@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,39 +25,40 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 WANDA = {"method": "wanda", "progress": False}
 
 
-def prune_until_killed(source, folder, after):
-    save, written = OutputFolder.save, []
+def prune_until_killed(source, folder, after, name):
+    save = OutputFolder.save
 
-    def killed(self, part, *args):
-        if len(written) == after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        save(self, part, *args)
-        written.append(part)
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
 
-    OutputFolder.save = killed
-    prune_from_disk(source, folder, batches(), 0.5, progress=False, **CHOICES["owl_layer"])
+    def save_or_kill(self, part, *args):
+        kill() if len(self.written) == after else save(self, part, *args)
+
+    OutputFolder.save, OutputFolder.forget = save_or_kill, kill
+    prune_from_disk(source, folder, batches(), 0.5, progress=False, **CHOICES[name])
 
 
-def test_a_killed_run_continues_where_it_was(source, streamed, tmp_path):
-    expected, whole = streamed("owl_layer")
-    for after in (0, 2):
-        assert forks.run(prune_until_killed, source, tmp_path / "out", after).returncode == -signal.SIGKILL
-        assert not (tmp_path / "out" / "config.json").exists()
-        assert len(json.loads((tmp_path / "out" / PROGRESS_NAME).read_text())["written"]) == after
-    report = prune_from_disk(source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES["owl_layer"])
-    assert contents(tmp_path / "out") == contents(whole)
-    assert (report.layers, report.zeros, report.notes) == (expected.layers, expected.zeros, expected.notes)
+@pytest.mark.parametrize("name", ["owl_layer", "experts", "experts_block"])
+def test_a_killed_run_continues_where_it_was(source_for, streamed, tmp_path, name):
+    (expected, whole), out = streamed(name), tmp_path / "out"
+    for after in (1, 2, 4, 5):
+        assert forks.run(prune_until_killed, source_for(name), out, after, name).returncode == -signal.SIGKILL
+        assert (out / "config.json").exists() == (after == 5)
+        assert len(json.loads((out / PROGRESS_NAME).read_text())["written"]) == after
+    report = prune_from_disk(source_for(name), out, batches(), 0.5, progress=False, **CHOICES[name])
+    assert contents(out) == contents(whole)
+    assert replace(report, seconds={}) == replace(expected, seconds={})
 
 
 @pytest.mark.parametrize(
     ("name", "passes", "repeated"),
     with_nightly(
-        [("magnitude", 1, 0), ("permutation for wanda", 2, 1), ("structured", 2, 1)],
+        [("magnitude", 1, 0), ("permutation for wanda", 2, 1), ("structured", 2, 1), ("experts_block", 1, 0)],
         [("none", 3, 1), ("per_layer", 2, 0), ("owl without statistics", 3, 0)],
     ),
 )
-def test_a_continued_run_does_not_allocate_again(source, streamed, tmp_path, monkeypatch, name, passes, repeated):
-    loads, load = [], Checkpoint.load
+def test_a_continued_run_does_not_allocate_again(source_for, streamed, tmp_path, monkeypatch, name, passes, repeated):
+    source, loads, load = source_for(name), [], Checkpoint.load
 
     def counting(self, part, stored=None):
         loads.append((part, stored is None))
@@ -93,7 +95,7 @@ def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, stre
     assert same(weights(left), weights(streamed("wanda")[1]))
 
 
-def test_a_block_that_cannot_be_written_is_an_error(source, streamed, tmp_path, monkeypatch):
+def test_a_block_that_cannot_be_written_is_an_error(source, tmp_path, monkeypatch):
     save, calls = OutputFolder.save, []
 
     def failing(self, part, *args):
@@ -108,8 +110,6 @@ def test_a_block_that_cannot_be_written_is_an_error(source, streamed, tmp_path, 
             prune_from_disk(source, tmp_path / "out", batches(), 0.5, **WANDA)
     assert any("start again with the same choices" in note for note in caught.value.__notes__)
     assert not (tmp_path / "out" / "config.json").exists()
-    prune_from_disk(source, tmp_path / "out", batches(), 0.5, **WANDA)
-    assert same(weights(tmp_path / "out"), weights(streamed("wanda")[1]))
 
 
 def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
@@ -151,14 +151,6 @@ def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, dam
     assert contents(tmp_path / "out") == before
 
 
-def test_parts_that_are_missing_are_written_again(source, streamed, tmp_path, monkeypatch):
-    interrupted(source, tmp_path / "out", monkeypatch, **CHOICES["owl"])
-    sorted((tmp_path / "out").glob("*.safetensors"))[3].unlink()
-    (tmp_path / "out/.wanda-00000000-0.safetensors").write_bytes(b"half")  # of a killed run
-    prune_from_disk(source, tmp_path / "out", batches(), progress=False, **CHOICES["owl"])
-    assert contents(tmp_path / "out") == contents(streamed("owl")[1])
-
-
 def test_two_runs_do_not_mix_their_parts(tmp_path):
     first, second = (OutputFolder(tmp_path, {"sparsity": sparsity}, ["a", "b"]) for sparsity in (0.5, 0.75))
     first.save("a", {"x": torch.zeros(1)}, PartRecord())
@@ -167,12 +159,3 @@ def test_two_runs_do_not_mix_their_parts(tmp_path):
     first.forget()  # it has ended
     with pytest.raises(ValueError, match="must be written by one run, but another one has"):
         second.save("b", {"y": torch.zeros(1)}, PartRecord())
-
-
-def test_batches_that_could_not_run_refuse_no_others(source, streamed, tmp_path):
-    """Also if the sparsities were known, and stored, before the first batch ran."""
-    choices = {"progress": False, **CHOICES["per_layer"]}
-    with pytest.raises(Exception, match="input_ids must be from 0 to 63"):
-        prune_from_disk(source, tmp_path / "out", [{"input_ids": torch.full((1, 8), 99)}], **choices)
-    prune_from_disk(source, tmp_path / "out", batches(), **choices)
-    assert contents(tmp_path / "out") == contents(streamed("per_layer")[1])

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_the_files_and_the_report_are_those_of_prune(source, streamed, tmp_path, name):
-    expected = in_memory(source, tmp_path / "memory", batches(), **CHOICES[name])
+def test_the_files_and_the_report_are_those_of_prune(source_for, streamed, tmp_path, name):
+    expected = in_memory(source_for(name), tmp_path / "memory", batches(), **CHOICES[name])
     report, folder = streamed(name)
     assert same(weights(folder), weights(tmp_path / "memory"))
     assert (report.layers, report.skipped, report.zeros) == (expected.layers, expected.skipped, expected.zeros)
@@ -101,10 +101,11 @@ def test_batches_may_take_different_routes(source, tmp_path):
     assert report.layers == expected.layers
 
 
-def test_at_most_two_blocks_are_in_memory(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "most"), [("owl", 2), ("experts", 1), ("experts_block", 2)])
+def test_few_blocks_are_in_memory(source_for, tmp_path, monkeypatch, name, most):
     loaded, counts = count_blocks(monkeypatch)
-    prune_from_disk(source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES["owl"])
-    assert max(counts) == 2
+    prune_from_disk(source_for(name), tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name])
+    assert max(counts) == most
     assert loaded == {""}
 
 

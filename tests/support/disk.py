@@ -33,6 +33,8 @@ CHOICES = {
     "structured_magnitude": {"method": "magnitude", "pattern": "structured"},
     "structured_reconstruct": {"pattern": "structured", "recovery": Reconstruct()},
     "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},
+    "experts": {"pattern": "experts"},
+    "experts_block": {"pattern": "experts", "sequential": "block"},
 }
 
 

@@ -34,7 +34,7 @@ from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
 from wanda_lightning.experts.removal import find_mixtures
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
-from wanda_lightning.modules.loading import check_source
+from wanda_lightning.modules.loading import check_source, model_from_config
 from wanda_lightning.report import LEFT_OUT, Circumstances, Continuations, Measured, PruningReport
 from wanda_lightning.report.descriptions import METRICS, change_of
 from wanda_lightning.shrinking import shrink as shrink_in_memory
@@ -125,6 +125,9 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     if results.save is not None and not (resolve_path(output) / PROGRESS_NAME).is_file():
         require_writable(results.save, results.overwrite, "folder")
     check_source(hub)
+    if config.pattern.drops_experts:  # before the model is measured
+        plan = make_plan(config, model_from_config(hub), by_block=True)
+        find_mixtures(config, plan.model, plan.inventory)
     source: Any = data_for(model, data, model.model)
     batches = source.calibration_dataloader()
 

@@ -190,7 +190,8 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
 
     `"auto"` and `"one_pass"` are `"none"` for image models. For others, `"one_pass"` is `"layer"`, and `"auto"` is
     `"block"`, or `"layer"` if whole hidden units are pruned: a block usually has one layer that reads units, so the
-    statistics are the same, in one pass instead of two. If blocks are trained, `"block"` replaces `"layer"`.
+    statistics are the same, in one pass instead of two. If blocks are trained, `"block"` replaces `"layer"`. If whole
+    experts leave, so it does, and `"auto"` is `"none"`.
     """
     is_image, pattern, sequential = reads_images(model), config.pattern, config.sequential
     recovery = config.recovery.for_model(is_image and not pattern.prunes_units, sequential)
@@ -199,6 +200,8 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
     if sequential in ("auto", "one_pass"):
         by_layer = (sequential == "one_pass" or pattern.prunes_units) and not recovery.recorded
         sequential = "none" if is_image else "layer" if by_layer else "block"
+    if pattern.drops_experts:
+        sequential = "block" if config.sequential in ("block", "layer") else "none"
     return replace(config, pattern=pattern, recovery=recovery, sequential=sequential)
 
 
@@ -223,7 +226,7 @@ def make_plan(
         )
     preset, config = config.preset, config_for(config, model)
     # Blocks are loaded or trained one at a time, also to be pruned with statistics of the dense model.
-    by_block |= config.recovery.recorded
+    by_block |= config.recovery.recorded or config.pattern.drops_experts
     stops = "block" if config.sequential == "none" and by_block else config.sequential
     with processes.fail_together():
         inventory = find_layers(model, stops, config.skip, config.only, config.pattern)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from wanda_lightning.calibration.lockstep import Call, Stops, lockstep
+from wanda_lightning.calibration.lockstep import Call, Stops, lockstep, whole_model_calls
 from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
@@ -124,6 +124,28 @@ class WeightStore:
         for stop in stops:
             yield stop
             bar.advance()
+
+    def passed(self, run: Run, watched: Callable[[Call], Call], bar: ProgressBar) -> Iterator[Stop]:
+        """Yield each stop when all samples have passed it, by calls that are `watched`; then its experts may leave.
+
+        With `sequential="none"`, the whole model is the stop.
+        """
+        if run.plan.config.sequential == "none":
+            bar.expect(run.samples.length)
+            with run.plan.processes.fail_together():
+                for call in whole_model_calls(run.samples, bar.advance):
+                    watched(call).run()
+            run.samples.refuse_if_empty()
+            yield run.plan.whole_model
+            return
+        with closing(self.stops(run, bar)) as stops:
+            for stop, calls in stops:
+                bar.show(stop.name)
+                if not self.arrive(stop, run):
+                    with run.plan.processes.fail_together():
+                        for call in calls:
+                            watched(call).run(on_copies=True)
+                    yield stop
 
     @contextmanager
     def dense(self) -> Iterator[None]:

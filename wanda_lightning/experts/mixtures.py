@@ -33,7 +33,7 @@ class Mixture:
     number: int  # of experts
     groups: int  # of consecutive experts among which the router chooses first; 1 if it does not
     slots: tuple[Slot, ...]  # tensors with an entry for each expert
-    counters: tuple[tuple[nn.Module, str], ...]  # attributes of all modules that hold the number of experts
+    counters: tuple[tuple[nn.Module, str], ...]  # attributes of the module, and inside, that hold the number of experts
 
     def take(self, keep: Units) -> Callable[[], None]:
         """Take all other experts out, in place, and return a function that undoes it."""
@@ -61,12 +61,18 @@ def mixtures(model: nn.Module) -> Iterator[Mixture]:
         if number == 1 or not any(slot.tensor.ndim == 2 for slot in slots if slot.module in found):
             continue
         rows = [(slot.module, "out_features") for slot in slots if slot.name == "weight"]
-        declared = [(each, key) for each in modules.values() for key in vars(each) if _NUMBER.fullmatch(key)]
-        counters = [(each, key) for each, key in (*rows, *declared) if vars(each).get(key) == number]
+        counters = [(each, key) for each, key in rows if vars(each).get(key) == number]
+        counters += counters_in(module, number)
         slots += [slot for each in experts.modules() for slot in _slots(each, number) if slot.dim == 0]
         grouping = [vars(each)[key] for each in routing for key in vars(each) if _GROUPS.fullmatch(key)]
         groups = next((value for value in grouping if type(value) is int and value > 1 and number % value == 0), 1)
         yield Mixture(name, module, experts, prefix, outer, number, groups, tuple(slots), tuple(counters))
+
+
+def counters_in(module: nn.Module, number: int) -> list[tuple[nn.Module, str]]:
+    """Return the attributes that hold a number of experts, of a module and all modules inside."""
+    inside = [(each, key) for each in module.modules() for key in vars(each) if _NUMBER.fullmatch(key)]
+    return [(each, key) for each, key in inside if vars(each)[key] == number]
 
 
 def _slots(module: nn.Module, number: int) -> Iterator[Slot]:

@@ -1,12 +1,13 @@
-"""Take experts out of the mixtures of a model, after a check that each computes the same without them."""
+"""Find the mixtures of a model, check that each computes the same without experts, and declare how many are left."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.block_runs import BlockRuns
@@ -15,9 +16,10 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Experts
 from wanda_lightning.core.types import Units
-from wanda_lightning.experts.mixtures import Mixture, mixtures
+from wanda_lightning.experts.mixtures import Mixture, counters_in, mixtures
 from wanda_lightning.experts.saliency import ExpertSaliency, unroutable
 from wanda_lightning.models import Inventory, SkipReason, adapted_module
+from wanda_lightning.models.hidden_units import replace_attributes
 from wanda_lightning.parallel import Processes
 from wanda_lightning.shrinking.configuration import fit_configuration
 
@@ -67,7 +69,7 @@ def refuse_wrong(
         return [x[..., keep.to(x.device)] if x.shape[-1:] == keep.shape else x for x in results]
 
     kept, same = int(keep.sum()), True
-    if (call := saliency.first.get(mixture.name)) is not None:  # this process has a batch
+    if (call := saliency.first.pop(mixture.name, None)) is not None:  # this process has a batch
         with ExitStack() as undo, ExitStack() as lowered:
             lowered.enter_context(unroutable(mixture, ~keep))
 
@@ -86,15 +88,28 @@ def refuse_wrong(
         )
 
 
-def take_out(config: PruningConfig, model: nn.Module, found: Sequence[Mixture], keep: Mapping[str, Units]) -> None:
-    """Take the other experts out of all mixtures, in place; refuse a model without a configuration for the rest."""
-    with ExitStack() as undo:  # first without data, since dense and smaller tensors would be in memory together
-        for mixture in found:
-            undo.callback(mixture.drop_data())
-            undo.callback(mixture.take(keep[mixture.name]))
-        problem, undo_configuration = fit_configuration(model)
+def take_shapes(config: PruningConfig, mixture: Mixture) -> Callable[[], None]:
+    """Make a mixture as small as without the experts that leave, but without data; return a function that undoes it."""
+    scores = torch.zeros(mixture.groups, mixture.number // mixture.groups)
+    undo = ExitStack()
+    undo.callback(mixture.drop_data())
+    undo.callback(mixture.take(config.pattern(scores, config.sparsity).flatten()))
+    return undo.close
+
+
+def declare(config: PruningConfig, model: nn.Module, found: Sequence[Mixture]) -> Callable[[], None]:
+    """Tell the modules around the smaller mixtures, and the configuration, how many experts are left.
+
+    Returned is a function that undoes it.
+
+    Raises:
+        UserError: If no configuration describes the model; this is undone then.
+    """
+    undo, left = ExitStack(), len(found[0].slots[-1].tensor)
+    undo.callback(replace_attributes((*each, left) for each in counters_in(model, found[0].number)))
+    problem, undo_configuration = fit_configuration(model)
+    undo.callback(undo_configuration)
     if problem:
-        undo_configuration()
+        undo.close()
         raise UserError(f"{config.shown('pattern')} changes the shapes of the model, but {problem}. {_OTHERS}")
-    for mixture in found:
-        mixture.take(keep[mixture.name])
+    return undo.close

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,6 +40,15 @@ class ExpertSaliency:
         # For each expert the sum of the norms and the number of tokens.
         self._sums = {each.name: torch.zeros(2, each.number, dtype=torch.float64) for each in mixtures}
 
+    def watched(self, call: Call) -> Call:
+        """Return a call that also sums what the experts add when it runs."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.collect(call.sample):
+                return call.forward(*args, **kwargs)
+
+        return replace(call, forward=run)
+
     @contextmanager
     def collect(self, sample: Sample) -> Iterator[None]:
         """Sum what the experts add while a sample runs in this block."""
@@ -50,9 +60,9 @@ class ExpertSaliency:
                 hooks.callback(mixture.experts.register_forward_hook(read, with_kwargs=True).remove)
             yield
 
-    def all_reduce(self, processes: Processes) -> None:
+    def all_reduce(self, mixtures: Sequence[Mixture], processes: Processes) -> None:
         """Sum over all processes."""
-        processes.all_reduce_sum([*self._sums.values()])
+        processes.all_reduce_sum([self._sums[mixture.name] for mixture in mixtures])
 
     def tokens(self, mixture: Mixture) -> Tensor:
         """Return the number of tokens that were routed to each expert."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -107,13 +107,15 @@ def pruned_from_disk(
         **{f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
     }
     folder = OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks])
-    if folder.progress.report:
-        report = PruningReport.from_json(folder.progress.report)
-    else:
+    drops_experts, whole = config.pattern.drops_experts, folder.progress.report
+    if not whole or drops_experts:  # then the configuration must change, too
         weights = StreamedWeights(checkpoint, folder)
         run = None if forward is None else partial(forward, checkpoint.model)
-        with weights.blocks.loading():
+        is_by_block = drops_experts and plan.config.sequential == "none"  # one after the other
+        with nullcontext() if is_by_block else weights.blocks.loading():
             report = prune_as(plan, held, forward=run, progress=progress, store=weights)
+    if whole:
+        report = PruningReport.from_json(whole)
     folder.finish(checkpoint, tokenizer, report.to_json())
     yield report
     folder.forget()
@@ -129,7 +131,6 @@ def refuse_whole_model(config: PruningConfig) -> None:
         (config.allocation.reads_gradients, "allocation", f"reads gradients, and {whole}", uniform),
         (weighs, "pattern", f"reads gradients, and {whole}", "'unstructured_layer'"),
         (is_one_pass and config.recovery.recorded, "sequential", f"with {recovery} trains blocks in memory", "'block'"),
-        (config.pattern.drops_experts, "pattern", whole, "'unstructured' or '2:4'"),
         (is_one_pass and "gram" in config.needs, "sequential", f"with {config.shown('solver')} {grams}", "'block'"),
         ("gram" in config.allocation.needs, "allocation", grams, "'owl'"),
         (config.recovery.reads_batches, "recovery", whole, "'none' or 'reconstruct'"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
-from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.lockstep import Call, lockstep
 from wanda_lightning.calibration.observer import Observation, Observer
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.engine.plan import Plan, Selections, refuse_unprunable
 from wanda_lightning.engine.run import Run, WeightStore
@@ -59,6 +60,57 @@ class StreamedWeights(WeightStore):
                 self.load(stop.name)
                 calls[:] = [observer.watched(stop, call) for call in calls]
         return observer.finish(run.plan.whole_model)
+
+    def passed(self, run: Run, watched: Callable[[Call], Call], bar: ProgressBar) -> Iterator[Stop]:
+        """Yield each block when all samples have left it, before it is written; also those of an interrupted run."""
+        names, begun, is_dense = self._checkpoint.blocks, {*self._output.written}, run.plan.config.sequential == "none"
+        places = {stop.name: stop for stop in run.plan.places}
+        blocks = [places.get(name) or Stop(name, run.plan.model.get_submodule(name), ()) for name in names]
+        end = max((index for index, name in enumerate(names, 1) if name not in begun), default=0)
+        if not end:
+            run.samples.count()
+        elif is_dense:
+            yield from self._pass_dense(run, blocks[:end], watched, bar)
+        for block in blocks[end * is_dense :]:
+            if block.name in begun:
+                self._restore(self._output.written[block.name], run)
+                yield block
+                self._checkpoint.unload(block.name)
+        if end and not is_dense:
+            yield from super().passed(run, watched, bar)
+
+    def _pass_dense(
+        self, run: Run, blocks: Sequence[Stop], watched: Callable[[Call], Call], bar: ProgressBar
+    ) -> Iterator[Stop]:
+        """Yield some blocks; each is loaded when the one before is written. The samples end after the last one."""
+        begun, left, samples = {*self._output.written}, list[Stop](), run.samples.in_memory()
+        bar.expect(len(blocks))
+
+        def leave() -> Iterator[Stop]:
+            if run.done.revisited:
+                raise UserError(
+                    "pattern='experts' from disk needs blocks that are called once, but the model calls "
+                    f"{min(run.done.revisited)} again. Use sequential='block', or prune in memory."
+                )
+            while left:
+                yield left[0]
+                self._store(left.pop().name, run)
+
+        with self.dense(), closing(lockstep(blocks, samples, run.plan.processes, run.done.revisited)) as stops:
+            for stop, calls in stops:
+                yield from leave()
+                bar.show(stop.name)
+                bar.advance()
+                self.blocks.load(stop.name)
+                left.append(stop)
+                if stop.name in begun:
+                    self._restore(self._output.written[stop.name], run)
+                elif stop is not blocks[-1]:
+                    calls[:] = map(watched, calls)
+                else:
+                    for call in calls:
+                        watched(call).run(on_copies=True)
+            yield from leave()
 
     def undo(self, change: Callable[[], None]) -> None:
         """Do nothing: the changed weights are not in memory any more, and are read again."""
