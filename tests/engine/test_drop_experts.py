@@ -14,6 +14,7 @@ from support.zoo import ZOO, family, names, run, seeded
 
 from wanda_lightning import prune, prune_from_disk
 from wanda_lightning.experts.mixtures import mixtures
+from wanda_lightning.experts.removal import _same_for_most_tokens
 
 BATCHES = ZOO["mixtral_padded"].batches
 
@@ -85,6 +86,11 @@ def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
     assert [each.tokens for each in report.layers if each.name == "model.layers.0.mlp.experts.down_proj.2"] == [0]
     few = {(each.block, re.search(r"\d+$", each.name)[0]) for each in report.layers if each.tokens < 32}
     assert any(note.startswith(f"{len(few)} experts received fewer than 32 tokens, ") for note in report.notes)
+
+
+def test_a_few_tokens_may_be_routed_otherwise_where_logits_tie():
+    x, places = torch.ones(64, 32), torch.arange(64)[:, None]
+    assert [_same_for_most_tokens([x], [x * (places >= number)]) for number in (4, 32)] == [True, False]
 
 
 # ---- refusals, each of which leaves the model as it was

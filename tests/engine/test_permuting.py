@@ -232,11 +232,6 @@ def test_no_batches_and_bad_batches():
         prune_permuted(Blocks(run=lambda blocks, x: blocks[1](blocks[0](x) * torch.nan)), images())
 
 
-def test_a_model_without_blocks():
-    report = prune_permuted(nn.Sequential(nn.Linear(16, 16)), images())
-    assert "nothing is permuted for 2:4: no layer to prune lies in a block" in report.notes
-
-
 def test_two_processes_permute_alike(pair):
     batches = ZOO["llama"].batches()
     choices = {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"}

@@ -24,7 +24,6 @@ NO_GRADIENTS = {"allocation": "uniform", "pattern": "unstructured_layer"}
         ({"sequential": "none", "method": "sparsegpt"}, "sequential='none' with solver='sparsegpt' needs the Gram"),
         ({"method": "thorough", **NO_GRADIENTS}, "recovery='distil' needs the whole model in memory"),
         ({"method": "best"}, r"method='best' reads gradients.* Use allocation='uniform' and pattern="),
-        ({"method": "best", "allocation": "uniform"}, "reads gradients.* Use pattern='unstructured_layer'"),
         ({"pattern": "structured", "skip": ["*.mlp.*"]}, "finds no hidden units in the model"),
         ({"pattern": "experts", "sparsity": 0.97}, "drops all of the 8 experts with sparsity=0.97"),
         ({"pattern": Structured(64)}, "multiple_of=64 of .* leaves no unit to remove"),
