@@ -141,6 +141,11 @@ NEEDED = r".* without the others model\.layers\.\d\.\S+ .* a token may need more
 EMPTY = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}]
 BEFORE_A_BATCH_IS_READ = [
     (LLAMA, {}, "pattern='experts' needs a mixture of experts, but no module"),
+    (
+        family("causal", "jetmoe").build,
+        {},
+        r"needs all matrices of a mixture in one module, but those of model\.layers\.0",
+    ),
     (of_one_size, {}, "changes the shapes of the model, but no configuration of OneSize gives the new numbers"),
     (ZOO["expert_list"].build, {}, r"experts in stacked parameters \(a list of modules does not count\)"),
     (adapted, {}, r"needs whole layers, but the model has adapters\. Merge"),

@@ -47,6 +47,11 @@ def find_mixtures(config: PruningConfig, model: nn.Module, inventory: Inventory)
             "needs a mixture of experts, but no module of the model has experts in stacked parameters (a list of "
             f"modules does not count) and a router with one row for each of them. {_OTHERS}",
         ),
+        (
+            len({mixture.name for mixture in found}) < len(found),
+            f"needs all matrices of a mixture in one module, but those of {found and found[0].name} are in several. "
+            f"{_OTHERS}",
+        ),
         (len(sizes) > 1, f"needs as many experts in {' as in '.join(sizes.values())}, in as many groups. {_OTHERS}"),
         (left_out, f"drops experts in every layer, but skip or only leaves out {', '.join(left_out[:1])}. {_OTHERS}"),
         (
