@@ -86,6 +86,12 @@ def test_the_code_of_the_card_loads_the_model(tmp_path, library):
     assert same(names["model"], model)
 
 
+def test_the_code_of_the_card_lets_a_modeling_file_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoModel": "modeling_shrunk.Own"}}')
+    write_card(tmp_path, prune(tiny_llama(), None, criterion="magnitude", progress=False), name="us/tiny")
+    assert 'from_pretrained("us/tiny", trust_remote_code=True)' in (tmp_path / "README.md").read_text()
+
+
 def test_only_our_own_card_is_replaced(tmp_path):
     assert "The same run trained it for 1 step." in card_of(tmp_path / "tiny", trained_steps=1).text
     assert card_of(tmp_path / "inf", replace(RUN, after=float("inf"), zero_shot={})).data.eval_results is None

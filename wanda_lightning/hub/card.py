@@ -110,7 +110,8 @@ def _loading(config: dict[str, Any], name: str, on_hub: bool) -> tuple[str | Non
         return None, None, ""
     (kind, *_) = config.get("architectures") or ["AutoModel"]
     kind = "AutoModelForCausalLM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else kind
-    code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({json.dumps(name)})"
+    own = ", trust_remote_code=True" * ("auto_map" in config)
+    code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({json.dumps(name)}{own})"
     return "transformers", "text-generation" if kind == "AutoModelForCausalLM" else None, code
 
 
