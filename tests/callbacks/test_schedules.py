@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 from support.callbacks import Steps
 
-from wanda_lightning import CubicSchedule, LinearSchedule, OneShot, PruningCallback, WandaPrune
+from wanda_lightning import CubicSchedule, LinearSchedule, PruningCallback
 
 # Zhu & Gupta 2017, eq. 1, from an initial sparsity of 0 to a final one of 1.
 CURVES = {CubicSchedule: lambda progress: 1 + (0 - 1) * (1 - progress) ** 3, LinearSchedule: lambda progress: progress}
@@ -44,11 +44,6 @@ def test_only_stages_that_increase_to_one_are_accepted_and_share_is_that_of_the_
     for step in range(10):
         due = dict(stages).get(step, due)
         assert schedule.share(step) == due
-
-
-def test_one_shot():
-    assert WandaPrune(at_step=7).schedule == OneShot(7)
-    assert OneShot(7).stages == ((7, 1.0),)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from support.zoo import ZOO, family, names, run, seeded
 
 from wanda_lightning import prune, prune_from_disk
 from wanda_lightning.experts.mixtures import mixtures
-from wanda_lightning.experts.removal import _same_for_most_tokens
+from wanda_lightning.experts.removal import _same_but_for_ties
 
 BATCHES = ZOO["mixtral_padded"].batches
 
@@ -89,8 +89,9 @@ def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
 
 
 def test_a_few_tokens_may_be_routed_otherwise_where_logits_tie():
-    x, places = torch.ones(64, 32), torch.arange(64)[:, None]
-    assert [_same_for_most_tokens([x], [x * (places >= number)]) for number in (4, 32)] == [True, False]
+    x, places = torch.ones(64, 32, dtype=torch.bfloat16), torch.arange(64)[:, None]
+    assert [_same_but_for_ties([x], [x * (places >= number)]) for number in (4, 32)] == [True, False]
+    assert not _same_but_for_ties([x.float()], [x.float() * (places >= 4)])
 
 
 # ---- refusals, each of which leaves the model as it was

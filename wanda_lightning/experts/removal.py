@@ -85,7 +85,7 @@ def refuse_wrong(
                 undo.callback(mixture.take(keep))
 
             same = BlockRuns(mixture.module, [replace(call, forward=forward)]).same_after(take)
-            same = same or (len(runs) == 2 and _same_for_most_tokens(*runs))
+            same = same or (len(runs) == 2 and _same_but_for_ties(*runs))
         same = same and saliency.per_token[mixture.name] <= kept
     if not processes.all_agree(same):
         raise UserError(
@@ -96,12 +96,12 @@ def refuse_wrong(
         )
 
 
-def _same_for_most_tokens(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
-    """Whether most tokens have the same results: where logits of 16 bits tie, a router may choose either expert."""
-    limit, pairs = max(8 * coarsest_eps(before), 1e-5), zip(before, after, strict=True)
+def _same_but_for_ties(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
+    """Whether most tokens have the same results in 16 bits, where logits tie, and a router may choose either expert."""
+    eps, pairs = coarsest_eps(before), zip(before, after, strict=True)
     tokens = [(x.float().reshape(-1, x.shape[-1]), y.float().reshape(-1, x.shape[-1])) for x, y in pairs if x.ndim > 1]
-    same = [torch.linalg.vector_norm(x - y, dim=1) <= limit * torch.linalg.vector_norm(x, dim=1) for x, y in tokens]
-    return bool(same) and all(float(each.double().mean()) > 0.75 for each in same)
+    same = [torch.linalg.vector_norm(x - y, dim=1) <= 8 * eps * torch.linalg.vector_norm(x, dim=1) for x, y in tokens]
+    return eps > 1e-4 and bool(same) and all(float(each.double().mean()) > 0.75 for each in same)
 
 
 def take_shapes(config: PruningConfig, mixture: Mixture) -> Callable[[], None]:
