@@ -94,7 +94,7 @@ class PruningConfig:
                 compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"` compare as they say;
                 `"equal_share"` is the paper's variant.
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
-                outliers (`owl`) or the predictions depend more (`fisher`; of hidden units also per cost).
+                outliers (`owl`) or the predictions depend more (`fisher`; for hidden units also by cost).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
             recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`) or jointly (`distil`).
             permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that

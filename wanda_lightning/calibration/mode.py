@@ -43,7 +43,7 @@ def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Ite
         before = [
             (module, name, buffer, None if buffer.is_inference() else (buffer.clone(), buffer._version))
             for module in model.modules()
-            for name, buffer in _writable_buffers(module)
+            for name, buffer in writable_buffers(module)
         ]
         try:
             yield
@@ -56,7 +56,7 @@ def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Ite
                 setattr(module, name, buffer)  # the forward may have set another
 
 
-def _writable_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+def writable_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Return a module's own buffers that a forward may write into, and pruning does not.
 
     Weights and biases are pruned, or quantized and large. A buffer outside the state dict is a cache: an attribute that

@@ -98,10 +98,13 @@ def refuse_wrong(
 
 def _same_but_for_ties(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
     """Whether most tokens have the same results in 16 bits, where logits tie, and a router may choose either expert."""
-    eps, pairs = coarsest_eps(before), zip(before, after, strict=True)
+    eps = coarsest_eps(before)
+    if eps < 1e-4 or [x.shape for x in before] != [y.shape for y in after]:
+        return False
+    pairs = zip(before, after, strict=True)
     tokens = [(x.float().reshape(-1, x.shape[-1]), y.float().reshape(-1, x.shape[-1])) for x, y in pairs if x.ndim > 1]
     same = [torch.linalg.vector_norm(x - y, dim=1) <= 8 * eps * torch.linalg.vector_norm(x, dim=1) for x, y in tokens]
-    return eps > 1e-4 and bool(same) and all(float(each.double().mean()) > 0.75 for each in same)
+    return bool(same) and all(float(each.double().mean()) > 0.9 for each in same)
 
 
 def take_shapes(config: PruningConfig, mixture: Mixture) -> Callable[[], None]:

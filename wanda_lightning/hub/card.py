@@ -103,8 +103,11 @@ def _loading(config: dict[str, Any], name: str, on_hub: bool) -> tuple[str | Non
     """Return the library and the task of a saved model, and the code that loads it, by its config.json."""
     if "architecture" in config:
         place = json.dumps(f"{'hf-hub' if on_hub else 'local-dir'}:{name}")
-        own = "modeling_shrunk, " * (config["architecture"] == "shrunk_model")  # a file beside this configuration
-        code = f"import {own}timm\n\nmodel = timm.create_model({place}, pretrained=True)"
+        code = f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)"
+        if config["architecture"] == "shrunk_model":  # a file beside this configuration registers it
+            folder = f"huggingface_hub.snapshot_download({json.dumps(name)})" if on_hub else json.dumps(name)
+            first = "import sys\n\n" + "import huggingface_hub\n" * on_hub
+            code = first + code.replace("\n\n", f"\n\nsys.path.append({folder})\nimport modeling_shrunk\n\n", 1)
         return "timm", "image-classification", code
     if "model_type" not in config:
         return None, None, ""

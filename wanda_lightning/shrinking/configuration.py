@@ -203,12 +203,13 @@ def _changed(config: Any, settings: _Settings) -> Any:
 
 
 def reshape(model: nn.Module, shapes: dict[str, list[int]], numbers: dict[str, dict[str, int]]) -> None:
-    """Give tensors other shapes, with zeros, and modules other widths."""
+    """Give tensors other shapes, with what fits of their entries, and modules other widths."""
     for name, shape in shapes.items():
         place, _, name = name.rpartition(".")
         module = model.get_submodule(place)
         old = getattr(module, name)
-        new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+        new, kept = torch.zeros(shape, dtype=old.dtype, device=old.device), old.detach()[tuple(map(slice, shape))]
+        new[tuple(map(slice, kept.shape))] = kept
         setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     for place, widths in numbers.items():
         for name, width in widths.items():
@@ -309,6 +310,8 @@ def shrunk_model(
 
     model = timm.create_model(shrunk_from, **kwargs)
     reshape(model, shrunk_shapes, shrunk_numbers)
+    own = {"shrunk_from": shrunk_from, "shrunk_shapes": shrunk_shapes, "shrunk_numbers": shrunk_numbers}
+    model._model_args = {**getattr(model, "_model_args", {}), **own}
     config = model.pretrained_cfg
     config["architecture"] = "shrunk_model"
     if pretrained:
@@ -344,6 +347,8 @@ def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[s
     try:
         built, _ = build(known)
     except Exception:  # timm cannot build it without its shapes, either: nothing is known about it
+        if SHAPES in arguments or SHAPES in getattr(model, "_model_args", {}):
+            raise
         return name, dict(arguments)
     sizes = wrong_sizes(_wrong_shapes(model, built))
     uneven = len(sizes) > len({before for before, _ in sizes})  # equal widths became different ones
