@@ -1,7 +1,4 @@
-"""A bar on a terminal, plain lines elsewhere."""
-
-import io
-import sys
+"""Plain lines, where there is no terminal."""
 
 import pytest
 
@@ -37,18 +34,3 @@ def test_lines_where_there_is_no_terminal(capsys, clock, monkeypatch, name):
     first = " ".join(filter(None, ("Pruning 1/4", name, "(10 s, 30 s left)")))
     last = ["Pruning 4/4 done (12 s)", "Pruning 2 done (0 s)", "Pruning 0/2 stopped (0 s)"]
     assert capsys.readouterr().err.splitlines() == [first, *last]
-
-
-def test_a_bar_on_a_terminal(monkeypatch):
-    class Terminal(io.TextIOWrapper):
-        def isatty(self):
-            return True
-
-    shown = Terminal(io.BytesIO(), encoding="ascii", write_through=True)
-    monkeypatch.setattr(sys, "stderr", shown)
-    monkeypatch.setenv("TERM", "xterm")
-    with ProgressBar("Pruning", 4) as bar:  # fewer steps are needed
-        bar.show("blocks.0")
-        bar.advance(2)
-    assert b"Pruning blocks.0" in shown.buffer.getvalue()
-    assert b"2/2" in shown.buffer.getvalue()

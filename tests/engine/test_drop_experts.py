@@ -14,7 +14,6 @@ from support.zoo import ZOO, family, names, run, seeded
 
 from wanda_lightning import prune, prune_from_disk
 from wanda_lightning.experts.mixtures import mixtures
-from wanda_lightning.experts.removal import _same_but_for_ties
 
 BATCHES = ZOO["mixtral_padded"].batches
 
@@ -88,12 +87,6 @@ def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
     assert any(note.startswith(f"{len(few)} experts received fewer than 32 tokens, ") for note in report.notes)
 
 
-def test_a_few_tokens_may_be_routed_otherwise_where_logits_tie():
-    x, places = torch.ones(64, 32, dtype=torch.bfloat16), torch.arange(64)[:, None]
-    assert [_same_but_for_ties([x], [x * (places >= number)]) for number in (4, 32)] == [True, False]
-    assert not _same_but_for_ties([x.float()], [x.float() * (places >= 4)])
-
-
 # ---- refusals, each of which leaves the model as it was
 
 MIXTRAL, DEEPSEEK, LLAMA = partial(build, "mixtral"), partial(build, "deepseek_v3"), ZOO["llama"].build
@@ -162,6 +155,7 @@ BEFORE_AN_EXPERT_LEAVES = [
     (DEEPSEEK, 0.75, f"leaves 2 of 8 experts,{NEEDED}"),
     (partial(DEEPSEEK, num_experts_per_tok=3), 0.5, f"leaves 4 of 8 experts,{NEEDED}"),
     (partial(with_block, fallback), 0.5, r"model\.layers\.1\.mlp \(Fallback\) computes something else"),
+    (lambda: with_block(fallback).bfloat16(), 0.5, r"model\.layers\.1\.mlp \(Fallback\) computes something else"),
     (partial(with_block, infinite), 0.25, r"the experts of model\.layers\.1\.mlp return NaN or infinity"),
 ]
 
@@ -176,6 +170,28 @@ BEFORE_AN_EXPERT_LEAVES = [
 )
 def test_what_cannot_lose_experts_is_refused(make, batches, choices, message):
     assert re.search(message, refusal(make(), batches, **{"sparsity": 0.25, "pattern": "experts", **choices}))
+
+
+def test_logits_that_tie_in_16_bits_refuse_no_mixture():
+    """A token then goes to either of two experts: without tolerance, this model would be refused."""
+    report = prune(build("mixtral", experts=128).bfloat16(), BATCHES(), 0.25, pattern="experts", progress=False)
+    assert [len(each) for each in dropped_in(report).values()] == [32, 32]
+
+
+@pytest.mark.parametrize("sequential", ["none", "block"])
+def test_a_pass_leaves_no_trace_in_buffers(sequential):
+    def count(module, args):
+        module.calls.add_(1)
+
+    model, choices = MIXTRAL(), {"pattern": "experts", "sequential": sequential, "progress": False}
+    mixture = model.model.layers[0].mlp
+    mixture.register_buffer("calls", torch.arange(8.0))
+    mixture.register_forward_pre_hook(count)
+    with pytest.raises(ValueError, match="a token may need more"):
+        prune(model, BATCHES(), 0.875, **choices)
+    assert mixture.calls.tolist() == [*range(8)]
+    dropped = dropped_in(prune(model, BATCHES(), 0.25, **choices))["model.layers.0.mlp"]
+    assert mixture.calls.tolist() == [index for index in range(8) if index not in dropped]
 
 
 # ---- all families of transformers

@@ -1,20 +1,15 @@
-"""Figures: the numbers they show, compared with plain loops, and their colors."""
+"""Figures: the numbers they show, compared with plain loops."""
 
-import re
 from functools import cache
 
 import pytest
 from support.pairwise import with_nightly
-from support.reports import llama_report
 from support.zoo import ZOO
 
 pytest.importorskip("matplotlib", reason="figures need the extra report")
 
-from matplotlib import rc_params_from_file
-
 from wanda_lightning import prune
-from wanda_lightning.report import figures
-from wanda_lightning.report.figures import COLORS, layer_grid, plots_of, to_svg
+from wanda_lightning.report.figures import layer_grid, plots_of, shortest_ends, to_svg, weights_by_kind
 
 
 @cache
@@ -38,7 +33,7 @@ def test_values_by_kind_and_block():
     encoder, decoder = layer_grid(pruned("t5")[1], "sparsity").stacks.items()
     assert (encoder, decoder[0]) == (("encoder.block", 0), "decoder.block")
     names = ["self_attn.q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
-    assert figures.shortest_ends(names) == ["q_proj", *names[1:]]
+    assert shortest_ends(names) == ["q_proj", *names[1:]]
     assert sparsity.labels == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -54,7 +49,7 @@ def test_experts_of_a_block_are_one_kind():
 @pytest.mark.parametrize("name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO))
 def test_every_parameter_is_counted_once(name):
     model, report = pruned(name)
-    found = figures.weights_by_kind(report)
+    found = weights_by_kind(report)
     names, zeros, kept, dense = zip(*found, strict=True)
     assert sum(zeros + kept + dense) == sum(parameter.numel() for parameter in model.parameters())
     assert sum(zeros) == sum(layer.zeros for layer in report.layers)
@@ -62,16 +57,3 @@ def test_every_parameter_is_counted_once(name):
     grid = layer_grid(report, "sparsity")
     assert len(set(grid.labels)) == len(grid.kinds)
     assert all(kind.replace(".*", "").endswith(label) for kind, label in zip(grid.kinds, grid.labels, strict=True))
-
-
-def test_the_style_and_figures_have_only_colors_that_the_page_replaces():
-    style = rc_params_from_file(figures._STYLE, use_default_template=False)
-    assert {value for name, value in style.items() if "color" in name} <= set(COLORS.values())
-    assert [plot.name for plot in plots_of(llama_report(4))] == ["sparsity", "error", "weights"]
-    texts = [to_svg(plot, width) for plot in plots_of(llama_report(4)) for width in (970, 360)]
-    for text in texts:
-        assert {color for _, color in re.findall(r"(fill|stroke): (#\w+)", text)} <= set(COLORS.values())
-        assert COLORS["ink"] in text
-    assert texts[0] == to_svg(plots_of(llama_report(4))[0], 970)
-    ids = [{*re.findall(r'(?:href="|url\()#([^")]+)', text)} for text in texts]
-    assert sum(map(len, ids)) == len(set.union(*ids))  # no figure refers to a shape of another

@@ -151,6 +151,16 @@ def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, dam
     assert contents(tmp_path / "out") == before
 
 
+def test_parts_that_are_missing_are_written_again(source_for, streamed, tmp_path, monkeypatch):
+    for name in ("owl", "experts"):
+        out = tmp_path / name
+        interrupted(source_for(name), out, monkeypatch, **CHOICES[name])
+        sorted(out.glob("*.safetensors"))[3].unlink()
+        (out / ".wanda-00000000-0.safetensors").write_bytes(b"half")  # of a killed run
+        prune_from_disk(source_for(name), out, batches(), progress=False, **CHOICES[name])
+        assert contents(out) == contents(streamed(name)[1])
+
+
 def test_two_runs_do_not_mix_their_parts(tmp_path):
     first, second = (OutputFolder(tmp_path, {"sparsity": sparsity}, ["a", "b"]) for sparsity in (0.5, 0.75))
     first.save("a", {"x": torch.zeros(1)}, PartRecord())
@@ -159,3 +169,12 @@ def test_two_runs_do_not_mix_their_parts(tmp_path):
     first.forget()  # it has ended
     with pytest.raises(ValueError, match="must be written by one run, but another one has"):
         second.save("b", {"y": torch.zeros(1)}, PartRecord())
+
+
+def test_batches_that_could_not_run_refuse_no_others(source, streamed, tmp_path):
+    """Also if the sparsities were known, and stored, before the first batch ran."""
+    choices = {"progress": False, **CHOICES["per_layer"]}
+    with pytest.raises(Exception, match="input_ids must be from 0 to 63"):
+        prune_from_disk(source, tmp_path / "out", [{"input_ids": torch.full((1, 8), 99)}], **choices)
+    prune_from_disk(source, tmp_path / "out", batches(), **choices)
+    assert contents(tmp_path / "out") == contents(streamed("per_layer")[1])

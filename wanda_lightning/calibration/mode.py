@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from wanda_lightning.common.evaluating import evaluating
 from wanda_lightning.core.placeholders import is_unloaded
 
 _EXPERTS = "_experts_implementation_internal"
+
+Changing = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -34,36 +36,44 @@ def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
 
 
 @contextmanager
-def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Iterator[None]:
+def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Iterator[Changing]:
     """Put the model into `calibration_mode`, without gradients and outside of inference mode.
 
     The buffers of the state dict are restored at the end, except those of modules that are in `corrected` by then.
+    Modules whose buffers get other shapes do so inside of `with changing(modules):`, where `changing` is what this
+    yields: there, the buffers are as they were before, and what they become is restored at the end.
     """
     with calibration_mode(model), torch.inference_mode(False), torch.no_grad():
-        before = [
-            (module, name, buffer, None if buffer.is_inference() else (buffer.clone(), buffer._version))
-            for module in model.modules()
-            for name, buffer in writable_buffers(module)
-        ]
-        try:
+        before = {module: _values(module) for module in model.modules()}
+
+        def restore(modules: Iterable[nn.Module]) -> None:
+            for module in modules:
+                for name, buffer, written in before[module]:
+                    if written is not None and buffer._version != written[1]:
+                        buffer.copy_(written[0])
+                    setattr(module, name, buffer)  # the forward may have set another
+
+        @contextmanager
+        def changing(modules: Iterable[nn.Module]) -> Iterator[None]:
+            known = [module for module in {*modules} if before[module]]  # the others were not in memory, or have none
+            restore(known)
             yield
+            before.update((module, _values(module)) for module in known)
+
+        try:
+            yield changing
         finally:
-            for module, name, buffer, written in before:
-                if module in corrected:
-                    continue
-                if written is not None and buffer._version != written[1]:
-                    buffer.copy_(written[0])
-                setattr(module, name, buffer)  # the forward may have set another
+            restore(module for module in before if module not in corrected)
 
 
-def writable_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return a module's own buffers that a forward may write into, and pruning does not.
+def _values(module: nn.Module) -> list[tuple[str, Tensor, tuple[Tensor, int] | None]]:
+    """Return a module's own buffers that a forward may write into, and pruning does not, with their present values.
 
     Weights and biases are pruned, or quantized and large. A buffer outside the state dict is a cache: an attribute that
     cannot be restored may describe it.
     """
     return [
-        (name, buffer)
+        (name, buffer, None if buffer.is_inference() else (buffer.clone(), buffer._version))
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
         and not (name.endswith(("weight", "bias")) or isinstance(buffer, UninitializedBuffer) or is_unloaded(buffer))

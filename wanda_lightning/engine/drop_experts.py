@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from torch import Tensor, nn
-
 from wanda_lightning.calibration import observer
 from wanda_lightning.calibration.error_notes import noting
-from wanda_lightning.calibration.mode import pruning_mode, writable_buffers
+from wanda_lightning.calibration.mode import Changing, pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import counted
@@ -50,23 +48,15 @@ def drop_experts(run: Run) -> PruningReport:
         if layer.module not in left or layer.expert is None:
             detail = "no matrix of a routed expert"
             run.done.skipped[layer.name] = SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail)
-    changed = set[nn.Module]()  # whose buffers have become smaller, too
-    buffers = {mixture.name: [*_buffers(mixture)] for mixture in found}
     with (
         run.clock.timed("drop"),
-        pruning_mode(model, changed),
+        pruning_mode(model) as changing,
         noting(run.written, log.error),
         ProgressBar("Dropping experts", None, run.progress) as bar,
     ):
         for stop in run.store.passed(run, saliency.watched, bar):
             here = dict.fromkeys(layer.module for layer in stop.layers)
-            mixtures = [left.pop(experts) for experts in here if experts in left]
-            keep = _keep(run, stop, mixtures, saliency)
-            for mixture in mixtures if keep else ():
-                for module, name, buffer, before in buffers[mixture.name]:  # calibration may have changed them
-                    setattr(module, name, buffer.copy_(before))
-                    changed.add(module)
-                mixture.take(keep[mixture.name])
+            _drop(run, stop, [left.pop(experts) for experts in here if experts in left], saliency, changing)
         _choose(run, list(left.values()), saliency)  # refuses those that no batch has reached
         run.store.finish(run)
     declare(plan.config, model, found)
@@ -81,24 +71,19 @@ def _parameters(run: Run) -> int:
     return sum(parameter.numel() for parameter in run.plan.model.parameters())
 
 
-def _buffers(mixture: Mixture) -> Iterator[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Yield the buffers of modules with an entry for each expert, with their values."""
-    for module in {slot.module: None for slot in mixture.slots}:
-        yield from ((module, name, buffer, buffer.clone()) for name, buffer in writable_buffers(module))
-
-
-def _keep(run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSaliency) -> dict[str, Units]:
-    """Return which experts stay at a stop; nothing if an earlier run has taken the others, but make mixtures small."""
+def _drop(run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSaliency, changing: Changing) -> None:
+    """Take experts out of the mixtures of one stop; only make these small if an earlier run has done so."""
     if any(layer.name in run.done.layers for layer in stop.layers):
         for mixture in mixtures:
             take_shapes(run.plan.config, mixture)
-        return {}
+        return
     keep = _choose(run, mixtures, saliency)
     for mixture in mixtures:
         refuse_wrong(run.plan.config, mixture, saliency, keep[mixture.name], run.plan.processes)
     for mixture in mixtures:
         _record(run, mixture, keep[mixture.name], saliency)
-    return keep
+        with changing(slot.module for slot in mixture.slots):
+            mixture.take(keep[mixture.name])
 
 
 def _choose(run: Run, mixtures: Sequence[Mixture], saliency: ExpertSaliency) -> dict[str, Units]:

@@ -103,11 +103,12 @@ def _loading(config: dict[str, Any], name: str, on_hub: bool) -> tuple[str | Non
     """Return the library and the task of a saved model, and the code that loads it, by its config.json."""
     if "architecture" in config:
         place = json.dumps(f"{'hf-hub' if on_hub else 'local-dir'}:{name}")
-        code = f"import timm\n\nmodel = timm.create_model({place}, pretrained=True)"
+        imports, register = "import timm\n", ""
         if config["architecture"] == "shrunk_model":  # a file beside this configuration registers it
-            folder = f"huggingface_hub.snapshot_download({json.dumps(name)})" if on_hub else json.dumps(name)
-            first = "import sys\n\n" + "import huggingface_hub\n" * on_hub
-            code = first + code.replace("\n\n", f"\n\nsys.path.append({folder})\nimport modeling_shrunk\n\n", 1)
+            folder = f"snapshot_download({json.dumps(name)})" if on_hub else json.dumps(name)
+            imports += "from huggingface_hub import snapshot_download\n" * on_hub
+            imports, register = f"import sys\n\n{imports}", f"\nsys.path.append({folder})\nimport modeling_shrunk\n"
+        code = f"{imports}{register}\nmodel = timm.create_model({place}, pretrained=True)"
         return "timm", "image-classification", code
     if "model_type" not in config:
         return None, None, ""

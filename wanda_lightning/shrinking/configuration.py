@@ -347,7 +347,7 @@ def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[s
     try:
         built, _ = build(known)
     except Exception:  # timm cannot build it without its shapes, either: nothing is known about it
-        if SHAPES in arguments or SHAPES in getattr(model, "_model_args", {}):
+        if base:
             raise
         return name, dict(arguments)
     sizes = wrong_sizes(_wrong_shapes(model, built))

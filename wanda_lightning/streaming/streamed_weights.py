@@ -66,23 +66,24 @@ class StreamedWeights(WeightStore):
         names, begun, is_dense = self._checkpoint.blocks, {*self._output.written}, run.plan.config.sequential == "none"
         places = {stop.name: stop for stop in run.plan.places}
         blocks = [places.get(name) or Stop(name, run.plan.model.get_submodule(name), ()) for name in names]
-        end = max((index for index, name in enumerate(names, 1) if name not in begun), default=0)
-        if not end:
-            run.samples.count()
-        elif is_dense:
-            yield from self._pass_dense(run, blocks[:end], watched, bar)
-        for block in blocks[end * is_dense :]:
+        is_complete = begun.issuperset(names)
+        if is_dense and not is_complete:
+            yield from self._pass_dense(run, blocks, watched, bar)
+            return
+        for block in blocks:
             if block.name in begun:
                 self._restore(self._output.written[block.name], run)
                 yield block
                 self._checkpoint.unload(block.name)
-        if end and not is_dense:
+        if is_complete:
+            run.samples.count()
+        else:
             yield from super().passed(run, watched, bar)
 
     def _pass_dense(
         self, run: Run, blocks: Sequence[Stop], watched: Callable[[Call], Call], bar: ProgressBar
     ) -> Iterator[Stop]:
-        """Yield some blocks; each is loaded when the one before is written. The samples end after the last one."""
+        """Yield each block; it is loaded when the one before is written."""
         begun, left, samples = {*self._output.written}, list[Stop](), run.samples.in_memory()
         bar.expect(len(blocks))
 
@@ -96,7 +97,8 @@ class StreamedWeights(WeightStore):
                 yield left[0]
                 self._store(left.pop().name, run)
 
-        with self.dense(), closing(lockstep(blocks, samples, run.plan.processes, run.done.revisited)) as stops:
+        stops = lockstep(blocks, samples, run.plan.processes, run.done.revisited, to_end=True)
+        with self.dense(), closing(stops):
             for stop, calls in stops:
                 yield from leave()
                 bar.show(stop.name)
@@ -105,11 +107,8 @@ class StreamedWeights(WeightStore):
                 left.append(stop)
                 if stop.name in begun:
                     self._restore(self._output.written[stop.name], run)
-                elif stop is not blocks[-1]:
-                    calls[:] = map(watched, calls)
                 else:
-                    for call in calls:
-                        watched(call).run(on_copies=True)
+                    calls[:] = map(watched, calls)
             yield from leave()
 
     def undo(self, change: Callable[[], None]) -> None:
