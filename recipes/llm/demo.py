@@ -15,7 +15,7 @@ import os
 import time
 import warnings
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # waiting threads soon leave the cores to others
 
 import lightning as L
 from rich.console import Console

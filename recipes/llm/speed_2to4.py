@@ -15,7 +15,7 @@ from collections import defaultdict
 from statistics import median
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave the cores to others
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # waiting threads soon leave the cores to others
 
 import torch
 from torch import nn
