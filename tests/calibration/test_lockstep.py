@@ -6,6 +6,7 @@ import threading
 import time
 import traceback
 import weakref
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -219,6 +220,23 @@ def test_batches_wait_inside_of_functions_of_pytorch():
     for stop, calls in travel(model, batches, model.blocks):
         for call, x in zip(calls, batches, strict=True):
             assert torch.equal(call.args[0], through(model.blocks[:stop], x))
+
+
+def test_what_modules_collect_in_a_context_variable_reaches_their_own_batch():
+    """As transformers collects the logits of routers, for the loss at the end of the model."""
+    collector, counts = ContextVar("collector"), []
+
+    class Collecting(Chain):
+        def forward(self, x):
+            collector.set(collected := [])
+            x = through(self.blocks, x)
+            counts.append(len(collected))
+            return x
+
+    model = Collecting(*(Mlp(before=lambda: collector.get([]).append(1)) for _ in range(3)))
+    for _, calls in travel(model, vectors(), model.blocks, to_end=True):
+        calls[0].run()  # one more run, of which the batch knows nothing
+    assert counts == [3] * len(vectors())
 
 
 # ---- the state of a batch is that of a plain forward pass

@@ -114,7 +114,8 @@ def lockstep(
                 return
             with processes.fail_together():
                 for batch in here:  # parked activations must not outlive the run of the module
-                    batch.advance(calls.pop(0).run())
+                    # In a context like its own: transformers collects the logits of routers in a context variable.
+                    batch.advance(batch.context.copy().run(calls.pop(0).run))
 
 
 def _find_revisits(batch: _Batch, stops: Sequence[Stop], revisited: set[str]) -> None:
@@ -194,7 +195,7 @@ class _Batch(greenlet):
         super().__init__()
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
-        self.gr_context = contextvars.copy_context()
+        self.gr_context = self.context = contextvars.copy_context()
         self._sample, self._stops, self._state, self._ended = sample, stops, TorchState(), False
         self._output: Any = None
 
