@@ -46,7 +46,7 @@ def test_the_package_help_and_refusals_load_no_library(tmp_path):
 def test_waiting_threads_leave_the_cores_to_others_and_bars_stay_out_of_files(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     run("--version")
-    assert os.environ == {"GOMP_SPINCOUNT": "2000", "TQDM_DISABLE": "1"}
+    assert os.environ == {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0", "TQDM_DISABLE": "1"}
 
 
 def test_ctrl_c(monkeypatch, capsys):

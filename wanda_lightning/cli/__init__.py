@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0; 2 if what the user asked for cannot be done; 130 after Ctrl-C; 1 for faults, and if memory runs out.
     """
     # Threads that spin long while they wait take the cores from other work: OpenMP reads this when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # of GCC, as in PyTorch's wheels for Linux
+        os.environ.setdefault("KMP_BLOCKTIME", "0")  # of LLVM and Intel
     if not os.isatty(2):
         os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries in log files
     arguments = list(sys.argv[1:] if argv is None else argv)
