@@ -16,7 +16,7 @@ from wanda_lightning.core.placeholders import is_unloaded
 
 _EXPERTS = "_experts_implementation_internal"
 
-Changing = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
+BufferChange = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
 
 
 @contextmanager
@@ -36,15 +36,15 @@ def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
 
 
 @contextmanager
-def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Iterator[Changing]:
+def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Iterator[BufferChange]:
     """Put the model into `calibration_mode`, without gradients and outside of inference mode.
 
     The buffers of the state dict are restored at the end, except those of modules that are in `corrected` by then.
-    Modules whose buffers get other shapes do so inside of `with changing(modules):`, where `changing` is what this
-    yields: there, the buffers are as they were before, and what they become is restored at the end.
+    It yields `changing`: give modules buffers of other shapes inside `with changing(modules):`, which first restores
+    their buffers, and makes the new values those that are restored at the end.
     """
     with calibration_mode(model), torch.inference_mode(False), torch.no_grad():
-        before = {module: _values(module) for module in model.modules()}
+        before = {module: _saved_buffers(module) for module in model.modules()}
 
         def restore(modules: Iterable[nn.Module]) -> None:
             for module in modules:
@@ -58,7 +58,7 @@ def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Ite
             known = [module for module in {*modules} if before[module]]  # the others were not in memory, or have none
             restore(known)
             yield
-            before.update((module, _values(module)) for module in known)
+            before.update((module, _saved_buffers(module)) for module in known)
 
         try:
             yield changing
@@ -66,7 +66,7 @@ def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Ite
             restore(module for module in before if module not in corrected)
 
 
-def _values(module: nn.Module) -> list[tuple[str, Tensor, tuple[Tensor, int] | None]]:
+def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor, tuple[Tensor, int] | None]]:
     """Return a module's own buffers that a forward may write into, and pruning does not, with their present values.
 
     Weights and biases are pruned, or quantized and large. A buffer outside the state dict is a cache: an attribute that

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.calibration.error_notes import noting
-from wanda_lightning.calibration.mode import Changing, pruning_mode
+from wanda_lightning.calibration.mode import BufferChange, pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import counted
@@ -71,7 +71,7 @@ def _parameters(run: Run) -> int:
     return sum(parameter.numel() for parameter in run.plan.model.parameters())
 
 
-def _drop(run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSaliency, changing: Changing) -> None:
+def _drop(run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSaliency, changing: BufferChange) -> None:
     """Take experts out of the mixtures of one stop; only make these small if an earlier run has done so."""
     if any(layer.name in run.done.layers for layer in stop.layers):
         for mixture in mixtures:

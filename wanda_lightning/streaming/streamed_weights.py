@@ -97,9 +97,8 @@ class StreamedWeights(WeightStore):
                 yield left[0]
                 self._store(left.pop().name, run)
 
-        stops = lockstep(blocks, samples, run.plan.processes, run.done.revisited, to_end=True)
-        with self.dense(), closing(stops):
-            for stop, calls in stops:
+        with self.dense(), closing(lockstep(blocks, samples, run.plan.processes, run.done.revisited)) as stops:
+            for number, (stop, calls) in enumerate(stops, 1):
                 yield from leave()
                 bar.show(stop.name)
                 bar.advance()
@@ -107,8 +106,11 @@ class StreamedWeights(WeightStore):
                 left.append(stop)
                 if stop.name in begun:
                     self._restore(self._output.written[stop.name], run)
-                else:
+                elif number < len(blocks):
                     calls[:] = map(watched, calls)
+                else:  # no sample continues after the last one
+                    for call in calls:
+                        watched(call).run(on_copies=True)
             yield from leave()
 
     def undo(self, change: Callable[[], None]) -> None:
