@@ -150,6 +150,16 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
     assert after == PruningConfig.from_names(**others, **{name: value}) != before
 
 
+def test_results_are_labeled_with_what_was_chosen():
+    for given, name in (
+        ([], "wanda"),
+        (["--pattern", "experts"], "reap"),
+        (["--pattern", "structured"], "refit"),
+        (["--method", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
+    ):
+        assert parse(["prune", *X, *given])[1]["pruning"].name == name
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_described_in_a_group(command):
     assert set(get_args(get_type_hints(Model)["dtype"])) == {"auto", *loading.DTYPES}

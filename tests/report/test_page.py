@@ -1,16 +1,9 @@
 """The page of a report: complete, in one file, and readable without scripts and network."""
 
-from dataclasses import replace
-
 import pytest
-from support.pairwise import with_nightly
 from support.reports import Page, llama_report
-from support.zoo import ZOO
 
 pytest.importorskip("matplotlib", reason="pages need the extra report")
-
-from wanda_lightning import prune
-from wanda_lightning.report import TrainedPart
 
 
 def page_of(report, folder):
@@ -52,20 +45,3 @@ def test_the_page_shows_everything_that_the_report_has(tmp_path, undrawn):
     assert all(f"{name} {version}" in page.text for name, version in report.versions.items())
     assert "Training after pruning" in page.text
     assert "0 0.61 1 0.52 0.44 2 0.43 0.41 3 0.4 0.395" in page.text
-
-
-@pytest.mark.parametrize("name", with_nightly(["mixtral", "convnext"], ["llama", "vit", "t5"]))
-def test_the_page_says_what_is_not_available(tmp_path, name, undrawn):
-    report = prune(ZOO[name].build(), ZOO[name].batches(), progress=False)
-    page = page_of(report, tmp_path)
-    assert "This page has no measured effect on the predictions." in page.text
-    assert "Not available. Wanda collects no Gram matrix" in page.text
-    assert "Errors of whole blocks are not available" in page.text
-    for heading in ("Text before and after", "Images whose", "Zero-shot", "Training after", "To repeat it"):
-        assert heading not in page.text
-    for layer in report.layers:
-        assert (layer.siblings or layer.name) in page.text
-    layers = [replace(report.layers[0], part=TrainedPart("model.layers.1.mlp", 0.5, 0.25)), *report.layers[1:]]
-    page = page_of(replace(report, layers=layers), tmp_path)
-    assert "The recovery has trained the parts of each block toward their dense outputs" in page.text
-    assert "error of model.layers.1.mlp 50.00%, trained 25.00%" in page.text
