@@ -114,7 +114,6 @@ def lockstep(
                 return
             with processes.fail_together():
                 for batch in here:  # parked activations must not outlive the run of the module
-                    # In a copy of the batch's context: transformers collects router logits in a context variable.
                     batch.advance(batch.context.copy().run(calls.pop(0).run))
 
 
@@ -195,7 +194,7 @@ class _Batch(greenlet):
         super().__init__()
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
-        self.gr_context = self.context = contextvars.copy_context()  # the first is None after the end
+        self.gr_context = self.context = contextvars.copy_context()  # in which transformers collects router logits
         self._sample, self._stops, self._state, self._ended = sample, stops, TorchState(), False
         self._output: Any = None
 

@@ -16,8 +16,6 @@ from wanda_lightning.core.placeholders import is_unloaded
 
 _EXPERTS = "_experts_implementation_internal"
 
-BufferChange = Callable[[Iterable[nn.Module]], AbstractContextManager[None]]
-
 
 @contextmanager
 def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
@@ -36,22 +34,22 @@ def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
 
 
 @contextmanager
-def pruning_mode(model: nn.Module, corrected: Collection[nn.Module] = ()) -> Iterator[BufferChange]:
+def pruning_mode(
+    model: nn.Module, corrected: Collection[nn.Module] = ()
+) -> Iterator[Callable[..., AbstractContextManager[None]]]:
     """Put the model into `calibration_mode`, without gradients and outside of inference mode.
 
     The buffers of the state dict are restored at the end, except those of modules that are in `corrected` by then.
-    It yields `changing`: give modules buffers of other shapes inside `with changing(modules):`, which first restores
-    their buffers, and makes the new values those that are restored at the end.
+    It yields `changing`: inside `with changing(modules):`, buffers are restored, and new values replace those to restore.
     """
     with calibration_mode(model), torch.inference_mode(False), torch.no_grad():
         before = {module: _saved_buffers(module) for module in model.modules()}
 
         def restore(modules: Iterable[nn.Module]) -> None:
-            for module in modules:
-                for name, buffer, written in before[module]:
-                    if written is not None and buffer._version != written[1]:
-                        buffer.copy_(written[0])
-                    setattr(module, name, buffer)  # the forward may have set another
+            for owner, name, buffer, written in ((each, *saved) for each in modules for saved in before[each]):
+                if written is not None and buffer._version != written[1]:
+                    buffer.copy_(written[0])
+                setattr(owner, name, buffer)  # the forward may have set another
 
         @contextmanager
         def changing(modules: Iterable[nn.Module]) -> Iterator[None]:

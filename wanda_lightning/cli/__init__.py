@@ -26,9 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0; 2 if what the user asked for cannot be done; 130 after Ctrl-C; 1 for faults, and if memory runs out.
     """
     # Threads that spin long while they wait take the cores from other work: OpenMP reads this when torch is imported.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # of GCC, as in PyTorch's wheels for Linux
-        os.environ.setdefault("KMP_BLOCKTIME", "0")  # of LLVM and Intel
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & {*os.environ}:
+        os.environ |= {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}  # of GCC, and of LLVM and Intel
     if not os.isatty(2):
         os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries in log files
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -108,9 +107,8 @@ def refusal_in(error: BaseException) -> BaseException | None:
     Meant for the user are `UserError`, errors of the operating system, and Lightning's `MisconfigurationException`.
     Causes count because LightningCLI wraps errors of classes.
     """
-    meant = UserError | OSError | UnicodeDecodeError  # the last: of a file that is not UTF-8
     named = type(error).__name__ == "MisconfigurationException" or "(os error " in str(error)  # the disk is full
-    if isinstance(error, meant) or named:
+    if isinstance(error, UserError | OSError | UnicodeDecodeError) or named:  # the third: of a file that is not UTF-8
         return error
     return None if error.__cause__ is None else refusal_in(error.__cause__)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.calibration.error_notes import noting
-from wanda_lightning.calibration.mode import BufferChange, pruning_mode
+from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.words import counted
@@ -23,6 +23,8 @@ from wanda_lightning.models import SkippedMatrix, SkipReason, Stop
 from wanda_lightning.report import PrunedLayer, PruningReport
 
 log = logging.getLogger(__name__)
+
+Changing = Callable[..., AbstractContextManager[None]]  # what `pruning_mode` yields
 
 
 def drop_experts(run: Run) -> PruningReport:
@@ -71,7 +73,7 @@ def _parameters(run: Run) -> int:
     return sum(parameter.numel() for parameter in run.plan.model.parameters())
 
 
-def _drop(run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSaliency, changing: BufferChange) -> None:
+def _drop(run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSaliency, changing: Changing) -> None:
     """Take experts out of the mixtures of one stop; only make these small if an earlier run has done so."""
     if any(layer.name in run.done.layers for layer in stop.layers):
         for mixture in mixtures:
