@@ -40,7 +40,7 @@ def pruning_mode(
     """Put the model into `calibration_mode`, without gradients and outside of inference mode.
 
     The buffers of the state dict are restored at the end, except those of modules that are in `corrected` by then.
-    It yields `changing`: inside `with changing(modules):`, buffers are restored, and new values replace those to restore.
+    It yields `changing`: inside `with changing(modules):`, buffers are restored, and may get new values to restore.
     """
     with calibration_mode(model), torch.inference_mode(False), torch.no_grad():
         before = {module: _saved_buffers(module) for module in model.modules()}
