@@ -13,6 +13,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import timm
@@ -104,12 +105,11 @@ def main(
     case = {"weights": fingerprint(dense)}
     trained = Result(model=model, method="dense", case=case, evaluation=Samples("digits", len(evaluation[0])))
     runs(trained, lambda: {"top1": top1})
-    for method in methods:
-        for goal in goals:
-            planned = replace(trained, method=method, **sparsity_of(goal), arguments=METHODS[method])
-            planned = replace(planned, calibration=Samples("digits", 256))
-            chosen = {**METHODS[method], "sparsity": planned.sparsity, "pattern": planned.pattern}
-            runs(planned, partial(measure, dense, batches, evaluation, chosen))
+    calibrated = replace(trained, calibration=Samples("digits", 256))
+    for method, goal in product(methods, goals):
+        planned = replace(calibrated, method=method, **sparsity_of(goal), arguments=METHODS[method])
+        chosen = {**METHODS[method], **sparsity_of(goal)}
+        runs(planned, partial(measure, dense, batches, evaluation, chosen))
 
 
 if __name__ == "__main__":

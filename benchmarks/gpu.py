@@ -1,27 +1,27 @@
 """Measure on one GPU, in one call of at most 10 minutes: masks beside those of the CPU, seconds, and memory.
 
     python benchmarks/gpu.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --folder FOLDER --save benchmarks/results
-    python benchmarks/gpu.py --device cpu --hidden 64 --mlp 128 --layers 2 --heads 4 --vocabulary 500 --samples 2 \
-        --seqlen 32 --model MODEL --folder FOLDER     (tiny, to try it out)
+    python benchmarks/gpu.py --device cpu --shape narrow --samples 2 --seqlen 32 --model MODEL --folder FOLDER  (a try)
 
-Masks are those of `--model`. The large model is random, in bfloat16, with the shape of Llama 2 7B. `ratio` is in
-forward passes of all calibration windows, without the output head, as in pruning. Peak memory includes the model.
+Masks are those of `--model`. The large model is random, in bfloat16, by default with the shape of Llama 2 7B. The
+forward pass is one of all calibration windows, without the output head, as in pruning. Peak memory includes the model.
 Pruning from disk needs 27 GB in `--folder` for a while. Steps run from the most to the least important, none starts
 after `--minutes`, and the same command again measures what is missing.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from cyclopts import Parameter
-from measuring import MIB, PeakMemory, random_llama, random_windows, run_from_shell, seconds
+from measuring import SHAPES, cost_of, llama, random_model, random_windows, run_from_shell
 from result import Result, Runs, Samples
 from torch import Tensor
 
@@ -35,33 +35,24 @@ Measured = dict[str, float]
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of this program. The numbers are those of the large model and its windows."""
+    """Options of this program."""
 
     model: str
     folder: str
     device: str = "cuda"
-    hidden: int = 4096
-    mlp: int = 11008
-    layers: int = 32
-    heads: int = 32
-    vocabulary: int = 32000
+    shape: Literal[tuple(SHAPES)] = "7b"
     samples: int = 128
     seqlen: int = 2048
     minutes: float = 8
     save: str | None = None
 
 
-def difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
-    """Return the fraction of the entries of two models' masks that differ."""
-    return sum(int((one[name] != other[name]).sum()) for name in one) / sum(mask.numel() for mask in one.values())
-
-
-def pruned(options: Options, method: str, dtype: str, device: str) -> tuple[dict[str, Tensor], list[float]]:
-    """Return the masks of `--model` by layer, and the errors of the layers' outputs that are known."""
+def pruned(options: Options, method: str, dtype: str, device: str) -> tuple[Tensor, list[float]]:
+    """Return the masks of all layers of `--model`, and the errors of the layers' outputs that are known."""
     model = CausalLMModule(options.model, dtype=dtype).model.eval().to(device)
     windows = random_windows(model.config.get_text_config().vocab_size, *SMALL)
     report = prune(model, windows, 0.5, method=method, progress=False)
-    masks = {layer.name: (layer.weight != 0).cpu() for layer in find_layers(model).layers}
+    masks = torch.cat([(layer.weight != 0).flatten().cpu() for layer in find_layers(model).layers])
     return masks, [layer.error for layer in report.layers if layer.error is not None]
 
 
@@ -69,26 +60,24 @@ def against_cpu(options: Options, method: str, dtype: str) -> Measured:
     """Compare masks and errors with those of the CPU."""
     (cpu, plain), (own, errors) = (pruned(options, method, dtype, device) for device in ("cpu", options.device))
     known = {"output_error": fmean(errors), "plain_output_error": fmean(plain)} if errors else {}
-    return {"mask_difference": difference(cpu, own), **known}
+    return {"mask_difference": int((cpu != own).sum()) / len(cpu), **known}
 
 
 class Large:
     """The random model, and its calibration windows."""
 
-    def __init__(self, options: Options, plain: Result | None) -> None:
-        self.options, self.plain = options, plain.measured["seconds"] if plain else 0.0
-        self.batches = random_windows(options.vocabulary, options.samples, options.seqlen)
+    def __init__(self, options: Options) -> None:
+        self.options, self.config = options, llama(*SHAPES[options.shape])
+        self.batches = random_windows(self.config.vocab_size, options.samples, options.seqlen)
 
     def build(self) -> Any:
         """Build the model on the device."""
-        return random_llama(vars(self.options), self.options.seqlen, "bfloat16", self.options.device)
+        return random_model(self.config, torch.bfloat16, self.options.device)
 
     def measured(self, step: Callable[[], object]) -> Measured:
-        """Return the seconds, also in forward passes, and the peak memory."""
-        with PeakMemory(self.options.device) as memory:
-            took = seconds(step)
-        relative = {"plain_seconds": self.plain, "ratio": took / self.plain} if self.plain else {}
-        return {"seconds": took, **relative, "device_mib": (memory.start + memory.peak) / MIB}
+        """Return the seconds and the peak memory."""
+        cost = cost_of(step, self.options.device)
+        return {"seconds": cost.seconds, "device_mib": cost.start_mib + cost.peak_mib}
 
     @torch.no_grad()
     def forward(self) -> Measured:
@@ -100,9 +89,7 @@ class Large:
                 body(batch["input_ids"].to(body.device), use_cache=False)
 
         run(1)
-        measured = self.measured(lambda: run(len(self.batches)))
-        self.plain = measured["seconds"]
-        return measured
+        return self.measured(lambda: run(len(self.batches)))
 
     def prune(self, **choices: str) -> Measured:
         """Prune in memory."""
@@ -120,32 +107,32 @@ class Large:
 
 def main(options: Options) -> None:
     """Measure the steps that are not saved yet, while there is time."""
-    runs, until = Runs(options.save, "gpu"), time.monotonic() + 60 * options.minutes
-    name, tokens = f"random Llama {options.layers} x {options.hidden}", (options.samples, options.seqlen)
-    passes = Result(model=name, method="forward pass", calibration=Samples("random tokens", *tokens))
-    large = Large(options, runs.saved(passes))
+    runs, until, large = Runs(options.save, "gpu"), time.monotonic() + 60 * options.minutes, Large(options)
+    tokens, few = Samples("random tokens", options.samples, options.seqlen), Samples("random tokens", *SMALL)
+    passes = Result(model=f"random Llama {options.shape}", method="forward pass", calibration=tokens)
+    planned = replace(passes, sparsity=0.5)
 
-    def run(model: str, method: str, measure: Callable[[], Measured], samples: tuple[int, int], **case: str) -> None:
-        planned = Result(
-            model=model, method=method, sparsity=0.5, case=case, calibration=Samples("random tokens", *samples)
-        )
+    def run(row: Result, measure: Callable[[], Measured]) -> None:
         if time.monotonic() < until:
-            runs(planned, measure)
+            runs(row, measure)
         else:
-            print(f"not measured: {planned.name}")
+            print(f"not measured: {row.name}")
 
     def masks(*methods: str) -> None:
-        for method in methods:
-            for dtype in ("float32", "bfloat16"):
-                step = partial(against_cpu, options, method, dtype)
-                run(Path(options.model).name, method, step, SMALL, dtype=dtype)
+        for method, dtype in product(methods, ("float32", "bfloat16")):
+            row = replace(
+                planned, model=Path(options.model).name, method=method, case={"dtype": dtype}, calibration=few
+            )
+            run(row, partial(against_cpu, options, method, dtype))
 
     masks("wanda", "balanced")
-    runs(passes, large.forward)
+    run(passes, large.forward)
     for method, order in (("wanda", "layer"), ("wanda", "block"), ("balanced", "layer"), ("sparsegpt", "layer")):
-        run(name, method, partial(large.prune, method=method, sequential=order), tokens, sequential=order)
-    run(name, "wanda", partial(large.from_disk, method="wanda", sequential="layer"), tokens, source="disk")
-    run(name, "best", partial(large.prune, method="best"), tokens)
+        case = {"sequential": order}
+        run(replace(planned, method=method, case=case), partial(large.prune, method=method, **case))
+    disk = replace(planned, method="wanda", case={"source": "disk"})
+    run(disk, partial(large.from_disk, method="wanda", sequential="layer"))
+    run(replace(planned, method="best"), partial(large.prune, method="best"))
     masks("sparsegpt", "best")
 
 

@@ -6,19 +6,19 @@ import hashlib
 import multiprocessing
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from cyclopts import App, Parameter
 from result import Result, Samples
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from wanda_lightning import CausalLMModule, ImageClassifierModule, ImageDataModule, TextDataModule, sample_windows
@@ -27,6 +27,8 @@ from wanda_lightning.modules import WindowPerplexity
 
 MIB = 2**20
 SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+SHAPES = {"7b": (4096, 11008, 32, 32, 32), "1.1b": (2048, 5632, 22, 32, 4), "narrow": (512, 2048, 8, 8, 8)}
 
 Batches = list[dict[str, Tensor]]
 
@@ -89,9 +91,9 @@ class LanguageModel:
         return {name: perplexity(self.model, windows) for name, windows in self._texts.items()}
 
 
-def in_batches(windows: Tensor) -> Batches:
-    """Return windows in batches of 4."""
-    return [{"input_ids": part} for part in windows.split(4)]
+def in_batches(windows: Tensor, size: int = 4) -> Batches:
+    """Return windows in batches."""
+    return [{"input_ids": part} for part in windows.split(size)]
 
 
 class Photos:
@@ -105,31 +107,28 @@ class Photos:
         self.calibration = [pixels for pixels, _ in images.calibration_dataloader()]
         self.evaluation = list(images.val_dataloader())
         self.labels = torch.cat([labels for _, labels in self.evaluation])
-        samples = {
-            "calibration": Samples(Path(data).name, count),
-            "evaluation": Samples(Path(data).name, len(self.labels)),
-        }
-        self.planned = Result(model=Path(folder).name, method="dense", **samples)
+        used, held_out = (Samples(Path(data).name, number) for number in (count, len(self.labels)))
+        self.planned = Result(model=Path(folder).name, method="dense", calibration=used, evaluation=held_out)
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the logits of all images in the dtype of the model, 16 at a time."""
+    dtype = next(model.parameters()).dtype
+    return torch.cat([model(part.to(dtype)) for images, _ in batches for part in images.split(16)])
 
 
 def seconds(step: Callable[[], object]) -> float:
     """Return how long a step takes, with all kernels that it starts on an accelerator."""
-    _wait_for_kernels()
-    started = time.perf_counter()
+    started = timer()
     step()
-    _wait_for_kernels()
-    return time.perf_counter() - started
+    return timer() - started
 
 
-def _wait_for_kernels() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
-def medians(*clocks: Callable[[], float], runs: int, warm_up: bool = True) -> list[float]:
-    """Return the median of each clock. The clocks run alternately, after one warm-up run each if `warm_up`."""
-    rounds = [[clock() for clock in clocks] for _ in range(warm_up + runs)]
-    return [statistics.median(times) for times in zip(*rounds[warm_up:], strict=True)]
+def medians(*clocks: Callable[[], float], runs: int) -> list[float]:
+    """Return the median of each clock. The clocks run alternately, after a warm-up of one run each."""
+    _, *rounds = [[clock() for clock in clocks] for _ in range(1 + runs)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
 def in_new_process(function: Callable[..., Any], *arguments: object) -> Any:
@@ -149,76 +148,59 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> flo
 
 def fingerprint(module: nn.Module) -> str:
     """Return a short hash of all weights, since another machine or number of threads trains another model."""
-    digest = hashlib.sha256()
-    for tensor in module.state_dict().values():
-        digest.update(tensor.detach().numpy().tobytes())
-    return digest.hexdigest()[:6]
+    weights = b"".join(tensor.detach().numpy().tobytes() for tensor in module.state_dict().values())
+    return hashlib.sha256(weights).hexdigest()[:6]
 
 
-def random_llama(shape: Mapping[str, int], length: int, dtype: str = "float32", device: str = "cpu") -> Any:
-    """Build a random model for windows of up to `length` tokens.
+def llama(*shape: int, vocabulary: int = 32000) -> LlamaConfig:
+    """Return the configuration of a Llama with the numbers of `SIZES`."""
+    return LlamaConfig(**dict(zip(SIZES, shape, strict=True)), vocab_size=vocabulary)
 
-    Args:
-        shape: Numbers by name: `hidden` (width), `mlp` (its inner width), `layers`, `heads`, `vocabulary`.
-        length: Number of tokens.
-        dtype: Of the weights.
-        device: Where the weights are drawn; devices draw different ones.
-    """
+
+def random_model(config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """Build a random model on a device; another device draws other weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["mlp"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["heads"],
-        vocab_size=shape["vocabulary"],
-        max_position_embeddings=length,
-    )
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def random_windows(vocabulary: int, samples: int, length: int) -> Batches:
-    """Return windows of random tokens, each a batch."""
-    ids = torch.randint(vocabulary, (samples, 1, length), generator=torch.Generator().manual_seed(0))
-    return [{"input_ids": window} for window in ids]
+def random_windows(vocabulary: int, samples: int, length: int, batch_size: int = 1) -> Batches:
+    """Return windows of random tokens in batches."""
+    ids = torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
+    return in_batches(ids, batch_size)
 
 
-class PeakMemory:
-    """Measure the bytes of memory at the `start`, and their largest increase: `peak`.
+class Cost(NamedTuple):
+    """What a step returned, its seconds, the memory before it and the largest increase during it, in MiB."""
 
-    It is the memory that an accelerator has allocated for tensors, or the resident memory of this process as Linux
+    result: Any
+    seconds: float
+    start_mib: float
+    peak_mib: float
+
+
+def cost_of(step: Callable[[], Any], device: str | torch.device = "cpu") -> Cost:
+    """Measure a step.
+
+    Its memory is what an accelerator has allocated for tensors, or the resident memory of this process as Linux
     records it.
     """
-
-    def __init__(self, device: str | torch.device = "cpu") -> None:
-        self._on_accelerator = torch.device(device).type != "cpu"
-
-    def __enter__(self) -> "PeakMemory":
-        gc.collect()
-        if self._on_accelerator:
-            torch.accelerator.synchronize()
-            torch.accelerator.reset_peak_memory_stats()
-            self.start = torch.accelerator.memory_allocated()
-            return self
-        if not Path("/proc/self/clear_refs").exists():
-            raise RuntimeError("Peak memory needs Linux, which records it in /proc/self, but this system does not.")
+    gc.collect()
+    on_accelerator = torch.device(device).type != "cpu"
+    if on_accelerator:
+        torch.accelerator.synchronize()
+        torch.accelerator.reset_peak_memory_stats()
+        start = torch.accelerator.memory_allocated()
+    else:
         with suppress(OSError, AttributeError):  # glibc: return freed memory first, or the start would count it
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self.start = int(psutil.Process().memory_info().rss)
+        start = psutil.Process().memory_info().rss
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._on_accelerator:
-            self.peak = torch.accelerator.max_memory_allocated() - self.start
-            return
-        status = Path("/proc/self/status").read_text()
-        self.peak = 1024 * int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0]) - self.start
-
-
-def peak_mib(step: Callable[[], object], device: str | torch.device = "cpu") -> float:
-    """Return the largest increase of memory during a step, in MiB."""
-    with PeakMemory(device) as memory:
-        step()
-    return memory.peak / MIB
+    started = timer()
+    result = step()
+    duration = timer() - started
+    if on_accelerator:
+        peak = torch.accelerator.max_memory_allocated()
+    else:
+        peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+    return Cost(result, duration, start / MIB, (peak - start) / MIB)

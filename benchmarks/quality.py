@@ -22,13 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from cyclopts import Parameter
-from measuring import MIB, LanguageModel, PeakMemory, Photos, Text, fingerprint, run_from_shell, seconds
+from measuring import LanguageModel, Photos, Text, cost_of, fingerprint, outputs, run_from_shell, seconds
 from result import Result, Runs, Samples, sparsity_of, to_hexadecimal
 from torch import Tensor, nn
 
-from wanda_lightning import NM, OWL, Distil, EqualShare, Fisher, PruningCallback, PruningConfig, Unstructured, prune
+from wanda_lightning import OWL, Distil, EqualShare, Fisher, PruningCallback, PruningConfig, Unstructured, prune
 from wanda_lightning.core.losses import divergence
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.plan import make_plan
@@ -112,14 +111,6 @@ class Options(CellOptions):
     """Epochs of training with --images."""
 
 
-def choices(method: Choices, goal: str) -> Choices:
-    """Return the arguments of `prune` for a goal: a percentage, or N:M."""
-    if ":" not in goal:
-        return {**method, "sparsity": float(goal) / 100}
-    pattern = NM(*map(int, goal.split(":")))
-    return {**method, "sparsity": pattern.sparsity, "pattern": pattern}
-
-
 def prune_cells(
     model: nn.Module,
     cells: Iterable[tuple[str, str, Choices]],
@@ -136,7 +127,7 @@ def prune_cells(
         except ValueError as error:
             print(f"{name}, {goal}: {str(error).partition(', but ')[0].partition('. ')[0]}")
             continue
-        given = {key: str(value) for key, value in chosen.items() if key != "sparsity" and not isinstance(value, NM)}
+        given = {key: str(value) for key, value in chosen.items() if key not in sparsity_of(goal)}
         runs(replace(planned, method=name, **sparsity_of(goal), arguments=given), partial(measure, chosen))
 
 
@@ -145,7 +136,7 @@ def cells_of(
 ) -> list[tuple[str, str, Choices]]:
     """Return each method and goal with the arguments of `prune`, without those that a method is not for."""
     return [
-        (name, goal, choices(known[name], goal))
+        (name, goal, {**known[name], **sparsity_of(goal)})
         for name in options.methods or known
         for goal in options.goals or goals
         if name not in (UNSTRUCTURED if ":" in goal else PERMUTED)
@@ -154,13 +145,9 @@ def cells_of(
 
 def prune_and_measure(language: LanguageModel, chosen: Choices) -> Measured:
     """Return one cell of the table of a language model."""
-    reports = []
-    with PeakMemory() as memory:
-        duration = seconds(
-            lambda: reports.append(prune(language.model, language.calibration, **chosen, progress=False))
-        )
-    cost = {"seconds": duration, "peak_mib": memory.peak / MIB}
-    return {**language.measure(), **cost, "sparsity": reports[0].sparsity}
+    cost = cost_of(lambda: prune(language.model, language.calibration, **chosen, progress=False))
+    measured = {**language.measure(), "seconds": cost.seconds, "peak_mib": cost.peak_mib}
+    return {**measured, "sparsity": cost.result.sparsity}
 
 
 def measure_text(options: Options) -> None:
@@ -188,14 +175,14 @@ def measure_images(options: Options) -> None:
         case = {"weights": fingerprint(module)}
         trained = Result(model=name, method="dense", case=case, evaluation=Samples("digits", 360))
         runs(trained, lambda top1=accuracy: {"top1": top1})
-        expected = _outputs(module.eval(), data.val_dataloader())
+        expected = outputs(module.eval(), data.val_dataloader())
         planned = replace(trained, calibration=Samples("digits", data.num_samples))
         prune_cells(module.model, cells, planned, runs, partial(_prune_digits, demo.run, module, data, expected))
 
 
 def _prune_digits(run: Callable[..., float], module: Any, data: Any, expected: Tensor, chosen: Choices) -> Measured:
     top1 = run(module, data, PruningCallback(**chosen, num_samples=data.num_samples))
-    found = _outputs(module.eval(), data.val_dataloader())
+    found = outputs(module.eval(), data.val_dataloader())
     return {"top1": top1, "divergence": float(divergence(found, expected)[0]) / len(expected)}
 
 
@@ -204,25 +191,20 @@ def measure_photos(options: Options) -> None:
     count, cells = options.nsamples or CALIBRATION_PHOTOS, cells_of(options, PHOTOS, GOALS["photos"])
     photos, usual = Photos(options.photos, options.data, count), count == CALIBRATION_PHOTOS
     runs, model = Runs(options.save, "photos" if usual else "more_photos"), photos.model
-    expected = _outputs(model, photos.evaluation)
+    expected = outputs(model, photos.evaluation)
 
-    def scored(outputs: Tensor) -> dict[str, Any]:
-        correct = (outputs.argmax(dim=1) == photos.labels).tolist()
+    def scored(logits: Tensor) -> dict[str, Any]:
+        correct = (logits.argmax(dim=1) == photos.labels).tolist()
         return {"top1": sum(correct) / len(correct), "correct": to_hexadecimal(correct)}
 
     def measure(chosen: Choices) -> dict[str, Any]:
         duration = seconds(lambda: prune(model, photos.calibration, **chosen, progress=False))
-        found = _outputs(model, photos.evaluation)
+        found = outputs(model, photos.evaluation)
         differs = float(divergence(found, expected)[0]) / len(found)
         return {**scored(found), "divergence": differs, "seconds": duration}
 
     runs(replace(photos.planned, calibration=None), lambda: scored(expected))
     prune_cells(model, cells, replace(photos.planned, case={} if usual else {"images": count}), runs, measure)
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.cat([model(part) for images, _ in batches for part in images.split(16)])
 
 
 def main(options: Options = Options()) -> None:

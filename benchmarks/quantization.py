@@ -40,14 +40,10 @@ def torchao(config: Callable[[Any], Any], weight: Tensor) -> Tensor:
     return layer.weight.dequantize()
 
 
-def torchao_intx(bits: int, mapping: str, weight: Tensor) -> Tensor:
-    """Quantize in groups of inputs, with an integer zero point if the mapping is asymmetric."""
-
-    def config(quantization: Any) -> Any:
-        dtype, mapping_type = getattr(torch, f"int{bits}"), getattr(quantization.MappingType, mapping)
-        return quantization.IntxWeightOnlyConfig(dtype, quantization.PerGroup(GROUP), mapping_type)
-
-    return torchao(config, weight)
+def int4(mapping: str, quantization: Any) -> Any:
+    """Return torchao's configuration for groups of inputs, with an integer zero point if the mapping is asymmetric."""
+    groups = quantization.PerGroup(GROUP)
+    return quantization.IntxWeightOnlyConfig(torch.int4, groups, quantization.MappingType[mapping])
 
 
 def bitsandbytes_4bit(kind: str, weight: Tensor) -> Tensor:
@@ -89,10 +85,10 @@ def compressed_tensors(bits: int, symmetric: bool, weight: Tensor) -> Tensor:
 
 
 SCHEMES: dict[tuple[str, str], Scheme] = {
+    ("none", "none"): lambda weight: weight,
     ("torchao", "int8 weight-only"): partial(torchao, lambda q: q.Int8WeightOnlyConfig()),
-    ("torchao", "int4 weight-only, for kernels"): partial(torchao, lambda q: q.Int4WeightOnlyConfig(GROUP)),
-    ("torchao", "int4 symmetric"): partial(torchao_intx, 4, "SYMMETRIC"),
-    ("torchao", "int4 asymmetric"): partial(torchao_intx, 4, "ASYMMETRIC"),
+    ("torchao", "int4 symmetric"): partial(torchao, partial(int4, "SYMMETRIC")),
+    ("torchao", "int4 asymmetric"): partial(torchao, partial(int4, "ASYMMETRIC")),
     ("torchao", "float8 weight-only"): partial(torchao, lambda q: q.Float8WeightOnlyConfig()),
     ("bitsandbytes", "int8"): bitsandbytes_8bit,
     ("bitsandbytes", "nf4"): partial(bitsandbytes_4bit, "nf4"),
@@ -129,7 +125,6 @@ def measure(pruned: nn.Module, scheme: Scheme, batches: Batches) -> dict[str, fl
 class Options(Text):
     """Options of this program."""
 
-    sparsity: float = 0.5
     nsamples: int = 8
     seqlen: int = 256
     limit: int = 32
@@ -139,14 +134,14 @@ class Options(Text):
 def main(options: Options) -> None:
     """Prune once, then quantize copies."""
     language, runs = LanguageModel(options), Runs(options.save, "quantization")
-    model, batches, failures = language.model, language.evaluation, []
-    runs(replace(language.planned, calibration=None), lambda: {"perplexity": perplexity(model, batches)})
-    prune(model, language.calibration, options.sparsity, method="wanda", progress=False)
-    pruned = replace(language.planned, method="wanda", sparsity=options.sparsity, arguments={"method": "wanda"})
-    for (package, name), scheme in {("none", "none"): lambda weight: weight, **SCHEMES}.items():
+    model, failures = language.model, []
+    runs(replace(language.planned, calibration=None), language.measure)
+    prune(model, language.calibration, 0.5, method="wanda", progress=False)
+    pruned = replace(language.planned, method="wanda", sparsity=0.5, arguments={"method": "wanda"})
+    for (package, name), scheme in SCHEMES.items():
         planned = replace(pruned, case={"quantizer": package, "scheme": name})
         try:
-            runs(planned, partial(measure, model, scheme, batches))
+            runs(planned, partial(measure, model, scheme, language.evaluation))
         except Exception as error:
             failures.append(f"Not measured: {package} {name}: {type(error).__name__}: {' '.join(str(error).split())}")
     print("\n".join(failures))

@@ -36,8 +36,7 @@ QUANTITIES: Mapping[str, str] = {
     "sparsity": "fraction of zeros in the pruned layers",
     "seconds": "duration",
     "processor_seconds": "duration in which the processor worked for this process, over all threads",
-    "plain_seconds": "duration of what it is compared with, in the same process",
-    "ratio": "seconds / plain_seconds",
+    "ratio": "duration / that of what it is compared with, in the same process",
     "peak_mib": "largest increase of resident memory, in MiB",
     "plain_peak_mib": "the same for what it is compared with",
     "device_mib": "peak memory of the device with the model, in MiB; of the process if the device is the CPU",
@@ -246,8 +245,8 @@ def machine() -> str:
 
 
 def sparsity_of(goal: str) -> dict[str, Any]:
-    """Return sparsity and pattern of a goal: a percentage such as `50`, or N:M."""
+    """Return the sparsity of a goal, which is a percentage such as `50` or N:M, and the pattern if it is N:M."""
     if ":" not in goal:
-        return {"sparsity": float(goal) / 100, "pattern": "unstructured"}
+        return {"sparsity": float(goal) / 100}
     kept, group = map(int, goal.split(":"))
     return {"sparsity": 1 - kept / group, "pattern": goal}

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from measuring import MIB, Batches, PeakMemory, in_new_process, random_llama, run_from_shell
+from measuring import Batches, cost_of, in_new_process, llama, random_model, random_windows, run_from_shell
 from result import Result, Runs, Samples
 from tables import SCALED
 
@@ -29,34 +29,31 @@ def measure(method: str, sizes: dict[str, int]) -> dict[str, float]:
     """Return the processor's seconds and the peak memory of a process that has done nothing else."""
     torch.set_num_threads(1)
     run(method, *build(4, 1, 128))  # what the first run loads does not count
-    model, batches = build(**sizes)
-    with PeakMemory() as memory:
-        started = time.process_time()
-        run(method, model, batches)
-        taken = time.process_time() - started
-    return {"processor_seconds": taken, "peak_mib": memory.peak / MIB}
+    cost = cost_of(partial(run, method, *build(**sizes)))
+    return {"processor_seconds": cost.result, "peak_mib": cost.peak_mib}
 
 
 def build(windows: int, blocks: int, width: int) -> tuple[Any, Batches]:
     """Return a random model and its windows, in batches of four."""
     heads = width // 64
-    shape = {"hidden": width, "mlp": 11 * heads * 16, "layers": blocks, "heads": heads, "vocabulary": VOCABULARY}
-    batches = [{"input_ids": torch.randint(VOCABULARY, (4, LENGTH))} for _ in range(windows // 4)]
-    return random_llama(shape, LENGTH), batches
+    config = llama(width, 11 * heads * 16, blocks, heads, heads, vocabulary=VOCABULARY)
+    return random_model(config), random_windows(VOCABULARY, windows, LENGTH, batch_size=4)
 
 
-def run(method: str, model: Any, batches: Batches) -> None:
-    """Prune, or run a plain forward pass, without logits."""
+def run(method: str, model: Any, batches: Batches) -> float:
+    """Prune, or run a plain forward pass, without logits. Return the processor's seconds."""
 
     def forward(batch: dict[str, Any]) -> None:
         model.model(**batch, use_cache=False)
 
+    started = time.process_time()
     if method in METHODS:
         prune(model, batches, 0.5, method=method, sequential="layer", forward=forward, progress=False)
-        return
-    with torch.no_grad():
-        for batch in batches:
-            forward(batch)
+    else:
+        with torch.no_grad():
+            for batch in batches:
+                forward(batch)
+    return time.process_time() - started
 
 
 def main(*, save: str | None = None) -> None:

@@ -3,7 +3,7 @@
     python benchmarks/streaming.py memory FOLDER --shape 7b --method wanda --sequential layer  (13.5 GB of disk, twice)
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --method sparsegpt admm --sequential block
     python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 8 16 32 --method sparsegpt --sequential block
-    python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 2 --allocation owl
+    python benchmarks/streaming.py memory FOLDER --shape 1.1b --layers 2 --recovery reconstruct
     python benchmarks/streaming.py memory FOLDER --shape narrow --sequential layer --samples 64 --length 512
 
 `--shape` writes a random Llama in bfloat16 to FOLDER, file by file. Each row is pruned in a new process, whose peak of
@@ -20,16 +20,14 @@ from typing import Literal
 import psutil
 import torch
 from cyclopts import Parameter
-from measuring import MIB, Batches, PeakMemory, in_new_process, random_windows, run_from_shell, seconds
+from measuring import SHAPES, Batches, cost_of, in_new_process, llama, random_windows, run_from_shell
 from result import Result, Runs, Samples
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import prune_from_disk
 
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHAPES = {"7b": (4096, 11008, 32, 32, 32), "1.1b": (2048, 5632, 22, 32, 4), "narrow": (512, 2048, 8, 8, 8)}
-OTHERS = ("pattern", "allocation", "permutation", "recovery")  # choices besides the method
+OTHERS = ("pattern", "permutation", "recovery")  # choices besides the method
 
 
 def build(folder: Path, config: LlamaConfig) -> None:
@@ -68,7 +66,6 @@ class Options:
     method: Sequence[str] = ("wanda",)
     sequential: Literal["block", "layer"] = "block"
     pattern: str | None = None
-    allocation: str | None = None
     permutation: str | None = None
     recovery: str | None = None
     save: str | None = None
@@ -77,11 +74,10 @@ class Options:
 def stream(folder: Path, output: Path, samples: Batches, choices: dict[str, str]) -> dict[str, float]:
     """Prune from disk; return the seconds, the peak memory, and the bytes read and written."""
     shutil.rmtree(output, ignore_errors=True)
-    with PeakMemory() as memory:
-        duration = seconds(lambda: prune_from_disk(folder, output, samples, 0.5, **choices, progress=False))
-    peak, moved = memory.start + memory.peak, psutil.Process().io_counters()
+    cost = cost_of(lambda: prune_from_disk(folder, output, samples, 0.5, **choices, progress=False))
+    moved = psutil.Process().io_counters()
     bytes_ = {"read_gb": moved.read_chars / 1e9, "written_gb": moved.write_chars / 1e9}
-    return {"seconds": duration, "peak_rss_mib": peak / MIB, **bytes_}
+    return {"seconds": cost.seconds, "peak_rss_mib": cost.start_mib + cost.peak_mib, **bytes_}
 
 
 def main(command: Literal["memory"], folder: Path, /, *, options: Options) -> None:
@@ -89,7 +85,7 @@ def main(command: Literal["memory"], folder: Path, /, *, options: Options) -> No
     others = {name: given for name in OTHERS if (given := getattr(options, name)) is not None}
     for layers in options.layers:
         source = folder / f"{options.shape}-{layers or 'all'}"
-        config = LlamaConfig(**dict(zip(SIZES, SHAPES[options.shape], strict=True)), vocab_size=32000)
+        config = llama(*SHAPES[options.shape])
         config.num_hidden_layers = layers or config.num_hidden_layers
         if not source.exists():
             build(source, config)

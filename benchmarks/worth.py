@@ -22,9 +22,10 @@ from measuring import (
     LanguageModel,
     Photos,
     Text,
+    cost_of,
     in_batches,
     medians,
-    peak_mib,
+    outputs,
     perplexity,
     run_from_shell,
     seconds,
@@ -42,6 +43,7 @@ Rows = list[tuple[Result, Change]]
 SCATTERED = (("best", "50"), ("thorough", "50"), ("best", "2:4"))
 BY_LOSS = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
 WIDTHS = ("12.5", "25", "50")
+DISTIL = 128  # windows to calibrate and distil with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +55,6 @@ class Options(Text):
     data: str = ""
     nsamples: int = 0
     """By default 16 windows or 128 images."""
-    distil_windows: int = 128
-    """Windows to calibrate and distil with."""
     rows: Sequence[str] = ()
     """Only these methods."""
     runs: int = 2
@@ -119,14 +119,13 @@ class Comparison:
 
     def __call__(self, change: Change) -> Measured:
         """Return quality, bytes, speeds relative to the dense model, memory, and seconds to make the model."""
-        models: list[nn.Module] = []
-        duration = seconds(lambda: models.append(change(copy.deepcopy(self.dense))))
-        model = models[0].eval()
+        made = cost_of(lambda: change(copy.deepcopy(self.dense)))
+        model = made.result.eval()
         with torch.no_grad():
-            measured = {"seconds": duration, **self.quality(model), **size_of(model)}
+            measured = {"seconds": made.seconds, **self.quality(model), **size_of(model)}
             for name, clock in self.clocks.items() if self.rounds else ():
                 dense, own = medians(partial(clock, self.dense), partial(clock, model), runs=self.rounds)
-                measured |= {name: dense / own, "peak_mib": peak_mib(partial(clock, model))}
+                measured |= {name: dense / own, "peak_mib": cost_of(partial(clock, model)).peak_mib}
         return measured
 
 
@@ -204,9 +203,9 @@ def common_rows(base: Result, batches: Any) -> Rows:
 
 def text(options: Options) -> tuple[Comparison, Rows]:
     """Prepare a language model."""
-    language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=options.distil_windows)
+    language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=DISTIL)
     base, chosen = language.planned, {"allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
-    longer = replace(base, calibration=replace(base.calibration, windows=options.distil_windows))
+    longer = replace(base, calibration=replace(base.calibration, windows=DISTIL))
     peer = partial(by_peer, language.calibration[0])
     distilled = partial(narrower, in_batches(language.data.train_windows), **chosen)
     rows = [
@@ -227,9 +226,8 @@ def photos(options: Options) -> tuple[Comparison, Rows]:
     images = Photos(options.images, options.data, options.nsamples or 128)
 
     def quality(model: nn.Module) -> Measured:
-        dtype = next(model.parameters()).dtype
-        found = torch.cat([model(pixels.to(dtype)).argmax(dim=1) for pixels, _ in images.evaluation])
-        return {"top1": float((found == images.labels).sum()) / len(found)}
+        correct = outputs(model, images.evaluation).argmax(dim=1) == images.labels
+        return {"top1": int(correct.sum()) / len(correct)}
 
     clocks = image_clocks(tuple(images.calibration[0].shape[1:]))
     priced = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
