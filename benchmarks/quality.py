@@ -146,8 +146,8 @@ def cells_of(
 def prune_and_measure(language: LanguageModel, chosen: Choices) -> Measured:
     """Return one cell of the table of a language model."""
     cost = cost_of(lambda: prune(language.model, language.calibration, **chosen, progress=False))
-    measured = {**language.measure(), "seconds": cost.seconds, "peak_mib": cost.peak_mib}
-    return {**measured, "sparsity": cost.result.sparsity}
+    costs = {"seconds": cost.seconds, "peak_mib": cost.peak_mib}
+    return {**language.measure(), **costs, "sparsity": cost.result.sparsity}
 
 
 def measure_text(options: Options) -> None:

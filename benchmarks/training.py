@@ -26,6 +26,7 @@ from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, TextDat
 from wanda_lightning.data.text_sources import OWN_TEXT
 from wanda_lightning.models import find_layers
 
+SEQLEN, LIMIT, LR = 512, 40, 1e-4
 TEXTS = {"web": "{}", "own": OWN_TEXT, "both": f"{{}} and {OWN_TEXT}"}
 
 
@@ -48,23 +49,18 @@ class Options:
     """Number of windows that the dense model writes."""
     own_file: Path = Path("own_windows.pt")
     """File that keeps the windows of the dense model."""
-    seqlen: int = 512
-    limit: int = 40
-    lr: float = 1e-4
     accumulate: int = 2
     """Windows in an optimizer step."""
-    precision: str = "bf16-mixed"
-    seed: int = 0
     save: str | None = None
 
 
 def training_windows(options: Options, dense: CausalLMModule) -> Tensor:
     """Return the windows to train on, shuffled."""
-    web = TextDataModule(dense.tokenizer, evaluation=str(options.train), seqlen=options.seqlen).evaluation_windows
+    web = TextDataModule(dense.tokenizer, evaluation=str(options.train), seqlen=SEQLEN).evaluation_windows
     parts = [web] if options.text != "own" else []
     if options.text != "web":
         if not options.own_file.exists():
-            own = sample_windows(dense.model, dense.tokenizer, options.own, options.seqlen, seed=100)
+            own = sample_windows(dense.model, dense.tokenizer, options.own, SEQLEN, seed=100)
             torch.save(own, options.own_file)
         own = torch.load(options.own_file)
         if len(own) != options.own:
@@ -73,18 +69,18 @@ def training_windows(options: Options, dense: CausalLMModule) -> Tensor:
             )
         parts.append(own)
     windows = torch.cat(parts)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     repeated = order.repeat(-(-options.windows // len(order)))[: options.windows]
     return windows[repeated]
 
 
 def train(options: Options, dense: CausalLMModule, windows: Tensor) -> tuple[nn.Module, dict[str, float]]:
     """Train one row, and return the model with its numbers."""
-    L.seed_everything(options.seed, verbose=False)
-    module, timer = CausalLMModule(options.start, dtype="float32", lr=options.lr, lr_decay=True), Timer()
+    L.seed_everything(0, verbose=False)
+    module, timer = CausalLMModule(options.start, dtype="float32", lr=LR, lr_decay=True), Timer()
     trainer = L.Trainer(
         devices=1,
-        precision=options.precision,
+        precision="bf16-mixed",
         max_epochs=1,
         limit_val_batches=0,
         accumulate_grad_batches=options.accumulate,
@@ -105,13 +101,13 @@ def main(options: Options) -> None:
     """Train and measure the rows."""
     dense = CausalLMModule(options.dense, dtype="float32")
     windows = training_windows(options, dense)
-    sizes = {"seqlen": options.seqlen, "limit": options.limit}
-    evaluated = TextDataModule(dense.tokenizer, evaluation=str(options.eval), **sizes).evaluation_windows
+    text = TextDataModule(dense.tokenizer, evaluation=str(options.eval), seqlen=SEQLEN, limit=LIMIT)
+    evaluated = text.evaluation_windows
     planned = Result(
         model=Path(options.dense).name,
         method="thorough",
         **sparsity_of(options.goal),
-        evaluation=Samples(options.eval.name, len(evaluated), options.seqlen),
+        evaluation=Samples(options.eval.name, len(evaluated), SEQLEN),
     )
 
     def measured(model: nn.Module) -> dict[str, float]:
@@ -124,14 +120,14 @@ def main(options: Options) -> None:
     runs = Runs(options.save, "training")
     start = runs(planned, lambda: measured(CausalLMModule(options.start, dtype="float32").model))
     print(f"{options.goal}: {start.measured['perplexity']:.2f} at the start", flush=True)
-    own = () if options.text == "web" else ("own",)
+    own = {} if options.text == "web" else {"own": str(options.own)}
     steps = math.ceil(len(windows) / options.accumulate)
     planned = replace(
         planned,
         method="fixed",
         case={"windows": len(windows), "steps": steps, "text": options.text},
-        arguments={name: str(getattr(options, name)) for name in ("lr", "accumulate", *own)},
-        calibration=Samples(TEXTS[options.text].format(options.train.name), len(windows), options.seqlen),
+        arguments={"lr": str(LR), "accumulate": str(options.accumulate), **own},
+        calibration=Samples(TEXTS[options.text].format(options.train.name), len(windows), SEQLEN),
     )
     runs(planned, trained)
 
