@@ -106,9 +106,9 @@ def _on_layers(run: Run, skipped: Mapping[str, SkippedMatrix]) -> Iterator[Note]
     if few := [name for name in run.done.few_tokens if name in run.done.layers]:
         least = min(few, key=lambda name: run.done.layers[name].tokens)
         drops = run.plan.config.pattern.drops_experts
-        use = "scored by these" if drops else "pruned with the statistics of all experts"
+        noun, use = ("expert", "scored by these") if drops else ("expert layer", "pruned with the statistics of all")
         yield Note(
-            f"{_layers(few, 'expert')} received fewer than {observer.MIN_EXPERT_TOKENS} tokens, {least} "
+            f"{_layers(few, noun)} received fewer than {observer.MIN_EXPERT_TOKENS} tokens, {least} "
             f"fewest: {run.done.layers[least].tokens}. They are {use}: give more calibration samples"
         )
     again = set[str]()
