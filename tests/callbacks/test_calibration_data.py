@@ -227,19 +227,16 @@ def with_a_worker():
     return DataLoader(samples(), batch_size=4, num_workers=1, persistent_workers=True)
 
 
-def listed():
-    return Listed(samples(), 3)
-
-
-def turning():
-    return DataLoader(SAMPLES, batch_sampler=Turning())
-
-
+OTHERS = [
+    lambda: Listed(samples(), 3),
+    lambda: DataLoader(SAMPLES, batch_sampler=Turning()),
+    lambda: Resumable(12),
+]
 SHUFFLED = "ignore:Your `val_dataloader`'s sampler has shuffling enabled"
 
 
 @pytest.mark.filterwarnings(SHUFFLED)
-@pytest.mark.parametrize("make", [shuffled, with_a_worker, listed, turning, lambda: Resumable(12)])
+@pytest.mark.parametrize("make", [shuffled, with_a_worker, *OTHERS])
 @pytest.mark.parametrize("loop", ["fit", "validate"])
 def test_calibration_changes_no_batch_of_the_loop(make, loop):
     modules = Recorder(), Recorder()

@@ -25,7 +25,6 @@ PATTERNS = {name: make() for name, make in PATTERN_CHOICES.items()}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 EVERY_CRITERION = pytest.mark.parametrize("criterion", CRITERIA)
-EVERY_SOLVER = pytest.mark.parametrize("solver", [SOLVERS[name]() for name in SOLVERS], ids=SOLVERS)
 OF_WEIGHTS = [name for name in ALLOCATIONS if ALLOCATIONS[name]().cost == "units"]
 EVERY_ALLOCATION = pytest.mark.parametrize("name", OF_WEIGHTS)
 UNEQUAL = [name for name in OF_WEIGHTS if name != "uniform"]

@@ -114,10 +114,6 @@ class OneSize(type(MIXTRAL())):
         super().__init__(config)
 
 
-def of_one_size():
-    return OneSize(MIXTRAL().config)
-
-
 def unequal(layer):
     layer.mlp = build("mixtral", experts=4).model.layers[1].mlp
 
@@ -140,7 +136,11 @@ BEFORE_A_BATCH_IS_READ = [
         {},
         r"needs all matrices of a mixture in one module, but those of model\.layers\.0",
     ),
-    (of_one_size, {}, "changes the shapes of the model, but no configuration of OneSize gives the new numbers"),
+    (
+        lambda: OneSize(MIXTRAL().config),
+        {},
+        "changes the shapes of the model, but no configuration of OneSize gives the new numbers",
+    ),
     (ZOO["expert_list"].build, {}, r"experts in stacked parameters \(a list of modules does not count\)"),
     (adapted, {}, r"needs whole layers, but the model has adapters\. Merge"),
     (partial(with_block, unequal), {}, r"needs as many experts in model\.layers\.0\.mlp as in \S+1\.mlp, in"),
