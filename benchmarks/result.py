@@ -77,7 +77,7 @@ class Result:
         model: What was pruned.
         method: Row of the table.
         sparsity: What was asked for. 0 is the dense model.
-        pattern: `unstructured`, `structured` (sparsity is a fraction of the hidden units), or N:M.
+        pattern: `unstructured`, `structured` or `experts` (sparsity is a fraction of hidden units or experts), or N:M.
         case: What else tells the runs of a table apart, such as a dtype.
         arguments: Further arguments of `prune`.
         code: Whose implementation.
@@ -114,19 +114,19 @@ class Result:
     def __post_init__(self) -> None:
         if unknown := self.measured.keys() - QUANTITIES.keys():
             raise ValueError(f"measured must have names from QUANTITIES, but {min(unknown)!r} is not one of them.")
-        if not (0 <= self.sparsity < 1 and re.fullmatch(r"(un)?structured|\d+:\d+", self.pattern)):
+        if not (0 <= self.sparsity < 1 and re.fullmatch(r"(un)?structured|experts|\d+:\d+", self.pattern)):
             raise ValueError(
-                "sparsity must be in [0, 1) and pattern be 'unstructured', 'structured' or N:M, "
+                "sparsity must be in [0, 1) and pattern be 'unstructured', 'structured', 'experts' or N:M, "
                 f"but they are {self.sparsity} and {self.pattern!r}."
             )
 
     @property
     def goal(self) -> str:
-        """Column of the table: `50 %`, `25 % of units`, `2:4`, or `dense`."""
+        """Column of the table: `50 %`, `25 % of units`, `25 % of experts`, `2:4`, or `dense`."""
         if ":" in self.pattern:
             return self.pattern
-        of_units = " of units" if self.pattern == "structured" else ""
-        return f"{100 * self.sparsity:g} %{of_units}" if self.sparsity else "dense"
+        of_what = {"structured": " of units", "experts": " of experts"}.get(self.pattern, "")
+        return f"{100 * self.sparsity:g} %{of_what}" if self.sparsity else "dense"
 
     @property
     def name(self) -> str:

@@ -20,6 +20,8 @@ from scipy.stats import sem
 ROOT = Path(__file__).parents[1]
 LABELS: Mapping[str, str] = {
     **{name: name for name in ("dense", "bfloat16", "int8", "int4", "magnitude")},
+    **{"REAP": "REAP", "uses": "tokens routed to it", "norms": "norm of its weights"},
+    **{f"random, seed {seed}": f"at random, seed {seed}" for seed in range(3)},
     "wanda": "Wanda",
     "wanda, row": "Wanda, within a row",
     "wanda, layer": "Wanda, within a layer",
@@ -30,7 +32,11 @@ LABELS: Mapping[str, str] = {
     "wanda+permutation": "Wanda with a permutation",
     **{f"wanda_{name}": f'Wanda, `sequential="{name}"`' for name in ("none", "block", "layer")},
     "fast": "`fast`",
+    "wanda, 2 windows": "Wanda, 2 windows",
+    "wanda, 2 windows, each expert alone": "Wanda, 2 windows, each expert alone",
     "sparsegpt": "`SparseGPT`",
+    "sparsegpt, 2 windows": "`SparseGPT`, 2 windows",
+    "sparsegpt, 2 windows, each expert alone": "`SparseGPT`, 2 windows, each expert alone",
     "sparsegpt at layer": '`SparseGPT`, `sequential="layer"`',
     **{f"sparsegpt_{name}": f'`SparseGPT`, `sequential="{name}"`' for name in ("none", "block", "layer")},
     "refit": "`Refit`",
@@ -449,6 +455,13 @@ def own_text() -> str:
     return grid("perplexity", cells) + source([*results, *web])
 
 
+def experts() -> str:
+    """Perplexity of a small mixture without some of its experts."""
+    results = read_table("experts")
+    dense = perplexity(next(result for result in results if result.method == "dense"))
+    return by_goals(f"perplexity (dense {dense})", results, perplexity) + source(results)
+
+
 def training() -> str:
     """Perplexity and seconds of models that are trained on after pruning."""
 
@@ -532,6 +545,6 @@ FRAGMENTS: Mapping[str, Callable[[], str]] = {
     for table in (
         *(methods, demo, reference, images, photos, batch_norm, costs, scaling, finetuning),
         *(keeping_zeros, quantization, tasks, streaming, windows, more_photos, paired_photos),
-        *(draws, own_text, training, worth, runtimes),
+        *(draws, own_text, experts, training, worth, runtimes),
     )
 }

@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import timm
 import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
-from support.cli import run
+from support.cli import IGNORED_WARNINGS, run
 from timm.models import save_for_hf
 from transformers import AutoModelForCausalLM
 
@@ -111,3 +112,14 @@ def test_2to4_weights_have_a_shape_that_fits():
         layer.weight.data[:, ::2] = 0
     found = runpy.run_path(str(ROOT / "recipes/llm/speed_2to4.py"))["layers_2to4"](torch.nn.Sequential(*layers))
     assert found == layers[1:2]
+
+
+@IGNORED_WARNINGS
+def test_a_small_mixture_is_trained_and_loses_experts_from_disk(monkeypatch):
+    monkeypatch.setattr("sysconfig.get_path", lambda _: ROOT / "wanda_lightning/calibration")
+    monkeypatch.setattr(sys, "argv", ["small_mixture", "--output", "mixture", "--steps", "1", "--vocabulary", "300"])
+    runpy.run_path(str(ROOT / "recipes/llm/small_mixture.py"), run_name="__main__")
+    texts = "--calibration mixture_text/training.txt --evaluation mixture_text/heldout.txt --seqlen 16 --nsamples 4"
+    pruning = "--stream --pattern experts --sparsity 0.25 --save_model small"
+    assert run("prune", "--model", "mixture", *texts.split(), *pruning.split()) == 0
+    assert AutoModelForCausalLM.from_pretrained("small").config.num_experts == 12
