@@ -2,16 +2,16 @@ r"""Take experts out of a mixture by REAP's score, by how often they are used, b
 
     python recipes/llm/small_mixture.py --output out/small_mixture
     python benchmarks/experts.py --model out/small_mixture --calibration out/small_mixture_text/training.txt \
-        --eval out/small_mixture_text/heldout.txt --seqlen 256 --nsamples 64 --save benchmarks/results
+        --eval out/small_mixture_text/heldout.txt --seqlen 256 --nsamples 64 --limit 256 \
+        --save benchmarks/results
 
-It also prunes half of the mixture's weights with Wanda and SparseGPT, on all windows and on two, where experts with
-fewer than 32 tokens use the statistics of all experts of their layer, and without that.
+It also prunes half of the weights with Wanda and SparseGPT, with all windows and with two. With two, experts with fewer
+than 32 tokens are pruned with the statistics of all experts of their layer, or only those without any token.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -53,14 +53,19 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
 
         runs(replace(planned, method=name, sparsity=goal, pattern="experts"), measure)
 
-    def half(name: str, calibration: Sequence[Any], enough: int) -> None:
+    def half(name: str, windows: int, enough: int) -> None:
+        method, calibration = name.partition(",")[0], language.calibration
+        if windows < options.nsamples:
+            calibration = [{key: ids[:windows] for key, ids in calibration[0].items()}]
+
         def measure() -> dict[str, float]:
             language.model = copy.deepcopy(dense)
             with patch.object(observer, "MIN_EXPERT_TOKENS", enough):
-                prune(language.model, calibration, 0.5, method=name.partition(",")[0], progress=False)
+                prune(language.model, calibration, 0.5, method=method, progress=False)
             return language.measure()
 
-        runs(replace(planned, method=name, sparsity=0.5), measure)
+        data = replace(planned.calibration, windows=windows)
+        runs(replace(planned, method=name, sparsity=0.5, arguments={"method": method}, calibration=data), measure)
 
     for goal in goals:
         row("REAP", goal)
@@ -68,11 +73,10 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
         row("norms", goal, by_norm)
         for seed in range(3):
             row(f"random, seed {seed}", goal, at_random(seed))
-    two = [{name: each[:2] for name, each in language.calibration[0].items()}]
     for method in ("wanda", "sparsegpt"):
-        half(method, language.calibration, observer.MIN_EXPERT_TOKENS)
-        half(f"{method}, 2 windows", two, observer.MIN_EXPERT_TOKENS)
-        half(f"{method}, 2 windows, each expert alone", two, 1)
+        half(method, options.nsamples, observer.MIN_EXPERT_TOKENS)
+        half(f"{method}, 2 windows", 2, observer.MIN_EXPERT_TOKENS)
+        half(f"{method}, 2 windows, each expert alone", 2, 1)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Measure on one GPU, in one call of at most 10 minutes: masks beside those of the CPU, seconds, and memory.
 
     python benchmarks/gpu.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --folder FOLDER --save benchmarks/results
-    python benchmarks/gpu.py --device cpu --shape narrow --samples 2 --seqlen 32 --model MODEL --folder FOLDER  (a try)
+    python benchmarks/gpu.py --device cpu --shape narrow --samples 2 --seqlen 32 --model MODEL --folder FOLDER  (trial)
 
 Masks are those of `--model`. The large model is random, in bfloat16, by default with the shape of Llama 2 7B. The
-forward pass is one of all calibration windows, without the output head, as in pruning. Peak memory includes the model.
+forward pass covers all calibration windows, without the output head, as in pruning. Peak memory includes the model.
 Pruning from disk needs 27 GB in `--folder` for a while. Steps run from the most to the least important, none starts
 after `--minutes`, and the same command again measures what is missing.
 """

@@ -36,7 +36,7 @@ QUANTITIES: Mapping[str, str] = {
     "sparsity": "fraction of zeros in the pruned layers",
     "seconds": "duration",
     "processor_seconds": "duration in which the processor worked for this process, over all threads",
-    "ratio": "duration / that of what it is compared with, in the same process",
+    "ratio": "duration divided by that of the baseline, in the same process",
     "peak_mib": "largest increase of resident memory, in MiB",
     "plain_peak_mib": "the same for what it is compared with",
     "device_mib": "peak memory of the device with the model, in MiB; of the process if the device is the CPU",

@@ -20,7 +20,9 @@ from scipy.stats import sem
 ROOT = Path(__file__).parents[1]
 LABELS: Mapping[str, str] = {
     **{name: name for name in ("dense", "bfloat16", "int8", "int4", "magnitude")},
-    **{"REAP": "REAP", "uses": "tokens routed to it", "norms": "norm of its weights"},
+    "REAP": "REAP",
+    "uses": "number of routed tokens",
+    "norms": "norm of the weights",
     **{f"random, seed {seed}": f"at random, seed {seed}" for seed in range(3)},
     "wanda": "Wanda",
     "wanda, row": "Wanda, within a row",

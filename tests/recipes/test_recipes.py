@@ -116,7 +116,7 @@ def test_2to4_weights_have_a_shape_that_fits():
 
 @IGNORED_WARNINGS
 def test_a_small_mixture_is_trained_and_loses_experts_from_disk(monkeypatch):
-    monkeypatch.setattr("sysconfig.get_path", lambda _: ROOT / "wanda_lightning/calibration")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: ROOT / "wanda_lightning/core")
     monkeypatch.setattr(sys, "argv", ["small_mixture", "--output", "mixture", "--steps", "1", "--vocabulary", "300"])
     runpy.run_path(str(ROOT / "recipes/llm/small_mixture.py"), run_name="__main__")
     texts = "--calibration mixture_text/training.txt --evaluation mixture_text/heldout.txt --seqlen 16 --nsamples 4"

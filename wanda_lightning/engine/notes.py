@@ -105,8 +105,9 @@ def _on_layers(run: Run, skipped: Mapping[str, SkippedMatrix]) -> Iterator[Note]
             yield Note(f"{why} {_layers(names)}, {names[0]} first: left dense")
     if few := [name for name in run.done.few_tokens if name in run.done.layers]:
         least = min(few, key=lambda name: run.done.layers[name].tokens)
-        drops = run.plan.config.pattern.drops_experts
-        noun, use = ("expert", "scored by these") if drops else ("expert layer", "pruned with the statistics of all")
+        noun, use = "expert layer", "pruned with the statistics of all experts"
+        if run.plan.config.pattern.drops_experts:
+            noun, use = "expert", "scored by these"
         yield Note(
             f"{_layers(few, noun)} received fewer than {observer.MIN_EXPERT_TOKENS} tokens, {least} "
             f"fewest: {run.done.layers[least].tokens}. They are {use}: give more calibration samples"
