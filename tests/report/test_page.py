@@ -36,7 +36,7 @@ def test_the_page_shows_everything_that_the_report_has(tmp_path, undrawn):
     for matrix in report.skipped:
         assert matrix.name in page.text
         assert matrix.detail in page.text
-    for text in (*report.notes, report.run.command, report.run.calibration, "boolq", "56.25%", "1 min 36 s"):
+    for text in (*report.notes, report.run.command, report.run.calibration, "boolq", "56.25%", "down_proj 0.001235"):
         assert text in page.text
     for sample in report.run.samples:
         assert all(" ".join(text.split()) in page.text for text in (sample.prompt, sample.before, sample.after))
