@@ -87,8 +87,7 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     """
     configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
     # A block that runs twice would append its keys twice.
-    settings: list[tuple[Any, str, object]]
-    settings = [(c, "use_cache", False) for c in configs.values() if hasattr(c, "use_cache")]
+    settings: list[Any] = [(c, "use_cache", False) for c in configs.values() if hasattr(c, "use_cache")]
     # The public property has a setter that also writes into nested configurations.
     settings += [(c, _EXPERTS, "eager") for c in configs.values() if _EXPERTS in getattr(c, "__dict__", {})]
     with ExitStack() as stack:

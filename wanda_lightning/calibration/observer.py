@@ -328,10 +328,8 @@ def pool_experts(layers: Sequence[Layer], statistics: Mapping[str, InputStatisti
     result, pooled = dict(statistics), {}
     for names in families.values():
         counts = {name: statistics[name].count if name in statistics else 0 for name in names}
-        everything = sum(counts.values())
-        few = {
-            name: count for name, count in counts.items() if count < max(MIN_EXPERT_TOKENS, 1) and count < everything
-        }
+        enough = min(max(MIN_EXPERT_TOKENS, 1), sum(counts.values()))
+        few = {name: count for name, count in counts.items() if count < enough}
         if few:
             total = InputStatistics.merged([statistics[name] for name, count in counts.items() if count])
             result.update(dict.fromkeys(few, total))

@@ -91,8 +91,7 @@ def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Fl
     """Return the k-th smallest score of each group and the next larger one."""
     if not _numpy_is_faster(scores):
         with nondeterministic_kernels():
-            smaller, larger = (scores.kthvalue(rank, dim=1, keepdim=True).values for rank in (k, k + 1))
-        return smaller, larger
+            return scores.kthvalue(k, dim=1, keepdim=True).values, scores.kthvalue(k + 1, dim=1, keepdim=True).values
     values = scores.clone()
     values.numpy().partition(k - 1, axis=1)
     return values[:, k - 1 : k], values[:, k:].amin(dim=1, keepdim=True)

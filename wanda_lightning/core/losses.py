@@ -80,5 +80,4 @@ def _parts(rows: Tensor, keep: Tensor | None) -> Iterator[slice | Tensor]:
     if keep is not None:
         yield from keep.nonzero().squeeze(1).split(size)
         return
-    for start in range(0, len(rows), size):
-        yield slice(start, start + size)
+    yield from (slice(start, start + size) for start in range(0, len(rows), size))

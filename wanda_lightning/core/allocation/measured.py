@@ -150,14 +150,13 @@ class Fisher(Allocation):
         scored = [(layer, layer.scores.cpu() / layer.cost) for layer in layers if layer.scores is not None]
         every = torch.cat([scores for _, scores in scored])
         ranks = every.argsort(stable=True).argsort()  # without ties: many units may have the score 0
-        own = [each.sort().values for each in ranks.split([layer.width for layer, _ in scored])]
+        widths = [layer.width for layer, _ in scored]
+        own = [each.sort().values for each in ranks.split(widths)]
 
         def removed(rank: int) -> list[int]:
             """Return how many units of each layer become zero if those of lower ranks should."""
             below = (min(int(torch.searchsorted(each, rank)) / len(each), most) for each in own)
-            return [
-                layer.width - pattern.kept(layer.width, share) for (layer, _), share in zip(scored, below, strict=True)
-            ]
+            return [width - pattern.kept(width, share) for width, share in zip(widths, below, strict=True)]
 
         def enough(rank: int) -> bool:
             gone = sum(layer.cost * number for (layer, _), number in zip(scored, removed(rank), strict=True))
