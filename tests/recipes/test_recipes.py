@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.cli import LightningCLI
 from support.cli import IGNORED_WARNINGS, run
+from support.gguf import write_gguf
 from timm.models import save_for_hf
 from transformers import AutoModelForCausalLM
 
@@ -48,7 +49,7 @@ SMALLER = {
     "wanda_2to4": PRUNE,
     "validate_wanda": f"{TEXT} --data.seqlen=16",
     **dict.fromkeys(
-        ["prune_then_distill", "prune_then_finetune", "prune_then_lora", "smaller"],
+        ["prune_then_distill", "prune_then_finetune", "prune_then_lora", "smaller", "smaller_longer"],
         f"{TEXT} --data.seqlen=16 --data.train_samples=2",
     ),
     "gradual": f"{TEXT} --data.seqlen=8 --data.train_samples=61",
@@ -90,7 +91,7 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
     elif "architecture" in json.loads(Path(folder, "config.json").read_text()):
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     else:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     layers = [model.get_submodule(layer.name) for layer in find_layers(model).layers]
     assert len(layers) >= 14
     if pattern == "structured":
@@ -114,11 +115,22 @@ def test_2to4_weights_have_a_shape_that_fits():
     assert found == layers[1:2]
 
 
+def run_script(monkeypatch, name, options):
+    monkeypatch.setattr(sys, "argv", [name, *options.split()])
+    runpy.run_path(str(ROOT / f"recipes/llm/{name}.py"), run_name="__main__")
+
+
+def test_a_text_of_several_kinds(inputs, monkeypatch):
+    write_gguf("m.gguf")
+    run_script(monkeypatch, "mixed_text", f"{inputs}/long.txt --model m.gguf --output mixed.txt --tokens 512")
+    first, *others, last = Path("mixed.txt").read_text().split("\n\n")
+    assert first == last == (inputs / "long.txt").read_text() not in others
+
+
 @IGNORED_WARNINGS
 def test_a_small_mixture_is_trained_and_loses_experts_from_disk(monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda _: ROOT / "wanda_lightning/core")
-    monkeypatch.setattr(sys, "argv", ["small_mixture", "--output", "mixture", "--steps", "1", "--vocabulary", "300"])
-    runpy.run_path(str(ROOT / "recipes/llm/small_mixture.py"), run_name="__main__")
+    run_script(monkeypatch, "small_mixture", "--output mixture --steps 1 --vocabulary 300")
     texts = "--calibration mixture_text/training.txt --evaluation mixture_text/heldout.txt --seqlen 16 --nsamples 4"
     pruning = "--stream --pattern experts --sparsity 0.25 --save_model small"
     assert run("prune", "--model", "mixture", *texts.split(), *pruning.split()) == 0

@@ -32,8 +32,7 @@ class Chain(nn.Module):
 
     def __init__(self, *blocks, glue=lambda index: None):
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Linear(WIDTH, 4)
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(WIDTH, 4)
         self.glue = glue
 
     def forward(self, x):

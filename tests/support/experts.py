@@ -47,8 +47,7 @@ class Stack(nn.Module):
 
     def __init__(self, first=(4, 48, 32), second=(4, 32, 48), **declared):
         super().__init__()
-        self.up_proj = nn.Parameter(torch.randn(first) / 6)
-        self.down_proj = nn.Parameter(torch.randn(second) / 6)
+        self.up_proj, self.down_proj = (nn.Parameter(torch.randn(shape) / 6) for shape in (first, second))
         for name, value in declared.items():
             setattr(self, name, value)
 

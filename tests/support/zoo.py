@@ -377,8 +377,7 @@ def _fewer_blocks(name: str) -> dict[str, Any]:
 class _Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up = nn.Linear(32, 64)
-        self.down = nn.Linear(64, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.relu(self.up(x)))
@@ -389,8 +388,7 @@ class _Blocks(nn.Module):
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Linear(32, 16)
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -435,10 +433,8 @@ class _Routed(_Blocks):
 class _Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Linear(32, 32)
-        self.second = nn.Linear(32, 32)
+        self.first, self.second, self.third = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 16)
         self.second.weight = self.first.weight
-        self.third = nn.Linear(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.third(F.relu(self.second(F.relu(self.first(x)))))
@@ -470,8 +466,7 @@ class _ExpertList(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = nn.Linear(32, 4)
-        self.experts = nn.ModuleList(_Mlp() for _ in range(4))
+        self.gate, self.experts = nn.Linear(32, 4), nn.ModuleList(_Mlp() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
@@ -490,8 +485,7 @@ class _TorchTransformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(32, nhead=4, dim_feedforward=64, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(32, 16)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(x))

@@ -95,8 +95,8 @@ def check_complete(
     if mismatched:
         key, stored, expected = min(mismatched)
         raise UserError(
-            f"The model {name!r} has {len(mismatched)} weights that do not fit its configuration, {key} first: its "
-            f"stored shape is {tuple(stored)}, but config.json requires {tuple(expected)}. Correct config.json."
+            f"{len(mismatched)} weights of {name!r} do not fit its config.json, {key} first: {tuple(stored)} "
+            f"instead of {tuple(expected)}. Correct it, or run the folder's code (trust_remote_code), as after shrink."
         )
     if missing:
         raise UserError(
