@@ -67,6 +67,9 @@ LABELS: Mapping[str, str] = {
     "structured, fisher": "units, by the loss",
     "structured, fisher seconds": "units, by the loss and their seconds",
     "GroupMagnitude": "units, by Torch-Pruning",
+    "PPM": "units, by OptiPFair",
+    "hybrid PPM": "units, by OptiPFair with data",
+    "hybrid PPM, distilled": "units, by OptiPFair with data, then distilled",
     "structured, int8": "units, then int8",
     "structured, distilled": "units, by the loss, then distilled",
 }

@@ -1,6 +1,6 @@
 """Compare what makes a model smaller or faster: fewer bits, scattered zeros, and fewer hidden units, in one table.
 
-    pip install torchao zstandard torch-pruning
+    pip install torchao zstandard torch-pruning optipfair
     python benchmarks/worth.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
         --save benchmarks/results
     python benchmarks/worth.py --images .cache/efficientnet_lite0 --data imagenet_sample --save benchmarks/results
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from measuring import (
     MIB,
+    Batches,
     LanguageModel,
     Photos,
     Text,
@@ -32,6 +33,7 @@ from measuring import (
 )
 from result import Result, Runs, sparsity_of
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from wanda_lightning import Distil, Fisher, prune, shrink
 
@@ -88,6 +90,19 @@ def by_peer(batch: Mapping[str, Tensor], goal: str, model: Any) -> nn.Module:
         round_to=8,
     )
     pruner.step()
+    return model
+
+
+def by_optipfair(batches: Batches | None, training: Batches, goal: str, model: Any) -> nn.Module:
+    """Return the model without the units that OptiPFair takes out, by its defaults, then trained by its defaults."""
+    import optipfair
+
+    dense = copy.deepcopy(model)
+    optipfair.prune_model(model, pruning_percentage=float(goal), dataloader=batches, show_progress=False)
+    if training:
+        shuffled = DataLoader(training, batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # the weights change inside
+            optipfair.distill_model(model, dense, shuffled, show_progress=False)
     return model
 
 
@@ -207,10 +222,15 @@ def text(options: Options) -> tuple[Comparison, Rows]:
     base, chosen = language.planned, {"allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
     longer = replace(base, calibration=replace(base.calibration, windows=DISTIL))
     peer = partial(by_peer, language.calibration[0])
-    distilled = partial(narrower, in_batches(language.data.train_windows), **chosen)
+    many, single = (in_batches(language.data.train_windows, size) for size in (4, 1))
+    distilled = partial(narrower, many, **chosen)
+    other, other_longer = (replace(each, code="OptiPFair") for each in (base, longer))
     rows = [
         *common_rows(base, language.calibration),
         *rows_of_units(replace(base, code="Torch-Pruning"), "GroupMagnitude", peer, WIDTHS[:2]),
+        *rows_of_units(other, "PPM", partial(by_optipfair, None, []), WIDTHS[:2]),
+        *rows_of_units(other, "hybrid PPM", partial(by_optipfair, language.calibration, []), WIDTHS[:2]),
+        *rows_of_units(other_longer, "hybrid PPM, distilled", partial(by_optipfair, many, single), WIDTHS[:2]),
         *rows_of_units(longer, "structured, distilled", distilled, WIDTHS[:2]),
     ]
 
