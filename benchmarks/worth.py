@@ -101,8 +101,7 @@ def by_optipfair(batches: Batches | None, training: Batches, goal: str, model: A
     optipfair.prune_model(model, pruning_percentage=float(goal), dataloader=batches, show_progress=False)
     if training:
         shuffled = DataLoader(training, batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(0))
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # the weights change inside
-            optipfair.distill_model(model, dense, shuffled, show_progress=False)
+        optipfair.distill_model(model, dense, shuffled, show_progress=False)
     return model
 
 

@@ -2,8 +2,8 @@
 
     python recipes/llm/mixed_text.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --output .cache/mixed.txt FILE...
 
-It has the files of your own (web text helps most) twice, Python's reference (the part for calibration) and what the
-dense model writes.
+It has your own files, such as web text, Python's reference (the part for calibration) and what the dense model
+writes.
 Cost: 5 min on 2 CPU cores.
 Result: one text file, which recipes/llm/smaller_longer.yaml reads.
 """
@@ -29,7 +29,7 @@ def main() -> None:
     dense = CausalLMModule(options.model)
     windows = sample_windows(dense.model, dense.tokenizer, options.tokens // SEQLEN, SEQLEN, batch_size=64)
     own = dense.tokenizer.batch_decode(windows, skip_special_tokens=True)
-    Path(options.output).write_text("\n\n".join([*files, *python_docs()[0].values(), *own, *files]), encoding="utf-8")
+    Path(options.output).write_text("\n\n".join([*files, *python_docs()[0].values(), *own]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def check_complete(
         key, stored, expected = min(mismatched)
         raise UserError(
             f"{len(mismatched)} weights of {name!r} do not fit its config.json, {key} first: {tuple(stored)} "
-            f"instead of {tuple(expected)}. Correct it, or run the folder's code (trust_remote_code), as after shrink."
+            f"instead of {tuple(expected)}. If `shrink` wrote it, set trust_remote_code; else correct config.json."
         )
     if missing:
         raise UserError(
