@@ -137,7 +137,7 @@ def integers(weights):
 DAMAGED = "cannot be loaded: a file is damaged; download or save it again"
 LLAMAS = [
     ("config.json", text('{"a": '), f"configuration of .* {DAMAGED}.*config.json"),
-    ("config.json", changed(num_attention_heads=3), "multiple of the number|do not fit"),
+    ("config.json", changed(num_attention_heads=3), "multiple of the number|does not fit"),
     ("config.json", changed(vocab_size=100), r"lm_head\.weight first: \(128, 32\) instead of \(100, 32\)"),
     ("config.json", changed(num_hidden_layers=3), r"no weights for 9 parameters .* model\.layers\.2\.input_layernorm"),
     ("tokenizer.json", text('{"a": '), f"tokenizer of .* {DAMAGED}"),

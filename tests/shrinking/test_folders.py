@@ -39,7 +39,7 @@ def test_a_language_model_loads_without_this_package(name, tmp_path):
     assert model.config.to_dict() == config
     torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
     if attribute is None:
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="does not fit"):
             wl.CausalLMModule(tmp_path / "out").configure_model()
     wl.CausalLMModule(tmp_path / "out", trust_remote_code=attribute is None).save_pretrained(tmp_path / "again")
     for folder in (tmp_path / "out", tmp_path / "again"):

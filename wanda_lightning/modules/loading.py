@@ -95,7 +95,7 @@ def check_complete(
     if mismatched:
         key, stored, expected = min(mismatched)
         raise UserError(
-            f"{len(mismatched)} weights of {name!r} do not fit its config.json, {key} first: {tuple(stored)} "
+            f"config.json of {name!r} does not fit {counted(len(mismatched), 'weight')}, {key} first: {tuple(stored)} "
             f"instead of {tuple(expected)}. If `shrink` wrote it, set trust_remote_code; else correct config.json."
         )
     if missing:
