@@ -34,11 +34,8 @@ LABELS: Mapping[str, str] = {
     "wanda+permutation": "Wanda with a permutation",
     **{f"wanda_{name}": f'Wanda, `sequential="{name}"`' for name in ("none", "block", "layer")},
     "fast": "`fast`",
-    "wanda, 2 windows": "Wanda, 2 windows",
-    "wanda, 2 windows, each expert alone": "Wanda, 2 windows, each expert alone",
-    "sparsegpt": "`SparseGPT`",
-    "sparsegpt, 2 windows": "`SparseGPT`, 2 windows",
-    "sparsegpt, 2 windows, each expert alone": "`SparseGPT`, 2 windows, each expert alone",
+    **{f"wanda{more}": f"Wanda{more}" for more in (", 2 windows", ", 2 windows, each expert alone")},
+    **{f"sparsegpt{more}": f"`SparseGPT`{more}" for more in ("", ", 2 windows", ", 2 windows, each expert alone")},
     "sparsegpt at layer": '`SparseGPT`, `sequential="layer"`',
     **{f"sparsegpt_{name}": f'`SparseGPT`, `sequential="{name}"`' for name in ("none", "block", "layer")},
     "refit": "`Refit`",
@@ -65,6 +62,8 @@ LABELS: Mapping[str, str] = {
     "fixed": "then `DistillFromDense`",
     "structured": "units",
     "structured, fisher": "units, by the loss",
+    "structured, fisher parameters": "units, by the loss and their parameters",
+    "structured, fisher macs": "units, by the loss and their multiply-adds",
     "structured, fisher seconds": "units, by the loss and their seconds",
     "GroupMagnitude": "units, by Torch-Pruning",
     "PPM": "units, by OptiPFair",
@@ -72,6 +71,7 @@ LABELS: Mapping[str, str] = {
     "hybrid PPM, distilled": "units, by OptiPFair with data, then distilled",
     "structured, int8": "units, then int8",
     "structured, distilled": "units, by the loss, then distilled",
+    "structured, longer": "units, by the loss, then trained by `smaller_longer.py`",
 }
 """How a method is written. Tables list methods in this order."""
 

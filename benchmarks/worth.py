@@ -219,6 +219,7 @@ def text(options: Options) -> tuple[Comparison, Rows]:
     """Prepare a language model."""
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=DISTIL)
     base, chosen = language.planned, {"allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
+    priced = partial(narrower, language.calibration, allocation=replace(BY_LOSS, cost="seconds"))
     longer = replace(base, calibration=replace(base.calibration, windows=DISTIL))
     peer = partial(by_peer, language.calibration[0])
     many, single = (in_batches(language.data.train_windows, size) for size in (4, 1))
@@ -226,6 +227,7 @@ def text(options: Options) -> tuple[Comparison, Rows]:
     other, other_longer = (replace(each, code="OptiPFair") for each in (base, longer))
     rows = [
         *common_rows(base, language.calibration),
+        *rows_of_units(base, "structured, fisher seconds", priced, WIDTHS[:2]),
         *rows_of_units(replace(base, code="Torch-Pruning"), "GroupMagnitude", peer, WIDTHS[:2]),
         *rows_of_units(other, "PPM", partial(by_optipfair, None, []), WIDTHS[:2]),
         *rows_of_units(other, "hybrid PPM", partial(by_optipfair, language.calibration, []), WIDTHS[:2]),
@@ -248,13 +250,11 @@ def photos(options: Options) -> tuple[Comparison, Rows]:
         correct = outputs(model, images.evaluation).argmax(dim=1) == images.labels
         return {"top1": int(correct.sum()) / len(correct)}
 
-    clocks = image_clocks(tuple(images.calibration[0].shape[1:]))
-    priced = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
-    rows = [
-        *common_rows(images.planned, images.calibration),
-        *rows_of_units(images.planned, "structured, fisher seconds", priced, ["25", "35"]),
-    ]
-    return Comparison(images.model, clocks, quality, options.runs), rows
+    rows = common_rows(images.planned, images.calibration)
+    for cost, widths in {"parameters": ["25"], "macs": ["25"], "seconds": ["25", "35"]}.items():
+        priced = partial(narrower, images.calibration, allocation=Fisher(cost=cost))
+        rows += rows_of_units(images.planned, f"structured, fisher {cost}", priced, widths)
+    return Comparison(images.model, image_clocks(tuple(images.calibration[0].shape[1:])), quality, options.runs), rows
 
 
 def main(options: Options = Options()) -> None:

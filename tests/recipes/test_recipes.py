@@ -122,3 +122,14 @@ def test_a_small_mixture_is_trained_and_loses_experts_from_disk(monkeypatch):
     pruning = "--stream --pattern experts --sparsity 0.25 --save_model small"
     assert run("prune", "--model", "mixture", *texts.split(), *pruning.split()) == 0
     assert AutoModelForCausalLM.from_pretrained("small").config.num_experts == 12
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_smaller_model_is_trained_longer_and_a_lost_step_repeated(inputs, monkeypatch):
+    arguments, models = f"{inputs}/long.txt --model {inputs}/llama --output out --tokens 1 --precision 32-true", []
+    monkeypatch.setattr(sys, "argv", ["recipe", *arguments.split()])
+    for _ in range(2):
+        runpy.run_path(str(ROOT / "recipes/llm/smaller_longer.py"), run_name="__main__")
+        models.append(AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True).state_dict())
+        Path("out/model").rename(f"out/{len(models)}")
+    assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
