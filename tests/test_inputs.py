@@ -11,7 +11,6 @@ from wanda_lightning import (
     CausalLMModule,
     Distil,
     DistillFromDense,
-    Fisher,
     ImageClassifierModule,
     ImageDataModule,
     TextDataModule,
@@ -40,7 +39,6 @@ def net():
         (lambda: CausalLMModule("folder", trust_remote_code="false"), "trust_remote_code must be one of True, False"),
         (lambda: CausalLMModule(tiny_llama(), lr_decay="false"), "lr_decay must be one of True, False"),
         (lambda: CausalLMModule(tiny_llama()).save_pretrained("out", shrink="no"), "shrink must be one of True, False"),
-        (lambda: Fisher(cost="money"), "cost of Fisher must be one of units, .* seconds, but it is 'money'"),
         (lambda: Distil(seed=2**32), "seed of Distil must be a whole number of at least 0 and at most 4294967295"),
     ],
 )
