@@ -71,7 +71,7 @@ LABELS: Mapping[str, str] = {
     "hybrid PPM, distilled": "units, by OptiPFair with data, then distilled",
     "structured, int8": "units, then int8",
     "structured, distilled": "units, by the loss, then distilled",
-    "structured, longer": "units, by the loss, then trained by `smaller_longer.py`",
+    "structured, longer": "units, by the loss, then trained by `recipes/llm/smaller_longer.py`",
 }
 """How a method is written. Tables list methods in this order."""
 
