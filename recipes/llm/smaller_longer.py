@@ -3,7 +3,7 @@
     python recipes/llm/get_smollm2.py .cache
     python recipes/llm/smaller_longer.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --output out/longer web.txt
 
-1. Units leave as with `wanda-lightning prune --pattern structured --allocation fisher`.
+1. Units are removed as by `wanda-lightning prune --pattern structured --allocation fisher --shrink`.
 2. The dense model continues pieces of the text, so that there is more of its kind.
 3. The smaller model reads the text and the continuations once, and learns to predict like the dense model.
 4. It reads the text again, and half of the loss is now that of the text itself.
@@ -45,7 +45,7 @@ class Reading(TextDataModule):
 
 
 def text_of(module: CausalLMModule, *texts: Path, batch_size: int = 4) -> Reading:
-    """Return all windows of some texts; those of the first one for calibration."""
+    """Return data that train on all windows of some texts, and calibrate on the first text."""
     return Reading(module.tokenizer, texts[0], texts, seqlen=SEQLEN, num_samples=WINDOWS, batch_size=batch_size)
 
 

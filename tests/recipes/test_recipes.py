@@ -133,3 +133,5 @@ def test_a_smaller_model_is_trained_longer_and_a_lost_step_repeated(inputs, monk
         models.append(AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True).state_dict())
         Path("out/model").rename(f"out/{len(models)}")
     assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
+    pruned = AutoModelForCausalLM.from_pretrained("out/pruned", trust_remote_code=True).state_dict()
+    assert not any(torch.equal(weight, pruned[name]) for name, weight in models[0].items())
