@@ -202,7 +202,7 @@ class Net(nn.Module):
 
 def recomputed_gradients(model, x, blocks):
     model.zero_grad()
-    with recomputing(blocks):
+    with recomputing(model, blocks):
         model(x).square().sum().backward()
     return [p.grad for p in model.parameters()]
 
@@ -230,12 +230,12 @@ def test_gradients_are_those_of_autograd(put, silent, frozen):
 def test_without_gradients_a_block_runs_once_and_an_error_restores_it():
     model = Net(*[put_nothing] * 3)
     for repeated in (True, False):
-        with recomputing(model.blocks), torch.set_grad_enabled(repeated):
+        with recomputing(model, model.blocks), torch.set_grad_enabled(repeated):
             output = model(torch.randn(4, 6))
             if repeated:
                 output.sum().backward()
     assert [block.calls for block in model.blocks] == [3, 3, 3]
-    with pytest.raises(TypeError), recomputing(model.blocks):
+    with pytest.raises(TypeError), recomputing(model, model.blocks):
         model.blocks[0]("no keyword")
     assert not overrides(model)
 
@@ -247,7 +247,7 @@ def test_only_one_block_is_in_memory():
     for blocks in (model, []):
         kept = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x)
-        with recomputing(blocks), hooks:
+        with recomputing(model, blocks), hooks:
             model(torch.randn(16, 8))
         numbers.append(sum(kept))
     assert numbers[0] * 10 < numbers[1]
@@ -262,7 +262,7 @@ def test_nothing_outlives_the_graph(backward):
     gc.collect()
     gc.disable()
     try:
-        with recomputing(model.blocks):
+        with recomputing(model, model.blocks):
             output = model(torch.randn(4, 6))
             if backward:
                 output.sum().backward()

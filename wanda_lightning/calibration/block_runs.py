@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
+from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.common.evaluating import seeded
 from wanda_lightning.core.rounding import all_same, coarsest_eps, same
@@ -116,8 +116,7 @@ class BlockRuns:
         def run(*args: Any, **kwargs: Any) -> None:
             records.append(self._run(call, args, kwargs, watched)[1])
 
-        args, kwargs = clone_arguments((call.args, call.kwargs))
-        replace(call, args=args, kwargs=kwargs, forward=run).run()
+        replace(call, forward=run).run(on_copies=True)
         return records[0]
 
     def _run(self, call: Call, args: Any, kwargs: Any, watched: Sequence[nn.Module]) -> tuple[Any, _Record]:

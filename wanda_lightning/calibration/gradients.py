@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +17,7 @@ from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.calibration.interception import OnProduct, Product, intercept
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
+from wanda_lightning.calibration.surroundings import Replay, modules_around, refuse_transforms
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
@@ -54,7 +56,7 @@ def gradient_statistics(
     reached = torch.zeros(len(layers), dtype=torch.int64)
     on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
     intercepted = intercept(layers, on_product)
-    with without_gradients(model), intercepted as mode, recomputing(blocks, mode), torch.enable_grad():
+    with without_gradients(model), intercepted, recomputing(model, blocks), torch.enable_grad():
         _pass_backward(samples, tick, processes, limit)
     processes.all_reduce_sum([reached, *(each for total in sums.values() for each in total if each is not None)])
     _refuse_unusable(sums, bool(reached.any()))
@@ -249,36 +251,45 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def recomputing(blocks: Sequence[nn.Module], mode: AbstractContextManager[Any] = nullcontext()) -> Iterator[None]:
+def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Recompute the blocks in every backward pass inside this `with` block; without gradients nothing changes.
 
     Only the inputs of each block are stored until then (Chen et al. 2016, arXiv 1604.06174). A block may take and
-    return any nested structure of tensors. The second run must compute the same as the first, so a block keeps its
+    return any nested structure of tensors. The second run must compute the same as the first, so it has the modes,
+    context variables and attributes of the modules around the block that the first run had. A block keeps its
     activations if it writes into its arguments, or receives an object with tensors, which another block may write, such
-    as a key-value cache. It enters `mode`, because a torch-function mode is not active inside a backward pass.
+    as a key-value cache; also if it sets a context variable or an attribute around it, or finds a tensor with gradients
+    there.
     """
+    around = modules_around(model, blocks)
+    outside = contextvars.copy_context()
     with ExitStack() as restored:
         for block in blocks:
-            restored.enter_context(patched(block, "forward", _Recomputed(block.forward, mode)))
+            recomputed = _Recomputed(type(block).__name__, block.forward, lambda: Replay(around, outside))
+            restored.enter_context(patched(block, "forward", recomputed))
         yield
 
 
 class _Recomputed:
-    """The forward of a block that runs again in the backward pass, with gradients enabled and inside `mode`."""
+    """The forward of a block that runs again in the backward pass, with gradients enabled."""
 
-    def __init__(self, forward: Callable[..., Any], mode: AbstractContextManager[Any]) -> None:
-        self._forward, self._mode = forward, mode
-        self._writes = False  # into its arguments
+    def __init__(self, name: str, forward: Callable[..., Any], replay: Callable[[], Replay]) -> None:
+        self._name = name  # of the class, for a message
+        self._forward = forward
+        self._replay = replay
+        self._writes = False  # into its arguments, or into what is around it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, without keeping its activations if it can be recomputed."""
         if self._writes or not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
+        refuse_transforms(self._name)
         inputs, structure = tree_flatten((args, kwargs))
         # The graph holds `run`. If `run` held a tensor of the graph, neither would ever be freed.
         tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
         inputs = [_ATensor if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-        if tensors_within(inputs):
+        replay = self._replay()
+        if tensors_within(inputs) or any(tensor.requires_grad for tensor in replay.tensors()):
             return self._forward(*args, **kwargs)
         inputs = clone_arguments(inputs)  # another block may write into them before the second run
         outputs: list[Any] = []
@@ -290,9 +301,11 @@ class _Recomputed:
             own = tree_unflatten(_filled(clone_arguments(inputs), clones), structure)
             held = tensors_within(own)
             versions = [tensor._version for tensor in held]
-            with self._mode if torch.is_grad_enabled() else nullcontext():
-                leaves, output_structure = tree_flatten(self._forward(*own[0], **own[1]))
-            self._writes = self._writes or _were_written(own, held, versions)
+
+            output, has_set = replay.run(lambda: self._forward(*own[0], **own[1]))
+            leaves, output_structure = tree_flatten(output)
+            del output
+            self._writes = self._writes or has_set or _were_written(own, held, versions)
             found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             outputs = [_ATensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in found):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple, TypeGuard
@@ -87,7 +87,10 @@ class WeightInterceptor(TorchFunctionMode):
         if func in PRODUCTS:
             return self._multiply(func, call, *_factors(func, args, kwargs))
         if func is F.multi_head_attention_forward:
-            return self._attend(func, args, kwargs)
+            # Another mode around this one may know the weights: it must see the call as a whole.
+            values = (*args, *kwargs.values())
+            if any(_is_plain(value) and value in self._memory for value in values):
+                return self._attend(func, args, kwargs)
         return call()
 
     def _multiply(self, func: Any, call: Callable[[], Tensor], x: Any, weight: Any) -> Tensor:
@@ -163,11 +166,10 @@ def _is_plain(x: object) -> TypeGuard[Tensor]:
 
 
 @contextmanager
-def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[AbstractContextManager[Any]]:
+def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[None]:
     """Call `on_product` in place of each product with a layer's weight in this block.
 
-    This includes the forward of the layer's module and every product outside it (see `WeightInterceptor`). Yields the
-    mode for the latter, which a backward pass that runs layers again must enter: no mode is active inside it.
+    This includes the forward of the layer's module and every product outside it (see `WeightInterceptor`).
     """
     interceptor = WeightInterceptor(layers, on_product)
     modules: dict[nn.Module, list[Layer]] = {}
@@ -178,9 +180,9 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[Abstra
         for module, inside in modules.items():
             by_forward = partial(interceptor.by_forward, inside, module.forward)
             stack.enter_context(patched(module, "forward", by_forward))
-        mode: AbstractContextManager[Any] = interceptor if interceptor.watches else nullcontext()
-        stack.enter_context(mode)
-        yield mode
+        if interceptor.watches:
+            stack.enter_context(interceptor)
+        yield
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -13,21 +13,21 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import Tensor, nn, overrides
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils import _python_dispatch
+from torch import Tensor, nn
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.stall_watch import StallWatch
+from wanda_lightning.calibration.surroundings import ModuleAttributes, Surroundings, TorchState, refuse_transforms
 from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
@@ -43,21 +43,24 @@ class Call:
     forward: Forward  # the module's own forward
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    state: TorchState  # of the sample at the call
+    surroundings: Surroundings
 
     def run(self, on_copies: bool = False) -> Any:
         """Run the module and return its output; on clones of its arguments if it will run again on the same values."""
-        arguments = self.args, self.kwargs
-        with naming_batch(self.sample.batch_index, arguments, self.stop), self.state.entered():
-            args, kwargs = clone_arguments(arguments) if on_copies else arguments
-            return self.forward(*args, **kwargs)
+        with naming_batch(self.sample.batch_index, (self.args, self.kwargs), self.stop):
+            if on_copies:
+                return self.surroundings.try_out(self._on_copies)
+            return self.surroundings.run(lambda: self.forward(*self.args, **self.kwargs))
+
+    def _on_copies(self) -> Any:
+        args, kwargs = clone_arguments((self.args, self.kwargs))
+        return self.forward(*args, **kwargs)
 
 
 def whole_model_calls(samples: Iterable[Sample], tick: Callable[[], None] = lambda: None) -> Iterator[Call]:
     """Yield calls of the whole model, each on one sample, which is read when it is its turn; `tick` follows each."""
-    state = TorchState()
     for sample in samples:
-        yield Call(sample, "", sample.forward, (), {}, state)
+        yield Call(sample, "", sample.forward, (), {}, Surroundings.present())
         tick()
 
 
@@ -65,36 +68,49 @@ Stops = Generator[tuple[Stop, list[Call]]]
 """Stops, each with the calls of this process that wait there; these may be replaced."""
 
 
+@dataclass
+class Passed:
+    """Names of stops that samples reached after these were yielded, and so did not wait."""
+
+    again: set[str] = field(default_factory=set)  # by a sample that had waited there
+    late: set[str] = field(default_factory=set)  # by a sample that came from another stop first
+
+
 def lockstep(
     stops: Sequence[Stop],
     samples: Sequence[Sample],
     processes: Processes = SINGLE_PROCESS,
-    revisited: set[str] | None = None,
+    passed: Passed | None = None,
     to_end: bool = False,
+    model: nn.Module | None = None,
 ) -> Stops:
     """Yield each stop that a sample reaches, once, with all samples that are parked there.
 
     If samples are parked at different stops, the first of these in the given order is next. A sample that reaches a
     stop again, because the model calls its module several times, does not wait. After the last stop every sample ends,
-    so the rest of the model is not computed. Only one sample continues, up to the next module with a matrix of its own,
-    to find out whether the model calls one of these modules again.
+    so the rest of the model is not computed. Only one sample continues to the end of the model, to find out whether the
+    model calls a stop again.
 
-    The modules of the stops are disjoint. `revisited` receives the name of every stop that a sample reaches again. With
-    `to_end`, the samples run to the end of the model, and wait at each visit of a stop.
+    The modules of the stops are disjoint, and `model` contains them; attributes that its forward sets are then each
+    sample's own. `passed` receives the names of the stops that a sample passes. With `to_end`, the samples run to the
+    end of the model, and wait at each visit of a stop.
 
     Yields:
         The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all samples
         and restores the modules.
     """
-    revisited = set() if revisited is None else revisited
+    if passed is None:
+        passed = Passed()
     pending = set(range(len(stops)))
-    with _parking(stops), ExitStack() as ends:
-        batches = [_Batch(sample, stops) for sample in _parking_at_products(samples, stops)]
-        for batch in batches:
-            # In reverse order, as contexts nest: a batch may have entered one inside the context of the batch before.
+    with _parking(stops), StallWatch() as watch, ExitStack() as ends:
+        attributes = ModuleAttributes(model, stops)
+        batches = [_Batch(sample, stops, attributes, watch) for sample in _parking_at_products(samples, stops)]
+        # The last batch starts first, and the first one goes on and ends first: a batch that enters a context of the
+        # process, such as `sdpa_kernel`, does so inside the contexts of the batches that started before it.
+        for batch in reversed(batches):
             ends.callback(batch.end)
         with processes.fail_together():
-            for batch in batches:
+            for batch in reversed(batches):
                 batch.advance()
         while True:
             parked = [batch for batch in batches if batch.call is not None]
@@ -102,45 +118,44 @@ def lockstep(
             here = [batch for batch in parked if batch.stop == index]
             if index == len(stops):
                 return
+
             calls = [batch.call for batch in here if batch.call is not None]
             if index not in pending:
-                revisited.add(stops[index].name)
+                _note_passed(here, stops[index], passed)
             if index in pending or to_end:
                 yield stops[index], calls
+
             pending.discard(index)
             if not pending and not to_end:
                 if here:
-                    _find_revisits(here[0], stops, revisited)
+                    _find_passed(here[0], stops, passed)
                 return
             with processes.fail_together():
                 for batch in here:  # parked activations must not outlive the run of the module
-                    batch.advance(batch.context.copy().run(calls.pop(0).run))
+                    batch.advance(calls.pop(0).run())
+            attributes.left(index)
 
 
-def _find_revisits(batch: _Batch, stops: Sequence[Stop], revisited: set[str]) -> None:
-    """Continue a sample after the last stop, and add to `revisited` the names of the stops that it reaches again.
+def _note_passed(batches: Iterable[_Batch], stop: Stop, passed: Passed) -> None:
+    """Note that batches have reached a stop that was yielded before."""
+    for batch in batches:
+        if stop.name in batch.visited:
+            passed.again.add(stop.name)
+        else:
+            passed.late.add(stop.name)
 
-    ALBERT and looped models apply one block many times. A global hook, which sees the calls of all modules, ends the
-    sample at the first module that has a matrix and contains none of a stop, such as the output head.
+
+def _find_passed(batch: _Batch, stops: Sequence[Stop], passed: Passed) -> None:
+    """Continue a sample from the last stop to the end of the model, and note the stops that it reaches on the way.
+
+    ALBERT and looped models apply one block many times.
     """
-    inside = {stop.module for stop in stops}
-
-    def end(module: nn.Module, args: object) -> None:
-        if getcurrent() is not batch or not inside.isdisjoint(module.modules()):
-            return
-        if any(parameter.ndim > 1 for parameter in module.parameters()):
-            raise GreenletExit
-
-    hook = register_module_forward_pre_hook(end)
-    try:
-        with suppress(Exception):  # the output of the model does not matter here, so neither do its errors
-            while (call := batch.call) is not None:
-                batch.advance(call.run())
-                if batch.call is None or batch.call.stop in revisited:
-                    break
-                revisited.add(batch.call.stop)
-    finally:
-        hook.remove()
+    with suppress(Exception):  # the output of the model does not matter here, so neither do its errors
+        while batch.call is not None:
+            batch.advance(batch.call.run())
+            if batch.call is None or batch.call.stop in passed.again:
+                break
+            _note_passed([batch], stops[batch.stop], passed)
 
 
 @contextmanager
@@ -190,13 +205,30 @@ class _Batch(greenlet):
     Uncaught, `GreenletExit` ends it. Models rarely catch that, because it is no `Exception`.
     """
 
-    def __init__(self, sample: Sample, stops: Sequence[Stop]) -> None:
+    def __init__(self, sample: Sample, stops: Sequence[Stop], attributes: ModuleAttributes, watch: StallWatch) -> None:
         super().__init__()
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
-        self.gr_context = self.context = contextvars.copy_context()  # in which transformers collects router logits
-        self._sample, self._stops, self._state, self._ended = sample, stops, TorchState(), False
+        self.visited: set[str] = set()  # names of the stops at which it has been parked
+        self._sample = sample
+        self._stops = stops
+        self._attributes = attributes
+        self._watch = watch
+        self._ended = False
         self._output: Any = None
+
+        self._outside = contextvars.copy_context()
+        self.gr_context = self._own_context = self._outside.copy()  # in which transformers collects router logits
+        with torch.no_grad():
+            self._state = TorchState()
+
+    @property
+    def context(self) -> contextvars.Context:
+        """The context variables of the parked batch; a copy if the model runs its blocks in a context of its own."""
+        context = self.gr_context
+        assert context is not None
+        # Python enters a context only once, and the model has entered its own.
+        return context if context is self._own_context else context.copy()
 
     def run(self) -> None:
         """Run the model's forward until its end (called by `advance`)."""
@@ -206,8 +238,11 @@ class _Batch(greenlet):
         """Wait at a stop for the output of its module (called in the batch)."""
         if self._ended:  # the model caught `GreenletExit`, or calls a module in a `finally` block
             raise GreenletExit
+        refuse_transforms(self._stops[stop].name)
         self._state = TorchState()
-        self.stop, self.call = stop, Call(self._sample, self._stops[stop].name, forward, args, kwargs, self._state)
+        self.stop = stop
+        around = Surroundings(self, self._state, self._outside, self._attributes)
+        self.call = Call(self._sample, self._stops[stop].name, forward, args, kwargs, around)
         del args, kwargs
         assert self.parent is not None
         self.parent.switch()
@@ -216,88 +251,19 @@ class _Batch(greenlet):
 
     def advance(self, output: Any = None) -> None:
         """Let the batch run to its next stop, or to its end (called by the scheduler)."""
+        if self.call is not None:
+            self.visited.add(self.call.stop)
         self.call, self._output, self.parent = None, output, getcurrent()
         del output
-        with self._state.entered(function_modes=True):
+        with self._watch.over(self._sample.batch_index), self._attributes.of(self), self._state.entered(exactly=True):
             self.switch()
 
     def end(self) -> None:
         """End the batch if it runs."""
-        self.call, self._ended = None, True
+        self.call = None
+        self._ended = True
         if self:
             self.parent = getcurrent()
-            with self._state.entered(function_modes=True), suppress(Exception):  # of code that meets `GreenletExit`
+            # The code of the model may meet `GreenletExit` in any way.
+            with self._state.entered(exactly=True), suppress(Exception):
                 self.throw()
-
-
-def _current_stream() -> torch.Stream | None:
-    """Return the current stream, which determines the current device; None before the accelerator is used."""
-    accelerator = torch.accelerator.current_accelerator()
-    # `mps` has no such function, and a single stream.
-    if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", bool)():
-        return None
-    return torch.accelerator.current_stream()
-
-
-def _set_stream(stream: torch.Stream | None) -> None:
-    if stream is not None and stream != torch.accelerator.current_stream():
-        torch.accelerator.set_stream(stream)  # changes the current device, too
-
-
-class TorchState:
-    """The state of PyTorch at the time of construction.
-
-    Inference mode, autocast, the stream with its device, the default device, and the modes of functions and dispatch: a
-    model may change them between two stops, where other samples and the scheduler run.
-    """
-
-    def __init__(self) -> None:
-        devices = {"cpu"}
-        if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
-            devices.add(accelerator.type)
-        self._stream = _current_stream()
-        self._inference = torch.is_inference_mode_enabled()
-        self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
-        self._default_device = torch.get_default_device()
-        self._modes = _modes()
-
-    @contextmanager
-    def entered(self, function_modes: bool = False) -> Iterator[None]:
-        """Switch to this state, without gradients; restore the present one at the end.
-
-        Torch-function modes are only replaced with `function_modes`.
-        """
-        with ExitStack() as stack:
-            stack.callback(_set_stream, _current_stream())
-            _set_stream(self._stream)
-            stack.enter_context(torch.inference_mode(self._inference))
-            stack.enter_context(torch.no_grad())
-            current, (functions, dispatch) = _modes(), self._modes
-            stack.callback(_set_modes, current)
-            _set_modes([functions if function_modes else current[0], dispatch])
-            if self._default_device != torch.get_default_device():
-                stack.enter_context(self._default_device)
-            for device, enabled, dtype in self._autocast:
-                # No cache: it would give the pruned run the cast of a dense weight.
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
-            yield
-
-
-_MODES = (
-    (overrides, overrides._get_current_function_mode_stack),
-    (_python_dispatch, _python_dispatch._get_current_dispatch_mode_stack),
-)
-
-
-def _modes() -> list[Sequence[Any]]:
-    """Return the modes of torch functions and those of dispatch, the innermost last."""
-    return [[*read()] for _, read in _MODES]
-
-
-def _set_modes(modes: Sequence[Sequence[Any]]) -> None:
-    for (module, _), current, own in zip(_MODES, _modes(), modes, strict=True):
-        if current != own:
-            for _ in current:
-                module._pop_mode()
-            for mode in own:
-                module._push_mode(mode)

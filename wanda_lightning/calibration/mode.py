@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -93,11 +94,41 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for config, name, _ in settings:
             stack.callback(setattr, config, name, getattr(config, name))
-        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        stack.enter_context(_PLAIN_CODE)
         stack.enter_context(evaluating(model))
         for config, name, value in settings:
             setattr(config, name, value)
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer bypasses its layers
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled; compiled code would trace the interception
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
+
+
+class _PlainCode:
+    """Turns off fused and compiled code of PyTorch, for the whole process, while any thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._is_eager = False
+        self._restored = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._threads += 1
+            if self._threads == 1:
+                self._restored.callback(
+                    torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+                )
+                torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer bypasses its layers
+            # Without this module nothing is compiled; compiled code would trace the interception.
+            if "torch._dynamo" in sys.modules and not self._is_eager:
+                self._restored.enter_context(torch.compiler.set_stance("force_eager"))
+                self._is_eager = True
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                self._is_eager = False
+                self._restored.close()
+
+
+_PLAIN_CODE = _PlainCode()

@@ -17,6 +17,7 @@ from wanda_lightning.calibration.interception import Product, input_of, intercep
 from wanda_lightning.calibration.lockstep import Call, whole_model_calls
 from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
+from wanda_lightning.calibration.surroundings import refuse_transforms
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, Stop, fitting_mask, token_masks
@@ -253,6 +254,8 @@ class BatchInputs:
     def read(self, product: Product) -> None:
         """Sum the tokens of a product, unless another layer had the same input."""
         layer, x = product.layer, product.tokens
+        if torch._C._functorch.is_batchedtensor(x):
+            refuse_transforms(layer.name)
         # A search through the entries of many experts is slow, and only the latest entry can match.
         for entry in self.entries if layer.expert is None else self.entries[-1:]:
             if entry.identity.matches(x, layer, self._calls):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluating import widest
@@ -64,8 +65,8 @@ class Samples:
             )
         self._model, self._processes, self._reader = model, processes, reader
         self._batches: Iterable[Any] = () if reader is None or batches is None else batches
-        self._forward = forward or self._forward_on_device
-        self._predict = predict or self._forward
+        self._forward = partial(_on_copy, forward or self._forward_on_device)
+        self._predict = partial(_on_copy, predict or forward or self._forward_on_device)
         parameters = (each for each in model.parameters() if not isinstance(each, UninitializedParameter))
         self._can_try = not any(map(is_unloaded, parameters))
         self._splits: dict[tuple[int, ...], bool] = {}  # whether samples run alone, by the dimensions of the tensors
@@ -193,6 +194,11 @@ def fit_together(samples: Sequence[Sample]) -> bool:
 def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
     with naming_batch(index, batch):
         return forward(batch)
+
+
+def _on_copy(forward: Callable[[Any], object], batch: Any) -> object:
+    """Run a batch that the model may write into, or take keys from: later passes and the caller read it again."""
+    return forward(clone_arguments(batch))
 
 
 _NONE_LEFT = object()

@@ -112,14 +112,30 @@ def _on_layers(run: Run, skipped: Mapping[str, SkippedMatrix]) -> Iterator[Note]
             f"{_layers(few, noun)} received fewer than {observer.MIN_EXPERT_TOKENS} tokens, {least} "
             f"fewest: {run.done.layers[least].tokens}. They are {use}: give more calibration samples"
         )
-    again = set[str]()
     if run.plan.observed and run.plan.config.sequential != "none":
-        again |= {layer.name for stop in run.plan.stops if stop.name in run.done.revisited for layer in stop.layers}
-        again |= _shared_outside(run.plan)
+        yield from _on_passed(run)
+
+
+def _on_passed(run: Run) -> Iterator[Note]:
+    """Name the layers whose statistics leave out calls, because a batch did not wait at their stop."""
+    again = _shared_outside(run.plan)
+    late = set[str]()
+    for stop in run.plan.stops:
+        inside = {layer.name for layer in stop.layers}
+        if stop.name in run.done.passed.again:
+            again |= inside
+        elif stop.name in run.done.passed.late:
+            late |= inside
+
     if names := [name for name in run.done.layers if name in again]:
         yield Note(
             f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the "
             "first call: use sequential='none', so that they include all calls"
+        )
+    if names := [name for name in run.done.layers if name in late - again]:
+        yield Note(
+            f"some batches call the layers in another order than others, so the statistics of {_layers(names)}, "
+            f"{names[0]} first, leave these batches out: use sequential='none', so that they include all batches"
         )
 
 

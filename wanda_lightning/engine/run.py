@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from wanda_lightning.calibration.lockstep import Call, Stops, lockstep, whole_model_calls
+from wanda_lightning.calibration.lockstep import Call, Passed, Stops, lockstep, whole_model_calls
 from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
@@ -45,7 +45,7 @@ class Done:
     # Number of tokens of each expert that was pruned with the statistics of all experts of its module.
     few_tokens: dict[str, int] = field(default_factory=dict)
     zero_units: dict[str, int] = field(default_factory=dict)  # hidden units that are zero, by the layer that reads them
-    revisited: set[str] = field(default_factory=set)  # names of stops that the model called again after pruning
+    passed: Passed = field(default_factory=Passed)  # stops that the model called after they were pruned
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class WeightStore:
         bar.expect(len(plan.stops))
         stops: Iterable[tuple[Stop, list[Call]]] = ((stop, []) for stop in plan.stops)
         if plan.observed and (plan.config.recovery.recorded or not plan.is_one_pass):
-            stops = lockstep(plan.stops, run.samples.in_memory(), plan.processes, run.done.revisited)
+            samples = run.samples.in_memory()
+            stops = lockstep(plan.stops, samples, plan.processes, run.done.passed, model=plan.model)
         for stop in stops:
             yield stop
             bar.advance()
@@ -181,17 +182,20 @@ def dense_blocks(run: Run, blocks: Sequence[Stop], count: int, title: str, again
     """Stop at each block, whose weights are in memory then.
 
     The samples are the first `count` of all processes together. After the last block, `again` receives the names of
-    those that a sample of any process has reached more than once: the later calls may use a block in another way.
+    those that a sample of any process has reached after its stop: such a call may use a block in another way.
     """
-    store, plan, revisited = run.store, run.plan, set[str]()
+    store = run.store
+    plan = run.plan
+    passed = Passed()
     samples = run.samples.head(count)
     if not any(number for (number,) in plan.processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
     with ProgressBar(title, len(blocks), run.progress) as bar, store.dense():
-        for stop, calls in lockstep(blocks, samples, plan.processes, revisited):
+        for stop, calls in lockstep(blocks, samples, plan.processes, passed, model=plan.model):
             bar.show(stop.name)
             store.load(stop.name)
             yield stop, calls
             bar.advance()
     # Only processes with samples there have seen it.
-    again |= {block.name for block in blocks if not plan.processes.all_agree(block.name not in revisited)}
+    missed = passed.again | passed.late
+    again |= {block.name for block in blocks if not plan.processes.all_agree(block.name not in missed)}

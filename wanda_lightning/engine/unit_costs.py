@@ -78,7 +78,7 @@ def _seconds(run: Run, batches: Sequence[Sample]) -> dict[str, float]:
     plan, found = run.plan, dict[str, float]()
     with (
         ProgressBar("Timing blocks", len(plan.block_stops), run.progress) as bar,
-        closing(lockstep(plan.block_stops, batches, plan.processes)) as blocks,
+        closing(lockstep(plan.block_stops, batches, plan.processes, model=plan.model)) as blocks,
     ):
         for block, calls in blocks:
             with plan.processes.fail_together():

@@ -19,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.calibration.interception import PRODUCTS
-from wanda_lightning.calibration.lockstep import Call, TorchState
+from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.surroundings import Surroundings
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.types import Units
 from wanda_lightning.experts.mixtures import Mixture
@@ -76,7 +77,7 @@ class ExpertSaliency:
     def _keep_first(self, sample: Sample, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if name not in self.first:
             args, kwargs = clone_arguments((args, kwargs))
-            self.first[name] = Call(sample, name, module.forward, args, kwargs, TorchState())
+            self.first[name] = Call(sample, name, module.forward, args, kwargs, Surroundings.present())
 
     def _read(self, sample: Sample, mixture: Mixture, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         x, *others = tensors_within((args, kwargs))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.block_runs import BlockRuns
-from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
+from wanda_lightning.calibration.lockstep import Passed, lockstep, whole_model_calls
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
 from wanda_lightning.common.errors import UserError
@@ -119,14 +119,14 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
     before = sum(parameter.numel() for parameter in model.parameters())
     search = _EmptyUnits(model, undo)
     if search.finds_any():
-        sample, again = _sample(model, batch, forward), set[str]()
+        sample, passed = _sample(model, batch, forward), Passed()
         with pruning_mode(model, search.changed):
             whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
-            recorded = [replace(sample, forward=call.run) for call in whole.recording()]
-            for _ in lockstep(search.blocks, recorded, revisited=again, to_end=True):
+            recorded = [replace(sample, forward=call.forward) for call in whole.recording()]
+            for _ in lockstep(search.blocks, recorded, passed=passed, to_end=True, model=model):
                 pass
-            search.blocks = [block for block in search.blocks if block.name not in again]
-            with closing(lockstep(search.blocks, [sample])) as stops:
+            search.blocks = [block for block in search.blocks if block.name not in passed.again]
+            with closing(lockstep(search.blocks, [sample], model=model)) as stops:
                 for block, calls in stops:
                     search.take_out(block, BlockRuns(block.module or model, calls))
             search.take_out(search.rest, whole)

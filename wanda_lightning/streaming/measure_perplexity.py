@@ -70,7 +70,7 @@ def perplexity_from_disk(
         while together := list(islice(samples, AT_ONCE)):
             loader = BlockLoader(checkpoint)
             with loader.loading():
-                for block, _ in lockstep(blocks, together, to_end=True):
+                for block, _ in lockstep(blocks, together, to_end=True, model=checkpoint.model):
                     loader.load_only(block.name)
                     bar.show(block.name)
                     bar.advance()

@@ -54,7 +54,7 @@ class StreamedWeights(WeightStore):
         bar.expect(len(run.plan.places))
         with self.dense():
             plan, samples = run.plan, run.samples.in_memory()
-            for stop, calls in lockstep(plan.places, samples, plan.processes, to_end=True):
+            for stop, calls in lockstep(plan.places, samples, plan.processes, to_end=True, model=plan.model):
                 bar.show(stop.name)
                 bar.advance()
                 self.load(stop.name)
@@ -88,16 +88,17 @@ class StreamedWeights(WeightStore):
         bar.expect(len(blocks))
 
         def leave() -> Iterator[Stop]:
-            if run.done.revisited:
+            if passed := run.done.passed.again | run.done.passed.late:
                 raise UserError(
-                    "pattern='experts' from disk needs blocks that are called once, but the model calls "
-                    f"{min(run.done.revisited)} again. Use sequential='block', or prune in memory."
+                    "pattern='experts' from disk needs blocks that are called once, in one order, but the model calls "
+                    f"{min(passed)} again. Use sequential='block', or prune in memory."
                 )
             while left:
                 yield left[0]
                 self._store(left.pop().name, run)
 
-        with self.dense(), closing(lockstep(blocks, samples, run.plan.processes, run.done.revisited)) as stops:
+        visits = lockstep(blocks, samples, run.plan.processes, run.done.passed, model=run.plan.model)
+        with self.dense(), closing(visits) as stops:
             for number, (stop, calls) in enumerate(stops, 1):
                 yield from leave()
                 bar.show(stop.name)

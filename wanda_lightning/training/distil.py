@@ -131,7 +131,7 @@ class _Distillation(ModelRecovery):
         batches = []
         with (
             ProgressBar("Predicting", dense.data.length, dense.progress) as bar,
-            recomputing(dense.blocks),
+            recomputing(dense.model, dense.blocks),
             processes.fail_together(),
         ):
             for samples in map(dense.data.split, dense.data):
@@ -160,7 +160,7 @@ class _Distillation(ModelRecovery):
         with (
             noting(lambda: _STOPPED, log.warning),  # Lightning does not show the notes of an interrupted run
             MaskedWeights(dense.model, self._parameters, dense.layers, dense.processes) as weights,
-            recomputing(dense.blocks),
+            recomputing(dense.model, dense.blocks),
             ProgressBar("Distilling", steps, dense.progress) as bar,
         ):
             optimizer = torch.optim.AdamW(weights.groups(self._rate), betas=(0.9, 0.95), weight_decay=0.0, fused=True)

@@ -192,9 +192,13 @@ class _PartTraining:
     def _output(self, run: _Run, training: bool = False) -> Tensor:
         part = self._part.module
         precision = mixed_precision(part, self._is_mixed)
-        with run.call.state.entered(), torch.set_grad_enabled(training), precision:
-            args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
-            return _first_output(part.forward(*args, **kwargs))  # without hooks, as it was recorded
+
+        def forward() -> Tensor:
+            with torch.set_grad_enabled(training), precision:
+                args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
+                return _first_output(part.forward(*args, **kwargs))  # without hooks, as it was recorded
+
+        return run.call.surroundings.try_out(forward)
 
     def _square_sum(self, x: Tensor, run: _Run) -> Tensor:
         """Sum the squares over all tokens except padding."""

@@ -1,0 +1,395 @@
+"""Each model has a twin that computes the same without anything around its blocks: both must get the same masks."""
+
+import contextlib
+import logging
+import threading
+import time
+from contextvars import ContextVar, copy_context
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.refusals import refusal
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from wanda_lightning import prune
+from wanda_lightning.calibration import stall_watch
+
+WIDTH = 16
+
+
+class Block(nn.Module):
+    """Computes `x + down(gelu(up(x * scale)) * gain)`; the hooks `before` and `after` are the model's own code."""
+
+    def __init__(self, before=None, after=None):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.before = before
+        self.after = after
+
+    def forward(self, x, scale=1.0, gain=1.0):
+        if self.before is not None:
+            scale = self.before(x)
+        x = x + self.down(F.gelu(self.up(x * scale)) * gain)
+        if self.after is not None:
+            self.after(x)
+        return x
+
+
+class Net(nn.Module):
+    """Three blocks and a head, which `run(model, x)` calls."""
+
+    def __init__(self, run, before=None, after=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.run = run
+        bound = [hook and partial(hook, self) for hook in (before, after)]
+        self.blocks = nn.ModuleList(Block(*bound) for _ in range(3))
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        return self.head(self.run(self, x))
+
+
+def deviation(x):
+    """Of each sample, so that a batch can be split."""
+    return x.std(dim=(1, 2), keepdim=True)
+
+
+def batches():
+    """Batches on different scales, so that masks show what one batch gets from another."""
+    generator = torch.Generator().manual_seed(1)
+    return [(1 + index) * torch.randn(3, 5, WIDTH, generator=generator) for index in range(4)]
+
+
+# ---- models and their twins
+
+
+def in_order(model, x):
+    for block in model.blocks:
+        x = block(x)
+    return x
+
+
+def with_scale(model, x):
+    scale = 1 / deviation(x)
+    for block in model.blocks:
+        x = block(x, scale)
+    return x
+
+
+def writing(model, x):
+    return in_order(model, x.sub_(x[..., :1]).div_(deviation(x)))
+
+
+def not_writing(model, x):
+    x = x - x[..., :1]
+    return in_order(model, x / deviation(x))
+
+
+SCALE = ContextVar("scale")  # without a default: reading it in another context raises LookupError
+
+
+def with_variable(model, x):
+    SCALE.set(1 / deviation(x))
+    return in_order(model, x)
+
+
+def with_variable_in_a_context(model, x):
+    """In a context that the model enters itself."""
+    return copy_context().run(with_variable, model, x)
+
+
+def set_next(_, x):
+    SCALE.set(1 / deviation(x))
+
+
+def with_next_scale(model, x):
+    scale = 1 / deviation(x)
+    for block in model.blocks:
+        x = block(x, scale)
+        scale = 1 / deviation(x)
+    return x
+
+
+class Gain(TorchFunctionMode):
+    """Multiplies what GELU returns."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = gain
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * self.gain if func is F.gelu else result
+
+
+def in_mode(model, x):
+    with Gain(deviation(x)):
+        return in_order(model, x)
+
+
+def in_modes(model, x):
+    gain = deviation(x)
+    for number, block in enumerate(model.blocks, 1):
+        with Gain(number * gain):
+            x = block(x)
+    return x
+
+
+def with_gain(model, x):
+    gain = deviation(x)
+    for block in model.blocks:
+        x = block(x, 1.0, gain)
+    return x
+
+
+def with_gains(model, x):
+    gain = deviation(x)
+    for number, block in enumerate(model.blocks, 1):
+        x = block(x, 1.0, number * gain)
+    return x
+
+
+def with_attribute(model, x):
+    model.scale = 1 / deviation(x)
+    return in_order(model, x)
+
+
+def set_attribute(model, x):
+    model.scale = 1 / deviation(x)
+
+
+MODELS = {
+    "writes into its batch": (Net(writing), Net(not_writing)),
+    "context variable": (Net(with_variable, lambda model, x: SCALE.get()), Net(with_scale)),
+    "own context": (Net(with_variable_in_a_context, lambda model, x: SCALE.get()), Net(with_scale)),
+    "variable of a block": (Net(with_variable, lambda model, x: SCALE.get(), set_next), Net(with_next_scale)),
+    "mode": (Net(in_mode), Net(with_gain)),
+    "a mode for each block": (Net(in_modes), Net(with_gains)),
+    "attribute": (Net(with_attribute, lambda model, x: model.scale), Net(with_scale)),
+    "attribute of a block": (Net(with_attribute, lambda model, x: model.scale, set_attribute), Net(with_next_scale)),
+}
+CHOICES = {
+    "none": {"sequential": "none"},
+    "layer": {"sequential": "layer"},
+    "block": {"sequential": "block"},
+    "best": {"method": "best"},
+    "owl": {"allocation": "owl"},
+    "permuted 2:4": {"pattern": "2:4", "permutation": "assignment"},
+    "structured": {"pattern": "structured"},
+    "reconstruct": {"recovery": "reconstruct", "sequential": "block"},
+}
+
+
+def fresh(model):
+    return Net(model.run, *(hook and hook.func for hook in (model.blocks[0].before, model.blocks[0].after)))
+
+
+# The models in which a block sets something for the next one cover the others; `make test-all` runs all of them.
+NIGHTLY = {
+    (name, choices) for name in MODELS for choices in CHOICES if choices not in ("layer", "block", "permuted 2:4")
+}
+for name in ("writes into its batch", "variable of a block", "a mode for each block", "attribute of a block"):
+    NIGHTLY -= {(name, "best"), (name, "structured")}
+NIGHTLY -= {("variable of a block", "reconstruct"), ("attribute of a block", "owl"), ("attribute", "none")}
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        pytest.param(name, choices, marks=pytest.mark.nightly if (name, choices) in NIGHTLY else ())
+        for name in MODELS
+        for choices in CHOICES
+    ],
+)
+def test_what_surrounds_the_blocks_of_a_batch_is_its_own(name, choices, caplog):
+    model, twin = map(fresh, MODELS[name])
+    given = batches()
+    with caplog.at_level(logging.WARNING):
+        prune(model, given, progress=False, **CHOICES[choices])
+    prune(twin, batches(), progress=False, **CHOICES[choices])
+
+    differing = 0
+    for (_, weight), (_, expected) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        differing += int(((weight == 0) != (expected == 0)).sum())
+    assert differing == 0
+    assert all(map(torch.equal, given, batches()))
+    assert "each batch runs whole" not in caplog.text
+
+
+def test_a_forward_may_take_keys_from_its_batch():
+    class Popping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, 4)
+
+        def forward(self, batch):
+            return self.layer(batch.pop("x"))
+
+    model = Popping()
+    given = [{"x": x} for x in batches()]
+    prune(model, given, progress=False, method="best", forward=model)
+    assert all("x" in batch for batch in given)
+
+
+def test_a_value_that_one_batch_sets_is_shared():
+    """A mask that is made at the first call is made once, not for each batch."""
+    made = []
+
+    def with_mask(model, x):
+        if not hasattr(model, "mask"):
+            made.append(1)
+            model.mask = torch.ones(WIDTH)
+        return in_order(model, x * model.mask)
+
+    prune(Net(with_mask), batches(), progress=False, sequential="block")
+    assert made == [1]
+
+
+@pytest.mark.parametrize("sequential", ["none", "layer", "block"])
+def test_gradients_inside_of_a_forward(sequential):
+    """Forces are the gradient of an energy, for example; the blocks between lie in the graph."""
+
+    def forces(model, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = model.blocks[1](model.blocks[0](x))
+            (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        return model.blocks[2](gradient.detach())
+
+    model, dense = Net(forces), Net(forces)
+    report = prune(model, batches(), progress=False, sequential=sequential, skip=["head"])
+    assert len(report.layers) == 6
+    assert not report.notes
+
+    for name, layer in dense.named_modules():
+        if name.startswith("blocks") and isinstance(layer, nn.Linear):
+            scores = layer.weight.abs() * norms(dense, layer).sqrt()
+            smallest = scores.argsort(dim=1, stable=True)[:, : layer.in_features // 2]
+            expected = layer.weight.detach().scatter(1, smallest, 0)
+            assert torch.equal(model.get_submodule(name).weight == 0, expected == 0), name
+        # The statistics of later modules see this one as it is pruned: all of a block at once, or layer by layer.
+        if isinstance(layer, {"layer": nn.Linear, "block": Block, "none": ()}[sequential]):
+            layer.load_state_dict(model.get_submodule(name).state_dict())
+
+
+def norms(model, layer):
+    """The sum of squares of what enters a layer in plain passes of the whole model."""
+    total = torch.zeros(layer.in_features)
+    hook = layer.register_forward_pre_hook(lambda _, args: total.add_(args[0].detach().square().sum(dim=(0, 1))))
+    for x in batches():
+        model(x)
+    hook.remove()
+    return total
+
+
+TRANSFORMS = {
+    "vmap": lambda function, x: torch.func.vmap(function)(x),
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[0],
+    "grad": lambda function, x: torch.func.grad(lambda y: function(y).sum())(x),
+    "dual": lambda function, x: dual(function, x),
+}
+
+
+def dual(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).primal
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by PyTorch's own forward mode
+@pytest.mark.parametrize("choices", ["none", "layer", "block", "best"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_around_the_blocks_is_refused_where_it_cannot_work(transform, choices):
+    """A batch cannot leave a transform of torch.func for others, and nothing can be read from a tensor of `vmap`."""
+    model = Net(lambda model, x: TRANSFORMS[transform](partial(in_order, model), x))
+    if choices == "none" and transform != "vmap":
+        twin = Net(lambda model, x: in_order(model, x))
+        prune(model, batches(), progress=False, skip=["head"], **CHOICES[choices])
+        prune(twin, batches(), progress=False, skip=["head"], **CHOICES[choices])
+        for weight, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(weight, expected)
+        return
+    message = refusal(model, batches(), **CHOICES[choices])
+    assert "torch.func" in message
+    assert "skip=" in message
+
+
+# ---- settings of the process, which nest in the order in which batches enter them
+
+
+@contextlib.contextmanager
+def default_dtype():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+SETTINGS = {
+    "sdpa_kernel": (partial(sdpa_kernel, SDPBackend.MATH), torch.backends.cuda.flash_sdp_enabled),
+    "default dtype": (default_dtype, torch.get_default_dtype),
+    "anomaly mode": (torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled),
+}
+
+
+@pytest.mark.parametrize("sequential", ["layer", "block"])
+@pytest.mark.parametrize("places", ["all blocks", "each block", "the first two"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_a_setting_of_the_process_is_as_before_afterwards(setting, places, sequential):
+    enter, current = SETTINGS[setting]
+    enter = partial(enter, True) if setting == "anomaly mode" else enter
+
+    def run(model, x):
+        if places == "all blocks":
+            with enter():
+                return in_order(model, x)
+        if places == "the first two":
+            with enter():
+                x = model.blocks[1](model.blocks[0](x))
+            return model.blocks[2](x)
+        for block in model.blocks:
+            with enter():
+                x = block(x)
+        return x
+
+    before = current()
+    prune(Net(run), batches(), progress=False, sequential=sequential)
+    assert current() == before
+
+
+def test_a_batch_that_waits_for_a_lock_of_another_is_reported(monkeypatch, caplog):
+    """It would wait forever, so the test releases the lock when the report has come."""
+    monkeypatch.setattr(stall_watch, "PATIENCE", 0.2)
+    lock = threading.Lock()
+
+    def locked(model, x):
+        lock.acquire()
+        x = in_order(model, x)
+        lock.release()
+        return x
+
+    def release():
+        deadline = time.monotonic() + 20
+        while "sequential='none'" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for _ in range(50):
+            with contextlib.suppress(RuntimeError):
+                lock.release()
+            time.sleep(0.02)
+
+    releasing = threading.Thread(target=release)
+    with caplog.at_level(logging.WARNING):
+        releasing.start()
+        prune(Net(locked), batches()[:2], progress=False, sequential="block", skip=["head"])
+        releasing.join()
+    reports = [record for record in caplog.records if record.name.endswith("stall_watch")]
+    assert len(reports) == 1
+    assert "in locked\n    lock.acquire()" in reports[0].getMessage()

@@ -1,0 +1,62 @@
+"""Report a batch that does not move: it may wait for something that only another waiting batch can release."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 60.0  # seconds
+
+
+class StallWatch:
+    """Logs, once, where a batch is that has run for a minute without reaching a stop.
+
+    Batches take turns in one thread. If one holds a lock between two stops, and the next one waits for it, neither can
+    go on. A thread of its own looks at the clock, because the waiting thread cannot.
+    """
+
+    def __init__(self) -> None:
+        self._observed = threading.get_ident()
+        self._observer = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
+        self._over = threading.Event()
+        self._running: tuple[int, float] | None = None  # the batch, and since when
+
+    def __enter__(self) -> StallWatch:
+        self._observer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._observer.join()
+
+    @contextmanager
+    def over(self, batch_index: int) -> Iterator[None]:
+        """Watch over a batch while it runs in this block."""
+        self._running = batch_index, time.monotonic()
+        try:
+            yield
+        finally:
+            self._running = None
+
+    def _watch(self) -> None:
+        while not self._over.wait(PATIENCE / 4):
+            running = self._running
+            if running is not None and time.monotonic() - running[1] > PATIENCE:
+                self._report(running[0])
+                return
+
+    def _report(self, batch_index: int) -> None:
+        stack = traceback.format_stack(sys._current_frames()[self._observed])
+        log.warning(
+            f"Calibration batch {batch_index} (counted from 0) has run for more than {PATIENCE:.0f} seconds without "
+            "reaching the next block or layer to prune. If the model is not just slow there, it may wait for a lock "
+            "that another batch holds, and wait forever: stop it and use sequential='none', which runs the batches "
+            f"one after another. It is here:\n{''.join(stack[-6:])}"
+        )
