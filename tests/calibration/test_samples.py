@@ -1,7 +1,6 @@
 """Calibration batches as forward passes: which are refused, and what an error in one says."""
 
 import math
-import sys
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -55,7 +54,6 @@ def explode(module, args):
         raise RuntimeError("three is too many")
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before Python 3.11")
 @pytest.mark.parametrize(
     ("sequential", "samples", "place"),
     [
