@@ -123,6 +123,9 @@ def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
     assert report.layers[1].note.endswith(f" inputs never active{note}")
 
 
+# ---- layers without active inputs
+
+
 @pytest.mark.parametrize(("sequential", "solver"), spread(SEQUENTIAL_CHOICES, ["sparsegpt", "zero_out"]))
 def test_a_layer_whose_inputs_are_all_zero_stays_dense(sequential, solver, caplog):
     model = build(dead=range(16))

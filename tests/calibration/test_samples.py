@@ -26,6 +26,9 @@ def mlp(bias=True):
     return nn.Sequential(nn.Linear(8, 8, bias), nn.ReLU(), nn.Linear(8, 8, bias))
 
 
+# ---- what is refused
+
+
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 @pytest.mark.parametrize(
     ("batches", "choices", "message"),
@@ -68,6 +71,9 @@ def test_an_error_names_the_batch_and_the_unit(sequential, samples, place):
         prune(model, [X8, torch.ones(shape)], sequential=sequential, progress=False)
     notes = " ".join(caught.value.__notes__)
     assert f"This happened in {place}calibration batch 1 (counted from 0), with shapes {shape}." in notes
+
+
+# ---- how a model is called
 
 
 def test_what_a_mapping_holds_beyond_the_forward_is_left_out():

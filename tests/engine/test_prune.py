@@ -96,6 +96,9 @@ def test_passes_that_run_anyway_prune_like_one_pass(name):
     assert any("run only once" in note for note in report.notes) == (name == "resnet18")
 
 
+# ---- laws
+
+
 @pytest.mark.parametrize("sequential", ["block", "none"])
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5)])
 def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, sparsity, sequential):
