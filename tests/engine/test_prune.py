@@ -285,6 +285,14 @@ def test_a_layer_whose_inputs_never_change_is_pruned(method, value):
     assert torch.allclose(model(tokens), expected, atol=1e-5)
 
 
+def test_autocast_of_the_caller_does_not_round_what_the_solver_computes():
+    models = [layer(), layer()]
+    for model, active in zip(models, (True, False), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=active):
+            prune(model, [CORRELATED], 0.5, solver=ADMM(), progress=False)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+
+
 def test_autocast_does_not_round_the_bias():
     dense = layer()
     model = copy.deepcopy(dense)
