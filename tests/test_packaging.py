@@ -1,18 +1,17 @@
 """Versions, extras and the workflow agree with pyproject.toml."""
 
 import re
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
-import pytest
 import yaml
 
 import wanda_lightning
 
-tomllib = pytest.importorskip("tomllib")  # Python 3.11
-
 ROOT = Path(__file__).parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 
@@ -45,11 +44,20 @@ def test_an_extra_installs_what_its_message_names():
                 assert any(re.match(rf"{name}\b", requirement) for requirement in EXTRAS[extra]), (extra, name)
 
 
-def test_the_workflow_runs_ci_on_the_oldest_and_the_newest_python():
+def test_the_workflow_runs_ci_on_every_python_that_the_project_names():
     job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]["test"]
     assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
-    oldest, after_newest = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"]).groups()
-    assert job["strategy"]["matrix"]["python"] == [f"3.{oldest}", f"3.{int(after_newest) - 1}"]
+    names = [re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", each) for each in PROJECT["classifiers"]]
+    assert job["strategy"]["matrix"]["python"] == [name[1] for name in names if name]
+
+
+def test_the_oldest_python_is_the_same_everywhere():
+    names = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if "Python :: 3." in each]
+    nightly = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8"))
+    setup = nightly["jobs"]["oldest"]["steps"][1]
+    assert PROJECT["requires-python"] == f">={names[0]}"  # no upper bound: a new Python is tried, not refused
+    assert setup["with"]["python-version"] == names[0]
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{names[0].replace('.', '')}"
 
 
 def test_users_see_the_types():

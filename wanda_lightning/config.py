@@ -13,7 +13,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import check_patterns, did_you_mean
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack as Unpack
+    from typing import Unpack as Unpack
 
     from wanda_lightning.core.allocation import Allocation
     from wanda_lightning.core.criteria import Criterion

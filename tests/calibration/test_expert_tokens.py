@@ -134,6 +134,9 @@ def test_padding_that_counts_is_noted(set_minimum, used):
     assert {layer.note.partition(":")[0] for layer in report.layers if layer.siblings} == {"padding counted"}
 
 
+# ---- few tokens
+
+
 @pytest.mark.parametrize(("sequential", "minimum"), spread(SEQUENTIAL_CHOICES, [10_000, 1, 40]))
 def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum, set_minimum):
     set_minimum(minimum)

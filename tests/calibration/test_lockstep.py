@@ -22,6 +22,8 @@ from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Stop
 
+# ---- where it stops
+
 
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(count):
@@ -63,6 +65,9 @@ def test_the_head_is_computed_for_one_sample_and_an_error_before_it_does_not_mat
     assert seen == [1]
 
 
+# ---- threads and memory
+
+
 def test_all_batches_compute_in_the_thread_of_the_caller():
     """With one team of OpenMP's workers."""
     threads = set()
@@ -95,6 +100,9 @@ def test_the_activations_of_one_unit_are_held(way):
         prune(model, vectors(4), sequential=way, skip=["head"], progress=False)
     assert most == 4 + 1
     assert len(alive) == 0
+
+
+# ---- grad mode, inference mode, instance forwards
 
 
 @pytest.mark.parametrize("outer", [torch.enable_grad, torch.no_grad, torch.inference_mode])
@@ -135,6 +143,9 @@ def test_a_forward_of_the_instance_is_used_and_comes_back():
     assert all(torch.equal(call.args[0], 2 * through([original], x)) for call, x in zip(calls, batches, strict=True))
     assert overrides(model) == ["blocks.0"]
     assert vars(model.blocks[0])["forward"] is own
+
+
+# ---- endings
 
 
 @pytest.mark.parametrize("error", [LookupError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr)

@@ -59,6 +59,44 @@ def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(na
         assert all(same(found[layer].sums[each], statistics.sums[each]) for each in NEEDS), layer
 
 
+class Scaled(nn.Module):
+    """Two layers that read one tensor, which is scaled in between."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.scale = torch.arange(8.0)
+        self.in_place = in_place
+
+    def forward(self, x):
+        x = x.relu()
+        first = self.before(x)
+        x = x.mul_(self.scale) if self.in_place else x * self.scale
+        return first + self.after(x)
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_a_tensor_that_the_model_changes_between_two_layers_is_two_inputs(sequential):
+    models = [seeded(lambda in_place=in_place: Chain(Scaled(in_place), Scaled(in_place))) for in_place in (True, False)]
+    for model in models:
+        prune(model, vectors(), sequential=sequential, progress=False)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+
+
+@torch.inference_mode()
+def test_a_tensor_of_inference_mode_is_a_new_input_in_each_layer():
+    """No version shows whether such a tensor was changed."""
+    found = []
+    for in_place in (True, False):
+        model, observer = seeded(lambda in_place=in_place: Chain(Scaled(in_place))), Observer(NEEDS)
+        own = run_of(model, vectors(1))
+        (sample,) = own.samples.in_memory()
+        with observer.collect(own.plan.whole_model, sample):
+            model(vectors(1)[0])
+        found.append({name: each.sums for name, each in observer.finish(own.plan.whole_model).inputs.items()})
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 # ---- inputs that are never active
 
 DEAD = (0, 1, 6, 9, 14, 15)  # inputs of blocks.0.down
@@ -121,6 +159,9 @@ def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
     report = prune(model, [batch], forward=lambda batch: model(batch["x"][:, first:]), progress=False)
     assert {layer.tokens for layer in report.layers} == {tokens}
     assert report.layers[1].note.endswith(f" inputs never active{note}")
+
+
+# ---- layers without active inputs
 
 
 @pytest.mark.parametrize(("sequential", "solver"), spread(SEQUENTIAL_CHOICES, ["sparsegpt", "zero_out"]))

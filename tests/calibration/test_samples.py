@@ -1,7 +1,6 @@
 """Calibration batches as forward passes: which are refused, and what an error in one says."""
 
 import math
-import sys
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +24,9 @@ PADDING = [{key: 0 * value for key, value in ZOO["llama_padded"].batches()[0].it
 
 def mlp(bias=True):
     return nn.Sequential(nn.Linear(8, 8, bias), nn.ReLU(), nn.Linear(8, 8, bias))
+
+
+# ---- what is refused
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
@@ -55,7 +57,6 @@ def explode(module, args):
         raise RuntimeError("three is too many")
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have no notes before Python 3.11")
 @pytest.mark.parametrize(
     ("sequential", "samples", "place"),
     [
@@ -70,6 +71,9 @@ def test_an_error_names_the_batch_and_the_unit(sequential, samples, place):
         prune(model, [X8, torch.ones(shape)], sequential=sequential, progress=False)
     notes = " ".join(caught.value.__notes__)
     assert f"This happened in {place}calibration batch 1 (counted from 0), with shapes {shape}." in notes
+
+
+# ---- how a model is called
 
 
 def test_what_a_mapping_holds_beyond_the_forward_is_left_out():

@@ -67,7 +67,6 @@ def test_the_name_says_which_weights_the_model_had(tmp_path, monkeypatch, make, 
 
 
 def test_a_page_is_written_when_the_callback_prunes(tmp_path):
-    pytest.importorskip("matplotlib", reason="figures need the extra report")
     callback = PruningCallback(0.5, report=tmp_path / "out/report.html", num_samples=12, method="sparsegpt")
     trainer(callback, max_steps=1).fit(Net(), loader(), loader())
     page = Page(tmp_path / "out/report.html")

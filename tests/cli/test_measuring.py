@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, save_noise
 from support.data import byte_tokenizer
 from support.gguf import write_gguf
-from support.tasks import DOCUMENTS, accuracies_by_hand, needs_lm_eval, tiny_llama, tiny_tokenizer, write_tasks
+from support.tasks import DOCUMENTS, accuracies_by_hand, tiny_llama, tiny_tokenizer, write_tasks
 from support.zoo import ZOO
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, TorchAoConfig
@@ -59,7 +59,6 @@ def side_by_side(stored):
     return ["evaluate", "--model", stored / "pruned", "--dense", stored / "dense", *text]
 
 
-@needs_lm_eval
 def test_models_side_by_side(stored, side_by_side, tmp_path, capsys, monkeypatch):
     loaded = []
 
@@ -98,8 +97,9 @@ def test_models_side_by_side(stored, side_by_side, tmp_path, capsys, monkeypatch
 
 
 def test_zeros_of_a_model_quantized_by_torchao(stored):
-    quantization = pytest.importorskip("torchao.quantization")
-    method = TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    from torchao.quantization import Int8WeightOnlyConfig  # slow to import
+
+    method = TorchAoConfig(Int8WeightOnlyConfig())
     model = AutoModelForCausalLM.from_pretrained(stored / "pruned", quantization_config=method)
     weights = [m.weight.dequantize() for name, m in model.named_modules() if name.endswith("proj")]
     zeros, size = (sum(int(count(w)) for w in weights) for count in (lambda w: (w == 0).sum(), torch.numel))
@@ -139,7 +139,6 @@ REFUSED = [
 ]
 
 
-@needs_lm_eval
 @pytest.mark.parametrize(("more", "message"), REFUSED)
 def test_refused_before_anything_is_measured(stored, side_by_side, refused, monkeypatch, more, message):
     monkeypatch.setattr("wanda_lightning.cli.measuring.measure", None)
@@ -150,7 +149,6 @@ def test_refused_before_anything_is_measured(stored, side_by_side, refused, monk
     refused(*side_by_side, *(option.replace("{}", str(stored)) for option in more), message=message)
 
 
-@needs_lm_eval
 def test_zero_shot_after_pruning(stored, capsys, monkeypatch):
     sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "2", "--calibration", stored / "text.txt"]
     command = ["prune", "--model", stored / "dense", *sizes, "--evaluation", stored / "text.txt", "--eval_zero_shot"]

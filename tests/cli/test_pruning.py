@@ -108,7 +108,6 @@ def test_skip_dtype_and_seed(text):
 
 
 def test_the_page_has_results_and_text_by_both_models_and_changes_nothing_else(text, tmp_path, refused, monkeypatch):
-    pytest.importorskip("matplotlib", reason="pages need the extra report")
     method = ["--method", "sparsegpt", "--sparsity", "0.8"]
     assert run(*text, *method, "--save", "a", "--save_model", "a/model", "--report", "a.html") == 0
     assert run(*text, *method, "--save", "b", "--save_model", "b/model") == 0

@@ -235,6 +235,15 @@ def test_outputs_that_are_no_predictions():
     assert any(changed(model, resnet()))
 
 
+def test_a_generator_gives_its_first_batches_to_the_other_passes_too():
+    """The statistics of the dense model come from them before the inputs of the layers are observed."""
+    models, batches = [resnet(), resnet()], images(2, 2, 2)
+    for model, given in zip(models, (iter(batches), batches), strict=True):
+        report = prune(model, given, 0.5, sequential="none", progress=False)
+        assert report.config["calibration_batches"] == 3
+    same(models[0].state_dict(), models[1].state_dict())
+
+
 @pytest.mark.parametrize(("last", "text"), [(5, "keep_batch_norm=True leaves"), (7, "calibration batch")])
 def test_an_error_restores_the_statistics(last, text):
     """After 3 passes to try two samples, 2 dense batches, and 2 pruned ones."""

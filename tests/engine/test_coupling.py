@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from wanda_lightning import Fisher, Structured, prune
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.samples import map_tensors
 from wanda_lightning.core.allocation import Uniform, UnitLayer
 from wanda_lightning.engine.hidden_units import couple
 from wanda_lightning.engine.unit_costs import unit_costs
@@ -182,6 +183,15 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
     assert {m.reason for m in plan.inventory.skipped if m.name.endswith("down")} == {SkipReason.UNCOUPLED}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["phi3", "mobile"])
+def test_other_dtypes(name, dtype):
+    model, batches = specimen(name)
+    rounded = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
+    found = found_in(copy.deepcopy(model).to(dtype), rounded).coupled
+    assert list(found) == list(found_in(model, batches).coupled) != []
+
+
 @pytest.mark.parametrize(
     ("name", "skip", "stays"),
     [
@@ -310,6 +320,9 @@ def test_uniform_gives_one_ratio_to_all_layers_of_a_kind(widths, sparsity, kept)
     assert tuple(Structured(8).kept(layer.width, got[layer.name]) for layer in layers) == kept
 
 
+# ---- laws
+
+
 @pytest.mark.parametrize("method", ["fast", "balanced"])
 @pytest.mark.parametrize("name", ["llama", "mobile"])
 def test_pruning_twice_changes_nothing(name, method):
@@ -328,6 +341,9 @@ def test_recoveries_keep_the_units_at_zero(recovery):
         units = (layer.mlp.down_proj.weight == 0).all(dim=0)
         assert int(units.sum()) == 32
         assert not torch.cat([layer.mlp.up_proj.weight[units], layer.mlp.gate_proj.weight[units]]).any()
+
+
+# ---- the report
 
 
 def test_a_sparsity_that_rounds_to_no_unit_is_named(caplog):

@@ -50,6 +50,9 @@ def test_choices_that_depend_on_the_model(names, choices, option, expected):
         assert plan.preset == choices.get("method") or choices.keys() != {"method"}
 
 
+# ---- allocations on whole models
+
+
 MODELS = ["llama", "gpt2", "t5", "vit", "convnext", "resnet18", "unreached"]
 SPREADING = {"owl": OWL(m=2.0), "owl_layer": OWL(m=2.0, per="layer"), "fisher": Fisher()}
 
@@ -156,6 +159,9 @@ def test_what_is_impossible_is_refused_before_a_batch_is_read(make, choices, mes
 def test_the_model_comes_first(model, found):
     with pytest.raises(ValueError, match=rf"^model must be a torch\.nn\.Module, but it is {found}"):
         prune(model, build(), progress=False)
+
+
+# ---- numbers that are not finite
 
 
 def before(unit, sequential):

@@ -96,6 +96,9 @@ def test_passes_that_run_anyway_prune_like_one_pass(name):
     assert any("run only once" in note for note in report.notes) == (name == "resnet18")
 
 
+# ---- laws
+
+
 @pytest.mark.parametrize("sequential", ["block", "none"])
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5)])
 def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, sparsity, sequential):
@@ -280,6 +283,14 @@ def test_a_layer_whose_inputs_never_change_is_pruned(method, value):
     prune(model, [tokens], 0.5, method=method, progress=False)
     assert (model[2].weight == 0).sum() == 64
     assert torch.allclose(model(tokens), expected, atol=1e-5)
+
+
+def test_autocast_of_the_caller_does_not_round_what_the_solver_computes():
+    models = [layer(), layer()]
+    for model, active in zip(models, (True, False), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=active):
+            prune(model, [CORRELATED], 0.5, solver=ADMM(), progress=False)
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
 
 
 def test_autocast_does_not_round_the_bias():

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tasks import DOCUMENTS, accuracies_by_hand, needs_lm_eval, tiny_llama, tiny_tokenizer, write_tasks
+from support.tasks import DOCUMENTS, accuracies_by_hand, tiny_llama, tiny_tokenizer, write_tasks
 
 from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
 
 
-@needs_lm_eval
 @pytest.mark.parametrize("name", ["boolq", "rte", "arc_easy", "arc_challenge", "openbookqa"])
 def test_accuracy_is_the_one_counted_by_hand(tmp_path, name):
     write_tasks(tmp_path / "tasks")
@@ -32,7 +31,6 @@ def test_accuracy_is_the_one_counted_by_hand(tmp_path, name):
     assert len(seen) > 1  # else these models could not tell one way of counting from another
 
 
-@needs_lm_eval
 def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(tmp_path):
     write_tasks(tmp_path)
     model, tokenizer = tiny_llama(3).train(), tiny_tokenizer()
@@ -60,7 +58,6 @@ UNFIT = [
 ]
 
 
-@needs_lm_eval
 @pytest.mark.parametrize(("name", "content", "message"), UNFIT, ids=[f"{n} {m[:30]}" for n, _, m in UNFIT])
 def test_documents_that_do_not_fit(tmp_path, name, content, message):
     (tmp_path / f"{name}.jsonl").write_text(content)
@@ -68,7 +65,6 @@ def test_documents_that_do_not_fit(tmp_path, name, content, message):
         load_tasks([name], tmp_path)
 
 
-@needs_lm_eval
 def test_names_of_tasks(tmp_path):
     write_tasks(tmp_path)
     for names in (["paper"], ["all"], ["boolq", "paper"]):
@@ -89,7 +85,6 @@ def test_the_documented_fields_are_the_ones_that_are_read():
     assert table == PAPER_TASKS
 
 
-@needs_lm_eval
 def test_the_documented_examples_can_be_used(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
     examples = {json.loads(line)["task"]: line for line in text.splitlines() if line.startswith('{"task"')}

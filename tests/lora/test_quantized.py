@@ -18,11 +18,10 @@ from support.lora import (
     zeros_of,
 )
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from wanda_lightning.lora import KEEP_ZEROS_LORA, merge
-
-Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
 
 
 def by_torchao(folder, dtype=torch.float32):

@@ -15,8 +15,13 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from support.cli import IGNORED_WARNINGS, run
 from timm.models import save_for_hf
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
 from transformers import AutoModelForCausalLM
 
+from wanda_lightning import prune
 from wanda_lightning.cli import lightning
 from wanda_lightning.models import find_layers
 
@@ -105,12 +110,41 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
         assert (zeros.sum(1) == int(sparsity * zeros.shape[1])).all()
 
 
+SPEED_2TO4 = ROOT / "recipes/llm/speed_2to4.py"
+
+
 def test_2to4_weights_have_a_shape_that_fits():
-    layers = [torch.nn.Linear(columns, rows) for rows, columns in ((32, 64), (32, 64), (16, 64), (32, 32))]
+    layers = [torch.nn.Linear(columns, rows) for rows, columns in ((16, 48), (16, 48), (16, 24), (24, 16))]
     for layer in layers[1:]:
         layer.weight.data[:, ::2] = 0
-    found = runpy.run_path(str(ROOT / "recipes/llm/speed_2to4.py"))["layers_2to4"](torch.nn.Sequential(*layers))
-    assert found == layers[1:2]
+    assert runpy.run_path(str(SPEED_2TO4))["layers_2to4"](torch.nn.Sequential(*layers)) == layers[1:2]
+
+
+def test_pytorch_compresses_weights_of_this_shape():
+    constraints = torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS[torch.float16]
+    multiple = runpy.run_path(str(SPEED_2TO4))["MULTIPLE_OF"]
+    assert (constraints.sparse_min_rows, constraints.sparse_min_cols) == (multiple, multiple), (
+        "PyTorch takes 2:4 weights of other shapes: change MULTIPLE_OF in recipes/llm/speed_2to4.py and docs/speed.md"
+    )
+
+
+def test_pytorchs_format_for_2to4_holds_every_pruned_weight():
+    """Its kernels need a GPU, but what converts to CUTLASS's format and back is written in PyTorch."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    prune(model, [torch.randn(64, 64)], 0.5, pattern="2:4", progress=False)
+    (layer,) = runpy.run_path(str(SPEED_2TO4))["layers_2to4"](model)
+    values, places = sparse_semi_structured_from_dense_cutlass(layer.weight.half())
+    assert values.numel() == layer.weight.numel() / 2
+    assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, places), layer.weight.half())
+
+
+def test_2to4_weights_without_a_gpu_are_refused_before_the_model_is_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["speed_2to4", "--model", "missing"])
+    with pytest.raises(
+        SystemExit, match=r"^speed_2to4\.py needs an NVIDIA GPU of .* 8\.0 .*, but PyTorch .* finds no GPU"
+    ):
+        runpy.run_path(str(SPEED_2TO4), run_name="__main__")
 
 
 @IGNORED_WARNINGS

@@ -6,8 +6,6 @@ import pytest
 from support.pairwise import with_nightly
 from support.zoo import ZOO
 
-pytest.importorskip("matplotlib", reason="figures need the extra report")
-
 from wanda_lightning import prune
 from wanda_lightning.report.figures import layer_grid, plots_of, shortest_ends, to_svg, weights_by_kind
 

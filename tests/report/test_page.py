@@ -3,8 +3,6 @@
 import pytest
 from support.reports import Page, llama_report
 
-pytest.importorskip("matplotlib", reason="pages need the extra report")
-
 
 def page_of(report, folder):
     report.to_html(folder / "out" / "report.html")

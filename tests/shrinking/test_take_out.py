@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 from support.mlps import MIXING, Mlp
 from support.tiny import tiny
 from support.zoo import ZOO
@@ -135,9 +136,10 @@ def on_one_side():
 
 
 def quantized():
-    torchao = pytest.importorskip("torchao.quantization")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_  # slow to import
+
     model = with_zeros()
-    torchao.quantize_(model[0], torchao.Int8WeightOnlyConfig())
+    quantize_(model[0], Int8WeightOnlyConfig())
     return model
 
 
@@ -209,8 +211,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
 
 
 def test_adapters_are_refused():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(ZOO["llama"].build(), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"shrink would break adapters.*Merge them first"):
         wl.shrink(model)
 

@@ -1,15 +1,11 @@
 """Documents of the zero-shot tasks, their accuracy counted by hand, and tiny models to measure."""
 
 import json
-from importlib.util import find_spec
 
-import pytest
 import torch
 from support import modules
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
 VOCABULARY = 400
 

@@ -11,12 +11,6 @@ from wanda_lightning.calibration.cloning import tensors_within
 _START = "This happened in "
 
 
-def add_note(error: BaseException, text: str) -> None:
-    """Add a sentence to an error; Python 3.11 and later show it below the message."""
-    if hasattr(error, "add_note"):
-        error.add_note(text)
-
-
 @contextmanager
 def noting(
     text: Callable[[], str],
@@ -28,7 +22,7 @@ def noting(
         yield
     except kind as error:
         if note := text():
-            add_note(error, note)
+            error.add_note(note)
             log(note)
         raise
 
@@ -43,5 +37,5 @@ def naming_batch(index: int, values: Any, stop: str = "") -> Iterator[None]:
             where = f"{stop}, in " if stop else ""
             shapes = [str(tuple(tensor.shape)) for tensor in tensors_within(values)]
             of = f", with shapes {', '.join(shapes)}" if shapes else ""
-            add_note(error, f"{_START}{where}calibration batch {index} (counted from 0){of}.")
+            error.add_note(f"{_START}{where}calibration batch {index} (counted from 0){of}.")
         raise

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from wanda_lightning.models.quantized import is_packed, is_packed_weight, quanti
 from wanda_lightning.models.task import own_head
 
 
-class SkipReason(str, Enum):
+class SkipReason(StrEnum):
     """Reasons to leave a matrix dense."""
 
     ADAPTER = "adapter"
