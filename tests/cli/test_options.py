@@ -54,6 +54,15 @@ def test_a_file_that_is_not_yaml(refused, content):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_the_model_may_stand_first(command):
+    assert parse_options(command, ["x"]) == options(command=command)
+
+
+def test_several_models_may_stand_first():
+    assert parse_options("evaluate", ["a,b", "c", "--dense", "d"])["model"] == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_printed_reads_back(capsys, command):
     more = ["--pattern", "2:4", "--skip", "re:x{1,3}"] if command == "prune" else []
     assert run(command, *X, *more, "--print_config") == 0

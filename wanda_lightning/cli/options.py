@@ -9,7 +9,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -122,7 +122,7 @@ _MODEL, _PRUNING, _DATA, _RESULTS, _SESSION = (
 class Model:
     """The model of a command."""
 
-    model: str
+    model: str = field(kw_only=False)
     """Hub id, folder or .gguf file of a language model; timm:NAME of an image classifier, or timm:local-dir:FOLDER."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto: as they are stored."""
@@ -154,7 +154,7 @@ class Model:
 class Models(Model):
     """The models of `evaluate`."""
 
-    model: _Names  # type: ignore[assignment]
+    model: _Names = field(kw_only=False)  # type: ignore[assignment]
     """The models as for prune, with commas: language models or image classifiers."""
     dense: str | None = None
     """The dense model. It is measured first, and the table shows how the others differ from it."""
