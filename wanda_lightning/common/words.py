@@ -42,7 +42,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     starts = {}
     for each in sorted(known, key=lambda each: (len(each), each), reverse=True):
         starts[each[: len(name) or None]] = each  # the shortest of those that start alike
-    close = [starts[start] for start in difflib.get_close_matches(name.lower(), starts, n=3)]
+    close = [starts[start] for start in difflib.get_close_matches(name.lower(), starts, n=3, cutoff=0.75)]
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
