@@ -50,6 +50,7 @@ def test_validate_a_recipe(recipe, capsys, tmp_path):
         (("0.5", "0.7"), "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
         (("skip: []", "skip: [nothing]"), "skip='nothing' matches no matrix"),
         ((".WandaPrune", ".WandaPrun"), "WandaPrun"),
+        (("\nmodel:", "\nseed_everything: 4294967296\nmodel:"), "seed_everything must be a whole number of at least 0"),
     ],
 )
 def test_a_recipe_is_refused(recipe, refused, change, message):

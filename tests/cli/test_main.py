@@ -21,7 +21,7 @@ import sys, wanda_lightning
 print(sorted({'torch', 'lightning', 'rich', 'yaml'} & set(sys.modules)))
 from wanda_lightning.cli import main
 helps = [[command, "--help"] for command in ("prune", "evaluate", "inspect", "shrink", "fit")]
-lines = [["--version"], ["pruen"], ["prune"], *helps]
+lines = [["--version"], ["pruen"], ["prune"], ["prune", "--model", "gone.gguf"], *helps]
 wrong = ("--method wnada", "--pattern 4;2", "--evaluation wikitext3", "--save /dev/null/x", "--sparsity 5")
 for arguments in [*lines, *(["prune", "--model", "x", *more.split()] for more in wrong)]:
     main(arguments)
@@ -34,7 +34,7 @@ def test_the_package_help_and_refusals_load_no_library(tmp_path):
     done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, cwd=tmp_path)
     *said, loaded = done.stderr.partition("Traceback")[0].splitlines()
     assert loaded == "set()"
-    assert len(said) == 7  # one line for each refusal
+    assert len(said) == 8  # one line for each refusal
     assert 'Did you mean "prune"?' in said[0]
     assert all(f"─ {group} ─" in done.stdout for group in ("Model", "Pruning", "Data", "Results", "Session"))
     assert done.stderr.endswith("AttributeError: module 'wanda_lightning' has no attribute 'nothing'\n")

@@ -136,6 +136,7 @@ REFUSED = [
     (["--dense", "{}/images"], "key in its config.json"),
     (["--model", "other"], "but other splits"),
     (["--model", "mute"], "tokenizer must be given"),
+    (["--model", "bin"], "the only format that is read, but bin has config.json, pytorch_model.bin. Convert a "),
 ]
 
 
@@ -146,6 +147,8 @@ def test_refused_before_anything_is_measured(stored, side_by_side, refused, monk
     for name in ("other", "mute"):
         tiny_llama(0).save_pretrained(name)
     byte_tokenizer().save_pretrained("other")
+    tiny_llama(0).config.save_pretrained("bin")
+    Path("bin/pytorch_model.bin").touch()
     refused(*side_by_side, *(option.replace("{}", str(stored)) for option in more), message=message)
 
 
@@ -232,7 +235,7 @@ def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(
     [
         (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of the 14 layers"),
         (["--skip", "model"], "model has nothing to prune"),
-        (["--model", "gone"], "configuration of 'gone' cannot be loaded"),
+        (["--model", "gone"], "configuration of 'gone' cannot be loaded: no file or folder has this name: "),
         (["--model", "t5"], "model must be a decoder, but t5 is an encoder-decoder."),
         (["--model", "timm:test_vit", "--pattern", "experts"], "pattern='experts' needs a mixture of experts"),
     ],

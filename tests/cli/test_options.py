@@ -41,6 +41,27 @@ def test_a_file_is_read_as_text_and_the_command_line_wins():
     assert (both["num_samples"], both["seqlen"], both["evaluation"]) == (5, None, ())
 
 
+def test_options_below_a_name_in_a_file_are_refused(refused):
+    """cyclopts ignores what is below the name of a command."""
+    Path("a.yaml").write_text("model: x\nprune:\n  sparsity: 0.25\n")
+    refused("prune", "--config", "a.yaml", message="a.yaml, prune holds others. Move them up.")
+
+
+@pytest.mark.parametrize("content", ["model: [", "[" * 5000 + "]" * 5000])
+def test_a_file_that_is_not_yaml(refused, content):
+    Path("a.yaml").write_text(content)
+    refused("prune", "--config", "a.yaml", message="--config must name YAML files with options, but")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_model_may_stand_first(command):
+    assert parse_options(command, ["x"]) == options(command=command)
+
+
+def test_several_models_may_stand_first():
+    assert parse_options("evaluate", ["a,b", "c", "--dense", "d"])["model"] == ("a", "b", "c")
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_printed_reads_back(capsys, command):
     more = ["--pattern", "2:4", "--skip", "re:x{1,3}"] if command == "prune" else []
@@ -83,18 +104,25 @@ REFUSED = {
         (["--sparsity", "half"], 'Invalid value for --sparsity: unable to convert "half" into float.'),
         (["--sparsity", "0.5", "--sparsity_ratio", "0.6"], "--sparsity_ratio specified multiple times"),
         (["--num_samples", "0"], "Must be >= 1."),
+        (["--nsamples", "1.5"], "Invalid value for --nsamples: must be a whole number, but it is 1.5."),
+        (["--seqlen", "1e3"], "Invalid value for --seqlen: must be a whole number, but it is 1e3."),
+        (["--batch_size", str(2**31)], "Must be <= 2147483647."),
+        (["--seed", "99999999999999999999"], 'value "99999999999999999999" for --seed. Must be <= 4294967295.'),
+        (["--config", "."], "--config must name YAML files with options, but"),
+        (["extra"], "Unused Tokens: ['extra']."),
         (["--use_variant", "--pattern", "2:4"], "--use_variant must be left out for --pattern 2:4, or it would be ign"),
         (["--data", "digits"], "--data must be left out for a language model"),
         ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit must be left out for an image classifier"),
         (["--nsample", "3"], "Did you mean --nsamples?"),
         (["--solver", "admm", "--criterion", "ria"], "criterion='ria' cannot be combined with solver='admm'"),
         (["--save", ""], "--save must not be empty."),
-        (["--calibration", "gone.txt"], "for --calibration. text must be one of c4, wikitext2"),
+        (["--calibration", "gone.txt"], "text must be an existing file, but there is no gone.txt. Check the path."),
+        (["--calibration", "gone"], 'Invalid value "gone" for --calibration. text must be one of c4, wikitext2'),
         (["--stream", "--eval_zero_shot", "--save_model", "x"], "--eval_zero_shot must be left out for --stream"),
         (["--device", "cuda"], "--device must be left out for pruning without --stream"),
         (["--shrink", "--stream"], "--shrink, --stream must be left out for a command without --save_model"),
         (["--shrink", "--pattern", "2:4", "--save_model", "x"], "--shrink must be left out for --pattern 2:4"),
-        (VIT[:2], "data must be digits, or an existing folder"),
+        (VIT[:2], "with classes only, but it is missing."),
         (["--private"], "--private must be left out for a command without --push_to_hub"),
         (["--report", "report.pdf"], "report must end with .html or .png, but it is 'report.pdf'."),
     ],
@@ -102,6 +130,10 @@ REFUSED = {
         (["--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2."),
         (["--model", "gpt2,timm:resnet18"], "--model must name language models, or image classifiers."),
         (["--task_limit", "3"], "--task_limit must be left out for"),
+        (
+            ["--evaluation", "c4,gone.txt"],
+            'Invalid value "c4,gone.txt" for --evaluation. text must be an existing file',
+        ),
     ],
     "inspect": [(["--seed", "1"], "Unknown option: --seed.")],
     "shrink": [(["--overwrite"], "--overwrite must be left out for a command that writes nothing")],

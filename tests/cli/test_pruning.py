@@ -169,7 +169,8 @@ REFUSED = [
     (["--model", "{}/images"], "key in its config.json"),
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
-    (["--calibration", "c4"], "The data of 'allenai/c4' cannot be loaded: "),
+    (["--calibration", "c4"], "Without a network, use --calibration python-docs"),
+    (["--calibration", "c4", "--model", "bin"], "the only format that is read, but bin has config.json. Convert a "),
     (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of"),
     (["--stream", "--model", "{}/gone.gguf"], "gone.gguf does not exist"),
     (["--stream", "--method", "thorough"], "needs the whole model in memory"),
@@ -181,6 +182,8 @@ REFUSED = [
 def test_refused_for_a_language_model(inputs, text, refused, monkeypatch, more, message):
     for name in ("measure", "perplexity_from_disk"):
         monkeypatch.setattr(f"wanda_lightning.cli.pruning.{name}", None)
+    Path("bin").mkdir()
+    shutil.copy(inputs / "llama/config.json", "bin")
     refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message)
 
 

@@ -96,6 +96,7 @@ REFUSED = [
     (".", True, "model", r"\. must be empty or a model \(with config.json, not the working directory"),
     ("full/file/x", True, "file", "Not a directory"),
     ("loop/x", True, "model", "symbolic links"),
+    ("/proc/x/a.html", True, "file", r"^/proc/x/a\.html cannot be written, since /.* takes no new files"),
 ]
 
 

@@ -26,6 +26,12 @@ def test_a_path_or_a_hub_id(monkeypatch, tmp_path):
             ModelSource(name).locate()
 
 
+def test_a_file_with_weights_alone(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(OSError, match=r"model\.safetensors has only weights\. Give its folder"):
+        ModelSource(tmp_path / "model.safetensors").locate()
+
+
 LOADERS = {
     "configuration": lambda: load_config(ModelSource("owner/none")),
     "tokenizer": lambda: load_tokenizer(ModelSource("owner/none")),
@@ -49,7 +55,8 @@ def test_a_hub_is_asked_once(monkeypatch, tmp_path, part, answers):
         with pytest.raises(OSError, match=rf"^The {part} of .* cannot be loaded: ") as found:
             LOADERS[part]()
         server.shutdown()
-    assert ("not in the cache, and the Hugging Face hub cannot be reached" in str(found.value)) == (not answers)
+    reasons = "no file or folder has this name, it is not in the cache, and the Hugging Face hub cannot be reached"
+    assert (reasons in str(found.value)) == (not answers)
     assert slept == []
     assert not constants.HF_HUB_OFFLINE
 

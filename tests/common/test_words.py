@@ -47,5 +47,7 @@ def test_patterns_of_an_option():
 
 def test_words():
     assert did_you_mean("wnda", ["wanda", "magnitude"]) == " Did you mean wanda?"
+    assert did_you_mean("VIT_tinyy", ["vit_tiny_r26_s32_384", "vit_tiny_p16_224"]) == " Did you mean vit_tiny_p16_224?"
+    assert did_you_mean("foo", ["boolq"]) == ""
     assert [duration(seconds) for seconds in (7.25, 192, 7500)] == ["7.2 s", "3 min 12 s", "2 h 5 min"]
     assert (count(134_515_008), count(950), as_size(999_700_000)) == ("135 million", "950", "1000 MB")

@@ -20,3 +20,5 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path, monkeypatch, tokenizer,
         data.setup("fit")
     assert ("hub cannot be reached" in str(error.value)) == (not knows)
     assert isinstance(error.value.__cause__, ConnectionError)
+    is_ours = source in ("c4", "wikitext2")
+    assert ("Without a network, use --calibration python-docs (in Python, " in str(error.value)) == is_ours

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, ValidationError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
 from wanda_lightning.cli.options import values_of
@@ -55,6 +55,9 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]
         function, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         error.verbose = False  # the message without the place in this package
+        names = getattr(error.argument, "value", None)
+        if isinstance(error, ValidationError) and isinstance(names, tuple):
+            error.value = ",".join(names)  # as they are typed
         raise UserError(str(error)) from error
     bound.apply_defaults()
     for name, value in values_of(*filter(is_dataclass, bound.arguments.values())).items():

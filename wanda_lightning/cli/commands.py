@@ -134,6 +134,8 @@ def _refuse(models: options.Model, *groups: Any) -> None:
             raise UserError(f"{', '.join(unused)} must be left out for {purpose}, or it would be ignored.")
     if len({name.startswith("timm:") for name in models.all}) != 1:
         raise UserError("--model must name language models, or image classifiers.")
+    for name in () if models.is_image else models.all:
+        models.source(name).locate()  # refuses a wrong path before libraries are imported
     if models.is_image and "data" in values:
         image_sources.check_source(on("data") or "")
     folder, model = on("save_model"), Path(str(models.model).removeprefix("timm:local-dir:")).expanduser()

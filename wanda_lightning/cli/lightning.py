@@ -10,6 +10,8 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
+from wanda_lightning.common.checks import SEED, check_values
+
 _load_yaml = jsonargparse.get_loader("yaml")
 
 
@@ -21,6 +23,16 @@ class _SaveConfigBesideLogs(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
+class _CLI(LightningCLI):
+    """LightningCLI that refuses a seed which Lightning does not take."""
+
+    def parse_arguments(self, *arguments: Any) -> None:
+        super().parse_arguments(*arguments)
+        seed = self.config[self.config.subcommand].seed_everything
+        if seed is not None:
+            check_values(SEED, seed_everything=int(seed))
+
+
 def _load(text: str) -> Any:
     """Load YAML, with 2:4 as text, not as the number 124 of base 60."""
     return _load_yaml(re.sub(r"\b(pattern: *)(\d+:\d+)\b", r'\1"\2"', text))
@@ -29,7 +41,7 @@ def _load(text: str) -> Any:
 def run() -> None:
     """Run LightningCLI on `sys.argv`; its class paths name any model, data and callbacks."""
     jsonargparse.set_loader("yaml", _load, (yaml.YAMLError,))
-    LightningCLI(
+    _CLI(
         seed_everything_default=0,
         parser_kwargs={"prog": "wanda-lightning"},
         save_config_callback=_SaveConfigBesideLogs,

@@ -109,6 +109,8 @@ def evaluate(models: Models, data: Measurements, results: File) -> None:
 
 def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
     """Read the data of all models, to refuse them together; then load and measure one model at a time."""
+    for name in () if models.is_image else models.all:
+        check_source(models.source(name))
     tasks = load_tasks(data.tasks, data.tasks_dir, models.cache_dir)
     sources: list[tuple[str, str | None]] = [(models.dense, None)] if models.dense else []
     sources += zip(models.model, models.checkpoint or [None] * len(models.model), strict=True)
@@ -153,7 +155,7 @@ def inspect(config: PruningConfig, options: Model) -> None:
     """Print the layers that would be pruned, by stop, and the other matrices, by reason."""
     source = options.source(options.model)
     if not options.is_image:
-        check_source(source)
+        check_source(source, weights=False)
     model: Any = model_from_config(source)
     config = config_for(config, model)
     found = find_layers(model, config.sequential, config.skip, config.only, config.pattern)

@@ -9,15 +9,17 @@ import inspect
 import re
 import shlex
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
-from cyclopts import App, ArgumentCollection, Group, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter
 from cyclopts.config import Yaml
 from cyclopts.validators import Number
 
+from wanda_lightning.common.checks import SEED
 from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.words import one_line
 from wanda_lightning.config import NAMES, PruningConfig, check_pattern
 
 
@@ -32,6 +34,15 @@ def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
     texts = (token.value for token in tokens)
     parts = (part.strip() for text in texts for part in ([text] if text.startswith("re:") else text.split(",")))
     return tuple(part for part in parts if part)
+
+
+def _whole_number(type_: Any, tokens: Iterable[Any]) -> int:
+    """Read a whole number; by itself, cyclopts rounds 1.5."""
+    (token,) = tokens
+    try:
+        return int(token.value)
+    except ValueError:
+        raise ValueError(f"must be a whole number, but it is {token.value}.") from None
 
 
 def _known_texts(type_: Any, given: str | Collection[str]) -> None:
@@ -51,8 +62,23 @@ class _File(Yaml):
         class Texts(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
             yaml_implicit_resolvers = {"n": [("tag:yaml.org,2002:null", re.compile("null$"))]}  # noqa: RUF012
 
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=Texts) or {}
-        return {k: v for k, v in content.items() if v is not None} if isinstance(content, dict) else content
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=Texts) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            raise CycloptsError(
+                msg=f"--config must name YAML files with options, but {path} cannot be read: {one_line(error)}"
+            ) from error
+
+        if not isinstance(content, dict):
+            return content
+
+        for name, value in content.items():
+            if isinstance(value, dict):  # cyclopts ignores what is below the name of a command
+                raise CycloptsError(
+                    msg=f"--config must name YAML files with options at their top level, but in {path}, {name} holds "
+                    "others. Move them up."
+                )
+        return {name: value for name, value in content.items() if value is not None}
 
 
 def read_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -83,7 +109,8 @@ def as_command(command: str, *groups: Any, always: Collection[str] = ()) -> str:
 
 
 _Names = Annotated[tuple[str, ...], Parameter(converter=split_names)]
-_Count = Annotated[int, Parameter(validator=Number(gte=1))]
+_WHOLE = Parameter(converter=_whole_number)
+_Count = Annotated[int, _WHOLE, Parameter(validator=Number(gte=1, lte=2**31 - 1))]
 _MODEL, _PRUNING, _DATA, _RESULTS, _SESSION = (
     Parameter(name="*", group=Group(title, sort_key=place))
     for place, title in enumerate(("Model", "Pruning", "Data", "Results", "Session"))
@@ -95,7 +122,7 @@ _MODEL, _PRUNING, _DATA, _RESULTS, _SESSION = (
 class Model:
     """The model of a command."""
 
-    model: str
+    model: str = field(kw_only=False)
     """Hub id, folder or .gguf file of a language model; timm:NAME of an image classifier, or timm:local-dir:FOLDER."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto: as they are stored."""
@@ -127,7 +154,7 @@ class Model:
 class Models(Model):
     """The models of `evaluate`."""
 
-    model: _Names  # type: ignore[assignment]
+    model: _Names = field(kw_only=False)  # type: ignore[assignment]
     """The models as for prune, with commas: language models or image classifiers."""
     dense: str | None = None
     """The dense model. It is measured first, and the table shows how the others differ from it."""
@@ -202,7 +229,7 @@ class _Measured:
     """Images: a folder laid out like ImageNet, or digits."""
     limit: _Count | None = None
     """Number of windows of each text to measure on; by default all."""
-    seqlen: Annotated[int | None, Parameter(validator=Number(gte=2))] = None
+    seqlen: Annotated[int | None, _WHOLE, Parameter(validator=Number(gte=2))] = None
     """Number of tokens in a window; by default the model's context, at most 2048."""
     batch_size: _Count | None = None
     """Number of windows (or answers) in a batch, by default 4; or of images, by default 64."""
@@ -220,7 +247,7 @@ class Data(_Measured):
 on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet); or self, what the dense model writes."""
     num_samples: Annotated[_Count | None, Parameter(alias="--nsamples")] = None
     """Number of calibration samples; by default 128 sequences or 4096 images, as in the paper."""
-    seed: Annotated[int, Parameter(validator=Number(gte=0))] = 0
+    seed: Annotated[int, _WHOLE, Parameter(validator=Number(gte=SEED.minimum, lte=SEED.maximum))] = 0
     """Seed that draws the calibration samples."""
     checkpoint: Annotated[str | None, Parameter(alias="--resume")] = None
     """Weights (.safetensors) of the image classifier."""

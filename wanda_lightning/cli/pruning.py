@@ -91,6 +91,8 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
 def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
     model, _, data, results = options
     _keep_freed_memory()
+    if not model.is_image:
+        check_source(model.source(model.model))
     classifier = load(model, model.model, data.checkpoint) if model.is_image else None
     source = data_for(model, data, model.model, classifier)
     module = classifier or load(model, model.model)  # after the data, since it may be large

@@ -103,7 +103,12 @@ def require_writable(path: str | os.PathLike[str], overwrite: bool = False, kind
         target.stat()  # fails if a name is too long, a parent is a file, or links form a loop
     entries, is_file = list_entries(target), kind == "file"
     place = next(each for each in (target, *target.parents) if each.is_dir())
-    tempfile.TemporaryFile(dir=place).close()  # some reasons show only when a file is created
+    try:
+        tempfile.TemporaryFile(dir=place).close()  # some reasons show only when a file is created
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written, since {place} takes no new files ({error.strerror}). Choose another path."
+        ) from error
     if target.exists() and target.is_dir() == is_file:
         raise FileExistsError(f"{path} must be a {'file' if is_file else 'folder'}. Choose another path.")
     if (entries or target.is_file()) and not overwrite:

@@ -41,11 +41,15 @@ class ModelSource:
         return {name: getattr(self, name) for name in ("revision", "cache_dir", "trust_remote_code")}
 
     def locate(self) -> dict[str, Any]:
-        """Return the arguments of `from_pretrained`; raise a FileNotFoundError for a path that does not exist."""
+        """Return the arguments of `from_pretrained`; raise an OSError for a path that is not a model."""
         path = self.path
         is_path = path.is_absolute() or str(self).startswith(".") or len(path.parts) > 2
         if not path.exists() and (is_path or path.suffix in (".gguf", ".safetensors")):
             raise FileNotFoundError(f"The model {self} does not exist. Check the path.")
+        if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+            raise OSError(
+                f"model must be a folder, a .gguf file or a hub id, but {self} has only weights. Give its folder."
+            )
         if path.suffix == ".gguf":
             require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
             return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **self.hub}
@@ -85,27 +89,35 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
     """While a library loads the `part` of a model or data set, name both in its errors.
 
     A missing package stays an ImportError, an error of the file system or the hub an OSError; others are ValueErrors.
-    If the hub does not answer, libraries read only their caches, since they would ask it again for half a minute.
+    If the hub does not answer, libraries read only their caches, since they would ask it again for half a minute. The
+    error then says first that no file or folder has this name, since a wrong path is the likelier reason.
     """
     from huggingface_hub import constants, get_session
 
-    was_offline, found = constants.HF_HUB_OFFLINE, ""
+    was_offline = constants.HF_HUB_OFFLINE
+    reasons = ["no file or folder has this name"]
     try:
         if on_hub and not was_offline:
             try:
                 get_session().head(constants.ENDPOINT, timeout=10)
             except Exception as error:  # libraries of the network raise errors of many kinds
                 constants.HF_HUB_OFFLINE = True
-                found = f" not in the cache, and the Hugging Face hub cannot be reached ({one_line(error)}):"
+                reasons += ["it is not in the cache", f"and the Hugging Face hub cannot be reached ({one_line(error)})"]
         yield
     except Exception as error:
         if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
             raise
-        kind: type[Exception] = MissingPackageError if isinstance(error, ImportError) else OSError
-        if {type(error).__name__, type(error.__context__).__name__} & {"JSONDecodeError", "SafetensorError"}:
+
+        kind: type[Exception] = OSError
+        found = ""
+        if isinstance(error, ImportError):
+            kind = MissingPackageError
+        elif {type(error).__name__, type(error.__context__).__name__} & {"JSONDecodeError", "SafetensorError"}:
             kind, found = UserError, " a file is damaged; download or save it again:"
-        elif not isinstance(error, ImportError | OSError):
-            kind, found = UserError, f"{found} {type(error).__name__}:"
+        elif not isinstance(error, OSError):
+            kind, found = UserError, f" {type(error).__name__}:"
+        elif on_hub and constants.HF_HUB_OFFLINE:
+            found = f" {', '.join(reasons)}:"
         raise kind(f"The {part} of {str(name)!r} cannot be loaded:{found} {one_line(error)}") from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline

@@ -35,8 +35,14 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean ...?` with the known names that resemble `name`, or an empty string if none does."""
-    close = difflib.get_close_matches(name, list(known), n=3)
+    """Return ` Did you mean ...?` with the known names that resemble `name`, or an empty string if none does.
+
+    A known name may be longer, as `vit_tiny_patch16_224` is for `vit_tinyy`: only its start is compared.
+    """
+    starts = {}
+    for each in sorted(known, key=lambda each: (len(each), each), reverse=True):
+        starts[each[: len(name) or None]] = each  # the shortest of those that start alike
+    close = [starts[start] for start in difflib.get_close_matches(name.lower(), starts, n=3, cutoff=0.75)]
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 

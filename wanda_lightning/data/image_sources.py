@@ -61,9 +61,10 @@ def check_source(data: str) -> None:
     if data == "digits":
         require_extra("demo", "sklearn", purpose="The digits")
     elif not data or not Path(data).expanduser().is_dir():
+        found = f"it is {data!r}" if data else "it is missing"
         raise UserError(
-            "data must be digits, or an existing folder with train/CLASS and val/CLASS, or with classes only, but it "
-            f"is {data!r}."
+            "data must be digits, or an existing folder with train/CLASS and val/CLASS, or with classes only, but "
+            f"{found}."
         )
 
 

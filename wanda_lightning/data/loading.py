@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import reading
 
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -15,6 +17,7 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 EXTENSIONS = tuple(_BUILDERS)
+_DEEPEST = 1000  # levels of JSON: pyarrow recurses, and the stack ends the process at some ten thousand
 
 
 def load(source: str, *config: str, **options: Any) -> Any:
@@ -29,11 +32,29 @@ def load(source: str, *config: str, **options: Any) -> Any:
     if path.suffix in _BUILDERS:
         name, format_options = _BUILDERS[path.suffix]
         options |= {"data_files": str(path), "split": "train", **format_options}
+    if path.suffix == ".jsonl" and path.is_file():
+        _refuse_deep(path)
     with reading("data", source, on_hub=not path.exists()):
         try:
             return datasets.load_dataset(str(path) if path.is_dir() else name, *config, **options)
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ or error from None
+
+
+def _refuse_deep(path: Path) -> None:
+    """Raise a ValueError for a file with a line of JSON that is nested too deeply to be read."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.count(b"[") + line.count(b"{") <= _DEEPEST:  # nearly always
+                continue
+
+            brackets = re.findall(rb'"(?:[^"\\]|\\.)*"|[][{}]', line)  # and strings, which may hold others
+            steps = [{b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(each, 0) for each in brackets]
+            if max(accumulate(steps)) > _DEEPEST:
+                raise UserError(
+                    f"The data of {str(path)!r} cannot be loaded: line {number} is nested more than {_DEEPEST:,} "
+                    "levels deep. Take it out."
+                )
 
 
 def is_hub_id(source: str) -> bool:

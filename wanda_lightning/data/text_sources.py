@@ -29,6 +29,8 @@ def check_source(source: str, option: str = "text") -> None:
     path = Path(source).expanduser()
     if source == "sklearn-docs":
         require_extra("demo", "sklearn", purpose="The descriptions of scikit-learn's data sets")
+    if path.suffix in EXTENSIONS and not path.exists():
+        raise UserError(f"{option} must be an existing file, but there is no {source}. Check the path.")
     if not (source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()) or is_hub_id(source)):
         raise UserError(
             f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), an existing file "
@@ -81,6 +83,17 @@ def evaluation_text(source: Any, cache_dir: str | None = None) -> str:
 
 def _read(source: Any, part: int, cache_dir: str | None) -> str | Sequence[str]:
     """Return a text or documents: part 0 is for calibration, and part 1 for evaluation."""
+    try:
+        return _content(source, part, cache_dir)
+    except OSError as error:
+        if source not in ("c4", "wikitext2"):
+            raise
+        option = ("calibration", "evaluation")[part]
+        without = f"Without a network, use --{option} python-docs (in Python, {option}='python-docs') or a file."
+        raise OSError(f"{str(error).rstrip('.')}. {without}") from error.__cause__
+
+
+def _content(source: Any, part: int, cache_dir: str | None) -> str | Sequence[str]:
     if not isinstance(source, str):
         return documents_in(source, _IN_MEMORY)
     if source == "python-docs":

@@ -28,20 +28,26 @@ from wanda_lightning.common.model_source import (
     reading,
     timm_name,
 )
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.words import counted, did_you_mean
 from wanda_lightning.shrinking.configuration import register_shrunk_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = ("auto", *DTYPES)
 _CHECKED = (*DTYPES.values(), torch.float64)
 _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
+_CONVERTER = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which needs memory for all weights once"
 _CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configuration says is_decoder=False
 
 
-def check_source(source: ModelSource) -> None:
-    """Raise an error for the configuration of another kind of model; for a GGUF file, only check that it exists."""
+def check_source(source: ModelSource, weights: bool = True) -> None:
+    """Raise an error for the configuration of another kind of model, and for a folder without `weights` in safetensors.
+
+    For a GGUF file, only check that it exists.
+    """
     if "gguf_file" not in source.locate():
         _check_decoder_only(load_config(source))
+        if weights and source.path.is_dir():
+            require_safetensors(source.path)
 
 
 def load_causal_lm(source: ModelSource, dtype: str) -> Any:
@@ -121,6 +127,8 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     if folder is not None and pretrained:
         require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
     register_shrunk_model()
+    if ":" not in checked:
+        _refuse_unknown(checked)
     on_hub = folder is None and (pretrained or ":" in checked)
     with reading("weights" if pretrained else "configuration", checked, on_hub):
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)
@@ -128,6 +136,18 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
         check_stored_as_float(checked, [] if folder is None else folder.glob("*.safetensors"), model)
         check_finite(model.named_parameters(), checked)
     return model
+
+
+def _refuse_unknown(name: str) -> None:
+    """Raise a ValueError with similar names for one that timm does not know, before the hub is asked for weights."""
+    is_known = timm.is_model(name)
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:  # of the known ones, none has this tag after the dot
+        is_known = False
+    if not is_known:
+        near = did_you_mean(name, timm.list_pretrained() if "." in name else timm.list_models())
+        raise UserError(f"model must be a name that timm knows (timm.list_models), but it is {name!r}.{near}")
 
 
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
@@ -151,10 +171,10 @@ def model_from_config(source: ModelSource) -> nn.Module:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
 
 
-def require_safetensors(folder: Path, converter: str) -> None:
+def require_safetensors(folder: Path, converter: str = _CONVERTER) -> None:
     """Refuse a folder without weights in safetensors; `converter` makes such weights from others."""
     if not any(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(file.name for file in folder.iterdir()))
+        found = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise OSError(
             f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has "
             f"{found}. Convert a checkpoint that you trust with {converter}."

@@ -70,8 +70,7 @@ class Checkpoint:
             )
         config = load_config(source)
         if source.path.is_dir():
-            converter = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
-            require_safetensors(source.path, f"{converter}, which needs memory for all weights once")
+            require_safetensors(source.path)
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(
                 f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
