@@ -34,7 +34,8 @@ class BestAfterPruning(ModelCheckpoint):
 
     A dense model usually scores better than a pruned one. So this callback compares none before the last stage of every
     pruning callback of the Trainer, and then waits for the next validation loop, so that no score of an earlier model
-    counts. `save_last=True` also saves before the last stage, for resuming.
+    counts. `save_last=True` writes `last` whenever checkpoints are compared or would be, so also before the last stage
+    and for a model that is not the best: from there, a run can be resumed. `save_last="link"` does not.
 
     Args:
         monitor: Name of the metric to compare.
@@ -65,6 +66,12 @@ class BestAfterPruning(ModelCheckpoint):
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         """Whether the checkpoint is among the best since the last stage of pruning."""
         return self._compares and super().check_monitor_top_k(trainer, current)
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        if self.save_last is True:
+            # Lightning writes `last` next, but since 2.6 at the end of an epoch only if it wrote another one just now.
+            self._last_global_step_saved = trainer.global_step
 
 
 def _is_pruned(trainer: L.Trainer) -> bool:
