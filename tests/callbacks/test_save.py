@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file
 from support import forks
 from support.callbacks import ADAMW, Net, Resumable, SaveAt, equal, loader, same, share_of_zeros, state, trainer
 from support.hub import hub as hub
@@ -165,6 +166,18 @@ def test_only_a_pruned_model_gets_a_card_and_it_counts_the_zeros_after_training(
     zeros, size = (sum(count(weight) for weight in weights) for count in (lambda w: int((w == 0).sum()), torch.numel))
     assert zeros < size / 4
     assert f"{zeros / size:.2%} of the weights in 14 layers are zero" in card
+
+
+@pytest.mark.parametrize("keep_zeros", [True, False])
+def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
+    module = built()
+    assert not module.model.blocks[0].mlp.fc1.bias.any()  # zero when the model is pruned, but not after training
+    pruning = PruningCallback(method="magnitude", keep_zeros=keep_zeros)
+    images = DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2)
+    trainer(pruning, SavePretrained(tmp_path / "out"), max_steps=2).fit(module, images)
+    saved = load_file(tmp_path / "out/model.safetensors").values()
+    share = sum(int((tensor == 0).sum()) for tensor in saved) / sum(map(torch.numel, saved))
+    assert f"which is {share:.2%} of all" in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_folder_is_pushed_to_the_hub(tmp_path, hub):

@@ -25,6 +25,7 @@ from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
+from wanda_lightning.models import is_wrapper
 from wanda_lightning.report import LEFT_OUT
 from wanda_lightning.training.held_zeros import zeros_of
 
@@ -198,10 +199,16 @@ class SavePretrained(Callback):
     def _write_card(self, folder: Path, is_smaller: bool, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
         if reports := [callback.report for callback in zeros_callbacks(trainer) if callback.report is not None]:
-            report, zeros = reports[-1], zeros_of(pruning_target(pl_module))  # training may have filled some
-            layers = tuple(replace(x, sparsity=zeros.get(x.name, x.zeros) / x.size) for x in report.layers)
-            filled = sum(before.zeros - after.zeros for before, after in zip(report.layers, layers, strict=True))
-            report = replace(report, layers=layers, zeros=report.zeros - filled)
+            report, model = reports[-1], pruning_target(pl_module)
+            zeros = zeros_of(model)  # training may have filled some
+            # Also in what was not pruned: biases are often initialized to zeros, and adapters are merged by now.
+            parameters = [*model.parameters()]
+            report = replace(
+                report,
+                layers=tuple(replace(x, sparsity=zeros.get(x.name, x.zeros) / x.size) for x in report.layers),
+                parameters=sum(parameter.numel() for parameter in parameters),
+                zeros=sum(int((weights == 0).count_nonzero()) for weights in parameters if not is_wrapper(weights)),
+            )
             if is_smaller:
                 report = replace(report, notes=(*report.notes, LEFT_OUT))
             name, on_hub = self.push_to_hub or folder, self.push_to_hub is not None
