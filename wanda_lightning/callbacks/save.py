@@ -35,8 +35,9 @@ class BestAfterPruning(ModelCheckpoint):
 
     A dense model usually scores better than a pruned one. So this callback compares none before the last stage of every
     pruning callback of the Trainer, and then waits for the next validation loop, so that no score of an earlier model
-    counts. `save_last=True` writes `last` whenever checkpoints are compared or would be, so also before the last stage
-    and for a model that is not the best: from there, a run can be resumed. `save_last="link"` does not.
+    counts. `save_last=True` writes `last` whenever checkpoints are compared, by default after each epoch. It does so
+    before the last stage, too, and for a model that is not the best, so that the run can be resumed.
+    `save_last="link"` only links to checkpoints that were saved as the best.
 
     Args:
         monitor: Name of the metric to compare.
@@ -71,7 +72,7 @@ class BestAfterPruning(ModelCheckpoint):
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
         if self.save_last is True:
-            # Lightning writes `last` next, but since 2.6 at the end of an epoch only if it wrote another one just now.
+            # Lightning 2.6 writes `last` next, but at the end of an epoch only if it saved a checkpoint in this step.
             self._last_global_step_saved = trainer.global_step
 
 
