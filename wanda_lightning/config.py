@@ -83,7 +83,8 @@ class PruningConfig:
         An object such as `NM(1, 4)` can replace a name. The commands derive options and help from this function.
 
         Args:
-            sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
+            sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1). The number of zeros in a row,
+                or in another group that is compared, is rounded down.
             method: Name of a method (by default `wanda`, and `refit` for hidden units) or of a preset: `fast` (Wanda in
                 one pass), `balanced` (masks and weights together, by ADMM), `best`, or `thorough` (`best`, then
                 distillation); it sets the defaults of the other choices.

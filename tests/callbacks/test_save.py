@@ -1,12 +1,16 @@
 """What SavePretrained saves when training ends, and what BestAfterPruning compares."""
 
 import copy
+import os
+import signal
 from functools import partial
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from support.callbacks import Net, Resumable, SaveAt, loader, same, share_of_zeros, trainer
+from safetensors.torch import load_file
+from support import forks
+from support.callbacks import ADAMW, Net, Resumable, SaveAt, equal, loader, same, share_of_zeros, state, trainer
 from support.hub import hub as hub
 from support.modules import VIT, tiny_llama, windows_of_text
 from torch import nn
@@ -164,6 +168,18 @@ def test_only_a_pruned_model_gets_a_card_and_it_counts_the_zeros_after_training(
     assert f"{zeros / size:.2%} of the weights in 14 layers are zero" in card
 
 
+@pytest.mark.parametrize("keep_zeros", [True, False])
+def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
+    module = built()
+    assert not module.model.blocks[0].mlp.fc1.bias.any()  # zero when the model is pruned, but not after training
+    pruning = PruningCallback(method="magnitude", keep_zeros=keep_zeros)
+    images = DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2)
+    trainer(pruning, SavePretrained(tmp_path / "out"), max_steps=2).fit(module, images)
+    saved = load_file(tmp_path / "out/model.safetensors").values()
+    share = sum(int((tensor == 0).sum()) for tensor in saved) / sum(map(torch.numel, saved))
+    assert f"which is {share:.2%} of all" in (tmp_path / "out/README.md").read_text()
+
+
 def test_the_folder_is_pushed_to_the_hub(tmp_path, hub):
     saving = SavePretrained(tmp_path / "out", push_to_hub="us/tiny")
     trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(
@@ -258,3 +274,43 @@ def test_a_model_that_was_pruned_earlier(tmp_path):
     best = BestAfterPruning("loss", dirpath=tmp_path)
     trainer(KeepZeros(), best, max_epochs=2, enable_checkpointing=True).fit(module, loader(), loader())
     assert best.best_model_score == 3
+
+
+class KilledWhileDense(Worsening):
+    """Prints when a step begins, and may kill its own process before the last stage of pruning."""
+
+    def __init__(self, is_killed):
+        super().__init__()
+        self.optimizer, self.is_killed = ADAMW, is_killed
+
+    def training_step(self, batch, batch_idx):
+        print(f"step {self.trainer.global_step}")
+        if self.is_killed and self.trainer.global_step == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().training_step(batch, batch_idx)
+
+
+def continue_gradual_run(folder, is_killed):
+    """Train for four epochs of three steps, from the last checkpoint if there is one, and write the result."""
+    module, last = KilledWhileDense(is_killed), folder / "last.ckpt"
+    pruning = prune_at(sparsity=0.75, schedule=CubicSchedule(0, 9, every=3))
+    best = BestAfterPruning("loss", dirpath=folder, save_last=True)
+    run = trainer(pruning, best, max_epochs=4, enable_checkpointing=True)
+    run.fit(module, loader(), loader(), ckpt_path=last if last.exists() else None)
+    torch.save({**state(module), "best": best.best_model_score}, folder / "final.pt")
+
+
+def test_a_gradual_run_that_is_killed_before_the_last_stage_resumes_from_last(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    attempts = ((whole, False), (killed, True), (killed, False))
+    runs = [forks.run(continue_gradual_run, *arguments) for arguments in attempts]
+    assert [run.returncode for run in runs] == [0, -signal.SIGKILL, 0]
+    assert [run.stdout.splitlines()[0] for run in runs] == ["step 0", "step 0", "step 6"]
+    results = [torch.load(folder / "final.pt", weights_only=True) for folder in (whole, killed)]
+    assert equal(*results)
+    assert (results[0]["weights"]["layers.0.weight"] == 0).float().mean() == 0.75
+
+
+def test_last_is_the_latest_model_and_not_the_best(tmp_path):
+    assert best_after(tmp_path, prune_at(), save_last=True) == 3
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 12

@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from support.cli import IGNORED_WARNINGS, SEQLEN, run
 
-from wanda_lightning import PruningReport
+from wanda_lightning import CausalLMModule, ImageClassifierModule, PruningReport
 
 pytestmark = IGNORED_WARNINGS
 RECIPE = """
@@ -56,3 +57,41 @@ def test_validate_a_recipe(recipe, capsys, tmp_path):
 def test_a_recipe_is_refused(recipe, refused, change, message):
     recipe.write_text(recipe.read_text().replace(*change))
     refused("validate", "--config", recipe, message=message)
+
+
+IMAGE_RECIPE = """
+model:
+  class_path: wanda_lightning.ImageClassifierModule
+  init_args: {model: test_vit, pretrained: false, num_classes: 4}
+data: {class_path: wanda_lightning.ImageDataModule, init_args: {data: INPUTS/images, num_samples: 6, batch_size: 6}}
+trainer:
+  accelerator: cpu
+  logger: false
+  enable_progress_bar: false
+  callbacks:
+  - class_path: wanda_lightning.WandaPrune
+    init_args: {num_samples: 6}
+"""
+MORE_CALLBACKS = """
+  - class_path: wanda_lightning.BestAfterPruning
+    init_args: {monitor: MONITOR, dirpath: best, save_last: true}
+  - class_path: wanda_lightning.DistillFromDense
+"""
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # is not empty: the run that goes on writes there again
+@pytest.mark.parametrize(
+    ("module", "monitor"), [(CausalLMModule, "val_perplexity"), (ImageClassifierModule, "val_accuracy")]
+)
+def test_checkpoints_of_fit_are_loaded(recipe, inputs, module, monitor):
+    """Lightning refuses a checkpoint that names classes or functions it does not trust."""
+    content = recipe.read_text() if module is CausalLMModule else IMAGE_RECIPE.replace("INPUTS", str(inputs))
+    recipe.write_text(content + MORE_CALLBACKS.replace("MONITOR", monitor))
+    assert run("fit", "--config", recipe, "--trainer.max_epochs", 1) == 0
+    saved = torch.load("best/last.ckpt", weights_only=True)
+    assert saved["hyper_parameters"]["_class_path"] == f"wanda_lightning.{module.__name__}"
+    loaded = module.load_from_checkpoint("best/last.ckpt").state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in saved["state_dict"].items())
+    assert run("validate", "--config", recipe, "--ckpt_path", "best/last.ckpt") == 0
+    assert run("fit", "--config", recipe, "--trainer.max_epochs", 2, "--ckpt_path", "best/last.ckpt") == 0
+    assert torch.load("best/last.ckpt", weights_only=True)["epoch"] == 1

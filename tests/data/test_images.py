@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from support.callbacks import trainer
+from support.callbacks import SaveAt, trainer
 from support.data import images_of, paint, vit
 from torch import nn
 
@@ -64,6 +64,40 @@ def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
     assert not torch.equal(*loaded[1:])
     calibration = images_of(data.calibration_dataloader())[0]
     assert sorted(t.numpy().tobytes() for t in loaded[2]) == sorted(t.numpy().tobytes() for t in calibration)
+
+
+class Reading(ImageClassifierModule):
+    """Records the images of each step."""
+
+    def __init__(self):
+        super().__init__(vit(), num_classes=10)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+def images_of_each_step(data, *callbacks, **options):
+    module = Reading()
+    trainer(*callbacks, max_epochs=2, limit_val_batches=0).fit(module, datamodule=data, **options)
+    return module.seen
+
+
+def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted_one(tmp_path):
+    whole = images_of_each_step(ImageDataModule("digits", batch_size=80), SaveAt(tmp_path, 2, 3, 4))
+    assert whole[0] != whole[3]  # each epoch has an order of its own
+    for step in (2, 3, 4):
+        resumed = images_of_each_step(ImageDataModule("digits", batch_size=80), ckpt_path=tmp_path / f"{step}.ckpt")
+        assert resumed == whole[step:]
+
+
+def test_a_resumed_run_with_workers_augments_in_the_same_way(imagenet, tmp_path):
+    def data():
+        return ImageDataModule(imagenet, batch_size=4, num_workers=2)
+
+    whole = images_of_each_step(data(), SaveAt(tmp_path, 2))  # of two steps an epoch
+    assert images_of_each_step(data(), ckpt_path=tmp_path / "2.ckpt") == whole[2:]
 
 
 def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):

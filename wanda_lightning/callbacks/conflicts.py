@@ -71,7 +71,7 @@ def refuse_training(
         (
             last > end,
             f"schedule must end while the model trains, but {schedule} ends at optimizer step {last} and training ends "
-            f"at {end:.0f}. Prune earlier, or train longer.",
+            f"at {end:.0f}. Prune earlier, or train longer; to train in parts, give each part the final max_epochs.",
         ),
         (
             calibrate_on == "validation" and not trainer.enable_validation,

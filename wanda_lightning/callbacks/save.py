@@ -25,6 +25,7 @@ from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
+from wanda_lightning.models import is_wrapper
 from wanda_lightning.report import LEFT_OUT
 from wanda_lightning.training.held_zeros import zeros_of
 
@@ -34,7 +35,9 @@ class BestAfterPruning(ModelCheckpoint):
 
     A dense model usually scores better than a pruned one. So this callback compares none before the last stage of every
     pruning callback of the Trainer, and then waits for the next validation loop, so that no score of an earlier model
-    counts. `save_last=True` also saves before the last stage, for resuming.
+    counts. `save_last=True` writes `last` whenever checkpoints are compared, by default after each epoch. It does so
+    before the last stage, too, and for a model that is not the best, so that the run can be resumed.
+    `save_last="link"` only links to checkpoints that were saved as the best.
 
     Args:
         monitor: Name of the metric to compare.
@@ -65,6 +68,12 @@ class BestAfterPruning(ModelCheckpoint):
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
         """Whether the checkpoint is among the best since the last stage of pruning."""
         return self._compares and super().check_monitor_top_k(trainer, current)
+
+    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        if self.save_last is True:
+            # Lightning 2.6 writes `last` next, but at the end of an epoch only if it saved a checkpoint in this step.
+            self._last_global_step_saved = trainer.global_step
 
 
 def _is_pruned(trainer: L.Trainer) -> bool:
@@ -191,10 +200,16 @@ class SavePretrained(Callback):
     def _write_card(self, folder: Path, is_smaller: bool, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
         if reports := [callback.report for callback in zeros_callbacks(trainer) if callback.report is not None]:
-            report, zeros = reports[-1], zeros_of(pruning_target(pl_module))  # training may have filled some
-            layers = tuple(replace(x, sparsity=zeros.get(x.name, x.zeros) / x.size) for x in report.layers)
-            filled = sum(before.zeros - after.zeros for before, after in zip(report.layers, layers, strict=True))
-            report = replace(report, layers=layers, zeros=report.zeros - filled)
+            report, model = reports[-1], pruning_target(pl_module)
+            zeros = zeros_of(model)  # training may have filled some
+            # Also in what was not pruned: biases are often initialized to zeros, and adapters are merged by now.
+            parameters = [*model.parameters()]
+            report = replace(
+                report,
+                layers=tuple(replace(x, sparsity=zeros.get(x.name, x.zeros) / x.size) for x in report.layers),
+                parameters=sum(parameter.numel() for parameter in parameters),
+                zeros=sum(int((weights == 0).count_nonzero()) for weights in parameters if not is_wrapper(weights)),
+            )
             if is_smaller:
                 report = replace(report, notes=(*report.notes, LEFT_OUT))
             name, on_hub = self.push_to_hub or folder, self.push_to_hub is not None

@@ -19,7 +19,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
 from wanda_lightning.common.words import counted
 from wanda_lightning.data.image_sources import Images, ImageSource, check_source, open_source
-from wanda_lightning.data.loading import silence_worker_advice
+from wanda_lightning.data.loading import ResumableLoader, silence_worker_advice
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -158,7 +158,10 @@ class ImageDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, augmented, and shuffled anew in each epoch."""
-        return self._loader(self._prepare(self._opened().train, augment=True), torch.Generator().manual_seed(self.seed))
+        order: dict[str, Any] = {"shuffle": True, "generator": torch.Generator().manual_seed(self.seed)}
+        # Workers that outlive an epoch would augment with other random numbers than the new ones of a resumed run.
+        order |= {"trainer": self.trainer, "seed": self.seed, "persistent_workers": False}
+        return self._loader(self._prepare(self._opened().train, augment=True), ResumableLoader, **order)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the evaluation images, in their order."""
@@ -166,11 +169,11 @@ class ImageDataModule(L.LightningDataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, dataset: Any, shuffle: torch.Generator | None = None) -> DataLoader[Any]:
+    def _loader(self, dataset: Any, kind: type[DataLoader[Any]] = DataLoader, **options: Any) -> DataLoader[Any]:
         if self.data == "digits":
             silence_worker_advice()
-        options: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
-        return DataLoader(dataset, self.batch_size, shuffle is not None, generator=shuffle, **options)
+        options = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0} | options
+        return kind(dataset, self.batch_size, **options)
 
 
 def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> dict[str, Any]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.common.words import counted
-from wanda_lightning.data.loading import silence_worker_advice
+from wanda_lightning.data.loading import ResumableLoader, silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source, evaluation_text, named
 
@@ -240,33 +239,6 @@ class TextDataModule(L.LightningDataModule):
 def _rows(windows: Tensor) -> Any:
     silence_worker_advice()
     return [{"input_ids": window} for window in windows]
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A shuffled loader whose run may be resumed in the middle of an epoch, so that no batch comes twice.
-
-    The seed and the Trainer's epoch give the order, and the Trainer's progress the number of batches to skip. They are
-    read with the first batch: Lightning may create the iterator before it restores its progress.
-    """
-
-    def __init__(self, *args: Any, trainer: L.Trainer | None, seed: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.trainer, self.seed = trainer, seed  # public: Lightning rebuilds the loader to add a DistributedSampler
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the batches of an epoch, or those that are left of it."""
-        skip = 0
-        if self.trainer is not None and self.trainer.training:
-            self.generator.manual_seed(self.seed + self.trainer.current_epoch)
-            skip = self.trainer.fit_loop.batch_idx + 1
-        yield from itertools.islice(super().__iter__(), skip, None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the method tells Lightning that the loader can be resumed."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing: the Trainer restores its progress itself."""
 
 
 def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str) -> Tensor:
