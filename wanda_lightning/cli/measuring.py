@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
-from itertools import groupby
+from itertools import groupby, pairwise
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import lightning as L
@@ -75,17 +77,33 @@ def window_length(options: Model | Models, asked: int | None) -> int:
 
 
 def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
-    """Run one validation loop, and return its metrics."""
+    """Run one validation loop, and return its metrics.
+
+    `speed` is among them if there are two batches or more: tokens or images per second, from the median time between
+    the starts of two batches.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # not about the hardware
     plain = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    starts: list[float] = []
+
+    def start(*_: Any) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # the CPU only queues what an accelerator computes
+        starts.append(perf_counter())
+
     with ProgressBar("Measuring", None) as bar:
-        progress = LambdaCallback(
+        callback = LambdaCallback(
             on_validation_start=lambda trainer, _: bar.expect(sum(trainer.num_val_batches)),
+            on_validation_batch_start=start,
             on_validation_batch_end=lambda *_: bar.advance(),
         )
-        trainer = L.Trainer(accelerator="auto", devices=1, callbacks=[progress], **plain)  # type: ignore[arg-type]
+        trainer = L.Trainer(accelerator="auto", devices=1, callbacks=[callback], **plain)  # type: ignore[arg-type]
         trainer.validate(module, data, verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if len(starts) > 1:
+        seconds = median(end - begin for begin, end in pairwise(starts))
+        metrics["speed"] = data.batch_size * getattr(data, "seqlen", 1) / seconds
+    return metrics
 
 
 def logged_names(data: AnyData) -> list[str]:
