@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import logging
 from itertools import groupby, pairwise
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -79,17 +78,17 @@ def window_length(options: Model | Models, asked: int | None) -> int:
 def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
     """Run one validation loop, and return its metrics.
 
-    `speed` is among them if there are two batches or more: tokens or images per second, from the median time between
-    the starts of two batches.
+    `speed` is among them if there are two batches or more: the tokens or images per second of the fastest batch, which
+    other work of the machine has disturbed least.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # not about the hardware
     plain = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-    starts: list[float] = []
+    starts: list[tuple[float, int]] = []  # of each batch: when, and how many tokens or images it has
 
-    def start(*_: Any) -> None:
+    def start(_: L.Trainer, __: L.LightningModule, batch: Any, *___: Any) -> None:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # the CPU only queues what an accelerator computes
-        starts.append(perf_counter())
+        starts.append((perf_counter(), batch["input_ids"].numel() if isinstance(batch, dict) else len(batch[0])))
 
     with ProgressBar("Measuring", None) as bar:
         callback = LambdaCallback(
@@ -101,8 +100,7 @@ def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
         trainer.validate(module, data, verbose=False)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if len(starts) > 1:
-        seconds = median(end - begin for begin, end in pairwise(starts))
-        metrics["speed"] = data.batch_size * getattr(data, "seqlen", 1) / seconds
+        metrics["speed"] = max(size / (end - begin) for (begin, size), (end, _) in pairwise(starts))
     return metrics
 
 
