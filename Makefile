@@ -42,12 +42,10 @@ test-oldest: .venv-oldest/bin/pytest
 	.venv-oldest/bin/python -m pip install --quiet uv
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[test]'
 
-# A real Llama-architecture model, pruned to 50 % with magnitude and with Wanda, on text that needs no network; then the
-# page of a good pruning, in out/demo.html.
+# A real Llama-architecture model, pruned to 50 % with magnitude, Wanda and `best`, on text that needs no network: a table,
+# and a page about `best`, out/demo.html.
 demo: .venv/demo $(SMOLLM2)
 	$(BIN)/python recipes/llm/demo.py --model $(SMOLLM2) --num_samples $(NSAMPLES) --seqlen $(SEQLEN) --limit $(LIMIT)
-	$(BIN)/wanda-lightning prune --model $(SMOLLM2) --method best --sparsity 0.5 --calibration python-docs \
-		--evaluation sklearn-docs,python-docs --num_samples $(NSAMPLES) --seqlen $(SEQLEN) --limit $(LIMIT) --report out/demo.html
 
 # A small ViT and a small ConvNeXt, trained on digits and pruned to 50 % and 2:4.
 demo-vision: .venv/demo

@@ -61,7 +61,8 @@ def methods() -> dict[str, Any]:
         found = lookup(run for run in read_table("methods" if code == OURS else "reference") if run.code == code)
         runs = {goal: found[method, goal] for goal in GOALS if (method, goal) in found}
         points = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
-        times = [run.measured["seconds"] for run in runs.values() if "seconds" in run.measured]
+        # The seconds of other implementations are of machines whose state was not recorded.
+        times = [run.measured["seconds"] for run in runs.values() if code == OURS]
         rows.append({"label": label, "perplexity": points, "seconds": [round(each) for each in times]})
     return {"dense": _dense(), "rows": rows}
 
@@ -83,7 +84,7 @@ def draw_methods(data: Mapping[str, Any]) -> "Figure":
             color, marker = GOALS[goal]
             axes.scatter(value, height, s=46, color=color, marker=marker, zorder=2, label=goal)
         times = {min(row["seconds"]), max(row["seconds"])} if row["seconds"] else ()
-        shown = " to ".join(map(str, sorted(times))) + " s" if times else "not measured"
+        shown = " to ".join(map(str, sorted(times))) + " s" if times else "not compared"
         beside = {"xycoords": ("axes fraction", "data"), "va": "center"}
         axes.annotate(shown, (1.02, height), **beside, color=INK if times else FAINT)
     axes.annotate("time to prune", (1.02, len(rows) + 0.8), **beside, color=FAINT)
@@ -118,10 +119,13 @@ def _logarithmic(axes: "Axes", *names: str) -> None:
 
 def frontier() -> dict[str, Any]:
     """Seconds and perplexity of all methods but magnitude, fastest first, for each goal."""
-    runs = [*read_table("methods"), *(run for run in read_table("reference") if run.code == ALPS)]
     panels: dict[str, list[list[Any]]] = {}
     for goal in ("50 %", "60 %", "2:4"):
-        own = [run for run in runs if run.goal == goal and run.method != "magnitude" and "seconds" in run.measured]
+        own = [
+            run
+            for run in read_table("methods")
+            if run.goal == goal and run.method != "magnitude" and "seconds" in run.measured
+        ]
         points = [(run.measured["seconds"], run.measured["perplexity"], _short(run.method)) for run in own]
         panels[goal] = [[round(x, 1), round(y, 2), name] for x, y, name in sorted(points)]
     return {"dense": _dense(), "panels": panels}

@@ -239,7 +239,8 @@ def reference() -> str:
         rows.append([LABELS[theirs.method], theirs.goal.replace("dense", ""), perplexity(own), perplexity(theirs)])
     first = markdown(("method", "sparsity", "ours", "reference code"), rows)
     beside = [*alps, *(more[method, r.goal] for method in ("balanced", "best", "thorough") for r in alps)]
-    second = grid("perplexity, seconds", [(r.goal, LABELS[r.method], with_seconds(r)) for r in beside])
+    # Without seconds: those of ALPS are of a machine whose state was not recorded.
+    second = grid("perplexity", [(r.goal, LABELS[r.method], perplexity(r)) for r in beside])
     notes = _distinct(f"- {result.code}: {result.note}" for result in (*paper, *alps))
     return "\n\n".join([first, second, "\n".join(notes)]) + source(list(ours.values()))
 
@@ -528,8 +529,28 @@ def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
     """Return the rows of one model, with the columns that were measured."""
     shown = [WORTH[name] for name in columns if any(name in result.measured for result in results)]
     ordered = sorted(in_order(results), key=lambda result: result.pattern == "structured")
-    rows = [[_worth_name(result), *(cell(result) for _, cell in shown)] for result in ordered]
-    return markdown(("", *(heading for heading, _ in shown)), rows)
+    rows = []
+    for result in ordered:
+        cells = [cell(result) for _, cell in shown]
+        rows.append([_worth_name(result), _fewer_parameters(result, results), *cells])
+    return markdown(("", "fewer parameters", *(heading for heading, _ in shown)), rows)
+
+
+def _fewer_parameters(result: Result, results: Sequence[Result]) -> str:
+    """Return the share of the parameters that left with hidden units: that of the bytes in float32."""
+    if result.pattern != "structured":
+        return ""
+
+    def size(method: str, goal: str) -> float:
+        (mib,) = {
+            run.measured["weights_mib"]
+            for run in results
+            if (run.method, run.goal, run.case.get("numbers", "float32")) == (method, goal, "float32")
+        }
+        return mib
+
+    left = size(result.method.removesuffix(", int8"), result.goal) / size("dense", "dense")
+    return f"{1 - left:.0%}".replace("%", " %")
 
 
 def runtimes() -> str:

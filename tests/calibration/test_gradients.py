@@ -113,6 +113,12 @@ def test_only_the_first_samples_go_backward():
     assert first == alone != every
 
 
+def test_the_bar_expects_the_batches_that_go_backward(capsys):
+    model, batches = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), [torch.randn(2, 8) for _ in range(6)]
+    prune(model, batches, 0.5, allocation=Fisher(num_samples=3))
+    assert "Backward pass 2/2 done" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("name", "samples"), spread(["llama", "llama_padded", "mixtral"], [3, None, 6, 1]))
 def test_the_size_of_the_batches_does_not_matter(name, samples):
     """Also where the limit lies inside a batch; a draw depends on the sample alone."""

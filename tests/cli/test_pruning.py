@@ -1,5 +1,6 @@
 """`wanda-lightning prune` and `shrink`: the flags of the reference; what they write is measured again by hand."""
 
+import itertools
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from wanda_lightning import PruningReport
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.pruning import PROMPTS, continuation, continuations
-from wanda_lightning.report import Circumstances
+from wanda_lightning.report import Circumstances, Measured
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 pytestmark = IGNORED_WARNINGS
@@ -81,6 +82,7 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
         after=measured,
         data=f"{inputs}/other.txt, 6 windows of {SEQLEN} tokens",
         calibration="" if method == "magnitude" else f"{inputs}/long.txt, 4 windows of {SEQLEN} tokens, seed 0",
+        costs=report.run.costs,
     )
     assert f" from {report.run.before:,.2f} to {report.run.after:,.2f}." in out
     assert "Pruning 2/2 done" in err
@@ -113,7 +115,7 @@ def test_the_page_has_results_and_text_by_both_models_and_changes_nothing_else(t
     assert run(*text, *method, "--save", "b", "--save_model", "b/model") == 0
     a, b = (report_in(name).run for name in "ab")
     assert ([sample.prompt for sample in a.samples], b.samples) == (list(PROMPTS), ())
-    assert replace(a, samples=(), command=b.command) == b
+    assert replace(a, samples=(), command=b.command, costs=b.costs) == b
     weights = [load_file(f"{name}/model/model.safetensors") for name in "ab"]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     found = Page(tmp_path / "a.html").text
@@ -121,6 +123,17 @@ def test_the_page_has_results_and_text_by_both_models_and_changes_nothing_else(t
     refused(*text, "--report", "a.html", message="a.html exists and is not empty. Choose another")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     refused(*text, "--report", "c.html", message="Reports with figures need matplotlib: pip install")
+
+
+def test_the_size_of_the_files_and_the_speed_are_beside_the_results(text, monkeypatch, capsys):
+    clock = itertools.count(step=0.5)  # each batch takes half a second
+    monkeypatch.setattr("wanda_lightning.cli.measuring.perf_counter", lambda: next(clock))
+    assert run(*text, "--batch_size", "2", "--save", "out", "--save_model", "out/model") == 0
+    size, speed = report_in("out").run.costs
+    saved = Path("out/model/model.safetensors").stat().st_size / 2**20
+    assert size == Measured("MiB of weights", pytest.approx(saved, rel=0.1), saved)
+    assert speed == Measured("tokens per second", 2 * SEQLEN / 0.5, 2 * SEQLEN / 0.5)
+    assert f"Tokens per second: {2 * SEQLEN / 0.5:,.1f} (dense: {2 * SEQLEN / 0.5:,.1f})." in capsys.readouterr().out
 
 
 def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):

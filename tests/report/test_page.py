@@ -1,5 +1,8 @@
 """The page of a report: complete, in one file, and readable without scripts and network."""
 
+import re
+from dataclasses import replace
+
 import pytest
 from support.reports import Page, llama_report
 
@@ -27,6 +30,7 @@ def test_the_page_shows_everything_that_the_report_has(tmp_path, undrawn):
     assert "Pruned with SparseGPT (unstructured, Fisher, Distil) in 1 min 36 s: 43.07% of the weights" in page.text
     assert "Perplexity on sklearn-docs (24 windows of 512 tokens) rose from 16.06 to 18.93." in page.text
     assert "Perplexity on python-docs (32 windows of 512 tokens) rose from 12.95 to 14.72." in page.text
+    assert "MiB of weights 513.1 dense 513.1 Tokens per second 2,310.0 dense 2,290.4" in page.text
     for layer in report.layers:
         assert f" {layer.name} " in page.text
         assert f" {layer.error:.2%} " in page.text
@@ -43,3 +47,23 @@ def test_the_page_shows_everything_that_the_report_has(tmp_path, undrawn):
     assert all(f"{name} {version}" in page.text for name, version in report.versions.items())
     assert "Training after pruning" in page.text
     assert "0 0.61 1 0.52 0.44 2 0.43 0.41 3 0.4 0.395" in page.text
+
+
+def test_the_page_says_nothing_about_what_was_not_measured(tmp_path, undrawn):
+    report = llama_report(2)
+    layers = tuple(replace(layer, error=None) for layer in report.layers)
+    page = page_of(replace(report, layers=layers, run=None, training=None), tmp_path)
+    assert "Error of the outputs" not in page.text
+    assert not re.search("not available|no measured", page.text, re.IGNORECASE)
+
+
+def test_the_page_names_the_limits_at_which_an_allocation_stops(tmp_path, undrawn):
+    report = llama_report(3)
+    limits = {"q_proj": 0.65, "v_proj": 0.35}
+    layers = tuple(replace(layer, target=limits.get(layer.name.split(".")[-1], 0.5)) for layer in report.layers)
+    layers = (replace(layers[0], target=0.64), *layers[1:])  # of the first q_proj
+    page = page_of(replace(report, layers=layers), tmp_path)
+    assert (
+        "Fisher gives no layer more than 65.00% or less than 35.00%: "
+        "2 layers reached the upper limit, and 3 layers the lower."
+    ) in page.text

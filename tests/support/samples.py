@@ -59,7 +59,7 @@ def gradients(model, batches, samples=None, predictions=0, recomputed=True, proc
     blocks = own.plan.blocks if recomputed else ()
     with calibration_mode(model), torch.no_grad():
         return gradient_statistics(
-            model, own.plan.layers, blocks, own.samples, lambda: None, processes, GradientLimit(samples, predictions)
+            model, own.plan.layers, blocks, own.samples, lambda _: None, processes, GradientLimit(samples, predictions)
         )
 
 

@@ -32,7 +32,7 @@ def gradient_statistics(
     layers: Sequence[Layer],
     blocks: Sequence[nn.Module],
     samples: Samples,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[int | None], None] = lambda _: None,
     processes: Processes = SINGLE_PROCESS,
     limit: GradientLimit = GradientLimit(),
     columns: Mapping[str, int] = MappingProxyType({}),
@@ -45,9 +45,10 @@ def gradient_statistics(
     calibration data and on its predictions, but not on its batch or process. Each sample has its own backward pass, in
     which blocks are recomputed. Up to 32 samples with one prediction each, such as images, share a pass.
 
-    `tick` is called after each batch. `limit` is the number of samples over all processes, batch i of all processes
-    before batch i + 1 of any. `columns` has the number of columns of each hidden unit, for the layers whose units are
-    scored. The result holds the layers that a batch reached.
+    `tick` is called after each batch with the number of batches that are left, if they are as large as this one; None
+    without a limit. `limit` is the number of samples over all processes, batch i of all processes before batch i + 1 of
+    any. `columns` has the number of columns of each hidden unit, for the layers whose units are scored. The result
+    holds the layers that a batch reached.
 
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
@@ -93,7 +94,9 @@ def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:
     return GradientStatistics(zeros[:d_in], zeros[d_in:], units)
 
 
-def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Processes, limit: GradientLimit) -> None:
+def _pass_backward(
+    samples: Samples, tick: Callable[[int | None], None], processes: Processes, limit: GradientLimit
+) -> None:
     """Run backward passes for one batch of each process, then for the next, until enough samples are done.
 
     The index of a sample is its position in this order; in a single process this is the order of the batches.
@@ -120,8 +123,9 @@ def _pass_backward(samples: Samples, tick: Callable[[], None], processes: Proces
             for sample in _joined(samples, own) if predictions == 1 else own:
                 _backward(sample, index, last)
                 index += sample.size
-            tick()
-        done += sum(size for _, size in sizes)
+            of_batch = sum(size for _, size in sizes)
+            done += of_batch
+            tick(None if last is None else -(-max(0, last - done) // max(1, of_batch)))
 
 
 def _backward(sample: Sample, first: int, last: int | None) -> int:

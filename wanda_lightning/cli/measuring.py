@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from itertools import groupby
+from itertools import groupby, pairwise
+from time import perf_counter
 from typing import Any
 
 import lightning as L
@@ -75,17 +76,32 @@ def window_length(options: Model | Models, asked: int | None) -> int:
 
 
 def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
-    """Run one validation loop, and return its metrics."""
+    """Run one validation loop, and return its metrics.
+
+    `speed` is among them if there are two batches or more: the tokens or images per second of the fastest batch, which
+    other work of the machine has disturbed least.
+    """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # not about the hardware
     plain = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
+    starts: list[tuple[float, int]] = []  # of each batch: when, and how many tokens or images it has
+
+    def start(_: L.Trainer, __: L.LightningModule, batch: Any, *___: Any) -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # the CPU only queues what an accelerator computes
+        starts.append((perf_counter(), batch["input_ids"].numel() if isinstance(batch, dict) else len(batch[0])))
+
     with ProgressBar("Measuring", None) as bar:
-        progress = LambdaCallback(
+        callback = LambdaCallback(
             on_validation_start=lambda trainer, _: bar.expect(sum(trainer.num_val_batches)),
+            on_validation_batch_start=start,
             on_validation_batch_end=lambda *_: bar.advance(),
         )
-        trainer = L.Trainer(accelerator="auto", devices=1, callbacks=[progress], **plain)  # type: ignore[arg-type]
+        trainer = L.Trainer(accelerator="auto", devices=1, callbacks=[callback], **plain)  # type: ignore[arg-type]
         trainer.validate(module, data, verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if len(starts) > 1:
+        metrics["speed"] = max(size / (end - begin) for (begin, size), (end, _) in pairwise(starts))
+    return metrics
 
 
 def logged_names(data: AnyData) -> list[str]:

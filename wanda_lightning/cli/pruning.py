@@ -36,7 +36,7 @@ from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
 from wanda_lightning.modules.loading import check_source, model_from_config
 from wanda_lightning.report import LEFT_OUT, Circumstances, Continuations, Measured, PruningReport
-from wanda_lightning.report.descriptions import METRICS, change_of
+from wanda_lightning.report.descriptions import METRICS, change_of, cost_of
 from wanda_lightning.shrinking import shrink as shrink_in_memory
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
@@ -44,6 +44,7 @@ from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resum
 
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first", "def is_prime(n):")
 _NEW_TOKENS = 40
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
     L.seed_everything(data.seed, verbose=False)
     tasks = load_tasks(["paper"], data.tasks_dir, model.cache_dir) if data.eval_zero_shot else {}
     with (_prune_from_disk if results.stream else _prune_in_memory)(config, options) as done:
-        run = _run_of(done, config, options)
+        is_smaller, lines = (False, []) if results.save_model is None else _save(done, results.shrink)
+        run = replace(_run_of(done, config, options), costs=_costs(done, results.save_model, is_smaller))
         command = {name: each for name, each in values_of(*options).items() if each not in (None, ())}
         report = replace(done.report, run=run, config={**done.report.config, "command": command})
-        is_smaller, lines = (False, []) if results.save_model is None else _save(done, results.shrink)
         if is_smaller:
             report = replace(report, notes=(*report.notes, LEFT_OUT))
         report, files = _write(report, options)
@@ -77,6 +78,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
             report, _ = _write(replace(report, run=replace(run, zero_shot=found)), options)
     print_line(report.summary())
     lines += [change_of(METRICS[run.metric], each) for each in run.results]
+    lines += [cost_of(each) for each in run.costs]
     places = {"The model is": results.save_model, "The results are": results.save, "The report is": results.report}
     saved = [f"{what} in {place}." for what, place in places.items() if place]
     nothing = "Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR."
@@ -198,6 +200,20 @@ def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Circ
         calibration="" if config.data_reader is None else data.describe_calibration(data.num_samples),
         samples=done.samples,
     )
+
+
+def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measured, ...]:
+    """Return the size of the weights, after pruning that of the saved files if there are any, and the speed."""
+    if done.module is None:  # it was never in memory
+        return ()
+    dense = sum(parameter.nbytes for parameter in done.module.model.parameters()) / _MIB
+    files = Path(folder).expanduser().glob("*.safetensors") if folder is not None else ()
+    saved = sum(file.stat().st_size for file in files) / _MIB
+    costs = [Measured("MiB of weights", dense, saved or dense)]
+    if "speed" in done.dense and not is_smaller:  # what ran is the model with its zeros
+        unit = "tokens" if isinstance(done.data, TextDataModule) else "images"
+        costs.append(Measured(f"{unit} per second", done.dense["speed"], done.pruned["speed"]))
+    return tuple(costs)
 
 
 def _save(done: _Pruned, shrink: bool) -> tuple[bool, list[str]]:

@@ -58,6 +58,13 @@ class ProgressBar:
         if not self._name:
             self._line_if_due()
 
+    def step(self, left: int | None) -> None:
+        """Count one step as done, after which at most `left` steps remain; None if that is not known."""
+        if left is not None:
+            steps = int(self._done) + 1 + left
+            self.expect(steps if self._total is None else min(steps, self._total))
+        self.advance()
+
     def _line_if_due(self) -> None:
         if self._prints and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._line(self._name)

@@ -212,9 +212,9 @@ def _observe_dense_model(run: Run) -> Observed:
     if config.reads_gradients:
         limit = config.allocation.gradient_limit
         columns = {name: units.columns for name, units in plan.coupled.items()}
-        with pruning_mode(model), ProgressBar("Passing backward", run.samples.length, run.progress) as bar:
+        with pruning_mode(model), ProgressBar("Backward pass", run.samples.length, run.progress) as bar:
             gradients = gradient_statistics(
-                model, plan.layers, plan.blocks, run.samples, bar.advance, plan.processes, limit, columns
+                model, plan.layers, plan.blocks, run.samples, bar.step, plan.processes, limit, columns
             )
         run.samples.refuse_if_empty()
     return inputs, gradients

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import PurePath
 from typing import Any
 
-from wanda_lightning.common.words import count
+from wanda_lightning.common.words import count, counted
 from wanda_lightning.report.records import Measured, ReportData
 
 LEFT_OUT = (
@@ -74,6 +74,30 @@ def change_of(metric: Metric, result: Measured) -> str:
     if before == after:
         return f"{subject} stayed at {after}."
     return f"{subject} {'rose' if result.after > result.before else 'fell'} from {before} to {after}."
+
+
+def cost_of(result: Measured) -> str:
+    """Return a sentence on the size or the speed of both models."""
+    return f"{result.data[0].upper()}{result.data[1:]}: {result.after:,.1f} (dense: {result.before:,.1f})."
+
+
+def limits_of(report: ReportData) -> str:
+    """Return a sentence on the layers at which the allocation has reached its limits; empty if there are none."""
+    allocation = report.config.get("allocation") or {}
+    if "max_deviation" not in allocation or choice_of(report.config, "pattern") == "Structured":
+        return ""
+    sparsity = report.config["sparsity"]
+    deviation = min(allocation["max_deviation"], 0.375 * (1 - sparsity))  # as `Fisher` documents it
+    least, most = sparsity - deviation, sparsity + deviation
+    # A target is rounded to whole weights of each row.
+    at_most = sum(layer.target > most - 1 / layer.shape[1] for layer in report.layers)
+    at_least = sum(layer.target < least + 1 / layer.shape[1] for layer in report.layers)
+    if not at_most + at_least:
+        return ""
+    return (
+        f"{allocation['name']} gives no layer more than {most:.2%} or less than {least:.2%}: "
+        f"{counted(at_most, 'layer')} reached the upper limit, and {counted(at_least, 'layer')} the lower."
+    )
 
 
 def method_in_words(config: Mapping[str, Any]) -> str:

@@ -218,6 +218,7 @@ class Circumstances:
     after: float | None = None  # result of the pruned model
     data: str = ""  # on which both were measured
     others: tuple[Measured, ...] = ()  # results on other data
+    costs: tuple[Measured, ...] = ()  # size and speed of both models; `data` says in what they are measured
     calibration: str = ""  # the calibration data; also empty if the method reads none
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the pruned model, by task
     samples: tuple[Continuations, ...] = ()  # text by both models
