@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.disk import batches
+from support.disk import add_predictions, batches
+from support.zoo import causal
 from transformers import LlamaForCausalLM
 
 from wanda_lightning import Structured, perplexity_from_disk, prune_from_disk
@@ -91,6 +92,13 @@ def test_tensors_without_a_place_are_counted_and_missing_ones_refused(copied):
     file.write_text(file.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 5'))
     with pytest.raises(ValueError, match=r"has no weights for 9 parameters .* model\.layers\.4"):
         Checkpoint(ModelSource(copied))
+
+
+def test_a_loaded_model_says_what_transformers_ignores(tmp_path):
+    causal("qwen3_next").build().save_pretrained(tmp_path)
+    add_predictions(tmp_path)
+    with pytest.warns(UserWarning, match=r"no place for 2 stored tensors, mtp\.fc\.weight first, which will not be saved"):
+        load_causal_lm(ModelSource(tmp_path), "auto")
 
 
 def test_weights_in_other_formats_are_refused(copied, tmp_path):
