@@ -97,7 +97,9 @@ def test_tensors_without_a_place_are_counted_and_missing_ones_refused(copied):
 def test_a_loaded_model_says_what_transformers_ignores(tmp_path):
     causal("qwen3_next").build().save_pretrained(tmp_path)
     add_predictions(tmp_path)
-    with pytest.warns(UserWarning, match=r"no place for 2 stored tensors, mtp\.fc\.weight first, which will not be saved"):
+    with pytest.warns(
+        UserWarning, match=r"no place for 2 stored tensors, mtp\.fc\.weight first, which will not be saved"
+    ):
         load_causal_lm(ModelSource(tmp_path), "auto")
 
 

@@ -314,8 +314,8 @@ def shrunk_model(
 ) -> nn.Module:
     """Build the model `shrunk_from` of timm, and give it its shapes and widths; load the weights if `pretrained`.
 
-    timm loads the weights into a model with all units, as it does for `shrunk_from`: only so does it convert them for
-    another image size, number of channels or classes, or for `features_only`. The units are zero then, and come last.
+    timm loads the weights into a model with all units, those that were taken out as zeros. So it can adapt them to
+    another image size, number of channels or of classes, and return features, as it does for `shrunk_from`.
     """
     import timm
 
@@ -323,9 +323,10 @@ def shrunk_model(
     chosen = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     config = timm.models.resolve_pretrained_cfg(shrunk_from, *chosen).to_dict()
 
-    # The shapes of all units as saved. Before 1.0.31, timm does not tell what was saved from what the caller changes.
+    # The shapes with all units, as saved. Before 1.0.31, timm does not tell saved arguments from those of the caller.
     saved = kwargs.get("pretrained_model_args", kwargs)
-    saved = {key: value for key, value in saved.items() if key not in (*own, "features_only", "out_indices")}
+    of_features = ("features_only", "out_indices", "feature_cls")
+    saved = {key: value for key, value in saved.items() if key not in (*own, *of_features)}
     with torch.device("meta"):
         dense = timm.create_model(shrunk_from, pretrained_cfg=config, **saved)
     sizes = {name: list(tensor.shape) for name, tensor in dense.state_dict().items()}
@@ -333,37 +334,26 @@ def shrunk_model(
     source = dict(config)
     if pretrained:
         tensors: dict[str, torch.Tensor] = {}
-        unadapted = {**config, "first_conv": None, "classifier": None}
         timm.models.load_pretrained(
             nn.Identity(),  # which has no tensors: the file is only read
-            unadapted,
+            {**config, "first_conv": None, "classifier": None},
             filter_fn=lambda state, model: tensors.update(state) or {},
             cache_dir=kwargs.get("cache_dir"),
         )
         for name, shape in shrunk_shapes.items():
             if list(tensors[name].shape) != shape:
-                raise RuntimeError(f"{name} has the shape {list(tensors[name].shape)} in the file instead of {shape}.")
+                raise RuntimeError(
+                    f"{name} must have the shape {shape}, but has {list(tensors[name].shape)} in the file."
+                )
             tensors[name] = resized(tensors[name], sizes[name])
         source |= {"source": "", "state_dict": tensors}
     model = timm.create_model(shrunk_from, pretrained, pretrained_cfg=source, **kwargs)
 
-    # With `features_only`, some parts are missing, and others are called `layer1_0` or `model.layer1.0`.
-    parts = [name for name, _ in model.named_children()]
-    prefix = f"{parts[0]}." if len(parts) == 1 else ""
-    here = {**dict(model.named_modules()), **model.state_dict()}
-    places = {name.removeprefix(prefix).replace(".", "_"): name for name in here}
-    places |= {name.replace(".", "_"): name for name in here}
-    shapes, numbers = {}, {}
-    for name, shape in shrunk_shapes.items():
-        if place := places.get(name.replace(".", "_")):
-            # Images of another size may have changed a dimension that has no units.
-            dimensions = zip(shape, sizes[name], here[place].shape, strict=True)
-            shapes[place] = [size if size != before else now for size, before, now in dimensions]
-    for name, widths in shrunk_numbers.items():
-        if place := places.get(name.replace(".", "_")):
-            numbers[place] = widths
-    reshape(model, shapes, numbers)
-
+    take_units(model, sizes, shrunk_shapes, shrunk_numbers)
+    if kwargs.get("features_only"):
+        size = kwargs.get("img_size", config["input_size"][1:])
+        channels = kwargs.get("in_chans", config["input_size"][0])
+        count_channels(model, torch.zeros(1, channels, *([size, size] if isinstance(size, int) else size)))
     for module in model.modules():
         described = getattr(module, "pretrained_cfg", None)
         if isinstance(described, dict):
@@ -371,6 +361,43 @@ def shrunk_model(
             described |= {"architecture": "shrunk_model", "source": config.get("source")}
     model._model_args = {**getattr(model, "_model_args", {}), **own}
     return model
+
+
+def take_units(
+    model: nn.Module,
+    sizes: dict[str, list[int]],
+    shapes: dict[str, list[int]],
+    numbers: dict[str, dict[str, int]],
+) -> None:
+    """Reshape a model, or the features of one; `sizes` are the shapes with all units, as saved."""
+    # With `features_only`, some parts are missing, and others are called `layer1_0` or `model.layer1.0`.
+    here = {**dict(model.named_modules()), **model.state_dict()}
+    parts = [name for name, _ in model.named_children()]
+    prefix = f"{parts[0]}." if len(parts) == 1 else ""
+    places = {name.removeprefix(prefix).replace(".", "_"): name for name in here}
+    places |= {name.replace(".", "_"): name for name in here}
+    new_shapes = {}
+    for name, shape in shapes.items():
+        if place := places.get(name.replace(".", "_")):
+            # Another image size or number of channels may have changed a dimension without units.
+            dimensions = zip(shape, sizes[name], here[place].shape, strict=True)
+            new_shapes[place] = [size if size != before else now for size, before, now in dimensions]
+    flat = {name.replace(".", "_"): widths for name, widths in numbers.items()}
+    reshape(model, new_shapes, {places[name]: widths for name, widths in flat.items() if name in places})
+
+
+def count_channels(model: Any, image: torch.Tensor) -> None:
+    """Correct the numbers of channels in `feature_info`: units between two convolutions may be a feature."""
+    training, parameter = model.training, next(model.parameters())
+    with torch.no_grad():
+        features = model.eval()(image.to(parameter.device, parameter.dtype))
+    model.train(training)
+    features = list(features.values()) if isinstance(features, dict) else features
+    is_last = str(getattr(model, "output_fmt", "")).endswith("C")
+    for index, feature in zip(model.feature_info.out_indices, features, strict=True):
+        described = model.feature_info.info[index]
+        if described["num_chs"] not in feature.shape:
+            described["num_chs"] = feature.shape[-1 if is_last else 1]
 
 
 def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -475,6 +502,6 @@ def save_for_timm(model: Any, arguments: Mapping[str, Any], labels: Mapping[str,
     config = {"architecture": name, **labels}
     save_for_hf(model, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
     if name == shrunk_model.__name__:
-        functions = _source_of(reshape, resized, shrunk_model, register_shrunk_model)
+        functions = _source_of(reshape, resized, shrunk_model, take_units, count_channels, register_shrunk_model)
         text = _TIMM_FILE.format(functions=functions)
         (folder / f"{_NAME}.py").write_text(text, encoding="utf-8")
