@@ -1,6 +1,7 @@
 """Sources, places and devices that cannot be used are refused before anything is written."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ def test_a_loaded_model_says_what_transformers_ignores(tmp_path):
     with pytest.warns(
         UserWarning, match=r"no place for 2 stored tensors, mtp\.fc\.weight first, which will not be saved"
     ):
+        load_causal_lm(ModelSource(tmp_path), "auto")
+
+
+def test_layers_that_transformers_ignores_in_another_size_of_a_family_are_no_reason_to_warn(tmp_path):
+    model = causal("glm4_moe").build()
+    model.config.num_hidden_layers = 47  # `layers.46` predicts more tokens in GLM-4.5-Air, which has 46 layers
+    type(model)(model.config).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         load_causal_lm(ModelSource(tmp_path), "auto")
 
 
