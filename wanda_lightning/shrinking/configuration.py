@@ -396,7 +396,7 @@ def count_channels(model: Any, image: torch.Tensor) -> None:
     is_last = str(getattr(model, "output_fmt", "")).endswith("C")
     for index, feature in zip(model.feature_info.out_indices, features, strict=True):
         described = model.feature_info.info[index]
-        if described["num_chs"] not in feature.shape:
+        if feature.ndim == 4 and described["num_chs"] not in feature.shape:
             described["num_chs"] = feature.shape[-1 if is_last else 1]
 
 
