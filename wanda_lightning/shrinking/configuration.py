@@ -488,7 +488,8 @@ def register_shrunk_model() -> None:
 
     if not timm.is_model("shrunk_model"):
         timm.models.register_model(shrunk_model)
-        timm.models._registry._deprecated_models["shrunk_model"] = None  # only such names are left out
+        # `list_models` leaves out deprecated names only. Without their list, the name is shown; folders load all the same.
+        getattr(timm.models._registry, "_deprecated_models", {})["shrunk_model"] = None
 
 
 def save_for_timm(model: Any, arguments: Mapping[str, Any], labels: Mapping[str, Any], folder: Path) -> None:
