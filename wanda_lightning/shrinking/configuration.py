@@ -488,7 +488,7 @@ def register_shrunk_model() -> None:
 
     if not timm.is_model("shrunk_model"):
         timm.models.register_model(shrunk_model)
-        # `list_models` leaves out deprecated names only. Without their list, the name is shown; folders load all the same.
+        # `list_models` leaves out deprecated names only; folders load without their list, too.
         getattr(timm.models._registry, "_deprecated_models", {})["shrunk_model"] = None
 
 
