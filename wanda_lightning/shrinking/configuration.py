@@ -395,9 +395,8 @@ def count_channels(model: Any, image: torch.Tensor) -> None:
     features = list(features.values()) if isinstance(features, dict) else features
     is_last = str(getattr(model, "output_fmt", "")).endswith("C")
     for index, feature in zip(model.feature_info.out_indices, features, strict=True):
-        described = model.feature_info.info[index]
-        if feature.ndim == 4 and described["num_chs"] not in feature.shape:
-            described["num_chs"] = feature.shape[-1 if is_last else 1]
+        if feature.ndim == 4:  # tokens of a transformer keep their width
+            model.feature_info.info[index]["num_chs"] = feature.shape[-1 if is_last else 1]
 
 
 def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
