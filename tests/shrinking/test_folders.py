@@ -4,7 +4,7 @@ import copy
 import json
 import subprocess
 import sys
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import timm
@@ -15,6 +15,7 @@ from support.zoo import causal, seeded
 from transformers import AutoModelForCausalLM
 
 import wanda_lightning as wl
+from wanda_lightning.shrinking.configuration import register_shrunk_model
 
 LANGUAGE = {
     **{"llama": "intermediate_size", "gpt2": "n_inner", "opt": "ffn_dim", "phi3": "intermediate_size"},
@@ -58,6 +59,7 @@ except RuntimeError as error:
     assert str(error) == "Unknown model (shrunk_model)"
 sys.path.append(sys.argv[-1])
 import modeling_shrunk
+assert "shrunk_model" not in timm.list_models()  # its name alone does not build a model
 for folder in sys.argv[1:]:
     model = timm.create_model("local-dir:" + folder, pretrained=True).eval()
     torch.save(model(torch.load(folder + "/images.pt")), folder + "/logits.pt")
@@ -98,3 +100,66 @@ def test_image_models_load_without_this_package(tmp_path):
         torch.testing.assert_close(smaller(images), again(images), rtol=1e-4, atol=1e-5)
         sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (smaller, again, module)]
         assert sizes == sorted({*sizes})
+
+
+# Whatever timm does with the folder of a dense model, it does with that of the smaller one
+
+SMALL_VIT = {"img_size": 32, "embed_dim": 32, "num_heads": 4, "patch_size": 8, "depth": 2}
+DENSE_CALLS = [
+    ("vit_tiny_patch16_224", {"img_size": 48}),
+    ("vit_tiny_patch16_224", {"in_chans": 1, "num_classes": 0}),
+    ("vit_tiny_patch16_224", {"features_only": True, "out_indices": (0, 1)}),
+    ("vit_tiny_patch16_224", {"features_only": True, "out_indices": (0, 1), "img_size": 48}),
+    ("test_resnet", {"in_chans": 1}),
+    ("test_resnet", {"features_only": True}),
+    ("test_resnet", {"features_only": True, "out_indices": (1, 2), "feature_cls": "hook"}),
+    ("test_efficientnet", {"features_only": True}),  # of another class than the classifier
+]
+
+
+@pytest.fixture(scope="module")
+def dense_and_shrunk(tmp_path_factory):
+    """Prune and save a model of timm with zeros and without; return both folders. Each is pruned once."""
+
+    @cache
+    def save(name):
+        kwargs = SMALL_VIT if "vit" in name else {}
+        model = seeded(partial(timm.create_model, name, num_classes=10, **kwargs))
+        images, folder = torch.randn(4, 3, 32, 32), tmp_path_factory.mktemp(name)
+        module = wl.ImageClassifierModule(model, model_kwargs=kwargs).eval()
+        choices = {"pattern": "structured", "allocation": "fisher", "progress": False}  # other widths in each layer
+        wl.prune(model, [(images, torch.arange(4))], 0.4, **choices)
+        module.save_pretrained(folder / "dense")
+        module.save_pretrained(folder / "shrunk", shrink=True)
+        assert (folder / "shrunk/modeling_shrunk.py").exists()
+        return folder / "dense", folder / "shrunk"
+
+    return save
+
+
+@pytest.mark.parametrize(("name", "arguments"), DENSE_CALLS)
+def test_timm_adapts_a_folder_as_that_of_the_dense_model(dense_and_shrunk, name, arguments):
+    register_shrunk_model()
+    dense, smaller = (
+        timm.create_model(f"local-dir:{folder}", pretrained=True, **arguments).eval()
+        for folder in dense_and_shrunk(name)
+    )
+    size = arguments.get("img_size", 32)
+    images = torch.randn(2, arguments.get("in_chans", 3), size, size)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(images), dense(images), rtol=1e-4, atol=1e-5)
+    numbers = [sum(parameter.numel() for parameter in model.parameters()) for model in (smaller, dense)]
+    assert numbers == sorted({*numbers})
+    described = {"architecture": "shrunk_model", "file": str(dense_and_shrunk(name)[1])}
+    assert smaller.pretrained_cfg == {**dense.pretrained_cfg, **described}
+
+
+def test_features_that_are_hidden_units_are_counted():
+    """The first convolution of a VGG is followed by another one, and is the first feature."""
+    register_shrunk_model()
+    shapes = {"features.0.weight": [24, 3, 3, 3], "features.0.bias": [24], "features.3.weight": [128, 24, 3, 3]}
+    numbers = {"features.0": {"out_channels": 24}, "features.3": {"in_channels": 24}}
+    own = {"shrunk_from": "vgg11", "shrunk_shapes": shapes, "shrunk_numbers": numbers, "mlp_ratio": 0.01}
+    model = timm.create_model("shrunk_model", **own, features_only=True, out_indices=(0, 1)).eval()
+    widths = [feature.shape[1] for feature in model(torch.zeros(1, 3, 32, 32))]
+    assert model.feature_info.channels() == widths == [24, 128]

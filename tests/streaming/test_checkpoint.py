@@ -1,11 +1,13 @@
 """Sources, places and devices that cannot be used are refused before anything is written."""
 
 import os
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.disk import batches
+from support.disk import add_predictions, batches
+from support.zoo import causal
 from transformers import LlamaForCausalLM
 
 from wanda_lightning import Structured, perplexity_from_disk, prune_from_disk
@@ -91,6 +93,24 @@ def test_tensors_without_a_place_are_counted_and_missing_ones_refused(copied):
     file.write_text(file.read_text().replace('"num_hidden_layers": 3', '"num_hidden_layers": 5'))
     with pytest.raises(ValueError, match=r"has no weights for 9 parameters .* model\.layers\.4"):
         Checkpoint(ModelSource(copied))
+
+
+def test_a_loaded_model_says_what_transformers_ignores(tmp_path):
+    causal("qwen3_next").build().save_pretrained(tmp_path)
+    add_predictions(tmp_path)
+    with pytest.warns(
+        UserWarning, match=r"no place for 2 stored tensors, mtp\.fc\.weight first, which will not be saved"
+    ):
+        load_causal_lm(ModelSource(tmp_path), "auto")
+
+
+def test_layers_that_transformers_ignores_in_another_size_of_a_family_are_no_reason_to_warn(tmp_path):
+    model = causal("glm4_moe").build()
+    model.config.num_hidden_layers = 47  # `layers.46` predicts more tokens in GLM-4.5-Air, which has 46 layers
+    type(model)(model.config).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_causal_lm(ModelSource(tmp_path), "auto")
 
 
 def test_weights_in_other_formats_are_refused(copied, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import forks
-from support.disk import CHOICES, batches, contents, interrupted, same, weights
+from support.disk import CHOICES, add_predictions, batches, contents, interrupted, same, weights
 from support.pairwise import with_nightly
 from transformers import AutoModelForCausalLM
 
@@ -75,6 +75,19 @@ def test_a_continued_run_does_not_allocate_again(source_for, streamed, tmp_path,
     assert (report.layers, report.config) == (expected.layers, expected.config)
     assert len({layer.target for layer in report.layers}) > 1 or "allocation" not in CHOICES[name]
     assert contents(tmp_path / "out") == contents(whole)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_run_that_was_interrupted_while_it_copied_tensors_continues(copied, tmp_path, monkeypatch, number):
+    predictions = add_predictions(copied)
+    expected = prune_from_disk(copied, tmp_path / "whole", batches(), **WANDA)
+    part = f"copied from {sorted(copied.glob('*.safetensors'))[-number].name}"
+    interrupted(copied, tmp_path / "out", monkeypatch, at=part, method="wanda")
+    assert not (tmp_path / "out/config.json").exists()
+    report = prune_from_disk(copied, tmp_path / "out", batches(), **WANDA)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert predictions.keys() < weights(tmp_path / "out").keys()
+    assert report.notes == expected.notes
 
 
 def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, streamed, tmp_path, monkeypatch):

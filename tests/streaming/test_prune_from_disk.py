@@ -1,12 +1,14 @@
 """What is pruned block by block equals what is pruned in memory."""
 
 import itertools
+import json
 import re
 from functools import partial
 
 import pytest
 import torch
-from support.disk import CHOICES, batches, count_blocks, in_memory, same, weights
+from safetensors.torch import load_file
+from support.disk import CHOICES, add_predictions, batches, count_blocks, in_memory, same, weights
 from support.pairwise import with_nightly
 from support.zoo import causal, names, other
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
@@ -78,6 +80,44 @@ def test_an_encoder_decoder(tmp_path):
     in_memory(tmp_path / "source", tmp_path / "memory", samples, AutoModelForSeq2SeqLM, **choices)
     prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
+
+
+# Tensors that transformers does not load, such as multi-token prediction
+
+
+def qwen3_next(folder, size="100KB"):
+    """Save a mixture whose configuration asks for a layer that predicts more tokens; return that layer's weights."""
+    model = causal("qwen3_next").build()
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(folder, max_shard_size=size)
+    return add_predictions(folder)
+
+
+@pytest.mark.parametrize("size", ["100KB", "1GB"])
+def test_what_transformers_does_not_load_is_copied(tmp_path, caplog, size):
+    predictions, samples = qwen3_next(tmp_path / "source", size), causal("qwen3_next").batches()
+    in_memory(tmp_path / "source", tmp_path / "memory", samples, method="wanda")
+    report = prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, method="wanda")
+    assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory") | predictions)
+    listed = json.loads((tmp_path / "disk/model.safetensors.index.json").read_text())["weight_map"]
+    assert all(name in load_file(tmp_path / "disk" / listed[name]) for name in predictions)
+    assert json.loads((tmp_path / "disk/config.json").read_text())["num_nextn_predict_layers"] == 1
+    note = "transformers does not load 2 stored tensors, mtp.fc.weight first: copied as stored"
+    assert note in report.notes[-1]
+    assert note in caplog.text
+
+
+@pytest.mark.parametrize("sequential", ["none", "block"])
+def test_what_may_not_fit_fewer_experts_is_left_out(tmp_path, caplog, sequential):
+    predictions, samples = qwen3_next(tmp_path / "source"), causal("qwen3_next").batches()
+    choices = {"pattern": "experts", "sequential": sequential, "progress": False}
+    report = prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, **choices)
+    assert not predictions.keys() & weights(tmp_path / "disk").keys()
+    assert json.loads((tmp_path / "disk/config.json").read_text())["num_nextn_predict_layers"] == 0
+    note = "transformers does not load 2 stored tensors, mtp.fc.weight first: left out"
+    assert note in report.notes[-1]
+    assert "num_nextn_predict_layers is now 0" in report.notes[-1]
+    assert note in caplog.text
 
 
 def routed(model, batch):

@@ -1,9 +1,11 @@
 """A model that is shrunk block by block equals the one that is shrunk in memory."""
 
+import json
+
 import pytest
 import torch
 import transformers as hf
-from support.disk import count_blocks
+from support.disk import add_predictions, count_blocks, weights
 from support.tiny import tiny
 from support.zoo import causal, seeded
 from transformers import AutoModelForCausalLM
@@ -35,6 +37,21 @@ def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in small.state_dict().items())
     with torch.no_grad():
         torch.testing.assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The model .* has no place")
+def test_what_may_not_fit_is_left_out(tmp_path, caplog):
+    model = MODELS["llama"]()
+    model.config.num_nextn_predict_layers = 1
+    wl.prune(model, [{"input_ids": IDS}], 0.5, pattern="structured", progress=False)
+    model.save_pretrained(tmp_path / "zeros")
+    predictions = add_predictions(tmp_path / "zeros")
+    report = wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
+    assert not predictions.keys() & weights(tmp_path / "small").keys()
+    assert json.loads((tmp_path / "small/config.json").read_text())["num_nextn_predict_layers"] == 0
+    note = "transformers does not load 2 stored tensors, mtp.fc.weight first: left out"
+    assert note in str(report)
+    assert note in caplog.text
 
 
 def test_only_one_block_is_in_memory(tmp_path, monkeypatch):

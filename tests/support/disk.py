@@ -1,8 +1,10 @@
 """A tiny language model in files, and ways to prune it from there."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.refusals import bits
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -50,6 +52,20 @@ def save_llama(folder):
     config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=VOCABULARY, tie_word_embeddings=True)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
+
+
+def add_predictions(folder):
+    """Add the weights of multi-token prediction to a folder, which transformers does not load; return them."""
+    shape = (5, 3)
+    tensors = {"mtp.fc.weight": torch.randn(shape), "mtp.layers.0.mlp.gate.weight": torch.randn(shape).half()}
+    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    for (name, tensor), file in zip(tensors.items(), (files[0], files[-1]), strict=True):
+        save_file({**load_file(file), name: tensor}, file, metadata={"format": "pt"})
+        if index.exists():
+            listed = json.loads(index.read_text())
+            listed["weight_map"][name] = file.name
+            index.write_text(json.dumps(listed))
+    return tensors
 
 
 def weights(folder):

@@ -333,7 +333,7 @@ def without_cache(model: nn.Module) -> nn.Module:
 def _modules_of_timm() -> dict[str, list[str]]:
     """Return the names of timm's models by the module that builds them."""
     modules: dict[str, list[str]] = {}
-    for name in timm.list_models(exclude_filters="shrunk_model"):
+    for name in timm.list_models():
         modules.setdefault(timm.models._registry._model_to_module[name], []).append(name)
     return modules
 

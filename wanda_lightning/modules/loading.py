@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -65,14 +66,26 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     with reading("weights", source, on_hub=not path.exists()):
         model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     check_causal(model)
-    check_complete(name, *(loaded.get(f"{kind}_keys", ()) for kind in ("missing", "mismatched", "unexpected")))
+    check_complete(name, loaded.get("missing_keys", ()), loaded.get("mismatched_keys", ()))
+    unused, fate = set(loaded.get("unexpected_keys", ())), ", which will not be saved again"
+    if path.suffix != ".gguf":
+        fate += " (`prune_from_disk` and --stream copy them)"
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
         if not path.is_dir():  # where the hub's files are in the cache
             where = {"local_files_only": True, "revision": source.revision, "cache_dir": source.cache_dir}
             path = Path(transformers.utils.cached_file(name, "config.json", **where)).parent
-        check_stored_as_float(name, path.glob("*.safetensors"), model)
+        unused |= _ignored(model, check_stored_as_float(name, path.glob("*.safetensors"), model))
+    warn_of_unused(name, unused, fate)
     check_finite(model.named_parameters(), name)
     return model
+
+
+def _ignored(model: Any, stored: Iterable[str]) -> set[str]:
+    """Return the stored tensors that transformers leaves out without a warning, such as `mtp.*`."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    # A pattern may stand for another model of the family: `layers.46` is the last one of GLM-4.5-Air only.
+    unknown = [x for x in patterns if not any(re.search(x, name) for name in model.state_dict())]
+    return {name for name in stored if any(re.search(x, name) for x in unknown)}
 
 
 def _check_decoder_only(config: Any) -> None:
@@ -94,10 +107,8 @@ def check_causal(model: nn.Module) -> None:
         )
 
 
-def check_complete(
-    name: str, missing: Collection[str], mismatched: Collection[Any], unused: Collection[str] = ()
-) -> None:
-    """Raise a ValueError for weights that are missing or misshapen; warn of stored ones without a place."""
+def check_complete(name: str, missing: Collection[str], mismatched: Collection[Any]) -> None:
+    """Raise a ValueError for weights that are missing or misshapen."""
     if mismatched:
         key, stored, expected = min(mismatched)
         raise UserError(
@@ -109,10 +120,14 @@ def check_complete(
             f"The model {name!r} has no weights for {len(missing)} parameters of its configuration, {min(missing)} "
             "first; they would be random. Check the folder and its config.json."
         )
+
+
+def warn_of_unused(name: str, unused: Collection[str], fate: str = "") -> None:
+    """Warn of stored weights without a place in the model."""
     if unused:
         warnings.warn(
-            f"The model {name!r} has no place for {counted(len(unused), 'stored tensor')}, {min(unused)} first, which "
-            "will not be saved again. If it should use them, correct config.json.",
+            f"The model {name!r} has no place for {counted(len(unused), 'stored tensor')}, {min(unused)} first{fate}. "
+            "If it should use them, correct config.json.",
             stacklevel=2,
         )
 
@@ -194,16 +209,22 @@ def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> N
             )
 
 
-def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
-    """Raise a ValueError for integers stored for a floating-point parameter: their scales are not known."""
+def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> set[str]:
+    """Raise a ValueError for integers stored for a floating-point parameter: their scales are not known.
+
+    Returned are the names of all stored tensors.
+    """
+    names = set[str]()
     parameters = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
     parameters |= {key.partition(".")[2] for key in parameters}  # checkpoints of the base model lack the first part
     for path in files:
         with reading("weights", path), safe_open(path, framework="pt") as file:
             stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+        names |= stored.keys()
         for key, dtype in stored.items():
             if dtype.startswith(("I", "U", "BOOL")) and {key, key.partition(".")[2]} & parameters:
                 raise UserError(
                     f"The model {name!r} stores {key} as {dtype}: packed integers, whose scales are not known. Give "
                     "the model in float32, bfloat16 or float16."
                 )
+    return names

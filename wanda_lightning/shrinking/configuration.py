@@ -208,12 +208,22 @@ def reshape(model: nn.Module, shapes: dict[str, list[int]], numbers: dict[str, d
         place, _, name = name.rpartition(".")
         module = model.get_submodule(place)
         old = getattr(module, name)
-        new, kept = torch.zeros(shape, dtype=old.dtype, device=old.device), old.detach()[tuple(map(slice, shape))]
-        new[tuple(map(slice, kept.shape))] = kept
+        new = resized(old.detach(), shape)
         setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     for place, widths in numbers.items():
         for name, width in widths.items():
             setattr(model.get_submodule(place), name, width)
+
+
+def resized(old: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    """Return a tensor of another shape, with what fits of the entries, and zeros."""
+    new, kept = torch.zeros(shape, dtype=old.dtype, device=old.device), old[tuple(map(slice, shape))]
+    new[tuple(map(slice, kept.shape))] = kept
+    return new
+
+
+def _source_of(*functions: Callable[..., Any]) -> str:
+    return "\n\n".join(map(inspect.getsource, functions))
 
 
 _NAME = "modeling_shrunk"
@@ -255,7 +265,7 @@ def write_modeling_file(model: nn.Module, folder: Path) -> None:
             f"written for classes of transformers only, but this one is from {family.__module__}. Use the model in "
             "memory, export it (torch.export, ONNX), or prune with allocation='uniform'."
         )
-    text = _TEMPLATE.format(family=family.__name__, module=family.__module__, reshape=inspect.getsource(reshape))
+    text = _TEMPLATE.format(family=family.__name__, module=family.__module__, reshape=_source_of(reshape, resized))
     config.auto_map = dict.fromkeys(auto_classes(family, config), f"{_NAME}.{family.__name__}")
     (folder / f"{_NAME}.py").write_text(text, encoding="utf-8")
 
@@ -289,12 +299,9 @@ import torch
 from torch import nn
 
 
-{reshape}
+{functions}
 
-{shrunk_model}
-
-if not timm.is_model("shrunk_model"):
-    timm.models.register_model(shrunk_model)
+register_shrunk_model()
 '''
 
 
@@ -305,19 +312,91 @@ def shrunk_model(
     pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build the model `shrunk_from` of timm, give it its shapes and widths, and load the weights if `pretrained`."""
+    """Build the model `shrunk_from` of timm, and give it its shapes and widths; load the weights if `pretrained`.
+
+    timm loads the weights into a model with all units, those that were taken out as zeros. So it can adapt them to
+    another image size, number of channels or of classes, and return features, as it does for `shrunk_from`.
+    """
     import timm
 
-    model = timm.create_model(shrunk_from, **kwargs)
-    reshape(model, shrunk_shapes, shrunk_numbers)
     own = {"shrunk_from": shrunk_from, "shrunk_shapes": shrunk_shapes, "shrunk_numbers": shrunk_numbers}
-    model._model_args = {**getattr(model, "_model_args", {}), **own}
-    config = model.pretrained_cfg
-    config["architecture"] = "shrunk_model"
+    chosen = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
+    config = timm.models.resolve_pretrained_cfg(shrunk_from, *chosen).to_dict()
+
+    # The shapes with all units, as saved. Before 1.0.31, timm does not tell saved arguments from those of the caller.
+    saved = kwargs.get("pretrained_model_args", kwargs)
+    of_features = ("features_only", "out_indices", "feature_cls")
+    saved = {key: value for key, value in saved.items() if key not in (*own, *of_features)}
+    with torch.device("meta"):
+        dense = timm.create_model(shrunk_from, pretrained_cfg=config, **saved)
+    sizes = {name: list(tensor.shape) for name, tensor in dense.state_dict().items()}
+
+    source = dict(config)
     if pretrained:
+        tensors: dict[str, torch.Tensor] = {}
+        timm.models.load_pretrained(
+            nn.Identity(),  # which has no tensors: the file is only read
+            {**config, "first_conv": None, "classifier": None},
+            filter_fn=lambda state, model: tensors.update(state) or {},
+            cache_dir=kwargs.get("cache_dir"),
+        )
+        for name, shape in shrunk_shapes.items():
+            if list(tensors[name].shape) != shape:
+                raise RuntimeError(
+                    f"{name} must have the shape {shape}, but has {list(tensors[name].shape)} in the file."
+                )
+            tensors[name] = resized(tensors[name], sizes[name])
+        source |= {"source": "", "state_dict": tensors}
+    model = timm.create_model(shrunk_from, pretrained, pretrained_cfg=source, **kwargs)
+
+    take_units(model, sizes, shrunk_shapes, shrunk_numbers)
+    if kwargs.get("features_only"):
+        size = kwargs.get("img_size", config["input_size"][1:])
         channels = kwargs.get("in_chans", config["input_size"][0])
-        timm.models.load_pretrained(model, config, model.num_classes, channels, cache_dir=kwargs.get("cache_dir"))
+        count_channels(model, torch.zeros(1, channels, *([size, size] if isinstance(size, int) else size)))
+    for module in model.modules():
+        described = getattr(module, "pretrained_cfg", None)
+        if isinstance(described, dict):
+            described.pop("state_dict", None)
+            described |= {"architecture": "shrunk_model", "source": config.get("source")}
+    model._model_args = {**getattr(model, "_model_args", {}), **own}
     return model
+
+
+def take_units(
+    model: nn.Module,
+    sizes: dict[str, list[int]],
+    shapes: dict[str, list[int]],
+    numbers: dict[str, dict[str, int]],
+) -> None:
+    """Reshape a model, or the features of one; `sizes` are the shapes with all units, as saved."""
+    # With `features_only`, some parts are missing, and others are called `layer1_0` or `model.layer1.0`.
+    here = {**dict(model.named_modules()), **model.state_dict()}
+    parts = [name for name, _ in model.named_children()]
+    prefix = f"{parts[0]}." if len(parts) == 1 else ""
+    places = {name.removeprefix(prefix).replace(".", "_"): name for name in here}
+    places |= {name.replace(".", "_"): name for name in here}
+    new_shapes = {}
+    for name, shape in shapes.items():
+        if place := places.get(name.replace(".", "_")):
+            # Another image size or number of channels may have changed a dimension without units.
+            dimensions = zip(shape, sizes[name], here[place].shape, strict=True)
+            new_shapes[place] = [size if size != before else now for size, before, now in dimensions]
+    flat = {name.replace(".", "_"): widths for name, widths in numbers.items()}
+    reshape(model, new_shapes, {places[name]: widths for name, widths in flat.items() if name in places})
+
+
+def count_channels(model: Any, image: torch.Tensor) -> None:
+    """Correct the numbers of channels in `feature_info`: units between two convolutions may be a feature."""
+    training, parameter = model.training, next(model.parameters())
+    with torch.no_grad():
+        features = model.eval()(image.to(parameter.device, parameter.dtype))
+    model.train(training)
+    features = list(features.values()) if isinstance(features, dict) else features
+    is_last = str(getattr(model, "output_fmt", "")).endswith("C")
+    for index, feature in zip(model.feature_info.out_indices, features, strict=True):
+        if feature.ndim == 4:  # tokens of a transformer keep their width
+            model.feature_info.info[index]["num_chs"] = feature.shape[-1 if is_last else 1]
 
 
 def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -403,11 +482,13 @@ def _build(family: Any, name: str, arguments: Mapping[str, Any]) -> tuple[nn.Mod
 
 
 def register_shrunk_model() -> None:
-    """Let timm load folders of a `shrunk_model`, so that no file of a folder has to run."""
+    """Let timm load folders of a `shrunk_model`, but not list it: its name alone does not build a model."""
     import timm
 
-    if not timm.is_model(shrunk_model.__name__):
+    if not timm.is_model("shrunk_model"):
         timm.models.register_model(shrunk_model)
+        # `list_models` leaves out deprecated names only; folders load without their list, too.
+        getattr(timm.models._registry, "_deprecated_models", {})["shrunk_model"] = None
 
 
 def save_for_timm(model: Any, arguments: Mapping[str, Any], labels: Mapping[str, Any], folder: Path) -> None:
@@ -421,5 +502,6 @@ def save_for_timm(model: Any, arguments: Mapping[str, Any], labels: Mapping[str,
     config = {"architecture": name, **labels}
     save_for_hf(model, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
     if name == shrunk_model.__name__:
-        text = _TIMM_FILE.format(reshape=inspect.getsource(reshape), shrunk_model=inspect.getsource(shrunk_model))
+        functions = _source_of(reshape, resized, shrunk_model, take_units, count_channels, register_shrunk_model)
+        text = _TIMM_FILE.format(functions=functions)
         (folder / f"{_NAME}.py").write_text(text, encoding="utf-8")

@@ -44,6 +44,7 @@ class Shrunk:
     unproven: int = 0  # units that stay, since the model did not compute the same without them
     parameters: tuple[int, int] = (0, 0)  # before and after
     misfit: str = ""  # why no ordinary configuration describes the smaller model
+    note: str = ""  # on what else is different in a saved folder
 
     @property
     def units(self) -> int:
@@ -71,6 +72,8 @@ class Shrunk:
             )
         if self.misfit:
             text += f" A saved folder loads with trust_remote_code=True only, because {self.misfit}."
+        if self.note:
+            text += f" Note: {self.note}."
         return text
 
 

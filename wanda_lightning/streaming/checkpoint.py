@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -33,7 +34,7 @@ from wanda_lightning.calibration.interception import weights_moved
 from wanda_lightning.common.checks import check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.words import counted, one_line
 from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.models import find_layers
 from wanda_lightning.modules.loading import (
@@ -42,11 +43,14 @@ from wanda_lightning.modules.loading import (
     check_finite,
     check_stored_as_float,
     require_safetensors,
+    warn_of_unused,
 )
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
 RESIDENT = ""
 """The part of a model that lies outside of all blocks."""
+# num_nextn_predict_layers, num_mtp_layers, num_mtp_modules, mtp_num_hidden_layers: of multi-token prediction
+_PREDICTIONS = re.compile(r"\w*(nextn|mtp)\w*_(layers|modules)")
 
 
 class Checkpoint:
@@ -61,6 +65,7 @@ class Checkpoint:
         name = self._name = str(source)
         self.device = available_device(device)
         self.blocks: tuple[str, ...] = ()
+        self.not_loaded: dict[Path, list[str]] = {}  # names of tensors that transformers leaves in a file
         self._keys: dict[str, dict[Path, list[str]]] = {}
         self._conversions: dict[str, Any] = {}
         if name.startswith("timm:") or name.endswith(".gguf"):
@@ -92,7 +97,8 @@ class Checkpoint:
         names = (name for name, _ in self.model.named_parameters())
         missing = {name for name in names if self.part_of(name) not in self._keys}  # now, not when batches arrive there
         missing |= {*loaded["missing_keys"]}
-        check_complete(self._name, missing, loaded["mismatched_keys"], loaded["unexpected_keys"])
+        check_complete(self._name, missing, loaded["mismatched_keys"])
+        warn_of_unused(self._name, loaded["unexpected_keys"])
         check_stored_as_float(name, self.files, self.model)
         owners: dict[int, str] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -109,8 +115,9 @@ class Checkpoint:
         self.model, self._load_config = model, replace(load_config, device_map={"": self.device})
         self.files = {Path(file): _stamp(file) for file in files}
         self.blocks = _block_names(model)
-        self._sort_keys()
+        unexpected = self._sort_keys()
         loaded = self.load(RESIDENT)
+        loaded.unexpected_keys.update(unexpected)  # transformers removes those that a family is known to have
         for block in self.blocks:
             self.unload(block)
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -119,18 +126,25 @@ class Checkpoint:
                 loaded.missing_keys.discard(name)
         return loaded, None
 
-    def _sort_keys(self) -> None:
+    def _sort_keys(self) -> set[str]:
+        """Find the part of each stored tensor; return the names of those that are not loaded."""
         mapping = self._load_config.weight_mapping or []
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        expected = self.model.state_dict()
+        expected, unexpected = self.model.state_dict(), set[str]()
         for path in self.files:
             with safe_open(path, framework="pt") as file:
                 stored = list(file.keys())
             for key in stored:
                 name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, expected)
-                part = self.part_of(key if name not in expected and key in expected else name)
-                self._keys.setdefault(part, {}).setdefault(path, []).append(key)
+                if name not in expected and key in expected:
+                    name = key
+                if name in expected:
+                    self._keys.setdefault(self.part_of(name), {}).setdefault(path, []).append(key)
+                else:
+                    self.not_loaded.setdefault(path, []).append(key)
+                    unexpected.add(name)
+        return unexpected
 
     def part_of(self, name: str) -> str:
         """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
@@ -144,11 +158,7 @@ class Checkpoint:
         """Load a block or `RESIDENT` from the checkpoint, or from other files in the same format."""
         if stored is None:
             stored = self._keys.get(part, {})
-            if changed := [path for path in stored if _stamp(path) != self.files[path]]:
-                raise OSError(
-                    f"{changed[0]} must not change while the model is pruned, but it was written or removed meanwhile. "
-                    "Start again with the model that you want."
-                )
+            self._refuse_changed(stored)
         slices = {key: _Stored(path, key) for path, keys in stored.items() for key in keys}
         with _quiet():
             # None: nothing is offloaded; before transformers 5.10, no plan of tensor parallelism.
@@ -163,6 +173,41 @@ class Checkpoint:
             weight.requires_grad_(False)  # a weight that is freed has no place for its gradient
         check_finite(own.items(), self._name)
         return loaded
+
+    def _refuse_changed(self, paths: Iterable[Path]) -> None:
+        if changed := [path for path in paths if _stamp(path) != self.files[path]]:
+            raise OSError(
+                f"{changed[0]} must not change while the model is pruned, but it was written or removed meanwhile. "
+                "Start again with the model that you want."
+            )
+
+    def read_not_loaded(self, path: Path) -> dict[str, Tensor]:
+        """Return the tensors of a file that transformers does not load, as they are stored."""
+        self._refuse_changed([path])
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in self.not_loaded[path]}
+
+    def note_on_not_loaded(self, fate: str) -> str:
+        """Say what happens to the tensors that transformers does not load; empty if there are none."""
+        names = [name for names in self.not_loaded.values() for name in names]
+        if not names:
+            return ""
+        return f"transformers does not load {counted(len(names), 'stored tensor')}, {min(names)} first: {fate}"
+
+    def leave_out(self) -> str:
+        """Adapt the configuration to a model without the tensors that transformers does not load; return a note.
+
+        They may be layers for multi-token prediction, built from the configuration, which has changed.
+        """
+        if not self.not_loaded:
+            return ""
+        changed = dict[str, None]()
+        for config in (self.model.config, self.model.config.get_text_config()):
+            for name, value in [*vars(config).items()]:
+                if _PREDICTIONS.fullmatch(name) and type(value) is int and value > 0:
+                    setattr(config, name, 0)
+                    changed[f"{name} is now 0"] = None
+        return self.note_on_not_loaded("; ".join(["left out, since they may not fit the smaller model", *changed]))
 
     def unload(self, part: str) -> None:
         """Free the weights of a block."""

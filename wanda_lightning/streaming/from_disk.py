@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +23,8 @@ from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
+
+log = logging.getLogger(__name__)
 
 _UNRELATED = ("_name_or_path", "transformers_version")  # to the weights: where they are, and what has written them
 
@@ -46,6 +50,9 @@ def prune_from_disk(
     A block is read when the calibration batches arrive at it, and written when they leave it. The output is a folder
     for `from_pretrained`, with the weights that `prune` computes. An interrupted run continues when it is called again
     with the same arguments (`forward` is not compared); until it has finished, the output is not a model.
+
+    Tensors that transformers does not load, such as layers for multi-token prediction, are copied as stored. With
+    `pattern="experts"` they are left out, since they may not fit fewer experts. A note in the report says so.
 
     Args:
         source: Hub id or local folder.
@@ -106,16 +113,25 @@ def pruned_from_disk(
         "config.json": fingerprint({k: v for k, v in described.items() if k not in _UNRELATED}),
         **{f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
     }
-    folder = OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks])
-    drops_experts, whole = config.pattern.drops_experts, folder.progress.report
+    drops_experts = config.pattern.drops_experts
+    copied = {} if drops_experts else {f"copied from {path.name}": path for path in checkpoint.not_loaded}
+    folder = OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks, *copied])
+    whole = folder.progress.report
     if not whole or drops_experts:  # then the configuration must change, too
         weights = StreamedWeights(checkpoint, folder)
         run = None if forward is None else partial(forward, checkpoint.model)
         is_by_block = drops_experts and plan.config.sequential == "none"  # one after the other
         with nullcontext() if is_by_block else weights.blocks.loading():
             report = prune_as(plan, held, forward=run, progress=progress, store=weights)
+    for part, path in copied.items():
+        if part not in folder.written:
+            folder.save(part, checkpoint.read_not_loaded(path))
+    note = checkpoint.leave_out() if drops_experts else checkpoint.note_on_not_loaded("copied as stored")
     if whole:
         report = PruningReport.from_json(whole)
+    elif note:
+        log.warning(note)
+        report = replace(report, notes=(*report.notes, note))
     folder.finish(checkpoint, tokenizer, report.to_json())
     yield report
     folder.forget()

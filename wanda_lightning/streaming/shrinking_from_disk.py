@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import ExitStack
 from functools import partial
@@ -17,6 +18,8 @@ from wanda_lightning.shrinking import Shrunk, example_batch, fit_configuration, 
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import Shards
 
+log = logging.getLogger(__name__)
+
 
 def shrink_from_disk(
     source: str | os.PathLike[str],
@@ -31,7 +34,8 @@ def shrink_from_disk(
     """Do what `shrink` does for a language model in safetensors, with one block in memory.
 
     A small batch runs through the model once; each block is read when it arrives there, and written without the units
-    when it leaves. Units outside of blocks stay.
+    when it leaves. Units outside of blocks stay. Tensors that transformers does not load, such as layers for
+    multi-token prediction, are left out, since they may not fit the smaller model.
 
     Args:
         source: Hub id or local folder.
@@ -56,6 +60,9 @@ def shrink_from_disk(
         result = _shrink_parts(checkpoint, shards)
         result.refuse_nothing()
         result.misfit, _ = fit_configuration(checkpoint.model)
+        if note := checkpoint.leave_out():
+            log.warning(note)
+            result.note = note
         write_modeling_file(checkpoint.model, folder)
         shards.write_rest(checkpoint, load_tokenizer(where))
     return result
