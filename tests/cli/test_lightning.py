@@ -55,3 +55,26 @@ def test_validate_a_recipe(recipe, capsys, tmp_path):
 def test_a_recipe_is_refused(recipe, refused, change, message):
     recipe.write_text(recipe.read_text().replace(*change))
     refused("validate", "--config", recipe, message=message)
+
+
+OWN = """
+from dataclasses import dataclass
+from wanda_lightning import Criterion
+
+@dataclass(frozen=True)
+class Power(Criterion):
+    needs = frozenset({"square_sum"})
+    power: float = 0.5
+
+    def __call__(self, weight, inputs):
+        return weight.float().abs() * inputs.norm() ** self.power
+"""
+
+
+def test_a_recipe_with_a_criterion_of_a_file_beside_it(recipe, monkeypatch, tmp_path):
+    Path("my_method.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = "pattern: 2:4, criterion: {class_path: my_method.Power, init_args: {power: 0.3}}"
+    recipe.write_text(recipe.read_text().replace("pattern: 2:4", given))
+    assert run("validate", "--config", recipe) == 0
+    assert PruningReport.load("out").config["criterion"] == {"name": "Power", "power": 0.3}
