@@ -105,8 +105,10 @@ def zeros() -> str:
         f"{zipped['efficie', 'dense', 'dense']} MiB without zeros. But SmolLM2, whose weights come from a 4-bit file, "
         f"is larger under `zstd -3` after `best` than the dense model: {zipped['SmolLM2', 'best', '50 %']} and "
         f"{zipped['SmolLM2', 'dense', 'dense']} MiB.",
-        "**Speed**: dense kernels multiply by zeros, too. On a CPU nothing is gained ([tried](docs/tried.md)). On "
-        "NVIDIA GPUs, 2:4 on sparse tensor cores has [a recipe](docs/speed.md), but is not measured.",
+        "**Speed**: dense kernels multiply by zeros, too, and no maintained runtime for x86 CPUs skips scattered "
+        "zeros. On ARM and in WebAssembly, XNNPACK skips those of 1x1 convolutions from two thirds of zeros on ([which "
+        "runtimes do](docs/questions.md#the-pruned-model-is-not-faster)). On NVIDIA GPUs, 2:4 on sparse tensor cores "
+        "has [a recipe](docs/speed.md). Neither is measured.",
         f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
         f"{perplexity(ours['thorough', '50 %'])} at 50 %. Text unlike the calibration text [can lose "
         "more](docs/measured.md#other-calibration-windows-and-another-text).",

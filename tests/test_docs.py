@@ -31,6 +31,7 @@ SMALLER = {
     '"python-docs"': '"text.txt"',
     "seqlen=2048": "seqlen=16",
     "seqlen=512": "seqlen=16",
+    "seqlen=256": "seqlen=16",
     "num_samples=128": "num_samples=4",
     '"convnext_tiny.fb_in1k"': '"convnext_atto", False, 10, model_kwargs={"in_chans": 1, "depths": (1, 1, 1, 1)}',
     '"/data/imagenet", model': '"digits", model, image_size=32',

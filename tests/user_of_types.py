@@ -1,8 +1,22 @@
 """What mypy says of a user's code: it fails if a line marked `type: ignore` has no error, or another one."""
 
-from torch import nn
+from dataclasses import dataclass
 
-from wanda_lightning import PruningCallback, WandaPrune, prune
+from torch import Tensor, nn
+
+from wanda_lightning import Criterion, InputStatistics, PruningCallback, WandaPrune, prune
+
+
+@dataclass(frozen=True)
+class Power(Criterion):
+    """A criterion outside of the package."""
+
+    needs = frozenset({"square_sum"})
+    power: float = 0.5
+
+    def __call__(self, weight: Tensor, inputs: InputStatistics) -> Tensor:
+        """Score by `|W| * ||x||^power`."""
+        return weight.float().abs() * inputs.norm() ** self.power
 
 
 def right(model: nn.Module) -> None:
@@ -10,6 +24,7 @@ def right(model: nn.Module) -> None:
     WandaPrune(0.5, pattern="2:4", num_samples=8, solver="sparsegpt")
     PruningCallback(0.5, method="sparsegpt", criterion="wanda", skip=["lm_head"])
     prune(model, method="wanda")
+    prune(model, criterion=Power(power=0.3))
 
 
 def wrong(model: nn.Module) -> None:

@@ -25,20 +25,37 @@ if TYPE_CHECKING:
     from wanda_lightning.config import PruningConfig as PruningConfig
     from wanda_lightning.core.allocation import (
         OWL as OWL,
+        Allocation as Allocation,
+        DenseLayer as DenseLayer,
         Fisher as Fisher,
         PerLayer as PerLayer,
         Uniform as Uniform,
+        match_target as match_target,
     )
-    from wanda_lightning.core.criteria import RIA as RIA, Magnitude as Magnitude, Wanda as Wanda
+    from wanda_lightning.core.criteria import (
+        RIA as RIA,
+        Criterion as Criterion,
+        Magnitude as Magnitude,
+        Wanda as Wanda,
+    )
     from wanda_lightning.core.patterns import (
         NM as NM,
         EqualShare as EqualShare,
         Experts as Experts,
+        Pattern as Pattern,
         Structured as Structured,
         Unstructured as Unstructured,
     )
     from wanda_lightning.core.permutation import Assignment as Assignment, NoPermutation as NoPermutation
-    from wanda_lightning.core.solvers import ADMM as ADMM, Refit as Refit, SparseGPT as SparseGPT, ZeroOut as ZeroOut
+    from wanda_lightning.core.selection import Selection as Selection
+    from wanda_lightning.core.solvers import (
+        ADMM as ADMM,
+        Refit as Refit,
+        Solver as Solver,
+        SparseGPT as SparseGPT,
+        ZeroOut as ZeroOut,
+    )
+    from wanda_lightning.core.statistics import InputStatistics as InputStatistics
     from wanda_lightning.data.images import ImageDataModule as ImageDataModule
     from wanda_lightning.data.own_text import sample_windows as sample_windows
     from wanda_lightning.data.text import TextDataModule as TextDataModule
@@ -61,11 +78,13 @@ _HOMES = {
     ),
     "callbacks.trainer": "PrunableModule",
     "config": "PruningConfig",
-    "core.allocation": "Fisher OWL PerLayer Uniform",
-    "core.criteria": "Magnitude RIA Wanda",
-    "core.patterns": "EqualShare Experts NM Structured Unstructured",
+    "core.allocation": "Allocation DenseLayer Fisher OWL PerLayer Uniform match_target",
+    "core.criteria": "Criterion Magnitude RIA Wanda",
+    "core.patterns": "EqualShare Experts NM Pattern Structured Unstructured",
     "core.permutation": "Assignment NoPermutation",
-    "core.solvers": "ADMM Refit SparseGPT ZeroOut",
+    "core.selection": "Selection",
+    "core.solvers": "ADMM Refit Solver SparseGPT ZeroOut",
+    "core.statistics": "InputStatistics",
     "data.images": "ImageDataModule",
     "data.own_text": "sample_windows",
     "data.text": "TextDataModule",

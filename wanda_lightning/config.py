@@ -275,7 +275,13 @@ def _resolve(option: str, given: Any, default: Callable[[], Any] = dict) -> Any:
         return _named(option, given)()
     if not isinstance(given, (base := _base(option))):
         names = ", ".join(NAMES[option])
-        raise UserError(f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}.")
+        hint = f" Give an object: {given.__name__}(...)." if isinstance(given, type) else ""
+        raise UserError(f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}.{hint}")
+    if not is_dataclass(given):
+        raise UserError(
+            f"{option} must be a dataclass, whose fields the report shows and a resumed run compares, but "
+            f"{type(given).__name__} is none. Write @dataclass(frozen=True) above the class."
+        )
     return given
 
 

@@ -95,3 +95,26 @@ def test_checkpoints_of_fit_are_loaded(recipe, inputs, module, monitor):
     assert run("validate", "--config", recipe, "--ckpt_path", "best/last.ckpt") == 0
     assert run("fit", "--config", recipe, "--trainer.max_epochs", 2, "--ckpt_path", "best/last.ckpt") == 0
     assert torch.load("best/last.ckpt", weights_only=True)["epoch"] == 1
+
+
+OWN = """
+from dataclasses import dataclass
+from wanda_lightning import Criterion
+
+@dataclass(frozen=True)
+class Power(Criterion):
+    needs = frozenset({"square_sum"})
+    power: float = 0.5
+
+    def __call__(self, weight, inputs):
+        return weight.float().abs() * inputs.norm() ** self.power
+"""
+
+
+def test_a_recipe_with_a_criterion_of_a_file_beside_it(recipe, monkeypatch, tmp_path):
+    Path("my_method.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    given = "pattern: 2:4, criterion: {class_path: my_method.Power, init_args: {power: 0.3}}"
+    recipe.write_text(recipe.read_text().replace("pattern: 2:4", given))
+    assert run("validate", "--config", recipe) == 0
+    assert PruningReport.load("out").config["criterion"] == {"name": "Power", "power": 0.3}

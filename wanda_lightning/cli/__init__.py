@@ -17,6 +17,7 @@ from cyclopts import CycloptsError, ValidationError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
 from wanda_lightning.cli.options import values_of
+from wanda_lightning.common.busy_machine import OPENMP_WAITING
 from wanda_lightning.common.errors import UserError
 
 
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     It is 0; 2 if what the user asked for cannot be done; 130 after Ctrl-C; 1 for faults, and if memory runs out.
     """
     # Threads that spin long while they wait take the cores from other work: OpenMP reads this when torch is imported.
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & {*os.environ}:
+    if OPENMP_WAITING.isdisjoint(os.environ):
         os.environ |= {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}  # of GCC, and of LLVM and Intel
     if not os.isatty(2):
         os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries in log files

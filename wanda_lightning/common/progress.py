@@ -8,6 +8,8 @@ from math import inf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from wanda_lightning.common.busy_machine import CoreWatch
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -17,6 +19,7 @@ class ProgressBar:
     def __init__(self, title: str, total: int | None, enabled: bool = True) -> None:
         self._title, self._total, self._done, self._name = title, total, 0.0, ""
         self._console = Console(stderr=True)
+        self._cores = CoreWatch()
         enabled &= total != 0
         self._prints = enabled and not self._console.is_terminal
         self._started = self._last_line = time.monotonic()
@@ -53,6 +56,7 @@ class ProgressBar:
 
     def advance(self, steps: float = 1) -> None:
         """Count steps as done."""
+        self._cores.check()
         self._done += steps
         self._bar.update(self._task, completed=self._done)
         if not self._name:

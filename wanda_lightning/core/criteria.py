@@ -26,7 +26,7 @@ class Criterion(ABC):
             columns cannot use it then.
     """
 
-    needs: ClassVar[frozenset[str]]
+    needs: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[Group] = "row"
     spans_rows: ClassVar[bool] = False
     spans_columns: ClassVar[bool] = False

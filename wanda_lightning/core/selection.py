@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.criteria import Criterion
 from wanda_lightning.core.patterns import ColumnBlock, Pattern
 from wanda_lightning.core.statistics import InputStatistics
@@ -29,11 +30,24 @@ class Selection:
 
     def score(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score the weights."""
-        return self.criterion(weight, inputs)
+        scores = self.criterion(weight, inputs)
+        if scores.shape != weight.shape or scores.isnan().any():
+            raise UserError(
+                f"criterion={self.criterion} must return a score for each weight, none of them NaN, but for "
+                f"{tuple(weight.shape)} weights it returned {tuple(scores.shape)} scores, with "
+                f"{int(scores.isnan().sum())} NaN."
+            )
+        return scores
 
     def choose(self, scores: Score) -> KeepMask:
         """Return what to keep, given the scores."""
-        return self.pattern(self._weigh(scores), self.sparsity)
+        keep = self.pattern(self._weigh(scores), self.sparsity)
+        if keep.shape != scores.shape or keep.dtype != torch.bool:
+            raise UserError(
+                f"pattern={self.pattern} must return a boolean for each score, but for {tuple(scores.shape)} scores it "
+                f"returned a tensor of {keep.dtype} with the shape {tuple(keep.shape)}."
+            )
+        return keep
 
     def choose_block(self, scores: Score, block: ColumnBlock) -> KeepMask:
         """Return what to keep in a block of columns, given its scores; see `Pattern.keep_block`."""

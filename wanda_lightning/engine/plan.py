@@ -145,6 +145,11 @@ class Plan:
                 sparsities = self._unit_sparsities(gradients)
             elif self.processes.rank == 0 and layers:
                 sparsities = allocation(self.dense_layers(layers, inputs, gradients, read), self.config.sparsity)
+                if wrong := {layer.name for layer in layers} ^ sparsities.keys():
+                    raise UserError(
+                        f"{self.config.shown('allocation')} must return a sparsity for each layer, and for no other, "
+                        f"but it did not for {', '.join(sorted(wrong))}."
+                    )
             # One process decides: numbers that differ in the last digit could give different masks.
             sparsities = self.processes.broadcast(sparsities, 0)
         return self.selections(sparsities, gradients)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics, relative_error
 from wanda_lightning.engine.plan import Plan
 from wanda_lightning.engine.run import Run, unreached
@@ -80,7 +81,10 @@ def _prune_layers(
     with torch.autocast(weights[0].device.type, enabled=False):  # a mixed-precision Trainer's would round statistics
         fitted = inputs.centered() if biases else inputs
         selections = [run.selections[layer.name] for layer in layers]
+        versions = [_version(weight) for weight in weights]
         solved = run.plan.config.solver.solve_together(weights, fitted, selections)
+        for layer, weight, version, (sparse, _) in zip(layers, weights, versions, solved, strict=True):
+            _check_solved(run, layer, sparse, weight, _version(weight) == version)
     for layer, dense, (sparse, _) in zip(layers, weights, solved, strict=True):
         target, block = run.selections[layer.name].sparsity, run.plan.inventory.blocks[layer.name]
         before, sparsity, error = _share_of_zeros(dense), _share_of_zeros(sparse), None
@@ -93,6 +97,27 @@ def _prune_layers(
         layer.write(sparse)
         tokens, note = found.pooled.get(layer.name, inputs.count), "; ".join(_notes(run, layer, inputs, found))
         yield PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, note, layer.siblings, before, block, error)
+
+
+def _version(weight: Tensor) -> int:
+    """Return how often the tensor was written to; tensors of inference mode do not count that."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _check_solved(run: Run, layer: Layer, sparse: Tensor, dense: Tensor, is_unchanged: bool) -> None:
+    """Refuse mistakes of a method from outside of the package that would be written without a word."""
+    criterion, solver = run.plan.config.shown("criterion"), run.plan.config.shown("solver")
+    if not is_unchanged:
+        raise UserError(
+            f"{criterion} and {solver} must leave the weight that they get as it is, but one of them changed that of "
+            f"{layer.name}. Work on a copy, such as weight.abs() or weight.clone(), and reload the model."
+        )
+    if sparse.shape != dense.shape or not sparse.isfinite().all():
+        raise UserError(
+            f"{solver} must return a finite weight of the shape {tuple(dense.shape)} for {layer.name}, but it returned "
+            f"one of the shape {tuple(sparse.shape)}, with {int((~sparse.isfinite()).sum())} numbers that are NaN or "
+            "infinite."
+        )
 
 
 def _zero_units(run: Run, read: PrunedLayer) -> dict[str, PrunedLayer]:

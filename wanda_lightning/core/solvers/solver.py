@@ -25,7 +25,7 @@ class Solver(ABC):
             `InputStatistics.centered()`.
     """
 
-    needs: ClassVar[frozenset[str]]
+    needs: ClassVar[frozenset[str]] = frozenset()
     takes_any_criterion: ClassVar[bool] = True
     prunes_units: ClassVar[bool] = False
     intercept: bool = False

@@ -1,0 +1,195 @@
+"""A criterion, pattern, solver or allocation outside of the package, made of public names only."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from wanda_lightning import Allocation, Criterion, Pattern, PruningConfig, Solver, Wanda, match_target, prune
+from wanda_lightning.core.statistics import SUMS
+
+
+@dataclass(frozen=True)
+class Power(Criterion):
+    needs = frozenset({"square_sum"})
+    power: float = 0.5
+
+    def __call__(self, weight, inputs):
+        return weight.float().abs() * inputs.norm() ** self.power
+
+
+@dataclass(frozen=True)
+class Columns(Pattern):
+    """Zeros fill whole columns."""
+
+    def __call__(self, scores, sparsity):
+        keep = torch.ones_like(scores, dtype=torch.bool)
+        keep[:, scores.sum(dim=0).argsort()[: int(scores.shape[1] * sparsity)]] = False
+        return keep
+
+
+@dataclass(frozen=True)
+class Half(Solver):
+    """Half of each kept weight, to tell it from the dense one."""
+
+    def __call__(self, weight, inputs, selection):
+        keep = selection.keep(weight, inputs)
+        return weight / 2 * keep, keep
+
+
+@dataclass(frozen=True)
+class Slope(Allocation):
+    slope: float = 0.2
+
+    def __call__(self, layers, sparsity):
+        return match_target(layers, {layer.name: self.slope * i for i, layer in enumerate(layers)}, sparsity)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16))
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(50, 16, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, 16)
+
+
+def without_smallest(weight, scores):
+    """The weight without the smaller half of the scores of each row, by a loop."""
+    weight = weight.detach().clone()
+    for row, of_row in zip(weight, scores, strict=True):
+        row[of_row.argsort()[: len(row) // 2]] = 0
+    return weight
+
+
+def test_a_criterion(model, batch):
+    weight = model[0].weight.detach().clone()
+    report = prune(model, [batch], criterion=Power(0.3), progress=False)
+    scores = weight.abs() * batch.square().sum(dim=0).sqrt() ** 0.3
+    assert torch.equal(model[0].weight, without_smallest(weight, scores))
+    assert json.loads(report.to_json())["config"]["criterion"] == {"name": "Power", "power": 0.3}
+
+
+def test_a_pattern(model, batch):
+    weight = model[0].weight.detach().clone()
+    prune(model, [batch], criterion="magnitude", pattern=Columns(), progress=False)
+    smallest = weight.abs().sum(dim=0).argsort()[:8]
+    assert sorted(smallest.tolist()) == (model[0].weight == 0).all(dim=0).nonzero().flatten().tolist()
+
+
+def test_a_solver(model, batch):
+    weight = model[0].weight.detach().clone()
+    prune(model, [batch], solver=Half(), progress=False)
+    assert torch.equal(model[0].weight, without_smallest(weight, weight.abs() * batch.norm(dim=0)) / 2)
+
+
+def test_an_allocation(model, batch):
+    report = prune(model, [batch], allocation=Slope(), progress=False)
+    assert report.layers[1].target - report.layers[0].target == pytest.approx(0.2, abs=1 / 12)
+    assert report.sparsity == pytest.approx(0.5, abs=1 / 12)
+
+
+def test_a_criterion_that_needs_nothing_needs_no_data(model):
+    @dataclass(frozen=True)
+    class Weight(Criterion):
+        def __call__(self, weight, inputs):
+            return weight.float()
+
+    weight = model[0].weight.detach().clone()
+    prune(model, criterion=Weight(), progress=False)
+    assert torch.equal(model[0].weight, without_smallest(weight, weight))
+
+
+# ---- mistakes that would be silent, or end in an error of another library
+
+
+@dataclass(frozen=True)
+class WrongCriterion(Criterion):
+    mistake: str
+
+    def __call__(self, weight, inputs):
+        if self.mistake == "NaN":
+            return torch.where(weight < 0, torch.nan, weight.abs())
+        if self.mistake == "shape":
+            return weight.abs().sum(dim=0)
+        return weight.float().abs_()  # `float` copies no float32
+
+
+@dataclass(frozen=True)
+class WrongPattern(Pattern):
+    mistake: str
+
+    def __call__(self, scores, sparsity):
+        keep = scores > scores.median()
+        return keep.float() if self.mistake == "dtype" else keep[0]
+
+
+@dataclass(frozen=True)
+class WrongSolver(Solver):
+    mistake: str
+
+    def __call__(self, weight, inputs, selection):
+        keep = selection.keep(weight, inputs)
+        if self.mistake == "NaN":
+            return weight * keep / 0, keep
+        if self.mistake == "shape":
+            return weight[:1], keep[:1]
+        return weight.mul_(keep), keep
+
+
+@dataclass(frozen=True)
+class WrongAllocation(Allocation):
+    def __call__(self, layers, sparsity):
+        return {layers[0].name: sparsity}
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (
+            {"criterion": WrongCriterion("NaN")},
+            r"criterion=Wrong.* must return a score for each weight, .* [1-9]\d* NaN",
+        ),
+        ({"criterion": WrongCriterion("shape")}, r"criterion=Wrong.* must return a score for each weight, .* \(16,\)"),
+        ({"criterion": WrongCriterion("in place")}, r"criterion=Wrong.* and solver='zero_out' must leave .* that of 0"),
+        ({"pattern": WrongPattern("dtype")}, r"pattern=Wrong.* must return a boolean for each score, .* torch.float32"),
+        ({"pattern": WrongPattern("shape")}, r"pattern=Wrong.* must return a boolean for each score, .* \(16,\)"),
+        ({"solver": WrongSolver("NaN")}, r"solver=Wrong.* must return a finite weight of the shape \(12, 16\) for 0"),
+        ({"solver": WrongSolver("shape")}, r"solver=Wrong.* must return a finite weight .* one of the shape \(1, 16\)"),
+        ({"solver": WrongSolver("in place")}, r"solver=Wrong.* must leave .* that of 0"),
+        ({"allocation": WrongAllocation()}, r"allocation=Wrong.* must return a sparsity for each layer, .* for 2"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_refused_in_a_sentence_that_names_the_choice(model, batch, choice, message):
+    with pytest.raises(ValueError, match=message):
+        prune(model, [batch], **choice, progress=False)
+
+
+def test_a_class_without_a_dataclass_is_refused_since_the_report_would_lack_its_values():
+    class Plain(Criterion):
+        def __init__(self):
+            self.power = 1
+
+        def __call__(self, weight, inputs):
+            return weight
+
+    with pytest.raises(ValueError, match=r"criterion must be a dataclass, .* but Plain is none"):
+        PruningConfig.from_names(criterion=Plain())
+
+
+def test_a_class_in_the_place_of_an_object_is_told_so():
+    with pytest.raises(ValueError, match=r"criterion must be of class Criterion .* Give an object: Wanda\(\.\.\.\)"):
+        PruningConfig.from_names(criterion=Wanda)
+
+
+def test_the_page_lists_all_statistics():
+    page = Path(__file__).parents[1] / "docs/own_method.md"
+    listed = re.findall(r'^\| `"(\w+)"` \| .*`inputs', page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(SUMS)
