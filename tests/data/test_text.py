@@ -129,7 +129,7 @@ def test_the_tokenizer_may_be_a_gguf_file_or_is_refused_before_anything_is_read(
         ({"evaluation": ["one line\nand another"]}, "^evaluation must be .* a list of documents, but it is 'one line"),
         ({"evaluation": "ptb"}, r"^evaluation must be .* but it is 'ptb'\.$"),
         ({"evaluation": "a.csv"}, r"ends in \.txt, \.jsonl, \.parquet, or .* but it is .*a\.csv"),
-        ({"calibration": "gone.jsonl"}, r"an existing file that ends in .* but it is 'gone\.jsonl'"),
+        ({"calibration": "gone.jsonl"}, r"^calibration must be an existing file, but there is no gone\.jsonl\. Check"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(tokenizer, options, message):

@@ -12,7 +12,6 @@ import pytest
 import timm
 import torch
 import yaml
-from lightning.pytorch.cli import LightningCLI
 from support.cli import IGNORED_WARNINGS, run
 from timm.models import save_for_hf
 from torch.sparse._semi_structured_conversions import (
@@ -76,7 +75,8 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
     if path.stem == "digits_vit":
         request.getfixturevalue("few_digits")
     runs = []
-    monkeypatch.setattr(lightning, "LightningCLI", lambda **options: runs.append(LightningCLI(**options)))
+    cli = lightning._CLI
+    monkeypatch.setattr(lightning, "_CLI", lambda **options: runs.append(cli(**options)))
     save_for_hf(timm.create_model("test_convnext"), "convnext", safe_serialization=True)
     first = next(line for line in path.read_text().splitlines() if line.startswith("#   "))
     program, command, option, _ = shlex.split(first.removeprefix("#"))

@@ -19,7 +19,8 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
 from wanda_lightning.common.words import counted
 from wanda_lightning.data.image_sources import Images, ImageSource, check_source, open_source
-from wanda_lightning.data.loading import ResumableLoader, silence_worker_advice
+from wanda_lightning.data.loading import silence_worker_advice
+from wanda_lightning.data.resumable import ResumableLoader
 
 
 class ImageDataModule(L.LightningDataModule):

@@ -1,16 +1,12 @@
-"""Load data sets from the Hugging Face hub, and tables and texts from files, by `datasets`; the loader for training."""
+"""Load data sets from the Hugging Face hub, and tables and texts from files, by `datasets`."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
-
-import lightning as L
-from torch.utils.data import DataLoader
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import reading
@@ -70,30 +66,3 @@ def is_hub_id(source: str) -> bool:
 def silence_worker_advice() -> None:
     """Stop Lightning from recommending workers, with which a loader over data in memory is slower; it has no option."""
     warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A shuffled loader whose run may be resumed in the middle of an epoch, so that no batch comes twice.
-
-    The seed and the Trainer's epoch give the order, and the Trainer's progress the number of batches to skip. They are
-    read with the first batch: Lightning may create the iterator before it restores its progress.
-    """
-
-    def __init__(self, *args: Any, trainer: L.Trainer | None, seed: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.trainer, self.seed = trainer, seed  # public: Lightning rebuilds the loader to add a DistributedSampler
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield the batches of an epoch, or those that are left of it."""
-        skip = 0
-        if self.trainer is not None and self.trainer.training:
-            self.generator.manual_seed(self.seed + self.trainer.current_epoch)
-            skip = self.trainer.fit_loop.batch_idx + 1
-        yield from islice(super().__iter__(), skip, None)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the method tells Lightning that the loader can be resumed."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing: the Trainer restores its progress itself."""

@@ -18,8 +18,9 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.common.words import counted
-from wanda_lightning.data.loading import ResumableLoader, silence_worker_advice
+from wanda_lightning.data.loading import silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows
+from wanda_lightning.data.resumable import ResumableLoader
 from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source, evaluation_text, named
 
 if TYPE_CHECKING:
