@@ -40,6 +40,22 @@ class Block(nn.Module):
         return x
 
 
+def deviation(x):
+    """Of each sample, so that a batch can be split."""
+    return x.std(dim=(1, 2), keepdim=True)
+
+
+class Helper(nn.Module):
+    """Keeps what it computes, in a buffer and in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+
+    def forward(self, x):
+        self.scale = 1 / deviation(x)
+
+
 class Net(nn.Module):
     """Three blocks and a head, which `run(model, x)` calls."""
 
@@ -50,14 +66,10 @@ class Net(nn.Module):
         bound = [hook and partial(hook, self) for hook in (before, after)]
         self.blocks = nn.ModuleList(Block(*bound) for _ in range(3))
         self.head = nn.Linear(WIDTH, 5)
+        self.helper = Helper()
 
     def forward(self, x):
         return self.head(self.run(self, x))
-
-
-def deviation(x):
-    """Of each sample, so that a batch can be split."""
-    return x.std(dim=(1, 2), keepdim=True)
 
 
 def batches():
@@ -164,6 +176,57 @@ def set_attribute(model, x):
     model.scale = 1 / deviation(x)
 
 
+def with_attributes_of_blocks(model, x):
+    for block in model.blocks:
+        block.scale = 1 / deviation(x)
+    return in_order(model, x)
+
+
+def with_helper(model, x):
+    model.helper(x)
+    return in_order(model, x)
+
+
+def in_a_loop(model, x):
+    model.scale = 1 / deviation(x)
+    for block in (*model.blocks[:2], *model.blocks):
+        x = block(x)
+    return x
+
+
+def in_a_loop_with_scale(model, x):
+    scale = 1 / deviation(x)
+    for block in (*model.blocks[:2], *model.blocks):
+        x = block(x, scale)
+    return x
+
+
+class Half(nn.Module):
+    """Some of the blocks, which read an attribute that is set before any of the blocks runs."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+        self.scale = None
+
+
+class Halves(Net):
+    """As an encoder and a decoder."""
+
+    def __init__(self, run, before=None):
+        super().__init__(run)
+        self.halves = nn.ModuleList([Half(self.blocks[:1]), Half(self.blocks[1:])])
+        for half in self.halves:
+            for block in half.blocks:
+                block.before = before and partial(before, half)
+
+
+def with_halves(model, x):
+    for half in model.halves:
+        half.scale = 1 / deviation(x)
+    return in_order(model, x)
+
+
 MODELS = {
     "writes into its batch": (Net(writing), Net(not_writing)),
     "context variable": (Net(with_variable, lambda model, x: SCALE.get()), Net(with_scale)),
@@ -172,6 +235,13 @@ MODELS = {
     "mode": (Net(in_mode), Net(with_gain)),
     "a mode for each block": (Net(in_modes), Net(with_gains)),
     "attribute": (Net(with_attribute, lambda model, x: model.scale), Net(with_scale)),
+    "attribute set on blocks": (
+        Net(with_attributes_of_blocks, lambda model, x: model.blocks[1].scale),
+        Net(with_scale),
+    ),
+    "helper": (Net(with_helper, lambda model, x: model.helper.scale), Net(with_scale)),
+    "loop": (Net(in_a_loop, lambda model, x: model.scale), Net(in_a_loop_with_scale)),
+    "halves": (Halves(with_halves, lambda half, x: half.scale), Halves(with_scale)),
     "attribute of a block": (Net(with_attribute, lambda model, x: model.scale, set_attribute), Net(with_next_scale)),
 }
 CHOICES = {
@@ -187,7 +257,8 @@ CHOICES = {
 
 
 def fresh(model):
-    return Net(model.run, *(hook and hook.func for hook in (model.blocks[0].before, model.blocks[0].after)))
+    hooks = [hook and hook.func for hook in (model.blocks[0].before, model.blocks[0].after)]
+    return Halves(model.run, hooks[0]) if isinstance(model, Halves) else Net(model.run, *hooks)
 
 
 # The models in which a block sets something for the next one cover the others; `make test-all` runs all of them.
@@ -238,17 +309,16 @@ def test_a_forward_may_take_keys_from_its_batch():
 
 
 def test_a_value_that_one_batch_sets_is_shared():
-    """A mask that is made at the first call is made once, not for each batch."""
-    made = []
+    """What is made at the first call is made once, for the first batch."""
 
-    def with_mask(model, x):
-        if not hasattr(model, "mask"):
-            made.append(1)
-            model.mask = torch.ones(WIDTH)
-        return in_order(model, x * model.mask)
+    def with_reference(model, x):
+        if not hasattr(model, "reference"):
+            model.reference = deviation(x[:1])
+        return in_order(model, x / model.reference)
 
-    prune(Net(with_mask), batches(), progress=False, sequential="block")
-    assert made == [1]
+    model = Net(with_reference)
+    prune(model, batches(), progress=False, sequential="block")
+    assert torch.equal(model.reference, deviation(batches()[0][:1]))
 
 
 @pytest.mark.parametrize("sequential", ["none", "layer", "block"])
@@ -368,6 +438,7 @@ def test_a_setting_of_the_process_is_as_before_afterwards(setting, places, seque
 def test_a_batch_that_waits_for_a_lock_of_another_is_reported(monkeypatch, caplog):
     """It would wait forever, so the test releases the lock when the report has come."""
     monkeypatch.setattr(stall_watch, "PATIENCE", 0.2)
+    monkeypatch.setattr(stall_watch.StallWatch, "reported", False)
     lock = threading.Lock()
 
     def locked(model, x):

@@ -45,8 +45,8 @@ def gradient_statistics(
     calibration data and on its predictions, but not on its batch or process. Each sample has its own backward pass, in
     which blocks are recomputed. Up to 32 samples with one prediction each, such as images, share a pass.
 
-    `tick` is called after each batch with the number of batches that are left, if they are as large as this one; None
-    without a limit. `limit` is the number of samples over all processes, batch i of all processes before batch i + 1 of
+    After each batch, `tick` receives an estimate of the number of batches left, assuming that they are as large as this
+    one, or None if there is no limit. `limit` is the number of samples over all processes, batch i of all processes before batch i + 1 of
     any. `columns` has the number of columns of each hidden unit, for the layers whose units are scored. The result
     holds the layers that a batch reached.
 
@@ -123,9 +123,9 @@ def _pass_backward(
             for sample in _joined(samples, own) if predictions == 1 else own:
                 _backward(sample, index, last)
                 index += sample.size
-            of_batch = sum(size for _, size in sizes)
-            done += of_batch
-            tick(None if last is None else -(-max(0, last - done) // max(1, of_batch)))
+            samples_in_round = sum(size for _, size in sizes)
+            done += samples_in_round
+            tick(None if last is None else -(-max(0, last - done) // max(1, samples_in_round)))
 
 
 def _backward(sample: Sample, first: int, last: int | None) -> int:
@@ -262,8 +262,8 @@ def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]
     return any nested structure of tensors. The second run must compute the same as the first, so it has the modes,
     context variables and attributes of the modules around the block that the first run had. A block keeps its
     activations if it writes into its arguments, or receives an object with tensors, which another block may write, such
-    as a key-value cache; also if it sets a context variable or an attribute around it, or finds a tensor with gradients
-    there.
+    as a key-value cache. It also keeps them if it sets a context variable, or an attribute of a module around it, or if
+    one of these holds a tensor that requires gradients.
     """
     around = modules_around(model, blocks)
     outside = contextvars.copy_context()

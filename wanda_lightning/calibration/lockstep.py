@@ -91,9 +91,9 @@ def lockstep(
     so the rest of the model is not computed. Only one sample continues to the end of the model, to find out whether the
     model calls a stop again.
 
-    The modules of the stops are disjoint, and `model` contains them; attributes that its forward sets are then each
-    sample's own. `passed` receives the names of the stops that a sample passes. With `to_end`, the samples run to the
-    end of the model, and wait at each visit of a stop.
+    The modules of the stops are disjoint. If `model`, which contains them, is given, the attributes of its modules are
+    each sample's own where its forward sets them for each. `passed` receives the names of the stops that a sample
+    passes. With `to_end`, the samples run to the end of the model, and wait at each visit of a stop.
 
     Yields:
         The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all samples
@@ -103,14 +103,13 @@ def lockstep(
         passed = Passed()
     pending = set(range(len(stops)))
     with _parking(stops), StallWatch() as watch, ExitStack() as ends:
-        attributes = ModuleAttributes(model, stops)
+        attributes = ModuleAttributes(model)
         batches = [_Batch(sample, stops, attributes, watch) for sample in _parking_at_products(samples, stops)]
-        # The last batch starts first, and the first one goes on and ends first: a batch that enters a context of the
-        # process, such as `sdpa_kernel`, does so inside the contexts of the batches that started before it.
-        for batch in reversed(batches):
+        for batch in batches:
+            # In reverse order, as contexts nest: a batch may have entered one inside the context of the batch before.
             ends.callback(batch.end)
         with processes.fail_together():
-            for batch in reversed(batches):
+            for batch in batches:
                 batch.advance()
         while True:
             parked = [batch for batch in batches if batch.call is not None]
@@ -128,12 +127,14 @@ def lockstep(
             pending.discard(index)
             if not pending and not to_end:
                 if here:
-                    _find_passed(here[0], stops, passed)
+                    _find_passed(here[-1], stops, passed)  # the innermost
                 return
             with processes.fail_together():
                 for batch in here:  # parked activations must not outlive the run of the module
-                    batch.advance(calls.pop(0).run())
-            attributes.left(index)
+                    with watch.watching(batch.index):
+                        output = calls.pop(0).run()
+                    batch.advance(output)
+                    del output
 
 
 def _note_passed(batches: Iterable[_Batch], stop: Stop, passed: Passed) -> None:
@@ -210,6 +211,7 @@ class _Batch(greenlet):
         self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
         self.visited: set[str] = set()  # names of the stops at which it has been parked
+        self.index = sample.batch_index
         self._sample = sample
         self._stops = stops
         self._attributes = attributes
@@ -241,8 +243,9 @@ class _Batch(greenlet):
         refuse_transforms(self._stops[stop].name)
         self._state = TorchState()
         self.stop = stop
-        around = Surroundings(self, self._state, self._outside, self._attributes)
-        self.call = Call(self._sample, self._stops[stop].name, forward, args, kwargs, around)
+        name, module = self._stops[stop].name, self._stops[stop].module
+        around = Surroundings(self, self._state, self._outside, self._attributes, module)
+        self.call = Call(self._sample, name, forward, args, kwargs, around)
         del args, kwargs
         assert self.parent is not None
         self.parent.switch()
@@ -255,7 +258,7 @@ class _Batch(greenlet):
             self.visited.add(self.call.stop)
         self.call, self._output, self.parent = None, output, getcurrent()
         del output
-        with self._watch.over(self._sample.batch_index), self._attributes.of(self), self._state.entered(exactly=True):
+        with self._watch.watching(self.index), self._attributes.of(self), self._state.entered(exactly=True):
             self.switch()
 
     def end(self) -> None:

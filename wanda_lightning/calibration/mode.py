@@ -112,8 +112,7 @@ class _PlainCode:
 
     def __enter__(self) -> None:
         with self._lock:
-            self._threads += 1
-            if self._threads == 1:
+            if self._threads == 0:
                 self._restored.callback(
                     torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
                 )
@@ -122,6 +121,7 @@ class _PlainCode:
             if "torch._dynamo" in sys.modules and not self._is_eager:
                 self._restored.enter_context(torch.compiler.set_stance("force_eager"))
                 self._is_eager = True
+            self._threads += 1
 
     def __exit__(self, *error: object) -> None:
         with self._lock:

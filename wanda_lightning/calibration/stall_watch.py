@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 log = logging.getLogger(__name__)
 
@@ -22,10 +23,12 @@ class StallWatch:
     go on. A thread of its own looks at the clock, because the waiting thread cannot.
     """
 
+    reported: ClassVar = False  # in this process
+
     def __init__(self) -> None:
         self._observed = threading.get_ident()
         self._observer = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
-        self._over = threading.Event()
+        self._finished = threading.Event()
         self._running: tuple[int, float] | None = None  # the batch, and since when
 
     def __enter__(self) -> StallWatch:
@@ -33,12 +36,12 @@ class StallWatch:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._over.set()
+        self._finished.set()
         self._observer.join()
 
     @contextmanager
-    def over(self, batch_index: int) -> Iterator[None]:
-        """Watch over a batch while it runs in this block."""
+    def watching(self, batch_index: int) -> Iterator[None]:
+        """Watch a batch that runs in this block."""
         self._running = batch_index, time.monotonic()
         try:
             yield
@@ -46,17 +49,17 @@ class StallWatch:
             self._running = None
 
     def _watch(self) -> None:
-        while not self._over.wait(PATIENCE / 4):
+        while not StallWatch.reported and not self._finished.wait(PATIENCE / 4):
             running = self._running
             if running is not None and time.monotonic() - running[1] > PATIENCE:
+                StallWatch.reported = True
                 self._report(running[0])
-                return
 
     def _report(self, batch_index: int) -> None:
         stack = traceback.format_stack(sys._current_frames()[self._observed])
         log.warning(
             f"Calibration batch {batch_index} (counted from 0) has run for more than {PATIENCE:.0f} seconds without "
-            "reaching the next block or layer to prune. If the model is not just slow there, it may wait for a lock "
+            "reaching the end of a block or layer. If the model is not just slow there, it may wait for a lock "
             "that another batch holds, and wait forever: stop it and use sequential='none', which runs the batches "
-            f"one after another. It is here:\n{''.join(stack[-6:])}"
+            f"one after another. It is here:\n{''.join(stack[-12:])}"
         )

@@ -1,16 +1,16 @@
-"""What surrounds the forward pass of one batch, while the passes of other batches and the scheduler run in turn.
+"""What surrounds the forward pass of one batch, while other batches and the scheduler run in turn.
 
 A plain forward pass has PyTorch's state, the context variables and the attributes of the modules to itself. In lockstep
-many passes share them, so each batch gets its own back whenever one of its modules runs. PyTorch and greenlet switch
-none of these by themselves, and some can only be reached by private names, which stay in this file.
+many passes share them, and neither PyTorch nor greenlet switches them. So this file restores each batch's own whenever
+the batch continues or one of its modules runs.
 """
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import is_
 from typing import Any, Protocol, TypeVar
 
@@ -21,55 +21,53 @@ from torch.utils import _python_dispatch
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.models import Stop
+from wanda_lightning.core.placeholders import is_unloaded
 
 _Result = TypeVar("_Result")
 _ABSENT = object()
 
 
-class Parked(Protocol):
-    """A batch that waits at a stop."""
-
-    stop: int  # the index of this stop, or of the stop at which it waited last
+class Pass(Protocol):
+    """A forward pass of one batch, which waits."""
 
     @property
     def context(self) -> contextvars.Context:
         """Its context variables, in which a function can run."""
 
 
-@dataclass
-class _NoBatch:
-    """Stands for the batch of a call outside of lockstep."""
+@dataclass(frozen=True)
+class _WholePass:
+    """Stands for the pass of a call outside of lockstep."""
 
     context: contextvars.Context
-    stop: int = -1
 
 
 @dataclass(frozen=True)
 class Surroundings:
     """What surrounds a module that a batch calls: PyTorch's state, the context variables, the attributes of modules."""
 
-    batch: Parked
+    batch: Pass
     state: TorchState
     outside: contextvars.Context  # the context variables around the whole pass
     attributes: ModuleAttributes
+    module: nn.Module | None = None
 
     @classmethod
     def present(cls) -> Surroundings:
         """Return what surrounds this call, for a module that runs outside of lockstep."""
         outside = contextvars.copy_context()
         with torch.no_grad():
-            return cls(_NoBatch(outside.copy()), TorchState(), outside, ModuleAttributes(None, ()))
+            return cls(_WholePass(outside.copy()), TorchState(), outside, ModuleAttributes(None))
 
     def run(self, function: Callable[[], _Result]) -> _Result:
         """Run a function as a part of the batch's own pass, whose later modules see what it sets."""
-        with self.attributes.of(self.batch), self.state.entered():
+        with self.attributes.of(self.batch, self.module), self.state.entered():
             return self.batch.context.run(function)
 
     def try_out(self, function: Callable[[], _Result]) -> _Result:
         """Run a function without gradients, then take back what it has set: the batch does not see it."""
         context = self.batch.context.copy()
-        with self.attributes.undone(self.batch), self.state.entered(), torch.no_grad():
+        with self.attributes.of(self.batch, self.module, undo=True), self.state.entered(), torch.no_grad():
             context.run(self._clone_variables)
             return context.run(function)
 
@@ -88,6 +86,43 @@ def _set_inside(
             yield variable, value
 
 
+class Snapshot:
+    """The attributes of some modules at the time of construction."""
+
+    def __init__(self, places: Iterable[dict[str, Any]]) -> None:
+        self._pairs = [(present, dict(present)) for present in places]
+
+    def values(self) -> Iterator[Any]:
+        """Yield the values that the model has set, without what `nn.Module` keeps for itself."""
+        for _, values in self._pairs:
+            yield from (value for name, value in values.items() if name not in _OF_MODULES)
+
+    def changes(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
+        """Yield what was set since then: where, the name, and the former value, `_ABSENT` if there was none."""
+        for present, values in self._pairs:
+            if present.keys() == values.keys() and all(map(is_, present.values(), values.values())):
+                continue  # nearly always
+            for name in {**values, **present}:
+                former = values.get(name, _ABSENT)
+                if present.get(name, _ABSENT) is not former:
+                    yield present, name, former
+
+    def restore(self) -> None:
+        """Take back what was set since then."""
+        for present, name, former in [*self.changes()]:
+            _write(present, name, former)
+
+
+_OF_MODULES = vars(nn.Module()).keys()
+
+
+def _write(attributes: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        attributes.pop(name, None)
+    else:
+        attributes[name] = value
+
+
 class Replay:
     """Runs a function again in the surroundings that it first had, as a backward pass does with a block.
 
@@ -99,35 +134,36 @@ class Replay:
         self._outside = outside
         self._state = TorchState()
         self._context = contextvars.copy_context()
-        self._attributes = [_Attributes(vars(module), set(), dict(vars(module))) for module in modules]
+        self._places = [vars(module) for module in modules]
+        self._attributes = Snapshot(self._places)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the model has left for the function, in context variables and attributes."""
-        attributes = [value for each in self._attributes for value in each.known.values() if isinstance(value, Tensor)]
-        return attributes + tensors_within([value for _, value in _set_inside(self._context, self._outside)])
+        variables = [value for _, value in _set_inside(self._context, self._outside)]
+        attributes = [value for value in self._attributes.values() if isinstance(value, Tensor | list | tuple | dict)]
+        return tensors_within([variables, attributes])
 
     def run(self, function: Callable[[], _Result]) -> tuple[_Result, bool]:
         """Run the function, and take back what it sets; also return whether it has set anything."""
-        present = [dict(each.present) for each in self._attributes]
+        present = Snapshot(self._places)
         gradients = torch.is_grad_enabled()
         context = self._context.copy()
         try:
-            for each in self._attributes:
-                each.undo()
+            self._attributes.restore()
             with self._state.entered(exactly=True), torch.set_grad_enabled(gradients):
                 result = context.run(function)
             variables = any(True for _ in _set_inside(context, self._context))
-            return result, variables or any(each.changes() for each in self._attributes)
+            return result, variables or any(True for _ in self._attributes.changes())
         finally:
-            for each, values in zip(self._attributes, present, strict=True):
-                _Attributes(each.present, set(), values).undo()
+            present.restore()
 
 
 class TorchState:
     """The state of PyTorch at the time of construction.
 
-    Gradients, inference mode, autocast, the stream with its device, the default device, and the modes of functions and
-    dispatch: a model may change them between two stops, where other samples and the scheduler run.
+    Gradients, inference mode, autocast, the stream with its device, the default device and dtype, the kernels of
+    attention, anomaly mode, and the modes of functions and dispatch: a model may change them between two stops, where
+    other samples and the scheduler run.
     """
 
     def __init__(self) -> None:
@@ -139,6 +175,7 @@ class TorchState:
         self._gradients = torch.is_grad_enabled()
         self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
         self._default_device = torch.get_default_device()
+        self._settings = [get() for get, _ in _SETTINGS]
         self._functions, self._dispatch = _modes()
 
     @contextmanager
@@ -153,6 +190,11 @@ class TorchState:
             _set_stream(self._stream)
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._gradients))
+
+            for (get, set_), value in zip(_SETTINGS, self._settings, strict=True):
+                if (current := get()) != value:
+                    stack.callback(set_, current)
+                    set_(value)
 
             present = _modes()
             stack.callback(_set_modes, present)
@@ -192,6 +234,20 @@ def _set_stream(stream: torch.Stream | None) -> None:
         torch.accelerator.set_stream(stream)  # changes the current device, too
 
 
+def _anomaly_mode() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+# Settings of the whole process: each with a function that reads it, and one that writes it.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (_anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode)),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+
 _MODES = (
     (overrides, overrides._get_current_function_mode_stack),
     (_python_dispatch, _python_dispatch._get_current_dispatch_mode_stack),
@@ -222,58 +278,6 @@ def _nested(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
     return [*outer, *inner[common:]]
 
 
-@dataclass(eq=False)
-class _Attributes:
-    """The attributes of one module that contains stops."""
-
-    present: dict[str, Any]  # the `__dict__` of the module
-    stops: set[int]  # inside the module, which no batch has left yet
-    known: dict[str, Any]  # a copy of `present` after the latest run
-    setters: dict[str, object] = field(default_factory=dict)  # the batch that set an attribute last
-    # The value for each batch, of the attributes that several batches have set
-    own: dict[str, dict[object, Any]] = field(default_factory=dict)
-
-    def enter(self, batch: object) -> None:
-        """Set the values of a batch."""
-        for name, values in self.own.items():
-            if batch in values:
-                _set(self.present, name, values[batch])
-                _set(self.known, name, values[batch])
-
-    def changes(self) -> dict[str, Any]:
-        """Return the former values of the attributes that were set since the latest run."""
-        known, present = self.known, self.present
-        if len(known) == len(present) and all(map(is_, known.values(), present.values())):
-            return {}
-        names = [name for name in {**known, **present} if known.get(name, _ABSENT) is not present.get(name, _ABSENT)]
-        return {name: known.get(name, _ABSENT) for name in names}
-
-    def leave(self, batch: object) -> None:
-        """Note what a batch has set."""
-        if not self.stops:
-            return
-        for name, former in self.changes().items():
-            setter = self.setters.get(name, batch)
-            if setter is not batch:
-                self.own.setdefault(name, {}).setdefault(setter, former)
-            if name in self.own:
-                self.own[name][batch] = self.present.get(name, _ABSENT)
-            self.setters[name] = batch
-            _set(self.known, name, self.present.get(name, _ABSENT))
-
-    def undo(self) -> None:
-        """Put back what was set."""
-        for name, former in self.changes().items():
-            _set(self.present, name, former)
-
-
-def _set(attributes: dict[str, Any], name: str, value: Any) -> None:
-    if value is _ABSENT:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = value
-
-
 def modules_around(model: nn.Module, modules: Collection[nn.Module]) -> list[nn.Module]:
     """Return the modules of a model that contain at least one of the given modules, without these."""
     inner = {*modules}
@@ -283,53 +287,58 @@ def modules_around(model: nn.Module, modules: Collection[nn.Module]) -> list[nn.
 class ModuleAttributes:
     """Keeps a value for each batch of the attributes that the model sets for each, such as `self.scale = x.std()`.
 
-    Only modules that contain stops count: their own code waits while other batches run it. An attribute that only one
-    batch sets, such as a mask that is made at the first call, is shared, and so are buffers.
+    The first two batches show which attributes and buffers these are: those that both set, in any module. All others
+    are shared, such as a mask that is made at the first call, and so is what dictionaries and other objects hold.
     """
 
-    def __init__(self, model: nn.Module | None, stops: Sequence[Stop]) -> None:
-        index_of = {stop.module: index for index, stop in enumerate(stops) if stop.module is not None}
-        self._all: list[_Attributes] = []
-        self._around: dict[int, list[_Attributes]] = {}  # by stop: of the modules that contain it
-        for module in () if model is None else modules_around(model, index_of):
-            inside = {index_of[child] for child in module.modules() if child in index_of}
-            attributes = _Attributes(vars(module), inside, dict(vars(module)))
-            self._all.append(attributes)
-            for index in inside:
-                self._around.setdefault(index, []).append(attributes)
-
-    def left(self, stop: int) -> None:
-        """Forget the values in modules whose last stop the batches have left: nothing in them will wait any more."""
-        for attributes in self._around.get(stop, ()):
-            attributes.stops.discard(stop)
-            if not attributes.stops:
-                attributes.own.clear()
-                attributes.setters.clear()
+    def __init__(self, model: nn.Module | None) -> None:
+        self._places: list[tuple[nn.Module, dict[str, Any]]] = []
+        for module in model.modules() if model is not None else ():
+            self._places += [(module, vars(module)), (module, module._buffers)]
+        self._first: list[Pass] = []  # the first two batches
+        self._setters: dict[tuple[int, str], Pass] = {}  # by the identity of a place, and a name
+        self._own: dict[tuple[int, str], dict[Pass, Any]] = {}  # of the attributes that both have set
+        self._apart: dict[int, dict[str, Any]] = {}  # the places of these attributes
 
     @contextmanager
-    def of(self, batch: Parked) -> Iterator[None]:
-        """Give the modules the values of a batch, and keep what it sets in this block."""
-        before = batch.stop
-        self._enter(batch)
+    def of(self, batch: Pass, module: nn.Module | None = None, undo: bool = False) -> Iterator[None]:
+        """Give the modules the values of a batch, and keep what it sets in this block, or `undo` it.
+
+        What a `module` that runs as a whole sets in itself is not kept: no other batch runs in between.
+        """
+        for (identity, name), values in self._own.items():
+            if batch in values:
+                _write(self._apart[identity], name, values[batch])
+        before = Snapshot(self._watched(batch, module))
         try:
             yield
         finally:
-            # Between two stops, the code of the modules around either of them runs.
-            for stop in {before, batch.stop}:
-                for attributes in self._around.get(stop, ()):
-                    attributes.leave(batch)
+            for place, name, former in before.changes():
+                if not (_is_unloaded(former) or _is_unloaded(place.get(name))):
+                    self._note(batch, place, name, former)
+                    if not undo and (id(place), name) in self._own:
+                        self._own[id(place), name][batch] = place.get(name, _ABSENT)
+            if undo:
+                before.restore()
 
-    @contextmanager
-    def undone(self, batch: Parked) -> Iterator[None]:
-        """Give the modules the values of a batch, and take back what is set in this block."""
-        self._enter(batch)
-        try:
-            yield
-        finally:
-            for attributes in self._around.get(batch.stop, ()):
-                attributes.undo()
+    def _watched(self, batch: Pass, module: nn.Module | None) -> Iterable[dict[str, Any]]:
+        """Return where the batch may set attributes that are kept: for all but the first two, where these have."""
+        if self._places and len(self._first) < 2 and batch not in self._first:
+            self._first.append(batch)
+        if batch not in self._first:
+            return self._apart.values()
+        inside = {*module.modules()} if module is not None else set()
+        return [place for owner, place in self._places if owner not in inside]
 
-    def _enter(self, batch: Parked) -> None:
-        for attributes in self._all:
-            if attributes.own:
-                attributes.enter(batch)
+    def _note(self, batch: Pass, place: dict[str, Any], name: str, former: Any) -> None:
+        """Note that a batch has set an attribute, which had the value of the batch that set it before."""
+        key = id(place), name
+        setter = self._setters.setdefault(key, batch)
+        if setter is not batch and key not in self._own:
+            self._own[key] = {setter: former}
+            self._apart[id(place)] = place
+
+
+def _is_unloaded(value: Any) -> bool:
+    """Whether a value is a tensor that is read from disk when it is needed: loading it is not setting it."""
+    return isinstance(value, Tensor) and is_unloaded(value)
