@@ -46,9 +46,9 @@ def gradient_statistics(
     which blocks are recomputed. Up to 32 samples with one prediction each, such as images, share a pass.
 
     After each batch, `tick` receives an estimate of the number of batches left, assuming that they are as large as this
-    one, or None if there is no limit. `limit` is the number of samples over all processes, batch i of all processes before batch i + 1 of
-    any. `columns` has the number of columns of each hidden unit, for the layers whose units are scored. The result
-    holds the layers that a batch reached.
+    one, or None if there is no limit. `limit` is the number of samples over all processes, batch i of all processes
+    before batch i + 1 of any. `columns` has the number of columns of each hidden unit, for the layers whose units are
+    scored. The result holds the layers that a batch reached.
 
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
