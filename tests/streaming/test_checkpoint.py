@@ -99,7 +99,7 @@ def test_a_loaded_model_says_what_transformers_ignores(tmp_path):
     causal("qwen3_next").build().save_pretrained(tmp_path)
     add_predictions(tmp_path)
     with pytest.warns(
-        UserWarning, match=r"no place for 2 stored tensors, mtp\.fc\.weight first, which will not be saved"
+        UserWarning, match=r"no place for 2 stored tensors, mtp\.fc\.weight first, which `save_pretrained` leaves out"
     ):
         load_causal_lm(ModelSource(tmp_path), "auto")
 

@@ -6,6 +6,7 @@ Neither torch nor a model library is imported before the options are known, so t
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -13,12 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-from cyclopts import CycloptsError, ValidationError
+from cyclopts import CycloptsError, UnknownOptionError, UnusedCliTokensError, ValidationError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
 from wanda_lightning.cli.options import values_of
 from wanda_lightning.common.busy_machine import OPENMP_WAITING
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.words import did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,16 +57,30 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]
     try:
         function, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
     except CycloptsError as error:
-        error.verbose = False  # the message without the place in this package
-        names = getattr(error.argument, "value", None)
-        if isinstance(error, ValidationError) and isinstance(names, tuple):
-            error.value = ",".join(names)  # as they are typed
-        raise UserError(str(error)) from error
+        raise UserError(_message(error)) from error
     bound.apply_defaults()
     for name, value in values_of(*filter(is_dataclass, bound.arguments.values())).items():
         if value == "":  # such as "$UNSET" in a script
             raise UserError(f"--{name} must not be empty. Leave it out, or give a value.")
     return function, bound.arguments
+
+
+def _message(error: CycloptsError) -> str:
+    """Return the message of an error of cyclopts, in other words where its own would not help."""
+    if isinstance(error, UnusedCliTokensError):
+        return f"model must be given once, but there is also {', '.join(map(repr, error.unused_tokens or ()))}."
+
+    if isinstance(error, UnknownOptionError):
+        option = (error.token.keyword or error.token.value).partition("=")[0]
+        if re.match("-[^-]", option):  # cyclopts takes -model for the flags -m, -o, -d and so on
+            known = [name for argument in error.argument_collection if argument.parse for name in argument.names]
+            return f"Unknown option: {option}.{did_you_mean(f'-{option}', known)}"
+
+    error.verbose = False  # the message without the place in this package
+    names = getattr(error.argument, "value", None)
+    if isinstance(error, ValidationError) and isinstance(names, tuple):
+        error.value = ",".join(names)  # as they are typed
+    return str(error)
 
 
 def _run(arguments: list[str]) -> None:

@@ -39,10 +39,9 @@ def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
 def _whole_number(type_: Any, tokens: Iterable[Any]) -> int:
     """Read a whole number; by itself, cyclopts rounds 1.5."""
     (token,) = tokens
-    try:
-        return int(token.value)
-    except ValueError:
-        raise ValueError(f"must be a whole number, but it is {token.value}.") from None
+    if not re.fullmatch(r"[+-]?[0-9]+", token.value):  # int() also reads 1_0
+        raise ValueError(f"must be a whole number, but it is {token.value}.")
+    return int(token.value)
 
 
 def _known_texts(type_: Any, given: str | Collection[str]) -> None:

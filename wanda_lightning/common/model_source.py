@@ -90,12 +90,12 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
 
     A missing package stays an ImportError, an error of the file system or the hub an OSError; others are ValueErrors.
     If the hub does not answer, libraries read only their caches, since they would ask it again for half a minute. The
-    error then says first that no file or folder has this name, since a wrong path is the likelier reason.
+    error for a model then says first that no file or folder has this name, since a wrong path is the likelier reason.
     """
     from huggingface_hub import constants, get_session
 
     was_offline = constants.HF_HUB_OFFLINE
-    reasons = ["no file or folder has this name"]
+    reasons = [] if part == "data" else ["no file or folder has this name"]
     try:
         if on_hub and not was_offline:
             try:
@@ -116,7 +116,7 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
             kind, found = UserError, " a file is damaged; download or save it again:"
         elif not isinstance(error, OSError):
             kind, found = UserError, f" {type(error).__name__}:"
-        elif on_hub and constants.HF_HUB_OFFLINE:
+        elif on_hub and constants.HF_HUB_OFFLINE and reasons:
             found = f" {', '.join(reasons)}:"
         raise kind(f"The {part} of {str(name)!r} cannot be loaded:{found} {one_line(error)}") from error
     finally:

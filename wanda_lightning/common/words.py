@@ -39,9 +39,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     A known name may be longer, as `vit_tiny_patch16_224` is for `vit_tinyy`: only its start is compared.
     """
-    starts = {}
-    for each in sorted(known, key=lambda each: (len(each), each), reverse=True):
-        starts[each[: len(name) or None]] = each  # the shortest of those that start alike
+    starts: dict[str, str] = {}
+    for candidate in sorted(known, key=lambda text: (len(text), text)):
+        starts.setdefault(candidate[: len(name) or None], candidate)  # the shortest of those that start alike
     close = [starts[start] for start in difflib.get_close_matches(name.lower(), starts, n=3, cutoff=0.75)]
     return f" Did you mean {' or '.join(close)}?" if close else ""
 

@@ -17,6 +17,8 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 EXTENSIONS = tuple(_BUILDERS)
+_JSON = (".json", ".jsonl", ".ndjson")  # of a folder, datasets reads all three
+_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
 _DEEPEST = 1000  # levels of JSON: pyarrow recurses, and the stack ends the process at some ten thousand
 
 
@@ -32,8 +34,9 @@ def load(source: str, *config: str, **options: Any) -> Any:
     if path.suffix in _BUILDERS:
         name, format_options = _BUILDERS[path.suffix]
         options |= {"data_files": str(path), "split": "train", **format_options}
-    if path.suffix == ".jsonl" and path.is_file():
-        _refuse_deep(path)
+    for file in (path, *path.rglob("*")):
+        if file.suffix in _JSON and file.is_file():
+            _refuse_deep(file)
     with reading("data", source, on_hub=not path.exists()):
         try:
             return datasets.load_dataset(str(path) if path.is_dir() else name, *config, **options)
@@ -42,19 +45,19 @@ def load(source: str, *config: str, **options: Any) -> Any:
 
 
 def _refuse_deep(path: Path) -> None:
-    """Raise a ValueError for a file with a line of JSON that is nested too deeply to be read."""
+    """Raise a ValueError for a file of JSON that is nested too deeply to be read."""
+    depth = 0  # an object may go on in the next line, but a string may not
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if line.count(b"[") + line.count(b"{") <= _DEEPEST:  # nearly always
-                continue
-
-            brackets = re.findall(rb'"(?:[^"\\]|\\.)*"|[][{}]', line)  # and strings, which may hold others
-            steps = [{b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(each, 0) for each in brackets]
-            if max(accumulate(steps)) > _DEEPEST:
+            brackets = re.findall(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', line)  # and strings, which may hold others
+            steps = [_STEPS.get(bracket, 0) for bracket in brackets]
+            depths = [*accumulate(steps, initial=depth)]
+            if max(depths) > _DEEPEST:
                 raise UserError(
                     f"The data of {str(path)!r} cannot be loaded: line {number} is nested more than {_DEEPEST:,} "
-                    "levels deep. Take it out."
+                    "levels deep. Remove that line."
                 )
+            depth = depths[-1]
 
 
 def is_hub_id(source: str) -> bool:

@@ -67,14 +67,16 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
         model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     check_causal(model)
     check_complete(name, loaded.get("missing_keys", ()), loaded.get("mismatched_keys", ()))
-    unused, fate = set(loaded.get("unexpected_keys", ())), ", which will not be saved again"
+    unused, fate = set(loaded.get("unexpected_keys", ())), ", which `save_pretrained` leaves out"
     if path.suffix != ".gguf":
-        fate += " (`prune_from_disk` and --stream copy them)"
+        fate += " (`prune_from_disk` and `prune --stream` copy them, except with pattern='experts')"
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
         if not path.is_dir():  # where the hub's files are in the cache
             where = {"local_files_only": True, "revision": source.revision, "cache_dir": source.cache_dir}
             path = Path(transformers.utils.cached_file(name, "config.json", **where)).parent
-        unused |= _ignored(model, check_stored_as_float(name, path.glob("*.safetensors"), model))
+        files = sorted(path.glob("*.safetensors"))
+        check_stored_as_float(name, files, model)
+        unused |= _ignored(model, stored_names(files))
     warn_of_unused(name, unused, fate)
     check_finite(model.named_parameters(), name)
     return model
@@ -209,22 +211,25 @@ def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> N
             )
 
 
-def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> set[str]:
-    """Raise a ValueError for integers stored for a floating-point parameter: their scales are not known.
-
-    Returned are the names of all stored tensors.
-    """
+def stored_names(files: Iterable[Path]) -> set[str]:
+    """Return the names of all tensors in `.safetensors` files."""
     names = set[str]()
+    for path in files:
+        with reading("weights", path), safe_open(path, framework="pt") as file:
+            names.update(file.keys())
+    return names
+
+
+def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
+    """Raise a ValueError for integers stored for a floating-point parameter: their scales are not known."""
     parameters = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
     parameters |= {key.partition(".")[2] for key in parameters}  # checkpoints of the base model lack the first part
     for path in files:
         with reading("weights", path), safe_open(path, framework="pt") as file:
             stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-        names |= stored.keys()
         for key, dtype in stored.items():
             if dtype.startswith(("I", "U", "BOOL")) and {key, key.partition(".")[2]} & parameters:
                 raise UserError(
                     f"The model {name!r} stores {key} as {dtype}: packed integers, whose scales are not known. Give "
                     "the model in float32, bfloat16 or float16."
                 )
-    return names
