@@ -140,23 +140,11 @@ class Gain(TorchFunctionMode):
         return result * self.gain if func is F.gelu else result
 
 
-def in_mode(model, x):
-    with Gain(deviation(x)):
-        return in_order(model, x)
-
-
 def in_modes(model, x):
     gain = deviation(x)
     for number, block in enumerate(model.blocks, 1):
         with Gain(number * gain):
             x = block(x)
-    return x
-
-
-def with_gain(model, x):
-    gain = deviation(x)
-    for block in model.blocks:
-        x = block(x, 1.0, gain)
     return x
 
 
@@ -187,18 +175,15 @@ def with_helper(model, x):
     return in_order(model, x)
 
 
-def in_a_loop(model, x):
+def in_a_loop(model, x, **scale):
+    for block in (*model.blocks[:2], *model.blocks):
+        x = block(x, **scale)
+    return x
+
+
+def with_attribute_in_a_loop(model, x):
     model.scale = 1 / deviation(x)
-    for block in (*model.blocks[:2], *model.blocks):
-        x = block(x)
-    return x
-
-
-def in_a_loop_with_scale(model, x):
-    scale = 1 / deviation(x)
-    for block in (*model.blocks[:2], *model.blocks):
-        x = block(x, scale)
-    return x
+    return in_a_loop(model, x)
 
 
 class Half(nn.Module):
@@ -229,10 +214,8 @@ def with_halves(model, x):
 
 MODELS = {
     "writes into its batch": (Net(writing), Net(not_writing)),
-    "context variable": (Net(with_variable, lambda model, x: SCALE.get()), Net(with_scale)),
     "own context": (Net(with_variable_in_a_context, lambda model, x: SCALE.get()), Net(with_scale)),
     "variable of a block": (Net(with_variable, lambda model, x: SCALE.get(), set_next), Net(with_next_scale)),
-    "mode": (Net(in_mode), Net(with_gain)),
     "a mode for each block": (Net(in_modes), Net(with_gains)),
     "attribute": (Net(with_attribute, lambda model, x: model.scale), Net(with_scale)),
     "attribute set on blocks": (
@@ -240,7 +223,10 @@ MODELS = {
         Net(with_scale),
     ),
     "helper": (Net(with_helper, lambda model, x: model.helper.scale), Net(with_scale)),
-    "loop": (Net(in_a_loop, lambda model, x: model.scale), Net(in_a_loop_with_scale)),
+    "loop": (
+        Net(with_attribute_in_a_loop, lambda model, x: model.scale),
+        Net(lambda model, x: in_a_loop(model, x, scale=1 / deviation(x))),
+    ),
     "halves": (Halves(with_halves, lambda half, x: half.scale), Halves(with_scale)),
     "attribute of a block": (Net(with_attribute, lambda model, x: model.scale, set_attribute), Net(with_next_scale)),
 }
