@@ -55,8 +55,8 @@ def claims() -> str:
     lines = (
         "**Wanda gives the same masks as [the reference](https://github.com/locuslab/wanda)**, bit for bit, on the "
         f"tiny random models of the tests, and the same perplexity, {same} at 50 %. At 2:4 and with other methods, "
-        f"[perplexities differ by up to {100 * max(differences):.0f} %](docs/measured.md#the-reference-code-and-alps), "
-        "because the two codes break ties differently and add numbers in another order.",
+        f"[perplexities differ by up to {100 * max(differences):.0f} %](docs/measured.md#the-reference-code-and-alps). "
+        "The two implementations break ties differently and sum in another order, which may explain it.",
         f"**Better models.** At 50 %, `best` has perplexity {perplexity(best)}, and "
         f"[ALPS](https://arxiv.org/abs/2406.07831), by its authors' code on the same texts, {perplexity(alps)}; one "
         "run each.",

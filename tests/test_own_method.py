@@ -129,6 +129,9 @@ class WrongPattern(Pattern):
         keep = scores > scores.median()
         return keep.float() if self.mistake == "dtype" else keep[0]
 
+    def keep_block(self, scores, sparsity, block):
+        return (scores > 1).byte()
+
 
 @dataclass(frozen=True)
 class WrongSolver(Solver):
@@ -157,12 +160,19 @@ class WrongAllocation(Allocation):
             r"criterion=Wrong.* must return a score for each weight, .* [1-9]\d* NaN",
         ),
         ({"criterion": WrongCriterion("shape")}, r"criterion=Wrong.* must return a score for each weight, .* \(16,\)"),
-        ({"criterion": WrongCriterion("in place")}, r"criterion=Wrong.* and solver='zero_out' must leave .* that of 0"),
+        (
+            {"criterion": WrongCriterion("in place")},
+            r"criterion=Wrong.* and solver='zero_out' must not change .* that of 0",
+        ),
         ({"pattern": WrongPattern("dtype")}, r"pattern=Wrong.* must return a boolean for each score, .* torch.float32"),
         ({"pattern": WrongPattern("shape")}, r"pattern=Wrong.* must return a boolean for each score, .* \(16,\)"),
+        (
+            {"pattern": WrongPattern("block"), "solver": "sparsegpt"},
+            r"pattern=Wrong.* must return a boolean for each score, .* torch.uint8",
+        ),
         ({"solver": WrongSolver("NaN")}, r"solver=Wrong.* must return a finite weight of the shape \(12, 16\) for 0"),
         ({"solver": WrongSolver("shape")}, r"solver=Wrong.* must return a finite weight .* one of the shape \(1, 16\)"),
-        ({"solver": WrongSolver("in place")}, r"solver=Wrong.* must leave .* that of 0"),
+        ({"solver": WrongSolver("in place")}, r"solver=Wrong.* must not change .* that of 0"),
         ({"allocation": WrongAllocation()}, r"allocation=Wrong.* must return a sparsity for each layer, .* for 2"),
     ],
     ids=str,

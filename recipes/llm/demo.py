@@ -54,9 +54,8 @@ def measure(module: CausalLMModule, data: TextDataModule, callback: PruningCallb
     trainer.validate(module, data, verbose=False)
 
     size = sum(parameter.nbytes for parameter in module.model.parameters()) / 2**20
-    speed = max(
-        tokens / (end - begin) for (begin, tokens), (end, _) in pairwise(starts)
-    )  # of the least disturbed batch
+    # Other work of the machine has disturbed the fastest batch least.
+    speed = max(tokens / (end - begin) for (begin, tokens), (end, _) in pairwise(starts))
     report = callback.report if callback else None
     return [
         f"{report.sparsity:.2%}" if report else "",

@@ -1,10 +1,12 @@
 """Numbers and methods in words."""
 
 import pytest
+import torch
+from torch import nn
 
-from wanda_lightning import PruningConfig
+from wanda_lightning import Fisher, PruningConfig, prune
 from wanda_lightning.report import Measured
-from wanda_lightning.report.descriptions import PERPLEXITY, TOP1, change_of, method_in_words
+from wanda_lightning.report.descriptions import PERPLEXITY, TOP1, change_of, limits_of, method_in_words
 
 
 def test_results_and_their_changes():
@@ -30,3 +32,20 @@ def test_results_and_their_changes():
 def test_methods_in_words(choices, words):
     config = PruningConfig.from_names(**choices)
     assert method_in_words({**config.describe(), "preset": config.preset}) == words
+
+
+@pytest.mark.parametrize(
+    ("max_deviation", "expected"),
+    [
+        (0.5, "Fisher gives no layer more than 68.75% or less than 31.25%: 1 layer reached the upper limit"),  # 3/8
+        (0.03, ""),  # less than one weight of a row
+        (0.0, ""),
+    ],
+)
+def test_the_limits_of_an_allocation_are_named_if_layers_reached_them(max_deviation, expected):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].weight *= 1e-4  # so the first layer gets as much sparsity as it may, and the second as little
+    report = prune(model, [torch.randn(64, 32)], allocation=Fisher(max_deviation), pattern="unstructured_layer")
+    assert limits_of(report).partition(",")[0] == expected

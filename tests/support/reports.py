@@ -24,6 +24,7 @@ CONFIG = {
     "solver": {"name": "SparseGPT", "block_size": 128},
     "recovery": {"name": "Distil", "epochs": 3},
     "permutation": {"name": "NoPermutation"},
+    "allocation_limits": [0.35, 0.65],
     "unit_costs": {"mlp.down_proj": 0.00123456},
 }
 

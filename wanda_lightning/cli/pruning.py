@@ -203,7 +203,7 @@ def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Circ
 
 
 def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measured, ...]:
-    """Return the size of the weights, after pruning that of the saved files if there are any, and the speed."""
+    """Return the size and the speed of both models; the size after pruning is that of the saved files, if any."""
     if done.module is None:  # it was never in memory
         return ()
     dense = sum(parameter.nbytes for parameter in done.module.model.parameters()) / _MIB

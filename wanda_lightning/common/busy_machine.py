@@ -57,7 +57,7 @@ def _warn() -> None:
 
     if OPENMP_WAITING.isdisjoint(os.environ) and torch.get_num_threads() > 1:
         log.warning(
-            "the machine is busy: pruning spends most of its time waiting for a core. OpenMP's threads spin while they "
-            "wait for each other, which makes it several times slower beside other programs. Set "
+            "the machine is busy: this thread spends most of its time waiting for a core. OpenMP's threads spin while "
+            "they wait for each other, which makes the run several times slower beside other programs. Set "
             "OMP_WAIT_POLICY=passive before Python starts."
         )

@@ -41,17 +41,20 @@ class Selection:
 
     def choose(self, scores: Score) -> KeepMask:
         """Return what to keep, given the scores."""
-        keep = self.pattern(self._weigh(scores), self.sparsity)
+        return self._checked(self.pattern(self._weigh(scores), self.sparsity), scores)
+
+    def choose_block(self, scores: Score, block: ColumnBlock) -> KeepMask:
+        """Return what to keep in a block of columns, given its scores; see `Pattern.keep_block`."""
+        return self._checked(self.pattern.keep_block(self._weigh(scores), self.sparsity, block), scores)
+
+    def _checked(self, keep: Tensor, scores: Score) -> KeepMask:
+        """Return what the pattern keeps; refuse anything but a boolean for each score."""
         if keep.shape != scores.shape or keep.dtype != torch.bool:
             raise UserError(
                 f"pattern={self.pattern} must return a boolean for each score, but for {tuple(scores.shape)} scores it "
                 f"returned a tensor of {keep.dtype} with the shape {tuple(keep.shape)}."
             )
         return keep
-
-    def choose_block(self, scores: Score, block: ColumnBlock) -> KeepMask:
-        """Return what to keep in a block of columns, given its scores; see `Pattern.keep_block`."""
-        return self.pattern.keep_block(self._weigh(scores), self.sparsity, block)
 
     def _weigh(self, scores: Score) -> Score:
         """Scale the scores of each row by the square root of its weight, if the pattern weighs rows.

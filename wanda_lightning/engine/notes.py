@@ -44,6 +44,7 @@ def make_report(run: Run) -> PruningReport:
     parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
     held = (p.detach() for p in parameters if not is_wrapper(p) and not is_unloaded(p))
     zeros = run.store.zeros + sum(int((values == 0).count_nonzero()) for values in held)
+    limits = None if plan.config.pattern.prunes_units else plan.config.allocation.limits(plan.config.sparsity)
     run.clock["report"] = time.perf_counter() - started
     return PruningReport(
         layers=tuple(pruned[name] for name in plan.inventory.blocks if name in pruned),
@@ -55,6 +56,7 @@ def make_report(run: Run) -> PruningReport:
             "preset": plan.preset,
             **plan.config.describe(),
             "calibration_batches": run.samples.total,
+            **({"allocation_limits": list(limits)} if limits else {}),
             **({"unit_costs": dict(plan.costs)} if plan.costs else {}),
         },
         notes=tuple(note.text for note in notes),

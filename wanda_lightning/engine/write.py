@@ -105,11 +105,11 @@ def _version(weight: Tensor) -> int:
 
 
 def _check_solved(run: Run, layer: Layer, sparse: Tensor, dense: Tensor, is_unchanged: bool) -> None:
-    """Refuse mistakes of a method from outside of the package that would be written without a word."""
+    """Refuse a mistake of a method outside the package before it is written."""
     criterion, solver = run.plan.config.shown("criterion"), run.plan.config.shown("solver")
     if not is_unchanged:
         raise UserError(
-            f"{criterion} and {solver} must leave the weight that they get as it is, but one of them changed that of "
+            f"{criterion} and {solver} must not change the weight that they receive, but one of them changed that of "
             f"{layer.name}. Work on a copy, such as weight.abs() or weight.clone(), and reload the model."
         )
     if sparse.shape != dense.shape or not sparse.isfinite().all():

@@ -83,19 +83,20 @@ def cost_of(result: Measured) -> str:
 
 def limits_of(report: ReportData) -> str:
     """Return a sentence on the layers at which the allocation has reached its limits; empty if there are none."""
-    allocation = report.config.get("allocation") or {}
-    if "max_deviation" not in allocation or choice_of(report.config, "pattern") == "Structured":
+    if "allocation_limits" not in report.config:
         return ""
-    sparsity = report.config["sparsity"]
-    deviation = min(allocation["max_deviation"], 0.375 * (1 - sparsity))  # as `Fisher` documents it
-    least, most = sparsity - deviation, sparsity + deviation
-    # A target is rounded to whole weights of each row.
-    at_most = sum(layer.target > most - 1 / layer.shape[1] for layer in report.layers)
-    at_least = sum(layer.target < least + 1 / layer.shape[1] for layer in report.layers)
+    least, most = report.config["allocation_limits"]
+
+    # A target is rounded to whole weights of each row, so closer limits have no meaning.
+    steps = [(layer.target, 1 / layer.shape[1]) for layer in report.layers]
+    steps = [(target, step) for target, step in steps if step < (most - least) / 2]
+    at_most = sum(target > most - step for target, step in steps)
+    at_least = sum(target < least + step for target, step in steps)
     if not at_most + at_least:
         return ""
+
     return (
-        f"{allocation['name']} gives no layer more than {most:.2%} or less than {least:.2%}: "
+        f"{choice_of(report.config, 'allocation')} gives no layer more than {most:.2%} or less than {least:.2%}: "
         f"{counted(at_most, 'layer')} reached the upper limit, and {counted(at_least, 'layer')} the lower."
     )
 

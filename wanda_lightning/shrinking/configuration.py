@@ -115,7 +115,7 @@ def _own_configuration(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
                 yield module, name, copies[id(value)]
 
 
-def _fit(model: Any, is_same: Callable[[], bool]) -> str:  # noqa: C901 - its closures count, too
+def _fit(model: Any, is_same: Callable[[], bool]) -> str:
     """Change the configuration of a model so that it gives the shapes of the model."""
     family, config = _family_of(model), model.config
     for name in (SHAPES, NUMBERS):
@@ -130,26 +130,10 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:  # noqa: C901 - its cl
         return built
 
     def options(settings: _Settings, sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[str, ...], Any]]:
-        """Yield attributes that may hold a width; None stands for a width derived from another."""
-        for path, value in _attributes(_changed(copy.deepcopy(before), settings)):
-            for old, new in sizes:
-                if (type(value) is int and value == old) or value is None:
-                    yield path, new
-                elif isinstance(value, list | tuple) and old in value:
-                    yield path, type(value)(new if each == old else each for each in value)
+        return _resized_attributes(_changed(copy.deepcopy(before), settings), sizes)
 
     def changes_nothing(settings: _Settings) -> bool:
-        """Set the last attribute in the model's configuration; put it back if the model then computes otherwise."""
-        owner = _owner(config, settings[-1][0])
-        old = dict(vars(owner))
-        _changed(config, settings[-1:])
-        try:
-            same = is_same()
-        except Exception:  # whatever the model raises for shapes that do not fit
-            same = False
-        if not same:
-            vars(owner).update(old)
-        return same
+        return _keep_if_same(config, settings[-1], is_same)
 
     settings, wrong = fit_settings(model, built_with, options, changes_nothing)
     if wrong:
@@ -159,6 +143,30 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:  # noqa: C901 - its cl
     if family is not type(model) and getattr(config, "auto_map", None):  # the modeling file is no longer needed
         del config.auto_map
     return ""
+
+
+def _resized_attributes(config: Any, sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield attributes that may hold an old size, with the new one; None stands for a width derived from another."""
+    for path, value in _attributes(config):
+        for old, new in sizes:
+            if (type(value) is int and value == old) or value is None:
+                yield path, new
+            elif isinstance(value, list | tuple) and old in value:
+                yield path, type(value)(new if each == old else each for each in value)
+
+
+def _keep_if_same(config: Any, setting: tuple[Any, Any], is_same: Callable[[], bool]) -> bool:
+    """Set an attribute in the model's configuration; put it back if the model then computes otherwise."""
+    owner = _owner(config, setting[0])
+    old = dict(vars(owner))
+    _changed(config, (setting,))
+    try:
+        same = is_same()
+    except Exception:  # whatever the model raises for shapes that do not fit
+        same = False
+    if not same:
+        vars(owner).update(old)
+    return same
 
 
 def _differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
@@ -322,30 +330,13 @@ def shrunk_model(
     own = {"shrunk_from": shrunk_from, "shrunk_shapes": shrunk_shapes, "shrunk_numbers": shrunk_numbers}
     chosen = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     config = timm.models.resolve_pretrained_cfg(shrunk_from, *chosen).to_dict()
-
-    # The shapes with all units, as saved. Before 1.0.31, timm does not tell saved arguments from those of the caller.
+    # Before 1.0.31, timm does not tell saved arguments from those of the caller.
     saved = kwargs.get("pretrained_model_args", kwargs)
-    of_features = ("features_only", "out_indices", "feature_cls")
-    saved = {key: value for key, value in saved.items() if key not in (*own, *of_features)}
-    with torch.device("meta"):
-        dense = timm.create_model(shrunk_from, pretrained_cfg=config, **saved)
-    sizes = {name: list(tensor.shape) for name, tensor in dense.state_dict().items()}
+    sizes = dense_shapes(shrunk_from, config, {key: value for key, value in saved.items() if key not in own})
 
     source = dict(config)
     if pretrained:
-        tensors: dict[str, torch.Tensor] = {}
-        timm.models.load_pretrained(
-            nn.Identity(),  # which has no tensors: the file is only read
-            {**config, "first_conv": None, "classifier": None},
-            filter_fn=lambda state, model: tensors.update(state) or {},
-            cache_dir=kwargs.get("cache_dir"),
-        )
-        for name, shape in shrunk_shapes.items():
-            if list(tensors[name].shape) != shape:
-                raise RuntimeError(
-                    f"{name} must have the shape {shape}, but has {list(tensors[name].shape)} in the file."
-                )
-            tensors[name] = resized(tensors[name], sizes[name])
+        tensors = add_zero_units(read_tensors(config, kwargs.get("cache_dir")), shrunk_shapes, sizes)
         source |= {"source": "", "state_dict": tensors}
     model = timm.create_model(shrunk_from, pretrained, pretrained_cfg=source, **kwargs)
 
@@ -354,13 +345,57 @@ def shrunk_model(
         size = kwargs.get("img_size", config["input_size"][1:])
         channels = kwargs.get("in_chans", config["input_size"][0])
         count_channels(model, torch.zeros(1, channels, *([size, size] if isinstance(size, int) else size)))
+    correct_labels(model, config.get("source"))
+    model._model_args = {**getattr(model, "_model_args", {}), **own}
+    return model
+
+
+def dense_shapes(name: str, config: dict[str, Any], saved: dict[str, Any]) -> dict[str, list[int]]:
+    """Return the shapes of all tensors of a model of timm with all units, as saved: never those of its features."""
+    import timm
+
+    of_features = ("features_only", "out_indices", "feature_cls")
+    arguments = {key: value for key, value in saved.items() if key not in of_features}
+    with torch.device("meta"):
+        dense = timm.create_model(name, pretrained_cfg=config, **arguments)
+    return {key: list(tensor.shape) for key, tensor in dense.state_dict().items()}
+
+
+def read_tensors(config: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]:
+    """Read the file of a model, wherever timm finds it."""
+    import timm
+
+    tensors: dict[str, torch.Tensor] = {}
+
+    def take(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+        # `load_pretrained` loads what a filter returns into the model, but here the file is only read.
+        tensors.update(state)
+        return {}
+
+    unchanged = {**config, "first_conv": None, "classifier": None}  # timm adapts these two layers to the model
+    timm.models.load_pretrained(nn.Identity(), unchanged, filter_fn=take, cache_dir=cache_dir)
+    return tensors
+
+
+def add_zero_units(
+    tensors: dict[str, torch.Tensor], shapes: dict[str, list[int]], sizes: dict[str, list[int]]
+) -> dict[str, torch.Tensor]:
+    """Return the tensors with all units, those that were taken out as zeros; `sizes` are the shapes with all units."""
+    full = {}
+    for name, shape in shapes.items():
+        if list(tensors[name].shape) != shape:
+            raise RuntimeError(f"{name} must have the shape {shape}, but has {list(tensors[name].shape)} in the file.")
+        full[name] = resized(tensors[name], sizes[name])
+    return {**tensors, **full}
+
+
+def correct_labels(model: nn.Module, source: Any) -> None:
+    """Say in the configuration of a model, and of the model inside features, what it was built and loaded from."""
     for module in model.modules():
         described = getattr(module, "pretrained_cfg", None)
         if isinstance(described, dict):
             described.pop("state_dict", None)
-            described |= {"architecture": "shrunk_model", "source": config.get("source")}
-    model._model_args = {**getattr(model, "_model_args", {}), **own}
-    return model
+            described |= {"architecture": "shrunk_model", "source": source}
 
 
 def take_units(
@@ -491,6 +526,21 @@ def register_shrunk_model() -> None:
         getattr(timm.models._registry, "_deprecated_models", {})["shrunk_model"] = None
 
 
+# All that `shrunk_model` calls: the file in a folder must not need this package.
+_TIMM_FUNCTIONS = (
+    reshape,
+    resized,
+    shrunk_model,
+    dense_shapes,
+    read_tensors,
+    add_zero_units,
+    take_units,
+    count_channels,
+    correct_labels,
+    register_shrunk_model,
+)
+
+
 def save_for_timm(model: Any, arguments: Mapping[str, Any], labels: Mapping[str, Any], folder: Path) -> None:
     """Write a folder that timm loads, with a file of its own if no arguments of timm give the model's shapes.
 
@@ -502,6 +552,5 @@ def save_for_timm(model: Any, arguments: Mapping[str, Any], labels: Mapping[str,
     config = {"architecture": name, **labels}
     save_for_hf(model, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
     if name == shrunk_model.__name__:
-        functions = _source_of(reshape, resized, shrunk_model, take_units, count_channels, register_shrunk_model)
-        text = _TIMM_FILE.format(functions=functions)
+        text = _TIMM_FILE.format(functions=_source_of(*_TIMM_FUNCTIONS))
         (folder / f"{_NAME}.py").write_text(text, encoding="utf-8")

@@ -87,6 +87,10 @@ class Allocation(ABC):
         """Return the allocation for a stage of a schedule that has this fraction of the final sparsities."""
         return self
 
+    def limits(self, sparsity: float) -> tuple[float, float] | None:
+        """Return the least and the most sparsity that a layer can get for a target; None if there are no limits."""
+        return None
+
     @abstractmethod
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Return the sparsity of each layer, by name, in [0, 1)."""

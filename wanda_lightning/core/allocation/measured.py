@@ -128,11 +128,15 @@ class Fisher(Allocation):
         """Scale the differences between layers."""
         return replace(self, max_deviation=self.max_deviation * fraction)
 
+    def limits(self, sparsity: float) -> tuple[float, float]:
+        """Return the target minus and plus the deviation; they do not apply to hidden units."""
+        deviation = min(self.max_deviation, _MOST_OF_KEPT * (1 - sparsity))
+        return sparsity - deviation, sparsity + deviation
+
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Compare the weights of all layers."""
         distributions = {layer.name: _distribution(layer) for layer in layers}
-        deviation = min(self.max_deviation, _MOST_OF_KEPT * (1 - sparsity))
-        least, most = sparsity - deviation, sparsity + deviation
+        least, most = self.limits(sparsity)
         low, high = 0.0, float(_BINS)
         wanted: Mapping[str, float] = {}
         for _ in range(_HALVINGS):
