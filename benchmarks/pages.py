@@ -70,7 +70,7 @@ def claims() -> str:
 
 
 def families(page: Path = ROOT / "docs" / "models.md") -> str:
-    """Return how many models were checked, and how many pass, from the page that tests/support/families.py writes."""
+    """Return how many models were checked, and how many pass, from the page that benchmarks/families.py writes."""
     text = page.read_text(encoding="utf-8")
     (passed,) = re.findall(r"^(\d+ of \d+) models that can be built pass", text, re.M)
     causal, others, images = re.findall(r"^\| [^|]+ \| (\d+) \| \d+ \| \d+ \| \d+ \| \d+% \|", text, re.M)

@@ -112,3 +112,15 @@ def test_buffers_of_the_state_dict_are_as_before(method):
     assert (model.calls, model.more_calls) == (0, 0)
     assert len(model.cache)
     torch.testing.assert_close(model.layers.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_threads_that_overlap_leave_the_fast_path_as_it_was():
+    """The one that starts first ends first, and the other one still needs plain code then."""
+    first, second = (calibration_mode(nn.Linear(2, 2)) for _ in range(2))
+    enabled = torch.backends.mha.get_fastpath_enabled
+    assert enabled()
+    with first:
+        second.__enter__()
+    assert not enabled()
+    second.__exit__(None, None, None)
+    assert enabled()

@@ -186,50 +186,22 @@ def with_attribute_in_a_loop(model, x):
     return in_a_loop(model, x)
 
 
-class Half(nn.Module):
-    """Some of the blocks, which read an attribute that is set before any of the blocks runs."""
-
-    def __init__(self, blocks):
-        super().__init__()
-        self.blocks = blocks
-        self.scale = None
-
-
-class Halves(Net):
-    """As an encoder and a decoder."""
-
-    def __init__(self, run, before=None):
-        super().__init__(run)
-        self.halves = nn.ModuleList([Half(self.blocks[:1]), Half(self.blocks[1:])])
-        for half in self.halves:
-            for block in half.blocks:
-                block.before = before and partial(before, half)
-
-
-def with_halves(model, x):
-    for half in model.halves:
-        half.scale = 1 / deviation(x)
-    return in_order(model, x)
-
-
 MODELS = {
-    "writes into its batch": (Net(writing), Net(not_writing)),
-    "own context": (Net(with_variable_in_a_context, lambda model, x: SCALE.get()), Net(with_scale)),
-    "variable of a block": (Net(with_variable, lambda model, x: SCALE.get(), set_next), Net(with_next_scale)),
-    "a mode for each block": (Net(in_modes), Net(with_gains)),
-    "attribute": (Net(with_attribute, lambda model, x: model.scale), Net(with_scale)),
-    "attribute set on blocks": (
-        Net(with_attributes_of_blocks, lambda model, x: model.blocks[1].scale),
-        Net(with_scale),
-    ),
-    "helper": (Net(with_helper, lambda model, x: model.helper.scale), Net(with_scale)),
+    "writes into its batch": ([writing], [not_writing]),
+    "own context": ([with_variable_in_a_context, lambda model, x: SCALE.get()], [with_scale]),
+    "variable of a block": ([with_variable, lambda model, x: SCALE.get(), set_next], [with_next_scale]),
+    "a mode for each block": ([in_modes], [with_gains]),
+    "attribute": ([with_attribute, lambda model, x: model.scale], [with_scale]),
+    "attribute set on blocks": ([with_attributes_of_blocks, lambda model, x: model.blocks[1].scale], [with_scale]),
+    "helper": ([with_helper, lambda model, x: model.helper.scale], [with_scale]),
     "loop": (
-        Net(with_attribute_in_a_loop, lambda model, x: model.scale),
-        Net(lambda model, x: in_a_loop(model, x, scale=1 / deviation(x))),
+        [with_attribute_in_a_loop, lambda model, x: model.scale],
+        [lambda model, x: in_a_loop(model, x, scale=1 / deviation(x))],
     ),
-    "halves": (Halves(with_halves, lambda half, x: half.scale), Halves(with_scale)),
-    "attribute of a block": (Net(with_attribute, lambda model, x: model.scale, set_attribute), Net(with_next_scale)),
+    "attribute of a block": ([with_attribute, lambda model, x: model.scale, set_attribute], [with_next_scale]),
 }
+"""By name: what a model runs, and what its blocks run before and after; the same for its twin."""
+
 CHOICES = {
     "none": {"sequential": "none"},
     "layer": {"sequential": "layer"},
@@ -242,30 +214,10 @@ CHOICES = {
 }
 
 
-def fresh(model):
-    hooks = [hook and hook.func for hook in (model.blocks[0].before, model.blocks[0].after)]
-    return Halves(model.run, hooks[0]) if isinstance(model, Halves) else Net(model.run, *hooks)
-
-
-# The models in which a block sets something for the next one cover the others; `make test-all` runs all of them.
-NIGHTLY = {
-    (name, choices) for name in MODELS for choices in CHOICES if choices not in ("layer", "block", "permuted 2:4")
-}
-for name in ("writes into its batch", "variable of a block", "a mode for each block", "attribute of a block"):
-    NIGHTLY -= {(name, "best"), (name, "structured")}
-NIGHTLY -= {("variable of a block", "reconstruct"), ("attribute of a block", "owl"), ("attribute", "none")}
-
-
-@pytest.mark.parametrize(
-    ("name", "choices"),
-    [
-        pytest.param(name, choices, marks=pytest.mark.nightly if (name, choices) in NIGHTLY else ())
-        for name in MODELS
-        for choices in CHOICES
-    ],
-)
+@pytest.mark.parametrize("choices", CHOICES)
+@pytest.mark.parametrize("name", MODELS)
 def test_what_surrounds_the_blocks_of_a_batch_is_its_own(name, choices, caplog):
-    model, twin = map(fresh, MODELS[name])
+    model, twin = (Net(*code) for code in MODELS[name])
     given = batches()
     with caplog.at_level(logging.WARNING):
         prune(model, given, progress=False, **CHOICES[choices])
@@ -391,7 +343,7 @@ def default_dtype():
 SETTINGS = {
     "sdpa_kernel": (partial(sdpa_kernel, SDPBackend.MATH), torch.backends.cuda.flash_sdp_enabled),
     "default dtype": (default_dtype, torch.get_default_dtype),
-    "anomaly mode": (torch.autograd.set_detect_anomaly, torch.is_anomaly_enabled),
+    "anomaly mode": (partial(torch.autograd.set_detect_anomaly, True), torch.is_anomaly_enabled),
 }
 
 
@@ -401,7 +353,6 @@ SETTINGS = {
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_a_setting_of_the_process_is_as_before_afterwards(setting, places, sequential):
     enter, current = SETTINGS[setting]
-    enter = partial(enter, True) if setting == "anomaly mode" else enter
 
     def run(model, x):
         if places == "all blocks":

@@ -69,8 +69,3 @@ def test_the_time_without_a_core_is_the_second_number_of_linux(monkeypatch, tmp_
     monkeypatch.setattr(busy_machine, "_SCHEDULED", tmp_path / "schedstat")
     (tmp_path / "schedstat").write_text("5000000000 3000000000 7\n")  # 5 s on a core, 3 s without one
     assert busy_machine._seconds_waiting() == 3
-
-
-def test_no_time_without_a_core_is_known_on_other_systems(monkeypatch, tmp_path):
-    monkeypatch.setattr(busy_machine, "_SCHEDULED", tmp_path / "none")
-    assert busy_machine._seconds_waiting() == 0

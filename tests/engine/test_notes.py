@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from support import mlps
-from support.chains import Chain, Looped, Mlp, vectors
+from support.chains import WIDTH, Chain, Looped, Mlp, through, vectors
 from support.pairwise import spread
 from support.zoo import ZOO, seeded
 from torch import nn
@@ -104,3 +104,25 @@ def test_the_report_says_that_the_statistics_are_those_of_the_first_call(build, 
     start = f"the model calls {more} layer{'s' * (more > 1)} more than once, blocks.0.up first, but"
     assert sum(note.startswith(start) for note in report.notes) == noted
     assert [layer.tokens for layer in report.layers] == [21 * (1 if noted else number) for number in calls]
+
+
+@pytest.mark.parametrize("skip", [[], ["head"]])
+def test_a_loop_through_the_head_is_noted_whether_the_head_is_pruned_or_not(skip):
+    class Twice(Chain):
+        def forward(self, x):
+            return super().forward(x + super().forward(x).mean())
+
+    (note,) = prune(Twice(Mlp(), Mlp()), vectors(), skip=skip, progress=False).notes
+    assert note.startswith(f"the model calls {5 - len(skip)} layers more than once, blocks.0.up first, but")
+
+
+def test_batches_in_another_order_are_noted_as_left_out():
+    class EitherWay(Chain):
+        def forward(self, x):
+            return self.head(through(self.blocks if x.mean() > 0 else reversed(self.blocks), x))
+
+    x = torch.ones(2, 3, WIDTH)
+    report = prune(EitherWay(Mlp(), Mlp()), [x, -x], progress=False)
+    (note,) = report.notes
+    assert note.startswith("some batches call the layers in another order than others, so the statistics of 2 layers, ")
+    assert [layer.tokens for layer in report.layers] == [6, 6, 12, 12, 12]

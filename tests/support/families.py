@@ -1,30 +1,25 @@
-"""Prune one small random model of every family in transformers and timm, check it, and write docs/models.md.
+"""Prune one small random model of any family in transformers and timm, and check it.
 
-    PYTHONPATH=tests python tests/support/families.py --only 'causal/qwen*' --resume families.json --write
-
-A family is a configuration class (transformers) or a module (timm); `support.zoo` builds its model. `check` prunes it
-to 50 % and to 2:4, with sequential="block" and "layer" (timm models also with "none"). The model passes if every matrix
-inside its blocks has exactly its sparsity or is skipped with a reason, no skipped weight changed, all outputs are
-finite, and the masks for "block" equal, in float64, those of a slow procedure that computes its own statistics
-(`slow_prune`). `check_units` prunes hidden units and takes out all that are zero; the outputs must stay the same to
+`benchmarks/families.py` does so for all families. A family is a configuration class (transformers) or a module (timm);
+`support.zoo` builds its model. `check` prunes it to 50 % and to 2:4, with sequential="block" and "layer" (timm models
+also with "none"). The model passes if every matrix inside its blocks has exactly its sparsity or is skipped with a
+reason, no skipped weight changed, all outputs are finite, and the masks for "block" equal, in float64, those of a slow
+procedure that computes its own statistics (`slow_prune`).
+`check_units` prunes hidden units and takes out all that are zero; the outputs must stay the same to
 rounding, and the saved folder must load with transformers or timm and give these outputs again.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import logging
 import re
 import signal
 import tempfile
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,7 +27,7 @@ from typing import Any
 import timm
 import torch
 import transformers as hf
-from support.zoo import KINDS, CannotBuild, Family, double, family, matching, matrices, names, outputs, without_cache
+from support.zoo import CannotBuild, Family, double, matrices, outputs, without_cache
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -40,14 +35,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning import ImageClassifierModule, PruningReport, Structured, prune, shrink
 from wanda_lightning.models import Layer, Stop, find_layers
-from wanda_lightning.report import versions
 from wanda_lightning.shrinking import write_modeling_file
 from wanda_lightning.shrinking.configuration import auto_classes
 
 aten = torch.ops.aten
 SEQUENTIAL, PATTERNS = ("block", "layer", "none"), ("unstructured", "2:4")
 ORDINARY, OWN_FILE = "ordinary", "with a modeling file"
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 _MINUTES = 10  # of processor time for a family
 _outputs = torch.no_grad()(outputs)
 
@@ -437,97 +430,3 @@ def examine(family: Family) -> Result:
 
 def _out_of_time(*_: Any) -> None:
     raise TimeoutError(f"not finished in {_MINUTES} minutes of processor time")
-
-
-def table(*rows: Sequence[object]) -> list[str]:
-    """Return the lines of a table of Markdown; the first row is its head."""
-    texts = [[str(cell).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
-    texts.insert(1, ["---"] * len(texts[0]))
-    return [f"| {' | '.join(row)} |" for row in texts]
-
-
-def document(results: Sequence[Result]) -> str:
-    """Return the text of docs/models.md, with the introduction that it has."""
-    used = {name: version.partition("+")[0] for name, version in versions().items()}
-    kinds = {kind: [result for result in results if result.kind == kind] for kind in KINDS}
-    kinds = {kind: own for kind, own in kinds.items() if own}
-    head = ("", "models", "pass", "fail", "cannot be built here", "median coverage", "coverage below 80 %")
-    head += ("hidden units found", "taken out", "folder loaded", "of these with a modeling file")
-    summary = table(head, *((KINDS[kind], *_summary(own)) for kind, own in kinds.items()))
-    by = f"torch {used['torch']}, transformers {used['transformers']} and timm {used['timm']}"
-    introduction = PAGE.read_text(encoding="utf-8").partition("\n|")[0]
-    introduction = re.sub("(?<=wrote this page with ).*(?=\\.$)", by, introduction, flags=re.MULTILINE)
-    lines = [introduction, *summary, "", share(results)]
-    for kind, own in kinds.items():
-        own.sort(key=lambda result: result.name)
-        lines += ["", f"## {KINDS[kind]}", ""]
-        if bad := [(r.name, r.model, r.status, r.cause) for r in own if r.status != "passes"]:
-            lines += [*table(("family", "class", "", "cause"), *bad), ""]
-        columns = ("family", "class", "coverage", "left dense", "slow", "units taken out", "parameters", "folder")
-        lines += table(columns, *(_row(result) for result in own if result.status == "passes"))
-    return "\n".join(lines) + "\n"
-
-
-def share(results: Sequence[Result]) -> str:
-    """Return the summary sentences."""
-    total, passed, _, absent, *_, found, removed, loaded, _ = _summary(results)
-    passes = f"{passed} of {total - absent} models that can be built pass: {passed / max(1, total - absent):.1%}."
-    each = [f"{verb} for {n} ({n / total:.1%})" for verb, n in (("found", found), ("taken out", removed))]
-    return (
-        f"{passes}\nOf {total} models, hidden units are {', '.join(each)}, loaded for {loaded} ({loaded / total:.1%})."
-    )
-
-
-def _summary(results: Sequence[Result]) -> list[Any]:
-    counts = Counter(result.status for result in results)
-    coverages = sorted(result.coverage for result in results if result.status == "passes")
-    median = f"{coverages[len(coverages) // 2]:.0%}" if coverages else ""
-    each = [counts[status] for status in ("passes", "fails", "cannot be built here")]
-    folders = Counter(result.folder for result in results)
-    units = [sum(r.width > 0 for r in results), sum(0 < r.zero == r.removed for r in results)]
-    units += [folders[ORDINARY] + folders[OWN_FILE], folders[OWN_FILE]]
-    return [len(results), *each, median, sum(coverage < 0.8 for coverage in coverages), *units]
-
-
-def _row(result: Result) -> list[str]:
-    left = "; ".join(f"{part:.0%} {reason}" for reason, part in [*result.left_out.items()][:2] if part > 0.005)
-    units = f"{result.removed} of {result.width}" if result.width else ""
-    shown = [f"{result.coverage:.0%}", left, result.slow, units, f"-{result.smaller:.0%}" if result.removed else ""]
-    return [result.name, result.model, *shown, result.folder]
-
-
-def main() -> None:
-    """Examine the chosen families, in a process that continues after a crash, and print the summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by kind/name")
-    parser.add_argument("--resume", type=Path, help="JSON file of results: families in it are not examined again")
-    parser.add_argument("--write", action="store_true", help="write docs/models.md")
-    args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    hf.logging.set_verbosity_error()
-    hf.logging.disable_progress_bar()
-    logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    results: dict[str, Any] = json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}
-    every = {f"{kind}/{name}": (kind, name) for kind in KINDS for name in names(kind)}
-    chosen = {key: every[key] for key in sorted(matching(every, args.only))}
-
-    def record(key: str, result: Result) -> None:
-        results[key] = asdict(result)
-        if args.resume:
-            args.resume.write_text(json.dumps(results, indent=1))
-
-    for key in [key for key in chosen if key not in results]:
-        of = family(*chosen[key])
-        # If the process crashes, this stays, and the next run continues with the next family.
-        record(key, Result(of.kind, of.name, of.model, "the process crashed"))
-        record(key, result := examine(of))
-        print(key, result, flush=True)
-    done = [Result(**results[key]) for key in chosen]
-    if args.write:
-        PAGE.write_text(document(done), encoding="utf-8")
-    print(share(done))
-
-
-if __name__ == "__main__":
-    main()
