@@ -87,10 +87,7 @@ class WeightInterceptor(TorchFunctionMode):
         if func in PRODUCTS:
             return self._multiply(func, call, *_factors(func, args, kwargs))
         if func is F.multi_head_attention_forward:
-            # Another mode around this one may know the weights: it must see the call as a whole.
-            values = (*args, *kwargs.values())
-            if any(_is_plain(value) and value in self._memory for value in values):
-                return self._attend(func, args, kwargs)
+            return self._attend(func, args, kwargs)
         return call()
 
     def _multiply(self, func: Any, call: Callable[[], Tensor], x: Any, weight: Any) -> Tensor:

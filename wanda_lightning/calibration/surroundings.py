@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
+from wanda_lightning.calibration.interception import WeightInterceptor
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import is_unloaded
 
@@ -269,13 +270,16 @@ def _set_modes(modes: Sequence[Sequence[Any]]) -> None:
 
 
 def _nested(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
-    """Return the modes of a scheduler and of a batch, which have begun with the same ones, as nested modes."""
+    """Return the modes of a scheduler and of a batch, which have begun with the same ones, as nested modes.
+
+    The interceptor of a batch parks it at products between its stops; it has nothing to do inside of one.
+    """
     common = 0
     for one, other in zip(outer, inner, strict=False):
         if one is not other:
             break
         common += 1
-    return [*outer, *inner[common:]]
+    return [*outer, *(mode for mode in inner[common:] if not isinstance(mode, WeightInterceptor))]
 
 
 def modules_around(model: nn.Module, modules: Collection[nn.Module]) -> list[nn.Module]:
@@ -287,14 +291,19 @@ def modules_around(model: nn.Module, modules: Collection[nn.Module]) -> list[nn.
 class ModuleAttributes:
     """Keeps a value for each batch of the attributes that the model sets for each, such as `self.scale = x.std()`.
 
-    The first two batches show which attributes and buffers these are: those that both set, in any module. All others
-    are shared, such as a mask that is made at the first call, and so is what dictionaries and other objects hold.
+    The first two batches show which attributes and buffers these are: those that both set, in any module but those of
+    `torch.nn`. All others are shared, such as a mask that is made at the first call, and so is what dictionaries and
+    other objects hold.
     """
 
     def __init__(self, model: nn.Module | None) -> None:
         self._places: list[tuple[nn.Module, dict[str, Any]]] = []
         for module in model.modules() if model is not None else ():
-            self._places += [(module, vars(module)), (module, module._buffers)]
+            # Most modules are PyTorch's own, which set nothing in a forward pass.
+            if not type(module).__module__.startswith("torch.nn."):
+                self._places.append((module, vars(module)))
+                if module._buffers:
+                    self._places.append((module, module._buffers))
         self._first: list[Pass] = []  # the first two batches
         self._setters: dict[tuple[int, str], Pass] = {}  # by the identity of a place, and a name
         self._own: dict[tuple[int, str], dict[Pass, Any]] = {}  # of the attributes that both have set
