@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,7 +20,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import timm_name
 from wanda_lightning.modules.loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.shrinking import Shrunk, example_batch, shrunk
@@ -42,7 +40,7 @@ class ImageClassifierModule(L.LightningModule):
         num_classes: Number of classes, if the pretrained weights have another number, or if a built model has no
             attribute `num_classes`.
         checkpoint: A `.safetensors` file with all weights of the model.
-        model_kwargs: More arguments of `timm.create_model`, such as `img_size`; for a built model, with timm < 1.0.31.
+        model_kwargs: More arguments of `timm.create_model`, such as `img_size`.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW; biases and norms do not decay.
 
@@ -63,7 +61,7 @@ class ImageClassifierModule(L.LightningModule):
     ) -> None:
         super().__init__()
         check_flags(pretrained=pretrained)
-        self._model_kwargs = self._arguments = dict(model_kwargs or {})
+        self._model_kwargs = dict(model_kwargs or {})
         checkpoint = None if checkpoint is None else os.fspath(checkpoint)
         if isinstance(model, (str, os.PathLike)):
             model = model if isinstance(model, str) else f"local-dir:{os.fspath(model)}"
@@ -71,9 +69,6 @@ class ImageClassifierModule(L.LightningModule):
             if num_classes is not None:
                 self._model_kwargs["num_classes"] = num_classes
             self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
-            if folder := timm_name(model).partition("local-dir:")[2]:  # timm before 1.0.31 forgets its arguments
-                stored = json.loads(Path(folder, "config.json").read_text()).get("model_args") or {}
-                self._arguments = stored | self._model_kwargs
         else:
             self.save_hyperparameters(ignore=["model"])
             self.model = model
@@ -169,7 +164,7 @@ class ImageClassifierModule(L.LightningModule):
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
-        json.dumps([getattr(self.model, "_model_args", {}), *fit_arguments(self.model, self._arguments)])
+        json.dumps([getattr(self.model, "_model_args", {}), *fit_arguments(self.model, self._model_kwargs)])
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
@@ -198,7 +193,7 @@ class ImageClassifierModule(L.LightningModule):
         labels = {"label_names": names} if len(names) == self.num_classes else {}
         batch = example_batch(model, self._model_kwargs.get("img_size"))
         with atomic_folder(folder, overwrite) as new, shrunk(model, batch) if shrink else nullcontext() as result:
-            save_for_timm(model, self._arguments, labels, new)
+            save_for_timm(model, self._model_kwargs, labels, new)
         return result
 
 
