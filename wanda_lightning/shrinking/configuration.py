@@ -330,7 +330,7 @@ def shrunk_model(
     own = {"shrunk_from": shrunk_from, "shrunk_shapes": shrunk_shapes, "shrunk_numbers": shrunk_numbers}
     chosen = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     config = timm.models.resolve_pretrained_cfg(shrunk_from, *chosen).to_dict()
-    # Before 1.0.31, timm does not tell saved arguments from those of the caller.
+    # Before 1.0.31, timm does not tell saved arguments from those of the caller; a copy of this file may run there.
     saved = kwargs.get("pretrained_model_args", kwargs)
     sizes = dense_shapes(shrunk_from, config, {key: value for key, value in saved.items() if key not in own})
 
