@@ -56,7 +56,9 @@ def closure(distribution: metadata.Distribution) -> set[str]:
     return {name for name, _ in found}
 
 
-def required(distribution: metadata.Distribution, extras: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
+def required(
+    distribution: metadata.Distribution, extras: frozenset[str]
+) -> Iterator[tuple[str, frozenset[str]]]:
     """Yield the distributions that a distribution with some extras requires, with their extras."""
     for requirement in map(Requirement, distribution.requires or []):
         marker = requirement.marker
@@ -94,14 +96,29 @@ def main() -> None:
         venv.create(folder / "venv", symlinks=True)
         python = folder / "venv" / "bin" / "python"
         wheel = next(file for file in built if file.suffix == ".whl")
-        missing = set(run("git", "ls-files", "wanda_lightning").split()) - set(zipfile.ZipFile(wheel).namelist())
+        missing = set(run("git", "ls-files", "wanda_lightning").split()) - set(
+            zipfile.ZipFile(wheel).namelist()
+        )
         assert not missing, f"The wheel lacks {', '.join(sorted(missing))}"
-        run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel)
+        run(
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "--quiet",
+            "--no-deps",
+            wheel,
+        )
         site = next((folder / "venv" / "lib").glob("python*/site-packages"))
         installed = metadata.Distribution.at(next(site.glob("wanda_lightning-*.dist-info")))
         for distribution in sorted(closure(installed)):
             link(distribution, site)
-        isolated = {"cwd": folder, "env": {"HOME": name, "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}}
+        isolated = {
+            "cwd": folder,
+            "env": {"HOME": name, "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+        }
         run(python, "-c", PRUNE.format(prefix=name), **isolated)
         command = python.with_name("wanda-lightning")
         assert "wanda_lightning" in run(command, "--version", **isolated)

@@ -47,14 +47,20 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return normalized images of 32 x 32 pixels and their labels, for training and for evaluation."""
     scans = load_digits()
     pixels = torch.from_numpy((scans.images * (255 / 16)).round()).float()[:, None] / 255
-    images = (F.interpolate(pixels, size=(32, 32), mode="bicubic", align_corners=False) - 0.3) / 0.37
+    images = (
+        F.interpolate(pixels, size=(32, 32), mode="bicubic", align_corners=False) - 0.3
+    ) / 0.37
     labels = torch.from_numpy(scans.target)
-    parts = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=scans.target)
+    parts = train_test_split(
+        range(len(labels)), test_size=0.2, random_state=0, stratify=scans.target
+    )
     training, evaluation = ((images[part], labels[part]) for part in parts)
     return training, evaluation
 
 
-def train(name: str, inputs: Tensor, labels: Tensor, epochs: int, batch_size: int = 64) -> nn.Module:
+def train(
+    name: str, inputs: Tensor, labels: Tensor, epochs: int, batch_size: int = 64
+) -> nn.Module:
     """Train one of the models on randomly shifted images."""
     torch.manual_seed(0)
     model = timm.create_model(**MODELS[name], in_chans=1, num_classes=10)
@@ -77,7 +83,9 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     return float((model(inputs).argmax(dim=1) == labels).float().mean())
 
 
-def measure(dense: nn.Module, batches: list[Tensor], evaluation: tuple[Tensor, Tensor], chosen: dict) -> dict:
+def measure(
+    dense: nn.Module, batches: list[Tensor], evaluation: tuple[Tensor, Tensor], chosen: dict
+) -> dict:
     """Prune two copies and return their accuracy, without and with the correction."""
     measured = {}
     for name, keep in (("top1_uncorrected", True), ("top1", False)):
@@ -101,9 +109,12 @@ def main(
     order = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(0))
     batches = list(training[0][order[:256]].split(64))
 
-    runs, top1 = Runs(save, "batch_norm"), accuracy(dense, *evaluation)
+    runs = Runs(save, "batch_norm")
+    top1 = accuracy(dense, *evaluation)
     case = {"weights": fingerprint(dense)}
-    trained = Result(model=model, method="dense", case=case, evaluation=Samples("digits", len(evaluation[0])))
+    trained = Result(
+        model=model, method="dense", case=case, evaluation=Samples("digits", len(evaluation[0]))
+    )
     runs(trained, lambda: {"top1": top1})
     calibrated = replace(trained, calibration=Samples("digits", 256))
     for method, goal in product(methods, goals):

@@ -29,7 +29,10 @@ Score = Callable[[ExpertSaliency, Mixture], Tensor]
 
 def by_norm(_: ExpertSaliency, mixture: Mixture) -> Tensor:
     """Return the squared norm of all weights of each expert."""
-    return sum((weight.double().square().flatten(1).sum(1) for weight in mixture.experts.parameters()), torch.zeros(()))
+    return sum(
+        (weight.double().square().flatten(1).sum(1) for weight in mixture.experts.parameters()),
+        torch.zeros(()),
+    )
 
 
 def at_random(seed: int) -> Score:
@@ -40,8 +43,10 @@ def at_random(seed: int) -> Score:
 
 def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") -> None:
     """Measure all rows."""
-    language, runs = LanguageModel(options), Runs(save, "experts")
-    dense, planned = language.model, replace(language.planned, case={"weights": fingerprint(language.model)})
+    language = LanguageModel(options)
+    runs = Runs(save, "experts")
+    dense = language.model
+    planned = replace(language.planned, case={"weights": fingerprint(language.model)})
     runs(planned, language.measure)
 
     def row(name: str, goal: float, score: Score = ExpertSaliency.__call__) -> None:
@@ -54,7 +59,8 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
         runs(replace(planned, method=name, sparsity=goal, pattern="experts"), measure)
 
     def half(name: str, windows: int, enough: int) -> None:
-        method, calibration = name.partition(",")[0], language.calibration
+        method = name.partition(",")[0]
+        calibration = language.calibration
         if windows < options.nsamples:
             calibration = [{key: ids[:windows] for key, ids in calibration[0].items()}]
 
@@ -65,7 +71,12 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
             return language.measure()
 
         data = replace(planned.calibration, windows=windows)
-        runs(replace(planned, method=name, sparsity=0.5, arguments={"method": method}, calibration=data), measure)
+        runs(
+            replace(
+                planned, method=name, sparsity=0.5, arguments={"method": method}, calibration=data
+            ),
+            measure,
+        )
 
     for goal in goals:
         row("REAP", goal)

@@ -40,19 +40,38 @@ def document(results: Sequence[Result]) -> str:
     used = {name: version.partition("+")[0] for name, version in versions().items()}
     kinds = {kind: [result for result in results if result.kind == kind] for kind in KINDS}
     kinds = {kind: own for kind, own in kinds.items() if own}
-    head = ("", "models", "pass", "fail", "cannot be built here", "median coverage", "coverage below 80 %")
+    head = (
+        "",
+        "models",
+        "pass",
+        "fail",
+        "cannot be built here",
+        "median coverage",
+        "coverage below 80 %",
+    )
     head += ("hidden units found", "taken out", "folder loaded", "of these with a modeling file")
     summary = table(head, *((KINDS[kind], *_summary(own)) for kind, own in kinds.items()))
     by = f"torch {used['torch']}, transformers {used['transformers']} and timm {used['timm']}"
     introduction = PAGE.read_text(encoding="utf-8").partition("\n|")[0]
-    introduction = re.sub("(?<=wrote this page with ).*(?=\\.$)", by, introduction, flags=re.MULTILINE)
+    introduction = re.sub(
+        "(?<=wrote this page with ).*(?=\\.$)", by, introduction, flags=re.MULTILINE
+    )
     lines = [introduction, *summary, "", share(results)]
     for kind, own in kinds.items():
         own.sort(key=lambda result: result.name)
         lines += ["", f"## {KINDS[kind]}", ""]
         if bad := [(r.name, r.model, r.status, r.cause) for r in own if r.status != "passes"]:
             lines += [*table(("family", "class", "", "cause"), *bad), ""]
-        columns = ("family", "class", "coverage", "left dense", "slow", "units taken out", "parameters", "folder")
+        columns = (
+            "family",
+            "class",
+            "coverage",
+            "left dense",
+            "slow",
+            "units taken out",
+            "parameters",
+            "folder",
+        )
         lines += table(columns, *(_row(result) for result in own if result.status == "passes"))
     return "\n".join(lines) + "\n"
 
@@ -61,10 +80,12 @@ def share(results: Sequence[Result]) -> str:
     """Return the summary sentences."""
     total, passed, _, absent, *_, found, removed, loaded, _ = _summary(results)
     passes = f"{passed} of {total - absent} models that can be built pass: {passed / max(1, total - absent):.1%}."
-    each = [f"{verb} for {n} ({n / total:.1%})" for verb, n in (("found", found), ("taken out", removed))]
-    return (
-        f"{passes}\nOf {total} models, hidden units are {', '.join(each)}, loaded for {loaded} ({loaded / total:.1%})."
-    )
+    each = [
+        f"{verb} for {n} ({n / total:.1%})"
+        for verb, n in (("found", found), ("taken out", removed))
+    ]
+    share = f"{loaded} ({loaded / total:.1%})"
+    return f"{passes}\nOf {total} models, hidden units are {', '.join(each)}, loaded for {share}."
 
 
 def _summary(results: Sequence[Result]) -> list[Any]:
@@ -79,17 +100,31 @@ def _summary(results: Sequence[Result]) -> list[Any]:
 
 
 def _row(result: Result) -> list[str]:
-    left = "; ".join(f"{part:.0%} {reason}" for reason, part in [*result.left_out.items()][:2] if part > 0.005)
+    left = "; ".join(
+        f"{part:.0%} {reason}" for reason, part in [*result.left_out.items()][:2] if part > 0.005
+    )
     units = f"{result.removed} of {result.width}" if result.width else ""
-    shown = [f"{result.coverage:.0%}", left, result.slow, units, f"-{result.smaller:.0%}" if result.removed else ""]
+    shown = [
+        f"{result.coverage:.0%}",
+        left,
+        result.slow,
+        units,
+        f"-{result.smaller:.0%}" if result.removed else "",
+    ]
     return [result.name, result.model, *shown, result.folder]
 
 
 def main() -> None:
     """Examine the chosen families, in a process that continues after a crash, and print the summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by kind/name")
-    parser.add_argument("--resume", type=Path, help="JSON file of results: families in it are not examined again")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by kind/name"
+    )
+    parser.add_argument(
+        "--resume", type=Path, help="JSON file of results: families in it are not examined again"
+    )
     parser.add_argument("--write", action="store_true", help="write docs/models.md")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -97,7 +132,9 @@ def main() -> None:
     hf.logging.disable_progress_bar()
     logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    results: dict[str, Any] = json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}
+    results: dict[str, Any] = (
+        json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}
+    )
     every = {f"{kind}/{name}": (kind, name) for kind in KINDS for name in names(kind)}
     chosen = {key: every[key] for key in sorted(matching(every, args.only))}
 

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, FAINT, GRID, BLUE, GREEN, ORANGE = "#1f2328", "#6e7781", "#d8dee4", "#0969da", "#1a7f37", "#bc4c00"
+INK = "#1f2328"
+FAINT = "#6e7781"
+GRID = "#d8dee4"
+BLUE = "#0969da"
+GREEN = "#1a7f37"
+ORANGE = "#bc4c00"
 STYLE = {
     "font.size": 10,
     "text.color": INK,
@@ -41,7 +46,8 @@ STYLE = {
     "svg.hashsalt": "wanda_lightning",  # the same picture has the same bytes
 }
 GOALS = {"50 %": (BLUE, "o"), "60 %": (ORANGE, "s"), "2:4": (GREEN, "D")}
-REFERENCE, ALPS = "locuslab/wanda", "ALPS"
+REFERENCE = "locuslab/wanda"
+ALPS = "ALPS"
 Point = Sequence[Any]  # seconds, perplexity, name
 PRESETS = ("thorough", "best", "balanced", "fast")
 COMPARED = (  # method, whose implementation, label
@@ -58,12 +64,18 @@ def methods() -> dict[str, Any]:
     """Perplexity at each sparsity and seconds of pruning, for the presets and for other methods."""
     rows = []
     for method, code, label in COMPARED:
-        found = lookup(run for run in read_table("methods" if code == OURS else "reference") if run.code == code)
+        found = lookup(
+            run
+            for run in read_table("methods" if code == OURS else "reference")
+            if run.code == code
+        )
         runs = {goal: found[method, goal] for goal in GOALS if (method, goal) in found}
         points = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
         # The seconds of other implementations are of machines whose state was not recorded.
         times = [run.measured["seconds"] for run in runs.values() if code == OURS]
-        rows.append({"label": label, "perplexity": points, "seconds": [round(each) for each in times]})
+        rows.append(
+            {"label": label, "perplexity": points, "seconds": [round(each) for each in times]}
+        )
     return {"dense": _dense(), "rows": rows}
 
 
@@ -89,7 +101,13 @@ def draw_methods(data: Mapping[str, Any]) -> "Figure":
         axes.annotate(shown, (1.02, height), **beside, color=INK if times else FAINT)
     axes.annotate("time to prune", (1.02, len(rows) + 0.8), **beside, color=FAINT)
     axes.plot([data["dense"]] * 2, [0, len(rows) + 0.5], color=FAINT, linewidth=1, linestyle="--")
-    axes.annotate(f"dense {data['dense']}", (data["dense"], len(rows) + 0.8), va="center", ha="center", color=FAINT)
+    axes.annotate(
+        f"dense {data['dense']}",
+        (data["dense"], len(rows) + 0.8),
+        va="center",
+        ha="center",
+        color=FAINT,
+    )
     axes.set_yticks(range(len(rows), 0, -1), [row["label"] for row in rows])
     for text in axes.get_yticklabels()[: len(PRESETS)]:
         text.set_fontweight("bold")
@@ -98,7 +116,9 @@ def draw_methods(data: Mapping[str, Any]) -> "Figure":
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend([handles[goal] for goal in GOALS], GOALS, title="sparsity", loc=(0.72, 0.42), frameon=False)
+    axes.legend(
+        [handles[goal] for goal in GOALS], GOALS, title="sparsity", loc=(0.72, 0.42), frameon=False
+    )
     return figure
 
 
@@ -126,7 +146,9 @@ def frontier() -> dict[str, Any]:
             for run in read_table("methods")
             if run.goal == goal and run.method != "magnitude" and "seconds" in run.measured
         ]
-        points = [(run.measured["seconds"], run.measured["perplexity"], _short(run.method)) for run in own]
+        points = [
+            (run.measured["seconds"], run.measured["perplexity"], _short(run.method)) for run in own
+        ]
         panels[goal] = [[round(x, 1), round(y, 2), name] for x, y, name in sorted(points)]
     return {"dense": _dense(), "panels": panels}
 
@@ -134,7 +156,10 @@ def frontier() -> dict[str, Any]:
 def _short(method: str) -> str:
     """Return the name of a method without Markdown."""
     return (
-        LABELS[method].replace("`", "").replace('sequential="layer"', "layer").replace("with a permutation", "permuted")
+        LABELS[method]
+        .replace("`", "")
+        .replace('sequential="layer"', "layer")
+        .replace("with a permutation", "permuted")
     )
 
 
@@ -142,14 +167,20 @@ def draw_frontier(data: Mapping[str, Any]) -> "Figure":
     """Draw one panel for each goal. A line joins the methods that no faster method equals in perplexity."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(len(data["panels"]), 1, figsize=(9, 12), layout="constrained", sharex=True)
+    figure, panels = plt.subplots(
+        len(data["panels"]), 1, figsize=(9, 12), layout="constrained", sharex=True
+    )
     for panel, (goal, points) in zip(panels, data["panels"].items(), strict=True):
         best = _best(points)
-        panel.plot(*zip(*((x, y) for x, y, _ in best), strict=True), color=BLUE, linewidth=1.5, zorder=1)
+        panel.plot(
+            *zip(*((x, y) for x, y, _ in best), strict=True), color=BLUE, linewidth=1.5, zorder=1
+        )
         for x, y, name in points:
             panel.scatter(x, y, s=30, color=BLUE if [x, y, name] in best else FAINT, zorder=2)
         panel.axhline(data["dense"], color=FAINT, linewidth=1, linestyle="--")
-        panel.annotate("dense", (1, data["dense"]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        panel.annotate(
+            "dense", (1, data["dense"]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+        )
         panel.set(title=f"{goal} zeros" if "%" in goal else goal, ylabel="perplexity")
         panel.margins(x=0.12, y=0.12)
         _logarithmic(panel, "x", "y")
@@ -162,24 +193,44 @@ def draw_frontier(data: Mapping[str, Any]) -> "Figure":
 
 def _best(points: Sequence[Point]) -> list[Point]:
     """Return the points that no faster point equals in perplexity. The fastest point comes first."""
-    return [point for index, point in enumerate(points) if all(other[1] > point[1] for other in points[:index])]
+    return [
+        point
+        for index, point in enumerate(points)
+        if all(other[1] > point[1] for other in points[:index])
+    ]
 
 
 def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
     """Write a name beside each point, where it covers no point, no other name and not the line of the best."""
     from matplotlib.transforms import Bbox
 
-    pixels, line = (panel.transData.transform([point[:2] for point in chosen]) for chosen in (points, _best(points)))
+    pixels, line = (
+        panel.transData.transform([point[:2] for point in chosen])
+        for chosen in (points, _best(points))
+    )
     between = [a + (b - a) * step / 50 for a, b in pairwise(line) for step in range(51)]
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels]
     taken += [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in between]
-    sides = [(9, 0, "left", "center"), (-9, 0, "right", "center"), (0, 7, "center", "bottom"), (0, -7, "center", "top")]
-    sides += [(x, y, side, "center") for y in (9, -9, 16, -16, 26) for x, side in ((8, "left"), (-8, "right"))]
-    sides += [(0, y, "center", vertical) for y, vertical in ((-18, "top"), (18, "bottom"), (-30, "top"))]
+    sides = [
+        (9, 0, "left", "center"),
+        (-9, 0, "right", "center"),
+        (0, 7, "center", "bottom"),
+        (0, -7, "center", "top"),
+    ]
+    sides += [
+        (x, y, side, "center")
+        for y in (9, -9, 16, -16, 26)
+        for x, side in ((8, "left"), (-8, "right"))
+    ]
+    sides += [
+        (0, y, "center", vertical) for y, vertical in ((-18, "top"), (18, "bottom"), (-30, "top"))
+    ]
     for x, y, name in points:
         for dx, dy, horizontal, vertical in sides:
             style = {"ha": horizontal, "va": vertical, "fontsize": 9}
-            text = panel.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", **style)
+            text = panel.annotate(
+                name, (x, y), xytext=(dx, dy), textcoords="offset points", **style
+            )
             box = text.get_window_extent().padded(1)
             if not any(box.overlaps(other) for other in taken):
                 taken.append(box)
@@ -188,7 +239,9 @@ def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
                 text.remove()
 
 
-FIGURES: Mapping[str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], "Figure"]]] = {
+FIGURES: Mapping[
+    str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], "Figure"]]
+] = {
     "methods": (methods, draw_methods),
     "frontier": (frontier, draw_frontier),
 }

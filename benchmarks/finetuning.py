@@ -46,21 +46,31 @@ def clock(model: nn.Module, ids: Tensor, keeping: bool = False) -> Callable[[], 
     return timed
 
 
-def compare(plain: Callable[[], float], keeping: Callable[[], float], runs: int) -> dict[str, float]:
+def compare(
+    plain: Callable[[], float], keeping: Callable[[], float], runs: int
+) -> dict[str, float]:
     """Return the ratio of the times of a step that keeps zeros and one that does not, and their peak memory."""
     without, kept = medians(plain, keeping, runs=runs)
-    ours, theirs = (statistics.median(cost_of(each).peak_mib for _ in range(3)) for each in (keeping, plain))
+    ours, theirs = (
+        statistics.median(cost_of(each).peak_mib for _ in range(3)) for each in (keeping, plain)
+    )
     return {"ratio": kept / without, "peak_mib": ours, "plain_peak_mib": theirs}
 
 
 def main(*, model: str, runs: int = 5, save: str | None = None) -> None:
     """Measure steps with and without kept zeros."""
     torch.manual_seed(0)
-    pruned, record = CausalLMModule(model, dtype="float32").model.train(), Runs(save, "keeping_zeros")
+    pruned = CausalLMModule(model, dtype="float32").model.train()
+    record = Runs(save, "keeping_zeros")
     prune(pruned, None, 0.5, criterion=Magnitude(), progress=False)
-    (batch,) = random_windows(pruned.config.get_text_config().vocab_size, *WINDOWS, batch_size=WINDOWS[0])
-    ids, own = batch["input_ids"], {"method": "KeepZeros", "arguments": {"method": "magnitude"}}
-    planned = Result(model=Path(model).name, sparsity=0.5, calibration=Samples("random tokens", *WINDOWS), **own)
+    (batch,) = random_windows(
+        pruned.config.get_text_config().vocab_size, *WINDOWS, batch_size=WINDOWS[0]
+    )
+    ids = batch["input_ids"]
+    own = {"method": "KeepZeros", "arguments": {"method": "magnitude"}}
+    planned = Result(
+        model=Path(model).name, sparsity=0.5, calibration=Samples("random tokens", *WINDOWS), **own
+    )
 
     clocks = [clock(copy.deepcopy(pruned), ids, keeping) for keeping in (False, True)]
     record.save(planned, compare(*clocks, runs))

@@ -58,7 +58,9 @@ def pruned(options: Options, method: str, dtype: str, device: str) -> tuple[Tens
 
 def against_cpu(options: Options, method: str, dtype: str) -> Measured:
     """Compare masks and errors with those of the CPU."""
-    (cpu, plain), (own, errors) = (pruned(options, method, dtype, device) for device in ("cpu", options.device))
+    (cpu, plain), (own, errors) = (
+        pruned(options, method, dtype, device) for device in ("cpu", options.device)
+    )
     known = {"output_error": fmean(errors), "plain_output_error": fmean(plain)} if errors else {}
     return {"mask_difference": int((cpu != own).sum()) / len(cpu), **known}
 
@@ -67,7 +69,8 @@ class Large:
     """The random model, and its calibration windows."""
 
     def __init__(self, options: Options) -> None:
-        self.options, self.config = options, llama(*SHAPES[options.shape])
+        self.options = options
+        self.config = llama(*SHAPES[options.shape])
         self.batches = random_windows(self.config.vocab_size, options.samples, options.seqlen)
 
     def build(self) -> Any:
@@ -99,17 +102,25 @@ class Large:
     def from_disk(self, **choices: str) -> Measured:
         """Write the dense model, which is not timed, and prune it from disk."""
         with TemporaryDirectory(dir=self.options.folder) as folder:
-            dense, output = Path(folder) / "dense", Path(folder) / "pruned"
+            dense = Path(folder) / "dense"
+            output = Path(folder) / "pruned"
             self.build().save_pretrained(dense)
             arguments = {**choices, "device": self.options.device, "progress": False}
-            return self.measured(lambda: prune_from_disk(dense, output, self.batches, 0.5, **arguments))
+            return self.measured(
+                lambda: prune_from_disk(dense, output, self.batches, 0.5, **arguments)
+            )
 
 
 def main(options: Options) -> None:
     """Measure the steps that are not saved yet, while there is time."""
-    runs, until, large = Runs(options.save, "gpu"), time.monotonic() + 60 * options.minutes, Large(options)
-    tokens, few = Samples("random tokens", options.samples, options.seqlen), Samples("random tokens", *SMALL)
-    passes = Result(model=f"random Llama {options.shape}", method="forward pass", calibration=tokens)
+    runs = Runs(options.save, "gpu")
+    until = time.monotonic() + 60 * options.minutes
+    large = Large(options)
+    tokens = Samples("random tokens", options.samples, options.seqlen)
+    few = Samples("random tokens", *SMALL)
+    passes = Result(
+        model=f"random Llama {options.shape}", method="forward pass", calibration=tokens
+    )
     planned = replace(passes, sparsity=0.5)
 
     def run(row: Result, measure: Callable[[], Measured]) -> None:
@@ -121,13 +132,22 @@ def main(options: Options) -> None:
     def masks(*methods: str) -> None:
         for method, dtype in product(methods, ("float32", "bfloat16")):
             row = replace(
-                planned, model=Path(options.model).name, method=method, case={"dtype": dtype}, calibration=few
+                planned,
+                model=Path(options.model).name,
+                method=method,
+                case={"dtype": dtype},
+                calibration=few,
             )
             run(row, partial(against_cpu, options, method, dtype))
 
     masks("wanda", "balanced")
     run(passes, large.forward)
-    for method, order in (("wanda", "layer"), ("wanda", "block"), ("balanced", "layer"), ("sparsegpt", "layer")):
+    for method, order in (
+        ("wanda", "layer"),
+        ("wanda", "block"),
+        ("balanced", "layer"),
+        ("sparsegpt", "layer"),
+    ):
         case = {"sequential": order}
         run(replace(planned, method=method, case=case), partial(large.prune, method=method, **case))
     disk = replace(planned, method="wanda", case={"source": "disk"})

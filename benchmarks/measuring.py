@@ -21,14 +21,30 @@ from torch import Tensor, nn
 from torch.utils.benchmark import timer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from wanda_lightning import CausalLMModule, ImageClassifierModule, ImageDataModule, TextDataModule, sample_windows
+from wanda_lightning import (
+    CausalLMModule,
+    ImageClassifierModule,
+    ImageDataModule,
+    TextDataModule,
+    sample_windows,
+)
 from wanda_lightning.data.text_sources import OWN_TEXT, SELF
 from wanda_lightning.modules import WindowPerplexity
 
 MIB = 2**20
 SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SHAPES = {"7b": (4096, 11008, 32, 32, 32), "1.1b": (2048, 5632, 22, 32, 4), "narrow": (512, 2048, 8, 8, 8)}
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+SHAPES = {
+    "7b": (4096, 11008, 32, 32, 32),
+    "1.1b": (2048, 5632, 22, 32, 4),
+    "narrow": (512, 2048, 8, 8, 8),
+}
 
 Batches = list[dict[str, Tensor]]
 
@@ -36,7 +52,12 @@ Batches = list[dict[str, Tensor]]
 def run_from_shell(main: Callable[..., None]) -> None:
     """Call a function with its parameters as options, such as `--batch_size 4`, or `--goals 50 2:4` for a list."""
     names = Parameter(consume_multiple=True, negative=(), name_transform=str)
-    app = App(default_parameter=names, help=main.__globals__["__doc__"], help_format="plaintext", version_flags=())
+    app = App(
+        default_parameter=names,
+        help=main.__globals__["__doc__"],
+        help_format="plaintext",
+        version_flags=(),
+    )
     app.default(main)
     app()
 
@@ -66,15 +87,22 @@ class LanguageModel:
 
     def __init__(self, options: Text, draw: int = 0, more: int | None = None) -> None:
         module = CausalLMModule(options.model, dtype="float32")
-        self.tokenizer, self.model = module.tokenizer, module.model.eval()
-        texts = list(dict.fromkeys((options.eval, SECOND_TEXT)))  # the second is only read if it is used
+        self.tokenizer = module.tokenizer
+        self.model = module.model.eval()
+        # The second is only read if it is used.
+        texts = list(dict.fromkeys((options.eval, SECOND_TEXT)))
         sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
-        self.data = TextDataModule(self.tokenizer, options.calibration, texts, **sizes, seed=draw, train_samples=more)
+        self.data = TextDataModule(
+            self.tokenizer, options.calibration, texts, **sizes, seed=draw, train_samples=more
+        )
         if options.calibration == SELF:  # no Trainer runs the model
             windows = sample_windows(self.model, self.tokenizer, options.nsamples, options.seqlen)
         else:
             windows = self.data.calibration_windows
-        self.calibration, self.evaluation = in_batches(windows), in_batches(self.data.evaluation_windows)
+        self.calibration, self.evaluation = (
+            in_batches(windows),
+            in_batches(self.data.evaluation_windows),
+        )
         self._texts = {"perplexity": self.evaluation}
         if draw:
             self._texts["perplexity_second"] = in_batches(self.data.windows_of(SECOND_TEXT))
@@ -108,7 +136,9 @@ class Photos:
         self.evaluation = list(images.val_dataloader())
         self.labels = torch.cat([labels for _, labels in self.evaluation])
         used, held_out = (Samples(Path(data).name, number) for number in (count, len(self.labels)))
-        self.planned = Result(model=Path(folder).name, method="dense", calibration=used, evaluation=held_out)
+        self.planned = Result(
+            model=Path(folder).name, method="dense", calibration=used, evaluation=held_out
+        )
 
 
 @torch.no_grad()
@@ -157,7 +187,9 @@ def llama(*shape: int, vocabulary: int = 32000) -> LlamaConfig:
     return LlamaConfig(**dict(zip(SIZES, shape, strict=True)), vocab_size=vocabulary)
 
 
-def random_model(config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+def random_model(
+    config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Any:
     """Build a random model on a device; another device draws other weights."""
     torch.manual_seed(0)
     with torch.device(device):
@@ -192,7 +224,8 @@ def cost_of(step: Callable[[], Any], device: str | torch.device = "cpu") -> Cost
         torch.accelerator.reset_peak_memory_stats()
         start = torch.accelerator.memory_allocated()
     else:
-        with suppress(OSError, AttributeError):  # glibc: return freed memory first, or the start would count it
+        # glibc: return freed memory first, or the start would count it.
+        with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         start = psutil.Process().memory_info().rss
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -202,5 +235,7 @@ def cost_of(step: Callable[[], Any], device: str | torch.device = "cpu") -> Cost
     if on_accelerator:
         peak = torch.accelerator.max_memory_allocated()
     else:
-        peak = 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+        peak = 1024 * int(
+            re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]
+        )
     return Cost(result, duration, start / MIB, (peak - start) / MIB)

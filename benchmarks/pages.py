@@ -31,7 +31,10 @@ PRESETS = {
     "fast": ("Wanda in one pass", "a first look, or at most 50 %"),
     "balanced": ("mask and weights together, by ADMM", "most of the time"),
     "best": ("ADMM; layers and rows that matter more keep more weights", "more than 50 %, or 2:4"),
-    "thorough": ("`best`, then distillation from the dense model", "the last bit of quality, with memory to spare"),
+    "thorough": (
+        "`best`, then distillation from the dense model",
+        "the last bit of quality, with memory to spare",
+    ),
 }
 """What each preset does, and when to choose it."""
 
@@ -39,7 +42,9 @@ PRESETS = {
 def claims() -> str:
     """What the package is good for, each with its number."""
     theirs = {(r.method, r.goal, r.code): r for r in read_table("reference")}
-    ours, reference, alps = lookup(read_table("methods")), "locuslab/wanda", theirs["alps", "50 %", "ALPS"]
+    ours = lookup(read_table("methods"))
+    reference = "locuslab/wanda"
+    alps = theirs["alps", "50 %", "ALPS"]
     best = ours["best", "50 %"]
     same = perplexity(theirs["wanda", "50 %", reference])
     if perplexity(ours["wanda", "50 %"]) != same:
@@ -73,7 +78,9 @@ def families(page: Path = ROOT / "docs" / "models.md") -> str:
     """Return how many models were checked, and how many pass, from the page that benchmarks/families.py writes."""
     text = page.read_text(encoding="utf-8")
     (passed,) = re.findall(r"^(\d+ of \d+) models that can be built pass", text, re.M)
-    causal, others, images = re.findall(r"^\| [^|]+ \| (\d+) \| \d+ \| \d+ \| \d+ \| \d+% \|", text, re.M)
+    causal, others, images = re.findall(
+        r"^\| [^|]+ \| (\d+) \| \d+ \| \d+ \| \d+ \| \d+% \|", text, re.M
+    )
     return (
         f"A small model, with random weights, of each of the {causal} families of causal language models in "
         f"transformers and the {images} modules of image models in timm, and of {others} other classes of "
@@ -90,7 +97,9 @@ def which() -> str:
         times = sorted(run.measured["seconds"] for run in runs)
         cells = [*map(perplexity, runs), f"{times[0]:.0f} to {times[-1]:.0f}"]
         rows.append([f"`{preset}`", does, when, *cells])
-    return markdown(("preset", "what it does", "when", *GOALS, "seconds"), rows).replace("---: | ---:", "--- | ---", 1)
+    return markdown(("preset", "what it does", "when", *GOALS, "seconds"), rows).replace(
+        "---: | ---:", "--- | ---", 1
+    )
 
 
 def zeros() -> str:
@@ -98,7 +107,11 @@ def zeros() -> str:
     ours: Lookup = lookup(read_table("methods"))
     runs = list(tables.read_worth())
     zipped = {(r.model[:7], r.method, r.goal): number(r, "zstd_mib", ".1f") for r in runs}
-    (whole,) = {number(r, "weights_mib", ".1f") for r in runs if (r.model, r.method) == ("efficientnet_lite0", "dense")}
+    (whole,) = {
+        number(r, "weights_mib", ".1f")
+        for r in runs
+        if (r.model, r.method) == ("efficientnet_lite0", "dense")
+    }
     lines = (
         "**Smaller files**: a safetensors file stores zeros like other numbers. `zstd -3` shrinks EfficientNet-Lite0 "
         f"from {whole} to {zipped['efficie', 'best', '50 %']} MiB after `best` at 50 %, and to "
@@ -118,12 +131,22 @@ def zeros() -> str:
 
 def worth_short() -> str:
     """The rows of the comparison of size and speed that a reader of the front page needs."""
-    units = dict.fromkeys(("structured", "structured, fisher", "structured, longer"), "25 % of units")
+    units = dict.fromkeys(
+        ("structured", "structured, fisher", "structured, longer"), "25 % of units"
+    )
     chosen = {"dense": "dense", "int8": "dense", **units}
-    runs = [r for r in tables.read_worth() if "perplexity" in r.measured and chosen.get(r.method) == r.goal]
+    runs = [
+        r
+        for r in tables.read_worth()
+        if "perplexity" in r.measured and chosen.get(r.method) == r.goal
+    ]
     if len(runs) < len(chosen):
-        raise ValueError(f"The table needs the runs {list(chosen)}, but there are {[run.method for run in runs]}.")
-    return tables.worth_table(runs, ("perplexity", "weights_mib", "zstd_mib", "prefill_32", "decode_1"))
+        raise ValueError(
+            f"The table needs the runs {list(chosen)}, but there are {[run.method for run in runs]}."
+        )
+    return tables.worth_table(
+        runs, ("perplexity", "weights_mib", "zstd_mib", "prefill_32", "decode_1")
+    )
 
 
 def demo_table() -> str:
@@ -135,9 +158,12 @@ def training_costs() -> str:
     """What keeping zeros costs, and what training a pruned model gains."""
     (cost,) = (r for r in read_table("keeping_zeros") if r.method == "KeepZeros")
     if cost.measured["ratio"] > 1.02:
-        raise ValueError(f"The claim that keeping zeros takes no time must be changed: {number(cost, 'ratio')}.")
+        raise ValueError(
+            f"The claim that keeping zeros takes no time must be changed: {number(cost, 'ratio')}."
+        )
     tuned = {r.method: r for r in read_table("finetuning") if r.goal == "50 %"}
-    full, lora = tuned["full"], tuned["keep-zeros-lora"]
+    full = tuned["full"]
+    lora = tuned["keep-zeros-lora"]
     (steps,) = {re.search(r"--steps (\d+)", r.command)[1] for r in tuned.values()}
     return (
         "Keeping zeros takes no measurable time in a training step, and one byte of memory per weight for the masks. "
@@ -151,7 +177,8 @@ def training_costs() -> str:
 def adapters() -> str:
     """What adapters that keep zeros cost in a training step."""
     runs = {r.case.get("adapters", "").partition(",")[0]: r for r in read_table("keeping_zeros")}
-    few, every = runs["q_proj"], runs["all-linear"]
+    few = runs["q_proj"]
+    every = runs["all-linear"]
     return (
         f"A training step takes {number(few, 'ratio', '.2f')} times as long as with PEFT's LoRA on `q_proj` and "
         f"`v_proj`, and {number(every, 'ratio', '.2f')} times on all linear layers "
@@ -179,8 +206,18 @@ def choices(table: str) -> str:
         made = {part: make() for part in CHOICES if (make := getattr(method, part))}
         shown = {part: _short(made[part]) if part in made else "its own" for part in CHOICES}
         also = ", ".join(filter(None, (shown.pop("permutation"), shown.pop("recovery"))))
-        group = method.group or made["solver"].group(made.get("criterion", made["solver"].own_criterion))
-        rows.append([f"`{name}`", *shown.values(), also, group.replace("_", ", rows "), f"`{method.sequential}`"])
+        group = method.group or made["solver"].group(
+            made.get("criterion", made["solver"].own_criterion)
+        )
+        rows.append(
+            [
+                f"`{name}`",
+                *shown.values(),
+                also,
+                group.replace("_", ", rows "),
+                f"`{method.sequential}`",
+            ]
+        )
     headings = ("name", "criterion", "solver", "allocation", "also", "within", "sequential")
     return markdown(headings, rows, "---")
 
@@ -199,15 +236,26 @@ def _short(choice: Any) -> str:
 def card(name: str) -> str:
     """How an object of a class is made, and what it does."""
     parameters = inspect.signature(getattr(wanda_lightning, name)).parameters.values()
-    arguments = [each.name if each.default is each.empty else f"{each.name}={each.default!r}" for each in parameters]
-    return textwrap.fill(f"`{name}({', '.join(arguments)})`: {_summary(name)}", 132, break_long_words=False)
+    arguments = [
+        each.name if each.default is each.empty else f"{each.name}={each.default!r}"
+        for each in parameters
+    ]
+    return textwrap.fill(
+        f"`{name}({', '.join(arguments)})`: {_summary(name)}", 132, break_long_words=False
+    )
 
 
 def names(*listed: str) -> str:
     """List public names with their members and summaries, which docs/conf.py replaces by whole docstrings."""
     rows = []
     for name, *members in (each.split(":") for each in listed):
-        rows.append([f"`wanda_lightning.{name}`", " ".join(f"`{member}`" for member in members), _summary(name)])
+        rows.append(
+            [
+                f"`wanda_lightning.{name}`",
+                " ".join(f"`{member}`" for member in members),
+                _summary(name),
+            ]
+        )
     return markdown(("name", "members", "what it is"), rows, "---")
 
 
@@ -217,7 +265,19 @@ def _summary(name: str) -> str:
     return " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split())
 
 
-OWN = (claims, which, zeros, worth_short, demo_table, training_costs, adapters, measured, choices, card, names)
+OWN = (
+    claims,
+    which,
+    zeros,
+    worth_short,
+    demo_table,
+    training_costs,
+    adapters,
+    measured,
+    choices,
+    card,
+    names,
+)
 PARTS: Mapping[str, Callable[..., str]] = {part.__name__: part for part in OWN} | tables.FRAGMENTS
 
 

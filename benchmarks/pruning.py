@@ -19,12 +19,17 @@ from wanda_lightning import CausalLMModule, prune
 from wanda_lightning.core.patterns import NM
 
 
-def main(*, model: str, nsamples: int = 16, seqlen: int = 512, runs: int = 3, save: str | None = None) -> None:
+def main(
+    *, model: str, nsamples: int = 16, seqlen: int = 512, runs: int = 3, save: str | None = None
+) -> None:
     """Measure the choices of `sequential`: seconds and memory."""
-    record, calibration = Runs(save, "costs"), Samples("random tokens", nsamples, seqlen)
+    record = Runs(save, "costs")
+    calibration = Samples("random tokens", nsamples, seqlen)
     planned = Result(model=Path(model).name, method="forward pass", calibration=calibration)
     language = CausalLMModule(model, dtype="float32").model.eval()
-    batches = random_windows(language.config.get_text_config().vocab_size, nsamples, seqlen, batch_size=4)
+    batches = random_windows(
+        language.config.get_text_config().vocab_size, nsamples, seqlen, batch_size=4
+    )
     dense = copy.deepcopy(language.state_dict())
 
     def call(batch: dict[str, torch.Tensor]) -> object:
@@ -36,19 +41,33 @@ def main(*, model: str, nsamples: int = 16, seqlen: int = 512, runs: int = 3, sa
 
     def pruning(sequential: str) -> float:
         language.load_state_dict(dense)
-        return seconds(lambda: prune(language, batches, 0.5, sequential=sequential, forward=call, progress=False))
+        return seconds(
+            lambda: prune(
+                language, batches, 0.5, sequential=sequential, forward=call, progress=False
+            )
+        )
 
     record.save(planned, {"peak_mib": cost_of(forward).peak_mib})
     for sequential, passes in (("block", 2), ("layer", 1), ("none", 1)):
         plain, ours = medians(forward, partial(pruning, sequential), runs=runs)
-        choice, peak = {"sequential": sequential}, cost_of(partial(pruning, sequential)).peak_mib
+        choice = {"sequential": sequential}
+        peak = cost_of(partial(pruning, sequential)).peak_mib
         own = replace(planned, method="wanda", sparsity=0.5, case=choice, arguments=choice)
         record.save(own, {"ratio": ours / (passes * plain), "peak_mib": peak})
-    weight, norm = torch.randn(4096, 11008), torch.rand(11008)
+    weight = torch.randn(4096, 11008)
+    norm = torch.rand(11008)
     scores = weight.abs() * norm
-    score, mask = (lambda: weight.abs().mul_(norm)), (lambda: NM(2, 4)(scores, 0.5))
+
+    def score() -> None:
+        weight.abs().mul_(norm)
+
+    def mask() -> None:
+        NM(2, 4)(scores, 0.5)
+
     plain, ours = medians(partial(seconds, score), partial(seconds, mask), runs=max(runs, 5))
-    masked = Result(model="random matrix 4096 x 11008", method="2:4 mask", sparsity=0.5, pattern="2:4")
+    masked = Result(
+        model="random matrix 4096 x 11008", method="2:4 mask", sparsity=0.5, pattern="2:4"
+    )
     record.save(masked, {"ratio": ours / plain})
 
 

@@ -23,11 +23,29 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import Parameter
-from measuring import LanguageModel, Photos, Text, cost_of, fingerprint, outputs, run_from_shell, seconds
+from measuring import (
+    LanguageModel,
+    Photos,
+    Text,
+    cost_of,
+    fingerprint,
+    outputs,
+    run_from_shell,
+    seconds,
+)
 from result import Result, Runs, Samples, sparsity_of, to_hexadecimal
 from torch import Tensor, nn
 
-from wanda_lightning import OWL, Distil, EqualShare, Fisher, PruningCallback, PruningConfig, Unstructured, prune
+from wanda_lightning import (
+    OWL,
+    Distil,
+    EqualShare,
+    Fisher,
+    PruningCallback,
+    PruningConfig,
+    Unstructured,
+    prune,
+)
 from wanda_lightning.core.losses import divergence
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.plan import make_plan
@@ -66,8 +84,15 @@ IMAGES: dict[str, Choices] = {
     **{name: {"method": name} for name in PRESETS if name != "fast"},  # it is Wanda within rows
     **BIASES_KEPT,
     "best+row_weights": {"method": "best", "pattern": Unstructured("layer", weigh_rows=True)},
-    **{f"{name} at layer": {"method": name, "sequential": "layer"} for name in ("wanda", "balanced", "best")},
-    "best+distil at layer": {"method": "best", "recovery": Distil(blocks=False), "sequential": "layer"},
+    **{
+        f"{name} at layer": {"method": name, "sequential": "layer"}
+        for name in ("wanda", "balanced", "best")
+    },
+    "best+distil at layer": {
+        "method": "best",
+        "recovery": Distil(blocks=False),
+        "sequential": "layer",
+    },
     "best+reconstruct": {"method": "best", "recovery": "reconstruct"},
 }
 GOALS = {
@@ -75,8 +100,12 @@ GOALS = {
     "digits": ("50", "70", "80", "90", "2:4"),
     "photos": ("50", "60", "70", "2:4"),
 }
-PHOTOS = {name: IMAGES[name] for name in ("wanda, row", "sparsegpt", "balanced", "best", "thorough")}
-PHOTOS |= {name: choices for name, choices in IMAGES.items() if name.startswith("best+") or " at " in name}
+PHOTOS = {
+    name: IMAGES[name] for name in ("wanda, row", "sparsegpt", "balanced", "best", "thorough")
+}
+PHOTOS |= {
+    name: choices for name, choices in IMAGES.items() if name.startswith("best+") or " at " in name
+}
 PHOTOS |= {
     "best-permutation": TEXT["best-permutation"],
     "best-permutation at layer": {**TEXT["best-permutation"], "sequential": "layer"},
@@ -128,7 +157,10 @@ def prune_cells(
             print(f"{name}, {goal}: {str(error).partition(', but ')[0].partition('. ')[0]}")
             continue
         given = {key: str(value) for key, value in chosen.items() if key not in sparsity_of(goal)}
-        runs(replace(planned, method=name, **sparsity_of(goal), arguments=given), partial(measure, chosen))
+        runs(
+            replace(planned, method=name, **sparsity_of(goal), arguments=given),
+            partial(measure, chosen),
+        )
 
 
 def cells_of(
@@ -153,11 +185,16 @@ def prune_and_measure(language: LanguageModel, chosen: Choices) -> Measured:
 def measure_text(options: Options) -> None:
     """Measure all methods with a language model."""
     options = replace(options, nsamples=options.nsamples or WINDOWS)
-    own, more = options.calibration == SELF, options.nsamples != WINDOWS
+    own = options.calibration == SELF
+    more = options.nsamples != WINDOWS
     if options.draw and (own or more):
         raise ValueError(f"--draw needs a calibration text and {WINDOWS} windows.")
-    cells, language = cells_of(options, TEXT, GOALS["text"]), LanguageModel(options, options.draw)
-    runs = Runs(options.save, "own_text" if own else "draws" if options.draw else "windows" if more else "methods")
+    cells = cells_of(options, TEXT, GOALS["text"])
+    language = LanguageModel(options, options.draw)
+    runs = Runs(
+        options.save,
+        "own_text" if own else "draws" if options.draw else "windows" if more else "methods",
+    )
     runs(replace(language.planned, calibration=None), language.measure)
     case = {"calibration": own and SELF, "windows": more and options.nsamples, "draw": options.draw}
     planned = replace(language.planned, case={name: value for name, value in case.items() if value})
@@ -169,7 +206,8 @@ def measure_images(options: Options) -> None:
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     from recipes.vision import demo
 
-    cells, runs = cells_of(options, IMAGES, GOALS["digits"]), Runs(options.save, "images")
+    cells = cells_of(options, IMAGES, GOALS["digits"])
+    runs = Runs(options.save, "images")
     for name in demo.MODELS:
         module, data, accuracy = demo.train(name, options.epochs)
         case = {"weights": fingerprint(module)}
@@ -177,10 +215,18 @@ def measure_images(options: Options) -> None:
         runs(trained, lambda top1=accuracy: {"top1": top1})
         expected = outputs(module.eval(), data.val_dataloader())
         planned = replace(trained, calibration=Samples("digits", data.num_samples))
-        prune_cells(module.model, cells, planned, runs, partial(_prune_digits, demo.run, module, data, expected))
+        prune_cells(
+            module.model,
+            cells,
+            planned,
+            runs,
+            partial(_prune_digits, demo.run, module, data, expected),
+        )
 
 
-def _prune_digits(run: Callable[..., float], module: Any, data: Any, expected: Tensor, chosen: Choices) -> Measured:
+def _prune_digits(
+    run: Callable[..., float], module: Any, data: Any, expected: Tensor, chosen: Choices
+) -> Measured:
     top1 = run(module, data, PruningCallback(**chosen, num_samples=data.num_samples))
     found = outputs(module.eval(), data.val_dataloader())
     return {"top1": top1, "divergence": float(divergence(found, expected)[0]) / len(expected)}
@@ -188,9 +234,12 @@ def _prune_digits(run: Callable[..., float], module: Any, data: Any, expected: T
 
 def measure_photos(options: Options) -> None:
     """Measure presets with a classifier and its weights, on images in the layout of ImageNet."""
-    count, cells = options.nsamples or CALIBRATION_PHOTOS, cells_of(options, PHOTOS, GOALS["photos"])
-    photos, usual = Photos(options.photos, options.data, count), count == CALIBRATION_PHOTOS
-    runs, model = Runs(options.save, "photos" if usual else "more_photos"), photos.model
+    count = options.nsamples or CALIBRATION_PHOTOS
+    cells = cells_of(options, PHOTOS, GOALS["photos"])
+    photos = Photos(options.photos, options.data, count)
+    usual = count == CALIBRATION_PHOTOS
+    runs = Runs(options.save, "photos" if usual else "more_photos")
+    model = photos.model
     expected = outputs(model, photos.evaluation)
 
     def scored(logits: Tensor) -> dict[str, Any]:
@@ -204,12 +253,20 @@ def measure_photos(options: Options) -> None:
         return {**scored(found), "divergence": differs, "seconds": duration}
 
     runs(replace(photos.planned, calibration=None), lambda: scored(expected))
-    prune_cells(model, cells, replace(photos.planned, case={} if usual else {"images": count}), runs, measure)
+    prune_cells(
+        model,
+        cells,
+        replace(photos.planned, case={} if usual else {"images": count}),
+        runs,
+        measure,
+    )
 
 
 def main(options: Options = Options()) -> None:
     """Measure the missing cells."""
-    measure = measure_images if options.images else measure_photos if options.photos else measure_text
+    measure = (
+        measure_images if options.images else measure_photos if options.photos else measure_text
+    )
     measure(options)
 
 

@@ -34,7 +34,9 @@ def torchao(config: Callable[[Any], Any], weight: Tensor) -> Tensor:
     """Quantize the weight of a linear layer by a configuration of torchao."""
     import torchao.quantization as quantization
 
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+    layer = nn.Linear(
+        weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype
+    )
     layer.weight.data = weight.clone()
     quantization.quantize_(layer, config(quantization))
     return layer.weight.dequantize()
@@ -50,7 +52,9 @@ def bitsandbytes_4bit(kind: str, weight: Tensor) -> Tensor:
     """Quantize to NF4 or FP4, in blocks of 64 weights."""
     from bitsandbytes import functional
 
-    return functional.dequantize_4bit(*functional.quantize_4bit(weight, quant_type=kind, blocksize=64))
+    return functional.dequantize_4bit(
+        *functional.quantize_4bit(weight, quant_type=kind, blocksize=64)
+    )
 
 
 def bitsandbytes_8bit(weight: Tensor) -> Tensor:
@@ -58,7 +62,9 @@ def bitsandbytes_8bit(weight: Tensor) -> Tensor:
     from bitsandbytes.nn import Int8Params
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    quantized = Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False).to(weight.device)
+    quantized = Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False).to(
+        weight.device
+    )
     return dequantize_bnb_weight(quantized, state=SimpleNamespace(SCB=quantized.SCB))
 
 
@@ -93,7 +99,10 @@ SCHEMES: dict[tuple[str, str], Scheme] = {
     ("bitsandbytes", "int8"): bitsandbytes_8bit,
     ("bitsandbytes", "nf4"): partial(bitsandbytes_4bit, "nf4"),
     ("bitsandbytes", "fp4"): partial(bitsandbytes_4bit, "fp4"),
-    **{("gguf", name): partial(gguf_type, name) for name in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1")},
+    **{
+        ("gguf", name): partial(gguf_type, name)
+        for name in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1")
+    },
     ("compressed_tensors", "int8"): partial(compressed_tensors, 8, True),
     ("compressed_tensors", "int4 symmetric"): partial(compressed_tensors, 4, True),
     ("compressed_tensors", "int4 asymmetric"): partial(compressed_tensors, 4, False),
@@ -108,9 +117,12 @@ def quantize(pruned: nn.Module, scheme: Scheme) -> tuple[nn.Module, float, float
     for layer in find_layers(model).layers:
         weight = layer.read().float()
         back = scheme(weight).float()
-        zero, is_zero = weight == 0, back == 0
-        zeros, others = zeros + int(zero.sum()), others + int((~zero).sum())
-        kept, new = kept + int((zero & is_zero).sum()), new + int((~zero & is_zero).sum())
+        zero = weight == 0
+        is_zero = back == 0
+        zeros = zeros + int(zero.sum())
+        others = others + int((~zero).sum())
+        kept = kept + int((zero & is_zero).sum())
+        new = new + int((~zero & is_zero).sum())
         layer.write(back)
     return model, kept / zeros, new / others
 
@@ -133,8 +145,10 @@ class Options(Text):
 
 def main(options: Options) -> None:
     """Prune once, then quantize copies."""
-    language, runs = LanguageModel(options), Runs(options.save, "quantization")
-    model, failures = language.model, []
+    language = LanguageModel(options)
+    runs = Runs(options.save, "quantization")
+    model = language.model
+    failures = []
     runs(replace(language.planned, calibration=None), language.measure)
     prune(model, language.calibration, 0.5, method="wanda", progress=False)
     pruned = replace(language.planned, method="wanda", sparsity=0.5, arguments={"method": "wanda"})
@@ -143,7 +157,9 @@ def main(options: Options) -> None:
         try:
             runs(planned, partial(measure, model, scheme, language.evaluation))
         except Exception as error:
-            failures.append(f"Not measured: {package} {name}: {type(error).__name__}: {' '.join(str(error).split())}")
+            failures.append(
+                f"Not measured: {package} {name}: {type(error).__name__}: {' '.join(str(error).split())}"
+            )
     print("\n".join(failures))
 
 

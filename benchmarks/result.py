@@ -53,7 +53,11 @@ QUANTITIES: Mapping[str, str] = {
     "zstd_mib": "weights_mib after zstd -3",
     **{
         f"{what}_{size}": f"{text} per second with a batch of {size} / those of the dense float32 model"
-        for what, text in (("prefill", "tokens of a prompt"), ("decode", "generated tokens"), ("images", "images"))
+        for what, text in (
+            ("prefill", "tokens of a prompt"),
+            ("decode", "generated tokens"),
+            ("images", "images"),
+        )
         for size in (1, 32)
     },
 }
@@ -113,8 +117,13 @@ class Result:
 
     def __post_init__(self) -> None:
         if unknown := self.measured.keys() - QUANTITIES.keys():
-            raise ValueError(f"measured must have names from QUANTITIES, but {min(unknown)!r} is not one of them.")
-        if not (0 <= self.sparsity < 1 and re.fullmatch(r"(un)?structured|experts|\d+:\d+", self.pattern)):
+            raise ValueError(
+                f"measured must have names from QUANTITIES, but {min(unknown)!r} is not one of them."
+            )
+        if not (
+            0 <= self.sparsity < 1
+            and re.fullmatch(r"(un)?structured|experts|\d+:\d+", self.pattern)
+        ):
             raise ValueError(
                 "sparsity must be in [0, 1) and pattern be 'unstructured', 'structured', 'experts' or N:M, "
                 f"but they are {self.sparsity} and {self.pattern!r}."
@@ -132,14 +141,24 @@ class Result:
     def name(self) -> str:
         """Name of the file, without the ending."""
         code = "" if self.code == OURS else self.code
-        parts = (self.model, code, self.method, "" if self.method == "dense" else self.goal, *self.case.values())
-        return "-".join(filter(None, (re.sub(r"[^\w.+]+", "-", str(part)).strip("-") for part in parts))).lower()
+        parts = (
+            self.model,
+            code,
+            self.method,
+            "" if self.method == "dense" else self.goal,
+            *self.case.values(),
+        )
+        return "-".join(
+            filter(None, (re.sub(r"[^\w.+]+", "-", str(part)).strip("-") for part in parts))
+        ).lower()
 
     def save(self, folder: Path) -> None:
         """Write the file into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(folder / f"{self.name}.json") as new:
-            new.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            new.write_text(
+                json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
 
 
 def read(file: Path) -> Result:
@@ -154,7 +173,9 @@ def read(file: Path) -> Result:
             fields[name] = fields[name] and Samples(**fields[name])
         return Result(**fields)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} must hold the fields of benchmarks/result.py, but: {error}") from error
+        raise ValueError(
+            f"{file} must hold the fields of benchmarks/result.py, but: {error}"
+        ) from error
 
 
 def read_table(table: str, folder: Path = FOLDER) -> list[Result]:
@@ -199,7 +220,11 @@ class Runs:
         """Return the run with its numbers, and with `correct` if it is among them, after printing and saving it."""
         numbers = dict(measured)
         result = replace(planned, correct=numbers.pop("correct", None), measured=numbers, **here())
-        print(f"{result.name}:", ", ".join(f"{key} {number:.4g}" for key, number in numbers.items()), flush=True)
+        print(
+            f"{result.name}:",
+            ", ".join(f"{key} {number:.4g}" for key, number in numbers.items()),
+            flush=True,
+        )
         if self.folder:
             result.save(self.folder)
         return result
@@ -237,7 +262,11 @@ def machine() -> str:
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    names = (
+        re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)
+        if cpuinfo.exists()
+        else []
+    )
     cores = f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
     if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is None:
         return cores

@@ -28,7 +28,12 @@ import pandas as pd
 import torch
 import worth
 from measuring import MIB, LanguageModel, Photos, run_from_shell, seconds
-from onnxruntime.quantization import QuantType, matmul_nbits_quantizer, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    QuantType,
+    matmul_nbits_quantizer,
+    quantize_dynamic,
+    quantize_static,
+)
 from result import Result, Runs
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -37,8 +42,10 @@ from worth import BATCHES, NEW, PROMPT, Change, Measured, Rows, narrower, rows_o
 from wanda_lightning import Fisher
 from wanda_lightning.modules import WindowPerplexity
 
-FILES, THREADS = Path("out/runtimes"), 2
-Run = Callable[..., Any]  # outputs and the cache for images, or for tokens, their cache, and the positions with logits
+FILES = Path("out/runtimes")
+THREADS = 2
+# Outputs and the cache for images, or for tokens, their cache, and the positions with logits.
+Run = Callable[..., Any]
 
 
 class WithCache(nn.Sequential):
@@ -55,13 +62,16 @@ class WithCache(nn.Sequential):
             attention_mask=mask[None, None].expand(ids.shape[0], 1, -1, -1),
             logits_to_keep=kept,
         )
-        return output.logits, [each for layer in output.cache.layers for each in (layer.keys, layer.values)]
+        return output.logits, [
+            each for layer in output.cache.layers for each in (layer.keys, layer.values)
+        ]
 
 
 def to_onnx(model: Any, file: Path) -> None:
     """Write float32 for any number of images, or of sequences, tokens and cached tokens."""
     if hasattr(model, "pretrained_cfg"):
-        example, sizes = (torch.zeros(2, *model.pretrained_cfg["input_size"]),), ({0: "batch"},)
+        example = (torch.zeros(2, *model.pretrained_cfg["input_size"]),)
+        sizes = ({0: "batch"},)
     else:
         shape = 2, model.config.num_key_value_heads, 5, model.config.head_dim
         past = [torch.zeros(shape) for _ in range(2 * model.config.num_hidden_layers)]
@@ -79,8 +89,13 @@ def to_gguf(template: Path, model: Any, file: Path) -> None:
     for name, field in gguf.GGUFReader(template).fields.items():
         if name.endswith(".feed_forward_length"):
             writer.add_feed_forward_length(widths if family == "deci" else widths[0])
-        elif not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            writer.add_key_value(name.replace("llama.", f"{family}."), field.contents(), *field.types[:2])
+        elif not name.startswith("GGUF.") and name not in (
+            "general.architecture",
+            "general.file_type",
+        ):
+            writer.add_key_value(
+                name.replace("llama.", f"{family}."), field.contents(), *field.types[:2]
+            )
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(widths))
     heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
     for name, weight in model.named_parameters():  # a tied one once
@@ -98,7 +113,9 @@ def convert_gguf(numbers: str, dense: Path, file: Path, _: Sequence[Tensor]) -> 
     """Write a .gguf file; llama.cpp takes other blocks for rows that do not fit those of `numbers`."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{numbers}")
-    assert not llama_cpp.llama_model_quantize(str(dense).encode(), str(file).encode(), ctypes.byref(parameters))
+    assert not llama_cpp.llama_model_quantize(
+        str(dense).encode(), str(file).encode(), ctypes.byref(parameters)
+    )
 
 
 def convert_onnx(numbers: str, dense: Path, file: Path, images: Sequence[Tensor]) -> None:
@@ -111,11 +128,19 @@ def convert_onnx(numbers: str, dense: Path, file: Path, images: Sequence[Tensor]
             model.graph.initializer.append(onnx.numpy_helper.from_array(head, node.output[0]))
             model.graph.node.remove(node)
     if numbers == "int8, weights only":
-        writer = matmul_nbits_quantizer.MatMulNBitsQuantizer(model, 8, 32, is_symmetric=True, accuracy_level=4)
+        writer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
+            model, 8, 32, is_symmetric=True, accuracy_level=4
+        )
         writer.process()
         writer.model.save_model_to_file(str(file), use_external_data_format=True)
     elif numbers == "int8, dynamic":
-        quantize_dynamic(model, file, per_channel=True, weight_type=QuantType.QUInt8, use_external_data_format=True)
+        quantize_dynamic(
+            model,
+            file,
+            per_channel=True,
+            weight_type=QuantType.QUInt8,
+            use_external_data_format=True,
+        )
     else:  # signed weights have 7 bits: without VNNI, sums of larger products saturate
         data = ({model.graph.input[0].name: pixels.numpy()} for pixels in images)
         reader = SimpleNamespace(get_next=partial(next, data, None))
@@ -126,7 +151,9 @@ def convert_openvino(numbers: str, dense: Path, file: Path, images: Sequence[Ten
     """Write an .xml file, and a .bin file with its weights."""
     model = openvino.Core().read_model(dense)
     if numbers == "int8, static":
-        model = nncf.quantize(model, nncf.Dataset([image.numpy() for batch in images for image in batch.split(1)]))
+        model = nncf.quantize(
+            model, nncf.Dataset([image.numpy() for batch in images for image in batch.split(1)])
+        )
     elif numbers == "int8, weights only":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     openvino.save_model(model, file, compress_to_fp16=False)
@@ -137,7 +164,10 @@ def open_onnx(file: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
     session = onnxruntime.InferenceSession(file, options)
-    (inputs, shapes), outputs = zip(*[(each.name, each.shape) for each in session.get_inputs()], strict=True), None
+    (inputs, shapes), outputs = (
+        zip(*[(each.name, each.shape) for each in session.get_inputs()], strict=True),
+        None,
+    )
     value = onnxruntime.OrtValue.ortvalue_from_numpy
 
     def run(batch: Any, past: Any = None, *kept: Any) -> Any:
@@ -167,9 +197,13 @@ def open_openvino(file: Path) -> Run:
 
 def open_gguf(file: Path) -> Run:
     """Load a .gguf file. The cache is in the context; what `Run` returns is the number of its tokens."""
-    model = llama_cpp.llama_model_load_from_file(str(file).encode(), llama_cpp.llama_model_default_params())
+    model = llama_cpp.llama_model_load_from_file(
+        str(file).encode(), llama_cpp.llama_model_default_params()
+    )
     choices = llama_cpp.llama_context_default_params()
-    choices.n_ctx, choices.n_seq_max, choices.n_batch = max(BATCHES) * 512, max(BATCHES), max(BATCHES) * PROMPT
+    choices.n_ctx = max(BATCHES) * 512
+    choices.n_seq_max = max(BATCHES)
+    choices.n_batch = max(BATCHES) * PROMPT
     choices.n_threads = choices.n_threads_batch = THREADS
     context = llama_cpp.llama_init_from_model(model, choices)
     words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
@@ -179,14 +213,22 @@ def open_gguf(file: Path) -> Run:
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), -1, start, -1)
         batch = llama_cpp.llama_batch_init(ids.size, 0, 1)
         batch.n_tokens = ids.size
-        columns = {"token": ids.ravel(), "pos": np.tile(np.arange(start, start + new), size), "n_seq_id": 1}
-        for name, column in (columns | {"logits": np.tile(np.isin(np.arange(new), kept), size)}).items():
+        columns = {
+            "token": ids.ravel(),
+            "pos": np.tile(np.arange(start, start + new), size),
+            "n_seq_id": 1,
+        }
+        for name, column in (
+            columns | {"logits": np.tile(np.isin(np.arange(new), kept), size)}
+        ).items():
             np.ctypeslib.as_array(getattr(batch, name), (ids.size,))[:] = column
         for index in range(ids.size):
             batch.seq_id[index][0] = index // new
         assert not llama_cpp.llama_decode(context, batch)
         llama_cpp.llama_batch_free(batch)
-        return np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), (size, len(kept), words)), start + new
+        return np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits(context), (size, len(kept), words)
+        ), start + new
 
     return run
 
@@ -213,24 +255,39 @@ class Kind(NamedTuple):
 def text(options: worth.Options) -> Kind:
     """Prepare a language model."""
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16))
-    base, narrow = language.planned, partial(narrower, language.calibration)
+    base = language.planned
+    narrow = partial(narrower, language.calibration)
     units = rows_of_units(base, "structured", narrow, ["25"])
-    units += rows_of_units(base, "structured, fisher", partial(narrow, allocation=worth.BY_LOSS), ["25"])
+    units += rows_of_units(
+        base, "structured, fisher", partial(narrow, allocation=worth.BY_LOSS), ["25"]
+    )
 
     def quality(run: Run) -> Measured:
         metric = WindowPerplexity()
         for window in language.data.evaluation_windows.split(1):
-            metric.update(torch.tensor(run(window.numpy(), None, np.arange(window.shape[1]))[0]), window)
+            metric.update(
+                torch.tensor(run(window.numpy(), None, np.arange(window.shape[1]))[0]), window
+            )
         return {"perplexity": float(metric.compute())}
 
     def clock(size: int, run: Run) -> Measured:
-        ids, past = np.random.default_rng(0).integers(language.model.config.vocab_size, size=(size, PROMPT)), []
+        ids = np.random.default_rng(0).integers(
+            language.model.config.vocab_size, size=(size, PROMPT)
+        )
+        past = []
         prefill = seconds(lambda: past.append(run(ids, None, np.array([PROMPT - 1]))[1]))
-        decode = [seconds(lambda: past.append(run(ids[:, :1], past.pop(), np.array([0]))[1])) for _ in range(NEW)]
+        decode = [
+            seconds(lambda: past.append(run(ids[:, :1], past.pop(), np.array([0]))[1]))
+            for _ in range(NEW)
+        ]
         return {f"prefill_{size}": prefill, f"decode_{size}": sum(decode)}
 
     few = ("float32", "int8, dynamic", "int8, weights only")
-    numbers = {"onnxruntime": few, "openvino": few[::2], "llama.cpp": ("float32", "F16", "Q8_0", "Q4_K_M")}
+    numbers = {
+        "onnxruntime": few,
+        "openvino": few[::2],
+        "llama.cpp": ("float32", "F16", "Q8_0", "Q4_K_M"),
+    }
     return Kind(language.model, base, units, numbers, quality, clock)
 
 
@@ -241,14 +298,23 @@ def photos(options: worth.Options) -> Kind:
     units = rows_of_units(images.planned, "structured, fisher seconds", narrow, ["25", "35"])
 
     def quality(run: Run) -> Measured:
-        found = np.concatenate([run(pixels.numpy())[0].argmax(axis=1) for pixels, _ in images.evaluation])
+        found = np.concatenate(
+            [run(pixels.numpy())[0].argmax(axis=1) for pixels, _ in images.evaluation]
+        )
         return {"top1": float((found == images.labels.numpy()).mean())}
 
     def clock(size: int, run: Run) -> Measured:
-        pixels = np.random.default_rng(0).normal(size=(size, *images.calibration[0].shape[1:])).astype(np.float32)
+        pixels = (
+            np.random.default_rng(0)
+            .normal(size=(size, *images.calibration[0].shape[1:]))
+            .astype(np.float32)
+        )
         return {f"images_{size}": seconds(lambda: run(pixels))}
 
-    numbers = {"onnxruntime": ("float32", "int8, dynamic", "int8, static"), "openvino": ("float32", "int8, static")}
+    numbers = {
+        "onnxruntime": ("float32", "int8, dynamic", "int8, static"),
+        "openvino": ("float32", "int8, static"),
+    }
     return Kind(images.model, images.planned, units, numbers, quality, clock, images.calibration)
 
 
@@ -257,12 +323,17 @@ def file_of(planned: Result, change: Change, kind: Kind, options: worth.Options)
     program, numbers = planned.case.values()
     ending, convert, _ = PROGRAMS[program]
     file = FILES / f"{planned.name}{ending}"
-    first = {"program": "llama.cpp" if program == "llama.cpp" else "onnxruntime", "numbers": "float32"}
+    first = {
+        "program": "llama.cpp" if program == "llama.cpp" else "onnxruntime",
+        "numbers": "float32",
+    }
     if not file.exists() and planned.case == first:
         model = change(copy.deepcopy(kind.dense)).eval()
         to_onnx(model, file) if ending == ".onnx" else to_gguf(Path(options.model), model, file)
     elif not file.exists():
-        convert(numbers, file_of(replace(planned, case=first), change, kind, options), file, kind.images)
+        convert(
+            numbers, file_of(replace(planned, case=first), change, kind, options), file, kind.images
+        )
     return file
 
 
@@ -272,12 +343,15 @@ def measure(program: str, kind: Kind, options: worth.Options) -> None:
     models: Rows = [(kind.planned, lambda model: model), *kind.units]
     rows = [(replace(planned, case=case), change) for planned, change in models for case in cases]
     files = [file_of(*row, kind, options) for row in rows]
-    opened, runs = [PROGRAMS[program][2](file) for file in files], Runs(options.save, "runtimes")
+    opened = [PROGRAMS[program][2](file) for file in files]
+    runs = Runs(options.save, "runtimes")
     sizes = [size for size in BATCHES for _ in range(options.runs * (5 if size == 1 else 1))]
     turns = pd.DataFrame([[kind.clock(size, run) for run in opened] for size in sizes])
     medians = [pd.DataFrame(turns[index].tolist()).median() for index in turns]
     for (planned, _), file, run, median in zip(rows, files, opened, medians, strict=True):
-        size = {"weights_mib": sum(each.stat().st_size for each in FILES.glob(f"{file.stem}.*")) / MIB}
+        size = {
+            "weights_mib": sum(each.stat().st_size for each in FILES.glob(f"{file.stem}.*")) / MIB
+        }
         runs.save(planned, {**kind.quality(run), **size, **(medians[0] / median)})
 
 

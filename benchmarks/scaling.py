@@ -13,7 +13,15 @@ from itertools import product
 from typing import Any
 
 import torch
-from measuring import Batches, cost_of, in_new_process, llama, random_model, random_windows, run_from_shell
+from measuring import (
+    Batches,
+    cost_of,
+    in_new_process,
+    llama,
+    random_model,
+    random_windows,
+    run_from_shell,
+)
 from result import Result, Runs, Samples
 from tables import SCALED
 
@@ -21,7 +29,8 @@ from wanda_lightning import prune
 
 DEFAULTS = {"windows": 16, "blocks": 2, "width": 512}
 SIZES = {"windows": (4, 16, 64, 128), "blocks": (1, 4, 16), "width": (256, 512, 1024, 2048, 4096)}
-LENGTH, VOCABULARY = 256, 1024
+LENGTH = 256
+VOCABULARY = 1024
 METHODS = SCALED[1:]
 
 
@@ -48,7 +57,9 @@ def run(method: str, model: Any, batches: Batches) -> float:
 
     started = time.process_time()
     if method in METHODS:
-        prune(model, batches, 0.5, method=method, sequential="layer", forward=forward, progress=False)
+        prune(
+            model, batches, 0.5, method=method, sequential="layer", forward=forward, progress=False
+        )
     else:
         with torch.no_grad():
             for batch in batches:
@@ -68,7 +79,8 @@ def main(*, save: str | None = None) -> None:
                 method=name,
                 sparsity=0.5 if name in METHODS else 0.0,
                 case={"by": size, "value": value},
-                arguments=({"method": name, "sequential": "layer"} if name in METHODS else {}) | shape,
+                arguments=({"method": name, "sequential": "layer"} if name in METHODS else {})
+                | shape,
                 calibration=Samples("random tokens", sizes["windows"], LENGTH),
             )
             runs(planned, partial(in_new_process, measure, name, sizes))

@@ -20,7 +20,15 @@ from typing import Literal
 import psutil
 import torch
 from cyclopts import Parameter
-from measuring import SHAPES, Batches, cost_of, in_new_process, llama, random_windows, run_from_shell
+from measuring import (
+    SHAPES,
+    Batches,
+    cost_of,
+    in_new_process,
+    llama,
+    random_windows,
+    run_from_shell,
+)
 from result import Result, Runs, Samples
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,20 +45,27 @@ def build(folder: Path, config: LlamaConfig) -> None:
     generator = torch.Generator().manual_seed(0)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict().items():
-        parts.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "", {})[name] = tensor
+        parts.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "", {})[name] = (
+            tensor
+        )
     index = {}
     folder.mkdir(parents=True)
     for number, tensors in enumerate(parts.values(), 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        values = {name: torch.ones(tensor.shape, dtype=torch.bfloat16) for name, tensor in tensors.items()}
+        values = {
+            name: torch.ones(tensor.shape, dtype=torch.bfloat16) for name, tensor in tensors.items()
+        }
         for value in values.values():
             if value.ndim > 1:
                 value.normal_(0, 0.02, generator=generator)
         save_file(values, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(values, file)
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.bfloat16
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
 
 
 @Parameter(name="*")
@@ -71,7 +86,9 @@ class Options:
     save: str | None = None
 
 
-def stream(folder: Path, output: Path, samples: Batches, choices: dict[str, str]) -> dict[str, float]:
+def stream(
+    folder: Path, output: Path, samples: Batches, choices: dict[str, str]
+) -> dict[str, float]:
     """Prune from disk; return the seconds, the peak memory, and the bytes read and written."""
     shutil.rmtree(output, ignore_errors=True)
     cost = cost_of(lambda: prune_from_disk(folder, output, samples, 0.5, **choices, progress=False))
@@ -91,7 +108,11 @@ def main(command: Literal["memory"], folder: Path, /, *, options: Options) -> No
             build(source, config)
         samples = random_windows(config.vocab_size, options.samples, options.length)
         for method in options.method:
-            own = {"solver" if method == "admm" else "method": method, "sequential": options.sequential, **others}
+            own = {
+                "solver" if method == "admm" else "method": method,
+                "sequential": options.sequential,
+                **others,
+            }
             case = {"layers": config.num_hidden_layers, "sequential": options.sequential, **others}
             planned = Result(
                 model=f"random Llama {options.shape}",

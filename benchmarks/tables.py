@@ -34,10 +34,18 @@ LABELS: Mapping[str, str] = {
     "wanda+permutation": "Wanda with a permutation",
     **{f"wanda_{name}": f'Wanda, `sequential="{name}"`' for name in ("none", "block", "layer")},
     "fast": "`fast`",
-    **{f"wanda{more}": f"Wanda{more}" for more in (", 2 windows", ", 2 windows, each expert alone")},
-    **{f"sparsegpt{more}": f"`SparseGPT`{more}" for more in ("", ", 2 windows", ", 2 windows, each expert alone")},
+    **{
+        f"wanda{more}": f"Wanda{more}" for more in (", 2 windows", ", 2 windows, each expert alone")
+    },
+    **{
+        f"sparsegpt{more}": f"`SparseGPT`{more}"
+        for more in ("", ", 2 windows", ", 2 windows, each expert alone")
+    },
     "sparsegpt at layer": '`SparseGPT`, `sequential="layer"`',
-    **{f"sparsegpt_{name}": f'`SparseGPT`, `sequential="{name}"`' for name in ("none", "block", "layer")},
+    **{
+        f"sparsegpt_{name}": f'`SparseGPT`, `sequential="{name}"`'
+        for name in ("none", "block", "layer")
+    },
     "refit": "`Refit`",
     "refit, biases kept": "`Refit`, biases kept",
     "alps": "ALPS",
@@ -83,10 +91,14 @@ Cell = Callable[[Result], str]
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---:") -> str:
     """Return a table; `align` is that of all columns but the first."""
     lines = [headings, ["---", *[align] * (len(headings) - 1)], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
-def grid(heading: str, cells: Iterable[tuple[str, str, str]], columns: Sequence[str] | None = None) -> str:
+def grid(
+    heading: str, cells: Iterable[tuple[str, str, str]], columns: Sequence[str] | None = None
+) -> str:
     """Return a table of cells, each with its row and column, in the order of their first appearance.
 
     Raises:
@@ -94,7 +106,9 @@ def grid(heading: str, cells: Iterable[tuple[str, str, str]], columns: Sequence[
     """
     data = pd.DataFrame(cells, columns=["row", "column", "cell"]).drop_duplicates()
     table = data.pivot(index="row", columns="column", values="cell")
-    table = table.reindex(index=data["row"].unique(), columns=columns or data["column"].unique()).fillna("")
+    table = table.reindex(
+        index=data["row"].unique(), columns=columns or data["column"].unique()
+    ).fillna("")
     return markdown([heading, *table.columns], table.reset_index().to_numpy().tolist())
 
 
@@ -112,7 +126,9 @@ def lookup(results: Iterable[Result]) -> Lookup:
     """
     pairs = [((result.method, result.goal), result) for result in results]
     if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(f"A table must have one run in each cell, but has {sorted(key for key, _ in pairs)}.")
+        raise ValueError(
+            f"A table must have one run in each cell, but has {sorted(key for key, _ in pairs)}."
+        )
     return found
 
 
@@ -145,7 +161,11 @@ def seconds(result: Result | None) -> str:
 
 def perplexity(result: Result | None) -> str:
     """Return perplexity with four digits."""
-    return "" if result is None else f"{_perplexity(result):{'.0f' if _perplexity(result) >= 1000 else '#.4g'}}"
+    return (
+        ""
+        if result is None
+        else f"{_perplexity(result):{'.0f' if _perplexity(result) >= 1000 else '#.4g'}}"
+    )
 
 
 def with_seconds(result: Result | None) -> str:
@@ -183,7 +203,11 @@ def source(results: Sequence[Result], data: bool = True, notes: bool = True) -> 
         used = _distinct(samples(own) for result in results if (own := getattr(result, name)))
         if used not in ([], [usual]):
             named.append(f"{name.capitalize()}: {'; '.join(used)}.")
-    noted = [f"- {_noted(note, results)}{note}" for note in _distinct(result.note for result in results) if notes]
+    noted = [
+        f"- {_noted(note, results)}{note}"
+        for note in _distinct(result.note for result in results)
+        if notes
+    ]
     return "".join(f"\n\n{part}" for part in (" ".join(named), "\n".join(noted)) if part)
 
 
@@ -202,7 +226,10 @@ def _distinct(values: Iterable[str | None]) -> list[str]:
 
 def methods() -> str:
     """Perplexity, seconds and memory of all methods with a language model."""
-    results, goals, rows, worse = in_order(read_table("methods")), ["50 %", "60 %", "70 %", "2:4"], [], []
+    results = in_order(read_table("methods"))
+    goals = ["50 %", "60 %", "70 %", "2:4"]
+    rows = []
+    worse = []
     wanda = {result.goal: _perplexity(result) for result in results if result.method == "wanda"}
     for method, group in groupby(results, lambda result: result.method):
         runs = {run.goal: run for run in group if run.goal in ("dense", *goals)}
@@ -213,7 +240,11 @@ def methods() -> str:
         lost = [goal for goal, run in runs.items() if _perplexity(run) > wanda.get(goal, math.inf)]
         if lost and method != "magnitude":
             worse.append(f"{LABELS[method]} ({', '.join(lost)})")
-    other = [f"{LABELS[r.method]} {perplexity(r)} at {r.goal}" for r in results if r.goal not in ("dense", *goals)]
+    other = [
+        f"{LABELS[r.method]} {perplexity(r)} at {r.goal}"
+        for r in results
+        if r.goal not in ("dense", *goals)
+    ]
     sentences = f"Worse than Wanda: {', '.join(worse)}. Other sparsities: {', '.join(other)}."
     headings = ("perplexity", *goals, "seconds", "peak memory above the model, MiB")
     return "\n\n".join([markdown(headings, rows), sentences]) + source(results)
@@ -224,21 +255,38 @@ def demo() -> str:
     results = in_order(read_table("demo"))
     cells = [(LABELS[r.method], "sparsity", r.goal if r.sparsity else "0") for r in results]
     cells += [(LABELS[r.method], r.case["on"], perplexity(r)) for r in results]
-    columns = ["sparsity", *sorted({r.case["on"] for r in results}, reverse=True)]  # sklearn-docs first
+    # sklearn-docs first.
+    columns = [
+        "sparsity",
+        *sorted({r.case["on"] for r in results}, reverse=True),
+    ]
     return grid("method", cells, columns) + source(results)
 
 
 def reference() -> str:
     """Our perplexity beside that of other implementations."""
-    results, more = in_order(read_table("reference")), lookup(read_table("methods"))
+    results = in_order(read_table("reference"))
+    more = lookup(read_table("methods"))
     ours = lookup(result for result in results if result.code == OURS)
-    paper, alps = ([result for result in results if result.code == code] for code in ("locuslab/wanda", "ALPS"))
+    paper, alps = (
+        [result for result in results if result.code == code] for code in ("locuslab/wanda", "ALPS")
+    )
     rows = []
     for theirs in paper:
         own = ours.get((theirs.method, theirs.goal)) or more[theirs.method, theirs.goal]
-        rows.append([LABELS[theirs.method], theirs.goal.replace("dense", ""), perplexity(own), perplexity(theirs)])
+        rows.append(
+            [
+                LABELS[theirs.method],
+                theirs.goal.replace("dense", ""),
+                perplexity(own),
+                perplexity(theirs),
+            ]
+        )
     first = markdown(("method", "sparsity", "ours", "reference code"), rows)
-    beside = [*alps, *(more[method, r.goal] for method in ("balanced", "best", "thorough") for r in alps)]
+    beside = [
+        *alps,
+        *(more[method, r.goal] for method in ("balanced", "best", "thorough") for r in alps),
+    ]
     # Without seconds: those of ALPS are of a machine whose state was not recorded.
     second = grid("perplexity", [(r.goal, LABELS[r.method], perplexity(r)) for r in beside])
     notes = _distinct(f"- {result.code}: {result.note}" for result in (*paper, *alps))
@@ -247,7 +295,9 @@ def reference() -> str:
 
 def images() -> str:
     """Accuracy of classifiers that were trained on digits, and the divergence from the dense predictions."""
-    return _by_model(read_table("images"), lambda r: f"{percent(r, 'top1')} ({number(r, 'divergence', '#.2g')})")
+    return _by_model(
+        read_table("images"), lambda r: f"{percent(r, 'top1')} ({number(r, 'divergence', '#.2g')})"
+    )
 
 
 def photos() -> str:
@@ -262,7 +312,9 @@ def _accuracy_and_divergence(result: Result) -> str:
 def batch_norm() -> str:
     """Accuracy without and with the correction of BatchNorm statistics."""
     results = read_table("batch_norm")
-    return _by_model(results, lambda r: f"{100 * r.measured['top1_uncorrected']:.1f} -> {percent(r, 'top1', 1)}")
+    return _by_model(
+        results, lambda r: f"{100 * r.measured['top1_uncorrected']:.1f} -> {percent(r, 'top1', 1)}"
+    )
 
 
 def _by_model(results: Sequence[Result], cell: Cell) -> str:
@@ -288,7 +340,11 @@ def by_model(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
 def costs() -> str:
     """Cost of pruning as ratios to forward passes."""
     results = read_table("costs")
-    passes = {"block": "two forward passes", "layer": "one forward pass", "none": "one forward pass"}
+    passes = {
+        "block": "two forward passes",
+        "layer": "one forward pass",
+        "none": "one forward pass",
+    }
     rows = []
     for result in results:
         name = result.method
@@ -302,17 +358,27 @@ def costs() -> str:
 
 def scaling() -> str:
     """Processor seconds and peak memory by windows, blocks and width, with exponents."""
-    results, parts = read_table("scaling"), []
+    results = read_table("scaling")
+    parts = []
     for size in ("windows", "blocks", "width"):
-        runs = sorted((run for run in results if run.case["by"] == size), key=lambda run: run.case["value"])
-        for quantity, name, form in (("processor_seconds", "seconds", ".2f"), ("peak_mib", "MiB", ".0f")):
+        runs = sorted(
+            (run for run in results if run.case["by"] == size), key=lambda run: run.case["value"]
+        )
+        for quantity, name, form in (
+            ("processor_seconds", "seconds", ".2f"),
+            ("peak_mib", "MiB", ".0f"),
+        ):
             rows = []
             for method in SCALED:
                 xs, ys = zip(
-                    *[(r.case["value"], r.measured[quantity]) for r in runs if r.method == method], strict=True
+                    *[(r.case["value"], r.measured[quantity]) for r in runs if r.method == method],
+                    strict=True,
                 )
-                slope = round(linear_regression(*map(np.log, (xs[-3:], ys[-3:]))).slope, 2) or 0.0  # not -0.0
-                rows.append([LABELS.get(method, method), *(f"{y:{form}}" for y in ys), f"{slope:.2f}"])
+                # Not -0.0.
+                slope = round(linear_regression(*map(np.log, (xs[-3:], ys[-3:]))).slope, 2) or 0.0
+                rows.append(
+                    [LABELS.get(method, method), *(f"{y:{form}}" for y in ys), f"{slope:.2f}"]
+                )
             parts.append(markdown((f"{name} by {size}", *map(str, xs), "exponent"), rows))
     return "\n\n".join(parts) + source(results, data=False)
 
@@ -327,7 +393,8 @@ def finetuning() -> str:
 
 def keeping_zeros() -> str:
     """Cost of keeping zeros in a training step."""
-    results, rows = read_table("keeping_zeros"), []
+    results = read_table("keeping_zeros")
+    rows = []
     for result in results:
         adapters = result.case.get("adapters")
         name = f"`{result.method}` / {f'LoRA: {adapters}' if adapters else 'without: AdamW, all weights'}"
@@ -338,7 +405,8 @@ def keeping_zeros() -> str:
 
 def quantization() -> str:
     """Zeros that quantizers keep."""
-    order, rows = ("none", "torchao", "bitsandbytes", "gguf", "compressed_tensors"), []
+    order = ("none", "torchao", "bitsandbytes", "gguf", "compressed_tensors")
+    rows = []
     none = {"quantizer": "none", "scheme": "none"}
     runs = [(result, none | result.case) for result in read_table("quantization")]
     runs.sort(key=lambda run: (run[0].sparsity, order.index(run[1]["quantizer"]), run[1]["scheme"]))
@@ -346,14 +414,17 @@ def quantization() -> str:
         unquantized = ["", f"none, {'pruned' if result.sparsity else 'dense'}"]
         shares = [number(result, name, ".3g", 100) for name in ("zeros_kept", "new_zeros")]
         named = unquantized if case == none else [*case.values()]
-        rows.append([*named, *(f"{share} %" if share else "" for share in shares), perplexity(result)])
+        rows.append(
+            [*named, *(f"{share} %" if share else "" for share in shares), perplexity(result)]
+        )
     headings = ("quantizer", "scheme", "zeros kept", "new zeros", "perplexity")
     return markdown(headings, rows) + source([result for result, _ in runs])
 
 
 def tasks() -> str:
     """Zero-shot accuracy beside perplexity."""
-    results, cells = sorted(read_table("tasks"), key=_perplexity), {}
+    results = sorted(read_table("tasks"), key=_perplexity)
+    cells = {}
     for r in results:
         row = LABELS[r.method] + ("" if r.method == "dense" else f", {r.goal}")
         cells.setdefault((row, "perplexity"), perplexity(r))
@@ -366,11 +437,15 @@ def tasks() -> str:
 
 def streaming() -> str:
     """Memory of pruning from disk."""
-    results = sorted(read_table("streaming_memory"), key=lambda r: (r.model, r.method, r.case["layers"], r.name))
+    results = sorted(
+        read_table("streaming_memory"), key=lambda r: (r.model, r.method, r.case["layers"], r.name)
+    )
     rows = []
     for result in results:
         case = {key: value for key, value in result.case.items() if key != "layers"}
-        choices = ", ".join([LABELS[result.method], result.goal, *(f"{key} {value}" for key, value in case.items())])
+        choices = ", ".join(
+            [LABELS[result.method], result.goal, *(f"{key} {value}" for key, value in case.items())]
+        )
         gigabytes = [number(result, name, ".2f") for name in ("read_gb", "written_gb")]
         peak = number(result, "peak_rss_mib", ".0f")
         rows.append([result.model, choices, str(result.case["layers"]), peak, *gigabytes])
@@ -380,22 +455,30 @@ def streaming() -> str:
 
 def windows() -> str:
     """Perplexity by the number of calibration windows."""
-    return _by_number("perplexity", "windows", read_table("windows"), read_table("methods"), perplexity)
+    return _by_number(
+        "perplexity", "windows", read_table("windows"), read_table("methods"), perplexity
+    )
 
 
 def more_photos() -> str:
     """Accuracy and divergence of classifiers with their weights, by the number of calibration images."""
     more = [run for run in read_table("more_photos") if " at layer" not in run.method]
-    return _by_number("accuracy (divergence)", "images", more, read_table("photos"), _accuracy_and_divergence)
+    return _by_number(
+        "accuracy (divergence)", "images", more, read_table("photos"), _accuracy_and_divergence
+    )
 
 
-def _by_number(heading: str, noun: str, more: Sequence[Result], usual: Sequence[Result], cell: Cell) -> str:
+def _by_number(
+    heading: str, noun: str, more: Sequence[Result], usual: Sequence[Result], cell: Cell
+) -> str:
     """Return a table by method and number of calibration samples."""
     methods = {run.method for run in more if run.calibration}
     goals = goals_of(more)
     used = [run for run in (*more, *usual) if run.method in methods and run.goal in goals]
     ordered = sorted(used, key=lambda run: (list(LABELS).index(run.method), _count(run)))
-    cells = [(f"{LABELS[run.method]}, {_count(run):,} {noun}", run.goal, cell(run)) for run in ordered]
+    cells = [
+        (f"{LABELS[run.method]}, {_count(run):,} {noun}", run.goal, cell(run)) for run in ordered
+    ]
     return grid(heading, cells, goals)
 
 
@@ -410,13 +493,21 @@ def paired_photos() -> str:
     (dense,) = {run.correct: run for run in results if run.method == "dense"}.values()
     found = {(run.method, run.goal, _count(run)): run for run in results if run.calibration}
     steps = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best")]
-    others = [(name, f"{name} at layer") for name in ("balanced", "best")] + [("thorough", "best+distil at layer")]
+    others = [(name, f"{name} at layer") for name in ("balanced", "best")] + [
+        ("thorough", "best+distil at layer")
+    ]
     cells = []
     for method, other in [*steps, *others, ("best", "dense"), ("thorough", "dense")]:
         for (name, goal, count), run in sorted(found.items(), key=lambda item: item[0][2]):
             beside = dense if other == "dense" else found.get((other, goal, count))
             if name == method and beside:
-                cells.append((f"{LABELS[method]} - {LABELS[other]}, {count:,} images", goal, _paired(run, beside)))
+                cells.append(
+                    (
+                        f"{LABELS[method]} - {LABELS[other]}, {count:,} images",
+                        goal,
+                        _paired(run, beside),
+                    )
+                )
     return grid("points of accuracy (standard error)", cells, goals_of(found.values()))
 
 
@@ -432,14 +523,19 @@ def draws() -> str:
     more = in_order(read_table("draws"))
     drawn = {(run.method, run.goal) for run in more}
     runs = [*(run for run in read_table("methods") if (run.method, run.goal) in drawn), *more]
-    goals, cells = goals_of(more), []
+    goals = goals_of(more)
+    cells = []
     for method in dict.fromkeys(run.method for run in more):
         for quantity, text in (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs")):
             for goal in goals:
                 own = [
-                    run.measured.get(quantity) for run in runs if run.method == method and run.goal in (goal, "dense")
+                    run.measured.get(quantity)
+                    for run in runs
+                    if run.method == method and run.goal in (goal, "dense")
                 ]
-                cells.append((f"{LABELS[method]}, {text}", goal, mean_and_range([*filter(None, own)])))
+                cells.append(
+                    (f"{LABELS[method]}, {text}", goal, mean_and_range([*filter(None, own)]))
+                )
     return grid("perplexity", cells, goals)
 
 
@@ -457,7 +553,11 @@ def own_text() -> str:
     goals = {(result.method, result.goal) for result in results}
     web = [result for result in read_table("methods") if (result.method, result.goal) in goals]
     texts = (("web text", web), ("text by the dense model", results))
-    cells = [(f"{LABELS[r.method]}, {r.goal}", text, perplexity(r)) for text, runs in texts for r in in_order(runs)]
+    cells = [
+        (f"{LABELS[r.method]}, {r.goal}", text, perplexity(r))
+        for text, runs in texts
+        for r in in_order(runs)
+    ]
     return grid("perplexity", cells) + source([*results, *web])
 
 
@@ -475,19 +575,31 @@ def training() -> str:
         windows, steps = (result.case.get(name, 0) for name in ("windows", "steps"))
         return LABELS[result.method] + (f", {windows} windows in {steps} steps" if windows else "")
 
-    results = sorted(read_table("training"), key=lambda r: (r.case.get("windows", 0), r.case.get("steps", 0)))
+    results = sorted(
+        read_table("training"), key=lambda r: (r.case.get("windows", 0), r.case.get("steps", 0))
+    )
     usual = [result for result in results if result.case.get("text") in (None, "both")]
-    first = grid("perplexity, seconds of training", [(row(r), r.goal, with_seconds(r)) for r in usual], goals_of(usual))
+    first = grid(
+        "perplexity, seconds of training",
+        [(row(r), r.goal, with_seconds(r)) for r in usual],
+        goals_of(usual),
+    )
     texts = {"web": "web text", "own": "text by the dense model"}
     second = grid(
         "perplexity by training text",
-        [(f"{row(r)}, {r.goal}", texts[r.case["text"]], perplexity(r)) for r in results if r.case.get("text") in texts],
+        [
+            (f"{row(r)}, {r.goal}", texts[r.case["text"]], perplexity(r))
+            for r in results
+            if r.case.get("text") in texts
+        ],
         [*texts.values()],
     )
-    names = _distinct(result.calibration.data for result in results if result.case.get("text") == "both")
-    return "\n\n".join([first, f"Trained on windows of 512 tokens of {'; '.join(names)}.", second]) + source(
-        results, data=False
+    names = _distinct(
+        result.calibration.data for result in results if result.case.get("text") == "both"
     )
+    return "\n\n".join(
+        [first, f"Trained on windows of 512 tokens of {'; '.join(names)}.", second]
+    ) + source(results, data=False)
 
 
 WORTH: Mapping[str, tuple[str, Cell]] = {
@@ -496,7 +608,10 @@ WORTH: Mapping[str, tuple[str, Cell]] = {
     "weights_mib": ("MiB", lambda result: number(result, "weights_mib", ".1f")),
     "zstd_mib": ("MiB after `zstd -3`", lambda result: number(result, "zstd_mib", ".1f")),
     **{
-        f"{what}_{size}": (f"{what}, batch {size}", partial(number, quantity=f"{what}_{size}", form=".2f"))
+        f"{what}_{size}": (
+            f"{what}, batch {size}",
+            partial(number, quantity=f"{what}_{size}", form=".2f"),
+        )
         for what in ("prefill", "decode", "images")
         for size in (1, 32)
     },
@@ -510,16 +625,21 @@ def worth() -> str:
     """Quality, size and speed of fewer bits, scattered zeros and fewer units."""
     groups = by_model(read_worth())
     return "\n\n".join(
-        f"`{model}`:\n\n{worth_table(group, list(WORTH))}{source(group)}" for (_, model), group in groups.items()
+        f"`{model}`:\n\n{worth_table(group, list(WORTH))}{source(group)}"
+        for (_, model), group in groups.items()
     )
 
 
 def read_worth() -> list[Result]:
     """Return the runs of the comparison; those whose quality another table has get its perplexity and seconds."""
-    usual, results = lookup(read_table("methods")), []
+    usual = lookup(read_table("methods"))
+    results = []
     for result in read_table("worth"):
         if not result.measured.keys() & {"perplexity", "top1"}:
-            quality = {name: usual[result.method, result.goal].measured[name] for name in ("perplexity", "seconds")}
+            quality = {
+                name: usual[result.method, result.goal].measured[name]
+                for name in ("perplexity", "seconds")
+            }
             result = replace(result, measured=result.measured | quality)
         results.append(result)
     return results
@@ -545,7 +665,8 @@ def _fewer_parameters(result: Result, results: Sequence[Result]) -> str:
         (mib,) = {
             run.measured["weights_mib"]
             for run in results
-            if (run.method, run.goal, run.case.get("numbers", "float32")) == (method, goal, "float32")
+            if (run.method, run.goal, run.case.get("numbers", "float32"))
+            == (method, goal, "float32")
         }
         return mib
 
@@ -555,9 +676,14 @@ def _fewer_parameters(result: Result, results: Sequence[Result]) -> str:
 
 def runtimes() -> str:
     """Quality, size and speed of fewer bits and fewer units, in programs that run models on a CPU."""
-    runs = sorted(read_table("runtimes"), key=lambda r: (r.model, r.case["program"], -r.measured["weights_mib"]))
+    runs = sorted(
+        read_table("runtimes"),
+        key=lambda r: (r.model, r.case["program"], -r.measured["weights_mib"]),
+    )
     groups = groupby(runs, lambda r: f"`{r.model}` in {r.case['program']}")
-    return "\n\n".join(f"{name}:\n\n{worth_table(list(group), list(WORTH))}" for name, group in groups)
+    return "\n\n".join(
+        f"{name}:\n\n{worth_table(list(group), list(WORTH))}" for name, group in groups
+    )
 
 
 def _worth_name(result: Result) -> str:

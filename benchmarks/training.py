@@ -22,11 +22,19 @@ from result import Result, Runs, Samples, sparsity_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, TextDataModule, sample_windows
+from wanda_lightning import (
+    CausalLMModule,
+    DistillFromDense,
+    KeepZeros,
+    TextDataModule,
+    sample_windows,
+)
 from wanda_lightning.data.text_sources import OWN_TEXT
 from wanda_lightning.models import find_layers
 
-SEQLEN, LIMIT, LR = 512, 40, 1e-4
+SEQLEN = 512
+LIMIT = 40
+LR = 1e-4
 TEXTS = {"web": "{}", "own": OWN_TEXT, "both": f"{{}} and {OWN_TEXT}"}
 
 
@@ -56,7 +64,9 @@ class Options:
 
 def training_windows(options: Options, dense: CausalLMModule) -> Tensor:
     """Return the windows to train on, shuffled."""
-    web = TextDataModule(dense.tokenizer, evaluation=str(options.train), seqlen=SEQLEN).evaluation_windows
+    web = TextDataModule(
+        dense.tokenizer, evaluation=str(options.train), seqlen=SEQLEN
+    ).evaluation_windows
     parts = [web] if options.text != "own" else []
     if options.text != "web":
         if not options.own_file.exists():
@@ -74,10 +84,13 @@ def training_windows(options: Options, dense: CausalLMModule) -> Tensor:
     return windows[repeated]
 
 
-def train(options: Options, dense: CausalLMModule, windows: Tensor) -> tuple[nn.Module, dict[str, float]]:
+def train(
+    options: Options, dense: CausalLMModule, windows: Tensor
+) -> tuple[nn.Module, dict[str, float]]:
     """Train one row, and return the model with its numbers."""
     L.seed_everything(0, verbose=False)
-    module, timer = CausalLMModule(options.start, dtype="float32", lr=LR, lr_decay=True), Timer()
+    module = CausalLMModule(options.start, dtype="float32", lr=LR, lr_decay=True)
+    timer = Timer()
     trainer = L.Trainer(
         devices=1,
         precision="bf16-mixed",
@@ -91,9 +104,17 @@ def train(options: Options, dense: CausalLMModule, windows: Tensor) -> tuple[nn.
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader([{"input_ids": window} for window in windows]))
-    shares = [((layer.weight == 0).sum().item(), layer.size) for layer in find_layers(module.model).layers]
-    zeros, sizes = map(sum, zip(*[(zeros, size) for zeros, size in shares if 0 < zeros < size], strict=True))
-    numbers = {"seconds": timer.time_elapsed("train"), "trained_tokens": windows.numel(), "sparsity": zeros / sizes}
+    shares = [
+        ((layer.weight == 0).sum().item(), layer.size) for layer in find_layers(module.model).layers
+    ]
+    zeros, sizes = map(
+        sum, zip(*[(zeros, size) for zeros, size in shares if 0 < zeros < size], strict=True)
+    )
+    numbers = {
+        "seconds": timer.time_elapsed("train"),
+        "trained_tokens": windows.numel(),
+        "sparsity": zeros / sizes,
+    }
     return module.model, numbers
 
 

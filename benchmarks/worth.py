@@ -38,9 +38,11 @@ from torch.utils.data import DataLoader
 from wanda_lightning import Distil, Fisher, prune, shrink
 
 BATCHES = (1, 32)
-PROMPT, NEW = 128, 4  # tokens
+PROMPT = 128
+NEW = 4  # tokens
 Measured = dict[str, float]
-Change = Callable[[nn.Module], nn.Module]  # returns the changed model, given a copy of the dense one
+# Returns the changed model, given a copy of the dense one.
+Change = Callable[[nn.Module], nn.Module]
 Rows = list[tuple[Result, Change]]
 SCATTERED = (("best", "50"), ("thorough", "50"), ("best", "2:4"))
 BY_LOSS = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
@@ -98,9 +100,13 @@ def by_optipfair(batches: Batches | None, training: Batches, goal: str, model: A
     import optipfair
 
     dense = copy.deepcopy(model)
-    optipfair.prune_model(model, pruning_percentage=float(goal), dataloader=batches, show_progress=False)
+    optipfair.prune_model(
+        model, pruning_percentage=float(goal), dataloader=batches, show_progress=False
+    )
     if training:
-        shuffled = DataLoader(training, batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(0))
+        shuffled = DataLoader(
+            training, batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(0)
+        )
         optipfair.distill_model(model, dense, shuffled, show_progress=False)
     return model
 
@@ -111,10 +117,17 @@ def size_of(model: nn.Module) -> Measured:
 
     seen: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        inner = getattr(tensor, "__tensor_flatten__", None)  # a quantized weight consists of several tensors
+        # A quantized weight consists of several tensors.
+        inner = getattr(tensor, "__tensor_flatten__", None)
         parts = [getattr(tensor, name) for name in inner()[0]] if inner else [tensor]
-        seen |= {part.untyped_storage().data_ptr(): part.detach() for part in parts if part is not None}
-    data = [part.contiguous().flatten().view(torch.uint8).numpy().tobytes() for part in seen.values() if part.numel()]
+        seen |= {
+            part.untyped_storage().data_ptr(): part.detach() for part in parts if part is not None
+        }
+    data = [
+        part.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        for part in seen.values()
+        if part.numel()
+    ]
     left = sum(len(ZstdCompressor(level=3).compress(each)) for each in data)
     return {"weights_mib": sum(map(len, data)) / MIB, "zstd_mib": left / MIB}
 
@@ -138,7 +151,9 @@ class Comparison:
         with torch.no_grad():
             measured = {"seconds": made.seconds, **self.quality(model), **size_of(model)}
             for name, clock in self.clocks.items() if self.rounds else ():
-                dense, own = medians(partial(clock, self.dense), partial(clock, model), runs=self.rounds)
+                dense, own = medians(
+                    partial(clock, self.dense), partial(clock, model), runs=self.rounds
+                )
                 measured |= {name: dense / own, "peak_mib": cost_of(partial(clock, model)).peak_mib}
         return measured
 
@@ -155,8 +170,10 @@ def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
 
     def decode(size: int, model: Any) -> float:
         if size not in filled:
-            filled[size] = fill(size, model)  # its keys and values have the same shapes in all models
-        cache, token = copy.deepcopy(filled[size]), torch.ones(size, 1, dtype=torch.long)
+            # Its keys and values have the same shapes in all models.
+            filled[size] = fill(size, model)
+        cache = copy.deepcopy(filled[size])
+        token = torch.ones(size, 1, dtype=torch.long)
 
         def generate() -> None:
             for _ in range(NEW):
@@ -165,7 +182,11 @@ def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
         return seconds(generate)
 
     filled: dict[int, Any] = {}
-    return {f"{clock.__name__}_{size}": partial(clock, size) for clock in (prefill, decode) for size in BATCHES}
+    return {
+        f"{clock.__name__}_{size}": partial(clock, size)
+        for clock in (prefill, decode)
+        for size in BATCHES
+    }
 
 
 def image_clocks(shape: tuple[int, ...]) -> dict[str, Callable[[nn.Module], float]]:
@@ -186,9 +207,14 @@ def narrower(batches: Any, goal: str, model: nn.Module, bits: int = 0, **choices
     return quantized(model, bits) if bits else model
 
 
-def rows_of_units(base: Result, method: str, change: Callable[..., nn.Module], widths: Sequence[str]) -> Rows:
+def rows_of_units(
+    base: Result, method: str, change: Callable[..., nn.Module], widths: Sequence[str]
+) -> Rows:
     """Return a row for each percentage of hidden units that are taken out."""
-    planned = [replace(base, method=method, sparsity=float(goal) / 100, pattern="structured") for goal in widths]
+    planned = [
+        replace(base, method=method, sparsity=float(goal) / 100, pattern="structured")
+        for goal in widths
+    ]
     return [(run, partial(change, goal)) for run, goal in zip(planned, widths, strict=True)]
 
 
@@ -218,7 +244,8 @@ def common_rows(base: Result, batches: Any) -> Rows:
 def text(options: Options) -> tuple[Comparison, Rows]:
     """Prepare a language model."""
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=DISTIL)
-    base, chosen = language.planned, {"allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
+    base = language.planned
+    chosen = {"allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
     priced = partial(narrower, language.calibration, allocation=replace(BY_LOSS, cost="seconds"))
     longer = replace(base, calibration=replace(base.calibration, windows=DISTIL))
     peer = partial(by_peer, language.calibration[0])
@@ -230,8 +257,12 @@ def text(options: Options) -> tuple[Comparison, Rows]:
         *rows_of_units(base, "structured, fisher seconds", priced, WIDTHS[:2]),
         *rows_of_units(replace(base, code="Torch-Pruning"), "GroupMagnitude", peer, WIDTHS[:2]),
         *rows_of_units(other, "PPM", partial(by_optipfair, None, []), WIDTHS[:2]),
-        *rows_of_units(other, "hybrid PPM", partial(by_optipfair, language.calibration, []), WIDTHS[:2]),
-        *rows_of_units(other_longer, "hybrid PPM, distilled", partial(by_optipfair, many, single), WIDTHS[:2]),
+        *rows_of_units(
+            other, "hybrid PPM", partial(by_optipfair, language.calibration, []), WIDTHS[:2]
+        ),
+        *rows_of_units(
+            other_longer, "hybrid PPM, distilled", partial(by_optipfair, many, single), WIDTHS[:2]
+        ),
         *rows_of_units(longer, "structured, distilled", distilled, WIDTHS[:2]),
     ]
 
@@ -254,7 +285,9 @@ def photos(options: Options) -> tuple[Comparison, Rows]:
     for cost, widths in {"parameters": ["25"], "macs": ["25"], "seconds": ["25", "35"]}.items():
         priced = partial(narrower, images.calibration, allocation=Fisher(cost=cost))
         rows += rows_of_units(images.planned, f"structured, fisher {cost}", priced, widths)
-    return Comparison(images.model, image_clocks(tuple(images.calibration[0].shape[1:])), quality, options.runs), rows
+    return Comparison(
+        images.model, image_clocks(tuple(images.calibration[0].shape[1:])), quality, options.runs
+    ), rows
 
 
 def main(options: Options = Options()) -> None:

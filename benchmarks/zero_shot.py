@@ -31,16 +31,22 @@ class Options(CellOptions):
 def accuracies(found: dict[str, float]) -> Measured:
     """Return acc and, if the task has it, acc_norm, each with its standard error."""
     metrics = [metric for metric in ("acc", "acc_norm") if metric in found]
-    return {metric: found[metric] for metric in metrics} | {f"{m}_error": found[f"{m}_stderr"] for m in metrics}
+    return {metric: found[metric] for metric in metrics} | {
+        f"{m}_error": found[f"{m}_stderr"] for m in metrics
+    }
 
 
 def main(options: Options) -> None:
     """Measure the missing cells."""
     names = [name for name in PAPER_TASKS if (options.tasks_dir / f"{name}.jsonl").is_file()]
     if not names:
-        raise ValueError(f"--tasks_dir must have a file TASK.jsonl, but {options.tasks_dir} has none.")
-    tasks, runs = load_tasks(names, options.tasks_dir), Runs(options.save, "tasks")
-    cells, language = cells_of(options, TEXT, ()), LanguageModel(options)
+        raise ValueError(
+            f"--tasks_dir must have a file TASK.jsonl, but {options.tasks_dir} has none."
+        )
+    tasks = load_tasks(names, options.tasks_dir)
+    runs = Runs(options.save, "tasks")
+    cells = cells_of(options, TEXT, ())
+    language = LanguageModel(options)
 
     def record(planned: Result, measure: Callable[[], Measured]) -> None:
         """Save a run for each task, measured together unless all are saved: perplexity, and accuracy."""
@@ -53,7 +59,9 @@ def main(options: Options) -> None:
             runs.save(run, {**measured, **accuracies(found[name])})
 
     record(replace(language.planned, calibration=None), language.measure)
-    prune_cells(language.model, cells, language.planned, record, partial(prune_and_measure, language))
+    prune_cells(
+        language.model, cells, language.planned, record, partial(prune_and_measure, language)
+    )
 
 
 if __name__ == "__main__":

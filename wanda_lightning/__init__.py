@@ -46,7 +46,10 @@ if TYPE_CHECKING:
         Structured as Structured,
         Unstructured as Unstructured,
     )
-    from wanda_lightning.core.permutation import Assignment as Assignment, NoPermutation as NoPermutation
+    from wanda_lightning.core.permutation import (
+        Assignment as Assignment,
+        NoPermutation as NoPermutation,
+    )
     from wanda_lightning.core.selection import Selection as Selection
     from wanda_lightning.core.solvers import (
         ADMM as ADMM,
@@ -60,7 +63,10 @@ if TYPE_CHECKING:
     from wanda_lightning.data.own_text import sample_windows as sample_windows
     from wanda_lightning.data.text import TextDataModule as TextDataModule
     from wanda_lightning.engine.prune import prune as prune
-    from wanda_lightning.modules import CausalLMModule as CausalLMModule, ImageClassifierModule as ImageClassifierModule
+    from wanda_lightning.modules import (
+        CausalLMModule as CausalLMModule,
+        ImageClassifierModule as ImageClassifierModule,
+    )
     from wanda_lightning.report import PruningReport as PruningReport
     from wanda_lightning.shrinking import Shrunk as Shrunk, shrink as shrink
     from wanda_lightning.streaming import (
@@ -68,7 +74,11 @@ if TYPE_CHECKING:
         prune_from_disk as prune_from_disk,
         shrink_from_disk as shrink_from_disk,
     )
-    from wanda_lightning.training import Distil as Distil, NoRecovery as NoRecovery, Reconstruct as Reconstruct
+    from wanda_lightning.training import (
+        Distil as Distil,
+        NoRecovery as NoRecovery,
+        Reconstruct as Reconstruct,
+    )
     from wanda_lightning.training.held_zeros import keep_zeros as keep_zeros
 
 _HOMES = {

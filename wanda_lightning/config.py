@@ -117,11 +117,15 @@ class PruningConfig:
             base = methods.Method()  # presets choose how weights are pruned
         chosen_solver: Solver = _resolve("solver", solver, base.solver)
         usual = base.criterion if solver is None else None
-        chosen_criterion = _resolve("criterion", criterion, usual or (lambda: chosen_solver.own_criterion))
+        chosen_criterion = _resolve(
+            "criterion", criterion, usual or (lambda: chosen_solver.own_criterion)
+        )
         shape = resolve_pattern(pattern, base.group or chosen_solver.group(chosen_criterion))
         if shape.prunes_units and solver is None and is_preset:
             chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
-        usual_allocation = base.allocation if shape.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
+        usual_allocation = (
+            base.allocation if shape.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
+        )
         usual_permutation = base.permutation if shape.group_size else methods.PERMUTATIONS["none"]
         return cls(
             sparsity,
@@ -143,28 +147,50 @@ class PruningConfig:
         check_flags(keep_batch_norm=self.keep_batch_norm)
         self.pattern.check(self.sparsity)
         for option, other, reason in self._contradictions():
-            raise UserError(f"{self.shown(option)} cannot be combined with {self.shown(other)}, because {reason}")
+            raise UserError(
+                f"{self.shown(option)} cannot be combined with {self.shown(other)}, because {reason}"
+            )
 
     def _contradictions(self) -> Iterator[tuple[str, str, str]]:
         """Yield two options that contradict each other, and why, with what to do."""
         if not self.solver.takes_any_criterion and self.criterion != self.solver.own_criterion:
-            yield "criterion", "solver", "the solver scores the weights itself. Leave criterion out."
+            yield (
+                "criterion",
+                "solver",
+                "the solver scores the weights itself. Leave criterion out.",
+            )
         if self.criterion.spans_columns and self.solver.chooses_in_blocks:
             reason = "the one compares whole rows, and the other chooses in one block of columns after another."
-            yield "criterion", "solver", f"{reason} Use SparseGPT(mask='upfront'), or another criterion or solver."
+            yield (
+                "criterion",
+                "solver",
+                f"{reason} Use SparseGPT(mask='upfront'), or another criterion or solver.",
+            )
         for option in ("solver", "allocation") if self.pattern.prunes_units else ():
             if not getattr(self, option).prunes_units:
-                fitting = ", ".join(name for name, make in NAMES[option].items() if make().prunes_units)
-                yield option, "pattern", f"it compares single weights, not hidden units. Choose from {fitting}."
+                fitting = ", ".join(
+                    name for name, make in NAMES[option].items() if make().prunes_units
+                )
+                yield (
+                    option,
+                    "pattern",
+                    f"it compares single weights, not hidden units. Choose from {fitting}.",
+                )
         if self.allocation.cost != "units" and not self.pattern.prunes_units:
             yield (
                 "allocation",
                 "pattern",
                 "only hidden units have a cost. Use pattern='structured', or another allocation.",
             )
-        for option in ("criterion", "allocation", "solver", "recovery") if self.pattern.drops_experts else ():
+        for option in (
+            ("criterion", "allocation", "solver", "recovery") if self.pattern.drops_experts else ()
+        ):
             if getattr(self, option) != getattr(methods.METHODS["wanda"], option)():
-                yield option, "pattern", f"whole experts are dropped by a score of their own. Leave {option} out."
+                yield (
+                    option,
+                    "pattern",
+                    f"whole experts are dropped by a score of their own. Leave {option} out.",
+                )
         for option, other in (("permutation", "pattern"), ("recovery", "sequential")):
             if reason := getattr(self, option).why_not(getattr(self, other)):
                 yield option, other, reason
@@ -210,12 +236,16 @@ class PruningConfig:
         choices = ("criterion", "solver", "allocation", "recovery", "permutation")
         reading = ["pattern"] if self.pattern.drops_experts else []
         reading += [option for option in choices if _reads_data(getattr(self, option))]
-        reading += ["pattern"] if self.pattern.weigh_rows is not False or self.pattern.prunes_units else []
+        reading += (
+            ["pattern"] if self.pattern.weigh_rows is not False or self.pattern.prunes_units else []
+        )
         return self.shown(reading[0]) if reading else None
 
     def scaled(self, fraction: float) -> PruningConfig:
         """Return the configuration for a stage of a schedule that gives this fraction of the final sparsities."""
-        return replace(self, sparsity=self.sparsity * fraction, allocation=self.allocation.scaled(fraction))
+        return replace(
+            self, sparsity=self.sparsity * fraction, allocation=self.allocation.scaled(fraction)
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return all choices as plain data."""
@@ -223,7 +253,11 @@ class PruningConfig:
 
 
 def _reads_data(choice: Any) -> bool:
-    return bool(choice.needs) or getattr(choice, "reads_gradients", False) or getattr(choice, "reads_batches", False)
+    return (
+        bool(choice.needs)
+        or getattr(choice, "reads_gradients", False)
+        or getattr(choice, "reads_batches", False)
+    )
 
 
 NAMES: Mapping[str, Mapping[str, Any]] = {
@@ -251,11 +285,17 @@ def _base(option: str) -> type:
 def check_choices(choices: Mapping[str, Any]) -> None:
     """Raise a ValueError for an argument that is no choice of pruning."""
     for name in choices.keys() - PruningChoices.__annotations__.keys():
-        raise UserError(f"{name} is no choice of pruning.{did_you_mean(name, PruningChoices.__annotations__)}")
+        raise UserError(
+            f"{name} is no choice of pruning.{did_you_mean(name, PruningChoices.__annotations__)}"
+        )
 
 
 def _check_sparsity(sparsity: float) -> None:
-    percent = f" ({sparsity / 100:g} for {sparsity:g} %)" if isinstance(sparsity, int | float) and sparsity > 1 else ""
+    percent = (
+        f" ({sparsity / 100:g} for {sparsity:g} %)"
+        if isinstance(sparsity, int | float) and sparsity > 1
+        else ""
+    )
     check_values(Number(minimum=0, below=1), **{f"sparsity{percent}": sparsity})
 
 
@@ -276,7 +316,9 @@ def _resolve(option: str, given: Any, default: Callable[[], Any] = dict) -> Any:
     if not isinstance(given, (base := _base(option))):
         names = ", ".join(NAMES[option])
         hint = f" Give an object: {given.__name__}(...)." if isinstance(given, type) else ""
-        raise UserError(f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}.{hint}")
+        raise UserError(
+            f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}.{hint}"
+        )
     if not is_dataclass(given):
         raise UserError(
             f"{option} must be a dataclass, whose fields the report shows and a resumed run compares, but "

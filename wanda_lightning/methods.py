@@ -75,7 +75,8 @@ class Method:
     # Where unstructured pruning compares weights; None for the choice of the papers of criterion and solver.
     group: Literal["row", "layer", "layer_weighted"] | None = None
     sequential: str = "auto"  # the recovery or the model decides
-    allocation: Callable[[], Allocation] = ALLOCATIONS["uniform"]  # not for N:M, where others mix 2:4 with 1:4 layers
+    # Not for N:M, where others mix 2:4 with 1:4 layers.
+    allocation: Callable[[], Allocation] = ALLOCATIONS["uniform"]
     recovery: Callable[[], Recovery] = RECOVERIES["none"]
     permutation: Callable[[], Permutation] = PERMUTATIONS["none"]  # only for N:M
 
@@ -110,7 +111,9 @@ PRESETS: Mapping[str, Method] = {
 }
 
 CRITERIA: Mapping[str, Callable[[], Criterion]] = {
-    name: method.criterion for name, method in METHODS.items() if method.criterion and method.solver is _zero_out
+    name: method.criterion
+    for name, method in METHODS.items()
+    if method.criterion and method.solver is _zero_out
 } | {"saliency": _saliency}
 
 SOLVERS: Mapping[str, Callable[[], Solver]] = {"zero_out": _zero_out} | {

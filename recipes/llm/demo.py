@@ -27,18 +27,32 @@ from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 from rich.table import Table
 
-from wanda_lightning import CausalLMModule, PruningCallback, PruningReport, TextDataModule, WandaPrune
+from wanda_lightning import (
+    CausalLMModule,
+    PruningCallback,
+    PruningReport,
+    TextDataModule,
+    WandaPrune,
+)
 
-TEXTS = ("sklearn-docs", "python-docs")  # to measure on; the model is calibrated on other topics of python-docs
+# To measure on; the model is calibrated on other topics of python-docs.
+TEXTS = (
+    "sklearn-docs",
+    "python-docs",
+)
 METRICS = ("val_perplexity", f"val_perplexity/{TEXTS[1]}")
 PAGE = "out/demo.html"
 
 
-def measure(module: CausalLMModule, data: TextDataModule, callback: PruningCallback | None) -> list[str]:
+def measure(
+    module: CausalLMModule, data: TextDataModule, callback: PruningCallback | None
+) -> list[str]:
     """Prune with the callback, if there is one; return perplexities, size, speed and seconds to prune for the table."""
     starts: list[tuple[float, int]] = []  # of each batch: when, and how many tokens it has
 
-    def start(_: L.Trainer, __: L.LightningModule, batch: dict[str, torch.Tensor], *___: object) -> None:
+    def start(
+        _: L.Trainer, __: L.LightningModule, batch: dict[str, torch.Tensor], *___: object
+    ) -> None:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         starts.append((time.perf_counter(), batch["input_ids"].numel()))
@@ -82,7 +96,9 @@ def prune_in_shell(options: argparse.Namespace) -> list[str]:
         "report": PAGE,
     }
     given = [f"--{name}={value}" for name, value in values.items()]
-    subprocess.run([sys.executable, "-m", "wanda_lightning", "prune", *given, "--overwrite"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "wanda_lightning", "prune", *given, "--overwrite"], check=True
+    )
 
     report = PruningReport.load("out/demo")
     size, speed = report.run.costs
@@ -97,10 +113,14 @@ def prune_in_shell(options: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     """Load the model once, measure it, then prune and measure a fresh copy with each method."""
-    parser = argparse.ArgumentParser(description="Prune a language model with magnitude, Wanda and `best`.")
+    parser = argparse.ArgumentParser(
+        description="Prune a language model with magnitude, Wanda and `best`."
+    )
     parser.add_argument("--model", required=True, help="hub id, folder or .gguf file")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--pattern", default="unstructured", help="unstructured, or N:M such as 2:4")
+    parser.add_argument(
+        "--pattern", default="unstructured", help="unstructured, or N:M such as 2:4"
+    )
     parser.add_argument("--num_samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens in a window")
     parser.add_argument("--limit", type=int, default=32, help="windows to measure on")
@@ -121,7 +141,9 @@ def main() -> None:
     methods: dict[str, PruningCallback | None] = {
         "dense": None,
         "magnitude": PruningCallback(options.sparsity, method="magnitude", pattern=options.pattern),
-        "wanda": WandaPrune(options.sparsity, pattern=options.pattern, num_samples=options.num_samples),
+        "wanda": WandaPrune(
+            options.sparsity, pattern=options.pattern, num_samples=options.num_samples
+        ),
     }
     dense = copy.deepcopy(module.state_dict())
     rows = {}
@@ -131,14 +153,25 @@ def main() -> None:
     del module, dense
     rows["best"] = prune_in_shell(options)
 
-    table = Table(title=f"{options.model}, perplexity on at most {options.limit} windows of {options.seqlen} tokens")
-    for heading in ("method", "zeros", *TEXTS, "MiB of weights", "tokens per second", "seconds to prune"):
+    table = Table(
+        title=f"{options.model}, perplexity on at most {options.limit} windows of {options.seqlen} tokens"
+    )
+    for heading in (
+        "method",
+        "zeros",
+        *TEXTS,
+        "MiB of weights",
+        "tokens per second",
+        "seconds to prune",
+    ):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for name, cells in rows.items():
         table.add_row(name, *cells)
     console = Console(width=max(110, Console().width))
     console.print(table)
-    console.print("Zeros change neither the size nor the speed: files store them, and dense kernels multiply by them.")
+    console.print(
+        "Zeros change neither the size nor the speed: files store them, and dense kernels multiply by them."
+    )
     console.print(f"The page about best is {PAGE}.")
 
 

@@ -44,8 +44,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small mixture of experts.")
     parser.add_argument("files", nargs="*", help="text files of your own")
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--steps", type=int, default=2000, help="training steps, each on 16 windows of 256 tokens")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="number of tokens that the tokenizer learns")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="training steps, each on 16 windows of 256 tokens"
+    )
+    parser.add_argument(
+        "--vocabulary", type=int, default=4096, help="number of tokens that the tokenizer learns"
+    )
     options = parser.parse_args()
     L.seed_everything(0)
     training, heldout = texts(options.files)
@@ -71,14 +75,24 @@ def main() -> None:
         max_position_embeddings=1024,
         eos_token_id=tokenizer.eos_token_id,
     )
-    module = CausalLMModule(Qwen3MoeForCausalLM(config), tokenizer, lr=1e-3, weight_decay=0.1, lr_decay=True)
-    sizes = {"seqlen": SEQLEN, "batch_size": 16, "num_samples": 1, "train_samples": 16 * options.steps, "limit": 64}
+    module = CausalLMModule(
+        Qwen3MoeForCausalLM(config), tokenizer, lr=1e-3, weight_decay=0.1, lr_decay=True
+    )
+    sizes = {
+        "seqlen": SEQLEN,
+        "batch_size": 16,
+        "num_samples": 1,
+        "train_samples": 16 * options.steps,
+        "limit": 64,
+    }
     output = Path(options.output)
     folder = output.with_name(f"{output.name}_text")
     folder.mkdir(parents=True)  # an earlier model keeps its texts
     for name, text in (("training", training), ("heldout", heldout)):
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    data = TextDataModule(tokenizer, folder / "training.txt", [folder / "heldout.txt", "python-docs"], **sizes)
+    data = TextDataModule(
+        tokenizer, folder / "training.txt", [folder / "heldout.txt", "python-docs"], **sizes
+    )
     trainer = L.Trainer(
         devices=1,
         max_epochs=1,

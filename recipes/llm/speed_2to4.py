@@ -42,7 +42,9 @@ def why_not() -> str:
 
 def layers_2to4(model: nn.Module) -> list[nn.Linear]:
     """Return the linear layers whose weights are 2:4, in a shape that PyTorch compresses."""
-    return [module for module in model.modules() if type(module) is nn.Linear and is_2to4(module.weight)]
+    return [
+        module for module in model.modules() if type(module) is nn.Linear and is_2to4(module.weight)
+    ]
 
 
 def is_2to4(weight: Tensor) -> bool:
@@ -64,7 +66,9 @@ def tokens_per_second(model: Any, prompt: Tensor, tokens: int) -> float:
     """Generate text, and return the number of tokens, with those of the prompt if only one is new, for each second."""
     torch.cuda.synchronize()
     started = time.perf_counter()
-    model.generate(prompt, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
+    model.generate(
+        prompt, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
+    )
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
 
@@ -76,23 +80,31 @@ def tokens_per_second(model: Any, prompt: Tensor, tokens: int) -> float:
 def main() -> None:
     """Load the model, and time both kinds of weights in turn."""
     parser = argparse.ArgumentParser(description="Time 2:4 weights on sparse tensor cores.")
-    parser.add_argument("--model", required=True, help="folder of a language model that is pruned to 2:4")
+    parser.add_argument(
+        "--model", required=True, help="folder of a language model that is pruned to 2:4"
+    )
     parser.add_argument("--seqlen", type=int, default=128, help="tokens in the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
     options = parser.parse_args()
     if reason := why_not():
         sys.exit(f"speed_2to4.py {reason}")
 
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float16).cuda().eval()
+    model: Any = (
+        AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float16).cuda().eval()
+    )
     layers = layers_2to4(model)
     if not layers:
-        sys.exit(f"--model must have 2:4 weights, but {options.model} has none. Prune it with --pattern 2:4.")
+        sys.exit(
+            f"--model must have 2:4 weights, but {options.model} has none. Prune it with --pattern 2:4."
+        )
     weights = {
         "dense": [layer.weight for layer in layers],
         "2:4": [compressed(layer.weight) for layer in layers],
     }
 
-    prompt = torch.randint(model.config.get_text_config().vocab_size, (1, options.seqlen), device="cuda")
+    prompt = torch.randint(
+        model.config.get_text_config().vocab_size, (1, options.seqlen), device="cuda"
+    )
     logits = {}
     speeds = defaultdict(list)
     for _ in range(ROUNDS):

@@ -73,16 +73,22 @@ class Cell:
 
     def command(self, out: Path) -> list[str]:
         """Return the arguments of `wanda-lightning`."""
-        given = {name: value for name, value in self.options.items() if value != "false"} | {"save": out / self.path}
+        given = {name: value for name, value in self.options.items() if value != "false"} | {
+            "save": out / self.path
+        }
         return [
             "prune",
-            *(f"--{name}" if value == "true" else f"--{name}={value}" for name, value in given.items()),
+            *(
+                f"--{name}" if value == "true" else f"--{name}={value}"
+                for name, value in given.items()
+            ),
             "--overwrite",
         ]
 
     def finished(self, out: Path) -> dict[str, Any] | None:
         """Return the record of a finished run, perhaps with other options."""
-        record, report = out / self.path / "cell.json", out / self.path / REPORT_NAME
+        record = out / self.path / "cell.json"
+        report = out / self.path / REPORT_NAME
         return _read(record) if record.is_file() and report.is_file() else None
 
     def run(self, out: Path) -> dict[str, Any]:
@@ -91,7 +97,8 @@ class Cell:
         Raises:
             RuntimeError: It failed. The message has its status and the last line that it printed.
         """
-        folder, started = out / self.path, time.perf_counter()
+        folder = out / self.path
+        started = time.perf_counter()
         folder.mkdir(parents=True, exist_ok=True)
         (output := folder / "output.txt").write_text("", encoding="utf-8")
         status = launch(self.command(out), output)
@@ -102,8 +109,16 @@ class Cell:
             raise RuntimeError(f"failed with status {status}: {last} (all of it: {output})")
         report = _read(folder / REPORT_NAME)
         measured = report["run"]
-        record = {"options": self.options, "sparsity": report["sparsity"], "zero_shot": measured["zero_shot"]}
-        record |= {"metric": measured["metric"], "dense": measured["before"], "pruned": measured["after"]}
+        record = {
+            "options": self.options,
+            "sparsity": report["sparsity"],
+            "zero_shot": measured["zero_shot"],
+        }
+        record |= {
+            "metric": measured["metric"],
+            "dense": measured["before"],
+            "pruned": measured["after"],
+        }
         record["ours"] = record["pruned"]
         record["seconds"] = round(time.perf_counter() - started, 1)
         _write(folder / "cell.json", record)
@@ -115,43 +130,67 @@ def launch(command: Sequence[str], output: Path) -> int:
     with output.open("a", encoding="utf-8") as file:
         print("$", shlex.join(["wanda-lightning", *command]), file=file, flush=True)
         process = [sys.executable, "-m", "wanda_lightning", *command]
-        return subprocess.run(process, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        return subprocess.run(
+            process, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
 
 
-def read_cells(path: Path, model: str | None = None, changes: Mapping[str, str] = {}) -> Iterator[Cell]:
+def read_cells(
+    path: Path, model: str | None = None, changes: Mapping[str, str] = {}
+) -> Iterator[Cell]:
     """Read the cells of a family. `model` replaces its models, and `changes` the options of its cells."""
     family = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    if wrong := sorted(set(family) ^ (KEYS if "published" in family else KEYS - {"source", "published"})):
-        raise ValueError(f"{path} must have the keys {', '.join(sorted(KEYS))}, but it differs in {', '.join(wrong)}.")
-    published, caption = family.get("published", {}), f"Published: {family.get('source')}"
+    if wrong := sorted(
+        set(family) ^ (KEYS if "published" in family else KEYS - {"source", "published"})
+    ):
+        raise ValueError(
+            f"{path} must have the keys {', '.join(sorted(KEYS))}, but it differs in {', '.join(wrong)}."
+        )
+    published = family.get("published", {})
+    caption = f"Published: {family.get('source')}"
     if published and (model or changes.keys() - SAME_NUMBER):
-        published, caption = {}, "Published numbers are not shown: they are about another model or other options."
-    models = {re.sub(r"[^\w.-]+", "_", Path(model).resolve().name): model} if model else family["models"]
+        published = {}
+        caption = "Published numbers are not shown: they are about another model or other options."
+    models = (
+        {re.sub(r"[^\w.-]+", "_", Path(model).resolve().name): model} if model else family["models"]
+    )
     for name, model_id in models.items():
         numbers = {row: float(own[name]) for row, own in published.items() if name in own}
         for cell, own in family["cells"].items():
             options = {"model": model_id, **family["options"], **own, **changes}
-            yield Cell(path.stem, name, cell, options, own, numbers, caption if "source" in family else "")
+            yield Cell(
+                path.stem, name, cell, options, own, numbers, caption if "source" in family else ""
+            )
 
 
-def plan(paths: Sequence[Path], only: Sequence[str], model: str | None, changes: Mapping[str, str]) -> list[Cell]:
+def plan(
+    paths: Sequence[Path], only: Sequence[str], model: str | None, changes: Mapping[str, str]
+) -> list[Cell]:
     """Return the cells to run, in order: those that a glob in `only` matches, or all.
 
     Raises:
         ValueError: Two files share a name, a glob matches no cell, or a change is not one of options that cells share.
     """
     if len({path.stem for path in paths}) < len(paths):
-        raise ValueError("Two files with the same name would share a folder of results. Rename one.")
+        raise ValueError(
+            "Two files with the same name would share a folder of results. Rename one."
+        )
     cells = [cell for path in paths for cell in read_cells(path, model, changes)]
     for pattern in only:
         if not any(cell.matches(pattern) for cell in cells):
-            raise ValueError(f"--only {pattern} matches no cell.{did_you_mean(pattern, [cell.path for cell in cells])}")
+            raise ValueError(
+                f"--only {pattern} matches no cell.{did_you_mean(pattern, [cell.path for cell in cells])}"
+            )
     cells = [cell for cell in cells if not only or any(cell.matches(pattern) for pattern in only)]
     for name in changes:
         if taken := [cell.path for cell in cells if name in cell.own]:
-            raise ValueError(f"--set {name} would make {taken[0]} another cell. Choose cells with --only.")
+            raise ValueError(
+                f"--set {name} would make {taken[0]} another cell. Choose cells with --only."
+            )
         if name in SET_HERE:
-            raise ValueError(f"--set {name} cannot be used, since this script sets it for each cell.")
+            raise ValueError(
+                f"--set {name} cannot be used, since this script sets it for each cell."
+            )
     return cells
 
 
@@ -167,7 +206,10 @@ def check(cells: Sequence[Cell], out: Path, overwrite: bool) -> None:
         before = (cell.finished(out) or {"options": now})["options"]
         changed = sorted({name for name, _ in before.items() ^ now.items()})
         if changed and not overwrite:
-            other = [f"{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}" for name in changed]
+            other = [
+                f"{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}"
+                for name in changed
+            ]
             raise ValueError(
                 f"{out / cell.path} has other options: {'; '.join(other)}. Use another --out or --overwrite."
             )
@@ -178,17 +220,25 @@ def run_all(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for k, cell in enumerate(cells, start=1):
         print(f"[{k}/{len(cells)}] {cell.path}: ", end="", flush=True)
-        record, how = cell.finished(out), "there already"
+        record = cell.finished(out)
+        how = "there already"
         try:
             if record is None or record["options"] != cell.options:
-                record, how = cell.run(out), "measured"
+                record = cell.run(out)
+                how = "measured"
             print(f"{_number(record)}, {how}", flush=True)
         except RuntimeError as error:
             record = None
             print(error, flush=True)
-        of, names = {"family": cell.family, "model": cell.model}, ("metric", "ours", "sparsity", "seconds")
+        of = {"family": cell.family, "model": cell.model}
+        names = ("metric", "ours", "sparsity", "seconds")
         if record and not any(of.items() <= row.items() for row in rows):
-            dense = {"metric": record["metric"], "ours": record["dense"], "sparsity": 0.0, "seconds": None}
+            dense = {
+                "metric": record["metric"],
+                "ours": record["dense"],
+                "sparsity": 0.0,
+                "seconds": None,
+            }
             rows.append({**of, "cell": "dense", **dense, "published": cell.published.get("dense")})
         figures = {name: record and record[name] for name in names}
         published = {"published": cell.published.get(cell.name), "options": cell.options}
@@ -200,13 +250,20 @@ def table_of(family: str, cells: Sequence[Cell], rows: Sequence[Mapping[str, Any
     """Return the rows of a family as a table."""
     first = next(cell for cell in cells if cell.family == family)
     text = f"{first.options.get('eval', 'wikitext2')}, {first.options.get('seqlen', '2048')} tokens a window"
-    metric = f"top-1 on {images}" if (images := first.options.get("data_path")) else f"perplexity on {text}"
+    metric = (
+        f"top-1 on {images}"
+        if (images := first.options.get("data_path"))
+        else f"perplexity on {text}"
+    )
     table = Table(title=f"{family}: {metric}", caption=first.caption)
     for heading in ("model", "cell", "sparsity", "ours", "published", "seconds"):
         table.add_column(heading, justify="left" if heading in ("model", "cell") else "right")
     for row in (row for row in rows if row["family"] == family):
         ours = [f"{row['sparsity']:.2%}", _number(row)] if row["metric"] else ["", "failed"]
-        figures = [f"{row[key]:.{digits}f}" if row[key] else "" for key, digits in (("published", 2), ("seconds", 0))]
+        figures = [
+            f"{row[key]:.{digits}f}" if row[key] else ""
+            for key, digits in (("published", 2), ("seconds", 0))
+        ]
         table.add_row(row["model"], row["cell"], *ours, *figures)
     return table
 
@@ -217,14 +274,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 1 if a cell failed or the input is refused; 2 for wrong usage; 130 after Ctrl-C.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("recipes", nargs="+", type=Path, metavar="FAMILY.yaml")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="finished cells in it are not run again")
-    parser.add_argument("--only", nargs="+", default=[], metavar="GLOB", help="for FAMILY/MODEL/CELL, or the end of it")
-    parser.add_argument("--model", help="hub id, folder, .gguf file or timm:NAME, which replaces the families' models")
-    parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="such as nsamples=16 limit=40")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands of the unfinished cells")
-    parser.add_argument("--overwrite", action="store_true", help="run finished cells with other options again")
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="finished cells in it are not run again",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="GLOB",
+        help="for FAMILY/MODEL/CELL, or the end of it",
+    )
+    parser.add_argument(
+        "--model",
+        help="hub id, folder, .gguf file or timm:NAME, which replaces the families' models",
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="such as nsamples=16 limit=40"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="print the commands of the unfinished cells"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="run finished cells with other options again"
+    )
     given = parser.parse_args(argv)
     try:
         if wrong := [change for change in given.set if "=" not in change]:

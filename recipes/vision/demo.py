@@ -23,13 +23,22 @@ from rich.table import Table
 from wanda_lightning import ImageClassifierModule, ImageDataModule, PruningCallback, WandaPrune
 
 MODELS = {  # timm's names, with smaller sizes
-    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 8, "embed_dim": 96, "depth": 4, "num_heads": 4},
+    "vit_tiny_patch16_224": {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 96,
+        "depth": 4,
+        "num_heads": 4,
+    },
     "convnext_atto": {"dims": (24, 48, 96, 128), "depths": (1, 1, 2, 1), "patch_size": 2},
 }
 
 
 def run(
-    module: ImageClassifierModule, data: ImageDataModule, callback: PruningCallback | None, epochs: int = 0
+    module: ImageClassifierModule,
+    data: ImageDataModule,
+    callback: PruningCallback | None,
+    epochs: int = 0,
 ) -> float:
     """Train for some epochs, or only measure, and return the accuracy on the held-out digits."""
     trainer = L.Trainer(
@@ -53,7 +62,9 @@ def train(name: str, epochs: int) -> tuple[ImageClassifierModule, ImageDataModul
     warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning 2.6 on torch 2.13
     L.seed_everything(0, verbose=False)
     sizes = {"in_chans": 1, **MODELS[name]}
-    module = ImageClassifierModule(name, pretrained=False, num_classes=10, model_kwargs=sizes, lr=2e-3)
+    module = ImageClassifierModule(
+        name, pretrained=False, num_classes=10, model_kwargs=sizes, lr=2e-3
+    )
     data = ImageDataModule("digits", module, batch_size=128, num_samples=1024, image_size=32)
     return module, data, run(module, data, None, epochs)
 
@@ -65,12 +76,24 @@ def main() -> None:
     options = parser.parse_args()
 
     table = Table(title="Accuracy on 360 held-out digits")
-    for heading in ("model", "method", "pattern", "sparsity", "model sparsity", "accuracy", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("model", "method", "pattern") else "right")
+    for heading in (
+        "model",
+        "method",
+        "pattern",
+        "sparsity",
+        "model sparsity",
+        "accuracy",
+        "seconds",
+    ):
+        table.add_column(
+            heading, justify="left" if heading in ("model", "method", "pattern") else "right"
+        )
     for name in MODELS:
         started = time.perf_counter()
         module, data, accuracy = train(name, options.epochs)
-        table.add_row(name, "dense", "", "", "", f"{accuracy:.2%}", f"{time.perf_counter() - started:.1f}")
+        table.add_row(
+            name, "dense", "", "", "", f"{accuracy:.2%}", f"{time.perf_counter() - started:.1f}"
+        )
         dense = copy.deepcopy(module.state_dict())
         for pattern in ("unstructured", "2:4"):
             callbacks = {
@@ -84,7 +107,9 @@ def main() -> None:
                 assert callback.report is not None
                 figures = (callback.report.sparsity, callback.report.model_sparsity, accuracy)
                 seconds = f"{time.perf_counter() - started:.1f}"
-                table.add_row(name, method, pattern, *(f"{figure:.2%}" for figure in figures), seconds)
+                table.add_row(
+                    name, method, pattern, *(f"{figure:.2%}" for figure in figures), seconds
+                )
     Console(width=max(100, Console().width)).print(table)
 
 

@@ -25,8 +25,11 @@ NAME = "efficientnet_lite0"
 def convert(weights: Path, folder: Path) -> None:
     """Write the weights as a folder of timm."""
     half = (0.5, 0.5, 0.5)
-    model = timm.create_model("tf_efficientnet_lite0", pretrained_cfg_overlay={"mean": half, "std": half})
-    stored, expected = torch.load(weights, weights_only=True), model.state_dict()
+    model = timm.create_model(
+        "tf_efficientnet_lite0", pretrained_cfg_overlay={"mean": half, "std": half}
+    )
+    stored = torch.load(weights, weights_only=True)
+    expected = model.state_dict()
     for (name, wanted), tensor in zip(expected.items(), stored.values(), strict=True):
         assert wanted.shape == tensor.shape, name
         expected[name] = tensor

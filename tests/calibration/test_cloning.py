@@ -11,7 +11,8 @@ from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 
 class Cache:
     def __init__(self):
-        self.layers, self.owner = [[torch.ones(2)]], self
+        self.layers = [[torch.ones(2)]]
+        self.owner = self
 
 
 class Slotted:
@@ -23,12 +24,18 @@ class Rows(dict):
 
 
 def test_objects_are_copied_once_with_their_tensors_but_no_module():
-    x, cache, slotted, rows, model = torch.ones(2), Cache(), Slotted(), Rows(a=[torch.ones(2)]), nn.Linear(2, 2)
+    x = torch.ones(2)
+    cache = Cache()
+    slotted = Slotted()
+    rows = Rows(a=[torch.ones(2)])
+    model = nn.Linear(2, 2)
     slotted.kept = [torch.ones(2)]
     first = last = SimpleNamespace(module=torch, lock=threading.Lock(), local=threading.local())
     for _ in range(3000):  # too deep for recursion
         last.next = last = SimpleNamespace()
-    other = clone_arguments((cache, cache, {"twice": (x, x)}, slotted, rows, first, model, Cache, torch.relu))
+    other = clone_arguments(
+        (cache, cache, {"twice": (x, x)}, slotted, rows, first, model, Cache, torch.relu)
+    )
     assert other[0] is other[1] is other[0].owner is not cache
     assert other[2]["twice"][0] is other[2]["twice"][1] is not x
     assert type(other[4]) is Rows
@@ -42,6 +49,8 @@ def test_objects_are_copied_once_with_their_tensors_but_no_module():
 
 
 def test_the_tensors_within_are_the_originals_each_once():
-    x, y, cache = torch.ones(2), torch.ones(3), Cache()
+    x = torch.ones(2)
+    y = torch.ones(3)
+    cache = Cache()
     found = tensors_within([x, {"again": x, "y": (y,)}, cache, 3, nn.Linear(2, 2)])
     assert [id(tensor) for tensor in found] == [id(x), id(y), id(cache.layers[0][0])]

@@ -26,17 +26,23 @@ def set_minimum(monkeypatch):
 @torch.no_grad()
 def by_hand(model, batches):
     """The tokens routed to each expert's matrix by the model's own router, one by one."""
-    found, experts = {}, experts_of(model)
+    found = {}
+    experts = experts_of(model)
     for name, calls in calls_of(model, experts, batches).items():
         for args in calls:
             for (parameter, expert), tokens in routed_tokens(experts[name], *args).items():
                 found.setdefault(f"{name}.{parameter}.{expert}", []).extend(tokens)
-    return {name: torch.tensor([list(token) for token in tokens]) for name, tokens in found.items() if tokens}
+    return {
+        name: torch.tensor([list(token) for token in tokens])
+        for name, tokens in found.items()
+        if tokens
+    }
 
 
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_statistics_are_of_the_tokens_routed_to_each_expert(name):
-    model, batches = double(name), ZOO["mixtral"].batches()
+    model = double(name)
+    batches = ZOO["mixtral"].batches()
     expected = by_hand(model, batches)
     found = observed(model, batches)
     assert found.keys() >= expected.keys()
@@ -56,9 +62,15 @@ class Formula(Stack):
 
 
 FORMULAS = {
-    "all tokens": lambda up, down, x: torch.bmm(torch.bmm(x.expand(4, -1, -1), up.mT).relu(), down.mT).mean(0),
-    "broadcast": lambda up, down, x: ((x[None] @ up.transpose(1, 2)).relu() @ down.transpose(1, 2)).mean(0),
-    "whole": lambda up, down, x: torch.cat([F.linear(F.linear(x[e::4], up[e]).relu(), down[e]) for e in range(4)]),
+    "all tokens": lambda up, down, x: torch.bmm(
+        torch.bmm(x.expand(4, -1, -1), up.mT).relu(), down.mT
+    ).mean(0),
+    "broadcast": lambda up, down, x: (
+        (x[None] @ up.transpose(1, 2)).relu() @ down.transpose(1, 2)
+    ).mean(0),
+    "whole": lambda up, down, x: torch.cat(
+        [F.linear(F.linear(x[e::4], up[e]).relu(), down[e]) for e in range(4)]
+    ),
 }
 
 
@@ -77,7 +89,9 @@ def by_copies(up, down, x):
     return torch.bmm(down[chosen], torch.bmm(up[chosen], x[:, :, None]).relu())[:, :, 0]
 
 
-BATCHES = [torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)).double() for seed in range(3)]
+BATCHES = [
+    torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)).double() for seed in range(3)
+]
 
 
 def remote(formula):
@@ -86,7 +100,10 @@ def remote(formula):
 
 
 def assert_pruned_by(square_sum, name, dense, model, sparsity=0.5):
-    before, after = (next(x for x in find_layers(each).layers if x.name == name).read() for each in (dense, model))
+    before, after = (
+        next(x for x in find_layers(each).layers if x.name == name).read()
+        for each in (dense, model)
+    )
     keep = reference.keep_by_row(reference.array(before.abs() * square_sum.sqrt()), sparsity)
     assert ((after != 0).numpy() == keep).all(), name
 
@@ -95,7 +112,9 @@ def assert_pruned_by(square_sum, name, dense, model, sparsity=0.5):
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
 def test_other_formulas(formula, allocation, set_minimum):
     set_minimum(0)
-    model, dense, everything = remote(formula), remote(formula), formula is not by_halves
+    model = remote(formula)
+    dense = remote(formula)
+    everything = formula is not by_halves
     report = prune(model, BATCHES, sequential="none", allocation=allocation, progress=False)
     layers = [layer for layer in report.layers if layer.siblings]
     assert [layer.tokens for layer in layers] == [120 if everything else 30] * 8
@@ -124,14 +143,18 @@ def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
     assert any("no calibration token was observed in 8 layers" in note for note in report.notes)
 
 
-@pytest.mark.parametrize("used", [2, 4])  # of four: with all, as many tokens enter an expert as a mask has
+@pytest.mark.parametrize(
+    "used", [2, 4]
+)  # of four: with all, as many tokens enter an expert as a mask has
 def test_padding_that_counts_is_noted(set_minimum, used):
     set_minimum(0)
     model = ZOO["mixtral"].build()
     for layer in model.model.layers:
         layer.mlp.gate.top_k = used
     report = prune(model, ZOO["llama_padded"].batches(), progress=False)
-    assert {layer.note.partition(":")[0] for layer in report.layers if layer.siblings} == {"padding counted"}
+    assert {layer.note.partition(":")[0] for layer in report.layers if layer.siblings} == {
+        "padding counted"
+    }
 
 
 # ---- few tokens
@@ -141,19 +164,31 @@ def test_padding_that_counts_is_noted(set_minimum, used):
 def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum, set_minimum):
     set_minimum(minimum)
     model = starved()
-    dense, batches = copy.deepcopy(model), ZOO["mixtral"].batches()
+    dense = copy.deepcopy(model)
+    batches = ZOO["mixtral"].batches()
     report = prune(model, batches, sequential=sequential, progress=False)
     counts = {layer.name: layer.tokens for layer in report.layers if layer.siblings}
-    assert (len(counts), counts["model.layers.0.mlp.experts.gate_up_proj.2"], report.sparsity) == (16, 0, 0.5)
+    assert (len(counts), counts["model.layers.0.mlp.experts.gate_up_proj.2"], report.sparsity) == (
+        16,
+        0,
+        0.5,
+    )
     assert not any("no calibration" in matrix.detail for matrix in report.skipped)
     few = {name for name, count in counts.items() if count < minimum}
     assert {layer.name for layer in report.layers if "few tokens" in layer.note} == few
     start = f"{len(few)} expert layers received fewer than {minimum} tokens"
-    assert any(note.startswith(start) and "with the statistics of all experts" in note for note in report.notes)
+    assert any(
+        note.startswith(start) and "with the statistics of all experts" in note
+        for note in report.notes
+    )
     if sequential == "none":
         own = observed(dense, batches)
         for layer in (layer for layer in find_layers(dense).layers if layer.expert is not None):
-            family = [own[name] for name in own if name.rpartition(".")[0] == layer.siblings[:-2] and own[name].count]
+            family = [
+                own[name]
+                for name in own
+                if name.rpartition(".")[0] == layer.siblings[:-2] and own[name].count
+            ]
             total = sum(part.sums["square_sum"] for part in family)
             square_sum = total if layer.name in few else own[layer.name].sums["square_sum"]
             assert_pruned_by(square_sum, layer.name, dense, model)
@@ -161,7 +196,8 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum,
 
 def test_experts_in_a_list_help_each_other(set_minimum):
     set_minimum(1)
-    model, batches = ZOO["expert_list"].build(), ZOO["expert_list"].batches()
+    model = ZOO["expert_list"].build()
+    batches = ZOO["expert_list"].batches()
     with torch.no_grad():
         model.blocks[0].gate.bias[1] = -100
     dense = copy.deepcopy(model)

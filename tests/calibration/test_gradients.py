@@ -22,7 +22,9 @@ from wanda_lightning.calibration.samples import map_tensors
 
 
 def measured(model, batches, samples=None, predictions=0):
-    return {name: sums.inputs for name, sums in gradients(model, batches, samples, predictions).items()}
+    return {
+        name: sums.inputs for name, sums in gradients(model, batches, samples, predictions).items()
+    }
 
 
 def labels_of(logits, first):
@@ -31,7 +33,9 @@ def labels_of(logits, first):
 
 
 def gradient(logits, labels, output):
-    return torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), output, retain_graph=True)[0]
+    return torch.autograd.grad(
+        F.cross_entropy(logits, labels, reduction="sum"), output, retain_graph=True
+    )[0]
 
 
 class Residual(nn.Module):
@@ -39,7 +43,8 @@ class Residual(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 4)
+        self.first = nn.Linear(5, 5)
+        self.second = nn.Linear(5, 4)
 
     def forward(self, x):
         x = x.clone()
@@ -48,7 +53,8 @@ class Residual(nn.Module):
 
 def test_the_sums_are_those_of_autograd():
     torch.manual_seed(0)
-    model, batches = Residual(), [torch.randn(3, 5), torch.randn(6, 5)]
+    model = Residual()
+    batches = [torch.randn(3, 5), torch.randn(6, 5)]
     expected = {"first": torch.zeros(5), "second": torch.zeros(5)}
     rows = {"first": torch.zeros(5), "second": torch.zeros(4)}
     for number, x in ((0, batches[0]), (3, batches[1])):
@@ -56,7 +62,9 @@ def test_the_sums_are_those_of_autograd():
         hidden = (x + inner).relu()
         logits = model.second(hidden)
         for name, seen, output in (("first", x, inner), ("second", hidden, logits)):
-            for x_of_token, g in zip(seen, gradient(logits, labels_of(logits, number), output), strict=True):
+            for x_of_token, g in zip(
+                seen, gradient(logits, labels_of(logits, number), output), strict=True
+            ):
                 expected[name] += x_of_token.detach() ** 2 * g.square().mean()
                 rows[name] += g**2
     got = gradients(model, batches)
@@ -77,7 +85,8 @@ SAMPLED = (
 def test_recomputed_blocks_give_the_same_sums(name):
     model = ZOO[name].build().double()
     batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, ZOO[name].batches())
-    expected, random = gradients(model, batches, recomputed=False), torch.get_rng_state()
+    expected = gradients(model, batches, recomputed=False)
+    random = torch.get_rng_state()
     assert any(sums.rows.any() for sums in expected.values())
     torch.testing.assert_close(gradients(model, batches), expected=expected, rtol=1e-4, atol=1e-12)
     assert torch.equal(torch.get_rng_state(), random)
@@ -86,7 +95,9 @@ def test_recomputed_blocks_give_the_same_sums(name):
 
 def test_a_convolution_has_a_gradient_at_each_position_and_classes_are_in_dimension_1():
     torch.manual_seed(0)
-    stem, conv, head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 6, 3, stride=2), nn.Conv2d(6, 5, 1)
+    stem = nn.Conv2d(3, 4, 1)
+    conv = nn.Conv2d(4, 6, 3, stride=2)
+    head = nn.Conv2d(6, 5, 1)
     x = torch.randn(2, 3, 7, 7)
     seen = stem(x).detach()
     output = conv(seen)
@@ -100,44 +111,61 @@ def test_a_convolution_has_a_gradient_at_each_position_and_classes_are_in_dimens
 
 @pytest.mark.parametrize("name", ["llama_padded", "llama_left_padded"])
 def test_padding_does_not_count(name):
-    model, batch = ZOO[name].build(), ZOO[name].batches()[0]
+    model = ZOO[name].build()
+    batch = ZOO[name].batches()[0]
     other = batch["input_ids"].where(batch["attention_mask"].bool(), 7)
-    torch.testing.assert_close(measured(model, [batch]), measured(model, [batch | {"input_ids": other}]))
+    torch.testing.assert_close(
+        measured(model, [batch]), measured(model, [batch | {"input_ids": other}])
+    )
 
 
 def test_only_the_first_samples_go_backward():
     batches = ZOO["llama"].batches()
     ways = (batches, len(batches[0]["input_ids"])), (batches[:1], 128), (batches, 128)
-    reports = [prune(ZOO["llama"].build(), x, 0.5, allocation=Fisher(num_samples=n), progress=False) for x, n in ways]
+    reports = [
+        prune(ZOO["llama"].build(), x, 0.5, allocation=Fisher(num_samples=n), progress=False)
+        for x, n in ways
+    ]
     first, alone, every = ([layer.target for layer in report.layers] for report in reports)
     assert first == alone != every
 
 
 def test_the_bar_expects_the_batches_that_go_backward(capsys):
-    model, batches = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), [torch.randn(2, 8) for _ in range(6)]
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    batches = [torch.randn(2, 8) for _ in range(6)]
     prune(model, batches, 0.5, allocation=Fisher(num_samples=3))
     assert "Backward pass 2/2 done" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "samples"), spread(["llama", "llama_padded", "mixtral"], [3, None, 6, 1]))
+@pytest.mark.parametrize(
+    ("name", "samples"), spread(["llama", "llama_padded", "mixtral"], [3, None, 6, 1])
+)
 def test_the_size_of_the_batches_does_not_matter(name, samples):
     """Also where the limit lies inside a batch; a draw depends on the sample alone."""
     batches = split(ZOO[name].batches(), 8)
-    sums = [measured(ZOO[name].build().double(), split(batches, size), samples=samples) for size in (1, 2, 4, 8)]
+    sums = [
+        measured(ZOO[name].build().double(), split(batches, size), samples=samples)
+        for size in (1, 2, 4, 8)
+    ]
     for other in sums[1:]:
         torch.testing.assert_close(other, sums[0], rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (9,), (4, 5), (3, 3, 3)], ids=str)
 def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(sizes):
-    model, images = ZOO["vit"].build(), torch.cat([batch for batch, _ in ZOO["vit"].batches()] * 2)[:9]
-    alone, runs = measured(model, [images[:1]]), []
+    model = ZOO["vit"].build()
+    images = torch.cat([batch for batch, _ in ZOO["vit"].batches()] * 2)[:9]
+    alone = measured(model, [images[:1]])
+    runs = []
     trained = torch.is_grad_enabled  # the trial of two samples has no gradients
-    handle = model.register_forward_pre_hook(lambda _, args: runs.append(len(args[0])) if trained() else None)
+    handle = model.register_forward_pre_hook(
+        lambda _, args: runs.append(len(args[0])) if trained() else None
+    )
     batches = list(images.split(sizes))
     torch.testing.assert_close(measured(model, batches, samples=1), alone, rtol=1e-4, atol=1e-7)
     runs.clear()
-    some, six = measured(model, batches, samples=2, predictions=6), measured(model, batches, samples=6)
+    some = measured(model, batches, samples=2, predictions=6)
+    six = measured(model, batches, samples=6)
     every = measured(model, batches, samples=2, predictions=100)
     assert sum(runs) == 6 + 6 + 9
     assert runs[0] == 1
@@ -149,13 +177,22 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *((change, "without logits of two or more classes that depend") for change in (id, torch.sum, torch.detach)),
-        (lambda logits: logits * torch.inf, "finite predictions, but those of batch 0 (counted from 0) hold NaN"),
+        *(
+            (change, "without logits of two or more classes that depend")
+            for change in (id, torch.sum, torch.detach)
+        ),
+        (
+            lambda logits: logits * torch.inf,
+            "finite predictions, but those of batch 0 (counted from 0) hold NaN",
+        ),
     ],
 )
 def test_without_predictions_it_is_refused(change, message):
-    model, batches = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].batches()
-    assert message in refusal(model, batches, allocation="fisher", forward=lambda x: change(model(x)))
+    model = ZOO["plain_mlp"].build()
+    batches = ZOO["plain_mlp"].batches()
+    assert message in refusal(
+        model, batches, allocation="fisher", forward=lambda x: change(model(x))
+    )
 
 
 # ---- blocks that run again in the backward pass
@@ -184,7 +221,9 @@ class Block(nn.Module):
 
     def __init__(self, put):
         super().__init__()
-        self.linear, self.put, self.calls = nn.Linear(6, 6), put, 0
+        self.linear = nn.Linear(6, 6)
+        self.put = put
+        self.calls = 0
 
     def forward(self, *, x, shared):
         self.calls += 1
@@ -198,7 +237,10 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(map(Block, puts))
 
     def forward(self, x):
-        x, shared = x.clone(), {"object": SimpleNamespace(tensors=[]), "tensor": torch.zeros_like(x)}
+        x, shared = (
+            x.clone(),
+            {"object": SimpleNamespace(tensors=[]), "tensor": torch.zeros_like(x)},
+        )
         for block in self.blocks:
             output = block(x=x, shared=shared)
             x = output["x"]
@@ -248,11 +290,15 @@ def test_without_gradients_a_block_runs_once_and_an_error_restores_it():
 
 def test_only_one_block_is_in_memory():
     """The tensors that the graph keeps do not grow with what a block computes inside."""
-    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 8)) for _ in range(3)))
+    model = nn.Sequential(
+        *(nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 8)) for _ in range(3))
+    )
     numbers = []
     for blocks in (model, []):
         kept = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+        )
         with recomputing(model, blocks), hooks:
             model(torch.randn(16, 8))
         numbers.append(sum(kept))
@@ -262,9 +308,12 @@ def test_only_one_block_is_in_memory():
 @pytest.mark.parametrize("backward", [False, True])
 def test_nothing_outlives_the_graph(backward):
     """Not even until the next garbage collection, since a graph without a backward pass would never be collected."""
-    model, held = Net(*[put_nothing] * 3), []
+    model = Net(*[put_nothing] * 3)
+    held = []
     for block in model.blocks:
-        block.register_forward_hook(lambda module, args, output: held.append(weakref.ref(output["x"])))
+        block.register_forward_hook(
+            lambda module, args, output: held.append(weakref.ref(output["x"]))
+        )
     gc.collect()
     gc.disable()
     try:

@@ -24,7 +24,8 @@ from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 
-WIDTH, HEADS = 16, 2
+WIDTH = 16
+HEADS = 2
 
 
 class Block(nn.Module):
@@ -34,7 +35,8 @@ class Block(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.up, self.down = Conv1D(24, WIDTH), nn.Linear(24, WIDTH)
+        self.up = Conv1D(24, WIDTH)
+        self.down = nn.Linear(24, WIDTH)
         self.formula = formula
 
     def forward(self, x):
@@ -57,8 +59,11 @@ def fused_past(self, x):
 
 
 def in_pieces(self, x):
-    weights, biases = self.qkv.weight.chunk(3), self.qkv.bias.chunk(3)
-    return mlp(self, *(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)))
+    weights = self.qkv.weight.chunk(3)
+    biases = self.qkv.bias.chunk(3)
+    return mlp(
+        self, *(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    )
 
 
 def from_the_left(self, x):
@@ -67,7 +72,9 @@ def from_the_left(self, x):
 
 
 def separate(self, x):
-    q, k, v = (layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+    q, k, v = (
+        layer(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+    )
     return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -75,7 +82,19 @@ def separate_past(self, x):
     """As WavLM does it."""
     q = x.transpose(0, 1)
     out, _ = F.multi_head_attention_forward(
-        *(q, q, q, WIDTH, HEADS, None, torch.cat([self.q.bias, self.k.bias, self.v.bias]), None, None, False, 0.0),
+        *(
+            q,
+            q,
+            q,
+            WIDTH,
+            HEADS,
+            None,
+            torch.cat([self.q.bias, self.k.bias, self.v.bias]),
+            None,
+            None,
+            False,
+            0.0,
+        ),
         *(self.out.weight, self.out.bias, False, None, False, None, True),
         *(self.q.weight, self.k.weight, self.v.weight),
     )
@@ -111,13 +130,17 @@ CHOICES = {
 
 @pytest.mark.parametrize(
     ("pair", "choices", "sequential"),
-    with_nightly(pairwise(PAIRS, CHOICES, SEQUENTIAL_CHOICES), product(PAIRS, CHOICES, SEQUENTIAL_CHOICES)),
+    with_nightly(
+        pairwise(PAIRS, CHOICES, SEQUENTIAL_CHOICES), product(PAIRS, CHOICES, SEQUENTIAL_CHOICES)
+    ),
 )
 def test_pruned_as_if_called(pair, choices, sequential):
     (called, past), choices = (build(formula) for formula in PAIRS[pair]), CHOICES[choices]
     choices = {"sequential": sequential, **choices, "progress": False}
     reports = [prune(model, vectors(), 0.5, **choices) for model in (called, past)]
-    assert [matrix.name for matrix in reports[0].skipped] == [matrix.name for matrix in reports[1].skipped]
+    assert [matrix.name for matrix in reports[0].skipped] == [
+        matrix.name for matrix in reports[1].skipped
+    ]
     for one, other in zip(*(report.layers for report in reports), strict=True):
         assert (one.name, one.tokens, one.note) == (other.name, other.tokens, other.note)
         assert math.isclose(one.target, other.target, abs_tol=1e-9)
@@ -146,15 +169,22 @@ def test_layers_that_are_called_and_read_past_count_both_and_those_with_one_inpu
     for model in (build(twice), build(separate_past)):
         (stop,) = find_layers(model, "none").stops
         with torch.no_grad():
-            found.append(Observer(frozenset(SUMS))(stop, whole_model_calls(samples_of(model, vectors()))).inputs)
+            found.append(
+                Observer(frozenset(SUMS))(
+                    stop, whole_model_calls(samples_of(model, vectors()))
+                ).inputs
+            )
     both, shared = found
     assert (both["0.qkv"].count, both["0.q"].count) == (30, 60)
     assert torch.allclose(both["0.q"].sums["square_sum"], 5 * both["0.qkv"].sums["square_sum"])
     assert shared["0.q"].sums is shared["0.k"].sums is shared["0.v"].sums
 
 
-LAYER, X = nn.Linear(WIDTH, WIDTH), torch.randn(2, 3, WIDTH)
-W, BIAS, ROWS = LAYER.weight, torch.zeros(WIDTH), X.flatten(0, 1)
+LAYER = nn.Linear(WIDTH, WIDTH)
+X = torch.randn(2, 3, WIDTH)
+W = LAYER.weight
+BIAS = torch.zeros(WIDTH)
+ROWS = X.flatten(0, 1)
 
 
 def intercepted(multiply):
@@ -165,7 +195,10 @@ def intercepted(multiply):
         found.append(products[0].tokens)
         return multiply()
 
-    with torch.no_grad(), WeightInterceptor(find_layers(nn.Sequential(LAYER), "none").layers, on_product):
+    with (
+        torch.no_grad(),
+        WeightInterceptor(find_layers(nn.Sequential(LAYER), "none").layers, on_product),
+    ):
         return found, multiply()
 
 
@@ -217,21 +250,26 @@ class Text(type(TRANSFORMER)):
 def test_padding_inside_of_attention_is_left_out(sequential, lengths):
     torch.manual_seed(0)
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-    x, weights = torch.randn(*mask.shape, 32), []
+    x = torch.randn(*mask.shape, 32)
+    weights = []
     for noise in (0.0, 100.0):  # of padding
         model = copy.deepcopy(TRANSFORMER)
         model.__class__ = Text
         batch = {"x": x + noise * torch.randn_like(x) * ~mask[..., None], "attention_mask": mask}
         report = prune(model, [batch], 0.5, progress=False, sequential=sequential)
-        assert {(layer.tokens, "padding" in layer.note) for layer in report.layers} == {(sum(lengths), False)}
+        assert {(layer.tokens, "padding" in layer.note) for layer in report.layers} == {
+            (sum(lengths), False)
+        }
         weights.append(model.state_dict())
     torch.testing.assert_close(*weights, rtol=0, atol=0)
 
 
 def test_a_weight_that_is_freed_does_not_stay_in_memory():
-    model, array = nn.Sequential(nn.Linear(8, 6)), np.ones((6, 8), dtype=np.float32)
+    model = nn.Sequential(nn.Linear(8, 6))
+    array = np.ones((6, 8), dtype=np.float32)
     model[0].weight = nn.Parameter(torch.from_numpy(array))
-    memory, freed = WeightMemory(find_layers(model).layers), weakref.ref(array)
+    memory = WeightMemory(find_layers(model).layers)
+    freed = weakref.ref(array)
     assert [match.layer.name for match in memory.matches(model[0].weight.detach().mT)] == ["0"]
     del array
     assert freed() is not None

@@ -28,7 +28,9 @@ from wanda_lightning.models import Stop
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(count):
     """Through the stops before, with the weights that these had when the batches continued."""
-    model, batches, stops = Chain(Mlp(), Mlp(), Mlp()), vectors(count), []
+    model = Chain(Mlp(), Mlp(), Mlp())
+    batches = vectors(count)
+    stops = []
     for stop, calls in travel(model, batches, model.blocks):
         stops.append(stop)
         assert overrides(model) == ["blocks.0", "blocks.1", "blocks.2"]
@@ -47,7 +49,8 @@ def test_batches_that_go_different_ways():
         def forward(self, x):
             return through(self.blocks if x.mean() > 0 else reversed(self.blocks), x)
 
-    model, x = EitherWay(Mlp(), Mlp()), torch.ones(2, 3, WIDTH)
+    model = EitherWay(Mlp(), Mlp())
+    x = torch.ones(2, 3, WIDTH)
     assert route(model, [x, -x], model.blocks) == [(0, [0]), (1, [0, 1])]
 
 
@@ -58,7 +61,9 @@ def test_the_head_is_computed_for_one_sample_and_an_error_before_it_does_not_mat
         if index == 2:
             raise OSError("no more disk")
 
-    model, failing, seen = Chain(Mlp(), Mlp()), Chain(Mlp(), Mlp(), glue=glue), []
+    model = Chain(Mlp(), Mlp())
+    failing = Chain(Mlp(), Mlp(), glue=glue)
+    seen = []
     model.head.register_forward_hook(lambda *_: seen.append(1))
     for each in (model, failing):
         assert [stop for stop, _ in route(each, vectors(), each.blocks)] == [0, 1]
@@ -79,7 +84,8 @@ def test_all_batches_compute_in_the_thread_of_the_caller():
 @pytest.mark.parametrize("way", ["block", "layer", "watched"])
 def test_the_activations_of_one_unit_are_held(way):
     """While a stop runs, a batch that has gone on has left its old input behind."""
-    alive, most = weakref.WeakSet(), 0
+    alive = weakref.WeakSet()
+    most = 0
 
     class Counted(Mlp):
         def forward(self, x):
@@ -89,7 +95,8 @@ def test_the_activations_of_one_unit_are_held(way):
             most = max(most, len(alive))
             return y
 
-    model, observer = Chain(*(Counted() for _ in range(6))), Observer(frozenset({"square_sum"}))
+    model = Chain(*(Counted() for _ in range(6)))
+    observer = Observer(frozenset({"square_sum"}))
     if way == "watched":
         own = run_of(model, vectors(4))
         with torch.no_grad():
@@ -111,7 +118,10 @@ def test_no_gradients_inside_and_the_callers_mode_outside(outer):
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
     seen = set()
-    model = Chain(*(Mlp(before=lambda: seen.add(modes())) for _ in range(3)), glue=lambda index: seen.add(modes()))
+    model = Chain(
+        *(Mlp(before=lambda: seen.add(modes())) for _ in range(3)),
+        glue=lambda index: seen.add(modes()),
+    )
     with outer():
         before = modes()
         assert {*(modes() for _ in travel(model, vectors(), model.blocks)), modes()} == {before}
@@ -136,11 +146,15 @@ def test_batches_and_models_of_inference_mode(sequential):
 
 
 def test_a_forward_of_the_instance_is_used_and_comes_back():
-    model, batches = Chain(Mlp(), Mlp()), vectors()
+    model = Chain(Mlp(), Mlp())
+    batches = vectors()
     original = model.blocks[0].forward
     model.blocks[0].forward = own = lambda x: 2 * original(x)
     _, (_, calls) = travel(model, batches, model.blocks)
-    assert all(torch.equal(call.args[0], 2 * through([original], x)) for call, x in zip(calls, batches, strict=True))
+    assert all(
+        torch.equal(call.args[0], 2 * through([original], x))
+        for call, x in zip(calls, batches, strict=True)
+    )
     assert overrides(model) == ["blocks.0"]
     assert vars(model.blocks[0])["forward"] is own
 
@@ -148,7 +162,9 @@ def test_a_forward_of_the_instance_is_used_and_comes_back():
 # ---- endings
 
 
-@pytest.mark.parametrize("error", [LookupError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
+@pytest.mark.parametrize(
+    "error", [LookupError("boom"), KeyboardInterrupt(), SystemExit(3)], ids=repr
+)
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 @pytest.mark.parametrize("place", ["glue", "stop"])
 def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
@@ -174,7 +190,8 @@ def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
 class Careful(Chain):
     """Catches errors of its blocks."""
 
-    kind, caught = Exception, ()
+    kind = Exception
+    caught = ()
 
     def forward(self, x):
         for block in self.blocks:
@@ -200,7 +217,8 @@ def test_closing_early_ends_all_batches_even_if_a_model_catches_exceptions(kind,
 
 
 @pytest.mark.parametrize(
-    ("place", "sequential", "seconds"), [("glue", "block", 0.1), ("stop", "block", 60), ("stop", "none", 60)]
+    ("place", "sequential", "seconds"),
+    [("glue", "block", 0.1), ("stop", "block", 60), ("stop", "none", 60)],
 )
 def test_ctrl_c_ends_at_once(place, sequential, seconds):
     """In a stop the sleep itself is cut short; in the model's own code a batch goes on to its next stop."""
@@ -229,7 +247,8 @@ def test_batches_wait_inside_of_functions_of_pytorch():
                 for block in self.blocks:
                     x = checkpoint(block, x, use_reentrant=True)
 
-    model, batches = Nested(Mlp(), Mlp(), Mlp()), vectors()
+    model = Nested(Mlp(), Mlp(), Mlp())
+    batches = vectors()
     for stop, calls in travel(model, batches, model.blocks):
         for call, x in zip(calls, batches, strict=True):
             assert torch.equal(call.args[0], through(model.blocks[:stop], x))
@@ -237,7 +256,8 @@ def test_batches_wait_inside_of_functions_of_pytorch():
 
 def test_what_modules_collect_in_a_context_variable_reaches_their_own_batch():
     """As transformers collects the logits of routers, for the loss at the end of the model."""
-    collector, counts = ContextVar("collector"), []
+    collector = ContextVar("collector")
+    counts = []
 
     class Collecting(Chain):
         def forward(self, x):
@@ -274,7 +294,11 @@ STATES = {
     "dispatch": (Named, ("a", "b"), lambda: getattr(_get_current_dispatch_mode(), "name", None)),
 }
 if torch.accelerator.is_available():
-    STATES["stream"] = lambda stream: stream, (torch.Stream(), torch.Stream()), torch.accelerator.current_stream
+    STATES["stream"] = (
+        lambda stream: stream,
+        (torch.Stream(), torch.Stream()),
+        torch.accelerator.current_stream,
+    )
 """By name: a context manager, two values for it, and what is current."""
 
 

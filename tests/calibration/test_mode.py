@@ -18,7 +18,8 @@ class Merging(nn.Linear):
 
     def __init__(self):
         super().__init__(4, 4)
-        self.merged, self.calls = False, []
+        self.merged = False
+        self.calls = []
 
     def train(self, mode=True):
         self.calls.append(mode)
@@ -34,7 +35,8 @@ class Frozen(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.layer = nn.BatchNorm1d(4), Merging()
+        self.norm = nn.BatchNorm1d(4)
+        self.layer = Merging()
 
     def train(self, mode=True):
         super().train(mode)
@@ -44,7 +46,9 @@ class Frozen(nn.Module):
 
 def build():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), Merging(), Frozen(), nn.Sequential(nn.Dropout(), Merging())).train()
+    return nn.Sequential(
+        nn.Linear(4, 4), Merging(), Frozen(), nn.Sequential(nn.Dropout(), Merging())
+    ).train()
 
 
 @pytest.mark.parametrize("context", [calibration_mode, evaluating])
@@ -63,9 +67,12 @@ def test_merged_weights_are_as_before_and_those_that_were_merged_are_not_touched
     merging = [module for module in model.modules() if isinstance(module, Merging)]
 
     def state():
-        return [module.training for module in model.modules()], [module.merged for module in merging]
+        return [module.training for module in model.modules()], [
+            module.merged for module in merging
+        ]
 
-    before, weights = state(), copy.deepcopy(model.state_dict())
+    before = state()
+    weights = copy.deepcopy(model.state_dict())
     for module in merging:
         module.calls.clear()
     with context(model):
@@ -97,15 +104,18 @@ class Counting(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        self.more_calls, self.cache = self.more_calls + 1, x
+        self.more_calls = self.more_calls + 1
+        self.cache = x
         return self.layers(x)
 
 
 @pytest.mark.parametrize("method", ["wanda", "thorough"])
 def test_buffers_of_the_state_dict_are_as_before(method):
     torch.manual_seed(0)
-    model, batches = Counting().eval(), list(torch.randn(4, 16, 8))
-    plain, calls = copy.deepcopy(model.layers), model.calls
+    model = Counting().eval()
+    batches = list(torch.randn(4, 16, 8))
+    plain = copy.deepcopy(model.layers)
+    calls = model.calls
     for each in (model, plain):
         prune(each, batches, 0.5, method=method, progress=False)
     assert model.calls is calls

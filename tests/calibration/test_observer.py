@@ -26,9 +26,14 @@ NEEDS = frozenset(SUMS)
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 def test_statistics_are_freed_before_those_of_the_next_unit(sequential, monkeypatch):
     """The inputs of a layer are compared with those of the last one, whose Gram matrix may be large."""
-    alive, held, update = weakref.WeakSet(), [], InputStatistics.update
-    monkeypatch.setattr(InputStatistics, "update", lambda *args: held.append(len(alive)) or update(*args))
-    model, observer = nn.Sequential(nn.Linear(8, 8), Mlp(), nn.Linear(8, 8), Mlp()), Observer(NEEDS)
+    alive = weakref.WeakSet()
+    held = []
+    update = InputStatistics.update
+    monkeypatch.setattr(
+        InputStatistics, "update", lambda *args: held.append(len(alive)) or update(*args)
+    )
+    model = nn.Sequential(nn.Linear(8, 8), Mlp(), nn.Linear(8, 8), Mlp())
+    observer = Observer(NEEDS)
     stops = find_layers(model, sequential).stops
     assert len(stops) == (4 if sequential == "block" else 6)
     for index, calls in travel(model, vectors(1), [stop.module for stop in stops]):
@@ -37,14 +42,25 @@ def test_statistics_are_freed_before_those_of_the_next_unit(sequential, monkeypa
 
 
 SAMPLED = (
-    *("llama_padded", "gpt_oss", "t5", "vit", "convnext", "block_twice", "tied", "routed", "expert_list"),
+    *(
+        "llama_padded",
+        "gpt_oss",
+        "t5",
+        "vit",
+        "convnext",
+        "block_twice",
+        "tied",
+        "routed",
+        "expert_list",
+    ),
     *("plain_mlp", "inplace", "torch_transformer"),
 )
 
 
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
 def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(name):
-    model, observer = ZOO[name].build(), Observer(NEEDS)
+    model = ZOO[name].build()
+    observer = Observer(NEEDS)
     own = run_of(model, ZOO[name].batches())
     with pruning_mode(model):
         expected = observer.whole_model(own.plan.whole_model, own.samples, lambda: None).inputs
@@ -64,7 +80,8 @@ class Scaled(nn.Module):
 
     def __init__(self, in_place):
         super().__init__()
-        self.before, self.after = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.before = nn.Linear(8, 8)
+        self.after = nn.Linear(8, 8)
         self.scale = torch.arange(8.0)
         self.in_place = in_place
 
@@ -77,7 +94,10 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_a_tensor_that_the_model_changes_between_two_layers_is_two_inputs(sequential):
-    models = [seeded(lambda in_place=in_place: Chain(Scaled(in_place), Scaled(in_place))) for in_place in (True, False)]
+    models = [
+        seeded(lambda in_place=in_place: Chain(Scaled(in_place), Scaled(in_place)))
+        for in_place in (True, False)
+    ]
     for model in models:
         prune(model, vectors(), sequential=sequential, progress=False)
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
@@ -88,12 +108,15 @@ def test_a_tensor_of_inference_mode_is_a_new_input_in_each_layer():
     """No version shows whether such a tensor was changed."""
     found = []
     for in_place in (True, False):
-        model, observer = seeded(lambda in_place=in_place: Chain(Scaled(in_place))), Observer(NEEDS)
+        model = seeded(lambda in_place=in_place: Chain(Scaled(in_place)))
+        observer = Observer(NEEDS)
         own = run_of(model, vectors(1))
         (sample,) = own.samples.in_memory()
         with observer.collect(own.plan.whole_model, sample):
             model(vectors(1)[0])
-        found.append({name: each.sums for name, each in observer.finish(own.plan.whole_model).inputs.items()})
+        found.append(
+            {name: each.sums for name, each in observer.finish(own.plan.whole_model).inputs.items()}
+        )
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
@@ -127,7 +150,9 @@ CHOOSERS = {
 @pytest.mark.parametrize("name", CHOOSERS)
 def test_inputs_that_are_never_active_go_first(name, pattern):
     model = build()
-    report = prune(model, vectors(), 0.5, pattern=pattern, skip=["head"], **CHOOSERS[name], progress=False)
+    report = prune(
+        model, vectors(), 0.5, pattern=pattern, skip=["head"], **CHOOSERS[name], progress=False
+    )
     kept = model.blocks[0].down.weight != 0
     assert not kept[:, list(DEAD)].any()
     if name != "owl":
@@ -140,10 +165,13 @@ def test_inactive_inputs_are_counted_over_all_batches():
     calls = calls_of(model, LAYERS, vectors())
     report = prune(model, vectors(), skip=["head"], sequential="none", progress=False)
     inactive = {
-        name: int((torch.cat([x.flatten(0, 1) for (x,) in calls[name]]) == 0).all(dim=0).sum()) for name in LAYERS
+        name: int((torch.cat([x.flatten(0, 1) for (x,) in calls[name]]) == 0).all(dim=0).sum())
+        for name in LAYERS
     }
     assert inactive["blocks.0.down"] == 6
-    notes = {name: f"{count} inputs never active" if count else "" for name, count in inactive.items()}
+    notes = {
+        name: f"{count} inputs never active" if count else "" for name, count in inactive.items()
+    }
     assert {layer.name: layer.note for layer in report.layers} == notes
 
 
@@ -155,8 +183,11 @@ def test_inactive_inputs_are_counted_over_all_batches():
     ],
 )
 def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
-    model, batch = build(), {"x": vectors()[0], "attention_mask": mask}
-    report = prune(model, [batch], forward=lambda batch: model(batch["x"][:, first:]), progress=False)
+    model = build()
+    batch = {"x": vectors()[0], "attention_mask": mask}
+    report = prune(
+        model, [batch], forward=lambda batch: model(batch["x"][:, first:]), progress=False
+    )
     assert {layer.tokens for layer in report.layers} == {tokens}
     assert report.layers[1].note.endswith(f" inputs never active{note}")
 
@@ -164,13 +195,19 @@ def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
 # ---- layers without active inputs
 
 
-@pytest.mark.parametrize(("sequential", "solver"), spread(SEQUENTIAL_CHOICES, ["sparsegpt", "zero_out"]))
+@pytest.mark.parametrize(
+    ("sequential", "solver"), spread(SEQUENTIAL_CHOICES, ["sparsegpt", "zero_out"])
+)
 def test_a_layer_whose_inputs_are_all_zero_stays_dense(sequential, solver, caplog):
     model = build(dead=range(16))
     before = model.blocks[0].down.weight.clone()
-    report = prune(model, vectors(), solver=solver, sequential=sequential, skip=["head"], progress=False)
+    report = prune(
+        model, vectors(), solver=solver, sequential=sequential, skip=["head"], progress=False
+    )
     assert torch.equal(model.blocks[0].down.weight, before)
-    assert ("blocks.0.down", "all its inputs were zero") in {(m.name, m.detail) for m in report.skipped}
+    assert ("blocks.0.down", "all its inputs were zero") in {
+        (m.name, m.detail) for m in report.skipped
+    }
     note = "all inputs were zero in 1 layer, blocks.0.down first: left dense"
     assert note in report.notes
     assert note in caplog.text
@@ -183,6 +220,8 @@ def test_a_group_whose_inputs_are_all_zero_stays_dense():
         parameter.data[4:] = 0
     report = prune(model, [torch.randn(2, 3, 5, 5)], progress=False)
     assert [layer.name for layer in report.layers] == ["1.group0"]
-    assert {m.name: m.shape for m in report.skipped if "zero" in m.detail} == {"1.group1": (4, 4, 3, 3)}
+    assert {m.name: m.shape for m in report.skipped if "zero" in m.detail} == {
+        "1.group1": (4, 4, 3, 3)
+    }
     assert model[1].weight[4:].all()
     assert report.layers[0].zeros == 4 * 18 == int((model[1].weight == 0).sum())

@@ -14,7 +14,13 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.samples import Samples, batch_size, fit_together, forward_batch, is_even
+from wanda_lightning.calibration.samples import (
+    Samples,
+    batch_size,
+    fit_together,
+    forward_batch,
+    is_even,
+)
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import SINGLE_PROCESS
 
@@ -34,15 +40,31 @@ def mlp(bias=True):
     ("batches", "choices", "message"),
     [
         (None, {}, "since criterion='wanda' reads calibration data, but none were given"),
-        (None, {"criterion": "magnitude", "allocation": "fisher"}, "since allocation='fisher' reads calibration data"),
+        (
+            None,
+            {"criterion": "magnitude", "allocation": "fisher"},
+            "since allocation='fisher' reads calibration data",
+        ),
         ([], {}, "at least one calibration batch for criterion='wanda', but there is none"),
-        (iter(()), {"criterion": "magnitude", "allocation": "owl"}, "for allocation='owl', but there is none"),
+        (
+            iter(()),
+            {"criterion": "magnitude", "allocation": "owl"},
+            "for allocation='owl', but there is none",
+        ),
         ({}, {}, "but a dict was given"),
         ("text", {}, "but a str was given"),
         (X8, {}, "batches must be a list of batches or a dataloader"),
         ([((X8,),)], {}, "one got a tuple. Give batches as the model's forward takes them"),
-        ([X8[:0]], {}, "no token except padding reached any of the 2 layers, so nothing was pruned"),
-        ([X8], {"forward": lambda batch: None}, "no token except padding reached any of the 2 layers"),
+        (
+            [X8[:0]],
+            {},
+            "no token except padding reached any of the 2 layers, so nothing was pruned",
+        ),
+        (
+            [X8],
+            {"forward": lambda batch: None},
+            "no token except padding reached any of the 2 layers",
+        ),
         ([0 * X8], {}, "only zeros reached any of the 2 layers, so nothing was pruned"),
         (PADDING, {}, "so nothing was pruned"),
     ],
@@ -65,12 +87,18 @@ def explode(module, args):
     ],
 )
 def test_an_error_names_the_batch_and_the_unit(sequential, samples, place):
-    model, shape = Chain(Mlp(), Mlp()), (samples, 8 if samples == 3 else 7)
+    model = Chain(Mlp(), Mlp())
+    shape = (samples, 8 if samples == 3 else 7)
     model.blocks[0].down.register_forward_pre_hook(explode)
-    with pytest.raises((RuntimeError, ValueError), match=r"three is too many|and the layer takes 8 features") as caught:
+    with pytest.raises(
+        (RuntimeError, ValueError), match=r"three is too many|and the layer takes 8 features"
+    ) as caught:
         prune(model, [X8, torch.ones(shape)], sequential=sequential, progress=False)
     notes = " ".join(caught.value.__notes__)
-    assert f"This happened in {place}calibration batch 1 (counted from 0), with shapes {shape}." in notes
+    assert (
+        f"This happened in {place}calibration batch 1 (counted from 0), with shapes {shape}."
+        in notes
+    )
 
 
 # ---- how a model is called
@@ -82,7 +110,9 @@ def test_what_a_mapping_holds_beyond_the_forward_is_left_out():
             return x + y
 
     assert torch.equal(forward_batch(Two(), {"x": X8, "y": X8, "labels": X8}), 2 * X8)
-    with pytest.raises(ValueError, match=r"batches hold \['labels'\], but Two.forward takes \['x', 'y'\]"):
+    with pytest.raises(
+        ValueError, match=r"batches hold \['labels'\], but Two.forward takes \['x', 'y'\]"
+    ):
         forward_batch(Two(), {"labels": X8})
 
 
@@ -91,7 +121,8 @@ def test_a_stream_of_unknown_length_is_read_and_counted(capsys):
         def __iter__(self):
             yield from torch.ones(4, 8)
 
-    streamed, held = DataLoader(Stream(), batch_size=2), [*DataLoader(Stream(), batch_size=2)]
+    streamed = DataLoader(Stream(), batch_size=2)
+    held = [*DataLoader(Stream(), batch_size=2)]
     for batches in (streamed, held):
         assert prune(mlp(), batches, 0.5).layers[0].tokens == 4
         assert ("Reading batches 2" in capsys.readouterr().err) == (batches is streamed)
@@ -112,7 +143,11 @@ def samples_of(*batches, forward=lambda batch: batch):
 @pytest.mark.parametrize(
     ("batch", "size", "even"),
     [
-        ({"x": X8, "more": [X8, (X8,)], "number": 3, "text": "a", "scalar": torch.tensor(1)}, 2, True),
+        (
+            {"x": X8, "more": [X8, (X8,)], "number": 3, "text": "a", "scalar": torch.tensor(1)},
+            2,
+            True,
+        ),
         ({"x": X8, "y": torch.ones(3)}, 2, False),
         ({"x": X8, "texts": ["a", "b"]}, 2, False),
         ((X8, [3, 4]), 2, False),
@@ -153,7 +188,16 @@ HIDDEN = torch.logical_not, lambda every: every.triu(1), lambda every: every.tri
 @pytest.mark.parametrize(
     ("forward", "count"),
     [
-        *((each, 3) for each in (torch.relu, lambda x: x.flatten(0, 1), lambda x: x * torch.nan, torch.sum, fails)),
+        *(
+            (each, 3)
+            for each in (
+                torch.relu,
+                lambda x: x.flatten(0, 1),
+                lambda x: x * torch.nan,
+                torch.sum,
+                fails,
+            )
+        ),
         *((each, 1) for each in (lambda x: x.flip(0).cumsum(0), lambda x: x.mean(0))),
         *((partial(over_time, hidden), 1) for hidden in HIDDEN),
     ],
@@ -179,7 +223,11 @@ def test_samples_of_several_batches_run_as_one():
     """Tensors are joined by their keys, in whatever order a batch has them."""
 
     def batch(*rows):
-        return {"x": torch.tensor(rows)[:, None], "more": [torch.tensor(rows), (torch.tensor(5), "name")], "flag": True}
+        return {
+            "x": torch.tensor(rows)[:, None],
+            "more": [torch.tensor(rows), (torch.tensor(5), "name")],
+            "flag": True,
+        }
 
     data, samples = samples_of(batch(0, 1), dict(reversed(batch(2, 3, 4).items())))
     chosen = [samples[index] for index in (3, 0, 4)]
@@ -212,7 +260,8 @@ def test_samples_that_differ_run_alone(one, other):
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 16])
 def test_the_first_samples_are_the_same_for_any_number_of_processes(batch_size, world_size):
     """If a sampler deals them in turn, as Lightning's does."""
-    found, counts = [], [[min(8, math.ceil((40 - rank) / world_size))] for rank in range(world_size)]
+    found = []
+    counts = [[min(8, math.ceil((40 - rank) / world_size))] for rank in range(world_size)]
     for rank in range(world_size):
         batches = torch.arange(40)[rank::world_size].split(batch_size)
         processes = SimpleNamespace(rank=rank, world_size=world_size, fail_together=nullcontext)

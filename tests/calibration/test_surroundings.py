@@ -27,7 +27,8 @@ class Block(nn.Module):
 
     def __init__(self, before=None, after=None):
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
         self.before = before
         self.after = after
 
@@ -189,16 +190,25 @@ def with_attribute_in_a_loop(model, x):
 MODELS = {
     "writes into its batch": ([writing], [not_writing]),
     "own context": ([with_variable_in_a_context, lambda model, x: SCALE.get()], [with_scale]),
-    "variable of a block": ([with_variable, lambda model, x: SCALE.get(), set_next], [with_next_scale]),
+    "variable of a block": (
+        [with_variable, lambda model, x: SCALE.get(), set_next],
+        [with_next_scale],
+    ),
     "a mode for each block": ([in_modes], [with_gains]),
     "attribute": ([with_attribute, lambda model, x: model.scale], [with_scale]),
-    "attribute set on blocks": ([with_attributes_of_blocks, lambda model, x: model.blocks[1].scale], [with_scale]),
+    "attribute set on blocks": (
+        [with_attributes_of_blocks, lambda model, x: model.blocks[1].scale],
+        [with_scale],
+    ),
     "helper": ([with_helper, lambda model, x: model.helper.scale], [with_scale]),
     "loop": (
         [with_attribute_in_a_loop, lambda model, x: model.scale],
         [lambda model, x: in_a_loop(model, x, scale=1 / deviation(x))],
     ),
-    "attribute of a block": ([with_attribute, lambda model, x: model.scale, set_attribute], [with_next_scale]),
+    "attribute of a block": (
+        [with_attribute, lambda model, x: model.scale, set_attribute],
+        [with_next_scale],
+    ),
 }
 """By name: what a model runs, and what its blocks run before and after; the same for its twin."""
 
@@ -224,7 +234,9 @@ def test_what_surrounds_the_blocks_of_a_batch_is_its_own(name, choices, caplog):
     prune(twin, batches(), progress=False, **CHOICES[choices])
 
     differing = 0
-    for (_, weight), (_, expected) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+    for (_, weight), (_, expected) in zip(
+        model.named_parameters(), twin.named_parameters(), strict=True
+    ):
         differing += int(((weight == 0) != (expected == 0)).sum())
     assert differing == 0
     assert all(map(torch.equal, given, batches()))
@@ -270,7 +282,8 @@ def test_gradients_inside_of_a_forward(sequential):
             (gradient,) = torch.autograd.grad(y.square().sum(), x)
         return model.blocks[2](gradient.detach())
 
-    model, dense = Net(forces), Net(forces)
+    model = Net(forces)
+    dense = Net(forces)
     report = prune(model, batches(), progress=False, sequential=sequential, skip=["head"])
     assert len(report.layers) == 6
     assert not report.notes
@@ -289,7 +302,9 @@ def test_gradients_inside_of_a_forward(sequential):
 def norms(model, layer):
     """The sum of squares of what enters a layer in plain passes of the whole model."""
     total = torch.zeros(layer.in_features)
-    hook = layer.register_forward_pre_hook(lambda _, args: total.add_(args[0].detach().square().sum(dim=(0, 1))))
+    hook = layer.register_forward_pre_hook(
+        lambda _, args: total.add_(args[0].detach().square().sum(dim=(0, 1)))
+    )
     for x in batches():
         model(x)
     hook.remove()
@@ -309,7 +324,9 @@ def dual(function, x):
         return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).primal
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by PyTorch's own forward mode
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated"
+)  # by PyTorch's own forward mode
 @pytest.mark.parametrize("choices", ["none", "layer", "block", "best"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform_around_the_blocks_is_refused_where_it_cannot_work(transform, choices):

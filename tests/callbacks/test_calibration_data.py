@@ -84,16 +84,24 @@ class TestCalibrationSource:
         ],
     )
     def test_order(self, tag, make, loop, data, given):
-        module, source = make(), data()
+        module = make()
+        source = data()
         named = (
-            {"datamodule": source} if isinstance(source, Data) else {f"{'train_' * (loop == 'fit')}dataloaders": source}
+            {"datamodule": source}
+            if isinstance(source, Data)
+            else {f"{'train_' * (loop == 'fit')}dataloaders": source}
         )
-        getattr(trainer(WandaPrune(num_samples=4, dataloader=given), max_steps=1), loop)(module, **named)
+        getattr(trainer(WandaPrune(num_samples=4, dataloader=given), max_steps=1), loop)(
+            module, **named
+        )
         assert tags_of(module.seen) == [tag]
 
-    @pytest.mark.parametrize("several", [lambda: [tagged(1), tagged(2)], lambda: {"a": tagged(1), "b": tagged(2)}])
+    @pytest.mark.parametrize(
+        "several", [lambda: [tagged(1), tagged(2)], lambda: {"a": tagged(1), "b": tagged(2)}]
+    )
     def test_several_loaders_are_refused(self, several):
-        module, before = Net(), Net()
+        module = Net()
+        before = Net()
         with pytest.raises(MisconfigurationException, match="since there are 2 val dataloaders"):
             trainer(WandaPrune(num_samples=4)).validate(module, several())
         assert same(module, before)
@@ -118,7 +126,8 @@ class TestCalibrationSource:
         assert [len(x) for x, _ in module.seen] == [4, 4]
 
     def test_fewer_samples_than_asked(self):
-        module, callback = Net(), WandaPrune(num_samples=100)
+        module = Net()
+        callback = WandaPrune(num_samples=100)
         with pytest.warns(UserWarning, match=r"num_samples is 100, but .* has only 12\."):
             trainer(callback).validate(module, loader())
         assert {layer.tokens for layer in callback.report.layers} == {12}
@@ -143,7 +152,8 @@ class ShiftedData(Shifted, Data):
 
 
 @pytest.mark.parametrize(
-    ("make", "data"), [(ShiftedModule, tagged(2)), (Recorder, ShiftedData(calibration_dataloader=2))]
+    ("make", "data"),
+    [(ShiftedModule, tagged(2)), (Recorder, ShiftedData(calibration_dataloader=2))],
 )
 def test_transfer_hooks_are_applied(make, data):
     module = make()
@@ -175,7 +185,8 @@ class Text(L.LightningModule):
 )
 def test_any_precision_prunes_like_prune(precision, dtype, autocast):
     batches = [{"input_ids": torch.randint(128, (2, 16))} for _ in range(4)]
-    module, model = Text(), ZOO["llama"].build().to(dtype)
+    module = Text()
+    model = ZOO["llama"].build().to(dtype)
     callback = PruningCallback(0.5, method="thorough", dataloader=batches, num_samples=8)
     trainer(callback, precision=precision).test(module, loader(), verbose=False)
     with autocast:
@@ -220,7 +231,9 @@ class Listed(DataLoader):
 
 
 def shuffled():
-    return DataLoader(samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3))
+    return DataLoader(
+        samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3)
+    )
 
 
 def with_a_worker():
@@ -241,7 +254,9 @@ SHUFFLED = "ignore:Your `val_dataloader`'s sampler has shuffling enabled"
 def test_calibration_changes_no_batch_of_the_loop(make, loop):
     modules = Recorder(), Recorder()
     at_step = 2 if loop == "fit" else 0  # in the middle of an epoch
-    for module, callbacks in zip(modules, ([], [WandaPrune(num_samples=4, at_step=at_step)]), strict=True):
+    for module, callbacks in zip(
+        modules, ([], [WandaPrune(num_samples=4, at_step=at_step)]), strict=True
+    ):
         getattr(trainer(*callbacks, max_epochs=2), loop)(module, make())
     assert len(modules[0].trained) == (6 if loop == "fit" else 3)
     assert_same(modules[1].trained, [x for x, _ in modules[0].trained])
@@ -266,7 +281,9 @@ class BatchedStream(IterableDataset):
 
 def test_a_loader_of_precomputed_batches():
     module = Recorder()
-    trainer(WandaPrune(num_samples=10), max_epochs=1).fit(module, DataLoader(BatchedStream(), batch_size=None))
+    trainer(WandaPrune(num_samples=10), max_epochs=1).fit(
+        module, DataLoader(BatchedStream(), batch_size=None)
+    )
     x = SAMPLES.tensors[0]
     assert_same(module.seen, [*x[:8].split(4), x[8:10]])
     assert_same(module.trained, x.split(4))
@@ -276,26 +293,37 @@ def test_trying_out_a_batch_at_the_start_does_not_advance_the_loader():
     def own():
         return loader(shuffle=True, generator=torch.Generator().manual_seed(3))
 
-    module, expected = Recorder(), [x for x, _ in own()]
-    trainer(WandaPrune(num_samples=12, dataloader=own(), at_step=2), max_steps=3).fit(module, loader())
+    module = Recorder()
+    expected = [x for x, _ in own()]
+    trainer(WandaPrune(num_samples=12, dataloader=own(), at_step=2), max_steps=3).fit(
+        module, loader()
+    )
     assert_same(module.seen[1:], expected)
 
 
 @pytest.mark.parametrize("data", [iter(loader()), DataLoader(BatchedStream(), batch_size=None)])
 def test_no_batch_of_a_stream_is_tried_out(data):
     module = Recorder()
-    trainer(WandaPrune(num_samples=12, dataloader=data, at_step=2), max_steps=3).fit(module, loader())
+    trainer(WandaPrune(num_samples=12, dataloader=data, at_step=2), max_steps=3).fit(
+        module, loader()
+    )
     assert_same(module.seen, [x for x, _ in loader()])
 
 
 @pytest.mark.filterwarnings("ignore:Your .* sampler has shuffling enabled")
 @pytest.mark.parametrize("loop", ["fit", "validate"])
 def test_a_batch_sampler_is_read_as_a_batch_size_is(loop):
-    by_size, seen = {"batch_size": 5, "sampler": RandomSampler(SAMPLES), "drop_last": True}, []
-    for options in (by_size, {"batch_sampler": BatchSampler(RandomSampler(SAMPLES), 5, drop_last=True)}):
+    by_size = {"batch_size": 5, "sampler": RandomSampler(SAMPLES), "drop_last": True}
+    seen = []
+    for options in (
+        by_size,
+        {"batch_sampler": BatchSampler(RandomSampler(SAMPLES), 5, drop_last=True)},
+    ):
         L.seed_everything(3, verbose=False)
         module = Recorder()
-        getattr(trainer(WandaPrune(num_samples=12), max_epochs=1), loop)(module, DataLoader(SAMPLES, **options))
+        getattr(trainer(WandaPrune(num_samples=12), max_epochs=1), loop)(
+            module, DataLoader(SAMPLES, **options)
+        )
         seen.append(module.seen)
     assert_same(seen[1], [x for x, _ in seen[0]])
 
@@ -325,7 +353,8 @@ def by_hand(module, count):
 
 @pytest.mark.parametrize("method", ["wanda", "fast"])
 def test_validate_measures_the_dense_model_then_prunes_by_what_it_saw(method):
-    module, callback = Counting(), PruningCallback(0.5, method=method, calibrate_on="validation")
+    module = Counting()
+    callback = PruningCallback(0.5, method=method, calibrate_on="validation")
     (dense,) = trainer().validate(Net(), loader(), verbose=False)
     expected = by_hand(module, 12)
     (measured,) = trainer(callback).validate(module, loader(), verbose=False)
@@ -344,7 +373,8 @@ class Branches(L.LightningModule):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.b = nn.Linear(8, 6), nn.Linear(8, 6)
+        self.a = nn.Linear(8, 6)
+        self.b = nn.Linear(8, 6)
 
     def forward(self, x):
         x = x + 0
@@ -357,7 +387,8 @@ class Branches(L.LightningModule):
 
 def test_an_input_that_is_changed_in_place_is_another_input():
     """In inference mode, tensors have no version that would show it."""
-    module, batches = Branches(), DataLoader(torch.randn(12, 8) - torch.linspace(-2, 2, 8), batch_size=4)
+    module = Branches()
+    batches = DataLoader(torch.randn(12, 8) - torch.linspace(-2, 2, 8), batch_size=4)
     expected = Branches()
     prune(expected, list(batches), 0.5, sequential="none", progress=False)
     trainer(on_validation()).validate(module, batches, verbose=False)
@@ -365,14 +396,16 @@ def test_an_input_that_is_changed_in_place_is_another_input():
 
 
 def test_only_whole_batches_of_num_samples_count():
-    module, callback = Net(), on_validation(num_samples=5)
+    module = Net()
+    callback = on_validation(num_samples=5)
     expected = by_hand(module, 8)
     trainer(callback).validate(module, loader(), verbose=False)
     assert same(module, expected)
 
 
 def test_fit_prunes_at_the_end_of_the_validation_loop_that_follows():
-    module, callback = Counting(), on_validation(at_step=2)
+    module = Counting()
+    callback = on_validation(at_step=2)
     sparsity = []
 
     class Watch(L.Callback):
@@ -383,13 +416,26 @@ def test_fit_prunes_at_the_end_of_the_validation_loop_that_follows():
             sparsity.append(share_of_zeros(module)["layers.0.weight"])
 
     trainer(callback, Watch(), max_epochs=2, num_sanity_val_steps=2).fit(module, loader(), loader())
-    assert sparsity == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5, 0.5]  # sanity check; three steps and validation, twice
+    # Sanity check; three steps and validation, twice.
+    assert sparsity == [
+        0,
+        0,
+        0,
+        0,
+        0.5,
+        0.5,
+        0.5,
+        0.5,
+        0.5,
+    ]
     assert module.passes == 2 + 2 * (3 + 3)
 
 
 def test_a_fit_that_ends_before_the_validation_loop_warns():
     with pytest.warns(UserWarning, match="no validation loop ended after pruning was due"):
-        trainer(on_validation(at_step=3), max_epochs=1, check_val_every_n_epoch=2).fit(Net(), loader(), loader())
+        trainer(on_validation(at_step=3), max_epochs=1, check_val_every_n_epoch=2).fit(
+            Net(), loader(), loader()
+        )
 
 
 class OfZoo(L.LightningModule):
@@ -419,7 +465,9 @@ class CopyBefore(L.Callback):
 
 @pytest.mark.parametrize(("name", "loop"), [("convnext_conv_mlp", "validate"), ("resnet18", "fit")])
 def test_convolutions_are_read_although_lightning_is_in_inference_mode(name, loop):
-    module, batches, before = OfZoo(name), ZOO[name].batches(), CopyBefore()
+    module = OfZoo(name)
+    batches = ZOO[name].batches()
+    before = CopyBefore()
     run = trainer(before, on_validation(), max_epochs=1, num_sanity_val_steps=0)
     data = DataLoader(batches, batch_size=None)
     getattr(run, loop)(module, *[data] * (2 if loop == "fit" else 1))

@@ -5,7 +5,18 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from support.callbacks import Manual, Net, SaveAt, Steps, TwoOptimizers, all_at, loader, same, share_of_zeros, trainer
+from support.callbacks import (
+    Manual,
+    Net,
+    SaveAt,
+    Steps,
+    TwoOptimizers,
+    all_at,
+    loader,
+    same,
+    share_of_zeros,
+    trainer,
+)
 from support.zoo import ZOO
 
 from wanda_lightning import CubicSchedule, LinearSchedule, OneShot, PruningCallback, WandaPrune
@@ -18,17 +29,41 @@ DENSE = "only collects statistics of the dense model while Lightning validates i
     ("options", "message"),
     [
         ({"at_step": -1}, "at_step must be a whole number of at least 0, but it is -1"),
-        ({"at_step": 3, "schedule": OneShot(3)}, r"exclude each other, but at_step=3 and schedule=OneShot\(step=3\)"),
+        (
+            {"at_step": 3, "schedule": OneShot(3)},
+            r"exclude each other, but at_step=3 and schedule=OneShot\(step=3\)",
+        ),
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, but it is 0"),
-        ({"report": "report.pdf"}, r"report must end with \.html or \.png, but it is 'report\.pdf'"),
-        ({"calibrate_on": "test"}, "calibrate_on must be one of calibration, validation, but it is 'test'"),
-        ({"pattern": "2:4", "schedule": CubicSchedule(0, 4, every=2)}, r"one stage for NM\(n=2, m=4\).*Cubic"),
+        (
+            {"report": "report.pdf"},
+            r"report must end with \.html or \.png, but it is 'report\.pdf'",
+        ),
+        (
+            {"calibrate_on": "test"},
+            "calibrate_on must be one of calibration, validation, but it is 'test'",
+        ),
+        (
+            {"pattern": "2:4", "schedule": CubicSchedule(0, 4, every=2)},
+            r"one stage for NM\(n=2, m=4\).*Cubic",
+        ),
         ({**VALIDATION, "dataloader": []}, f"{DENSE} dataloader has other batches"),
-        ({**VALIDATION, "pattern": "experts"}, f"{DENSE} pattern='experts' needs a pass of its own"),
+        (
+            {**VALIDATION, "pattern": "experts"},
+            f"{DENSE} pattern='experts' needs a pass of its own",
+        ),
         ({**VALIDATION, "sequential": "block"}, f"{DENSE} sequential='block' runs pruned layers"),
-        ({**VALIDATION, "pattern": "structured"}, f"{DENSE} pattern='structured' runs each block with and"),
-        ({**VALIDATION, "allocation": "fisher"}, f"{DENSE} allocation='fisher' needs backward passes"),
-        ({**VALIDATION, "recovery": "reconstruct"}, f"{DENSE} recovery='reconstruct' trains on the batches"),
+        (
+            {**VALIDATION, "pattern": "structured"},
+            f"{DENSE} pattern='structured' runs each block with and",
+        ),
+        (
+            {**VALIDATION, "allocation": "fisher"},
+            f"{DENSE} allocation='fisher' needs backward passes",
+        ),
+        (
+            {**VALIDATION, "recovery": "reconstruct"},
+            f"{DENSE} recovery='reconstruct' trains on the batches",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused_at_once(options, message):
@@ -40,21 +75,34 @@ def test_options_that_contradict_each_other_are_refused_at_once(options, message
     ("make", "when", "options", "end"),
     [
         (Net, {"at_step": 1000}, {"max_steps": 10}, 10),
-        (Net, {"at_step": 5}, {"max_epochs": 2, "accumulate_grad_batches": 4}, 4),  # two, of four batches and of two
+        (
+            Net,
+            {"at_step": 5},
+            {"max_epochs": 2, "accumulate_grad_batches": 4},
+            4,
+        ),  # two, of four batches and of two
         (Net, {"at_step": 5}, {"max_epochs": 2, "max_steps": 4}, 4),
         (Net, {"schedule": Steps((1, 0.5), (20, 1.0))}, {"max_epochs": 2}, 12),
         (Manual, {"at_step": 9}, {"max_steps": 8}, 8),
         (Net, {"at_step": 4}, {"max_epochs": 2, "accumulate_grad_batches": 3}, None),
-        (TwoOptimizers, {"at_step": 12}, {"max_epochs": 1}, None),  # twelve steps an epoch of six batches
+        (
+            TwoOptimizers,
+            {"at_step": 12},
+            {"max_epochs": 1},
+            None,
+        ),  # twelve steps an epoch of six batches
     ],
 )
 def test_a_stage_after_the_end_of_training_is_refused_at_the_start(make, when, options, end):
-    module, run = make(), trainer(WandaPrune(num_samples=24, **when), **options)
+    module = make()
+    run = trainer(WandaPrune(num_samples=24, **when), **options)
     if end is None:
         run.fit(module, loader(24))
         assert share_of_zeros(module) == all_at(0.5)
         return
-    with pytest.raises(MisconfigurationException, match=rf"and training ends at {end}\. Prune earlier"):
+    with pytest.raises(
+        MisconfigurationException, match=rf"and training ends at {end}\. Prune earlier"
+    ):
         run.fit(module, loader(24))
     assert same(module, Net())
     assert run.global_step == 0
@@ -86,11 +134,23 @@ Forward = with_forward(lambda self, x: self.layers(x))
     [
         (OnlySteps, {}, 'is missing the required "forward" function'),
         (Forward, {"dataloader": []}, "must hold at least one calibration batch"),
-        (Forward, {"dataloader": iter(loader())}, "must be read by 2 stages of .*, but it is a _SingleProcess"),
+        (
+            Forward,
+            {"dataloader": iter(loader())},
+            "must be read by 2 stages of .*, but it is a _SingleProcess",
+        ),
         (Forward, {"calibrate_on": "validation"}, "this fit has none"),
-        (Forward, {"skip": ["layers.2"]}, "skip='layers.2' matches no matrix of the model; the nearest is 'layers"),
+        (
+            Forward,
+            {"skip": ["layers.2"]},
+            "skip='layers.2' matches no matrix of the model; the nearest is 'layers",
+        ),
         (Forward, {"skip": ["*"]}, "nothing to prune"),
-        (Forward, {"pattern": "structured", "sparsity": 0.99}, "sparsity=0.99 would remove all 32 hidden units"),
+        (
+            Forward,
+            {"pattern": "structured", "sparsity": 0.99},
+            "sparsity=0.99 would remove all 32 hidden units",
+        ),
         (
             with_forward(lambda self, x, scale: self.layers(x * scale)),
             {},
@@ -116,7 +176,9 @@ Forward = with_forward(lambda self, x: self.layers(x))
 @pytest.mark.filterwarnings("ignore:num_samples is 12, but dataloader has only 0")
 def test_data_that_a_later_stage_cannot_use_is_refused_at_the_start(make, options, message):
     callback = PruningCallback(num_samples=12, schedule=LinearSchedule(0, 4, every=2), **options)
-    with pytest.raises((ValueError, TypeError, NotImplementedError, MisconfigurationException), match=message):
+    with pytest.raises(
+        (ValueError, TypeError, NotImplementedError, MisconfigurationException), match=message
+    ):
         trainer(callback, max_steps=6).fit(make(), loader())
 
 
@@ -130,13 +192,20 @@ def test_data_that_a_later_stage_cannot_use_is_refused_at_the_start(make, option
         ({"at_step": 3}, "loss", True, None),
     ],
 )
-def test_a_best_checkpoint_from_before_pruning_is_warned_of(tmp_path, when, monitor, dry, last, recwarn):
+def test_a_best_checkpoint_from_before_pruning_is_warned_of(
+    tmp_path, when, monitor, dry, last, recwarn
+):
     options = {"max_epochs": 2, "enable_checkpointing": True, "fast_dev_run": dry}
     best = ModelCheckpoint(tmp_path, monitor=monitor)
     trainer(WandaPrune(num_samples=12, **when), best, **options).fit(Net(), loader(), loader())
-    found = [str(warning.message) for warning in recwarn if "ModelCheckpoint(" in str(warning.message)]
+    found = [
+        str(warning.message) for warning in recwarn if "ModelCheckpoint(" in str(warning.message)
+    ]
     assert len(found) == (last is not None)
-    assert all(f"before step {last}" in text and "BestAfterPruning(monitor='loss')" in text for text in found)
+    assert all(
+        f"before step {last}" in text and "BestAfterPruning(monitor='loss')" in text
+        for text in found
+    )
 
 
 def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):
@@ -144,7 +213,10 @@ def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):
     run = trainer(callback, SaveAt(tmp_path, 2), max_steps=6)
     run.fit(Net(), loader())
     module = Net()
-    with pytest.warns(UserWarning, match="is that of a pruned model without training after pruning.*ckpt_path='last'"):
+    with pytest.warns(
+        UserWarning,
+        match="is that of a pruned model without training after pruning.*ckpt_path='last'",
+    ):
         run.test(module, loader(), ckpt_path=tmp_path / "2.ckpt")
     assert share_of_zeros(module) == all_at(0.5)
 
@@ -169,9 +241,14 @@ class Routed(L.LightningModule):
 
 def test_experts_are_dropped_before_an_evaluation_but_not_in_training():
     """They leave the model, so its optimizer must not hold it yet."""
-    module, callback = Routed(), WandaPrune(0.5, pattern="experts", num_samples=24)
-    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randint(32, (24, 8))), batch_size=4)
-    with pytest.raises(MisconfigurationException, match=r"pattern='experts' replaces parameters .* before training"):
+    module = Routed()
+    callback = WandaPrune(0.5, pattern="experts", num_samples=24)
+    data = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randint(32, (24, 8))), batch_size=4
+    )
+    with pytest.raises(
+        MisconfigurationException, match=r"pattern='experts' replaces parameters .* before training"
+    ):
         trainer(callback, max_epochs=1).fit(module, data)
     assert same(module, Routed())
     for _ in range(2):  # not a second time

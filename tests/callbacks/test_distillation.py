@@ -36,7 +36,9 @@ from wanda_lightning.callbacks.distillation import dense_model
 
 def divergence(predicted, dense, temperature=1.0, keep=slice(None)):
     """The mean over the predictions that count, times the squared temperature, by PyTorch."""
-    log_q, log_p = ((x[keep].flatten(0, -2) / temperature).log_softmax(-1) for x in (predicted, dense))
+    log_q, log_p = (
+        (x[keep].flatten(0, -2) / temperature).log_softmax(-1) for x in (predicted, dense)
+    )
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
@@ -47,7 +49,9 @@ class Dense(Net):
         super().__init__()
         with torch.no_grad():
             for weight in self.parameters():
-                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)) * 0.1)
+                weight.add_(
+                    torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)) * 0.1
+                )
 
 
 class ByHand(Net):
@@ -56,7 +60,8 @@ class ByHand(Net):
     def __init__(self, dense, weight, temperature):
         super().__init__()
         self.of_dense = [dense]  # no submodule
-        self.weight, self.temperature = weight, temperature
+        self.weight = weight
+        self.temperature = temperature
 
     def _loss(self, batch):
         x, labels = batch
@@ -64,7 +69,9 @@ class ByHand(Net):
         with torch.no_grad():
             dense = self.of_dense[0](x)
         own = F.cross_entropy(predicted, labels)
-        return (1 - self.weight) * own + self.weight * divergence(predicted, dense, self.temperature)
+        return (1 - self.weight) * own + self.weight * divergence(
+            predicted, dense, self.temperature
+        )
 
 
 class Losses(L.Callback):
@@ -83,18 +90,23 @@ def assert_close(a, b, **tolerance):
 
 
 @pytest.mark.parametrize(
-    ("weight", "temperature", "accumulate", "clip"), [(0.5, 1.0, 1, None), (1.0, 1.0, 3, 0.1), (0.3, 2.5, 3, None)]
+    ("weight", "temperature", "accumulate", "clip"),
+    [(0.5, 1.0, 1, None), (1.0, 1.0, 3, 0.1), (0.3, 2.5, 3, None)],
 )
 def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, accumulate, clip):
-    module, dense = Net(), Dense()
+    module = Net()
+    dense = Dense()
     by_hand = ByHand(copy.deepcopy(dense), weight, temperature)
     for each in (module, by_hand):
         prune(each, criterion="magnitude", progress=False)
     callbacks = KeepZeros(), DistillFromDense(dense, weight, temperature), Losses()
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
     trainer(*callbacks, max_epochs=2, **options).fit(module, loader(24))
-    batches, pruned = [*loader(24)], zeros(by_hand)
-    first = divergence(by_hand(batches[0][0]), by_hand.of_dense[0](batches[0][0]), temperature).item()
+    batches = [*loader(24)]
+    pruned = zeros(by_hand)
+    first = divergence(
+        by_hand(batches[0][0]), by_hand.of_dense[0](batches[0][0]), temperature
+    ).item()
     train_by_hand(by_hand, batches * 2, SGD(by_hand.parameters()), accumulate, clip)
     assert callbacks[2].logged[0] == pytest.approx(first)
     assert_close(module, by_hand)
@@ -104,7 +116,8 @@ def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, ac
 
 
 def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
-    module, by_hand = Net(), ByHand(Net(), 0.5, 1.0)
+    module = Net()
+    by_hand = ByHand(Net(), 0.5, 1.0)
     trainer(WandaPrune(num_samples=12), DistillFromDense(), max_epochs=2).fit(module, loader())
     prune(by_hand, [batch[0] for batch in loader()], progress=False)
     train_by_hand(by_hand, [*loader()] * 2, SGD(by_hand.parameters()), 1, None)
@@ -113,24 +126,33 @@ def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
 
 
 def test_the_dense_model_is_in_no_checkpoint_and_stays_the_same(tmp_path):
-    module, dense = Net(ADAMW), Dense()
+    module = Net(ADAMW)
+    dense = Dense()
     before = copy.deepcopy(dense.state_dict())
     trainer(DistillFromDense(dense), SaveAt(tmp_path, 2), max_steps=2).fit(module, loader())
     checkpoint = torch.load(tmp_path / "2.ckpt", weights_only=True)
     assert checkpoint["state_dict"].keys() == Net().state_dict().keys()
-    assert len(checkpoint["optimizer_states"][0]["param_groups"][0]["params"]) == len([*module.parameters()])
+    assert len(checkpoint["optimizer_states"][0]["param_groups"][0]["params"]) == len(
+        [*module.parameters()]
+    )
     assert equal(before, dense.state_dict())
     assert not any(weight.requires_grad or weight.grad is not None for weight in dense.parameters())
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
 def test_precisions(precision):
-    module, dense, losses = Net(ADAMW), Dense(), Losses()
+    module = Net(ADAMW)
+    dense = Dense()
+    losses = Losses()
     expected = ByHand(copy.deepcopy(dense), 0.5, 1.0)
     first = divergence(expected(next(iter(loader()))[0]), dense(next(iter(loader()))[0])).item()
     trainer(DistillFromDense(dense), losses, precision=precision, max_steps=3).fit(module, loader())
-    assert losses.logged[0] == pytest.approx(first, rel=1e-9 if precision == "64-true" else 0.05, abs=1e-6)
-    assert {weight.dtype for weight in dense.parameters()} == {weight.dtype for weight in module.parameters()}
+    assert losses.logged[0] == pytest.approx(
+        first, rel=1e-9 if precision == "64-true" else 0.05, abs=1e-6
+    )
+    assert {weight.dtype for weight in dense.parameters()} == {
+        weight.dtype for weight in module.parameters()
+    }
 
 
 @pytest.mark.parametrize("dense", [None, Dense])
@@ -138,7 +160,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dense):
     def fit(steps, path=None):
         callbacks = WandaPrune(num_samples=12), DistillFromDense(dense and dense(), temperature=2.0)
         module = Net(ADAMW)
-        trainer(*callbacks, SaveAt(tmp_path, 3), max_steps=steps).fit(module, loader(), ckpt_path=path)
+        trainer(*callbacks, SaveAt(tmp_path, 3), max_steps=steps).fit(
+            module, loader(), ckpt_path=path
+        )
         return module
 
     whole = fit(6)
@@ -151,12 +175,18 @@ def test_a_resumed_run_with_other_choices_is_refused(tmp_path):
     other = Dense()
     with torch.no_grad():
         other.layers[2].bias += 1e-3
-    for callback in (DistillFromDense(Dense(), weight=0.4), DistillFromDense(other), DistillFromDense(Net())):
+    for callback in (
+        DistillFromDense(Dense(), weight=0.4),
+        DistillFromDense(other),
+        DistillFromDense(Net()),
+    ):
         module = Net()
         with pytest.raises(ValueError, match="must be the same as in the checkpoint"):
             trainer(callback, max_steps=6).fit(module, loader(), ckpt_path=tmp_path / "3.ckpt")
         assert "training_step" not in vars(module)
-    trainer(DistillFromDense(Dense(), weight=0.4)).validate(Net(), loader(), ckpt_path=tmp_path / "3.ckpt")
+    trainer(DistillFromDense(Dense(), weight=0.4)).validate(
+        Net(), loader(), ckpt_path=tmp_path / "3.ckpt"
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.nightly)])
@@ -180,13 +210,16 @@ def language_model(**lora):
 @pytest.mark.parametrize(("padding", "temperature"), [(False, 2.0), (True, 1.0)])
 def test_a_language_model_is_compared_without_padding(padding, temperature):
     batch = {"input_ids": IDS, "attention_mask": MASK} if padding else IDS
-    module, losses = language_model(), Losses()
+    module = language_model()
+    losses = Losses()
     mask, keep = (MASK, MASK.bool()) if padding else (None, slice(None))
     with torch.no_grad():
         predicted, dense = (model(IDS, mask).logits for model in (module, tiny_llama()))
     callbacks = KeepZeros(), DistillFromDense(tiny_llama(), 0.3, temperature), losses
     trainer(*callbacks, max_steps=1).fit(module, DataLoader([batch], batch_size=None))
-    assert losses.logged == [pytest.approx(divergence(predicted, dense, temperature, keep).item(), rel=1e-4)]
+    assert losses.logged == [
+        pytest.approx(divergence(predicted, dense, temperature, keep).item(), rel=1e-4)
+    ]
 
 
 @pytest.mark.parametrize("keep_zeros", [True, False])
@@ -200,20 +233,28 @@ def test_adapters_learn_from_the_dense_model(keep_zeros):
     assert losses.logged[0] == pytest.approx(start, rel=1e-4)
     assert losses.logged[-1] < 0.9 * start
     after = module.pruning_target.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in base.items() if "lora_" not in name)
+    assert all(
+        torch.equal(value, after[name]) for name, value in base.items() if "lora_" not in name
+    )
 
 
 def test_a_dense_language_model_by_name(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "dense")
     modules = [language_model() for _ in range(3)]
-    for module, dense in zip(modules, (tmp_path / "dense", tiny_llama(), CausalLMModule(tiny_llama())), strict=True):
-        trainer(KeepZeros(), DistillFromDense(dense), max_steps=2).fit(module, DataLoader([IDS] * 2, batch_size=None))
+    for module, dense in zip(
+        modules, (tmp_path / "dense", tiny_llama(), CausalLMModule(tiny_llama())), strict=True
+    ):
+        trainer(KeepZeros(), DistillFromDense(dense), max_steps=2).fit(
+            module, DataLoader([IDS] * 2, batch_size=None)
+        )
     assert same(modules[0], modules[1])
     assert same(modules[0], modules[2])
 
 
 def test_an_image_classifier(tmp_path):
-    module, dense, losses = tiny_vit(lr=1e-5), tiny_vit(), Losses()
+    module = tiny_vit(lr=1e-5)
+    dense = tiny_vit()
+    losses = Losses()
     dense.save_pretrained(tmp_path / "dense")
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     prune(module, criterion="magnitude", progress=False)
@@ -236,7 +277,8 @@ class Parts(Net):
 
 
 def test_a_part_of_a_module_and_a_training_step_that_returns_a_dictionary():
-    whole, parts = Net(), Parts()
+    whole = Net()
+    parts = Parts()
     for module, network in ((whole, None), (parts, "layers")):
         trainer(DistillFromDense(Dense(), network=network), max_steps=3).fit(module, loader())
     assert same(whole, parts)
@@ -259,11 +301,14 @@ class CompiledPart(Compiled):
     pruning_target = property(lambda self: self.layers)
 
 
-COMPILES = pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python")
+COMPILES = pytest.mark.skipif(
+    not torch._dynamo.is_dynamo_supported(), reason="torch.compile does not know this Python"
+)
 
 
 @pytest.mark.parametrize(
-    "make", [Recomputing, *(pytest.param(make, marks=COMPILES) for make in (Compiled, CompiledPart))]
+    "make",
+    [Recomputing, *(pytest.param(make, marks=COMPILES) for make in (Compiled, CompiledPart))],
 )
 def test_other_ways_to_run_a_network(make):
     results = []
@@ -324,16 +369,41 @@ class Later(Net):
 @pytest.mark.parametrize(
     ("make", "choices", "error", "message"),
     [
-        (pruned_net, {}, ValueError, "dense must be given, since the network is already pruned: 50% .* layers.2 are"),
-        (Later, {}, ValueError, "dense must be given, since the network has no parameters in setup"),
-        (Net, {"dense": "some/name"}, AttributeError, "'Net' object has no attribute 'load_dense_model'"),
+        (
+            pruned_net,
+            {},
+            ValueError,
+            "dense must be given, since the network is already pruned: 50% .* layers.2 are",
+        ),
+        (
+            Later,
+            {},
+            ValueError,
+            "dense must be given, since the network has no parameters in setup",
+        ),
+        (
+            Net,
+            {"dense": "some/name"},
+            AttributeError,
+            "'Net' object has no attribute 'load_dense_model'",
+        ),
         (Net, {"network": "head"}, AttributeError, "Net has no attribute `head`"),
         (Manual, {}, MisconfigurationException, "Manual optimizes manually"),
         # Shown by the first step:
-        (NeverCalls, {}, MisconfigurationException, "training_step never called NeverCalls .* there are layers"),
+        (
+            NeverCalls,
+            {},
+            MisconfigurationException,
+            "training_step never called NeverCalls .* there are layers",
+        ),
         (Pooled, {}, ValueError, r"logits.*it returns a tensor of shape \(4, 1\)"),
         (Detached, {"dense": Dense()}, ValueError, "its predictions have none"),
-        (Net, {"dense": nn.Sequential(Net(), nn.Linear(16, 20))}, ValueError, r"shape \(4, 20\) and .* \(4, 16\)"),
+        (
+            Net,
+            {"dense": nn.Sequential(Net(), nn.Linear(16, 20))},
+            ValueError,
+            r"shape \(4, 20\) and .* \(4, 16\)",
+        ),
     ],
 )
 def test_what_cannot_be_distilled_is_refused_before_a_weight_changes(make, choices, error, message):
@@ -347,11 +417,16 @@ def test_what_cannot_be_distilled_is_refused_before_a_weight_changes(make, choic
 
 
 def test_a_given_model_that_was_pruned_or_is_trained_itself():
-    with pytest.warns(UserWarning, match=r"dense should be the model before pruning, but 50% of .* layers.2 are zero"):
+    with pytest.warns(
+        UserWarning,
+        match=r"dense should be the model before pruning, but 50% of .* layers.2 are zero",
+    ):
         trainer(DistillFromDense(pruned_net()), max_steps=1).fit(Net(), loader())
     module = Net()
     for dense in (module, module.layers):
-        with pytest.raises(ValueError, match=r"layers.0.weight of Net belongs to it, too.*copy.deepcopy"):
+        with pytest.raises(
+            ValueError, match=r"layers.0.weight of Net belongs to it, too.*copy.deepcopy"
+        ):
             trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
 
 

@@ -19,7 +19,15 @@ from support.callbacks import (
     trainer,
     zeros,
 )
-from support.held_zeros import AVERAGING, OPTIMIZERS, PRECISIONS, LooksAtZeros, Witness, of_the_shape, precision_of
+from support.held_zeros import (
+    AVERAGING,
+    OPTIMIZERS,
+    PRECISIONS,
+    LooksAtZeros,
+    Witness,
+    of_the_shape,
+    precision_of,
+)
 from support.pairwise import pairwise, with_nightly
 from timm.optim import Lion
 from torch import nn
@@ -47,23 +55,39 @@ def prune_at(at_step, module, **options):
 
 
 AXES = PRECISIONS, [1, 3], CLIPPING, [0, 4, None]
-FEW = "momentum", "adamw_fused", "amsgrad", "noisy"  # the states and updates of the others are like these
+# The states and updates of the others are like these.
+FEW = (
+    "momentum",
+    "adamw_fused",
+    "amsgrad",
+    "noisy",
+)
 
 
 @pytest.mark.parametrize(
     ("optimizer", "precision", "accumulate", "clip", "at_step"),
-    with_nightly(pairwise(FEW, *AXES, allowed=is_accepted), pairwise(OPTIMIZERS, *AXES, allowed=is_accepted)),
+    with_nightly(
+        pairwise(FEW, *AXES, allowed=is_accepted), pairwise(OPTIMIZERS, *AXES, allowed=is_accepted)
+    ),
 )
-def test_exactly_the_pruned_weights_are_zero_after_every_step(optimizer, precision, accumulate, clip, at_step):
+def test_exactly_the_pruned_weights_are_zero_after_every_step(
+    optimizer, precision, accumulate, clip, at_step
+):
     torch.manual_seed(0)
     module = LooksAtZeros(OPTIMIZERS[optimizer], from_step=at_step or 0)
     callback = prune_at(at_step, module, num_samples=24)
-    options = {"accumulate_grad_batches": accumulate, "max_steps": 8, **CLIPPING[clip], **precision_of(precision)}
+    options = {
+        "accumulate_grad_batches": accumulate,
+        "max_steps": 8,
+        **CLIPPING[clip],
+        **precision_of(precision),
+    }
     trainer(Witness(), callback, **options).fit(module, loader(24))
     assert hooks_of(module, module.used_optimizer) == []
     assert {round(where.float().mean().item(), 3) for where in module.pruned.values()} == {0.5}
     assert module.looks >= 4 * (8 - module.from_step)
-    assert all(share > 0.5 for share in module.trained().values())  # units that are dead have no gradient
+    # Units that are dead have no gradient.
+    assert all(share > 0.5 for share in module.trained().values())
     for weight in module.parameters():
         if weight.ndim == 2 and optimizer != "adamw_fused":
             assert of_the_shape(weight, module.used_optimizer.state[weight])
@@ -110,7 +134,9 @@ class FirstFrozen(LooksAtZeros):
         return self.optimizer([*self.layers[2:].parameters()])
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # calibration needs no gradients
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # calibration needs no gradients
 @pytest.mark.parametrize(
     ("make", "optimizer", "at_step", "options"),
     [
@@ -118,7 +144,12 @@ class FirstFrozen(LooksAtZeros):
         (LooksBetweenSteps, partial(torch.optim.LBFGS, lr=0.1, max_iter=3), 4, {}),
         (FirstFrozen, OPTIMIZERS["momentum"], 0, {}),
         # The scaler skips steps that overflow, and the next one is right.
-        (LooksAtZeros, OPTIMIZERS["adamw_foreach"], 2, {"max_steps": 40, **precision_of("16-mixed", 2.0**40)}),
+        (
+            LooksAtZeros,
+            OPTIMIZERS["adamw_foreach"],
+            2,
+            {"max_steps": 40, **precision_of("16-mixed", 2.0**40)},
+        ),
     ],
 )
 def test_other_ways_to_run_and_to_train_a_model(make, optimizer, at_step, options):
@@ -144,18 +175,24 @@ class Wrapping(LooksAtZeros):
 
 def averages(callback):
     model = callback._average_model
-    return dict((model.module if isinstance(callback, WeightAveraging) else model).named_parameters())
+    return dict(
+        (model.module if isinstance(callback, WeightAveraging) else model).named_parameters()
+    )
 
 
 class AveragesHoldZeros(L.Callback):
     """The last callback: checks the averages after each batch, and the validated weights."""
 
     def __init__(self, averaging):
-        self.averaging, self.looks, self.validated = averaging, 0, []
+        self.averaging = averaging
+        self.looks = 0
+        self.validated = []
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         for name, where in (pl_module.pruned or {}).items():
-            assert not averages(self.averaging)[name][where].any(), f"{name} at step {trainer.global_step}"
+            assert not averages(self.averaging)[name][where].any(), (
+                f"{name} at step {trainer.global_step}"
+            )
             self.looks += 1
 
     def on_validation_batch_start(self, trainer, pl_module, *_):
@@ -164,10 +201,12 @@ class AveragesHoldZeros(L.Callback):
 
 
 @pytest.mark.parametrize(
-    ("kind", "at_step", "order", "make"), pairwise(AVERAGING, [0, 5, None], [1, -1], [LooksAtZeros, Wrapping])
+    ("kind", "at_step", "order", "make"),
+    pairwise(AVERAGING, [0, 5, None], [1, -1], [LooksAtZeros, Wrapping]),
 )
 def test_averages_hold_the_zeros(kind, at_step, order, make):
-    module, averaging = make(OPTIMIZERS["adamw_foreach"], from_step=at_step or 0), AVERAGING[kind]()
+    module = make(OPTIMIZERS["adamw_foreach"], from_step=at_step or 0)
+    averaging = AVERAGING[kind]()
     last = AveragesHoldZeros(averaging)
     callbacks = [*[averaging, prune_at(at_step, module, num_samples=12)][::order], last]
     trainer(*callbacks, max_epochs=4, num_sanity_val_steps=0).fit(module, loader(), loader())
@@ -182,7 +221,9 @@ def test_averages_hold_the_zeros(kind, at_step, order, make):
 @pytest.mark.parametrize("kind", ["ema of late start", "swa"])
 def test_averages_that_are_pruned_after_the_last_step(kind):
     module = Net(ADAMW)
-    trainer(AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4).fit(module, loader())
+    trainer(AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4).fit(
+        module, loader()
+    )
     assert share_of_zeros(module) == all_at(0.5)
 
 
@@ -198,7 +239,8 @@ def test_a_checkpoint_beside_an_average_holds_the_zeros_in_both(tmp_path):
 @pytest.mark.parametrize("callback", ["prune", "keep"])
 def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
     class Counting(Net):
-        died, moved = 0, 0
+        died = 0
+        moved = 0
 
         def optimizer_step(self, *args, **kwargs):
             before = zeros(self)
@@ -208,7 +250,8 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
             self.moved += sum((before[name] & ~after[name]).sum().item() for name in before)
 
     optimizer = partial(Lion, lr=0.25, betas=(0.0, 0.0))
-    module, by_hand = Counting(optimizer), Net()
+    module = Counting(optimizer)
+    by_hand = Net()
     for each in (module, by_hand):
         to_quarters(each)
     options = {"criterion": "magnitude", "pattern": "unstructured", "progress": False}
@@ -217,7 +260,10 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
         prune(module, **options)
     pruned = zeros(by_hand)
     train_by_hand(by_hand, list(loader(24)) * 2, optimizer(by_hand.parameters()), 1, None)
-    callbacks = {"prune": PruningCallback(pattern="unstructured", method="magnitude"), "keep": KeepZeros()}
+    callbacks = {
+        "prune": PruningCallback(pattern="unstructured", method="magnitude"),
+        "keep": KeepZeros(),
+    }
     trainer(callbacks[callback], max_epochs=2).fit(module, loader(24))
     assert min(module.died, module.moved) > 1000
     assert same(module, by_hand)
@@ -225,8 +271,11 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
 
 
 def test_keep_zeros_on_a_dense_model_warns():
-    module, alone = Net(ADAMW), Net(ADAMW)
-    with pytest.warns(UserWarning, match="No zeros were found in any prunable layer, so none are kept"):
+    module = Net(ADAMW)
+    alone = Net(ADAMW)
+    with pytest.warns(
+        UserWarning, match="No zeros were found in any prunable layer, so none are kept"
+    ):
         trainer(KeepZeros(), max_steps=2).fit(module, loader())
     trainer(max_steps=2).fit(alone, loader())
     assert same(module, alone)
@@ -246,7 +295,9 @@ def test_a_layer_of_all_zeros_trains(callback):
 
 
 def test_neither_layers_nor_zeros_by_chance_of_one_model_affect_another():
-    callback, first, second = KeepZeros(), Net(partial(Lion, lr=0.25, betas=(0.0, 0.0))), LooksAtZeros(ADAMW)
+    callback = KeepZeros()
+    first = Net(partial(Lion, lr=0.25, betas=(0.0, 0.0)))
+    second = LooksAtZeros(ADAMW)
     to_quarters(first)
     prune(first, criterion="magnitude", skip=["layers.4"], progress=False)
     trainer(callback, max_steps=1).fit(first, loader())

@@ -9,4 +9,6 @@ def test_our_module_takes_the_documented_arguments():
     for name, method in inspect.getmembers(PrunableModule, inspect.isfunction):
         if name[0] != "_" and name != "calibration_dataloader":  # that of datamodules
             ours = [*inspect.signature(getattr(CausalLMModule, name)).parameters]
-            assert ours[: len(inspect.signature(method).parameters)] == [*inspect.signature(method).parameters]
+            assert ours[: len(inspect.signature(method).parameters)] == [
+                *inspect.signature(method).parameters
+            ]

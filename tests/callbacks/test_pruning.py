@@ -36,19 +36,31 @@ from support.callbacks import (
 )
 from support.held_zeros import OPTIMIZERS, LooksAtZeros, Witness
 
-from wanda_lightning import CubicSchedule, KeepZeros, LinearSchedule, PruningCallback, WandaPrune, prune
+from wanda_lightning import (
+    CubicSchedule,
+    KeepZeros,
+    LinearSchedule,
+    PruningCallback,
+    WandaPrune,
+    prune,
+)
 from wanda_lightning.callbacks.schedules import PruningState
 
 
 class TestMeasuring:
-    @pytest.mark.parametrize(("loop", "sequential"), [("validate", "block"), ("test", "layer"), ("predict", "none")])
+    @pytest.mark.parametrize(
+        ("loop", "sequential"), [("validate", "block"), ("test", "layer"), ("predict", "none")]
+    )
     def test_the_pruned_model_is_measured(self, loop, sequential):
-        by_hand, module = Net(), Net()
+        by_hand = Net()
+        module = Net()
         prune(by_hand, list(loader()), 0.5, sequential=sequential, progress=False)
         callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
         measured = getattr(trainer(callback), loop)(module, loader())
         assert same(module, by_hand)
-        torch.testing.assert_close(measured, getattr(trainer(), loop)(by_hand, loader()), rtol=0, atol=0)
+        torch.testing.assert_close(
+            measured, getattr(trainer(), loop)(by_hand, loader()), rtol=0, atol=0
+        )
         assert [layer.name for layer in callback.report.layers] == LAYERS
         assert [layer.tokens for layer in callback.report.layers] == [12, 12, 12]
         assert hooks_of(module, SGD(module.parameters())) == []
@@ -58,18 +70,21 @@ class TestMeasuring:
         class Wrapper(Net):
             pruning_target = property(lambda self: self.layers)
 
-        module, callback = Wrapper(), WandaPrune(num_samples=12, skip=["2"])
+        module = Wrapper()
+        callback = WandaPrune(num_samples=12, skip=["2"])
         trainer(callback).validate(module, loader())
         assert [layer.name for layer in callback.report.layers] == ["0", "4"]
         assert share_of_zeros(module) == {**all_at(0.5), "layers.2.weight": 0.0}
 
     @pytest.mark.parametrize(("first", "when"), [("validate", {}), ("fit", {"at_step": 3})])
     def test_it_prunes_once(self, first, when):
-        module, callback = Net(), WandaPrune(num_samples=12, **when)
+        module = Net()
+        callback = WandaPrune(num_samples=12, **when)
         getattr(trainer(callback, max_steps=5), first)(module, loader())
         with torch.no_grad():
             module.layers[0].weight[0].fill_(1)
-        report, before = callback.report, copy.deepcopy(module)
+        report = callback.report
+        before = copy.deepcopy(module)
         for loop in ("validate", "test", "predict"):
             getattr(trainer(callback), loop)(module, loader())
         assert same(module, before)
@@ -78,7 +93,8 @@ class TestMeasuring:
         assert callback.report is report
 
     def test_magnitude_needs_no_data(self):
-        module, by_hand = Net(), Net()
+        module = Net()
+        by_hand = Net()
         module.calibration_step = lambda batch: pytest.fail("a batch was read")
         prune(by_hand, criterion="magnitude", pattern="unstructured_layer", progress=False)
         trainer(PruningCallback(method="magnitude")).validate(module, loader())
@@ -90,7 +106,9 @@ class Diary(Net):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.sanity, self.steps, self.random = [], [], []
+        self.sanity = []
+        self.steps = []
+        self.random = []
 
     def validation_step(self, batch, batch_idx):
         if self.trainer.sanity_checking:
@@ -105,7 +123,9 @@ class Diary(Net):
 class TestTraining:
     def test_prunes_before_the_first_step_and_after_the_sanity_check(self):
         module = Diary()
-        trainer(WandaPrune(num_samples=12), max_epochs=1, num_sanity_val_steps=1).fit(module, loader(), loader())
+        trainer(WandaPrune(num_samples=12), max_epochs=1, num_sanity_val_steps=1).fit(
+            module, loader(), loader()
+        )
         assert module.sanity == [all_at(0.0)]
         assert [shares for shares, _ in module.steps] == [all_at(0.5)] * 3
 
@@ -120,7 +140,9 @@ class TestTraining:
         trainer(WandaPrune(num_samples=12, at_step=4), max_epochs=2).fit(module, loader())
         assert share_of_zeros(module) == {**all_at(0.5), "layers.5.weight": 0.5}
 
-    @pytest.mark.parametrize("callback", [WandaPrune(num_samples=12), KeepZeros()], ids=["prune", "keep"])
+    @pytest.mark.parametrize(
+        "callback", [WandaPrune(num_samples=12), KeepZeros()], ids=["prune", "keep"]
+    )
     def test_hooks_are_gone_after_an_error_in_training(self, callback):
         class Broken(Net):
             def training_step(self, batch, batch_idx):
@@ -141,7 +163,9 @@ class TestTraining:
             L.seed_everything(3, verbose=False)
             own = loader(20, shuffle=True) if calibrate_on == "own" else None
             module = Diary()
-            callbacks = [WandaPrune(num_samples=12, dataloader=own, at_step=at_step)] if prunes else []
+            callbacks = (
+                [WandaPrune(num_samples=12, dataloader=own, at_step=at_step)] if prunes else []
+            )
             trainer(*callbacks, max_epochs=2).fit(module, loader(shuffle=True))
             diaries.append(module)
         without, with_pruning = diaries
@@ -152,11 +176,16 @@ class TestTraining:
 
 
 @pytest.mark.parametrize(
-    ("loop", "when"), [("validate", {"at_step": 3}), ("predict", {"schedule": CubicSchedule(0, 4, every=2)})]
+    ("loop", "when"),
+    [("validate", {"at_step": 3}), ("predict", {"schedule": CubicSchedule(0, 4, every=2)})],
 )
 def test_measuring_before_training_warns_and_sees_the_dense_model(loop, when):
-    module, dense, callback = Net(), Net(), WandaPrune(num_samples=12, **when)
-    with pytest.warns(UserWarning, match=r"prunes during training, by .*, so the model evaluated now is dense"):
+    module = Net()
+    dense = Net()
+    callback = WandaPrune(num_samples=12, **when)
+    with pytest.warns(
+        UserWarning, match=r"prunes during training, by .*, so the model evaluated now is dense"
+    ):
         measured = getattr(trainer(callback), loop)(module, loader())
     assert same(module, dense)
     assert callback.report is None
@@ -171,21 +200,44 @@ def adamw():
     ("make", "accumulate", "when", "stages", "sparsity"),
     [
         (adamw, 1, {"at_step": 7}, {7: 1.0}, 0.5),  # in the second epoch
-        (Net, 4, {"at_step": 2}, {2: 1.0}, 0.5),  # six batches an epoch: the last step accumulates two
+        (
+            Net,
+            4,
+            {"at_step": 2},
+            {2: 1.0},
+            0.5,
+        ),  # six batches an epoch: the last step accumulates two
         (Manual, 1, {"at_step": 4}, {4: 1.0}, 0.5),
         (TwoOptimizers, 1, {"at_step": 6}, {6: 1.0}, 0.5),
-        (adamw, 2, {"schedule": CubicSchedule(2, 8, every=2)}, {4: 19 / 27, 6: 26 / 27, 8: 1.0}, 0.7),
-        (adamw, 2, {"schedule": LinearSchedule(1, 9, every=2)}, {3: 0.25, 5: 0.5, 7: 0.75, 9: 1.0}, 0.5),
+        (
+            adamw,
+            2,
+            {"schedule": CubicSchedule(2, 8, every=2)},
+            {4: 19 / 27, 6: 26 / 27, 8: 1.0},
+            0.7,
+        ),
+        (
+            adamw,
+            2,
+            {"schedule": LinearSchedule(1, 9, every=2)},
+            {3: 0.25, 5: 0.5, 7: 0.75, 9: 1.0},
+            0.5,
+        ),
         (adamw, 2, {"schedule": Steps((0, 0.25), (5, 0.25), (9, 1.0))}, {0: 0.25, 9: 1.0}, 0.7),
     ],
 )
 def test_each_stage_does_what_prune_does_and_zeros_stay(make, accumulate, when, stages, sparsity):
-    dense, before, after, module = Notes(), Notes(), Notes(), make()
+    dense = Notes()
+    before = Notes()
+    after = Notes()
+    module = make()
     options = {"max_epochs": 4, "max_steps": 12, "accumulate_grad_batches": accumulate}
     trainer(dense, **options).fit(make(), loader(24))
     reached = stages.get(0, 0.0) * sparsity
     previous = zeros(pruned_by_hand(module.state_dict(), reached))
-    trainer(before, WandaPrune(sparsity, num_samples=24, **when), after, **options).fit(module, loader(24))
+    trainer(before, WandaPrune(sparsity, num_samples=24, **when), after, **options).fit(
+        module, loader(24)
+    )
     assert before.at.keys() == dense.at.keys()
     for step, weights in after.at.items():
         assert step > min(stages) or step == 0 or equal(before.at[step], dense.at[step])
@@ -208,7 +260,8 @@ class Asked(WandaPrune):
 
     def __init__(self, first, **options):
         super().__init__(num_samples=24, **options)
-        self.first, self.asked = first, []
+        self.first = first
+        self.asked = []
 
     def should_prune(self, trainer):
         self.asked.append(trainer.global_step)
@@ -218,25 +271,40 @@ class Asked(WandaPrune):
 class TestShouldPrune:
     @pytest.mark.parametrize(("make", "accumulate"), [(Net, 1), (Net, 3), (Manual, 1)])
     def test_is_called_once_for_each_optimizer_step(self, make, accumulate):
-        callback, after = Asked(7), Notes()
+        callback = Asked(7)
+        after = Notes()
         options = {"max_steps": 10, "accumulate_grad_batches": accumulate}
-        validates = {"val_check_interval": 2, "num_sanity_val_steps": 1}  # at which it is not called
+        # At which it is not called.
+        validates = {
+            "val_check_interval": 2,
+            "num_sanity_val_steps": 1,
+        }
         trainer(callback, after, **options, **validates).fit(make(), loader(24), loader())
         assert callback.asked == list(range(11))
-        pruned = [step for step, weights in after.at.items() if zeros_in(weights)["layers.0.weight"].any()]
+        pruned = [
+            step for step, weights in after.at.items() if zeros_in(weights)["layers.0.weight"].any()
+        ]
         assert pruned == [step for step in after.at if step >= 7]
 
     def test_the_schedule_still_gives_the_sparsity(self):
-        callback, after = Asked(3, sparsity=0.5, schedule=LinearSchedule(0, 4, every=1)), Notes()
+        callback = Asked(3, sparsity=0.5, schedule=LinearSchedule(0, 4, every=1))
+        after = Notes()
         trainer(callback, after, max_steps=6).fit(Net(), loader(24))
-        shares = {step: round(zeros_in(w)["layers.0.weight"].float().mean().item(), 3) for step, w in after.at.items()}
+        shares = {
+            step: round(zeros_in(w)["layers.0.weight"].float().mean().item(), 3)
+            for step, w in after.at.items()
+        }
         assert shares == {1: 0, 2: 0, 3: 0.375, 4: 0.5, 5: 0.5, 6: 0.5}
 
     def test_never_pruning_leaves_a_dense_model_and_warns(self):
-        module, dense, callback = Net(), Net(), Asked(100)
+        module = Net()
+        dense = Net()
+        callback = Asked(100)
         with pytest.warns(UserWarning, match="so the model evaluated now is dense"):
             trainer(callback).validate(module, loader())
-        with pytest.warns(UserWarning, match="to sparsity 0 instead of 0.5, because training ended at .* step 3"):
+        with pytest.warns(
+            UserWarning, match="to sparsity 0 instead of 0.5, because training ended at .* step 3"
+        ):
             trainer(callback, max_steps=3).fit(module, loader())
         trainer(max_steps=3).fit(dense, loader())
         assert same(module, dense)
@@ -244,14 +312,17 @@ class TestShouldPrune:
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW])
 def test_hidden_units_are_pruned_in_stages_and_stay_zero(optimizer):
-    at, module = [], Net(optimizer)
+    at = []
+    module = Net(optimizer)
 
     def unread():
         """The hidden units that the next layer does not read, for both layers that have any."""
         return [(module.layers[place].weight == 0).all(dim=0) for place in (2, 4)]
 
     units = L.pytorch.callbacks.LambdaCallback(on_train_batch_end=lambda *_: at.append(unread()))
-    callback = WandaPrune(0.5, pattern="structured", num_samples=24, schedule=CubicSchedule(0, 8, every=2))
+    callback = WandaPrune(
+        0.5, pattern="structured", num_samples=24, schedule=CubicSchedule(0, 8, every=2)
+    )
     trainer(callback, units, max_steps=12).fit(module, loader(24))
     numbers = [int(inner.sum()) for inner, _ in at]
     assert numbers[-1] == 32
@@ -259,7 +330,10 @@ def test_hidden_units_are_pruned_in_stages_and_stay_zero(optimizer):
     assert all(number % 8 == 0 for number in numbers)
     for before, after in itertools.pairwise(at):
         assert not any((first & ~second).any() for first, second in zip(before, after, strict=True))
-    assert not any(module.layers[place].weight[found].any() for place, found in zip((0, 2), unread(), strict=True))
+    assert not any(
+        module.layers[place].weight[found].any()
+        for place, found in zip((0, 2), unread(), strict=True)
+    )
     assert any(note.startswith("64 of 128 hidden units are zero") for note in callback.report.notes)
 
 
@@ -289,7 +363,9 @@ def test_ctrl_c_while_pruning_leaves_no_hooks():
 
 def test_weights_that_became_nan_in_training_are_refused_before_one_is_pruned():
     module = Net()
-    module.on_train_batch_start = lambda batch, index: module.layers[0].weight.data[0].fill_(torch.nan)[0]
+    module.on_train_batch_start = lambda batch, index: (
+        module.layers[0].weight.data[0].fill_(torch.nan)[0]
+    )
     with pytest.raises(ValueError, match=r"layers.0 has weights that are NaN or infinite"):
         trainer(WandaPrune(num_samples=12, at_step=3), max_steps=5).fit(module, loader())
     assert share_of_zeros(module) == all_at(0.0)
@@ -311,14 +387,17 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
         with torch.no_grad():
             for name in LAYERS:
                 weight = module.get_submodule(name).weight
-                weight.mul_(torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) >= share)
+                weight.mul_(
+                    torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) >= share
+                )
         getattr(trainer(callback, **options), loop)(module, loader())
         assert share_of_zeros(module) == all_at(sparsity)
 
 
 def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
     module = LooksAtZeros(OPTIMIZERS["momentum"], from_step=5)
-    first, second = PruningCallback(0.25, method="magnitude"), WandaPrune(0.5, num_samples=24, at_step=5)
+    first = PruningCallback(0.25, method="magnitude")
+    second = WandaPrune(0.5, num_samples=24, at_step=5)
     trainer(Witness(), first, second, max_steps=12).fit(module, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
 
@@ -328,31 +407,51 @@ def test_a_layer_that_a_later_stage_does_not_reach_keeps_its_zeros():
     state = PruningState({})
     for names in ("ab", "a"):
         layers = [SimpleNamespace(name=name, zeros=4, sparsity=0.5) for name in names]
-        state.record(SimpleNamespace(layers=[*layers, SimpleNamespace(name="c", zeros=8, sparsity=1.0)]), 0.5)
+        state.record(
+            SimpleNamespace(layers=[*layers, SimpleNamespace(name="c", zeros=8, sparsity=1.0)]), 0.5
+        )
     assert state.zeros == {"a": 4, "b": 4}
 
 
 @pytest.mark.parametrize("when", [{"at_step": 2}, {"schedule": LinearSchedule(0, 40, every=10)}])
 def test_a_dry_run_prunes_before_the_first_step(when):
     module = Diary()
-    trainer(WandaPrune(0.75, num_samples=12, **when), fast_dev_run=2).fit(module, loader(24), loader())
+    trainer(WandaPrune(0.75, num_samples=12, **when), fast_dev_run=2).fit(
+        module, loader(24), loader()
+    )
     assert [shares for shares, _ in module.steps] == [all_at(0.75)] * 2
 
 
 def test_metrics_of_each_stage_reach_the_logger(tmp_path, capfd):
     module = Net()
-    callback = WandaPrune(0.5, num_samples=12, skip=["layers.2"], schedule=LinearSchedule(0, 4, every=2))
-    fit = trainer(callback, logger=CSVLogger(tmp_path), max_steps=6, log_every_n_steps=1, enable_progress_bar=True)
+    callback = WandaPrune(
+        0.5, num_samples=12, skip=["layers.2"], schedule=LinearSchedule(0, 4, every=2)
+    )
+    fit = trainer(
+        callback,
+        logger=CSVLogger(tmp_path),
+        max_steps=6,
+        log_every_n_steps=1,
+        enable_progress_bar=True,
+    )
     fit.fit(module, loader())
     assert "Pruning 2/2 done" in capfd.readouterr().err
     (file,) = tmp_path.rglob("metrics.csv")
-    first, row = [row for row in csv.DictReader(file.read_text().splitlines()) if row.get("sparsity/model")]
+    first, row = [
+        row for row in csv.DictReader(file.read_text().splitlines()) if row.get("sparsity/model")
+    ]
     assert (first["step"], first["sparsity/pruned_layers"], row["step"]) == ("2", "0.25", "4")
-    found = {name: float(value) for name, value in row.items() if name.startswith("sparsity/") and value}
+    found = {
+        name: float(value) for name, value in row.items() if name.startswith("sparsity/") and value
+    }
     assert found == pytest.approx(callback.report.metrics())
-    assert found.keys() == {f"sparsity/{name}" for name in ("model", "pruned_layers", "layers.0", "layers.4")}
+    assert found.keys() == {
+        f"sparsity/{name}" for name in ("model", "pruned_layers", "layers.0", "layers.4")
+    }
     size = sum(p.numel() for p in module.parameters())
     assert found["sparsity/model"] == pytest.approx((64 * 32 / 2 + 16 * 64 / 2) / size)
-    assert {name: float(value) for name, value in fit.callback_metrics.items()} == pytest.approx(found)
+    assert {name: float(value) for name, value in fit.callback_metrics.items()} == pytest.approx(
+        found
+    )
     trainer(WandaPrune(num_samples=12)).validate(Net(), loader())
     assert not any(word in "".join(capfd.readouterr()) for word in ("Pruning", "WandaPrune"))

@@ -26,7 +26,9 @@ def text(tmp_path):
     words = torch.randint(128, (400,), generator=torch.Generator().manual_seed(0))
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in words))
     file = f"{tmp_path}/text.txt"
-    return TextDataModule(tiny_tokenizer(), file, file, seqlen=16, num_samples=8, batch_size=2, limit=5, seed=3)
+    return TextDataModule(
+        tiny_tokenizer(), file, file, seqlen=16, num_samples=8, batch_size=2, limit=5, seed=3
+    )
 
 
 def module():
@@ -51,34 +53,54 @@ def test_the_report_names_the_calibration_data_that_it_knows(tmp_path, text):
     ("make", "name"),
     [
         (lambda: CausalLMModule("llama", tiny_tokenizer()), "llama"),
-        (lambda: CausalLMModule(AutoModelForCausalLM.from_pretrained("llama"), tiny_tokenizer()), "llama"),
-        (lambda: ImageClassifierModule("test_vit", pretrained=False), "timm:test_vit (not pretrained)"),
-        (lambda: ImageClassifierModule("timm:test_vit", checkpoint="w.safetensors"), "timm:test_vit (w.safetensors)"),
+        (
+            lambda: CausalLMModule(AutoModelForCausalLM.from_pretrained("llama"), tiny_tokenizer()),
+            "llama",
+        ),
+        (
+            lambda: ImageClassifierModule("test_vit", pretrained=False),
+            "timm:test_vit (not pretrained)",
+        ),
+        (
+            lambda: ImageClassifierModule("timm:test_vit", checkpoint="w.safetensors"),
+            "timm:test_vit (w.safetensors)",
+        ),
     ],
 )
 def test_the_name_says_which_weights_the_model_had(tmp_path, monkeypatch, make, name):
     monkeypatch.chdir(tmp_path)
     save_file(timm.create_model("test_vit").state_dict(), "w.safetensors")
     tiny_llama().save_pretrained("llama")
-    module, callback = make(), PruningCallback(method="magnitude")
-    inputs = torch.zeros(1, 3, 160, 160) if isinstance(module, ImageClassifierModule) else torch.zeros(1, 8).long()
+    module = make()
+    callback = PruningCallback(method="magnitude")
+    inputs = (
+        torch.zeros(1, 3, 160, 160)
+        if isinstance(module, ImageClassifierModule)
+        else torch.zeros(1, 8).long()
+    )
     trainer(callback).predict(module, DataLoader(inputs))
     assert callback.report.run == Circumstances(model=name)
 
 
 def test_a_page_is_written_when_the_callback_prunes(tmp_path):
-    callback = PruningCallback(0.5, report=tmp_path / "out/report.html", num_samples=12, method="sparsegpt")
+    callback = PruningCallback(
+        0.5, report=tmp_path / "out/report.html", num_samples=12, method="sparsegpt"
+    )
     trainer(callback, max_steps=1).fit(Net(), loader(), loader())
     page = Page(tmp_path / "out/report.html")
     assert page.open == []
     assert all(layer.name in page.text for layer in callback.report.layers)
 
 
-@pytest.mark.parametrize(("option", "place"), [("report", "file/report.html"), ("report_dir", "file")])
+@pytest.mark.parametrize(
+    ("option", "place"), [("report", "file/report.html"), ("report_dir", "file")]
+)
 def test_what_cannot_be_written_is_refused(tmp_path, option, place):
     (tmp_path / "file").write_text("mine")
     module = Net()
     with pytest.raises(OSError, match="file"):
-        trainer(WandaPrune(num_samples=12, at_step=2, **{option: tmp_path / place}), max_steps=3).fit(module, loader())
+        trainer(
+            WandaPrune(num_samples=12, at_step=2, **{option: tmp_path / place}), max_steps=3
+        ).fit(module, loader())
     assert same(module, Net())
     assert (tmp_path / "file").read_text() == "mine"

@@ -10,7 +10,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
 from support import forks
-from support.callbacks import ADAMW, Net, Resumable, SaveAt, equal, loader, same, share_of_zeros, state, trainer
+from support.callbacks import (
+    ADAMW,
+    Net,
+    Resumable,
+    SaveAt,
+    equal,
+    loader,
+    same,
+    share_of_zeros,
+    state,
+    trainer,
+)
 from support.hub import hub as hub
 from support.modules import VIT, tiny_llama, windows_of_text
 from torch import nn
@@ -45,7 +56,8 @@ class Saving(Net):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_merges_then_saves_the_trained_model_once(tmp_path, overwrite):
-    module, out = Saving(), tmp_path / "out"
+    module = Saving()
+    out = tmp_path / "out"
     saving = SavePretrained(out, overwrite)
     trainer(PruningCallback(method="magnitude"), saving, max_steps=2).fit(module, loader())
     assert module.calls == ["merge", (out, overwrite, 0.5)]
@@ -68,12 +80,18 @@ def test_merges_then_saves_the_trained_model_once(tmp_path, overwrite):
 def test_a_folder_that_is_filled_while_the_model_trains_costs_no_model(tmp_path, clash):
     out = tmp_path / "out"
     pruning = PruningCallback(report_dir=out if clash == "report_dir" else None, method="magnitude")
-    checkpoints = {"default_root_dir": out, "enable_checkpointing": True} if clash == "default_root_dir" else {}
+    checkpoints = (
+        {"default_root_dir": out, "enable_checkpointing": True}
+        if clash == "default_root_dir"
+        else {}
+    )
     module = CausalLMModule(tiny_llama(), lr=0.1)
     run = trainer(pruning, SavePretrained(out), max_steps=2, **checkpoints)
     if clash == "another run":
         module.on_train_end = lambda: (out.mkdir(), (out / "theirs").touch())
-    with pytest.warns(UserWarning, match=f"{out} was written to while the model trained, so .* saved in {out}-2"):
+    with pytest.warns(
+        UserWarning, match=f"{out} was written to while the model trained, so .* saved in {out}-2"
+    ):
         run.fit(module, DataLoader(windows_of_text(2)))
     assert not (out / "config.json").exists()
     saved = AutoModelForCausalLM.from_pretrained(f"{out}-2")
@@ -84,10 +102,18 @@ def test_a_folder_that_is_filled_while_the_model_trains_costs_no_model(tmp_path,
 def test_fast_dev_run_writes_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("good")
-    pruning = PruningCallback(report_dir=tmp_path / "report", report=tmp_path / "page.html", method="magnitude")
-    saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")  # without a token
-    trainer(pruning, saving, fast_dev_run=True).fit(CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2)))
-    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == ["out", "out/config.json"]
+    pruning = PruningCallback(
+        report_dir=tmp_path / "report", report=tmp_path / "page.html", method="magnitude"
+    )
+    # Without a token.
+    saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")
+    trainer(pruning, saving, fast_dev_run=True).fit(
+        CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2))
+    )
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == [
+        "out",
+        "out/config.json",
+    ]
 
 
 class Own(nn.Sequential):
@@ -121,14 +147,19 @@ def generating():
         ),
         (generating, "`temperature`"),
         (Net, r"save_pretrained\(folder, overwrite, shrink=True\), but Net has no such method"),
-        (Saving, r"save_pretrained\(folder, overwrite, shrink=True\), but Saving has no such method"),
+        (
+            Saving,
+            r"save_pretrained\(folder, overwrite, shrink=True\), but Saving has no such method",
+        ),
     ],
 )
 def test_a_model_that_cannot_be_written_is_refused_before_training(tmp_path, make, message):
     module = make()
     module.training_step = lambda batch, batch_idx: pytest.fail("training has begun")
     with pytest.raises((ValueError, TypeError, MisconfigurationException), match=message):
-        trainer(SavePretrained(tmp_path / "out", shrink=isinstance(module, Net)), max_steps=1).fit(module, loader())
+        trainer(SavePretrained(tmp_path / "out", shrink=isinstance(module, Net)), max_steps=1).fit(
+            module, loader()
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -163,7 +194,10 @@ def test_only_a_pruned_model_gets_a_card_and_it_counts_the_zeros_after_training(
     assert "The same run trained it for 2 steps." in card
     assert f'from_pretrained("{tmp_path}/out")' in card
     weights = [m.weight for name, m in module.model.named_modules() if name.endswith("_proj")]
-    zeros, size = (sum(count(weight) for weight in weights) for count in (lambda w: int((w == 0).sum()), torch.numel))
+    zeros, size = (
+        sum(count(weight) for weight in weights)
+        for count in (lambda w: int((w == 0).sum()), torch.numel)
+    )
     assert zeros < size / 4
     assert f"{zeros / size:.2%} of the weights in 14 layers are zero" in card
 
@@ -171,7 +205,9 @@ def test_only_a_pruned_model_gets_a_card_and_it_counts_the_zeros_after_training(
 @pytest.mark.parametrize("keep_zeros", [True, False])
 def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
     module = built()
-    assert not module.model.blocks[0].mlp.fc1.bias.any()  # zero when the model is pruned, but not after training
+    assert not module.model.blocks[
+        0
+    ].mlp.fc1.bias.any()  # zero when the model is pruned, but not after training
     pruning = PruningCallback(method="magnitude", keep_zeros=keep_zeros)
     images = DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2)
     trainer(pruning, SavePretrained(tmp_path / "out"), max_steps=2).fit(module, images)
@@ -185,7 +221,9 @@ def test_the_folder_is_pushed_to_the_hub(tmp_path, hub):
     trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(
         CausalLMModule(tiny_llama()), DataLoader(windows_of_text(1))
     )
-    assert hub.repositories == {"us/tiny": {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}}
+    assert hub.repositories == {
+        "us/tiny": {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    }
 
 
 def windows():
@@ -195,22 +233,30 @@ def windows():
 def test_leaves_out_hidden_units_that_are_zero(tmp_path):
     module = CausalLMModule(tiny_llama(), lr=0.01)
     pruning = WandaPrune(0.5, pattern="structured", num_samples=4)
-    trainer(pruning, SavePretrained(tmp_path / "out", shrink=True), max_steps=2).fit(module, windows())
-    small, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), windows_of_text()
+    trainer(pruning, SavePretrained(tmp_path / "out", shrink=True), max_steps=2).fit(
+        module, windows()
+    )
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = windows_of_text()
     width = module.model.config.intermediate_size
     assert small.config.intermediate_size == width // 2
-    assert module.model.model.layers[0].mlp.up_proj.out_features == width  # the one in memory keeps its zeros
+    # The one in memory keeps its zeros.
+    assert module.model.model.layers[0].mlp.up_proj.out_features == width
     with torch.no_grad():
-        torch.testing.assert_close(small(ids).logits, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            small(ids).logits, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-5
+        )
     assert "not in the saved model" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_zeros_that_cannot_be_left_out_are_saved(tmp_path):
     module = CausalLMModule(tiny_llama(), lr=0.01)
     with pytest.warns(UserWarning, match=r"saved with its zeros\. shrink must remove something"):
-        trainer(PruningCallback(method="magnitude"), SavePretrained(tmp_path / "out", shrink=True), max_steps=1).fit(
-            module, windows()
-        )
+        trainer(
+            PruningCallback(method="magnitude"),
+            SavePretrained(tmp_path / "out", shrink=True),
+            max_steps=1,
+        ).fit(module, windows())
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), module.model)
 
 
@@ -233,7 +279,9 @@ def best_after(tmp_path, *callbacks, monitor="loss", validate=True, ckpt_path=No
     run.fit(Worsening(), Resumable(12), *([loader()] if validate else []), ckpt_path=ckpt_path)
     saved = torch.load(best.best_model_path, weights_only=True)
     assert (saved["state_dict"]["layers.0.weight"] == 0).float().mean() == 0.5
-    assert [path.name for path in tmp_path.glob("*=*.ckpt")] == [f"step={saved['global_step']}.ckpt"]
+    assert [path.name for path in tmp_path.glob("*=*.ckpt")] == [
+        f"step={saved['global_step']}.ckpt"
+    ]
     return saved["global_step"]
 
 
@@ -253,7 +301,11 @@ EACH_STEP = {"every_n_train_steps": 1}
         ([{"at_step": 4, "calibrate_on": "validation", "dataloader": None}], {}, 9),
         ([{"at_step": 4}], EACH_STEP, 7),  # at step 5, the latest loss is that of the dense model
         ([{"at_step": 4}], {**EACH_STEP, "monitor": "train_loss", "validate": False}, 5),
-        ([{"at_step": 2, "skip": ["layers.2"]}, {"at_step": 5, "only": ["layers.2"]}], {}, 6),  # both must be done
+        (
+            [{"at_step": 2, "skip": ["layers.2"]}, {"at_step": 5, "only": ["layers.2"]}],
+            {},
+            6,
+        ),  # both must be done
         ([{}], {"monitor": "sparsity/model", "mode": "max"}, 3),
     ],
 )
@@ -262,7 +314,9 @@ def test_the_best_is_from_after_the_last_stage(tmp_path, whens, options, step):
 
 
 def test_a_run_that_is_resumed_after_pruning_compares_at_once(tmp_path):
-    trainer(prune_at(at_step=2), SaveAt(tmp_path, 4), max_steps=4).fit(Worsening(), Resumable(12), loader())
+    trainer(prune_at(at_step=2), SaveAt(tmp_path, 4), max_steps=4).fit(
+        Worsening(), Resumable(12), loader()
+    )
     (tmp_path / "best").mkdir()
     options = {"ckpt_path": tmp_path / "4.ckpt", "monitor": "train_loss", **EACH_STEP}
     assert best_after(tmp_path / "best", prune_at(at_step=2), **options) == 5
@@ -272,7 +326,9 @@ def test_a_model_that_was_pruned_earlier(tmp_path):
     run = trainer(prune_at(), max_steps=1)
     run.fit(module := Worsening(), loader())
     best = BestAfterPruning("loss", dirpath=tmp_path)
-    trainer(KeepZeros(), best, max_epochs=2, enable_checkpointing=True).fit(module, loader(), loader())
+    trainer(KeepZeros(), best, max_epochs=2, enable_checkpointing=True).fit(
+        module, loader(), loader()
+    )
     assert best.best_model_score == 3
 
 
@@ -281,7 +337,8 @@ class KilledWhileDense(Worsening):
 
     def __init__(self, is_killed):
         super().__init__()
-        self.optimizer, self.is_killed = ADAMW, is_killed
+        self.optimizer = ADAMW
+        self.is_killed = is_killed
 
     def training_step(self, batch, batch_idx):
         print(f"step {self.trainer.global_step}")
@@ -292,7 +349,8 @@ class KilledWhileDense(Worsening):
 
 def continue_gradual_run(folder, is_killed):
     """Train for four epochs of three steps, from the last checkpoint if there is one, and write the result."""
-    module, last = KilledWhileDense(is_killed), folder / "last.ckpt"
+    module = KilledWhileDense(is_killed)
+    last = folder / "last.ckpt"
     pruning = prune_at(sparsity=0.75, schedule=CubicSchedule(0, 9, every=3))
     best = BestAfterPruning("loss", dirpath=folder, save_last=True)
     run = trainer(pruning, best, max_epochs=4, enable_checkpointing=True)
@@ -301,7 +359,8 @@ def continue_gradual_run(folder, is_killed):
 
 
 def test_a_gradual_run_that_is_killed_before_the_last_stage_resumes_from_last(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
     attempts = ((whole, False), (killed, True), (killed, False))
     runs = [forks.run(continue_gradual_run, *arguments) for arguments in attempts]
     assert [run.returncode for run in runs] == [0, -signal.SIGKILL, 0]

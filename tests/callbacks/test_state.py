@@ -35,20 +35,30 @@ from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrun
 class TestCheckpoints:
     def test_a_checkpoint_is_ordinary(self, tmp_path):
         """It loads without this package, into plain modules."""
-        module, callback = made("sign"), Counted(at_step=2)
-        assert callback.state_key == "Counted{'skip': []}"  # as it is in checkpoints of older versions
-        trainer(callback, EMAWeightAveraging(), SaveAt(tmp_path, 2, 3), max_steps=3).fit(module, Resumable())
+        module = made("sign")
+        callback = Counted(at_step=2)
+        # As it is in checkpoints of older versions.
+        assert callback.state_key == "Counted{'skip': []}"
+        trainer(callback, EMAWeightAveraging(), SaveAt(tmp_path, 2, 3), max_steps=3).fit(
+            module, Resumable()
+        )
         checkpoint = torch.load(tmp_path / "3.ckpt", weights_only=True)
         assert checkpoint["state_dict"].keys() == Net().state_dict().keys()
-        plain = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
-        plain.load_state_dict({key.removeprefix("layers."): value for key, value in checkpoint["state_dict"].items()})
+        plain = nn.Sequential(
+            nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)
+        )
+        plain.load_state_dict(
+            {key.removeprefix("layers."): value for key, value in checkpoint["state_dict"].items()}
+        )
         module.load_state_dict(checkpoint["state_dict"])
         assert torch.equal(plain(torch.ones(1, 32)), module(torch.ones(1, 32)))
         for optimizer_state in checkpoint["optimizer_states"]:
             assert optimizer_state.keys() == {"state", "param_groups"}
         pruned = torch.load(tmp_path / "2.ckpt", weights_only=True)
         state = pruned["callbacks"][callback.state_key]
-        assert state["zeros"] == {name: int((pruned["state_dict"][f"{name}.weight"] == 0).sum()) for name in LAYERS}
+        assert state["zeros"] == {
+            name: int((pruned["state_dict"][f"{name}.weight"] == 0).sum()) for name in LAYERS
+        }
         assert state["unheld_zeros"] == {}
 
     def test_a_pruned_checkpoint_is_measured_as_it_is(self, tmp_path):
@@ -57,7 +67,9 @@ class TestCheckpoints:
         fit.fit(module, loader())
         fit.save_checkpoint(tmp_path / "pruned.ckpt")
         loaded = Net()
-        trainer(WandaPrune(num_samples=12)).test(loaded, loader(), ckpt_path=tmp_path / "pruned.ckpt")
+        trainer(WandaPrune(num_samples=12)).test(
+            loaded, loader(), ckpt_path=tmp_path / "pruned.ckpt"
+        )
         assert same(loaded, module)
 
     def test_a_dense_checkpoint_is_pruned_when_training_goes_on(self, tmp_path):
@@ -67,7 +79,8 @@ class TestCheckpoints:
         module = Net(ADAMW)
         callback = WandaPrune(num_samples=12)
         trainer(callback, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "dense.ckpt")
-        assert share_of_zeros(module) == all_at(0.5)  # although the moments that were loaded are not zero there
+        # Although the moments that were loaded are not zero there.
+        assert share_of_zeros(module) == all_at(0.5)
 
 
 class Counted(WandaPrune):
@@ -114,10 +127,14 @@ OPTIONS = {
 
 def callbacks_of(options, *callbacks):
     average = EMAWeightAveraging(decay=0.8)
-    return {"ema": [*callbacks, average], "ema first": [average, *callbacks]}.get(options, [*callbacks])
+    return {"ema": [*callbacks, average], "ema first": [average, *callbacks]}.get(
+        options, [*callbacks]
+    )
 
 
-@pytest.mark.filterwarnings("ignore:Found .* in the checkpoint")  # Lightning says how it resumes averages
+@pytest.mark.filterwarnings(
+    "ignore:Found .* in the checkpoint"
+)  # Lightning says how it resumes averages
 @pytest.mark.parametrize(
     ("optimizer", "when", "options"),
     [
@@ -133,25 +150,33 @@ def callbacks_of(options, *callbacks):
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, options):
     steps, (choices, pruned_at) = {"max_steps": 12, **OPTIONS.get(options, {})}, WHEN[when]
-    whole, callback = made(optimizer), Counted(**choices)
+    whole = made(optimizer)
+    callback = Counted(**choices)
     saves = (2, 6, 8)  # of six batches an epoch
-    trainer(*callbacks_of(options, callback), SaveAt(tmp_path, *saves), **steps).fit(whole, Resumable())
+    trainer(*callbacks_of(options, callback), SaveAt(tmp_path, *saves), **steps).fit(
+        whole, Resumable()
+    )
     assert callback.pruned_at == pruned_at
     assert when == "not kept" or all(where.float().mean() >= 0.5 for where in zeros(whole).values())
     for step in saves:
-        resumed, again = made(optimizer), Counted(**choices)
+        resumed = made(optimizer)
+        again = Counted(**choices)
         path = tmp_path / f"{step}.ckpt"
         trainer(*callbacks_of(options, again), **steps).fit(resumed, Resumable(), ckpt_path=path)
         assert again.pruned_at == [at for at in pruned_at if at > step]
         assert again.report.layers == callback.report.layers
-        assert again.pruned_at or again.report == callback.report  # to the last field, from the checkpoint
+        # To the last field, from the checkpoint.
+        assert again.pruned_at or again.report == callback.report
         assert equal(state(resumed), state(whole)), f"from step {step}"
 
 
 def test_a_checkpoint_written_by_another_callback_right_before_pruning(tmp_path):
-    whole, resumed = made("adamw"), made("adamw")
+    whole = made("adamw")
+    resumed = made("adamw")
     trainer(SaveAt(tmp_path, 5), Counted(at_step=5), max_steps=8).fit(whole, Resumable())
-    assert not any((torch.load(tmp_path / "5.ckpt")["state_dict"][name] == 0).any() for name in all_at(0.5))
+    assert not any(
+        (torch.load(tmp_path / "5.ckpt")["state_dict"][name] == 0).any() for name in all_at(0.5)
+    )
     callback = Counted(at_step=5)
     trainer(callback, max_steps=8).fit(resumed, Resumable(), ckpt_path=tmp_path / "5.ckpt")
     assert callback.pruned_at == [5]
@@ -159,10 +184,14 @@ def test_a_checkpoint_written_by_another_callback_right_before_pruning(tmp_path)
 
 
 def test_the_same_callback_goes_back_to_an_earlier_checkpoint(tmp_path):
-    whole, resumed, callback = made("sign"), made("sign"), Counted(at_step=5)
+    whole = made("sign")
+    resumed = made("sign")
+    callback = Counted(at_step=5)
     trainer(callback, SaveAt(tmp_path, 3, 7), max_steps=10).fit(whole, Resumable())
     for step, pruned_at in ((7, [5]), (3, [5, 5]), (7, [5, 5])):
-        trainer(callback, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
+        trainer(callback, max_steps=10).fit(
+            resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt"
+        )
         assert callback.pruned_at == pruned_at
         assert equal(state(resumed), state(whole))
 
@@ -177,9 +206,15 @@ def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path):
     assert share_of_zeros(whole) == {**all_at(0.5), "layers.0.weight": 0.25}
     for step in (2, 4, 6, 8):
         resumed, (first, second) = made("adamw"), both()
-        trainer(second, first, max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
+        trainer(second, first, max_steps=10).fit(
+            resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt"
+        )
         assert first.pruned_at == [at for at in [3] if at > step]
-        assert [first.report.sparsity, second.report.sparsity] == [0.5, 0.25]  # of a checkpoint, or of a pruning
+        # Of a checkpoint, or of a pruning.
+        assert [first.report.sparsity, second.report.sparsity] == [
+            0.5,
+            0.25,
+        ]
         assert equal(state(resumed), state(whole))
 
 
@@ -200,7 +235,9 @@ class Breaking(Net):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("make", [KeepZeros, lambda: PruningCallback(pattern="unstructured", method="magnitude")])
+@pytest.mark.parametrize(
+    "make", [KeepZeros, lambda: PruningCallback(pattern="unstructured", method="magnitude")]
+)
 def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, make):
     def run(breaks, batches, path=None):
         module = Breaking(OPTIMIZERS["sign"])
@@ -216,7 +253,8 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, make):
     whole, _ = run(False, Resumable())
     run(True, Resumable())[1].save_checkpoint(tmp_path / "broken.ckpt")
     batches = Resumable()
-    batches.load_state_dict = lambda state: setattr(batches, "done", 5)  # the batch that failed comes again
+    # The batch that failed comes again.
+    batches.load_state_dict = lambda state: setattr(batches, "done", 5)
     resumed, _ = run(False, batches, tmp_path / "broken.ckpt")
     assert equal(resumed.state_dict(), whole.state_dict())
 
@@ -224,16 +262,30 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, make):
 @pytest.mark.parametrize(
     ("loop", "first", "second", "names"),
     [
-        ("fit", {"sparsity": 0.5}, {"sparsity": 0.75}, (r"'sparsity': 0\.5\b", r"'sparsity': 0\.75")),
-        ("test", {"pattern": "2:4"}, {"pattern": "unstructured"}, ("'NM', 'n': 2, 'm': 4", "'Unstructured'")),
+        (
+            "fit",
+            {"sparsity": 0.5},
+            {"sparsity": 0.75},
+            (r"'sparsity': 0\.5\b", r"'sparsity': 0\.75"),
+        ),
+        (
+            "test",
+            {"pattern": "2:4"},
+            {"pattern": "unstructured"},
+            ("'NM', 'n': 2, 'm': 4", "'Unstructured'"),
+        ),
     ],
 )
 def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, second, names):
     module = made("adamw")
-    trainer(WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2).fit(module, loader())
+    trainer(WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2).fit(
+        module, loader()
+    )
     callback = WandaPrune(num_samples=12, **second)
     run = getattr(trainer(callback, **({"max_steps": 4} if loop == "fit" else {})), loop)
-    with pytest.raises(ValueError, match=rf"WandaPrune wrote with .*{names[0]}.*but they are.*{names[1]}"):
+    with pytest.raises(
+        ValueError, match=rf"WandaPrune wrote with .*{names[0]}.*but they are.*{names[1]}"
+    ):
         run(made("adamw"), loader(), ckpt_path=tmp_path / "2.ckpt")
     assert callback.report is None
 
@@ -245,12 +297,18 @@ def test_a_report_of_another_version_stops_nothing(tmp_path):
     saved = torch.load(tmp_path / "3.ckpt", weights_only=True)
     (own,) = [state for name, state in saved["callbacks"].items() if "Counted" in name]
     own["of_a_later_version"] = 1
-    for report, warning in ((own["report"].replace('"zeros"', '"zeroes"'), "argument: .zeros."), (None, None)):
+    for report, warning in (
+        (own["report"].replace('"zeros"', '"zeroes"'), "argument: .zeros."),
+        (None, None),
+    ):
         own["report"] = report
         torch.save(saved, tmp_path / "changed.ckpt")
-        resumed, callback = made("adamw"), Counted(at_step=2)
+        resumed = made("adamw")
+        callback = Counted(at_step=2)
         with pytest.warns(UserWarning, match=warning) if warning else nullcontext():
-            trainer(callback, max_steps=6).fit(resumed, Resumable(), ckpt_path=tmp_path / "changed.ckpt")
+            trainer(callback, max_steps=6).fit(
+                resumed, Resumable(), ckpt_path=tmp_path / "changed.ckpt"
+            )
         assert (callback.pruned_at, callback.report) == ([], None)
         assert equal(state(resumed), state(whole))
 
@@ -265,7 +323,11 @@ class Killed(Net):
     def calibration_step(self, batch):
         self.layers[:3](batch[0])
         shares = share_of_zeros(self)
-        if self.is_killed and self.trainer.global_step == 6 and shares["layers.0.weight"] > shares["layers.4.weight"]:
+        if (
+            self.is_killed
+            and self.trainer.global_step == 6
+            and shares["layers.0.weight"] > shares["layers.4.weight"]
+        ):
             os.kill(os.getpid(), signal.SIGKILL)
         return self(batch[0])
 
@@ -277,7 +339,9 @@ class Killed(Net):
 def attempt(folder, is_killed):
     """Continue from the last checkpoint, if there is one, and write the result."""
     module = Killed(is_killed)
-    callback = WandaPrune(num_samples=24, dataloader=list(loader(24)), sequential="layer", **WHEN["cubic"][0])
+    callback = WandaPrune(
+        num_samples=24, dataloader=list(loader(24)), sequential="layer", **WHEN["cubic"][0]
+    )
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
     run = trainer(callback, saving, max_steps=12, enable_checkpointing=True)
     run.fit(module, Resumable(), ckpt_path="last" if any(folder.glob("last*.ckpt")) else None)
@@ -285,29 +349,39 @@ def attempt(folder, is_killed):
 
 
 def test_a_killed_and_restarted_run_equals_an_uninterrupted_one(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    runs = [forks.run(attempt, *arguments) for arguments in ((whole, False), (killed, True), (killed, False))]
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    runs = [
+        forks.run(attempt, *arguments)
+        for arguments in ((whole, False), (killed, True), (killed, False))
+    ]
     assert [run.returncode for run in runs] == [0, -signal.SIGKILL, 0]
     assert [run.stdout.splitlines()[0] for run in runs] == ["step 0", "step 0", "step 5"]
     results = [torch.load(folder / "final.pt", weights_only=True) for folder in (whole, killed)]
     assert equal(*results)
 
 
-@pytest.mark.parametrize(("optimizer", "dead"), [("sign", False), ("adamw", False), ("adamw", True)])
+@pytest.mark.parametrize(
+    ("optimizer", "dead"), [("sign", False), ("adamw", False), ("adamw", True)]
+)
 def test_keep_zeros_alone(tmp_path, optimizer, dead):
     """After a resume, it holds what it held before: no zeros of a layer that was all zeros and has dead units now."""
-    whole, resumed = pruned_elsewhere(optimizer, skip=["layers.4"] * dead), made(optimizer)
+    whole = pruned_elsewhere(optimizer, skip=["layers.4"] * dead)
+    resumed = made(optimizer)
     if dead:
         nn.init.zeros_(whole.layers[4].weight)
     trainer(KeepZeros(), SaveAt(tmp_path, 1, 7), max_steps=10).fit(whole, Resumable())
     assert (torch.load(tmp_path / "1.ckpt")["state_dict"]["layers.4.weight"] == 0).any()
     for step in (1, 7):
-        trainer(KeepZeros(), max_steps=10).fit(resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt")
+        trainer(KeepZeros(), max_steps=10).fit(
+            resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt"
+        )
         assert equal(state(resumed), state(whole))
 
 
 def test_keep_zeros_from_a_checkpoint_of_a_run_that_only_measured(tmp_path):
-    module, callback = pruned_elsewhere("adamw"), KeepZeros()
+    module = pruned_elsewhere("adamw")
+    callback = KeepZeros()
     measured = trainer(callback)
     measured.validate(module, loader(), verbose=False)
     measured.save_checkpoint(tmp_path / "pruned.ckpt")

@@ -9,7 +9,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file
 from support import pair_cases as cases
-from support.pair_cases import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
+from support.pair_cases import (
+    alone,
+    assert_equal_everywhere,
+    assert_same_report,
+    assert_same_weights,
+)
 from support.pairwise import pairwise
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
@@ -50,7 +55,8 @@ def test_lightnings_own_loader_is_already_divided(pair):
 
 
 def test_a_pruned_language_model_trains_and_is_saved_under_fsdp2(pair, tmp_path):
-    model, saved = alone("llama")[0], tmp_path / "saved"
+    model = alone("llama")[0]
+    saved = tmp_path / "saved"
     model.save_pretrained(tmp_path / "pruned")
     (sharded, *_), _ = results = pair.run(cases.fit_llama, str(tmp_path / "pruned"), saved)
     loaded = AutoModelForCausalLM.from_pretrained(saved)
@@ -72,7 +78,9 @@ def moved(before, after):
 
 def test_the_callback_prunes_and_keeps_the_zeros(pair):
     loader = DataLoader(cases.SAMPLES, batch_size=2)
-    results = pair.run(cases.fit_with, "ddp", partial(WandaPrune, num_samples=16, dataloader=loader))
+    results = pair.run(
+        cases.fit_with, "ddp", partial(WandaPrune, num_samples=16, dataloader=loader)
+    )
     module = cases.Regression()
     expected = prune(module, list(cases.SAMPLES.split(2)), progress=False)
     for pruned, trained, report in results:
@@ -87,7 +95,9 @@ def test_the_callback_prunes_and_keeps_the_zeros(pair):
 
 @pytest.mark.parametrize(("strategy", "blocks"), [("ddp", True), ("fsdp2", True), ("fsdp2", False)])
 def test_earlier_zeros_are_kept(pair, strategy, blocks):
-    for pruned, trained, _ in pair.run(cases.fit_with, strategy, KeepZeros, zeros_in=1, blocks=blocks):
+    for pruned, trained, _ in pair.run(
+        cases.fit_with, strategy, KeepZeros, zeros_in=1, blocks=blocks
+    ):
         zeros = trained["layers.1.up.weight"] == 0
         assert zeros[:, ::2].all()
         assert not zeros[:, 1::2].any()
@@ -110,7 +120,11 @@ def test_tied_weights_are_saved_once(pair, tmp_path):
     [
         (cases.prune_shards, "UserError", "model must be whole in each process"),
         (cases.save_classifier, "UserError", "save_pretrained needs the whole model"),
-        (cases.save_shards, "MisconfigurationException", "distributes the model. With ModelParallelStrategy (FSDP2)"),
+        (
+            cases.save_shards,
+            "MisconfigurationException",
+            "distributes the model. With ModelParallelStrategy (FSDP2)",
+        ),
         (cases.tensor_parallel, "MisconfigurationException", "tensor_parallel_size=2"),
     ],
 )
@@ -127,7 +141,9 @@ def test_what_no_process_holds_is_refused(pair, tmp_path, case, kind, message):
 )
 def test_other_strategies_are_refused_by_name(strategy, world_size):
     trainer = SimpleNamespace(strategy=object.__new__(strategy), world_size=world_size)
-    with pytest.raises(MisconfigurationException, match=rf"is {strategy.__name__}\. .*strategy='ddp'.*KeepZeros"):
+    with pytest.raises(
+        MisconfigurationException, match=rf"is {strategy.__name__}\. .*strategy='ddp'.*KeepZeros"
+    ):
         processes_of(trainer)
 
 
@@ -136,7 +152,9 @@ def test_other_strategies_are_refused_by_name(strategy, world_size):
 )
 def test_all_processes_use_the_samples_of_one_process(world_size, num_samples, batch_size):
     def share(rank, size):
-        processes = SimpleNamespace(world_size=size, rank=rank, broadcast=lambda value, source: value)
+        processes = SimpleNamespace(
+            world_size=size, rank=rank, broadcast=lambda value, source: value
+        )
         loader = DataLoader(torch.arange(10), batch_size=batch_size)
         data = CalibrationData(None, cases.Regression(), loader, num_samples, processes)
         data._run_alone = lambda batch: True
@@ -145,6 +163,8 @@ def test_all_processes_use_the_samples_of_one_process(world_size, num_samples, b
     whole = share(0, 1)
     shares = [share(rank, world_size) for rank in range(world_size)]
     assert [
-        batch for turn, _ in enumerate(whole) for batch in shares[turn % world_size][turn // world_size :][:1]
+        batch
+        for turn, _ in enumerate(whole)
+        for batch in shares[turn % world_size][turn // world_size :][:1]
     ] == whole
     assert sum(map(len, shares)) == len(whole)

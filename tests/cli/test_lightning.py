@@ -29,15 +29,21 @@ trainer:
 @pytest.fixture
 def recipe(inputs):
     """A recipe in which 2:4 has no quotes."""
-    Path("recipe.yaml").write_text(RECIPE.replace("INPUTS", str(inputs)).replace("SEQLEN", str(SEQLEN)))
+    Path("recipe.yaml").write_text(
+        RECIPE.replace("INPUTS", str(inputs)).replace("SEQLEN", str(SEQLEN))
+    )
     return Path("recipe.yaml")
 
 
 def test_validate_a_recipe(recipe, capsys, tmp_path):
     assert run("validate", "--config", recipe, "--print_config") == 0
     (callback,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
-    assert (callback["class_path"], callback["init_args"]["pattern"]) == ("wanda_lightning.WandaPrune", "2:4")
-    assert callback["init_args"]["keep_batch_norm"] is False  # a default of `PruningConfig.from_names`
+    assert (callback["class_path"], callback["init_args"]["pattern"]) == (
+        "wanda_lightning.WandaPrune",
+        "2:4",
+    )
+    # A default of `PruningConfig.from_names`.
+    assert callback["init_args"]["keep_batch_norm"] is False
     assert run("validate", "--config", recipe) == 0
     assert "val_perplexity" in capsys.readouterr().out
     report = PruningReport.load("out")
@@ -51,7 +57,10 @@ def test_validate_a_recipe(recipe, capsys, tmp_path):
         (("0.5", "0.7"), "sparsity must be 0.5 for the pattern 2:4, but it is 0.7"),
         (("skip: []", "skip: [nothing]"), "skip='nothing' matches no matrix"),
         ((".WandaPrune", ".WandaPrun"), "WandaPrun"),
-        (("\nmodel:", "\nseed_everything: 4294967296\nmodel:"), "seed_everything must be a whole number of at least 0"),
+        (
+            ("\nmodel:", "\nseed_everything: 4294967296\nmodel:"),
+            "seed_everything must be a whole number of at least 0",
+        ),
     ],
 )
 def test_a_recipe_is_refused(recipe, refused, change, message):
@@ -79,13 +88,20 @@ MORE_CALLBACKS = """
 """
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")  # is not empty: the run that goes on writes there again
+@pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory"
+)  # is not empty: the run that goes on writes there again
 @pytest.mark.parametrize(
-    ("module", "monitor"), [(CausalLMModule, "val_perplexity"), (ImageClassifierModule, "val_accuracy")]
+    ("module", "monitor"),
+    [(CausalLMModule, "val_perplexity"), (ImageClassifierModule, "val_accuracy")],
 )
 def test_checkpoints_of_fit_are_loaded(recipe, inputs, module, monitor):
     """Lightning refuses a checkpoint that names classes or functions it does not trust."""
-    content = recipe.read_text() if module is CausalLMModule else IMAGE_RECIPE.replace("INPUTS", str(inputs))
+    content = (
+        recipe.read_text()
+        if module is CausalLMModule
+        else IMAGE_RECIPE.replace("INPUTS", str(inputs))
+    )
     recipe.write_text(content + MORE_CALLBACKS.replace("MONITOR", monitor))
     assert run("fit", "--config", recipe, "--trainer.max_epochs", 1) == 0
     saved = torch.load("best/last.ckpt", weights_only=True)
@@ -93,7 +109,10 @@ def test_checkpoints_of_fit_are_loaded(recipe, inputs, module, monitor):
     loaded = module.load_from_checkpoint("best/last.ckpt").state_dict()
     assert all(torch.equal(weight, loaded[name]) for name, weight in saved["state_dict"].items())
     assert run("validate", "--config", recipe, "--ckpt_path", "best/last.ckpt") == 0
-    assert run("fit", "--config", recipe, "--trainer.max_epochs", 2, "--ckpt_path", "best/last.ckpt") == 0
+    assert (
+        run("fit", "--config", recipe, "--trainer.max_epochs", 2, "--ckpt_path", "best/last.ckpt")
+        == 0
+    )
     assert torch.load("best/last.ckpt", weights_only=True)["epoch"] == 1
 
 

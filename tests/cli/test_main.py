@@ -31,16 +31,27 @@ assert set(wanda_lightning.__all__) <= set(dir(wanda_lightning)); wanda_lightnin
 
 
 def test_the_package_help_and_refusals_load_no_library(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT], capture_output=True, text=True, cwd=tmp_path
+    )
     *said, loaded = done.stderr.partition("Traceback")[0].splitlines()
     assert loaded == "set()"
     assert len(said) == 8  # one line for each refusal
     assert 'Did you mean "prune"?' in said[0]
-    assert all(f"─ {group} ─" in done.stdout for group in ("Model", "Pruning", "Data", "Results", "Session"))
-    assert done.stderr.endswith("AttributeError: module 'wanda_lightning' has no attribute 'nothing'\n")
-    assert done.stdout.startswith(f"[]\nwanda_lightning {version('wanda_lightning')}\nUsage: wanda-lightning")
+    assert all(
+        f"─ {group} ─" in done.stdout
+        for group in ("Model", "Pruning", "Data", "Results", "Session")
+    )
+    assert done.stderr.endswith(
+        "AttributeError: module 'wanda_lightning' has no attribute 'nothing'\n"
+    )
+    assert done.stdout.startswith(
+        f"[]\nwanda_lightning {version('wanda_lightning')}\nUsage: wanda-lightning"
+    )
     assert done.stdout.count("Usage: wanda-lightning") == 5
-    assert "Fraction of the pruned layers' weights that become" in " ".join(done.stdout.replace("│", "").split())
+    assert "Fraction of the pruned layers' weights that become" in " ".join(
+        done.stdout.replace("│", "").split()
+    )
 
 
 def test_waiting_threads_leave_the_cores_to_others_and_bars_stay_out_of_files(monkeypatch):
@@ -70,7 +81,10 @@ ERRORS = [
     (WRAPPED, "num_samples must be"),
     (MisconfigurationException("Lightning says so"), "Lightning says so"),
     (RuntimeError("No space left (os error 28)"), "No space left"),
-    (FileNotFoundError(2, "No such file or directory", "/gone/file"), "No such file or directory: '/gone/file'"),
+    (
+        FileNotFoundError(2, "No such file or directory", "/gone/file"),
+        "No such file or directory: '/gone/file'",
+    ),
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "can't decode byte 0xff"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "memory ran out ("),
     (ValueError("a fault"), None),

@@ -26,16 +26,29 @@ def options(*arguments, command="prune"):
 
 
 def test_names_are_separated_by_commas_or_given_one_by_one():
-    found = options("--skip", "a, *.b ,[ab]*", "--skip", "re:x{1,3}", "--only", "", "--evaluation", "")
-    assert (found["skip"], found["only"], found["evaluation"]) == (("a", "*.b", "[ab]*", "re:x{1,3}"), (), ())
+    found = options(
+        "--skip", "a, *.b ,[ab]*", "--skip", "re:x{1,3}", "--only", "", "--evaluation", ""
+    )
+    assert (found["skip"], found["only"], found["evaluation"]) == (
+        ("a", "*.b", "[ab]*", "re:x{1,3}"),
+        (),
+        (),
+    )
     assert options("--model", "a,b", command="evaluate")["model"] == ("x", "a", "b")
 
 
 def test_a_file_is_read_as_text_and_the_command_line_wins():
-    Path("a.yaml").write_text("model: x\nsparsity_type: 2:4\nnum_samples: 4\nskip: [a, 're:x{1,3}']\nstream: true\n")
+    Path("a.yaml").write_text(
+        "model: x\nsparsity_type: 2:4\nnum_samples: 4\nskip: [a, 're:x{1,3}']\nstream: true\n"
+    )
     Path("b.yaml").write_text("nsamples: 5\nseqlen: null\nevaluation: ''\n")
     found = parse_options("prune", ["--num_samples", "6", "--config", "a.yaml", "--sparsity=0.25"])
-    assert [found[name] for name in ("pattern", "num_samples", "sparsity", "stream")] == ["2:4", 6, 0.25, True]
+    assert [found[name] for name in ("pattern", "num_samples", "sparsity", "stream")] == [
+        "2:4",
+        6,
+        0.25,
+        True,
+    ]
     assert found["skip"] == ("a", "re:x{1,3}")
     both = parse_options("prune", ["--config", "a.yaml", "--config", "b.yaml"])
     assert (both["num_samples"], both["seqlen"], both["evaluation"]) == (5, None, ())
@@ -50,7 +63,9 @@ def test_options_below_a_name_in_a_file_are_refused(refused):
 @pytest.mark.parametrize("content", ["model: [", "[" * 5000 + "]" * 5000])
 def test_a_file_that_is_not_yaml(refused, content):
     Path("a.yaml").write_text(content)
-    refused("prune", "--config", "a.yaml", message="--config must name YAML files with options, but")
+    refused(
+        "prune", "--config", "a.yaml", message="--config must name YAML files with options, but"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,8 +88,17 @@ def test_what_is_printed_reads_back(capsys, command):
 
 
 ALIASES = [  # of the reference, and one of an earlier version
-    *(("prune", *each) for each in (("sparsity_ratio", "sparsity", "0.25"), ("prune_method", "method", "magnitude"))),
-    *(("prune", *each) for each in (("nsamples", "num_samples", "3"), ("resume", "checkpoint", "a.safetensors"))),
+    *(
+        ("prune", *each)
+        for each in (
+            ("sparsity_ratio", "sparsity", "0.25"),
+            ("prune_method", "method", "magnitude"),
+        )
+    ),
+    *(
+        ("prune", *each)
+        for each in (("nsamples", "num_samples", "3"), ("resume", "checkpoint", "a.safetensors"))
+    ),
     ("inspect", "sparsity_type", "pattern", "2:4"),
     ("prune", "eval", "evaluation", "c4,wikitext2"),
     ("evaluate", "data_path", "data", "digits"),
@@ -92,7 +116,10 @@ def test_another_name_of_an_option(command, alias, name, value):
 
 def test_flags_of_the_reference_that_stand_for_a_pattern():
     for given, pattern in (
-        (["--use_variant", "--prune_granularity", "row", "--sparsity_type", "unstructured"], "equal_share"),
+        (
+            ["--use_variant", "--prune_granularity", "row", "--sparsity_type", "unstructured"],
+            "equal_share",
+        ),
         (["--prune_granularity", "row"], "unstructured_row"),
         (["--prune_granularity", "layer", "--prune_method", "magnitude"], "unstructured_layer"),
     ):
@@ -101,37 +128,82 @@ def test_flags_of_the_reference_that_stand_for_a_pattern():
 
 REFUSED = {
     "prune": [
-        (["--sparsity", "half"], 'Invalid value for --sparsity: unable to convert "half" into float.'),
-        (["--sparsity", "0.5", "--sparsity_ratio", "0.6"], "--sparsity_ratio specified multiple times"),
+        (
+            ["--sparsity", "half"],
+            'Invalid value for --sparsity: unable to convert "half" into float.',
+        ),
+        (
+            ["--sparsity", "0.5", "--sparsity_ratio", "0.6"],
+            "--sparsity_ratio specified multiple times",
+        ),
         (["--num_samples", "0"], "Must be >= 1."),
-        (["--nsamples", "1.5"], "Invalid value for --nsamples: must be a whole number, but it is 1.5."),
-        (["--nsamples", "1_0"], "Invalid value for --nsamples: must be a whole number, but it is 1_0."),
+        (
+            ["--nsamples", "1.5"],
+            "Invalid value for --nsamples: must be a whole number, but it is 1.5.",
+        ),
+        (
+            ["--nsamples", "1_0"],
+            "Invalid value for --nsamples: must be a whole number, but it is 1_0.",
+        ),
         (["--seqlen", "1e3"], "Invalid value for --seqlen: must be a whole number, but it is 1e3."),
         (["--batch_size", str(2**31)], "Must be <= 2147483647."),
-        (["--seed", "99999999999999999999"], 'value "99999999999999999999" for --seed. Must be <= 4294967295.'),
+        (
+            ["--seed", "99999999999999999999"],
+            'value "99999999999999999999" for --seed. Must be <= 4294967295.',
+        ),
         (["--config", "."], "--config must name YAML files with options, but"),
         (["extra"], "model must be given once, but there is also 'extra'."),
-        (["--use_variant", "--pattern", "2:4"], "--use_variant must be left out for --pattern 2:4, or it would be ign"),
+        (
+            ["--use_variant", "--pattern", "2:4"],
+            "--use_variant must be left out for --pattern 2:4, or it would be ign",
+        ),
         (["--data", "digits"], "--data must be left out for a language model"),
-        ([*VIT, "--seqlen", "8", "--limit", "2"], "--seqlen, --limit must be left out for an image classifier"),
+        (
+            [*VIT, "--seqlen", "8", "--limit", "2"],
+            "--seqlen, --limit must be left out for an image classifier",
+        ),
         (["--nsample", "3"], "Did you mean --nsamples?"),
         (["-sparsity", "0.5"], "Unknown option: -sparsity. Did you mean --sparsity?"),
         (["-x"], "Unknown option: -x."),
-        (["--solver", "admm", "--criterion", "ria"], "criterion='ria' cannot be combined with solver='admm'"),
+        (
+            ["--solver", "admm", "--criterion", "ria"],
+            "criterion='ria' cannot be combined with solver='admm'",
+        ),
         (["--save", ""], "--save must not be empty."),
-        (["--calibration", "gone.txt"], "text must be an existing file, but there is no gone.txt. Check the path."),
-        (["--calibration", "gone"], 'Invalid value "gone" for --calibration. text must be one of c4, wikitext2'),
-        (["--stream", "--eval_zero_shot", "--save_model", "x"], "--eval_zero_shot must be left out for --stream"),
+        (
+            ["--calibration", "gone.txt"],
+            "text must be an existing file, but there is no gone.txt. Check the path.",
+        ),
+        (
+            ["--calibration", "gone"],
+            'Invalid value "gone" for --calibration. text must be one of c4, wikitext2',
+        ),
+        (
+            ["--stream", "--eval_zero_shot", "--save_model", "x"],
+            "--eval_zero_shot must be left out for --stream",
+        ),
         (["--device", "cuda"], "--device must be left out for pruning without --stream"),
-        (["--shrink", "--stream"], "--shrink, --stream must be left out for a command without --save_model"),
-        (["--shrink", "--pattern", "2:4", "--save_model", "x"], "--shrink must be left out for --pattern 2:4"),
+        (
+            ["--shrink", "--stream"],
+            "--shrink, --stream must be left out for a command without --save_model",
+        ),
+        (
+            ["--shrink", "--pattern", "2:4", "--save_model", "x"],
+            "--shrink must be left out for --pattern 2:4",
+        ),
         (VIT[:2], "with classes only, but it is missing."),
         (["--private"], "--private must be left out for a command without --push_to_hub"),
         (["--report", "report.pdf"], "report must end with .html or .png, but it is 'report.pdf'."),
     ],
     "evaluate": [
-        (["--checkpoint", "a,b"], "--checkpoint must have one file for each --model, but it has 2."),
-        (["--model", "gpt2,timm:resnet18"], "--model must name language models, or image classifiers."),
+        (
+            ["--checkpoint", "a,b"],
+            "--checkpoint must have one file for each --model, but it has 2.",
+        ),
+        (
+            ["--model", "gpt2,timm:resnet18"],
+            "--model must name language models, or image classifiers.",
+        ),
         (["--task_limit", "3"], "--task_limit must be left out for"),
         (
             ["--evaluation", "c4,gone.txt"],
@@ -144,7 +216,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    ("command", "more", "message"), [(command, *case) for command, cases in REFUSED.items() for case in cases]
+    ("command", "more", "message"),
+    [(command, *case) for command, cases in REFUSED.items() for case in cases],
 )
 def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
     if command == "evaluate":
@@ -158,7 +231,9 @@ def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
 def test_the_revision_is_that_of_the_model(inputs, capsys):
     assert run("inspect", "--model", inputs / "llama", "--revision", "v1") == 2
     assert "--revision must be left out for a local model, or" in capsys.readouterr().err
-    models = parse(["evaluate", "--model=a/b,c/d", "--dense=e/f", "--revision=v1", "--cache_dir=cache"])[1]["models"]
+    models = parse(
+        ["evaluate", "--model=a/b,c/d", "--dense=e/f", "--revision=v1", "--cache_dir=cache"]
+    )[1]["models"]
     assert models.source("c/d") == ModelSource("c/d", "v1", "cache")
     assert [models.source(name).revision for name in models.all] == ["main", "v1", "v1"]
 
@@ -166,8 +241,20 @@ def test_the_revision_is_that_of_the_model(inputs, capsys):
 ARGUMENTS = inspect.signature(PruningConfig.from_names).parameters
 
 
-VALUES = {"sparsity": 0.25, "pattern": "unstructured_layer", "skip": ["a"], "only": ["b", "c"], "method": "sparsegpt"}
-VALUES |= {"criterion": "ria", "allocation": "owl", "solver": "refit", "sequential": "layer", "recovery": "distil"}
+VALUES = {
+    "sparsity": 0.25,
+    "pattern": "unstructured_layer",
+    "skip": ["a"],
+    "only": ["b", "c"],
+    "method": "sparsegpt",
+}
+VALUES |= {
+    "criterion": "ria",
+    "allocation": "owl",
+    "solver": "refit",
+    "sequential": "layer",
+    "recovery": "distil",
+}
 VALUES |= {"permutation": "assignment"}
 
 

@@ -18,7 +18,15 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from support.cli import IGNORED_WARNINGS, OUT, SEQLEN, everything_in, perplexity_by_hand, run, zeros_by_layer
+from support.cli import (
+    IGNORED_WARNINGS,
+    OUT,
+    SEQLEN,
+    everything_in,
+    perplexity_by_hand,
+    run,
+    zeros_by_layer,
+)
 from support.hub import hub as hub
 from support.reports import Page
 from transformers import AutoModelForCausalLM
@@ -47,9 +55,13 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("method", "kind", "ratio", "more"), METHODS)
-def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, method, kind, ratio, more):
+def test_the_flags_of_the_reference_work_verbatim(
+    inputs, tmp_path, capsys, method, kind, ratio, more
+):
     flags = f"--model {inputs}/llama --seed 0 --nsamples 4 --sparsity_ratio {ratio} --sparsity_type {kind} "
-    flags += f"--prune_method {method} --cache_dir llm_weights --save out/logs --save_model out/model"
+    flags += (
+        f"--prune_method {method} --cache_dir llm_weights --save out/logs --save_model out/model"
+    )
     ours = f"--calibration {inputs}/long.txt --evaluation {inputs}/other.txt --seqlen {SEQLEN} --limit 6"
     assert run("prune", *flags.split(), *more, *ours.split()) == 0
     out, err = capsys.readouterr()
@@ -61,7 +73,9 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
     reached = torch.cat([where.flatten() for where in zeros.values()]).float().mean().item()
     assert reached == pytest.approx(float(ratio), abs=0.01 if more else 1e-9)
     text = (inputs / "other.txt").read_text()
-    measured, before = (pytest.approx(perplexity_by_hand(model, text, 6), rel=1e-6) for model in (pruned, dense))
+    measured, before = (
+        pytest.approx(perplexity_by_hand(model, text, 6), rel=1e-6) for model in (pruned, dense)
+    )
 
     report = report_in("out/logs")
     assert Path(f"out/logs/log_{method}.txt").read_text() == (
@@ -81,7 +95,9 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
         before=before,
         after=measured,
         data=f"{inputs}/other.txt, 6 windows of {SEQLEN} tokens",
-        calibration="" if method == "magnitude" else f"{inputs}/long.txt, 4 windows of {SEQLEN} tokens, seed 0",
+        calibration=""
+        if method == "magnitude"
+        else f"{inputs}/long.txt, 4 windows of {SEQLEN} tokens, seed 0",
         costs=report.run.costs,
     )
     assert f" from {report.run.before:,.2f} to {report.run.after:,.2f}." in out
@@ -93,11 +109,21 @@ def test_the_flags_of_the_reference_work_verbatim(inputs, tmp_path, capsys, meth
         assert (where.reshape(-1, int(kind[-1])).sum(dim=1) == int(kind[-1]) // 2).all(), name
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out/model")("ab").input_ids
     (found,) = ModelCard.load(tmp_path / "out/model/README.md").data.eval_results
-    assert (found.dataset_name, found.metric_value) == (Path(report.run.data).name, report.run.after)
+    assert (found.dataset_name, found.metric_value) == (
+        Path(report.run.data).name,
+        report.run.after,
+    )
 
 
 def test_skip_dtype_and_seed(text):
-    more = ["--skip", "*.down_proj,model.layers.0.self_attn", "--dtype", "bfloat16", "--batch_size", "2"]
+    more = [
+        "--skip",
+        "*.down_proj,model.layers.0.self_attn",
+        "--dtype",
+        "bfloat16",
+        "--batch_size",
+        "2",
+    ]
     assert run(*text, *more, *OUT) == 0
     pruned = AutoModelForCausalLM.from_pretrained("out/model")
     assert pruned.dtype == torch.bfloat16
@@ -109,7 +135,9 @@ def test_skip_dtype_and_seed(text):
     assert report_in("other").run.after != report_in("out").run.after
 
 
-def test_the_page_has_results_and_text_by_both_models_and_changes_nothing_else(text, tmp_path, refused, monkeypatch):
+def test_the_page_has_results_and_text_by_both_models_and_changes_nothing_else(
+    text, tmp_path, refused, monkeypatch
+):
     method = ["--method", "sparsegpt", "--sparsity", "0.8"]
     assert run(*text, *method, "--save", "a", "--save_model", "a/model", "--report", "a.html") == 0
     assert run(*text, *method, "--save", "b", "--save_model", "b/model") == 0
@@ -119,10 +147,14 @@ def test_the_page_has_results_and_text_by_both_models_and_changes_nothing_else(t
     weights = [load_file(f"{name}/model/model.safetensors") for name in "ab"]
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     found = Page(tmp_path / "a.html").text
-    assert re.search(r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\.", found)
+    assert re.search(
+        r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\.", found
+    )
     refused(*text, "--report", "a.html", message="a.html exists and is not empty. Choose another")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    refused(*text, "--report", "c.html", message="Reports with figures need matplotlib: pip install")
+    refused(
+        *text, "--report", "c.html", message="Reports with figures need matplotlib: pip install"
+    )
 
 
 def test_the_size_of_the_files_and_the_speed_are_beside_the_results(text, monkeypatch, capsys):
@@ -133,7 +165,10 @@ def test_the_size_of_the_files_and_the_speed_are_beside_the_results(text, monkey
     saved = Path("out/model/model.safetensors").stat().st_size / 2**20
     assert size == Measured("MiB of weights", pytest.approx(saved, rel=0.1), saved)
     assert speed == Measured("tokens per second", 2 * SEQLEN / 0.5, 2 * SEQLEN / 0.5)
-    assert f"Tokens per second: {2 * SEQLEN / 0.5:,.1f} (dense: {2 * SEQLEN / 0.5:,.1f})." in capsys.readouterr().out
+    assert (
+        f"Tokens per second: {2 * SEQLEN / 0.5:,.1f} (dense: {2 * SEQLEN / 0.5:,.1f})."
+        in capsys.readouterr().out
+    )
 
 
 def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
@@ -150,18 +185,31 @@ def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
         assert continuation(model, tokenizer, PROMPTS[0]) == expected
     assert caplog.messages == []
     model.generate = None
-    with pytest.warns(UserWarning, match="LlamaForCausalLM cannot continue a prompt, so the report has no text"):
+    with pytest.warns(
+        UserWarning, match="LlamaForCausalLM cannot continue a prompt, so the report has no text"
+    ):
         assert continuations(model, tokenizer) == []
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "group"), [("test_vit", "wanda", "layer"), ("test_convnext", "magnitude", "row")]
+    ("name", "method", "group"),
+    [("test_vit", "wanda", "layer"), ("test_convnext", "magnitude", "row")],
 )
 def test_an_image_classifier(inputs, images, tmp_path, capsys, name, method, group):
     options = [str(option).replace("test_vit", name) for option in images]
-    more = ["--prune_granularity", group, "--method", method, "--save", "out", "--save_model", "out/model"]
+    more = [
+        "--prune_granularity",
+        group,
+        "--method",
+        method,
+        "--save",
+        "out",
+        "--save_model",
+        "out/model",
+    ]
     assert run(*options, *more) == 0
-    assert "stayed at 25.00%." in capsys.readouterr().out  # dense and pruned: it says "bee" to all of four classes
+    # Dense and pruned: it says "bee" to all of four classes.
+    assert "stayed at 25.00%." in capsys.readouterr().out
 
     pruned = timm.create_model(f"local-dir:{tmp_path}/out/model", pretrained=True)
     dense = load_file(inputs / f"{name}.safetensors")
@@ -169,13 +217,22 @@ def test_an_image_classifier(inputs, images, tmp_path, capsys, name, method, gro
     assert {layer.tokens > 0 for layer in report.layers} == {method == "wanda"}
     for layer in report.layers:
         zeros = pruned.get_submodule(layer.name).weight.flatten(1) == 0
-        assert int(zeros.sum()) == pytest.approx(zeros.numel() / 2, abs=zeros.shape[0] if group == "row" else 1)
+        assert int(zeros.sum()) == pytest.approx(
+            zeros.numel() / 2, abs=zeros.shape[0] if group == "row" else 1
+        )
         assert (zeros.sum(dim=1) == zeros.shape[1] // 2).all() == (group == "row")
-    assert torch.equal(pruned.get_classifier().weight, dense["head.weight" if name == "test_vit" else "head.fc.weight"])
-    assert f"\n{method}\t{report.sparsity:.4f}\t0.2500\n" in Path(f"out/log_{method}.txt").read_text()
+    assert torch.equal(
+        pruned.get_classifier().weight,
+        dense["head.weight" if name == "test_vit" else "head.fc.weight"],
+    )
+    assert (
+        f"\n{method}\t{report.sparsity:.4f}\t0.2500\n" in Path(f"out/log_{method}.txt").read_text()
+    )
     calibration = "" if method == "magnitude" else f"{inputs}/images, 6 images, seed 0"
     expected = ("top-1", 0.25, 0.25, f"{inputs}/images, 8 images", calibration)
-    assert (*map(vars(report.run).get, ("metric", "before", "after", "data", "calibration")),) == expected
+    assert (
+        *map(vars(report.run).get, ("metric", "before", "after", "data", "calibration")),
+    ) == expected
 
 
 REFUSED = [
@@ -183,7 +240,10 @@ REFUSED = [
     (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
     (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
     (["--calibration", "c4"], "Without a network, use --calibration python-docs"),
-    (["--calibration", "c4", "--model", "bin"], "the only format that is read, but bin has config.json. Convert a "),
+    (
+        ["--calibration", "c4", "--model", "bin"],
+        "the only format that is read, but bin has config.json. Convert a ",
+    ),
     (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of"),
     (["--stream", "--model", "{}/gone.gguf"], "gone.gguf does not exist"),
     (["--stream", "--method", "thorough"], "needs the whole model in memory"),
@@ -205,7 +265,11 @@ def test_a_model_that_is_read_is_never_replaced(pruned, refused, command, target
     shutil.copytree(pruned, "all/x")
     shutil.copy("all/x/config.json", "all")
     given = ["--model", "all/x", "--save_model", target, "--overwrite"]
-    refused(command, *given, message=f"--save_model {target} would replace --model all/x. Choose another")
+    refused(
+        command,
+        *given,
+        message=f"--save_model {target} would replace --model all/x. Choose another",
+    )
 
 
 def test_the_model_may_write_the_text_to_calibrate_on(inputs, text, capsys):
@@ -224,11 +288,17 @@ def test_a_streamed_run_that_was_interrupted_goes_on_and_measures_what_one_in_me
     text, inputs, capsys, monkeypatch
 ):
     texts = f"{inputs}/other.txt,{inputs}/long.txt"
-    command, stream = [*text, "--method", "magnitude", "--evaluation", texts], ["--stream", "--save_model", "b/model"]
+    command = [*text, "--method", "magnitude", "--evaluation", texts]
+    stream = ["--stream", "--save_model", "b/model"]
     assert run(*command, "--save", "a") == 0
     assert f"Perplexity on {inputs}/long.txt (" in capsys.readouterr().out
     with monkeypatch.context() as patched:
-        interrupt = lambda source, *_, **__: signal.raise_signal(signal.SIGINT) if source == "b/model" else 1.0  # noqa: E731
+
+        def interrupt(source, *_, **__):
+            if source == "b/model":
+                signal.raise_signal(signal.SIGINT)
+            return 1.0
+
         patched.setattr("wanda_lightning.cli.pruning.perplexity_from_disk", interrupt)
         assert run(*command, *stream, "--save", "b") == 130
     assert not Path("b/pruning_report.json").exists()
@@ -254,22 +324,42 @@ def test_pruning_without_saving_or_measuring(text, images, tmp_path, capsys):
     assert "Nothing was saved. To save the model, add --save_model DIR" in capsys.readouterr().out
     assert everything_in(tmp_path) == {}
     for command in (text, images):
-        assert run(*command, "--method", "magnitude", "--evaluation", "", "--save", "out", "--overwrite") == 0
+        assert (
+            run(
+                *command,
+                "--method",
+                "magnitude",
+                "--evaluation",
+                "",
+                "--save",
+                "out",
+                "--overwrite",
+            )
+            == 0
+        )
         measured = report_in("out").run
         assert (measured.metric, measured.results) == ("", ())
         assert "perplexity" not in capsys.readouterr().out
-    assert Path("out/log_magnitude.txt").read_text() == "method\tactual_sparsity\nmagnitude\t0.5000\n"
+    assert (
+        Path("out/log_magnitude.txt").read_text() == "method\tactual_sparsity\nmagnitude\t0.5000\n"
+    )
 
 
 PUSH = ["--push_to_hub", "us/tiny"]
 
 
 def test_a_pruned_model_is_uploaded_without_the_results(hub, text, capsys, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.PruningReport.write", lambda report, path: Path(path).write_text("drawn"))
+    monkeypatch.setattr(
+        "wanda_lightning.PruningReport.write", lambda report, path: Path(path).write_text("drawn")
+    )
     more = ["--save", "out/logs", "--report", "out/page.html", "--private"]
     assert run(*text, "--stream", "--save_model", "out", *PUSH, *more) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"Uploaded out to {hub.url}/us/tiny."
-    saved = {name: content for name, content in everything_in(Path("out")).items() if content is not False}
+    saved = {
+        name: content
+        for name, content in everything_in(Path("out")).items()
+        if content is not False
+    }
     private = {name for name in saved if name.startswith(("logs", "page"))}
     assert len(private) == 3
     assert hub.repositories == {"us/tiny": {name: saved[name] for name in saved.keys() - private}}
@@ -278,9 +368,13 @@ def test_a_pruned_model_is_uploaded_without_the_results(hub, text, capsys, monke
 
 
 def test_an_upload_that_cannot_succeed_is_refused_before_pruning(hub, text, refused, monkeypatch):
-    refused(*text, *PUSH, message="--push_to_hub must be left out for a command without --save_model")
+    refused(
+        *text, *PUSH, message="--push_to_hub must be left out for a command without --save_model"
+    )
     monkeypatch.setenv("HF_TOKEN", "")
-    refused(*text, "--save_model", "out", *PUSH, message="push_to_hub must be left out without a token")
+    refused(
+        *text, "--save_model", "out", *PUSH, message="push_to_hub must be left out without a token"
+    )
     assert hub.requests == []
 
 
@@ -301,12 +395,16 @@ def structured(text):
 
 
 def test_shrinks_a_language_model(structured, capsys):
-    before, took = everything_in(Path(structured)), "Took out 64 of 128 hidden units in 2 layers; 30,880 of 37,024"
+    before = everything_in(Path(structured))
+    took = "Took out 64 of 128 hidden units in 2 layers; 30,880 of 37,024"
     capsys.readouterr()
     assert run("shrink", "--model", structured) == 0  # only shows what could be taken out
     assert took in capsys.readouterr().out
     for stream in ([], ["--stream"]):
-        assert run("shrink", "--model", structured, "--save_model", "small", "--overwrite", *stream) == 0
+        assert (
+            run("shrink", "--model", structured, "--save_model", "small", "--overwrite", *stream)
+            == 0
+        )
         assert capsys.readouterr().out == f"{took} parameters are left.\nThe model is in small.\n"
         assert json.loads(Path("small/config.json").read_text())["intermediate_size"] == 32
         torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
@@ -316,18 +414,38 @@ def test_shrinks_a_language_model(structured, capsys):
 
 def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, refused, capsys):
     assert run("shrink", "--model", pruned) == 0
-    assert "Nothing can be removed: no hidden unit is zero on both sides." in capsys.readouterr().out
+    assert (
+        "Nothing can be removed: no hidden unit is zero on both sides." in capsys.readouterr().out
+    )
     message = "shrink must remove something. Nothing can be removed"
     refused("shrink", "--model", pruned, "--save_model", "small", message=message)
 
 
 @pytest.mark.parametrize(
     ("sparsity", "smaller", "text"),
-    [("0.5", True, "Took out "), ("0.01", False, "Note: the model is saved with its zeros. shrink must remove")],
+    [
+        ("0.5", True, "Took out "),
+        ("0.01", False, "Note: the model is saved with its zeros. shrink must remove"),
+    ],
 )
 def test_prune_takes_out_the_zeros_of_an_image_classifier(sparsity, smaller, text, inputs, capsys):
-    data = ["--data", inputs / "images", "--num_samples", "4", "--checkpoint", inputs / "test_convnext.safetensors"]
-    pattern = ["--pattern", "structured", "--sparsity", sparsity, "--shrink", "--save_model", "small"]
+    data = [
+        "--data",
+        inputs / "images",
+        "--num_samples",
+        "4",
+        "--checkpoint",
+        inputs / "test_convnext.safetensors",
+    ]
+    pattern = [
+        "--pattern",
+        "structured",
+        "--sparsity",
+        sparsity,
+        "--shrink",
+        "--save_model",
+        "small",
+    ]
     assert run("prune", "--model", "timm:test_convnext", *data, *pattern) == 0
     assert text in capsys.readouterr().out
     assert Path("small/modeling_shrunk.py").exists() == smaller

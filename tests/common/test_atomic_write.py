@@ -10,7 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from wanda_lightning.common.atomic_write import atomic_folder, atomic_write, list_entries, require_writable
+from wanda_lightning.common.atomic_write import (
+    atomic_folder,
+    atomic_write,
+    list_entries,
+    require_writable,
+)
 
 
 def names(folder):
@@ -27,20 +32,36 @@ def test_a_file_appears_whole(tmp_path):
     assert [(f.name, f.read_text()) for f in (tmp_path / "new").iterdir()] == [("a.json", "1")]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files that Linux shows")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="needs the names of open files that Linux shows"
+)
 def test_what_is_new_is_on_the_disk_before_what_is_old_goes(monkeypatch, tmp_path):
-    model, link = tmp_path / "x", tmp_path / "link"
+    model = tmp_path / "x"
+    link = tmp_path / "link"
     (model / "folder").mkdir(parents=True)
     for name in ("config.json", "old"):
         (model / name).touch()
     link.symlink_to(model, target_is_directory=True)
-    steps, fsync, replace, unlink = [], os.fsync, os.replace, os.unlink
-    monkeypatch.setattr(os, "fsync", lambda file: (steps.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
-    monkeypatch.setattr(os, "replace", lambda old, new: (steps.append((str(old), str(new))), replace(old, new)))
-    monkeypatch.setattr(os, "unlink", lambda path, **given: (steps.append(f"delete {path}"), unlink(path, **given)))
+    steps = []
+    fsync = os.fsync
+    replace = os.replace
+    unlink = os.unlink
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (steps.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
+    )
+    monkeypatch.setattr(
+        os, "replace", lambda old, new: (steps.append((str(old), str(new))), replace(old, new))
+    )
+    monkeypatch.setattr(
+        os, "unlink", lambda path, **given: (steps.append(f"delete {path}"), unlink(path, **given))
+    )
     with atomic_folder(link, overwrite=True) as new:
         (new / "config.json").touch()
-    assert (names(model), names(tmp_path), link.is_symlink()) == (["config.json"], ["link", "x"], True)
+    assert (names(model), names(tmp_path), link.is_symlink()) == (
+        ["config.json"],
+        ["link", "x"],
+        True,
+    )
     config = str(new / "config.json")
     assert steps[:3] == [config, str(new), f"delete {model}/config.json"]
     assert steps[-3:] == [config, (config, f"{model}/config.json"), str(model)]
@@ -66,7 +87,10 @@ def test_nothing_is_left_on_a_full_disk(tmp_path):
     before, largest = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, largest))  # bytes
     try:
-        with pytest.raises(Exception, match=r"File too large"), atomic_write(tmp_path / "m.safetensors") as new:
+        with (
+            pytest.raises(Exception, match=r"File too large"),
+            atomic_write(tmp_path / "m.safetensors") as new,
+        ):
             save_file({"a": torch.ones(99)}, new)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (before, largest))
@@ -74,14 +98,19 @@ def test_nothing_is_left_on_a_full_disk(tmp_path):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_folder_whose_place_is_taken_meanwhile_or_that_cannot_get_its_name_is_not_lost(tmp_path, monkeypatch, fails):
+def test_a_folder_whose_place_is_taken_meanwhile_or_that_cannot_get_its_name_is_not_lost(
+    tmp_path, monkeypatch, fails
+):
     def write():
         with atomic_folder(place) as new:
             made.append(new)
             (new / "ours").touch()
-            (place / "theirs").touch() if not fails else monkeypatch.setattr(os, "replace", lambda *_: os.stat("gone"))
+            (place / "theirs").touch() if not fails else monkeypatch.setattr(
+                os, "replace", lambda *_: os.stat("gone")
+            )
 
-    place, made = tmp_path / "x", []
+    place = tmp_path / "x"
+    made = []
     place.mkdir()
     with pytest.raises(OSError, match=r"but the files that it lacks are in .*\.wanda-"):
         write()
@@ -93,15 +122,27 @@ REFUSED = [
     ("full", False, "folder", "full exists and is not empty.* overwrite"),
     ("full/file", False, "file", "file exists"),
     ("full/file", True, "model", "file must be a folder"),
-    (".", True, "model", r"\. must be empty or a model \(with config.json, not the working directory"),
+    (
+        ".",
+        True,
+        "model",
+        r"\. must be empty or a model \(with config.json, not the working directory",
+    ),
     ("full/file/x", True, "file", "Not a directory"),
     ("loop/x", True, "model", "symbolic links"),
-    ("/proc/x/a.html", True, "file", r"^/proc/x/a\.html cannot be written, since /.* takes no new files"),
+    (
+        "/proc/x/a.html",
+        True,
+        "file",
+        r"^/proc/x/a\.html cannot be written, since /.* takes no new files",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("place", "overwrite", "kind", "message"), REFUSED)
-def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch, place, overwrite, kind, message):
+def test_a_place_that_cannot_be_written_is_refused(
+    tmp_path, monkeypatch, place, overwrite, kind, message
+):
     (tmp_path / "full").mkdir()
     for file in ("full/file", "config.json"):
         (tmp_path / file).touch()
@@ -110,7 +151,12 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path, monkeypatch, place,
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OSError, match=message):
         require_writable(place, overwrite, kind)
-    for allowed in (("new/deep",), ("full", True, "folder"), ("full/file", True, "file"), ("new", False, "file")):
+    for allowed in (
+        ("new/deep",),
+        ("full", True, "folder"),
+        ("full/file", True, "file"),
+        ("new", False, "file"),
+    ):
         require_writable(*allowed)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -146,10 +192,16 @@ def test_a_run_that_is_killed_at_any_step_loses_no_model(tmp_path, old):
         folder.mkdir(parents=True)
         for name, text in old.items():
             (folder / name).write_text(text)
-        ended = subprocess.run([sys.executable, "-c", STEPS, folder, str(step)], capture_output=True, text=True)
+        ended = subprocess.run(
+            [sys.executable, "-c", STEPS, folder, str(step)], capture_output=True, text=True
+        )
         found = {file.name: file.read_text() for file in folder.iterdir() if file.is_file()}
         assert "config.json" not in found or found in (old, whole)
-        new = {file.name: "new" for file in folder.rglob("*") if file.is_file() and file.read_text() == "new"}
+        new = {
+            file.name: "new"
+            for file in folder.rglob("*")
+            if file.is_file() and file.read_text() == "new"
+        }
         assert (bool(old) and found == old) or new == whole
         if ended.returncode == 0:
             break

@@ -33,7 +33,10 @@ def test_the_warning_names_the_variable_and_appears_once(clock, caplog):
     prune_three_blocks(clock)
     prune_three_blocks(clock)
     (record,) = caplog.records
-    assert "the machine is busy: this thread spends most of its time waiting for a core" in record.message
+    assert (
+        "the machine is busy: this thread spends most of its time waiting for a core"
+        in record.message
+    )
     assert "Set OMP_WAIT_POLICY=passive before Python starts" in record.message
 
 
@@ -57,7 +60,11 @@ def test_no_warning_if_there_is_one_thread(clock, caplog, monkeypatch):
         (20, 0.86, True),  # more programs than cores
         (20, 0.64, True),  # as many programs as cores
         (20, 0.05, False),  # no other program
-        (20, 0.01, False),  # no other program, and the batches come slowly: 7 times the processor time
+        (
+            20,
+            0.01,
+            False,
+        ),  # no other program, and the batches come slowly: 7 times the processor time
         (5, 0.86, False),  # too short to say
     ],
 )
@@ -67,5 +74,6 @@ def test_busy_means_waiting_for_a_core_most_of_the_time(seconds, fraction, expec
 
 def test_the_time_without_a_core_is_the_second_number_of_linux(monkeypatch, tmp_path):
     monkeypatch.setattr(busy_machine, "_SCHEDULED", tmp_path / "schedstat")
-    (tmp_path / "schedstat").write_text("5000000000 3000000000 7\n")  # 5 s on a core, 3 s without one
+    # 5 s on a core, 3 s without one.
+    (tmp_path / "schedstat").write_text("5000000000 3000000000 7\n")
     assert busy_machine._seconds_waiting() == 3

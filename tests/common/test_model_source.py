@@ -20,7 +20,10 @@ def test_a_path_or_a_hub_id(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("out/model").mkdir(parents=True)
     for name in ("out", "out/model", "owner/model", "model", "out/modl"):
-        assert ModelSource(name).locate() == {"pretrained_model_name_or_path": name, **ModelSource(name).hub}
+        assert ModelSource(name).locate() == {
+            "pretrained_model_name_or_path": name,
+            **ModelSource(name).hub,
+        }
     for name in ("./modl", "owner/model/a", "/modl", "modl.gguf", "~nobody_here/models/tiny"):
         with pytest.raises(FileNotFoundError, match=r"does not exist\. Check the path"):
             ModelSource(name).locate()
@@ -61,16 +64,22 @@ def test_a_hub_is_asked_once(monkeypatch, tmp_path, part, answers):
     assert not constants.HF_HUB_OFFLINE
 
 
-@pytest.mark.parametrize("name", ["../../x.safetensors", "/etc/x.safetensors", "..\\\\x.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../../x.safetensors", "/etc/x.safetensors", "..\\\\x.safetensors"]
+)
 def test_an_index_may_only_name_files_in_its_folder(tmp_path, name):
     tiny_llama().config.save_pretrained(tmp_path)
     index = {"weight_map": {"a": "model-1.safetensors", "b": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"index\.json must name files in its folder, but it names .*x"):
+    with pytest.raises(
+        ValueError, match=r"index\.json must name files in its folder, but it names .*x"
+    ):
         load_config(ModelSource(tmp_path))
 
 
 def test_a_classifier_without_its_prefix(tmp_path):
     timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path)
-    with pytest.raises(ValueError, match=rf"is an image classifier of timm: its name is timm:local-dir:{tmp_path}"):
+    with pytest.raises(
+        ValueError, match=rf"is an image classifier of timm: its name is timm:local-dir:{tmp_path}"
+    ):
         load_config(ModelSource(tmp_path))

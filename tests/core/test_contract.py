@@ -35,7 +35,9 @@ ENTRIES = [
     *((Allocation, ALLOCATIONS[name]) for name in ALLOCATIONS),
     *((Solver, SOLVERS[name]) for name in SOLVERS),
 ]
-EVERY_ENTRY = pytest.mark.parametrize(("protocol", "make"), ENTRIES, ids=[*CRITERIA, *PATTERNS, *ALLOCATIONS, *SOLVERS])
+EVERY_ENTRY = pytest.mark.parametrize(
+    ("protocol", "make"), ENTRIES, ids=[*CRITERIA, *PATTERNS, *ALLOCATIONS, *SOLVERS]
+)
 
 
 def selection_of(criterion, pattern):
@@ -45,7 +47,11 @@ def selection_of(criterion, pattern):
 
 def solver_for(solver, pattern):
     """The solver, or the refit in the place of one that cannot solve layers with whole columns of zeros."""
-    return Refit() if pattern.prunes_units and not SOLVERS[solver]().prunes_units else SOLVERS[solver]()
+    return (
+        Refit()
+        if pattern.prunes_units and not SOLVERS[solver]().prunes_units
+        else SOLVERS[solver]()
+    )
 
 
 def assert_counts(pattern, keep, sparsity):
@@ -73,7 +79,8 @@ def assert_counts(pattern, keep, sparsity):
 
 @EVERY_ENTRY
 def test_entry_is_a_frozen_dataclass_equal_by_value(protocol, make):
-    entry, twin = make(), make()
+    entry = make()
+    twin = make()
     assert isinstance(entry, protocol)
     assert dataclasses.is_dataclass(entry)
     assert entry == twin
@@ -96,11 +103,14 @@ def test_scores_are_those_of_a_loop(criterion, dtype):
 
 
 @pytest.mark.parametrize(
-    ("criterion", "pattern", "solver", "dtype"), pairwise(CRITERIA, PATTERNS, SOLVERS, DTYPES), ids=str
+    ("criterion", "pattern", "solver", "dtype"),
+    pairwise(CRITERIA, PATTERNS, SOLVERS, DTYPES),
+    ids=str,
 )
 def test_prunes_exactly_and_purely(criterion, pattern, solver, dtype):
     weight, tokens = random_layer(dtype)
-    before, selection = weight.clone(), selection_of(criterion, pattern)
+    before = weight.clone()
+    selection = selection_of(criterion, pattern)
     solver = solver_for(solver, selection.pattern)
     inputs = statistics(tokens, selection.criterion, solver)
     sums = {name: value.clone() for name, value in inputs.sums.items()}
@@ -122,7 +132,9 @@ def test_prunes_exactly_and_purely(criterion, pattern, solver, dtype):
         assert torch.equal(keep, keep_again)
 
 
-@pytest.mark.parametrize(("criterion", "pattern", "dtype"), pairwise(CRITERIA, PATTERNS, DTYPES), ids=str)
+@pytest.mark.parametrize(
+    ("criterion", "pattern", "dtype"), pairwise(CRITERIA, PATTERNS, DTYPES), ids=str
+)
 def test_zero_out_scores_chooses_and_zeroes(criterion, pattern, dtype):
     weight, tokens = random_layer(dtype)
     selection = selection_of(criterion, pattern)
@@ -134,7 +146,9 @@ def test_zero_out_scores_chooses_and_zeroes(criterion, pattern, dtype):
     assert not pruned[~keep].any()
 
 
-@pytest.mark.parametrize(("criterion", "pattern", "solver"), pairwise(CRITERIA, PATTERNS, SOLVERS), ids=str)
+@pytest.mark.parametrize(
+    ("criterion", "pattern", "solver"), pairwise(CRITERIA, PATTERNS, SOLVERS), ids=str
+)
 def test_pruning_twice_changes_nothing(criterion, pattern, solver):
     (weight, tokens), selection = random_layer(), selection_of(criterion, pattern)
     solver = solver_for(solver, selection.pattern)
@@ -145,7 +159,9 @@ def test_pruning_twice_changes_nothing(criterion, pattern, solver):
     torch.testing.assert_close(twice, once, rtol=0 if solver == ZeroOut() else 1e-4, atol=0)
 
 
-@pytest.mark.parametrize("solver", [*[make() for make in SOLVERS.values()], SparseGPT(mask="upfront")], ids=str)
+@pytest.mark.parametrize(
+    "solver", [*[make() for make in SOLVERS.values()], SparseGPT(mask="upfront")], ids=str
+)
 def test_pruning_further_keeps_the_zeros(solver):
     weight, tokens = random_layer(shape=WIDE, tokens=500)
     some, _ = solve(solver, weight, tokens, sparsity=0.3)
@@ -160,7 +176,10 @@ def test_pruning_further_keeps_the_zeros(solver):
     ids=str,
 )
 def test_error_is_at_most_that_of_zero_out(criterion, pattern, solver, tokens):
-    (weight, tokens), selection = random_layer(torch.float64, tokens=tokens), selection_of(criterion, pattern)
+    (weight, tokens), selection = (
+        random_layer(torch.float64, tokens=tokens),
+        selection_of(criterion, pattern),
+    )
     solver = solver_for(solver, selection.pattern)
     if solver == SparseGPT() or not solver.takes_any_criterion:
         # It chooses from weights that have moved, and there magnitude may choose badly.
@@ -186,11 +205,15 @@ TOGETHER = {
 @pytest.mark.parametrize(("criterion", "together", "solver"), pairwise(CRITERIA, TOGETHER, SOLVERS))
 def test_layers_solved_together_equal_layers_solved_alone(criterion, together, solver):
     weight, tokens = random_layer(torch.float64)
-    criterion, targets, solver = CRITERIA[criterion](), TOGETHER[together], SOLVERS[solver]()
+    criterion = CRITERIA[criterion]()
+    targets = TOGETHER[together]
+    solver = SOLVERS[solver]()
     inputs = statistics(tokens, criterion, solver)
     weights = [weight[:5], weight[5:].float()]
     weights[0][:, :30] = 0  # sparser than asked for, on the left
-    both = solver.solve_together(weights, inputs, [Selection(criterion, *target) for target in targets])
+    both = solver.solve_together(
+        weights, inputs, [Selection(criterion, *target) for target in targets]
+    )
     for (pruned, keep), part, (pattern, sparsity) in zip(both, weights, targets, strict=True):
         alone, keep_alone = solver(part, inputs, Selection(criterion, pattern, sparsity))
         assert pruned.dtype == part.dtype
@@ -203,20 +226,53 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, together, s
     [
         (RIA, {"a": float("nan")}, "a of RIA must be a number of at least 0"),
         (Saliency, {"dampening": 0.0}, "dampening of Saliency must be a number above 0"),
-        (Assignment, {"iterations": True}, "iterations of Assignment must be a whole number of at least 1"),
-        (OWL, {"lambda_": 0.6}, "lambda_ of OWL must be a number of at least 0 and at most 0.5, but it is 0.6"),
-        (Fisher, {"max_deviation": 1.5}, "max_deviation of Fisher must be a number of at least 0 and at most 1"),
+        (
+            Assignment,
+            {"iterations": True},
+            "iterations of Assignment must be a whole number of at least 1",
+        ),
+        (
+            OWL,
+            {"lambda_": 0.6},
+            "lambda_ of OWL must be a number of at least 0 and at most 0.5, but it is 0.6",
+        ),
+        (
+            Fisher,
+            {"max_deviation": 1.5},
+            "max_deviation of Fisher must be a number of at least 0 and at most 1",
+        ),
         (ADMM, {"rho": (0.0009, 1.0)}, "rho of ADMM must be two numbers of at least 0.001"),
-        (SparseGPT, {"block_size": 0}, "block_size of SparseGPT must be a whole number of at least 1, but it is 0"),
-        (Unstructured, {"group": "column"}, "group of Unstructured must be one of row, layer, but it is 'column'"),
-        (Unstructured, {"weigh_rows": True}, "weigh_rows of Unstructured must be False for group='row'"),
+        (
+            SparseGPT,
+            {"block_size": 0},
+            "block_size of SparseGPT must be a whole number of at least 1, but it is 0",
+        ),
+        (
+            Unstructured,
+            {"group": "column"},
+            "group of Unstructured must be one of row, layer, but it is 'column'",
+        ),
+        (
+            Unstructured,
+            {"weigh_rows": True},
+            "weigh_rows of Unstructured must be False for group='row'",
+        ),
         (NM, {"n": 4, "m": 4}, "whole numbers with 1 <= N < M <= 1000000, but it is 4:4"),
-        (PerLayer, {"sparsities": "last"}, "sparsities of PerLayer must map names of layers to sparsities"),
-        (PerLayer, {"sparsities": {"last": 1.0}}, "sparsity of 'last' in PerLayer must be .* at least 0 and below 1"),
+        (
+            PerLayer,
+            {"sparsities": "last"},
+            "sparsities of PerLayer must map names of layers to sparsities",
+        ),
+        (
+            PerLayer,
+            {"sparsities": {"last": 1.0}},
+            "sparsity of 'last' in PerLayer must be .* at least 0 and below 1",
+        ),
     ],
 )
 def test_values_out_of_range_are_refused(make, values, text, monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # beartype refuses some before we do
+    # Beartype refuses some before we do.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(ValueError, match=text):
         make(**values)
 
@@ -239,7 +295,10 @@ def test_a_stage_of_a_schedule_scales_the_differences(allocation, scaled):
 def test_sparsities_follow_the_formula_to_within_a_weight_per_row(name, seed):
     layers = list(random_layers(seed))
     got = allocate(ALLOCATIONS[name](), layers, 0.5)
-    arrays = [(n, block, reference.array(weight), reference.array(tokens)) for n, block, weight, tokens in layers]
+    arrays = [
+        (n, block, reference.array(weight), reference.array(tokens))
+        for n, block, weight, tokens in layers
+    ]
     expected = reference.SPARSITIES[name](arrays, 0.5)
     assert list(got) == list(expected)
     for layer, _, weight, _ in layers:
@@ -256,18 +315,26 @@ def test_sparsities_follow_the_formula_to_within_a_weight_per_row(name, seed):
     sparsity=st.floats(0, 0.99),
 )
 @settings(max_examples=8)
-def test_the_mean_is_the_target_as_near_as_the_pattern_allows(name, pattern, seed, shapes, blocks, sparsity):
+def test_the_mean_is_the_target_as_near_as_the_pattern_allows(
+    name, pattern, seed, shapes, blocks, sparsity
+):
     layers = list(random_layers(seed, [(d_out, 8 * d_in) for d_out, d_in in shapes], blocks))
     sparsity = getattr(pattern, "sparsity", sparsity)
     before = copy.deepcopy(layers)
     got = allocate(ALLOCATIONS[name](), layers, sparsity, pattern)
     assert all(0 <= value < 1 for value in got.values())
-    assert all(torch.equal(a[2], b[2]) and torch.equal(a[3], b[3]) for a, b in zip(layers, before, strict=True))
+    assert all(
+        torch.equal(a[2], b[2]) and torch.equal(a[3], b[3])
+        for a, b in zip(layers, before, strict=True)
+    )
     if len(set(got.values())) == 1 and next(iter(got.values())) == sparsity:
         return  # equal blocks: as Uniform
     steps = [weight.numel() / pattern.sparsity_steps(*weight.shape) for _, _, weight, _ in layers]
     size = sum(weight.numel() for _, _, weight, _ in layers)
-    reachable = [(1 - 1 / pattern.sparsity_steps(*weight.shape)) * weight.numel() for _, _, weight, _ in layers]
+    reachable = [
+        (1 - 1 / pattern.sparsity_steps(*weight.shape)) * weight.numel()
+        for _, _, weight, _ in layers
+    ]
     missing = min(sparsity * size, sum(reachable)) - mean_of(got, layers) * size
     assert abs(missing) <= max(steps) / 2 + 1e-6 * size
 
@@ -275,7 +342,8 @@ def test_the_mean_is_the_target_as_near_as_the_pattern_allows(name, pattern, see
 @EVERY_ALLOCATION
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_one_block_and_equal_blocks_give_uniform(name, blocks):
-    weight, tokens = torch.randn(6, 24), torch.randn(9, 24)
+    weight = torch.randn(6, 24)
+    tokens = torch.randn(9, 24)
     layers = [(f"{block}.up", str(block), weight, tokens) for block in range(blocks)]
     assert set(allocate(ALLOCATIONS[name](), layers, 0.43).values()) == {0.43}
 

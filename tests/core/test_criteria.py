@@ -8,7 +8,9 @@ from wanda_lightning.core.criteria import RIA, Wanda
 
 
 @pytest.mark.parametrize("criterion", [Wanda(), RIA()], ids=str)
-@pytest.mark.parametrize(("dtype", "faint"), [(torch.float32, 1e-20), (torch.float64, 1e-150)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "faint"), [(torch.float32, 1e-20), (torch.float64, 1e-150)], ids=str
+)
 def test_inputs_that_are_never_active_score_below_the_faintest(criterion, dtype, faint):
     weight, tokens = random_layer(dtype)
     tokens[:, :20] = 0
@@ -30,6 +32,7 @@ def test_ria_of_a_row_and_a_column_of_zeros():
 
 def test_ria_without_activations_is_relative_importance():
     weight, tokens = random_layer()
-    quiet, loud = statistics(tokens, RIA), statistics(tokens * torch.arange(1, 65), RIA)
+    quiet = statistics(tokens, RIA)
+    loud = statistics(tokens * torch.arange(1, 65), RIA)
     assert torch.equal(RIA(a=0.0)(weight, quiet), RIA(a=0.0)(weight, loud))
     assert not torch.equal(RIA()(weight, quiet), RIA()(weight, loud))

@@ -11,11 +11,16 @@ from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("levels", [1, 3, 10_000])
 @pytest.mark.parametrize(
-    ("groups", "size"),  # pairwise comparison up to a size of 16, but a sort for up to 1024 groups; else a selection
+    (
+        "groups",
+        "size",
+    ),  # pairwise comparison up to a size of 16, but a sort for up to 1024 groups; else a selection
     [(20, 15), (1025, 15), (70_000, 4), (20, 16), (1025, 16), (20, 17), (1025, 17), (2, 5000)],
 )
 def test_keep_largest_of_any_shape_type_and_layout(groups, size, levels, dtype):
-    scores = torch.randint(0, levels, (groups, size), generator=torch.Generator().manual_seed(size)).to(dtype)
+    scores = torch.randint(
+        0, levels, (groups, size), generator=torch.Generator().manual_seed(size)
+    ).to(dtype)
     layouts = [scores, scores.t().contiguous().t(), scores.repeat_interleave(2, dim=1)[:, ::2]]
     layouts.append(torch.cat([scores, scores], dim=1)[:, size:])
     for count in (0, 1, size // 2, size - 1, size):

@@ -23,9 +23,14 @@ def gradient(loss, at):
 def test_loss_and_gradient_are_those_of_pytorch(monkeypatch, padding, temperature):
     monkeypatch.setattr(losses, "_AT_ONCE", 3 * 7)  # three rows at a time
     torch.manual_seed(0)
-    predicted, dense = torch.randn(10, 7, dtype=torch.float64, requires_grad=True), torch.randn(10, 7).double()
-    keep = {"none": torch.ones(10), "some": torch.arange(10) % 3, "all": torch.zeros(10)}[padding].bool()
-    loss = losses.summed_divergence(predicted, dense, None if padding == "none" else keep, temperature)
+    predicted = torch.randn(10, 7, dtype=torch.float64, requires_grad=True)
+    dense = torch.randn(10, 7).double()
+    keep = {"none": torch.ones(10), "some": torch.arange(10) % 3, "all": torch.zeros(10)}[
+        padding
+    ].bool()
+    loss = losses.summed_divergence(
+        predicted, dense, None if padding == "none" else keep, temperature
+    )
     expected = by_pytorch(predicted, dense, keep, temperature)
     torch.testing.assert_close(loss, expected)
     assert (loss > 0) == (padding != "all")
@@ -35,11 +40,15 @@ def test_loss_and_gradient_are_those_of_pytorch(monkeypatch, padding, temperatur
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_logits_in_16_bits_are_compared_in_float32(dtype):
     torch.manual_seed(0)
-    predicted, dense = torch.randn(4, 500, dtype=dtype, requires_grad=True), torch.randn(4, 500, dtype=dtype)
+    predicted = torch.randn(4, 500, dtype=dtype, requires_grad=True)
+    dense = torch.randn(4, 500, dtype=dtype)
     wide = predicted.detach().float().requires_grad_()
-    loss, expected = losses.summed_divergence(predicted, dense), by_pytorch(wide, dense.float(), slice(None), 1.0)
+    loss = losses.summed_divergence(predicted, dense)
+    expected = by_pytorch(wide, dense.float(), slice(None), 1.0)
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient(loss, predicted).float(), gradient(expected, wide), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(
+        gradient(loss, predicted).float(), gradient(expected, wide), rtol=1e-2, atol=1e-6
+    )
 
 
 def test_a_second_backward_pass_is_refused():

@@ -9,10 +9,13 @@ from wanda_lightning.core.masking import as_numbers, fits, mask_, masked, pack, 
 VALUES = [1.5, -0.0, float("nan"), float("nan"), float("inf"), -float("inf"), -3.25, 6e-8]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
 def test_dropped_values_become_zero_whatever_they_were(dtype):
     tensor, keep = torch.tensor(VALUES, dtype=dtype), torch.tensor([True, False] * 4)
-    before, result = tensor.clone(), masked(tensor, keep)
+    before = tensor.clone()
+    result = masked(tensor, keep)
     assert result.dtype == dtype
     torch.testing.assert_close(result, torch.where(keep, tensor, 0), rtol=0, atol=0, equal_nan=True)
     assert not result[~keep].signbit().any()

@@ -42,14 +42,17 @@ def test_an_order_of_eight_inputs_is_nearly_the_best(n, m):
     orders = [torch.tensor(sum(groups, ())) for groups in groupings(list(range(8)), m)]
     best = max(kept_slowly(drawn, order, n, m) for order in orders)
     found = Assignment(iterations=64)(drawn, NM(n, m))
-    assert kept_score(drawn, found, NM(n, m)) == pytest.approx(kept_slowly(drawn, found, n, m), rel=1e-5)
+    assert kept_score(drawn, found, NM(n, m)) == pytest.approx(
+        kept_slowly(drawn, found, n, m), rel=1e-5
+    )
     assert 0.99 * best <= kept_slowly(drawn, found, n, m) <= 1.00001 * best
 
 
 @pytest.mark.parametrize("chunk", [512, 8])
 def test_it_permutes_and_keeps_more_with_each_iteration(monkeypatch, chunk):
     monkeypatch.setattr(permutation, "_CHUNK", chunk)
-    drawn, pattern = scores(16, 128), NM(2, 4)
+    drawn = scores(16, 128)
+    pattern = NM(2, 4)
     kept = [kept_score(drawn, torch.arange(128), pattern)]
     for iterations in (1, 2, 4, 8, 16):
         order = Assignment(iterations)(drawn, pattern)

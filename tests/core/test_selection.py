@@ -28,7 +28,9 @@ def test_rows_are_weighed_by_the_root_of_their_weights():
     assert not torch.equal(plain, keep)
 
 
-@pytest.mark.parametrize("solver", [SparseGPT(), SparseGPT(mask="upfront"), Refit(), ADMM()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [SparseGPT(), SparseGPT(mask="upfront"), Refit(), ADMM()], ids=repr
+)
 def test_every_solver_weighs_rows(solver):
     """A row whose output does not matter loses more weights, one that matters most loses fewer."""
     weight, tokens = random_layer()

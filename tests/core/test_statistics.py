@@ -30,7 +30,9 @@ def tokens_of(seed, count=24, d_in=6, dtype=torch.float32):
 
 def integer_tokens(seed, count, d_in=6):
     """Their squares add up without rounding, so the order of a sum cannot matter."""
-    return torch.randint(-20, 21, (count, d_in), generator=torch.Generator().manual_seed(seed)).float()
+    return torch.randint(
+        -20, 21, (count, d_in), generator=torch.Generator().manual_seed(seed)
+    ).float()
 
 
 def statistics(*batches):
@@ -47,13 +49,21 @@ def assert_same(some, other):
         torch.testing.assert_close(some.sums[name], other.sums[name], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (1, 2**19), (2**18 + 1, 3), (70_000, 11), (5, 7, 100, 200), (3, 2**18)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (1, 2**19), (2**18 + 1, 3), (70_000, 11), (5, 7, 100, 200), (3, 2**18)]
+)
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str
+)
 def test_squares_are_summed_over_the_first_dimension_in_any_layout(shape, dtype):
     """Integers below 8: their squares add up without rounding."""
     x = torch.randint(-7, 8, shape, generator=torch.Generator().manual_seed(0))
     expected = (x.numpy() ** 2).sum(axis=0)
-    for layout in (x, x.movedim(1, -1).contiguous().movedim(-1, 1), x.repeat_interleave(2, dim=0)[::2]):
+    for layout in (
+        x,
+        x.movedim(1, -1).contiguous().movedim(-1, 1),
+        x.repeat_interleave(2, dim=0)[::2],
+    ):
         total = sum_squares(layout.to(dtype))
         assert total.dtype == torch.promote_types(dtype, torch.float32)
         assert np.array_equal(total.numpy(), expected)
@@ -68,9 +78,16 @@ def test_a_wide_gram_matrix_is_that_of_one_product(width):
 
 @pytest.mark.parametrize(
     ("legacy", "cuda", "mkldnn", "every"),
-    pairwise([None, "highest", "high", "medium"], [None, "ieee", "tf32"], [None, "ieee", "bf16"], [None, "tf32"]),
+    pairwise(
+        [None, "highest", "high", "medium"],
+        [None, "ieee", "tf32"],
+        [None, "ieee", "bf16"],
+        [None, "tf32"],
+    ),
 )
-def test_gram_matrices_have_full_precision_whatever_the_user_has_set(legacy, cuda, mkldnn, every, monkeypatch):
+def test_gram_matrices_have_full_precision_whatever_the_user_has_set(
+    legacy, cuda, mkldnn, every, monkeypatch
+):
     """PyTorch has an old and a new way to set the precision of matrix products, and refuses to read some mixtures."""
     backends = torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
@@ -81,8 +98,11 @@ def test_gram_matrices_have_full_precision_whatever_the_user_has_set(legacy, cud
             old = str(error)
         return old, [backend.fp32_precision for backend in backends]
 
-    seen, original = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: seen.append(settings()) or original(*args, **kwargs))
+    seen = []
+    original = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda *args, **kwargs: seen.append(settings()) or original(*args, **kwargs)
+    )
     before = settings()
     assert before == ("highest", ["none"] * 3)
     try:
@@ -105,10 +125,12 @@ def test_gram_matrices_have_full_precision_whatever_the_user_has_set(legacy, cud
 @given(seeds, st.integers(0, 30))
 def test_two_halves_accumulate_to_the_whole(seed, cut):
     tokens = integer_tokens(seed, 30)
-    first, second = tokens[:cut], tokens[cut:]
+    first = tokens[:cut]
+    second = tokens[cut:]
     whole = statistics(tokens)
     assert_same(statistics(first, second), whole)
-    merged, other = statistics(first), statistics(second)
+    merged = statistics(first)
+    other = statistics(second)
     merged.merge(other)
     assert_same(merged, whole)
     assert_same(other, statistics(second))
@@ -120,7 +142,9 @@ def test_update_leaves_the_tokens_as_they_were_and_keeps_no_graph():
     inputs = statistics(tokens)
     assert torch.equal(tokens, before)
     assert not any(value.requires_grad for value in inputs.sums.values())
-    with pytest.raises(ValueError, match=r"needs must be names from .*square_sum.*, but they hold \['cube_sum'\]"):
+    with pytest.raises(
+        ValueError, match=r"needs must be names from .*square_sum.*, but they hold \['cube_sum'\]"
+    ):
         InputStatistics({"square_sum", "cube_sum"})
 
 
@@ -154,7 +178,8 @@ def test_factors_are_those_of_numpy():
     scale, correlations = scaled(gram, 0.1)
     np.testing.assert_allclose(np.outer(scale, scale) * correlations.numpy(), matrix)
     np.testing.assert_allclose(correlations.diagonal(), 1)
-    assert torch.equal(dampen_(torch.zeros(3, 3), 0.5), torch.eye(3))  # without active inputs all weigh the same
+    # Without active inputs all weigh the same.
+    assert torch.equal(dampen_(torch.zeros(3, 3), 0.5), torch.eye(3))
 
 
 def test_an_indefinite_matrix_is_dampened_until_it_is_definite():
@@ -184,7 +209,9 @@ def test_the_relative_error_is_that_of_the_outputs(dtype):
     outputs = weight.double() @ tokens.t()
     lost = outputs - pruned.double() @ tokens.t()
     expected = float(lost.square().sum() / outputs.square().sum())
-    assert relative_error(weight, pruned, gram_of(tokens.float())) == pytest.approx(expected, rel=1e-4)
+    assert relative_error(weight, pruned, gram_of(tokens.float())) == pytest.approx(
+        expected, rel=1e-4
+    )
     assert relative_error(weight, weight, gram_of(tokens)) == 0
     assert relative_error(weight, torch.zeros_like(weight), gram_of(tokens)) == 1
     assert relative_error(torch.zeros(2, 3), torch.zeros(2, 3), torch.eye(3)) == 0

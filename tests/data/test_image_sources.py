@@ -10,7 +10,8 @@ from support.data import images_of, paint, vit
 
 from wanda_lightning import ImageDataModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*and the model has .* outputs")  # models without regard to the images
+# Models without regard to the images.
+pytestmark = pytest.mark.filterwarnings("ignore:.*and the model has .* outputs")
 
 
 def test_digits_are_split_by_class_into_disjoint_parts():
@@ -40,7 +41,9 @@ def test_a_folder_in_the_manner_of_imagenet(imagenet, in_chans):
     if in_chans == 1:  # ITU-R 601
         colours = [np.array([round(0.587 * green + 0.114 * blue)]) for _, green, blue in colours]
     expected = torch.tensor(np.stack(colours) / 255 * 2 - 1, dtype=torch.float32)
-    torch.testing.assert_close(images, expected[:, :, None, None].expand_as(images), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        images, expected[:, :, None, None].expand_as(images), atol=0.01, rtol=0
+    )
     assert images_of(data.calibration_dataloader())[0].shape[0] == 5
     train, labels = images_of(data.train_dataloader())
     assert train.shape == (8, in_chans, 16, 16)
@@ -50,16 +53,22 @@ def test_a_folder_in_the_manner_of_imagenet(imagenet, in_chans):
 def test_bad_folders_are_refused(tmp_path, imagenet):
     (tmp_path / "list.txt").write_text("")
     for wrong in (tmp_path / "missing", tmp_path / "list.txt", ""):
-        with pytest.raises(ValueError, match=r"an existing folder .* but it is .*(missing|list\.txt|'')"):
+        with pytest.raises(
+            ValueError, match=r"an existing folder .* but it is .*(missing|list\.txt|'')"
+        ):
             ImageDataModule(wrong)
     paint(imagenet / "val" / "red", (0, 0), 1)
-    with pytest.raises(ValueError, match="training images for each class, but has none in train/red"):
+    with pytest.raises(
+        ValueError, match="training images for each class, but has none in train/red"
+    ):
         ImageDataModule(imagenet, vit()).setup("fit")
     shutil.rmtree(imagenet / "val")
     with pytest.raises(FileNotFoundError, match="val"):  # and not the training images
         ImageDataModule(imagenet, vit()).setup("validate")
     (imagenet / "val" / "blue").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"images to measure on, but the classes in .*val have none"):
+    with pytest.raises(
+        ValueError, match=r"images to measure on, but the classes in .*val have none"
+    ):
         ImageDataModule(imagenet, vit()).setup("validate")
 
 
@@ -69,7 +78,10 @@ def test_evaluation_may_lack_classes(imagenet):
     shutil.rmtree(imagenet / "val" / "blue")
     data = ImageDataModule(str(imagenet), vit())
     data.setup("fit")
-    assert (data.class_names, images_of(data.val_dataloader())[1].tolist()) == (("azure", "blue", "green"), [2, 2])
+    assert (data.class_names, images_of(data.val_dataloader())[1].tolist()) == (
+        ("azure", "blue", "green"),
+        [2, 2],
+    )
     assert sorted(images_of(data.train_dataloader())[1].tolist()) == [0] + [1] * 4 + [2] * 4
 
 
@@ -78,5 +90,7 @@ def test_a_broken_image_is_named(imagenet):
     path.write_bytes(path.read_bytes()[:60])
     data = ImageDataModule(str(imagenet), vit())
     data.setup("validate")
-    with pytest.raises(ValueError, match=r"The image .*val/green/1\.png cannot be read: (OSError|SyntaxError)"):
+    with pytest.raises(
+        ValueError, match=r"The image .*val/green/1\.png cannot be read: (OSError|SyntaxError)"
+    ):
         images_of(data.val_dataloader())

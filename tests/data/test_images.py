@@ -18,7 +18,9 @@ from wanda_lightning.data.images import class_names_of, resolve_preprocessing
 
 pytestmark = [
     pytest.mark.usefixtures("few_digits"),
-    pytest.mark.filterwarnings("ignore:.*and the model has .* outputs"),  # models are made without regard to the images
+    pytest.mark.filterwarnings(
+        "ignore:.*and the model has .* outputs"
+    ),  # models are made without regard to the images
 ]
 
 
@@ -32,7 +34,9 @@ def test_digits_are_resized_whole_and_normalized_for_the_model(in_chans):
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
     distances = []
     for scan in load_digits().images[load_digits().target == labels[0].item()]:
-        picture = Image.fromarray((scan * 255 / 16).round().astype(np.uint8)).resize((16, 16), Image.Resampling.BICUBIC)
+        picture = Image.fromarray((scan * 255 / 16).round().astype(np.uint8)).resize(
+            (16, 16), Image.Resampling.BICUBIC
+        )
         distances.append(np.abs(images[0].numpy() - (np.asarray(picture) / 255 - 0.5) / 0.5).max())
     assert min(distances) < 1e-5
     assert model(images).shape == (7, 10)
@@ -63,7 +67,9 @@ def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
     assert torch.equal(*loaded[:2])
     assert not torch.equal(*loaded[1:])
     calibration = images_of(data.calibration_dataloader())[0]
-    assert sorted(t.numpy().tobytes() for t in loaded[2]) == sorted(t.numpy().tobytes() for t in calibration)
+    assert sorted(t.numpy().tobytes() for t in loaded[2]) == sorted(
+        t.numpy().tobytes() for t in calibration
+    )
 
 
 class Reading(ImageClassifierModule):
@@ -88,7 +94,9 @@ def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted
     whole = images_of_each_step(ImageDataModule("digits", batch_size=80), SaveAt(tmp_path, 2, 3, 4))
     assert whole[0] != whole[3]  # each epoch has an order of its own
     for step in (2, 3, 4):
-        resumed = images_of_each_step(ImageDataModule("digits", batch_size=80), ckpt_path=tmp_path / f"{step}.ckpt")
+        resumed = images_of_each_step(
+            ImageDataModule("digits", batch_size=80), ckpt_path=tmp_path / f"{step}.ckpt"
+        )
         assert resumed == whole[step:]
 
 
@@ -104,7 +112,8 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     from lightning.pytorch.trainer.connectors import data_connector
 
     monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 31)
-    data, shapes = ImageDataModule("digits", batch_size=50), []
+    data = ImageDataModule("digits", batch_size=50)
+    shapes = []
     for channels in (1, 3):
         module = ImageClassifierModule(vit(in_chans=channels), num_classes=10)
         module.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
@@ -129,7 +138,9 @@ def test_calibration_is_not_augmented_but_training_is(tmp_path):
     rng = np.random.default_rng(0)
     for part in ("train", "val"):
         (tmp_path / part / "noise").mkdir(parents=True)
-        Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(tmp_path / part / "noise" / "0.png")
+        Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(
+            tmp_path / part / "noise" / "0.png"
+        )
     data = ImageDataModule(str(tmp_path), vit())
     data.setup("fit")
     calibration = [images_of(data.calibration_dataloader())[0] for _ in range(2)]
@@ -189,9 +200,18 @@ def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        (vit(num_classes=5), "has 2 classes, and the model has 5 outputs. Class i, counted from 'blue' = 0"),
-        (vit(num_classes=1000), "and the model has 1000 outputs, and its classes have other names than 'blue'"),
-        (named_vit("cat", "green"), "and the model has 2 outputs, and its classes have other names than 'blue'"),
+        (
+            vit(num_classes=5),
+            "has 2 classes, and the model has 5 outputs. Class i, counted from 'blue' = 0",
+        ),
+        (
+            vit(num_classes=1000),
+            "and the model has 1000 outputs, and its classes have other names than 'blue'",
+        ),
+        (
+            named_vit("cat", "green"),
+            "and the model has 2 outputs, and its classes have other names than 'blue'",
+        ),
         (vit(num_classes=2), None),
     ],
 )
@@ -203,16 +223,31 @@ def test_an_assumed_class_order_warns(imagenet, model, said, recwarn):
 
 def test_preprocessing_is_the_models_own():
     found = resolve_preprocessing(timm.create_model("convnext_atto", num_classes=10))
-    assert (found["input_size"], found["mean"], found["crop_pct"]) == ((3, 224, 224), (0.485, 0.456, 0.406), 0.875)
-    assert resolve_preprocessing("convnext_atto") == resolve_preprocessing("timm:convnext_atto.d2_in1k") == found
+    assert (found["input_size"], found["mean"], found["crop_pct"]) == (
+        (3, 224, 224),
+        (0.485, 0.456, 0.406),
+        0.875,
+    )
+    assert (
+        resolve_preprocessing("convnext_atto")
+        == resolve_preprocessing("timm:convnext_atto.d2_in1k")
+        == found
+    )
     assert resolve_preprocessing("convnext_atto", image_size=64)["input_size"] == (3, 64, 64)
     gray = resolve_preprocessing(ImageClassifierModule(timm.create_model("resnet18", in_chans=1)))
-    assert (gray["input_size"], gray["mean"]) == ((1, 224, 224), pytest.approx(((0.485 + 0.456 + 0.406) / 3,)))
+    assert (gray["input_size"], gray["mean"]) == (
+        (1, 224, 224),
+        pytest.approx(((0.485 + 0.456 + 0.406) / 3,)),
+    )
 
 
 def test_class_names_come_from_the_model():
     model = vit(num_classes=3)
     assert class_names_of(model) == ()
-    for names, found in ((["a", "b", "c"], "abc"), ({0: "a", 1: "b", 2: "c"}, "abc"), (["a", "b"], "")):
+    for names, found in (
+        (["a", "b", "c"], "abc"),
+        ({0: "a", 1: "b", 2: "c"}, "abc"),
+        (["a", "b"], ""),
+    ):
         model.pretrained_cfg["label_names"] = names  # the last of another head
         assert class_names_of(model) == class_names_of(ImageClassifierModule(model)) == tuple(found)

@@ -38,13 +38,16 @@ def test_tokens_are_drawn_from_the_predictions():
     model = tiny_llama().double().train()
     model.generation_config.update(eos_token_id=list(range(64)), repetition_penalty=2.0, top_k=3)
     model.lm_head.eval()
-    own, state = model.generation_config, torch.get_rng_state()
+    own = model.generation_config
+    state = torch.get_rng_state()
     windows = sample_windows(model, TOKENIZER, 5, 12, seed=3, batch_size=2, progress=False)
     assert model.generation_config is own
     assert [name for name, part in model.named_modules() if not part.training] == ["lm_head"]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(windows, written_by_hand(model.eval(), [5], 5, 12, 3, 2)[:, 1:])
-    assert not torch.equal(windows, sample_windows(model, TOKENIZER, 5, 12, seed=4, batch_size=2, progress=False))
+    assert not torch.equal(
+        windows, sample_windows(model, TOKENIZER, 5, 12, seed=4, batch_size=2, progress=False)
+    )
 
 
 def test_a_tokenizer_without_a_first_token_begins_with_the_last_or_is_refused():
@@ -55,18 +58,23 @@ def test_a_tokenizer_without_a_first_token_begins_with_the_last_or_is_refused():
     with pytest.raises(ValueError, match="must have a token that begins or ends a text"):
         sample_windows(model, SimpleNamespace(bos_token_id=None, eos_token_id=None), 2, 4)
 
-    with pytest.raises(ValueError, match=r"a Trainer that runs a module with a model, but there is none"):
+    with pytest.raises(
+        ValueError, match=r"a Trainer that runs a module with a model, but there is none"
+    ):
         TextDataModule(byte_tokenizer(), calibration="self").calibration_dataloader()
 
 
 def test_the_model_writes_text_for_training_only_once(tmp_path, monkeypatch):
     def fit(**options):
         module = CausalLMModule(writer(tokenizer), tokenizer=tokenizer)
-        data = TextDataModule(tokenizer, calibration="self", seqlen=8, num_samples=2, train_samples=20, limit=2)
+        data = TextDataModule(
+            tokenizer, calibration="self", seqlen=8, num_samples=2, train_samples=20, limit=2
+        )
         trainer(saving, max_steps=2).fit(module, data, **options)
         return data
 
-    tokenizer, saving = byte_tokenizer(), SaveAt(tmp_path, 2)
+    tokenizer = byte_tokenizer()
+    saving = SaveAt(tmp_path, 2)
     data = fit()
     assert TextDataModule(tokenizer).state_dict() == {}
     assert torch.equal(data.calibration_windows, data.train_windows[:2])

@@ -32,13 +32,20 @@ def few_topics(monkeypatch):
 
 
 def test_calibration_on_documents_draws_the_references_windows(tmp_path, tokenizer):
-    texts = documents([3, 40, 19, 20, 200, 0, 21])  # with <s>, 19 gives 20 tokens: not more than seqlen
-    sources = write_jsonl(tmp_path / "a.jsonl", texts), write_parquet(tmp_path / "a.parquet", text=texts)
+    # With <s>, 19 gives 20 tokens: not more than seqlen.
+    texts = documents([3, 40, 19, 20, 200, 0, 21])
+    sources = (
+        write_jsonl(tmp_path / "a.jsonl", texts),
+        write_parquet(tmp_path / "a.parquet", text=texts),
+    )
     for seed, source in enumerate(sources):
         data = TextDataModule(tokenizer, source, seqlen=20, num_samples=9, batch_size=4, seed=seed)
         loader = data.calibration_dataloader()
         assert [tuple(batch["input_ids"].shape) for batch in loader] == [(4, 20), (4, 20), (1, 20)]
-        assert all(batch.keys() == {"input_ids"} and batch["input_ids"].dtype == torch.int64 for batch in loader)
+        assert all(
+            batch.keys() == {"input_ids"} and batch["input_ids"].dtype == torch.int64
+            for batch in loader
+        )
         assert torch.equal(ids_of(loader), slow_document_windows(texts, tokenizer, 20, 9, seed))
 
 
@@ -59,7 +66,10 @@ def test_drawing_tokenizes_only_what_is_drawn_and_ends_where_one_document_is_lon
 def test_calibration_on_one_text_draws_the_references_windows(tmp_path, tokenizer):
     (text,) = documents([500])
     (tmp_path / "a.txt").write_text(text)
-    for source, whole in ((str(tmp_path / "a.txt"), text), ("python-docs", "\n\n".join(python_docs()[0].values()))):
+    for source, whole in (
+        (str(tmp_path / "a.txt"), text),
+        ("python-docs", "\n\n".join(python_docs()[0].values())),
+    ):
         data = TextDataModule(tokenizer, source, seqlen=16, num_samples=10, seed=3)
         expected = slow_text_windows(tokenizer(whole).input_ids, 16, 10, 3)
         assert torch.equal(ids_of(data.calibration_dataloader()), expected)
@@ -85,8 +95,11 @@ def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
     table = datasets.Dataset.from_dict({"text": texts})
     empty = datasets.Dataset.from_dict({"text": [""]})
     hub = {"own/news": {"train": table, "test": table, "unused": empty}, "own/one": {"all": table}}
-    file, load = write_jsonl(tmp_path / "a.jsonl", texts), datasets.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **o: hub[name] if name in hub else load(name, **o))
+    file = write_jsonl(tmp_path / "a.jsonl", texts)
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, **o: hub[name] if name in hub else load(name, **o)
+    )
     expected = TextDataModule(tokenizer, file, file, seqlen=20, num_samples=5)
     names = {"texts in memory": (texts, table), "own/news": ("own/news",), "own/one": ("own/one",)}
     for name, source in ((name, source) for name, sources in names.items() for source in sources):
@@ -98,23 +111,30 @@ def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
     assert data.describe_calibration(1).startswith("own/one, 1 window of 20 tokens")
     data = TextDataModule(tokenizer, evaluation=[texts, file, texts[::-1]], seqlen=20)
     assert data.evaluations == ("texts in memory", file, "texts in memory (3)")
-    assert not torch.equal(data.windows_of("texts in memory"), data.windows_of("texts in memory (3)"))
+    assert not torch.equal(
+        data.windows_of("texts in memory"), data.windows_of("texts in memory (3)")
+    )
 
 
 def language_model(embeddings, tokenizer=None):
     return CausalLMModule(tiny_llama(vocab_size=embeddings), tokenizer)
 
 
-def test_the_tokenizer_may_be_a_gguf_file_or_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+def test_the_tokenizer_may_be_a_gguf_file_or_is_refused_before_anything_is_read(
+    tmp_path, monkeypatch
+):
     write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "a.txt").write_text("theta" * 4)
     data = TextDataModule(str(tmp_path / "tiny.gguf"), evaluation=str(tmp_path / "a.txt"), seqlen=3)
     tokens = data.evaluation_windows.flatten().tolist()
     assert tokens[tokens.index(29) :][:3] == [29, 21, 2]  # transformers 5.2 puts <s> in front
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read when it was imported
+    # Read when it was imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"missing\.gguf does not exist"):
         TextDataModule(str(tmp_path / "missing.gguf"))
-    with pytest.raises(ValueError, match=r"^tokenizer must be given, since no Trainer runs a module that has one"):
+    with pytest.raises(
+        ValueError, match=r"^tokenizer must be given, since no Trainer runs a module that has one"
+    ):
         TextDataModule().setup("validate")
     with pytest.raises(OSError, match=r"tokenizer of 'no/such' cannot be loaded"):
         TextDataModule("no/such").setup("validate")
@@ -124,12 +144,24 @@ def test_the_tokenizer_may_be_a_gguf_file_or_is_refused_before_anything_is_read(
     ("options", "message"),
     [
         ({"seqlen": 1}, "^seqlen must be a whole number of at least 2, but it is 1"),
-        ({"calibration": "wikitxt2"}, r"^calibration must be one of c4, .* 'wikitxt2'\. .* mean wikitext2\?"),
-        ({"calibration": ["a", 1]}, r"^calibration must be .* a list of strings or a .*Dataset, but it is \['a', 1\]"),
-        ({"evaluation": ["one line\nand another"]}, "^evaluation must be .* a list of documents, but it is 'one line"),
+        (
+            {"calibration": "wikitxt2"},
+            r"^calibration must be one of c4, .* 'wikitxt2'\. .* mean wikitext2\?",
+        ),
+        (
+            {"calibration": ["a", 1]},
+            r"^calibration must be .* a list of strings or a .*Dataset, but it is \['a', 1\]",
+        ),
+        (
+            {"evaluation": ["one line\nand another"]},
+            "^evaluation must be .* a list of documents, but it is 'one line",
+        ),
         ({"evaluation": "ptb"}, r"^evaluation must be .* but it is 'ptb'\.$"),
         ({"evaluation": "a.csv"}, r"ends in \.txt, \.jsonl, \.parquet, or .* but it is .*a\.csv"),
-        ({"calibration": "gone.jsonl"}, r"^calibration must be an existing file, but there is no gone\.jsonl\. Check"),
+        (
+            {"calibration": "gone.jsonl"},
+            r"^calibration must be an existing file, but there is no gone\.jsonl\. Check",
+        ),
     ],
 )
 def test_bad_arguments_are_refused_at_once(tokenizer, options, message):
@@ -139,7 +171,8 @@ def test_bad_arguments_are_refused_at_once(tokenizer, options, message):
 
 def test_too_short_texts_are_refused_with_counts(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text("x" * 19)  # 20 tokens with <s>
-    text, table = str(tmp_path / "a.txt"), write_jsonl(tmp_path / "a.jsonl", documents([5, 19, 12]))
+    text = str(tmp_path / "a.txt")
+    table = write_jsonl(tmp_path / "a.jsonl", documents([5, 19, 12]))
     for source, message in (
         (text, r"needs a text of at least 21 tokens, but .*a\.txt has 20"),
         (table, r"at least 21 tokens, but the longest of the 3 documents of .* has 20.*\.txt file"),
@@ -147,14 +180,19 @@ def test_too_short_texts_are_refused_with_counts(tmp_path, tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             TextDataModule(tokenizer, calibration=source, seqlen=20).calibration_dataloader()
-    assert TextDataModule(tokenizer, text, text, seqlen=19, num_samples=2).calibration_windows.shape == (2, 19)
+    assert TextDataModule(
+        tokenizer, text, text, seqlen=19, num_samples=2
+    ).calibration_windows.shape == (2, 19)
     assert TextDataModule(tokenizer, evaluation=text, seqlen=20).evaluation_windows.shape == (1, 20)
-    with pytest.raises(ValueError, match=r"seqlen=21 needs a text of at least 21 tokens, but .*a\.txt has 20\."):
+    with pytest.raises(
+        ValueError, match=r"seqlen=21 needs a text of at least 21 tokens, but .*a\.txt has 20\."
+    ):
         TextDataModule(tokenizer, evaluation=text, seqlen=21).setup("validate")
 
 
 def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
-    module, data = language_model(97), TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
+    module = language_model(97)
+    data = TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
     message = r"^input_ids must be from 0 to 96, since the model has 97 embeddings, but one is \d+"
     with pytest.raises(ValueError, match=message):
         trainer().validate(module, data, verbose=False)
@@ -163,18 +201,24 @@ def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
     trainer().validate(module, data, verbose=False)
     with pytest.raises(ValueError, match=message):
         data.calibration_dataloader()
-    trainer().validate(language_model(257), TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)
+    trainer().validate(
+        language_model(257), TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False
+    )
 
 
 def test_another_tokenizer_than_the_models_own_is_refused(tokenizer, monkeypatch):
     from lightning.pytorch.trainer.connectors import data_connector
 
-    monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 31)  # must not be recommended
+    # Must not be recommended.
+    monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 31)
     reverse = byte_tokenizer(reverse=True)
     module = language_model(257, reverse)
     for given in (None, reverse, byte_tokenizer(reverse=True)):
         trainer().validate(module, TextDataModule(given, seqlen=32, limit=2), verbose=False)
-    with pytest.raises(ValueError, match=r"^tokenizer must be the tokenizer of the model, but .* splits the text diff"):
+    with pytest.raises(
+        ValueError,
+        match=r"^tokenizer must be the tokenizer of the model, but .* splits the text diff",
+    ):
         trainer().validate(module, TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)
 
 
@@ -192,9 +236,12 @@ class Reading(CausalLMModule):
 
 @pytest.mark.parametrize("lr_decay", [False, True])
 @pytest.mark.parametrize("limit", [1.0, 0.5, pytest.param(2, marks=pytest.mark.nightly)])
-def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted_one(tmp_path, limit, lr_decay):
+def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted_one(
+    tmp_path, limit, lr_decay
+):
     def fit(*callbacks, **options):
-        module, data = Reading(lr_decay=lr_decay), TextDataModule(byte_tokenizer(), seqlen=32, num_samples=16, limit=1)
+        module = Reading(lr_decay=lr_decay)
+        data = TextDataModule(byte_tokenizer(), seqlen=32, num_samples=16, limit=1)
         lengths = {"max_epochs": 2, "limit_train_batches": limit, "limit_val_batches": 0}
         trainer(*callbacks, **lengths).fit(module, data, **options)
         return module.seen

@@ -5,7 +5,13 @@ import json
 import datasets
 import pytest
 import torch
-from support.data import documents, slow_document_windows, slow_text_windows, write_jsonl, write_parquet
+from support.data import (
+    documents,
+    slow_document_windows,
+    slow_text_windows,
+    write_jsonl,
+    write_parquet,
+)
 
 from wanda_lightning import TextDataModule
 from wanda_lightning.data.text_sources import python_docs, sklearn_docs
@@ -13,7 +19,8 @@ from wanda_lightning.data.text_sources import python_docs, sklearn_docs
 
 @pytest.mark.parametrize("name", ["c4", "wikitext2"])
 def test_named_texts_are_read_as_the_reference_reads_them(monkeypatch, tokenizer, name):
-    first, second = documents([50, 0, 90, 10]), documents([7] * 1105)
+    first = documents([50, 0, 90, 10])
+    second = documents([7] * 1105)
     asked = []
 
     def load_dataset(source, config=None, *, split, data_files=None, cache_dir=None, **options):
@@ -24,16 +31,28 @@ def test_named_texts_are_read_as_the_reference_reads_them(monkeypatch, tokenizer
     data = TextDataModule(tokenizer, name, name, seqlen=30, num_samples=4, cache_dir="cache")
     if name == "c4":
         expected = slow_document_windows(first, tokenizer, 30, 4, 0)
-        text, limit = " ".join(second[:1100]), 256
-        files = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
-        calls = [("allenai/c4", None, split, {split: file}, "cache") for split, file in files.items()]
+        text = " ".join(second[:1100])
+        limit = 256
+        files = {
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        }
+        calls = [
+            ("allenai/c4", None, split, {split: file}, "cache") for split, file in files.items()
+        ]
     else:
         expected = slow_text_windows(tokenizer(" ".join(first)).input_ids, 30, 4, 0)
-        text, limit = "\n\n".join(second), None
-        calls = [("Salesforce/wikitext", "wikitext-2-raw-v1", split, None, "cache") for split in ("train", "test")]
+        text = "\n\n".join(second)
+        limit = None
+        calls = [
+            ("Salesforce/wikitext", "wikitext-2-raw-v1", split, None, "cache")
+            for split in ("train", "test")
+        ]
     assert torch.equal(data.calibration_windows, expected)
     ids = tokenizer(text).input_ids
-    assert torch.equal(data.evaluation_windows, torch.tensor(ids[: len(ids) // 30 * 30]).view(-1, 30)[:limit])
+    assert torch.equal(
+        data.evaluation_windows, torch.tensor(ids[: len(ids) // 30 * 30]).view(-1, 30)[:limit]
+    )
     assert asked == calls
 
 
@@ -45,7 +64,11 @@ def test_several_texts_are_measured_one_by_one(tokenizer):
         alone = TextDataModule(tokenizer, evaluation=source, seqlen=64, limit=3)
         (batch,) = loader
         assert torch.equal(batch["input_ids"], alone.evaluation_windows)
-        assert data.describe_evaluation(number) == alone.describe_evaluation() == f"{source}, 3 windows of 64 tokens"
+        assert (
+            data.describe_evaluation(number)
+            == alone.describe_evaluation()
+            == f"{source}, 3 windows of 64 tokens"
+        )
     assert tokenizer(sklearn_docs()).input_ids[:64] == data.evaluation_windows[0].tolist()
 
 
@@ -57,7 +80,9 @@ def test_python_docs_has_two_parts_without_a_common_paragraph():
     assert not calibration.keys() & evaluation.keys()
     share = sum(map(len, evaluation.values())) / sum(map(len, topics.values()))
     assert 0.25 < share < 0.35
-    first, second = ({p.strip() for p in "\n\n".join(part.values()).split("\n\n")} for part in python_docs())
+    first, second = (
+        {p.strip() for p in "\n\n".join(part.values()).split("\n\n")} for part in python_docs()
+    )
     assert all(len(paragraph) < 80 for paragraph in first & second)
 
 
@@ -65,7 +90,9 @@ def test_files_keep_their_characters(tmp_path, tokenizer):
     text = "a\u2028b\u00e9\U0001f600" * 10  # \u2028 ends a line for str.splitlines
     write_jsonl(tmp_path / "a.jsonl", [text])
     write_parquet(tmp_path / "a.parquet", text=[text])
-    (tmp_path / "raw.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    (tmp_path / "raw.jsonl").write_text(
+        json.dumps({"text": text}, ensure_ascii=False) + "\n\n", encoding="utf-8"
+    )
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     expected = torch.tensor(tokenizer(text).input_ids[:70]).view(1, 70)
     for name in ("a.jsonl", "a.parquet", "raw.jsonl", "bom.txt"):
@@ -91,7 +118,11 @@ def test_brackets_in_a_text_are_not_nesting(tmp_path, tokenizer, documents):
             b'{"text": "a"}\n{"a": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
             "line 2 is nested more than 1,000 ",
         ),
-        ("a.jsonl", b'{"a":\n' + b"[\n" * 20_000 + b"]\n" * 20_000 + b"}", "line 1001 is nested more than 1,000 "),
+        (
+            "a.jsonl",
+            b'{"a":\n' + b"[\n" * 20_000 + b"]\n" * 20_000 + b"}",
+            "line 1001 is nested more than 1,000 ",
+        ),
         ("a.parquet", b"PAR? no", "Parquet file size is 7 bytes"),
     ],
 )
@@ -107,6 +138,11 @@ def test_tables_have_a_column_of_text(tmp_path, tokenizer):
         ({"text": [5]}, "is int64"),
         ({"text": ["a", None]}, "or not in each row"),
     ):
-        for source in (write_parquet(tmp_path / "a.parquet", **rows), datasets.Dataset.from_dict(rows)):
-            with pytest.raises(ValueError, match=f"must have a column 'text' with a string in each row, .*{has}"):
+        for source in (
+            write_parquet(tmp_path / "a.parquet", **rows),
+            datasets.Dataset.from_dict(rows),
+        ):
+            with pytest.raises(
+                ValueError, match=f"must have a column 'text' with a string in each row, .*{has}"
+            ):
                 TextDataModule(tokenizer, evaluation=source).setup("validate")

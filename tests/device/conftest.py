@@ -23,7 +23,9 @@ def same_way(remote, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
     sum_squares = statistics.SUMS["square_sum"]
     plain = {"cpu": lambda tokens: tokens.square().sum(dim=0)}
-    monkeypatch.setitem(statistics.SUMS, "square_sum", lambda x: plain.get(x.device.type, sum_squares)(x))
+    monkeypatch.setitem(
+        statistics.SUMS, "square_sum", lambda x: plain.get(x.device.type, sum_squares)(x)
+    )
     fused = torch.backends.cuda.flash_sdp_enabled()
     torch.backends.cuda.enable_flash_sdp(False)
     torch.use_deterministic_algorithms(True)

@@ -18,12 +18,14 @@ from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune, prune
 from wanda_lightning.common.evaluating import seeded
 from wanda_lightning.methods import METHODS, PRESETS, SEQUENTIAL_CHOICES
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of few tokens; and PyTorch's, that the device has no fused kernels
+# Of few tokens; and PyTorch's, that the device has no fused kernels.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def on_both(specimen, **choices):
     """Prune the same model on the CPU and on the device."""
-    models, reports = [], []
+    models = []
+    reports = []
     for device in DEVICES:
         models.append(ZOO[specimen].build().to(device))
         reports.append(prune(models[-1], ZOO[specimen].batches(), progress=False, **choices))
@@ -34,7 +36,8 @@ def on_both(specimen, **choices):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
-    seeds, before = [], torch.get_rng_state()
+    seeds = []
+    before = torch.get_rng_state()
     monkeypatch.setattr(torch.remote, "manual_seed_all", seeds.append)
     with seeded(3, torch.device(device)):
         drawn = torch.rand(4)
@@ -50,7 +53,9 @@ def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
         *(("llama", {"method": method}) for method in (*METHODS, *PRESETS)),
         *(("llama", {"allocation": allocation}) for allocation in ("owl", "owl_layer")),
         *itertools.product(("vit", "convnext"), ({"method": "best"}, {"method": "ria"})),
-        *itertools.product(("llama_left_padded", "mixtral_padded"), ({"sequential": s} for s in SEQUENTIAL_CHOICES)),
+        *itertools.product(
+            ("llama_left_padded", "mixtral_padded"), ({"sequential": s} for s in SEQUENTIAL_CHOICES)
+        ),
         ("llama", {"pattern": "equal_share"}),
         ("llama", {"method": "sparsegpt", "pattern": "4:8"}),
     ],
@@ -66,7 +71,9 @@ def test_what_the_report_or_the_model_must_show():
     assert on_both("qwen3_moe", pattern="experts")[0].config.num_experts == 2
 
 
-@pytest.mark.parametrize("pattern", [NM(n=2, m=4), Unstructured("row"), Unstructured("layer")], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [NM(n=2, m=4), Unstructured("row"), Unstructured("layer")], ids=str
+)
 def test_masks_of_a_large_matrix(pattern):
     """Many and large groups are compared in other ways than few and small ones, and on a CPU by NumPy."""
     scores = torch.randint(50_000, (32, 8192), generator=torch.Generator().manual_seed(0)).float()
@@ -86,7 +93,9 @@ def test_structured():
 @pytest.mark.parametrize("method", ["wanda", "refit"])
 def test_batches_of_the_other_device(method):
     """The batches of a model on the CPU may be on an accelerator, and those of one on it may be there already."""
-    models = [ZOO["llama_padded"].build() for _ in range(2)] + [ZOO["llama_padded"].build().to("remote")]
+    models = [ZOO["llama_padded"].build() for _ in range(2)] + [
+        ZOO["llama_padded"].build().to("remote")
+    ]
     for model, device in zip(models, ("cpu", "remote", "remote"), strict=True):
         prune(model, on(device, ZOO["llama_padded"].batches()), method=method, progress=False)
     assert_equal(models[0], models[2])
@@ -129,7 +138,9 @@ def test_errors_say_where_an_activation_is_not_finite():
         model = ZOO["llama_left_padded"].build().to(device)
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.weight[3].mul_(1e30)
-        with pytest.raises(ValueError, match=r"o_proj holds NaN or infinity.* in calibration batch") as caught:
+        with pytest.raises(
+            ValueError, match=r"o_proj holds NaN or infinity.* in calibration batch"
+        ) as caught:
             prune(model, ZOO["llama_left_padded"].batches(), progress=False)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
@@ -139,7 +150,18 @@ def test_from_disk(tmp_path):
     save_llama(tmp_path / "source")
     for device in DEVICES:
         folder = tmp_path / device
-        prune_from_disk(tmp_path / "source", folder, batches(), 0.5, progress=False, device=device, **CHOICES["owl"])
+        prune_from_disk(
+            tmp_path / "source",
+            folder,
+            batches(),
+            0.5,
+            progress=False,
+            device=device,
+            **CHOICES["owl"],
+        )
     assert same_weights(*(weights(tmp_path / device) for device in DEVICES))
-    first, second = (perplexity_from_disk(tmp_path / "source", batches(), progress=False, device=d) for d in DEVICES)
+    first, second = (
+        perplexity_from_disk(tmp_path / "source", batches(), progress=False, device=d)
+        for d in DEVICES
+    )
     assert first == second

@@ -58,7 +58,10 @@ def test_zeros_are_kept_in_plain_loops(optimizer, moves):
         updates = optimizer(model.parameters())
         with keep_zeros(model, updates):
             train(model.to(device), updates, device, clip=1.0)
-        assert all(torch.equal(zero, (model.get_parameter(name) == 0).cpu()) for name, zero in zeros.items())
+        assert all(
+            torch.equal(zero, (model.get_parameter(name) == 0).cpu())
+            for name, zero in zeros.items()
+        )
         models.append(model)
     assert_equal(*models)
 
@@ -67,7 +70,8 @@ def test_a_run_resumes():
     models = [ZOO["llama"].build().to(device) for device in DEVICES]
     for model, device in zip(models, DEVICES, strict=True):
         prune(model, method="magnitude", progress=False)
-        updates, weight = SGD(model.parameters()), model.model.layers[0].mlp.up_proj.weight
+        updates = SGD(model.parameters())
+        weight = model.model.layers[0].mlp.up_proj.weight
         with keep_zeros(model, updates) as held:
             weight.data[:, :3] = 0  # by chance
             state = held.state_dict()
@@ -84,7 +88,9 @@ def test_adapters_merge(monkeypatch, build):
         monkeypatch.setattr(lora, "TOKENS", lora.TOKENS.to(device))
         base = build()
         zeros = lora.zeros_of(base)
-        model = get_peft_model(base, lora.config(target_modules="all-linear", lora_dropout=0.3)).to(device)
+        model = get_peft_model(base, lora.config(target_modules="all-linear", lora_dropout=0.3)).to(
+            device
+        )
         torch.manual_seed(0)
         lora.train(model)
         merged.append(merge(model))
@@ -126,7 +132,11 @@ def trainers(callbacks, **options):
             strategy = SingleDeviceStrategy(torch.device(device), accelerator=Remote())
             quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
             made = L.Trainer(
-                strategy=strategy, callbacks=made.callbacks, enable_checkpointing=False, **quiet, **options
+                strategy=strategy,
+                callbacks=made.callbacks,
+                enable_checkpointing=False,
+                **quiet,
+                **options,
             )
         yield made
         assert place.device == device.partition(":")[0]
@@ -144,7 +154,8 @@ FITS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), [*((name, Net) for name in FITS), ("wanda", partial(Net, ADAMW)), ("wanda", Manual)]
+    ("name", "make"),
+    [*((name, Net) for name in FITS), ("wanda", partial(Net, ADAMW)), ("wanda", Manual)],
 )
 def test_fit(name, make):
     nets = []
@@ -160,7 +171,9 @@ def test_fit(name, make):
 def test_distillation_in_bfloat16(monkeypatch, supported):
     """A model in float32 runs in bfloat16 if the device says that it can."""
     if supported is not None:
-        monkeypatch.setattr(torch.remote, "is_bf16_supported", lambda including_emulation: supported, raising=False)
+        monkeypatch.setattr(
+            torch.remote, "is_bf16_supported", lambda including_emulation: supported, raising=False
+        )
     with mixed_precision(torch.nn.Linear(1, 1).to("remote")):
         assert torch.is_autocast_enabled("remote") == bool(supported)
         assert not supported or torch.get_autocast_dtype("remote") == torch.bfloat16
@@ -170,11 +183,17 @@ def test_distillation_in_bfloat16(monkeypatch, supported):
 def test_perplexity(monkeypatch, has_float64):
     monkeypatch.setattr(support.remote, "HAS_FLOAT64", has_float64)
     windows = DataLoader([{"input_ids": ids} for ids in modules.windows_of_text()], 3)
-    found = [made.validate(CausalLMModule(modules.tiny_llama()), windows, verbose=False) for made in trainers(list)]
+    found = [
+        made.validate(CausalLMModule(modules.tiny_llama()), windows, verbose=False)
+        for made in trainers(list)
+    ]
     assert found[0] == found[1]
 
 
 def test_text_that_the_model_writes():
     special = SimpleNamespace(bos_token_id=5, eos_token_id=7)
-    texts = [sample_windows(modules.tiny_llama().to(d), special, 5, 12, seed=3, progress=False) for d in DEVICES]
+    texts = [
+        sample_windows(modules.tiny_llama().to(d), special, 5, 12, seed=3, progress=False)
+        for d in DEVICES
+    ]
     assert torch.equal(*texts)

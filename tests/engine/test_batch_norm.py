@@ -40,13 +40,18 @@ def moments(inputs):
 @torch.no_grad()
 def slow(dense, pruned, batches):
     """The statistics of the pruned model, which has those of the dense one, after the correction of a copy."""
-    model, layers = copy.deepcopy(pruned), set(batch_norm_layers(dense))
+    model = copy.deepcopy(pruned)
+    layers = set(batch_norm_layers(dense))
     layers = {name: layer for name, layer in dense.named_modules() if layer in layers}
-    before, after = calls_of(dense, layers, batches), {name: [] for name in layers}
+    before = calls_of(dense, layers, batches)
+    after = {name: [] for name in layers}
 
     def correct(name, layer, args):
         after[name].append(args[0])
-        (m, v), (new_m, new_v) = moments([x for (x,) in before[name][: len(after[name])]]), moments(after[name])
+        (m, v), (new_m, new_v) = (
+            moments([x for (x,) in before[name][: len(after[name])]]),
+            moments(after[name]),
+        )
         s = torch.where(v > 0, new_v / v, 1.0).clamp(max=1)
         layer.running_mean.copy_(new_m + s.sqrt() * (layers[name].running_mean.double() - m))
         layer.running_var.copy_(new_v + s * (layers[name].running_var.double() - v))
@@ -66,7 +71,8 @@ def changed(model, other):
 
 def both(dense, batches, sparsity=0.5, **choices):
     """Prune without and with the correction."""
-    without, corrected = copy.deepcopy(dense), copy.deepcopy(dense)
+    without = copy.deepcopy(dense)
+    corrected = copy.deepcopy(dense)
     prune(without, batches, sparsity, keep_batch_norm=True, progress=False, **choices)
     report = prune(corrected, batches, sparsity, progress=False, **choices)
     return without, corrected, report
@@ -96,8 +102,14 @@ def notes(report):
 
 def one_layer(norm, dims=0):
     """A pruned matrix, whose output a BatchNorm layer normalizes as (tokens, channels), or with places behind those."""
-    places = [Permute([0, 2, 1]), nn.Unflatten(2, (5, *[1] * (dims - 1)))] if dims else [nn.Flatten(0, 1)]
-    return nn.Sequential(nn.Linear(6, 8), *places, norm, nn.Flatten(1), nn.Linear(40 if dims else 8, 3))
+    places = (
+        [Permute([0, 2, 1]), nn.Unflatten(2, (5, *[1] * (dims - 1)))]
+        if dims
+        else [nn.Flatten(0, 1)]
+    )
+    return nn.Sequential(
+        nn.Linear(6, 8), *places, norm, nn.Flatten(1), nn.Linear(40 if dims else 8, 3)
+    )
 
 
 def twice():
@@ -115,7 +127,8 @@ def warmed(model):
     return model.double().eval()
 
 
-LINEAR, TWICE = {"only": ["0"]}, {"only": ["1.0"], "sequential": "none"}
+LINEAR = {"only": ["0"]}
+TWICE = {"only": ["1.0"], "sequential": "none"}
 MAGNITUDE = {"method": "magnitude"}
 CASES = [
     (ZOO["resnet18"].build, images(2, 0, 3), MAGNITUDE),
@@ -139,14 +152,25 @@ CASES = [
 @pytest.mark.parametrize(
     ("make", "batches", "choices", "dtype", "at_once"),
     [
-        *((*case, torch.float64, at_once) for case, at_once in zip(CASES, cycle([batch_norm._AT_ONCE, 1, 5000]))),
-        (lambda: one_layer(nn.BatchNorm1d(8)), vectors(3, 4), LINEAR, torch.bfloat16, batch_norm._AT_ONCE),
+        *(
+            (*case, torch.float64, at_once)
+            for case, at_once in zip(CASES, cycle([batch_norm._AT_ONCE, 1, 5000]))
+        ),
+        (
+            lambda: one_layer(nn.BatchNorm1d(8)),
+            vectors(3, 4),
+            LINEAR,
+            torch.bfloat16,
+            batch_norm._AT_ONCE,
+        ),
     ],
 )
 def test_it_equals_the_slow_version(make, batches, choices, dtype, at_once, monkeypatch):
     monkeypatch.setattr(batch_norm, "_AT_ONCE", at_once)
     dense = warmed(make()).to(dtype)
-    batches = tree_map_only(torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
+    batches = tree_map_only(
+        torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, batches
+    )
     without, corrected, report = both(dense, batches, **choices)
     assert all(map(torch.equal, without.parameters(), corrected.parameters()))
     same(statistics(without), statistics(dense))
@@ -162,9 +186,13 @@ def test_it_equals_the_slow_version(make, batches, choices, dtype, at_once, monk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_changes_where_nothing_is_pruned(dtype):
     dense = resnet().to(dtype)
-    _, corrected, _ = both(dense, [x.to(dtype) for x in images(4, 5)], **MAGNITUDE, only=["layer3.*", "layer4.*"])
+    _, corrected, _ = both(
+        dense, [x.to(dtype) for x in images(4, 5)], **MAGNITUDE, only=["layer3.*", "layer4.*"]
+    )
     first = changed(dense, corrected).index(True)
-    assert [x for x, _ in dense.named_modules() if "bn" in x or "downsample.1" in x][first] == "layer3.0.bn1"
+    assert [x for x, _ in dense.named_modules() if "bn" in x or "downsample.1" in x][
+        first
+    ] == "layer3.0.bn1"
 
 
 def distances(dense, models, samples):
@@ -175,35 +203,48 @@ def distances(dense, models, samples):
 
 
 def test_every_eighth_sample_is_held_out():
-    dense, batches = resnet(), images(4, 4, 8)
+    dense = resnet()
+    batches = images(4, 4, 8)
     without, corrected, report = both(dense, batches, 0.7, **MAGNITUDE)
     close(statistics(corrected), slow(dense, without, [batches[0], batches[1][:3], batches[2][:7]]))
     before, after = distances(dense, (without, corrected), [batches[1][3], batches[2][7]])
     assert after < before
     (note,) = notes(report)
-    assert note.startswith("the statistics of 21 BatchNorm layers are corrected on 14 samples, which changes the dist")
+    assert note.startswith(
+        "the statistics of 21 BatchNorm layers are corrected on 14 samples, which changes the dist"
+    )
     assert f"on 2 held-out samples from {before:.4g} to {after:.4g}" in note
 
 
 def test_a_correction_that_hurts_is_undone(monkeypatch):
-    monkeypatch.setattr(batch_norm, "_moved", lambda running, dense, pruned: (running[0] + 9, running[1]))
+    monkeypatch.setattr(
+        batch_norm, "_moved", lambda running, dense, pruned: (running[0] + 9, running[1])
+    )
     dense = resnet()
     _, corrected, report = both(dense, images(8), **MAGNITUDE)
     same(statistics(corrected), statistics(dense))
-    assert "keep their statistics instead of a correction, which would change the distance" in notes(report)[0]
+    assert (
+        "keep their statistics instead of a correction, which would change the distance"
+        in notes(report)[0]
+    )
 
 
 def test_a_channel_that_pruning_silences_and_one_that_was_silent():
     """A zero variance before gives no ratio, and one afterward leaves none of the running statistics."""
-    dense = torch.tensor([[5.0, 5.0], [10.0, 0.0], [20.0, 40.0]]).double()  # counts, sums, sums of squares
-    pruned = torch.tensor([[5.0, 5.0], [15.0, 5.0], [85.0, 5.0]]).double()  # channel 0 awakes, channel 1 falls silent
+    dense = torch.tensor(
+        [[5.0, 5.0], [10.0, 0.0], [20.0, 40.0]]
+    ).double()  # counts, sums, sums of squares
+    pruned = torch.tensor(
+        [[5.0, 5.0], [15.0, 5.0], [85.0, 5.0]]
+    ).double()  # channel 0 awakes, channel 1 falls silent
     moved = batch_norm._moved(torch.tensor([[1.0, 1.0], [2.0, 2.0]]).double(), dense, pruned)
     close(torch.stack([*moved]), torch.tensor([[2.0, 1.0], [12.0, 0.0]]).double())
 
 
 def test_a_layer_that_no_batch_reaches_and_one_without_statistics():
     dense = warmed(one_layer(nn.BatchNorm1d(8)))
-    dense[1].unused, dense[1].free = nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False)
+    dense[1].unused = nn.BatchNorm1d(8)
+    dense[1].free = nn.BatchNorm1d(8, track_running_stats=False)
     _, corrected, report = both(dense, vectors(3), **LINEAR)
     assert torch.equal(corrected[1].unused.running_mean, torch.zeros(8))
     assert notes(report)[0].startswith("the statistics of 1 BatchNorm layer are corrected")
@@ -231,24 +272,30 @@ def test_magnitude_reads_the_batches_only_for_it(make, batches, choices, said):
 def test_outputs_that_are_no_predictions():
     model = resnet()
     report = prune(model, images(8), forward=lambda x: [model(x), None][1], progress=False)
-    assert "corrected on 7 samples; no predictions of held-out samples to compare" in notes(report)[0]
+    assert (
+        "corrected on 7 samples; no predictions of held-out samples to compare" in notes(report)[0]
+    )
     assert any(changed(model, resnet()))
 
 
 def test_a_generator_gives_its_first_batches_to_the_other_passes_too():
     """The statistics of the dense model come from them before the inputs of the layers are observed."""
-    models, batches = [resnet(), resnet()], images(2, 2, 2)
+    models = [resnet(), resnet()]
+    batches = images(2, 2, 2)
     for model, given in zip(models, (iter(batches), batches), strict=True):
         report = prune(model, given, 0.5, sequential="none", progress=False)
         assert report.config["calibration_batches"] == 3
     same(models[0].state_dict(), models[1].state_dict())
 
 
-@pytest.mark.parametrize(("last", "text"), [(5, "keep_batch_norm=True leaves"), (7, "calibration batch")])
+@pytest.mark.parametrize(
+    ("last", "text"), [(5, "keep_batch_norm=True leaves"), (7, "calibration batch")]
+)
 def test_an_error_restores_the_statistics(last, text):
     """After 3 passes to try two samples, 2 dense batches, and 2 pruned ones."""
     dense = resnet()
-    model, calls = copy.deepcopy(dense), []
+    model = copy.deepcopy(dense)
+    calls = []
 
     def forward(x):
         calls.append(len(x))
@@ -277,8 +324,10 @@ def test_processes_add_their_sums(pair):
 
 
 def test_distillation_starts_from_the_corrected_statistics_and_leaves_them():
-    dense, batches = resnet(), images(5, 5, 6)
-    corrected, distilled = copy.deepcopy(dense), copy.deepcopy(dense).train()
+    dense = resnet()
+    batches = images(5, 5, 6)
+    corrected = copy.deepcopy(dense)
+    distilled = copy.deepcopy(dense).train()
     prune(corrected, batches, 0.5, progress=False)
     report = prune(distilled, batches, 0.5, recovery=Distil(passes=1, blocks=False), progress=False)
     same(statistics(corrected), statistics(distilled))

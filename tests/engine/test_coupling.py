@@ -35,7 +35,8 @@ class Interleaved(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.up, self.down = nn.Linear(32, 128), nn.Linear(64, 32)
+        self.up = nn.Linear(32, 128)
+        self.down = nn.Linear(64, 32)
 
     def forward(self, x):
         gate, value = self.up(x).unflatten(-1, (-1, 2)).unbind(-1)
@@ -46,7 +47,9 @@ def mobile():
     """Inverted residuals with a depthwise convolution and squeeze-and-excitation."""
     squeeze = partial(SqueezeExcite, rd_channels=8)
     blocks = (InvertedResidual(16, 16, exp_ratio=2, se_layer=squeeze) for _ in range(2))
-    return nn.Sequential(nn.Conv2d(3, 16, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    )
 
 
 def chain(make):
@@ -105,11 +108,18 @@ def found_in(model, batches):
 def test_zeros_fill_the_units_and_nothing_else_changes(name):
     """The report says so, and the model computes the same without the units."""
     (model, batches), (other, _) = specimen(name), specimen(name)
-    plan, expected, dense = found_in(model, batches), found_in(other, batches).coupled, copy.deepcopy(model)
-    inside = {layer: layer.removeprefix(f"{block}.") for layer, block in plan.inventory.blocks.items()}
-    assert plan.coupled.keys() == {layer for layer, short in inside.items() if short in READERS[name]}
+    plan = found_in(model, batches)
+    expected = found_in(other, batches).coupled
+    dense = copy.deepcopy(model)
+    inside = {
+        layer: layer.removeprefix(f"{block}.") for layer, block in plan.inventory.blocks.items()
+    }
+    assert plan.coupled.keys() == {
+        layer for layer, short in inside.items() if short in READERS[name]
+    }
     report = prune_units(model, batches, solver="zero_out", keep_batch_norm=True)
-    records, numbers = {layer.name: layer for layer in report.layers}, {}
+    records = {layer.name: layer for layer in report.layers}
+    numbers = {}
     for reader, units in plan.coupled.items():
         zero = units.slots[-1].zeros()
         numbers[reader] = int(zero.sum())
@@ -131,9 +141,8 @@ def test_zeros_fill_the_units_and_nothing_else_changes(name):
     for units in plan.coupled.values():
         units.take(~units.slots[-1].zeros())
     torch.testing.assert_close(run(model, batches[0]).detach(), outputs, rtol=1e-4, atol=1e-4)
-    text = (
-        f"{sum(numbers.values())} of {sum(units.width for units in expected.values())} hidden units are zero; shrink()"
-    )
+    width = sum(units.width for units in expected.values())
+    text = f"{sum(numbers.values())} of {width} hidden units are zero; shrink()"
     assert sum(text in note for note in report.notes) == 1
     assert text in str(report)
 
@@ -154,7 +163,9 @@ def mixed(norm, scale):
 
 
 def tied():
-    first, second, third = Mlp(), Mlp(), Mlp()
+    first = Mlp()
+    second = Mlp()
+    third = Mlp()
     second.up.weight = first.up.weight
     return [first, second, third]
 
@@ -168,7 +179,10 @@ def twice():
     ("make", "coupled"),
     [
         *((partial(mixed, norm, scale), [0, 2]) for norm in MIXING for scale in (1.0, 1e-7)),
-        (lambda: [Mlp(Centered(share)) for share in (0.5, 0.0, 0.5, 0.0)], [1, 3]),  # with the same parameters
+        (
+            lambda: [Mlp(Centered(share)) for share in (0.5, 0.0, 0.5, 0.0)],
+            [1, 3],
+        ),  # with the same parameters
         (tied, [2]),
         (twice, [0, 2]),
     ],
@@ -180,7 +194,9 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
         nn.init.zeros_(model[1].down.weight)
     plan = found_in(model, vectors())
     assert list(plan.coupled) == [f"{index}.down" for index in coupled]
-    assert {m.reason for m in plan.inventory.skipped if m.name.endswith("down")} == {SkipReason.UNCOUPLED}
+    assert {m.reason for m in plan.inventory.skipped if m.name.endswith("down")} == {
+        SkipReason.UNCOUPLED
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -195,15 +211,24 @@ def test_other_dtypes(name, dtype):
 @pytest.mark.parametrize(
     ("name", "skip", "stays"),
     [
-        *(("llama", f"model.layers.0.mlp.{each}_proj", {"model.layers.0.mlp.down_proj"}) for each in ("up", "down")),
+        *(
+            ("llama", f"model.layers.0.mlp.{each}_proj", {"model.layers.0.mlp.down_proj"})
+            for each in ("up", "down")
+        ),
         ("mobile", "1.conv_dw", {"1.conv_pwl"}),
-        *(("mobile", f"1.se.conv_{each}", {"1.conv_pwl", "1.se.conv_expand"}) for each in ("reduce", "expand")),
+        *(
+            ("mobile", f"1.se.conv_{each}", {"1.conv_pwl", "1.se.conv_expand"})
+            for each in ("reduce", "expand")
+        ),
     ],
 )
-def test_a_skipped_layer_among_writers_reader_and_between_leaves_the_units_of_its_block(name, skip, stays):
+def test_a_skipped_layer_among_writers_reader_and_between_leaves_the_units_of_its_block(
+    name, skip, stays
+):
     model, batches = specimen(name)
     block = model.get_submodule(skip if name == "mobile" else "model.layers.0.mlp")
-    dense, found = copy.deepcopy(block.state_dict()), found_in(model, batches).coupled
+    dense = copy.deepcopy(block.state_dict())
+    found = found_in(model, batches).coupled
     layers = {layer.name for layer in prune_units(model, batches, skip=[skip]).layers}
     assert all(torch.equal(value, dense[key]) for key, value in block.state_dict().items())
     assert found.keys() & layers == found.keys() - stays
@@ -214,13 +239,18 @@ def test_a_skipped_layer_among_writers_reader_and_between_leaves_the_units_of_it
 
 def test_the_units_with_the_smallest_sums_of_squared_scores_become_zero():
     (model, batches), reader = specimen("resnet50"), "layer3.1.conv2"
-    module, calls = model.get_submodule(reader), calls_of(model, [reader], batches)[reader]
+    module = model.get_submodule(reader)
+    calls = calls_of(model, [reader], batches)[reader]
     images = reference.array(torch.cat([x for (x,) in calls]))
     tokens = reference.im2col(images, module.kernel_size, module.stride, module.padding)
     weight = reference.array(module.weight.permute(0, 2, 3, 1).flatten(1))
-    expected = reference.keep_units(reference.wanda(weight, tokens), 0.5, 4, columns=9)[0, : images.shape[1]]
+    expected = reference.keep_units(reference.wanda(weight, tokens), 0.5, 4, columns=9)[
+        0, : images.shape[1]
+    ]
     prune_units(model, batches, method="wanda", sequential="none")
-    np.testing.assert_array_equal((module.weight != 0).movedim(1, 0).flatten(1).any(dim=1), expected)
+    np.testing.assert_array_equal(
+        (module.weight != 0).movedim(1, 0).flatten(1).any(dim=1), expected
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "interleaved"])
@@ -234,7 +264,10 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
         held[reader] = args[0]
         args[0].retain_grad()
 
-    hooks = [model.get_submodule(reader).register_forward_pre_hook(partial(keep, reader)) for reader in expected]
+    hooks = [
+        model.get_submodule(reader).register_forward_pre_hook(partial(keep, reader))
+        for reader in expected
+    ]
     samples = split(batches, 1) if name == "llama" else torch.cat(batches).split(1)
     for index, sample in enumerate(samples):
         logits = run(model, sample).flatten(0, -2)
@@ -246,7 +279,9 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
     model.zero_grad()
     with pruning_mode(model):
         columns = {name: units.columns for name, units in own.plan.coupled.items()}
-        got = gradient_statistics(model, own.plan.layers, own.plan.blocks, own.samples, columns=columns)
+        got = gradient_statistics(
+            model, own.plan.layers, own.plan.blocks, own.samples, columns=columns
+        )
     for reader, value in expected.items():
         torch.testing.assert_close(got[reader].units, value, rtol=1e-3, atol=1e-9)
 
@@ -255,10 +290,14 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
 @pytest.mark.parametrize("zeros", [0, 50])
 def test_fisher_meets_the_target_within_one_multiple(sparsity, zeros):
     """Also if many units, such as dead ones, have the same score."""
-    scores = torch.rand(4, 96, generator=torch.Generator().manual_seed(1)) * torch.tensor([[1], [2], [3], [4]])
+    scores = torch.rand(4, 96, generator=torch.Generator().manual_seed(1)) * torch.tensor(
+        [[1], [2], [3], [4]]
+    )
     scores[:2, :zeros] = 0
     layers = [UnitLayer(f"layer.{n}", "*", len(each), each) for n, each in enumerate(scores)]
-    removed = [round(share * 96) for share in Fisher().of_units(layers, sparsity, Structured(8)).values()]
+    removed = [
+        round(share * 96) for share in Fisher().of_units(layers, sparsity, Structured(8)).values()
+    ]
     assert all(number % 8 == 0 for number in removed)
     assert int(4 * 96 * sparsity) <= sum(removed) < 4 * 96 * sparsity + 8
     assert removed[0] > removed[3]
@@ -267,9 +306,15 @@ def test_fisher_meets_the_target_within_one_multiple(sparsity, zeros):
 
 def test_fisher_takes_the_units_with_the_smallest_scores_for_their_costs():
     """One at a time, until they cost a share of all: the plainest way to say it."""
-    scores, costs = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)), torch.tensor([0.25, 0.75, 2.0])
-    layers = [UnitLayer(f"layer.{n}", "*", 40, each, float(costs[n])) for n, each in enumerate(scores)]
-    got = [round(share * 40) for share in Fisher(cost="seconds").of_units(layers, 0.3, Structured(1)).values()]
+    scores = torch.rand(3, 40, generator=torch.Generator().manual_seed(1))
+    costs = torch.tensor([0.25, 0.75, 2.0])
+    layers = [
+        UnitLayer(f"layer.{n}", "*", 40, each, float(costs[n])) for n, each in enumerate(scores)
+    ]
+    got = [
+        round(share * 40)
+        for share in Fisher(cost="seconds").of_units(layers, 0.3, Structured(1)).values()
+    ]
     expected = [0, 0, 0]
     for index in (scores / costs[:, None]).flatten().argsort():
         if (torch.tensor(expected) * costs).sum() < 36:
@@ -282,13 +327,18 @@ def test_fisher_takes_the_units_with_the_smallest_scores_for_their_costs():
     ("cost", "per_unit"),
     [
         ("parameters", (16 + 2 + 9 + 2 + 16,) * 2),  # two of each BatchNorm
-        ("macs", (16 * 64 + 9 * 16 + 16 * 16, 16 * 16 + 9 * 16 + 16 * 16)),  # a stride halves the sides of the images
+        (
+            "macs",
+            (16 * 64 + 9 * 16 + 16 * 16, 16 * 16 + 9 * 16 + 16 * 16),
+        ),  # a stride halves the sides of the images
     ],
 )
 def test_what_a_unit_costs_is_that_of_its_rows_and_columns(cost, per_unit):
     blocks = [InvertedResidual(16, 16, stride=stride, exp_ratio=2) for stride in (2, 1)]
     model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(256, 10)).eval()
-    run = run_of(model, random(1, 16, 8, 8), sparsity=0.5, pattern=EACH_OF_4, allocation=Fisher(cost=cost))
+    run = run_of(
+        model, random(1, 16, 8, 8), sparsity=0.5, pattern=EACH_OF_4, allocation=Fisher(cost=cost)
+    )
     with pruning_mode(model):
         run = replace(run, plan=couple(run))
         assert tuple(unit_costs(run).values()) == per_unit
@@ -297,7 +347,9 @@ def test_what_a_unit_costs_is_that_of_its_rows_and_columns(cost, per_unit):
 def test_a_slow_block_loses_more_units():
     model = chain(lambda: (Mlp(), Mlp(), Mlp()))
     model[1].between.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-    report = prune(model, vectors(), 0.4, pattern=EACH_OF_4, allocation="fisher_seconds", progress=False)
+    report = prune(
+        model, vectors(), 0.4, pattern=EACH_OF_4, allocation="fisher_seconds", progress=False
+    )
     zeros = [int((block.down.weight == 0).all(dim=0).sum()) for block in model[:3]]
     assert zeros[1] > max(zeros[0], zeros[2])
     assert max(report.config["unit_costs"], key=report.config["unit_costs"].get) == "1.down"
@@ -308,9 +360,17 @@ def test_a_slow_block_loses_more_units():
 @pytest.mark.parametrize(
     ("widths", "sparsity", "kept"),
     [
-        ((384, 768, 1536, 3072), 0.3, (272, 544, 1088, 2176)),  # mlp_ratio=4 of ConvNeXt: one ratio, 17 / 24
+        (
+            (384, 768, 1536, 3072),
+            0.3,
+            (272, 544, 1088, 2176),
+        ),  # mlp_ratio=4 of ConvNeXt: one ratio, 17 / 24
         ((192, 384, 640, 1216), 0.3, (144, 288, 480, 912)),  # 3 / 4
-        ((96, 144, 240), 0.25, (72, 112, 176)),  # no ratio near 3 / 4 leaves multiples of 8: each on its own
+        (
+            (96, 144, 240),
+            0.25,
+            (72, 112, 176),
+        ),  # no ratio near 3 / 4 leaves multiples of 8: each on its own
         ((16, 32, 64), 0.25, (16, 24, 48)),
     ],
 )
@@ -340,7 +400,9 @@ def test_recoveries_keep_the_units_at_zero(recovery):
     for layer in model.model.layers:
         units = (layer.mlp.down_proj.weight == 0).all(dim=0)
         assert int(units.sum()) == 32
-        assert not torch.cat([layer.mlp.up_proj.weight[units], layer.mlp.gate_proj.weight[units]]).any()
+        assert not torch.cat(
+            [layer.mlp.up_proj.weight[units], layer.mlp.gate_proj.weight[units]]
+        ).any()
 
 
 # ---- the report
@@ -392,12 +454,24 @@ LLAMA = ZOO["llama"].build
             {"sparsity": 0.95},
             "sparsity=0.95 would remove all 64 hidden units: the widest layer, model.layers.0.mlp",
         ),
-        (LLAMA, {"permutation": "assignment"}, "permutation='assignment' cannot be combined with pattern='struc"),
+        (
+            LLAMA,
+            {"permutation": "assignment"},
+            "permutation='assignment' cannot be combined with pattern='struc",
+        ),
         (LLAMA, {"allocation": "fisher_macs", "pattern": "2:4"}, "only hidden units have a cost"),
-        (LLAMA, {"allocation": "owl"}, "allocation='owl' cannot be combined with pattern='structured'"),
+        (
+            LLAMA,
+            {"allocation": "owl"},
+            "allocation='owl' cannot be combined with pattern='structured'",
+        ),
         (LLAMA, {"solver": "admm"}, "solver='admm' cannot be combined with pattern='structured'"),
         (LLAMA, {"method": "sparsegpt"}, "Choose from zero_out, refit."),
-        (LLAMA, {"skip": ["*.mlp.*"]}, "finds no hidden units in the model: in no block does one layer read"),
+        (
+            LLAMA,
+            {"skip": ["*.mlp.*"]},
+            "finds no hidden units in the model: in no block does one layer read",
+        ),
         (adapted, {}, "Merge adapters first"),
         (apart, {}, "finds no hidden units"),
     ],

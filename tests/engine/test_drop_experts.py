@@ -33,14 +33,23 @@ def logits(model, batches):
     return [run(model, batch) for batch in batches]
 
 
-@pytest.mark.parametrize(("sparsity", "sequential"), [(0.25, "auto"), (0.5, "auto"), (0.25, "block")])
+@pytest.mark.parametrize(
+    ("sparsity", "sequential"), [(0.25, "auto"), (0.5, "auto"), (0.25, "block")]
+)
 @pytest.mark.parametrize("name", NUMBERS)
-def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(name, sparsity, sequential, tmp_path):
-    model, batches = build(name), BATCHES()
-    dense, saliency = copy.deepcopy(model), slow_saliency(name, model, batches)
-    report = prune(model, batches, sparsity, pattern="experts", sequential=sequential, progress=False)
+def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
+    name, sparsity, sequential, tmp_path
+):
+    model = build(name)
+    batches = BATCHES()
+    dense = copy.deepcopy(model)
+    saliency = slow_saliency(name, model, batches)
+    report = prune(
+        model, batches, sparsity, pattern="experts", sequential=sequential, progress=False
+    )
     dropped = dropped_in(report)
-    if sequential == "block" and len(dropped) == 2:  # the second block sees the smaller mixture of the first
+    # The second block sees the smaller mixture of the first.
+    if sequential == "block" and len(dropped) == 2:
         (first, chosen), (second, _) = dropped.items()
         with cannot_be_chosen(dense, {first: chosen}):
             before, saliency[second] = saliency[second], slow_saliency(name, dense, batches)[second]
@@ -48,9 +57,17 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
     groups = 2 if name == "deepseek_v3" else 1
     for block, means in saliency.items():
         order = sorted(range(8), key=lambda index: means.get(index, (0.0, 0))[0])
-        of_groups = [[index for index in order if index * groups // 8 == group] for group in range(groups)]
-        assert dropped[block] == sorted(i for group in of_groups for i in group[: int(sparsity * len(group))])
-        counts = {layer.name: layer.tokens for layer in report.layers if layer.name.startswith(f"{block}.experts.down")}
+        of_groups = [
+            [index for index in order if index * groups // 8 == group] for group in range(groups)
+        ]
+        assert dropped[block] == sorted(
+            i for group in of_groups for i in group[: int(sparsity * len(group))]
+        )
+        counts = {
+            layer.name: layer.tokens
+            for layer in report.layers
+            if layer.name.startswith(f"{block}.experts.down")
+        }
         assert list(counts.values()) == [means.get(index, (0.0, 0))[1] for index in range(8)]
     with cannot_be_chosen(dense, dropped):
         expected = logits(dense, batches)
@@ -68,9 +85,12 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
 
 
 def test_everything_that_counts_experts_knows_the_new_number():
-    model, batches = build("mixtral"), BATCHES()
+    model = build("mixtral")
+    batches = BATCHES()
     prune(model, batches, 0.25, pattern="experts", progress=False)
-    assert {module.num_experts for module in model.modules() if hasattr(module, "num_experts")} == {6}
+    assert {module.num_experts for module in model.modules() if hasattr(module, "num_experts")} == {
+        6
+    }
     ids = batches[0]["input_ids"]
     result = model.train()(ids, labels=ids, output_router_logits=True)
     result.loss.backward()  # the loss that balances the experts, too
@@ -82,14 +102,25 @@ def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
     model = starved()
     report = prune(model, BATCHES(), 0.25, pattern="experts", progress=False)
     assert 2 in dropped_in(report)["model.layers.0.mlp"]
-    assert [each.tokens for each in report.layers if each.name == "model.layers.0.mlp.experts.down_proj.2"] == [0]
-    few = {(each.block, re.search(r"\d+$", each.name)[0]) for each in report.layers if each.tokens < 32}
-    assert any(note.startswith(f"{len(few)} experts received fewer than 32 tokens, ") for note in report.notes)
+    assert [
+        each.tokens
+        for each in report.layers
+        if each.name == "model.layers.0.mlp.experts.down_proj.2"
+    ] == [0]
+    few = {
+        (each.block, re.search(r"\d+$", each.name)[0]) for each in report.layers if each.tokens < 32
+    }
+    assert any(
+        note.startswith(f"{len(few)} experts received fewer than 32 tokens, ")
+        for note in report.notes
+    )
 
 
 # ---- refusals, each of which leaves the model as it was
 
-MIXTRAL, DEEPSEEK, LLAMA = partial(build, "mixtral"), partial(build, "deepseek_v3"), ZOO["llama"].build
+MIXTRAL = partial(build, "mixtral")
+DEEPSEEK = partial(build, "deepseek_v3")
+LLAMA = ZOO["llama"].build
 
 
 def adapted():
@@ -111,7 +142,9 @@ class Fallback(type(MIXTRAL().model.layers[1].mlp)):
 class OneSize(type(MIXTRAL())):
     def __init__(self, config):
         config.num_local_experts = 8
-        config._experts_implementation = "eager"  # transformers 5.10 finds no other for a class outside of it
+        config._experts_implementation = (
+            "eager"  # transformers 5.10 finds no other for a class outside of it
+        )
         super().__init__(config)
 
 
@@ -129,7 +162,12 @@ def infinite(layer):
 
 SKIPPED = r"skip or only leaves out model\.layers\.0\.mlp\.experts\."
 NEEDED = r".* without the others model\.layers\.\d\.\S+ .* a token may need more"
-EMPTY = [{"input_ids": torch.ones(1, 4, dtype=torch.long), "attention_mask": torch.zeros(1, 4, dtype=torch.long)}]
+EMPTY = [
+    {
+        "input_ids": torch.ones(1, 4, dtype=torch.long),
+        "attention_mask": torch.zeros(1, 4, dtype=torch.long),
+    }
+]
 BEFORE_A_BATCH_IS_READ = [
     (LLAMA, {}, "pattern='experts' needs a mixture of experts, but no module"),
     (
@@ -142,9 +180,17 @@ BEFORE_A_BATCH_IS_READ = [
         {},
         "changes the shapes of the model, but no configuration of OneSize gives the new numbers",
     ),
-    (ZOO["expert_list"].build, {}, r"experts in stacked parameters \(a list of modules does not count\)"),
+    (
+        ZOO["expert_list"].build,
+        {},
+        r"experts in stacked parameters \(a list of modules does not count\)",
+    ),
     (adapted, {}, r"needs whole layers, but the model has adapters\. Merge"),
-    (partial(with_block, unequal), {}, r"needs as many experts in model\.layers\.0\.mlp as in \S+1\.mlp, in"),
+    (
+        partial(with_block, unequal),
+        {},
+        r"needs as many experts in model\.layers\.0\.mlp as in \S+1\.mlp, in",
+    ),
     (MIXTRAL, {"sparsity": 0.05}, r"drops none of the 8 experts .* Choose at least 0\.125"),
     (MIXTRAL, {"sparsity": 0.97}, r"drops all of the 8 experts .* at most 0\.875"),
     (DEEPSEEK, {"sparsity": 0.1}, "drops none of the 4 experts in each of the 2 groups"),
@@ -152,30 +198,56 @@ BEFORE_A_BATCH_IS_READ = [
     (MIXTRAL, {"only": "*.q_proj"}, SKIPPED),
 ]
 BEFORE_AN_EXPERT_LEAVES = [
-    *((partial(build, name), 0.875, f"leaves 1 of 8{NEEDED}") for name in NUMBERS if name != "deepseek_v3"),
+    *(
+        (partial(build, name), 0.875, f"leaves 1 of 8{NEEDED}")
+        for name in NUMBERS
+        if name != "deepseek_v3"
+    ),
     (DEEPSEEK, 0.75, f"leaves 2 of 8 experts,{NEEDED}"),
     (partial(DEEPSEEK, num_experts_per_tok=3), 0.5, f"leaves 4 of 8 experts,{NEEDED}"),
-    (partial(with_block, fallback), 0.5, r"model\.layers\.1\.mlp \(Fallback\) computes something else"),
-    (lambda: with_block(fallback).bfloat16(), 0.5, r"model\.layers\.1\.mlp \(Fallback\) computes something else"),
-    (partial(with_block, infinite), 0.25, r"the experts of model\.layers\.1\.mlp return NaN or infinity"),
+    (
+        partial(with_block, fallback),
+        0.5,
+        r"model\.layers\.1\.mlp \(Fallback\) computes something else",
+    ),
+    (
+        lambda: with_block(fallback).bfloat16(),
+        0.5,
+        r"model\.layers\.1\.mlp \(Fallback\) computes something else",
+    ),
+    (
+        partial(with_block, infinite),
+        0.25,
+        r"the experts of model\.layers\.1\.mlp return NaN or infinity",
+    ),
 ]
 
 
 @pytest.mark.parametrize(
     ("make", "batches", "choices", "message"),
     [
-        *((make, Untouched(), choices, message) for make, choices, message in BEFORE_A_BATCH_IS_READ),
-        *((make, BATCHES(), {"sparsity": sparsity}, message) for make, sparsity, message in BEFORE_AN_EXPERT_LEAVES),
+        *(
+            (make, Untouched(), choices, message)
+            for make, choices, message in BEFORE_A_BATCH_IS_READ
+        ),
+        *(
+            (make, BATCHES(), {"sparsity": sparsity}, message)
+            for make, sparsity, message in BEFORE_AN_EXPERT_LEAVES
+        ),
         (MIXTRAL, EMPTY, {}, r"the experts of model\.layers\.0\.mlp get no token except padding"),
     ],
 )
 def test_what_cannot_lose_experts_is_refused(make, batches, choices, message):
-    assert re.search(message, refusal(make(), batches, **{"sparsity": 0.25, "pattern": "experts", **choices}))
+    assert re.search(
+        message, refusal(make(), batches, **{"sparsity": 0.25, "pattern": "experts", **choices})
+    )
 
 
 def test_logits_that_tie_in_16_bits_refuse_no_mixture():
     """A token then goes to either of two experts: without tolerance, this model would be refused."""
-    report = prune(build("mixtral", experts=128).bfloat16(), BATCHES(), 0.25, pattern="experts", progress=False)
+    report = prune(
+        build("mixtral", experts=128).bfloat16(), BATCHES(), 0.25, pattern="experts", progress=False
+    )
     assert [len(each) for each in dropped_in(report).values()] == [32, 32]
 
 
@@ -184,7 +256,8 @@ def test_a_pass_leaves_no_trace_in_buffers(sequential):
     def count(module, args):
         module.calls.add_(1)
 
-    model, choices = MIXTRAL(), {"pattern": "experts", "sequential": sequential, "progress": False}
+    model = MIXTRAL()
+    choices = {"pattern": "experts", "sequential": sequential, "progress": False}
     mixture = model.model.layers[0].mlp
     mixture.register_buffer("calls", torch.arange(8.0))
     mixture.register_forward_pre_hook(count)
@@ -204,11 +277,15 @@ OTHERS = {"dbrx", "inkling_text", "jetmoe", "longcat_flash", "zaya"}  # docs/met
 @pytest.mark.nightly
 def test_families(tmp_path):
     """Every family with experts in one parameter, with at least two experts in each group of the router."""
-    passed, refused = set(), set()
-    for kind, name in [(k, name) for k in ("causal", "other") for name in names(k) if name != "hunyuan_v1_moe"]:
+    passed = set()
+    refused = set()
+    for kind, name in [
+        (k, name) for k in ("causal", "other") for name in names(k) if name != "hunyuan_v1_moe"
+    ]:
         try:
             specimen = family(kind, name)
-            model, batches = specimen.build(), specimen.batches()
+            model = specimen.build()
+            batches = specimen.batches()
         except Exception:  # tests/models/test_families.py knows which cannot be built
             continue
         if not any(".experts" in key for key, _ in model.named_modules()):
@@ -225,7 +302,8 @@ def test_families(tmp_path):
             continue
         model.save_pretrained(tmp_path / name)
         if kind == "causal":
-            source, disk = tmp_path / f"{name} dense", tmp_path / f"{name} disk"
+            source = tmp_path / f"{name} dense"
+            disk = tmp_path / f"{name} disk"
             dense.save_pretrained(source)
             prune_from_disk(source, disk, batches, 0.25, pattern="experts", progress=False)
             assert same(weights(disk), weights(tmp_path / name)), name

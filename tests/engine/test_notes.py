@@ -22,9 +22,21 @@ def coverage_notes(report):
     ("name", "choices", "note"),
     [
         ("llama", {}, None),
-        ("unreached", {}, "are blocks.1.up and 1 more, 4,096 weights: no calibration batch called it"),
-        ("torch_transformer", {}, "and 1 more, 6,144 weights: in_proj_weight of MultiheadAttention is not the"),
-        ("torch_transformer", {"only": ["encoder.layers.0"]}, "are encoder.layers.0.self_attn.in_proj_weight, 3,072"),
+        (
+            "unreached",
+            {},
+            "are blocks.1.up and 1 more, 4,096 weights: no calibration batch called it",
+        ),
+        (
+            "torch_transformer",
+            {},
+            "and 1 more, 6,144 weights: in_proj_weight of MultiheadAttention is not the",
+        ),
+        (
+            "torch_transformer",
+            {"only": ["encoder.layers.0"]},
+            "are encoder.layers.0.self_attn.in_proj_weight, 3,072",
+        ),
         # What the user has left out is no surprise.
         ("torch_transformer", {"only": ["*.linear1"]}, None),
         ("torch_transformer", {"skip": ["encoder.layers.1", "*.in_proj_weight"]}, None),
@@ -41,7 +53,9 @@ def test_low_coverage_is_said(name, choices, note, caplog):
 
 def uneven():
     """Blocks of a width that 4 does not divide, though it divides what is inside them."""
-    return seeded(lambda: nn.Sequential(*(mlps.Mlp(width=16, size=6) for _ in range(3)), nn.Linear(6, 40)))
+    return seeded(
+        lambda: nn.Sequential(*(mlps.Mlp(width=16, size=6) for _ in range(3)), nn.Linear(6, 40))
+    )
 
 
 MISFITS = ["0.up", "1.up", "2.up", "3"]
@@ -49,24 +63,31 @@ SAID = "the pattern does not fit 4 layers, 3 largest (input width 6 is not a mul
 ROWS = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize(("sequential", "solver"), spread(SEQUENTIAL_CHOICES, ["zero_out", "sparsegpt"]))
+@pytest.mark.parametrize(
+    ("sequential", "solver"), spread(SEQUENTIAL_CHOICES, ["zero_out", "sparsegpt"])
+)
 def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
-    model, other = uneven(), uneven()
+    model = uneven()
+    other = uneven()
     choices = {"solver": solver, "sequential": sequential, "progress": False}
     report = prune(model, ROWS.split(1), pattern="2:4", **choices)
     assert [layer.name for layer in report.layers] == ["0.down", "1.down", "2.down"]
     assert all(layer.sparsity == 0.5 for layer in report.layers)
-    assert {matrix.name: matrix.shape[0] for matrix in report.skipped} == dict.fromkeys(MISFITS, 16) | {"3": 40}
+    assert {matrix.name: matrix.shape[0] for matrix in report.skipped} == dict.fromkeys(
+        MISFITS, 16
+    ) | {"3": 40}
     assert {matrix.detail for matrix in report.skipped} == {"input width 6 is not a multiple of 4"}
     assert report.notes == (SAID, *coverage_notes(report))
-    assert coverage_notes(report)[0].startswith("only 35% of the weights")  # 3 x 96 of 3 x 192 + 240
+    # 3 x 96 of 3 x 192 + 240.
+    assert coverage_notes(report)[0].startswith("only 35% of the weights")
     assert [record.getMessage() for record in caplog.records] == [*report.notes]
     prune(other, ROWS.split(1), pattern="2:4", skip=MISFITS, **choices)
     torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
 
 
 def test_zeros_from_before_count_toward_the_target():
-    model, batches = seeded(lambda: Chain(Mlp(), Mlp())), vectors()
+    model = seeded(lambda: Chain(Mlp(), Mlp()))
+    batches = vectors()
     with torch.no_grad():
         model.blocks[0].up.weight[:, :3] = 0
         model.blocks[1].down.weight[:, :1] = 0
@@ -93,17 +114,27 @@ def share(blocks):
     blocks[1].up = blocks[0].up
 
 
-@pytest.mark.parametrize(("sequential", "noted"), [("block", True), ("layer", True), ("none", False)])
+@pytest.mark.parametrize(
+    ("sequential", "noted"), [("block", True), ("layer", True), ("none", False)]
+)
 @pytest.mark.parametrize(
     ("build", "calls"),
-    [(partial(Looped, 3), [3] * 4), (partial(looped, tie), [2, 1, 1]), (partial(looped, share), [2, 1, 1])],
+    [
+        (partial(Looped, 3), [3] * 4),
+        (partial(looped, tie), [2, 1, 1]),
+        (partial(looped, share), [2, 1, 1]),
+    ],
 )
-def test_the_report_says_that_the_statistics_are_those_of_the_first_call(build, calls, sequential, noted):
+def test_the_report_says_that_the_statistics_are_those_of_the_first_call(
+    build, calls, sequential, noted
+):
     report = prune(build(), vectors(), sequential=sequential, skip=["head"], progress=False)
     more = sum(number > 1 for number in calls)
     start = f"the model calls {more} layer{'s' * (more > 1)} more than once, blocks.0.up first, but"
     assert sum(note.startswith(start) for note in report.notes) == noted
-    assert [layer.tokens for layer in report.layers] == [21 * (1 if noted else number) for number in calls]
+    assert [layer.tokens for layer in report.layers] == [
+        21 * (1 if noted else number) for number in calls
+    ]
 
 
 @pytest.mark.parametrize("skip", [[], ["head"]])
@@ -113,7 +144,9 @@ def test_a_loop_through_the_head_is_noted_whether_the_head_is_pruned_or_not(skip
             return super().forward(x + super().forward(x).mean())
 
     (note,) = prune(Twice(Mlp(), Mlp()), vectors(), skip=skip, progress=False).notes
-    assert note.startswith(f"the model calls {5 - len(skip)} layers more than once, blocks.0.up first, but")
+    assert note.startswith(
+        f"the model calls {5 - len(skip)} layers more than once, blocks.0.up first, but"
+    )
 
 
 def test_batches_in_another_order_are_noted_as_left_out():
@@ -124,5 +157,7 @@ def test_batches_in_another_order_are_noted_as_left_out():
     x = torch.ones(2, 3, WIDTH)
     report = prune(EitherWay(Mlp(), Mlp()), [x, -x], progress=False)
     (note,) = report.notes
-    assert note.startswith("some batches call the layers in another order than others, so the statistics of 2 layers, ")
+    assert note.startswith(
+        "some batches call the layers in another order than others, so the statistics of 2 layers, "
+    )
     assert [layer.tokens for layer in report.layers] == [6, 6, 12, 12, 12]

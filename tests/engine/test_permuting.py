@@ -25,7 +25,12 @@ from wanda_lightning.models import find_layers
 READERS = {
     "llama": {"self_attn.o_proj", "mlp.down_proj"},
     "mixtral": {"self_attn.o_proj"},
-    "deepseek_v3": {"self_attn.q_b_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.shared_experts.down_proj"},
+    "deepseek_v3": {
+        "self_attn.q_b_proj",
+        "self_attn.o_proj",
+        "mlp.down_proj",
+        "mlp.shared_experts.down_proj",
+    },
     "opt": {"self_attn.out_proj", "fc2"},
     "gpt2": {"attn.c_proj", "mlp.c_proj"},
     "t5": {"layer.0.SelfAttention.o", "layer.1.EncDecAttention.o"}
@@ -63,15 +68,20 @@ def specimen(name):
     """A model and its batches; "efficientnet" has squeeze-and-excitation."""
     if name in ZOO:
         return ZOO[name].build(), ZOO[name].batches()
-    return seeded(lambda: timm.create_model("test_efficientnet", num_classes=7)), [torch.randn(2, 3, 64, 64)]
+    return seeded(lambda: timm.create_model("test_efficientnet", num_classes=7)), [
+        torch.randn(2, 3, 64, 64)
+    ]
 
 
 @pytest.mark.parametrize(("name", "dtype"), spread(READERS, [torch.bfloat16, torch.float32]))
 def test_the_model_computes_the_same(name, dtype):
     """Also with depthwise convolutions, BatchNorm and squeeze-and-excitation."""
     model, batches = specimen(name)
-    model, batches = model.to(dtype), map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
-    before, dense, blocks = outputs(model, batches), copy.deepcopy(model.state_dict()), find_layers(model).blocks
+    model = model.to(dtype)
+    batches = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
+    before = outputs(model, batches)
+    dense = copy.deepcopy(model.state_dict())
+    blocks = find_layers(model).blocks
     done = permute_model(model, batches)
     inside = {layer.removeprefix(f"{blocks[layer]}.") for layer in done.kept}
     assert inside == READERS[name]
@@ -80,25 +90,36 @@ def test_the_model_computes_the_same(name, dtype):
         changed = not torch.equal(model.state_dict()[f"{layer}.weight"], dense[f"{layer}.weight"])
         assert (kept_after > kept_before) == changed
     for old, new in zip(before, outputs(model, batches), strict=True):
-        assert (old.double() - new.double()).norm() < (1e-5 if dtype == torch.float32 else 0.02) * old.double().norm()
+        assert (old.double() - new.double()).norm() < (
+            1e-5 if dtype == torch.float32 else 0.02
+        ) * old.double().norm()
 
 
 def test_it_is_pruned_as_a_model_that_was_permuted_before():
-    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
+    model = ZOO["llama"].build()
+    batches = ZOO["llama"].batches()
     expected = copy.deepcopy(model)
     permute_model(expected, batches)
     prune(expected, batches, 0.5, method="wanda", pattern="2:4", progress=False)
     report = prune_permuted(model, batches)
     assert unchanged(model, expected.state_dict())
     assert report.config["permutation"] == {"name": "Assignment", "iterations": 8}
-    assert any("the inputs of 4 layers are permuted, which raises the Wanda scores" in note for note in report.notes)
-    noted = {layer.name.rpartition(".")[2] for layer in report.layers if "inputs permuted: kept score +" in layer.note}
+    assert any(
+        "the inputs of 4 layers are permuted, which raises the Wanda scores" in note
+        for note in report.notes
+    )
+    noted = {
+        layer.name.rpartition(".")[2]
+        for layer in report.layers
+        if "inputs permuted: kept score +" in layer.note
+    }
     assert noted == {"o_proj", "down_proj"}
     assert report.seconds["permute"] > 0
 
 
 def test_heads_that_a_group_does_not_fit_into_stay():
-    model, batches = ZOO["llama"].build(), ZOO["llama"].batches()
+    model = ZOO["llama"].build()
+    batches = ZOO["llama"].batches()
     done = permute_model(model, batches, pattern="8:16")
     assert {layer.rpartition(".")[2] for layer in done.kept} == {"down_proj"}
 
@@ -117,7 +138,9 @@ def read_twice(self, x):
 def read_by_another(self, x):
     """By a layer that is skipped; a large activation hides what it adds."""
     hidden = self.hidden(x)
-    return x + 1000 * F.one_hot(torch.tensor(0), 16) + self.down(hidden) * self.gate(hidden).sigmoid()
+    return (
+        x + 1000 * F.one_hot(torch.tensor(0), 16) + self.down(hidden) * self.gate(hidden).sigmoid()
+    )
 
 
 def passed_on(self, x, seen):
@@ -135,7 +158,9 @@ class Mlp(nn.Module):
 
     def __init__(self, way=read_once):
         super().__init__()
-        self.up, self.down, self.way = nn.Linear(16, 32), nn.Linear(32, 16), way
+        self.up = nn.Linear(16, 32)
+        self.down = nn.Linear(32, 16)
+        self.way = way
         if way is read_by_another:
             self.gate = nn.Linear(32, 1)
         if way is one_of_two:
@@ -154,7 +179,8 @@ class Blocks(nn.Module):
     def __init__(self, block=Mlp, run=lambda blocks, x: blocks[1](blocks[0](x))):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks, self.run = nn.ModuleList([block(), block()]), run
+        self.blocks = nn.ModuleList([block(), block()])
+        self.run = run
 
     def forward(self, x, **options):
         return self.run(self.blocks, x, **options)
@@ -163,7 +189,9 @@ class Blocks(nn.Module):
 FIXED = {
     "read twice": lambda: Blocks(partial(Mlp, read_twice)),
     "read by another": lambda: Blocks(partial(Mlp, read_by_another)),
-    "passed on": lambda: Blocks(partial(Mlp, passed_on), lambda blocks, x: blocks[1](blocks[0](x, seen := {}), seen)),
+    "passed on": lambda: Blocks(
+        partial(Mlp, passed_on), lambda blocks, x: blocks[1](blocks[0](x, seen := {}), seen)
+    ),
 }
 MOVED_BACK = {
     "other layer": lambda: Blocks(
@@ -178,7 +206,9 @@ def images(dtype=torch.float32):
     return [torch.randn(2, 5, 16, generator=draw).to(dtype) for _ in range(3)]
 
 
-@pytest.mark.parametrize(("kind", "dtype"), spread(FIXED, [torch.float32, torch.bfloat16, torch.float16]))
+@pytest.mark.parametrize(
+    ("kind", "dtype"), spread(FIXED, [torch.float32, torch.bfloat16, torch.float16])
+)
 def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
     model = FIXED[kind]().to(dtype)
     dense = copy.deepcopy(model.state_dict())
@@ -195,11 +225,19 @@ def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
 def test_units_are_put_back_if_another_call_uses_them_in_another_way(kind, caplog):
     model = MOVED_BACK[kind]()
     dense = copy.deepcopy(model.state_dict())
-    batches = images() if kind == "called again" else [{"x": x, "other": n % 2 == 1} for n, x in enumerate(images())]
+    batches = (
+        images()
+        if kind == "called again"
+        else [{"x": x, "other": n % 2 == 1} for n, x in enumerate(images())]
+    )
     done = permute_model(model, batches)
     assert done.put_back == (("blocks.0", "blocks.1") if kind == "other layer" else ("blocks.0",))
     assert done.kept.keys() == (set() if kind == "other layer" else {"blocks.1.down"})
-    assert all(torch.equal(v, dense[n]) for n, v in model.state_dict().items() if not n.startswith("blocks.1."))
+    assert all(
+        torch.equal(v, dense[n])
+        for n, v in model.state_dict().items()
+        if not n.startswith("blocks.1.")
+    )
     assert unchanged(model, dense) == (kind == "other layer")
     prune_permuted(model, batches)
     assert "were put back, blocks.0 first, because its output changed" in caplog.text
@@ -226,7 +264,9 @@ def test_tied_blocks_and_adapters_keep_their_order(make, batches):
 
 
 def test_no_batches_and_bad_batches():
-    with pytest.raises(ValueError, match=r"must hold at least one calibration batch for permutation=.assignment"):
+    with pytest.raises(
+        ValueError, match=r"must hold at least one calibration batch for permutation=.assignment"
+    ):
         prune_permuted(Blocks(), [], method="magnitude")
     with pytest.raises(ValueError, match="NaN"):
         prune_permuted(Blocks(run=lambda blocks, x: blocks[1](blocks[0](x) * torch.nan)), images())
@@ -241,7 +281,9 @@ def test_two_processes_permute_alike(pair):
         assert any("the inputs of 4 layers are permuted" in note for note in report.notes)
     model = ZOO["llama"].build()
     prune_permuted(model, batches, method="magnitude")
-    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    assert all(
+        torch.equal(weights[name], parameter) for name, parameter in model.named_parameters()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -256,9 +298,17 @@ def test_two_processes_permute_alike(pair):
 )
 def test_a_callback_permutes_only_what_nothing_else_has_stored(at_step, make_others, permuted):
     choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "num_samples": 12}
-    callback, module = PruningCallback(0.5, at_step=at_step, **choices), Net(ADAMW)
+    callback = PruningCallback(0.5, at_step=at_step, **choices)
+    module = Net(ADAMW)
     module.layers = nn.Sequential(nn.Linear(32, 16), Mlp(), Mlp())
-    with nullcontext() if permuted else pytest.warns(UserWarning, match="permutes nothing during training"):
+    with (
+        nullcontext()
+        if permuted
+        else pytest.warns(UserWarning, match="permutes nothing during training")
+    ):
         trainer(*make_others(), callback, max_steps=3).fit(module, loader(), loader())
-    assert any("the inputs of 2 layers are permuted" in note for note in callback.report.notes) == permuted
+    assert (
+        any("the inputs of 2 layers are permuted" in note for note in callback.report.notes)
+        == permuted
+    )
     assert all((layer.up.weight == 0).float().mean() >= 0.5 for layer in module.layers[1:])

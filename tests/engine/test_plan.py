@@ -20,7 +20,9 @@ from wanda_lightning.models import find_layers
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 LLAMA = ZOO["llama"].build
 FORCED = Unstructured("layer", weigh_rows=True)
-IMAGES, TEXT, EACH = ("vit", "convnext"), ("llama",), ("vit", "convnext", "llama")
+IMAGES = ("vit", "convnext")
+TEXT = ("llama",)
+EACH = ("vit", "convnext", "llama")
 UNITS = {"pattern": "structured"}
 RESOLVED = [
     (TEXT, {"method": "best"}, "pattern", FORCED),
@@ -28,16 +30,31 @@ RESOLVED = [
     (EACH, {"method": "best", "pattern": FORCED}, "pattern", FORCED),
     *((TEXT, {"method": method}, "sequential", "layer") for method in ("best", "thorough")),
     *((IMAGES, {"method": method}, "sequential", "none") for method in ("best", "thorough")),
-    *((TEXT, {"method": "thorough", "pattern": p}, "recovery", Distil(blocks=False)) for p in ("unstructured", "2:4")),
-    *((IMAGES, {"method": "thorough", "pattern": p}, "recovery", Distil(blocks=True)) for p in ("unstructured", "2:4")),
+    *(
+        (TEXT, {"method": "thorough", "pattern": p}, "recovery", Distil(blocks=False))
+        for p in ("unstructured", "2:4")
+    ),
+    *(
+        (IMAGES, {"method": "thorough", "pattern": p}, "recovery", Distil(blocks=True))
+        for p in ("unstructured", "2:4")
+    ),
     (EACH, {"method": "thorough", "pattern": "structured"}, "recovery", Distil(blocks=False)),
     (EACH, {"method": "thorough", "sequential": "layer"}, "recovery", Distil(blocks=False)),
     (TEXT, UNITS, "sequential", "layer"),
     *((IMAGES, choices, "sequential", "none") for choices in ({}, UNITS)),
-    *((EACH, {"method": "fast", "sequential": each}, "sequential", each) for each in SEQUENTIAL_CHOICES),
-    *((TEXT, choices, "sequential", "block") for choices in ({}, {"method": "fast", "sequential": "auto"})),
+    *(
+        (EACH, {"method": "fast", "sequential": each}, "sequential", each)
+        for each in SEQUENTIAL_CHOICES
+    ),
+    *(
+        (TEXT, choices, "sequential", "block")
+        for choices in ({}, {"method": "fast", "sequential": "auto"})
+    ),
     (IMAGES, {"recovery": "reconstruct"}, "sequential", "none"),
-    *((TEXT, {"recovery": "reconstruct", **c}, "sequential", "block") for c in ({"method": "best"}, UNITS)),
+    *(
+        (TEXT, {"recovery": "reconstruct", **c}, "sequential", "block")
+        for c in ({"method": "best"}, UNITS)
+    ),
 ]
 
 
@@ -59,7 +76,8 @@ SPREADING = {"owl": OWL(m=2.0), "owl_layer": OWL(m=2.0, per="layer"), "fisher": 
 
 @pytest.mark.parametrize(("model_name", "name"), spread(MODELS, SPREADING))
 def test_an_allocation_sees_the_dense_model_at_every_granularity(model_name, name):
-    specimen, given_out = ZOO[model_name], []
+    specimen = ZOO[model_name]
+    given_out = []
     for sequential in SEQUENTIAL_CHOICES:
         choices = {"allocation": SPREADING[name], "sequential": sequential, "progress": False}
         report = prune(specimen.build(), specimen.batches(), 0.5, **choices)
@@ -71,20 +89,27 @@ def test_an_allocation_sees_the_dense_model_at_every_granularity(model_name, nam
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize("allocation", [PerLayer({"*.mlp": 0.6}), PerLayer({"*.0.*q*": 0.0}), OWL(m=2.0)], ids=str)
+@pytest.mark.parametrize(
+    "allocation", [PerLayer({"*.mlp": 0.6}), PerLayer({"*.0.*q*": 0.0}), OWL(m=2.0)], ids=str
+)
 @pytest.mark.parametrize("model_name", ["llama", "vit"])
 def test_mixed_n_of_m(model_name, allocation):
     specimen = ZOO[model_name]
     model = specimen.build()
-    report = prune(model, specimen.batches(), 0.5, pattern=NM(8, 16), allocation=allocation, progress=False)
-    sparsities, kinds = {layer.name: layer.sparsity for layer in report.layers}, set()
+    report = prune(
+        model, specimen.batches(), 0.5, pattern=NM(8, 16), allocation=allocation, progress=False
+    )
+    sparsities = {layer.name: layer.sparsity for layer in report.layers}
+    kinds = set()
     for layer in find_layers(model).layers:
         (kept,) = (layer.read().reshape(-1, 16) != 0).sum(dim=1).unique().tolist()
         kinds.add(kept)
         assert sparsities[layer.name] == 1 - kept / 16
     assert len(kinds) > 1
     largest = max(layer.size for layer in report.layers)
-    assert abs(report.sparsity - 0.5) * sum(layer.size for layer in report.layers) <= largest / 16 / 2
+    assert (
+        abs(report.sparsity - 0.5) * sum(layer.size for layer in report.layers) <= largest / 16 / 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +139,8 @@ def test_batches_are_read_once(choices):
     ],
 )
 def test_how_often_each_layer_runs(criterion, allocation, passes, sequential):
-    model, calls = LLAMA(), []
+    model = LLAMA()
+    calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     options = {"allocation": allocation, "sequential": sequential, "progress": False}
     prune(model, ZOO["llama"].batches(), criterion=criterion, **options)
@@ -135,11 +161,27 @@ INFERENCE = torch.inference_mode()(lambda: nn.Sequential(nn.Linear(8, 8)))
 ROWS = [
     (INFERENCE, {}, r"but 0 was created under torch\.inference_mode\(\) and cannot change\. Build"),
     (lambda: build().to("meta"), {}, r"blocks\.0\.up is on the meta device\. Load the weights"),
-    (build, {"pattern": "2:5", "sparsity": 0.6}, r"NM\(n=2, m=5\) fits none of the 9 layers: .*blocks\.0\.up: input"),
-    (lambda: nn.Sequential(nn.Linear(6, 4)), {"pattern": "2:4", "only": ["0"]}, "none of the 1 layer: .*0: input"),
+    (
+        build,
+        {"pattern": "2:5", "sparsity": 0.6},
+        r"NM\(n=2, m=5\) fits none of the 9 layers: .*blocks\.0\.up: input",
+    ),
+    (
+        lambda: nn.Sequential(nn.Linear(6, 4)),
+        {"pattern": "2:4", "only": ["0"]},
+        "none of the 1 layer: .*0: input",
+    ),
     (nn.ReLU, {"skip": ["head"]}, "skip='head' matches no matrix of the model; the model has none"),
-    (lambda: nn.Sequential(nn.ReLU()), {}, "model has nothing to prune .there are no weight matrices"),
-    (lambda: nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8)), {}, "nothing to prune .0: embedding"),
+    (
+        lambda: nn.Sequential(nn.ReLU()),
+        {},
+        "model has nothing to prune .there are no weight matrices",
+    ),
+    (
+        lambda: nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8)),
+        {},
+        "nothing to prune .0: embedding",
+    ),
     (build, {"skip": ["*"]}, r"nothing to prune .blocks\.0\.up: skip='\*'"),
     (build, ONLY, r"nothing to prune .*skip='blocks\.0'.*not in only=\['blocks\.0\.up'\]"),
     (LLAMA, {"allocation": PerLayer({"lm_head": 0.5})}, "matches no pruned layer"),
@@ -147,7 +189,9 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("make", "choices", "message"), ROWS, ids=[message for *_, message in ROWS])
+@pytest.mark.parametrize(
+    ("make", "choices", "message"), ROWS, ids=[message for *_, message in ROWS]
+)
 def test_what_is_impossible_is_refused_before_a_batch_is_read(make, choices, message):
     for sequential in SEQUENTIAL_CHOICES:
         assert re.search(message, refusal(make(), Untouched(), sequential=sequential, **choices))
@@ -187,10 +231,13 @@ def spoil(value, module, args):
 @pytest.mark.parametrize("place", ["blocks.0", "blocks.2", "blocks.2.down"])
 def test_inputs_that_are_not_finite_and_errors_name_what_was_written(place, sequential, value):
     """Also if only the squares overflow (1e30). No weight of the unit is written, nor that of the layer before."""
-    model, found = build(), place if place == "blocks.2.down" else f"{place}.up"
+    model = build()
+    found = place if place == "blocks.2.down" else f"{place}.up"
     model.get_submodule(place).register_forward_pre_hook(partial(spoil, value))
     # Only at "layer", the up-projection of the block is done when a batch is between its layers.
-    written = before("blocks.2.up" if place == "blocks.2.down" and sequential != "layer" else found, sequential)
+    written = before(
+        "blocks.2.up" if place == "blocks.2.down" and sequential != "layer" else found, sequential
+    )
     error = Unforeseen if value is None else ValueError
     message = refusal(model, vectors(), error=error, sequential=sequential, written=written)
     said = f"input of {found} holds NaN or infinity", "batch 1 ", "Check that batch", "wider dtype"
@@ -215,4 +262,6 @@ def test_a_weight_that_is_not_finite(criterion, value):
     model.head.weight.data[1, 2] = value
     message = refusal(model, Untouched(), criterion=criterion)
     assert "head has weights that are NaN or infinite. Check the checkpoint" in message
-    assert prune(model, vectors(), skip=["head"], criterion=criterion, progress=False).sparsity == 0.5
+    assert (
+        prune(model, vectors(), skip=["head"], criterion=criterion, progress=False).sparsity == 0.5
+    )

@@ -21,8 +21,20 @@ from wanda_lightning.calibration.samples import forward_batch
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Stop, find_layers
 
-DTYPES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}  # with what tolerance
-MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}  # of torch and of numpy
+# With what tolerance.
+DTYPES = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 1e-5,
+    torch.float16: 1e-5,
+}
+# Of torch and of numpy.
+MODES = {
+    "zeros": "constant",
+    "reflect": "reflect",
+    "replicate": "edge",
+    "circular": "wrap",
+}
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
@@ -61,18 +73,28 @@ def seeded(module, seed):
 
 @st.composite
 def linear(draw, dtypes):
-    dtype, d_in, d_out = draw(dtypes), draw(st.integers(1, 24)), draw(st.integers(1, 5))
+    dtype = draw(dtypes)
+    d_in = draw(st.integers(1, 24))
+    d_out = draw(st.integers(1, 5))
     module = draw(st.sampled_from([lambda: nn.Linear(d_in, d_out), lambda: Conv1D(d_out, d_in)]))()
     generator = seeded(module, draw(st.integers(0, 2**32 - 1)))
-    batches, tokens = [], []
+    batches = []
+    tokens = []
     batch = st.tuples(st.integers(1, 3), st.integers(1, 6), st.booleans())
     for samples, length, padded in draw(st.lists(batch, min_size=1, max_size=3)):
         x = torch.randn(samples, length, d_in, generator=generator).to(dtype)
         keep = torch.rand(samples, length, generator=generator) < (0.6 if padded else 2)
         batches.append({"x": x, "attention_mask": keep.long()} if padded else x)
-        tokens += [token for row, mask in zip(x, keep, strict=True) for token, m in zip(row, mask, strict=True) if m]
+        tokens += [
+            token
+            for row, mask in zip(x, keep, strict=True)
+            for token, m in zip(row, mask, strict=True)
+            if m
+        ]
     assume(tokens)
-    return Case(Holding(module.to(dtype)), batches, {"part": reference.array(torch.stack(tokens))}, dtype)
+    return Case(
+        Holding(module.to(dtype)), batches, {"part": reference.array(torch.stack(tokens))}, dtype
+    )
 
 
 def same(size, kernel, stride, dilation):
@@ -83,9 +105,12 @@ def same(size, kernel, stride, dilation):
 
 @st.composite
 def convolution(draw, dtypes):
-    dtype, kernel, dilation = draw(dtypes), draw(PAIRS), draw(PAIRS)
+    dtype = draw(dtypes)
+    kernel = draw(PAIRS)
+    dilation = draw(PAIRS)
     groups = draw(st.integers(1, 3))
-    channels, out = groups * draw(st.integers(1 if groups == 1 else 2, 4)), groups * draw(st.integers(1, 3))
+    channels = groups * draw(st.integers(1 if groups == 1 else 2, 4))
+    out = groups * draw(st.integers(1, 3))
     size = draw(st.tuples(st.integers(3, 6), st.integers(3, 6)))
     way = draw(st.sampled_from(["numbers", "same", "valid", "same of timm"]))
     mode = "zeros" if way == "same of timm" else draw(st.sampled_from(list(MODES)))
@@ -105,8 +130,11 @@ def convolution(draw, dtypes):
         assume(mode == "zeros" or max(pad) < length)
     generator = seeded(module, draw(st.integers(0, 2**32 - 1)))
     counts = draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
-    batches = [torch.randn(count, channels, *size, generator=generator).to(dtype) for count in counts]
-    each, tokens = channels // groups, {}
+    batches = [
+        torch.randn(count, channels, *size, generator=generator).to(dtype) for count in counts
+    ]
+    each = channels // groups
+    tokens = {}
     for group in range(groups):
         parts = []
         for x in batches:
@@ -137,14 +165,22 @@ def assert_statistics(case):
     layers = find_layers(case.model).layers
     samples = samples_of(case.model, case.batches, forward=partial(forward_batch, case.model))
     with torch.no_grad():
-        found = Observer(frozenset({"square_sum", "gram"}))(Stop("", None, layers), whole_model_calls(samples)).inputs
+        found = Observer(frozenset({"square_sum", "gram"}))(
+            Stop("", None, layers), whole_model_calls(samples)
+        ).inputs
     assert found.keys() == case.tokens.keys()
     for name, tokens in case.tokens.items():
-        sums, gram = found[name].sums, reference.gram(tokens)
+        sums = found[name].sums
+        gram = reference.gram(tokens)
         assert found[name].count == len(tokens)
-        assert {value.dtype for value in sums.values()} == {torch.promote_types(case.dtype, torch.float32)}
-        rtol, scale = DTYPES[case.dtype], max(np.abs(gram).max(), 1e-30)
-        np.testing.assert_allclose(reference.array(sums["square_sum"]), reference.square_sum(tokens), rtol=rtol)
+        assert {value.dtype for value in sums.values()} == {
+            torch.promote_types(case.dtype, torch.float32)
+        }
+        rtol = DTYPES[case.dtype]
+        scale = max(np.abs(gram).max(), 1e-30)
+        np.testing.assert_allclose(
+            reference.array(sums["square_sum"]), reference.square_sum(tokens), rtol=rtol
+        )
         np.testing.assert_allclose(reference.array(sums["gram"]) / scale, gram / scale, atol=rtol)
 
 
@@ -155,7 +191,9 @@ def test_statistics_and_masks_are_those_of_a_slow_loop_and_counts_are_exact(data
     assert_statistics(case)
     dense = case.matrices()
     pattern, sparsity = data.draw(patterns(next(iter(dense.values())).shape[1]))
-    report = prune(case.model, case.batches, sparsity, pattern=pattern, sequential=sequential, progress=False)
+    report = prune(
+        case.model, case.batches, sparsity, pattern=pattern, sequential=sequential, progress=False
+    )
     pruned = {layer.name: layer for layer in report.layers}
     assert pruned.keys() == {name for name, tokens in case.tokens.items() if tokens.any()}
     for name, layer in pruned.items():
@@ -164,9 +202,19 @@ def test_statistics_and_masks_are_those_of_a_slow_loop_and_counts_are_exact(data
         assert torch.equal(matrix[kept], dense[name][kept])
         assert (layer.tokens, layer.zeros) == (len(case.tokens[name]), int((~kept).sum()))
         scores = reference.wanda(reference.array(dense[name]), case.tokens[name])
-        kept, expected = kept.numpy(), reference.keep(pattern, scores, sparsity)
-        size = pattern.m if isinstance(pattern, NM) else kept.shape[1] if pattern.group == "row" else kept.size
-        assert (kept.reshape(-1, size).sum(axis=1) == expected.reshape(-1, size).sum(axis=1)).all(), name
-        assert case.dtype != torch.float64 or (kept == expected).all(), name  # others have near ties
+        kept = kept.numpy()
+        expected = reference.keep(pattern, scores, sparsity)
+        size = (
+            pattern.m
+            if isinstance(pattern, NM)
+            else kept.shape[1]
+            if pattern.group == "row"
+            else kept.size
+        )
+        assert (
+            kept.reshape(-1, size).sum(axis=1) == expected.reshape(-1, size).sum(axis=1)
+        ).all(), name
+        # Others have near ties.
+        assert case.dtype != torch.float64 or (kept == expected).all(), name
     assert report.parameters == sum(parameter.numel() for parameter in case.model.parameters())
     assert report.zeros == sum(int((parameter == 0).sum()) for parameter in case.model.parameters())

@@ -48,8 +48,15 @@ def assert_complete(report, model, specimen, dense):
 
 def tied(everything):
     first = {}
-    part = {name: name.rpartition(".")[2] if weight.ndim == 3 else "" for name, weight in everything.items()}
-    return {name for name, weight in everything.items() if first.setdefault((id(weight), part[name]), name) != name}
+    part = {
+        name: name.rpartition(".")[2] if weight.ndim == 3 else ""
+        for name, weight in everything.items()
+    }
+    return {
+        name
+        for name, weight in everything.items()
+        if first.setdefault((id(weight), part[name]), name) != name
+    }
 
 
 # Blocks in bfloat16; layers that nothing calls; experts with padding, which test_expert_tokens.py compares.
@@ -67,12 +74,15 @@ LIKE_OTHERS = "llama_left_padded", "qwen3_moe", "resnet50", "convnext_conv_mlp"
 )
 def test_equals_the_slow_procedure(name, sequential):
     specimen = ZOO[name]
-    model, batches = specimen.build(), specimen.batches()
+    model = specimen.build()
+    batches = specimen.batches()
     if name not in NOT_SLOWLY:
-        model, batches = model.double(), tree_map_only(torch.Tensor, double, batches)
+        model = model.double()
+        batches = tree_map_only(torch.Tensor, double, batches)
     slow = copy.deepcopy(model)
     if hasattr(slow, "set_experts_implementation"):
-        slow.set_experts_implementation("eager")  # grouped products are not intercepted, and have no float64
+        # Grouped products are not intercepted, and have no float64.
+        slow.set_experts_implementation("eager")
 
     report = prune(model, batches, 0.5, sequential=sequential, keep_batch_norm=True, progress=False)
     assert_complete(report, model, specimen, dense=dict(slow.named_parameters()))
@@ -103,8 +113,11 @@ def test_passes_that_run_anyway_prune_like_one_pass(name):
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5)])
 def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, sparsity, sequential):
     """After ReLU, few tokens leave some columns without input, and after pruning they are other ones."""
-    model, inactive = ZOO["block_twice"].build(), []
-    model.blocks[0].down.register_forward_pre_hook(lambda _, args: inactive.append((args[0] == 0).all(dim=(0, 1))))
+    model = ZOO["block_twice"].build()
+    inactive = []
+    model.blocks[0].down.register_forward_pre_hook(
+        lambda _, args: inactive.append((args[0] == 0).all(dim=(0, 1)))
+    )
     for _ in range(2):
         before = copy.deepcopy(model.state_dict())
         few = [torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))]
@@ -121,7 +134,14 @@ def test_the_model_is_left_as_it_was(allocation, sequential):
     model.model.layers[1].requires_grad_(False)
     before = state_of(model)
     dense = copy.deepcopy(model.state_dict())
-    prune(model, ZOO["llama"].batches(), 0.0, allocation=allocation, sequential=sequential, progress=False)
+    prune(
+        model,
+        ZOO["llama"].batches(),
+        0.0,
+        allocation=allocation,
+        sequential=sequential,
+        progress=False,
+    )
     assert state_of(model) == before
     assert model.config.use_cache
     assert torch.is_grad_enabled()
@@ -144,14 +164,20 @@ def test_padding_of_a_decoder_does_not_count(decoder, tokens):
     report = prune(ZOO["t5"].build(), [ZOO["t5"].batches()[0] | decoder], progress=False)
     found = {layer.name: layer.tokens for layer in report.layers}
     names = "encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.1.EncDecAttention.k"
-    assert [found[name] for name in (*names, "decoder.block.0.layer.0.SelfAttention.q")] == [24 + 10, 24 + 10, tokens]
+    assert [found[name] for name in (*names, "decoder.block.0.layer.0.SelfAttention.q")] == [
+        24 + 10,
+        24 + 10,
+        tokens,
+    ]
 
 
 def test_autocast_of_the_caller_reaches_the_batches():
     """Scores come from bfloat16 activations, and the cast of a dense weight is not used after it was pruned."""
     seen = []
     model = ZOO["llama"].build()
-    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].dtype)
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         prune(model, ZOO["llama"].batches(), 0.5, progress=False)
         inside = run(model, ZOO["llama"].batches()[0])
@@ -163,11 +189,16 @@ def test_autocast_of_the_caller_reaches_the_batches():
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
 def test_weights_without_a_shape_can_be_left_out():
     model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(4))
-    with pytest.raises(ValueError, match=r"skip must name 2 matrices .* 1\.weight first: has no shape yet"):
+    with pytest.raises(
+        ValueError, match=r"skip must name 2 matrices .* 1\.weight first: has no shape yet"
+    ):
         prune(model, criterion="magnitude", progress=False)
     report = prune(model, criterion="magnitude", skip=["1"], progress=False)
     assert [layer.name for layer in report.layers] == ["0"]
-    assert {(matrix.name, matrix.shape) for matrix in report.skipped} == {("1.weight", ()), ("1.bias", ())}
+    assert {(matrix.name, matrix.shape) for matrix in report.skipped} == {
+        ("1.weight", ()),
+        ("1.bias", ()),
+    }
     assert report.parameters == 8 * 8 + 8
 
 
@@ -179,7 +210,9 @@ class Parallel(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.q, self.out, self.k, self.v = (nn.Linear(*shape) for shape in ((16, 8), (8, 16), (16, 8), (16, 8)))
+        self.q, self.out, self.k, self.v = (
+            nn.Linear(*shape) for shape in ((16, 8), (8, 16), (16, 8), (16, 8))
+        )
 
     def forward(self, x):
         return self.out(self.q(x) * self.k(x) + self.v(x))
@@ -188,22 +221,31 @@ class Parallel(nn.Module):
 @pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda"])
 def test_the_error_of_each_layer_is_that_of_its_outputs(method):
     torch.manual_seed(0)
-    model, batches = Parallel(), torch.randn(4, 20, 16)
+    model = Parallel()
+    batches = torch.randn(4, 20, 16)
     dense = copy.deepcopy(model)
     report = prune(model, list(batches), 0.5, method=method, sequential="none", progress=False)
     inner = (dense.q(batches) * dense.k(batches) + dense.v(batches)).detach()
     inputs = dict.fromkeys(("q", "k", "v"), batches) | {"out": inner}
     for layer in report.layers:
-        x, before, after = inputs[layer.name], dense.get_submodule(layer.name), model.get_submodule(layer.name)
+        x = inputs[layer.name]
+        before = dense.get_submodule(layer.name)
+        after = model.get_submodule(layer.name)
         with torch.no_grad():  # a solver may have fitted the bias, too
-            expected = float((before(x) - after(x)).square().sum() / (x @ before.weight.t()).square().sum())
+            expected = float(
+                (before(x) - after(x)).square().sum() / (x @ before.weight.t()).square().sum()
+            )
         assert layer.error == (None if method == "wanda" else pytest.approx(expected, rel=1e-4))
 
 
 def test_not_all_layers_with_one_input_are_held_at_once(monkeypatch):
-    sizes, results, together = [], [], SparseGPT.solve_together
+    sizes = []
+    results = []
+    together = SparseGPT.solve_together
     monkeypatch.setattr(
-        SparseGPT, "solve_together", lambda self, w, *more: sizes.append(len(w)) or together(self, w, *more)
+        SparseGPT,
+        "solve_together",
+        lambda self, w, *more: sizes.append(len(w)) or together(self, w, *more),
     )
     for limit in (write._MAX_GROUP, 2 * 8 * 16, 1):
         monkeypatch.setattr(write, "_MAX_GROUP", limit)
@@ -219,14 +261,18 @@ def test_the_report_says_where_tokens_are_few():
     model = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 8))
     dense = copy.deepcopy(model)
     report = prune(model, [torch.randn(16, 32)], solver="refit", progress=False)
-    assert "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs" in "".join(report.notes)
+    assert (
+        "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs"
+        in "".join(report.notes)
+    )
     assert not prune(dense, [torch.randn(16, 32)], progress=False).notes
 
 
 # ---- biases that are fitted together with the weights
 
 RANDOM = torch.Generator().manual_seed(0)
-CORRELATED = torch.randn(200, 16, generator=RANDOM) @ torch.randn(16, 16, generator=RANDOM) + 3  # means are not zero
+# Means are not zero.
+CORRELATED = torch.randn(200, 16, generator=RANDOM) @ torch.randn(16, 16, generator=RANDOM) + 3
 
 
 def layer(d_in=16):
@@ -240,12 +286,17 @@ def grouped():
 
 
 @pytest.mark.parametrize("solver", [ADMM, Refit])
-@pytest.mark.parametrize(("make", "offset", "most"), [(layer, 0, 0.9), (grouped, 0, 0.9), (layer, 3000, 1.5)])
-def test_the_outputs_are_nearer_with_a_fitted_bias_which_large_means_do_not_ruin(make, offset, most, solver):
+@pytest.mark.parametrize(
+    ("make", "offset", "most"), [(layer, 0, 0.9), (grouped, 0, 0.9), (layer, 3000, 1.5)]
+)
+def test_the_outputs_are_nearer_with_a_fitted_bias_which_large_means_do_not_ruin(
+    make, offset, most, solver
+):
     """The centered Gram matrix may be a small difference of large numbers in float32."""
     torch.manual_seed(0)
     inputs = torch.randn(4096, 16) + offset * torch.randn(16) if offset else CORRELATED
-    dense, errors = make(), []
+    dense = make()
+    errors = []
     for intercept in (False, True):
         model = copy.deepcopy(dense)
         report = prune(model, [inputs], 0.75, solver=solver(intercept=intercept), progress=False)
@@ -257,8 +308,16 @@ def test_the_outputs_are_nearer_with_a_fitted_bias_which_large_means_do_not_ruin
 def test_columns_and_bias_are_the_least_squares_solution():
     dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), layer(24))
     model = copy.deepcopy(dense)
-    prune(model, [CORRELATED], 0.5, pattern=Structured(multiple_of=4), solver=Refit(dampening=1e-7), progress=False)
-    hidden, kept = dense[:2](CORRELATED), (model[2].weight != 0).any(0)
+    prune(
+        model,
+        [CORRELATED],
+        0.5,
+        pattern=Structured(multiple_of=4),
+        solver=Refit(dampening=1e-7),
+        progress=False,
+    )
+    hidden = dense[:2](CORRELATED)
+    kept = (model[2].weight != 0).any(0)
     assert kept.sum() == 12
     inputs = torch.cat([hidden[:, kept], torch.ones(len(hidden), 1)], dim=1).double()
     expected = torch.linalg.lstsq(inputs, dense(CORRELATED).double(), driver="gelsd").solution
@@ -311,42 +370,62 @@ def mixture(skip=(), **choices):
 
 
 def test_reconstruct_trains_experts_but_those_left_dense():
-    skip, dense = ["*.0.mlp.experts.down_proj.1"], ZOO["mixtral"].build()
+    skip = ["*.0.mlp.experts.down_proj.1"]
+    dense = ZOO["mixtral"].build()
     (model, report), (masks_alone, _) = mixture(skip, recovery=Reconstruct()), mixture(skip)
-    experts, other, dense = (each.model.layers[0].mlp.experts for each in (model, masks_alone, dense))
+    experts, other, dense = (
+        each.model.layers[0].mlp.experts for each in (model, masks_alone, dense)
+    )
     assert torch.equal(experts.gate_up_proj == 0, other.gate_up_proj == 0)
     assert not torch.equal(experts.gate_up_proj, other.gate_up_proj)
-    assert [torch.equal(experts.down_proj[e], dense.down_proj[e]) for e in range(4)] == [False, True, False, False]
-    (part,) = (each.part for each in report.layers if each.name == "model.layers.0.mlp.experts.gate_up_proj.0")
+    assert [torch.equal(experts.down_proj[e], dense.down_proj[e]) for e in range(4)] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    (part,) = (
+        each.part
+        for each in report.layers
+        if each.name == "model.layers.0.mlp.experts.gate_up_proj.0"
+    )
     assert part.after < 0.7 * part.before
 
 
 def test_experts_with_the_same_statistics_factorize_them_once(monkeypatch):
-    factorized, compute = [], statistics.inverse_factor
-    monkeypatch.setattr(statistics, "inverse_factor", lambda *args: factorized.append(1) or compute(*args))
+    factorized = []
+    compute = statistics.inverse_factor
+    monkeypatch.setattr(
+        statistics, "inverse_factor", lambda *args: factorized.append(1) or compute(*args)
+    )
     monkeypatch.setattr("wanda_lightning.calibration.observer.MIN_EXPERT_TOKENS", 10**9)
     _, report = mixture(method="sparsegpt")
-    assert sum("few tokens" in layer.note for layer in report.layers) == 2 * 2 * 4  # blocks, matrices, experts
+    # blocks, matrices, experts.
+    assert sum("few tokens" in layer.note for layer in report.layers) == 2 * 2 * 4
     # In each block, queries, keys and values share a factor; the rest is one for o_proj, gate_up_proj and down_proj.
     assert len(factorized) == 2 * 4
 
 
 def test_zeros_of_some_experts_are_held_in_training():
     model, report = mixture(["*.down_proj.1"])
-    counts, names = zeros_of(model), [layer.name for layer in report.layers]
+    counts = zeros_of(model)
+    names = [layer.name for layer in report.layers]
     assert counts["model.layers.0.mlp.experts.down_proj.1"] == 0
     assert all(counts[layer.name] == layer.zeros for layer in report.layers)
     model.set_experts_implementation("eager")
     first, second = (layer.mlp.experts.down_proj for layer in model.model.layers)
     with torch.no_grad():
         first[1, 0, :5] = 0  # by chance, in an expert that is not pruned
-    held, zero = HeldZeros(), {name: p == 0 for name, p in model.named_parameters() if "experts" in name}
+    held = HeldZeros()
+    zero = {name: p == 0 for name, p in model.named_parameters() if "experts" in name}
     held.hold([layer for layer in find_layers(model).layers if layer.name in names])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
     run(model, ZOO["mixtral"].batches()[0]).square().mean().backward()
     optimizer.step()
     zero["model.layers.0.mlp.experts.down_proj"][1] = False
-    assert all(torch.equal(model.get_parameter(name) == 0, expected) for name, expected in zero.items())
+    assert all(
+        torch.equal(model.get_parameter(name) == 0, expected) for name, expected in zero.items()
+    )
     with torch.no_grad():  # a weight that passes zero: the state says that it is not held
         second[2][tuple((second[2] != 0).nonzero()[0])] = 0
     assert held.state_dict()["unheld_zeros"].keys() == {"model.layers.1.mlp.experts.down_proj.2"}

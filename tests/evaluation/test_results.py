@@ -25,7 +25,11 @@ def test_sparsity_is_counted_by_parameter():
 def rows_of(evaluation):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(evaluation.table())
-    lines = [line.strip("│").split("│") for line in console.export_text().splitlines() if line.startswith("│")]
+    lines = [
+        line.strip("│").split("│")
+        for line in console.export_text().splitlines()
+        if line.startswith("│")
+    ]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
@@ -50,9 +54,19 @@ def test_the_table_shows_errors_counts_and_differences_and_a_model_may_lack_a_re
         "a.txt perplexity (5 windows)": ["10.00", "12.50 (+2.50)"],
         "rte acc (1,277 documents)": ["50.00% ± 3.00", "25.00% ± 2.50 (-25.00)"],
     }
-    models = {**MODELS, "other": {"rte": {"acc": 0.5, "documents": 2}, "dog [pictures]": {"top-1": 0.1, "images": 3}}}
+    models = {
+        **MODELS,
+        "other": {
+            "rte": {"acc": 0.5, "documents": 2},
+            "dog [pictures]": {"top-1": 0.1, "images": 3},
+        },
+    }
     rows = rows_of(Evaluation(models))
-    assert rows["rte acc (1,277 documents or 2 documents)"] == ["50.00% ± 3.00", "25.00% ± 2.50", "50.00%"]
+    assert rows["rte acc (1,277 documents or 2 documents)"] == [
+        "50.00% ± 3.00",
+        "25.00% ± 2.50",
+        "50.00%",
+    ]
     assert rows["a.txt perplexity (5 windows)"] == ["10.00", "12.50", ""]
     assert rows["dog [pictures] top-1 (3 images)"] == ["", "", "10.00%"]
 

@@ -16,15 +16,22 @@ from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
 def test_accuracy_is_the_one_counted_by_hand(tmp_path, name):
     write_tasks(tmp_path / "tasks")
     (task,) = load_tasks([name], tmp_path / "tasks").values()
-    tokenizer, seen = tiny_tokenizer(), set()
+    tokenizer = tiny_tokenizer()
+    seen = set()
     for seed in range(40):
         model = tiny_llama(seed)
         found = zero_shot(model, tokenizer, {name: task}, batch_size=2)[name]
         expected = accuracies_by_hand(model, tokenizer, name, DOCUMENTS[name])
-        assert {"acc": found["acc"], "acc_norm": found.get("acc_norm", expected["acc_norm"])} == expected
+        assert {
+            "acc": found["acc"],
+            "acc_norm": found.get("acc_norm", expected["acc_norm"]),
+        } == expected
         assert ("acc_norm" in found) == (name not in ("boolq", "rte"))
         assert found["documents"] == 2
-        assert found["acc_stderr"] == pytest.approx(math.sqrt(expected["acc"] * (1 - expected["acc"])))  # n - 1 = 1
+        # N - 1 = 1.
+        assert found["acc_stderr"] == pytest.approx(
+            math.sqrt(expected["acc"] * (1 - expected["acc"]))
+        )
         seen.add(found["acc"])
         if len(seen) > 1:
             break
@@ -33,7 +40,8 @@ def test_accuracy_is_the_one_counted_by_hand(tmp_path, name):
 
 def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(tmp_path):
     write_tasks(tmp_path)
-    model, tokenizer = tiny_llama(3).train(), tiny_tokenizer()
+    model = tiny_llama(3).train()
+    tokenizer = tiny_tokenizer()
     model.model.layers[0].eval()  # frozen
     modes = [module.training for module in model.modules()]
     tokenizer.eos_token = "!"
@@ -44,7 +52,10 @@ def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(tmp_pat
     assert tokenizer.pad_token is None
     for name in ("arc_easy", "rte"):
         assert found[name]["documents"] == 1
-        assert found[name]["acc"] == accuracies_by_hand(model.eval(), tokenizer, name, DOCUMENTS[name][:1])["acc"]
+        assert (
+            found[name]["acc"]
+            == accuracies_by_hand(model.eval(), tokenizer, name, DOCUMENTS[name][:1])["acc"]
+        )
     assert found["mean"] == {"acc": (found["arc_easy"]["acc"] + found["rte"]["acc"]) / 2}
 
 
@@ -52,13 +63,23 @@ FITS = '{"passage": "a", "question": "b", "label": 1}\n'
 UNFIT = [
     ("boolq", '{"passage": "a", "question": "b", "answer": 1}', "but label is missing"),
     ("boolq", '{"passage": "a", "question": "b", "label": null}', "document 1 has no label"),
-    ("boolq", FITS + '{"passage": "a", "question": "b", "label": 2}', "the answer of document 2 is 2, but there are 2"),
+    (
+        "boolq",
+        FITS + '{"passage": "a", "question": "b", "label": 2}',
+        "the answer of document 2 is 2, but there are 2",
+    ),
     ("boolq", "{", "JSON parse error"),
-    ("winogrande", '{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}', "do not fit"),
+    (
+        "winogrande",
+        '{"sentence": "no gap", "option1": "a", "option2": "b", "answer": "1"}',
+        "do not fit",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), UNFIT, ids=[f"{n} {m[:30]}" for n, _, m in UNFIT])
+@pytest.mark.parametrize(
+    ("name", "content", "message"), UNFIT, ids=[f"{n} {m[:30]}" for n, _, m in UNFIT]
+)
 def test_documents_that_do_not_fit(tmp_path, name, content, message):
     (tmp_path / f"{name}.jsonl").write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -70,14 +91,21 @@ def test_names_of_tasks(tmp_path):
     for names in (["paper"], ["all"], ["boolq", "paper"]):
         assert list(load_tasks(names, tmp_path)) == list(PAPER_TASKS)
     assert load_tasks([], tmp_path) == {}
-    with pytest.raises(ValueError, match=r"^tasks must be among .* but one is 'arc_eazy'\. Did you mean arc_easy"):
+    with pytest.raises(
+        ValueError, match=r"^tasks must be among .* but one is 'arc_eazy'\. Did you mean arc_easy"
+    ):
         load_tasks(["boolq", "arc_eazy"], tmp_path)
 
 
 def test_the_documented_fields_are_the_ones_that_are_read():
     text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    table, tasks = {}, ""
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
+    table = {}
+    tasks = ""
     for task, _, field, _ in rows[2:]:
         tasks = task or tasks
         for name in tasks.split(", "):
@@ -87,7 +115,9 @@ def test_the_documented_fields_are_the_ones_that_are_read():
 
 def test_the_documented_examples_can_be_used(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
-    examples = {json.loads(line)["task"]: line for line in text.splitlines() if line.startswith('{"task"')}
+    examples = {
+        json.loads(line)["task"]: line for line in text.splitlines() if line.startswith('{"task"')
+    }
     for name, line in examples.items():
         (tmp_path / f"{name}.jsonl").write_text(line)
     assert list(load_tasks(list(PAPER_TASKS), tmp_path)) == list(examples) == list(PAPER_TASKS)

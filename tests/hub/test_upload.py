@@ -6,7 +6,11 @@ from support.hub import hub as hub
 
 from wanda_lightning.hub.upload import refuse_upload, upload
 
-FILES = {"config.json": b"{}", "README.md": b"---\nlicense: mit\n---\n", "model.safetensors": bytes(range(256)) * 9}
+FILES = {
+    "config.json": b"{}",
+    "README.md": b"---\nlicense: mit\n---\n",
+    "model.safetensors": bytes(range(256)) * 9,
+}
 
 
 @pytest.fixture
@@ -23,7 +27,9 @@ def test_the_files_of_the_model_are_uploaded_and_replace_other_weights(hub, fold
         (folder / private).write_text("/home/me")
     assert upload(folder, "us/tiny", [*FILES, "adapter[1].json"]) == f"{hub.url}/us/tiny"
     assert hub.repositories == {"us/tiny": {**FILES, "adapter[1].json": b"/home/me"}}
-    old = dict.fromkeys(["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"], b"old")
+    old = dict.fromkeys(
+        ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"], b"old"
+    )
     others = {"LICENSE": b"mine", "adapter_model.safetensors": b"adapters"}
     hub.repositories["us/other"] = old | others
     upload(folder, "us/other", FILES)
@@ -32,7 +38,9 @@ def test_the_files_of_the_model_are_uploaded_and_replace_other_weights(hub, fold
 
 def test_a_refused_upload_says_how_to_repeat_it(hub, folder, monkeypatch):
     hub.refused = "us/tiny"
-    with pytest.raises(OSError, match=r"^push_to_hub='us/tiny' failed.* You have no permission to write") as caught:
+    with pytest.raises(
+        OSError, match=r"^push_to_hub='us/tiny' failed.* You have no permission to write"
+    ) as caught:
         upload(folder, "us/tiny", FILES)
     included = "--include README.md --include config.json --include model.safetensors"
     assert str(caught.value).endswith(f"run: hf upload us/tiny '{folder}' {included}")
@@ -43,7 +51,10 @@ def test_a_private_repository(hub, folder):
     assert (hub.private, hub.repositories) == ({"us/tiny"}, {"us/tiny": FILES})
     hub.repositories["us/public"] = {}
     message = "push_to_hub='us/public' must be a private repository with private=True, but it exists and is public"
-    for refused in (lambda: refuse_upload("us/public", True), lambda: upload(folder, "us/public", FILES, True)):
+    for refused in (
+        lambda: refuse_upload("us/public", True),
+        lambda: upload(folder, "us/public", FILES, True),
+    ):
         with pytest.raises((ValueError, OSError), match=message) as caught:
             refused()
         assert "hf upload" not in str(caught.value)  # which would publish it
@@ -52,7 +63,9 @@ def test_a_private_repository(hub, folder):
 
 def test_what_cannot_succeed_is_refused(hub, monkeypatch):
     for repo_id in ("tiny", "a/b/c", "us/ti ny", ""):
-        with pytest.raises(ValueError, match="push_to_hub must be OWNER/NAME of a model repository, but it is "):
+        with pytest.raises(
+            ValueError, match="push_to_hub must be OWNER/NAME of a model repository, but it is "
+        ):
             refuse_upload(repo_id)
     monkeypatch.setenv("HF_TOKEN", "")
     for offline, when in ((False, "without a token"), (True, "while HF_HUB_OFFLINE is set")):

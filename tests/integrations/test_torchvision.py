@@ -20,19 +20,32 @@ pytestmark = pytest.mark.filterwarnings(*(f"ignore:.*{message}" for message in A
 
 
 READ_PREDICTIONS = ("best", "thorough")
-SAMPLE = [("wanda", "mask_rcnn"), ("balanced", "mask_rcnn"), ("sparsegpt", "retinanet"), ("fast", "lraspp")]
+SAMPLE = [
+    ("wanda", "mask_rcnn"),
+    ("balanced", "mask_rcnn"),
+    ("sparsegpt", "retinanet"),
+    ("fast", "lraspp"),
+]
 SAMPLE += [("best", "retinanet"), ("thorough", "lraspp")]
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), with_nightly(SAMPLE, itertools.product((*METHODS, *PRESETS), ("retinanet", "lraspp")))
+    ("method", "name"),
+    with_nightly(SAMPLE, itertools.product((*METHODS, *PRESETS), ("retinanet", "lraspp"))),
 )
 def test_every_method_prunes_as_asked(method, name):
     """The best presets read predictions, which the detections are not."""
-    model, batches = build(name), batches_for(name, 2, 1)
-    choices = {"forward": class_logits(model)} if method in READ_PREDICTIONS and name == "retinanet" else {}
+    model = build(name)
+    batches = batches_for(name, 2, 1)
+    choices = (
+        {"forward": class_logits(model)}
+        if method in READ_PREDICTIONS and name == "retinanet"
+        else {}
+    )
     report = prune(model, batches, 0.5, method=method, progress=False, **choices)
-    assert not [matrix.name for matrix in report.skipped if matrix.reason.name in ("UNREACHED", "INACTIVE")]
+    assert not [
+        matrix.name for matrix in report.skipped if matrix.reason.name in ("UNREACHED", "INACTIVE")
+    ]
     share = sum(layer.zeros for layer in report.layers) / sum(layer.size for layer in report.layers)
     # SparseGPT also zeroes weights that only multiply zeros.
     assert 0.49 < share < (0.8 if method == "sparsegpt" or method.startswith("ablate") else 0.51)
@@ -44,15 +57,24 @@ def test_every_method_prunes_as_asked(method, name):
 
 def test_images_in_a_list_and_in_a_tensor_give_the_same_masks():
     """Of equal sizes; a list is no tensor with one row for each channel."""
-    pruned, images = [], torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(3)).double()
+    pruned = []
+    images = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(3)).double()
     for batch in ((tuple(images), [{}] * 3), {"images": list(images)}, (images,)):
         model = build("retinanet").double()
         logits = class_logits(model)
         choices = {"allocation": "fisher", "keep_batch_norm": True, "progress": False}
-        forward = (lambda batch, of=logits: of(tuple(batch.values()))) if isinstance(batch, dict) else logits
+        forward = (
+            (lambda batch, of=logits: of(tuple(batch.values())))
+            if isinstance(batch, dict)
+            else logits
+        )
         prune(model, [batch], 0.5, forward=forward, **choices)
         pruned.append(model.state_dict())
-    assert all(torch.equal(weight, other[name]) for other in pruned[1:] for name, weight in pruned[0].items())
+    assert all(
+        torch.equal(weight, other[name])
+        for other in pruned[1:]
+        for name, weight in pruned[0].items()
+    )
 
 
 class Module(L.LightningModule):
@@ -60,7 +82,8 @@ class Module(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.net, self.calibrated = build("retinanet").train(), 0
+        self.net = build("retinanet").train()
+        self.calibrated = 0
 
     def forward(self, images):
         self.calibrated += 0 if self.training else len(images)
@@ -78,16 +101,22 @@ class Module(L.LightningModule):
 
 def loader():
     return DataLoader(
-        [*zip(*scenes(4)[0], strict=True)], 2, collate_fn=lambda samples: tuple(zip(*samples, strict=True))
+        [*zip(*scenes(4)[0], strict=True)],
+        2,
+        collate_fn=lambda samples: tuple(zip(*samples, strict=True)),
     )
 
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_callback_prunes_a_detector_in_training_beside_an_average(order):
     module = Module()
-    pruning, averaging = WandaPrune(0.5, num_samples=4, at_step=2), EMAWeightAveraging(decay=0.5)
-    trainer(*[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0).fit(module, loader())
-    assert module.calibrated == 2 + 4 * 3  # a trial of one batch, once for the statistics, and twice for BatchNorm
+    pruning = WandaPrune(0.5, num_samples=4, at_step=2)
+    averaging = EMAWeightAveraging(decay=0.5)
+    trainer(*[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0).fit(
+        module, loader()
+    )
+    # A trial of one batch, once for the statistics, and twice for BatchNorm.
+    assert module.calibrated == 2 + 4 * 3
     assert sum(zeros_of(module).values()) == sum(layer.zeros for layer in pruning.report.layers)
     assert pruning.report.sparsity == pytest.approx(0.5, abs=0.02)
 

@@ -22,12 +22,27 @@ def pruned_llama():
 
 
 def zeros(model):
-    return {name: weight == 0 for name, weight in model.named_parameters() if weight.ndim == 2 and "proj" in name}
+    return {
+        name: weight == 0
+        for name, weight in model.named_parameters()
+        if weight.ndim == 2 and "proj" in name
+    }
 
 
 def arguments(folder, **options):
-    usual = {"max_steps": 4, "learning_rate": 0.01, "weight_decay": 0.5, "per_device_train_batch_size": 4}
-    quiet = {"report_to": [], "disable_tqdm": True, "use_cpu": True, "save_strategy": "no", "logging_strategy": "no"}
+    usual = {
+        "max_steps": 4,
+        "learning_rate": 0.01,
+        "weight_decay": 0.5,
+        "per_device_train_batch_size": 4,
+    }
+    quiet = {
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
     return TrainingArguments(str(folder), **{**quiet, **usual, **options})
 
 
@@ -35,7 +50,8 @@ class Looks(TrainerCallback):
     """Checks the zeros after each optimizer step."""
 
     def __init__(self, pruned):
-        self.pruned, self.looks = pruned, 0
+        self.pruned = pruned
+        self.looks = 0
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.looks += 1
@@ -45,7 +61,9 @@ class Looks(TrainerCallback):
 
 def trained(folder, *callbacks, model=None, **options):
     model = model or pruned_llama()
-    Trainer(model, arguments(folder, **options), train_dataset=WINDOWS, callbacks=list(callbacks)).train()
+    Trainer(
+        model, arguments(folder, **options), train_dataset=WINDOWS, callbacks=list(callbacks)
+    ).train()
     return model
 
 
@@ -55,12 +73,15 @@ def trained(folder, *callbacks, model=None, **options):
         {"gradient_accumulation_steps": 2, "max_grad_norm": 0.01},
         {"optim": "sgd", "optim_args": "momentum=0.9", "bf16": True},
         {"optim": "adafactor"},
-        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.nightly),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.nightly
+        ),
     ],
 )
 def test_exactly_the_pruned_weights_are_zero_after_every_step(options, tmp_path):
     model = pruned_llama()
-    begun, looks = {key: value.clone() for key, value in model.state_dict().items()}, Looks(zeros(model))
+    begun = {key: value.clone() for key, value in model.state_dict().items()}
+    looks = Looks(zeros(model))
     trained(tmp_path, KeepZerosCallback(), looks, model=model, **options)
     assert looks.looks == 4
     for key, where in looks.pruned.items():
@@ -87,12 +108,17 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(restore, tmp_path):
     options["restore_callback_states_from_checkpoint"] = restore
     whole = trained(tmp_path, KeepZerosCallback(), ZeroByChance(), **options)
     checkpoint = tmp_path / "checkpoint-2"
-    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["KeepZerosCallback"]
+    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"][
+        "KeepZerosCallback"
+    ]
     assert len(saved["attributes"]["held"]["layers"]) == 14
     assert saved["attributes"]["held"]["unheld_zeros"].keys() == {"model.layers.0.mlp.up_proj"}
-    again, before = pruned_llama(), zeros(pruned_llama())
+    again = pruned_llama()
+    before = zeros(pruned_llama())
     callbacks = [KeepZerosCallback(), ZeroByChance()]
-    trainer = Trainer(again, arguments(tmp_path, **options), train_dataset=WINDOWS, callbacks=callbacks)
+    trainer = Trainer(
+        again, arguments(tmp_path, **options), train_dataset=WINDOWS, callbacks=callbacks
+    )
     trainer.train(resume_from_checkpoint=str(checkpoint))
     for name, weight in whole.named_parameters():
         assert torch.equal(weight, again.get_parameter(name)), name
@@ -102,10 +128,14 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(restore, tmp_path):
 def test_a_run_that_began_without_it_can_go_on_with_it(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1}
     trained(tmp_path, learning_rate=0.0, max_steps=1, **options)
-    run = Trainer(pruned_llama(), arguments(tmp_path, max_steps=2, **options), train_dataset=WINDOWS)
+    run = Trainer(
+        pruned_llama(), arguments(tmp_path, max_steps=2, **options), train_dataset=WINDOWS
+    )
     run.add_callback(KeepZerosCallback())
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["stateful_callbacks"]
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())[
+        "stateful_callbacks"
+    ]
     assert "held" in saved["KeepZerosCallback"]["attributes"]
 
 
@@ -130,5 +160,7 @@ def test_distributed_weights_are_refused(name, launches, tmp_path, monkeypatch):
         monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     else:
         setattr(options, name.lower(), True)
-    with pytest.raises(ValueError, match=f"needs each process to hold the whole model, but {name} distributes"):
+    with pytest.raises(
+        ValueError, match=f"needs each process to hold the whole model, but {name} distributes"
+    ):
         KeepZerosCallback().on_train_begin(options, None, None, model=pruned_llama())

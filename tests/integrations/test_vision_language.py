@@ -11,7 +11,8 @@ from support.zoo import other
 from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # models of transformers warn about their own arguments
+# Models of transformers warn about their own arguments.
+pytestmark = pytest.mark.filterwarnings("ignore")
 MODELS = [f"{name}ForConditionalGeneration" for name in ("Llava", "PaliGemma", "Qwen2VL")]
 LANGUAGE = "model.language_model"
 METHODS = ["wanda", "balanced", "best", "thorough"]
@@ -19,12 +20,16 @@ METHODS = ["wanda", "balanced", "best", "thorough"]
 
 def without_images(batches):
     """The same tokens; those of the image are ordinary words then."""
-    return [{name: value for name, value in batch.items() if name == "input_ids"} for batch in batches]
+    return [
+        {name: value for name, value in batch.items() if name == "input_ids"} for batch in batches
+    ]
 
 
 def assert_half_of_the_language_model(model, dense, report):
     layers = {layer.name: layer for layer in find_layers(model).layers}
-    assert {layer.name for layer in report.layers} == {name for name in layers if name.startswith(f"{LANGUAGE}.")}
+    assert {layer.name for layer in report.layers} == {
+        name for name in layers if name.startswith(f"{LANGUAGE}.")
+    }
     zeros = sum(int((layers[layer.name].read() == 0).sum()) for layer in report.layers)
     assert zeros == pytest.approx(0.5 * sum(layer.size for layer in report.layers), rel=0.02)
     before = dense.state_dict()
@@ -34,20 +39,29 @@ def assert_half_of_the_language_model(model, dense, report):
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    with_nightly([*zip(MODELS, METHODS, strict=False), (MODELS[0], "thorough")], itertools.product(MODELS, METHODS)),
+    with_nightly(
+        [*zip(MODELS, METHODS, strict=False), (MODELS[0], "thorough")],
+        itertools.product(MODELS, METHODS),
+    ),
 )
 def test_images_reach_the_statistics(name, method):
     found = []
     for change in (lambda batches: batches, without_images):
-        model, batches = other(name).build(), other(name).batches()
-        model.requires_grad_(False)  # or `Distil` trains the norms and biases of the vision model, too
+        model = other(name).build()
+        batches = other(name).batches()
+        # Or `Distil` trains the norms and biases of the vision model, too.
+        model.requires_grad_(False)
         model.model.language_model.requires_grad_(True)
         dense = copy.deepcopy(model)
         report = prune(model, change(batches), 0.5, method=method, only=[LANGUAGE], progress=False)
         assert_half_of_the_language_model(model, dense, report)
         if method == "wanda":
-            assert {layer.tokens for layer in report.layers} == {sum(batch["input_ids"].numel() for batch in batches)}
-        found.append({name: weight == 0 for name, weight in model.named_parameters() if weight.ndim == 2})
+            assert {layer.tokens for layer in report.layers} == {
+                sum(batch["input_ids"].numel() for batch in batches)
+            }
+        found.append(
+            {name: weight == 0 for name, weight in model.named_parameters() if weight.ndim == 2}
+        )
     assert any((found[0][name] != found[1][name]).any() for name in found[0])
     with torch.no_grad():
         assert all(model(**batch).logits.isfinite().all() for batch in batches)

@@ -33,8 +33,11 @@ def test_updates_below_the_last_digit_of_bfloat16_count_in_training(monkeypatch)
     model.base_model.model[0].lora_A["default"].weight.data = torch.eye(16)
     model.base_model.model[0].lora_B["default"].weight.data = delta = torch.eye(16) * 2**-12
     assert torch.equal((torch.eye(16) + delta).bfloat16(), layer.weight)  # lost in a sum
-    seen, original = [], torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda *args: (seen.append(args[2].float()), original(*args))[1])
+    seen = []
+    original = torch.addmm
+    monkeypatch.setattr(
+        torch, "addmm", lambda *args: (seen.append(args[2].float()), original(*args))[1]
+    )
     with torch.no_grad():
         model(torch.randn(3, 16, dtype=torch.bfloat16))
     assert torch.equal(seen[0], delta)
@@ -49,15 +52,24 @@ def test_output_and_gradients_are_those_of_dense_autograd(kind, dropout):
     model.to(dtype := torch.float32 if mixed else torch.float64)
     base = layer.base_layer.requires_grad_(not dropout)  # also of an unfrozen base
     x = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
-    wanted_for = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight, *base.parameters()]
+    wanted_for = [
+        x,
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+        *base.parameters(),
+    ]
     wanted_for = [each for each in wanted_for if each.requires_grad]
 
     torch.manual_seed(7)
-    saved, seen = [], torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
+    saved, seen = (
+        [],
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
         with seen:
             out = model(x)
-        got = torch.autograd.grad(out.to(dtype).square().sum(), wanted_for)  # backward inside, as some loops do
+        # Backward inside, as some loops do.
+        got = torch.autograd.grad(out.to(dtype).square().sum(), wanted_for)
     expected = reference(layer, x, dropout_seed=7 if dropout else None)
     want = torch.autograd.grad(expected.square().sum(), wanted_for)
 
@@ -70,7 +82,13 @@ def test_output_and_gradients_are_those_of_dense_autograd(kind, dropout):
 
 
 def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
-    options = {"r": 4, "lora_alpha": 8, "use_rslora": True, "lora_bias": True, "target_modules": ["0"]}
+    options = {
+        "r": 4,
+        "lora_alpha": 8,
+        "use_rslora": True,
+        "lora_bias": True,
+        "target_modules": ["0"],
+    }
     torch.manual_seed(0)
     dense = nn.Linear(24, 40)
     plain = randomize(get_peft_model(nn.Sequential(dense), LoraConfig(**options)))
@@ -88,7 +106,8 @@ def test_adapters_switch_add_up_and_disable():
     assert not model.supports_lora_conversion()
     model.add_adapter("other", config(r=2, target_modules=["v_proj", "up_proj"]))
     randomize(model)
-    layer, x = model.base_model.model.model.layers[0].self_attn.v_proj, torch.randn(5, 32)
+    layer = model.base_model.model.model.layers[0].self_attn.v_proj
+    x = torch.randn(5, 32)
     for names in (("other",), ("default", "other")):
         model.base_model.set_adapter([*names])
         torch.testing.assert_close(layer(x), reference(layer, x, names=names))
@@ -110,7 +129,9 @@ def test_merge_adapter_and_back_restores_every_bit(dtype):
     model.merge_adapter()
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     assert layer.merged
-    assert not torch.equal(layer.weight, before["base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"])
+    assert not torch.equal(
+        layer.weight, before["base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"]
+    )
     assert bool((layer.weight[layer.unmerged_weight() == 0] == 0).all())
     assert relative(logits(model), adapted) < (1e-5 if dtype == torch.float32 else 0.02)
     model.unmerge_adapter()
@@ -123,12 +144,17 @@ def test_merge_adapter_and_back_restores_every_bit(dtype):
     [
         (llama, 0.3, 1e-5),
         (gpt2, 0.0, 1e-5),
-        (partial(llama, torch.bfloat16), 0.0, 0.02),  # two layers, 2^-8 each for weights and activations
+        (
+            partial(llama, torch.bfloat16),
+            0.0,
+            0.02,
+        ),  # two layers, 2^-8 each for weights and activations
     ],
 )
 def test_trained_adapters_merge_to_what_was_trained_with_every_zero(build, dropout, rounding):
     base = build()
-    zeros, dtype = zeros_of(base), base.dtype
+    zeros = zeros_of(base)
+    dtype = base.dtype
     model = get_peft_model(base, config(target_modules="all-linear", lora_dropout=dropout))
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
     losses = train(model)
@@ -145,13 +171,18 @@ def test_trained_adapters_merge_to_what_was_trained_with_every_zero(build, dropo
 
 
 def test_merging_plain_lora_and_matrices_trained_whole_warns():
-    model = randomize(get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"])))
+    model = randomize(
+        get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"]))
+    )
     train(model, steps=1)
     with pytest.warns(UserWarning, match=r"first in model\.layers\.0\.self_attn\.o_proj\.weight"):
         merge(model)
     model = randomize(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)))
     adapted = logits(model)
-    with pytest.warns(UserWarning, match=r"merge filled zeros of 6 of 6 targeted matrices, first in model\.layers\.0"):
+    with pytest.warns(
+        UserWarning,
+        match=r"merge filled zeros of 6 of 6 targeted matrices, first in model\.layers\.0",
+    ):
         merged = merge(model)
     assert relative(logits(merged), adapted) < 1e-5
     assert merged.model.layers[0].self_attn.q_proj.weight.all()

@@ -54,12 +54,19 @@ def test_training_and_merging_keep_every_zero(folder, dtype, rounding, tmp_path)
 
 def test_gradients_are_those_of_the_dequantized_weight_which_backward_does_not_store(folder):
     model = randomize(get_peft_model(by_torchao(folder), config(target_modules=["down_proj"])))
-    layer, x = model.base_model.model.model.layers[0].mlp.down_proj, torch.randn(3, 128, requires_grad=True)
-    wanted_for, saved = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight], []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    x = torch.randn(3, 128, requires_grad=True)
+    wanted_for = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
         got = torch.autograd.grad(layer(x).square().sum(), wanted_for)
     assert saved
-    assert not any(type(tensor) in (torch.Tensor, nn.Parameter) and tensor.shape == (64, 128) for tensor in saved)
+    assert not any(
+        type(tensor) in (torch.Tensor, nn.Parameter) and tensor.shape == (64, 128)
+        for tensor in saved
+    )
     layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.dequantize())
     want = torch.autograd.grad(reference(layer, x).square().sum(), wanted_for)
     assert max(map(relative, got, want)) < 1e-5
@@ -68,16 +75,27 @@ def test_gradients_are_those_of_the_dequantized_weight_which_backward_does_not_s
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        (LoraConfig(target_modules=TARGETS), r"weights, but model\.layers\.0\.self_attn\.q_proj is a Torchao"),
+        (
+            LoraConfig(target_modules=TARGETS),
+            r"weights, but model\.layers\.0\.self_attn\.q_proj is a Torchao",
+        ),
         (config(), "but lm_head is a quantized layer"),
     ],
 )
 def test_what_cannot_be_merged_is_named_before_anything_changes(folder, adapters, message):
     model = get_peft_model(by_torchao(folder), adapters)
     if adapters.peft_type == KEEP_ZEROS_LORA:
-        with pytest.raises(ValueError, match=r"Use wanda_lightning\.lora\.merge\(model\), which dequantizes the model"):
+        with pytest.raises(
+            ValueError,
+            match=r"Use wanda_lightning\.lora\.merge\(model\), which dequantizes the model",
+        ):
             model.merge_adapter()
-    model.base_model.model.lm_head.weight = CodesParameter(torch.zeros(64, 64, dtype=torch.uint8), requires_grad=False)
+    model.base_model.model.lm_head.weight = CodesParameter(
+        torch.zeros(64, 64, dtype=torch.uint8), requires_grad=False
+    )
     with pytest.raises(ValueError, match=message):
         merge(model)
-    assert "Int8Tensor" in type(model.base_model.model.model.layers[0].self_attn.q_proj.weight).__name__
+    assert (
+        "Int8Tensor"
+        in type(model.base_model.model.model.layers[0].self_attn.q_proj.weight).__name__
+    )

@@ -13,7 +13,9 @@ from wanda_lightning import CausalLMModule, SavePretrained, WandaPrune, prune
 from wanda_lightning.lora import KeepZerosLinear
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`", "ignore:.*log_every_n_steps"
+    "ignore:.*does not have many workers",
+    "ignore:.*but have no `val_dataloader`",
+    "ignore:.*log_every_n_steps",
 )
 
 ADAPTERS = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
@@ -39,7 +41,9 @@ def test_prune_then_train_adapters_then_save(tmp_path):
     names = [layer.name.removesuffix(".base_layer") for layer in pruning.report.layers]
     assert names == [layer.name for layer in report.layers]
     dense = by_hand.state_dict()
-    moved = [name for name, weight in saved.named_parameters() if not torch.equal(weight, dense[name])]
+    moved = [
+        name for name, weight in saved.named_parameters() if not torch.equal(weight, dense[name])
+    ]
     adapted = [name for name in zeros_of(by_hand) if name.split(".")[-2] in TARGETS]
     assert [name for name in moved if name.endswith("proj.weight")] == adapted
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support import forks
-from support.lora import TARGETS, CodesParameter, assert_zeros, config, llama, logits, randomize, sparse_layer, zeros_of
+from support.lora import (
+    TARGETS,
+    CodesParameter,
+    assert_zeros,
+    config,
+    llama,
+    logits,
+    randomize,
+    sparse_layer,
+    zeros_of,
+)
 from torch import nn
 
 from wanda_lightning.lora import KeepZerosLoraConfig, merge
@@ -27,13 +37,18 @@ def test_options_that_cannot_keep_zeros_are_refused_by_name(options, message):
 
 
 def test_a_saved_adapter_can_be_loaded(tmp_path):
-    model = randomize(get_peft_model(llama(), config(target_modules="all-linear", lora_dropout=0.1)))
+    model = randomize(
+        get_peft_model(llama(), config(target_modules="all-linear", lora_dropout=0.1))
+    )
     expected = logits(model)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"].startswith("WANDA_LIGHTNING_KEEP_ZEROS_LORA ")
 
-    done = forks.run(forks.execute, f"from peft import PeftModel; PeftModel.from_pretrained(None, {str(tmp_path)!r})")
+    done = forks.run(
+        forks.execute,
+        f"from peft import PeftModel; PeftModel.from_pretrained(None, {str(tmp_path)!r})",
+    )
     *_, error = done.stderr.strip().splitlines()  # of a process that has not imported the package
     assert "run 'import wanda_lightning.lora' before loading this adapter" in error
     base = llama()

@@ -22,7 +22,11 @@ def test_each_expert_is_a_layer_that_lies_in_its_parameter(name):
         assert layer.name == f"{layer.siblings[:-2]}.{layer.expert}"
         assert dict(model.named_parameters())[layer.siblings[:-2]] is layer.parameter
         assert torch.equal(layer.read(), whole.T if name in BY_COLUMNS else whole)
-        width = model.config.hidden_size if "gate_up" in layer.name else layer.module.down_proj[0].numel() // 32
+        width = (
+            model.config.hidden_size
+            if "gate_up" in layer.name
+            else layer.module.down_proj[0].numel() // 32
+        )
         assert layer.read().shape == layer.shape == (layer.size // width, width)
         assert layer.read().data_ptr() == whole.data_ptr()
         others = copy.deepcopy(layer.parameter.detach())
@@ -45,9 +49,13 @@ def test_square_experts_are_read_as_those_of_their_class():
 def test_routers_are_left_dense():
     found = reasons(tiny.on_meta("Qwen2MoeForCausalLM"))
     routers = {name for name, reason in found.items() if reason == "router"}
-    assert routers == {f"model.layers.{i}.mlp.{gate}" for i in range(2) for gate in ("gate", "shared_expert_gate")}
+    assert routers == {
+        f"model.layers.{i}.mlp.{gate}" for i in range(2) for gate in ("gate", "shared_expert_gate")
+    }
     found = reasons(jetmoe())
-    assert {name.removeprefix("model.layers.1.") for name, reason in found.items() if reason == "router"} >= {
+    assert {
+        name.removeprefix("model.layers.1.") for name, reason in found.items() if reason == "router"
+    } >= {
         "mlp.router.layer",
         "self_attention.experts.router.layer",
     }
@@ -64,7 +72,10 @@ UNSAID = "does not show which dimension of the experts' matrices in"
     [
         (Stack(num_experts=4, hidden_size=32), [(48, 32), (32, 48)]),
         (Stack((4, 32, 48), (4, 48, 32), num_experts=4, hidden_size=32), [(48, 32), (32, 48)]),
-        (Stack((4, 32, 32), (4, 32, 32), num_experts=4, hidden_size=32, is_transposed=True), [(32, 32), (32, 32)]),
+        (
+            Stack((4, 32, 32), (4, 32, 32), num_experts=4, hidden_size=32, is_transposed=True),
+            [(32, 32), (32, 32)],
+        ),
         (Stack((4, 32, 32), (4, 32, 32), num_experts=4, hidden_size=32), UNSAID),
         (Stack(num_experts=4), UNSAID),
         (Stack(num_experts=4, hidden_size=16), UNSAID),
@@ -85,16 +96,22 @@ def test_only_what_declares_itself_is_taken_for_experts(stack, expected):
 
 def test_skip_names_experts_one_by_one_or_together():
     model = ZOO["mixtral"].build()
-    whole, one = "*.experts.gate_up_proj", "model.layers.1.mlp.experts.down_proj.2"
+    whole = "*.experts.gate_up_proj"
+    one = "model.layers.1.mlp.experts.down_proj.2"
     found = reasons(model, skip=[whole, one])
     named = {name for name, reason in found.items() if reason == f"skip={whole!r}"}
-    assert named == {f"model.layers.{i}.mlp.experts.gate_up_proj.{e}" for i in range(2) for e in range(4)}
+    assert named == {
+        f"model.layers.{i}.mlp.experts.gate_up_proj.{e}" for i in range(2) for e in range(4)
+    }
     assert found[one] == f"skip={one!r}"
 
 
 def test_experts_tied_to_others_are_pruned_once():
     model = nn.ModuleDict(
-        {"first": Stack(num_experts=4, hidden_size=32), "second": Stack(num_experts=4, hidden_size=32)}
+        {
+            "first": Stack(num_experts=4, hidden_size=32),
+            "second": Stack(num_experts=4, hidden_size=32),
+        }
     )
     model["second"].up_proj = model["first"].up_proj
     assert reasons(model) == {"second.up_proj": "tied to first.up_proj"}

@@ -19,7 +19,15 @@ SAMPLE = {
     ("other", "LlavaForConditionalGeneration"): "images in text",
     ("timm", "test_efficientnet"): "inverted bottlenecks",
 }
-TIMM = ["test_byobnet", "test_vit", "test_convnext", "test_resnet", "test_mambaout", "test_nfnet", "test_coatnet"]
+TIMM = [
+    "test_byobnet",
+    "test_vit",
+    "test_convnext",
+    "test_resnet",
+    "test_mambaout",
+    "test_nfnet",
+    "test_coatnet",
+]
 TIMM += ["mobilevit_xxs", "levit_128s", "test_vit_relpos", "crossvit_tiny_240", "coat_tiny"]
 WAYS = [("block", "unstructured"), ("layer", "2:4"), ("none", "unstructured")]
 MANY_UNITS = ("crossvit_tiny_240", "coat_tiny")  # too slow for the slow procedure
@@ -43,7 +51,8 @@ def test_a_sample_of_families(kind, name):
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, name) for kind in ("causal", "other") for name in names(kind)] + [("timm", name) for name in TIMM],
+    [(kind, name) for kind in ("causal", "other") for name in names(kind)]
+    + [("timm", name) for name in TIMM],
 )
 def test_every_family(kind, name):
     try:
@@ -54,8 +63,12 @@ def test_every_family(kind, name):
 
 @pytest.mark.parametrize("choices", [{"criterion": RIA()}, {"sequential": "none"}])
 def test_other_masks_are_seen(monkeypatch, choices):
-    monkeypatch.setattr(families, "prune", lambda *args, **kwargs: prune(*args, **{**kwargs, **choices}))
-    with pytest.raises(AssertionError, match=r"float64: \d+ of \d+ zeros are not those of the slow procedure"):
+    monkeypatch.setattr(
+        families, "prune", lambda *args, **kwargs: prune(*args, **{**kwargs, **choices})
+    )
+    with pytest.raises(
+        AssertionError, match=r"float64: \d+ of \d+ zeros are not those of the slow procedure"
+    ):
         families.check(of("causal", "llama"), ways=WAYS[:1])
 
 
@@ -75,7 +88,10 @@ SHRUNK_AT_NIGHT = {
     ("causal", "gpt2"): ORDINARY,
     ("causal", "qwen3_next"): ORDINARY,  # shared experts
     ("causal", "deepseek_v3"): OWN_FILE,  # dense layers and shared experts
-    ("causal", "gemma3n_text"): OWN_FILE,  # its forward reads a number of its configuration that is a width by chance
+    (
+        "causal",
+        "gemma3n_text",
+    ): OWN_FILE,  # its forward reads a number of its configuration that is a width by chance
     ("other", "T5ForConditionalGeneration"): ORDINARY,
     ("other", "LlavaForConditionalGeneration"): ORDINARY,
     **{
@@ -87,7 +103,9 @@ SHRUNK_AT_NIGHT = {
 
 @pytest.mark.parametrize(
     ("kind", "name", "folder"),
-    with_nightly(*([(*k, f) for k, f in table.items() if exists(*k)] for table in (SHRUNK, SHRUNK_AT_NIGHT))),
+    with_nightly(
+        *([(*k, f) for k, f in table.items() if exists(*k)] for table in (SHRUNK, SHRUNK_AT_NIGHT))
+    ),
 )
 def test_hidden_units_of_families_are_taken_out(kind, name, folder):
     result = families.check_units(of(kind, name))

@@ -21,14 +21,24 @@ ON_META = {
     **{
         name: partial(on_meta, name)
         for name in (
-            *("BertForMaskedLM", "DistilBertForSequenceClassification", "LlamaForSequenceClassification"),
+            *(
+                "BertForMaskedLM",
+                "DistilBertForSequenceClassification",
+                "LlamaForSequenceClassification",
+            ),
             "ViTForImageClassification",
         )
     },
     **{
         name: partial(timm.create_model, name)
         for name in (
-            *("deit_tiny_distilled_patch16_224", "resnet50d", "efficientnet_b0", "levit_128s", "ghostnet_100"),
+            *(
+                "deit_tiny_distilled_patch16_224",
+                "resnet50d",
+                "efficientnet_b0",
+                "levit_128s",
+                "ghostnet_100",
+            ),
             *("nfnet_f0", "sequencer2d_s"),
             "inception_v3",  # its matcher of stems is a function
         )
@@ -55,19 +65,26 @@ EVERY_MODEL = pytest.mark.parametrize("name", [*ZOO, *ON_META])
 
 @EVERY_MODEL
 def test_each_matrix_is_there_once(name):
-    model, found = built(name), found_in(name)
+    model = built(name)
+    found = found_in(name)
     everything = matrices(model)
-    assert Counter([layer.name for layer in found.layers] + [m.name for m in found.skipped]) == Counter(
-        list(everything)
-    )
+    assert Counter(
+        [layer.name for layer in found.layers] + [m.name for m in found.skipped]
+    ) == Counter(list(everything))
     once = [(id(layer.parameter), layer.expert) for layer in found.layers]
-    once += [(id(everything[m.name]), None) for m in found.skipped if not m.detail.startswith("tied to ")]
+    once += [
+        (id(everything[m.name]), None) for m in found.skipped if not m.detail.startswith("tied to ")
+    ]
     assert len(once) == len(set(once))
-    assert {parameter for parameter, _ in once} == {id(p) for p in model.parameters() if p.ndim >= 2}
+    assert {parameter for parameter, _ in once} == {
+        id(p) for p in model.parameters() if p.ndim >= 2
+    }
     for layer in found.layers:
         assert layer.parameter is everything[layer.name]
         assert layer.read().numel() == layer.size
-        assert layer.parameter.numel() == layer.size * (1 if layer.expert is None else len(layer.parameter))
+        assert layer.parameter.numel() == layer.size * (
+            1 if layer.expert is None else len(layer.parameter)
+        )
     for matrix in found.skipped:
         assert matrix.shape == tuple(everything[matrix.name].shape)
         assert matrix.detail
@@ -78,7 +95,8 @@ def test_each_matrix_is_there_once(name):
 def test_units_are_disjoint_and_hold_their_layers(name):
     assert [(stop.name, stop.module) for stop in found_in(name, "none").stops] == [("", None)]
     for sequential in ("block", "layer"):
-        stops, modules = found_in(name, sequential).stops, dict(built(name).named_modules())
+        stops = found_in(name, sequential).stops
+        modules = dict(built(name).named_modules())
         inside = [module for stop in stops for module in stop.module.modules()]
         assert len(inside) == len(set(inside))
         for stop in stops:
@@ -97,14 +115,17 @@ def test_granularity_changes_only_the_units(name):
     for found in by_granularity.values():
         assert {layer.name for layer in found.layers} == {layer.name for layer in layers}
         assert found.skipped == by_granularity["layer"].skipped
-    for stop in by_granularity["layer"].stops:  # more layers are the experts of a module, which no forward tells apart
+    for stop in by_granularity[
+        "layer"
+    ].stops:  # more layers are the experts of a module, which no forward tells apart
         assert stop.module is model.get_submodule(stop.name)
         assert stop.layers == tuple(layer for layer in layers if layer.module is stop.module)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_blocks_of_the_zoo(name):
-    model, found = built(name), found_in(name)
+    model = built(name)
+    found = found_in(name)
     blocks = {stop.name for stop in found.stops if stop.module is not stop.layers[0].module}
     assert blocks == matching(dict(model.named_modules()), ZOO[name].blocks)
     dense = {matrix.name for matrix in found.skipped if not matrix.detail.startswith("tied to ")}
@@ -113,10 +134,15 @@ def test_blocks_of_the_zoo(name):
 
 @EVERY_MODEL
 def test_a_model_inside_another_is_found_the_same(name):
-    alone, inside = found_in(name), find_layers(nn.ModuleDict({"net": built(name)}))
+    alone = found_in(name)
+    inside = find_layers(nn.ModuleDict({"net": built(name)}))
     assert [f"net.{stop.name}" for stop in alone.stops] == [stop.name for stop in inside.stops]
-    assert [f"net.{matrix.name}" for matrix in alone.skipped] == [matrix.name for matrix in inside.skipped]
-    assert [m.detail for m in alone.skipped] == [m.detail.replace("tied to net.", "tied to ") for m in inside.skipped]
+    assert [f"net.{matrix.name}" for matrix in alone.skipped] == [
+        matrix.name for matrix in inside.skipped
+    ]
+    assert [m.detail for m in alone.skipped] == [
+        m.detail.replace("tied to net.", "tied to ") for m in inside.skipped
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "vit", "convnext", "plain_mlp", "tied"])
@@ -124,7 +150,8 @@ def test_a_compiled_model_is_found_the_same(name):
     """With the names that it has without `torch.compile`."""
     model = torch.compile(ZOO[name].build(), backend="eager")
     for sequential in SEQUENTIAL_CHOICES:
-        alone, found = found_in(name, sequential), find_layers(model, sequential)
+        alone = found_in(name, sequential)
+        found = find_layers(model, sequential)
         assert alone.layers
         assert [stop.name for stop in found.stops] == [stop.name for stop in alone.stops]
         assert [layer.name for layer in found.layers] == [layer.name for layer in alone.layers]
@@ -147,7 +174,10 @@ REASONS = {
         "cls.predictions.transform.dense": "output head",
         "cls.predictions.decoder": "tied to bert.embeddings.word_embeddings",
     },
-    "DistilBertForSequenceClassification": {"pre_classifier": "output head", "classifier": "output head"},
+    "DistilBertForSequenceClassification": {
+        "pre_classifier": "output head",
+        "classifier": "output head",
+    },
     "LlamaForSequenceClassification": {"model.embed_tokens": "embedding", "score": "output head"},
     "mixtral": {"model.layers.0.mlp.gate": "router", "lm_head": "output head"},
     "deit_tiny_distilled_patch16_224": {
@@ -157,10 +187,19 @@ REASONS = {
         "head_dist": "output head",
     },
     "resnet50d": {"conv1.0": "stem", "conv1.3": "stem", "conv1.6": "stem", "fc": "output head"},
-    "efficientnet_b0": {"conv_stem": "stem: reads the raw", "blocks.0.0.conv_dw": "depthwise convolution"},
-    "levit_128s": {"head.linear": "output head", "head_dist.linear": "output head", "stem.conv4.linear": "stem"},
+    "efficientnet_b0": {
+        "conv_stem": "stem: reads the raw",
+        "blocks.0.0.conv_dw": "depthwise convolution",
+    },
+    "levit_128s": {
+        "head.linear": "output head",
+        "head_dist.linear": "output head",
+        "stem.conv4.linear": "stem",
+    },
     # It standardizes its weight in each forward, so that zeros of the stored weight would not stay zero.
-    "nfnet_f0": {"stages.0.0.conv1": "timm.layers.std_conv.ScaledStdConv2d overrides the forward of Conv2d"},
+    "nfnet_f0": {
+        "stages.0.0.conv1": "timm.layers.std_conv.ScaledStdConv2d overrides the forward of Conv2d"
+    },
     "sequencer2d_s": {
         "stages.0.blocks.0.rnn_tokens.rnn_v.weight_hh_l0": f"weight_hh_l0 of LSTM {NO_LAYER}",
         "head.fc": "output head",
@@ -193,7 +232,10 @@ ONE_LAYER = {
     "convolution": (lambda: nn.Conv2d(8, 8, 3), {}),
     "parametrized_bias": (lambda: weight_norm(nn.Linear(8, 8), "bias"), {}),
     "vector_norm": (lambda: nn.LayerNorm(8), None),
-    "matrix_norm": (lambda: nn.LayerNorm((3, 8)), {"part": "weight of LayerNorm", "part.bias": "bias of LayerNorm"}),
+    "matrix_norm": (
+        lambda: nn.LayerNorm((3, 8)),
+        {"part": "weight of LayerNorm", "part.bias": "bias of LayerNorm"},
+    ),
     "patched": (
         lambda: Overriding(8, 8),
         {"part": "tests.models.test_inventory.Overriding overrides the forward of Linear"},
@@ -210,8 +252,14 @@ ONE_LAYER = {
         {f"part.parametrizations.weight.original{i}": "parametrized" for i in range(2)},
     ),
     "one_dimensional": (lambda: nn.Conv1d(8, 8, 3), {}),
-    "three_dimensional": (lambda: nn.Conv3d(8, 8, 3), {"part": "weight of Conv3d is not the weight of a supported"}),
-    "transposed": (lambda: nn.ConvTranspose2d(8, 8, 3), {"part": "weight of ConvTranspose2d is not"}),
+    "three_dimensional": (
+        lambda: nn.Conv3d(8, 8, 3),
+        {"part": "weight of Conv3d is not the weight of a supported"},
+    ),
+    "transposed": (
+        lambda: nn.ConvTranspose2d(8, 8, 3),
+        {"part": "weight of ConvTranspose2d is not"},
+    ),
 }
 
 
@@ -219,7 +267,9 @@ ONE_LAYER = {
 def test_one_layer(make, expected):
     """{} is pruned, None is not listed at all, else each matrix and how its reason starts."""
     found = find_layers(nn.ModuleDict({"part": make(), "other": nn.Linear(8, 8)}))
-    assert [layer.name for layer in found.layers] == ["part", "other"] if expected == {} else ["other"]
+    assert (
+        [layer.name for layer in found.layers] == ["part", "other"] if expected == {} else ["other"]
+    )
     skipped = {matrix.name: matrix.detail for matrix in found.skipped}
     assert skipped.keys() == (expected or {}).keys()
     for name, start in (expected or {}).items():
@@ -229,10 +279,15 @@ def test_one_layer(make, expected):
 def test_tied_weights_belong_to_the_first_and_either_name_chooses_them():
     found = found_in("tied")
     assert [layer.name for layer in found.layers] == ["first", "third"]
-    assert [(m.name, m.detail, m.shape) for m in found.skipped] == [("second", "tied to first", (32, 32))]
+    assert [(m.name, m.detail, m.shape) for m in found.skipped] == [
+        ("second", "tied to first", (32, 32))
+    ]
     for name in ("first", "second"):
         assert [layer.name for layer in find_layers(built("tied"), only=[name]).layers] == ["first"]
-    assert reasons(built("tied"), skip=["second"]) == {"first": "skip='second'", "second": "tied to first"}
+    assert reasons(built("tied"), skip=["second"]) == {
+        "first": "skip='second'",
+        "second": "tied to first",
+    }
 
 
 class Classifier(type(built("tied"))):
@@ -253,7 +308,10 @@ def embedding_behind():
 
 def stem_named(name):
     def make():
-        deep = {"first": nn.Conv2d(8, 8, 1), name: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8))}
+        deep = {
+            "first": nn.Conv2d(8, 8, 1),
+            name: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8)),
+        }
         return nn.ModuleDict({**deep, f"{name}x": nn.Linear(8, 8), f"x{name}": nn.Linear(8, 8)})
 
     return make, dict.fromkeys([f"{name}.0", f"{name}.1"], "stem or patch embedding")
@@ -266,7 +324,10 @@ def read_raw(*order):
 
 RAW = "stem: reads the raw image or signal"
 SMALL = [
-    (lambda: nn.Sequential(nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)), {}),  # only the first can read the image
+    (
+        lambda: nn.Sequential(nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)),
+        {},
+    ),  # only the first can read the image
     (lambda: nn.Sequential(nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1)), {"0": RAW}),
     (Classifier, {"first": "tied to second: output head", "second": "tied to first"}),
     (lambda: Speech(nn.Linear(8, 8)), {}),
@@ -283,18 +344,31 @@ def test_stems_heads_and_tied_weights(make, expected):
 
 
 TWELVE = nn.ModuleDict(
-    {"blocks": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(12))}
+    {
+        "blocks": nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(12)
+        )
+    }
 )
 EVERYTHING = [f"blocks.{index}.{part}" for index in range(12) for part in ("up", "down")]
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_skip_and_only_name_layers(sequential):
-    up, others = [[name for name in EVERYTHING if name.endswith("up") == is_up] for is_up in (True, False)]
-    for choice, dense, detail in (("skip", up, "skip='*.up'"), ("only", others, "not in only=['*.up']")):
+    up, others = [
+        [name for name in EVERYTHING if name.endswith("up") == is_up] for is_up in (True, False)
+    ]
+    for choice, dense, detail in (
+        ("skip", up, "skip='*.up'"),
+        ("only", others, "not in only=['*.up']"),
+    ):
         found = find_layers(TWELVE, sequential, **{choice: ["*.up"]})
-        assert [(m.name, m.detail, m.reason) for m in found.skipped] == [(n, detail, SkipReason.USER) for n in dense]
-        assert [layer.name for layer in found.layers] == [name for name in EVERYTHING if name not in dense]
+        assert [(m.name, m.detail, m.reason) for m in found.skipped] == [
+            (n, detail, SkipReason.USER) for n in dense
+        ]
+        assert [layer.name for layer in found.layers] == [
+            name for name in EVERYTHING if name not in dense
+        ]
         assert all(stop.layers for stop in found.stops)
     found = find_layers(TWELVE, sequential, only=["blocks.0", "blocks.3.up"], skip=["*.0.down"])
     assert [layer.name for layer in found.layers] == ["blocks.0.up", "blocks.3.up"]
@@ -306,7 +380,9 @@ def test_skip_and_only_name_layers(sequential):
 def test_only_chooses_among_what_can_be_pruned():
     """A head, an embedding or a matrix of no layer is not pruned by being named, and keeps its reason."""
     found = find_layers(built("mixtral"), only=["lm_head", "model.layers.0"])
-    experts = [f"mlp.experts.{part}.{e}" for part in ("gate_up_proj", "down_proj") for e in range(4)]
+    experts = [
+        f"mlp.experts.{part}.{e}" for part in ("gate_up_proj", "down_proj") for e in range(4)
+    ]
     inside = [*(f"self_attn.{part}_proj" for part in "qkvo"), *experts]
     assert {layer.name for layer in found.layers} == {f"model.layers.0.{name}" for name in inside}
     now = {matrix.name: matrix for matrix in found.skipped}

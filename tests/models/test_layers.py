@@ -37,7 +37,8 @@ def assert_is_a_product(layer, x):
     """The layer's rows of the output are its tokens times its matrix."""
     bias = layer.module.bias
     with torch.no_grad():
-        product, expected = layer.tokens(x) @ layer.read().T, layer.outputs(layer.module(x))
+        product = layer.tokens(x) @ layer.read().T
+        expected = layer.outputs(layer.module(x))
         if bias is not None:
             product += layer.outputs(bias[(..., *[None] * (layer.module.weight.ndim - 2))])
     torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-10)
@@ -45,7 +46,8 @@ def assert_is_a_product(layer, x):
 
 def assert_round_trip(layer):
     """A matrix is read without gradients and written where it was read, and nothing else changes."""
-    before, place = layer.parameter.detach().clone(), layer.parameter.data_ptr()
+    before = layer.parameter.detach().clone()
+    place = layer.parameter.data_ptr()
     assert not layer.read().requires_grad
     new = torch.randn_like(layer.read())
     layer.write(new)
@@ -67,23 +69,35 @@ def convolutions(draw):
         return tuple(draw(st.integers(least, most)) for _ in range(places))
 
     groups = draw(st.integers(1, 4))
-    channels = groups * draw(st.integers(1 if groups == 1 else 2, 4))  # one for each group would be depthwise
-    options = {"stride": sizes(1, 3), "dilation": sizes(1, 3), "groups": groups, "bias": draw(st.booleans())}
+    # One for each group would be depthwise.
+    channels = groups * draw(st.integers(1 if groups == 1 else 2, 4))
+    options = {
+        "stride": sizes(1, 3),
+        "dilation": sizes(1, 3),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
     if make is not Conv2dSame:
-        options["padding"] = draw(st.one_of(st.sampled_from(["same", "valid"]), st.just(sizes(0, 3))))
+        options["padding"] = draw(
+            st.one_of(st.sampled_from(["same", "valid"]), st.just(sizes(0, 3)))
+        )
         options["padding_mode"] = draw(st.sampled_from(MODES))
         options["stride"] = 1 if options["padding"] == "same" else options["stride"]
     module = make(channels, groups * draw(st.integers(1, 3)), sizes(1, 3), **options)
-    size, batch = sizes(4, 8), (2,)
+    size = sizes(4, 8)
+    batch = (2,)
     if make is not Conv2dSame:
-        batch, pads = draw(st.sampled_from([(), (1,), (2,)])), module._reversed_padding_repeated_twice[::-1]
+        batch = draw(st.sampled_from([(), (1,), (2,)]))
+        pads = module._reversed_padding_repeated_twice[::-1]
         for dim, (gap, kernel) in enumerate(zip(module.dilation, module.kernel_size, strict=True)):
             assume(size[dim] + sum(pads[2 * dim : 2 * dim + 2]) > gap * (kernel - 1))
     return module, torch.randn(*batch, channels, *size, dtype=torch.float64)
 
 
 # PyTorch pads an image by itself where the two sides differ, and says so.
-EVEN_SAME = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+EVEN_SAME = pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel lengths:UserWarning"
+)
 
 
 @EVEN_SAME
@@ -105,7 +119,9 @@ def test_a_convolution_is_a_product_of_its_tokens(case, at_once):
         assert_round_trip(layer)
 
 
-@pytest.mark.parametrize("make", [nn.Linear, lambda d_in, d_out: Conv1D(d_out, d_in)], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize(
+    "make", [nn.Linear, lambda d_in, d_out: Conv1D(d_out, d_in)], ids=["Linear", "Conv1D"]
+)
 @given(st.integers(1, 9), st.integers(1, 9), st.lists(st.integers(1, 4), max_size=3))
 def test_a_linear_layer_is_a_product_of_its_tokens(make, d_in, d_out, sizes):
     (layer,) = layers_of(make(d_in, d_out))
@@ -144,7 +160,8 @@ def test_padding_does_not_count_along_one_dimension():
     class Text(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first, self.second = nn.Conv1d(16, 16, 1), nn.Conv1d(16, 16, 3)
+            self.first = nn.Conv1d(16, 16, 1)
+            self.second = nn.Conv1d(16, 16, 3)
 
         def forward(self, x, attention_mask):
             return self.second(self.first(x))
@@ -160,7 +177,11 @@ def test_a_convolution_is_no_block_for_its_groups():
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
     for sequential in ("block", "layer"):
         found = find_layers(model, sequential)
-        assert [(stop.name, len(stop.layers)) for stop in found.stops] == [("0", 1), ("1", 2), ("2", 1)]
+        assert [(stop.name, len(stop.layers)) for stop in found.stops] == [
+            ("0", 1),
+            ("1", 2),
+            ("2", 1),
+        ]
 
 
 class ByHand(nn.Linear):
@@ -188,7 +209,9 @@ def test_a_forward_of_its_own_that_is_a_linear_layer(kind, bias):
     for each in (model, plain):
         batches = [torch.randn(4, 6, generator=torch.Generator().manual_seed(2))]
         prune(each, batches, 0.5, sequential="none", progress=False)
-    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items()
+    )
 
 
 class Counting(nn.Linear):
@@ -197,7 +220,9 @@ class Counting(nn.Linear):
     def __init__(self, d_in, d_out):
         super().__init__(d_in, d_out)
         self.register_buffer("steps", torch.zeros(3))
-        self.history, self.inner, self.scale = [], nn.BatchNorm1d(1), nn.Parameter(torch.ones(1))
+        self.history = []
+        self.inner = nn.BatchNorm1d(1)
+        self.scale = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
         self.steps += 1

@@ -36,7 +36,9 @@ def test_a_weight_that_is_recomputed_is_skipped(wrap, kind):
     found = find_layers(nn.Sequential(nn.Conv2d(1, 1, 1), wrap(nn.Conv2d(6, 8, 3))))
     assert not found.layers
     skipped = [matrix for matrix in found.skipped if matrix.name.startswith("1")]
-    assert all(f"by {kind}: make it an ordinary weight first" in matrix.detail for matrix in skipped)
+    assert all(
+        f"by {kind}: make it an ordinary weight first" in matrix.detail for matrix in skipped
+    )
     assert not any(matrix.reason.is_expected for matrix in skipped)
 
 
@@ -62,7 +64,9 @@ class Wrapper(torch.Tensor):
 
     @staticmethod
     def __new__(cls, data):
-        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.bfloat16, requires_grad=False)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, data.shape, dtype=torch.bfloat16, requires_grad=False
+        )
 
     def __init__(self, data):
         self.data_in_int8 = data
@@ -81,7 +85,9 @@ class Int8Tensor(Wrapper):
 def wrapped(kind):
     def make(d_in, d_out):
         layer = nn.Linear(d_in, d_out)
-        layer.weight = nn.Parameter(kind(torch.zeros(d_out, d_in, dtype=torch.int8)), requires_grad=False)
+        layer.weight = nn.Parameter(
+            kind(torch.zeros(d_out, d_in, dtype=torch.int8)), requires_grad=False
+        )
         return layer
 
     return make
@@ -134,14 +140,18 @@ def test_of_a_layer_with_adapters_the_base_is_pruned():
     reasons = {matrix.name: matrix.detail for matrix in report.skipped if "lora_" in matrix.name}
     assert list(reasons.values()) == ["adapter: trained, not pruned"] * 8
     merged = adapted.merge_and_unload()  # B is zero still
-    assert all(torch.equal(merged.get_parameter(name), weight) for name, weight in plain.named_parameters())
+    assert all(
+        torch.equal(merged.get_parameter(name), weight) for name, weight in plain.named_parameters()
+    )
 
 
 def test_tensor_parallelism_is_refused(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-        parallelize_module(model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        parallelize_module(
+            model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        )
         with pytest.raises(ValueError, match="FSDP or tensor parallelism shards it"):
             prune(model, [torch.randn(2, 8)], progress=False)
     finally:

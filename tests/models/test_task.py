@@ -13,18 +13,31 @@ from wanda_lightning import ImageClassifierModule
 from wanda_lightning.models import fitting_mask, has_classes, reads_images, token_masks
 
 OF_TRANSFORMERS = {
-    **dict.fromkeys(("ViTForImageClassification", "ConvNextForImageClassification", "CLIPVisionModel"), True),
-    **dict.fromkeys(("LlavaForConditionalGeneration", "BlipForConditionalGeneration", "CLIPModel"), False),
+    **dict.fromkeys(
+        ("ViTForImageClassification", "ConvNextForImageClassification", "CLIPVisionModel"), True
+    ),
+    **dict.fromkeys(
+        ("LlavaForConditionalGeneration", "BlipForConditionalGeneration", "CLIPModel"), False
+    ),
     "Wav2Vec2ForSequenceClassification": False,
 }
 MODELS = {
-    **{name: (ZOO[name].build, True) for name in ("vit", "convnext", "swin", "resnet18", "resnet50")},
-    **{name: (ZOO[name].build, False) for name in ("llama", "t5", "mixtral", "plain_mlp", "torch_transformer")},
+    **{
+        name: (ZOO[name].build, True)
+        for name in ("vit", "convnext", "swin", "resnet18", "resnet50")
+    },
+    **{
+        name: (ZOO[name].build, False)
+        for name in ("llama", "t5", "mixtral", "plain_mlp", "torch_transformer")
+    },
     **{name: (partial(on_meta, name), images) for name, images in OF_TRANSFORMERS.items()},
     "efficientnet": (lambda: timm.create_model("test_efficientnet"), True),
     "timm in our module": (lambda: ImageClassifierModule("test_vit", pretrained=False), True),
     "compiled": (lambda: torch.compile(ZOO["vit"].build(), backend="eager"), True),
-    "images and text": (lambda: nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Embedding(4, 8), nn.Linear(8, 8)]), False),
+    "images and text": (
+        lambda: nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Embedding(4, 8), nn.Linear(8, 8)]),
+        False,
+    ),
 }
 
 
@@ -70,7 +83,9 @@ def test_zeros_of_a_mask_are_padding():
     assert read(None) == read(torch.ones_like(RIGHT)) == token_masks(nn.Identity(), IDS) == ()
 
 
-@pytest.mark.parametrize("mask", [object(), torch.ones(5), torch.ones(2, 1, 5, 5), {"full_attention": RIGHT}])
+@pytest.mark.parametrize(
+    "mask", [object(), torch.ones(5), torch.ones(2, 1, 5, 5), {"full_attention": RIGHT}]
+)
 def test_a_mask_that_does_not_show_the_padding_fits_nothing(mask):
     masks = read(mask)
     assert len(masks) == 1
@@ -84,8 +99,12 @@ def test_a_mask_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=text):
         read(torch.ones(shape))
     with pytest.raises(ValueError, match=text):
-        token_masks(nn.Identity(), {"inputs_embeds": torch.zeros(2, 5, 8), "attention_mask": torch.ones(shape)})
-    assert read(torch.ones(2, 9), past_key_values=object()) == ()  # longer where a cache comes first
+        token_masks(
+            nn.Identity(),
+            {"inputs_embeds": torch.zeros(2, 5, 8), "attention_mask": torch.ones(shape)},
+        )
+    # Longer where a cache comes first.
+    assert read(torch.ones(2, 9), past_key_values=object()) == ()
 
 
 @pytest.mark.parametrize("compiled", ["model", "encoder"])
@@ -96,6 +115,8 @@ def test_the_encoder_of_a_compiled_model_is_found_under_its_own_name(compiled):
     assert [mask.inside for mask in token_masks(model, {**batch, "labels": None})] == ["encoder"]
     if compiled == "encoder":
         model.encoder = torch.compile(model.encoder, backend="eager")
-    found = token_masks(torch.compile(model, backend="eager") if compiled == "model" else model, batch)
+    found = token_masks(
+        torch.compile(model, backend="eager") if compiled == "model" else model, batch
+    )
     assert [mask.inside for mask in found] == [mask.inside for mask in expected] == ["encoder", ""]
     assert all(torch.equal(a.keep, b.keep) for a, b in zip(found, expected, strict=True))

@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 from wanda_lightning.data.images import class_names_of
 from wanda_lightning.modules import ImageClassifierModule
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`"
+)
 
 
 @pytest.mark.parametrize(
@@ -20,11 +22,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "
 )
 def test_validate_and_test_equal_a_slow_loop(num_classes, keys):
     module = tiny_vit(num_classes=num_classes)
-    images, labels = torch.randn(7, 3, 32, 32), torch.arange(7) % num_classes
+    images = torch.randn(7, 3, 32, 32)
+    labels = torch.arange(7) % num_classes
     with torch.no_grad():
         logits = module.model.eval()(images)
     module.model.train()
-    ranks = [sum(bool(row[j] > row[y]) for j in range(num_classes)) for row, y in zip(logits, labels, strict=True)]
+    ranks = [
+        sum(bool(row[j] > row[y]) for j in range(num_classes))
+        for row, y in zip(logits, labels, strict=True)
+    ]
     losses = [-row.log_softmax(0)[y].item() for row, y in zip(logits, labels, strict=True)]
     expected = {"accuracy": sum(rank < 1 for rank in ranks) / 7, "loss": sum(losses) / 7}
     if num_classes > 5:
@@ -35,11 +41,14 @@ def test_validate_and_test_equal_a_slow_loop(num_classes, keys):
     loader = DataLoader(samples, batch_size=3)
     for loop, prefix in ((trainer().validate, "val"), (trainer().test, "test")):
         (measured,) = loop(module, loader, verbose=False)
-        assert measured == {f"{prefix}_{name}": pytest.approx(value, rel=1e-5) for name, value in expected.items()}
+        assert measured == {
+            f"{prefix}_{name}": pytest.approx(value, rel=1e-5) for name, value in expected.items()
+        }
 
 
 def test_predict_and_calibration_need_no_labels():
-    module, images = tiny_vit(), torch.randn(4, 3, 32, 32)
+    module = tiny_vit()
+    images = torch.randn(4, 3, 32, 32)
     (logits,) = trainer().predict(module, DataLoader(images, batch_size=4))
     with torch.no_grad():
         assert torch.equal(logits, module.model.eval()(images))
@@ -48,19 +57,29 @@ def test_predict_and_calibration_need_no_labels():
 
 
 def test_an_interrupted_loop_does_not_change_the_next_one():
-    module, samples = tiny_vit(), list(zip(torch.randn(6, 3, 32, 32), torch.arange(6), strict=True))
+    module = tiny_vit()
+    samples = list(zip(torch.randn(6, 3, 32, 32), torch.arange(6), strict=True))
     (expected,) = trainer().validate(module, DataLoader(samples[3:]), verbose=False)
     with pytest.raises(TypeError, match="must be Tensor, not NoneType"):
-        trainer().validate(module, DataLoader([*samples[:3], (torch.zeros(3, 32, 32),)], batch_size=1), verbose=False)
+        trainer().validate(
+            module,
+            DataLoader([*samples[:3], (torch.zeros(3, 32, 32),)], batch_size=1),
+            verbose=False,
+        )
     assert trainer().validate(module, DataLoader(samples[3:]), verbose=False) == [expected]
 
 
-@pytest.mark.parametrize(("name", "kwargs"), [("timm:vit_tiny_patch16_224", VIT), ("convnext_atto", CONVNEXT)])
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("timm:vit_tiny_patch16_224", VIT), ("convnext_atto", CONVNEXT)]
+)
 def test_saves_a_timm_folder(tmp_path, name, kwargs):
     torch.manual_seed(0)
     module = ImageClassifierModule(name, pretrained=False, num_classes=7, model_kwargs=kwargs)
     module.save_pretrained(tmp_path / "model")
-    assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
     loaded = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True)
     assert same(loaded, module.model)
     again = ImageClassifierModule(f"local-dir:{tmp_path / 'model'}")
@@ -74,7 +93,9 @@ class Pictures(L.LightningDataModule):
     class_names = tuple("abcdefghij")
 
     def train_dataloader(self):
-        return DataLoader(list(zip(torch.randn(8, 3, 32, 32), torch.arange(8), strict=True)), batch_size=8)
+        return DataLoader(
+            list(zip(torch.randn(8, 3, 32, 32), torch.arange(8), strict=True)), batch_size=8
+        )
 
 
 def test_the_saved_model_knows_its_classes(tmp_path):
@@ -84,7 +105,9 @@ def test_the_saved_model_knows_its_classes(tmp_path):
     again = ImageClassifierModule(f"local-dir:{tmp_path / 'model'}")
     assert class_names_of(again) == class_names_of(module) == tuple("abcdefghij")
     again.save_pretrained(tmp_path / "again")
-    assert class_names_of(ImageClassifierModule(f"local-dir:{tmp_path / 'again'}")) == tuple("abcdefghij")
+    assert class_names_of(ImageClassifierModule(f"local-dir:{tmp_path / 'again'}")) == tuple(
+        "abcdefghij"
+    )
     assert class_names_of(tiny_vit()) == class_names_of("test_vit") == ()
 
 

@@ -32,12 +32,16 @@ def test_gguf_becomes_an_ordinary_model(tmp_path):
     tensors = write_gguf(tmp_path / "tiny.gguf")
     module = CausalLMModule(str(tmp_path / "tiny.gguf"))
     assert module.model.dtype == torch.float32
-    assert torch.equal(module.model.model.layers[1].mlp.down_proj.weight, torch.tensor(tensors["blk.1.ffn_down"]))
+    assert torch.equal(
+        module.model.model.layers[1].mlp.down_proj.weight, torch.tensor(tensors["blk.1.ffn_down"])
+    )
     assert module.tokenizer("theta", add_special_tokens=False).input_ids == [29, 21, 2]
     module.save_pretrained(tmp_path / "model")
     assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), module.model)
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").tokenize("theta") == module.tokenizer.tokenize("theta")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").tokenize(
+        "theta"
+    ) == module.tokenizer.tokenize("theta")
 
 
 def test_checkpoint(tmp_path):
@@ -45,38 +49,78 @@ def test_checkpoint(tmp_path):
     save_file(module.model.state_dict(), tmp_path / "weights.safetensors")
     torch.manual_seed(1)
     # pretrained stays true: with a checkpoint nothing is downloaded
-    name, path = "vit_tiny_patch16_224", str(tmp_path / "weights.safetensors")
+    name = "vit_tiny_patch16_224"
+    path = str(tmp_path / "weights.safetensors")
     again = ImageClassifierModule(name, num_classes=10, checkpoint=path, model_kwargs=VIT)
     assert same(again.model, module.model)
-    with pytest.raises(ValueError, match=r"size mismatch for head\.weight: .*\[10, 32\].*\[9, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"size mismatch for head\.weight: .*\[10, 32\].*\[9, 32\]"
+    ):
         ImageClassifierModule(name, num_classes=9, checkpoint=path, model_kwargs=VIT)
     weights = load_file(path)
     weights["extra"] = weights.pop("norm.bias")
     save_file(weights, path)
-    with pytest.raises(ValueError, match=r"Missing key\S* .*norm\.bias.* Unexpected key\S* .*extra"):
+    with pytest.raises(
+        ValueError, match=r"Missing key\S* .*norm\.bias.* Unexpected key\S* .*extra"
+    ):
         ImageClassifierModule(name, num_classes=10, checkpoint=path, model_kwargs=VIT)
 
 
 @pytest.mark.parametrize(
     ("make", "name", "checkpoint", "message"),
     [
-        (CausalLMModule, "nobody/nothing", None, r"'nobody/nothing'.*couldn't find them in the cached files"),
-        (CausalLMModule, "{}/nothing", None, r"The model .*nothing does not exist\. Check the path\."),
+        (
+            CausalLMModule,
+            "nobody/nothing",
+            None,
+            r"'nobody/nothing'.*couldn't find them in the cached files",
+        ),
+        (
+            CausalLMModule,
+            "{}/nothing",
+            None,
+            r"The model .*nothing does not exist\. Check the path\.",
+        ),
         (CausalLMModule, "{}", None, r"(?i)should have a `model_type` key in its config\.json"),
         (CausalLMModule, "{}/nothing.gguf", None, r"nothing\.gguf does not exist"),
-        (ImageClassifierModule, "test_vit", "{}/a.pth", r"must be a \.safetensors file, but it is .*a\.pth"),
+        (
+            ImageClassifierModule,
+            "test_vit",
+            "{}/a.pth",
+            r"must be a \.safetensors file, but it is .*a\.pth",
+        ),
         (ImageClassifierModule, "test_vit", "{}/a.safetensors", "No such file"),
         (ImageClassifierModule, "timm:local-dir:{}/gone", None, "gone"),
-        (ImageClassifierModule, "convnext_ato", None, r"is 'convnext_ato'\. Did you mean convnext_atto or"),
-        (ImageClassifierModule, "vit_tinyy", None, r"is 'vit_tinyy'\. Did you mean vit_tiny_patch16_224 or"),
+        (
+            ImageClassifierModule,
+            "convnext_ato",
+            None,
+            r"is 'convnext_ato'\. Did you mean convnext_atto or",
+        ),
+        (
+            ImageClassifierModule,
+            "vit_tinyy",
+            None,
+            r"is 'vit_tinyy'\. Did you mean vit_tiny_patch16_224 or",
+        ),
         (
             ImageClassifierModule,
             "resnet18.a1_in2k",
             None,
             r"is 'resnet18\.a1_in2k'\. Did you mean resnet18\.a1_in1k or",
         ),
-        (ImageClassifierModule, "hf-hub:nobody/nothing", None, "weights of 'hf-hub:nobody/nothing' cannot be loaded"),
-        (ImageClassifierModule, "vit_tiny_patch16_224", None, "weights of 'vit_tiny_patch16_224' cannot be loaded"),
+        (
+            ImageClassifierModule,
+            "hf-hub:nobody/nothing",
+            None,
+            "weights of 'hf-hub:nobody/nothing' cannot be loaded",
+        ),
+        (
+            ImageClassifierModule,
+            "vit_tiny_patch16_224",
+            None,
+            "weights of 'vit_tiny_patch16_224' cannot be loaded",
+        ),
     ],
 )
 def test_missing_models_and_other_formats_are_refused(tmp_path, make, name, checkpoint, message):
@@ -87,7 +131,8 @@ def test_missing_models_and_other_formats_are_refused(tmp_path, make, name, chec
 
 def test_home_is_expanded_and_a_path_object_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    module, vit = CausalLMModule(tiny_llama(), tiny_tokenizer()), tiny_vit()
+    module = CausalLMModule(tiny_llama(), tiny_tokenizer())
+    vit = tiny_vit()
     module.save_pretrained(tmp_path / "llama")
     vit.save_pretrained(tmp_path / "vit")
     assert same(CausalLMModule("~/llama").model, module.model)
@@ -138,32 +183,65 @@ def not_a_number(weights):
 
 
 def integers(weights):
-    return {name: (10 * weight).to(torch.int8) for name, weight in weights.items() if weight.ndim == 2}
+    return {
+        name: (10 * weight).to(torch.int8) for name, weight in weights.items() if weight.ndim == 2
+    }
 
 
 DAMAGED = "cannot be loaded: a file is damaged; download or save it again"
 LLAMAS = [
     ("config.json", text('{"a": '), f"configuration of .* {DAMAGED}.*config.json"),
     ("config.json", changed(num_attention_heads=3), "multiple of the number|does not fit"),
-    ("config.json", changed(vocab_size=100), r"lm_head\.weight first: \(128, 32\) instead of \(100, 32\)"),
-    ("config.json", changed(num_hidden_layers=3), r"no weights for 9 parameters .* model\.layers\.2\.input_layernorm"),
+    (
+        "config.json",
+        changed(vocab_size=100),
+        r"lm_head\.weight first: \(128, 32\) instead of \(100, 32\)",
+    ),
+    (
+        "config.json",
+        changed(num_hidden_layers=3),
+        r"no weights for 9 parameters .* model\.layers\.2\.input_layernorm",
+    ),
     ("tokenizer.json", text('{"a": '), f"tokenizer of .* {DAMAGED}"),
-    ("model.safetensors", lambda path: path.rename(path.with_name("a.bin")), r"only format .* has a\.bin, config"),
+    (
+        "model.safetensors",
+        lambda path: path.rename(path.with_name("a.bin")),
+        r"only format .* has a\.bin, config",
+    ),
     ("model.safetensors", cut(5000), f"weights of .* {DAMAGED}"),
     ("model.safetensors", stored(integers), r"stores lm_head\.weight as I8: packed integers"),
-    ("model.safetensors", stored(not_a_number), r"the weight of model\.\S*norm holds NaN or infinity in float32"),
+    (
+        "model.safetensors",
+        stored(not_a_number),
+        r"the weight of model\.\S*norm holds NaN or infinity in float32",
+    ),
 ]
 
 
 CLASSIFIERS = [
     ("config.json", text("{"), DAMAGED),
-    ("config.json", changed(num_classes=9, model_args={**VIT, "num_classes": 9}), "size mismatch for head.weight"),
-    ("model.safetensors", lambda path: path.rename(path.with_name("a.bin")), r"only format .* has a\.bin, config"),
+    (
+        "config.json",
+        changed(num_classes=9, model_args={**VIT, "num_classes": 9}),
+        "size mismatch for head.weight",
+    ),
+    (
+        "model.safetensors",
+        lambda path: path.rename(path.with_name("a.bin")),
+        r"only format .* has a\.bin, config",
+    ),
     ("model.safetensors", cut(5000), f"weights of .* {DAMAGED}"),
     ("model.safetensors", stored(integers), r"stores \S+\.weight as I8: packed integers"),
-    ("model.safetensors", stored(not_a_number), "the weight of .*norm holds NaN or infinity in float32"),
+    (
+        "model.safetensors",
+        stored(not_a_number),
+        "the weight of .*norm holds NaN or infinity in float32",
+    ),
 ]
-BROKEN = [*(("llama", "{}", *row) for row in LLAMAS), *(("vit", "timm:local-dir:{}", *row) for row in CLASSIFIERS)]
+BROKEN = [
+    *(("llama", "{}", *row) for row in LLAMAS),
+    *(("vit", "timm:local-dir:{}", *row) for row in CLASSIFIERS),
+]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -171,7 +249,8 @@ BROKEN = [*(("llama", "{}", *row) for row in LLAMAS), *(("vit", "timm:local-dir:
 def test_a_broken_model_is_named(folders, tmp_path, model, form, file, change, message):
     shutil.copytree(folders / model, tmp_path / "broken")
     change(tmp_path / "broken" / file)
-    name, build = form.format(tmp_path / "broken"), CausalLMModule if model == "llama" else ImageClassifierModule
+    name = form.format(tmp_path / "broken")
+    build = CausalLMModule if model == "llama" else ImageClassifierModule
     with pytest.raises((ValueError, OSError), match=message) as caught:
         build(name)
     assert str(tmp_path / "broken") in str(caught.value)
@@ -202,7 +281,9 @@ def test_encoders_are_refused(tmp_path, loaded):
         CausalLMModule(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["GPTNeoXConfig", "GPTNeoXJapaneseConfig", "MptConfig", "BertConfig"])
+@pytest.mark.parametrize(
+    "name", ["GPTNeoXConfig", "GPTNeoXJapaneseConfig", "MptConfig", "BertConfig"]
+)
 def test_decoders_are_not_taken_for_encoders(name):
     extra = {"is_decoder": True} if name == "BertConfig" else {}
     model = AutoModelForCausalLM.from_config(tiny(getattr(transformers, name), **extra))
@@ -222,5 +303,7 @@ def test_a_model_of_the_hub_is_checked_like_a_folder(folders, tmp_path):
     assert module.tokenizer("w3 w7").input_ids == [3, 7]
     with pytest.raises(ValueError, match=r"'owner/integers' stores lm_head\.weight as I8"):
         CausalLMModule("owner/integers", cache_dir=str(tmp_path))
-    with pytest.raises(OSError, match=r"configuration of 'owner/none' cannot be loaded: .* couldn't find"):
+    with pytest.raises(
+        OSError, match=r"configuration of 'owner/none' cannot be loaded: .* couldn't find"
+    ):
         CausalLMModule("owner/none", cache_dir=str(tmp_path))

@@ -16,14 +16,21 @@ from wanda_lightning.modules import WindowPerplexity
 def test_equals_the_slow_loop_in_one_batch_or_several(mask, dtype, rel, monkeypatch):
     monkeypatch.setattr("wanda_lightning.modules.perplexity._CHUNK", 5 * 128)
     ids = windows_of_text()
-    logits = (torch.randn(*ids.shape, 128, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
+    logits = (torch.randn(*ids.shape, 128, generator=torch.Generator().manual_seed(2)) * 3).to(
+        dtype
+    )
     attention_mask = MASKS[mask](ids)
-    whole, parts = WindowPerplexity(), WindowPerplexity()
+    whole = WindowPerplexity()
+    parts = WindowPerplexity()
     whole.update(logits, ids, attention_mask)
     for part in torch.arange(len(ids)).split(1):
-        parts.update(logits[part], ids[part], None if attention_mask is None else attention_mask[part])
+        parts.update(
+            logits[part], ids[part], None if attention_mask is None else attention_mask[part]
+        )
     for metric in (whole, parts):
-        assert metric.compute().item() == pytest.approx(slow_perplexity(logits, ids, attention_mask), rel=rel)
+        assert metric.compute().item() == pytest.approx(
+            slow_perplexity(logits, ids, attention_mask), rel=rel
+        )
 
 
 def test_padding_may_hold_anything():
@@ -31,7 +38,8 @@ def test_padding_may_hold_anything():
     attention_mask = MASKS["right padding"](ids)
     logits = torch.randn(*ids.shape, 128)
     garbage = logits.masked_fill(attention_mask[..., None] == 0, math.nan)
-    metric, clean = WindowPerplexity(), WindowPerplexity()
+    metric = WindowPerplexity()
+    clean = WindowPerplexity()
     metric.update(garbage, ids, attention_mask)
     clean.update(logits, ids, attention_mask)
     assert torch.equal(metric.compute(), clean.compute())
@@ -45,7 +53,11 @@ def test_no_second_tensor_of_the_size_of_the_logits():
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+            known = {
+                t.untyped_storage().data_ptr()
+                for t in tree_leaves((args, kwargs))
+                if torch.is_tensor(t)
+            }
             new = [t for t in tree_leaves(out) if torch.is_tensor(t)]
             new = [t.numel() for t in new if t.untyped_storage().data_ptr() not in known]
             self.numel = max([self.numel, *new])

@@ -6,7 +6,12 @@ from itertools import cycle, product, zip_longest
 import pytest
 import torch
 from support import pair_cases as cases
-from support.pair_cases import alone, assert_equal_everywhere, assert_same_report, assert_same_weights
+from support.pair_cases import (
+    alone,
+    assert_equal_everywhere,
+    assert_same_report,
+    assert_same_weights,
+)
 from support.pairwise import pairwise, spread, with_nightly
 from support.samples import gradients, split
 from support.zoo import ZOO
@@ -30,14 +35,24 @@ def test_the_collectives(pair):
     ("who", "first", "second"),
     [
         ({"inner": [], "outer": []}, "fine", "fine"),
-        ({"inner": [1], "outer": []}, ("RuntimeError", "process 1 of 2 .* KeyError: 1"), ("KeyError", "1")),
-        ({"inner": [], "outer": [0]}, ("UserError", "bad 0"), ("UserError", "process 0 of 2 .* bad 0")),
+        (
+            {"inner": [1], "outer": []},
+            ("RuntimeError", "process 1 of 2 .* KeyError: 1"),
+            ("KeyError", "1"),
+        ),
+        (
+            {"inner": [], "outer": [0]},
+            ("UserError", "bad 0"),
+            ("UserError", "process 0 of 2 .* bad 0"),
+        ),
         ({"inner": [], "outer": [0, 1]}, ("UserError", "bad 0"), ("UserError", "bad 1")),
         ({"inner": [0, 1], "outer": []}, ("KeyError", "0"), ("KeyError", "1")),
     ],
 )
 def test_all_fail_together(pair, who, first, second):
-    for (outcome, in_step), expected in zip(pair.run(cases.failures, who), (first, second), strict=True):
+    for (outcome, in_step), expected in zip(
+        pair.run(cases.failures, who), (first, second), strict=True
+    ):
         assert in_step == 3
         if expected == "fine":
             assert outcome == expected
@@ -47,10 +62,15 @@ def test_all_fail_together(pair, who, first, second):
 
 
 def test_one_process_sends_nothing():
-    processes, tensor = Processes(), torch.tensor([1.0])
+    processes = Processes()
+    tensor = torch.tensor([1.0])
     processes.all_reduce_sum([tensor])
     with processes.fail_together():
-        assert (processes.all_reduce_min(3), processes.broadcast("mine", 0), tensor.item()) == (3, "mine", 1.0)
+        assert (processes.all_reduce_min(3), processes.broadcast("mine", 0), tensor.item()) == (
+            3,
+            "mine",
+            1.0,
+        )
     with pytest.raises(KeyError, match="mine"), processes.fail_together():
         raise KeyError("mine")
     assert (processes.world_size, processes.rank) == (1, 0)
@@ -70,19 +90,36 @@ def check(pair, name, shares=None, tolerance=1e-3, **choices):
 
 
 AT = [{"sequential": sequential} for sequential in SEQUENTIAL_CHOICES]
-ARCHITECTURES = "resnet18", "t5", "llama_padded", "convnext", "block_twice", "mixtral_padded", "unreached"
+ARCHITECTURES = (
+    "resnet18",
+    "t5",
+    "llama_padded",
+    "convnext",
+    "block_twice",
+    "mixtral_padded",
+    "unreached",
+)
 SHARES = ((0, 1, 2), ()), ((), (0, 1, 2)), ((2,), (0, 1))
 EXPERTS = {"pattern": "experts", "sparsity": 0.25}
 UNITS = {"method": "wanda", "pattern": Structured(4), "keep_batch_norm": True}
 SAMPLE = [
-    *(("llama", {"pattern": pattern, **at}) for pattern, at in product(("unstructured", "2:4"), AT)),
+    *(
+        ("llama", {"pattern": pattern, **at})
+        for pattern, at in product(("unstructured", "2:4"), AT)
+    ),
     *(("plain_mlp", {"shares": shares, **at}) for shares, at in product(SHARES, AT)),
     *(("routed", at) for at in AT),  # a process may have no batch at a unit
     *(("plain_mlp", {"pattern": pattern}) for pattern in ("unstructured_layer", "equal_share")),
-    *(("mixtral_padded", {"shares": shares, **EXPERTS}) for shares in (None, ((0, 1), ()), ((), (0, 1)))),
+    *(
+        ("mixtral_padded", {"shares": shares, **EXPERTS})
+        for shares in (None, ((0, 1), ()), ((), (0, 1)))
+    ),
     *((name, UNITS | {"sequential": "block"}) for name in ("llama", "block_twice")),
     *((name, UNITS | {"sequential": "none"}) for name in ("resnet50", "unreached")),
-    *(("routed", UNITS | {"sequential": "layer"}), ("llama", UNITS | {"allocation": "fisher"})),  # the gradients of all
+    *(
+        ("routed", UNITS | {"sequential": "layer"}),
+        ("llama", UNITS | {"allocation": "fisher"}),
+    ),  # the gradients of all
     *(("vit", {"allocation": "owl", "criterion": "ria", **at}) for at in AT),
     *zip(ARCHITECTURES, cycle(AT)),
 ]
@@ -98,7 +135,8 @@ def test_masks_are_those_of_one_process(pair, name, choices):
 
 def test_layers_with_one_input_are_added_up_once(pair):
     (found, groups, sent), (_, others, _) = pair.run(cases.statistics_of, "llama")
-    attention, mlp = "model.layers.0.self_attn.", "model.layers.0.mlp."
+    attention = "model.layers.0.self_attn."
+    mlp = "model.layers.0.mlp."
     assert groups == others
     assert [f"{attention}{name}_proj" for name in "qkv"] in groups
     assert [f"{mlp}gate_proj", f"{mlp}up_proj"] in groups
@@ -122,7 +160,8 @@ def test_layers_with_one_input_are_added_up_once(pair):
 )
 def test_layers_whose_inputs_differ_in_one_process_are_added_up_alone(pair, shares, groups):
     expected = {}
-    model, batches = cases.Fork(), cases.fork_batches()
+    model = cases.Fork()
+    batches = cases.fork_batches()
     for name in ("first", "second", "third"):
         getattr(model, name).register_forward_pre_hook(
             lambda _, args, name=name: expected.setdefault(name, []).append(args[0])
@@ -134,8 +173,12 @@ def test_layers_whose_inputs_differ_in_one_process_are_added_up_alone(pair, shar
         for name, (count, sums) in found.items():
             tokens = torch.cat(expected.get(name, [torch.zeros(0, 8)]))
             assert count == len(tokens)
-            torch.testing.assert_close(sums["gram"], (tokens.T @ tokens).detach(), atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(sums["square_sum"], tokens.square().sum(0).detach(), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                sums["gram"], (tokens.T @ tokens).detach(), atol=1e-4, rtol=1e-4
+            )
+            torch.testing.assert_close(
+                sums["square_sum"], tokens.square().sum(0).detach(), atol=1e-4, rtol=1e-4
+            )
 
 
 def in_turns(batches, shares):
@@ -147,7 +190,9 @@ def in_turns(batches, shares):
 UNEVEN = None, ((0, 1, 2), ()), ((0,), (1, 2))
 
 
-@pytest.mark.parametrize(("name", "shares", "samples"), pairwise(["llama", "llama_padded"], UNEVEN, [None, 1, 3, 5]))
+@pytest.mark.parametrize(
+    ("name", "shares", "samples"), pairwise(["llama", "llama_padded"], UNEVEN, [None, 1, 3, 5])
+)
 def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples):
     """The labels are those of one process."""
     model = ZOO[name].build().double()
@@ -162,31 +207,42 @@ def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples)
 @pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
 def test_distillation_is_that_of_one_process(pair, name, shares):
     """The same steps on the same samples, whichever process runs them."""
-    model, turns = ZOO[name].build().double(), in_turns(split(ZOO[name].batches(), 2), shares)
+    model = ZOO[name].build().double()
+    turns = in_turns(split(ZOO[name].batches(), 2), shares)
     recovery = Distil(passes=2, batch_size=2)
     expected = prune(model, turns, recovery=recovery, progress=False)
-    (weights, report), (others, _) = pair.run(cases.replicated, name, shares, 2, wide=True, recovery=recovery)
+    (weights, report), (others, _) = pair.run(
+        cases.replicated, name, shares, 2, wide=True, recovery=recovery
+    )
     assert_equal_everywhere(weights, others)
     for key, value in model.named_parameters():
         assert torch.equal(weights[key] == 0, value == 0)
         torch.testing.assert_close(weights[key], value.detach(), rtol=1e-5, atol=1e-7)
     for one, other in zip(report.training.passes, expected.training.passes, strict=True):
-        assert (one.loss, one.held_out) == (pytest.approx(other.loss), pytest.approx(other.held_out))
+        assert (one.loss, one.held_out) == (
+            pytest.approx(other.loss),
+            pytest.approx(other.held_out),
+        )
 
 
 @pytest.mark.parametrize("size", [1, 18])
 @pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
 def test_reconstruction_is_that_of_one_process(pair, name, shares, size):
     """The same steps on the same batches, whichever process runs them; a batch of 18 has two steps."""
-    model, turns = ZOO[name].build().double(), in_turns(split(ZOO[name].batches() * size, size), shares)
+    model = ZOO[name].build().double()
+    turns = in_turns(split(ZOO[name].batches() * size, size), shares)
     choices = {"method": "magnitude", "recovery": Reconstruct(epochs=2)}
     expected = prune(model, turns, progress=False, **choices)
-    (weights, report), (others, _) = pair.run(cases.replicated, name, shares, size, size, wide=True, **choices)
+    (weights, report), (others, _) = pair.run(
+        cases.replicated, name, shares, size, size, wide=True, **choices
+    )
     assert_equal_everywhere(weights, others)
     for key, value in model.named_parameters():
         torch.testing.assert_close(weights[key], value.detach(), rtol=1e-6, atol=1e-9)
     for one, other in zip(report.layers, expected.layers, strict=True):
-        assert (one.part.before, one.part.after) == pytest.approx((other.part.before, other.part.after))
+        assert (one.part.before, one.part.after) == pytest.approx(
+            (other.part.before, other.part.after)
+        )
 
 
 @pytest.mark.parametrize("samples", with_nightly([3], [3, None]))
@@ -195,9 +251,13 @@ def test_masks_with_fisher_are_those_of_one_process(pair, samples):
     (first, report), (second, _) = pair.run(cases.replicated, "llama", **choices)
     model, expected = alone("llama", **choices)
     assert_equal_everywhere(first, second)
-    assert [layer.target for layer in report.layers] == pytest.approx([layer.target for layer in expected.layers])
+    assert [layer.target for layer in report.layers] == pytest.approx(
+        [layer.target for layer in expected.layers]
+    )
     zeros = [(first[name] == 0, value == 0) for name, value in model.named_parameters()]
-    assert sum(int((one != other).sum()) for one, other in zeros) <= 1e-3 * sum(one.numel() for one, _ in zeros)
+    assert sum(int((one != other).sum()) for one, other in zeros) <= 1e-3 * sum(
+        one.numel() for one, _ in zeros
+    )
 
 
 @pytest.mark.parametrize(("cost", "shares"), [("macs", ((), (0, 1))), ("seconds", None)])

@@ -29,7 +29,11 @@ def launch(monkeypatch):
     """The commands of cells run in this process, which is faster."""
 
     def in_this_process(command, output):
-        with output.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        with (
+            output.open("a") as file,
+            contextlib.redirect_stdout(file),
+            contextlib.redirect_stderr(file),
+        ):
             return cli.main(list(command))
 
     monkeypatch.setattr(sweep, "launch", in_this_process)
@@ -44,7 +48,10 @@ def family(inputs, tmp_path):
         content = {
             "options": {"nsamples": 2, "seqlen": 32, "limit": 3, **texts},
             "models": {"1B": str(inputs / "llama")},
-            "cells": {"magnitude_50": {"prune_method": "magnitude"}, "wanda_2to4": {"sparsity_type": "2:4"}},
+            "cells": {
+                "magnitude_50": {"prune_method": "magnitude"},
+                "wanda_2to4": {"sparsity_type": "2:4"},
+            },
             "source": "Nobody 2024",
             "published": {"dense": {"1B": 111.5}, "wanda_2to4": {"1B": 222.25}},
         }
@@ -65,13 +72,20 @@ def rows(out="out"):
 
 
 def times(out="out"):
-    return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in Path(out).rglob("*.*") if path.is_file()}
+    return {
+        str(path.relative_to(out)): path.stat().st_mtime_ns
+        for path in Path(out).rglob("*.*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
-def test_every_cell_is_a_command_that_prunes_as_the_cell_is_named_and_published_numbers_have_a_source(path):
+def test_every_cell_is_a_command_that_prunes_as_the_cell_is_named_and_published_numbers_have_a_source(
+    path,
+):
     text = path.read_text()
-    content, cells = yaml.safe_load(text), list(sweep.read_cells(path))
+    content = yaml.safe_load(text)
+    cells = list(sweep.read_cells(path))
     assert f"\n#   python recipes/paper/run.py recipes/paper/{path.name} " in text
     assert "\n# Published: " in text
     published = content.get("published", {})
@@ -82,28 +96,46 @@ def test_every_cell_is_a_command_that_prunes_as_the_cell_is_named_and_published_
     for cell in cells:
         assert re.fullmatch(r"(?!dense$)[\w.-]*\w", cell.name)  # it names a folder beside `dense`
         command, *arguments = cell.command(Path("out"))
-        values, pruning = cli.parse_options(command, arguments), cli.parse([command, *arguments])[1]["pruning"]
-        assert (values["model"], values["save"]) == (content["models"][cell.model], f"out/{cell.path}")
+        values = cli.parse_options(command, arguments)
+        pruning = cli.parse([command, *arguments])[1]["pruning"]
+        assert (values["model"], values["save"]) == (
+            content["models"][cell.model],
+            f"out/{cell.path}",
+        )
         method, *_, last = cell.name.split("_")
         if method in ("magnitude", "sparsegpt", "wanda"):
             assert values["method"] == method
         if path.stem != "calibration":
             kinds = {"4to8": ("4:8", 0.5), "2to4": ("2:4", 0.5)}
-            kind, ratio = kinds.get(last) or ("equal_share" if method == "variant" else "unstructured", int(last) / 100)
-            kind = f"{kind}_{cell.options['prune_granularity']}" if "prune_granularity" in cell.options else kind
+            kind, ratio = kinds.get(last) or (
+                "equal_share" if method == "variant" else "unstructured",
+                int(last) / 100,
+            )
+            kind = (
+                f"{kind}_{cell.options['prune_granularity']}"
+                if "prune_granularity" in cell.options
+                else kind
+            )
             assert (pruning.choices["pattern"], values["sparsity"]) == (kind, ratio)
 
 
 def test_a_sweep_resumes_and_shows_published_numbers_beside_what_was_measured_alike(family, capsys):
     path = family(lambda content: content["cells"].update(broken={"sparsity_type": "5:10"}))
     cells = ("magnitude_50", "wanda_2to4", "broken")
-    assert run(path, "--out", "out", "--set", "batch_size=1") == 1  # a cell that fails is named, and the others go on
-    shown, found = capsys.readouterr().out, rows()
+    # A cell that fails is named, and the others go on.
+    assert run(path, "--out", "out", "--set", "batch_size=1") == 1
+    shown = capsys.readouterr().out
+    found = rows()
     started = [line.split()[:2] for line in shown.splitlines()[:3]]
-    assert started == [[f"[{number}/3]", f"tiny/1B/{cell}:"] for number, cell in enumerate(cells, start=1)]
+    assert started == [
+        [f"[{number}/3]", f"tiny/1B/{cell}:"] for number, cell in enumerate(cells, start=1)
+    ]
     assert "tiny/1B/broken: failed with status 2: wanda-lightning: error: " in shown
     assert "multiple of 10" in Path("out/tiny/1B/broken/output.txt").read_text()
-    assert all(text in shown for text in ("111.50", "222.25", f"{found[0]['ours']:.2f}", "Published: Nobody 2024"))
+    assert all(
+        text in shown
+        for text in ("111.50", "222.25", f"{found[0]['ours']:.2f}", "Published: Nobody 2024")
+    )
     assert [(row["cell"], row["published"]) for row in found] == list(
         zip(("dense", *cells), (111.5, None, 222.25, None), strict=True)
     )
@@ -121,11 +153,20 @@ def test_a_sweep_resumes_and_shows_published_numbers_beside_what_was_measured_al
     before = times()
     Path("out/tiny/1B/wanda_2to4/cell.json").unlink()  # as if it had been interrupted at the end
     assert run(path, "--out", "out", "--set", "batch_size=1") == 1
-    rerun = {Path(path).parts[2] for path, time in times().items() if "/" in path and before.get(path) != time}
+    rerun = {
+        Path(path).parts[2]
+        for path, time in times().items()
+        if "/" in path and before.get(path) != time
+    }
     assert rerun == {"wanda_2to4", "broken"}
     before = times()
     assert run(path, "--out", "out", "--set", "limit=2") == 1
-    assert "tiny/1B/magnitude_50 has other options: batch_size was 1, is not given; limit" in capsys.readouterr().err
+    assert (
+        "tiny/1B/magnitude_50 has other options: batch_size was 1, is not given; limit"
+        in capsys.readouterr().err
+    )
     assert times() == before
-    assert run(path, "--out", "out", "--only", "magnitude_50", "--set", "limit=2", "--overwrite") == 0
+    assert (
+        run(path, "--out", "out", "--only", "magnitude_50", "--set", "limit=2", "--overwrite") == 0
+    )
     assert rows()[1]["options"]["limit"] == "2"

@@ -84,10 +84,15 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
     assert run(command, option, path, *SMALLER[path.stem].format(inputs=inputs).split()) == 0
     content = yaml.safe_load(path.read_text())
     if command == "prune":
-        sparsity, pattern, folder = content["sparsity"], content["pattern"], content["save_model"]
+        sparsity = content["sparsity"]
+        pattern = content["pattern"]
+        folder = content["save_model"]
     else:
-        choices, *others = [callback.get("init_args", {}) for callback in content["trainer"]["callbacks"]]
-        sparsity, pattern = choices["sparsity"], choices.get("pattern", "unstructured")
+        choices, *others = [
+            callback.get("init_args", {}) for callback in content["trainer"]["callbacks"]
+        ]
+        sparsity = choices["sparsity"]
+        pattern = choices.get("pattern", "unstructured")
         folder = others[-1]["folder"] if others else None
     if folder is None:
         model = runs[0].model.model
@@ -98,7 +103,10 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
     layers = [model.get_submodule(layer.name) for layer in find_layers(model).layers]
     assert len(layers) >= 14
     if pattern == "structured":
-        zeros = [runs[0].model.model.get_submodule(layer.name).weight == 0 for layer in find_layers(model).layers]
+        zeros = [
+            runs[0].model.model.get_submodule(layer.name).weight == 0
+            for layer in find_layers(model).layers
+        ]
         kept = [(int((~each).any(1).sum()), int((~each).any(0).sum())) for each in zeros]
         assert kept == [tuple(layer.weight.shape) for layer in layers]
         assert any(each.all(1).any() for each in zeros)
@@ -114,14 +122,20 @@ SPEED_2TO4 = ROOT / "recipes/llm/speed_2to4.py"
 
 
 def test_2to4_weights_have_a_shape_that_fits():
-    layers = [torch.nn.Linear(columns, rows) for rows, columns in ((16, 48), (16, 48), (16, 24), (24, 16))]
+    layers = [
+        torch.nn.Linear(columns, rows) for rows, columns in ((16, 48), (16, 48), (16, 24), (24, 16))
+    ]
     for layer in layers[1:]:
         layer.weight.data[:, ::2] = 0
-    assert runpy.run_path(str(SPEED_2TO4))["layers_2to4"](torch.nn.Sequential(*layers)) == layers[1:2]
+    assert (
+        runpy.run_path(str(SPEED_2TO4))["layers_2to4"](torch.nn.Sequential(*layers)) == layers[1:2]
+    )
 
 
 def test_pytorch_compresses_weights_of_this_shape():
-    constraints = torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS[torch.float16]
+    constraints = torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS[
+        torch.float16
+    ]
     multiple = runpy.run_path(str(SPEED_2TO4))["MULTIPLE_OF"]
     assert (constraints.sparse_min_rows, constraints.sparse_min_cols) == (multiple, multiple), (
         "PyTorch takes 2:4 weights of other shapes: change MULTIPLE_OF in recipes/llm/speed_2to4.py and docs/speed.md"
@@ -142,7 +156,8 @@ def test_2to4_weights_without_a_gpu_are_refused_before_the_model_is_read(monkeyp
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["speed_2to4", "--model", "missing"])
     with pytest.raises(
-        SystemExit, match=r"^speed_2to4\.py needs an NVIDIA GPU of .* 8\.0 .*, but PyTorch .* finds no GPU"
+        SystemExit,
+        match=r"^speed_2to4\.py needs an NVIDIA GPU of .* 8\.0 .*, but PyTorch .* finds no GPU",
     ):
         runpy.run_path(str(SPEED_2TO4), run_name="__main__")
 
@@ -150,7 +165,9 @@ def test_2to4_weights_without_a_gpu_are_refused_before_the_model_is_read(monkeyp
 @IGNORED_WARNINGS
 def test_a_small_mixture_is_trained_and_loses_experts_from_disk(monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda _: ROOT / "wanda_lightning/core")
-    monkeypatch.setattr(sys, "argv", ["small_mixture", "--output", "mixture", "--steps", "1", "--vocabulary", "300"])
+    monkeypatch.setattr(
+        sys, "argv", ["small_mixture", "--output", "mixture", "--steps", "1", "--vocabulary", "300"]
+    )
     runpy.run_path(str(ROOT / "recipes/llm/small_mixture.py"), run_name="__main__")
     texts = "--calibration mixture_text/training.txt --evaluation mixture_text/heldout.txt --seqlen 16 --nsamples 4"
     pruning = "--stream --pattern experts --sparsity 0.25 --save_model small"
@@ -160,11 +177,16 @@ def test_a_small_mixture_is_trained_and_loses_experts_from_disk(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_smaller_model_is_trained_longer_and_a_lost_step_repeated(inputs, monkeypatch):
-    arguments, models = f"{inputs}/long.txt --model {inputs}/llama --output out --tokens 1 --precision 32-true", []
+    arguments = (
+        f"{inputs}/long.txt --model {inputs}/llama --output out --tokens 1 --precision 32-true"
+    )
+    models = []
     monkeypatch.setattr(sys, "argv", ["recipe", *arguments.split()])
     for _ in range(2):
         runpy.run_path(str(ROOT / "recipes/llm/smaller_longer.py"), run_name="__main__")
-        models.append(AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True).state_dict())
+        models.append(
+            AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True).state_dict()
+        )
         Path("out/model").rename(f"out/{len(models)}")
     assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
     pruned = AutoModelForCausalLM.from_pretrained("out/pruned", trust_remote_code=True).state_dict()

@@ -10,12 +10,17 @@ from selenium.webdriver.support.ui import WebDriverWait
 from support.reports import llama_report
 
 # Chrome first: where both are installed, as on the runners of GitHub, chromedriver is that of Chrome.
-BROWSER = next(filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("google-chrome", "chromium", "chromium-browser"))), None
+)
 DRIVER = shutil.which("chromedriver")
 FOUND = BROWSER and DRIVER
 
 
-@pytest.mark.skipif(not (FOUND or os.environ.get("CI")), reason="no browser: `bash .ci/browser` installs one on Debian")
+@pytest.mark.skipif(
+    not (FOUND or os.environ.get("CI")),
+    reason="no browser: `bash .ci/browser` installs one on Debian",
+)
 def test_a_page_in_a_browser(tmp_path):
     assert FOUND, "CI must have a browser and its driver: see .ci/browser"
     report = llama_report(30)
@@ -27,14 +32,23 @@ def test_a_page_in_a_browser(tmp_path):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     try:
-        colors = [look_at(driver, tmp_path / "page.html", width, theme) for theme in THEMES for width in (1400, 400)]
-        assert len({color for each in colors for color in each}) == 2 * len(THEMES)  # of the page, and of figures
+        colors = [
+            look_at(driver, tmp_path / "page.html", width, theme)
+            for theme in THEMES
+            for width in (1400, 400)
+        ]
+        # Of the page, and of figures.
+        assert len({color for each in colors for color in each}) == 2 * len(THEMES)
         names = [layer.name for layer in report.layers]
         driver.find_element(By.CSS_SELECTOR, '[aria-label="Pruned layers"] th button').click()
         assert column(driver) == sorted(names, key=lambda name: (int(name.split(".")[2]), name))
-        search = driver.find_element(By.CSS_SELECTOR, '[aria-label="Search the table: Pruned layers"]')
+        search = driver.find_element(
+            By.CSS_SELECTOR, '[aria-label="Search the table: Pruned layers"]'
+        )
         search.send_keys("Q_PROJ layers.1")
-        assert sorted(column(driver)) == sorted(name for name in names if "q_proj" in name and "layers.1" in name)
+        assert sorted(column(driver)) == sorted(
+            name for name in names if "q_proj" in name and "layers.1" in name
+        )
     finally:
         driver.quit()
 
@@ -50,8 +64,12 @@ def look_at(driver, page, width, theme):
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
     driver.get(page.as_uri())
     # `get` may return before the page is there if the machine is busy.
-    WebDriverWait(driver, 30).until(lambda driver: driver.find_elements(By.CSS_SELECTOR, "table tbody tr"))
-    assert [entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    WebDriverWait(driver, 30).until(
+        lambda driver: driver.find_elements(By.CSS_SELECTOR, "table tbody tr")
+    )
+    assert [
+        entry for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ] == []
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     label = """
         const label = [...document.querySelectorAll("figure text")].find((e) => e.textContent === "q_proj");

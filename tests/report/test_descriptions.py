@@ -6,7 +6,13 @@ from torch import nn
 
 from wanda_lightning import Fisher, PruningConfig, prune
 from wanda_lightning.report import Measured
-from wanda_lightning.report.descriptions import PERPLEXITY, TOP1, change_of, limits_of, method_in_words
+from wanda_lightning.report.descriptions import (
+    PERPLEXITY,
+    TOP1,
+    change_of,
+    limits_of,
+    method_in_words,
+)
 
 
 def test_results_and_their_changes():
@@ -16,7 +22,10 @@ def test_results_and_their_changes():
     assert (TOP1.change(0.9, 0.875), PERPLEXITY.change(16.0, 20.0)) == ("-2.50 points", "+25.0%")
     assert PERPLEXITY.change(None, 20.0) == PERPLEXITY.change(16.0, float("inf")) == ""
     result = Measured("digits, 360 images", 0.9, 0.875)
-    assert change_of(TOP1, result) == "Top-1 accuracy on digits (360 images) fell from 90.00% to 87.50%."
+    assert (
+        change_of(TOP1, result)
+        == "Top-1 accuracy on digits (360 images) fell from 90.00% to 87.50%."
+    )
 
 
 @pytest.mark.parametrize(
@@ -26,7 +35,10 @@ def test_results_and_their_changes():
         ({"method": "sparsegpt", "pattern": "2:4"}, "SparseGPT (2:4)"),
         ({"allocation": "owl", "pattern": "equal_share"}, "Wanda (equal share of the scores, OWL)"),
         ({"method": "best"}, "best (ADMM, unstructured, Fisher)"),
-        ({"method": "best", "allocation": "uniform", "recovery": "distil"}, "ADMM (unstructured, Distil)"),
+        (
+            {"method": "best", "allocation": "uniform", "recovery": "distil"},
+            "ADMM (unstructured, Distil)",
+        ),
     ],
 )
 def test_methods_in_words(choices, words):
@@ -37,7 +49,10 @@ def test_methods_in_words(choices, words):
 @pytest.mark.parametrize(
     ("max_deviation", "expected"),
     [
-        (0.5, "Fisher gives no layer more than 68.75% or less than 31.25%: 1 layer reached the upper limit"),  # 3/8
+        (
+            0.5,
+            "Fisher gives no layer more than 68.75% or less than 31.25%: 1 layer reached the upper limit",
+        ),  # 3/8
         (0.03, ""),  # less than one weight of a row
         (0.0, ""),
     ],
@@ -46,6 +61,12 @@ def test_the_limits_of_an_allocation_are_named_if_layers_reached_them(max_deviat
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     with torch.no_grad():
-        model[0].weight *= 1e-4  # so the first layer gets as much sparsity as it may, and the second as little
-    report = prune(model, [torch.randn(64, 32)], allocation=Fisher(max_deviation), pattern="unstructured_layer")
+        model[
+            0
+        ].weight *= (
+            1e-4  # so the first layer gets as much sparsity as it may, and the second as little
+        )
+    report = prune(
+        model, [torch.randn(64, 32)], allocation=Fisher(max_deviation), pattern="unstructured_layer"
+    )
     assert limits_of(report).partition(",")[0] == expected

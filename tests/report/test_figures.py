@@ -7,7 +7,13 @@ from support.pairwise import with_nightly
 from support.zoo import ZOO
 
 from wanda_lightning import prune
-from wanda_lightning.report.figures import layer_grid, plots_of, shortest_ends, to_svg, weights_by_kind
+from wanda_lightning.report.figures import (
+    layer_grid,
+    plots_of,
+    shortest_ends,
+    to_svg,
+    weights_by_kind,
+)
 
 
 @cache
@@ -19,7 +25,8 @@ def pruned(name, **choices):
 def test_values_by_kind_and_block():
     _, report = pruned("llama", method="sparsegpt", allocation="owl")
     by_name = {layer.name: layer for layer in report.layers}
-    sparsity, errors = layer_grid(report, "sparsity"), layer_grid(report, "error")
+    sparsity = layer_grid(report, "sparsity")
+    errors = layer_grid(report, "error")
     assert sparsity.blocks == errors.blocks == ["model.layers.0", "model.layers.1"]
     assert len(sparsity.kinds) * len(sparsity.blocks) == len(by_name)
     for kind, zeros, error in zip(sparsity.kinds, sparsity.values, errors.values, strict=True):
@@ -27,12 +34,22 @@ def test_values_by_kind_and_block():
         assert zeros == pytest.approx([layer.sparsity for layer in layers])
         assert error == pytest.approx([layer.error for layer in layers])
     (plot, *_) = plots_of(report)
-    assert all(f">{100 * layer.sparsity:.0f}</text>" in to_svg(plot, 970) for layer in report.layers)
+    assert all(
+        f">{100 * layer.sparsity:.0f}</text>" in to_svg(plot, 970) for layer in report.layers
+    )
     encoder, decoder = layer_grid(pruned("t5")[1], "sparsity").stacks.items()
     assert (encoder, decoder[0]) == (("encoder.block", 0), "decoder.block")
     names = ["self_attn.q_proj", "encoder.mlp.up", "decoder.mlp.up", "up"]
     assert shortest_ends(names) == ["q_proj", *names[1:]]
-    assert sparsity.labels == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert sparsity.labels == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
 
 
 def test_experts_of_a_block_are_one_kind():
@@ -54,4 +71,7 @@ def test_every_parameter_is_counted_once(name):
     assert len(set(names)) == len(found)
     grid = layer_grid(report, "sparsity")
     assert len(set(grid.labels)) == len(grid.kinds)
-    assert all(kind.replace(".*", "").endswith(label) for kind, label in zip(grid.kinds, grid.labels, strict=True))
+    assert all(
+        kind.replace(".*", "").endswith(label)
+        for kind, label in zip(grid.kinds, grid.labels, strict=True)
+    )

@@ -27,9 +27,18 @@ def undrawn(monkeypatch):
 def test_the_page_shows_everything_that_the_report_has(tmp_path, undrawn):
     report = llama_report(4)
     page = page_of(report, tmp_path)
-    assert "Pruned with SparseGPT (unstructured, Fisher, Distil) in 1 min 36 s: 43.07% of the weights" in page.text
-    assert "Perplexity on sklearn-docs (24 windows of 512 tokens) rose from 16.06 to 18.93." in page.text
-    assert "Perplexity on python-docs (32 windows of 512 tokens) rose from 12.95 to 14.72." in page.text
+    assert (
+        "Pruned with SparseGPT (unstructured, Fisher, Distil) in 1 min 36 s: 43.07% of the weights"
+        in page.text
+    )
+    assert (
+        "Perplexity on sklearn-docs (24 windows of 512 tokens) rose from 16.06 to 18.93."
+        in page.text
+    )
+    assert (
+        "Perplexity on python-docs (32 windows of 512 tokens) rose from 12.95 to 14.72."
+        in page.text
+    )
     assert "MiB of weights 513.1 dense 513.1 Tokens per second 2,310.0 dense 2,290.4" in page.text
     for layer in report.layers:
         assert f" {layer.name} " in page.text
@@ -38,11 +47,22 @@ def test_the_page_shows_everything_that_the_report_has(tmp_path, undrawn):
     for matrix in report.skipped:
         assert matrix.name in page.text
         assert matrix.detail in page.text
-    for text in (*report.notes, report.run.command, report.run.calibration, "boolq", "56.25%", "down_proj 0.001235"):
+    for text in (
+        *report.notes,
+        report.run.command,
+        report.run.calibration,
+        "boolq",
+        "56.25%",
+        "down_proj 0.001235",
+    ):
         assert text in page.text
     for sample in report.run.samples:
-        assert all(" ".join(text.split()) in page.text for text in (sample.prompt, sample.before, sample.after))
-    assert "<p>is &lt;b&gt;open&lt;/b&gt;.</p>" in page.source  # without the space that joins it to the prompt
+        assert all(
+            " ".join(text.split()) in page.text
+            for text in (sample.prompt, sample.before, sample.after)
+        )
+    # Without the space that joins it to the prompt.
+    assert "<p>is &lt;b&gt;open&lt;/b&gt;.</p>" in page.source
     assert "<p>    return</p>" in page.source  # with its indentation, without the line break
     assert all(f"{name} {version}" in page.text for name, version in report.versions.items())
     assert "Training after pruning" in page.text
@@ -60,7 +80,9 @@ def test_the_page_says_nothing_about_what_was_not_measured(tmp_path, undrawn):
 def test_the_page_names_the_limits_at_which_an_allocation_stops(tmp_path, undrawn):
     report = llama_report(3)
     limits = {"q_proj": 0.65, "v_proj": 0.35}
-    layers = tuple(replace(layer, target=limits.get(layer.name.split(".")[-1], 0.5)) for layer in report.layers)
+    layers = tuple(
+        replace(layer, target=limits.get(layer.name.split(".")[-1], 0.5)) for layer in report.layers
+    )
     layers = (replace(layers[0], target=0.64), *layers[1:])  # of the first q_proj
     page = page_of(replace(report, layers=layers), tmp_path)
     assert (

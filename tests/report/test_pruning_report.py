@@ -26,7 +26,9 @@ def test_experts_of_a_module_share_one_metric():
 
 
 def test_a_report_survives_json_also_that_of_an_older_version():
-    report = prune(ZOO["llama"].build(), ZOO["llama"].batches(), skip=["model.layers.0"], progress=False)
+    report = prune(
+        ZOO["llama"].build(), ZOO["llama"].batches(), skip=["model.layers.0"], progress=False
+    )
     for each in (report, llama_report(1)):
         assert PruningReport.from_json(each.to_json()) == each
     assert all(kind.__dataclass_params__.frozen for kind in (PruningReport, PrunedLayer, Permuted))
@@ -43,12 +45,21 @@ def test_a_report_survives_json_also_that_of_an_older_version():
 def small(**fields):
     layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, part=TrainedPart("mlp", 0.5, 0.25))
     skipped = SkippedMatrix("b", (3,), SkipReason.ADAPTER, "an adapter")
-    return PruningReport(**{"layers": [layer], "skipped": [skipped], "parameters": 11, "zeros": 4} | fields, config={})
+    return PruningReport(
+        **{"layers": [layer], "skipped": [skipped], "parameters": 11, "zeros": 4} | fields,
+        config={},
+    )
 
 
 def test_numbers_that_are_not_finite_become_null():
-    layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=TrainedPart("mlp", math.nan, 0.25))
-    report = small(layers=(layer,), seconds={"prune": math.inf}, run=Circumstances(before=12.5, after=-math.inf))
+    layer = PrunedLayer(
+        "a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=TrainedPart("mlp", math.nan, 0.25)
+    )
+    report = small(
+        layers=(layer,),
+        seconds={"prune": math.inf},
+        run=Circumstances(before=12.5, after=-math.inf),
+    )
     text = report.to_json()
     json.loads(text, parse_constant=pytest.fail)
     again = PruningReport.from_json(text)
@@ -61,7 +72,11 @@ def test_numbers_that_are_not_finite_become_null():
 
 def test_what_is_not_a_report_is_refused_by_the_name_of_the_file(tmp_path):
     report = json.loads(small(seconds={"prune": 1.5}).to_json())
-    for change, message in (({"version": 2}, "at most 1"), ({"layers": [7]}, ""), ({"zeros": ...}, "'zeros'")):
+    for change, message in (
+        ({"version": 2}, "at most 1"),
+        ({"layers": [7]}, ""),
+        ({"zeros": ...}, "'zeros'"),
+    ):
         changed = {name: value for name, value in (report | change).items() if value is not ...}
         (tmp_path / "pruning_report.json").write_text(json.dumps(changed))
         with pytest.raises(ValueError, match=rf"pruning_report\.json is not a report: .*{message}"):

@@ -28,11 +28,23 @@ def reshaped(model_class, config, new):
         # Attributes that are equal by chance stay: 4 heads as 4 experts, and 2 layers.
         (hf.MixtralForCausalLM, ZOO["mixtral"].build().config, None, {"num_local_experts": 6}),
         (hf.MixtralForCausalLM, ZOO["mixtral"].build().config, None, {"num_local_experts": 2}),
-        (hf.MixtralForCausalLM, ZOO["mixtral"].build().config, None, {"intermediate_size": 62, "vocab_size": 126}),
-        (hf.Qwen3VLMoeForConditionalGeneration, tiny(hf.Qwen3VLMoeConfig), "text_config", {"num_experts": 3}),
+        (
+            hf.MixtralForCausalLM,
+            ZOO["mixtral"].build().config,
+            None,
+            {"intermediate_size": 62, "vocab_size": 126},
+        ),
+        (
+            hf.Qwen3VLMoeForConditionalGeneration,
+            tiny(hf.Qwen3VLMoeConfig),
+            "text_config",
+            {"num_experts": 3},
+        ),
     ],
 )
-def test_the_attributes_with_the_shapes_change_and_can_be_changed_back(model_class, old, inside, changes):
+def test_the_attributes_with_the_shapes_change_and_can_be_changed_back(
+    model_class, old, inside, changes
+):
     new = copy.deepcopy(old)
     for key, value in changes.items():
         setattr(getattr(new, inside) if inside else new, key, value)

@@ -18,7 +18,10 @@ import wanda_lightning as wl
 from wanda_lightning.calibration.block_runs import BlockRuns
 
 IMAGES = {
-    "vit": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4}),
+    "vit": (
+        "vit_tiny_patch16_224",
+        {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4},
+    ),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}),
     "resnet18": ("resnet18", {}),
     "efficientnet": ("efficientnet_lite0", {}),
@@ -46,11 +49,16 @@ def shrunk(model, batch):
 @pytest.mark.parametrize("name", IMAGES)
 def test_an_image_model_computes_the_same_with_fewer_parameters(name):
     model, images = pruned_image_model(name)
-    matrices = {module: module.weight for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    matrices = {
+        module: module.weight
+        for module in model.modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
     nonzero = sum(int(weight.count_nonzero()) for weight in matrices.values())
     report = shrunk(model, images)
     assert (bool(report.layers), report.unproven) == (True, 0)
-    assert sum(module.weight.numel() for module in matrices) <= nonzero  # since only whole units were zero
+    # Since only whole units were zero.
+    assert sum(module.weight.numel() for module in matrices) <= nonzero
     assert report.parameters[1] == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -62,7 +70,11 @@ def test_units_are_still_out_after_training_with_zeros_kept():
         F.cross_entropy(model(images), torch.arange(4)).backward()
         optimizer.step()
     report = shrunk(model.eval(), images)
-    assert 0 < report.units == sum(before // 2 // 8 * 8 if before > 8 else 0 for before, _ in report.layers.values())
+    assert (
+        0
+        < report.units
+        == sum(before // 2 // 8 * 8 if before > 8 else 0 for before, _ in report.layers.values())
+    )
 
 
 def small(between=None):
@@ -76,7 +88,9 @@ def normed(name):
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.gate = nn.Linear(8, 16)
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
 
     def forward(self, x):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
@@ -116,7 +130,9 @@ def shared():
 
 def without_blocks():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
+    )
     with torch.no_grad():
         model[0].weight[:4] = model[2].weight[:, :4] = 0
         model[2].weight[9:] = model[4].weight[:, 9:] = 0
@@ -150,14 +166,21 @@ NOTHING = "Nothing can be removed: no hidden unit is zero on both sides."
     ("make", "layers", "text"),
     [
         # Whatever their biases are.
-        (with_zeros, {"0.down": (16, 10)}, "Took out 6 of 16 hidden units in 1 layer; 485 of 587 parameters are left."),
+        (
+            with_zeros,
+            {"0.down": (16, 10)},
+            "Took out 6 of 16 hidden units in 1 layer; 485 of 587 parameters are left.",
+        ),
         (revived, {"0.down": (16, 12)}, "Took out 4 of"),
         (partial(with_zeros, units=slice(None)), {"0.down": (16, 1)}, "Took out 15 of"),
         (shared, {"0.down": (16, 10)}, "Took out 6 of"),
         (without_blocks, {"2": (16, 12), "4": (16, 9)}, "Took out 11 of"),
         *((make, {}, NOTHING) for make in (tied, on_one_side, quantized)),
         # The model returns the same to rounding: what the norm changes has a tiny scale here.
-        *((partial(with_zeros, partial(normed, name)), {}, "6 units stay, zero on both sides") for name in MIXING),
+        *(
+            (partial(with_zeros, partial(normed, name)), {}, "6 units stay, zero on both sides")
+            for name in MIXING
+        ),
     ],
 )
 def test_whole_units_are_taken_out_once_and_other_zeros_stay(make, layers, text):
@@ -195,7 +218,8 @@ def test_a_model_for_images_with_other_channels_needs_no_batch(channels):
 
 def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
     model, images = pruned_image_model("convnext")
-    before, calls = copy.deepcopy(model.state_dict()), []
+    before = copy.deepcopy(model.state_dict())
+    calls = []
 
     def interrupted(runs, change, read):
         change()

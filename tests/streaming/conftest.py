@@ -32,7 +32,9 @@ def streamed(source_for, tmp_path_factory):
     @cache
     def prune_once(name):
         folder = tmp_path_factory.mktemp("streamed") / "out"
-        return prune_from_disk(source_for(name), folder, batches(), 0.5, progress=False, **CHOICES[name]), folder
+        return prune_from_disk(
+            source_for(name), folder, batches(), 0.5, progress=False, **CHOICES[name]
+        ), folder
 
     return prune_once
 

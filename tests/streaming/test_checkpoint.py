@@ -23,13 +23,25 @@ NO_GRADIENTS = {"allocation": "uniform", "pattern": "unstructured_layer"}
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"sequential": "none", "method": "sparsegpt"}, "sequential='none' with solver='sparsegpt' needs the Gram"),
-        ({"method": "thorough", **NO_GRADIENTS}, "recovery='distil' needs the whole model in memory"),
-        ({"method": "best"}, r"method='best' reads gradients.* Use allocation='uniform' and pattern="),
+        (
+            {"sequential": "none", "method": "sparsegpt"},
+            "sequential='none' with solver='sparsegpt' needs the Gram",
+        ),
+        (
+            {"method": "thorough", **NO_GRADIENTS},
+            "recovery='distil' needs the whole model in memory",
+        ),
+        (
+            {"method": "best"},
+            r"method='best' reads gradients.* Use allocation='uniform' and pattern=",
+        ),
         ({"pattern": "structured", "skip": ["*.mlp.*"]}, "finds no hidden units in the model"),
         ({"pattern": "experts", "sparsity": 0.97}, "drops all of the 8 experts with sparsity=0.97"),
         ({"pattern": Structured(64)}, "multiple_of=64 of .* leaves no unit to remove"),
-        *(({"device": x}, f"device must be one .* but '{x}' is not: ") for x in ("cuda:99", "meta", "nonsense")),
+        *(
+            ({"device": x}, f"device must be one .* but '{x}' is not: ")
+            for x in ("cuda:99", "meta", "nonsense")
+        ),
     ],
 )
 def test_choices_that_cannot_be_used_from_disk(source_for, tmp_path, choices, message):
@@ -66,7 +78,11 @@ def test_a_changed_source_is_refused(copied, tmp_path, monkeypatch):
 
 
 def test_incomplete_sources_are_refused(copied, tmp_path):
-    file = next(path for path in copied.glob("*.safetensors") if "model.layers.3.mlp.up_proj.weight" in load_file(path))
+    file = next(
+        path
+        for path in copied.glob("*.safetensors")
+        if "model.layers.3.mlp.up_proj.weight" in load_file(path)
+    )
     tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
@@ -74,7 +90,9 @@ def test_incomplete_sources_are_refused(copied, tmp_path):
         prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
     del tensors["model.layers.3.mlp.up_proj.weight"]
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"no weights for 1 parameters .*model\.layers\.3\.mlp\.up_proj\.weight"):
+    with pytest.raises(
+        ValueError, match=r"no weights for 1 parameters .*model\.layers\.3\.mlp\.up_proj\.weight"
+    ):
         prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
     file.unlink()
     with pytest.raises((OSError, ValueError)):
@@ -99,14 +117,19 @@ def test_a_loaded_model_says_what_transformers_ignores(tmp_path):
     causal("qwen3_next").build().save_pretrained(tmp_path)
     add_predictions(tmp_path)
     with pytest.warns(
-        UserWarning, match=r"no place for 2 stored tensors, mtp\.fc\.weight first, which `save_pretrained` leaves out"
+        UserWarning,
+        match=r"no place for 2 stored tensors, mtp\.fc\.weight first, which `save_pretrained` leaves out",
     ):
         load_causal_lm(ModelSource(tmp_path), "auto")
 
 
-def test_layers_that_transformers_ignores_in_another_size_of_a_family_are_no_reason_to_warn(tmp_path):
+def test_layers_that_transformers_ignores_in_another_size_of_a_family_are_no_reason_to_warn(
+    tmp_path,
+):
     model = causal("glm4_moe").build()
-    model.config.num_hidden_layers = 47  # `layers.46` predicts more tokens in GLM-4.5-Air, which has 46 layers
+    model.config.num_hidden_layers = (
+        47  # `layers.46` predicts more tokens in GLM-4.5-Air, which has 46 layers
+    )
     type(model)(model.config).save_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -117,8 +140,13 @@ def test_weights_in_other_formats_are_refused(copied, tmp_path):
     torch.save(LlamaForCausalLM.from_pretrained(copied).state_dict(), copied / "pytorch_model.bin")
     for file in copied.glob("*.safetensors*"):
         file.unlink()
-    for expected in (r"generation_config\.json, pytorch_model\.bin\. Convert", r"generation_config\.json\. Convert"):
-        with pytest.raises(OSError, match=rf"weights in safetensors, .* has config\.json, {expected}"):
+    for expected in (
+        r"generation_config\.json, pytorch_model\.bin\. Convert",
+        r"generation_config\.json\. Convert",
+    ):
+        with pytest.raises(
+            OSError, match=rf"weights in safetensors, .* has config\.json, {expected}"
+        ):
             prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
         (copied / "pytorch_model.bin").unlink(missing_ok=True)
     for name in ("timm:test_vit", "model.gguf"):
@@ -130,9 +158,17 @@ def test_weights_in_other_formats_are_refused(copied, tmp_path):
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
-        ("model.layers.2.input_layernorm.weight", lambda tensor: tensor * torch.nan, "holds NaN or infinity"),
+        (
+            "model.layers.2.input_layernorm.weight",
+            lambda tensor: tensor * torch.nan,
+            "holds NaN or infinity",
+        ),
         ("model.norm.weight", lambda tensor: tensor * torch.inf, "holds NaN or infinity"),
-        ("model.layers.1.mlp.up_proj.weight", lambda tensor: tensor.to(torch.int8), "stores .* as I8"),
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            lambda tensor: tensor.to(torch.int8),
+            "stores .* as I8",
+        ),
     ],
 )
 def test_weights_that_cannot_be_used_are_refused(copied, tmp_path, key, change, message):

@@ -34,7 +34,8 @@ def prune_until_killed(source, folder, after, name):
     def save_or_kill(self, part, *args):
         kill() if len(self.written) == after else save(self, part, *args)
 
-    OutputFolder.save, OutputFolder.forget = save_or_kill, kill
+    OutputFolder.save = save_or_kill
+    OutputFolder.forget = kill
     prune_from_disk(source, folder, batches(), 0.5, progress=False, **CHOICES[name])
 
 
@@ -42,7 +43,10 @@ def prune_until_killed(source, folder, after, name):
 def test_a_killed_run_continues_where_it_was(source_for, streamed, tmp_path, name):
     (expected, whole), out = streamed(name), tmp_path / "out"
     for after in (1, 2, 4, 5):
-        assert forks.run(prune_until_killed, source_for(name), out, after, name).returncode == -signal.SIGKILL
+        assert (
+            forks.run(prune_until_killed, source_for(name), out, after, name).returncode
+            == -signal.SIGKILL
+        )
         assert (out / "config.json").exists() == (after == 5)
         assert len(json.loads((out / PROGRESS_NAME).read_text())["written"]) == after
     report = prune_from_disk(source_for(name), out, batches(), 0.5, progress=False, **CHOICES[name])
@@ -53,12 +57,21 @@ def test_a_killed_run_continues_where_it_was(source_for, streamed, tmp_path, nam
 @pytest.mark.parametrize(
     ("name", "passes", "repeated"),
     with_nightly(
-        [("magnitude", 1, 0), ("permutation for wanda", 2, 1), ("structured", 2, 1), ("experts_block", 1, 0)],
+        [
+            ("magnitude", 1, 0),
+            ("permutation for wanda", 2, 1),
+            ("structured", 2, 1),
+            ("experts_block", 1, 0),
+        ],
         [("none", 3, 1), ("per_layer", 2, 0), ("owl without statistics", 3, 0)],
     ),
 )
-def test_a_continued_run_does_not_allocate_again(source_for, streamed, tmp_path, monkeypatch, name, passes, repeated):
-    source, loads, load = source_for(name), [], Checkpoint.load
+def test_a_continued_run_does_not_allocate_again(
+    source_for, streamed, tmp_path, monkeypatch, name, passes, repeated
+):
+    source = source_for(name)
+    loads = []
+    load = Checkpoint.load
 
     def counting(self, part, stored=None):
         loads.append((part, stored is None))
@@ -70,15 +83,21 @@ def test_a_continued_run_does_not_allocate_again(source_for, streamed, tmp_path,
     blocks = [f"model.layers.{index}" for index in range(4)]
     assert [loads.count((block, True)) for block in blocks[:3]] == [passes] * 3
     loads.clear()
-    report = prune_from_disk(source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name])
-    assert loads[1:] == [(block, True) for block in blocks] * repeated + [(b, i > 1) for i, b in enumerate(blocks)]
+    report = prune_from_disk(
+        source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name]
+    )
+    assert loads[1:] == [(block, True) for block in blocks] * repeated + [
+        (b, i > 1) for i, b in enumerate(blocks)
+    ]
     assert (report.layers, report.config) == (expected.layers, expected.config)
     assert len({layer.target for layer in report.layers}) > 1 or "allocation" not in CHOICES[name]
     assert contents(tmp_path / "out") == contents(whole)
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_run_that_was_interrupted_while_it_copied_tensors_continues(copied, tmp_path, monkeypatch, number):
+def test_a_run_that_was_interrupted_while_it_copied_tensors_continues(
+    copied, tmp_path, monkeypatch, number
+):
     predictions = add_predictions(copied)
     expected = prune_from_disk(copied, tmp_path / "whole", batches(), **WANDA)
     part = f"copied from {sorted(copied.glob('*.safetensors'))[-number].name}"
@@ -90,8 +109,11 @@ def test_a_run_that_was_interrupted_while_it_copied_tensors_continues(copied, tm
     assert report.notes == expected.notes
 
 
-def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, streamed, tmp_path, monkeypatch):
-    config, arguments = PruningConfig.from_names(method="wanda"), (tmp_path, batches())
+def test_a_run_that_ended_before_its_report_was_used_gives_it_again(
+    source, streamed, tmp_path, monkeypatch
+):
+    config = PruningConfig.from_names(method="wanda")
+    arguments = (tmp_path, batches())
     run = pruned_from_disk(config, ModelSource(source), *arguments, progress=False)
     with pytest.raises(KeyboardInterrupt), run as first:
         raise KeyboardInterrupt
@@ -109,7 +131,8 @@ def test_a_run_that_ended_before_its_report_was_used_gives_it_again(source, stre
 
 
 def test_a_block_that_cannot_be_written_is_an_error(source, tmp_path, monkeypatch):
-    save, calls = OutputFolder.save, []
+    save = OutputFolder.save
+    calls = []
 
     def failing(self, part, *args):
         calls.append(part)
@@ -135,8 +158,16 @@ def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
         ({"dtype": "float32"}, "dtype, config.json"),
         ({"source": copied}, ".*weights in model-0000.*"),  # written later
     ):
-        arguments = {"source": source, "output": tmp_path / "out", "batches": batches(), **WANDA, **changed}
-        with pytest.raises(ValueError, match=f"begun with other choices, data or weights: {message}. Use the same"):
+        arguments = {
+            "source": source,
+            "output": tmp_path / "out",
+            "batches": batches(),
+            **WANDA,
+            **changed,
+        }
+        with pytest.raises(
+            ValueError, match=f"begun with other choices, data or weights: {message}. Use the same"
+        ):
             prune_from_disk(**arguments)
         assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "out" / ".wanda-left").mkdir()  # of a run that was killed while it finished
@@ -151,7 +182,10 @@ def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
     ("damage", "message"),
     [
         (lambda text: text[:90], "Unterminated|Expecting"),
-        (lambda text: text.replace(": 0.5", ": 5"), "must be a number of at least 0 and below 1, but it is 5"),
+        (
+            lambda text: text.replace(": 0.5", ": 5"),
+            "must be a number of at least 0 and below 1, but it is 5",
+        ),
     ],
 )
 def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, damage, message):
@@ -159,7 +193,9 @@ def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, dam
     file = tmp_path / "out" / PROGRESS_NAME
     file.write_text(damage(file.read_text()))
     before = contents(tmp_path / "out")
-    with pytest.raises(ValueError, match=rf"json is not the record of an interrupted run.*({message}).* begin anew"):
+    with pytest.raises(
+        ValueError, match=rf"json is not the record of an interrupted run.*({message}).* begin anew"
+    ):
         prune_from_disk(source, tmp_path / "out", batches(), method="magnitude", progress=False)
     assert contents(tmp_path / "out") == before
 
@@ -175,7 +211,9 @@ def test_parts_that_are_missing_are_written_again(source_for, streamed, tmp_path
 
 
 def test_two_runs_do_not_mix_their_parts(tmp_path):
-    first, second = (OutputFolder(tmp_path, {"sparsity": sparsity}, ["a", "b"]) for sparsity in (0.5, 0.75))
+    first, second = (
+        OutputFolder(tmp_path, {"sparsity": sparsity}, ["a", "b"]) for sparsity in (0.5, 0.75)
+    )
     first.save("a", {"x": torch.zeros(1)}, PartRecord())
     with pytest.raises(ValueError, match="must be written by one run, but another one has"):
         second.save("b", {"y": torch.zeros(1)}, PartRecord())
@@ -188,6 +226,8 @@ def test_batches_that_could_not_run_refuse_no_others(source, streamed, tmp_path)
     """Also if the sparsities were known, and stored, before the first batch ran."""
     choices = {"progress": False, **CHOICES["per_layer"]}
     with pytest.raises(Exception, match="input_ids must be from 0 to 63"):
-        prune_from_disk(source, tmp_path / "out", [{"input_ids": torch.full((1, 8), 99)}], **choices)
+        prune_from_disk(
+            source, tmp_path / "out", [{"input_ids": torch.full((1, 8), 99)}], **choices
+        )
     prune_from_disk(source, tmp_path / "out", batches(), **choices)
     assert contents(tmp_path / "out") == contents(streamed("per_layer")[1])

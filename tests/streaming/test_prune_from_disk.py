@@ -11,7 +11,12 @@ from safetensors.torch import load_file
 from support.disk import CHOICES, add_predictions, batches, count_blocks, in_memory, same, weights
 from support.pairwise import with_nightly
 from support.zoo import causal, names, other
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from wanda_lightning import OWL, perplexity_from_disk, prune, prune_from_disk
 from wanda_lightning.common import progress
@@ -27,7 +32,11 @@ def test_the_files_and_the_report_are_those_of_prune(source_for, streamed, tmp_p
     expected = in_memory(source_for(name), tmp_path / "memory", batches(), **CHOICES[name])
     report, folder = streamed(name)
     assert same(weights(folder), weights(tmp_path / "memory"))
-    assert (report.layers, report.skipped, report.zeros) == (expected.layers, expected.skipped, expected.zeros)
+    assert (report.layers, report.skipped, report.zeros) == (
+        expected.layers,
+        expected.skipped,
+        expected.zeros,
+    )
     assert (report.notes, report.config) == (expected.notes, expected.config)
     reloaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert same(reloaded, AutoModelForCausalLM.from_pretrained(tmp_path / "memory").state_dict())
@@ -35,7 +44,16 @@ def test_the_files_and_the_report_are_those_of_prune(source_for, streamed, tmp_p
         assert (folder / file).read_text() == (tmp_path / "memory" / file).read_text()
 
 
-FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma3_text", "falcon_mamba", "llama4_text", "cpmant")
+FAMILIES = (
+    "mixtral",
+    "qwen3_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "gemma3_text",
+    "falcon_mamba",
+    "llama4_text",
+    "cpmant",
+)
 FAMILY_CHOICES = {
     "block": {},
     "layer": {"sequential": "layer"},
@@ -43,7 +61,14 @@ FAMILY_CHOICES = {
     "owl": {"allocation": OWL(m=2.0)},
     "permuted": {"pattern": "2:4", "permutation": "assignment"},
 }
-REFUSED = {"emu3", "mllama", "musicgen", "musicgen_melody", "rwkv"}  # the last changes weights of all blocks first
+# The last changes weights of all blocks first.
+REFUSED = {
+    "emu3",
+    "mllama",
+    "musicgen",
+    "musicgen_melody",
+    "rwkv",
+}
 EVERY_FAMILY = [
     *itertools.product(FAMILIES, FAMILY_CHOICES),
     *itertools.product([name for name in names("causal") if name not in REFUSED], ["layer"]),
@@ -51,13 +76,15 @@ EVERY_FAMILY = [
 
 
 @pytest.mark.parametrize(
-    ("name", "choices"), with_nightly(zip(FAMILIES, itertools.cycle(FAMILY_CHOICES), strict=False), EVERY_FAMILY)
+    ("name", "choices"),
+    with_nightly(zip(FAMILIES, itertools.cycle(FAMILY_CHOICES), strict=False), EVERY_FAMILY),
 )
 def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
     family = causal(name)
     model = family.build()
     model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
-    samples, choices = family.batches(), {"method": "wanda", **FAMILY_CHOICES[choices]}
+    samples = family.batches()
+    choices = {"method": "wanda", **FAMILY_CHOICES[choices]}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, **choices)
     prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
@@ -65,18 +92,22 @@ def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
 
 @pytest.mark.parametrize("name", with_nightly(["emu3"], sorted(REFUSED - {"rwkv"})))
 def test_families_that_are_refused(tmp_path, name):
-    family, message = causal(name), "Unrecognized configuration class|does not recognize this architecture"
+    family = causal(name)
+    message = "Unrecognized configuration class|does not recognize this architecture"
     family.build().save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=message):  # of every auto class
         AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
-        prune_from_disk(tmp_path / "source", tmp_path / "disk", family.batches(), 0.5, progress=False)
+        prune_from_disk(
+            tmp_path / "source", tmp_path / "disk", family.batches(), 0.5, progress=False
+        )
 
 
 def test_an_encoder_decoder(tmp_path):
     family = other("T5ForConditionalGeneration")
     family.build().save_pretrained(tmp_path / "source")
-    samples, choices = family.batches(), {"method": "wanda", "allocation": "owl"}
+    samples = family.batches()
+    choices = {"method": "wanda", "allocation": "owl"}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, AutoModelForSeq2SeqLM, **choices)
     prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
@@ -95,9 +126,12 @@ def qwen3_next(folder, size="100KB"):
 
 @pytest.mark.parametrize("size", ["100KB", "1GB"])
 def test_what_transformers_does_not_load_is_copied(tmp_path, caplog, size):
-    predictions, samples = qwen3_next(tmp_path / "source", size), causal("qwen3_next").batches()
+    predictions = qwen3_next(tmp_path / "source", size)
+    samples = causal("qwen3_next").batches()
     in_memory(tmp_path / "source", tmp_path / "memory", samples, method="wanda")
-    report = prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, method="wanda")
+    report = prune_from_disk(
+        tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, method="wanda"
+    )
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory") | predictions)
     listed = json.loads((tmp_path / "disk/model.safetensors.index.json").read_text())["weight_map"]
     assert all(name in load_file(tmp_path / "disk" / listed[name]) for name in predictions)
@@ -109,7 +143,8 @@ def test_what_transformers_does_not_load_is_copied(tmp_path, caplog, size):
 
 @pytest.mark.parametrize("sequential", ["none", "block"])
 def test_what_may_not_fit_fewer_experts_is_left_out(tmp_path, caplog, sequential):
-    predictions, samples = qwen3_next(tmp_path / "source"), causal("qwen3_next").batches()
+    predictions = qwen3_next(tmp_path / "source")
+    samples = causal("qwen3_next").batches()
     choices = {"pattern": "experts", "sequential": sequential, "progress": False}
     report = prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, **choices)
     assert not predictions.keys() & weights(tmp_path / "disk").keys()
@@ -144,7 +179,9 @@ def test_batches_may_take_different_routes(source, tmp_path):
 @pytest.mark.parametrize(("name", "most"), [("owl", 2), ("experts", 1), ("experts_block", 2)])
 def test_few_blocks_are_in_memory(source_for, tmp_path, monkeypatch, name, most):
     loaded, counts = count_blocks(monkeypatch)
-    prune_from_disk(source_for(name), tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name])
+    prune_from_disk(
+        source_for(name), tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name]
+    )
     assert max(counts) == most
     assert loaded == {""}
 
@@ -152,20 +189,27 @@ def test_few_blocks_are_in_memory(source_for, tmp_path, monkeypatch, name, most)
 def test_the_perplexity_is_that_of_the_model_in_memory(source, monkeypatch, capsys):
     monkeypatch.setattr(measure_perplexity, "AT_ONCE", 2)
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
-    model, metric = AutoModelForCausalLM.from_pretrained(source), WindowPerplexity()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    metric = WindowPerplexity()
     with torch.no_grad():
         for batch in batches():
             metric.update(model(**batch).logits, batch["input_ids"])
     measured = perplexity_from_disk(source, batches())
     assert measured == pytest.approx(float(metric.compute()), rel=1e-6)
-    assert re.search(r"Measuring 5/8 model\.layers\.1 \(\d+ s, \d+ s left\)", capsys.readouterr().err)
+    assert re.search(
+        r"Measuring 5/8 model\.layers\.1 \(\d+ s, \d+ s left\)", capsys.readouterr().err
+    )
 
 
 def test_what_has_no_perplexity_is_refused(source, tmp_path):
     ids = torch.ones(1, 8, dtype=torch.long)
     for given in ([], [{"input_ids": ids[:, :1]}], [{"input_ids": ids, "attention_mask": 0 * ids}]):
-        with pytest.raises(ValueError, match="batches must hold at least two tokens in a row, but there are none"):
+        with pytest.raises(
+            ValueError, match="batches must hold at least two tokens in a row, but there are none"
+        ):
             perplexity_from_disk(source, given, progress=False)
-    T5ForConditionalGeneration(T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).save_pretrained(tmp_path)
+    T5ForConditionalGeneration(
+        T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="model must be a decoder, but t5 is an encoder-decoder"):
         perplexity_from_disk(tmp_path, batches(), progress=False)

@@ -14,7 +14,9 @@ import wanda_lightning as wl
 
 MODELS = {
     **{name: causal(name).build for name in ("llama", "phi3", "opt")},
-    "tied": lambda: seeded(lambda: hf.LlamaForCausalLM(tiny(hf.LlamaConfig, tie_word_embeddings=True))),
+    "tied": lambda: seeded(
+        lambda: hf.LlamaForCausalLM(tiny(hf.LlamaConfig, tie_word_embeddings=True))
+    ),
 }
 IDS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
 
@@ -23,7 +25,14 @@ IDS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
     model = MODELS[name]()
-    wl.prune(model, [{"input_ids": IDS}], 0.4, pattern="structured", allocation=allocation, progress=False)
+    wl.prune(
+        model,
+        [{"input_ids": IDS}],
+        0.4,
+        pattern="structured",
+        allocation=allocation,
+        progress=False,
+    )
     model.save_pretrained(tmp_path / "zeros")
     report = wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
     with torch.no_grad():
@@ -34,7 +43,9 @@ def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
         tmp_path / "small", trust_remote_code=True, output_loading_info=True
     )
     assert not any(loaded.values())
-    assert all(torch.equal(value, model.state_dict()[key]) for key, value in small.state_dict().items())
+    assert all(
+        torch.equal(value, model.state_dict()[key]) for key, value in small.state_dict().items()
+    )
     with torch.no_grad():
         torch.testing.assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 

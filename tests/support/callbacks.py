@@ -15,7 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from wanda_lightning import Schedule, prune
 
 # Workers would only slow down these tests, and some only train, for a few steps.
-ADVICE = "does not have many workers", "but have no `val_dataloader`", "The number of training batches"
+ADVICE = (
+    "does not have many workers",
+    "but have no `val_dataloader`",
+    "The number of training batches",
+)
 
 
 LAYERS = ["layers.0", "layers.2", "layers.4"]  # of Net
@@ -58,7 +62,8 @@ class Net(L.LightningModule):
 def samples(count=12, seed=0, shift=0.0):
     random = torch.Generator().manual_seed(seed)
     return TensorDataset(
-        torch.randn(count, 32, generator=random) + shift, torch.randint(16, (count,), generator=random)
+        torch.randn(count, 32, generator=random) + shift,
+        torch.randint(16, (count,), generator=random),
     )
 
 
@@ -72,7 +77,9 @@ callback_connector._load_external_callbacks = cache(callback_connector._load_ext
 
 def trainer(*callbacks, **kwargs):
     quiet = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
-    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **{**dict.fromkeys(quiet, False), **kwargs})
+    return L.Trainer(
+        accelerator="cpu", callbacks=list(callbacks), **{**dict.fromkeys(quiet, False), **kwargs}
+    )
 
 
 def zeros(module):
@@ -88,7 +95,8 @@ def all_at(share):
 
 
 def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
+    a = a.state_dict()
+    b = b.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -118,8 +126,12 @@ def to_quarters(module):
 
 
 def hooks_of(module, optimizer):
-    on_weights = [name for name, weight in module.named_parameters() if weight._post_accumulate_grad_hooks]
-    on_layers = [name for name, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    on_weights = [
+        name for name, weight in module.named_parameters() if weight._post_accumulate_grad_hooks
+    ]
+    on_layers = [
+        name for name, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks
+    ]
     replaced = [name for name, m in module.named_modules() if "forward" in vars(m)]
     on_steps = [*optimizer._optimizer_step_post_hooks, *_global_optimizer_post_hooks]
     return on_weights + on_layers + replaced + on_steps
@@ -205,7 +217,8 @@ class SaveAt(L.Callback):
     """Saves a checkpoint after each of these optimizer steps, as `<step>.ckpt`."""
 
     def __init__(self, folder, *steps):
-        self.folder, self.steps = folder, steps
+        self.folder = folder
+        self.steps = steps
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         path = self.folder / f"{trainer.global_step}.ckpt"
@@ -218,7 +231,8 @@ class Recorder(Net):
 
     def __init__(self):
         super().__init__()
-        self.seen, self.trained = [], []
+        self.seen = []
+        self.trained = []
 
     def calibration_step(self, batch):
         self.seen.append(batch)
@@ -233,7 +247,10 @@ class Recorder(Net):
 
 
 def tagged(tag, count=4):
-    return DataLoader(TensorDataset(torch.full((count, 32), float(tag)), torch.zeros(count, dtype=torch.long)), count)
+    return DataLoader(
+        TensorDataset(torch.full((count, 32), float(tag)), torch.zeros(count, dtype=torch.long)),
+        count,
+    )
 
 
 class Resumable:

@@ -18,7 +18,8 @@ class Mlp(nn.Module):
 
     def __init__(self, before=None):
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
         self.before = before
 
     def forward(self, x):
@@ -32,7 +33,8 @@ class Chain(nn.Module):
 
     def __init__(self, *blocks, glue=lambda index: None):
         super().__init__()
-        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(WIDTH, 4)
         self.glue = glue
 
     def forward(self, x):
@@ -48,7 +50,9 @@ class Looped(nn.Module):
 
     def __init__(self, times):
         super().__init__()
-        self.blocks, self.norm, self.head = nn.ModuleList([Mlp(), Mlp()]), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4)
+        self.blocks = nn.ModuleList([Mlp(), Mlp()])
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 4)
         self.times = times
 
     def forward(self, x):
@@ -83,7 +87,10 @@ def travel(model, batches, modules, **options):
 
 def route(model, batches, modules):
     """The index of each module at which batches stop, and these batches."""
-    return [(index, [call.sample.batch_index for call in calls]) for index, calls in travel(model, batches, modules)]
+    return [
+        (index, [call.sample.batch_index for call in calls])
+        for index, calls in travel(model, batches, modules)
+    ]
 
 
 def overrides(model):
@@ -91,4 +98,8 @@ def overrides(model):
 
 
 def hooks(model):
-    return [name for name, module in model.named_modules() if module._forward_pre_hooks or module._forward_hooks]
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._forward_pre_hooks or module._forward_hooks
+    ]

@@ -41,7 +41,9 @@ def run(*arguments):
         return stop.code
 
 
-def zeros_by_layer(model, globs=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")):
+def zeros_by_layer(
+    model, globs=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+):
     return {name: m.weight == 0 for name, m in model.named_modules() if name.endswith(globs)}
 
 
@@ -57,7 +59,10 @@ def perplexity_by_hand(model, text, windows=None, seqlen=SEQLEN):
 
 def everything_in(folder):
     """The content of each file, by path; False for a folder."""
-    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+    return {
+        str(path.relative_to(folder)): path.is_file() and path.read_bytes()
+        for path in folder.rglob("*")
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -70,19 +75,26 @@ def shell(tmp_path, monkeypatch):
     import huggingface_hub.constants
     from lightning.pytorch import _logger
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # read when it was imported
+    # Read when it was imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / "no_cache")  # of earlier downloads
-    monkeypatch.setattr("wanda_lightning.PruningReport.to_png", lambda report, path: path.write_bytes(b"a picture"))
+    # Of earlier downloads.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / "no_cache")
+    monkeypatch.setattr(
+        "wanda_lightning.PruningReport.to_png", lambda report, path: path.write_bytes(b"a picture")
+    )
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 under jsonargparse 4.53
+    # Lightning 2.6 under jsonargparse 4.53.
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr(sys, "argv", ["wanda-lightning"])  # which `fit` and the like replace
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.chdir(tmp_path)
     rich.reconfigure()  # the bars of a command are on stderr
-    level, handler, threads = _logger.level, signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    level = _logger.level
+    handler = signal.getsignal(signal.SIGINT)
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what is as small as this is slower with more
     yield
     torch.set_num_threads(threads)
@@ -122,7 +134,16 @@ def save_noise(folder, count, rng):
 @pytest.fixture
 def text(inputs):
     """The options of a fast run on the language model."""
-    sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "6", "--calibration", inputs / "long.txt"]
+    sizes = [
+        "--num_samples",
+        "4",
+        "--seqlen",
+        SEQLEN,
+        "--limit",
+        "6",
+        "--calibration",
+        inputs / "long.txt",
+    ]
     return ["prune", "--model", inputs / "llama", *sizes, "--evaluation", inputs / "other.txt"]
 
 

@@ -19,10 +19,15 @@ BOS = 256
 
 def byte_tokenizer(reverse=False):
     """One token for each byte, and <s> before each text, for a model with a context of 16."""
-    vocab = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse))}
+    vocab = {
+        char: i
+        for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse))
+    }
     tokenizer = Tokenizer(models.BPE(vocab={**vocab, "<s>": BOS}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", model_max_length=16)
 
 
@@ -33,7 +38,9 @@ def documents(lengths):
 
 
 def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts)))
+    path.write_text(
+        "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+    )
     return str(path)
 
 
@@ -47,7 +54,14 @@ def ids_of(loader):
 
 
 def vit(in_chans=3, **options):
-    sizes = {"img_size": 16, "patch_size": 4, "num_classes": 10, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    sizes = {
+        "img_size": 16,
+        "patch_size": 4,
+        "num_classes": 10,
+        "depth": 1,
+        "embed_dim": 24,
+        "num_heads": 2,
+    }
     return timm.create_model("vit_tiny_patch16_224", in_chans=in_chans, **{**sizes, **options})
 
 

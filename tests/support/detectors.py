@@ -17,12 +17,20 @@ from torchvision.ops import MultiScaleRoIAlign
 CLASSES = 3
 WIDTH = 32  # of the feature pyramid
 LEVELS = {"3": "0", "5": "1", "7": "2"}  # of the backbone, by their names in the pyramid
-BLOCKS = [[1, 8, 1, 1], [6, 8, 2, 2], [6, 16, 2, 2], [6, 24, 2, 2]]  # expansion, channels, number, stride
+# expansion, channels, number, stride.
+BLOCKS = [
+    [1, 8, 1, 1],
+    [6, 8, 2, 2],
+    [6, 16, 2, 2],
+    [6, 24, 2, 2],
+]
 SMALL = {"min_size": 64, "max_size": 128}
 
 
 def features(norm_layer=nn.BatchNorm2d):
-    return mobilenet_v2(weights=None, inverted_residual_setting=BLOCKS, norm_layer=norm_layer).features[:8]
+    return mobilenet_v2(
+        weights=None, inverted_residual_setting=BLOCKS, norm_layer=norm_layer
+    ).features[:8]
 
 
 def pyramid(norm_layer=nn.BatchNorm2d):
@@ -52,11 +60,15 @@ def mask_rcnn():
 
 
 def retinanet(norm_layer=nn.BatchNorm2d):
-    return detection.RetinaNet(pyramid(norm_layer), CLASSES, anchor_generator=anchors(), score_thresh=0.0, **SMALL)
+    return detection.RetinaNet(
+        pyramid(norm_layer), CLASSES, anchor_generator=anchors(), score_thresh=0.0, **SMALL
+    )
 
 
 def lraspp():
-    return LRASPP(IntermediateLayerGetter(features(), {"5": "low", "7": "high"}), 16, 24, CLASSES, 16)
+    return LRASPP(
+        IntermediateLayerGetter(features(), {"5": "low", "7": "high"}), 16, 24, CLASSES, 16
+    )
 
 
 MODELS = {"mask_rcnn": mask_rcnn, "retinanet": retinanet, "lraspp": lraspp}
@@ -71,13 +83,20 @@ def scenes(*sizes):
     """Batches of images of different sizes, each with one box, as torchvision's `tuple(zip(*samples))` makes them."""
     draw = torch.Generator().manual_seed(1)
     box = {"boxes": torch.tensor([[8.0, 8.0, 48.0, 40.0]]), "labels": torch.tensor([1])}
-    images = (tuple(torch.rand(3, 64, 64 + 16 * (n % 2), generator=draw) for n in range(size)) for size in sizes)
+    images = (
+        tuple(torch.rand(3, 64, 64 + 16 * (n % 2), generator=draw) for n in range(size))
+        for size in sizes
+    )
     return [(each, (box,) * len(each)) for each in images]
 
 
 def batches_for(name, *sizes):
     draw = torch.Generator().manual_seed(1)
-    return [(torch.rand(n, 3, 64, 64, generator=draw),) for n in sizes] if name == "lraspp" else scenes(*sizes)
+    return (
+        [(torch.rand(n, 3, 64, 64, generator=draw),) for n in sizes]
+        if name == "lraspp"
+        else scenes(*sizes)
+    )
 
 
 def class_logits(model):

@@ -42,14 +42,23 @@ CHOICES = {
 
 def batches(count=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)} for _ in range(count)]
+    return [
+        {"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)} for _ in range(count)
+    ]
 
 
 def save_llama(folder):
     """Save a tied Llama in bfloat16, in several files."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(**sizes, num_hidden_layers=4, vocab_size=VOCABULARY, tie_word_embeddings=True)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = LlamaConfig(
+        **sizes, num_hidden_layers=4, vocab_size=VOCABULARY, tie_word_embeddings=True
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
 
@@ -57,8 +66,12 @@ def save_llama(folder):
 def add_predictions(folder):
     """Add the weights of multi-token prediction to a folder, which transformers does not load; return them."""
     shape = (5, 3)
-    tensors = {"mtp.fc.weight": torch.randn(shape), "mtp.layers.0.mlp.gate.weight": torch.randn(shape).half()}
-    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    tensors = {
+        "mtp.fc.weight": torch.randn(shape),
+        "mtp.layers.0.mlp.gate.weight": torch.randn(shape).half(),
+    }
+    index = folder / "model.safetensors.index.json"
+    files = sorted(folder.glob("*.safetensors"))
     for (name, tensor), file in zip(tensors.items(), (files[0], files[-1]), strict=True):
         save_file({**load_file(file), name: tensor}, file, metadata={"format": "pt"})
         if index.exists():
@@ -69,7 +82,11 @@ def add_predictions(folder):
 
 
 def weights(folder):
-    return {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+    return {
+        key: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for key, tensor in load_file(file).items()
+    }
 
 
 def contents(folder):
@@ -87,13 +104,18 @@ def in_memory(source, folder, samples, auto_class=AutoModelForCausalLM, **choice
 def same(first, second):
     """Whether two sets of tensors are equal, bit for bit: 0.0 is not -0.0."""
     pairs = [(first[key], second[key]) for key in first.keys() & second.keys()]
-    alike = all((a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(bits(a), bits(b)) for a, b in pairs)
+    alike = all(
+        (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(bits(a), bits(b)) for a, b in pairs
+    )
     return first.keys() == second.keys() and alike
 
 
 def count_blocks(monkeypatch):
     """The parts of a checkpoint that are in memory, and how many blocks were there after each was loaded."""
-    here, counts, load, unload = set(), [], Checkpoint.load, Checkpoint.unload
+    here = set()
+    counts = []
+    load = Checkpoint.load
+    unload = Checkpoint.unload
 
     def counting(self, part, *args):
         result = load(self, part, *args)

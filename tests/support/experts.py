@@ -47,7 +47,9 @@ class Stack(nn.Module):
 
     def __init__(self, first=(4, 48, 32), second=(4, 32, 48), **declared):
         super().__init__()
-        self.up_proj, self.down_proj = (nn.Parameter(torch.randn(shape) / 6) for shape in (first, second))
+        self.up_proj, self.down_proj = (
+            nn.Parameter(torch.randn(shape) / 6) for shape in (first, second)
+        )
         for name, value in declared.items():
             setattr(self, name, value)
 
@@ -81,7 +83,8 @@ def inside(module, index, x):
     first = module.gate_up_proj[index].detach()
     if type(module).__name__ == "GptOssExperts":
         both = x @ first + module.gate_up_proj_bias[index].detach()
-        gate, up = both[::2].clamp(max=module.limit), both[1::2].clamp(-module.limit, module.limit)
+        gate = both[::2].clamp(max=module.limit)
+        up = both[1::2].clamp(-module.limit, module.limit)
         return (up + 1) * gate * torch.sigmoid(gate * module.alpha)
     gate, up = (first.T if type(module).__name__ == "Llama4TextExperts" else first).mv(x).chunk(2)
     return module.act_fn(gate) * up
@@ -89,13 +92,19 @@ def inside(module, index, x):
 
 def routed_tokens(module, x, *routing):
     """The inputs of each expert's matrices, computed one token after the other."""
-    found, tokens = {}, len(x) // len(module.down_proj)
+    found = {}
+    tokens = len(x) // len(module.down_proj)
     if routing:
-        entries = [(expert, x[token]) for token in range(len(x)) for expert in routing[0][token].tolist()]
+        entries = [
+            (expert, x[token]) for token in range(len(x)) for expert in routing[0][token].tolist()
+        ]
     else:  # Llama-4: a copy of all tokens for each expert, in which the tokens of other experts are zero
         entries = [(row // tokens, x[row]) for row in range(len(x)) if x[row].any()]
     for expert, vector in entries:
-        for name, entering in (("gate_up_proj", vector), ("down_proj", inside(module, expert, vector))):
+        for name, entering in (
+            ("gate_up_proj", vector),
+            ("down_proj", inside(module, expert, vector)),
+        ):
             found.setdefault((name, expert), []).append(entering.detach().double().numpy())
     return found
 
@@ -127,11 +136,17 @@ def gates(name, block, x):
     own = router(block)
     logits = own.weight @ x + (own.bias if getattr(own, "bias", None) is not None else 0)
     if name == "deepseek_v3":
-        scores, choice, size = logits.sigmoid(), logits.sigmoid() + own.e_score_correction_bias, len(logits) // 2
-        best = max(range(2), key=lambda group: choice[group * size :][:size].sort().values[-2:].sum())
+        scores = logits.sigmoid()
+        choice = logits.sigmoid() + own.e_score_correction_bias
+        size = len(logits) // 2
+        best = max(
+            range(2), key=lambda group: choice[group * size :][:size].sort().values[-2:].sum()
+        )
         chosen = choice[best * size :][:size].argsort(descending=True)[:2] + best * size
         own = own if hasattr(own, "routed_scaling_factor") else block  # in older transformers
-        return {int(e): own.routed_scaling_factor * scores[e] / scores[chosen].sum() for e in chosen}
+        return {
+            int(e): own.routed_scaling_factor * scores[e] / scores[chosen].sum() for e in chosen
+        }
     chosen = logits.argsort(descending=True)[:2]
     if name == "llama4":
         return {int(e): logits[e].sigmoid() for e in chosen}
@@ -143,7 +158,8 @@ def gates(name, block, x):
 def expert(name, block, index, x):
     """What one expert returns for a token."""
     own = block.experts
-    second, middle = own.down_proj[index], inside(own, index, x)
+    second = own.down_proj[index]
+    middle = inside(own, index, x)
     if name in BY_COLUMNS:
         return middle @ second + (own.down_proj_bias[index] if name == "gpt_oss" else 0)
     return second @ middle
@@ -158,7 +174,9 @@ def slow_saliency(name, model, batches):
         for key, block in blocks(model).items():
             real = batch["attention_mask"].flatten().bool() if isinstance(batch, dict) else None
             for position, x in enumerate(inputs[key].flatten(0, -2)):
-                for index, gate in gates(name, block, x).items() if real is None or real[position] else ():
+                for index, gate in (
+                    gates(name, block, x).items() if real is None or real[position] else ()
+                ):
                     adds = expert(name, block, index, gate * x if name == "llama4" else x)
                     norm = float(adds.norm() * (1 if name == "llama4" else gate))
                     found.setdefault(key, {}).setdefault(index, []).append(norm)
@@ -171,7 +189,9 @@ def slow_saliency(name, model, batches):
 @contextmanager
 def cannot_be_chosen(model, dropped):
     """Give the experts in `dropped`, lists by block, logits and biases with which no router chooses them."""
-    linear, rows, biases = torch.nn.functional.linear, {}, []
+    linear = torch.nn.functional.linear
+    rows = {}
+    biases = []
     for name, indices in dropped.items():
         own = router(model.get_submodule(name))
         rows[own.weight.data_ptr()] = indices

@@ -39,8 +39,10 @@ from wanda_lightning.shrinking import write_modeling_file
 from wanda_lightning.shrinking.configuration import auto_classes
 
 aten = torch.ops.aten
-SEQUENTIAL, PATTERNS = ("block", "layer", "none"), ("unstructured", "2:4")
-ORDINARY, OWN_FILE = "ordinary", "with a modeling file"
+SEQUENTIAL = ("block", "layer", "none")
+PATTERNS = ("unstructured", "2:4")
+ORDINARY = "ordinary"
+OWN_FILE = "with a modeling file"
 _MINUTES = 10  # of processor time for a family
 _outputs = torch.no_grad()(outputs)
 
@@ -55,7 +57,8 @@ class Result:
     cause: str = ""  # the first line of the error, if it does not pass
     status: str = "fails"  # or `passes`, or `cannot be built here`
     coverage: float = 0.0  # pruned parameters divided by those of all matrices inside the blocks that a batch reaches
-    left_out: dict[str, float] = field(default_factory=dict)  # the fraction of those that stay dense, by reason
+    # The fraction of those that stay dense, by reason.
+    left_out: dict[str, float] = field(default_factory=dict)
     slow: str = ""  # the dtype in which `block` equals the slow procedure
     width: int = 0  # hidden units that were found
     zero: int = 0  # those that pruning set to zero
@@ -65,22 +68,39 @@ class Result:
 
 
 def _finite(output: Any) -> bool:
-    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    leaves = [
+        leaf
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    ]
     assert leaves, "the model returns no floating-point output"
     return all(bool(leaf.isfinite().all()) for leaf in leaves)
 
 
-def check(family: Family, slowly: bool = True, ways: Sequence[tuple[str, str]] | None = None) -> Result:
+def check(
+    family: Family, slowly: bool = True, ways: Sequence[tuple[str, str]] | None = None
+) -> Result:
     """Prune a model in every way, or in some, and check the result by assertions."""
     result = Result(family.kind, family.name, family.model)
     dense = _build(family)
-    assert all(_finite(_outputs(dense, batch)) for batch in family.batches()), "outputs of the dense model"
-    for sequential, pattern in ways or product(SEQUENTIAL[: 3 if family.kind == "timm" else 2], PATTERNS):
+    assert all(_finite(_outputs(dense, batch)) for batch in family.batches()), (
+        "outputs of the dense model"
+    )
+    for sequential, pattern in ways or product(
+        SEQUENTIAL[: 3 if family.kind == "timm" else 2], PATTERNS
+    ):
         model = copy.deepcopy(dense)
-        choices = {"pattern": pattern, "sequential": sequential, "keep_batch_norm": True, "progress": False}
+        choices = {
+            "pattern": pattern,
+            "sequential": sequential,
+            "keep_batch_norm": True,
+            "progress": False,
+        }
         report = prune(model, family.batches(), 0.5, **choices)
         _verify(model, dense, report, pattern)
-        assert all(_finite(_outputs(model, batch)) for batch in family.batches()), f"not finite: {pattern}"
+        assert all(_finite(_outputs(model, batch)) for batch in family.batches()), (
+            f"not finite: {pattern}"
+        )
         if (sequential, pattern) == ("block", "unstructured"):
             result.coverage, result.left_out = _coverage(dense, report, family.batches())
     result.slow = _compare(dense, family.batches()) if slowly else ""
@@ -119,7 +139,11 @@ def _verify(model: nn.Module, dense: nn.Module, report: PruningReport, pattern: 
     written = {id(layer.parameter) for layer in pruned.values()}
     before = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
-        kept = parameter != 0 if id(parameter) in written else torch.ones_like(parameter, dtype=torch.bool)
+        kept = (
+            parameter != 0
+            if id(parameter) in written
+            else torch.ones_like(parameter, dtype=torch.bool)
+        )
         assert torch.equal(parameter[kept], before[name][kept]), f"{name} changed"
     for (name, buffer), other in zip(model.named_buffers(), dense.buffers(), strict=True):
         assert torch.equal(buffer, other) or buffer.isnan().any(), f"buffer {name} changed"
@@ -128,7 +152,9 @@ def _verify(model: nn.Module, dense: nn.Module, report: PruningReport, pattern: 
 _OUTSIDE = ("embedding", "output head", "stem", "tied to")
 
 
-def _coverage(model: nn.Module, report: PruningReport, batches: list[Any]) -> tuple[float, dict[str, float]]:
+def _coverage(
+    model: nn.Module, report: PruningReport, batches: list[Any]
+) -> tuple[float, dict[str, float]]:
     """Return which fraction of the matrices inside the reached blocks is pruned, and why the rest is not."""
     blocks, idle = _reached_blocks(model, batches)
     found = matrices(model, experts=False)
@@ -152,7 +178,8 @@ def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set
     If the repeated modules hold less than half of the parameters, the whole model counts as one block. A single layer
     never counts as a module that no batch enters, since another module may read its weight.
     """
-    modules, called = dict(model.named_modules()), set()
+    modules = dict(model.named_modules())
+    called = set()
     with ExitStack() as hooks:
         for name, module in modules.items():
             entering = module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
@@ -161,9 +188,19 @@ def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set
             _outputs(model, batch)
     idle = {name for name, module in modules.items() if next(module.children(), None) is not None}
     idle -= {name for name in idle if any(_inside(other, {name}) for other in called)}
-    lists = {name for name, module in modules.items() if isinstance(module, nn.ModuleList | nn.Sequential)}
-    repeated = {f"{name}.{child}".lstrip(".") for name in lists for child, _ in modules[name].named_children()}
-    repeated |= {name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)}
+    lists = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    }
+    repeated = {
+        f"{name}.{child}".lstrip(".")
+        for name in lists
+        for child, _ in modules[name].named_children()
+    }
+    repeated |= {
+        name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)
+    }
     sizes = {
         name: p.numel()
         for name, p in matrices(model, experts=False).items()
@@ -175,29 +212,39 @@ def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set
 
 def _compare(dense: nn.Module, batches: list[Any]) -> str:
     """Return the dtype in which the masks for sequential="block" equal those of the slow procedure."""
-    model, wide = copy.deepcopy(dense), tree_map_only(Tensor, double, batches)
+    model = copy.deepcopy(dense)
+    wide = tree_map_only(Tensor, double, batches)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products are not intercepted, and have no float64
+        # Grouped products are not intercepted, and have no float64.
+        model.set_experts_implementation("eager")
     narrow = copy.deepcopy(model)
     try:
         model.double()
         for batch in wide:
             _outputs(model, batch)
     except RuntimeError:  # some part of it always computes in float32
-        model, wide = narrow, batches
-    batches, dtype = wide, next(model.parameters()).dtype
+        model = narrow
+        wide = batches
+    batches = wide
+    dtype = next(model.parameters()).dtype
     slow = copy.deepcopy(model)
     prune(model, batches, 0.5, sequential="block", progress=False)
     slow_prune(slow, batches)
     expected = dict(slow.named_parameters())
-    other = {name: int(((p == 0) != (expected[name] == 0)).sum()) for name, p in model.named_parameters()}
+    other = {
+        name: int(((p == 0) != (expected[name] == 0)).sum()) for name, p in model.named_parameters()
+    }
     if worst := [name for name, count in other.items() if count]:
         counts = f"{sum(other.values())} of {sum(int((p == 0).sum()) for p in model.parameters())}"
-        raise AssertionError(f"{dtype}: {counts} zeros are not those of the slow procedure, in {worst[0]} first")
+        raise AssertionError(
+            f"{dtype}: {counts} zeros are not those of the slow procedure, in {worst[0]} first"
+        )
     return str(dtype).removeprefix("torch.")
 
 
-def slow_prune(model: nn.Module, batches: list[Any], sequential: str = "block", sparsity: float = 0.5) -> None:
+def slow_prune(
+    model: nn.Module, batches: list[Any], sequential: str = "block", sparsity: float = 0.5
+) -> None:
     """Prune with Wanda, stop by stop, in plain code.
 
     For each stop, every batch runs through the model as pruned so far, up to the first end of that stop. The inputs of
@@ -242,12 +289,16 @@ class _Products(TorchDispatchMode):
         if func.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
             x, weight = args[-2:]
             if weight.ndim == 3 and weight.stride(0) == 0:  # one matrix for all samples
-                x, weight = x.flatten(0, 1), weight[0]
+                x = x.flatten(0, 1)
+                weight = weight[0]
             self._on_product(weight, x)
         elif func.overloadpacket is aten.convolution:
             x, weight, _, *options = args
-            ones, only_weight = torch.ones_like(output), (False, True, False)
-            _, squares, _ = aten.convolution_backward(ones, x.square(), weight, None, *options, only_weight)
+            ones = torch.ones_like(output)
+            only_weight = (False, True, False)
+            _, squares, _ = aten.convolution_backward(
+                ones, x.square(), weight, None, *options, only_weight
+            )
             self._on_product(weight, squares)
         return output
 
@@ -260,8 +311,10 @@ class _InputSquares:
 
     def __init__(self, layers: Sequence[Layer], enough: int = 32) -> None:
         self.tokens: Tensor | None = None  # which tokens of the batch are no padding
-        self._enough, self._all = enough, layers
-        self._layers = {layer.parameter.data_ptr(): layer for layer in layers}  # any of the experts of a parameter
+        self._enough = enough
+        self._all = layers
+        # Any of the experts of a parameter.
+        self._layers = {layer.parameter.data_ptr(): layer for layer in layers}
         self._sums: dict[tuple[int, int], Tensor] = {}
         self._counts: Counter[tuple[int, int]] = Counter()
         self._columns: dict[int, bool] = {}
@@ -274,11 +327,18 @@ class _InputSquares:
             self._sums[start, 0] = self._sums.get((start, 0), 0) + x
             return
         one = layer.own(layer.parameter)
-        self._columns[start] = (weight.shape[-2], weight.stride(-2)) == (one.shape[0], one.stride(0))
+        self._columns[start] = (weight.shape[-2], weight.stride(-2)) == (
+            one.shape[0],
+            one.stride(0),
+        )
         first = weight.storage_offset() // one.numel()
         for place, tokens in enumerate(x if weight.ndim == 3 else [x]):
             kept = tokens.any(1)  # a row of zeros is the token of another expert
-            rows = tokens[kept & self.tokens if self.tokens is not None and len(self.tokens) == len(kept) else kept]
+            rows = tokens[
+                kept & self.tokens
+                if self.tokens is not None and len(self.tokens) == len(kept)
+                else kept
+            ]
             key = (start, first + place)
             self._sums[key] = self._sums.get(key, 0) + rows.square().sum(0)
             self._counts[key] += len(rows)
@@ -286,15 +346,21 @@ class _InputSquares:
     @torch.no_grad()
     def zero_smallest(self, layer: Layer, sparsity: float) -> None:
         own = _key(layer)
-        siblings = {_key(other) for other in self._all if layer.siblings and other.siblings == layer.siblings}
+        siblings = {
+            _key(other)
+            for other in self._all
+            if layer.siblings and other.siblings == layer.siblings
+        }
         keys = siblings if siblings and self._counts[own] < self._enough else {own}
         if not keys & self._sums.keys():
             return
         total = sum(value for key, value in self._sums.items() if key in keys)
         rows = layer.own(layer.parameter)
-        if _is_convolution(layer):  # kernel positions, then channels: of equal scores (only padding) the first goes
+        # Kernel positions, then channels: of equal scores (only padding) the first goes.
+        if _is_convolution(layer):
             group, groups = layer.group or (0, 1)
-            rows, total = rows.movedim(1, -1), total.chunk(groups)[group].movedim(1, -1)
+            rows = rows.movedim(1, -1)
+            total = total.chunk(groups)[group].movedim(1, -1)
         elif any(self._columns.get(start) for start, _ in keys):  # perhaps only siblings got tokens
             rows = rows.t()
         if not total.any():  # nothing to compare: the layer stays dense
@@ -314,11 +380,17 @@ def _is_convolution(layer: Layer) -> bool:
 
 def _in_order(model: nn.Module, stops: Sequence[Stop], batches: list[Any]) -> list[Stop]:
     """Sort stops: the next one is the first in model order that is the next for any batch."""
-    stop_of = {layer.parameter.data_ptr(): index for index, stop in enumerate(stops) for layer in stop.layers}
+    stop_of = {
+        layer.parameter.data_ptr(): index
+        for index, stop in enumerate(stops)
+        for layer in stop.layers
+    }
     routes = []
     for batch in batches:
         starts: list[int] = []
-        with _Products(lambda weight, _, starts=starts: starts.append(weight.untyped_storage().data_ptr())):
+        with _Products(
+            lambda weight, _, starts=starts: starts.append(weight.untyped_storage().data_ptr())
+        ):
             _outputs(model, batch)
         routes.append(list(dict.fromkeys(stop_of[start] for start in starts if start in stop_of)))
     order: list[int] = []
@@ -331,7 +403,9 @@ def _in_order(model: nn.Module, stops: Sequence[Stop], batches: list[Any]) -> li
 def check_units(family: Family, result: Result | None = None) -> Result:
     """Prune, shrink, save and load the model of a family; raise an error if its outputs change."""
     result = result or Result(family.kind, family.name, family.model)
-    dense, batches, is_timm = _build(family), family.batches(), family.kind == "timm"
+    dense = _build(family)
+    batches = family.batches()
+    is_timm = family.kind == "timm"
     model = copy.deepcopy(dense)
     try:
         pattern = Structured(multiple_of=8 if is_timm else 1)  # the models of transformers are tiny
@@ -341,7 +415,10 @@ def check_units(family: Family, result: Result | None = None) -> Result:
             raise
         result.folder = "no hidden units found"
         return result
-    notes = [re.search(r"([\d,]+) of ([\d,]+) hidden units are zero", layer.note) for layer in report.layers]
+    notes = [
+        re.search(r"([\d,]+) of ([\d,]+) hidden units are zero", layer.note)
+        for layer in report.layers
+    ]
     numbers = [[int(number.replace(",", "")) for number in note.groups()] for note in notes if note]
     result.zero, result.width = (sum(each) for each in zip(*numbers, strict=True))
     zeros = copy.deepcopy(model)
@@ -353,7 +430,9 @@ def check_units(family: Family, result: Result | None = None) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / re.sub(r"\W", "_", family.name)
         try:
-            loaded, form = _timm_folder(family, zeros, path) if is_timm else _transformers_folder(model, path)
+            loaded, form = (
+                _timm_folder(family, zeros, path) if is_timm else _transformers_folder(model, path)
+            )
             _assert_same(loaded, batches, expected, is_timm)
             result.folder = form
         except Exception as error:
@@ -365,20 +444,26 @@ def _floats(model: nn.Module, batch: Any, wide: bool) -> list[Tensor]:
     """Return the floating-point outputs, in float64 if `wide`: deep random networks amplify the errors of float32."""
     model, batch = copy.deepcopy((model, batch)) if wide else (model, copy.deepcopy(batch))
     if wide:
-        model, batch = model.double(), tree_map_only(Tensor, double, batch)
+        model = model.double()
+        batch = tree_map_only(Tensor, double, batch)
     torch.manual_seed(0)
     leaves = tree_leaves(_outputs(model, batch))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _assert_same(model: nn.Module, batches: Sequence[Any], expected: Sequence[Sequence[Tensor]], wide: bool) -> None:
+def _assert_same(
+    model: nn.Module, batches: Sequence[Any], expected: Sequence[Sequence[Tensor]], wide: bool
+) -> None:
     """Raise an error unless the outputs are the expected ones, to rounding."""
     for batch, before in zip(batches, expected, strict=True):
         after = _floats(model, batch, wide)
         assert [x.shape for x in after] == [x.shape for x in before], "outputs have other shapes"
         for x, y in zip(before, after, strict=True):
-            difference = torch.linalg.vector_norm(x.double() - y.double()) / torch.linalg.vector_norm(x.double())
-            assert not difference > 1e-4, f"outputs differ by {difference:.1e}"  # all zeros: not a number
+            difference = torch.linalg.vector_norm(
+                x.double() - y.double()
+            ) / torch.linalg.vector_norm(x.double())
+            # All zeros: not a number.
+            assert not difference > 1e-4, f"outputs differ by {difference:.1e}"
 
 
 def _transformers_folder(model: Any, folder: Path) -> tuple[nn.Module, str]:
@@ -387,14 +472,18 @@ def _transformers_folder(model: Any, folder: Path) -> tuple[nn.Module, str]:
     model.save_pretrained(folder)
     own_file = bool(list(folder.glob("modeling_*.py")))
     classes = auto_classes(type(model), model.config)
-    assert classes or not own_file, f"no AutoModel class loads {type(model).__name__}, and its folder has a file"
+    assert classes or not own_file, (
+        f"no AutoModel class loads {type(model).__name__}, and its folder has a file"
+    )
     auto = getattr(hf, classes[0]) if classes else type(model)
     loaded = auto.from_pretrained(folder, trust_remote_code=own_file, dtype=torch.float32)
     return without_cache(loaded).eval(), OWN_FILE if own_file else ORDINARY
 
 
 def _timm_folder(family: Family, model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
-    module = ImageClassifierModule(family.model, False, num_classes=16, model_kwargs=family.arguments())
+    module = ImageClassifierModule(
+        family.model, False, num_classes=16, model_kwargs=family.arguments()
+    )
     module.model.load_state_dict(model.state_dict())
     module.eval().save_pretrained(folder, shrink=True)
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -417,7 +506,8 @@ def examine(family: Family) -> Result:
         signal.setitimer(signal.ITIMER_PROF, 60 * _MINUTES)
         check_units(family, result)
     except CannotBuild as error:
-        result.cause, result.status = str(error), "cannot be built here"
+        result.cause = str(error)
+        result.status = "cannot be built here"
     except Exception as error:
         if result.status == "passes":
             result.folder = first_line(error)

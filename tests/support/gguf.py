@@ -9,12 +9,30 @@ def write_gguf(path, sparsity=0.0, qtype=None):
 
     The smallest weights of each matrix in a block are zero. The weights are returned as they are before quantization.
     """
-    rng, hidden, inner, words = np.random.default_rng(0), 32, 48, 64
+    rng = np.random.default_rng(0)
+    hidden = 32
+    inner = 48
+    words = 64
     tokens = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "th", "the"]
-    sizes = {"context_length": 64, "embedding_length": hidden, "block_count": 2, "feed_forward_length": inner}
-    sizes |= {"head_count": 2, "head_count_kv": 2, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": hidden // 2}
+    sizes = {
+        "context_length": 64,
+        "embedding_length": hidden,
+        "block_count": 2,
+        "feed_forward_length": inner,
+    }
+    sizes |= {
+        "head_count": 2,
+        "head_count_kv": 2,
+        "layer_norm_rms_eps": 1e-5,
+        "rope_dimension_count": hidden // 2,
+    }
     tokens += [f"<{i}>" for i in range(words - len(tokens))]
-    tokenizer = {"tokenizer_model": "gpt2", "tokenizer_pre": "default", "token_list": tokens, "bos_token_id": 0}
+    tokenizer = {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "default",
+        "token_list": tokens,
+        "bos_token_id": 0,
+    }
     tokenizer |= {"token_types": [1] * words, "token_merges": ["t h", "th e"], "eos_token_id": 1}
     writer = gguf.GGUFWriter(path, "llama")
     for name, value in {"name": "tiny", "vocab_size": words, **sizes, **tokenizer}.items():

@@ -5,7 +5,11 @@ from functools import partial
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.precision import MixedPrecision
 from support.callbacks import SGD, Net, zeros
 from timm.optim import Lion
@@ -27,7 +31,9 @@ OPTIMIZERS = {
     "adamw_foreach": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5, foreach=True),
     "adamw_fused": partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5, fused=True),
     "amsgrad": partial(torch.optim.Adam, lr=0.01, weight_decay=0.1, amsgrad=True),
-    "rmsprop": partial(torch.optim.RMSprop, lr=0.005, momentum=0.9, centered=True, weight_decay=0.1),
+    "rmsprop": partial(
+        torch.optim.RMSprop, lr=0.005, momentum=0.9, centered=True, weight_decay=0.1
+    ),
     "adadelta": partial(torch.optim.Adadelta, lr=1.0, weight_decay=0.1),
     "lion": partial(Lion, lr=0.01, weight_decay=0.1),
     "noisy": partial(Noisy, lr=0.01, weight_decay=0.1),
@@ -44,7 +50,11 @@ def precision_of(name, init_scale=1024.0):
 
 
 def of_the_shape(weight, state):
-    values = (value for value in state.values() if isinstance(value, torch.Tensor) and value.is_floating_point())
+    values = (
+        value
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+    )
     return [value for value in values if value.shape == weight.shape]
 
 
@@ -56,14 +66,21 @@ class LooksAtZeros(Net):
 
     def __init__(self, optimizer=SGD, from_step=0):
         super().__init__(optimizer)
-        self.from_step, self.pruned, self.looks, self.begun = from_step, None, 0, {}
+        self.from_step = from_step
+        self.pruned = None
+        self.looks = 0
+        self.begun = {}
 
     def look(self):
         self.looks += self.pruned is not None
         for name, where in zeros(self).items() if self.pruned else ():
-            revived, died = (self.pruned[name] & ~where).sum().item(), (where & ~self.pruned[name]).sum().item()
-            by_chance = 0.005 * where.numel() if self.dtype == torch.bfloat16 else 0  # few bits: a sum may cancel
-            assert (revived, max(died - by_chance, 0)) == (0, 0), f"{name} after {self.trainer.global_step} steps"
+            revived = (self.pruned[name] & ~where).sum().item()
+            died = (where & ~self.pruned[name]).sum().item()
+            # Few bits: a sum may cancel.
+            by_chance = 0.005 * where.numel() if self.dtype == torch.bfloat16 else 0
+            assert (revived, max(died - by_chance, 0)) == (0, 0), (
+                f"{name} after {self.trainer.global_step} steps"
+            )
 
     def look_at_state(self):
         for name, where in (self.pruned or {}).items():
@@ -86,7 +103,9 @@ class LooksAtZeros(Net):
     def trained(self):
         """The fraction of the kept weights of each layer that have changed."""
         moved = {name: self.get_parameter(name) != self.begun[name] for name in self.pruned}
-        return {name: moved[name][~where].float().mean().item() for name, where in self.pruned.items()}
+        return {
+            name: moved[name][~where].float().mean().item() for name, where in self.pruned.items()
+        }
 
 
 class Witness(L.Callback):
@@ -100,7 +119,9 @@ class Witness(L.Callback):
 
 AVERAGING = {
     "ema": lambda: EMAWeightAveraging(decay=0.8),
-    "ema of late start": lambda: EMAWeightAveraging(decay=0.8, update_starting_at_step=7, update_every_n_steps=2),
+    "ema of late start": lambda: EMAWeightAveraging(
+        decay=0.8, update_starting_at_step=7, update_every_n_steps=2
+    ),
     "mean": WeightAveraging,
     "swa": lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1),
 }

@@ -13,7 +13,8 @@ class Hub(HfApi):
 
     def __init__(self):
         super().__init__()
-        self.repositories, self.private = {}, set()  # the files of each, by path; the names of private ones
+        self.repositories = {}
+        self.private = set()  # the files of each, by path; the names of private ones
         self.refused = ""  # a repository to which nothing can be committed
         self.requests = []
 

@@ -36,7 +36,9 @@ def statistics(tokens, *parts):
 def solve(solver, weight, tokens, criterion=None, pattern=Unstructured(), sparsity=0.5):
     """The weight and mask that a solver returns for a layer, by default with its own criterion."""
     criterion = criterion or solver.own_criterion
-    return solver(weight, statistics(tokens, criterion, solver), Selection(criterion, pattern, sparsity))
+    return solver(
+        weight, statistics(tokens, criterion, solver), Selection(criterion, pattern, sparsity)
+    )
 
 
 def output_error(weight, pruned, tokens):
@@ -50,9 +52,17 @@ def dense_layer(name, block, weight, tokens=None, pattern=Unstructured()):
         inputs.update(tokens)
     gradients = None
     if tokens is not None:  # gradients that are 1 everywhere
-        gradients = GradientStatistics(tokens.square().sum(dim=0), torch.full((len(weight),), float(len(tokens))))
+        gradients = GradientStatistics(
+            tokens.square().sum(dim=0), torch.full((len(weight),), float(len(tokens)))
+        )
     return DenseLayer(
-        name, block, weight.numel(), pattern.sparsity_steps(*weight.shape), lambda: weight, inputs, gradients
+        name,
+        block,
+        weight.numel(),
+        pattern.sparsity_steps(*weight.shape),
+        lambda: weight,
+        inputs,
+        gradients,
     )
 
 

@@ -16,13 +16,21 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def llama(dtype=torch.float32, sparsity=0.5, **sizes):
-    sizes = {"vocab_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 56, **sizes}
+    sizes = {
+        "vocab_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 56,
+        **sizes,
+    }
     return pruned(tiny_llama(**sizes, use_cache=False), sparsity).to(dtype)
 
 
 def gpt2(sparsity=0.5):
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, use_cache=False)
+    config = GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, use_cache=False
+    )
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
     return pruned(GPT2LMHeadModel(config), sparsity)
 
@@ -53,7 +61,9 @@ def randomize(model, seed=0):
 
 
 def train(model, steps=4, lr=1e-2):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1
+    )
     model.train()
     losses = []
     for _ in range(steps):
@@ -84,11 +94,14 @@ def reference(layer, x, *, dropout_seed=None, names=("default",)):
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
     out = F.linear(x, weight, base.bias)
     for name in names:
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        a = layer.lora_A[name].weight
+        b = layer.lora_B[name].weight
         delta = layer.scaling[name] * (b @ a) * (weight != 0)
         if dropout_seed is not None:
             torch.manual_seed(dropout_seed)
-        out = out + F.linear(x if dropout_seed is None else F.dropout(x, layer.lora_dropout[name].p), delta)
+        out = out + F.linear(
+            x if dropout_seed is None else F.dropout(x, layer.lora_dropout[name].p), delta
+        )
     return out
 
 

@@ -5,7 +5,11 @@ from functools import partial
 from torch import nn
 from torch.nn import functional as F
 
-MIXING = {"LayerNorm": nn.LayerNorm, "GroupNorm": partial(nn.GroupNorm, 4), "Softmax": lambda width: nn.Softmax(-1)}
+MIXING = {
+    "LayerNorm": nn.LayerNorm,
+    "GroupNorm": partial(nn.GroupNorm, 4),
+    "Softmax": lambda width: nn.Softmax(-1),
+}
 """Layers, by their width, whose outputs depend on all inputs."""
 
 
@@ -14,8 +18,10 @@ class Mlp(nn.Module):
 
     def __init__(self, between=None, scale=1.0, width=64, size=32):
         super().__init__()
-        self.up, self.down = nn.Linear(size, width), nn.Linear(width, size)
-        self.between, self.scale = between or nn.Identity(), scale
+        self.up = nn.Linear(size, width)
+        self.down = nn.Linear(width, size)
+        self.between = between or nn.Identity()
+        self.scale = scale
 
     def forward(self, x):
         return x + self.scale * self.down(self.between(F.gelu(self.up(x))))

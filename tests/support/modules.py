@@ -16,7 +16,12 @@ CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}
 
 def tiny_llama(seed=0, **kwargs):
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     sizes |= {"vocab_size": 128, "max_position_embeddings": 64}
     return LlamaForCausalLM(LlamaConfig(**sizes | kwargs)).eval()
 
@@ -54,6 +59,10 @@ def windows_of_text(n=7, tokens=24):
 
 MASKS = {
     "none": lambda ids: None,
-    "right padding": lambda ids: (torch.arange(ids.shape[1]) < torch.tensor([24, 9, 2, 1, 0, 24, 5])[:, None]).long(),
-    "left padding": lambda ids: (torch.arange(ids.shape[1]) >= torch.tensor([0, 9, 22, 23, 24, 3, 5])[:, None]).long(),
+    "right padding": lambda ids: (
+        torch.arange(ids.shape[1]) < torch.tensor([24, 9, 2, 1, 0, 24, 5])[:, None]
+    ).long(),
+    "left padding": lambda ids: (
+        torch.arange(ids.shape[1]) >= torch.tensor([0, 9, 22, 23, 24, 3, 5])[:, None]
+    ).long(),
 }

@@ -21,7 +21,10 @@ class Pair:
         if not self._pools:
             meeting = f"{tempfile.mkdtemp()}/meeting"
             self._pools = [FORKS.Pool(1, _join, (rank, meeting)) for rank in range(SIZE)]
-        calls = [pool.apply_async(function, (rank, *args), kwargs) for rank, pool in enumerate(self._pools)]
+        calls = [
+            pool.apply_async(function, (rank, *args), kwargs)
+            for rank, pool in enumerate(self._pools)
+        ]
         try:
             return [call.get(PATIENCE) for call in calls]
         except BaseException:
@@ -53,4 +56,6 @@ def _join(rank, meeting):
         "MASTER_PORT": "1",
     }
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE
+    )

@@ -50,7 +50,9 @@ def share_of(batches, rank, shares):
 def whole(model):
     """The parameters by name, gathered from both processes where they are sharded."""
     return {
-        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach().clone()
+        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
+        .detach()
+        .clone()
         for name, parameter in model.named_parameters()
     }
 
@@ -79,8 +81,11 @@ def whole_after(model, batches, **choices):
 
 def counted(processes):
     """How many numbers the processes add up from now on, one entry for each message."""
-    sent, add = [], processes.all_reduce_sum
-    processes.all_reduce_sum = lambda tensors: sent.append(sum(x.numel() for x in tensors)) or add(tensors)
+    sent = []
+    add = processes.all_reduce_sum
+    processes.all_reduce_sum = lambda tensors: (
+        sent.append(sum(x.numel() for x in tensors)) or add(tensors)
+    )
     return sent
 
 
@@ -135,7 +140,8 @@ def failures(rank, who):
 
 def replicated(rank, name, shares=None, size=None, times=1, wide=False, **choices):
     """Prune a specimen that both processes have, maybe in float64, and with batches of another size."""
-    model, batches = ZOO[name].build(), ZOO[name].batches() * times
+    model = ZOO[name].build()
+    batches = ZOO[name].batches() * times
     batches = share_of(batches if size is None else split(batches, size), rank, shares)
     return whole_after(model.double() if wide else model, iter(batches), **choices)
 
@@ -159,20 +165,27 @@ def statistics_of(rank, name, shares=None):
     model = Fork() if name == "fork" else ZOO[name].build()
     batches = share_of(fork_batches() if name == "fork" else ZOO[name].batches(), rank, shares)
     processes = both()
-    sent, observer = counted(processes), Observer(frozenset(SUMS), processes)
+    sent = counted(processes)
+    observer = Observer(frozenset(SUMS), processes)
     unit = find_layers(model, "none").stops[0]
     with torch.no_grad():
         found = observer(unit, whole_model_calls(samples_of(model, batches))).inputs
     groups = {}
     for layer, statistics in found.items():
         groups.setdefault(id(statistics), []).append(layer)
-    return {layer: (value.count, value.sums) for layer, value in found.items()}, list(groups.values()), sum(sent)
+    return (
+        {layer: (value.count, value.sums) for layer, value in found.items()},
+        list(groups.values()),
+        sum(sent),
+    )
 
 
 def fork_batches():
     """The first two share the input of both layers, the third and fourth do not, the fifth reaches only the last."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(4, 8, generator=generator) * 0.1 + mean for mean in (-0.5, -0.5, 0.5, 0.5, 2.0)]
+    return [
+        torch.randn(4, 8, generator=generator) * 0.1 + mean for mean in (-0.5, -0.5, 0.5, 0.5, 2.0)
+    ]
 
 
 def fisher_of(rank, name, shares, samples):
@@ -183,22 +196,30 @@ def fisher_of(rank, name, shares, samples):
 
 
 def progress(rank):
-    model, batches = ZOO["plain_mlp"].build(), ZOO["plain_mlp"].batches()
+    model = ZOO["plain_mlp"].build()
+    batches = ZOO["plain_mlp"].batches()
     with contextlib.redirect_stderr(io.StringIO()) as shown:
-        prune_as(make_plan(PruningConfig.from_names(), model, both()), batches[rank::2], progress=True)
+        prune_as(
+            make_plan(PruningConfig.from_names(), model, both()), batches[rank::2], progress=True
+        )
     return shown.getvalue()
 
 
 def spoilt(rank, sequential, spoil):
     """Prune where one process has something wrong; the error, and whether the weights are as before."""
     name = "llama" if spoil in ("mask", "training") else "plain_mlp"
-    model, batches, forward, recovery = ZOO[name].build(), ZOO[name].batches()[rank::2], None, None
+    model = ZOO[name].build()
+    batches = ZOO[name].batches()[rank::2]
+    forward = None
+    recovery = None
     if spoil == "mask":
         batches = [{"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8 - rank)}]
     if spoil == "training":
         recovery = wl.Reconstruct()
         inside = model.model.layers[0].mlp.act_fn
-        inside.register_forward_hook(lambda *_: fail() if rank and torch.is_grad_enabled() else None)
+        inside.register_forward_hook(
+            lambda *_: fail() if rank and torch.is_grad_enabled() else None
+        )
     before = whole(model)
     if rank == 1 and spoil == "input":
         batches[-1][0] = float("nan")
@@ -214,7 +235,11 @@ def spoilt(rank, sequential, spoil):
             model[:2](batch)
             fail()
 
-    error = attempt(lambda: prune_both(model, batches, forward=forward, sequential=sequential, recovery=recovery))
+    error = attempt(
+        lambda: prune_both(
+            model, batches, forward=forward, sequential=sequential, recovery=recovery
+        )
+    )
     same = all(torch.equal(value, before[name]) for name, value in whole(model).items())
     return error, same or spoil in ("weight", "forward", "training")
 
@@ -233,10 +258,13 @@ Block = partial(Mlp, size=16, width=24)
 
 def prune_shards(rank, folder):
     """Why a model is not pruned that FSDP2 shards, and which was just gathered, or a block of it."""
-    model, batches = shard(ZOO["llama"].build()), ZOO["llama"].batches()
+    model = shard(ZOO["llama"].build())
+    batches = ZOO["llama"].batches()
     with torch.no_grad():
         run(model, batches[0])
-    first, second = (attempt(partial(prune_both, each, batches)) for each in (model, model.model.layers[0]))
+    first, second = (
+        attempt(partial(prune_both, each, batches)) for each in (model, model.model.layers[0])
+    )
     fit = trainer(strategy_named("fsdp2"), wl.WandaPrune()).fit
     third = attempt(lambda: fit(Regression(True), DataLoader(SAMPLES, batch_size=2)))
     assert first == second == third
@@ -247,11 +275,15 @@ class PruneAtStart(L.Callback):
     """The least that a callback must do."""
 
     def __init__(self, config, num_samples, dataloader=None):
-        self.config, self.num_samples, self.dataloader = config, num_samples, dataloader
+        self.config = config
+        self.num_samples = num_samples
+        self.dataloader = dataloader
         self.batches = []
 
     def on_train_start(self, trainer, pl_module):
-        data = CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, processes_of(trainer))
+        data = CalibrationData(
+            trainer, pl_module, self.dataloader, self.num_samples, processes_of(trainer)
+        )
         target = getattr(pl_module, "pruning_target", pl_module)
 
         def forward(batch):
@@ -273,7 +305,8 @@ class Regression(L.LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.Sequential(*(Block() for _ in range(3)))
-        self.sharding, self.blocks = sharding, blocks
+        self.sharding = sharding
+        self.blocks = blocks
 
     def configure_model(self):
         if self.sharding and not isinstance(self.layers, FSDPModule):
@@ -298,7 +331,11 @@ SAMPLES = torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
 
 
 def strategy_named(name):
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if name == "fsdp2" else name
+    return (
+        ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        if name == "fsdp2"
+        else name
+    )
 
 
 def fit(rank, num_samples, given, shuffle=False):
@@ -306,7 +343,9 @@ def fit(rank, num_samples, given, shuffle=False):
     torch.manual_seed(5 + rank)
     calibration = DataLoader(SAMPLES, batch_size=3, shuffle=shuffle) if given else None
     callback = PruneAtStart(PruningConfig.from_names(), num_samples, calibration)
-    trainer("ddp", callback).fit(Regression(), DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES))
+    trainer("ddp", callback).fit(
+        Regression(), DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES)
+    )
     return callback.batches, callback.weights, callback.report
 
 
@@ -330,7 +369,8 @@ def fit_with(rank, strategy, make, zeros_in=None, blocks=True):
     if zeros_in is not None:
         with torch.no_grad():
             module.layers[zeros_in].up.weight[:, ::2] = 0
-    callback, final = make(), Final()
+    callback = make()
+    final = Final()
     loaders = DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES, batch_size=2)
     trainer(strategy_named(strategy), callback, final).fit(module, *loaders)
     return final.pruned, final.trained, getattr(callback, "report", None)
@@ -338,14 +378,17 @@ def fit_with(rank, strategy, make, zeros_in=None, blocks=True):
 
 def distill(rank, strategy):
     """Train a pruned module toward a dense one, on batches of four samples over all processes."""
-    module, dense = Regression(strategy == "fsdp2"), Regression()
+    module = Regression(strategy == "fsdp2")
+    dense = Regression()
     with torch.no_grad():
         for weight in dense.parameters():
             weight.mul_(1.5)
     wl.prune(module, criterion="magnitude", progress=False)
     devices, share = (1, slice(None)) if rank is None else (2, slice(rank, None, 2))
     callbacks = wl.KeepZeros(), wl.DistillFromDense(dense)
-    fit = trainer(strategy_named(strategy), *callbacks, devices=devices, use_distributed_sampler=False)
+    fit = trainer(
+        strategy_named(strategy), *callbacks, devices=devices, use_distributed_sampler=False
+    )
     fit.fit(module, DataLoader(SAMPLES.view(4, 4, 16)[:, share], batch_size=None))
     return whole(module)
 
@@ -354,7 +397,9 @@ def fit_llama(rank, folder, saved):
     """Train a pruned model that FSDP2 shards, and save it; what is sharded, what is refused, and the weights."""
     module = CausalLMModule(folder)
     windows = [batch["input_ids"] for batch in ZOO["llama"].batches()]
-    trainer(strategy_named("fsdp2"), wl.KeepZeros()).fit(module, DataLoader(windows, batch_size=None))
+    trainer(strategy_named("fsdp2"), wl.KeepZeros()).fit(
+        module, DataLoader(windows, batch_size=None)
+    )
     module.configure_model()  # once more
     sharded = [type(each).__name__ for each in module.modules() if isinstance(each, FSDPModule)]
     refused = [attempt(lambda: module.save_pretrained(saved, shrink=True))]
@@ -430,12 +475,16 @@ def assert_same_weights(weights, expected, tolerance=1e-3):
 
 def assert_same_report(report, expected):
     def plain(layers):
-        return [(layer.name, layer.shape, layer.tokens, layer.note, layer.target) for layer in layers]
+        return [
+            (layer.name, layer.shape, layer.tokens, layer.note, layer.target) for layer in layers
+        ]
 
     assert plain(report.layers) == plain(expected.layers)
     assert [layer.zeros for layer in report.layers] == [layer.zeros for layer in expected.layers]
     for layer, other in zip(report.layers, expected.layers, strict=True):
-        assert layer.error == (None if other.error is None else pytest.approx(other.error, rel=1e-3)), layer.name
+        assert layer.error == (
+            None if other.error is None else pytest.approx(other.error, rel=1e-3)
+        ), layer.name
     assert report.skipped == expected.skipped
     assert (report.parameters, report.zeros) == (expected.parameters, expected.zeros)
     assert report.config == expected.config

@@ -12,7 +12,8 @@ def pairwise(*axes, allowed=lambda *values: True):
     """
     combinations = [values for values in itertools.product(*map(list, axes)) if allowed(*values)]
     pairs = {values: set(itertools.combinations(enumerate(values), 2)) for values in combinations}
-    missing, chosen = set().union(*pairs.values()), []
+    missing = set().union(*pairs.values())
+    chosen = []
     while missing:
         best = max(combinations, key=lambda values: len(pairs[values] & missing))
         chosen.append(best)
@@ -23,7 +24,11 @@ def pairwise(*axes, allowed=lambda *values: True):
 def with_nightly(sample, every):
     """A sample of values, or of tuples of values, for each run of the tests; the others of the set run at night."""
     sample = list(sample)
-    rest = [values if isinstance(values, tuple) else (values,) for values in every if values not in sample]
+    rest = [
+        values if isinstance(values, tuple) else (values,)
+        for values in every
+        if values not in sample
+    ]
     return [*sample, *(pytest.param(*values, marks=pytest.mark.nightly) for values in rest)]
 
 

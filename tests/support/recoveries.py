@@ -20,9 +20,14 @@ class IntoItsDtype(nn.Linear):
 
 def pruned_with_and_without(dense, batches, sparsity=0.5, recovery=None, **choices):
     """The model that is pruned without the recovery, the one with it, and its report."""
-    start, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    start = copy.deepcopy(dense)
+    model = copy.deepcopy(dense)
     prune(start, batches, sparsity, progress=False, **choices)
-    return start, model, prune(model, batches, sparsity, recovery=recovery, progress=False, **choices)
+    return (
+        start,
+        model,
+        prune(model, batches, sparsity, recovery=recovery, progress=False, **choices),
+    )
 
 
 def weights_of(report):

@@ -37,8 +37,15 @@ def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
     Columns run over kernel rows, then kernel columns, then input channels, as `weight.permute(0, 2, 3, 1)` does.
     `images` are (batch, channels, height, width); the other arguments are pairs (vertical, horizontal).
     """
-    columns = F.unfold(torch.from_numpy(images), kernel, dilation, padding, stride)  # by channels, then positions
-    return columns.unflatten(1, (images.shape[1], -1)).permute(0, 3, 2, 1).flatten(2).flatten(0, 1).numpy()
+    # By channels, then positions.
+    columns = F.unfold(torch.from_numpy(images), kernel, dilation, padding, stride)
+    return (
+        columns.unflatten(1, (images.shape[1], -1))
+        .permute(0, 3, 2, 1)
+        .flatten(2)
+        .flatten(0, 1)
+        .numpy()
+    )
 
 
 def magnitude(weight, tokens):
@@ -53,10 +60,13 @@ def wanda(weight, tokens):
 
 def ria(weight, tokens):
     """The weight relative to its row plus relative to its column, times the square root of the norm of its input."""
-    sizes, sums = np.abs(weight), square_sum(tokens)
+    sizes = np.abs(weight)
+    sums = square_sum(tokens)
     scores = np.zeros(weight.shape)
     for row, column in zip(*np.nonzero(weight), strict=True):
-        relative = sizes[row, column] / sizes[row].sum() + sizes[row, column] / sizes[:, column].sum()
+        relative = (
+            sizes[row, column] / sizes[row].sum() + sizes[row, column] / sizes[:, column].sum()
+        )
         scores[row, column] = relative * sums[column] ** 0.25
     return scores
 
@@ -79,7 +89,8 @@ def damped_gram(tokens, dampening):
 
 def surgeon(weight, tokens, dampening, keep):
     """Go through the columns; the weights right of a pruned one compensate for it (optimal brain surgeon)."""
-    weight, matrix = weight.copy(), damped_gram(tokens, dampening)
+    weight = weight.copy()
+    matrix = damped_gram(tokens, dampening)
     for column in range(weight.shape[1]):
         inverse = np.linalg.inv(matrix[column:, column:])
         for row in np.flatnonzero(~keep[:, column]):
@@ -107,10 +118,14 @@ def admm(weight, tokens, dampening, rhos, choose):
     """
     matrix = damped_gram(tokens, dampening)
     scale = np.sqrt(np.diag(matrix))
-    matrix, dense = matrix / np.outer(scale, scale), weight * scale
-    copy, dual = dense * choose(np.abs(dense)), np.zeros(weight.shape)
+    matrix = matrix / np.outer(scale, scale)
+    dense = weight * scale
+    copy = dense * choose(np.abs(dense))
+    dual = np.zeros(weight.shape)
     for rho in rhos:
-        fit = np.linalg.solve(matrix + rho * np.eye(len(matrix)), (dense @ matrix + rho * copy - dual).T).T
+        fit = np.linalg.solve(
+            matrix + rho * np.eye(len(matrix)), (dense @ matrix + rho * copy - dual).T
+        ).T
         keep = choose(np.abs(fit + dual / rho))
         copy = (fit + dual / rho) * keep
         dual = dual + rho * (fit - copy)
@@ -144,7 +159,8 @@ def keep_above_share(scores, share):
     """Cut each row where its sorted scores sum up to `share` of the total; prune scores equal to the cut, too."""
     keep = np.ones(scores.shape, dtype=bool)
     for row, values in enumerate(scores):
-        running, cut = 0.0, -1.0
+        running = 0.0
+        cut = -1.0
         for score in sorted(values):
             running += score
             if running > share * sum(values):
@@ -156,7 +172,9 @@ def keep_above_share(scores, share):
 
 def keep_equal_share(scores, sparsity):
     """Bisect for the share from 0.4 in [0, 0.8], until within 0.001 of the sparsity or in a bracket below 0.001."""
-    bottom, share, top = 0.0, 0.4, 0.8
+    bottom = 0.0
+    share = 0.4
+    top = 0.8
     while True:
         keep = keep_above_share(scores, share)
         pruned = np.count_nonzero(~keep) / keep.size
@@ -179,7 +197,12 @@ def kept_units(width, sparsity, multiple_of):
 def keep_units(scores, sparsity, multiple_of, columns):
     """Keep the units with the largest sums of squared scores; those of unit u are in the columns u, u + width, ..."""
     width = scores.shape[1] // columns
-    totals = [[sum(float(score) ** 2 for score in scores[:, unit::width].ravel()) for unit in range(width)]]
+    totals = [
+        [
+            sum(float(score) ** 2 for score in scores[:, unit::width].ravel())
+            for unit in range(width)
+        ]
+    ]
     kept = keep_largest(np.array(totals), kept_units(width, sparsity, multiple_of))[0]
     return np.tile(kept, (len(scores), columns))
 
@@ -211,12 +234,19 @@ def owl(layers, sparsity, per_block=True):
     """The fraction of outliers among the Wanda scores of a block, mapped to [0, 0.16], subtracted from the target."""
     scores = {}
     for name, block, weight, tokens in layers:
-        scores.setdefault(block if per_block else name, []).extend(wanda(weight, tokens / len(tokens) ** 0.5).ravel())
-    fraction = {group: np.mean(np.array(values) > 5 * np.mean(values)) for group, values in scores.items()}
-    low, high = min(fraction.values()), max(fraction.values())
+        scores.setdefault(block if per_block else name, []).extend(
+            wanda(weight, tokens / len(tokens) ** 0.5).ravel()
+        )
+    fraction = {
+        group: np.mean(np.array(values) > 5 * np.mean(values)) for group, values in scores.items()
+    }
+    low = min(fraction.values())
+    high = max(fraction.values())
     of_layer = {name: fraction[block if per_block else name] for name, block, _, _ in layers}
     shift = {name: (value - low) / (high - low) * 2 * 0.08 for name, value in of_layer.items()}
-    mean = sum(shift[name] * weight.size for name, _, weight, _ in layers) / sum(layer[2].size for layer in layers)
+    mean = sum(shift[name] * weight.size for name, _, weight, _ in layers) / sum(
+        layer[2].size for layer in layers
+    )
     return {name: sparsity - (value - mean) for name, value in shift.items()}
 
 
@@ -228,7 +258,10 @@ def fisher(layers, sparsity, max_deviation=0.15):
     best = None
     for threshold in everything:
         clipped = {
-            name: min(max(np.mean(of_layer < threshold), sparsity - max_deviation), sparsity + max_deviation)
+            name: min(
+                max(np.mean(of_layer < threshold), sparsity - max_deviation),
+                sparsity + max_deviation,
+            )
             for name, of_layer in scores.items()
         }
         mean = sum(clipped[name] * len(scores[name]) for name in scores) / len(everything)

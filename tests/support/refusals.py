@@ -24,7 +24,8 @@ def changed(model, before):
     return [
         name
         for name, value in model.state_dict().items()
-        if value.dtype != before[name].dtype or not (value.is_meta or torch.equal(bits(value), bits(before[name])))
+        if value.dtype != before[name].dtype
+        or not (value.is_meta or torch.equal(bits(value), bits(before[name])))
     ]
 
 
@@ -36,7 +37,10 @@ def state_of(model):
             vars(module).get("forward"),
             list(module._forward_pre_hooks),
             list(module._forward_hooks),
-            [(parameter.requires_grad, parameter.grad) for parameter in module.parameters(recurse=False)],
+            [
+                (parameter.requires_grad, parameter.grad)
+                for parameter in module.parameters(recurse=False)
+            ],
         )
         for module in model.modules()
     ]
@@ -44,7 +48,8 @@ def state_of(model):
 
 def refusal(model, batches=None, *args, error=ValueError, written=(), **choices):
     """The message of a `prune` that only wrote the weights that `written` names, and left nothing else behind."""
-    before, state = {name: value.detach().clone() for name, value in model.state_dict().items()}, state_of(model)
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    state = state_of(model)
     threads = set(threading.enumerate())
     with pytest.raises(error) as caught:
         prune(model, batches, *args, progress=False, **choices)
@@ -57,6 +62,9 @@ def refusal(model, batches=None, *args, error=ValueError, written=(), **choices)
     notes = [note for note in getattr(caught.value, "__notes__", []) if "already pruned" in note]
     assert len(notes) == bool(written)
     if notes:
-        assert f"{len(written)} {'layers are' if written[1:] else 'layer is'} already pruned;" in notes[0]
+        assert (
+            f"{len(written)} {'layers are' if written[1:] else 'layer is'} already pruned;"
+            in notes[0]
+        )
         assert "Reload the model" in notes[0]
     return str(caught.value)

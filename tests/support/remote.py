@@ -17,29 +17,60 @@ from support.refusals import bits
 from torch import Tensor, nn
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._pytree import tree_map_only
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _setup_privateuseone_for_python_backend,
+)
 
 DEVICES = ("cpu", "remote:0")
-_CPU, _EXTENSION = 1, 12  # kinds of devices in DLPack; the second one is PyTorch's PrivateUse1
+_CPU = 1
+_EXTENSION = 12  # kinds of devices in DLPack; the second one is PyTorch's PrivateUse1
 _aten = torch.ops.aten
 _libraries: list[torch.library.Library] = []  # they undo their registrations when they are freed
 # For these, the CPU's kernel returns a tensor with the device and the storage of its argument.
-_VIEWS = {"as_strided", "view", "_reshape_alias", "unfold", "view_as_real", "view_as_complex", "set_"}
+_VIEWS = {
+    "as_strided",
+    "view",
+    "_reshape_alias",
+    "unfold",
+    "view_as_real",
+    "view_as_complex",
+    "set_",
+}
 # What CUDA takes besides CPU scalars in elementwise operators: copies, CPU indices, a CPU scalar to fill with.
 _COPIES = {"_copy_from", "_copy_from_and_resize", "_foreach_copy_"}
-_INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+_INDEXED = {
+    "index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "_unsafe_index",
+    "_unsafe_index_put",
+}
 _FILLS = {"fill_", "masked_fill_"}
-_NOT_DETERMINISTIC = {"bincount", "cumsum", "cumsum_", "histc", "kthvalue", "median", "nanmedian"}  # of floats, on CUDA
+# Of floats, on CUDA.
+_NOT_DETERMINISTIC = {
+    "bincount",
+    "cumsum",
+    "cumsum_",
+    "histc",
+    "kthvalue",
+    "median",
+    "nanmedian",
+}
 HAS_FLOAT64 = True  # a test may take it away, as from `mps`
-_AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)  # not for the device, though its kernels call the CPU's
+# Not for the device, though its kernels call the CPU's.
+_AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
 
 
 def connect() -> torch.device:
     """Register the device in this process and return it."""
     if not _libraries:
         _setup_privateuseone_for_python_backend("remote", backend_module=_Module())
-        torch.__future__.set_swap_module_params_on_conversion(True)  # or tied weights would not stay tied
-        torch.Generator, torch.UntypedStorage.clone = _Generator, _clone_storage
+        # Or tied weights would not stay tied.
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        torch.Generator = _Generator
+        torch.UntypedStorage.clone = _clone_storage
         aten, others = (torch.library.Library(name, "IMPL") for name in ("aten", "_"))
         names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
         for name in (*names, *(f"aten::{name}" for name in _REPLACED)):
@@ -88,19 +119,28 @@ class _Generator(torch._C.Generator):
 
 def _clone_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """Clone a storage by a tensor: the device has no allocator for storages."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).clone().untyped_storage()
+    return (
+        torch.empty(0, dtype=torch.uint8, device=storage.device)
+        .set_(storage)
+        .clone()
+        .untyped_storage()
+    )
 
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the CPU's kernel on the memory of the arguments."""
     with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         name = op._schema.name.removeprefix("aten::")
-        pairs: list[tuple[Tensor, Tensor]] = []  # tensors of the device, and CPU tensors on their memory
+        pairs: list[
+            tuple[Tensor, Tensor]
+        ] = []  # tensors of the device, and CPU tensors on their memory
         others: list[Tensor] = []
         local_args = [_localize(each, pairs, others) for each in args]
         local_kwargs = {key: _localize(each, pairs, others) for key, each in kwargs.items()}
         if name in _NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
-            assert not any(local.is_floating_point() for _, local in pairs), f"{op} is not deterministic"
+            assert not any(local.is_floating_point() for _, local in pairs), (
+                f"{op} is not deterministic"
+            )
         if others and pairs and name not in _COPIES:
             _refuse_mixed(op, name, args[0], others)
         generator = kwargs.get("generator")
@@ -123,7 +163,9 @@ def _refuse_mixed(op: Any, name: str, first: Any, local: list[Tensor]) -> None:
     into_local = any(first is each for each in local)
     if name in _INDEXED and not into_local:
         return
-    takes_scalars = (torch.Tag.pointwise in op.tags or name in _FILLS) and not (op._schema.is_mutable and into_local)
+    takes_scalars = (torch.Tag.pointwise in op.tags or name in _FILLS) and not (
+        op._schema.is_mutable and into_local
+    )
     if not takes_scalars or any(each.ndim for each in local):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, remote:0 and cpu! "
@@ -152,7 +194,9 @@ def _wrap(value: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
     """Return the result of the CPU's kernel on the device; of an operator in place, its argument."""
     if isinstance(value, Tensor):
         if value.dtype == torch.float64 and not HAS_FLOAT64:
-            raise TypeError("Cannot convert a remote Tensor to float64 dtype as the framework doesn't support float64")
+            raise TypeError(
+                "Cannot convert a remote Tensor to float64 dtype as the framework doesn't support float64"
+            )
         same = [remote for remote, local in pairs if local is value]
         return same[0] if same else _moved(value, _EXTENSION)
     if isinstance(value, list | tuple):
@@ -174,7 +218,8 @@ def _moved(tensor: Tensor, kind: int) -> Tensor:
 
 
 _pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_pointer.restype = ctypes.c_void_p
+_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
@@ -196,9 +241,12 @@ def on(device: str, value: Any) -> Any:
 
 def assert_equal(on_cpu: nn.Module, on_device: nn.Module) -> None:
     """Weights and buffers are equal to the bit; those of a model that is not spread are on one device."""
-    expected, found = on_cpu.state_dict(), on_device.state_dict()
+    expected = on_cpu.state_dict()
+    found = on_device.state_dict()
     assert expected.keys() == found.keys()
-    differ = [name for name in expected if not torch.equal(bits(expected[name]), bits(found[name].cpu()))]
+    differ = [
+        name for name in expected if not torch.equal(bits(expected[name]), bits(found[name].cpu()))
+    ]
     assert not differ
     assert {tensor.device.type for tensor in expected.values()} == {"cpu"}
     assert "remote" in {tensor.device.type for tensor in found.values()}

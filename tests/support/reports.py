@@ -5,7 +5,14 @@ from html.parser import HTMLParser
 
 from wanda_lightning import PruningReport
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.report import Circumstances, Continuations, Measured, PrunedLayer, Training, TrainingPass
+from wanda_lightning.report import (
+    Circumstances,
+    Continuations,
+    Measured,
+    PrunedLayer,
+    Training,
+    TrainingPass,
+)
 
 SHAPES = {
     "self_attn.q_proj": (576, 576),
@@ -32,10 +39,17 @@ CONFIG = {
 def llama_report(blocks=30):
     """A report with everything that one can have: 30 blocks are those of SmolLM2-135M."""
     kinds = list(enumerate(SHAPES.items()))
-    layers = tuple(_layer(block, number, *kind) for block in range(blocks) for number, kind in kinds)
+    layers = tuple(
+        _layer(block, number, *kind) for block in range(blocks) for number, kind in kinds
+    )
     embedding = SkippedMatrix("model.embed_tokens", (49152, 576), SkipReason.EMBEDDING, "embedding")
     head = SkippedMatrix("lm_head", (49152, 576), SkipReason.TIED, "tied to model.embed_tokens")
-    passes = (TrainingPass(None, 0.61), TrainingPass(0.52, 0.44), TrainingPass(0.43, 0.41), TrainingPass(0.4, 0.395))
+    passes = (
+        TrainingPass(None, 0.61),
+        TrainingPass(0.52, 0.44),
+        TrainingPass(0.43, 0.41),
+        TrainingPass(0.4, 0.395),
+    )
     return PruningReport(
         layers=layers,
         skipped=(embedding, head),
@@ -54,7 +68,10 @@ def llama_report(blocks=30):
             data="sklearn-docs, 24 windows of 512 tokens",
             others=(Measured("python-docs, 32 windows of 512 tokens", 12.95, 14.72),),
             calibration="python-docs, 32 windows of 512 tokens, seed 0",
-            costs=(Measured("MiB of weights", 513.1, 513.1), Measured("tokens per second", 2290.4, 2310.0)),
+            costs=(
+                Measured("MiB of weights", 513.1, 513.1),
+                Measured("tokens per second", 2290.4, 2310.0),
+            ),
             zero_shot={"boolq": {"acc": 0.5625, "acc_stderr": 0.02, "documents": 400}},
             samples=(
                 Continuations("The library", " is <b>open</b>.", " is closed."),
@@ -67,9 +84,12 @@ def llama_report(blocks=30):
 def _layer(block, number, kind, shape):
     size = math.prod(shape)
     sparsity = round((0.42 + 0.006 * block + 0.03 * math.sin(block + number)) * size) / size
-    name, error = f"model.layers.{block}", (0.02 + 0.02 * number) * (1 + block / 40)
+    name = f"model.layers.{block}"
+    error = (0.02 + 0.02 * number) * (1 + block / 40)
     note = "3 inputs never active" if block % 7 == 0 else ""
-    return PrunedLayer(f"{name}.{kind}", shape, sparsity, sparsity, 16384, note, block=name, error=error)
+    return PrunedLayer(
+        f"{name}.{kind}", shape, sparsity, sparsity, 16384, note, block=name, error=error
+    )
 
 
 class Page(HTMLParser):
@@ -79,7 +99,9 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.words, self.tags, self.open = [], [], []
+        self.words = []
+        self.tags = []
+        self.open = []
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()

@@ -30,7 +30,9 @@ def calls_of(model, names, batches):
     """The arguments of each call of some modules, by slow hooks."""
     calls = {name: [] for name in names}
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: calls[name].append(args))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: calls[name].append(args)
+        )
         for name in names
     ]
     for batch in batches:
@@ -53,13 +55,27 @@ def split(batches, size):
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def gradients(model, batches, samples=None, predictions=0, recomputed=True, processes=SINGLE_PROCESS, **choices):
+def gradients(
+    model,
+    batches,
+    samples=None,
+    predictions=0,
+    recomputed=True,
+    processes=SINGLE_PROCESS,
+    **choices,
+):
     """The statistics by layer. Blocks are recomputed, as in pruning, or not."""
     own = run_of(model, batches, processes, allocation="fisher", **choices)
     blocks = own.plan.blocks if recomputed else ()
     with calibration_mode(model), torch.no_grad():
         return gradient_statistics(
-            model, own.plan.layers, blocks, own.samples, lambda _: None, processes, GradientLimit(samples, predictions)
+            model,
+            own.plan.layers,
+            blocks,
+            own.samples,
+            lambda _: None,
+            processes,
+            GradientLimit(samples, predictions),
         )
 
 

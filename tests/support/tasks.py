@@ -21,17 +21,43 @@ DOCUMENTS = {
     "hellaswag": 2
     * [
         {"activity_label": "Cooking", "ctx_a": "A man cuts an onion.", "ctx_b": "he", "label": "1"}
-        | {"endings": ["flies [step] away and is not seen again.", "cries.", "sings  a song.", "[title] ends"]}
+        | {
+            "endings": [
+                "flies [step] away and is not seen again.",
+                "cries.",
+                "sings  a song.",
+                "[title] ends",
+            ]
+        }
     ],
     "winogrande": 2
-    * [{"sentence": "The cup did not fit; _ was too big.", "option1": "the cup", "option2": "a box", "answer": "1"}],
+    * [
+        {
+            "sentence": "The cup did not fit; _ was too big.",
+            "option1": "the cup",
+            "option2": "a box",
+            "answer": "1",
+        }
+    ],
     "arc_easy": [
-        {"question": "What do plants need?", "choices": {"text": ["light", "a hammer"], "label": ["A", "B"]}},
-        {"question": "What is hot?", "choices": {"text": ["ice", "the sun", "deep snow"], "label": ["1", "2", "3"]}},
+        {
+            "question": "What do plants need?",
+            "choices": {"text": ["light", "a hammer"], "label": ["A", "B"]},
+        },
+        {
+            "question": "What is hot?",
+            "choices": {"text": ["ice", "the sun", "deep snow"], "label": ["1", "2", "3"]},
+        },
     ],
     "openbookqa": [
-        {"question_stem": "A magnet attracts", "choices": {"text": ["iron", "dry wood"], "label": ["A", "B"]}},
-        {"question_stem": "Frogs begin as", "choices": {"text": ["eagles", "tadpoles"], "label": ["A", "B"]}},
+        {
+            "question_stem": "A magnet attracts",
+            "choices": {"text": ["iron", "dry wood"], "label": ["A", "B"]},
+        },
+        {
+            "question_stem": "Frogs begin as",
+            "choices": {"text": ["eagles", "tadpoles"], "label": ["A", "B"]},
+        },
     ],
 }
 for name in ("arc_easy", "openbookqa"):
@@ -43,12 +69,17 @@ DOCUMENTS["arc_challenge"] = DOCUMENTS["arc_easy"]
 def by_hand(name, doc):
     """Return (prompt, continuation) of each choice, the choices, and the index of the right one."""
     if name == "boolq":
-        prompt, choices = f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:", ["no", "yes"]
+        prompt = f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:"
+        choices = ["no", "yes"]
     elif name == "rte":
         prompt = f"{doc['sentence1']}\nQuestion: {doc['sentence2']} True or False?\nAnswer:"
         choices = ["True", "False"]
     else:
-        prompt = doc["question_stem"] if name == "openbookqa" else f"Question: {doc['question']}\nAnswer:"
+        prompt = (
+            doc["question_stem"]
+            if name == "openbookqa"
+            else f"Question: {doc['question']}\nAnswer:"
+        )
         choices = doc["choices"]["text"]
     gold = int(doc["label"]) if "label" in doc else doc["choices"]["label"].index(doc["answerKey"])
     # Blanks at the end of a prompt belong to what follows: tokens begin with them.
@@ -57,7 +88,8 @@ def by_hand(name, doc):
 
 
 def log_likelihood(model, tokenizer, prompt, continuation):
-    given, ids = len(tokenizer(prompt).input_ids), tokenizer(prompt + continuation).input_ids
+    given = len(tokenizer(prompt).input_ids)
+    ids = tokenizer(prompt + continuation).input_ids
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     return sum(logits[i - 1, ids[i]].item() for i in range(given, len(ids)))
@@ -85,7 +117,9 @@ def tiny_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([json.dumps(DOCUMENTS), " yes no True False" * 20], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 

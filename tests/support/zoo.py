@@ -32,7 +32,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Generator, Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-TOKENS, IMAGE, PATCH = 24, 32, 8
+TOKENS = 24
+IMAGE = 32
+PATCH = 8
 Batch = Callable[[Any, int, Generator], Any]  # of a configuration, and a number of samples
 
 
@@ -41,10 +43,15 @@ class Specimen:
     """A model for tests. In the globs, as in `fnmatch`, `*` crosses dots, so blocks are written with `[0-9]`."""
 
     build: Callable[[], nn.Module]  # in eval mode and float32, with the same weights every time
-    batches: Callable[[], list[Any]]  # two or three; a mapping is passed as keywords, a tuple's first element alone
-    dense: tuple[str, ...] = ()  # matrices that must be skipped by default; all others must be pruned
+    # Two or three; a mapping is passed as keywords, a tuple's first element alone.
+    batches: Callable[[], list[Any]]
+    dense: tuple[
+        str, ...
+    ] = ()  # matrices that must be skipped by default; all others must be pruned
     blocks: tuple[str, ...] = ()  # modules at which sequential="block" stops
-    uncalled: tuple[str, ...] = ()  # layers outside `dense` that no batch calls, so that they keep their weights
+    uncalled: tuple[
+        str, ...
+    ] = ()  # layers outside `dense` that no batch calls, so that they keep their weights
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,17 @@ class Family(Specimen):
     kind: str = ""  # one of `KINDS`
     name: str = ""  # the model type of the configuration, the class, or the module in timm
     model: str = ""  # the class, or timm's name of the model
-    arguments: Callable[[], dict[str, Any]] = dict  # of `timm.create_model`, beside the name and `num_classes`
+    arguments: Callable[[], dict[str, Any]] = (
+        dict  # of `timm.create_model`, beside the name and `num_classes`
+    )
 
 
 def outputs(model: nn.Module, batch: Any) -> Any:
     """Run the forward pass that `prune` runs for such a batch."""
     return (
-        model(**batch) if isinstance(batch, Mapping) else model(batch[0] if isinstance(batch, tuple | list) else batch)
+        model(**batch)
+        if isinstance(batch, Mapping)
+        else model(batch[0] if isinstance(batch, tuple | list) else batch)
     )
 
 
@@ -102,7 +113,8 @@ def double(x: Tensor) -> Tensor:
 
 def seeded(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed the accelerators too
+        # torch.manual_seed would reseed the accelerators too.
+        torch.default_generator.manual_seed(0)
         model = make()
         _enliven(model)
     return model.float().eval()
@@ -112,7 +124,13 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 def _enliven(model: nn.Module) -> None:
     """Move every parameter away from 0, 1 and its copies in other layers, so that the output depends on each."""
     for parameter in model.parameters():
-        d_in = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1] if parameter.ndim else 1
+        d_in = (
+            parameter[0].numel()
+            if parameter.ndim == 4
+            else parameter.shape[-1]
+            if parameter.ndim
+            else 1
+        )
         scale = 0.1 if parameter.ndim < 2 else 0.5 / math.sqrt(d_in)
         parameter.add_(scale * torch.randn_like(parameter))
     for module in model.modules():
@@ -121,8 +139,11 @@ def _enliven(model: nn.Module) -> None:
             module.running_var.uniform_(2.0, 4.0)
 
 
-def _batches(batch: Batch, config: Callable[[], Any] = lambda: None, sizes: Sequence[int] = (2, 3)) -> list[Any]:
-    random, of = torch.Generator().manual_seed(1), config()
+def _batches(
+    batch: Batch, config: Callable[[], Any] = lambda: None, sizes: Sequence[int] = (2, 3)
+) -> list[Any]:
+    random = torch.Generator().manual_seed(1)
+    of = config()
     return [batch(of, samples, random) for samples in sizes]
 
 
@@ -157,7 +178,10 @@ def _codebooks(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
 def _from_a_target(config: Any, n: int, random: Generator) -> dict[str, Any]:
     """Inputs of a draft model, which the target model would compute."""
     shape = (n, config.text_config.num_key_value_heads, TOKENS, HEAD)
-    states = {kind: [torch.randn(shape, generator=random) for _ in range(2)] for kind in config.text_config.layer_types}
+    states = {
+        kind: [torch.randn(shape, generator=random) for _ in range(2)]
+        for kind in config.text_config.layer_types
+    }
     return {
         "inputs_embeds": torch.randn(n, 1, 2 * config.backbone_hidden_size, generator=random),
         "position_ids": torch.full((n, 1), TOKENS),
@@ -183,7 +207,8 @@ def _images_in_text(config: Any, n: int, random: Generator) -> dict[str, Tensor]
 
 def _patches_in_text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
     """Qwen-VL: images are rows of patches, with the grids that they form."""
-    vision, side = config.vision_config, IMAGE // PATCH
+    vision = config.vision_config
+    side = IMAGE // PATCH
     places = (side // vision.spatial_merge_size) ** 2
     ids = torch.cat([torch.full((n, places), config.image_token_id), _ids(n, random)], 1)
     d_patch = 3 * vision.temporal_patch_size * vision.patch_size**2
@@ -198,7 +223,10 @@ def _patches_in_text(config: Any, n: int, random: Generator) -> dict[str, Tensor
 def _spectra(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
     """Whisper: two frames per position of the encoder."""
     shape = (n, config.num_mel_bins, 2 * config.max_source_positions)
-    return {"input_features": torch.randn(shape, generator=random), "decoder_input_ids": _ids(n, random, 16)}
+    return {
+        "input_features": torch.randn(shape, generator=random),
+        "decoder_input_ids": _ids(n, random, 16),
+    }
 
 
 def _waves(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
@@ -255,7 +283,12 @@ _OTHERS = {
     _waves: "Wav2Vec2ForCTC HubertForCTC WavLMForCTC",
 }
 _BATCHES: dict[str, Batch] = {
-    **{name: batch for batch, names in _OTHERS.items() for name in names.split() if hasattr(hf, name)},
+    **{
+        name: batch
+        for batch, names in _OTHERS.items()
+        for name in names.split()
+        if hasattr(hf, name)
+    },
     **{"musicgen": _codebooks, "musicgen_melody": _codebooks},
     **{"gemma4_assistant": _from_a_target, "gemma4_unified_assistant": _from_a_target},
 }
@@ -293,8 +326,11 @@ def causal(name: str) -> Family:
 
     def configure() -> hf.PreTrainedConfig:
         config = tiny(config_class)
-        if not isinstance(config, model_class.config_class):  # the mapping names only the language part of some models
-            parts = [part for part in vars(config).values() if isinstance(part, model_class.config_class)]
+        # The mapping names only the language part of some models.
+        if not isinstance(config, model_class.config_class):
+            parts = [
+                part for part in vars(config).values() if isinstance(part, model_class.config_class)
+            ]
             config = parts[0] if parts else config
         if hasattr(config, "is_decoder"):
             config.is_decoder = True
@@ -309,11 +345,16 @@ def other(name: str) -> Family:
     return _of_transformers("other", name, model_class, partial(tiny, model_class.config_class))
 
 
-def _of_transformers(kind: str, name: str, model_class: Any, configure: Callable[[], hf.PreTrainedConfig]) -> Family:
+def _of_transformers(
+    kind: str, name: str, model_class: Any, configure: Callable[[], hf.PreTrainedConfig]
+) -> Family:
     def make() -> nn.Module:
         config = configure()
         with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in model_class._from_config(copy.deepcopy(config)).parameters())
+            size = sum(
+                parameter.numel()
+                for parameter in model_class._from_config(copy.deepcopy(config)).parameters()
+            )
         if size > 10_000_000:
             raise CannotBuild(f"its smallest configuration has {size:,} parameters")
         return without_cache(model_class._from_config(config))
@@ -348,7 +389,9 @@ def of_timm(name: str) -> Family:
         for more, size in product([_fewer_blocks(name), {}], sizes):
             for sized in ({**more, "img_size": size}, more):
                 with suppress(Exception), torch.device("meta"), torch.no_grad():  # try another size
-                    timm.create_model(name, num_classes=16, **sized).eval()(torch.zeros(1, 3, size, size))
+                    timm.create_model(name, num_classes=16, **sized).eval()(
+                        torch.zeros(1, 3, size, size)
+                    )
                     return sized, size
         return {}, usual
 
@@ -362,7 +405,10 @@ def of_timm(name: str) -> Family:
 
 def _size(name: str, **more: Any) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in timm.create_model(name, num_classes=16, **more).parameters())
+        return sum(
+            parameter.numel()
+            for parameter in timm.create_model(name, num_classes=16, **more).parameters()
+        )
 
 
 def _fewer_blocks(name: str) -> dict[str, Any]:
@@ -377,7 +423,8 @@ def _fewer_blocks(name: str) -> dict[str, Any]:
 class _Mlp(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(F.relu(self.up(x)))
@@ -388,7 +435,8 @@ class _Blocks(nn.Module):
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__()
-        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(32, 16)
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -416,7 +464,9 @@ def _block_twice() -> nn.Module:
 
 
 def _plain_mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16))
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)
+    )
 
 
 class _Unreached(_Blocks):
@@ -433,7 +483,9 @@ class _Routed(_Blocks):
 class _Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 16)
+        self.first = nn.Linear(32, 32)
+        self.second = nn.Linear(32, 32)
+        self.third = nn.Linear(32, 16)
         self.second.weight = self.first.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -447,7 +499,8 @@ class _InplaceMlp(_Mlp):
 
 class _Inplace(_Blocks):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x - 0.1)  # a new tensor: the blocks write into their inputs, the model does not
+        # A new tensor: the blocks write into their inputs, the model does not.
+        return super().forward(x - 0.1)
 
 
 class _AutocastInside(_Blocks):
@@ -466,7 +519,8 @@ class _ExpertList(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.experts = nn.Linear(32, 4), nn.ModuleList(_Mlp() for _ in range(4))
+        self.gate = nn.Linear(32, 4)
+        self.experts = nn.ModuleList(_Mlp() for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
@@ -485,7 +539,8 @@ class _TorchTransformer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(32, nhead=4, dim_feedforward=64, batch_first=True)
-        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(32, 16)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(x))
@@ -500,7 +555,9 @@ def save_llama_of_bytes(folder: Any) -> None:
     special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        config = tiny(hf.LlamaConfig, vocab_size=256, num_key_value_heads=4, initializer_range=0.3, **special)
+        config = tiny(
+            hf.LlamaConfig, vocab_size=256, num_key_value_heads=4, initializer_range=0.3, **special
+        )
         hf.LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -512,29 +569,51 @@ def _text_model(
     **sizes: Any,
 ) -> Specimen:
     def make() -> nn.Module:
-        return model_class(tiny(model_class.config_class, **{"initializer_range": 0.1, "pad_token_id": 0, **sizes}))
+        return model_class(
+            tiny(model_class.config_class, **{"initializer_range": 0.1, "pad_token_id": 0, **sizes})
+        )
 
     return Specimen(partial(seeded, make), partial(_batches, batch), dense, blocks)
 
 
 def _with_experts(model_class: Any, *dense: str, **more: Any) -> Specimen:
-    return _text_model(model_class, ("model.embed_tokens", "lm_head", *dense), tie_word_embeddings=False, **more)
+    return _text_model(
+        model_class, ("model.embed_tokens", "lm_head", *dense), tie_word_embeddings=False, **more
+    )
 
 
-def _image_model(make: Callable[..., nn.Module], sizes: dict[str, Any], blocks: str, *dense: str) -> Specimen:
+def _image_model(
+    make: Callable[..., nn.Module], sizes: dict[str, Any], blocks: str, *dense: str
+) -> Specimen:
     build = partial(seeded, partial(make, num_classes=16, **sizes))
     return Specimen(build, partial(_batches, _images), dense, (blocks,))
 
 
-def _odd(make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: Any) -> Specimen:
+def _odd(
+    make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: Any
+) -> Specimen:
     return Specimen(partial(seeded, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
 
 
 _LEFT = partial(_padded_text, side="left")
-_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 2.0}
+_VIT = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 2,
+    "num_heads": 4,
+    "mlp_ratio": 2.0,
+}
 _CONVNEXT = {"depths": (2, 2, 2, 2), "dims": (8, 16, 24, 32), "ls_init_value": 0.75}
 _STAGES = ("stages.[0-9].blocks.[0-9]", "stem.0", "*.conv_dw", "head.fc")
-_SWIN = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+_SWIN = {
+    "img_size": 32,
+    "patch_size": 4,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+}
 _RESNET = {"layers": (2, 2, 2, 2), "zero_init_last": False}
 _FEW = {"moe_intermediate_size": 16}
 
@@ -544,7 +623,12 @@ ZOO: dict[str, Specimen] = {
     "llama_left_padded": _text_model(hf.LlamaForCausalLM, batch=_LEFT),
     "gemma2": _text_model(
         hf.Gemma2ForCausalLM,
-        **{"num_hidden_layers": 3, "layer_types": None, "head_dim": 16, "query_pre_attn_scalar": 16},
+        **{
+            "num_hidden_layers": 3,
+            "layer_types": None,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+        },
         attn_implementation="eager",  # sdpa ignores the soft cap of the attention
     ),
     "mixtral": _with_experts(hf.MixtralForCausalLM, "*.gate"),
@@ -552,7 +636,9 @@ ZOO: dict[str, Specimen] = {
     "qwen3_moe": _with_experts(hf.Qwen3MoeForCausalLM, "*.gate", head_dim=16, **_FEW),
     "deepseek_v3": _with_experts(hf.DeepseekV3ForCausalLM, "*.gate", q_lora_rank=24, **_FEW),
     # Stores its experts as (d_in, d_out), with biases.
-    "gpt_oss": _with_experts(hf.GptOssForCausalLM, "*.router", "*_bias", head_dim=16, rope_parameters=ROPE),
+    "gpt_oss": _with_experts(
+        hf.GptOssForCausalLM, "*.router", "*_bias", head_dim=16, rope_parameters=ROPE
+    ),
     # Passes all tokens to each expert, as zeros where they are routed to another.
     "llama4": _with_experts(
         *(hf.Llama4ForCausalLM, "*.router"),
@@ -560,9 +646,14 @@ ZOO: dict[str, Specimen] = {
         **{"num_experts_per_tok": 2, "head_dim": 16, "attention_chunk_size": 8192},
     ),
     "opt": _text_model(
-        hf.OPTForCausalLM, ("model.decoder.embed_*", "lm_head"), ("model.decoder.layers.[0-9]",), init_std=0.1
+        hf.OPTForCausalLM,
+        ("model.decoder.embed_*", "lm_head"),
+        ("model.decoder.layers.[0-9]",),
+        init_std=0.1,
     ),
-    "gpt2": _text_model(hf.GPT2LMHeadModel, ("transformer.w[tp]e", "lm_head"), ("transformer.h.[0-9]",)),
+    "gpt2": _text_model(
+        hf.GPT2LMHeadModel, ("transformer.w[tp]e", "lm_head"), ("transformer.h.[0-9]",)
+    ),
     "t5": _text_model(
         hf.T5ForConditionalGeneration,
         ("shared", "*.embed_tokens", "*.relative_attention_bias", "lm_head"),
@@ -570,7 +661,15 @@ ZOO: dict[str, Specimen] = {
         _padded_pairs,
         decoder_start_token_id=0,
     ),
-    "vit": _image_model(VisionTransformer, _VIT, "blocks.[0-9]", "pos_embed", "patch_embed.proj", "head", "cls_token"),
+    "vit": _image_model(
+        VisionTransformer,
+        _VIT,
+        "blocks.[0-9]",
+        "pos_embed",
+        "patch_embed.proj",
+        "head",
+        "cls_token",
+    ),
     "convnext": _image_model(ConvNeXt, _CONVNEXT, *_STAGES),
     "convnext_conv_mlp": _image_model(ConvNeXt, {**_CONVNEXT, "conv_mlp": True}, *_STAGES),
     "swin": _image_model(
@@ -578,12 +677,22 @@ ZOO: dict[str, Specimen] = {
         *("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
     ),
     "resnet18": _image_model(
-        partial(ResNet, BasicBlock, channels=(16, 16, 32, 32)), _RESNET, "layer[1-4].[0-9]", "conv1", "fc"
+        partial(ResNet, BasicBlock, channels=(16, 16, 32, 32)),
+        _RESNET,
+        "layer[1-4].[0-9]",
+        "conv1",
+        "fc",
     ),
     "resnet50": _image_model(
-        partial(ResNet, Bottleneck, channels=(8, 8, 16, 16)), _RESNET, "layer[1-4].[0-9]", "conv1", "fc"
+        partial(ResNet, Bottleneck, channels=(8, 8, 16, 16)),
+        _RESNET,
+        "layer[1-4].[0-9]",
+        "conv1",
+        "fc",
     ),
-    "keywords_only": _odd(lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]),
+    "keywords_only": _odd(
+        lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]
+    ),
     "block_twice": _odd(_block_twice),
     "plain_mlp": _odd(_plain_mlp, blocks=()),
     "unreached": _odd(lambda: _Unreached(_Mlp(), _Mlp(), _Mlp()), uncalled=("blocks.1.*",)),
@@ -592,5 +701,7 @@ ZOO: dict[str, Specimen] = {
     "tied": _odd(_Tied, dense=("second",), blocks=()),
     "inplace": _odd(lambda: _Inplace(_InplaceMlp(), _InplaceMlp())),
     "autocast_inside": _odd(lambda: _AutocastInside(_Mlp(), _Mlp(), _Mlp(), _Mlp())),
-    "torch_transformer": _odd(_TorchTransformer, dense=("*.in_proj_weight",), blocks=("encoder.layers.[0-9]",)),
+    "torch_transformer": _odd(
+        _TorchTransformer, dense=("*.in_proj_weight",), blocks=("encoder.layers.[0-9]",)
+    ),
 }

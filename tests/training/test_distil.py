@@ -41,7 +41,8 @@ some_batches = partial(batches_of, size=1)
 
 def divergence(model, dense, x):
     """The mean divergence over the rows, by PyTorch."""
-    p, q = dense(x).log_softmax(-1), model(x).log_softmax(-1)
+    p = dense(x).log_softmax(-1)
+    q = model(x).log_softmax(-1)
     return F.kl_div(q, p, reduction="sum", log_target=True) / len(p)
 
 
@@ -49,11 +50,17 @@ def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
     """Train with autograd and the update written out; no early stop."""
     trained = {name: p for name, p in model.named_parameters() if name in pruned or p.ndim < 2}
     keep = {name: (p != 0) | (p.ndim < 2) for name, p in trained.items()}
-    rates = {n: config.learning_rate * p.detach()[keep[n]].square().mean().sqrt() for n, p in trained.items()}
+    rates = {
+        n: config.learning_rate * p.detach()[keep[n]].square().mean().sqrt()
+        for n, p in trained.items()
+    }
     mean, square = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
-    steps, step = math.ceil(len(batches) / config.batch_size) * config.passes, 0
+    steps = math.ceil(len(batches) / config.batch_size) * config.passes
+    step = 0
     for number in range(1, config.passes + 1):
-        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(config.seed + number)).tolist()
+        order = torch.randperm(
+            len(batches), generator=torch.Generator().manual_seed(config.seed + number)
+        ).tolist()
         for start in range(0, len(order), config.batch_size):
             chosen = order[start : start + config.batch_size]
             loss = sum(loss_of(model, dense, batches[index]) for index in chosen) / len(chosen)
@@ -64,16 +71,21 @@ def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
                 gradient = gradient * keep[name]
                 mean[name] = 0.9 * mean[name] + 0.1 * gradient
                 square[name] = 0.95 * square[name] + 0.05 * gradient**2
-                update = mean[name] / (1 - 0.9**step) / ((square[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+                update = (
+                    mean[name] / (1 - 0.9**step) / ((square[name] / (1 - 0.95**step)).sqrt() + 1e-8)
+                )
                 with torch.no_grad():
                     parameter -= factor * rates[name] * update
 
 
 @pytest.mark.parametrize(
-    ("count", "passes", "batch_size"), [(1, 1, 1), (5, 2, 1), (7, 3, 2)], ids=["one", "several", "larger_steps"]
+    ("count", "passes", "batch_size"),
+    [(1, 1, 1), (5, 2, 1), (7, 3, 2)],
+    ids=["one", "several", "larger_steps"],
 )
 def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
-    dense, batches = classifier(), some_batches(count)
+    dense = classifier()
+    batches = some_batches(count)
     config = Distil(passes=passes, batch_size=batch_size, learning_rate=0.01, seed=3)
     expected, model, report = pruned_with_and_without(dense, batches, recovery=config)
     adamw_by_hand(expected, dense, weights_of(report), batches, config)
@@ -85,7 +97,8 @@ def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
 
 
 @pytest.mark.parametrize(
-    ("name", "share"), spread(["llama", "llama_padded", "llama_left_padded", "gemma2"], [0.0, 0.5, 1.0])
+    ("name", "share"),
+    spread(["llama", "llama_padded", "llama_left_padded", "gemma2"], [0.0, 0.5, 1.0]),
 )
 def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share):
     def loss_of(model, dense, batch):
@@ -93,7 +106,12 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share)
         q, p = (each(**batch).logits[0] for each in (model, dense))
         follows = keep[:-1] & keep[1:]
         entropy = F.cross_entropy(q[:-1][follows], batch["input_ids"][0, 1:][follows])
-        kl = F.kl_div(q[keep].log_softmax(-1), p[keep].log_softmax(-1), reduction="sum", log_target=True) / keep.sum()
+        kl = (
+            F.kl_div(
+                q[keep].log_softmax(-1), p[keep].log_softmax(-1), reduction="sum", log_target=True
+            )
+            / keep.sum()
+        )
         return share * entropy + (1 - share) * kl
 
     dense = ZOO[name].build().double()
@@ -106,18 +124,24 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share)
 
 def test_tokens_that_stand_for_images_and_audio_are_not_learned():
     """They are in the vocabulary of some models, which never predict them."""
-    config = SimpleNamespace(image_token_id=3, video_token_index=5, audio_token_id=None, eos_token_id=6)
+    config = SimpleNamespace(
+        image_token_id=3, video_token_index=5, audio_token_id=None, eos_token_id=6
+    )
     ids = torch.tensor([[1, 3, 3, 4, 5, 2, 6]])
     sample = Sample(lambda: None, lambda: None, {"input_ids": ids})
     found = next_tokens(torch.zeros(1, 7, 9), sample, config)
     assert found.tolist() == [-1, -1, 4, -1, 2, 6, -1]
 
 
-@pytest.mark.parametrize(("count", "enough", "passes"), [(16, 1, 3), (32, 1, 2), (64, 1, 1), (64, 512, 3)])
+@pytest.mark.parametrize(
+    ("count", "enough", "passes"), [(16, 1, 3), (32, 1, 2), (64, 1, 1), (64, 512, 3)]
+)
 def test_more_samples_need_fewer_passes(monkeypatch, count, enough, passes):
     """But not if a step has few predictions, as with images."""
     monkeypatch.setattr("wanda_lightning.training.distil._ENOUGH", enough)
-    report = prune(classifier(), some_batches(count), 0.5, recovery=Distil(batch_size=1), progress=False)
+    report = prune(
+        classifier(), some_batches(count), 0.5, recovery=Distil(batch_size=1), progress=False
+    )
     assert len(report.training.passes) == 1 + passes
     assert f"passes={passes}," in report.training.recovery
 
@@ -125,8 +149,11 @@ def test_more_samples_need_fewer_passes(monkeypatch, count, enough, passes):
 @pytest.mark.parametrize("size", [1, 8])
 def test_samples_with_one_prediction_run_together(size):
     """By default 8 of them make a step; they may come from different batches, and held-out ones never train."""
-    dense, batches, runs = classifier(), some_batches(80 // size, size=size), []
-    expected, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    dense = classifier()
+    batches = some_batches(80 // size, size=size)
+    runs = []
+    expected = copy.deepcopy(dense)
+    model = copy.deepcopy(dense)
 
     def forward(x):
         if torch.is_grad_enabled() and model.training is False:
@@ -151,10 +178,13 @@ def test_samples_with_one_prediction_run_together(size):
     [(8, None, 14, 8), (4, None, 7, 8), (4, 1, 14, 4), (64, 9, 2, 512)],
 )
 def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatch):
-    step, taken = torch.optim.AdamW.step, []
+    step = torch.optim.AdamW.step
+    taken = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: taken.append(1) or step(*args))
     generator = torch.Generator().manual_seed(1)
-    batches = [{"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)]
+    batches = [
+        {"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)
+    ]
     recovery = Distil(passes=1, batch_size=batch_size)
     report = prune(ZOO["llama"].build(), batches, 0.5, recovery=recovery, progress=False)
     assert len(taken) == steps
@@ -163,10 +193,17 @@ def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatc
 
 @pytest.mark.parametrize(
     ("losses", "best", "note"),
-    [([1.0, 1.2, 0.8, 0.9], 2, "of pass 2 are kept"), ([1.0, 1.2, 1.1, 1.3], 0, "from before the training are kept")],
+    [
+        ([1.0, 1.2, 0.8, 0.9], 2, "of pass 2 are kept"),
+        ([1.0, 1.2, 1.1, 1.3], 0, "from before the training are kept"),
+    ],
 )
-def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(monkeypatch, losses, best, note):
-    following, weights, model = iter(losses), [], classifier()
+def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(
+    monkeypatch, losses, best, note
+):
+    following = iter(losses)
+    weights = []
+    model = classifier()
 
     def evaluate(self, samples, loss):
         weights.append([parameter.clone() for parameter in model.parameters()])
@@ -181,7 +218,8 @@ def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(monkeypatch,
 
 def test_weights_may_have_any_layout():
     """Fused AdamW ignores strides."""
-    model, batches = classifier(torch.float32), some_batches(4, dtype=torch.float32)
+    model = classifier(torch.float32)
+    batches = some_batches(4, dtype=torch.float32)
     expected = copy.deepcopy(model)
     first, second = (model.body[place].weight.detach() for place in (0, 3))
     model.body[0].weight = nn.Parameter(first.t().contiguous().t())
@@ -189,11 +227,16 @@ def test_weights_may_have_any_layout():
     for each in (model, expected):
         prune(each, batches, 0.5, recovery=Distil(passes=2), progress=False)
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
-    assert all(torch.equal(a == 0, b == 0) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    assert all(
+        torch.equal(a == 0, b == 0)
+        for a, b in zip(model.parameters(), expected.parameters(), strict=True)
+    )
 
 
 def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
-    head, rows, used = nn.Linear(8, 12), torch.randn(5, 8), []
+    head = nn.Linear(8, 12)
+    rows = torch.randn(5, 8)
+    used = []
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = head(rows)
         head.register_forward_pre_hook(lambda module, args: used.append(module.weight))
@@ -205,10 +248,18 @@ def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
 
 def test_a_model_may_be_called_with_a_key_value_cache():
     specimen = ZOO["llama"]
-    plain, cached = specimen.build().double(), specimen.build().double()
+    plain = specimen.build().double()
+    cached = specimen.build().double()
     for model, use_cache in ((plain, False), (cached, True)):
         forward = partial(called, model, use_cache)
-        prune(model, specimen.batches(), 0.5, recovery=Distil(passes=1), forward=forward, progress=False)
+        prune(
+            model,
+            specimen.batches(),
+            0.5,
+            recovery=Distil(passes=1),
+            forward=forward,
+            progress=False,
+        )
     torch.testing.assert_close(plain.state_dict(), cached.state_dict())
 
 
@@ -219,7 +270,8 @@ def called(model, use_cache, batch):
 
 
 def test_frozen_parameters_and_gradients_are_left_alone():
-    model, batches = classifier(), some_batches(4)
+    model = classifier()
+    batches = some_batches(4)
     model.body[0].requires_grad_(False)
     gradient = torch.ones_like(model.body[3].weight)
     model.body[3].weight.grad = gradient
@@ -229,7 +281,9 @@ def test_frozen_parameters_and_gradients_are_left_alone():
     assert torch.equal(model.body[0].weight, start.body[0].weight)
     assert not torch.equal(model.body[3].weight, start.body[3].weight)
     assert model.body[3].weight.grad is gradient
-    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in start.parameters()]
+    assert [p.requires_grad for p in model.parameters()] == [
+        p.requires_grad for p in start.parameters()
+    ]
 
 
 def test_other_outputs_are_compared_by_their_squared_error():
@@ -238,8 +292,11 @@ def test_other_outputs_are_compared_by_their_squared_error():
             return super().forward(x)[:, None].expand(-1, 3, -1) * 2
 
     torch.manual_seed(0)
-    dense, batches = Regressor().double(), some_batches(2, size=3)
-    start, model, report = pruned_with_and_without(dense, batches, recovery=Distil(passes=1, batch_size=12))
+    dense = Regressor().double()
+    batches = some_batches(2, size=3)
+    start, model, report = pruned_with_and_without(
+        dense, batches, recovery=Distil(passes=1, batch_size=12)
+    )
     x = torch.cat(batches)
     with torch.no_grad():
         expected, after = ((m(x) - dense(x)).square().mean() for m in (start, model))
@@ -254,23 +311,36 @@ def test_the_classes_of_a_segmentation_are_in_dimension_1():
         def __init__(self, flat):
             super().__init__()
             torch.manual_seed(0)
-            self.layers, self.flat = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 5, 1)).double(), flat
+            self.layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Tanh(), nn.Conv2d(8, 5, 1)).double()
+            self.flat = flat
 
         def forward(self, x):
             logits = self.layers(x)
             return {"logits": logits.flatten(2).mT if self.flat else logits}
 
-    batches = [torch.randn(2, 3, 2, 6, generator=torch.Generator().manual_seed(i)).double() for i in range(4)]
+    batches = [
+        torch.randn(2, 3, 2, 6, generator=torch.Generator().manual_seed(i)).double()
+        for i in range(4)
+    ]
     models = Segmentation(flat=True), Segmentation(flat=False)
-    reports = [prune(model, batches, 0.5, recovery=Distil(passes=2), progress=False) for model in models]
+    reports = [
+        prune(model, batches, 0.5, recovery=Distil(passes=2), progress=False) for model in models
+    ]
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
     for one, other in zip(reports[0].training.passes, reports[1].training.passes, strict=True):
-        assert (one.loss, one.held_out) == (pytest.approx(other.loss), pytest.approx(other.held_out))
+        assert (one.loss, one.held_out) == (
+            pytest.approx(other.loss),
+            pytest.approx(other.held_out),
+        )
 
 
 def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
-    dense, batches, calls = classifier(), some_batches(16), []
-    model, start, step = copy.deepcopy(dense), copy.deepcopy(dense), torch.optim.AdamW.step
+    dense = classifier()
+    batches = some_batches(16)
+    calls = []
+    model = copy.deepcopy(dense)
+    start = copy.deepcopy(dense)
+    step = torch.optim.AdamW.step
     prune(start, batches, 0.5, progress=False)
 
     def interrupted(self, *args, **kwargs):
@@ -286,9 +356,13 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
     assert caught.value.__notes__[0] in caplog.text
     assert torch.equal(model.body[0].weight == 0, start.body[0].weight == 0)
     with torch.no_grad():
-        after, before = (sum(divergence(m, dense, x) for x in batches[7::8]) for m in (model, start))
+        after, before = (
+            sum(divergence(m, dense, x) for x in batches[7::8]) for m in (model, start)
+        )
     assert after < before
-    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.grad is None and parameter.requires_grad for parameter in model.parameters()
+    )
 
 
 def test_a_loss_that_is_not_finite_stops():
@@ -309,16 +383,23 @@ def test_the_report_keeps_the_losses():
     report = prune(classifier(), some_batches(16), 0.5, recovery="distil", progress=False)
     text = report.to_json()
     assert PruningReport.from_json(text) == report
-    assert json.loads(text)["training"]["passes"][0] == {"loss": None, "held_out": report.training.passes[0].held_out}
+    assert json.loads(text)["training"]["passes"][0] == {
+        "loss": None,
+        "held_out": report.training.passes[0].held_out,
+    }
     assert "on 2 held-out samples, before and after each pass" in report.notes[-1]
 
 
 @pytest.mark.parametrize("name", ["llama", "convnext"])
 def test_blocks_are_trained_as_by_reconstruct_before(name):
     choices = {"method": "balanced", "sequential": "block", "progress": False}
-    first, both, batches = ZOO[name].build(), ZOO[name].build(), ZOO[name].batches()
+    first = ZOO[name].build()
+    both = ZOO[name].build()
+    batches = ZOO[name].batches()
     blocks = prune(first, batches, 0.6, recovery="reconstruct", **choices)
-    report = prune(both, batches, 0.6, recovery=Distil(passes=2, batch_size=1, blocks=True), **choices)
+    report = prune(
+        both, batches, 0.6, recovery=Distil(passes=2, batch_size=1, blocks=True), **choices
+    )
     assert [layer.part for layer in report.layers] == [layer.part for layer in blocks.layers]
     assert any(layer.part and layer.part.after < layer.part.before for layer in report.layers)
     for weight in weights_of(report):
@@ -336,10 +417,18 @@ class Headed(Classifier):
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
     torch.manual_seed(0)
-    dense, batches = Headed().double(), some_batches(4)
+    dense = Headed().double()
+    batches = some_batches(4)
     model = copy.deepcopy(dense)
     target = nn.Sequential(model) if wrapped else model
-    prune(target, batches, 0.5, skip="*head", recovery=Distil(passes=1, learning_rate=0.1), progress=False)
+    prune(
+        target,
+        batches,
+        0.5,
+        skip="*head",
+        recovery=Distil(passes=1, learning_rate=0.1),
+        progress=False,
+    )
     assert torch.equal(model.head.bias, dense.head.bias)
     assert not torch.equal(model.body[0].bias, dense.body[0].bias)
 
@@ -348,9 +437,18 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
     ("break_", "message"),
     [
         (lambda model: model.requires_grad_(False), "requires_grad is False for each of them"),
-        (lambda model: model.head.bias.data.fill_(math.nan), "finite predictions, but those of batch 0"),
-        (lambda model: model.register_forward_hook(lambda m, a, out: out.detach()), "predictions with gradients"),
-        (lambda model: model.register_forward_hook(lambda m, a, out: out[:, 0]), "gave a tensor of shape (1,)"),
+        (
+            lambda model: model.head.bias.data.fill_(math.nan),
+            "finite predictions, but those of batch 0",
+        ),
+        (
+            lambda model: model.register_forward_hook(lambda m, a, out: out.detach()),
+            "predictions with gradients",
+        ),
+        (
+            lambda model: model.register_forward_hook(lambda m, a, out: out[:, 0]),
+            "gave a tensor of shape (1,)",
+        ),
         (lambda model: model.register_forward_hook(lambda m, a, out: "text"), "gave a str"),
     ],
     ids=["frozen", "nan", "detached", "vector", "text"],
@@ -367,7 +465,8 @@ def test_impossible_classes_do_not_count():
             return torch.cat([super().forward(x), torch.full((len(x), 1), -math.inf)], dim=1)
 
     torch.manual_seed(0)
-    model, batches = Masked().double(), some_batches(4)
+    model = Masked().double()
+    batches = some_batches(4)
     plain = classifier()
     plain.load_state_dict(model.state_dict())
     for each in (model, plain):
@@ -407,7 +506,11 @@ def of_inference_mode():
 @pytest.mark.parametrize(
     ("make", "batches", "trained"),
     [
-        (ZOO["llama"].build, [{"input_ids": torch.arange(2 * length).view(2, length)} for length in (12, 5, 1)], 6),
+        (
+            ZOO["llama"].build,
+            [{"input_ids": torch.arange(2 * length).view(2, length)} for length in (12, 5, 1)],
+            6,
+        ),
         (ZOO["llama_padded"].build, padded(), 5),  # one sample is all padding
         (classifier, of_inference_mode(), 2),
         (classifier, [some_batches(1)[0], some_batches(1)[0][:0], *some_batches(3)], 4),
@@ -423,6 +526,8 @@ def test_odd_batches(make, batches, trained):
 
 
 def test_a_sparsity_of_0_trains_nothing():
-    start, model, report = pruned_with_and_without(classifier(), some_batches(4), 0.0, recovery="distil")
+    start, model, report = pruned_with_and_without(
+        classifier(), some_batches(4), 0.0, recovery="distil"
+    )
     assert report.training is None
     torch.testing.assert_close(model.state_dict(), start.state_dict(), rtol=0, atol=0)

@@ -34,11 +34,14 @@ def train(module, batches, optimizer, accumulate=1, clip=None):
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulate", "clip"), pairwise(sorted(OPTIMIZERS.keys() - {"noisy"}), [1, 3], [None, 0.5])
+    ("name", "accumulate", "clip"),
+    pairwise(sorted(OPTIMIZERS.keys() - {"noisy"}), [1, 3], [None, 0.5]),
 )
 def test_a_plain_loop_takes_the_steps_of_one_that_masks(name, accumulate, clip):
-    module, by_hand = pruned_net(), pruned_net()
-    optimizer, batches = OPTIMIZERS[name](module.parameters()), list(loader(24)) * 2
+    module = pruned_net()
+    by_hand = pruned_net()
+    optimizer = OPTIMIZERS[name](module.parameters())
+    batches = list(loader(24)) * 2
     pruned = zeros(module)
     with keep_zeros(module, optimizer):
         train(module, batches, optimizer, accumulate, clip)
@@ -50,7 +53,8 @@ def test_a_plain_loop_takes_the_steps_of_one_that_masks(name, accumulate, clip):
 
 def test_it_holds_until_it_is_released():
     module = pruned_net()
-    pruned, held = zeros(module), keep_zeros(module)
+    pruned = zeros(module)
+    held = keep_zeros(module)
     optimizer = ADAMW(module.parameters())  # created later
     train(module, loader(24), optimizer)
     assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
@@ -71,7 +75,8 @@ def test_moments_from_before_pruning_are_cleared():
 
 
 def test_a_resumed_loop_equals_one_that_was_not_interrupted():
-    module, batches = pruned_net(), list(loader(24))
+    module = pruned_net()
+    batches = list(loader(24))
     optimizer = ADAMW(module.parameters())
     with keep_zeros(module, optimizer) as held:
         train(module, batches[:3], optimizer)
@@ -98,7 +103,8 @@ def test_a_resumed_loop_equals_one_that_was_not_interrupted():
 
 def test_a_copy_of_another_model_is_refused():
     module = pruned_net()
-    other, dense = torch.nn.Linear(2, 2), Net()
+    other = torch.nn.Linear(2, 2)
+    dense = Net()
     before = copy.deepcopy(dense.state_dict())
     with keep_zeros(module) as held:
         for model, copies, name in ((module, [dense, other], "Linear"), (other, [dense], "Net")):
@@ -121,11 +127,16 @@ BITS = torch.ones(3, dtype=torch.uint8)
     [
         {"layers": ["0"], "unheld_zeros": {}, "shapes": {"0": [16, 8]}},  # of other widths
         {"layers": ["layers.0"], "unheld_zeros": {}},  # of a model that was wrapped in another way
-        *({"layers": ["0"], "unheld_zeros": {"0": wrong}} for wrong in (BITS, torch.tensor([256]), 3)),
+        *(
+            {"layers": ["0"], "unheld_zeros": {"0": wrong}}
+            for wrong in (BITS, torch.tensor([256]), 3)
+        ),
     ],
 )
 def test_a_state_of_another_model_is_refused(state):
-    with pytest.raises(ValueError, match=r"state must be of the same model, .* has no .* of the same shape"):
+    with pytest.raises(
+        ValueError, match=r"state must be of the same model, .* has no .* of the same shape"
+    ):
         keep_zeros(linear(32), state=state)
     assert not _global_optimizer_post_hooks
 
@@ -160,7 +171,9 @@ def test_accelerate(precision):
     with keep_zeros(model, optimizer):
         for batch in batches:
             with accelerator.accumulate(model):
-                accelerator.backward(torch.nn.functional.cross_entropy(model(batch[0]).float(), batch[1]))
+                accelerator.backward(
+                    torch.nn.functional.cross_entropy(model(batch[0]).float(), batch[1])
+                )
                 optimizer.step()
                 optimizer.zero_grad()
     assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())

@@ -18,7 +18,8 @@ from wanda_lightning.training import reconstruct
 
 
 def parts_of(name):
-    model, batches = ZOO[name].build(), ZOO[name].batches()
+    model = ZOO[name].build()
+    batches = ZOO[name].batches()
     stops = find_layers(model).stops
     found = {}
     with torch.no_grad():
@@ -29,11 +30,16 @@ def parts_of(name):
             parts = getattr(recovery, "parts", [])
             assert all(len(part.runs) == len(calls) for part in parts)
             for part in parts:
-                found[part.name] = {layer.name.removeprefix(f"{part.name}.") for layer in part.layers}
+                found[part.name] = {
+                    layer.name.removeprefix(f"{part.name}.") for layer in part.layers
+                }
     return found
 
 
-LLAMA = {"self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_proj", "up_proj", "down_proj"}}
+LLAMA = {
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj"},
+}
 
 
 @pytest.mark.parametrize(
@@ -61,11 +67,14 @@ LLAMA = {"self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"}, "mlp": {"gate_pr
 def test_the_parts_of_a_block(name, prefix, parts):
     found = parts_of(name)
     expected = {f"{prefix}.{part}".rstrip("."): layers for part, layers in parts.items()}
-    assert {part: layers for part, layers in found.items() if f"{part}.".startswith(f"{prefix}.")} == expected
+    assert {
+        part: layers for part, layers in found.items() if f"{part}.".startswith(f"{prefix}.")
+    } == expected
 
 
 def test_a_layer_alone_has_no_parts():
-    assert all(len(layers) > 1 for layers in parts_of("resnet18").values())  # its downsampling is in its blocks
+    # Its downsampling is in its blocks.
+    assert all(len(layers) > 1 for layers in parts_of("resnet18").values())
     assert not any("downsample" in part for part in parts_of("convnext"))
 
 
@@ -75,7 +84,9 @@ def adam(dense, start, batches, epochs, rate, eps=1e-8):
     weights = [first.clone(), second.clone()]
     keep = [weight != 0 for weight in weights]
     rates = [rate * weight[weight != 0].square().mean().sqrt() for weight in weights]
-    mean, square, step = [0.0, 0.0], [0.0, 0.0], 0
+    mean = [0.0, 0.0]
+    square = [0.0, 0.0]
+    step = 0
     for _ in range(epochs):
         for x in batches:
             step += 1
@@ -86,7 +97,8 @@ def adam(dense, start, batches, epochs, rate, eps=1e-8):
                 change = change * keep[index]
                 mean[index] = 0.9 * mean[index] + 0.1 * change
                 square[index] = 0.999 * square[index] + 0.001 * change**2
-                up, down = mean[index] / (1 - 0.9**step), (square[index] / (1 - 0.999**step)).sqrt() + eps
+                up = mean[index] / (1 - 0.9**step)
+                down = (square[index] / (1 - 0.999**step)).sqrt() + eps
                 weights[index] = weights[index] - rates[index] * up / down
     return [weight * kept for weight, kept in zip(weights, keep, strict=True)]
 
@@ -94,7 +106,9 @@ def adam(dense, start, batches, epochs, rate, eps=1e-8):
 @torch.no_grad()
 @pytest.mark.parametrize(("count", "epochs"), [(1, 1), (3, 2), (5, 2)])
 def test_it_is_adam_on_what_the_dense_part_gave(count, epochs):
-    dense, batches, recovery = blocks(), some_batches(count), Reconstruct(epochs=epochs, learning_rate=0.001)
+    dense = blocks()
+    batches = some_batches(count)
+    recovery = Reconstruct(epochs=epochs, learning_rate=0.001)
     start, model, _ = pruned_with_and_without(dense, batches, recovery=recovery)
     trained = [x for index, x in enumerate(batches) if index != 3]  # the fourth is held out
     layers = [(start[0].mlp[place].weight, start[0].mlp[place].bias) for place in (0, 2)]
@@ -107,33 +121,45 @@ def test_it_is_adam_on_what_the_dense_part_gave(count, epochs):
     second = copy.deepcopy(dense[1])
     prune(second, inputs, 0.5, sequential="none", progress=False)  # the block alone, dense inside
     layers = [(second.mlp[place].weight, second.mlp[place].bias) for place in (0, 2)]
-    expected = adam(dense[1].mlp, layers, [x for i, x in enumerate(inputs) if i != 3], epochs, 0.001)
+    expected = adam(
+        dense[1].mlp, layers, [x for i, x in enumerate(inputs) if i != 3], epochs, 0.001
+    )
     for place, weight in zip((0, 2), expected, strict=True):
         torch.testing.assert_close(model[1].mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
 
 
 @torch.no_grad()
 def test_with_statistics_of_the_dense_model_it_learns_on_what_the_trained_blocks_give():
-    dense, batches, recovery = blocks(), some_batches(3), Reconstruct(epochs=2, learning_rate=0.001)
-    start, model, report = pruned_with_and_without(dense, batches, recovery=recovery, sequential="none")
+    dense = blocks()
+    batches = some_batches(3)
+    recovery = Reconstruct(epochs=2, learning_rate=0.001)
+    start, model, report = pruned_with_and_without(
+        dense, batches, recovery=recovery, sequential="none"
+    )
     for index, x in enumerate((batches, [model[0](x) for x in batches])):
-        layers = [(start[index].mlp[place].weight, start[index].mlp[place].bias) for place in (0, 2)]
+        layers = [
+            (start[index].mlp[place].weight, start[index].mlp[place].bias) for place in (0, 2)
+        ]
         for place, weight in zip((0, 2), adam(dense[index].mlp, layers, x, 2, 0.001), strict=True):
             torch.testing.assert_close(model[index].mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
     assert {layer.part.name for layer in report.layers} == {"0.mlp", "1.mlp"}
     assert {layer.tokens for layer in report.layers} == {48}
 
 
-@pytest.mark.parametrize("name", ["llama", "llama_padded", "gpt2", "t5", "vit", "convnext", "swin", "resnet18"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_padded", "gpt2", "t5", "vit", "convnext", "swin", "resnet18"]
+)
 def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     monkeypatch.setattr(reconstruct, "_SAMPLES", 1)
     choices = {"sparsity": 0.5, "recovery": Reconstruct(epochs=2), "sequential": "block"}
     choices |= {"keep_batch_norm": True, "progress": False}
-    together, alone = ZOO[name].build().double(), ZOO[name].build().double()
+    together = ZOO[name].build().double()
+    alone = ZOO[name].build().double()
     batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, ZOO[name].batches())
     samples = [take(batch, n, n + 1) for batch in batches for n in range(batch_size(batch))]
     assert len(samples) > len(batches)
-    first, second = prune(together, batches, **choices), prune(alone, samples, **choices)
+    first = prune(together, batches, **choices)
+    second = prune(alone, samples, **choices)
     for one, other in zip(first.layers, second.layers, strict=True):
         assert one.part == other.part or one.part.after == pytest.approx(other.part.after)
     torch.testing.assert_close(together.state_dict(), alone.state_dict())
@@ -143,7 +169,10 @@ def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
 def test_large_batches_have_pieces_of_about_one_size(count, size):
     x = torch.randn(4 * count, 8, generator=torch.Generator().manual_seed(1)).double()
     results = []
-    for batches in (x.split(count), [piece for batch in x.split(count) for piece in batch.split(size)]):
+    for batches in (
+        x.split(count),
+        [piece for batch in x.split(count) for piece in batch.split(size)],
+    ):
         model = blocks()
         prune(model, list(batches), recovery=Reconstruct(epochs=2), progress=False)
         results.append(model.state_dict())
@@ -188,8 +217,11 @@ class Scored(nn.Module):
 
 @pytest.mark.parametrize("kind", [MinusTheMean, SumUntilHere, WithTable, Scores])
 def test_a_batch_is_not_split_if_samples_would_have_other_outputs(monkeypatch, kind):
-    generator, results = torch.Generator().manual_seed(1), []
-    batches = [torch.randn(count, 8, generator=generator).double() for count in (64, 64, 40, 64, 64)]
+    generator = torch.Generator().manual_seed(1)
+    results = []
+    batches = [
+        torch.randn(count, 8, generator=generator).double() for count in (64, 64, 40, 64, 64)
+    ]
     for largest in (reconstruct._SAMPLES, 64):
         monkeypatch.setattr(reconstruct, "_SAMPLES", largest)
         torch.manual_seed(0)
@@ -214,20 +246,23 @@ class Sometimes(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
 
     def forward(self, x):
         return self.first(x) + (self.second(x) if x[0, 0] > 0 else 0)
 
 
 def test_a_layer_that_some_batches_do_not_reach():
-    model, batches = blocks(), some_batches(8)
+    model = blocks()
+    batches = some_batches(8)
     assert {bool(batch[0, 0] > 0) for batch in batches} == {True, False}
     for block in model:
         block.mlp = Sometimes().to(torch.float64)
     start, model, _ = pruned_with_and_without(model, batches, recovery="reconstruct")
     for name in ("first", "second"):
-        before, after = start[0].mlp.get_submodule(name).weight, model[0].mlp.get_submodule(name).weight
+        before = start[0].mlp.get_submodule(name).weight
+        after = model[0].mlp.get_submodule(name).weight
         assert torch.equal(before == 0, after == 0)
         assert not torch.equal(before, after)
 
@@ -238,7 +273,8 @@ class WritesIntoItsInput(Sometimes):
 
 
 def test_a_part_that_writes_into_its_input_reproduces_itself():
-    model, batches = blocks(), some_batches(5)
+    model = blocks()
+    batches = some_batches(5)
     for block in model:
         block.mlp = WritesIntoItsInput().to(torch.float64)
     report = prune(model, batches, 0.0, recovery="reconstruct", progress=False)
@@ -249,7 +285,10 @@ def test_a_part_that_writes_into_its_input_reproduces_itself():
 
 
 def test_padding_teaches_nothing():
-    batches = [{key: value.clone() for key, value in batch.items()} for batch in ZOO["llama_padded"].batches()]
+    batches = [
+        {key: value.clone() for key, value in batch.items()}
+        for batch in ZOO["llama_padded"].batches()
+    ]
     others = copy.deepcopy(batches)
     for batch in others:
         batch["input_ids"][batch["attention_mask"] == 0] = 77
@@ -281,14 +320,21 @@ class Overflowing(nn.Linear):
     ],
 )
 def test_the_report_names_a_part_that_was_not_trained(kind, why, caplog):
-    model, batches = blocks(torch.float32), some_batches(4, torch.float32)
+    model = blocks(torch.float32)
+    batches = some_batches(4, torch.float32)
     model[1].mlp.append(kind(8, 8))
-    start, model, report = pruned_with_and_without(model, batches, recovery="reconstruct", skip="1.mlp.3")
+    start, model, report = pruned_with_and_without(
+        model, batches, recovery="reconstruct", skip="1.mlp.3"
+    )
     assert torch.equal(model[1].mlp[0].weight == 0, start[1].mlp[0].weight == 0)
-    first, second = report.layers[0], report.layers[-1]
+    first = report.layers[0]
+    second = report.layers[-1]
     assert "stopped" not in first.remarks
     assert f"training stopped: {why}" in second.remarks
-    assert f"the training of 1 part stopped, 1.mlp first: {why}. 1 of them keep the weights" in report.notes[-1]
+    assert (
+        f"the training of 1 part stopped, 1.mlp first: {why}. 1 of them keep the weights"
+        in report.notes[-1]
+    )
     assert report.notes[-1] in caplog.text
 
 

@@ -17,38 +17,61 @@ from wanda_lightning.training.recovery import LARGEST_SCALE, MaskedWeights
 RECOVERIES = {"distil": Distil(passes=1), "reconstruct": Reconstruct()}
 NAMES = "llama_padded", "opt", "gpt2", "t5", "vit", "resnet18", "convnext", "swin"
 LANGUAGE = [("distil", name, "zero_out") for name in ("llama_padded", "mixtral", "opt", "t5")]
-SAMPLE = [*LANGUAGE, *(("reconstruct", *each) for each in zip(NAMES, ("zero_out", "sparsegpt") * 4, strict=True))]
+SAMPLE = [
+    *LANGUAGE,
+    *(("reconstruct", *each) for each in zip(NAMES, ("zero_out", "sparsegpt") * 4, strict=True)),
+]
 
 
 @pytest.mark.parametrize(
     ("recovery", "name", "solver"),
-    with_nightly(SAMPLE, [("distil", name, "zero_out") for name in ("llama", "gemma2", "gpt2", "gpt_oss", "vit")]),
+    with_nightly(
+        SAMPLE,
+        [("distil", name, "zero_out") for name in ("llama", "gemma2", "gpt2", "gpt_oss", "vit")],
+    ),
 )
 def test_only_kept_weights_move_and_nothing_is_left_behind(recovery, name, solver):
     """And in the whole model, with `Distil`, vectors."""
-    dense, batches = ZOO[name].build(), ZOO[name].batches() * 2
+    dense = ZOO[name].build()
+    batches = ZOO[name].batches() * 2
     hooks = sum(len(module._forward_hooks) for module in dense.modules())
-    start, model, report = pruned_with_and_without(dense, batches, recovery=RECOVERIES[recovery], solver=solver)
+    start, model, report = pruned_with_and_without(
+        dense, batches, recovery=RECOVERIES[recovery], solver=solver
+    )
     assert report.sparsity == pytest.approx(0.5, abs=0.03) or solver == "sparsegpt"
     first, *_ = find_layers(model).stops
-    kept = find_layers(model).layers if recovery == "distil" else first.layers  # later blocks see other inputs
+    # Later blocks see other inputs.
+    kept = find_layers(model).layers if recovery == "distil" else first.layers
     pruned = {id(layer.parameter) for layer in find_layers(model).layers}
-    masks, moved = {id(layer.parameter) for layer in kept}, 0
-    for (key, before), (_, after) in zip(start.named_parameters(), model.named_parameters(), strict=True):
+    masks = {id(layer.parameter) for layer in kept}
+    moved = 0
+    for (key, before), (_, after) in zip(
+        start.named_parameters(), model.named_parameters(), strict=True
+    ):
         if id(after) in masks:
             assert torch.equal(before == 0, after == 0), key
             moved += int((before != after).sum())
-        assert id(after) in pruned or (after.ndim < 2 and recovery == "distil") or torch.equal(before, after), key
+        assert (
+            id(after) in pruned
+            or (after.ndim < 2 and recovery == "distil")
+            or torch.equal(before, after)
+        ), key
         assert after.requires_grad
         assert after.grad is None
-    assert moved > 0 or (name, solver) == ("resnet18", "sparsegpt")  # of its ten tokens SparseGPT has learned all
+    # Of its ten tokens SparseGPT has learned all.
+    assert moved > 0 or (name, solver) == (
+        "resnet18",
+        "sparsegpt",
+    )
     trained = [layer.part for layer in report.layers if layer.part]
     assert all(part.after <= part.before for part in trained)
     assert bool(trained) == (recovery == "reconstruct")
     assert hooks == sum(len(module._forward_hooks) for module in model.modules())
 
 
-@pytest.mark.parametrize("recovery", [Distil(passes=30, batch_size=16, learning_rate=1e-3), Reconstruct(10, 1e-3)])
+@pytest.mark.parametrize(
+    "recovery", [Distil(passes=30, batch_size=16, learning_rate=1e-3), Reconstruct(10, 1e-3)]
+)
 def test_bfloat16_weights_have_masters(recovery):
     """Steps that bfloat16 would round away add up."""
     batches = some_batches(4, torch.bfloat16)
@@ -60,17 +83,27 @@ def test_bfloat16_weights_have_masters(recovery):
 
 
 @pytest.mark.parametrize("recovery", RECOVERIES)
-@pytest.mark.parametrize(("last", "dtype"), [(nn.Linear, torch.bfloat16), (IntoItsDtype, torch.float32)])
+@pytest.mark.parametrize(
+    ("last", "dtype"), [(nn.Linear, torch.bfloat16), (IntoItsDtype, torch.float32)]
+)
 def test_a_model_runs_in_bfloat16_if_it_can(monkeypatch, recovery, last, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    model, found = blocks(torch.float32), set()
+    model = blocks(torch.float32)
+    found = set()
     for block in model:
         block.mlp.append(last(8, 8))
-    model[0].mlp[0].register_forward_hook(lambda *call: found.add((call[-1].dtype, torch.is_grad_enabled())))
+    model[0].mlp[0].register_forward_hook(
+        lambda *call: found.add((call[-1].dtype, torch.is_grad_enabled()))
+    )
     report = prune(model, some_batches(8, torch.float32), recovery=recovery, progress=False)
     assert {(dtype, False), (dtype, True)} <= found  # held out and in training
-    assert all(layer.part is None or layer.part.after < layer.part.before for layer in report.layers)
-    assert report.training is None or report.training.passes[-1].held_out < report.training.passes[0].held_out
+    assert all(
+        layer.part is None or layer.part.after < layer.part.before for layer in report.layers
+    )
+    assert (
+        report.training is None
+        or report.training.passes[-1].held_out < report.training.passes[0].held_out
+    )
     assert model[0].mlp[0].weight.dtype == torch.float32
 
 
@@ -78,7 +111,8 @@ def test_a_model_runs_in_bfloat16_if_it_can(monkeypatch, recovery, last, dtype):
 def test_gradients_in_float16_neither_vanish_nor_overflow(gain, overflows):
     torch.manual_seed(0)
     half, x, found = nn.Linear(8, 16).half(), torch.randn(4, 8).half(), []
-    wide, scales = copy.deepcopy(half).float(), []
+    wide = copy.deepcopy(half).float()
+    scales = []
 
     def loss_of(model):
         def loss(samples, scale):
@@ -94,8 +128,12 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(gain, overflows):
         with MaskedWeights(model, [model.weight], [], SINGLE_PROCESS) as weights:
             (group,) = weights.groups(1.0)
             optimizer = torch.optim.SGD([group])
-            optimizer.register_step_pre_hook(lambda *_, group=group: found.append(group["params"][0].grad.clone()))
+            optimizer.register_step_pre_hook(
+                lambda *_, group=group: found.append(group["params"][0].grad.clone())
+            )
             weights.step(optimizer, inputs.split(2), loss_of(model))
     assert found[0].dtype == torch.float32
-    torch.testing.assert_close(found[0], found[1], rtol=0.01, atol=0.01 * found[1].abs().max().item())
+    torch.testing.assert_close(
+        found[0], found[1], rtol=0.01, atol=0.01 * found[1].abs().max().item()
+    )
     assert (min(scales) < LARGEST_SCALE) == overflows

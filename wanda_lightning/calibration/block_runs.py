@@ -36,8 +36,12 @@ class BlockRuns:
     """
 
     def __init__(self, block: nn.Module, calls: Sequence[Call], whole: bool = False) -> None:
-        self._block, self._calls, self._whole = block, calls, whole
-        self._matrices = [m for m in block.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))]
+        self._block = block
+        self._calls = calls
+        self._whole = whole
+        self._matrices = [
+            m for m in block.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))
+        ]
         self._records: list[_Record] = []
 
     def recording(self) -> Iterator[Call]:
@@ -45,7 +49,9 @@ class BlockRuns:
         for index, call in enumerate(self._calls):
             watched = () if index or self._whole else self._matrices
 
-            def run(*args: Any, call: Call = call, watched: Sequence[nn.Module] = watched, **kwargs: Any) -> Any:
+            def run(
+                *args: Any, call: Call = call, watched: Sequence[nn.Module] = watched, **kwargs: Any
+            ) -> Any:
                 output, record = self._run(call, args, kwargs, watched)
                 self._records.append(record)
                 return output
@@ -67,26 +73,34 @@ class BlockRuns:
         if not self.reaches(module):
             return False
         others = [x for other, entered in inputs.items() if other is not module for x in entered]
-        return not any(torch.equal(x, y) for x in inputs[module] for y in others if x.shape == y.shape)
+        return not any(
+            torch.equal(x, y) for x in inputs[module] for y in others if x.shape == y.shape
+        )
 
     def is_permuted(self, layer: Layer, source: Tensor, inner: Set[nn.Module]) -> bool:
         """Run the first call, and return whether a layer reads its inputs in another order, and nothing else changed.
 
         `source` is the old position of each input. The inputs of the `inner` modules may change, too.
         """
-        before, after = self._records[0], self._run_again(0, self._matrices)
+        before = self._records[0]
+        after = self._run_again(0, self._matrices)
         if not self._same_results(before, after) or before.inputs.keys() != after.inputs.keys():
             return False
         others = before.inputs.keys() - {layer.module, *inner}
-        unchanged = all(all_same(before.inputs[other], after.inputs[other], before.eps) for other in others)
+        unchanged = all(
+            all_same(before.inputs[other], after.inputs[other], before.eps) for other in others
+        )
         return unchanged and _reads_same(layer, source, before, after)
 
     def same_results(self) -> bool:
         """Run all calls, and return whether the block gives the same results as at first, to rounding."""
-        again = [self._run_again(index) for index in range(len(self._records))]  # equally many runs in each process
+        # Equally many runs in each process.
+        again = [self._run_again(index) for index in range(len(self._records))]
         return all(self._same_results(*pair) for pair in zip(self._records, again, strict=True))
 
-    def same_after(self, change: Callable[[], object], read: tuple[RemovableUnits, Tensor] | None = None) -> bool:
+    def same_after(
+        self, change: Callable[[], object], read: tuple[RemovableUnits, Tensor] | None = None
+    ) -> bool:
         """Run the first call, take something out of the block, and run it again: whether it computes the same.
 
         `read` are hidden units, and which of them stay: the call must reach their layers, and what the reader gets must
@@ -101,9 +115,14 @@ class BlockRuns:
             after = self._run_again(0, watched)
         except Exception:
             return False
-        before.buffers, after.buffers = [], []  # may have other shapes now
-        same = self._same_results(before, after) and all(module in before.inputs for module in watched)
-        return same and (read is None or columns is None or _reads_same(read[0].reader, columns, before, after))
+        before.buffers = []
+        after.buffers = []  # may have other shapes now
+        same = self._same_results(before, after) and all(
+            module in before.inputs for module in watched
+        )
+        return same and (
+            read is None or columns is None or _reads_same(read[0].reader, columns, before, after)
+        )
 
     def _same_results(self, before: _Record, after: _Record) -> bool:
         results = before.results + before.buffers, after.results + after.buffers
@@ -119,10 +138,15 @@ class BlockRuns:
         replace(call, forward=run).run(on_copies=True)
         return records[0]
 
-    def _run(self, call: Call, args: Any, kwargs: Any, watched: Sequence[nn.Module]) -> tuple[Any, _Record]:
+    def _run(
+        self, call: Call, args: Any, kwargs: Any, watched: Sequence[nn.Module]
+    ) -> tuple[Any, _Record]:
         """Run a call on arguments that it may change, and record the inputs of the watched modules."""
-        record, device = _Record(), next((p.device for p in self._block.parameters()), torch.device("cpu"))
-        buffers = [] if self._whole else [(buffer, buffer.clone()) for buffer in self._block.buffers()]
+        record = _Record()
+        device = next((p.device for p in self._block.parameters()), torch.device("cpu"))
+        buffers = (
+            [] if self._whole else [(buffer, buffer.clone()) for buffer in self._block.buffers()]
+        )
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             if entered := tensors_within((args, kwargs)):
@@ -133,21 +157,33 @@ class BlockRuns:
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
             output = call.forward(*args, **kwargs)
         found = tensors_within(output)
-        if not self._whole:  # a block may pass tensors to others through an object among its arguments
-            attributes = (value for module in self._block.modules() for value in vars(module).values())
-            found = [*tensors_within((output, args, kwargs)), *(x for x in attributes if isinstance(x, Tensor))]
+        # A block may pass tensors to others through an object among its arguments.
+        if not self._whole:
+            attributes = (
+                value for module in self._block.modules() for value in vars(module).values()
+            )
+            found = [
+                *tensors_within((output, args, kwargs)),
+                *(x for x in attributes if isinstance(x, Tensor)),
+            ]
         record.results = [tensor.clone() for tensor in found]
         record.buffers = [buffer.clone() for buffer, old in buffers if not torch.equal(buffer, old)]
         record.eps = coarsest_eps(
-            record.results + record.buffers + [x for entered in record.inputs.values() for x in entered]
+            record.results
+            + record.buffers
+            + [x for entered in record.inputs.values() for x in entered]
         )
         return output, record
 
 
 def _reads_same(layer: Layer, columns: Tensor, before: _Record, after: _Record) -> bool:
     """Whether a layer reads the given columns of what it has read before."""
-    x, y = ([layer.tokens(each) for each in record.inputs.get(layer.module, ())] for record in (before, after))
+    x, y = (
+        [layer.tokens(each) for each in record.inputs.get(layer.module, ())]
+        for record in (before, after)
+    )
     pairs = [(old[:, columns.to(old.device)], new) for old, new in zip(x, y, strict=False)]
     return len(x) == len(y) and all(
-        old.shape == new.shape and same(old, new, before.eps, each_column=True) for old, new in pairs
+        old.shape == new.shape and same(old, new, before.eps, each_column=True)
+        for old, new in pairs
     )

@@ -34,7 +34,9 @@ def tensors_within(value: Any) -> list[Tensor]:
     return found
 
 
-def _copy(value: Any, clone_tensor: Callable[[Tensor], Tensor], known: dict[int, Any], depth: int) -> Any:
+def _copy(
+    value: Any, clone_tensor: Callable[[Tensor], Tensor], known: dict[int, Any], depth: int
+) -> Any:
     """Copy a value; `known` holds the copies by the id of their original."""
     if id(value) in known:
         return known[id(value)]
@@ -45,7 +47,11 @@ def _copy(value: Any, clone_tensor: Callable[[Tensor], Tensor], known: dict[int,
         return value
     each = partial(_copy, clone_tensor=clone_tensor, known=known, depth=depth - 1)
     if isinstance(value, tuple):
-        return type(value)(*map(each, value)) if hasattr(value, "_fields") else type(value)(map(each, value))
+        return (
+            type(value)(*map(each, value))
+            if hasattr(value, "_fields")
+            else type(value)(map(each, value))
+        )
     try:
         known[id(value)] = clone = copy.copy(value)
         if clone is value:  # immutable, such as a number or a string

@@ -55,18 +55,29 @@ def gradient_statistics(
     """
     sums = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
     reached = torch.zeros(len(layers), dtype=torch.int64)
-    on_product = _on_product({layer.name: index for index, layer in enumerate(layers)}, sums, reached)
+    on_product = _on_product(
+        {layer.name: index for index, layer in enumerate(layers)}, sums, reached
+    )
     intercepted = intercept(layers, on_product)
     with without_gradients(model), intercepted, recomputing(model, blocks), torch.enable_grad():
         _pass_backward(samples, tick, processes, limit)
-    processes.all_reduce_sum([reached, *(each for total in sums.values() for each in total if each is not None)])
+    processes.all_reduce_sum(
+        [reached, *(each for total in sums.values() for each in total if each is not None)]
+    )
     _refuse_unusable(sums, bool(reached.any()))
-    return {layer.name: sums[layer.name] for layer, times in zip(layers, reached.tolist(), strict=True) if times}
+    return {
+        layer.name: sums[layer.name]
+        for layer, times in zip(layers, reached.tolist(), strict=True)
+        if times
+    }
 
 
 def check_predictions(layers: Sequence[Layer], sample: Sample) -> None:
     """Raise the errors of `gradient_statistics` that one forward pass of a sample shows."""
-    with torch.enable_grad(), intercept(layers, lambda _, multiply: multiply().detach().requires_grad_().clone()):
+    with (
+        torch.enable_grad(),
+        intercept(layers, lambda _, multiply: multiply().detach().requires_grad_().clone()),
+    ):
         _objective(sample, 0, 0)
 
 
@@ -101,7 +112,10 @@ def _pass_backward(
 
     The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
-    batches, done, predictions, last = iter(samples), 0, 0, limit.samples
+    batches = iter(samples)
+    done = 0
+    predictions = 0
+    last = limit.samples
     while last is None or done < last:
         with processes.fail_together():
             batch = next(batches, None)
@@ -134,7 +148,9 @@ def _backward(sample: Sample, first: int, last: int | None) -> int:
     `first` is its index, or that of the first of several joined samples, and `last` the number of samples in all; None
     if all of them pass backward.
     """
-    objective, predictions = _objective(sample, first, sample.size if last is None else last - first)
+    objective, predictions = _objective(
+        sample, first, sample.size if last is None else last - first
+    )
     objective.backward()
     return predictions
 
@@ -156,7 +172,8 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
     the first `count` samples have a gradient that is not 0. Also return how many predictions each sample has, including
     those of padding.
     """
-    output, keep = sample.predict(), None
+    output = sample.predict()
+    keep = None
     logits = find_predictions(output)
     if logits is None or not logits.requires_grad or logits.shape[-1] < 2:
         shape = "" if logits is None else f" of shape {tuple(logits.shape)}"
@@ -167,7 +184,8 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
             "which read no gradients."
         )
     del output
-    if mask := fitting_mask(sample.masks, "", logits):  # the mask of the whole model, not of its encoder
+    # The mask of the whole model, not of its encoder.
+    if mask := fitting_mask(sample.masks, "", logits):
         keep = mask.keep.to(logits.device)
         logits = logits.reshape(*keep.shape, -1)
     if not (logits if keep is None else logits[keep]).isfinite().all():
@@ -177,7 +195,8 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
             "wider dtype (float32 or bfloat16 rather than float16)."
         )
     gradient = torch.zeros_like(logits)
-    length = max(1, len(logits) // sample.size)  # more than 1 if the first dimension is not that of samples
+    # More than 1 if the first dimension is not that of samples.
+    length = max(1, len(logits) // sample.size)
     for index in range(min(sample.size, count)):
         own = slice(index * length, (index + 1) * length)
         rows = logits[own].detach() if keep is None else logits[own].detach()[keep[own]]
@@ -208,7 +227,9 @@ class _WithGradient(torch.autograd.Function):
         return ctx.saved_tensors[0], None
 
 
-def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistics], reached: Tensor) -> OnProduct:
+def _on_product(
+    indices: Mapping[str, int], sums: Mapping[str, GradientStatistics], reached: Tensor
+) -> OnProduct:
     def on_product(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
         if not torch.is_grad_enabled():  # no gradient reaches this product
             return multiply()
@@ -216,23 +237,31 @@ def _on_product(indices: Mapping[str, int], sums: Mapping[str, GradientStatistic
         inputs = [product.layer.tokens(product.tokens.detach()).float() for product in products]
         squares = [each.square() for each in inputs]
         # A copy, because the model may write into its activations before the backward pass
-        signed = [x.clone() if total.units is not None else None for x, total in zip(inputs, totals, strict=True)]
+        signed = [
+            x.clone() if total.units is not None else None
+            for x, total in zip(inputs, totals, strict=True)
+        ]
         del inputs
         output = multiply()
-        if not output.requires_grad:  # the graph starts here; a result is no leaf, because the model may write into it
+        # The graph starts here; a result is no leaf, because the model may write into it.
+        if not output.requires_grad:
             output = output.detach().requires_grad_().clone()
 
         def add(gradient: Tensor) -> None:
             for product, each, tokens, total in zip(products, squares, signed, totals, strict=True):
                 layer = product.layer
                 outputs = layer.outputs(product.own_output(gradient)).flatten(0, -2).float()
-                rows, squared = slice(product.row, product.row + outputs.shape[1]), outputs.square()
+                rows = slice(product.row, product.row + outputs.shape[1])
+                squared = outputs.square()
                 # Divide by all rows of the layer: this product may use only some of them.
                 total.inputs.add_(torch.mv(each.t(), squared.sum(dim=1) / len(total.rows)))
                 total.rows[rows].add_(squared.sum(dim=0))
-                if tokens is not None and total.units is not None:  # the first-order effects on the loss
+                # The first-order effects on the loss.
+                if tokens is not None and total.units is not None:
                     effects = torch.mm(outputs, layer.read()[rows].float()).mul_(tokens)
-                    total.units.add_(effects.unflatten(1, (-1, len(total.units))).sum(dim=1).square_().sum(dim=0))
+                    total.units.add_(
+                        effects.unflatten(1, (-1, len(total.units))).sum(dim=1).square_().sum(dim=0)
+                    )
                 reached[indices[layer.name]] += layer.expert is None or bool(each.any())
 
         output.register_hook(add)
@@ -269,7 +298,9 @@ def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]
     outside = contextvars.copy_context()
     with ExitStack() as restored:
         for block in blocks:
-            recomputed = _Recomputed(type(block).__name__, block.forward, lambda: Replay(around, outside))
+            recomputed = _Recomputed(
+                type(block).__name__, block.forward, lambda: Replay(around, outside)
+            )
             restored.enter_context(patched(block, "forward", recomputed))
         yield
 
@@ -277,7 +308,9 @@ def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]
 class _Recomputed:
     """The forward of a block that runs again in the backward pass, with gradients enabled."""
 
-    def __init__(self, name: str, forward: Callable[..., Any], replay: Callable[[], Replay]) -> None:
+    def __init__(
+        self, name: str, forward: Callable[..., Any], replay: Callable[[], Replay]
+    ) -> None:
         self._name = name  # of the class, for a message
         self._forward = forward
         self._replay = replay
@@ -313,7 +346,10 @@ class _Recomputed:
             found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             outputs = [_ATensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in found):
-                found = [tensor + anchor.to(tensor.dtype) if tensor.is_floating_point() else tensor for tensor in found]
+                found = [
+                    tensor + anchor.to(tensor.dtype) if tensor.is_floating_point() else tensor
+                    for tensor in found
+                ]
             return tuple(found)
 
         # `checkpoint` needs an input that requires a gradient, and the inputs of the first block do not.
@@ -335,4 +371,7 @@ def _filled(leaves: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
 def _were_written(arguments: Any, held: Sequence[Tensor], versions: Sequence[int]) -> bool:
     """Return whether the arguments hold other tensors than before, or tensors with other values."""
     found = tensors_within(arguments)
-    return list(map(id, found)) != list(map(id, held)) or [tensor._version for tensor in found] != versions
+    return (
+        list(map(id, found)) != list(map(id, held))
+        or [tensor._version for tensor in found] != versions
+    )

@@ -34,10 +34,16 @@ class Product(NamedTuple):
 
     layer: Layer
     tokens: Tensor  # the tensor that the matrix multiplies, or this layer's slice of it
-    slot: int | None = None  # index of the layer's slice of the output; None if the whole output is the layer's
-    row: int = 0  # the first row of the matrix in this product, if a model multiplies by pieces of it
+    slot: int | None = (
+        None  # index of the layer's slice of the output; None if the whole output is the layer's
+    )
+    row: int = (
+        0  # the first row of the matrix in this product, if a model multiplies by pieces of it
+    )
     left: bool = False  # the matrix is the left factor, so the columns of the output are tokens
-    time_first: tuple[int, int] | None = None  # (steps, samples) if the output is ordered by step, then by sample
+    time_first: tuple[int, int] | None = (
+        None  # (steps, samples) if the output is ordered by step, then by sample
+    )
 
     def own_output(self, output: Tensor) -> Tensor:
         """Return this layer's part of the product's output, or of its gradient."""
@@ -51,7 +57,15 @@ class Product(NamedTuple):
 OnProduct = Callable[[list[Product], Callable[[], Tensor]], Tensor]
 
 _PRODUCTS_WITH_BIAS = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
-_MATMULS = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+_MATMULS = {
+    torch.matmul,
+    torch.mm,
+    torch.bmm,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    Tensor.mm,
+    Tensor.bmm,
+}
 PRODUCTS = {F.linear, *_MATMULS, *_PRODUCTS_WITH_BIAS}
 
 
@@ -77,7 +91,11 @@ class WeightInterceptor(TorchFunctionMode):
         return len(self._memory) > 0
 
     def __torch_function__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call the function, or `on_product` if it is a product with a layer's matrix."""
         kwargs = kwargs or {}
@@ -109,12 +127,17 @@ class WeightInterceptor(TorchFunctionMode):
         finally:
             self._attention = None
 
-    def by_forward(self, layers: Sequence[Layer], forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def by_forward(
+        self, layers: Sequence[Layer], forward: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Treat the forward of a module as the product with its layer, or with all groups of a convolution."""
         x = input_of(args, kwargs)
-        outer, self._in_a_forward = self._in_a_forward, True
+        outer = self._in_a_forward
+        self._in_a_forward = True
         try:
-            return self._on_product([Product(layer, x) for layer in layers], partial(forward, *args, **kwargs))
+            return self._on_product(
+                [Product(layer, x) for layer in layers], partial(forward, *args, **kwargs)
+            )
         finally:
             self._in_a_forward = outer
 
@@ -125,14 +148,20 @@ class WeightInterceptor(TorchFunctionMode):
             return []
         if matches[0].slot is None:
             product = Product(matches[0].layer, x, None, matches[0].row)
-            if self._attention and x.ndim == 2 and len(x) == self._attention[0] * self._attention[1]:
+            if (
+                self._attention
+                and x.ndim == 2
+                and len(x) == self._attention[0] * self._attention[1]
+            ):
                 # Samples first, as in padding masks.
                 samples = x.unflatten(0, self._attention).transpose(0, 1)
                 product = product._replace(tokens=samples, time_first=self._attention)
             return [product]
         each = x if x.ndim > 2 else x.unsqueeze(0)
         each = each.expand(*each.shape[:-3], len(weight), *each.shape[-2:])
-        return [Product(layer, each.select(-3, slot or 0), slot, row) for layer, slot, row in matches]
+        return [
+            Product(layer, each.select(-3, slot or 0), slot, row) for layer, slot, row in matches
+        ]
 
 
 def entered_function(function: FunctionType) -> FunctionType:
@@ -142,7 +171,9 @@ def entered_function(function: FunctionType) -> FunctionType:
     has no switch for this, but in the namespace of the copy, `has_torch_function` is always false.
     """
     names = {**function.__globals__, "has_torch_function": lambda tensors: False}
-    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy = FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
@@ -150,8 +181,16 @@ def entered_function(function: FunctionType) -> FunctionType:
 def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Return the two factors of a product, from positional or keyword arguments."""
     names = ("input", "mat1", "mat2") if func in _PRODUCTS_WITH_BIAS else ("input", "mat2")
-    others = {"weight": "mat2", "other": "mat2", "batch1": "mat1", "batch2": "mat2", "self": "input"}
-    given = dict(zip(names, args, strict=False)) | {others.get(name, name): value for name, value in kwargs.items()}
+    others = {
+        "weight": "mat2",
+        "other": "mat2",
+        "batch1": "mat1",
+        "batch2": "mat2",
+        "self": "input",
+    }
+    given = dict(zip(names, args, strict=False)) | {
+        others.get(name, name): value for name, value in kwargs.items()
+    }
     return given.get(names[-2]), given.get(names[-1])
 
 
@@ -227,8 +266,12 @@ class WeightMemory:
     """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
-        matrices = [layer for layer in layers if layer.parameter.ndim == (2 if layer.expert is None else 3)]
-        self._layers = [x for x in matrices if _is_plain(weight := x.parameter.detach()) and weight.numel()]
+        matrices = [
+            layer for layer in layers if layer.parameter.ndim == (2 if layer.expert is None else 3)
+        ]
+        self._layers = [
+            x for x in matrices if _is_plain(weight := x.parameter.detach()) and weight.numel()
+        ]
         self._read()
 
     def _read(self) -> None:
@@ -237,10 +280,13 @@ class WeightMemory:
         for layer in self._layers:
             if is_unloaded(weight := layer.parameter.detach()):
                 continue
-            start, end = weight.data_ptr(), weight.data_ptr() + weight.numel() * weight.element_size()
+            start = weight.data_ptr()
+            end = weight.data_ptr() + weight.numel() * weight.element_size()
             if start not in stacks:
                 matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
-                on_meta = torch.empty_strided(matrices.shape, matrices.stride(), dtype=matrices.dtype, device="meta")
+                on_meta = torch.empty_strided(
+                    matrices.shape, matrices.stride(), dtype=matrices.dtype, device="meta"
+                )
                 stacks[start] = _Stack(start, end, on_meta, {})
             stacks[start].layers[layer.expert or 0] = layer
         self._starts = sorted(stacks)
@@ -263,7 +309,11 @@ class WeightMemory:
         number, rest = divmod((weight.data_ptr() - stack.start) // weight.element_size(), stride)
         matrix = next(iter(stack.layers.values())).kind.read(stack.weight[0])
         all_inputs = weight.shape[-2] == matrix.shape[1] and weight.stride(-2) == matrix.stride(1)
-        if not all_inputs or rest % matrix.stride(0) or (weight.ndim == 3 and weight.stride(0) != stride):
+        if (
+            not all_inputs
+            or rest % matrix.stride(0)
+            or (weight.ndim == 3 and weight.stride(0) != stride)
+        ):
             return []
         row = rest // matrix.stride(0)
         if weight.ndim == 2:
@@ -282,4 +332,6 @@ class WeightMemory:
         pointer = tensor.data_ptr()
         index = bisect_right(self._starts, pointer) - 1
         stack = self._stacks[index] if index >= 0 else None
-        return stack if stack and pointer < stack.end and tensor.dtype == stack.weight.dtype else None
+        return (
+            stack if stack and pointer < stack.end and tensor.dtype == stack.weight.dtype else None
+        )

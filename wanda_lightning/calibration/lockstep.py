@@ -27,7 +27,12 @@ from wanda_lightning.calibration.interception import Product, WeightInterceptor
 from wanda_lightning.calibration.mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.stall_watch import StallWatch
-from wanda_lightning.calibration.surroundings import ModuleAttributes, Surroundings, TorchState, refuse_transforms
+from wanda_lightning.calibration.surroundings import (
+    ModuleAttributes,
+    Surroundings,
+    TorchState,
+    refuse_transforms,
+)
 from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
@@ -57,7 +62,9 @@ class Call:
         return self.forward(*args, **kwargs)
 
 
-def whole_model_calls(samples: Iterable[Sample], tick: Callable[[], None] = lambda: None) -> Iterator[Call]:
+def whole_model_calls(
+    samples: Iterable[Sample], tick: Callable[[], None] = lambda: None
+) -> Iterator[Call]:
     """Yield calls of the whole model, each on one sample, which is read when it is its turn; `tick` follows each."""
     for sample in samples:
         yield Call(sample, "", sample.forward, (), {}, Surroundings.present())
@@ -104,7 +111,10 @@ def lockstep(
     pending = set(range(len(stops)))
     with _parking(stops), StallWatch() as watch, ExitStack() as ends:
         attributes = ModuleAttributes(model)
-        batches = [_Batch(sample, stops, attributes, watch) for sample in _parking_at_products(samples, stops)]
+        batches = [
+            _Batch(sample, stops, attributes, watch)
+            for sample in _parking_at_products(samples, stops)
+        ]
         for batch in batches:
             # In reverse order, as contexts nest: a batch may have entered one inside the context of the batch before.
             ends.callback(batch.end)
@@ -113,7 +123,9 @@ def lockstep(
                 batch.advance()
         while True:
             parked = [batch for batch in batches if batch.call is not None]
-            index = processes.all_reduce_min(min((batch.stop for batch in parked), default=len(stops)))
+            index = processes.all_reduce_min(
+                min((batch.stop for batch in parked), default=len(stops))
+            )
             here = [batch for batch in parked if batch.stop == index]
             if index == len(stops):
                 return
@@ -151,7 +163,8 @@ def _find_passed(batch: _Batch, stops: Sequence[Stop], passed: Passed) -> None:
 
     ALBERT and looped models apply one block many times.
     """
-    with suppress(Exception):  # the output of the model does not matter here, so neither do its errors
+    # The output of the model does not matter here, so neither do its errors.
+    with suppress(Exception):
         while batch.call is not None:
             batch.advance(batch.call.run())
             if batch.call is None or batch.call.stop in passed.again:
@@ -166,8 +179,11 @@ def _parking(stops: Sequence[Stop]) -> Iterator[None]:
         for index, stop in enumerate(stops):
             module = stop.module
             assert module is not None
-            restored.enter_context(patched(module, "_compiled_call_impl", None))  # it would bypass the forward
-            restored.enter_context(patched(module, "forward", partial(_park, index, module.forward)))
+            # It would bypass the forward.
+            restored.enter_context(patched(module, "_compiled_call_impl", None))
+            restored.enter_context(
+                patched(module, "forward", partial(_park, index, module.forward))
+            )
         yield
 
 
@@ -191,13 +207,21 @@ def _parking_at_products(samples: Sequence[Sample], stops: Sequence[Stop]) -> Se
         with interceptor if interceptor.watches else nullcontext():
             return forward()
 
-    return [replace(each, forward=partial(watched, each.forward)) for each in samples] if index_of else samples
+    return (
+        [replace(each, forward=partial(watched, each.forward)) for each in samples]
+        if index_of
+        else samples
+    )
 
 
 def _park(stop: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """Park the current batch and return the module's output; run the forward if no batch is running."""
     batch = getcurrent()
-    return batch.park(stop, forward, args, kwargs) if isinstance(batch, _Batch) else forward(*args, **kwargs)
+    return (
+        batch.park(stop, forward, args, kwargs)
+        if isinstance(batch, _Batch)
+        else forward(*args, **kwargs)
+    )
 
 
 class _Batch(greenlet):
@@ -206,9 +230,13 @@ class _Batch(greenlet):
     Uncaught, `GreenletExit` ends it. Models rarely catch that, because it is no `Exception`.
     """
 
-    def __init__(self, sample: Sample, stops: Sequence[Stop], attributes: ModuleAttributes, watch: StallWatch) -> None:
+    def __init__(
+        self, sample: Sample, stops: Sequence[Stop], attributes: ModuleAttributes, watch: StallWatch
+    ) -> None:
         super().__init__()
-        self.call: Call | None = None  # the call at which the batch is parked; None while it runs and after its end
+        self.call: Call | None = (
+            None  # the call at which the batch is parked; None while it runs and after its end
+        )
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
         self.visited: set[str] = set()  # names of the stops at which it has been parked
         self.index = sample.batch_index
@@ -220,7 +248,8 @@ class _Batch(greenlet):
         self._output: Any = None
 
         self._outside = contextvars.copy_context()
-        self.gr_context = self._own_context = self._outside.copy()  # in which transformers collects router logits
+        # In which transformers collects router logits.
+        self.gr_context = self._own_context = self._outside.copy()
         with torch.no_grad():
             self._state = TorchState()
 
@@ -236,29 +265,39 @@ class _Batch(greenlet):
         """Run the model's forward until its end (called by `advance`)."""
         self._sample.forward()
 
-    def park(self, stop: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def park(
+        self, stop: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Wait at a stop for the output of its module (called in the batch)."""
         if self._ended:  # the model caught `GreenletExit`, or calls a module in a `finally` block
             raise GreenletExit
         refuse_transforms(self._stops[stop].name)
         self._state = TorchState()
         self.stop = stop
-        name, module = self._stops[stop].name, self._stops[stop].module
+        name = self._stops[stop].name
+        module = self._stops[stop].module
         around = Surroundings(self, self._state, self._outside, self._attributes, module)
         self.call = Call(self._sample, name, forward, args, kwargs, around)
         del args, kwargs
         assert self.parent is not None
         self.parent.switch()
-        output, self._output = self._output, None
+        output = self._output
+        self._output = None
         return output
 
     def advance(self, output: Any = None) -> None:
         """Let the batch run to its next stop, or to its end (called by the scheduler)."""
         if self.call is not None:
             self.visited.add(self.call.stop)
-        self.call, self._output, self.parent = None, output, getcurrent()
+        self.call = None
+        self._output = output
+        self.parent = getcurrent()
         del output
-        with self._watch.watching(self.index), self._attributes.of(self), self._state.entered(exactly=True):
+        with (
+            self._watch.watching(self.index),
+            self._attributes.of(self),
+            self._state.entered(exactly=True),
+        ):
             self.switch()
 
     def end(self) -> None:

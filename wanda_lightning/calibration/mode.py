@@ -47,14 +47,17 @@ def pruning_mode(
         before = {module: _saved_buffers(module) for module in model.modules()}
 
         def restore(modules: Iterable[nn.Module]) -> None:
-            for owner, name, buffer, written in ((each, *saved) for each in modules for saved in before[each]):
+            for owner, name, buffer, written in (
+                (each, *saved) for each in modules for saved in before[each]
+            ):
                 if written is not None and buffer._version != written[1]:
                     buffer.copy_(written[0])
                 setattr(owner, name, buffer)  # the forward may have set another
 
         @contextmanager
         def changing(modules: Iterable[nn.Module]) -> Iterator[None]:
-            known = [module for module in {*modules} if before[module]]  # the others were not in memory, or have none
+            # The others were not in memory, or have none.
+            known = [module for module in {*modules} if before[module]]
             restore(known)
             yield
             before.update((module, _saved_buffers(module)) for module in known)
@@ -75,7 +78,11 @@ def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor, tuple[Tensor, i
         (name, buffer, None if buffer.is_inference() else (buffer.clone(), buffer._version))
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
-        and not (name.endswith(("weight", "bias")) or isinstance(buffer, UninitializedBuffer) or is_unloaded(buffer))
+        and not (
+            name.endswith(("weight", "bias"))
+            or isinstance(buffer, UninitializedBuffer)
+            or is_unloaded(buffer)
+        )
     ]
 
 
@@ -86,11 +93,17 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
     Models of transformers multiply by one expert at a time, through views of the parameter that `WeightInterceptor`
     recognizes.
     """
-    configs: dict[int, Any] = {id(config): config for m in model.modules() if (config := getattr(m, "config", None))}
+    configs: dict[int, Any] = {
+        id(config): config for m in model.modules() if (config := getattr(m, "config", None))
+    }
     # A block that runs twice would append its keys twice.
-    settings: list[Any] = [(c, "use_cache", False) for c in configs.values() if hasattr(c, "use_cache")]
+    settings: list[Any] = [
+        (c, "use_cache", False) for c in configs.values() if hasattr(c, "use_cache")
+    ]
     # The public property has a setter that also writes into nested configurations.
-    settings += [(c, _EXPERTS, "eager") for c in configs.values() if _EXPERTS in getattr(c, "__dict__", {})]
+    settings += [
+        (c, _EXPERTS, "eager") for c in configs.values() if _EXPERTS in getattr(c, "__dict__", {})
+    ]
     with ExitStack() as stack:
         for config, name, _ in settings:
             stack.callback(setattr, config, name, getattr(config, name))
@@ -114,9 +127,11 @@ class _PlainCode:
         with self._lock:
             if self._threads == 0:
                 self._restored.callback(
-                    torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
+                    torch.backends.mha.set_fastpath_enabled,
+                    torch.backends.mha.get_fastpath_enabled(),
                 )
-                torch.backends.mha.set_fastpath_enabled(False)  # the fused encoder layer bypasses its layers
+                # The fused encoder layer bypasses its layers.
+                torch.backends.mha.set_fastpath_enabled(False)
             # Without this module nothing is compiled; compiled code would trace the interception.
             if "torch._dynamo" in sys.modules and not self._is_eager:
                 self._restored.enter_context(torch.compiler.set_stance("force_eager"))

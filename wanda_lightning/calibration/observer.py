@@ -28,8 +28,10 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes, all_reduce_stati
 class Observation:
     """The inputs of some layers, summed over their tokens. The keys are names of layers."""
 
-    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)  # one object for layers with the same input
-    padding_counted: Set[str] = frozenset()  # whose statistics include padding, since no mask shows it in their inputs
+    # One object for layers with the same input.
+    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
+    # Whose statistics include padding, since no mask shows it in their inputs.
+    padding_counted: Set[str] = frozenset()
     # Experts with the statistics of all siblings, each with its own number of tokens.
     pooled: Mapping[str, int] = field(default_factory=dict)
 
@@ -41,7 +43,8 @@ class Observer:
     """
 
     def __init__(self, needs: frozenset[str], processes: Processes = SINGLE_PROCESS) -> None:
-        self.needs, self.processes = needs, processes
+        self.needs = needs
+        self.processes = processes
         self._readings = _Readings()
         # The layers of the last stop, if that was a layer, their inputs in this process, and what all processes found.
         self._last: tuple[Sequence[Layer], list[Identity], Observation] = (), [], Observation()
@@ -86,22 +89,30 @@ class Observer:
 
     def finish(self, stop: Stop) -> Observation:
         """Return what the batches that ran in `collect` show; otherwise the same as `__call__`."""
-        readings, self._readings = self._readings, _Readings()
+        readings = self._readings
+        self._readings = _Readings()
         with self.processes.fail_together():
             readings.refuse_nonfinite(self.processes)
         by_layer: dict[str, list[InputStatistics]] = {}
         for names, value in readings.sums.items():
             for name in names:
                 by_layer.setdefault(name, []).append(value)
-        found = {layer.name: by_layer[layer.name] for layer in stop.layers if layer.name in by_layer}
+        found = {
+            layer.name: by_layer[layer.name] for layer in stop.layers if layer.name in by_layer
+        }
         statistics = {
-            name: parts[0] if len(parts) == 1 else InputStatistics.merged(parts) for name, parts in found.items()
+            name: parts[0] if len(parts) == 1 else InputStatistics.merged(parts)
+            for name, parts in found.items()
         }
         padded = readings.padded
         if self.processes.world_size > 1:
             # From the weight: a process whose batches did not reach a layer does not know the dtype of its input.
-            tokens = {layer.name: layer.weight.new_zeros(1, layer.shape[1]) for layer in stop.layers}
-            statistics, padded = all_reduce_statistics(tokens, statistics, padded, self.needs, self.processes)
+            tokens = {
+                layer.name: layer.weight.new_zeros(1, layer.shape[1]) for layer in stop.layers
+            }
+            statistics, padded = all_reduce_statistics(
+                tokens, statistics, padded, self.needs, self.processes
+            )
         return pool_experts(stop.layers, statistics, padded)
 
     def _read_parked(self, stop: Stop, calls: Sequence[Call]) -> Observation:
@@ -111,21 +122,33 @@ class Observer:
         sum over the processes, and one factorization.
         """
         with self.processes.fail_together():
-            pairs = [(input_of(call.args, call.kwargs), layer) for call in calls for layer in stop.layers]
+            pairs = [
+                (input_of(call.args, call.kwargs), layer) for call in calls for layer in stop.layers
+            ]
         layers, identities, found = self._last
         same = len(pairs) == len(identities) and len(layers) == len(stop.layers)
-        same = same and all(identity.matches(*pair) for identity, pair in zip(identities, pairs, strict=True))
+        same = same and all(
+            identity.matches(*pair) for identity, pair in zip(identities, pairs, strict=True)
+        )
         if self.processes.all_reduce_min(int(same)) and found.inputs:
             names = {last.name: layer.name for last, layer in zip(layers, stop.layers, strict=True)}
             inputs = {names[name]: value for name, value in found.inputs.items()}
-            return Observation(inputs, {names[name] for name in found.padding_counted & names.keys()})
-        self._last = layers, identities, found = (), [], Observation()  # frees the Gram matrix before the next one
+            return Observation(
+                inputs, {names[name] for name in found.padding_counted & names.keys()}
+            )
+        # Frees the Gram matrix before the next one.
+        self._last = layers, identities, found = (
+            (),
+            [],
+            Observation(),
+        )
         with self.processes.fail_together():
             for call in calls:
                 x = input_of(call.args, call.kwargs)
                 with naming_batch(call.sample.batch_index, x, stop.name):
                     own = self._read(stop, call.sample, x)
-                    if x.dtype != stop.layers[0].parameter.dtype:  # fails without autocast; now, before it is pruned
+                    # Fails without autocast; now, before it is pruned.
+                    if x.dtype != stop.layers[0].parameter.dtype:
                         call.run(on_copies=True)
                 self._readings.add(own)
                 identities += [entry.identity for entry in own.entries]
@@ -144,7 +167,8 @@ class Observer:
 class _Readings:
     """Sums over the batches that have run since the last observation."""
 
-    sums: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)  # by the layers with this input
+    # By the layers with this input.
+    sums: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)
     padded: set[str] = field(default_factory=set)  # layers whose sums may include padding
     # Whether the sums over one input of one batch are finite, each with the layers and the batch.
     checks: list[tuple[Tensor, Sequence[str], int]] = field(default_factory=list)
@@ -154,7 +178,9 @@ class _Readings:
         for entry in own.entries:
             if entry.padding_counted:
                 self.padded.update(entry.layers)
-            self.sums.setdefault(tuple(entry.layers), InputStatistics(entry.statistics.needs)).merge(entry.statistics)
+            self.sums.setdefault(
+                tuple(entry.layers), InputStatistics(entry.statistics.needs)
+            ).merge(entry.statistics)
             if entry.statistics.count:
                 self.checks.append((entry.statistics.finite(), entry.layers, own.batch))
 
@@ -185,8 +211,12 @@ class PassiveCalibration:
     `stop` holds all layers of the model; see `Observer` for the other arguments.
     """
 
-    def __init__(self, model: nn.Module, stop: Stop, needs: frozenset[str], processes: Processes) -> None:
-        self._model, self._stop, self._batches = model, stop, 0
+    def __init__(
+        self, model: nn.Module, stop: Stop, needs: frozenset[str], processes: Processes
+    ) -> None:
+        self._model = model
+        self._stop = stop
+        self._batches = 0
         self.observer = Observer(needs, processes)
 
     @contextmanager
@@ -203,7 +233,9 @@ class PassiveCalibration:
         found = self.observer.finish(self._stop)
         batches = sum(count for (count,) in self.observer.processes.all_gather([self._batches]))
         if not batches:
-            raise UserError("calibrate_on='validation' needs batches that run through the model, but none did.")
+            raise UserError(
+                "calibrate_on='validation' needs batches that run through the model, but none did."
+            )
         return found, batches
 
 
@@ -211,14 +243,20 @@ class Identity:
     """Identifies an input without keeping it alive, so that layers with the same input (q, k, v) share statistics."""
 
     def __init__(self, x: Tensor, layer: Layer, call: int = 0) -> None:
-        self._reference, self._version, self._window = weakref.ref(x), _version(x, call), layer.window
+        self._reference = weakref.ref(x)
+        self._version = _version(x, call)
+        self._window = layer.window
 
     def matches(self, x: Tensor, layer: Layer, call: int = 0) -> bool:
         """Whether a layer's input is the same tensor, unmodified, with the same tokens.
 
         A tensor of inference mode has no version that would show a modification, so it only matches in the same call.
         """
-        return self._reference() is x and self._version == _version(x, call) and self._window == layer.window
+        return (
+            self._reference() is x
+            and self._version == _version(x, call)
+            and self._window == layer.window
+        )
 
 
 def _version(tensor: Tensor, call: int) -> int:
@@ -240,7 +278,8 @@ class BatchInputs:
     def __init__(self, needs: frozenset[str], sample: Sample) -> None:
         self.entries: list[Entry] = []  # one for each distinct input
         self.batch = sample.batch_index
-        self._needs, self._masks = needs, sample.masks
+        self._needs = needs
+        self._masks = sample.masks
         self._calls = 0
 
     def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
@@ -253,7 +292,8 @@ class BatchInputs:
 
     def read(self, product: Product) -> None:
         """Sum the tokens of a product, unless another layer had the same input."""
-        layer, x = product.layer, product.tokens
+        layer = product.layer
+        x = product.tokens
         if torch._C._functorch.is_batchedtensor(x):
             refuse_transforms(layer.name)
         # A search through the entries of many experts is slow, and only the latest entry can match.
@@ -271,7 +311,9 @@ class BatchInputs:
         """Sum the tokens of a convolution, all of which count, without forming all of them at once."""
         images = (x if x.ndim == 1 - layer.kind.channels else x.unsqueeze(0)).detach()
         statistics = InputStatistics(self._needs)
-        entry = Entry(Identity(x, layer, self._calls), [layer.name], statistics, padding_counted=False)
+        entry = Entry(
+            Identity(x, layer, self._calls), [layer.name], statistics, padding_counted=False
+        )
         if self._needs == {"square_sum"}:
             squares = _fitting(layer.squares(images), layer, x)
             statistics.add(len(images) * len(squares), {"square_sum": squares.sum(dim=0)})
@@ -281,7 +323,8 @@ class BatchInputs:
         self.entries.append(entry)
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
-        layer, x = product.layer, product.tokens
+        layer = product.layer
+        x = product.tokens
         tokens = layer.tokens(x)
         if layer.expert is None:
             _fitting(tokens, layer, x)
@@ -294,7 +337,12 @@ class BatchInputs:
             keep = routed if keep is None else routed & keep
         if keep is not None:
             tokens = tokens[keep]
-        entry = Entry(Identity(x, layer, self._calls), [layer.name], InputStatistics(self._needs), padding_counted)
+        entry = Entry(
+            Identity(x, layer, self._calls),
+            [layer.name],
+            InputStatistics(self._needs),
+            padding_counted,
+        )
         entry.statistics.update(tokens)
         self.entries.append(entry)
 
@@ -319,7 +367,9 @@ def _fitting(tokens: Tensor, layer: Layer, x: Tensor) -> Tensor:
 MIN_EXPERT_TOKENS = 32  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
 
 
-def pool_experts(layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], padded: Set[str]) -> Observation:
+def pool_experts(
+    layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], padded: Set[str]
+) -> Observation:
     """Replace the statistics of each expert with too few tokens, or none, with the sum over its siblings in this stop.
 
     `padded` are the layers whose statistics include padding.
@@ -328,13 +378,16 @@ def pool_experts(layers: Sequence[Layer], statistics: Mapping[str, InputStatisti
     for layer in layers:
         if layer.siblings:
             families.setdefault(layer.siblings, []).append(layer.name)
-    result, pooled = dict(statistics), {}
+    result = dict(statistics)
+    pooled = {}
     for names in families.values():
         counts = {name: statistics[name].count if name in statistics else 0 for name in names}
         enough = min(max(MIN_EXPERT_TOKENS, 1), sum(counts.values()))
         few = {name: count for name, count in counts.items() if count < enough}
         if few:
-            total = InputStatistics.merged([statistics[name] for name, count in counts.items() if count])
+            total = InputStatistics.merged(
+                [statistics[name] for name, count in counts.items() if count]
+            )
             result.update(dict.fromkeys(few, total))
             pooled.update(few)
     return Observation(result, padded, pooled)

@@ -57,19 +57,29 @@ class Samples:
         processes: Processes,
         reader: object,
     ) -> None:
-        if reader is not None and (not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor | str)):
-            given = "none were given" if batches is None else f"a {type(batches).__name__} was given"
+        if reader is not None and (
+            not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor | str)
+        ):
+            given = (
+                "none were given" if batches is None else f"a {type(batches).__name__} was given"
+            )
             raise UserError(
                 f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
                 f"{given}. Give batches, or choices that read none, such as method='magnitude'."
             )
-        self._model, self._processes, self._reader = model, processes, reader
+        self._model = model
+        self._processes = processes
+        self._reader = reader
         self._batches: Iterable[Any] = () if reader is None or batches is None else batches
         self._forward = partial(_on_copy, forward or self._forward_on_device)
         self._predict = partial(_on_copy, predict or forward or self._forward_on_device)
-        parameters = (each for each in model.parameters() if not isinstance(each, UninitializedParameter))
+        parameters = (
+            each for each in model.parameters() if not isinstance(each, UninitializedParameter)
+        )
         self._can_try = not any(map(is_unloaded, parameters))
-        self._splits: dict[tuple[int, ...], bool] = {}  # whether samples run alone, by the dimensions of the tensors
+        self._splits: dict[
+            tuple[int, ...], bool
+        ] = {}  # whether samples run alone, by the dimensions of the tensors
         self._counted = 0  # batches of this process in the latest pass
         self.total = 0  # batches of all processes, once they have run
         self.length = length_of(self._batches)
@@ -79,7 +89,8 @@ class Samples:
             device = next(self._model.parameters()).device
             return forward_batch(self._model, map_tensors(lambda tensor: tensor.to(device), batch))
         except Exception:
-            if isinstance(batch, Mapping) and "input_ids" in batch:  # only now, since some models replace ids
+            # Only now, since some models replace ids.
+            if isinstance(batch, Mapping) and "input_ids" in batch:
                 check_tokens(self._model, batch["input_ids"])
             raise
 
@@ -90,7 +101,8 @@ class Samples:
             for batch in self._batches:
                 held.append(batch)
                 bar.advance()
-        self._batches, self.length = held, len(held)
+        self._batches = held
+        self.length = len(held)
 
     def __iter__(self) -> Iterator[Sample]:
         """Read the batches one by one; in several processes, inside `Processes.fail_together`."""
@@ -115,7 +127,8 @@ class Samples:
 
     def _separable(self, batch: Any) -> int:
         """Return the number of samples that a batch can be split into; two samples of each layout are tried."""
-        count, layout = separable_samples(batch), tuple(tensor.ndim for tensor in tensors_of(batch))
+        count = separable_samples(batch)
+        layout = tuple(tensor.ndim for tensor in tensors_of(batch))
         if count > 1 and self._can_try and layout not in self._splits:
             self._splits[layout] = run_alone(self._predict, batch)
         return count if self._splits.get(layout, True) else 1
@@ -128,15 +141,23 @@ class Samples:
     def subset(self, sample: Sample, start: int, stop: int) -> Sample:
         """Return some samples of a batch; the batch itself if it has no others."""
         whole = (start, stop) == (0, sample.size)
-        return sample if whole else self._sample(take(sample.batch, start, stop), sample.batch_index, stop - start)
+        return (
+            sample
+            if whole
+            else self._sample(take(sample.batch, start, stop), sample.batch_index, stop - start)
+        )
 
     def first(self, count: int) -> list[Sample]:
         """Return the first batches, until they hold `count` samples; later passes read them again.
 
         A batch that cannot be split counts as one sample.
         """
-        batches, kept = iter(self._batches), list[Sample]()
-        while sum(sample.size for sample in kept) < count and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT:
+        batches = iter(self._batches)
+        kept = list[Sample]()
+        while (
+            sum(sample.size for sample in kept) < count
+            and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT
+        ):
             kept.append(self._sample(batch, len(kept), self._separable(batch)))
         if not isinstance(self._batches, list):
             self._batches = chain([sample.batch for sample in kept], batches)
@@ -151,7 +172,8 @@ class Samples:
             found = self.first(count)
         counts = self._processes.all_gather([min(count, sum(sample.size for sample in found))])
         turns = sorted((turn, rank) for rank, (own,) in enumerate(counts) for turn in range(own))
-        left, own = sum(rank == self._processes.rank for _, rank in turns[:count]), []
+        left = sum(rank == self._processes.rank for _, rank in turns[:count])
+        own = []
         for sample in found:
             if left > 0:
                 own.append(self.subset(sample, 0, min(left, sample.size)))
@@ -179,14 +201,17 @@ class Samples:
 
     def _sample(self, batch: Any, index: int, size: int) -> Sample:
         batch = detached(batch)
-        forward, predict = (partial(_run, run, batch, index) for run in (self._forward, self._predict))
+        forward, predict = (
+            partial(_run, run, batch, index) for run in (self._forward, self._predict)
+        )
         masks = token_masks(self._model, batch)
         return Sample(forward, predict, batch, masks, size, index)
 
 
 def fit_together(samples: Sequence[Sample]) -> bool:
     """Whether all samples are entries of a first dimension with equal shapes, so that they can run as one batch."""
-    batches, layout = [sample.batch for sample in samples], _layout(samples[0].batch)
+    batches = [sample.batch for sample in samples]
+    layout = _layout(samples[0].batch)
     alike = all(is_even(batch) and _layout(batch) == layout for batch in batches)
     return alike and samples[0].size == batch_size(batches[0])
 
@@ -278,7 +303,13 @@ def _images(batch: Any) -> Sequence[Tensor]:
 
     They form a list of tensors (channels, height, width), and all other tensors are in lists, too.
     """
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    values = (
+        batch.values()
+        if isinstance(batch, Mapping)
+        else batch
+        if isinstance(batch, tuple | list)
+        else ()
+    )
     if any(isinstance(value, Tensor) and value.ndim for value in values):  # then lists hold columns
         return ()
     lists = (value for value in values if isinstance(value, tuple | list))
@@ -304,9 +335,13 @@ def batch_size(batch: Any) -> int:
         return len(images)
     lengths = Counter(len(tensor) for tensor in tensors_of(batch))
     if not lengths:
-        raise UserError(f"batches must hold tensors, but one is of class {type(batch).__name__} without any.")
+        raise UserError(
+            f"batches must hold tensors, but one is of class {type(batch).__name__} without any."
+        )
     common = [length for length, count in lengths.items() if count == max(lengths.values())]
-    named = [batch[key] for key in _ONE_ROW_EACH if key in batch] if isinstance(batch, Mapping) else []
+    named = (
+        [batch[key] for key in _ONE_ROW_EACH if key in batch] if isinstance(batch, Mapping) else []
+    )
     return next((len(tensor) for tensor in tensors_of(named) if len(tensor) in common), common[0])
 
 
@@ -338,11 +373,18 @@ def run_alone(predict: Callable[[Any], object], batch: Any) -> bool:
 
     def rows(start: int, stop: int) -> Tensor:
         found = find_predictions(predict(take(batch, start, stop)))
-        return torch.empty(0) if found is None else widest(found[..., :: 1 + found.shape[-1] // _CLASSES])
+        return (
+            torch.empty(0)
+            if found is None
+            else widest(found[..., :: 1 + found.shape[-1] // _CLASSES])
+        )
 
     try:
-        together, alone = rows(last - 1, last + 1), torch.cat([rows(last - 1, last), rows(last, last + 1)])
-        same = together.shape == alone.shape and not bool((alone - together).norm() > _SAME * together.norm())
+        together = rows(last - 1, last + 1)
+        alone = torch.cat([rows(last - 1, last), rows(last, last + 1)])
+        same = together.shape == alone.shape and not bool(
+            (alone - together).norm() > _SAME * together.norm()
+        )
     except Exception:  # the code of a model may raise anything
         same = True
         with suppress(Exception):
@@ -358,9 +400,17 @@ def run_alone(predict: Callable[[Any], object], batch: Any) -> bool:
 
 def _has_column(batch: Any) -> bool:
     """Whether a batch holds a list without tensors, as of one text for each sample."""
-    if isinstance(batch, list | tuple) and not any(isinstance(each, Tensor | Mapping | list | tuple) for each in batch):
+    if isinstance(batch, list | tuple) and not any(
+        isinstance(each, Tensor | Mapping | list | tuple) for each in batch
+    ):
         return True
-    inner = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    inner = (
+        batch.values()
+        if isinstance(batch, Mapping)
+        else batch
+        if isinstance(batch, list | tuple)
+        else ()
+    )
     return any(map(_has_column, inner))
 
 
@@ -370,7 +420,10 @@ def take(batch: Any, start: int, stop: int) -> Any:
 
 
 def _layout(batch: Any) -> Any:
-    return map_tensors(lambda tensor: (tensor.dtype, tensor.shape, tensor.item() if not tensor.ndim else None), batch)
+    return map_tensors(
+        lambda tensor: (tensor.dtype, tensor.shape, tensor.item() if not tensor.ndim else None),
+        batch,
+    )
 
 
 def concatenated(batches: Sequence[Any]) -> Any:

@@ -68,7 +68,11 @@ class Surroundings:
     def try_out(self, function: Callable[[], _Result]) -> _Result:
         """Run a function without gradients, then take back what it has set: the batch does not see it."""
         context = self.batch.context.copy()
-        with self.attributes.of(self.batch, self.module, undo=True), self.state.entered(), torch.no_grad():
+        with (
+            self.attributes.of(self.batch, self.module, undo=True),
+            self.state.entered(),
+            torch.no_grad(),
+        ):
             context.run(self._clone_variables)
             return context.run(function)
 
@@ -141,7 +145,11 @@ class Replay:
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the model has left for the function, in context variables and attributes."""
         variables = [value for _, value in _set_inside(self._context, self._outside)]
-        attributes = [value for value in self._attributes.values() if isinstance(value, Tensor | list | tuple | dict)]
+        attributes = [
+            value
+            for value in self._attributes.values()
+            if isinstance(value, Tensor | list | tuple | dict)
+        ]
         return tensors_within([variables, attributes])
 
     def run(self, function: Callable[[], _Result]) -> tuple[_Result, bool]:
@@ -174,7 +182,9 @@ class TorchState:
         self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
         self._gradients = torch.is_grad_enabled()
-        self._autocast = [(d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)]
+        self._autocast = [
+            (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)
+        ]
         self._default_device = torch.get_default_device()
         self._settings = [get() for get, _ in _SETTINGS]
         self._functions, self._dispatch = _modes()
@@ -206,7 +216,9 @@ class TorchState:
                 stack.enter_context(self._default_device)
             for device, enabled, dtype in self._autocast:
                 # No cache: it would give the pruned run the cast of a dense weight.
-                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+                stack.enter_context(
+                    torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+                )
             yield
 
 
@@ -225,7 +237,10 @@ def _current_stream() -> torch.Stream | None:
     """Return the current stream, which determines the current device; None before the accelerator is used."""
     accelerator = torch.accelerator.current_accelerator()
     # `mps` has no such function, and a single stream.
-    if accelerator is None or not getattr(torch.get_device_module(accelerator), "is_initialized", bool)():
+    if (
+        accelerator is None
+        or not getattr(torch.get_device_module(accelerator), "is_initialized", bool)()
+    ):
         return None
     return torch.accelerator.current_stream()
 
@@ -285,7 +300,11 @@ def _nested(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
 def modules_around(model: nn.Module, modules: Collection[nn.Module]) -> list[nn.Module]:
     """Return the modules of a model that contain at least one of the given modules, without these."""
     inner = {*modules}
-    return [each for each in model.modules() if each not in inner and not inner.isdisjoint(each.modules())]
+    return [
+        each
+        for each in model.modules()
+        if each not in inner and not inner.isdisjoint(each.modules())
+    ]
 
 
 class ModuleAttributes:
@@ -306,11 +325,15 @@ class ModuleAttributes:
                     self._places.append((module, module._buffers))
         self._first: list[Pass] = []  # the first two batches
         self._setters: dict[tuple[int, str], Pass] = {}  # by the identity of a place, and a name
-        self._own: dict[tuple[int, str], dict[Pass, Any]] = {}  # of the attributes that both have set
+        self._own: dict[
+            tuple[int, str], dict[Pass, Any]
+        ] = {}  # of the attributes that both have set
         self._apart: dict[int, dict[str, Any]] = {}  # the places of these attributes
 
     @contextmanager
-    def of(self, batch: Pass, module: nn.Module | None = None, undo: bool = False) -> Iterator[None]:
+    def of(
+        self, batch: Pass, module: nn.Module | None = None, undo: bool = False
+    ) -> Iterator[None]:
         """Give the modules the values of a batch, and keep what it sets in this block, or `undo` it.
 
         What a `module` that runs as a whole sets in itself is not kept: no other batch runs in between.

@@ -53,19 +53,29 @@ class CalibrationData:
     def trial_batches(self) -> Iterator[Any] | None:
         """Return the same batches from a copy of the loader, with the same errors; None for data that are used up."""
         loader, source = _find(self.trainer, self.module, self.dataloader)
-        if isinstance(loader, Iterator) or isinstance(getattr(loader, "dataset", None), IterableDataset):
+        if isinstance(loader, Iterator) or isinstance(
+            getattr(loader, "dataset", None), IterableDataset
+        ):
             return None  # the copy would share its state
         return self._first_samples(_independent_copy(loader), source)
 
     def _first_samples(self, loader: Any, source: str) -> Iterator[Any]:
-        processes, wanted = self.processes, self.num_samples
+        processes = self.processes
+        wanted = self.num_samples
         if processes.world_size > 1:
             torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
-        step, offset = processes.world_size, processes.rank
-        samplers = getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-        if step > 1 and any(isinstance(sampler, DistributedSampler) for sampler in samplers):  # it has a part already
+        step = processes.world_size
+        offset = processes.rank
+        samplers = (
+            getattr(loader, "sampler", None),
+            getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+        )
+        # It has a part already.
+        if step > 1 and any(isinstance(sampler, DistributedSampler) for sampler in samplers):
             wanted = wanted // step + (offset < wanted % step)
-            step, offset, source = 1, 0, f"the part of {source} for this process"
+            step = 1
+            offset = 0
+            source = f"the part of {source} for this process"
         seen = 0
         for index, batch in enumerate(loader if wanted else ()):
             size = batch_size(batch)
@@ -76,7 +86,9 @@ class CalibrationData:
             if seen == wanted:
                 return
         if seen < wanted:
-            rank_zero_warn(f"num_samples is {wanted}, but {source} has only {seen}. All of them are used.")
+            rank_zero_warn(
+                f"num_samples is {wanted}, but {source} has only {seen}. All of them are used."
+            )
 
     def _run_alone(self, batch: Any) -> bool:
         """Whether the samples of a batch run alone."""
@@ -93,7 +105,9 @@ class CalibrationData:
         return self._run(batch, "calibration_predictions", *without_forward)
 
     def _run(self, batch: Any, *names: str) -> object:
-        batch = self.module._on_before_batch_transfer(self.trainer.precision_plugin.convert_input(batch))
+        batch = self.module._on_before_batch_transfer(
+            self.trainer.precision_plugin.convert_input(batch)
+        )
         batch = self.trainer.strategy.batch_to_device(batch)
         for name in names:
             if callable(step := getattr(self.module, name, None)):
@@ -101,7 +115,9 @@ class CalibrationData:
         return forward_batch(self.module, batch)
 
 
-def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable[Any] | None) -> tuple[Any, str]:
+def _find(
+    trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable[Any] | None
+) -> tuple[Any, str]:
     """Return the first calibration loader that exists, in the order that `PruningCallback` documents, and its name."""
     if dataloader is not None:
         return dataloader, "dataloader"
@@ -115,7 +131,9 @@ def _find(trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable
         if holder is not None and is_overridden("train_dataloader", holder):
             if holder is datamodule:
                 holder.setup("fit")  # Lightning has set it up only for evaluation
-            return _single(holder.train_dataloader(), "train"), f"{type(holder).__name__}.train_dataloader()"
+            return _single(
+                holder.train_dataloader(), "train"
+            ), f"{type(holder).__name__}.train_dataloader()"
     for kind in ("val", "test", "predict"):
         if (loader := getattr(trainer, f"{kind}_dataloaders")) is not None:
             return _independent_copy(_single(loader, kind)), f"the {kind} dataloader"
@@ -136,7 +154,13 @@ def _single(loaders: Any, kind: str) -> Any:
     return loader
 
 
-_RANDOM_STATES = (Sampler, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_RANDOM_STATES = (
+    Sampler,
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+)
 
 
 def _independent_copy(loader: Any) -> Any:
@@ -147,7 +171,8 @@ def _independent_copy(loader: Any) -> Any:
     private = copy.copy(loader)
     if not isinstance(loader, DataLoader):
         return private
-    own, memo = vars(private), {id(loader.dataset): loader.dataset}  # DataLoader forbids to set its attributes
+    own = vars(private)
+    memo = {id(loader.dataset): loader.dataset}  # DataLoader forbids to set its attributes
     for name, value in vars(loader).items():
         if name == "batch_sampler" or isinstance(value, _RANDOM_STATES):
             own[name] = copy.deepcopy(value, memo)
@@ -156,7 +181,9 @@ def _independent_copy(loader: Any) -> Any:
         batches = private if loader.batch_sampler is None else own["batch_sampler"]
         own["drop_last"] = vars(batches)["drop_last"] = False
         if isinstance(batches.sampler, RandomSampler):
-            own["generator"] = batches.sampler.generator = torch.Generator().manual_seed(torch.initial_seed())
+            own["generator"] = batches.sampler.generator = torch.Generator().manual_seed(
+                torch.initial_seed()
+            )
     return private
 
 
@@ -164,8 +191,12 @@ class ValidationLoop:
     """Collects statistics from the first batches of a validation loop, until they have `num_samples`."""
 
     def __init__(self, plan: Plan, num_samples: int) -> None:
-        self.plan, self._samples_left, self.batch = plan, num_samples, ExitStack()
-        self.calibration = PassiveCalibration(plan.model, plan.whole_model, plan.observed, plan.processes)
+        self.plan = plan
+        self._samples_left = num_samples
+        self.batch = ExitStack()
+        self.calibration = PassiveCalibration(
+            plan.model, plan.whole_model, plan.observed, plan.processes
+        )
 
     def start_batch(self, batch: Any) -> None:
         """Collect while the batch runs, until `batch.close()`."""

@@ -21,10 +21,13 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.permutation import NoPermutation
 
 
-def check_options(config: PruningConfig, schedule: Schedule, calibrate_on: str, dataloader: object) -> None:
+def check_options(
+    config: PruningConfig, schedule: Schedule, calibrate_on: str, dataloader: object
+) -> None:
     """Raise a ValueError for options of the callback that contradict each other."""
     check_values(("calibration", "validation"), calibrate_on=calibrate_on)
-    pattern, recovery = config.pattern, config.recovery
+    pattern = config.pattern
+    recovery = config.recovery
     if pattern.fixed_sparsity is not None and len(schedule.stages) > 1:
         raise UserError(
             f"schedule must have one stage for {pattern}, whose sparsity is fixed, but it is {schedule}. Prune with "
@@ -57,10 +60,12 @@ def refuse_training(
     dataloader: object,
 ) -> None:
     """Raise an error for a fit in which pruning would be wrong, or would fail at a later stage."""
-    known: list[float] = [trainer.max_steps]  # numbers of optimizer steps after which training ends; -1 for no limit
+    # Numbers of optimizer steps after which training ends; -1 for no limit.
+    known: list[float] = [trainer.max_steps]
     if trainer.lightning_module.automatic_optimization:
         known.append(trainer.estimated_stepping_batches)
-    last, end = schedule.stages[-1][0], min((steps for steps in known if steps != -1), default=math.inf)
+    last = schedule.stages[-1][0]
+    end = min((steps for steps in known if steps != -1), default=math.inf)
     left = sum(share > state.share for _, share in schedule.stages)
     rows = (
         (
@@ -104,7 +109,11 @@ def without_permutation_in_training(config: PruningConfig, trainer: L.Trainer) -
 
 def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
     """Warn if a `ModelCheckpoint(monitor=...)` compares checkpoints from before pruning with those from after it."""
-    found = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.monitor]
+    found = [
+        each
+        for each in trainer.checkpoint_callbacks
+        if isinstance(each, ModelCheckpoint) and each.monitor
+    ]
     for checkpoint in () if trainer.fast_dev_run else found:  # type: ignore[attr-defined]
         # A subclass that overrides this chooses what it compares, as BestAfterPruning does.
         if type(checkpoint).check_monitor_top_k is ModelCheckpoint.check_monitor_top_k:
@@ -118,7 +127,9 @@ def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
 def warn_of_evaluation(name: str, share: float, state: PruningState, schedule: Schedule) -> None:
     """Warn of an evaluation that does not prune (`share` is 0) a dense model, or that prunes before training does."""
     if not share and state.share == 0:
-        rank_zero_warn(f"{name} prunes during training, by {schedule}, so the model evaluated now is dense.")
+        rank_zero_warn(
+            f"{name} prunes during training, by {schedule}, so the model evaluated now is dense."
+        )
     if share > (schedule.share(0) or 0):
         rank_zero_warn(
             f"{name} prunes this model right before it is evaluated, but the schedule {schedule} prunes it during "

@@ -69,9 +69,16 @@ class DistillFromDense(Callback):
     """
 
     def __init__(
-        self, dense: Dense = None, weight: float = 0.5, temperature: float = 1.0, network: str | None = None
+        self,
+        dense: Dense = None,
+        weight: float = 0.5,
+        temperature: float = 1.0,
+        network: str | None = None,
     ) -> None:
-        self.dense, self.weight, self.temperature, self.network = dense, weight, temperature, network
+        self.dense = dense
+        self.weight = weight
+        self.temperature = temperature
+        self.network = network
         check(self, weight=Number(above=0, maximum=1), temperature=Number(above=0))
         self._teacher: nn.Module | None = None  # while it trains
         self._fingerprint = ""
@@ -83,7 +90,8 @@ class DistillFromDense(Callback):
         if stage != "fit":
             return
         self.on_train_end()  # an earlier fit may have been interrupted
-        name, network = type(pl_module).__name__, network_of(pl_module, self.network)
+        name = type(pl_module).__name__
+        network = network_of(pl_module, self.network)
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"DistillFromDense adds to the loss that training_step returns, but {name} optimizes manually. Set "
@@ -99,11 +107,15 @@ class DistillFromDense(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Move the dense model beside the network, and add to the loss of each step from now on."""
-        teacher, network = self._teacher, network_of(pl_module, self.network)
+        teacher = self._teacher
+        network = network_of(pl_module, self.network)
         assert teacher is not None
         teacher.to(pl_module.device)
-        own, wanted = (max(x.parameters(), key=lambda weight: weight.numel()).dtype for x in (teacher, network))
-        if own != wanted and own.is_floating_point and wanted.is_floating_point:  # else one is quantized
+        own, wanted = (
+            max(x.parameters(), key=lambda weight: weight.numel()).dtype for x in (teacher, network)
+        )
+        # Else one is quantized.
+        if own != wanted and own.is_floating_point and wanted.is_floating_point:
             teacher.to(wanted)
         step = pl_module.training_step
 
@@ -183,7 +195,8 @@ class _Comparison:
     def mean(self, pl_module: L.LightningModule) -> Tensor:
         """Return the divergence times the squared temperature, averaged over all predictions of the step."""
         if not isinstance(self.total, Tensor):
-            name, found = type(pl_module).__name__, ", ".join(child for child, _ in pl_module.named_children())
+            name = type(pl_module).__name__
+            found = ", ".join(child for child, _ in pl_module.named_children())
             raise MisconfigurationException(
                 f"network must be the part of {name} whose predictions are compared, but training_step never called "
                 f"{type(self.network).__name__} with gradients. Give network=NAME of what it calls; there are {found}."
@@ -204,11 +217,15 @@ class _Comparison:
             )
         mask = fitting_mask(token_masks(self.network, arguments), "", predicted)
         keep = None if mask is None else mask.keep.flatten().to(predicted.device)
-        self.total += summed_divergence(predicted.flatten(0, -2), dense.flatten(0, -2), keep, self.temperature)
+        self.total += summed_divergence(
+            predicted.flatten(0, -2), dense.flatten(0, -2), keep, self.temperature
+        )
         self.count += predicted.shape[:-1].numel() if keep is None else int(keep.sum())
 
 
-def _by_name(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+def _by_name(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Mapping[str, Any]:
     """Return the arguments of a call by name, with positional mappings unpacked."""
     named: dict[str, Any] = dict(kwargs)
     for name, value in zip(inspect.signature(forward).parameters, args, strict=False):
@@ -240,7 +257,9 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
     if dense is None:
         has_weights = next(network.parameters(), None) is not None
         if (zeros := _zeros_of_pruning(network)) or not has_weights:
-            reason = f"is already pruned: {zeros}" if has_weights else "has no parameters in setup()"
+            reason = (
+                f"is already pruned: {zeros}" if has_weights else "has no parameters in setup()"
+            )
             raise UserError(
                 f"dense must be given, since the network {reason}. Give the model from before pruning, or its name."
             )
@@ -250,7 +269,9 @@ def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) ->
     else:
         model = cast(PrunableModule, pl_module).load_dense_model(dense)
     if dense is not None and (zeros := _zeros_of_pruning(model)):
-        rank_zero_warn(f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model.")
+        rank_zero_warn(
+            f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model."
+        )
     own = {id(parameter) for parameter in model.parameters()}
     if shared := [name for name, parameter in pl_module.named_parameters() if id(parameter) in own]:
         raise UserError(

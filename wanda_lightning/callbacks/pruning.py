@@ -96,14 +96,19 @@ class PruningCallback(ZerosCallback):
         check_choices(choices)
         self.config = PruningConfig.from_names(sparsity, **choices)
         if calibrate_on == "validation" and self.config.sequential in ("auto", "one_pass"):
-            self.config = replace(self.config, sequential="none")  # a validation loop runs the dense model
+            # A validation loop runs the dense model.
+            self.config = replace(self.config, sequential="none")
         self.schedule = schedule_of(at_step, schedule)
         conflicts.check_options(self.config, self.schedule, calibrate_on, dataloader)
         checks.check_at_least(1, num_samples=num_samples)
         if report is not None:
             checks.check_report_path(report)
-        self.num_samples, self.dataloader, self.calibrate_on = num_samples, dataloader, calibrate_on
-        self.keep_zeros, self.report_dir, self.report_path = keep_zeros, report_dir, report
+        self.num_samples = num_samples
+        self.dataloader = dataloader
+        self.calibrate_on = calibrate_on
+        self.keep_zeros = keep_zeros
+        self.report_dir = report_dir
+        self.report_path = report
         self._state = PruningState(self._fixed_choices)
         self._processes = SINGLE_PROCESS
         self._plan: Plan | None = None  # in a run of the Trainer, once it is needed
@@ -147,18 +152,30 @@ class PruningCallback(ZerosCallback):
         """Prune before the first step if the schedule says so, and hold the zeros from then on."""
         self._forget_if_dense(trainer, pl_module)
         conflicts.refuse_training(
-            self.config, self._schedule(trainer), self._state, trainer, self.calibrate_on, self.dataloader
+            self.config,
+            self._schedule(trainer),
+            self._state,
+            trainer,
+            self.calibrate_on,
+            self.dataloader,
         )
         self._prune_if_asked(trainer, pl_module)
         if self._state.share < 1:
-            with self._calibration(trainer, pl_module) as data:  # raises the errors of a later stage now
+            with self._calibration(
+                trainer, pl_module
+            ) as data:  # raises the errors of a later stage now
                 find = data.trial_batches if self.calibrate_on == "calibration" else lambda: None
                 rehearse(self._plan_once(pl_module), find, data.forward, data.predict)
             conflicts.warn_of_dense_best(self.schedule, trainer)
         self._hold(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Prune after an optimizer step if the schedule says so."""
         if self._prune_if_asked(trainer, pl_module):
@@ -166,10 +183,14 @@ class PruningCallback(ZerosCallback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove the hooks, and warn if the final sparsity was not reached."""
-        conflicts.warn_if_unfinished(type(self).__name__, self._state, self.config.sparsity, trainer.global_step)
+        conflicts.warn_if_unfinished(
+            type(self).__name__, self._state, self.config.sparsity, trainer.global_step
+        )
         super().on_train_end(trainer, pl_module)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         """Remove the hooks."""
         self.on_validation_batch_end()
         self._validation = None
@@ -184,7 +205,12 @@ class PruningCallback(ZerosCallback):
             self._validation = ValidationLoop(self._plan_due(trainer, pl_module), self.num_samples)
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Collect statistics while the batch runs."""
         if self._validation is not None:
@@ -198,7 +224,8 @@ class PruningCallback(ZerosCallback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune with the collected statistics."""
         if self._validation is not None:
-            collected, self._validation = self._validation, None
+            collected = self._validation
+            self._validation = None
             self._record(prune_collected(collected.plan, collected.calibration), trainer)
             if trainer.state.fn == TrainerFn.FITTING:
                 self._hold(trainer, pl_module)
@@ -211,15 +238,20 @@ class PruningCallback(ZerosCallback):
 
     def teardown(self, *_: Any, **__: Any) -> None:
         """Forget the plan, which refers to the model."""
-        self._plan, self._modules = None, []
+        self._plan = None
+        self._modules = []
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the model is pruned; see `PruningState`."""
-        return replace(self._state, unheld_zeros=self._zeros.state_dict()["unheld_zeros"]).to_checkpoint()
+        return replace(
+            self._state, unheld_zeros=self._zeros.state_dict()["unheld_zeros"]
+        ).to_checkpoint()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; refuse that of a run with another sparsity or pattern."""
-        self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, type(self).__name__)
+        self._state = PruningState.from_checkpoint(
+            state_dict, self._fixed_choices, type(self).__name__
+        )
         self._zeros.load_state_dict({"layers": [], "unheld_zeros": self._state.unheld_zeros})
         self._resumed = True
 
@@ -240,9 +272,11 @@ class PruningCallback(ZerosCallback):
 
     def _plan_once(self, pl_module: L.LightningModule) -> Plan:
         """Return the plan for the final sparsity; the layers are found once, unless the model has other modules now."""
-        model, modules = pruning_target(pl_module), [*pruning_target(pl_module).modules()]
+        model = pruning_target(pl_module)
+        modules = [*pruning_target(pl_module).modules()]
         if self._plan is None or self._modules != modules:
-            self._plan, self._modules = make_plan(self.config, model, self._processes), modules
+            self._plan = make_plan(self.config, model, self._processes)
+            self._modules = modules
         return self._plan
 
     def _plan_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
@@ -254,8 +288,11 @@ class PruningCallback(ZerosCallback):
 
     def _forget_if_dense(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
-        may_differ, self._resumed = bool(self._state.zeros) and not self._resumed, False
-        if may_differ and not self._state.describes(zeros_of(pruning_target(pl_module), self._processes)):
+        may_differ = bool(self._state.zeros) and not self._resumed
+        self._resumed = False
+        if may_differ and not self._state.describes(
+            zeros_of(pruning_target(pl_module), self._processes)
+        ):
             self._state = PruningState(self._fixed_choices)
         if self.report is not None:
             set_metrics(self.report, trainer)
@@ -264,12 +301,14 @@ class PruningCallback(ZerosCallback):
         """Return whether the model was pruned; ask once for each step."""
         if self._state.asked_at == trainer.global_step:
             return False
-        asked, later = self.should_prune(trainer), self.calibrate_on == "validation"
+        asked = self.should_prune(trainer)
+        later = self.calibrate_on == "validation"
         if asked and later:
             self._state.due = True
         elif asked:
             self._prune(trainer, pl_module)
-        self._state.asked_at = trainer.global_step  # at last, so that a resumed run repeats an interrupted pruning
+        # At last, so that a resumed run repeats an interrupted pruning.
+        self._state.asked_at = trainer.global_step
         return asked and not later
 
     def _prune_to_evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -298,8 +337,15 @@ class PruningCallback(ZerosCallback):
         """Publish and save the report of a stage, with its run."""
         describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
         is_given = self.dataloader is not None or self.calibrate_on == "validation"
-        calibration = describe(self.num_samples) if describe and self.config.data_reader and not is_given else ""
-        report = replace(report, run=Circumstances(model=_name_of(trainer.lightning_module), calibration=calibration))
+        calibration = (
+            describe(self.num_samples)
+            if describe and self.config.data_reader and not is_given
+            else ""
+        )
+        report = replace(
+            report,
+            run=Circumstances(model=_name_of(trainer.lightning_module), calibration=calibration),
+        )
         self._state.record(report, self._share_due(trainer))
         if shows_progress(trainer):
             rank_zero_info(f"{type(self).__name__}: {report.summary()}")
@@ -313,15 +359,21 @@ class PruningCallback(ZerosCallback):
                 report.write(self.report_path)
 
     @contextmanager
-    def _calibration(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Iterator[CalibrationData]:
+    def _calibration(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> Iterator[CalibrationData]:
         """Give the data to run in the Trainer's precision, without changing the random numbers that training draws."""
         with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            yield CalibrationData(trainer, pl_module, self.dataloader, self.num_samples, self._processes)
+            yield CalibrationData(
+                trainer, pl_module, self.dataloader, self.num_samples, self._processes
+            )
 
     def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.keep_zeros and self._state.zeros:
             layers = self._plan_once(pl_module).layers if self._plan else ()
-            found = {layer.name: layer for layer in layers} or sharded_layers(pruning_target(pl_module))
+            found = {layer.name: layer for layer in layers} or sharded_layers(
+                pruning_target(pl_module)
+            )
             self._zeros.hold([found[name] for name in self._state.zeros])
             self._clear_copies(trainer, pl_module)
 
@@ -341,16 +393,24 @@ def shows_progress(trainer: L.Trainer) -> bool:
 def set_metrics(report: PruningReport, trainer: L.Trainer) -> None:
     """Add the sparsities of a report to the metrics that callbacks such as `ModelCheckpoint` monitor."""
     device = trainer.strategy.root_device
-    trainer.callback_metrics.update({name: torch.tensor(x, device=device) for name, x in report.metrics().items()})
+    trainer.callback_metrics.update(
+        {name: torch.tensor(x, device=device) for name, x in report.metrics().items()}
+    )
 
 
 def _name_of(pl_module: L.LightningModule) -> str:
     """Return the name from which the model was loaded; empty if it is not known."""
-    choices, model = pl_module.hparams, pruning_target(pl_module)
+    choices = pl_module.hparams
+    model = pruning_target(pl_module)
     name = choices.get("model")
-    if not isinstance(name, str) or not (hasattr(model, "name_or_path") or hasattr(model, "pretrained_cfg")):
-        return str(getattr(model, "name_or_path", ""))  # other models have neither, so `model` could mean anything
+    if not isinstance(name, str) or not (
+        hasattr(model, "name_or_path") or hasattr(model, "pretrained_cfg")
+    ):
+        # Other models have neither, so `model` could mean anything.
+        return str(getattr(model, "name_or_path", ""))
     if hasattr(model, "name_or_path"):
         return name
-    source = choices.get("checkpoint") or ("" if choices.get("pretrained", True) else "not pretrained")
+    source = choices.get("checkpoint") or (
+        "" if choices.get("pretrained", True) else "not pretrained"
+    )
     return f"timm:{name.removeprefix('timm:')}" + (f" ({source})" if source else "")

@@ -69,7 +69,9 @@ class BestAfterPruning(ModelCheckpoint):
         """Whether the checkpoint is among the best since the last stage of pruning."""
         return self._compares and super().check_monitor_top_k(trainer, current)
 
-    def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+    def _save_topk_checkpoint(
+        self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)
         if self.save_last is True:
             # Lightning 2.6 writes `last` next, but at the end of an epoch only if it saved a checkpoint in this step.
@@ -114,8 +116,11 @@ class SavePretrained(Callback):
         shrink: bool = False,
     ) -> None:
         check_flags(overwrite=overwrite, private=private, shrink=shrink)
-        self.folder, self.overwrite, self.shrink = folder, overwrite, shrink
-        self.push_to_hub, self.private = push_to_hub, private
+        self.folder = folder
+        self.overwrite = overwrite
+        self.shrink = shrink
+        self.push_to_hub = push_to_hub
+        self.private = private
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be written, or a model that cannot be saved."""
@@ -123,7 +128,9 @@ class SavePretrained(Callback):
             return
         processes = processes_of(trainer)
         save = getattr(pl_module, "save_pretrained", None)
-        if not callable(save) or (self.shrink and "shrink" not in inspect.signature(save).parameters):
+        if not callable(save) or (
+            self.shrink and "shrink" not in inspect.signature(save).parameters
+        ):
             raise MisconfigurationException(
                 f"SavePretrained calls save_pretrained(folder, overwrite{', shrink=True' * self.shrink}), but "
                 f"{type(pl_module).__name__} has no such method. Define it, or use Lightning's ModelCheckpoint."
@@ -173,7 +180,9 @@ class SavePretrained(Callback):
             require_writable(folder, self.overwrite)
         except FileExistsError:
             folder = _unused(resolve_path(folder))
-            rank_zero_warn(f"{self.folder} was written to while the model trained, so the model is saved in {folder}.")
+            rank_zero_warn(
+                f"{self.folder} was written to while the model trained, so the model is saved in {folder}."
+            )
         if self.shrink:
             try:
                 result = pl_module.save_pretrained(folder, overwrite=self.overwrite, shrink=True)
@@ -197,26 +206,40 @@ class SavePretrained(Callback):
             return spare
         return target
 
-    def _write_card(self, folder: Path, is_smaller: bool, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _write_card(
+        self, folder: Path, is_smaller: bool, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> None:
         """Write the card of a pruned model, with the zeros that it has after training."""
-        if reports := [callback.report for callback in zeros_callbacks(trainer) if callback.report is not None]:
-            report, model = reports[-1], pruning_target(pl_module)
+        if reports := [
+            callback.report for callback in zeros_callbacks(trainer) if callback.report is not None
+        ]:
+            report = reports[-1]
+            model = pruning_target(pl_module)
             zeros = zeros_of(model)  # training may have filled some
             # Also in what was not pruned: biases are often initialized to zeros, and adapters are merged by now.
             parameters = [*model.parameters()]
             report = replace(
                 report,
-                layers=tuple(replace(x, sparsity=zeros.get(x.name, x.zeros) / x.size) for x in report.layers),
+                layers=tuple(
+                    replace(x, sparsity=zeros.get(x.name, x.zeros) / x.size) for x in report.layers
+                ),
                 parameters=sum(parameter.numel() for parameter in parameters),
-                zeros=sum(int((weights == 0).count_nonzero()) for weights in parameters if not is_wrapper(weights)),
+                zeros=sum(
+                    int((weights == 0).count_nonzero())
+                    for weights in parameters
+                    if not is_wrapper(weights)
+                ),
             )
             if is_smaller:
                 report = replace(report, notes=(*report.notes, LEFT_OUT))
-            name, on_hub = self.push_to_hub or folder, self.push_to_hub is not None
+            name = self.push_to_hub or folder
+            on_hub = self.push_to_hub is not None
             write_card(folder, report, name=name, on_hub=on_hub, trained_steps=trainer.global_step)
 
 
 def _unused(path: Path, suffix: str = "") -> Path:
     """Return the path, with the suffix, or the first one next to it that does not exist, such as `out-2`."""
     names = chain([path.name], (f"{path.name}-{number}" for number in count(2)))
-    return next(place for name in names if not os.path.lexists(place := path.with_name(name + suffix)))
+    return next(
+        place for name in names if not os.path.lexists(place := path.with_name(name + suffix))
+    )

@@ -33,9 +33,12 @@ class Schedule(ABC):
 
     def check(self) -> None:
         """Raise a ValueError if steps or shares are out of range or out of order, or the last share is not 1."""
-        steps, shares = [step for step, _ in self.stages], [share for _, share in self.stages]
+        steps = [step for step, _ in self.stages]
+        shares = [share for _, share in self.stages]
         ordered = steps == sorted(set(steps)) and shares == sorted(shares) and shares[-1:] == [1]
-        if not ordered or not all(isinstance(step, int) and step >= 0 and share > 0 for step, share in self.stages):
+        if not ordered or not all(
+            isinstance(step, int) and step >= 0 and share > 0 for step, share in self.stages
+        ):
             raise UserError(
                 "schedule must have stages at increasing optimizer steps of at least 0, with shares of the final "
                 f"sparsity that are above 0, never decrease, and end at 1, but {self} has {self.stages}."
@@ -107,7 +110,9 @@ def schedule_of(at_step: int, schedule: Schedule | None) -> Schedule:
     if schedule is None:
         return OneShot(at_step)
     if at_step:
-        raise UserError(f"schedule and at_step exclude each other, but at_step={at_step} and schedule={schedule}.")
+        raise UserError(
+            f"schedule and at_step exclude each other, but at_step={at_step} and schedule={schedule}."
+        )
     schedule.check()
     return schedule
 
@@ -128,7 +133,9 @@ class PruningState:
         """Record that the model was pruned to a share of the final sparsity."""
         # Layers that this stage did not prune keep their counts. A layer that was initialized to zeros may train.
         self.zeros |= {layer.name: layer.zeros for layer in report.layers if 0 < layer.sparsity < 1}
-        self.report, self.share, self.due = report, share, False
+        self.report = report
+        self.share = share
+        self.due = False
 
     def describes(self, zeros: Mapping[str, int]) -> bool:
         """Whether a model with these zeros can be the pruned one: each layer has half of the recorded zeros or more."""
@@ -139,7 +146,9 @@ class PruningState:
         return {**vars(self), "report": None if self.report is None else self.report.to_json()}
 
     @classmethod
-    def from_checkpoint(cls, saved: Mapping[str, Any], choices: Mapping[str, Any], name: str) -> PruningState:
+    def from_checkpoint(
+        cls, saved: Mapping[str, Any], choices: Mapping[str, Any], name: str
+    ) -> PruningState:
         """Restore the state that `to_checkpoint` returned, for a callback of the class `name` with the same choices.
 
         Training resumes without the report if it cannot be read.
@@ -150,9 +159,12 @@ class PruningState:
                 f"{saved.get('choices')}, but they are {choices}. Use the same, or load only the weights in a new run."
             )
         state = cls(**{each.name: saved[each.name] for each in fields(cls) if each.name in saved})
-        text, state.report = saved.get("report"), None
+        text = saved.get("report")
+        state.report = None
         try:
             state.report = PruningReport.from_json(text) if text else None
         except ValueError as error:
-            rank_zero_warn(f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}")
+            rank_zero_warn(
+                f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}"
+            )
         return state

@@ -9,7 +9,12 @@ from typing import Any, Protocol, cast
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 from torch import Tensor, nn
 
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
@@ -59,7 +64,9 @@ class PrunableModule(Protocol):
     def check_saving(self) -> None:
         """Raise the errors of `save_pretrained`; `SavePretrained` calls it when training starts."""
 
-    def save_pretrained(self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False) -> object:
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
+    ) -> object:
         """Write the model into a folder; required by `SavePretrained`, which calls it after training.
 
         `shrink`, which only `SavePretrained(shrink=True)` passes, leaves out hidden units that are zero on both sides.
@@ -81,7 +88,9 @@ def processes_of(trainer: L.Trainer) -> Processes:
             group = mesh["data_parallel"].get_group()
             return Processes(group, strategy.root_device) if mesh.size() > 1 else SINGLE_PROCESS
         name += f" with tensor_parallel_size={size}"
-    elif not isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):  # which flatten weights, even in one process
+    elif not isinstance(
+        strategy, DeepSpeedStrategy | FSDPStrategy
+    ):  # which flatten weights, even in one process
         if trainer.world_size == 1:
             return SINGLE_PROCESS
         if isinstance(strategy, DDPStrategy):

@@ -37,7 +37,9 @@ class ZerosCallback(Callback):
         """Remove the hooks."""
         self._zeros.release()
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
         """Remove the hooks."""
         self._zeros.release()
 

@@ -30,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Threads that spin long while they wait take the cores from other work: OpenMP reads this when torch is imported.
     if OPENMP_WAITING.isdisjoint(os.environ):
-        os.environ |= {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}  # of GCC, and of LLVM and Intel
+        # Of GCC, and of LLVM and Intel.
+        os.environ |= {
+            "GOMP_SPINCOUNT": "2000",
+            "KMP_BLOCKTIME": "0",
+        }
     if not os.isatty(2):
         os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries in log files
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -49,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the options of a command by name; raise a `UserError`."""
-    return values_of(*(group for name, group in parse([command, *arguments])[1].items() if name != "session"))
+    return values_of(
+        *(group for name, group in parse([command, *arguments])[1].items() if name != "session")
+    )
 
 
 def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
@@ -73,7 +79,12 @@ def _message(error: CycloptsError) -> str:
     if isinstance(error, UnknownOptionError):
         option = (error.token.keyword or error.token.value).partition("=")[0]
         if re.match("-[^-]", option):  # cyclopts takes -model for the flags -m, -o, -d and so on
-            known = [name for argument in error.argument_collection if argument.parse for name in argument.names]
+            known = [
+                name
+                for argument in error.argument_collection
+                if argument.parse
+                for name in argument.names
+            ]
             return f"Unknown option: {option}.{did_you_mean(f'-{option}', known)}"
 
     error.verbose = False  # the message without the place in this package
@@ -89,7 +100,10 @@ def _run(arguments: list[str]) -> None:
     if session is not None and session.print_config:
         import yaml
 
-        options = {k: list(v) if isinstance(v, tuple) else v for k, v in values_of(*groups.values()).items()}
+        options = {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in values_of(*groups.values()).items()
+        }
         print(yaml.safe_dump(options, sort_keys=False), end="")
         return
     if session is not None:  # neither help nor the version
@@ -102,7 +116,9 @@ def _run_lightning(arguments: list[str]) -> None:
 
     set_up_warnings()
     # LightningCLI reads sys.argv, and so do the processes that its strategies start.
-    sys.argv[1:] = ["--help" if each == "--help_all" else each for each in arguments if each != "--debug"]
+    sys.argv[1:] = [
+        "--help" if each == "--help_all" else each for each in arguments if each != "--debug"
+    ]
     run()
 
 
@@ -112,8 +128,14 @@ def set_up_warnings() -> None:
 
     warnings.formatwarning = _one_line
     # Lightning 2.6 calls torch 2.13 in a deprecated way at every dataloader.
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
-    for name in ("torchao", "torch.utils._pytree"):  # about kernels for other devices, if torchao is installed
+    warnings.filterwarnings(
+        "ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning
+    )
+    # About kernels for other devices, if torchao is installed.
+    for name in (
+        "torchao",
+        "torch.utils._pytree",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
@@ -127,8 +149,10 @@ def refusal_in(error: BaseException) -> BaseException | None:
     Meant for the user are `UserError`, errors of the operating system, and Lightning's `MisconfigurationException`.
     Causes count because LightningCLI wraps errors of classes.
     """
-    named = type(error).__name__ == "MisconfigurationException" or "(os error " in str(error)  # the disk is full
-    if isinstance(error, UserError | OSError | UnicodeDecodeError) or named:  # the third: of a file that is not UTF-8
+    # The disk is full.
+    named = type(error).__name__ == "MisconfigurationException" or "(os error " in str(error)
+    # The third: of a file that is not UTF-8.
+    if isinstance(error, UserError | OSError | UnicodeDecodeError) or named:
         return error
     return None if error.__cause__ is None else refusal_in(error.__cause__)
 
@@ -136,7 +160,8 @@ def refusal_in(error: BaseException) -> BaseException | None:
 def explain(error: BaseException, debug: bool) -> int:
     """Print a refusal in one line, or the traceback of a fault (of any error with `debug`); return the exit status."""
     refusal = refusal_in(error)
-    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    # torch's.
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if debug or not (refusal or is_memory):
         traceback.print_exception(error)
     message = "internal error. Please open an issue with the command and the lines above."
@@ -144,7 +169,9 @@ def explain(error: BaseException, debug: bool) -> int:
         message = str(refusal) or type(refusal).__name__
     elif is_memory:
         cause = str(error).partition("\n")[0] or "of the host"
-        message = f"memory ran out ({cause}). Use smaller batches, fewer samples or shorter windows."
+        message = (
+            f"memory ran out ({cause}). Use smaller batches, fewer samples or shorter windows."
+        )
     print(f"wanda-lightning: error: {message}", file=sys.stderr)
     for note in getattr(error, "__notes__", ()) if refusal and not debug else ():
         print(note, file=sys.stderr)

@@ -27,7 +27,9 @@ app = App(
     help="Prune language models and image classifiers in one shot.",
     help_format="plaintext",
     version=lambda: f"wanda_lightning {wanda_lightning.__version__}",
-    default_parameter=Parameter(negative=(), name_transform=lambda name: name, show_default=_shown_default),
+    default_parameter=Parameter(
+        negative=(), name_transform=lambda name: name, show_default=_shown_default
+    ),
     end_of_options_delimiter="",
     config=read_files,
 )
@@ -51,7 +53,9 @@ def prune(
 
 @app.command
 def shrink(
-    model: options.Model, results: options.Folder = options.Folder(), session: options.Session = options.Session()
+    model: options.Model,
+    results: options.Folder = options.Folder(),
+    session: options.Session = options.Session(),
 ) -> None:
     """Take out the hidden units that are zero, as prune --pattern structured leaves them, and save the rest.
 
@@ -73,7 +77,9 @@ def evaluate(
     """Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity."""
     _refuse(models, data, results)
     if len(models.checkpoint) not in (0, len(models.model)):
-        raise UserError(f"--checkpoint must have one file for each --model, but it has {len(models.checkpoint)}.")
+        raise UserError(
+            f"--checkpoint must have one file for each --model, but it has {len(models.checkpoint)}."
+        )
     from wanda_lightning.cli import measuring
 
     measuring.evaluate(models, data, results)
@@ -81,7 +87,9 @@ def evaluate(
 
 @app.command
 def inspect(
-    model: options.Model, pruning: options.Pruning = options.Pruning(), session: options.Session = options.Session()
+    model: options.Model,
+    pruning: options.Pruning = options.Pruning(),
+    session: options.Session = options.Session(),
 ) -> None:
     """Show what prune would prune, what not, and why. No weight is loaded."""
     _refuse(model)
@@ -114,39 +122,59 @@ def _refuse(models: options.Model, *groups: Any) -> None:
 
     on: Any = (values := values_of(models, *groups)).get
     given = given_in(models, *groups)
-    pattern, stream = on("pattern", "unstructured"), bool(on("stream"))
+    pattern = on("pattern", "unstructured")
+    stream = bool(on("stream"))
     of_text = "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration"
     for applies, purpose, names in (
-        (models.is_image, "an image classifier", f"{of_text} eval_zero_shot" + " evaluation" * bool(on("evaluation"))),
+        (
+            models.is_image,
+            "an image classifier",
+            f"{of_text} eval_zero_shot" + " evaluation" * bool(on("evaluation")),
+        ),
         (not models.is_image, "a language model", "data checkpoint"),
         (all(Path(name).expanduser().exists() for name in models.all), "a local model", "revision"),
         (pattern != "unstructured", f"--pattern {pattern}", "use_variant prune_granularity"),
-        (not on("tasks") and not on("eval_zero_shot"), "a command without tasks", "tasks_dir task_limit"),
+        (
+            not on("tasks") and not on("eval_zero_shot"),
+            "a command without tasks",
+            "tasks_dir task_limit",
+        ),
         (not on("push_to_hub"), "a command without --push_to_hub", "private"),
         (not on("save_model"), "a command without --save_model", "push_to_hub shrink stream"),
         (on("pattern") not in (None, "structured"), f"--pattern {pattern}", "shrink"),
         (stream, "--stream", "eval_zero_shot" + " calibration" * (on("calibration") == "self")),
         (not stream, "pruning without --stream, which uses a GPU if there is one", "device"),
-        (not (on("save") or on("save_model") or on("report")), "a command that writes nothing", "overwrite"),
+        (
+            not (on("save") or on("save_model") or on("report")),
+            "a command that writes nothing",
+            "overwrite",
+        ),
     ):
         unused = [f"--{name}" for name in names.split() if name in given]
         if applies and unused:
-            raise UserError(f"{', '.join(unused)} must be left out for {purpose}, or it would be ignored.")
+            raise UserError(
+                f"{', '.join(unused)} must be left out for {purpose}, or it would be ignored."
+            )
     if len({name.startswith("timm:") for name in models.all}) != 1:
         raise UserError("--model must name language models, or image classifiers.")
     for name in () if models.is_image else models.all:
         models.source(name).locate()  # refuses a wrong path before libraries are imported
     if models.is_image and "data" in values:
         image_sources.check_source(on("data") or "")
-    folder, model = on("save_model"), Path(str(models.model).removeprefix("timm:local-dir:")).expanduser()
+    folder = on("save_model")
+    model = Path(str(models.model).removeprefix("timm:local-dir:")).expanduser()
     if on("report"):
         check_report_path(on("report"))
         require_writable(on("report"), on("overwrite"), "file")
     if on("save") and not stream:  # a run that continues may find its model there
-        require_writable(on("save"), on("overwrite"), "file" if isinstance(models, options.Models) else "folder")
+        require_writable(
+            on("save"), on("overwrite"), "file" if isinstance(models, options.Models) else "folder"
+        )
     if folder:
         require_writable(folder, on("overwrite") or stream, "folder" if stream else "model")
     if folder and model.exists() and resolve_path(model).is_relative_to(resolve_path(folder)):
-        raise UserError(f"--save_model {folder} would replace --model {model}. Choose another folder.")
+        raise UserError(
+            f"--save_model {folder} would replace --model {model}. Choose another folder."
+        )
     if on("push_to_hub"):
         refuse_upload(on("push_to_hub"), on("private"))

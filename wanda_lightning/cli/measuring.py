@@ -46,11 +46,16 @@ def load(options: Model | Models, name: str, checkpoint: str | None = None) -> A
     return CausalLMModule(name, dtype=options.dtype, **options.source(name).hub)
 
 
-def data_for(options: Model | Models, data: Data | Measurements, name: str, classifier: Any = None) -> AnyData:
+def data_for(
+    options: Model | Models, data: Data | Measurements, name: str, classifier: Any = None
+) -> AnyData:
     """Return the images for a classifier, or the texts for a model of this name, in windows that fit all models."""
-    num_samples, seed = getattr(data, "num_samples", None), getattr(data, "seed", 0)
+    num_samples = getattr(data, "num_samples", None)
+    seed = getattr(data, "seed", 0)
     if options.is_image:
-        images = ImageDataModule(data.data or "", classifier, data.batch_size or 64, num_samples or 4096, seed=seed)
+        images = ImageDataModule(
+            data.data or "", classifier, data.batch_size or 64, num_samples or 4096, seed=seed
+        )
         images.setup()
         return images
     return TextDataModule(
@@ -69,9 +74,14 @@ def data_for(options: Model | Models, data: Data | Measurements, name: str, clas
 def window_length(options: Model | Models, asked: int | None) -> int:
     """Return the number of tokens in a window: `asked` if it fits all models, else what fits them, at most 2048."""
     configs = [load_config(options.source(name)).get_text_config() for name in options.all]
-    context = min(getattr(config, "max_position_embeddings", 0) or asked or _PAPER_SEQLEN for config in configs)
+    context = min(
+        getattr(config, "max_position_embeddings", 0) or asked or _PAPER_SEQLEN
+        for config in configs
+    )
     if asked is not None and asked > context:
-        raise UserError(f"--seqlen must be at most {context}, the model's context, but it is {asked}.")
+        raise UserError(
+            f"--seqlen must be at most {context}, the model's context, but it is {asked}."
+        )
     return min(_PAPER_SEQLEN, context) if asked is None else asked
 
 
@@ -82,13 +92,22 @@ def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
     other work of the machine has disturbed least.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # not about the hardware
-    plain = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
-    starts: list[tuple[float, int]] = []  # of each batch: when, and how many tokens or images it has
+    plain = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False
+    )
+    starts: list[
+        tuple[float, int]
+    ] = []  # of each batch: when, and how many tokens or images it has
 
     def start(_: L.Trainer, __: L.LightningModule, batch: Any, *___: Any) -> None:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # the CPU only queues what an accelerator computes
-        starts.append((perf_counter(), batch["input_ids"].numel() if isinstance(batch, dict) else len(batch[0])))
+        starts.append(
+            (
+                perf_counter(),
+                batch["input_ids"].numel() if isinstance(batch, dict) else len(batch[0]),
+            )
+        )
 
     with ProgressBar("Measuring", None) as bar:
         callback = LambdaCallback(
@@ -114,7 +133,9 @@ def logged_names(data: AnyData) -> list[str]:
 
 def evaluate(models: Models, data: Measurements, results: File) -> None:
     """Measure models side by side, save the numbers and print them."""
-    given = {name: value for name, value in values_of(models, data, results).items() if value is not None}
+    given = {
+        name: value for name, value in values_of(models, data, results).items() if value is not None
+    }
     evaluation = Evaluation(_measure_each(models, data), models.dense, given)
     if results.save is not None:
         evaluation.save(results.save)
@@ -139,7 +160,11 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
     for name, source in named.items() if models.is_image or data.evaluation else ():
         prepared[name] = data_for(models, data, source[0], classifiers.get(name))
         for text in () if models.is_image else prepared[name].evaluations:
-            if not prepared[name].windows_of(text).equal(next(iter(prepared.values())).windows_of(text)):
+            if (
+                not prepared[name]
+                .windows_of(text)
+                .equal(next(iter(prepared.values())).windows_of(text))
+            ):
                 raise UserError(
                     "--model must name models with the same tokenizer, since perplexities over different tokens cannot "
                     f"be compared, but {name} splits {text} differently than another. Evaluate them one by one."
@@ -154,17 +179,24 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
         if name in prepared:
             measured[name] |= _results(module, prepared.pop(name))
         if tasks:
-            measured[name] |= zero_shot(module.model, module.tokenizer, tasks, data.batch_size or 4, data.task_limit)
+            measured[name] |= zero_shot(
+                module.model, module.tokenizer, tasks, data.batch_size or 4, data.task_limit
+            )
     return measured
 
 
 def _results(module: Any, data: AnyData) -> Results:
     numbers = measure(module, data)
     if isinstance(data, ImageDataModule):
-        found = {heading: numbers[metric] for metric, heading in _HEADINGS.items() if metric in numbers}
+        found = {
+            heading: numbers[metric] for metric, heading in _HEADINGS.items() if metric in numbers
+        }
         return {data.data: {**found, "images": len(data.val_dataloader().dataset)}}  # type: ignore[arg-type]
     names = zip(data.evaluations, logged_names(data), strict=True)
-    return {text: {"perplexity": numbers[name], "windows": len(data.windows_of(text))} for text, name in names}
+    return {
+        text: {"perplexity": numbers[name], "windows": len(data.windows_of(text))}
+        for text, name in names
+    }
 
 
 def inspect(config: PruningConfig, options: Model) -> None:
@@ -186,7 +218,9 @@ def inspect(config: PruningConfig, options: Model) -> None:
     for note in filter(None, (unfit_layers(found), low_coverage(found))):
         print_line(f"Note: {note.text}")
     if config.pattern.prunes_units:
-        print_line("Note: --pattern structured prunes only those of these layers that write or read hidden units.")
+        print_line(
+            "Note: --pattern structured prunes only those of these layers that write or read hidden units."
+        )
     refuse_nothing_to_prune(config, found)
     if config.pattern.drops_experts:
         find_mixtures(config, model, found)
@@ -196,10 +230,18 @@ def inspect(config: PruningConfig, options: Model) -> None:
 
 def _memory(model: Any, found: Inventory, options: Model) -> str:
     """Describe the memory that grows with the model and with the samples when a model is pruned from disk."""
-    dtype = getattr(torch, options.dtype) if options.dtype != "auto" else model.config.dtype or model.dtype
+    dtype = (
+        getattr(torch, options.dtype)
+        if options.dtype != "auto"
+        else model.config.dtype or model.dtype
+    )
     blocks = (model.get_submodule(name).parameters() for name in {*found.blocks.values()} if name)
-    largest = dtype.itemsize * max((sum(each.numel() for each in block) for block in blocks), default=0)
-    seqlen, width, windows = window_length(options, None), model.get_input_embeddings().weight.shape[-1], 128
+    largest = dtype.itemsize * max(
+        (sum(each.numel() for each in block) for block in blocks), default=0
+    )
+    seqlen = window_length(options, None)
+    width = model.get_input_embeddings().weight.shape[-1]
+    windows = 128
     return (
         f"prune --stream holds {as_size(2 * largest + dtype.itemsize * windows * seqlen * width)} for a while: twice "
         f"the largest block ({as_size(largest)}), and the inputs of a block for {windows} windows of {seqlen} tokens."
@@ -209,7 +251,11 @@ def _memory(model: Any, found: Inventory, options: Model) -> str:
 def _stops_table(found: Inventory, model: str) -> Table:
     table = Table(title=f"{escape(model)}: would be pruned", title_justify="left")
     for heading in ("stop", "layers", "weights", "inside"):
-        table.add_column(heading, justify="right" if heading in ("layers", "weights") else "left", overflow="fold")
+        table.add_column(
+            heading,
+            justify="right" if heading in ("layers", "weights") else "left",
+            overflow="fold",
+        )
     for alike, group in groupby(found.stops, _row):  # most blocks of a model are alike
         first, *others = group
         names = escape(first.name) or "the whole model"

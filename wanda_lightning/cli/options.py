@@ -32,7 +32,11 @@ def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
         ('lm_head', '*.down_proj', 're:x{1,3}')
     """
     texts = (token.value for token in tokens)
-    parts = (part.strip() for text in texts for part in ([text] if text.startswith("re:") else text.split(",")))
+    parts = (
+        part.strip()
+        for text in texts
+        for part in ([text] if text.startswith("re:") else text.split(","))
+    )
     return tuple(part for part in parts if part)
 
 
@@ -100,10 +104,15 @@ def given_in(*groups: Any) -> dict[str, Any]:
 
 def as_command(command: str, *groups: Any, always: Collection[str] = ()) -> str:
     """Return a shell command with the options that differ from their defaults, and with those in `always`."""
-    words, given = ["wanda-lightning", command], {*given_in(*groups), *always}
+    words = ["wanda-lightning", command]
+    given = {*given_in(*groups), *always}
     for name, value in values_of(*groups).items():
-        for each in (value if isinstance(value, tuple) and value else [value]) if name in given else ():
-            words += [f"--{name}"] if each is True else [f"--{name}", "" if each == () else str(each)]
+        for each in (
+            (value if isinstance(value, tuple) and value else [value]) if name in given else ()
+        ):
+            words += (
+                [f"--{name}"] if each is True else [f"--{name}", "" if each == () else str(each)]
+            )
     return shlex.join(words)
 
 
@@ -166,7 +175,11 @@ class Models(Model):
         return tuple(dict.fromkeys([*filter(None, [self.dense]), *self.model]))
 
 
-_ALIASES = {"sparsity": "--sparsity_ratio", "pattern": "--sparsity_type", "method": "--prune_method"}
+_ALIASES = {
+    "sparsity": "--sparsity_ratio",
+    "pattern": "--sparsity_type",
+    "method": "--prune_method",
+}
 
 
 def _choices() -> Any:
@@ -175,7 +188,9 @@ def _choices() -> Any:
     The help is the first sentence of the argument's description.
     """
     text = inspect.getdoc(PruningConfig.from_names) or ""  # none under python -OO
-    described = dict(re.findall(r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE))
+    described = dict(
+        re.findall(r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    )
     options = []
     for name, argument in inspect.signature(PruningConfig.from_names).parameters.items():
         hint: Any = _Names if isinstance(argument.default, tuple) else type(argument.default)
@@ -206,7 +221,11 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
     @property
     def choices(self) -> dict[str, Any]:
         """The arguments of `PruningConfig.from_names`, with the pattern that the reference's flags stand for."""
-        choices = {name: value for name, value in vars(self).items() if name in _Choices.__dataclass_fields__}
+        choices = {
+            name: value
+            for name, value in vars(self).items()
+            if name in _Choices.__dataclass_fields__
+        }
         if self.prune_granularity is not None:
             choices["pattern"] = f"unstructured_{self.prune_granularity}"
         return choices | {"pattern": "equal_share"} if self.use_variant else choices
@@ -217,12 +236,16 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
         usual = {"experts": "reap", "structured": "refit"}.get(self.pattern, "wanda")
         names = (self.method, self.criterion, self.solver, self.allocation, self.recovery)
         given = [name for name in names if name is not None]
-        return "_".join(given if {self.method, self.criterion, self.solver} - {None} else [usual, *given])
+        return "_".join(
+            given if {self.method, self.criterion, self.solver} - {None} else [usual, *given]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    evaluation: Annotated[_Names, Parameter(alias="--eval", validator=_known_texts)] = ("wikitext2",)
+    evaluation: Annotated[_Names, Parameter(alias="--eval", validator=_known_texts)] = (
+        "wikitext2",
+    )
     """Texts to measure perplexity on, with commas; the first is the one that counts. An empty text: measure nothing."""
     data: Annotated[str | None, Parameter(alias="--data_path")] = None
     """Images: a folder laid out like ImageNet, or digits."""
@@ -246,7 +269,9 @@ class Data(_Measured):
 on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet); or self, what the dense model writes."""
     num_samples: Annotated[_Count | None, Parameter(alias="--nsamples")] = None
     """Number of calibration samples; by default 128 sequences or 4096 images, as in the paper."""
-    seed: Annotated[int, _WHOLE, Parameter(validator=Number(gte=SEED.minimum, lte=SEED.maximum))] = 0
+    seed: Annotated[
+        int, _WHOLE, Parameter(validator=Number(gte=SEED.minimum, lte=SEED.maximum))
+    ] = 0
     """Seed that draws the calibration samples."""
     checkpoint: Annotated[str | None, Parameter(alias="--resume")] = None
     """Weights (.safetensors) of the image classifier."""

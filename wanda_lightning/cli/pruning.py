@@ -18,7 +18,15 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from wanda_lightning.cli.measuring import AnyData, data_for, load, logged_names, measure, print_line, print_table
+from wanda_lightning.cli.measuring import (
+    AnyData,
+    data_for,
+    load,
+    logged_names,
+    measure,
+    print_line,
+    print_table,
+)
 from wanda_lightning.cli.options import Folder, Model, PruneOptions, as_command, values_of
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
@@ -66,9 +74,15 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
     L.seed_everything(data.seed, verbose=False)
     tasks = load_tasks(["paper"], data.tasks_dir, model.cache_dir) if data.eval_zero_shot else {}
     with (_prune_from_disk if results.stream else _prune_in_memory)(config, options) as done:
-        is_smaller, lines = (False, []) if results.save_model is None else _save(done, results.shrink)
-        run = replace(_run_of(done, config, options), costs=_costs(done, results.save_model, is_smaller))
-        command = {name: each for name, each in values_of(*options).items() if each not in (None, ())}
+        is_smaller, lines = (
+            (False, []) if results.save_model is None else _save(done, results.shrink)
+        )
+        run = replace(
+            _run_of(done, config, options), costs=_costs(done, results.save_model, is_smaller)
+        )
+        command = {
+            name: each for name, each in values_of(*options).items() if each not in (None, ())
+        }
         report = replace(done.report, run=run, config={**done.report.config, "command": command})
         if is_smaller:
             report = replace(report, notes=(*report.notes, LEFT_OUT))
@@ -79,9 +93,15 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
     print_line(report.summary())
     lines += [change_of(METRICS[run.metric], each) for each in run.results]
     lines += [cost_of(each) for each in run.costs]
-    places = {"The model is": results.save_model, "The results are": results.save, "The report is": results.report}
+    places = {
+        "The model is": results.save_model,
+        "The results are": results.save,
+        "The report is": results.report,
+    }
     saved = [f"{what} in {place}." for what, place in places.items() if place]
-    nothing = "Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR."
+    nothing = (
+        "Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR."
+    )
     for line in (*lines, *(f"Note: {note}" for note in report.notes), *(saved or [nothing])):
         print_line(line)
     if tasks:
@@ -108,22 +128,37 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     def measured() -> tuple[dict[str, float], list[str]]:
         found = measure(module, source) if data.evaluation else {}
         module.to(device)
-        return found, continuations(module.model, module.tokenizer) if results.report and classifier is None else []
+        return found, continuations(
+            module.model, module.tokenizer
+        ) if results.report and classifier is None else []
 
     dense, before = measured()
     steps = module.calibration_step, module.calibration_predictions
-    forward, predict = (lambda batch, run=run: run(module.transfer_batch_to_device(batch, device, 0)) for run in steps)
+    forward, predict = (
+        lambda batch, run=run: run(module.transfer_batch_to_device(batch, device, 0))
+        for run in steps
+    )
     report = prune_as(plan, batches, forward=forward, predict=predict)
     pruned, after = measured()
     save = partial(module.save_pretrained, results.save_model, results.overwrite)
-    yield _Pruned(report, module, source, dense, pruned, save, tuple(map(Continuations, PROMPTS, before, after)))
+    yield _Pruned(
+        report,
+        module,
+        source,
+        dense,
+        pruned,
+        save,
+        tuple(map(Continuations, PROMPTS, before, after)),
+    )
 
 
 @contextmanager
 def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
     """Prune one block at a time. If what follows fails or is killed, the same command continues from there."""
     model, _, data, results = options
-    hub, output, device = model.source(model.model), results.save_model or "", results.device
+    hub = model.source(model.model)
+    output = results.save_model or ""
+    device = results.device
     refuse_whole_model(config)
     require_resumable(output)
     if results.save is not None and not (resolve_path(output) / PROGRESS_NAME).is_file():
@@ -145,12 +180,15 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     how = {"tokenizer": source.tokenizer, "dtype": model.dtype, "device": device}
     with pruned_from_disk(config, hub, output, batches, **how) as report:
         shrinking = partial(shrink_from_disk, output, output, overwrite=True, **hub.hub)
-        yield _Pruned(report, None, source, dense, perplexities(output), lambda shrink: shrink and shrinking())
+        yield _Pruned(
+            report, None, source, dense, perplexities(output), lambda shrink: shrink and shrinking()
+        )
 
 
 def shrink(model: Model, results: Folder) -> None:
     """Shrink a model and save it; without a folder, say what could be taken out."""
-    folder, hub = results.save_model, model.source(model.model).hub
+    folder = results.save_model
+    hub = model.source(model.model).hub
     if folder is None:
         print_line(str(shrink_in_memory(load(model, model.model).model)))
         print_line("Nothing was saved. To save the smaller model, add --save_model DIR.")
@@ -168,7 +206,9 @@ def _calibration(config: PruningConfig, module: Any, source: AnyData) -> Any:
     if isinstance(source, TextDataModule) and config.data_reader is None:
         return None
     if isinstance(source, TextDataModule) and source.calibration == SELF:
-        windows = sample_windows(module.model, module.tokenizer, source.num_samples, source.seqlen, seed=source.seed)
+        windows = sample_windows(
+            module.model, module.tokenizer, source.num_samples, source.seqlen, seed=source.seed
+        )
         return DataLoader(windows, source.batch_size)  # type: ignore[arg-type]
     if isinstance(source, TextDataModule):
         module.check_tokens(source.calibration_windows)
@@ -188,16 +228,24 @@ def _run_of(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Circ
     (model, _, given, _), data = options, done.data
     names = logged_names(data) if done.dense else []
     measured = [
-        Measured(data.describe_evaluation(*[number] * (number > 0)), done.dense[name], done.pruned[name])
+        Measured(
+            data.describe_evaluation(*[number] * (number > 0)), done.dense[name], done.pruned[name]
+        )
         for number, name in enumerate(names)
     ]
     return Circumstances(
-        command=as_command("prune", *options, always=["sparsity"] if config.pattern.fixed_sparsity is None else []),
+        command=as_command(
+            "prune", *options, always=["sparsity"] if config.pattern.fixed_sparsity is None else []
+        ),
         model=f"{model.model} ({given.checkpoint})" if given.checkpoint else model.model,
-        metric=next((metric.name for metric in METRICS.values() if {*names} & {*metric.logged}), ""),
+        metric=next(
+            (metric.name for metric in METRICS.values() if {*names} & {*metric.logged}), ""
+        ),
         **(vars(measured[0]) if measured else {}),
         others=tuple(measured[1:]),
-        calibration="" if config.data_reader is None else data.describe_calibration(data.num_samples),
+        calibration=""
+        if config.data_reader is None
+        else data.describe_calibration(data.num_samples),
         samples=done.samples,
     )
 
@@ -234,7 +282,12 @@ def _write(report: PruningReport, options: PruneOptions) -> tuple[PruningReport,
     if results.save_model is not None:
         hub_id = results.push_to_hub
         try:
-            write_card(results.save_model, report, name=hub_id or results.save_model, on_hub=hub_id is not None)
+            write_card(
+                results.save_model,
+                report,
+                name=hub_id or results.save_model,
+                on_hub=hub_id is not None,
+            )
         except Exception as error:  # the saved model and the results matter more
             note = f"no model card could be written into {results.save_model}: {one_line(error)}"
             report = replace(report, notes=(*report.notes, note))
@@ -246,7 +299,9 @@ def _write(report: PruningReport, options: PruneOptions) -> tuple[PruningReport,
         if run.metric:
             columns[METRICS[run.metric].column] = f"{run.after:.4f}"
         with atomic_write(folder / f"log_{pruning.name}.txt") as temporary:
-            temporary.write_text("\t".join(columns) + "\n" + "\t".join(columns.values()) + "\n", encoding="utf-8")
+            temporary.write_text(
+                "\t".join(columns) + "\n" + "\t".join(columns.values()) + "\n", encoding="utf-8"
+            )
     if results.report is not None:
         report.write(results.report)
     return report, files
@@ -255,7 +310,9 @@ def _write(report: PruningReport, options: PruneOptions) -> tuple[PruningReport,
 def _upload(results: Folder, files: list[str]) -> None:
     """Upload files of the saved model if a repository is given. Call it last, since it may fail."""
     if results.push_to_hub is not None and (folder := results.save_model) is not None:
-        print_line(f"Uploaded {folder} to {upload(folder, results.push_to_hub, files, results.private)}.")
+        print_line(
+            f"Uploaded {folder} to {upload(folder, results.push_to_hub, files, results.private)}."
+        )
 
 
 def continuations(model: Any, tokenizer: Any) -> list[str]:
@@ -265,7 +322,10 @@ def continuations(model: Any, tokenizer: Any) -> list[str]:
             return [continuation(model, tokenizer, prompt) for prompt in PROMPTS]
     except Exception as error:  # code of the model, whose errors must not end a run that has pruned
         name = type(model).__name__
-        warnings.warn(f"{name} cannot continue a prompt, so the report has no text: {one_line(error)}", stacklevel=2)
+        warnings.warn(
+            f"{name} cannot continue a prompt, so the report has no text: {one_line(error)}",
+            stacklevel=2,
+        )
         return []
 
 
@@ -273,8 +333,19 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     """Return the most likely tokens after a prompt, at most 40 and as many as fit into the model's context."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     length = inputs.input_ids.shape[1]
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", 0) or length + _NEW_TOKENS
+    context = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+        or length + _NEW_TOKENS
+    )
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     how = {"max_new_tokens": min(_NEW_TOKENS, context - length), "pad_token_id": padding or 0}
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}  # whatever the model's own are
-    return tokenizer.decode(model.generate(**inputs, **how, **greedy)[0, length:], skip_special_tokens=True)
+    # Whatever the model's own are.
+    greedy = {
+        "do_sample": False,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
+    return tokenizer.decode(
+        model.generate(**inputs, **how, **greedy)[0, length:], skip_special_tokens=True
+    )

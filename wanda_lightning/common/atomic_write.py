@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-TEMPORARY = ".wanda-"  # start of temporary names; a killed run may leave some, perhaps with the new model
+TEMPORARY = (
+    ".wanda-"  # start of temporary names; a killed run may leave some, perhaps with the new model
+)
 
 
 @contextmanager
@@ -50,12 +52,15 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         require_writable(path, overwrite)
         target.mkdir(exist_ok=True)
         for entry in sorted(
-            list_entries(target), key=lambda entry: (entry.name != "config.json", entry.name[0] == ".")
+            list_entries(target),
+            key=lambda entry: (entry.name != "config.json", entry.name[0] == "."),
         ):
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         move_entries(new, target)
     except OSError as error:
-        raise OSError(f"{path} cannot be completed, but the files that it lacks are in {new}. {error}") from error
+        raise OSError(
+            f"{path} cannot be completed, but the files that it lacks are in {new}. {error}"
+        ) from error
 
 
 def move_entries(source: Path, target: Path) -> None:
@@ -90,10 +95,16 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
 
 def list_entries(folder: Path) -> list[Path]:
     """List a folder, if it exists, without temporary names."""
-    return [each for each in (folder.iterdir() if folder.is_dir() else ()) if not each.name.startswith(TEMPORARY)]
+    return [
+        each
+        for each in (folder.iterdir() if folder.is_dir() else ())
+        if not each.name.startswith(TEMPORARY)
+    ]
 
 
-def require_writable(path: str | os.PathLike[str], overwrite: bool = False, kind: str = "model") -> None:
+def require_writable(
+    path: str | os.PathLike[str], overwrite: bool = False, kind: str = "model"
+) -> None:
     """Raise an OSError for a place where a "model", files of a "folder", or a "file" cannot be written.
 
     A place that is taken needs `overwrite`. Even then, a model replaces nothing but a model.
@@ -101,7 +112,8 @@ def require_writable(path: str | os.PathLike[str], overwrite: bool = False, kind
     target = resolve_path(path)
     with suppress(FileNotFoundError):
         target.stat()  # fails if a name is too long, a parent is a file, or links form a loop
-    entries, is_file = list_entries(target), kind == "file"
+    entries = list_entries(target)
+    is_file = kind == "file"
     place = next(each for each in (target, *target.parents) if each.is_dir())
     try:
         tempfile.TemporaryFile(dir=place).close()  # some reasons show only when a file is created
@@ -110,9 +122,13 @@ def require_writable(path: str | os.PathLike[str], overwrite: bool = False, kind
             f"{path} cannot be written, since {place} takes no new files ({error.strerror}). Choose another path."
         ) from error
     if target.exists() and target.is_dir() == is_file:
-        raise FileExistsError(f"{path} must be a {'file' if is_file else 'folder'}. Choose another path.")
+        raise FileExistsError(
+            f"{path} must be a {'file' if is_file else 'folder'}. Choose another path."
+        )
     if (entries or target.is_file()) and not overwrite:
-        raise FileExistsError(f"{path} exists and is not empty. Choose another path, or allow it with overwrite.")
+        raise FileExistsError(
+            f"{path} exists and is not empty. Choose another path, or allow it with overwrite."
+        )
     here = Path.cwd().is_relative_to(target)
     if kind == "model" and entries and (here or target / "config.json" not in entries):
         raise FileExistsError(

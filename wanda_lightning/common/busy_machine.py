@@ -18,7 +18,8 @@ OPENMP_WAITING = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
 """The environment variables that say how OpenMP's threads wait: of the standard, of GCC, and of LLVM and Intel."""
 
 _AT_LEAST = 10.0  # seconds
-_SCHEDULED = Path("/proc/thread-self/schedstat")  # nanoseconds on a core, nanoseconds waiting for one, time slices
+# Nanoseconds on a core, nanoseconds waiting for one, time slices.
+_SCHEDULED = Path("/proc/thread-self/schedstat")
 
 
 class CoreWatch:

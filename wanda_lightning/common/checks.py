@@ -25,12 +25,23 @@ class Number:
 
     def accepts(self, value: Any) -> bool:
         """Whether a value is a number in the range."""
-        is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(value, bool)
-        return is_number and self.above < value < self.below and self.minimum <= value <= self.maximum
+        is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(
+            value, bool
+        )
+        return (
+            is_number and self.above < value < self.below and self.minimum <= value <= self.maximum
+        )
 
     def __str__(self) -> str:
-        bounds = {"above": self.above, "of at least": self.minimum, "below": self.below, "at most": self.maximum}
-        range_ = " and ".join(f"{text} {bound:.10g}" for text, bound in bounds.items() if isfinite(bound))
+        bounds = {
+            "above": self.above,
+            "of at least": self.minimum,
+            "below": self.below,
+            "at most": self.maximum,
+        }
+        range_ = " and ".join(
+            f"{text} {bound:.10g}" for text, bound in bounds.items() if isfinite(bound)
+        )
         return f"a {'whole ' if self.whole else ''}number {range_}".rstrip()
 
 
@@ -58,7 +69,11 @@ def check_at_least(minimum: int, **values: object) -> None:
 
 def shown(value: object) -> str:
     """Return a wrong value for a message: a number or a text as it is written, anything else by its class."""
-    return repr(value) if value is None or isinstance(value, str | Real) else f"a {type(value).__name__}"
+    return (
+        repr(value)
+        if value is None or isinstance(value, str | Real)
+        else f"a {type(value).__name__}"
+    )
 
 
 def check_flags(**values: object) -> None:
@@ -70,7 +85,9 @@ def require_extra(extra: str, *packages: str, purpose: str) -> None:
     """Raise an ImportError that names the extra if one of its packages is missing; `purpose` is a plural subject."""
     if missing := [name for name in packages if find_spec(name) is None]:
         names = " and ".join(missing)
-        raise MissingPackageError(f"{purpose} need {names}: pip install '.[{extra}]' in the source folder")
+        raise MissingPackageError(
+            f"{purpose} need {names}: pip install '.[{extra}]' in the source folder"
+        )
 
 
 def check_report_path(path: str | PathLike[str]) -> None:

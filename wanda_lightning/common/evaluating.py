@@ -20,7 +20,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        for module, mode in modes.items():  # outer modules first: an override may set the modules inside
+        for (
+            module,
+            mode,
+        ) in modes.items():  # outer modules first: an override may set the modules inside
             overrides = getattr(module.train, "__func__", None) is not nn.Module.train
             if overrides and module.training != mode:
                 module.train(mode)

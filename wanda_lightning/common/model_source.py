@@ -19,7 +19,8 @@ from wanda_lightning.common.words import one_line
 class ModelSource:
     """The source of a model."""
 
-    name: str | os.PathLike[str]  # hub id, folder or `.gguf` file of a language model, or `timm:NAME`
+    # Hub id, folder or `.gguf` file of a language model, or `timm:NAME`.
+    name: str | os.PathLike[str]
     revision: str = "main"  # branch, tag or commit on the hub
     cache_dir: str | None = None  # for downloads from the hub; None for the usual one
     trust_remote_code: bool = False  # whether to run the code that comes with the model
@@ -38,7 +39,9 @@ class ModelSource:
     @property
     def hub(self) -> dict[str, Any]:
         """The arguments of `from_pretrained` for a model on the hub, except its id."""
-        return {name: getattr(self, name) for name in ("revision", "cache_dir", "trust_remote_code")}
+        return {
+            name: getattr(self, name) for name in ("revision", "cache_dir", "trust_remote_code")
+        }
 
     def locate(self) -> dict[str, Any]:
         """Return the arguments of `from_pretrained`; raise an OSError for a path that is not a model."""
@@ -52,21 +55,33 @@ class ModelSource:
             )
         if path.suffix == ".gguf":
             require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
-            return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name, **self.hub}
-        return {"pretrained_model_name_or_path": str(path) if path.exists() else str(self), **self.hub}
+            return {
+                "pretrained_model_name_or_path": str(path.parent),
+                "gguf_file": path.name,
+                **self.hub,
+            }
+        return {
+            "pretrained_model_name_or_path": str(path) if path.exists() else str(self),
+            **self.hub,
+        }
 
 
 def load_config(source: ModelSource) -> Any:
     """Load the transformers configuration of a hub id, a local folder or a GGUF file; errors as for `reading`."""
-    arguments, folder = source.locate(), source.path
+    arguments = source.locate()
+    folder = source.path
     from transformers import AutoConfig
 
     with reading("configuration", source, on_hub=not folder.exists()):
         config = AutoConfig.from_pretrained(**arguments)
         for index in folder.glob("*.index.json"):
-            for name in map(PureWindowsPath, json.loads(index.read_bytes())["weight_map"].values()):  # for both slashes
-                if name.anchor or ".." in name.parts:  # the file could be private, and would be saved as weights
-                    raise UserError(f"{index} must name files in its folder, but it names {name.as_posix()}.")
+            # For both slashes.
+            for name in map(PureWindowsPath, json.loads(index.read_bytes())["weight_map"].values()):
+                # The file could be private, and would be saved as weights.
+                if name.anchor or ".." in name.parts:
+                    raise UserError(
+                        f"{index} must name files in its folder, but it names {name.as_posix()}."
+                    )
     if config.model_type == "timm_wrapper":
         named = f"local-dir:{folder}" if folder.exists() else f"hf-hub:{source}"
         raise UserError(f"model {source} is an image classifier of timm: its name is timm:{named}.")
@@ -75,7 +90,8 @@ def load_config(source: ModelSource) -> Any:
 
 def load_tokenizer(source: ModelSource) -> Any:
     """Load a transformers tokenizer; None for a folder without one; errors as for `reading`."""
-    arguments, path = source.locate(), source.path
+    arguments = source.locate()
+    path = source.path
     if path.is_dir() and not any(path.glob("*token*")) and not any(path.glob("vocab*")):
         return None
     from transformers import AutoTokenizer
@@ -102,23 +118,34 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
                 get_session().head(constants.ENDPOINT, timeout=10)
             except Exception as error:  # libraries of the network raise errors of many kinds
                 constants.HF_HUB_OFFLINE = True
-                reasons += ["it is not in the cache", f"and the Hugging Face hub cannot be reached ({one_line(error)})"]
+                reasons += [
+                    "it is not in the cache",
+                    f"and the Hugging Face hub cannot be reached ({one_line(error)})",
+                ]
         yield
     except Exception as error:
-        if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        # torch's.
+        if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
             raise
 
         kind: type[Exception] = OSError
         found = ""
         if isinstance(error, ImportError):
             kind = MissingPackageError
-        elif {type(error).__name__, type(error.__context__).__name__} & {"JSONDecodeError", "SafetensorError"}:
-            kind, found = UserError, " a file is damaged; download or save it again:"
+        elif {type(error).__name__, type(error.__context__).__name__} & {
+            "JSONDecodeError",
+            "SafetensorError",
+        }:
+            kind = UserError
+            found = " a file is damaged; download or save it again:"
         elif not isinstance(error, OSError):
-            kind, found = UserError, f" {type(error).__name__}:"
+            kind = UserError
+            found = f" {type(error).__name__}:"
         elif on_hub and constants.HF_HUB_OFFLINE and reasons:
             found = f" {', '.join(reasons)}:"
-        raise kind(f"The {part} of {str(name)!r} cannot be loaded:{found} {one_line(error)}") from error
+        raise kind(
+            f"The {part} of {str(name)!r} cannot be loaded:{found} {one_line(error)}"
+        ) from error
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 

@@ -6,7 +6,14 @@ import time
 from math import inf
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from wanda_lightning.common.busy_machine import CoreWatch
 
@@ -17,7 +24,10 @@ class ProgressBar:
     """Progress of one long task on stderr; `total` is the number of steps, None if it is not known (yet)."""
 
     def __init__(self, title: str, total: int | None, enabled: bool = True) -> None:
-        self._title, self._total, self._done, self._name = title, total, 0.0, ""
+        self._title = title
+        self._total = total
+        self._done = 0.0
+        self._name = ""
         self._console = Console(stderr=True)
         self._cores = CoreWatch()
         enabled &= total != 0
@@ -76,8 +86,10 @@ class ProgressBar:
     def _line(self, name: str) -> None:
         self._last_line = time.monotonic()
         elapsed = self._last_line - self._started
-        steps, left = f"{self._done:.0f}", ""
-        if self._total is not None and (name != "done" or self._done >= self._total):  # else it needed fewer steps
+        steps = f"{self._done:.0f}"
+        left = ""
+        # Else it needed fewer steps.
+        if self._total is not None and (name != "done" or self._done >= self._total):
             steps += f"/{self._total}"
             if 0 < self._done < self._total and name != "stopped":
                 left = f", {elapsed * (self._total - self._done) / self._done:.0f} s left"

@@ -21,7 +21,10 @@ def duration(seconds: float) -> str:
 def count(number: int, names: Sequence[str] = (" billion", " million", " thousand")) -> str:
     """Return a large number with three digits, such as `135 million`."""
     units = zip((1e9, 1e6, 1e3), names, strict=True)
-    return next((f"{float(f'{number / unit:.3g}'):g}{name}" for unit, name in units if number >= unit), str(number))
+    return next(
+        (f"{float(f'{number / unit:.3g}'):g}{name}" for unit, name in units if number >= unit),
+        str(number),
+    )
 
 
 def as_size(size: int) -> str:
@@ -41,8 +44,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     starts: dict[str, str] = {}
     for candidate in sorted(known, key=lambda text: (len(text), text)):
-        starts.setdefault(candidate[: len(name) or None], candidate)  # the shortest of those that start alike
-    close = [starts[start] for start in difflib.get_close_matches(name.lower(), starts, n=3, cutoff=0.75)]
+        # The shortest of those that start alike.
+        starts.setdefault(candidate[: len(name) or None], candidate)
+    close = [
+        starts[start] for start in difflib.get_close_matches(name.lower(), starts, n=3, cutoff=0.75)
+    ]
     return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -61,9 +67,13 @@ def matches(name: str, pattern: str, option: str) -> bool:
         try:
             return re.fullmatch(pattern[3:], name) is not None
         except re.error as error:
-            raise UserError(f"{option}={pattern!r} must be a regular expression after 're:', but {error}.") from error
+            raise UserError(
+                f"{option}={pattern!r} must be a regular expression after 're:', but {error}."
+            ) from error
     # A glob also matches everything inside: PEFT's adapters put the weight itself one level deeper.
-    return name.startswith(f"{pattern}.") or any(fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*"))
+    return name.startswith(f"{pattern}.") or any(
+        fnmatch.fnmatchcase(name, p) for p in (pattern, f"{pattern}.*")
+    )
 
 
 def check_patterns(option: str, given: Iterable[str]) -> tuple[str, ...]:

@@ -82,8 +82,11 @@ class RIA(Criterion):
 
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by relative importance and input norm."""
-        norm, magnitude = inputs.norm(), _magnitude(weight)
-        tiny = torch.finfo(magnitude.dtype).tiny  # the scores of a row or column of zeros are 0, not NaN
+        norm = inputs.norm()
+        magnitude = _magnitude(weight)
+        tiny = torch.finfo(
+            magnitude.dtype
+        ).tiny  # the scores of a row or column of zeros are 0, not NaN
         scores = magnitude / magnitude.sum(dim=1, keepdim=True).clamp(min=tiny)
         scores += magnitude.div_(magnitude.sum(dim=0, keepdim=True).clamp(min=tiny))
         return lower_inactive(scores.mul_(norm**self.a), weight, norm)
@@ -111,7 +114,8 @@ class Saliency(Criterion):
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by `|W| / diag(U)`."""
         scores = _magnitude(weight).div_(inputs.inverse_diagonal(self.dampening))
-        if "gram" not in inputs.sums:  # a block of columns of SparseGPT, which prunes inactive inputs itself
+        # A block of columns of SparseGPT, which prunes inactive inputs itself.
+        if "gram" not in inputs.sums:
             return scores
         return lower_inactive(scores, weight, inputs.sums["gram"].diagonal())
 
@@ -123,7 +127,9 @@ def lower_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
     """
     inactive = norm == 0
     if inactive.any():
-        scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * torch.finfo(scores.dtype).tiny
+        scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * torch.finfo(
+            scores.dtype
+        ).tiny
     return scores
 
 

@@ -61,11 +61,17 @@ def _keep_by_comparing(scores: Groups, count: int) -> KeepGroups:
     size = scores.shape[1]
     keep = torch.empty_like(scores, dtype=torch.bool)
     array: Callable[[Tensor], Any] = Tensor.numpy if _numpy_is_faster(scores) else Tensor.detach
-    for chunk, chunk_keep in zip(scores.split(_GROUPS_AT_ONCE), keep.split(_GROUPS_AT_ONCE), strict=True):
+    for chunk, chunk_keep in zip(
+        scores.split(_GROUPS_AT_ONCE), keep.split(_GROUPS_AT_ONCE), strict=True
+    ):
         columns = array(scores.new_empty(size, len(chunk)))
         columns[:] = array(chunk).T
         # The rank of a score is the number of smaller scores and earlier equal ones. Start as if all earlier ones were.
-        rank = array(torch.arange(size, dtype=torch.int8, device=scores.device)[:, None].repeat(1, len(chunk)))
+        rank = array(
+            torch.arange(size, dtype=torch.int8, device=scores.device)[:, None].repeat(
+                1, len(chunk)
+            )
+        )
         for shift in range(1, size):
             later_is_smaller = (columns[shift:] < columns[:-shift]).view(rank.dtype)
             rank[:-shift] += later_is_smaller
@@ -80,18 +86,23 @@ def _keep_by_threshold(scores: Groups, count: int) -> KeepGroups:
     keep = scores > threshold
     tied = (threshold == next_larger).squeeze(1).nonzero().squeeze(1)
     if len(tied):
-        some, limit = scores[tied], threshold[tied]
+        some = scores[tied]
+        limit = threshold[tied]
         at_limit = some == limit
         missing = pruned - (some < limit).sum(dim=1, keepdim=True)
         keep[tied] |= at_limit & (at_limit.cumsum(dim=1) > missing)
     return keep
 
 
-def _kth_smallest(scores: Groups, k: int) -> tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
+def _kth_smallest(
+    scores: Groups, k: int
+) -> tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
     """Return the k-th smallest score of each group and the next larger one."""
     if not _numpy_is_faster(scores):
         with nondeterministic_kernels():
-            return scores.kthvalue(k, dim=1, keepdim=True).values, scores.kthvalue(k + 1, dim=1, keepdim=True).values
+            return scores.kthvalue(k, dim=1, keepdim=True).values, scores.kthvalue(
+                k + 1, dim=1, keepdim=True
+            ).values
     values = scores.clone()
     values.numpy().partition(k - 1, axis=1)
     return values[:, k - 1 : k], values[:, k:].amin(dim=1, keepdim=True)
@@ -105,7 +116,8 @@ def _numpy_is_faster(scores: Groups) -> bool:
 @contextmanager
 def nondeterministic_kernels() -> Iterator[None]:
     """Allow CUDA kernels that PyTorch calls nondeterministic, where this does not change the values that are read."""
-    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    strict = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         yield

@@ -15,7 +15,8 @@ _AT_ONCE = 2**22  # logits whose probabilities are in memory at the same time, 1
 
 def cross_entropy(predicted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross entropy of tokens, summed over the rows with a token (not -1), and its gradient."""
-    log_q, known = predicted.log_softmax(dim=-1), (tokens >= 0).to(predicted.dtype)
+    log_q = predicted.log_softmax(dim=-1)
+    known = (tokens >= 0).to(predicted.dtype)
     index = tokens.clamp(min=0).unsqueeze(1)
     loss = -(log_q.gather(1, index).squeeze(1) * known).sum()
     slopes = log_q.exp_()
@@ -25,7 +26,8 @@ def cross_entropy(predicted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     """Return the divergence `KL(dense || predicted)`, summed over rows of logits, and its gradient at `predicted`."""
-    log_q, log_p = predicted.log_softmax(dim=-1), dense.log_softmax(dim=-1)
+    log_q = predicted.log_softmax(dim=-1)
+    log_p = dense.log_softmax(dim=-1)
     p = log_p.exp()
     terms = ((log_p - log_q) * p).masked_fill_(p == 0, 0)  # both logarithms may be minus infinity
     return terms.sum(), log_q.exp_().sub_(p)
@@ -37,7 +39,9 @@ def squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     return difference.square().mean(dim=-1).sum(), difference.mul_(2 / difference.shape[-1])
 
 
-def summed_divergence(predicted: Tensor, dense: Tensor, keep: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+def summed_divergence(
+    predicted: Tensor, dense: Tensor, keep: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
     """Return `KL(dense || predicted)` of logits divided by a temperature, summed over rows, for autograd.
 
     Both are (rows, classes), and `keep` says which rows count. The sum is in float32, or in float64 for float64.
@@ -52,12 +56,16 @@ def summed_divergence(predicted: Tensor, dense: Tensor, keep: Tensor | None = No
 
 class _SummedDivergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, predicted: Tensor, dense: Tensor, keep: Tensor | None, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, predicted: Tensor, dense: Tensor, keep: Tensor | None, temperature: float
+    ) -> Tensor:
         ctx.gradient = torch.empty_like(predicted) if keep is None else torch.zeros_like(predicted)
         wide = torch.promote_types(predicted.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=predicted.device)
         for part in _parts(predicted, keep):
-            loss, slopes = divergence(predicted[part].to(wide) / temperature, dense[part].to(wide) / temperature)
+            loss, slopes = divergence(
+                predicted[part].to(wide) / temperature, dense[part].to(wide) / temperature
+            )
             total += loss
             # Summed, not averaged: divided by many rows, slopes would be zero in float16.
             ctx.gradient[part] = slopes.div_(temperature).to(predicted.dtype)
@@ -70,7 +78,8 @@ class _SummedDivergence(torch.autograd.Function):
                 "retain_graph must be False for a loss with distillation: its gradient is computed in place to save "
                 "memory, so its graph can be passed backward only once."
             )
-        gradient, ctx.gradient = ctx.gradient, None
+        gradient = ctx.gradient
+        ctx.gradient = None
         return gradient.mul_(slope), None, None, None
 
 

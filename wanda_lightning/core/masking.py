@@ -56,7 +56,8 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """
     from numpy import unpackbits
 
-    size, packed = torch.Size(shape), packed.cpu()
+    size = torch.Size(shape)
+    packed = packed.cpu()
     if packed.dtype == torch.uint8:
         return torch.from_numpy(unpackbits(packed.numpy(), count=size.numel())).bool().view(size)
     return torch.zeros(size.numel(), dtype=torch.bool).index_fill_(0, packed, True).view(size)

@@ -14,7 +14,11 @@ import torch
 
 from wanda_lightning.common.checks import Number, check, check_flags
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each, nondeterministic_kernels
+from wanda_lightning.core.keep_largest import (
+    keep_largest,
+    keep_largest_of_each,
+    nondeterministic_kernels,
+)
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
 
 _GROUP = ("row", "layer")
@@ -135,7 +139,10 @@ class Unstructured(Pattern):
         """Prune each group to the zeros due by the end of the block, but leave room for existing zeros to its right."""
         groups = self._groups(scores)
         rows = 1 if self.group == "row" else len(scores)
-        left, right = (zeros.reshape(len(groups), rows).sum(dim=1) for zeros in (block.zeros_left, block.zeros_right))
+        left, right = (
+            zeros.reshape(len(groups), rows).sum(dim=1)
+            for zeros in (block.zeros_left, block.zeros_right)
+        )
         due = zeros_among(rows * block.stop, sparsity) - left
         room = zeros_among(rows * block.d_in, sparsity) - left - right
         pruned = torch.minimum(due, room).clamp(0, groups.shape[1])
@@ -158,7 +165,8 @@ class NM(Pattern):
     m: int
 
     def __post_init__(self) -> None:
-        allowed = Number(minimum=1, maximum=10**6, whole=True)  # so that messages can show the sparsity
+        # So that messages can show the sparsity.
+        allowed = Number(minimum=1, maximum=10**6, whole=True)
         if not allowed.accepts(self.n) or not allowed.accepts(self.m) or self.n >= self.m:
             raise UserError(
                 "pattern N:M keeps N of every M weights and must have whole numbers with 1 <= N < M <= 1000000, but "
@@ -241,7 +249,9 @@ class EqualShare(Pattern):
         with nondeterministic_kernels():
             running = ascending.cumsum(dim=1)
         total = scores.sum(dim=1, keepdim=True)
-        low, share, high = 0.0, 0.4, 0.8
+        low = 0.0
+        share = 0.4
+        high = 0.8
         while True:
             cut = (running <= total * share).sum(dim=1, keepdim=True) - 1
             level = ascending.gather(1, cut.clamp(min=0)).masked_fill(cut < 0, -1.0)

@@ -60,24 +60,31 @@ class Assignment(Permutation):
 
     def why_not(self, pattern: Pattern) -> str | None:
         """Return the reason if the pattern has no groups of consecutive inputs."""
-        why = (
-            "this pattern does not depend on the order of the inputs. Leave the permutation out, or use an N:M pattern."
+        if pattern.group_size:
+            return None
+        return (
+            "this pattern does not depend on the order of the inputs. Leave the permutation out, "
+            "or use an N:M pattern."
         )
-        return None if pattern.group_size else why
 
     def __call__(self, scores: Score, pattern: Pattern) -> Order:
         """Return the order; the original one if none is better."""
         scores = scores.float()
-        n, m = pattern.group_kept, pattern.group_size
+        n = pattern.group_kept
+        m = pattern.group_size
         generator = torch.Generator().manual_seed(0)
         # A group is a row of `members`; totals decide ties by the first column, so equal inputs give equal orders.
-        members = scores.sum(dim=0).argsort(descending=True, stable=True).reshape(m, -1).T.contiguous()
+        members = (
+            scores.sum(dim=0).argsort(descending=True, stable=True).reshape(m, -1).T.contiguous()
+        )
         for _ in range(self.iterations):
             shuffled = torch.randperm(len(members), generator=generator)
             for chunk in shuffled.to(scores.device).split(_CHUNK):
                 members[chunk] = _reassigned(scores, members[chunk], n, generator)
         order = members.flatten()
-        better = kept_score(scores, order, pattern) > kept_score(scores, torch.arange(len(order)), pattern)
+        better = kept_score(scores, order, pattern) > kept_score(
+            scores, torch.arange(len(order)), pattern
+        )
         return order if better else torch.arange(len(order), device=order.device)
 
 
@@ -100,7 +107,11 @@ def _reassigned(scores: Score, members: Tensor, n: int, generator: torch.Generat
     freed = members.gather(1, slots).squeeze(1)
     columns = scores.T[freed].contiguous()
     # The sum of relu(x - t) over the rows is half of the sum of |x - t| + (x - t).
-    gains = torch.cdist(columns, thresholds, p=1) + columns.sum(dim=1, keepdim=True) - thresholds.sum(dim=1)
+    gains = (
+        torch.cdist(columns, thresholds, p=1)
+        + columns.sum(dim=1, keepdim=True)
+        - thresholds.sum(dim=1)
+    )
     column, group = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
     moved = members.clone()
     where = torch.as_tensor(group, device=members.device)

@@ -20,14 +20,18 @@ def coarsest_eps(tensors: Sequence[Tensor]) -> float:
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
 
-def all_same(before: Sequence[Tensor], after: Sequence[Tensor], eps: float, loosely: bool = False) -> bool:
+def all_same(
+    before: Sequence[Tensor], after: Sequence[Tensor], eps: float, loosely: bool = False
+) -> bool:
     """Whether two lists of tensors have the same shapes and are the same (see `same`)."""
     return [x.shape for x in before] == [y.shape for y in after] and all(
         same(x, y, eps, loosely=loosely) for x, y in zip(before, after, strict=True)
     )
 
 
-def same(x: Tensor, y: Tensor, eps: float, each_column: bool = False, loosely: bool = False) -> bool:
+def same(
+    x: Tensor, y: Tensor, eps: float, each_column: bool = False, loosely: bool = False
+) -> bool:
     """Whether two tensors are the same: most entries are close, and the norm of the difference is a few roundings.
 
     The norm is over the whole tensor, or over each column. One large activation dominates a norm, so most entries must
@@ -35,7 +39,8 @@ def same(x: Tensor, y: Tensor, eps: float, each_column: bool = False, loosely: b
     """
     if not x.is_floating_point():
         return torch.equal(x, y)
-    x, y = widest(x), widest(y)
+    x = widest(x)
+    y = widest(y)
     difference = torch.where(x == y, 0.0, x - y).abs()  # both may be infinite
     enough = 0.9 if each_column else 0.0 if loosely else 0.5
     most = not enough or not x.numel() or (difference <= _CLOSE * x.abs()).double().mean() > enough

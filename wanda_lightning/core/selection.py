@@ -22,7 +22,9 @@ class Selection:
     pattern: Pattern
     sparsity: float
     # How much an error at each output matters, with mean 1, for a pattern that weighs rows.
-    row_weights: RowWeights = field(default_factory=lambda: torch.ones(1), compare=False, repr=False)
+    row_weights: RowWeights = field(
+        default_factory=lambda: torch.ones(1), compare=False, repr=False
+    )
 
     def keep(self, weight: Weight, inputs: InputStatistics) -> KeepMask:
         """Score the weights, and return the mask of those to keep."""
@@ -45,7 +47,9 @@ class Selection:
 
     def choose_block(self, scores: Score, block: ColumnBlock) -> KeepMask:
         """Return what to keep in a block of columns, given its scores; see `Pattern.keep_block`."""
-        return self._checked(self.pattern.keep_block(self._weigh(scores), self.sparsity, block), scores)
+        return self._checked(
+            self.pattern.keep_block(self._weigh(scores), self.sparsity, block), scores
+        )
 
     def _checked(self, keep: Tensor, scores: Score) -> KeepMask:
         """Return what the pattern keeps; refuse anything but a boolean for each score."""
@@ -61,8 +65,16 @@ class Selection:
 
         Scores are roots of squared errors, hence the square root.
         """
-        return scores * self.row_weights.sqrt().to(scores)[:, None] if self.pattern.weigh_rows else scores
+        return (
+            scores * self.row_weights.sqrt().to(scores)[:, None]
+            if self.pattern.weigh_rows
+            else scores
+        )
 
     def total_error(self, errors: Tensor) -> Tensor:
         """Sum the squared errors of the rows, (d_out,), each times its weight if the pattern weighs rows."""
-        return (errors * self.row_weights.to(errors)).sum() if self.pattern.weigh_rows else errors.sum()
+        return (
+            (errors * self.row_weights.to(errors)).sum()
+            if self.pattern.weigh_rows
+            else errors.sum()
+        )

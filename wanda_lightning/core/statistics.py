@@ -55,7 +55,8 @@ def _write_gram(tokens: Tokens, gram: Gram) -> None:
         torch.mm(tokens.t(), tokens, out=gram)
         return
     half = len(gram) // 2
-    first, second = tokens[:, :half], tokens[:, half:]
+    first = tokens[:, :half]
+    second = tokens[:, half:]
     _write_gram(first, gram[:half, :half])
     _write_gram(second, gram[half:, half:])
     torch.mm(first.t(), second, out=gram[:half, half:])
@@ -69,15 +70,20 @@ def _full_precision() -> Iterator[None]:
     before = [backend.fp32_precision for backend in backends]
     try:
         legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # PyTorch refuses to read it where it is "highest" and a backend's own setting is lower
+    except (
+        RuntimeError
+    ):  # PyTorch refuses to read it where it is "highest" and a backend's own setting is lower
         legacy = "highest"
-    torch.set_float32_matmul_precision("highest")  # sets the backends, too; some kernels refuse settings that differ
+    # Sets the backends, too; some kernels refuse settings that differ.
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(legacy)
         for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = "none"  # follow the common setting, unless the backend had its own
+            backend.fp32_precision = (
+                "none"  # follow the common setting, unless the backend had its own
+            )
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision
 
@@ -87,7 +93,9 @@ class GradientStatistics(NamedTuple):
 
     inputs: PerInput  # x² * mean(g²), with the mean over the outputs
     rows: RowWeights  # g²
-    units: PerUnit | None = None  # (x * h)², with the gradients h at the inputs, if units are scored
+    units: PerUnit | None = (
+        None  # (x * h)², with the gradients h at the inputs, if units are scored
+    )
 
     def row_weights(self) -> RowWeights:
         """Return `rows` divided by its mean; ones if all gradients are 0."""
@@ -112,10 +120,14 @@ class InputStatistics:
         self.needs = frozenset(needs)
         self.count = 0  # of tokens
         self.sums: dict[str, Tensor] = {}  # by name; empty until the first token
-        self._derived: dict[tuple[str, float], Any] = {}  # what layers with the same inputs compute only once
+        self._derived: dict[
+            tuple[str, float], Any
+        ] = {}  # what layers with the same inputs compute only once
         self._part_of: tuple[InputStatistics, slice] | None = None
         if unknown := self.needs - SUMS.keys():
-            raise UserError(f"needs must be names from {sorted(SUMS)}, but they hold {sorted(unknown)}.")
+            raise UserError(
+                f"needs must be names from {sorted(SUMS)}, but they hold {sorted(unknown)}."
+            )
 
     @classmethod
     def merged(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
@@ -151,12 +163,16 @@ class InputStatistics:
 
     def inactive(self) -> Bool[Tensor, " d_in"]:
         """Return which inputs were zero in all tokens."""
-        energy = self.sums["square_sum"] if "square_sum" in self.sums else self.sums["gram"].diagonal()
+        energy = (
+            self.sums["square_sum"] if "square_sum" in self.sums else self.sums["gram"].diagonal()
+        )
         return energy == 0
 
     def inverse_factor(self, dampening: float) -> Gram:
         """Return the upper triangular `U` of the function of this name, computed once."""
-        return self._once(("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening))
+        return self._once(
+            ("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening)
+        )
 
     def inverse_diagonal(self, dampening: float) -> PerInput:
         """Return the diagonal of `inverse_factor`."""
@@ -184,7 +200,8 @@ class InputStatistics:
             gram[is_constant], gram[:, is_constant] = 0, 0
             is_inexact = (gram.diagonal() < 64 * rounding) & ~is_constant
             gram.diagonal().add_(rounding * is_inexact)  # else it may be indefinite
-            result.count, result.sums = self.count, {**self.sums, "gram": gram}
+            result.count = self.count
+            result.sums = {**self.sums, "gram": gram}
             return result
 
         return self._once(("centered", 0.0), center)
@@ -235,7 +252,8 @@ def dampen_(gram: Gram, dampening: float) -> Gram:
                 [0., 4.]])
     """
     mean = gram.diagonal().mean()
-    gram.diagonal().add_(torch.where(mean > 0, mean * dampening, 1))  # the identity if no input is active
+    # The identity if no input is active.
+    gram.diagonal().add_(torch.where(mean > 0, mean * dampening, 1))
     return gram
 
 
@@ -266,7 +284,9 @@ def inverse_factor(gram: Gram, dampening: float) -> Gram:
     """Return the upper triangular `U` with `U^T U` the inverse of `X^T X`, dampened as by `cholesky`."""
     # In reverse order of the inputs, the inverse of the lower factor is the upper factor of the inverse.
     lower, _ = cholesky(gram.flip(0, 1), dampening)
-    inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).t()  # by columns: the solution overwrites it
+    inverse = torch.eye(
+        len(gram), dtype=gram.dtype, device=gram.device
+    ).t()  # by columns: the solution overwrites it
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
     return inverse.flip(0, 1)
@@ -279,7 +299,9 @@ def scaled(gram: Gram, dampening: float) -> tuple[PerInput, Gram]:
     return scale, result.div_(scale).div_(scale[:, None])
 
 
-def relative_error(dense: Weight, pruned: Weight, gram: Gram, fitted: Gram | None = None) -> float | None:
+def relative_error(
+    dense: Weight, pruned: Weight, gram: Gram, fitted: Gram | None = None
+) -> float | None:
     """Return `||(W - W') X^T||^2 / ||W X^T||^2`, the relative squared error of a layer's outputs; None if it overflows.
 
     Of more than 256 rows, about 256, evenly spaced, are compared. `fitted` is the Gram matrix of the error if it is

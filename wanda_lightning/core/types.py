@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Weight = Float[Tensor, "d_out d_in"]
-OneWeight = Float[Tensor, "_ d_in"]  # one of several weights with the same inputs, which may differ in d_out
+# One of several weights with the same inputs, which may differ in d_out.
+OneWeight = Float[Tensor, "_ d_in"]
 Score = Float[Tensor, "d_out d_in"]
 KeepMask = Bool[Tensor, "d_out d_in"]
 OneMask = Bool[Tensor, "_ d_in"]

@@ -32,7 +32,9 @@ class Images(Sequence[tuple[Any, int]]):
         try:
             image = pil_loader(image) if isinstance(image, str) else image
         except Exception as error:  # each image format raises its own classes
-            raise UserError(f"The image {image} cannot be read: {type(error).__name__}: {one_line(error)}") from error
+            raise UserError(
+                f"The image {image} cannot be read: {type(error).__name__}: {one_line(error)}"
+            ) from error
         return (image if self.transform is None else self.transform(image)), label
 
 
@@ -85,8 +87,13 @@ def _digits() -> ImageSource:
 
     scans = load_digits()
     pixels = (scans.images * (255 / 16)).round().astype("uint8")
-    samples = [(Image.fromarray(image), int(label)) for image, label in zip(pixels, scans.target, strict=True)]
-    train, evaluation = train_test_split(samples, test_size=0.2, random_state=0, stratify=scans.target)
+    samples = [
+        (Image.fromarray(image), int(label))
+        for image, label in zip(pixels, scans.target, strict=True)
+    ]
+    train, evaluation = train_test_split(
+        samples, test_size=0.2, random_state=0, stratify=scans.target
+    )
     return ImageSource(Images(train), Images(evaluation), tuple("0123456789"))
 
 
@@ -95,17 +102,28 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> ImageSource:
 
     train = ImageFolder(str(root / "train")) if (root / "train").is_dir() else None
     is_whole = train is None and not (root / "val").is_dir()
-    evaluation = ImageFolder(str(root if is_whole else root / "val"), allow_empty=True)  # it may lack a class
+    # It may lack a class.
+    evaluation = ImageFolder(str(root if is_whole else root / "val"), allow_empty=True)
     if not evaluation.samples:
-        raise UserError(f"data must have images to measure on, but the classes in {evaluation.root} have none.")
+        raise UserError(
+            f"data must have images to measure on, but the classes in {evaluation.root} have none."
+        )
     folders = evaluation.classes if train is None else train.classes
     by_model = {*folders} <= {*model_classes}
     classes = tuple(model_classes if by_model else folders)
     if unknown := sorted({*evaluation.classes} - {*classes}):
-        raise UserError(f"data must have training images for each class, but has none in train/{unknown[0]}.")
+        raise UserError(
+            f"data must have training images for each class, but has none in train/{unknown[0]}."
+        )
 
     def labeled(folder: Any) -> Images:
         labels = [classes.index(name) for name in folder.classes]
         return Images([(path, labels[i]) for path, i in folder.samples])
 
-    return ImageSource(None if train is None else labeled(train), labeled(evaluation), classes, not by_model, is_whole)
+    return ImageSource(
+        None if train is None else labeled(train),
+        labeled(evaluation),
+        classes,
+        not by_model,
+        is_whole,
+    )

@@ -63,7 +63,9 @@ class ImageDataModule(L.LightningDataModule):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        check_at_least(1, batch_size=batch_size, num_samples=num_samples, image_size=image_size or 1)
+        check_at_least(
+            1, batch_size=batch_size, num_samples=num_samples, image_size=image_size or 1
+        )
         check_values(SEED, seed=seed)
         check_at_least(0, num_workers=num_workers)
         self.data = os.fspath(data)
@@ -90,16 +92,26 @@ class ImageDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images, find the transforms, and check that the classes fit the model."""
-        model = self.model if self.model is not None else getattr(self.trainer, "lightning_module", None)
+        model = (
+            self.model
+            if self.model is not None
+            else getattr(self.trainer, "lightning_module", None)
+        )
         if model is None:
-            raise UserError("model must be given, since it decides on the transforms and no Trainer runs a model.")
+            raise UserError(
+                "model must be given, since it decides on the transforms and no Trainer runs a model."
+            )
         preprocessing = resolve_preprocessing(model, self.image_size)
         if self.data == "digits":
             preprocessing |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
         names = class_names_of(model)
-        if self._source is None or (preprocessing, names) != (self.preprocessing, self._model_classes):
+        if self._source is None or (preprocessing, names) != (
+            self.preprocessing,
+            self._model_classes,
+        ):
             self._source = open_source(self.data, names)
-            self.preprocessing, self._model_classes = preprocessing, names
+            self.preprocessing = preprocessing
+            self._model_classes = names
         self._check_classes(getattr(model, "num_classes", None), self._source)
 
     def _check_classes(self, outputs: Any, source: ImageSource) -> None:
@@ -137,9 +149,12 @@ class ImageDataModule(L.LightningDataModule):
                 "give the folder with the classes."
             )
         mode = "L" if self.preprocessing["input_size"][0] == 1 else "RGB"
-        transform = create_transform(**self.preprocessing, is_training=augment and self.data != "digits")
+        transform = create_transform(
+            **self.preprocessing, is_training=augment and self.data != "digits"
+        )
         prepared = replace(images, transform=Compose([methodcaller("convert", mode), transform]))
-        in_memory = self.data == "digits" and max(self.preprocessing["input_size"]) <= 96  # pixels: at most 200 MB
+        # pixels: at most 200 MB.
+        in_memory = self.data == "digits" and max(self.preprocessing["input_size"]) <= 96
         return list(prepared) if in_memory else prepared
 
     def describe_calibration(self, num_samples: int) -> str:
@@ -159,10 +174,15 @@ class ImageDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, augmented, and shuffled anew in each epoch."""
-        order: dict[str, Any] = {"shuffle": True, "generator": torch.Generator().manual_seed(self.seed)}
+        order: dict[str, Any] = {
+            "shuffle": True,
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
         # Workers that outlive an epoch would augment with other random numbers than the new ones of a resumed run.
         order |= {"trainer": self.trainer, "seed": self.seed, "persistent_workers": False}
-        return self._loader(self._prepare(self._opened().train, augment=True), ResumableLoader, **order)
+        return self._loader(
+            self._prepare(self._opened().train, augment=True), ResumableLoader, **order
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Return the evaluation images, in their order."""
@@ -170,10 +190,15 @@ class ImageDataModule(L.LightningDataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, dataset: Any, kind: type[DataLoader[Any]] = DataLoader, **options: Any) -> DataLoader[Any]:
+    def _loader(
+        self, dataset: Any, kind: type[DataLoader[Any]] = DataLoader, **options: Any
+    ) -> DataLoader[Any]:
         if self.data == "digits":
             silence_worker_advice()
-        options = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0} | options
+        options = {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+        } | options
         return kind(dataset, self.batch_size, **options)
 
 
@@ -189,7 +214,9 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
     from timm.data import resolve_data_config
 
     with torch.device("meta"):
-        inner = _timm_model(timm.create_model(timm_name(model)) if isinstance(model, str) else model)
+        inner = _timm_model(
+            timm.create_model(timm_name(model)) if isinstance(model, str) else model
+        )
     if inner is None:
         raise UserError(
             f"model must be a timm model, whose pretrained_cfg defines the transforms, but {type(model).__name__} has "

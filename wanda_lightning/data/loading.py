@@ -12,14 +12,19 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import reading
 
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),  # with or without a byte order mark
+    ".txt": (
+        "text",
+        {"sample_by": "document", "encoding": "utf-8-sig"},
+    ),  # with or without a byte order mark
     ".jsonl": ("json", {}),
     ".parquet": ("parquet", {}),
 }
 EXTENSIONS = tuple(_BUILDERS)
 _JSON = (".json", ".jsonl", ".ndjson")  # of a folder, datasets reads all three
 _STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
-_DEEPEST = 1000  # levels of JSON: pyarrow recurses, and the stack ends the process at some ten thousand
+_DEEPEST = (
+    1000  # levels of JSON: pyarrow recurses, and the stack ends the process at some ten thousand
+)
 
 
 def load(source: str, *config: str, **options: Any) -> Any:
@@ -30,7 +35,8 @@ def load(source: str, *config: str, **options: Any) -> Any:
     """
     import datasets
 
-    path, name = Path(source).expanduser(), source
+    path = Path(source).expanduser()
+    name = source
     if path.suffix in _BUILDERS:
         name, format_options = _BUILDERS[path.suffix]
         options |= {"data_files": str(path), "split": "train", **format_options}
@@ -49,7 +55,8 @@ def _refuse_deep(path: Path) -> None:
     depth = 0  # an object may go on in the next line, but a string may not
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            brackets = re.findall(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', line)  # and strings, which may hold others
+            # And strings, which may hold others.
+            brackets = re.findall(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', line)
             steps = [_STEPS.get(bracket, 0) for bracket in brackets]
             depths = [*accumulate(steps, initial=depth)]
             if max(depths) > _DEEPEST:

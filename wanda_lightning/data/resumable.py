@@ -19,7 +19,8 @@ class ResumableLoader(DataLoader[Any]):
 
     def __init__(self, *args: Any, trainer: L.Trainer | None, seed: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.trainer, self.seed = trainer, seed  # public: Lightning rebuilds the loader to add a DistributedSampler
+        self.trainer = trainer
+        self.seed = seed  # public: Lightning rebuilds the loader to add a DistributedSampler
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of an epoch, or those that are left of it."""

@@ -21,14 +21,21 @@ from wanda_lightning.common.words import counted
 from wanda_lightning.data.loading import silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.resumable import ResumableLoader
-from wanda_lightning.data.text_sources import OWN_TEXT, SELF, calibration_source, evaluation_text, named
+from wanda_lightning.data.text_sources import (
+    OWN_TEXT,
+    SELF,
+    calibration_source,
+    evaluation_text,
+    named,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _C4_EVALUATION_WINDOWS = 256
 _SAMPLE = (
-    "Tokenizers of one kind split this in the same way: 1,234\n\tdef \u00e9t\u00e9(x): return x**2  # \u65e5\u672c"
+    "Tokenizers of one kind split this in the same way: "
+    "1,234\n\tdef \u00e9t\u00e9(x): return x**2  # \u65e5\u672c"
 )
 
 
@@ -87,7 +94,11 @@ class TextDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         check_at_least(2, seqlen=seqlen)  # one token to read and one to predict
-        given = {name: each for name, each in (("limit", limit), ("train_samples", train_samples)) if each is not None}
+        given = {
+            name: each
+            for name, each in (("limit", limit), ("train_samples", train_samples))
+            if each is not None
+        }
         check_at_least(1, num_samples=num_samples, batch_size=batch_size, **given)
         check_values(SEED, seed=seed)
         if isinstance(tokenizer, (str, os.PathLike)):
@@ -109,7 +120,8 @@ class TextDataModule(L.LightningDataModule):
         self.seed = seed
         self.cache_dir = cache_dir
         self.train_samples = num_samples if train_samples is None else train_samples
-        self._drawn = torch.empty(0, seqlen, dtype=torch.long)  # windows for calibration and training
+        # Windows for calibration and training.
+        self._drawn = torch.empty(0, seqlen, dtype=torch.long)
         self._cut: dict[str, Tensor] = {}  # by the name of the text
 
     @property
@@ -164,7 +176,9 @@ class TextDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the windows that the model has written so far: a resumed run cannot have them written again."""
-        return {"train_windows": self._drawn} if self.calibration == SELF and len(self._drawn) else {}
+        return (
+            {"train_windows": self._drawn} if self.calibration == SELF and len(self._drawn) else {}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Use the windows of the run that is resumed."""
@@ -191,10 +205,13 @@ class TextDataModule(L.LightningDataModule):
         """
         for source in self.evaluations:
             self._check_tokens(self.windows_of(source))
-        if stage in (None, "fit") and self.calibration != SELF:  # the model writes on its device, and once if resumed
+        # The model writes on its device, and once if resumed.
+        if stage in (None, "fit") and self.calibration != SELF:
             self._check_tokens(self.train_windows)
         theirs = getattr(self._module, "tokenizer", None)
-        if theirs is not None and theirs(_SAMPLE, verbose=False).input_ids != self._tokenize(_SAMPLE):
+        if theirs is not None and theirs(_SAMPLE, verbose=False).input_ids != self._tokenize(
+            _SAMPLE
+        ):
             raise UserError(
                 "tokenizer must be the tokenizer of the model, but that one splits the text differently, so the "
                 "perplexity would be meaningless. Leave tokenizer out to use the tokenizer of the model."
@@ -222,7 +239,10 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the training windows, shuffled anew in each epoch."""
-        order: dict[str, Any] = {"shuffle": True, "generator": torch.Generator().manual_seed(self.seed)}
+        order: dict[str, Any] = {
+            "shuffle": True,
+            "generator": torch.Generator().manual_seed(self.seed),
+        }
         rows = _rows(self.train_windows)
         return ResumableLoader(rows, self.batch_size, trainer=self.trainer, seed=self.seed, **order)
 
@@ -242,7 +262,9 @@ def _rows(windows: Tensor) -> Any:
     return [{"input_ids": window} for window in windows]
 
 
-def draw_from_text(ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str) -> Tensor:
+def draw_from_text(
+    ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str
+) -> Tensor:
     """Draw windows that start anywhere in one text, as token ids of shape (num_samples, seqlen).
 
     `random.Random(seed)` draws the same windows as the reference code does for WikiText-2. Errors name the `source`.

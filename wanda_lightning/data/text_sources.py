@@ -13,12 +13,22 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.words import did_you_mean
 from wanda_lightning.data.loading import EXTENSIONS, is_hub_id, load
 
-SELF, OWN_TEXT = "self", "text by the dense model"  # the name of the text that the model itself writes, and in words
+SELF = "self"
+OWN_TEXT = (
+    "text by the dense model"  # the name of the text that the model itself writes, and in words
+)
 
 _NAMES = ("c4", "wikitext2", "python-docs", "sklearn-docs")
 _IN_MEMORY = "texts in memory"
-_HUB_SPLITS = ("train",), ("validation", "test", "train")  # for calibration and for evaluation: the first that exists
-_C4 = (("train", "en/c4-train.00000-of-01024.json.gz"), ("validation", "en/c4-validation.00000-of-00008.json.gz"))
+# For calibration and for evaluation: the first that exists.
+_HUB_SPLITS = (
+    ("train",),
+    ("validation", "test", "train"),
+)
+_C4 = (
+    ("train", "en/c4-train.00000-of-01024.json.gz"),
+    ("validation", "en/c4-validation.00000-of-00008.json.gz"),
+)
 _C4_EVALUATION_DOCUMENTS = 1100
 _EVALUATION_FRACTION = 0.3  # of the characters of python-docs
 _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics by chance
@@ -30,8 +40,12 @@ def check_source(source: str, option: str = "text") -> None:
     if source == "sklearn-docs":
         require_extra("demo", "sklearn", purpose="The descriptions of scikit-learn's data sets")
     if path.suffix in EXTENSIONS and not path.exists():
-        raise UserError(f"{option} must be an existing file, but there is no {source}. Check the path.")
-    if not (source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()) or is_hub_id(source)):
+        raise UserError(
+            f"{option} must be an existing file, but there is no {source}. Check the path."
+        )
+    if not (
+        source in _NAMES or (path.suffix in EXTENSIONS and path.is_file()) or is_hub_id(source)
+    ):
         raise UserError(
             f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), an existing file "
             f"that ends in {', '.join(EXTENSIONS)}, or a list of documents, but it is {source!r:.80}."
@@ -107,7 +121,9 @@ def _content(source: Any, part: int, cache_dir: str | None) -> str | Sequence[st
         return load("allenai/c4", split=split, cache_dir=cache_dir, **options)["text"]
     if source == "wikitext2":
         split = ("train", "test")[part]
-        return load("Salesforce/wikitext", "wikitext-2-raw-v1", split=split, cache_dir=cache_dir)["text"]
+        return load("Salesforce/wikitext", "wikitext-2-raw-v1", split=split, cache_dir=cache_dir)[
+            "text"
+        ]
     loaded = load(source, cache_dir=cache_dir)
     if Path(source).suffix in EXTENSIONS:
         documents = documents_in(loaded, source)
@@ -131,7 +147,9 @@ def python_docs() -> tuple[dict[str, str], dict[str, str]]:
     parts: tuple[list[str], list[str]] = [], []
     for group in sorted(_quoting_groups(topics), key=lambda names: (-size(names), names)):
         # Add to the part that is further behind its fraction.
-        evaluation_next = size(parts[1]) * (1 - _EVALUATION_FRACTION) < size(parts[0]) * _EVALUATION_FRACTION
+        evaluation_next = (
+            size(parts[1]) * (1 - _EVALUATION_FRACTION) < size(parts[0]) * _EVALUATION_FRACTION
+        )
         parts[evaluation_next].extend(group)
     calibration, evaluation = ({name: topics[name] for name in sorted(part)} for part in parts)
     return calibration, evaluation
@@ -139,20 +157,26 @@ def python_docs() -> tuple[dict[str, str], dict[str, str]]:
 
 def sklearn_docs() -> str:
     """Return the descriptions of scikit-learn's data sets: 14 texts with 43 kB, unrelated to Python's reference."""
-    found = [file for file in files("sklearn.datasets.descr").iterdir() if file.name.endswith(".rst")]
-    return "\n\n".join(file.read_text(encoding="utf-8") for file in sorted(found, key=lambda file: file.name))
+    found = [
+        file for file in files("sklearn.datasets.descr").iterdir() if file.name.endswith(".rst")
+    ]
+    return "\n\n".join(
+        file.read_text(encoding="utf-8") for file in sorted(found, key=lambda file: file.name)
+    )
 
 
 def _quoting_groups(topics: Mapping[str, str]) -> list[list[str]]:
     """Group the topics that share a paragraph, directly or through others."""
     groups: list[tuple[list[str], set[str]]] = []
     for name in sorted(topics):
-        names, paragraphs = [name], {p.strip() for p in topics[name].split("\n\n") if len(p.strip()) >= _QUOTATION}
+        names = [name]
+        paragraphs = {p.strip() for p in topics[name].split("\n\n") if len(p.strip()) >= _QUOTATION}
         disjoint = []
         for group in groups:
             if paragraphs.isdisjoint(group[1]):
                 disjoint.append(group)
             else:
-                names, paragraphs = group[0] + names, group[1] | paragraphs
+                names = group[0] + names
+                paragraphs = group[1] | paragraphs
         groups = [*disjoint, (names, paragraphs)]
     return [sorted(names) for names, _ in groups]

@@ -26,10 +26,13 @@ _SAMPLES = 512  # maximum number of samples, over all processes
 
 _AT_ONCE = 2**20  # numbers of a layer's input
 
-_OPTION = "The batches ran for BatchNorm layers: keep_batch_norm=True leaves their statistics alone."
+_OPTION = (
+    "The batches ran for BatchNorm layers: keep_batch_norm=True leaves their statistics alone."
+)
 
 _Moments = Sequence[Tensor]  # the mean and variance of each channel
-_Visit = Callable[[int, int, Tensor], None]  # index of the layer, number of its earlier calls, its input
+# Index of the layer, number of its earlier calls, its input.
+_Visit = Callable[[int, int, Tensor], None]
 
 
 class BatchNormStatistics:
@@ -55,21 +58,33 @@ class BatchNormStatistics:
     """
 
     def __init__(self, layers: Sequence[nn.Module], samples: Samples, processes: Processes) -> None:
-        self._layers, self._processes = layers, processes
-        self._original = [[x.to("cpu", torch.float64, copy=True) for x in _buffers(layer)] for layer in layers]
+        self._layers = layers
+        self._processes = processes
+        self._original = [
+            [x.to("cpu", torch.float64, copy=True) for x in _buffers(layer)] for layer in layers
+        ]
         self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
         if layers:
             with processes.fail_together(), noting(lambda: _OPTION, kind=Exception):
                 self._used, held_out = _divided(samples, -(-_SAMPLES // processes.world_size))
                 self._run(self._record)
-                self._held_out = [(sample, *dense) for sample in held_out if (dense := _predict(sample)) is not None]
+                self._held_out = [
+                    (sample, *dense)
+                    for sample in held_out
+                    if (dense := _predict(sample)) is not None
+                ]
 
     def correct(self) -> BatchNormCorrection | None:
         """Correct the pruned model, unless that makes its predictions worse; None if there are no layers."""
         if not self._layers:
             return None
-        sizes = [sum(count for _, count in self._used), sum(sample.size for sample, _, _ in self._held_out)]
-        used, held_out = (sum(column) for column in zip(*self._processes.all_gather(sizes), strict=True))
+        sizes = [
+            sum(count for _, count in self._used),
+            sum(sample.size for sample, _, _ in self._held_out),
+        ]
+        used, held_out = (
+            sum(column) for column in zip(*self._processes.all_gather(sizes), strict=True)
+        )
         with ExitStack() as undo:
             for layer, moments in enumerate(self._original):
                 undo.callback(self._set, layer, moments)  # also after an error
@@ -98,27 +113,42 @@ class BatchNormStatistics:
 
         with self._processes.fail_together():
             self._run(visit)
-        totals = [sums[-1] if sums else zeros for sums, zeros in zip(self._dense, self._zeros(), strict=True)]
+        totals = [
+            sums[-1] if sums else zeros
+            for sums, zeros in zip(self._dense, self._zeros(), strict=True)
+        ]
         self._processes.all_reduce_sum([*totals, *pruned])
-        reached = [layer for layer in range(len(totals)) if bool(totals[layer][0].any() and pruned[layer][0].any())]
+        reached = [
+            layer
+            for layer in range(len(totals))
+            if bool(totals[layer][0].any() and pruned[layer][0].any())
+        ]
         for layer in reached:
             self._set(layer, _moved(self._original[layer], totals[layer], pruned[layer]))
         return len(reached)
 
     def _run(self, visit: _Visit) -> None:
         """Run the chosen calibration batches, and call `visit` before each call of a layer."""
-        calls, count, size = [0] * len(self._layers), 0, 1
+        calls = [0] * len(self._layers)
+        count = 0
+        size = 1
 
-        def hook(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(
+            index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
             inputs = input_of(args, kwargs)
-            visit(index, calls[index], inputs[: len(inputs) * count // size])  # held-out samples come last
+            # held-out samples come last.
+            visit(index, calls[index], inputs[: len(inputs) * count // size])
             calls[index] += 1
 
         with ExitStack() as hooks:
             for index, layer in enumerate(self._layers):
-                hooks.callback(layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True).remove)
+                hooks.callback(
+                    layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True).remove
+                )
             for batch, kept in self._used:
-                count, size = kept, max(1, batch.size)  # a batch may be empty
+                count = kept
+                size = max(1, batch.size)  # a batch may be empty
                 batch.forward()
 
     def _zeros(self) -> list[Tensor]:
@@ -160,13 +190,22 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
 
     The frozen ones of detectors, which are classes of their own in every library, normalize by them in training, too.
     """
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) or "FrozenBatchNorm" in type(m).__name__]
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) or "FrozenBatchNorm" in type(m).__name__
+    ]
     without = (NoneType, UninitializedBuffer)
-    return [m for m in layers if not any(isinstance(x, without) for x in (m.running_mean, m.running_var))]
+    return [
+        m
+        for m in layers
+        if not any(isinstance(x, without) for x in (m.running_mean, m.running_var))
+    ]
 
 
 def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    mean, variance = layer.running_mean, layer.running_var
+    mean = layer.running_mean
+    variance = layer.running_var
     assert isinstance(mean, Tensor)
     assert isinstance(variance, Tensor)
     return mean, variance
@@ -184,14 +223,19 @@ def _sums(inputs: Tensor) -> Tensor:
     parts = inputs.split(max(1, _AT_ONCE * len(inputs) // inputs.numel()))
     deviations = torch.stack([(part - center).square().sum(dims) for part in parts])
     # float64: the difference of two sums of squares would lose a small variance.
-    mean, deviations = mean.cpu().double(), deviations.cpu().double()
+    mean = mean.cpu().double()
+    deviations = deviations.cpu().double()
     count = torch.full_like(mean, inputs.numel() // channels)
     return torch.stack([count, count * mean, deviations.sum(dim=0) + count * mean.square()])
 
 
 def _moved(running: _Moments, dense: Tensor, pruned: Tensor) -> _Moments:
     """Return the running mean and variance after the change from the dense to the pruned sums."""
-    (mean, variance), (m, v), (pruned_m, pruned_v) = running, _mean_and_variance(dense), _mean_and_variance(pruned)
+    (mean, variance), (m, v), (pruned_m, pruned_v) = (
+        running,
+        _mean_and_variance(dense),
+        _mean_and_variance(pruned),
+    )
     scale = torch.where(v > 0, pruned_v / v, 1.0).clamp(max=1)
     # This order of operations changes no bit if the two sums are equal.
     moved_mean = scale.sqrt() * mean + (pruned_m - scale.sqrt() * m)

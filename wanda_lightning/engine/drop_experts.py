@@ -41,15 +41,20 @@ def drop_experts(run: Run) -> PruningReport:
     plan, model = run.plan, run.plan.model
     with plan.processes.fail_together():
         found = find_mixtures(plan.config, model, plan.inventory)
-        with ExitStack() as undo:  # refuse a model without a configuration for the rest, before any batch runs
+        # Refuse a model without a configuration for the rest, before any batch runs.
+        with ExitStack() as undo:
             for mixture in found:
                 undo.callback(take_shapes(plan.config, mixture))
             undo.callback(declare(plan.config, model, found))
-    size, saliency, left = _parameters(run), ExpertSaliency(found), {mixture.experts: mixture for mixture in found}
+    size = _parameters(run)
+    saliency = ExpertSaliency(found)
+    left = {mixture.experts: mixture for mixture in found}
     for layer in plan.layers:
         if layer.module not in left or layer.expert is None:
             detail = "no matrix of a routed expert"
-            run.done.skipped[layer.name] = SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail)
+            run.done.skipped[layer.name] = SkippedMatrix(
+                layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail
+            )
     with (
         run.clock.timed("drop"),
         pruning_mode(model) as changing,
@@ -58,14 +63,26 @@ def drop_experts(run: Run) -> PruningReport:
     ):
         for stop in run.store.passed(run, saliency.watched, bar):
             here = dict.fromkeys(layer.module for layer in stop.layers)
-            _drop(run, stop, [left.pop(experts) for experts in here if experts in left], saliency, changing)
+            _drop(
+                run,
+                stop,
+                [left.pop(experts) for experts in here if experts in left],
+                saliency,
+                changing,
+            )
         _choose(run, list(left.values()), saliency)  # refuses those that no batch has reached
         run.store.finish(run)
     declare(plan.config, model, found)
-    report, zeros = make_report(run), size - _parameters(run)
+    report = make_report(run)
+    zeros = size - _parameters(run)
     gone = f"{found[0].number - len(found[0].slots[-1].tensor)} of {found[0].number} experts were taken out of each of "
     note = f"{gone}{counted(len(found), 'layer')}: {zeros:,} parameters, reported as zeros"
-    config = {**report.config, "preset": "", "criterion": {"name": "REAP"}}  # of experts, not of weights
+    # Of experts, not of weights.
+    config = {
+        **report.config,
+        "preset": "",
+        "criterion": {"name": "REAP"},
+    }
     return replace(report, parameters=size, zeros=zeros, config=config, notes=(note, *report.notes))
 
 
@@ -73,7 +90,9 @@ def _parameters(run: Run) -> int:
     return sum(parameter.numel() for parameter in run.plan.model.parameters())
 
 
-def _drop(run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSaliency, changing: Changing) -> None:
+def _drop(
+    run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSaliency, changing: Changing
+) -> None:
     """Take experts out of the mixtures of one stop; only make these small if an earlier run has done so."""
     if any(layer.name in run.done.layers for layer in stop.layers):
         for mixture in mixtures:
@@ -90,7 +109,9 @@ def _drop(run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSal
 
 def _choose(run: Run, mixtures: Sequence[Mixture], saliency: ExpertSaliency) -> dict[str, Units]:
     """Return which experts of each mixture stay."""
-    config, processes, keep = run.plan.config, run.plan.processes, dict[str, Units]()
+    config = run.plan.config
+    processes = run.plan.processes
+    keep = dict[str, Units]()
     saliency.all_reduce(mixtures, processes)
     for mixture in mixtures:
         reached = saliency.tokens(mixture).any()
@@ -111,8 +132,11 @@ def _record(run: Run, mixture: Mixture, keep: Units, saliency: ExpertSaliency) -
     for layer in run.plan.layers:
         if layer.module is not mixture.experts or layer.expert is None:
             continue
-        dropped, tokens = not keep[layer.expert], int(saliency.tokens(mixture)[layer.expert])
-        note = "dropped" if dropped else "padding counted" * (mixture.name in saliency.padding_counted)
+        dropped = not keep[layer.expert]
+        tokens = int(saliency.tokens(mixture)[layer.expert])
+        note = (
+            "dropped" if dropped else "padding counted" * (mixture.name in saliency.padding_counted)
+        )
         record = PrunedLayer(layer.name, layer.shape, float(dropped), float(dropped), tokens, note)
         block = run.plan.inventory.blocks[layer.name]
         run.done.layers[layer.name] = replace(record, siblings=layer.siblings, block=block)

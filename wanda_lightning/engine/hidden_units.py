@@ -61,7 +61,8 @@ def permute(run: Run) -> Permuted:
     plan, stops = run.plan, run.plan.block_stops
     if not stops:
         return Permuted(why_not="no layer to prune lies in a block")
-    search, again = _Permuting(plan), set[str]()
+    search = _Permuting(plan)
+    again = set[str]()
     blocks = dense_blocks(run, stops, _SAMPLES, "Permuting", again)
     with pruning_mode(plan.model, search.moved), closing(blocks):
         for block, calls in blocks:
@@ -82,7 +83,9 @@ def couple(run: Run) -> Plan:
     without blocks is one block.
     """
     plan = run.plan
-    search, again, places = _Removing(plan), set[str](), plan.block_stops or (_one_block(plan),)
+    search = _Removing(plan)
+    again = set[str]()
+    places = plan.block_stops or (_one_block(plan),)
     with closing(dense_blocks(run, places, 1, "Finding hidden units", again)) as blocks:
         for block, calls in blocks:
             search(block, calls)
@@ -95,8 +98,10 @@ class _Search:
     """Finds the hidden units of one block after the other."""
 
     def __init__(self, plan: Plan, likeness: Callable[[nn.Module], object]) -> None:
-        self._plan, self._likeness = plan, likeness
-        self._modules, self._tied = named_modules(plan.model), tied_tensors(plan.model)
+        self._plan = plan
+        self._likeness = likeness
+        self._modules = named_modules(plan.model)
+        self._tied = tied_tensors(plan.model)
         # The candidate that is right for readers with the same name and shape in blocks alike; -1 if none is.
         self._known: dict[tuple[object, ...], int] = {}
 
@@ -116,7 +121,8 @@ class _Search:
         if not self._plan.processes.all_agree(runs.is_empty or runs.reads_alone(reader.module)):
             return None
         parent = self._modules[reader.name.rpartition(".")[0]]
-        key, undecided = (self._likeness(block.module), reader.name.removeprefix(block.name), reader.shape), False
+        key = (self._likeness(block.module), reader.name.removeprefix(block.name), reader.shape)
+        undecided = False
         for index, units in enumerate(candidates(reader, parent, block.module)):
             right = self._known.get(key, index) == index and is_right(units, runs)
             if right:
@@ -139,7 +145,9 @@ class _Permuting(_Search):
         self.kept = dict[str, tuple[float, float]]()  # see `Permuted`
         self.back = list[str]()  # names of blocks whose units have their own order again
         self.done: dict[str, list[Reordering]] = {}  # by block
-        self.moved = set[nn.Module]()  # whose tensors have another order, perhaps buffers among them
+        self.moved = set[
+            nn.Module
+        ]()  # whose tensors have another order, perhaps buffers among them
         self._observer = Observer(Wanda.needs, plan.processes)
 
     def __call__(self, block: Stop, calls: Sequence[Call]) -> None:
@@ -155,14 +163,20 @@ class _Permuting(_Search):
             if not self._plan.processes.all_agree(runs.same_results()):
                 self.put_back(block.name)
 
-    def _find(self, block: Stop, runs: BlockRuns, inputs: Mapping[str, InputStatistics]) -> Iterator[Reordering]:
+    def _find(
+        self, block: Stop, runs: BlockRuns, inputs: Mapping[str, InputStatistics]
+    ) -> Iterator[Reordering]:
         """Yield the hidden units of a block that can be permuted, with another order for them."""
-        config, plain = self._plan.config, filter(is_plain, block.layers)
+        config = self._plan.config
+        plain = filter(is_plain, block.layers)
         found = [self._first(layer, block, runs, _candidates, self._is_right) for layer in plain]
         for hidden in filter(None, found):
             scores = Wanda()(hidden.reader.read(), inputs[hidden.reader.name])
-            by_head = scores[:, hidden.columns].permute(1, 0, 2, 3).flatten(1, 2)  # copies of a unit are further rows
-            orders = torch.stack([config.permutation(each, config.pattern).cpu() for each in by_head])
+            # Copies of a unit are further rows.
+            by_head = scores[:, hidden.columns].permute(1, 0, 2, 3).flatten(1, 2)
+            orders = torch.stack(
+                [config.permutation(each, config.pattern).cpu() for each in by_head]
+            )
             # One process decides: sums that differ in the last digit could give another order.
             orders = self._plan.processes.broadcast(orders, 0)
             both = torch.arange(scores.shape[1]), hidden.source(orders)
@@ -171,10 +185,17 @@ class _Permuting(_Search):
                 self.kept[hidden.reader.name] = before, after
                 yield hidden, orders
 
-    def put_back(self, name: str, undo: Callable[[Callable[[], None]], None] = lambda change: change()) -> None:
+    def put_back(
+        self, name: str, undo: Callable[[Callable[[], None]], None] = lambda change: change()
+    ) -> None:
         """Put the hidden units of a block back into their order by `undo`, and report it."""
         chosen = self.done.pop(name, [])
-        undo(partial(_permute_all, [(hidden, orders.argsort(dim=1)) for hidden, orders in reversed(chosen)]))
+        undo(
+            partial(
+                _permute_all,
+                [(hidden, orders.argsort(dim=1)) for hidden, orders in reversed(chosen)],
+            )
+        )
         for hidden, _ in chosen:
             del self.kept[hidden.reader.name]
         if chosen:
@@ -183,13 +204,16 @@ class _Permuting(_Search):
     def _is_right(self, hidden: HiddenUnits, runs: BlockRuns) -> bool:
         """Whether a random order of the units permutes what the reader receives, and changes nothing else."""
         heads, _, size = hidden.columns.shape
-        if self._is_tied(hidden) or size % self._plan.config.pattern.group_size:  # groups lie within heads
+        # Groups lie within heads.
+        if self._is_tied(hidden) or size % self._plan.config.pattern.group_size:
             return False
         generator = torch.Generator().manual_seed(0)
         orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(heads)])
         hidden.permute(orders)
         try:
-            same = runs.is_empty or runs.is_permuted(hidden.reader, hidden.source(orders), hidden.inner)
+            same = runs.is_empty or runs.is_permuted(
+                hidden.reader, hidden.source(orders), hidden.inner
+            )
         finally:
             hidden.permute(orders.argsort(dim=1))
         return self._plan.processes.all_agree(same)
@@ -214,8 +238,11 @@ class _Removing(_Search):
         super().__init__(plan, _likeness)
         self.found: dict[str, RemovableUnits] = {}  # by reader
         self._own = {layer.module: layer for layer in plan.layers}
-        self._kept = {self._modules.get(m.name) for m in plan.inventory.skipped_for(SkipReason.USER)}
-        self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
+        self._kept = {
+            self._modules.get(m.name) for m in plan.inventory.skipped_for(SkipReason.USER)
+        }
+        # A matrix has one set of rows and one of columns.
+        self._taken: set[tuple[nn.Module, str, int]] = set()
 
     def __call__(self, block: Stop, calls: Sequence[Call]) -> None:
         """Find the units that layers of this block read."""
@@ -244,7 +271,11 @@ class _Removing(_Search):
         if units.width < 2:
             return False
         keep = torch.zeros(units.width, dtype=torch.bool)
-        keep[torch.randperm(units.width, generator=torch.Generator().manual_seed(0))[: units.width // 2]] = True
+        keep[
+            torch.randperm(units.width, generator=torch.Generator().manual_seed(0))[
+                : units.width // 2
+            ]
+        ] = True
         with units.restored():
             units.zero(~keep)
             same = runs.is_empty or runs.same_after(lambda: units.take(keep), (units, keep))
@@ -259,14 +290,20 @@ def _likeness(block: nn.Module) -> tuple[object, ...]:
         for key, value in vars(module).items()
         if isinstance(value, float | bool)
     ]
-    return type(block), *((name, parameter.shape) for name, parameter in block.named_parameters()), *attributes
+    return (
+        type(block),
+        *((name, parameter.shape) for name, parameter in block.named_parameters()),
+        *attributes,
+    )
 
 
 def _one_block(plan: Plan) -> Stop:
     """Return the smallest module with a forward that contains all layers."""
-    modules, levels = named_modules(plan.model), zip(*(x.name.split(".")[:-1] for x in plan.layers), strict=False)
+    modules = named_modules(plan.model)
+    levels = zip(*(x.name.split(".")[:-1] for x in plan.layers), strict=False)
     parts = [names[0] for names in takewhile(lambda names: len({*names}) == 1, levels)]
-    while parts and type(modules[".".join(parts)]).forward is nn.Module.forward:  # a ModuleList has none
+    # A ModuleList has none.
+    while parts and type(modules[".".join(parts)]).forward is nn.Module.forward:
         parts.pop()
     return Stop(".".join(parts), modules[".".join(parts)], plan.layers)
 
@@ -295,7 +332,10 @@ def _narrowed(plan: Plan, coupled: Mapping[str, RemovableUnits]) -> Plan:
         for layer in inventory.layers
         if layer.name not in coupled and layer.name not in written
     )
-    narrow = (replace(stop, layers=tuple(x for x in stop.layers if x.name in coupled)) for stop in inventory.stops)
+    narrow = (
+        replace(stop, layers=tuple(x for x in stop.layers if x.name in coupled))
+        for stop in inventory.stops
+    )
     stops = tuple(stop for stop in narrow if stop.layers)
     inventory = replace(inventory, stops=stops, skipped=(*inventory.skipped, *skipped))
     return replace(plan, inventory=inventory, coupled=coupled)

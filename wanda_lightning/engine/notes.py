@@ -29,7 +29,9 @@ _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be
 def make_report(run: Run) -> PruningReport:
     """Return the report of a run that has pruned all stops, and log its warnings."""
     started = time.perf_counter()
-    plan, pruned, skipped = run.plan, run.done.layers, _left_dense(run)
+    plan = run.plan
+    pruned = run.done.layers
+    skipped = _left_dense(run)
     if not pruned and plan.config.sparsity > 0:
         only_zeros = any(each.reason == SkipReason.INACTIVE for each in skipped.values())
         found = "only zeros" if only_zeros else "no token except padding"
@@ -44,7 +46,11 @@ def make_report(run: Run) -> PruningReport:
     parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
     held = (p.detach() for p in parameters if not is_wrapper(p) and not is_unloaded(p))
     zeros = run.store.zeros + sum(int((values == 0).count_nonzero()) for values in held)
-    limits = None if plan.config.pattern.prunes_units else plan.config.allocation.limits(plan.config.sparsity)
+    limits = (
+        None
+        if plan.config.pattern.prunes_units
+        else plan.config.allocation.limits(plan.config.sparsity)
+    )
     run.clock["report"] = time.perf_counter() - started
     return PruningReport(
         layers=tuple(pruned[name] for name in plan.inventory.blocks if name in pruned),
@@ -66,12 +72,23 @@ def make_report(run: Run) -> PruningReport:
 
 def _left_dense(run: Run) -> dict[str, SkippedMatrix]:
     """Return the layers of the plan that were not pruned, and what writes the hidden units that such layers read."""
-    done, plan = run.done, run.plan
-    dense = {x.name: done.skipped.get(x.name) or unreached(x) for x in plan.layers if x.name not in done.layers}
+    done = run.done
+    plan = run.plan
+    dense = {
+        x.name: done.skipped.get(x.name) or unreached(x)
+        for x in plan.layers
+        if x.name not in done.layers
+    }
     for name, units in plan.coupled.items():
         for writer in units.writers if name in dense else ():
-            dense.setdefault(writer.name, replace(dense[name], name=writer.name, shape=writer.stored_shape))
-    return {name: dense[name] for name in plan.inventory.blocks if name in dense and name not in done.layers}
+            dense.setdefault(
+                writer.name, replace(dense[name], name=writer.name, shape=writer.stored_shape)
+            )
+    return {
+        name: dense[name]
+        for name in plan.inventory.blocks
+        if name in dense and name not in done.layers
+    }
 
 
 class Note(NamedTuple):
@@ -107,9 +124,11 @@ def _on_layers(run: Run, skipped: Mapping[str, SkippedMatrix]) -> Iterator[Note]
             yield Note(f"{why} {_layers(names)}, {names[0]} first: left dense")
     if few := [name for name in run.done.few_tokens if name in run.done.layers]:
         least = min(few, key=lambda name: run.done.layers[name].tokens)
-        noun, use = "expert layer", "pruned with the statistics of all experts"
+        noun = "expert layer"
+        use = "pruned with the statistics of all experts"
         if run.plan.config.pattern.drops_experts:
-            noun, use = "expert", "scored by these"
+            noun = "expert"
+            use = "scored by these"
         yield Note(
             f"{_layers(few, noun)} received fewer than {observer.MIN_EXPERT_TOKENS} tokens, {least} "
             f"fewest: {run.done.layers[least].tokens}. They are {use}: give more calibration samples"
@@ -143,10 +162,12 @@ def _on_passed(run: Run) -> Iterator[Note]:
 
 def _shared_outside(plan: Plan) -> set[str]:
     """Return the layers whose weight the model also holds outside of their stop, where it is called once more."""
-    names, shared = Counter(id(p) for _, p in plan.model.named_parameters(remove_duplicate=False)), set[str]()
+    names = Counter(id(p) for _, p in plan.model.named_parameters(remove_duplicate=False))
+    shared = set[str]()
     for stop in plan.stops:
         if stop.module is not None and any(names[id(layer.parameter)] > 1 for layer in stop.layers):
-            modules = plan.model.named_modules({stop.module})  # without that module and what it contains
+            # Without that module and what it contains.
+            modules = plan.model.named_modules({stop.module})
             outside = {id(p) for _, module in modules for p in module.parameters(recurse=False)}
             shared |= {layer.name for layer in stop.layers if id(layer.parameter) in outside}
     return shared
@@ -156,7 +177,9 @@ def unfit_layers(inventory: Inventory) -> Note | None:
     """Name the layers that the pattern does not fit."""
     if not (unfit := inventory.skipped_for(SkipReason.PATTERN)):
         return None
-    return Note(f"the pattern does not fit {_layers(unfit)}, {unfit[0].name} largest ({unfit[0].detail}): left dense")
+    return Note(
+        f"the pattern does not fit {_layers(unfit)}, {unfit[0].name} largest ({unfit[0].detail}): left dense"
+    )
 
 
 def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}) -> Note | None:
@@ -170,7 +193,8 @@ def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}
     total = pruned + _size(left)
     if pruned >= _ENOUGH_COVERAGE * total:
         return None
-    alike, texts = grouped(left, lambda matrix: matrix.detail), []
+    alike = grouped(left, lambda matrix: matrix.detail)
+    texts = []
     for detail, matrices in sorted(alike.items(), key=lambda item: -_size(item[1]))[:3]:
         more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
         texts.append(f"{matrices[0].name}{more}, {_size(matrices):,} weights: {detail}")
@@ -182,15 +206,22 @@ def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}
 
 def _on_targets(run: Run) -> Iterator[Note]:
     layers = run.done.layers.values()
-    few = [layer for layer in layers if layer.tokens < layer.shape[1] and layer.name not in run.done.few_tokens]
-    few = [layer for layer in few if layer.name in run.selections]  # not what only writes hidden units
+    few = [
+        layer
+        for layer in layers
+        if layer.tokens < layer.shape[1] and layer.name not in run.done.few_tokens
+    ]
+    # Not what only writes hidden units.
+    few = [layer for layer in few if layer.name in run.selections]
     if "gram" in run.plan.config.needs and few:
         least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
         yield Note(
             f"{_layers(few)} received fewer tokens than inputs, {least.name} fewest: {least.tokens} tokens for "
             f"{least.shape[1]} inputs. Their Gram matrices depend on the dampening: give more calibration samples"
         )
-    if short := [layer for layer in layers if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]:
+    if short := [
+        layer for layer in layers if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]
+    ]:
         worst = min(short, key=lambda layer: layer.sparsity)
         yield Note(
             f"{run.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
@@ -201,25 +232,31 @@ def _on_targets(run: Run) -> Iterator[Note]:
 def _on_units(run: Run) -> Iterator[Note]:
     if not run.plan.coupled or not run.plan.config.sparsity:
         return
-    zero, width = sum(run.done.zero_units.values()), sum(units.width for units in run.plan.coupled.values())
+    zero = sum(run.done.zero_units.values())
+    width = sum(units.width for units in run.plan.coupled.values())
     if not zero:
         yield Note(
             f"none of {width:,} hidden units is zero, because sparsity={run.plan.config.sparsity:g} rounds to no unit "
             "of any layer: use a smaller multiple_of, or a higher sparsity"
         )
         return
-    plan, of_cost = run.plan, ""
+    plan = run.plan
+    of_cost = ""
     if plan.costs:
         cost = plan.config.allocation.cost
         total = plan.cost_of({name: units.width for name, units in plan.coupled.items()})
         of_cost = f", {plan.cost_of(run.done.zero_units) / total:.1%} of the {cost} of all"
-    yield Note(f"{zero:,} of {width:,} hidden units are zero{of_cost}; shrink() takes them out", is_warning=False)
+    yield Note(
+        f"{zero:,} of {width:,} hidden units are zero{of_cost}; shrink() takes them out",
+        is_warning=False,
+    )
 
 
 def _on_permutation(run: Run) -> Iterator[Note]:
     if not (done := run.permuted):
         return
-    reason, nm = "", f"{run.plan.config.pattern.group_kept}:{run.plan.config.pattern.group_size}"
+    reason = ""
+    nm = f"{run.plan.config.pattern.group_kept}:{run.plan.config.pattern.group_size}"
     if back := done.put_back:
         reason = f"; the units of {_layers(back, 'block')} were put back, {back[0]} first, because its output changed"
     if not done.kept:
@@ -236,11 +273,15 @@ def _on_permutation(run: Run) -> Iterator[Note]:
 
 def _on_batch_norm(run: Run) -> Iterator[Note]:
     if why := run.not_corrected:
-        yield Note(f"BatchNorm layers keep the statistics of the dense model, which do not fit the pruned one: {why}")
+        yield Note(
+            f"BatchNorm layers keep the statistics of the dense model, which do not fit the pruned one: {why}"
+        )
     if not (done := run.batch_norm):
         return
     if not done.layers:
-        yield Note("no calibration batch reached a BatchNorm layer: they keep the statistics of the dense model")
+        yield Note(
+            "no calibration batch reached a BatchNorm layer: they keep the statistics of the dense model"
+        )
         return
     text = f"the statistics of {counted(done.layers, 'BatchNorm layer')} are corrected on {done.samples} samples"
     if not done.kept:
@@ -257,9 +298,12 @@ def _on_batch_norm(run: Run) -> Iterator[Note]:
 
 def _on_training(run: Run) -> Iterator[Note]:
     if parts := {
-        layer.part.name: layer.part for layer in run.done.layers.values() if layer.part and layer.part.stopped
+        layer.part.name: layer.part
+        for layer in run.done.layers.values()
+        if layer.part and layer.part.stopped
     }:
-        first, untrained = next(iter(parts.values())), sum(not part.after < part.before for part in parts.values())
+        first = next(iter(parts.values()))
+        untrained = sum(not part.after < part.before for part in parts.values())
         yield Note(
             f"the training of {_layers(parts, 'part')} stopped, {first.name} first: {first.stopped}. {untrained} of "
             "them keep the weights from before the training: load the model in a wider dtype, or use a lower "
@@ -272,10 +316,15 @@ def _on_training(run: Run) -> Iterator[Note]:
         best = losses.index(min(losses))
         text += f"; mean loss on {counted(training.held_out, 'held-out sample')}, before and after each pass: "
         text += ", ".join(f"{loss:.4g}" for loss in losses)
-        text += f"; the weights {f'of pass {best}' if best else 'from before the training'} are kept"
+        text += (
+            f"; the weights {f'of pass {best}' if best else 'from before the training'} are kept"
+        )
     else:
         text += "; too few samples to hold any out"
-    yield Note(f"{text}; {training.stopped}" if training.stopped else text, is_warning=bool(training.stopped))
+    yield Note(
+        f"{text}; {training.stopped}" if training.stopped else text,
+        is_warning=bool(training.stopped),
+    )
 
 
 def _size(matrices: Sequence[SkippedMatrix]) -> int:

@@ -43,7 +43,8 @@ class Plan:
     inventory: Inventory
     # The hidden units to prune, by the layer that reads them, if whole units are pruned; the layers are these readers.
     coupled: Mapping[str, RemovableUnits] = field(default_factory=dict)
-    costs: Mapping[str, float] = field(default_factory=dict)  # of one unit of each of these; empty if all cost the same
+    # Of one unit of each of these; empty if all cost the same.
+    costs: Mapping[str, float] = field(default_factory=dict)
     preset: str = ""  # the name for these choices, before the model decided about any
 
     @property
@@ -64,10 +65,14 @@ class Plan:
     @cached_property
     def places(self) -> tuple[Stop, ...]:
         """One stop for each block that holds layers, and for each layer outside of all blocks."""
-        modules, members = named_modules(self.model), dict[str, list[Layer]]()
+        modules = named_modules(self.model)
+        members = dict[str, list[Layer]]()
         for layer in self.layers:
             members.setdefault(self.inventory.blocks[layer.name], []).append(layer)
-        return tuple(Stop(name, modules.get(name, self.model), tuple(inside)) for name, inside in members.items())
+        return tuple(
+            Stop(name, modules.get(name, self.model), tuple(inside))
+            for name, inside in members.items()
+        )
 
     @cached_property
     def block_stops(self) -> tuple[Stop, ...]:
@@ -135,16 +140,22 @@ class Plan:
 
         `inputs` and `gradients` are those of the dense model, whose weights `read` returns.
         """
-        allocation, layers, sparsities = self.config.allocation, list(self.layers), dict[str, float]()
+        allocation = self.config.allocation
+        layers = list(self.layers)
+        sparsities = dict[str, float]()
         if allocation.needs:
-            layers = [layer for layer in layers if layer.name in inputs and inputs[layer.name].count]
+            layers = [
+                layer for layer in layers if layer.name in inputs and inputs[layer.name].count
+            ]
         if allocation.reads_gradients:
             layers = [layer for layer in layers if layer.name in gradients]
         with self.processes.fail_together():
             if self.processes.rank == 0 and self.coupled:
                 sparsities = self._unit_sparsities(gradients)
             elif self.processes.rank == 0 and layers:
-                sparsities = allocation(self.dense_layers(layers, inputs, gradients, read), self.config.sparsity)
+                sparsities = allocation(
+                    self.dense_layers(layers, inputs, gradients, read), self.config.sparsity
+                )
                 if wrong := {layer.name for layer in layers} ^ sparsities.keys():
                     raise UserError(
                         f"{self.config.shown('allocation')} must return a sparsity for each layer, and for no other, "
@@ -156,21 +167,33 @@ class Plan:
 
     def cost_of(self, units: Mapping[str, int]) -> float:
         """Return what numbers of hidden units cost, by layer; 0 for layers that the measured batch did not reach."""
-        return sum(number * (self.costs.get(name, 0.0) if self.costs else 1.0) for name, number in units.items())
+        return sum(
+            number * (self.costs.get(name, 0.0) if self.costs else 1.0)
+            for name, number in units.items()
+        )
 
     def _unit_sparsities(self, gradients: Mapping[str, GradientStatistics]) -> dict[str, float]:
         """Give each layer that reads hidden units, and was measured, the fraction of them that becomes zero."""
-        pattern, allocation, layers = self.config.pattern, self.config.allocation, list[UnitLayer]()
+        pattern = self.config.pattern
+        allocation = self.config.allocation
+        layers = list[UnitLayer]()
         assert isinstance(pattern, Structured)
         for name, units in self.coupled.items():
             scores = gradients[name].units if name in gradients else None
-            if (scores is not None or not allocation.reads_gradients) and (cost := self.cost_of({name: 1})):
+            if (scores is not None or not allocation.reads_gradients) and (
+                cost := self.cost_of({name: 1})
+            ):
                 layers.append(UnitLayer(name, re.sub(r"\d+", "*", name), units.width, scores, cost))
         if self.costs and layers:
-            mean = sum(layer.cost * layer.width for layer in layers) / sum(layer.width for layer in layers)
+            mean = sum(layer.cost * layer.width for layer in layers) / sum(
+                layer.width for layer in layers
+            )
             layers = [replace(layer, cost=layer.cost / mean) for layer in layers]
         found = allocation.of_units(layers, self.config.sparsity, pattern) if layers else {}
-        return {layer.name: 1 - pattern.kept(layer.width, found[layer.name]) / layer.width for layer in layers}
+        return {
+            layer.name: 1 - pattern.kept(layer.width, found[layer.name]) / layer.width
+            for layer in layers
+        }
 
     def selections(
         self, sparsities: Mapping[str, float], gradients: Mapping[str, GradientStatistics] = {}
@@ -198,7 +221,9 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
     statistics are the same, in one pass instead of two. If blocks are trained, `"block"` replaces `"layer"`. If whole
     experts leave, so it does, and `"auto"` is `"none"`.
     """
-    is_image, pattern, sequential = reads_images(model), config.pattern, config.sequential
+    is_image = reads_images(model)
+    pattern = config.pattern
+    sequential = config.sequential
     recovery = config.recovery.for_model(is_image and not pattern.prunes_units, sequential)
     if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
         pattern = replace(pattern, weigh_rows=not is_image)
@@ -211,7 +236,10 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
 
 
 def make_plan(
-    config: PruningConfig, model: nn.Module, processes: Processes = SINGLE_PROCESS, by_block: bool = False
+    config: PruningConfig,
+    model: nn.Module,
+    processes: Processes = SINGLE_PROCESS,
+    by_block: bool = False,
 ) -> Plan:
     """Find what will be pruned, without reading or changing the weights.
 
@@ -222,14 +250,17 @@ def make_plan(
     """
     if not isinstance(model, nn.Module):  # a class, or the arguments are swapped
         found = f"the class {model.__name__}" if isinstance(model, type) else shown(model)
-        raise UserError(f"model must be a torch.nn.Module, but it is {found}. Call prune(model, batches).")
+        raise UserError(
+            f"model must be a torch.nn.Module, but it is {found}. Call prune(model, batches)."
+        )
     if is_sharded(model):
         raise UserError(
             "model must be whole in each process, but FSDP or tensor parallelism shards it. Prune it before it is "
             "sharded: with prune, with DDP, or, if it is larger than memory, with prune_from_disk. Then train it with "
             "KeepZeros, which keeps the zeros of sharded models."
         )
-    preset, config = config.preset, config_for(config, model)
+    preset = config.preset
+    config = config_for(config, model)
     # Blocks are loaded or trained one at a time, also to be pruned with statistics of the dense model.
     by_block |= config.recovery.recorded or config.pattern.drops_experts
     stops = "block" if config.sequential == "none" and by_block else config.sequential
@@ -244,7 +275,9 @@ def make_plan(
 
 def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None:
     """Refuse matrices that the user must decide about, and a model without any layer to prune."""
-    undecided = [m for m in inventory.skipped if m.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)]
+    undecided = [
+        m for m in inventory.skipped if m.reason in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
+    ]
     if undecided:
         first = undecided[0]
         raise UserError(
@@ -256,10 +289,14 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
         return
     unfit = inventory.skipped_for(SkipReason.PATTERN)
     asked = [m for m in inventory.skipped if config.only and m.reason is not SkipReason.USER]
-    reasons = "; ".join(dict.fromkeys(f"{m.name}: {m.detail}" for m in (unfit or asked or inventory.skipped)[:5]))
+    reasons = "; ".join(
+        dict.fromkeys(f"{m.name}: {m.detail}" for m in (unfit or asked or inventory.skipped)[:5])
+    )
     which = f"only={list(config.only)} names" if config.only else "model has"
     if unfit:
-        which = f"{config.shown('pattern')} fits none of the {counted(len(unfit), 'layer')}: it leaves"
+        which = (
+            f"{config.shown('pattern')} fits none of the {counted(len(unfit), 'layer')}: it leaves"
+        )
     raise UserError(
         f"{which} nothing to prune ({reasons or 'there are no weight matrices'}). Give a model with linear or "
         "convolution layers, choose others with skip= and only=, or use pattern='unstructured'."
@@ -271,7 +308,9 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
     for layer in layers:
         refuse_no_values(layer)
         stored = layer.parameter
-        repeats = any(step == 0 and size > 1 for step, size in zip(stored.stride(), stored.shape, strict=True))
+        repeats = any(
+            step == 0 and size > 1 for step, size in zip(stored.stride(), stored.shape, strict=True)
+        )
         # The sum takes one fast pass. It may overflow, so only the slow check of each weight decides.
         is_finite = bool(layer.weight.sum().isfinite() or layer.weight.isfinite().all())
         for is_wrong, found in (
@@ -279,7 +318,10 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
                 stored.is_inference(),
                 "was created under torch.inference_mode() and cannot change. Build or load the model outside of it.",
             ),
-            (repeats, "was made by expand() and repeats the same numbers. Replace it by nn.Parameter(weight.clone())."),
+            (
+                repeats,
+                "was made by expand() and repeats the same numbers. Replace it by nn.Parameter(weight.clone()).",
+            ),
             (
                 not is_finite,
                 "has weights that are NaN or infinite. Check the checkpoint. If its weights overflowed in the "
@@ -287,7 +329,9 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
             ),
         ):
             if is_wrong:
-                raise UserError(f"model must have finite weights that can be written, but {layer.name} {found}")
+                raise UserError(
+                    f"model must have finite weights that can be written, but {layer.name} {found}"
+                )
 
 
 def refuse_rounding(config: PruningConfig, widths: Mapping[str, int]) -> None:
@@ -299,9 +343,13 @@ def refuse_rounding(config: PruningConfig, widths: Mapping[str, int]) -> None:
     if not isinstance(pattern, Structured) or not widths:
         return
     name, widest = max(widths.items(), key=lambda item: item[1])
-    kept, multiple = pattern.multiples(widest, config.sparsity), pattern.multiple_of
+    kept = pattern.multiples(widest, config.sparsity)
+    multiple = pattern.multiple_of
     for is_wrong, found in (
-        (widest <= multiple, f"multiple_of={multiple} of {config.shown('pattern')} leaves no unit to remove: "),
+        (
+            widest <= multiple,
+            f"multiple_of={multiple} of {config.shown('pattern')} leaves no unit to remove: ",
+        ),
         (kept < 1, f"sparsity={config.sparsity:g} would remove all {widest} hidden units: "),
     ):
         if is_wrong:

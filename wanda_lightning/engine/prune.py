@@ -101,16 +101,24 @@ def prune_as(
         store: Where the weights are.
     """
     started = time.perf_counter()
-    config, model, processes = plan.config, plan.model, plan.processes
+    config = plan.config
+    model = plan.model
+    processes = plan.processes
     with processes.fail_together():
         store.check(plan.layers)
-        batch_norms, not_corrected = _batch_norms(plan), ""
+        batch_norms = _batch_norms(plan)
+        not_corrected = ""
         if batch_norms and batches is None:
-            not_corrected, batch_norms = "no calibration batches were given", []
+            not_corrected = "no calibration batches were given"
+            batch_norms = []
         reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
         samples = Samples(model, batches, forward, predict, processes, reader)
-        run = Run(plan, samples, store, progress and processes.rank == 0, not_corrected=not_corrected)
-        allocate_first = (not plan.is_one_pass or config.reads_gradients) and not config.pattern.drops_experts
+        run = Run(
+            plan, samples, store, progress and processes.rank == 0, not_corrected=not_corrected
+        )
+        allocate_first = (
+            not plan.is_one_pass or config.reads_gradients
+        ) and not config.pattern.drops_experts
         recovery_reads = config.recovery.reads_batches or config.recovery.recorded
         if config.data_reader and (allocate_first or recovery_reads):
             samples.read_all(run.progress)  # the batches run several times, or side by side
@@ -156,7 +164,9 @@ def rehearse(
 
     `find_batches` is called if a choice reads batches, and returns None if no batch can be spared.
     """
-    config, model, processes = plan.config, plan.model, plan.processes
+    config = plan.config
+    model = plan.model
+    processes = plan.processes
     with processes.fail_together():
         refuse_unprunable(plan.layers)
         reader = config.data_reader or ("keep_batch_norm=False" if _batch_norms(plan) else None)
@@ -185,7 +195,12 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
     not_corrected = _ONE_LOOP if _batch_norms(plan) else ""
     samples = Samples(plan.model, None, None, None, plan.processes, None)
     run = Run(plan, samples, WeightStore(), permuted=permuted, not_corrected=not_corrected)
-    with run.clock.timed("prune"), torch.inference_mode(False), torch.no_grad(), noting(run.written, log.error):
+    with (
+        run.clock.timed("prune"),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        noting(run.written, log.error),
+    ):
         with plan.processes.fail_together():
             refuse_unprunable(plan.layers)
         found, run.samples.total = passive.finish()
@@ -212,9 +227,19 @@ def _observe_dense_model(run: Run) -> Observed:
     if config.reads_gradients:
         limit = config.allocation.gradient_limit
         columns = {name: units.columns for name, units in plan.coupled.items()}
-        with pruning_mode(model), ProgressBar("Backward pass", run.samples.length, run.progress) as bar:
+        with (
+            pruning_mode(model),
+            ProgressBar("Backward pass", run.samples.length, run.progress) as bar,
+        ):
             gradients = gradient_statistics(
-                model, plan.layers, plan.blocks, run.samples, bar.step, plan.processes, limit, columns
+                model,
+                plan.layers,
+                plan.blocks,
+                run.samples,
+                bar.step,
+                plan.processes,
+                limit,
+                columns,
             )
         run.samples.refuse_if_empty()
     return inputs, gradients
@@ -229,7 +254,10 @@ def _prune_stops(run: Run) -> Run:
         with ProgressBar("Observing", None, run.progress) as bar:
             of_dense = found = run.store.observe_dense(run, observer, bar)
         run = run if run.selections else run.allocated(lambda: (found.inputs, {}))
-    with ProgressBar("Pruning", None, run.progress) as bar, closing(run.store.stops(run, bar)) as stops:
+    with (
+        ProgressBar("Pruning", None, run.progress) as bar,
+        closing(run.store.stops(run, bar)) as stops,
+    ):
         for stop, waiting in stops:
             bar.show(stop.name)
             if run.store.arrive(stop, run):

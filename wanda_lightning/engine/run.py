@@ -40,12 +40,15 @@ class Clock(dict[str, float]):
 class Done:
     """The records of the layers so far, by name. An error message uses them, too, so they are added at each write."""
 
-    layers: dict[str, PrunedLayer] = field(default_factory=dict)  # in the order in which they were pruned
+    # In the order in which they were pruned.
+    layers: dict[str, PrunedLayer] = field(default_factory=dict)
     skipped: dict[str, SkippedMatrix] = field(default_factory=dict)  # left dense
     # Number of tokens of each expert that was pruned with the statistics of all experts of its module.
     few_tokens: dict[str, int] = field(default_factory=dict)
-    zero_units: dict[str, int] = field(default_factory=dict)  # hidden units that are zero, by the layer that reads them
-    passed: Passed = field(default_factory=Passed)  # stops that the model called after they were pruned
+    # Hidden units that are zero, by the layer that reads them.
+    zero_units: dict[str, int] = field(default_factory=dict)
+    # Stops that the model called after they were pruned.
+    passed: Passed = field(default_factory=Passed)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class Run:
     done: Done = field(default_factory=Done)
     selections: Selections = field(default_factory=dict)  # empty until the sparsities are allocated
     permuted: Permuted | None = None
-    not_corrected: str = ""  # why BatchNorm layers were not corrected; empty if they were, or there are none
+    not_corrected: str = (
+        ""  # why BatchNorm layers were not corrected; empty if they were, or there are none
+    )
     batch_norm: BatchNormCorrection | None = None
     training: Training | None = None  # of the whole model
 
@@ -71,8 +76,13 @@ class Run:
         if selections:
             self.samples.count()
             return replace(self, selections=selections)
-        found, allocation = observe(), self.plan.config.allocation
-        is_shown = self.progress and bool(allocation.needs or allocation.reads_gradients) and not self.plan.coupled
+        found = observe()
+        allocation = self.plan.config.allocation
+        is_shown = (
+            self.progress
+            and bool(allocation.needs or allocation.reads_gradients)
+            and not self.plan.coupled
+        )
         with self.store.dense(), ProgressBar("Allocating", None, is_shown) as bar:
 
             def read(layer: Layer) -> Tensor:
@@ -88,12 +98,18 @@ class Run:
     def written(self) -> str:
         """Say, for an error, how many layers are pruned already; return nothing if none is."""
         pruned = counted(len(self.done.layers), "layer is", "layers are")
-        return f"{pruned} already pruned; the others are dense. {self.store.advice}" if self.done.layers else ""
+        return (
+            f"{pruned} already pruned; the others are dense. {self.store.advice}"
+            if self.done.layers
+            else ""
+        )
 
 
 def unreached(layer: Layer) -> SkippedMatrix:
     """Return the record of a layer that no calibration batch called."""
-    return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNREACHED, "no calibration batch called it")
+    return SkippedMatrix(
+        layer.name, layer.stored_shape, SkipReason.UNREACHED, "no calibration batch called it"
+    )
 
 
 class WeightStore:
@@ -178,7 +194,9 @@ class WeightStore:
         """Store what is left, after the last stop."""
 
 
-def dense_blocks(run: Run, blocks: Sequence[Stop], count: int, title: str, again: set[str]) -> Stops:
+def dense_blocks(
+    run: Run, blocks: Sequence[Stop], count: int, title: str, again: set[str]
+) -> Stops:
     """Stop at each block, whose weights are in memory then.
 
     The samples are the first `count` of all processes together. After the last block, `again` receives the names of
@@ -198,4 +216,6 @@ def dense_blocks(run: Run, blocks: Sequence[Stop], count: int, title: str, again
             bar.advance()
     # Only processes with samples there have seen it.
     missed = passed.again | passed.late
-    again |= {block.name for block in blocks if not plan.processes.all_agree(block.name not in missed)}
+    again |= {
+        block.name for block in blocks if not plan.processes.all_agree(block.name not in missed)
+    }

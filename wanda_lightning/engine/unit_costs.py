@@ -49,10 +49,16 @@ def _sizes(plan: Plan, positions: Mapping[nn.Module, float] | None) -> dict[str,
 
     def size(slot: Slot) -> float:
         entries = slot.tensor.numel() / slot.tensor.shape[slot.dim] * slot.index[..., 0].numel()
-        is_counted = isinstance(slot.tensor, nn.Parameter) if positions is None else slot.tensor.ndim > 1
-        return entries * is_counted * (1.0 if positions is None else positions.get(slot.module, 0.0))
+        is_counted = (
+            isinstance(slot.tensor, nn.Parameter) if positions is None else slot.tensor.ndim > 1
+        )
+        return (
+            entries * is_counted * (1.0 if positions is None else positions.get(slot.module, 0.0))
+        )
 
-    distinct = {name: {slot.key: slot for slot in units.slots} for name, units in plan.coupled.items()}
+    distinct = {
+        name: {slot.key: slot for slot in units.slots} for name, units in plan.coupled.items()
+    }
     return {name: sum(map(size, slots.values())) for name, slots in distinct.items()}
 
 
@@ -61,11 +67,16 @@ def _positions(plan: Plan, batches: Sequence[Sample]) -> dict[nn.Module, float]:
     found: dict[nn.Module, float] = {}
 
     def count(module: Any, args: object, output: object) -> None:
-        layer, outputs = whole_layer(module), tensors_within(output)  # no layer: a depthwise convolution
-        found[module] = found.get(module, 0.0) + outputs[0].numel() / (layer.shape[0] if layer else len(module.weight))
+        layer = whole_layer(module)
+        outputs = tensors_within(output)  # no layer: a depthwise convolution
+        found[module] = found.get(module, 0.0) + outputs[0].numel() / (
+            layer.shape[0] if layer else len(module.weight)
+        )
 
     with ExitStack() as hooks:
-        slots = (slot for units in plan.coupled.values() for slot in units.slots if slot.tensor.ndim > 1)
+        slots = (
+            slot for units in plan.coupled.values() for slot in units.slots if slot.tensor.ndim > 1
+        )
         for module in {slot.module for slot in slots}:
             hooks.callback(module.register_forward_hook(count).remove)
         for batch in batches:
@@ -75,7 +86,8 @@ def _positions(plan: Plan, batches: Sequence[Sample]) -> dict[nn.Module, float]:
 
 def _seconds(run: Run, batches: Sequence[Sample]) -> dict[str, float]:
     """Return the seconds of each block for each of its units; nothing if the model has no blocks."""
-    plan, found = run.plan, dict[str, float]()
+    plan = run.plan
+    found = dict[str, float]()
     with (
         ProgressBar("Timing blocks", len(plan.block_stops), run.progress) as bar,
         closing(lockstep(plan.block_stops, batches, plan.processes, model=plan.model)) as blocks,

@@ -19,11 +19,16 @@ from wanda_lightning.report import POOLED, PrunedLayer
 
 def prune_stop(run: Run, stop: Stop, found: Observation) -> None:
     """Prune the layers that the samples reached, and leave the others dense with a reason."""
-    plan, inputs = run.plan, found.inputs
+    plan = run.plan
+    inputs = found.inputs
     with plan.processes.fail_together():
         reached: list[Layer] = []
         for layer in stop.layers:
-            if skipped := _left_dense(layer, inputs.get(layer.name, InputStatistics())) if plan.observed else None:
+            if (
+                skipped := _left_dense(layer, inputs.get(layer.name, InputStatistics()))
+                if plan.observed
+                else None
+            ):
                 run.done.skipped[layer.name] = skipped
             else:
                 reached.append(layer)
@@ -46,14 +51,18 @@ def _left_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
     if inputs.count == 0:
         return unreached(layer)
     if bool(inputs.inactive().all()):
-        return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.INACTIVE, "all its inputs were zero")
+        return SkippedMatrix(
+            layer.name, layer.stored_shape, SkipReason.INACTIVE, "all its inputs were zero"
+        )
     return None
 
 
 _MAX_GROUP = 1 << 28  # weights: 1 GiB in float32, and up to four times that in the solver
 
 
-def _by_input(layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], plan: Plan) -> Iterator[list[Layer]]:
+def _by_input(
+    layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], plan: Plan
+) -> Iterator[list[Layer]]:
     """Group layers that share one input, and have biases to fit or not; split a group that is too large for memory."""
     groups: dict[object, dict[tuple[str, bool], list[Layer]]] = {}
     for layer in layers:
@@ -77,26 +86,47 @@ def _prune_layers(
 ) -> Iterator[PrunedLayer]:
     """Solve layers that share one input, and write their weights."""
     weights = [layer.read() for layer in layers]
-    biases = {layer.name: bias for layer in layers if (bias := run.plan.fitted_bias(layer)) is not None}
-    with torch.autocast(weights[0].device.type, enabled=False):  # a mixed-precision Trainer's would round statistics
+    biases = {
+        layer.name: bias for layer in layers if (bias := run.plan.fitted_bias(layer)) is not None
+    }
+    # A mixed-precision Trainer's would round statistics.
+    with torch.autocast(weights[0].device.type, enabled=False):
         fitted = inputs.centered() if biases else inputs
         selections = [run.selections[layer.name] for layer in layers]
         versions = [_version(weight) for weight in weights]
         solved = run.plan.config.solver.solve_together(weights, fitted, selections)
-        for layer, weight, version, (sparse, _) in zip(layers, weights, versions, solved, strict=True):
+        for layer, weight, version, (sparse, _) in zip(
+            layers, weights, versions, solved, strict=True
+        ):
             _check_solved(run, layer, sparse, weight, _version(weight) == version)
     for layer, dense, (sparse, _) in zip(layers, weights, solved, strict=True):
-        target, block = run.selections[layer.name].sparsity, run.plan.inventory.blocks[layer.name]
-        before, sparsity, error = _share_of_zeros(dense), _share_of_zeros(sparse), None
+        target = run.selections[layer.name].sparsity
+        block = run.plan.inventory.blocks[layer.name]
+        before = _share_of_zeros(dense)
+        sparsity = _share_of_zeros(sparse)
+        error = None
         if "gram" in inputs.sums:
             error = relative_error(dense, sparse, inputs.sums["gram"], fitted.sums["gram"])
         if layer.name in biases:  # the means of the outputs stay
             means = fitted.mean()
-            lost = ((dense.to(means.dtype) - sparse) * means).sum(dim=1)  # autocast would round a product of matrices
+            # Autocast would round a product of matrices.
+            lost = ((dense.to(means.dtype) - sparse) * means).sum(dim=1)
             biases[layer.name].add_(lost.to(biases[layer.name].dtype))
         layer.write(sparse)
-        tokens, note = found.pooled.get(layer.name, inputs.count), "; ".join(_notes(run, layer, inputs, found))
-        yield PrunedLayer(layer.name, layer.shape, target, sparsity, tokens, note, layer.siblings, before, block, error)
+        tokens = found.pooled.get(layer.name, inputs.count)
+        note = "; ".join(_notes(run, layer, inputs, found))
+        yield PrunedLayer(
+            layer.name,
+            layer.shape,
+            target,
+            sparsity,
+            tokens,
+            note,
+            layer.siblings,
+            before,
+            block,
+            error,
+        )
 
 
 def _version(weight: Tensor) -> int:
@@ -104,9 +134,12 @@ def _version(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
 
-def _check_solved(run: Run, layer: Layer, sparse: Tensor, dense: Tensor, is_unchanged: bool) -> None:
+def _check_solved(
+    run: Run, layer: Layer, sparse: Tensor, dense: Tensor, is_unchanged: bool
+) -> None:
     """Refuse a mistake of a method outside the package before it is written."""
-    criterion, solver = run.plan.config.shown("criterion"), run.plan.config.shown("solver")
+    criterion = run.plan.config.shown("criterion")
+    solver = run.plan.config.shown("solver")
     if not is_unchanged:
         raise UserError(
             f"{criterion} and {solver} must not change the weight that they receive, but one of them changed that of "
@@ -130,10 +163,16 @@ def _zero_units(run: Run, read: PrunedLayer) -> dict[str, PrunedLayer]:
     unread = f"{run.done.zero_units[read.name]:,} of {units.width:,} hidden units are zero"
     records = {read.name: replace(read, note="; ".join(filter(None, (read.note, unread))))}
     for writer in units.writers:
-        block, sparsity = run.plan.inventory.blocks[writer.name], _share_of_zeros(writer.read())
-        record = PrunedLayer(writer.name, writer.shape, read.target, sparsity, read.tokens, block=block)
-        own = run.done.layers.get(writer.name)  # a layer between two others reads units and writes units
-        records[writer.name] = replace(own or replace(record, before=before[writer.name]), sparsity=sparsity)
+        block = run.plan.inventory.blocks[writer.name]
+        sparsity = _share_of_zeros(writer.read())
+        record = PrunedLayer(
+            writer.name, writer.shape, read.target, sparsity, read.tokens, block=block
+        )
+        # A layer between two others reads units and writes units.
+        own = run.done.layers.get(writer.name)
+        records[writer.name] = replace(
+            own or replace(record, before=before[writer.name]), sparsity=sparsity
+        )
     return records
 
 

@@ -32,15 +32,23 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
     Quantized weights count as if they could be pruned, and are dequantized one at a time.
     """
     prunable = {id(layer.parameter) for layer in find_layers(model).layers}
-    zeros, sizes, seen = Counter[str](), Counter[str](), set[int]()
+    zeros = Counter[str]()
+    sizes = Counter[str]()
+    seen = set[int]()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            is_quantized = name == "weight" and quantizer(module, parameter) is not None and can_be_read(module)
+            is_quantized = (
+                name == "weight"
+                and quantizer(module, parameter) is not None
+                and can_be_read(module)
+            )
             weight = read_weight(module) if is_quantized else parameter
-            for kind in ("layers", "model") if is_quantized or id(parameter) in prunable else ("model",):
+            for kind in (
+                ("layers", "model") if is_quantized or id(parameter) in prunable else ("model",)
+            ):
                 zeros[kind] += int((weight.detach() == 0).count_nonzero())
                 sizes[kind] += weight.numel()
     return {kind: zeros[kind] / max(1, sizes[kind]) for kind in ("layers", "model")}
@@ -78,7 +86,10 @@ class Evaluation:
         for name in self.models:
             table.add_column(escape(name), justify="right", overflow="fold")
         rows = dict.fromkeys(
-            (what, metric) for results in self.models.values() for what in results for metric in results[what]
+            (what, metric)
+            for results in self.models.values()
+            for what in results
+            for metric in results[what]
         )
         for what, metric in rows:
             if metric in _COUNTS or metric.endswith(_ERROR):
@@ -86,7 +97,12 @@ class Evaluation:
             found = {name: results.get(what, {}) for name, results in self.models.items()}
             dense = found.get(self.dense or "", {}).get(metric)
             cells = [
-                _cell(metric, values.get(metric), values.get(metric + _ERROR), None if name == self.dense else dense)
+                _cell(
+                    metric,
+                    values.get(metric),
+                    values.get(metric + _ERROR),
+                    None if name == self.dense else dense,
+                )
                 for name, values in found.items()
             ]
             table.add_row(escape(_heading(what, metric, found.values())), *cells)
@@ -95,8 +111,15 @@ class Evaluation:
 
 def _heading(what: str, metric: str, found: Iterable[dict[str, float]]) -> str:
     """Return the heading of a row, such as `rte acc (277 documents)`."""
-    counts = {f"{int(values[count]):,} {count}" for values in found for count in _COUNTS if count in values}
-    return f"{what} {_SPARSITY.get(metric, metric)}" + (f" ({' or '.join(sorted(counts))})" if counts else "")
+    counts = {
+        f"{int(values[count]):,} {count}"
+        for values in found
+        for count in _COUNTS
+        if count in values
+    }
+    return f"{what} {_SPARSITY.get(metric, metric)}" + (
+        f" ({' or '.join(sorted(counts))})" if counts else ""
+    )
 
 
 def _cell(metric: str, value: float | None, error: float | None, dense: float | None) -> str:

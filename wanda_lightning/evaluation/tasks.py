@@ -39,16 +39,28 @@ _NOT_ON_THE_HUB = (
     "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them into "
     "files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause"
 )
-_FOLDERS = ("arc", "glue/rte", "hellaswag", "openbookqa", "super_glue/boolq", "winogrande")  # in lm_eval.tasks
+# In lm_eval.tasks.
+_FOLDERS = (
+    "arc",
+    "glue/rte",
+    "hellaswag",
+    "openbookqa",
+    "super_glue/boolq",
+    "winogrande",
+)
 
 
-def load_tasks(asked: Sequence[str], folder: str | Path | None = None, cache_dir: str | None = None) -> dict[str, Any]:
+def load_tasks(
+    asked: Sequence[str], folder: str | Path | None = None, cache_dir: str | None = None
+) -> dict[str, Any]:
     """Load tasks of lm-eval by name, and refuse documents that they cannot use; `paper` or `all` stands for all seven.
 
     A folder must have a file TASK.jsonl for each task: one document in each line, with the fields in
     `PAPER_TASKS[TASK]`. Without a folder the documents come from the hub.
     """
-    names = list(dict.fromkeys(one for name in asked for one in (PAPER_TASKS if name in _ALL else [name])))
+    names = list(
+        dict.fromkeys(one for name in asked for one in (PAPER_TASKS if name in _ALL else [name]))
+    )
     for name in names:
         if name not in PAPER_TASKS:
             raise UserError(
@@ -59,7 +71,9 @@ def load_tasks(asked: Sequence[str], folder: str | Path | None = None, cache_dir
         return {}
     require_extra("eval", "lm_eval", purpose="Zero-shot tasks")
     if folder is None:
-        return _load({name: {"dataset_kwargs": {"cache_dir": cache_dir}} for name in names}, _NOT_ON_THE_HUB)
+        return _load(
+            {name: {"dataset_kwargs": {"cache_dir": cache_dir}} for name in names}, _NOT_ON_THE_HUB
+        )
     files = {name: Path(folder).expanduser() / f"{name}.jsonl" for name in names}
     if missing := [path.name for path in files.values() if not path.is_file()]:
         raise FileNotFoundError(
@@ -69,7 +83,9 @@ def load_tasks(asked: Sequence[str], folder: str | Path | None = None, cache_dir
     documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
     tasks: dict[str, Any] = {}
     for name, path in files.items():
-        splits = dict.fromkeys(("training_split", "test_split", "fewshot_split")) | {"validation_split": "validation"}
+        splits = dict.fromkeys(("training_split", "test_split", "fewshot_split")) | {
+            "validation_split": "validation"
+        }
         source = {"custom_dataset": lambda name=name, **_: {"validation": documents[name]}}
         tasks |= _load({name: source | splits}, _UNFIT.format(path, name))
         _check_answers(tasks[name], path)
@@ -94,7 +110,9 @@ def _load(overrides: Mapping[str, Mapping[str, Any]], failure: str) -> dict[str,
         manager = _task_manager()
         try:
             return dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
-        except Exception as error:  # lm-eval runs code and templates on the documents, which may raise any class
+        except (
+            Exception
+        ) as error:  # lm-eval runs code and templates on the documents, which may raise any class
             raise UserError(f"{failure}: {one_line(error)}") from error
 
 
@@ -104,7 +122,8 @@ def _read(path: Path, fields: Sequence[str]) -> Any:
     if missing := [name for name in fields if name not in documents.column_names]:
         raise UserError(f"{where}, but {missing[0]} is missing. Correct the file.")
     for number, document in enumerate(documents, start=1):
-        if nulls := [name for name in fields if document[name] is None]:  # the prompt would have the word None
+        # The prompt would have the word None.
+        if nulls := [name for name in fields if document[name] is None]:
             raise UserError(f"{where}, but document {number} has no {nulls[0]}. Correct the line.")
     return documents.select_columns(list(fields))
 
@@ -115,16 +134,24 @@ def _check_answers(task: Any, path: Path) -> None:
     for number, document in enumerate(task.eval_docs, start=1):
         try:
             choices = task.doc_to_choice(document)
-            answer = task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+            answer = (
+                task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
+            )
             fits = answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)
         except Exception as error:
             raise UserError(f"{unfit}: document {number} raises {error!r}.") from error
         if not fits:
-            raise UserError(f"{unfit}: the answer of document {number} is {answer!r}, but there are {len(choices)}.")
+            raise UserError(
+                f"{unfit}: the answer of document {number} is {answer!r}, but there are {len(choices)}."
+            )
 
 
 def zero_shot(
-    model: Any, tokenizer: Any, tasks: Mapping[str, Any], batch_size: int = 4, limit: int | None = None
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Any],
+    batch_size: int = 4,
+    limit: int | None = None,
 ) -> Results:
     """Evaluate a language model on tasks from `load_tasks`, without examples in the prompt.
 
@@ -148,14 +175,25 @@ def zero_shot(
         model.to(device or home)
         with evaluating(model):
             with _quiet():
-                lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=prefix)
+                lm = HFLM(
+                    pretrained=model,
+                    tokenizer=tokenizer,
+                    batch_size=batch_size,
+                    prefix_token_id=prefix,
+                )
             found = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit, log_samples=False)
     finally:
         model.to(home)
     results: Results = {}
     for name in tasks:
-        numbers = {key: value for key, value in found["results"][name].items() if not isinstance(value, str)}
-        results[name] = {key.removesuffix(",none"): float(value) for key, value in numbers.items() if "," in key}
+        numbers = {
+            key: value
+            for key, value in found["results"][name].items()
+            if not isinstance(value, str)
+        }
+        results[name] = {
+            key.removesuffix(",none"): float(value) for key, value in numbers.items() if "," in key
+        }
         results[name]["documents"] = found["n-samples"][name]["effective"]
     if len(tasks) > 1:
         results["mean"] = _mean(list(results.values()))

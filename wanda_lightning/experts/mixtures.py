@@ -17,7 +17,8 @@ from wanda_lightning.models.experts import routers, stacked_experts
 from wanda_lightning.models.hidden_units import Slot, replace_attributes, tensors_of
 from wanda_lightning.models.layers import named_modules
 
-_NUMBER = re.compile(r"(\w+_)?(n|num)_(?!shared)(\w+_)?experts")  # names of attributes with the number of experts
+# Names of attributes with the number of experts.
+_NUMBER = re.compile(r"(\w+_)?(n|num)_(?!shared)(\w+_)?experts")
 _GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
 
 
@@ -33,16 +34,22 @@ class Mixture:
     number: int  # of experts
     groups: int  # of consecutive experts among which the router chooses first; 1 if it does not
     slots: tuple[Slot, ...]  # tensors with an entry for each expert
-    counters: tuple[tuple[nn.Module, str], ...]  # attributes of the module, and inside, that hold the number of experts
+    # Attributes of the module, and inside, that hold the number of experts.
+    counters: tuple[tuple[nn.Module, str], ...]
 
     def take(self, keep: Units) -> Callable[[], None]:
         """Take all other experts out, in place, and return a function that undoes it."""
         tensors = [(slot.module, slot.name, slot.taken(keep)) for slot in self.slots]
-        return replace_attributes([*tensors, *((module, name, int(keep.sum())) for module, name in self.counters)])
+        return replace_attributes(
+            [*tensors, *((module, name, int(keep.sum())) for module, name in self.counters)]
+        )
 
     def drop_data(self) -> Callable[[], None]:
         """Move the tensors to the meta device, and return a function that undoes it."""
-        moved = [(slot.module, slot.name, slot.like(slot.tensor.detach().to("meta"))) for slot in self.slots]
+        moved = [
+            (slot.module, slot.name, slot.like(slot.tensor.detach().to("meta")))
+            for slot in self.slots
+        ]
         return replace_attributes(moved)
 
 
@@ -53,7 +60,8 @@ def mixtures(model: nn.Module) -> Iterator[Mixture]:
         if not (stacked := stacked_experts(experts)):
             continue
         name = prefix.rpartition(".")[0]
-        module, number = modules[name], len(getattr(experts, min(stacked)))
+        module = modules[name]
+        number = len(getattr(experts, min(stacked)))
         found = routers({"": module})
         outer = tuple(child for child in module.children() if child in found)
         routing = [module, *(router for child in outer for router in child.modules())]
@@ -63,15 +71,30 @@ def mixtures(model: nn.Module) -> Iterator[Mixture]:
         rows = [(slot.module, "out_features") for slot in slots if slot.name == "weight"]
         counters = [(each, key) for each, key in rows if vars(each).get(key) == number]
         counters += counters_in(module, number)
-        slots += [slot for each in experts.modules() for slot in _slots(each, number) if slot.dim == 0]
-        grouping = [vars(each)[key] for each in routing for key in vars(each) if _GROUPS.fullmatch(key)]
-        groups = next((value for value in grouping if type(value) is int and value > 1 and number % value == 0), 1)
-        yield Mixture(name, module, experts, prefix, outer, number, groups, tuple(slots), tuple(counters))
+        slots += [
+            slot for each in experts.modules() for slot in _slots(each, number) if slot.dim == 0
+        ]
+        grouping = [
+            vars(each)[key] for each in routing for key in vars(each) if _GROUPS.fullmatch(key)
+        ]
+        groups = next(
+            (
+                value
+                for value in grouping
+                if type(value) is int and value > 1 and number % value == 0
+            ),
+            1,
+        )
+        yield Mixture(
+            name, module, experts, prefix, outer, number, groups, tuple(slots), tuple(counters)
+        )
 
 
 def counters_in(module: nn.Module, number: int) -> list[tuple[nn.Module, str]]:
     """Return the attributes that hold a number of experts, of a module and all modules inside."""
-    inside = [(each, key) for each in module.modules() for key in vars(each) if _NUMBER.fullmatch(key)]
+    inside = [
+        (each, key) for each in module.modules() for key in vars(each) if _NUMBER.fullmatch(key)
+    ]
     return [(each, key) for each, key in inside if vars(each)[key] == number]
 
 

@@ -29,12 +29,17 @@ _OTHERS = "Use pattern='unstructured' or '2:4'."
 
 def find_mixtures(config: PruningConfig, model: nn.Module, inventory: Inventory) -> list[Mixture]:
     """Return the mixtures of the model, or refuse the model."""
-    found, shown, pattern = list(mixtures(model)), config.shown("pattern"), config.pattern
+    found = list(mixtures(model))
+    shown = config.shown("pattern")
+    pattern = config.pattern
     assert isinstance(pattern, Experts)
     sizes = {(mixture.number, mixture.groups): mixture.name for mixture in found}
     experts = tuple(f"{mixture.prefix}." for mixture in found)
-    left_out = [m.name for m in inventory.skipped_for(SkipReason.USER) if m.name.startswith(experts)]
-    size, sparsity = (found[0].number // found[0].groups if found else 1), config.sparsity
+    left_out = [
+        m.name for m in inventory.skipped_for(SkipReason.USER) if m.name.startswith(experts)
+    ]
+    size = found[0].number // found[0].groups if found else 1
+    sparsity = config.sparsity
     kept = pattern.kept(size, sparsity)
     where = f" in each of the {found[0].groups} groups" if found and found[0].groups > 1 else ""
     for is_wrong, why in (
@@ -52,8 +57,14 @@ def find_mixtures(config: PruningConfig, model: nn.Module, inventory: Inventory)
             f"needs all matrices of a mixture in one module, but those of {found and found[0].name} are in several. "
             f"{_OTHERS}",
         ),
-        (len(sizes) > 1, f"needs as many experts in {' as in '.join(sizes.values())}, in as many groups. {_OTHERS}"),
-        (left_out, f"drops experts in every layer, but skip or only leaves out {', '.join(left_out[:1])}. {_OTHERS}"),
+        (
+            len(sizes) > 1,
+            f"needs as many experts in {' as in '.join(sizes.values())}, in as many groups. {_OTHERS}",
+        ),
+        (
+            left_out,
+            f"drops experts in every layer, but skip or only leaves out {', '.join(left_out[:1])}. {_OTHERS}",
+        ),
         (
             kept == 0 or (kept == size and sparsity > 0),
             f"drops {'none' if kept else 'all'} of the {size} experts{where} with sparsity={sparsity:g}. Choose at "
@@ -66,16 +77,25 @@ def find_mixtures(config: PruningConfig, model: nn.Module, inventory: Inventory)
 
 
 def refuse_wrong(
-    config: PruningConfig, mixture: Mixture, saliency: ExpertSaliency, keep: Units, processes: Processes
+    config: PruningConfig,
+    mixture: Mixture,
+    saliency: ExpertSaliency,
+    keep: Units,
+    processes: Processes,
 ) -> None:
     """Refuse a mixture that does not compute the same without experts as with these experts unroutable."""
 
     def forward(*args: Any, **kwargs: Any) -> list[Tensor]:
-        results = tensors_within(mixture.module.forward(*args, **kwargs))  # perhaps with one logit for each expert
-        runs.append([x[..., keep.to(x.device)] if x.shape[-1:] == keep.shape else x for x in results])
+        # Perhaps with one logit for each expert.
+        results = tensors_within(mixture.module.forward(*args, **kwargs))
+        runs.append(
+            [x[..., keep.to(x.device)] if x.shape[-1:] == keep.shape else x for x in results]
+        )
         return runs[-1]
 
-    kept, same, runs = int(keep.sum()), True, list[list[Tensor]]()
+    kept = int(keep.sum())
+    same = True
+    runs = list[list[Tensor]]()
     if (call := saliency.first.pop(mixture.name, None)) is not None:  # this process has a batch
         with ExitStack() as undo, ExitStack() as lowered:
             lowered.enter_context(unroutable(mixture, ~keep))
@@ -102,8 +122,15 @@ def _same_but_for_ties(before: Sequence[Tensor], after: Sequence[Tensor]) -> boo
     if eps < 1e-4 or [x.shape for x in before] != [y.shape for y in after]:
         return False
     pairs = zip(before, after, strict=True)
-    tokens = [(x.float().reshape(-1, x.shape[-1]), y.float().reshape(-1, x.shape[-1])) for x, y in pairs if x.ndim > 1]
-    same = [torch.linalg.vector_norm(x - y, dim=1) <= 8 * eps * torch.linalg.vector_norm(x, dim=1) for x, y in tokens]
+    tokens = [
+        (x.float().reshape(-1, x.shape[-1]), y.float().reshape(-1, x.shape[-1]))
+        for x, y in pairs
+        if x.ndim > 1
+    ]
+    same = [
+        torch.linalg.vector_norm(x - y, dim=1) <= 8 * eps * torch.linalg.vector_norm(x, dim=1)
+        for x, y in tokens
+    ]
     return bool(same) and all(float(each.double().mean()) > 0.9 for each in same)
 
 
@@ -116,7 +143,9 @@ def take_shapes(config: PruningConfig, mixture: Mixture) -> Callable[[], None]:
     return undo.close
 
 
-def declare(config: PruningConfig, model: nn.Module, found: Sequence[Mixture]) -> Callable[[], None]:
+def declare(
+    config: PruningConfig, model: nn.Module, found: Sequence[Mixture]
+) -> Callable[[], None]:
     """Tell the modules around the smaller mixtures, and the configuration, how many experts are left.
 
     Returned is a function that undoes it.
@@ -124,11 +153,14 @@ def declare(config: PruningConfig, model: nn.Module, found: Sequence[Mixture]) -
     Raises:
         UserError: If no configuration describes the model; this is undone then.
     """
-    undo, left = ExitStack(), len(found[0].slots[-1].tensor)
+    undo = ExitStack()
+    left = len(found[0].slots[-1].tensor)
     undo.callback(replace_attributes((*each, left) for each in counters_in(model, found[0].number)))
     problem, undo_configuration = fit_configuration(model)
     undo.callback(undo_configuration)
     if problem:
         undo.close()
-        raise UserError(f"{config.shown('pattern')} changes the shapes of the model, but {problem}. {_OTHERS}")
+        raise UserError(
+            f"{config.shown('pattern')} changes the shapes of the model, but {problem}. {_OTHERS}"
+        )
     return undo.close

@@ -34,12 +34,17 @@ class ExpertSaliency:
     """Sums up the norms of what the experts of some mixtures add, over the tokens of all batches except padding."""
 
     def __init__(self, mixtures: Sequence[Mixture]) -> None:
-        self.per_token: dict[str, int] = {}  # the number of experts to which this process routes the first token
+        self.per_token: dict[
+            str, int
+        ] = {}  # the number of experts to which this process routes the first token
         self.first: dict[str, Call] = {}  # the first call of each mixture, by its name
-        self.padding_counted: set[str] = set()  # mixtures where the masks do not show which tokens are padding
+        # Mixtures where the masks do not show which tokens are padding.
+        self.padding_counted: set[str] = set()
         self._mixtures = mixtures
         # For each expert the sum of the norms and the number of tokens.
-        self._sums = {each.name: torch.zeros(2, each.number, dtype=torch.float64) for each in mixtures}
+        self._sums = {
+            each.name: torch.zeros(2, each.number, dtype=torch.float64) for each in mixtures
+        }
 
     def watched(self, call: Call) -> Call:
         """Return a call that also sums what the experts add when it runs."""
@@ -56,7 +61,9 @@ class ExpertSaliency:
         with ExitStack() as hooks:
             for mixture in self._mixtures:
                 keep_first = partial(self._keep_first, sample, mixture.name)
-                hooks.callback(mixture.module.register_forward_pre_hook(keep_first, with_kwargs=True).remove)
+                hooks.callback(
+                    mixture.module.register_forward_pre_hook(keep_first, with_kwargs=True).remove
+                )
                 read = partial(self._read, sample, mixture)
                 hooks.callback(mixture.experts.register_forward_hook(read, with_kwargs=True).remove)
             yield
@@ -74,20 +81,34 @@ class ExpertSaliency:
         norms, tokens = self._sums[mixture.name]
         return norms / tokens.clamp(min=1)
 
-    def _keep_first(self, sample: Sample, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _keep_first(
+        self, sample: Sample, name: str, module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
         if name not in self.first:
             args, kwargs = clone_arguments((args, kwargs))
-            self.first[name] = Call(sample, name, module.forward, args, kwargs, Surroundings.present())
+            self.first[name] = Call(
+                sample, name, module.forward, args, kwargs, Surroundings.present()
+            )
 
-    def _read(self, sample: Sample, mixture: Mixture, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _read(
+        self,
+        sample: Sample,
+        mixture: Mixture,
+        module: nn.Module,
+        args: Any,
+        kwargs: Any,
+        output: Any,
+    ) -> None:
         x, *others = tensors_within((args, kwargs))
         indices = next((tensor for tensor in others if not tensor.is_floating_point()), None)
         try:
-            if indices is None:  # all tokens once for each expert, zeros where they are not routed to it
+            # All tokens once for each expert, zeros where they are not routed to it.
+            if indices is None:
                 if others or x.ndim != 2 or x.shape != output.shape:
                     raise ValueError(f"its experts get {tuple(x.shape)} and no indices")
                 inputs, outputs = (each.unflatten(0, (mixture.number, -1)) for each in (x, output))
-                x, routed = inputs[0], inputs.any(dim=-1).T
+                x = inputs[0]
+                routed = inputs.any(dim=-1).T
                 norms = torch.linalg.vector_norm(outputs.float(), dim=-1).T
                 indices = torch.arange(mixture.number, device=x.device).expand_as(norms)
             else:
@@ -105,18 +126,24 @@ class ExpertSaliency:
             routed = routed & mask.keep.flatten().to(x.device)[:, None]
         elif sample.masks:
             self.padding_counted.add(mixture.name)
-        sums, experts = self._sums[mixture.name], indices.reshape(norms.shape)[routed].cpu()
+        sums = self._sums[mixture.name]
+        experts = indices.reshape(norms.shape)[routed].cpu()
         sums[0].index_add_(0, experts, norms[routed].cpu().double())
         sums[1].index_add_(0, experts, torch.ones(len(experts), dtype=torch.float64))
 
 
-def _from_indices(experts: nn.Module, args: Any, kwargs: Any, output: Tensor, indices: Tensor) -> Tensor:
+def _from_indices(
+    experts: nn.Module, args: Any, kwargs: Any, output: Tensor, indices: Tensor
+) -> Tensor:
     """Return the norms (tokens, k) of what k experts add for each token.
 
     The experts get the indices of each token's experts, and gates with the same shape. Called with one column of both,
     they return what one expert adds for each token.
     """
-    if not any(each.shape == indices.shape and each.is_floating_point() for each in tensors_within((args, kwargs))):
+    if not any(
+        each.shape == indices.shape and each.is_floating_point()
+        for each in tensors_within((args, kwargs))
+    ):
         raise ValueError("no argument has a gate for each index of an expert")
 
     def column(value: Any, index: int) -> Any:
@@ -130,7 +157,9 @@ def _from_indices(experts: nn.Module, args: Any, kwargs: Any, output: Tensor, in
     error, size = (torch.linalg.vector_norm(each.float()) for each in (sum(added) - output, output))
     if error > 0.05 * size:  # False for NaN, which is refused later
         raise ValueError("its output is not the sum over the experts of a token")
-    return torch.stack([torch.linalg.vector_norm(each.float(), dim=-1).flatten() for each in added], dim=1)
+    return torch.stack(
+        [torch.linalg.vector_norm(each.float(), dim=-1).flatten() for each in added], dim=1
+    )
 
 
 def _lowered(tensor: Tensor, experts: Units) -> Tensor:
@@ -168,7 +197,8 @@ def unroutable(mixture: Mixture, experts: Units) -> Iterator[None]:
         for router in mixture.routers:
             stack.enter_context(patched(router, "forward", partial(run, router.forward)))
         for tensor in (slot.tensor.detach() for slot in mixture.slots):
-            if tensor.numel() == mixture.number and tensor.is_floating_point():  # for example a bias of the router
+            # For example a bias of the router.
+            if tensor.numel() == mixture.number and tensor.is_floating_point():
                 stack.callback(tensor.copy_, tensor.clone())
                 tensor.copy_(_lowered(tensor.flatten(), experts).view_as(tensor))
         yield

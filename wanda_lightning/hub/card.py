@@ -17,7 +17,9 @@ from wanda_lightning.report.descriptions import METRICS, TOP1
 from wanda_lightning.report.records import as_json, from_parsed
 
 PICTURE_NAME = "pruning_report.png"
-_MARK = "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
+_MARK = (
+    "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
+)
 _FOLDERS = re.compile(r"(?<![\w./~-])~?/(?:[^\s,'\"/]+/)*(?=[^\s,'\"/])")  # of absolute paths
 
 
@@ -37,13 +39,16 @@ def write_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    folder, name = Path(folder).expanduser(), os.fspath(name)
-    path, config = folder / "README.md", folder / "config.json"
+    folder = Path(folder).expanduser()
+    name = os.fspath(name)
+    path = folder / "README.md"
+    config = folder / "config.json"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     given = report.run or Circumstances()
     base = given.model.removeprefix("timm:").removeprefix("hf-hub:")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) or Path(base).exists():  # no id on the hub, or a file
+    # No id on the hub, or a file.
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) or Path(base).exists():
         base = ""
     # Without folders of this machine, and without results that are not finite, which become None.
     run = from_parsed(Circumstances, json.loads(_FOLDERS.sub("", as_json(asdict(given)))))
@@ -52,14 +57,21 @@ def write_card(
     has_picture = find_spec("matplotlib") is not None and LEFT_OUT not in report.notes
     if has_picture:
         report.to_png(folder / PICTURE_NAME)
-    library, task, code = _loading(json.loads(config.read_bytes()) if config.exists() else {}, name, on_hub)
+    library, task, code = _loading(
+        json.loads(config.read_bytes()) if config.exists() else {}, name, on_hub
+    )
     rows, results = _results(run)
     method = descriptions.choices_of(report.config).partition(",")[0].lower()
     data = ModelCardData(
         base_model=base or None,
         library_name=library,
         pipeline_tag=task,
-        tags=["pruned", *([] if LEFT_OUT in report.notes else ["sparse"]), "wanda_lightning", *filter(None, [method])],
+        tags=[
+            "pruned",
+            *([] if LEFT_OUT in report.notes else ["sparse"]),
+            "wanda_lightning",
+            *filter(None, [method]),
+        ],
         model_name=Path(name).name if results else None,
         eval_results=results or None,
     )
@@ -67,14 +79,29 @@ def write_card(
         "Method": descriptions.method_in_words(report.config),
         "Calibration data": run.calibration,
         "Time": words.duration(report.total_seconds),
-        "Versions": ", ".join(f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()),
+        "Versions": ", ".join(
+            f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()
+        ),
     }
     values: dict[str, Any] = {
-        **{"mark": _MARK, "title": Path(name).name, "base": base, "rows": rows, "code": code, "settings": settings},
+        **{
+            "mark": _MARK,
+            "title": Path(name).name,
+            "base": base,
+            "rows": rows,
+            "code": code,
+            "settings": settings,
+        },
         **{"report": report, "run": run, "trained_steps": trained_steps, "escaped": _escaped},
-        **{"picture": PICTURE_NAME if has_picture else "", "words": words, "descriptions": descriptions},
+        **{
+            "picture": PICTURE_NAME if has_picture else "",
+            "words": words,
+            "descriptions": descriptions,
+        },
     }
-    card = ModelCard.from_template(data, template_path=str(Path(__file__).with_name("card.md")), **values)
+    card = ModelCard.from_template(
+        data, template_path=str(Path(__file__).with_name("card.md")), **values
+    )
     with atomic_write(path) as temporary:
         temporary.write_text(f"{card}\n", encoding="utf-8")
 
@@ -87,11 +114,20 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, ...]], list[Any]]:
     results = []
     for each in run.results:
         metric = METRICS[run.metric]
-        rows.append((", ".join(filter(None, (metric.title, each.data))), *map(metric.text, (each.before, each.after))))
+        rows.append(
+            (
+                ", ".join(filter(None, (metric.title, each.data))),
+                *map(metric.text, (each.before, each.after)),
+            )
+        )
         if each.after is not None:
             data = each.data or "unknown"
             kind = data.partition(", ")[0]
-            results.append(EvalResult(metric.task, kind, data, metric.on_hub, each.after, metric_name=metric.name))
+            results.append(
+                EvalResult(
+                    metric.task, kind, data, metric.on_hub, each.after, metric_name=metric.name
+                )
+            )
     for name, found in run.zero_shot.items():
         rows.append((f"{name}, accuracy", "", TOP1.text(found["acc"])))
         if name != "mean":
@@ -103,11 +139,14 @@ def _loading(config: dict[str, Any], name: str, on_hub: bool) -> tuple[str | Non
     """Return the library and the task of a saved model, and the code that loads it, by its config.json."""
     if "architecture" in config:
         place = json.dumps(f"{'hf-hub' if on_hub else 'local-dir'}:{name}")
-        imports, register = "import timm\n", ""
-        if config["architecture"] == "shrunk_model":  # a file beside this configuration registers it
+        imports = "import timm\n"
+        register = ""
+        # A file beside this configuration registers it.
+        if config["architecture"] == "shrunk_model":
             folder = f"snapshot_download({json.dumps(name)})" if on_hub else json.dumps(name)
             imports += "from huggingface_hub import snapshot_download\n" * on_hub
-            imports, register = f"import sys\n\n{imports}", f"\nsys.path.append({folder})\nimport modeling_shrunk\n"
+            imports = f"import sys\n\n{imports}"
+            register = f"\nsys.path.append({folder})\nimport modeling_shrunk\n"
         code = f"{imports}{register}\nmodel = timm.create_model({place}, pretrained=True)"
         return "timm", "image-classification", code
     if "model_type" not in config:

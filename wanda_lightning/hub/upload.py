@@ -18,9 +18,15 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
     from huggingface_hub import HfApi, constants, get_token
 
     for wrong, expected in (
-        (not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id), "must be OWNER/NAME of a model repository"),
+        (
+            not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id),
+            "must be OWNER/NAME of a model repository",
+        ),
         (constants.HF_HUB_OFFLINE, "must be left out while HF_HUB_OFFLINE is set"),
-        (get_token() is None, "must be left out without a token (run hf auth login, or set HF_TOKEN)"),
+        (
+            get_token() is None,
+            "must be left out without a token (run hf auth login, or set HF_TOKEN)",
+        ),
     ):
         if wrong:
             raise UserError(f"push_to_hub {expected}, but it is {repo_id!r}.")
@@ -32,7 +38,9 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
         )
 
 
-def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str], private: bool = False) -> str:
+def upload(
+    folder: str | os.PathLike[str], repo_id: str, files: Collection[str], private: bool = False
+) -> str:
     """Upload files of a folder to a model repository, in one commit, and return its address.
 
     A repository that does not exist is created. Weights of another model in the repository are deleted, because they
@@ -52,10 +60,19 @@ def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str],
             delete_patterns=["model*.safetensors", "model*.safetensors.index.json"],
         )
     except UserError as error:
-        raise OSError(f"The model is saved in {folder}, but it was not uploaded: {error}") from error
+        raise OSError(
+            f"The model is saved in {folder}, but it was not uploaded: {error}"
+        ) from error
     except Exception as error:  # of the connection, of the server, of the disk
         included = (word for file in sorted(files) for word in ("--include", escape(file)))
-        later = ["hf", "upload", repo_id, os.fspath(folder), *(["--private"] if private else []), *included]
+        later = [
+            "hf",
+            "upload",
+            repo_id,
+            os.fspath(folder),
+            *(["--private"] if private else []),
+            *included,
+        ]
         raise OSError(
             f"push_to_hub={repo_id!r} failed: the model is saved in {folder}, but it was not uploaded "
             f"({type(error).__name__}: {one_line(error)}). To upload it later, run: {shlex.join(later)}"
@@ -66,5 +83,12 @@ def upload(folder: str | os.PathLike[str], repo_id: str, files: Collection[str],
 def list_files(folder: str | os.PathLike[str]) -> list[str]:
     """Return the names of the files of a model in a folder, relative to it and with slashes, except hidden ones."""
     root = resolve_path(folder)
-    found = (file for entry in list_entries(root) for file in (entry, *entry.rglob("*")) if file.is_file())
-    return sorted(file.relative_to(root).as_posix() for file in found if not file.name.startswith("."))
+    found = (
+        file
+        for entry in list_entries(root)
+        for file in (entry, *entry.rglob("*"))
+        if file.is_file()
+    )
+    return sorted(
+        file.relative_to(root).as_posix() for file in found if not file.name.startswith(".")
+    )

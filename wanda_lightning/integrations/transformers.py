@@ -78,7 +78,10 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 def _to_json(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state with lists in place of its tensors, whose dtypes say how they are packed."""
     unheld: Mapping[str, Tensor] = state["unheld_zeros"]
-    found = {name: [str(bits.dtype).removeprefix("torch."), bits.tolist()] for name, bits in unheld.items()}
+    found = {
+        name: [str(bits.dtype).removeprefix("torch."), bits.tolist()]
+        for name, bits in unheld.items()
+    }
     return {**state, "unheld_zeros": found}
 
 
@@ -89,7 +92,11 @@ def _from_json(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_distributed_weights(args: TrainingArguments) -> None:
-    launched = [kind for kind in ("FSDP", "DeepSpeed") if os.environ.get(f"ACCELERATE_USE_{kind.upper()}") == "true"]
+    launched = [
+        kind
+        for kind in ("FSDP", "DeepSpeed")
+        if os.environ.get(f"ACCELERATE_USE_{kind.upper()}") == "true"
+    ]
     used = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else "".join(launched)
     if used:
         raise UserError(

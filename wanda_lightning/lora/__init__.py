@@ -23,4 +23,10 @@ from wanda_lightning.lora.tuner import KeepZerosLoraConfig, KeepZerosLoraModel  
 
 register(KeepZerosLoraConfig, KeepZerosLoraModel)
 
-__all__ = ["KEEP_ZEROS_LORA", "KeepZerosLinear", "KeepZerosLoraConfig", "KeepZerosLoraModel", "merge"]
+__all__ = [
+    "KEEP_ZEROS_LORA",
+    "KeepZerosLinear",
+    "KeepZerosLoraConfig",
+    "KeepZerosLoraModel",
+    "merge",
+]

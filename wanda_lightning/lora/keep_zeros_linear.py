@@ -14,10 +14,13 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.quantized import is_quantized, read_weight
 
 
-def _kept_sum(weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only_delta: bool = False) -> Tensor:
+def _kept_sum(
+    weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only_delta: bool = False
+) -> Tensor:
     """Return W + (left @ right) * keep, or without W if `only_delta`, in the dtype of `keep` = (W != 0)."""
     dtype = keep.dtype
-    left, right = left.to(dtype), right.to(dtype)
+    left = left.to(dtype)
+    right = right.to(dtype)
     total = torch.mm(left, right) if only_delta else torch.addmm(weight.to(dtype), left, right)
     return total.mul_(keep)
 
@@ -44,16 +47,20 @@ class _KeptProduct(torch.autograd.Function):
         ctx.dequantize, saved = (None, weight) if isinstance(weight, Tensor) else (weight, None)
         ctx.save_for_backward(x, saved, left, right)
         weight = weight if isinstance(weight, Tensor) else weight()
-        ctx.transposed, ctx.only_delta = transposed, only_delta
+        ctx.transposed = transposed
+        ctx.only_delta = only_delta
         ctx.bias = addend is not None and addend.dim() == 1
         with torch.autocast(x.device.type, enabled=False):
             keep = (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
             matrix = _kept_sum(weight, left, right, keep, only_delta=only_delta).to(x.dtype)
             matrix = matrix if transposed else matrix.t()
-            rows, shape = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], matrix.shape[1])
+            rows = x.reshape(-1, x.shape[-1])
+            shape = (*x.shape[:-1], matrix.shape[1])
             if addend is None:
                 return torch.mm(rows, matrix).view(shape)
-            return torch.addmm(addend if ctx.bias else addend.reshape(-1, shape[-1]), rows, matrix).view(shape)
+            return torch.addmm(
+                addend if ctx.bias else addend.reshape(-1, shape[-1]), rows, matrix
+            ).view(shape)
 
     @staticmethod
     @once_differentiable
@@ -63,10 +70,13 @@ class _KeptProduct(torch.autograd.Function):
         needs_x, needs_weight, needs_left, needs_right, needs_addend, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_left = grad_right = grad_addend = None
         with torch.autocast(x.device.type, enabled=False):
-            rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+            rows = x.reshape(-1, x.shape[-1])
+            grads = grad.reshape(-1, grad.shape[-1])
             keep = (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
             if needs_x:
-                matrix = _kept_sum(weight, left, right, keep, only_delta=ctx.only_delta).to(grads.dtype)
+                matrix = _kept_sum(weight, left, right, keep, only_delta=ctx.only_delta).to(
+                    grads.dtype
+                )
                 grad_x = torch.mm(grads, matrix.t() if ctx.transposed else matrix).view(x.shape)
             if needs_weight or needs_left or needs_right:
                 dense = torch.mm(rows.t(), grads) if ctx.transposed else torch.mm(grads.t(), rows)
@@ -89,7 +99,9 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
     in the state dict), since subtracting the update from the rounded sum could turn a small weight into a zero.
     """
 
-    before_merge: tuple[Tensor, Tensor | None] | None = None  # original weight and bias, while merged
+    before_merge: tuple[Tensor, Tensor | None] | None = (
+        None  # original weight and bias, while merged
+    )
     merged_adapters: list[str]
     dequantizes = False  # whether the base layer is quantized; torch.compile cannot trace how it is recognized
 
@@ -102,20 +114,28 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         names = [name for name in self.active_adapters if name in self.lora_A]
         if names and not args and not kwargs and self._fuses(names):
             base = self.get_base_layer()
-            autocast = torch.is_autocast_enabled(x.device.type) and base.weight.dtype != torch.float64
+            autocast = (
+                torch.is_autocast_enabled(x.device.type) and base.weight.dtype != torch.float64
+            )
             dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
             x = x.to(dtype) if autocast else x
-            result = self._product(x, names, None if base.bias is None else base.bias.to(dtype), only_delta=False)
+            result = self._product(
+                x, names, None if base.bias is None else base.bias.to(dtype), only_delta=False
+            )
         else:
             result = self.base_layer(x, *args, **kwargs)
             for name in names:
-                result = self._product(self.lora_dropout[name](x).to(result.dtype), [name], result, only_delta=True)
+                result = self._product(
+                    self.lora_dropout[name](x).to(result.dtype), [name], result, only_delta=True
+                )
         for name in names:
             if self.lora_bias[name]:
                 result = result + (self.scaling[name] * self.lora_B[name].bias).to(result.dtype)
         return result
 
-    def _product(self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool) -> Tensor:
+    def _product(
+        self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool
+    ) -> Tensor:
         left, right = self._factors(names)
         base = self.get_base_layer()
         weight = partial(read_weight, base) if self.dequantizes else base.weight
@@ -133,15 +153,32 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         """Whether one product may replace the layer's: no dropout, no hooks, no quantization, no half precision."""
         base = self.base_layer
         dropouts = (self.lora_dropout[name] for name in names)
-        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(base)
+        hooks = (
+            base._forward_hooks,
+            base._forward_pre_hooks,
+            base._backward_hooks,
+            base._backward_pre_hooks,
+        )
+        plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(
+            base
+        )
         steady = not any(dropout.training and getattr(dropout, "p", 0) > 0 for dropout in dropouts)
         dtypes = (torch.float32, torch.float64)
-        return steady and plain and not any(hooks) and not self.dequantizes and base.weight.dtype in dtypes
+        return (
+            steady
+            and plain
+            and not any(hooks)
+            and not self.dequantizes
+            and base.weight.dtype in dtypes
+        )
 
     def unmerged_weight(self) -> Tensor:
         """Return the weight without adapters, dequantized if the layer is quantized."""
-        return read_weight(self.get_base_layer()) if self.before_merge is None else self.before_merge[0]
+        return (
+            read_weight(self.get_base_layer())
+            if self.before_merge is None
+            else self.before_merge[0]
+        )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s (B A) * keep of one adapter, in the layout of the layer."""
@@ -157,7 +194,10 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
                 "wanda_lightning.lora.merge(model), which dequantizes the model."
             )
         if self.before_merge is None:
-            self.before_merge = base.weight.data.clone(), None if base.bias is None else base.bias.data.clone()
+            self.before_merge = (
+                base.weight.data.clone(),
+                None if base.bias is None else base.bias.data.clone(),
+            )
         try:
             super().merge(safe_merge, adapter_names)
         finally:

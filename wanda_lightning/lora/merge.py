@@ -38,14 +38,26 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     Source: Hu et al. 2021, section 4.1, for merging. Sun et al. 2024 do not merge the adapters of a pruned model.
     """
     tuner = model.base_model
-    layers = {name: layer for name, layer in tuner.model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers = {
+        name: layer
+        for name, layer in tuner.model.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
     _dequantize(tuner.model, layers)
-    names = list(dict.fromkeys([n for layer in layers.values() for n in layer.merged_adapters] + model.active_adapters))
+    names = list(
+        dict.fromkeys(
+            [n for layer in layers.values() for n in layer.merged_adapters] + model.active_adapters
+        )
+    )
     for layer in layers.values():
         if layer.merged:
             layer.unmerge()  # the zeros are read from the weights without adapters
 
-    keeping = tuple(f"{name}.base_layer." for name, layer in layers.items() if isinstance(layer, KeepZerosLinear))
+    keeping = tuple(
+        f"{name}.base_layer."
+        for name, layer in layers.items()
+        if isinstance(layer, KeepZerosLinear)
+    )
     before = {}  # of each matrix that PEFT adapts or trains whole, by its name after unloading: its name and zeros
     for name, weight in tuner.model.named_parameters(remove_duplicate=False):
         after = name.replace(".original_module.", ".").replace(".base_layer.", ".")
@@ -58,7 +70,9 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
         weight, (wrapped_name, packed) = weights[name], before[name]
         was_zero = unpack(packed, weight.shape).to(weight.device)
         if (was_zero & (weight != 0)).any():
-            assert not wrapped_name.startswith(keeping), f"{name} lost zeros in merging keep-zeros adapters"
+            assert not wrapped_name.startswith(keeping), (
+                f"{name} lost zeros in merging keep-zeros adapters"
+            )
             filled.append(name)
             if reprune:
                 weight.masked_fill_(was_zero, 0)
@@ -74,7 +88,9 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
 
 def _dequantize(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> None:
     """Replace all quantized weights by those that `read_weight` returns, if adapters would be merged into some."""
-    quantized = {name: layer for name, layer in layers.items() if is_quantized(layer.get_base_layer())}
+    quantized = {
+        name: layer for name, layer in layers.items() if is_quantized(layer.get_base_layer())
+    }
     for name, wrapped in quantized.items():
         if not isinstance(wrapped, KeepZerosLinear):
             raise UserError(
@@ -92,12 +108,14 @@ def _dequantize(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> None:
             module.weight = weight
             continue
         dtype = getattr(getattr(model, "config", None), "dtype", None) or weight.dtype
-        if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # which bitsandbytes replaced; (d_in, d_out)
+        # Which bitsandbytes replaced; (d_in, d_out).
+        if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
             layer: nn.Module = Conv1D(*weight.shape)
             weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
         else:
             layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        layer.weight, layer.bias = nn.Parameter(weight.to(dtype), requires_grad=False), module.bias
+        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        layer.bias = module.bias
         model.set_submodule(name, layer)
     if quantized and (loaded_by := getattr(model, "hf_quantizer", None)) is not None:
         loaded_by.remove_quantization_config(model)

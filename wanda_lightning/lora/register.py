@@ -7,7 +7,11 @@ add a member, and `peft.utils.register_peft_method` refuses both an unknown memb
 
 from typing import Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
 from peft.utils import PeftType
 
 _NAME = "WANDA_LIGHTNING_KEEP_ZEROS_LORA"  # adapter_config.json holds the value, which PEFT repeats in its KeyError
@@ -18,7 +22,8 @@ def _add_peft_type() -> Any:
     """Return the member of `PeftType`, added unless it exists."""
     if _NAME not in PeftType.__members__:
         member = str.__new__(PeftType, _VALUE)
-        member._name_, member._value_ = _NAME, _VALUE
+        member._name_ = _NAME
+        member._value_ = _VALUE
         PeftType._member_names_.append(_NAME)
         PeftType._member_map_[_NAME] = PeftType._value2member_map_[_VALUE] = member
         type.__setattr__(PeftType, _NAME, member)  # Enum's own __setattr__ refuses new members

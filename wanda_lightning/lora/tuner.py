@@ -15,7 +15,13 @@ from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear
 from wanda_lightning.lora.register import KEEP_ZEROS_LORA
 from wanda_lightning.models.quantized import can_be_read, is_quantized
 
-_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")  # the others write to W, or need extra forward passes
+# The others write to W, or need extra forward passes.
+_INITIALIZATIONS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+)
 
 
 @dataclasses.dataclass
@@ -42,7 +48,11 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = KEEP_ZEROS_LORA
-        refused = [field.name for field in dataclasses.fields(self) if field.metadata.get("is_lora_variant")]
+        refused = [
+            field.name
+            for field in dataclasses.fields(self)
+            if field.metadata.get("is_lora_variant")
+        ]
         refused += ["use_qalora", "target_parameters", "layer_replication", "megatron_config"]
         used = [name for name in refused if getattr(self, name, None)]
         if used := used + ["init_lora_weights"] * (self.init_lora_weights not in _INITIALIZATIONS):
@@ -59,10 +69,18 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
         """Check all targets before the first one is replaced."""
         super()._prepare_model(peft_config, model)
         config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
-        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        adapted = tuple(
+            f"{name}."
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        )
         weights: dict[int, str] = {}
         for name, module in model.named_modules():
-            if name and not name.startswith(adapted) and self._check_target_module_exists(config, name):
+            if (
+                name
+                and not name.startswith(adapted)
+                and self._check_target_module_exists(config, name)
+            ):
                 weight = check_target(name, module)
                 if (other := weights.setdefault(id(weight), name)) != name:
                     raise UserError(
@@ -71,10 +89,14 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
                     )
 
     @staticmethod
-    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+    def _create_new_module(
+        lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
         kwargs.pop("parameter_name", None)
         transposed = isinstance(target, Conv1D)
-        layer = KeepZerosLinear(target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs)
+        layer = KeepZerosLinear(
+            target, adapter_name, config=lora_config, is_target_conv_1d_layer=transposed, **kwargs
+        )
         layer.dequantizes = is_quantized(target)
         layer.fan_in_fan_out = transposed  # the class of the layer decides, not the config
         return layer
@@ -98,7 +120,8 @@ def check_target(name: str, module: nn.Module) -> Tensor:
         )
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     refuse_unreadable(name, layer)
-    in_attention = isinstance(layer, NonDynamicallyQuantizableLinear)  # F.multi_head_attention_forward reads its weight
+    # F.multi_head_attention_forward reads its weight.
+    in_attention = isinstance(layer, NonDynamicallyQuantizableLinear)
     if in_attention or not isinstance(layer, nn.Linear | Conv1D):
         where = " inside nn.MultiheadAttention" if in_attention else ""
         raise UserError(

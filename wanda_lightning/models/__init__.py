@@ -14,7 +14,11 @@ from wanda_lightning.models.inventory import (
     Stop as Stop,
     find_layers as find_layers,
 )
-from wanda_lightning.models.layers import Layer as Layer, adapted_module as adapted_module, is_plain as is_plain
+from wanda_lightning.models.layers import (
+    Layer as Layer,
+    adapted_module as adapted_module,
+    is_plain as is_plain,
+)
 from wanda_lightning.models.padding import (
     TokenMask as TokenMask,
     fitting_mask as fitting_mask,

@@ -14,7 +14,9 @@ def siblings_of(name: str, modules: Mapping[str, nn.Module]) -> str:
     parts = name.split(".")
     for end in range(1, len(parts) - 1):
         container = modules.get(".".join(parts[:end]))
-        if parts[end - 1].endswith("experts") and isinstance(container, nn.ModuleList | nn.ModuleDict):
+        if parts[end - 1].endswith("experts") and isinstance(
+            container, nn.ModuleList | nn.ModuleDict
+        ):
             return ".".join([*parts[:end], "*", *parts[end + 1 :]])
     return ""
 
@@ -44,8 +46,10 @@ def stacked_experts(module: nn.Module) -> set[str]:
     }
 
 
-_ENTRY = re.compile(r"(^|_)(gate|up|in|input|w1|w3|fc1|wi)(_|$)")  # names of matrices that read the hidden states
-_EXIT = re.compile(r"(^|_)(down|out|output|w2|fc2|wo)(_|$)")  # names of matrices that return to the hidden states
+# Names of matrices that read the hidden states.
+_ENTRY = re.compile(r"(^|_)(gate|up|in|input|w1|w3|fc1|wi)(_|$)")
+# Names of matrices that return to the hidden states.
+_EXIT = re.compile(r"(^|_)(down|out|output|w2|fc2|wo)(_|$)")
 _HIDDEN = ("hidden_size", "hidden_dim", "d_model")
 
 
@@ -62,7 +66,8 @@ def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module],
             votes = found.setdefault(type(module), set())
             declared = getattr(module, "is_transposed", None)
             sizes = [getattr(module, size, None) for size in ("input_size", "output_size")]
-            enters, leaves = bool(_ENTRY.search(name)), bool(_EXIT.search(name))
+            enters = bool(_ENTRY.search(name))
+            leaves = bool(_EXIT.search(name))
             hidden = _hidden_size(module, module_name, modules)
             if isinstance(declared, bool):  # transformers sets it
                 votes.add(declared)
@@ -73,10 +78,13 @@ def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module],
     return {kind: votes.pop() for kind, votes in found.items() if len(votes) == 1}
 
 
-def _hidden_size(module: nn.Module, module_name: str, modules: Mapping[str, nn.Module]) -> int | None:
+def _hidden_size(
+    module: nn.Module, module_name: str, modules: Mapping[str, nn.Module]
+) -> int | None:
     """Return the width of the hidden states that the module declares, or the config of the module or one around it."""
     parts = module_name.split(".")
-    around = [modules.get(".".join(parts[:length])) for length in range(len(parts), -1, -1)]  # the module is the first
+    # The module is the first.
+    around = [modules.get(".".join(parts[:length])) for length in range(len(parts), -1, -1)]
     for declares in (module, *(getattr(each, "config", None) for each in around)):
         for key in _HIDDEN:
             if type(size := getattr(declares, key, None)) is int:
@@ -100,7 +108,9 @@ def routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
             numbers |= {len(child)} if isinstance(child, nn.ModuleList | nn.ModuleDict) else set()
         for name, child in children.items() if experts else ():
             weight = getattr(child, "weight", None)
-            one_row_each = isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) in numbers
+            one_row_each = (
+                isinstance(weight, Tensor) and weight.ndim == 2 and len(weight) in numbers
+            )
             if name not in experts and (name in ("router", "gate", "gating") or one_row_each):
                 found.update(child.modules())
     return found

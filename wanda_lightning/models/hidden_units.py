@@ -24,7 +24,14 @@ from wanda_lightning.models.layers import Layer, adapted_module, is_plain, is_wh
 from wanda_lightning.models.quantized import is_wrapper
 from wanda_lightning.parallel import local
 
-_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "v_head_dim", "d_head", "key_value_proj_dim")
+_HEAD_SIZES = (
+    "head_dim",
+    "attention_head_size",
+    "head_size",
+    "v_head_dim",
+    "d_head",
+    "key_value_proj_dim",
+)
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 # Attributes that hold the number of units: of modules that read them, that write them, that do both, and around them.
 _INPUTS = frozenset({"in_features", "in_channels", "nx"})
@@ -52,7 +59,11 @@ class Slot:
     @property
     def index(self) -> Tensor:
         """The positions of the units, (heads, copies, units): heads that share their values read copies of them."""
-        return torch.arange(self.tensor.shape[self.dim])[None, None] if self.places is None else self.places
+        return (
+            torch.arange(self.tensor.shape[self.dim])[None, None]
+            if self.places is None
+            else self.places
+        )
 
     @property
     def line(self) -> tuple[nn.Module, str, int]:
@@ -67,13 +78,18 @@ class Slot:
 
     def source(self, orders: Orders) -> Tensor:
         """Return the old position of each entry after the units of each head are put into a new order."""
-        source, index = torch.arange(self.tensor.shape[self.dim]), self.index
-        source[index.flatten()] = index.gather(2, orders.cpu().unsqueeze(1).expand(index.shape)).flatten()
+        source = torch.arange(self.tensor.shape[self.dim])
+        index = self.index
+        source[index.flatten()] = index.gather(
+            2, orders.cpu().unsqueeze(1).expand(index.shape)
+        ).flatten()
         return source
 
     def zeros(self) -> Units:
         """Return which units have only zeros here."""
-        empty = (self.tensor.detach().movedim(self.dim, 0).reshape(self.tensor.shape[self.dim], -1) == 0).all(dim=1)
+        empty = (
+            self.tensor.detach().movedim(self.dim, 0).reshape(self.tensor.shape[self.dim], -1) == 0
+        ).all(dim=1)
         return empty.cpu()[self.index].flatten(0, 1).all(dim=0)
 
     def taken(self, units: Units) -> Tensor:
@@ -82,7 +98,11 @@ class Slot:
 
     def like(self, new: Tensor) -> Tensor:
         """Return a tensor as a parameter if this one is a parameter."""
-        return nn.Parameter(new, self.tensor.requires_grad) if isinstance(self.tensor, nn.Parameter) else new
+        return (
+            nn.Parameter(new, self.tensor.requires_grad)
+            if isinstance(self.tensor, nn.Parameter)
+            else new
+        )
 
     def where(self, units: Units) -> Tensor:
         """Return the positions of units."""
@@ -111,7 +131,8 @@ class HiddenUnits:
     reader: Layer
     # Rows of the writers, other parameters with one value for each unit, and the columns of the reader.
     slots: tuple[Slot, ...]
-    inner: frozenset[nn.Module] = frozenset()  # that the units enter on their way, such as depthwise convolutions
+    # That the units enter on their way, such as depthwise convolutions.
+    inner: frozenset[nn.Module] = frozenset()
 
     def permute(self, orders: Orders) -> None:
         """Permute the units of each head, in place; units stay within their head."""
@@ -163,7 +184,11 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
 
 def whole_layers(scope: nn.Module, reader: Layer) -> list[Layer]:
     """Return the modules that are whole layers, but not the reader."""
-    return [layer for module in scope.modules() if (layer := whole_layer(module)) and module is not reader.module]
+    return [
+        layer
+        for module in scope.modules()
+        if (layer := whole_layer(module)) and module is not reader.module
+    ]
 
 
 def written_units(width: int, layers: Sequence[Layer]) -> Iterator[tuple[Slot, ...]]:
@@ -179,7 +204,9 @@ def written_units(width: int, layers: Sequence[Layer]) -> Iterator[tuple[Slot, .
             yield _rows(layer, halves.reshape(1, width, 2).transpose(1, 2))
 
 
-def _of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[tuple[Tensor, tuple[Slot, ...]]]:
+def _of_heads(
+    d_in: int, layers: Sequence[Layer], block: nn.Module
+) -> Iterator[tuple[Tensor, tuple[Slot, ...]]]:
     """Propose the values of attention heads, written by a layer of their own or together with queries and keys."""
     for size in _attributes(block, _HEAD_SIZES):
         if size < 2 or d_in % size:
@@ -187,15 +214,26 @@ def _of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[
         heads = d_in // size
         for layer in layers:
             d_out = layer.shape[0]
-            found = [d_out // size, heads, (d_out // size - heads) // 2, *_attributes(block, _KV_HEADS)]
-            for kv_heads in dict.fromkeys(count for count in found if count > 0 and not heads % count):
+            found = [
+                d_out // size,
+                heads,
+                (d_out // size - heads) // 2,
+                *_attributes(block, _KV_HEADS),
+            ]
+            for kv_heads in dict.fromkeys(
+                count for count in found if count > 0 and not heads % count
+            ):
                 if d_out < kv_heads * size:
                     continue
                 columns = torch.arange(d_in).reshape(kv_heads, -1, size)
                 last = torch.arange(d_out - kv_heads * size, d_out).reshape(kv_heads, 1, size)
                 yield columns, _rows(layer, last)
-                if d_out % kv_heads == 0 and d_out > kv_heads * size:  # each head's queries and keys, then its values
-                    yield columns, _rows(layer, torch.arange(d_out).reshape(kv_heads, 1, -1)[..., -size:])
+                # Each head's queries and keys, then its values.
+                if d_out % kv_heads == 0 and d_out > kv_heads * size:
+                    yield (
+                        columns,
+                        _rows(layer, torch.arange(d_out).reshape(kv_heads, 1, -1)[..., -size:]),
+                    )
 
 
 def _rows(layer: Layer, places: Tensor | None = None) -> tuple[Slot, ...]:
@@ -248,13 +286,21 @@ class RemovableUnits:
         A unit with zeros in all of them can be taken out. What lies in between, such as biases and depthwise
         convolutions, may be anything: what the unit computes from it meets zeros only.
         """
-        return tuple(s for s in self.slots if s.tensor.ndim > 1 and not _is_depthwise(s.module, self.width))
+        return tuple(
+            s for s in self.slots if s.tensor.ndim > 1 and not _is_depthwise(s.module, self.width)
+        )
 
     @property
     def inner(self) -> frozenset[nn.Module]:
         """The modules with a matrix that the units enter on their way to the reader."""
-        matrices = ((slot, whole_layer(slot.module)) for slot in self.slots[:-1] if slot.tensor.ndim > 1)
-        return frozenset(slot.module for slot, own in matrices if own is None or slot.line == columns_of(own).line)
+        matrices = (
+            (slot, whole_layer(slot.module)) for slot in self.slots[:-1] if slot.tensor.ndim > 1
+        )
+        return frozenset(
+            slot.module
+            for slot, own in matrices
+            if own is None or slot.line == columns_of(own).line
+        )
 
     def zero(self, units: Units) -> None:
         """Set all parameters of some units to zero; running statistics stay."""
@@ -278,18 +324,27 @@ class RemovableUnits:
         """Yield new tensors and widths, each after the one before is set: a tensor may have two slots."""
         number = int(units.sum())
         for slot in self.slots:
-            new, names = slot.taken(units), _VECTORS
+            new = slot.taken(units)
+            names = _VECTORS
             if layer := whole_layer(slot.module):
                 names = _INPUTS if slot.line == columns_of(layer).line else _OUTPUTS
-            yield from _resized(slot.module, names, slot.tensor.shape[slot.dim], new.shape[slot.dim])
+            yield from _resized(
+                slot.module, names, slot.tensor.shape[slot.dim], new.shape[slot.dim]
+            )
             yield slot.module, slot.name, new
         for parent in self.parents:
             yield from _resized(parent, _AROUND, self.width, number)
             yield from _resized(parent, _AROUND, 2 * self.width, 2 * number)
 
 
-def _resized(module: nn.Module, names: frozenset[str], before: int, after: int) -> list[tuple[nn.Module, str, int]]:
-    return [(module, name, after) for name in names & vars(module).keys() if getattr(module, name) == before]
+def _resized(
+    module: nn.Module, names: frozenset[str], before: int, after: int
+) -> list[tuple[nn.Module, str, int]]:
+    return [
+        (module, name, after)
+        for name in names & vars(module).keys()
+        if getattr(module, name) == before
+    ]
 
 
 def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[RemovableUnits]:
@@ -306,9 +361,15 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
         index = {module: place for place, module in enumerate(scope.modules())}
         vectors = [*_carried(scope, width)]
         # The largest layer is the reader: its weights say which units matter, not those of a squeeze-and-excitation.
-        readers = [columns_of(layer) for layer in layers if layer.width == width and layer.size <= reader.size]
+        readers = [
+            columns_of(layer)
+            for layer in layers
+            if layer.width == width and layer.size <= reader.size
+        ]
         end = index.get(reader.module, len(index))
-        for written in sorted(written_units(width, layers), key=partial(_remoteness, index=index, end=end)):
+        for written in sorted(
+            written_units(width, layers), key=partial(_remoteness, index=index, end=end)
+        ):
             first = min(index[slot.module] for slot in written)
             between = [slot for slot in vectors if first < index[slot.module] < end]
             inner = [slot for slot in readers if first < index[slot.module] < end]
@@ -317,11 +378,17 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
                 key = tuple(slot.key for slot in slots)
                 if key not in proposed:
                     proposed.add(key)
-                    others = [layer for layer in layers if layer.module in {slot.module for slot in slots}]
-                    yield RemovableUnits(reader, tuple(others), width, slots, tuple(dict.fromkeys((parent, scope))))
+                    others = [
+                        layer for layer in layers if layer.module in {slot.module for slot in slots}
+                    ]
+                    yield RemovableUnits(
+                        reader, tuple(others), width, slots, tuple(dict.fromkeys((parent, scope)))
+                    )
 
 
-def _remoteness(written: Sequence[Slot], index: Mapping[nn.Module, int], end: int) -> tuple[int, bool, int]:
+def _remoteness(
+    written: Sequence[Slot], index: Mapping[nn.Module, int], end: int
+) -> tuple[int, bool, int]:
     """Order proposals for the writers of units: the fewest first, then the nearest before the reader at `end`.
 
     More writers than needed fit, too, if parts of a model are alike, but then all lose the units that one loses.
@@ -334,9 +401,17 @@ def _carried(scope: nn.Module, width: int) -> Iterator[Slot]:
     """Yield what has one entry for each unit, such as BatchNorm and depthwise convolutions."""
     for module in scope.modules():
         if _is_depthwise(module, width):
-            yield from (Slot(module, name, 0) for name in ("weight", "bias") if getattr(module, name) is not None)
+            yield from (
+                Slot(module, name, 0)
+                for name in ("weight", "bias")
+                if getattr(module, name) is not None
+            )
         elif whole_layer(module) is None:
-            yield from (Slot(module, name, 0) for name, tensor in tensors_of(module) if tensor.shape == (width,))
+            yield from (
+                Slot(module, name, 0)
+                for name, tensor in tensors_of(module)
+                if tensor.shape == (width,)
+            )
 
 
 def _is_depthwise(module: nn.Module, width: int) -> bool:
@@ -347,7 +422,11 @@ def _is_depthwise(module: nn.Module, width: int) -> bool:
 
 def tied_tensors(model: nn.Module) -> set[tuple[nn.Module, str]]:
     """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
-    found = [(module, name, _memory(tensor)) for module in model.modules() for name, tensor in tensors_of(module)]
+    found = [
+        (module, name, _memory(tensor))
+        for module in model.modules()
+        for name, tensor in tensors_of(module)
+    ]
     counts = Counter(memory for _, _, memory in found)
     return {(module, name) for module, name, memory in found if counts[memory] > 1}
 
@@ -355,5 +434,10 @@ def tied_tensors(model: nn.Module) -> set[tuple[nn.Module, str]]:
 def _memory(tensor: Tensor) -> int:
     """Return what identifies the memory of a tensor; the tensor itself if it has none, as on the meta device."""
     shard = local(tensor)
-    has_memory = not is_unloaded(shard) and shard.device.type != "meta" and shard.numel() and not is_wrapper(tensor)
+    has_memory = (
+        not is_unloaded(shard)
+        and shard.device.type != "meta"
+        and shard.numel()
+        and not is_wrapper(tensor)
+    )
     return shard.untyped_storage().data_ptr() if has_memory else id(tensor)

@@ -18,7 +18,13 @@ from torch.nn.utils import parametrize
 from wanda_lightning.common.words import check_patterns, matches, refuse_unmatched
 from wanda_lightning.core.patterns import Pattern, Unstructured
 from wanda_lightning.models.experts import routers, stacked_experts, stored_by_columns
-from wanda_lightning.models.layers import Layer, layer_kinds, layers_of, named_modules, uncompiled_name
+from wanda_lightning.models.layers import (
+    Layer,
+    layer_kinds,
+    layers_of,
+    named_modules,
+    uncompiled_name,
+)
 from wanda_lightning.models.quantized import is_packed, is_packed_weight, quantizer
 from wanda_lightning.models.task import own_head
 
@@ -47,7 +53,16 @@ class SkipReason(StrEnum):
     @property
     def is_expected(self) -> bool:
         """Whether users expect that such a matrix stays dense, or asked for it."""
-        return self.value in ("adapter", "embedding", "output_head", "router", "stem", "tied", "user", "uncoupled")
+        return self.value in (
+            "adapter",
+            "embedding",
+            "output_head",
+            "router",
+            "stem",
+            "tied",
+            "user",
+            "uncoupled",
+        )
 
 
 @dataclass(frozen=True)
@@ -80,7 +95,8 @@ class Inventory:
 
     stops: tuple[Stop, ...]  # the layers to prune, in model order
     skipped: tuple[SkippedMatrix, ...]  # all other matrices
-    blocks: Mapping[str, str]  # by layer: the name of its block, or of its module if it lies in no block
+    # By layer: the name of its block, or of its module if it lies in no block.
+    blocks: Mapping[str, str]
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -89,7 +105,9 @@ class Inventory:
 
     def skipped_for(self, reason: SkipReason) -> tuple[SkippedMatrix, ...]:
         """Return the matrices that are skipped for a reason, largest first."""
-        return tuple(sorted((m for m in self.skipped if m.reason is reason), key=lambda matrix: -matrix.size))
+        return tuple(
+            sorted((m for m in self.skipped if m.reason is reason), key=lambda matrix: -matrix.size)
+        )
 
 
 def find_layers(
@@ -109,7 +127,9 @@ def find_layers(
     finder.sort_parameters()
     finder.skip_tied_to_skipped()
     finder.apply_user_patterns(check_patterns("skip", skip), check_patterns("only", only))
-    finder.skip(SkipReason.UNSUPPORTED, lambda layer: "has no elements" if 0 in layer.shape else None)
+    finder.skip(
+        SkipReason.UNSUPPORTED, lambda layer: "has no elements" if 0 in layer.shape else None
+    )
     # Find blocks before the pattern removes layers: blocks must not depend on the pattern.
     blocks = finder.block_of_each_layer()
     finder.skip(SkipReason.PATTERN, lambda layer: pattern.why_not(layer.shape[1]))
@@ -146,14 +166,21 @@ class _Finder:
             if isinstance(parameter, UninitializedParameter):
                 detail = "has no shape yet: run one batch through the model first"
                 self.skipped.append(SkippedMatrix(name, (), SkipReason.NO_SHAPE, detail))
-            elif parameter.ndim >= 2 and module_name in self.modules:  # otherwise a second name of the same module
+            elif (
+                parameter.ndim >= 2 and module_name in self.modules
+            ):  # otherwise a second name of the same module
                 self._sort(name, module_name, parameter)
 
     def _sort(self, name: str, module_name: str, parameter: Tensor) -> None:
-        module, parameter_name = self.modules[module_name], name.rpartition(".")[2]
+        module = self.modules[module_name]
+        parameter_name = name.rpartition(".")[2]
         label = module_name if parameter_name == "weight" and module_name else name
         default = self._defaults.get(module_name) if parameter_name == "weight" else None
-        found = [] if default else layers_of(label, module, parameter_name, self.modules, self._by_columns)
+        found = (
+            []
+            if default
+            else layers_of(label, module, parameter_name, self.modules, self._by_columns)
+        )
         default = default or (self._defaults.get(module_name) if found else None)
         owner = self._owners.setdefault(id(parameter), label)
         if owner != label:
@@ -169,7 +196,9 @@ class _Finder:
         elif found:
             self.layers.extend(found)
         else:
-            self._skip(label, parameter, SkipReason.UNSUPPORTED, _why_unsupported(module, parameter_name))
+            self._skip(
+                label, parameter, SkipReason.UNSUPPORTED, _why_unsupported(module, parameter_name)
+            )
 
     def _skip(self, name: str, tensor: Tensor, reason: SkipReason, detail: str) -> None:
         self.skipped.append(SkippedMatrix(name, tuple(tensor.shape), reason, detail))
@@ -178,7 +207,9 @@ class _Finder:
         """Skip layers that share their parameter with a module that is skipped by default, such as the output head."""
 
         def tied(layer: Layer) -> str | None:
-            other = next((name for name in self._aliases.get(layer.name, ()) if name in self._defaults), None)
+            other = next(
+                (name for name in self._aliases.get(layer.name, ()) if name in self._defaults), None
+            )
             return None if other is None else f"tied to {other}: {self._defaults[other][1]}"
 
         self.skip(SkipReason.TIED, tied)
@@ -194,19 +225,23 @@ class _Finder:
             for pattern in skip:
                 if any(matches(name, pattern, "skip") for name in names):
                     return f"skip={pattern!r}"
-            if only and not any(matches(name, pattern, "only") for name in names for pattern in only):
+            if only and not any(
+                matches(name, pattern, "only") for name in names for pattern in only
+            ):
                 return f"not in only={list(only)}"
             return None
 
         # The user's choice replaces every other reason: quantized weights that the user skips are not refused.
         self.skipped = [
-            replace(matrix, reason=SkipReason.USER) if by_user(matrix) else matrix for matrix in self.skipped
+            replace(matrix, reason=SkipReason.USER) if by_user(matrix) else matrix
+            for matrix in self.skipped
         ]
         self.skip(SkipReason.USER, by_user)
 
     def skip(self, reason: SkipReason, detail_of: Callable[[Layer], str | None]) -> None:
         """Skip the layers for which `detail_of` returns a detail."""
-        layers, self.layers = self.layers, []
+        layers = self.layers
+        self.layers = []
         for layer in layers:
             if (detail := detail_of(layer)) is None:
                 self.layers.append(layer)
@@ -215,9 +250,13 @@ class _Finder:
 
     def block_of_each_layer(self) -> dict[str, str]:
         """Map the name of each layer to the name of its block, or of its module if it lies in no block."""
-        blocks, modules = _find_blocks(self.modules, self.layers), self._module_names
+        blocks = _find_blocks(self.modules, self.layers)
+        modules = self._module_names
         return {
-            layer.name: next((name for name in blocks if layer.name.startswith(f"{name}.")), modules[layer.module])
+            layer.name: next(
+                (name for name in blocks if layer.name.startswith(f"{name}.")),
+                modules[layer.module],
+            )
             for layer in self.layers
         }
 
@@ -230,7 +269,10 @@ class _Finder:
             # Experts or groups of one parameter form one stop: batches can stop only at their module.
             name = blocks[layer.name] if sequential == "block" else self._module_names[layer.module]
             members.setdefault(name, []).append(layer)
-        return tuple(Stop(name, self.modules.get(name, self.model), tuple(inner)) for name, inner in members.items())
+        return tuple(
+            Stop(name, self.modules.get(name, self.model), tuple(inner))
+            for name, inner in members.items()
+        )
 
 
 def _find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> list[str]:
@@ -245,11 +287,21 @@ def _find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> l
     # The number of distinct modules with layers inside each module.
     names = {layer.module: layer.name.split(".") for layer in layers}.values()
     counts = Counter(".".join(parts[:length]) for parts in names for length in range(len(parts)))
-    marked = [name for name, m in modules.items() if isinstance(m, GradientCheckpointingLayer) and counts[name]]
+    marked = [
+        name
+        for name, m in modules.items()
+        if isinstance(m, GradientCheckpointingLayer) and counts[name]
+    ]
     inside = tuple(f"{name}." for name in marked)
-    listed = [name for name in _members_of_lists(modules) if counts[name] >= 2 and not f"{name}.".startswith(inside)]
+    listed = [
+        name
+        for name in _members_of_lists(modules)
+        if counts[name] >= 2 and not f"{name}.".startswith(inside)
+    ]
     candidates = marked + listed
-    return [name for name in candidates if not any(other.startswith(f"{name}.") for other in candidates)]
+    return [
+        name for name in candidates if not any(other.startswith(f"{name}.") for other in candidates)
+    ]
 
 
 _LISTS = (nn.ModuleList, nn.Sequential)
@@ -259,7 +311,8 @@ def _members_of_lists(modules: Mapping[str, nn.Module]) -> list[str]:
     return [
         f"{name}.{child}" if name else child
         for name, container in modules.items()
-        if isinstance(container, _LISTS) or type(container).__name__ == "IntermediateLayerGetter"  # of torchvision
+        if isinstance(container, _LISTS)
+        or type(container).__name__ == "IntermediateLayerGetter"  # of torchvision
         if not name.endswith("experts")
         for child, member in container.named_children()
         if not isinstance(member, _LISTS)
@@ -271,7 +324,9 @@ def _members_of_lists(modules: Mapping[str, nn.Module]) -> list[str]:
 _STEM = re.compile(r"(^|\.)((conv_)?stem|patch_embed(ding)?s?|patch_embedder)(\.|$)")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_IMAGE_CHANNELS = 4  # a first convolution with at most so many input channels reads the raw image or signal
+_IMAGE_CHANNELS = (
+    4  # a first convolution with at most so many input channels reads the raw image or signal
+)
 
 
 def _why_packed(weight: Tensor, module: nn.Module) -> str:
@@ -279,7 +334,11 @@ def _why_packed(weight: Tensor, module: nn.Module) -> str:
     if library := quantizer(module, weight):
         kinds = f"{type(module).__name__}, {type(weight).__name__}"
         return f"quantized by {library} ({kinds}): prune first, then quantize"
-    form = str(weight.dtype).removeprefix("torch.") if weight.layout is torch.strided else weight.layout
+    form = (
+        str(weight.dtype).removeprefix("torch.")
+        if weight.layout is torch.strided
+        else weight.layout
+    )
     return f"{form} weights of type {type(weight).__name__} cannot be pruned in place"
 
 
@@ -303,7 +362,9 @@ def _why_unsupported(module: nn.Module, parameter_name: str) -> str:
 
 def _skip_by_default(modules: Mapping[str, nn.Module]) -> dict[str, tuple[SkipReason, str]]:
     """Return the reasons to skip the weights of modules, with details, by module name."""
-    first = [next((m for m in modules.values() if isinstance(m, kind)), None) for kind in _CONVOLUTIONS]
+    first = [
+        next((m for m in modules.values() if isinstance(m, kind)), None) for kind in _CONVOLUTIONS
+    ]
     raw = {m for m in first if m is not None and m.in_channels <= _IMAGE_CHANNELS}
     heads = set().union(*(_heads(module) for module in modules.values()))
     routing = routers(modules)
@@ -318,19 +379,38 @@ def _skip_by_default(modules: Mapping[str, nn.Module]) -> dict[str, tuple[SkipRe
         return isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels
 
     def is_timm_stem(name: str) -> bool:
-        return any(name.startswith(top) and pattern.match(name[len(top) :].lstrip(".")) for top, pattern in stems)
+        return any(
+            name.startswith(top) and pattern.match(name[len(top) :].lstrip("."))
+            for top, pattern in stems
+        )
 
-    rows: tuple[tuple[SkipReason, str, Callable[[str, nn.Module], object]], ...] = (  # the first that holds counts
+    rows: tuple[
+        tuple[SkipReason, str, Callable[[str, nn.Module], object]], ...
+    ] = (  # the first that holds counts
         (SkipReason.OUTPUT_HEAD, "output head", lambda name, module: module in heads),
-        (SkipReason.ADAPTER, "adapter: trained, not pruned", lambda name, module: name.startswith(adapters)),
+        (
+            SkipReason.ADAPTER,
+            "adapter: trained, not pruned",
+            lambda name, module: name.startswith(adapters),
+        ),
         (SkipReason.ROUTER, "router", lambda name, module: module in routing),
         (SkipReason.DEPTHWISE, "depthwise convolution", lambda name, module: is_depthwise(module)),
-        (SkipReason.STEM, "stem: reads the raw image or signal", lambda name, module: module in raw),
-        (SkipReason.STEM, "stem or patch embedding", lambda name, module: _STEM.search(name) or is_timm_stem(name)),
+        (
+            SkipReason.STEM,
+            "stem: reads the raw image or signal",
+            lambda name, module: module in raw,
+        ),
+        (
+            SkipReason.STEM,
+            "stem or patch embedding",
+            lambda name, module: _STEM.search(name) or is_timm_stem(name),
+        ),
         (SkipReason.EMBEDDING, "embedding", lambda name, module: isinstance(module, _EMBEDDINGS)),
     )
     found = {
-        name: next(((reason, detail) for reason, detail, holds in rows if holds(name, module)), None)
+        name: next(
+            ((reason, detail) for reason, detail, holds in rows if holds(name, module)), None
+        )
         for name, module in modules.items()
     }
     return {name: row for name, row in found.items() if row}
@@ -345,7 +425,8 @@ def _heads(module: nn.Module) -> set[nn.Module]:
         classifier = get_classifier()
         tops.extend(classifier if isinstance(classifier, tuple | list) else [classifier])
     body = module.base_model if hasattr(type(module), "base_model") else None
-    if tops and isinstance(body, nn.Module) and body is not module:  # a transformers body with a task head
+    # A transformers body with a task head.
+    if tops and isinstance(body, nn.Module) and body is not module:
         tops.extend(child for child in module.children() if child is not body)
     return {inner for top in tops if isinstance(top, nn.Module) for inner in top.modules()}
 
@@ -360,5 +441,10 @@ def _timm_stems(module: nn.Module) -> list[re.Pattern[str]]:
     if not callable(group_matcher := _method(module, "group_matcher")):
         return []
     groups = group_matcher(coarse=False)
-    stem = groups.get("stem", ()) if isinstance(groups, Mapping) else ()  # a few models return a function instead
-    return [re.compile(pattern) for pattern in ([stem] if isinstance(stem, str) else stem) if isinstance(pattern, str)]
+    # A few models return a function instead.
+    stem = groups.get("stem", ()) if isinstance(groups, Mapping) else ()
+    return [
+        re.compile(pattern)
+        for pattern in ([stem] if isinstance(stem, str) else stem)
+        if isinstance(pattern, str)
+    ]

@@ -34,13 +34,17 @@ class LayerKind:
     """Expresses one type of layer as a matrix product `tokens @ weight.T`. The defaults fit a linear layer."""
 
     layer_type: type[nn.Module]  # subclasses are included if they keep its forward
-    read: Callable[[Tensor], Tensor] = lambda weight: weight  # as (d_out, d_in); a view if the layout allows it
+    # As (d_out, d_in); a view if the layout allows it.
+    read: Callable[[Tensor], Tensor] = lambda weight: weight
     write: Callable[[Tensor, Tensor], object] = lambda weight, matrix: weight.copy_(matrix)
-    tokens: Callable[[Any, Tensor], Tensor] = lambda module, x: _rows(x)  # the module's input as (tokens, d_in)
+    # The module's input as (tokens, d_in).
+    tokens: Callable[[Any, Tensor], Tensor] = lambda module, x: _rows(x)
     outputs: Callable[[Tensor], Tensor] = _rows  # its output as (tokens, d_out)
-    window: Callable[[Any], object] = lambda module: ()  # the settings that determine the tokens of an input
+    # The settings that determine the tokens of an input.
+    window: Callable[[Any], object] = lambda module: ()
     rows_first: bool = True  # whether d_out is the weight's first dimension, so that a shard consists of whole rows
-    channels: int = -1  # dimension of the channels (d_in, d_out) in inputs and outputs, counted from the last
+    # Dimension of the channels (d_in, d_out) in inputs and outputs, counted from the last.
+    channels: int = -1
 
 
 # Columns are ordered by kernel position, then by channel. If M divides the channels, an N:M group has consecutive
@@ -58,11 +62,16 @@ def _convolution_tokens(layer: Any, images: Tensor) -> Tensor:
     if images.ndim == 1 + len(layer.kernel_size):
         images = images.unsqueeze(0)
     if any(pads := layer._reversed_padding_repeated_twice):
-        images = F.pad(images, pads, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    kernel, dilation, stride = layer.kernel_size, layer.dilation, layer.stride
+        images = F.pad(
+            images, pads, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        )
+    kernel = layer.kernel_size
+    dilation = layer.dilation
+    stride = layer.stride
     windows = images.movedim(1, -1)
     if math.prod(kernel) > 1:
-        windows = windows.contiguous()  # channels last: the copy below then reads consecutive numbers
+        # Channels last: the copy below then reads consecutive numbers.
+        windows = windows.contiguous()
     for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=1):
         windows = windows.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
     places = 1 + len(kernel)  # (batch, places, channels, kernel positions)
@@ -92,7 +101,9 @@ def _convolution(layer_type: type[nn.Module], dimensions: int) -> LayerKind:
 
 # The matrix of one expert in a parameter (experts, d_out, d_in) or (experts, d_in, d_out).
 EXPERT_BY_ROWS = LayerKind(nn.Module)
-EXPERT_BY_COLUMNS = LayerKind(nn.Module, Tensor.t, lambda weight, matrix: weight.copy_(matrix.t()), rows_first=False)
+EXPERT_BY_COLUMNS = LayerKind(
+    nn.Module, Tensor.t, lambda weight, matrix: weight.copy_(matrix.t()), rows_first=False
+)
 
 
 @cache
@@ -104,10 +115,14 @@ def layer_kinds() -> dict[str, LayerKind]:
     conv2d = _convolution(nn.Conv2d, 2)
     return {
         "Linear": LayerKind(nn.Linear),
-        "Conv1D": replace(EXPERT_BY_COLUMNS, layer_type=Conv1D),  # GPT-2's linear layer, stored as (d_in, d_out)
+        "Conv1D": replace(
+            EXPERT_BY_COLUMNS, layer_type=Conv1D
+        ),  # GPT-2's linear layer, stored as (d_in, d_out)
         "Conv1d": _convolution(nn.Conv1d, 1),
         "Conv2d": conv2d,
-        "Conv2dSame": replace(conv2d, layer_type=Conv2dSame, tokens=_conv2d_same_tokens),  # pads by input size
+        "Conv2dSame": replace(
+            conv2d, layer_type=Conv2dSame, tokens=_conv2d_same_tokens
+        ),  # pads by input size
     }
 
 
@@ -181,7 +196,8 @@ class Layer:
             index = self.expert - first
             return tensor[index] if 0 <= index < len(tensor) else tensor[:0].flatten(0, 1)
         which, groups = self.group or (0, 1)
-        start, size = which * (len(whole) // groups) - first, len(whole) // groups
+        start = which * (len(whole) // groups) - first
+        size = len(whole) // groups
         return tensor[max(0, start) : max(0, start + size)]
 
     @property
@@ -198,7 +214,9 @@ class Layer:
     def bias(self) -> Tensor | None:
         """The bias, (d_out,), without gradients, or its shard; None if there is none."""
         bias = getattr(self.module, self.bias_name, None)
-        if not isinstance(bias, nn.Parameter) or isinstance(bias, DTensor) != isinstance(self.parameter, DTensor):
+        if not isinstance(bias, nn.Parameter) or isinstance(bias, DTensor) != isinstance(
+            self.parameter, DTensor
+        ):
             return None
         shape = self.own(torch.empty(bias.shape, device="meta")).shape
         return self.own(local(bias.detach())) if tuple(shape) == self.shape[:1] else None
@@ -228,7 +246,9 @@ class Layer:
 def refuse_no_values(layer: Layer) -> None:
     """Refuse a layer on the meta device."""
     if layer.parameter.is_meta:
-        raise UserError(f"model must hold its weights, but {layer.name} is on the meta device. Load the weights first.")
+        raise UserError(
+            f"model must hold its weights, but {layer.name} is on the meta device. Load the weights first."
+        )
 
 
 def layers_of(
@@ -248,7 +268,10 @@ def layers_of(
         return []
     kind = EXPERT_BY_COLUMNS if by_columns[type(module)] else EXPERT_BY_ROWS
     number = len(getattr(module, parameter_name))
-    return [Layer(f"{name}.{e}", module, kind, parameter_name, e, siblings=f"{name}.*") for e in range(number)]
+    return [
+        Layer(f"{name}.{e}", module, kind, parameter_name, e, siblings=f"{name}.*")
+        for e in range(number)
+    ]
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
@@ -271,7 +294,12 @@ def is_whole(layer: Layer) -> bool:
     """Whether a layer is one matrix of ordinary numbers, neither packed nor quantized."""
     weight = layer.parameter
     is_ordinary = type(weight) in (nn.Parameter, Tensor) and not is_packed(weight)
-    return layer.expert is None and layer.group is None and is_ordinary and not quantizer(layer.module, weight)
+    return (
+        layer.expert is None
+        and layer.group is None
+        and is_ordinary
+        and not quantizer(layer.module, weight)
+    )
 
 
 def is_plain(layer: Layer) -> bool:
@@ -279,7 +307,12 @@ def is_plain(layer: Layer) -> bool:
     return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])
 
 
-_OF_LINEAR = vars(nn.Linear(1, 1, device="meta")).keys() - {"_buffers", "_modules", "_parameters"}  # such as hooks
+# Such as hooks.
+_OF_LINEAR = vars(nn.Linear(1, 1, device="meta")).keys() - {
+    "_buffers",
+    "_modules",
+    "_parameters",
+}
 
 
 @torch.no_grad()
@@ -288,15 +321,24 @@ def computes_linear(module: nn.Linear) -> bool:
     kind: Any = {"dtype": torch.float32, "device": "cpu"}
     weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], **kind)
     bias = None if module.bias is None else torch.tensor([0.6, -1.1], **kind)
-    x = torch.tensor([[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], **kind)
+    x = torch.tensor(
+        [[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], **kind
+    )
     tried: nn.Linear = object.__new__(type(module))
     vars(tried).update(vars(module), in_features=3, out_features=2)
     try:
-        for name, value in vars(module).items():  # copy what a forward could write into; hooks do not run
-            if name not in _OF_LINEAR and isinstance(value, Tensor | nn.Module | dict | list | set | deque):
-                vars(tried)[name] = copy.deepcopy(value, {id(module.weight): weight, id(module.bias): bias})
+        for name, value in vars(
+            module
+        ).items():  # copy what a forward could write into; hooks do not run
+            if name not in _OF_LINEAR and isinstance(
+                value, Tensor | nn.Module | dict | list | set | deque
+            ):
+                vars(tried)[name] = copy.deepcopy(
+                    value, {id(module.weight): weight, id(module.bias): bias}
+                )
         with torch.autocast("cpu", enabled=False):
-            output, expected = type(module).forward(tried, x), F.linear(x, weight, bias)
+            output = type(module).forward(tried, x)
+            expected = F.linear(x, weight, bias)
             return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-5)
     except Exception:  # it needs more than a weight and a bias
         return False
@@ -312,9 +354,18 @@ def uncompiled_name(name: str) -> str:
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by name, without the wrappers of `torch.compile` and their parts of the names."""
-    return {uncompiled_name(name): m for name, m in model.named_modules() if _COMPILED not in m._modules}
+    return {
+        uncompiled_name(name): m for name, m in model.named_modules() if _COMPILED not in m._modules
+    }
 
 
 def adapted_module(model: nn.Module) -> str | None:
     """Return the name of the first module that PEFT has given an adapter, or None if there is none."""
-    return next((name for name, m in named_modules(model).items() if getattr(type(m), "adapter_layer_names", ())), None)
+    return next(
+        (
+            name
+            for name, m in named_modules(model).items()
+            if getattr(type(m), "adapter_layer_names", ())
+        ),
+        None,
+    )

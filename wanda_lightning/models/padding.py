@@ -34,7 +34,9 @@ class TokenMask:
 
 def fitting_mask(masks: Sequence[TokenMask], name: str, x: Tensor) -> TokenMask | None:
     """Return the mask that fits a tensor; of several, the mask of the smallest module that contains `name`."""
-    return next((mask for mask in sorted(masks, key=lambda mask: mask.rank(name)) if mask.fits(x)), None)
+    return next(
+        (mask for mask in sorted(masks, key=lambda mask: mask.rank(name)) if mask.fits(x)), None
+    )
 
 
 def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
@@ -60,16 +62,28 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
 def _encoder_and_decoder(model: nn.Module) -> tuple[str, str] | None:
     """Return the names of the encoder and of the module around it and the decoder; None for any other model."""
     for name, module in named_modules(model).items():
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
+        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(
+            module, "get_encoder"
+        ):
             encoder = module.get_encoder()  # type: ignore[operator]
-            return uncompiled_name(next(inner for inner, other in model.named_modules() if other is encoder)), name
+            return uncompiled_name(
+                next(inner for inner, other in model.named_modules() if other is encoder)
+            ), name
     return None
 
 
 def _check_shape(attention: Tensor, batch: Mapping[str, Any]) -> None:
     """Refuse a mask (samples, tokens) with another shape than the tokens, unless a cache adds keys before them."""
-    tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if isinstance(batch.get(key), Tensor)), None)
-    cached = "cache" in batch or "past_key_values" in batch  # transformers 5.24 renames the second to the first
+    tokens = next(
+        (
+            batch[key]
+            for key in ("input_ids", "inputs_embeds")
+            if isinstance(batch.get(key), Tensor)
+        ),
+        None,
+    )
+    # Transformers 5.24 renames the second to the first.
+    cached = "cache" in batch or "past_key_values" in batch
     if tokens is not None and not cached and attention.shape != tokens.shape[:2]:
         raise UserError(
             f"attention_mask must have the shape of the tokens, {tuple(tokens.shape[:2])}, but its shape is "

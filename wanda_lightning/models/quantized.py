@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 _QUANTIZERS = {
-    *("aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum"),
+    *(
+        "aqlm",
+        "auto_gptq",
+        "awq",
+        "bitsandbytes",
+        "compressed_tensors",
+        "eetq",
+        "gptqmodel",
+        "hqq",
+        "optimum",
+    ),
     *("quanto", "torchao", "vptq"),
 }
 _READABLE = ("torchao", "bitsandbytes")
@@ -17,7 +27,8 @@ _READABLE = ("torchao", "bitsandbytes")
 
 def is_wrapper(parameter: Tensor) -> bool:
     """Whether a parameter is a tensor subclass without numbers of its own, such as one that wraps quantized codes."""
-    return not issubclass(type(parameter), nn.Parameter | DTensor)  # isinstance would ask the tensor
+    # Isinstance would ask the tensor.
+    return not issubclass(type(parameter), nn.Parameter | DTensor)
 
 
 def is_packed(parameter: Tensor) -> bool:
@@ -41,19 +52,24 @@ def is_quantized(module: nn.Module) -> bool:
     return (
         quantizer(module) is not None
         or any(is_packed(p) or quantizer(module, p) for p in module.parameters(recurse=False))
-        or any(is_packed_weight(name, buffer) for name, buffer in module.named_buffers(recurse=False))
+        or any(
+            is_packed_weight(name, buffer) for name, buffer in module.named_buffers(recurse=False)
+        )
     )
 
 
 def can_be_read(module: nn.Module) -> bool:
     """Whether `read_weight` can return the weight of a module."""
-    return not is_quantized(module) or quantizer(module, getattr(module, "weight", None)) in _READABLE
+    return (
+        not is_quantized(module) or quantizer(module, getattr(module, "weight", None)) in _READABLE
+    )
 
 
 @torch.no_grad()
 def read_weight(module: Any) -> Tensor:
     """Return the weight of a module that can be read, in floating point; a quantized one is dequantized to a copy."""
     weight: Any = module.weight
+    # int8 layers have their scales there.
     match quantizer(module, weight):
         case "torchao":
             return weight.dequantize()
@@ -61,9 +77,13 @@ def read_weight(module: Any) -> Tensor:
             from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
             module.state_dict()  # restores the order of 4-bit codes, which some CPUs change in evaluation mode
-            return dequantize_bnb_weight(weight, getattr(module, "state", None))  # int8 layers have their scales there
+            return dequantize_bnb_weight(weight, getattr(module, "state", None))
     return weight.detach()
 
 
 def _holds_codes(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or tensor.element_size() < 2 or tensor.layout is not torch.strided
+    return (
+        not tensor.is_floating_point()
+        or tensor.element_size() < 2
+        or tensor.layout is not torch.strided
+    )

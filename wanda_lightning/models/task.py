@@ -48,8 +48,13 @@ def has_classes(output: object) -> bool:
 
     Other tensors, such as images, may hold numbers.
     """
-    predictions, is_named = find_predictions(output), isinstance(output, Mapping) or hasattr(output, "logits")
-    return predictions is not None and predictions.shape[-1] > 1 and (is_named or predictions.ndim == 2)
+    predictions = find_predictions(output)
+    is_named = isinstance(output, Mapping) or hasattr(output, "logits")
+    return (
+        predictions is not None
+        and predictions.shape[-1] > 1
+        and (is_named or predictions.ndim == 2)
+    )
 
 
 def causal_config(model: nn.Module) -> Any | None:

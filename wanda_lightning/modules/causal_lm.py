@@ -29,7 +29,12 @@ from wanda_lightning.modules.loading import (
     load_causal_lm,
 )
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
-from wanda_lightning.parallel import SINGLE_PROCESS, gathered_state_dict, is_sharded, shard_processes
+from wanda_lightning.parallel import (
+    SINGLE_PROCESS,
+    gathered_state_dict,
+    is_sharded,
+    shard_processes,
+)
 from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
 
 
@@ -94,15 +99,23 @@ class CausalLMModule(L.LightningModule):
             loaded = model if dtype == "auto" else model.to(DTYPES[dtype])
         self.model = loaded if lora is None else _with_adapters(loaded, **lora)
         self.model.train()
-        self.lr, self.weight_decay, self.lr_decay = lr, weight_decay, lr_decay
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.lr_decay = lr_decay
         self.val_perplexity = WindowPerplexity()
         self.test_perplexity = WindowPerplexity()
-        self._others: dict[int, WindowPerplexity] = {}  # by the number of a dataloader after the first
+        self._others: dict[
+            int, WindowPerplexity
+        ] = {}  # by the number of a dataloader after the first
 
     def configure_model(self) -> None:
         """Shard the model if the Trainer's strategy asks for it (FSDP2). A second call does nothing."""
         if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
-            blocks = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            blocks = [
+                module
+                for module in self.model.modules()
+                if isinstance(module, GradientCheckpointingLayer)
+            ]
             for module in (*blocks, self.model):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
@@ -112,10 +125,16 @@ class CausalLMModule(L.LightningModule):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Return the output of the model, with `logits`, and with `loss` if `labels` are given."""
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs
+        )
 
     def calibration_predictions(self, batch: Any) -> Any:
         """Run the batch through the model and return its output, with `logits`."""
@@ -158,23 +177,33 @@ class CausalLMModule(L.LightningModule):
         """Add the windows to `test_perplexity`, or to that of a later dataloader; see `validation_step`."""
         self._measure("test_perplexity", self.test_perplexity, batch, batch_idx, dataloader_idx)
 
-    def _measure(self, name: str, metric: WindowPerplexity, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+    def _measure(
+        self, name: str, metric: WindowPerplexity, batch: Any, batch_idx: int, dataloader_idx: int
+    ) -> None:
         input_ids, attention_mask, _ = self._read(batch)
         if batch_idx == 0:  # an earlier loop may have been interrupted
             metric.reset()
             self._others[dataloader_idx] = WindowPerplexity().to(self.device)
         metric = self._others[dataloader_idx] if dataloader_idx else metric
-        metric.update(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
+        metric.update(
+            self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask
+        )
         texts = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
         own = f"{name}/{texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx}"
-        how: dict[str, Any] = {"metric_attribute": name, "batch_size": len(input_ids), "add_dataloader_idx": False}
+        how: dict[str, Any] = {
+            "metric_attribute": name,
+            "batch_size": len(input_ids),
+            "add_dataloader_idx": False,
+        }
         for each in [name] * (not dataloader_idx) + [own] * bool(dataloader_idx or len(texts) > 1):
             self.log(each, metric, prog_bar=each == name, **how)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
         input_ids, attention_mask, _ = self._read(batch)
-        return window_losses(self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask)
+        return window_losses(
+            self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask
+        )
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over the parameters that require a gradient."""
@@ -189,7 +218,9 @@ class CausalLMModule(L.LightningModule):
     def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
         """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""
         cached = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
-        dtype = next((key for key, value in DTYPES.items() if value == self.pruning_target.dtype), "auto")
+        dtype = next(
+            (key for key, value in DTYPES.items() if value == self.pruning_target.dtype), "auto"
+        )
         return cast(nn.Module, load_causal_lm(ModelSource(os.fspath(name), **cached), dtype))
 
     def merge(self, reprune: bool = False) -> None:
@@ -229,7 +260,8 @@ class CausalLMModule(L.LightningModule):
             ValueError: With `shrink`, if there is nothing to leave out, or if FSDP2 shards the model.
         """
         check_flags(shrink=shrink)
-        sharded, result = is_sharded(self.model), None
+        sharded = is_sharded(self.model)
+        result = None
         if sharded and shrink:
             raise UserError(
                 "shrink=True needs whole layers, but FSDP2 shards the model. Save it without shrink, and use "

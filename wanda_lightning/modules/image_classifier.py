@@ -68,7 +68,9 @@ class ImageClassifierModule(L.LightningModule):
             self.save_hyperparameters()
             if num_classes is not None:
                 self._model_kwargs["num_classes"] = num_classes
-            self.model = create_classifier(model, pretrained and checkpoint is None, self._model_kwargs)
+            self.model = create_classifier(
+                model, pretrained and checkpoint is None, self._model_kwargs
+            )
         else:
             self.save_hyperparameters(ignore=["model"])
             self.model = model
@@ -76,7 +78,8 @@ class ImageClassifierModule(L.LightningModule):
             load_checkpoint(self.model, checkpoint)
         self.model.train()
         self.num_classes: int = getattr(self.model, "num_classes", num_classes) or 0
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr = lr
+        self.weight_decay = weight_decay
         self.metrics = nn.ModuleDict(
             {
                 f"{stage}_{name}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro")
@@ -152,19 +155,25 @@ class ImageClassifierModule(L.LightningModule):
         `no_weight_decay` of the model names more parameters that do not decay.
         """
         exempt: Collection[str] = getattr(self.model, "no_weight_decay", tuple)()
-        groups = timm.optim.param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=exempt)
+        groups = timm.optim.param_groups_weight_decay(
+            self.model, self.weight_decay, no_weight_decay_list=exempt
+        )
         return torch.optim.AdamW(groups, lr=self.lr)
 
     def check_saving(self) -> None:
         """Raise an error for a model that `save_pretrained` cannot write or timm could not rebuild."""
         if is_sharded(self.model):
-            raise UserError("save_pretrained needs the whole model in one process, but it is sharded.")
+            raise UserError(
+                "save_pretrained needs the whole model in one process, but it is sharded."
+            )
         if not hasattr(self.model, "pretrained_cfg"):
             raise UserError(
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
-        json.dumps([getattr(self.model, "_model_args", {}), *fit_arguments(self.model, self._model_kwargs)])
+        json.dumps(
+            [getattr(self.model, "_model_args", {}), *fit_arguments(self.model, self._model_kwargs)]
+        )
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
@@ -192,7 +201,10 @@ class ImageClassifierModule(L.LightningModule):
         names = model.pretrained_cfg.get("label_names") or ()
         labels = {"label_names": names} if len(names) == self.num_classes else {}
         batch = example_batch(model, self._model_kwargs.get("img_size"))
-        with atomic_folder(folder, overwrite) as new, shrunk(model, batch) if shrink else nullcontext() as result:
+        with (
+            atomic_folder(folder, overwrite) as new,
+            shrunk(model, batch) if shrink else nullcontext() as result,
+        ):
             save_for_timm(model, self._model_kwargs, labels, new)
         return result
 
@@ -200,6 +212,8 @@ class ImageClassifierModule(L.LightningModule):
 def _read_images(batch: Any) -> tuple[Tensor, Any]:
     """Return the images of a batch and their labels, or None without labels."""
     if isinstance(batch, Mapping):
-        return batch["image" if "image" in batch else "pixel_values"], batch.get("label", batch.get("labels"))
+        return batch["image" if "image" in batch else "pixel_values"], batch.get(
+            "label", batch.get("labels")
+        )
     images, *labels = batch if isinstance(batch, (tuple, list)) else (batch,)
     return images, labels[0] if labels else None

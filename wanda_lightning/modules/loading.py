@@ -37,7 +37,8 @@ DTYPE_NAMES = ("auto", *DTYPES)
 _CHECKED = (*DTYPES.values(), torch.float64)
 _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
 _CONVERTER = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which needs memory for all weights once"
-_CAUSAL = ("gpt_neox_japanese",)  # has causal attention, although its configuration says is_decoder=False
+# Has causal attention, although its configuration says is_decoder=False.
+_CAUSAL = ("gpt_neox_japanese",)
 
 
 def check_source(source: ModelSource, weights: bool = True) -> None:
@@ -58,7 +59,9 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     are broken or contradict each other, and for weights that cannot be used.
     """
     check_source(source)
-    name, path, options = str(source), source.path, source.locate()
+    name = str(source)
+    path = source.path
+    options = source.locate()
     options |= {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     # Before transformers 5.24 GGUF weights were always dequantized; since then, this option is needed for some models.
     if path.suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
@@ -67,12 +70,17 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
         model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
     check_causal(model)
     check_complete(name, loaded.get("missing_keys", ()), loaded.get("mismatched_keys", ()))
-    unused, fate = set(loaded.get("unexpected_keys", ())), ", which `save_pretrained` leaves out"
+    unused = set(loaded.get("unexpected_keys", ()))
+    fate = ", which `save_pretrained` leaves out"
     if path.suffix != ".gguf":
         fate += " (`prune_from_disk` and `prune --stream` copy them, except with pattern='experts')"
     if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
         if not path.is_dir():  # where the hub's files are in the cache
-            where = {"local_files_only": True, "revision": source.revision, "cache_dir": source.cache_dir}
+            where = {
+                "local_files_only": True,
+                "revision": source.revision,
+                "cache_dir": source.cache_dir,
+            }
             path = Path(transformers.utils.cached_file(name, "config.json", **where)).parent
         files = sorted(path.glob("*.safetensors"))
         check_stored_as_float(name, files, model)
@@ -92,7 +100,9 @@ def _ignored(model: Any, stored: Iterable[str]) -> set[str]:
 
 def _check_decoder_only(config: Any) -> None:
     if config.is_encoder_decoder:
-        raise UserError(f"model must be a decoder, but {config.model_type} is an encoder-decoder. {_OTHERS}")
+        raise UserError(
+            f"model must be a decoder, but {config.model_type} is an encoder-decoder. {_OTHERS}"
+        )
 
 
 def check_causal(model: nn.Module) -> None:
@@ -134,7 +144,9 @@ def warn_of_unused(name: str, unused: Collection[str], fate: str = "") -> None:
         )
 
 
-def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+def create_classifier(
+    name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]
+) -> nn.Module:
     """Create an image classifier of timm, with a name that `timm_name` accepts and more arguments of `create_model`.
 
     Raises an OSError for weights that can neither be downloaded nor found, and a ValueError for a wrong option or file.
@@ -142,7 +154,10 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     checked = timm_name(name)
     folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
     if folder is not None and pretrained:
-        require_safetensors(folder, "safetensors.torch.save_file; in Python, pretrained=False starts from random ones")
+        require_safetensors(
+            folder,
+            "safetensors.torch.save_file; in Python, pretrained=False starts from random ones",
+        )
     register_shrunk_model()
     if ":" not in checked:
         _refuse_unknown(checked)
@@ -150,7 +165,9 @@ def create_classifier(name: str | os.PathLike[str], pretrained: bool, kwargs: di
     with reading("weights" if pretrained else "configuration", checked, on_hub):
         model = timm.create_model(checked, pretrained=pretrained, **kwargs)
     if pretrained:
-        check_stored_as_float(checked, [] if folder is None else folder.glob("*.safetensors"), model)
+        check_stored_as_float(
+            checked, [] if folder is None else folder.glob("*.safetensors"), model
+        )
         check_finite(model.named_parameters(), checked)
     return model
 
@@ -164,14 +181,18 @@ def _refuse_unknown(name: str) -> None:
         is_known = False
     if not is_known:
         near = did_you_mean(name, timm.list_pretrained() if "." in name else timm.list_models())
-        raise UserError(f"model must be a name that timm knows (timm.list_models), but it is {name!r}.{near}")
+        raise UserError(
+            f"model must be a name that timm knows (timm.list_models), but it is {name!r}.{near}"
+        )
 
 
 def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
     """Load all weights of a model from a `.safetensors` file; refuse one that is damaged or does not fit the model."""
     path = ModelSource(checkpoint).path
     if path.suffix != ".safetensors":
-        raise UserError(f"checkpoint must be a .safetensors file, but it is {path}. Convert it with safetensors.torch.")
+        raise UserError(
+            f"checkpoint must be a .safetensors file, but it is {path}. Convert it with safetensors.torch."
+        )
     check_stored_as_float(str(path), [path], model)
     with reading("weights", path):
         model.load_state_dict(load_file(path))
@@ -185,7 +206,9 @@ def model_from_config(source: ModelSource) -> nn.Module:
             return create_classifier(source.name, False, {})
         config = load_config(source)
         with reading("configuration", source):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+            return AutoModelForCausalLM.from_config(
+                config, trust_remote_code=source.trust_remote_code
+            )
 
 
 def require_safetensors(folder: Path, converter: str = _CONVERTER) -> None:
@@ -201,7 +224,8 @@ def require_safetensors(folder: Path, converter: str = _CONVERTER) -> None:
 def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> None:
     """Raise a ValueError that names the first weight of a model with NaN or infinity."""
     for key, weight in parameters:
-        if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:  # quantized, for example
+        # quantized, for example.
+        if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:
             continue
         # The sum is fast; only if it overflows or is NaN is each weight tested.
         if not weight.sum().isfinite() and not weight.isfinite().all():
@@ -222,8 +246,11 @@ def stored_names(files: Iterable[Path]) -> set[str]:
 
 def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
     """Raise a ValueError for integers stored for a floating-point parameter: their scales are not known."""
-    parameters = {key for key, parameter in model.named_parameters() if parameter.is_floating_point()}
-    parameters |= {key.partition(".")[2] for key in parameters}  # checkpoints of the base model lack the first part
+    parameters = {
+        key for key, parameter in model.named_parameters() if parameter.is_floating_point()
+    }
+    # Checkpoints of the base model lack the first part.
+    parameters |= {key.partition(".")[2] for key in parameters}
     for path in files:
         with reading("weights", path), safe_open(path, framework="pt") as file:
             stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (it is no mapping)

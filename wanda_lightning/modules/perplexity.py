@@ -39,7 +39,9 @@ def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | No
     It is NaN for a window without predicted tokens.
     """
     size = max(1, _CHUNK // logits.shape[-1])
-    targets = input_ids.roll(-1, dims=1).flatten()  # that of the last token of a window does not count
+    targets = input_ids.roll(
+        -1, dims=1
+    ).flatten()  # that of the last token of a window does not count
     losses = []
     for chunk, target in zip(logits.flatten(0, 1).split(size), targets.split(size), strict=True):
         chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
@@ -70,12 +72,15 @@ class WindowPerplexity(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        device = torch.accelerator.current_accelerator(check_available=True)  # to which Lightning moves metrics
+        # To which Lightning moves metrics.
+        device = torch.accelerator.current_accelerator(check_available=True)
         dtype = torch.float64 if device is None or has_float64(device) else torch.float32
         self.add_state("loss_sum", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("windows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    def update(
+        self, logits: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> None:
         """Add windows; arguments as for `window_losses`."""
         losses = window_losses(logits, input_ids, attention_mask)
         counts = predicted_tokens(input_ids, attention_mask).any(dim=1)

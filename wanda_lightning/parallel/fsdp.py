@@ -36,7 +36,9 @@ def gathered_state_dict(model: nn.Module) -> dict[str, Any]:
 
     All processes must call it. Tied weights are one tensor, as in the model.
     """
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     names: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)

@@ -30,7 +30,8 @@ class Processes:
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
-        self._group, self._device = group, device or torch.device("cpu")
+        self._group = group
+        self._device = device or torch.device("cpu")
         self.world_size: int = 1 if group is None else dist.get_world_size(group)
         self.rank: int = 0 if group is None else dist.get_rank(group)
         self._known_failure: BaseException | None = None
@@ -48,7 +49,9 @@ class Processes:
             rank = -1 - lowest
             is_refusal, cause = self._broadcast((False, ""), rank)
             failure = UserError if is_refusal else RuntimeError
-            self._known_failure = failure(f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}")
+            self._known_failure = failure(
+                f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}"
+            )
             raise self._known_failure
         return lowest
 
@@ -124,4 +127,5 @@ def first_index(tensor: Tensor) -> int:
     """Return the index at which this process's shard of a tensor starts, if it is sharded on its first dimension."""
     if not isinstance(tensor, DTensor):
         return 0
-    return tensor.device_mesh.get_local_rank() * -(-len(tensor) // tensor.device_mesh.size())  # as by torch.chunk
+    # As by torch.chunk.
+    return tensor.device_mesh.get_local_rank() * -(-len(tensor) // tensor.device_mesh.size())

@@ -30,7 +30,8 @@ def all_reduce_statistics(
     totals: dict[str, InputStatistics] = {}
     distinct: list[InputStatistics] = []
     for group in _same_inputs(list(tokens), own, processes):
-        first, total = group[0], InputStatistics(needs)
+        first = group[0]
+        total = InputStatistics(needs)
         token = tokens[first].to(torch.promote_types(tokens[first].dtype, torch.float32))
         total.sums = {name: SUMS[name](token) for name in sorted(needs)}
         if first in own:
@@ -41,7 +42,9 @@ def all_reduce_statistics(
         totals.update(dict.fromkeys(group, total))
     counts = torch.tensor([total.count for total in distinct], dtype=torch.int64)
     padded = torch.tensor([name in padding_counted for name in tokens], dtype=torch.int64)
-    processes.all_reduce_sum([counts, padded, *(value for total in distinct for value in total.sums.values())])
+    processes.all_reduce_sum(
+        [counts, padded, *(value for total in distinct for value in total.sums.values())]
+    )
     for total, count in zip(distinct, counts.tolist(), strict=True):
         total.count = count
     return totals, {name for name, times in zip(tokens, padded.tolist(), strict=True) if times}
@@ -50,14 +53,19 @@ def all_reduce_statistics(
 _UNREACHED = -1
 
 
-def _same_inputs(layers: Collection[str], own: Mapping[str, InputStatistics], processes: Processes) -> list[list[str]]:
+def _same_inputs(
+    layers: Collection[str], own: Mapping[str, InputStatistics], processes: Processes
+) -> list[list[str]]:
     """Group the layers that have the same input in every process, or are unreached together in it."""
     first: dict[int, int] = {}
     here = [
-        first.setdefault(id(own[layer]), index) if layer in own else _UNREACHED for index, layer in enumerate(layers)
+        first.setdefault(id(own[layer]), index) if layer in own else _UNREACHED
+        for index, layer in enumerate(layers)
     ]
     groups: dict[tuple[int, ...], list[str]] = {}
-    for index, (layer, column) in enumerate(zip(layers, zip(*processes.all_gather(here), strict=True), strict=True)):
+    for index, (layer, column) in enumerate(
+        zip(layers, zip(*processes.all_gather(here), strict=True), strict=True)
+    ):
         reached = any(leader != _UNREACHED for leader in column)
         groups.setdefault(column if reached else (*column, index), []).append(layer)
     return list(groups.values())

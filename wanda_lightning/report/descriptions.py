@@ -12,7 +12,8 @@ from wanda_lightning.common.words import count, counted
 from wanda_lightning.report.records import Measured, ReportData
 
 LEFT_OUT = (
-    "the hidden units that became zero are not in the saved model, so its matrices are smaller than in this report"
+    "the hidden units that became zero are not in the saved model, "
+    "so its matrices are smaller than in this report"
 )
 """The note on a pruned model that was saved without them."""
 
@@ -41,12 +42,27 @@ class Metric:
         """Return how a result changed: in points for a fraction, else in percent; empty if it is not known."""
         if before is None or after is None or not isfinite(before + after) or not before:
             return ""
-        return f"{100 * (after - before):+.2f} points" if self.is_share else f"{after / before - 1:+.1%}"
+        return (
+            f"{100 * (after - before):+.2f} points"
+            if self.is_share
+            else f"{after / before - 1:+.1%}"
+        )
 
 
-_PERPLEXITIES, _ACCURACIES = ("val_perplexity", "test_perplexity"), ("val_accuracy", "test_accuracy")
-PERPLEXITY = Metric("perplexity", "Perplexity", _PERPLEXITIES, "text-generation", "perplexity", "ppl_test")
-TOP1 = Metric("top-1", "Top-1 accuracy", _ACCURACIES, "image-classification", "accuracy", "top1_test", is_share=True)
+_PERPLEXITIES = ("val_perplexity", "test_perplexity")
+_ACCURACIES = ("val_accuracy", "test_accuracy")
+PERPLEXITY = Metric(
+    "perplexity", "Perplexity", _PERPLEXITIES, "text-generation", "perplexity", "ppl_test"
+)
+TOP1 = Metric(
+    "top-1",
+    "Top-1 accuracy",
+    _ACCURACIES,
+    "image-classification",
+    "accuracy",
+    "top1_test",
+    is_share=True,
+)
 METRICS = {metric.name: metric for metric in (PERPLEXITY, TOP1)}
 
 
@@ -54,7 +70,9 @@ def title_of(report: ReportData) -> str:
     """Return the name of the model without its folder, or its size if the name is unknown."""
     name = report.run.model if report.run else ""
     is_path = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
-    return (PurePath(name).name if is_path else name) or f"A model of {count(report.parameters)} parameters"
+    return (
+        PurePath(name).name if is_path else name
+    ) or f"A model of {count(report.parameters)} parameters"
 
 
 def fate(report: ReportData) -> str:
@@ -67,13 +85,16 @@ def change_of(metric: Metric, result: Measured) -> str:
     """Return a sentence on the change of a metric on one data set."""
     data, _, amount = result.data.partition(", ")
     subject = metric.title + (f" on {data}" if data else "") + (f" ({amount})" if amount else "")
-    before, after = metric.text(result.before), metric.text(result.after)
+    before = metric.text(result.before)
+    after = metric.text(result.after)
     if result.before is None or result.after is None or not isfinite(result.before + result.after):
         dense = "" if result.before is None else f" ({before} before)"
         return f"{subject} is {after} afterward{dense}."
     if before == after:
         return f"{subject} stayed at {after}."
-    return f"{subject} {'rose' if result.after > result.before else 'fell'} from {before} to {after}."
+    return (
+        f"{subject} {'rose' if result.after > result.before else 'fell'} from {before} to {after}."
+    )
 
 
 def cost_of(result: Measured) -> str:
@@ -116,11 +137,19 @@ def method_of(config: Mapping[str, Any]) -> tuple[str, str]:
 def choices_of(config: Mapping[str, Any]) -> str:
     """Return the choices of a pruning in words, such as `SparseGPT, 2:4, OWL`."""
     method = choice_of(config, "solver") or choice_of(config, "criterion")
-    pattern = choice_of(config, "pattern").lower().replace("equalshare", "equal share of the scores")
+    pattern = (
+        choice_of(config, "pattern").lower().replace("equalshare", "equal share of the scores")
+    )
     if pattern == "nm":
         pattern = f"{config['pattern']['n']}:{config['pattern']['m']}"
     permuted = "permuted" if choice_of(config, "permutation") else ""
-    words = [method, pattern, choice_of(config, "allocation"), choice_of(config, "recovery"), permuted]
+    words = [
+        method,
+        pattern,
+        choice_of(config, "allocation"),
+        choice_of(config, "recovery"),
+        permuted,
+    ]
     return ", ".join(filter(None, words))
 
 

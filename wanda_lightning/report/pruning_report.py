@@ -51,7 +51,11 @@ class PruningReport(ReportData):
 
     def to_json(self) -> str:
         """The whole report as JSON."""
-        totals = {"sparsity": self.sparsity, "model_sparsity": self.model_sparsity, "coverage": self.coverage}
+        totals = {
+            "sparsity": self.sparsity,
+            "model_sparsity": self.model_sparsity,
+            "coverage": self.coverage,
+        }
         return as_json({"version": _VERSION, **totals, **asdict(self)})
 
     @classmethod
@@ -59,7 +63,9 @@ class PruningReport(ReportData):
         """Construct a report from the JSON that `to_json` returned, now or in an older version."""
         content = json.loads(text)
         if content.get("version", 0) > _VERSION:
-            raise UserError(f"version must be at most {_VERSION}, but it is {content['version']!r}: upgrade.")
+            raise UserError(
+                f"version must be at most {_VERSION}, but it is {content['version']!r}: upgrade."
+            )
         return from_parsed(cls, content)
 
     @classmethod
@@ -80,10 +86,14 @@ class PruningReport(ReportData):
         options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
         jinja = Environment(loader=loader, undefined=StrictUndefined, **options)
         jinja.filters |= {"percent": "{:.2%}".format, "duration": words.duration}
-        template, run = jinja.get_template("report.html"), self.run or Circumstances()
+        template = jinja.get_template("report.html")
+        run = self.run or Circumstances()
         texts = {"descriptions": descriptions, "words": words, "metric": METRICS.get(run.metric)}
         with atomic_write(path) as temporary:
-            temporary.write_text(template.render(report=self, run=run, figures=figures, plots=plots, **texts), "utf-8")
+            temporary.write_text(
+                template.render(report=self, run=run, figures=figures, plots=plots, **texts),
+                "utf-8",
+            )
 
     def to_png(self, path: str | Path) -> None:
         """Write the figures of the page into one picture. Needs the extra `report`."""
@@ -108,12 +118,19 @@ class PruningReport(ReportData):
         pruned = _table("Pruned layers", "layer", "shape", "target", "sparsity", "tokens", "note")
         for name, layers in self.rows().items():
             shape = " x ".join(map(str, layers[0].shape))
-            numbers = layers.range("target", ".2%"), layers.range("sparsity", ".2%"), layers.range("tokens", ",")
+            numbers = (
+                layers.range("target", ".2%"),
+                layers.range("sparsity", ".2%"),
+                layers.range("tokens", ","),
+            )
             pruned.add_row(escape(name), shape, *numbers, escape(layers.remarks))
-        console = Console(width=140, color_system=None, highlight=False, emoji=False)  # `N:M:` is not an emoji
+        # `N:M:` is not an emoji.
+        console = Console(width=140, color_system=None, highlight=False, emoji=False)
         with console.capture() as capture:
             console.print(pruned, *([skipped_table(self.skipped)] if self.skipped else []))
-            console.print(*(f"Note: {note}" for note in self.notes), self.summary(), sep="\n", markup=False)
+            console.print(
+                *(f"Note: {note}" for note in self.notes), self.summary(), sep="\n", markup=False
+            )
         return capture.get()
 
 

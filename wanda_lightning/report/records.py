@@ -18,7 +18,15 @@ from wanda_lightning.models import SkippedMatrix
 
 POOLED = "few tokens: pruned with the statistics of all experts"  # note of an expert's matrix
 _Item = TypeVar("_Item")
-_LIBRARIES = ("wanda_lightning", "torch", "lightning", "transformers", "timm", "datasets", "lm_eval")
+_LIBRARIES = (
+    "wanda_lightning",
+    "torch",
+    "lightning",
+    "transformers",
+    "timm",
+    "datasets",
+    "lm_eval",
+)
 
 
 def grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
@@ -40,7 +48,9 @@ def versions() -> dict[str, str]:
 
 def as_json(value: Any) -> str:
     """Return plain data as JSON, which has no NaN and no infinity: they become null."""
-    return json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None), indent=1)
+    return json.dumps(
+        json.loads(json.dumps(value, default=str), parse_constant=lambda _: None), indent=1
+    )
 
 
 def from_parsed(kind: Any, value: Any) -> Any:
@@ -48,7 +58,8 @@ def from_parsed(kind: Any, value: Any) -> Any:
 
     A null for a number that is not optional was NaN or infinity. Content of another shape is a ValueError.
     """
-    origin, arguments = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    arguments = get_args(kind)
     try:
         if is_dataclass(kind):
             known = {name: each for name, each in get_type_hints(kind).items() if name in value}
@@ -89,7 +100,9 @@ class PrunedLayer:
     note: str = ""
     siblings: str = ""  # for a matrix of an expert: a glob that matches this matrix of every expert of its module
     before: float = 0.0  # fraction of its weights that were zero before pruning
-    block: str = ""  # the block of the model that contains it; its own module if it lies in no block
+    block: str = (
+        ""  # the block of the model that contains it; its own module if it lies in no block
+    )
     # The relative squared error of its outputs on the calibration tokens, before any recovery. None if the method
     # collects no Gram matrix to compute it from, or several processes hold the rows.
     error: float | None = None
@@ -109,7 +122,9 @@ class PrunedLayer:
     def remarks(self) -> str:
         """The note, and the errors of the part that was trained."""
         part = self.part
-        trained = f"error of {part.name} {part.before:.2%}, trained {part.after:.2%}" if part else ""
+        trained = (
+            f"error of {part.name} {part.before:.2%}, trained {part.after:.2%}" if part else ""
+        )
         stopped = f"training stopped: {part.stopped}" if part and part.stopped else ""
         return "; ".join(filter(None, (self.note, trained, stopped)))
 
@@ -139,12 +154,18 @@ class Layers(list[PrunedLayer]):
         if not self[0].siblings:
             return self[0].remarks
         remarks = Counter(layer.remarks for layer in self if layer.remarks)
-        return "; ".join([f"{len(self)} experts", *(f"{number} of them: {each}" for each, number in remarks.items())])
+        return "; ".join(
+            [
+                f"{len(self)} experts",
+                *(f"{number} of them: {each}" for each, number in remarks.items()),
+            ]
+        )
 
     def range(self, field: str, form: str) -> str:
         """Return the smallest and the largest value of a field as text, or one if they look the same."""
         values = [getattr(layer, field) for layer in self]
-        low, high = format(min(values), form), format(max(values), form)
+        low = format(min(values), form)
+        high = format(max(values), form)
         return low if low == high else f"{low} - {high}"
 
 
@@ -152,7 +173,8 @@ class Layers(list[PrunedLayer]):
 class TrainingPass:
     """The mean losses of one pass over the calibration samples."""
 
-    loss: float | None  # of the samples that were trained on, each before its step; None before training
+    # Of the samples that were trained on, each before its step; None before training.
+    loss: float | None
     held_out: float | None  # of the held-out samples after the pass; None if none are held out
 
 
@@ -174,7 +196,8 @@ class BatchNormCorrection:
     layers: int  # number of layers that calibration batches reached
     samples: int  # number of samples that gave the correction
     held_out: int  # number of held-out samples
-    before: float | None  # mean distance of predictions from the dense ones on held-out samples, without the correction
+    # Mean distance of predictions from the dense ones on held-out samples, without the correction.
+    before: float | None
     after: float | None  # the same with the correction; both are None if no samples are held out
     kept: bool  # whether the correction was kept
 
@@ -211,16 +234,21 @@ class Measured:
 class Circumstances:
     """The run that pruned the model: its data and results. Unknown values are empty or None."""
 
-    command: str = ""  # the shell command that repeats it; empty for a run that was started from Python
+    command: str = (
+        ""  # the shell command that repeats it; empty for a run that was started from Python
+    )
     model: str = ""  # name of the dense model, with the file of its weights in parentheses if the name loads no weights
     metric: str = ""  # "perplexity", or "top-1", a fraction of the images
     before: float | None = None  # result of the dense model
     after: float | None = None  # result of the pruned model
     data: str = ""  # on which both were measured
     others: tuple[Measured, ...] = ()  # results on other data
-    costs: tuple[Measured, ...] = ()  # size and speed of both models; `data` says in what they are measured
+    costs: tuple[
+        Measured, ...
+    ] = ()  # size and speed of both models; `data` says in what they are measured
     calibration: str = ""  # the calibration data; also empty if the method reads none
-    zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of the pruned model, by task
+    # Of the pruned model, by task.
+    zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: tuple[Continuations, ...] = ()  # text by both models
 
     @property
@@ -242,7 +270,9 @@ class ReportData:
     config: Mapping[str, Any]  # the configuration, in full
     notes: tuple[str, ...] = ()  # sentences about the pruning as a whole
     training: Training | None = None  # of the whole pruned model
-    run: Circumstances | None = None  # the run that pruned the model; None from `prune()`, which measures nothing
+    run: Circumstances | None = (
+        None  # the run that pruned the model; None from `prune()`, which measures nothing
+    )
     versions: Mapping[str, str] = field(default_factory=versions)  # of Python and the libraries
 
     @property

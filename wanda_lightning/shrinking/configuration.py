@@ -25,11 +25,13 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.hidden_units import replace_attributes
 
 # Attributes of a configuration, and arguments of `shrunk_model`: shapes and widths that no other says.
-SHAPES, NUMBERS = "shrunk_shapes", "shrunk_numbers"
+SHAPES = "shrunk_shapes"
+NUMBERS = "shrunk_numbers"
 _FAMILY = "shrunk_family"  # attribute of a class in a modeling file: the class of transformers that it is made from
 
 _Settings = tuple[tuple[Any, Any], ...]  # names and values, set one after the other
-_Wrong = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]  # by tensor: the shape as built, and the right one
+# By tensor: the shape as built, and the right one.
+_Wrong = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
 
 def fit_settings(
@@ -75,20 +77,29 @@ def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _wrong_shapes(model: nn.Module, built: nn.Module, names: Collection[str] | None = None) -> _Wrong:
+def _wrong_shapes(
+    model: nn.Module, built: nn.Module, names: Collection[str] | None = None
+) -> _Wrong:
     """Compare the tensors with some names; by default those that both have."""
-    shapes, right = _shapes_of(built), _shapes_of(model)
+    shapes = _shapes_of(built)
+    right = _shapes_of(model)
     names = right.keys() & (shapes if names is None else names)
-    return {x: (shapes.get(x, ()), right[x]) for x in right if x in names and shapes.get(x) != right[x]}
+    return {
+        x: (shapes.get(x, ()), right[x]) for x in right if x in names and shapes.get(x) != right[x]
+    }
 
 
 def wrong_sizes(wrong: _Wrong) -> dict[tuple[int, int], None]:
     """Return the old and new sizes of dimensions that do not fit."""
     shapes = [pair for pair in wrong.values() if len(pair[0]) == len(pair[1])]
-    return dict.fromkeys((b, a) for before, after in shapes for b, a in zip(before, after, strict=True) if b != a)
+    return dict.fromkeys(
+        (b, a) for before, after in shapes for b, a in zip(before, after, strict=True) if b != a
+    )
 
 
-def fit_configuration(model: nn.Module, is_same: Callable[[], bool] = lambda: True) -> tuple[str, Callable[[], None]]:
+def fit_configuration(
+    model: nn.Module, is_same: Callable[[], bool] = lambda: True
+) -> tuple[str, Callable[[], None]]:
     """Adapt the configuration of each model of transformers that a model is or contains.
 
     The model gets a configuration of its own, since another model may have been built from the old one. An attribute
@@ -101,7 +112,9 @@ def fit_configuration(model: nn.Module, is_same: Callable[[], bool] = lambda: Tr
     found = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     inner = {each for outer in found for each in outer.modules() if each is not outer}
     outermost = [each for each in found if each not in inner]
-    undo = replace_attributes([attribute for each in outermost for attribute in _own_configuration(each)])
+    undo = replace_attributes(
+        [attribute for each in outermost for attribute in _own_configuration(each)]
+    )
     return "; ".join(filter(None, (_fit(each, is_same) for each in outermost))), undo
 
 
@@ -117,7 +130,8 @@ def _own_configuration(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
 
 def _fit(model: Any, is_same: Callable[[], bool]) -> str:
     """Change the configuration of a model so that it gives the shapes of the model."""
-    family, config = _family_of(model), model.config
+    family = _family_of(model)
+    config = model.config
     for name in (SHAPES, NUMBERS):
         vars(config).pop(name, None)
     before = copy.deepcopy(config)
@@ -129,7 +143,9 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
             built: nn.Module = family(_changed(copy.deepcopy(before), settings))
         return built
 
-    def options(settings: _Settings, sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    def options(
+        settings: _Settings, sizes: Iterable[tuple[int, int]]
+    ) -> Iterator[tuple[tuple[str, ...], Any]]:
         return _resized_attributes(_changed(copy.deepcopy(before), settings), sizes)
 
     def changes_nothing(settings: _Settings) -> bool:
@@ -140,12 +156,15 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
         vars(config).update(_differences(model, built_with(settings)))
         names = ", ".join(map(str, sorted({new for _, new in wrong_sizes(wrong)})[:8]))
         return f"no configuration of {family.__name__} gives the new numbers ({names})"
-    if family is not type(model) and getattr(config, "auto_map", None):  # the modeling file is no longer needed
+    # The modeling file is no longer needed.
+    if family is not type(model) and getattr(config, "auto_map", None):
         del config.auto_map
     return ""
 
 
-def _resized_attributes(config: Any, sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _resized_attributes(
+    config: Any, sizes: Iterable[tuple[int, int]]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Yield attributes that may hold an old size, with the new one; None stands for a width derived from another."""
     for path, value in _attributes(config):
         for old, new in sizes:
@@ -172,10 +191,16 @@ def _keep_if_same(config: Any, setting: tuple[Any, Any], is_same: Callable[[], b
 def _differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
     """Return the shapes of tensors and the widths of modules that a model as built does not have, by their keys."""
     wrong = _wrong_shapes(model, built)
-    sizes, modules, numbers = wrong_sizes(wrong), dict(built.named_modules()), {}
+    sizes = wrong_sizes(wrong)
+    modules = dict(built.named_modules())
+    numbers = {}
     for name, module in model.named_modules():
         before = vars(modules[name]) if name in modules else {}
-        integers = {key: now for key, now in vars(module).items() if type(now) is type(before.get(key)) is int}
+        integers = {
+            key: now
+            for key, now in vars(module).items()
+            if type(now) is type(before.get(key)) is int
+        }
         if found := {key: now for key, now in integers.items() if (before[key], now) in sizes}:
             numbers[name] = found
     return {SHAPES: {name: list(right) for name, (_, right) in wrong.items()}, NUMBERS: numbers}
@@ -210,14 +235,20 @@ def _changed(config: Any, settings: _Settings) -> Any:
     return config
 
 
-def reshape(model: nn.Module, shapes: dict[str, list[int]], numbers: dict[str, dict[str, int]]) -> None:
+def reshape(
+    model: nn.Module, shapes: dict[str, list[int]], numbers: dict[str, dict[str, int]]
+) -> None:
     """Give tensors other shapes, with what fits of their entries, and modules other widths."""
     for name, shape in shapes.items():
         place, _, name = name.rpartition(".")
         module = model.get_submodule(place)
         old = getattr(module, name)
         new = resized(old.detach(), shape)
-        setattr(module, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+        setattr(
+            module,
+            name,
+            nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new,
+        )
     for place, widths in numbers.items():
         for name, width in widths.items():
             setattr(model.get_submodule(place), name, width)
@@ -225,7 +256,8 @@ def reshape(model: nn.Module, shapes: dict[str, list[int]], numbers: dict[str, d
 
 def resized(old: torch.Tensor, shape: list[int]) -> torch.Tensor:
     """Return a tensor of another shape, with what fits of the entries, and zeros."""
-    new, kept = torch.zeros(shape, dtype=old.dtype, device=old.device), old[tuple(map(slice, shape))]
+    new = torch.zeros(shape, dtype=old.dtype, device=old.device)
+    kept = old[tuple(map(slice, shape))]
     new[tuple(map(slice, kept.shape))] = kept
     return new
 
@@ -273,7 +305,9 @@ def write_modeling_file(model: nn.Module, folder: Path) -> None:
             f"written for classes of transformers only, but this one is from {family.__module__}. Use the model in "
             "memory, export it (torch.export, ONNX), or prune with allocation='uniform'."
         )
-    text = _TEMPLATE.format(family=family.__name__, module=family.__module__, reshape=_source_of(reshape, resized))
+    text = _TEMPLATE.format(
+        family=family.__name__, module=family.__module__, reshape=_source_of(reshape, resized)
+    )
     config.auto_map = dict.fromkeys(auto_classes(family, config), f"{_NAME}.{family.__name__}")
     (folder / f"{_NAME}.py").write_text(text, encoding="utf-8")
 
@@ -327,16 +361,24 @@ def shrunk_model(
     """
     import timm
 
-    own = {"shrunk_from": shrunk_from, "shrunk_shapes": shrunk_shapes, "shrunk_numbers": shrunk_numbers}
+    own = {
+        "shrunk_from": shrunk_from,
+        "shrunk_shapes": shrunk_shapes,
+        "shrunk_numbers": shrunk_numbers,
+    }
     chosen = kwargs.pop("pretrained_cfg", None), kwargs.pop("pretrained_cfg_overlay", None)
     config = timm.models.resolve_pretrained_cfg(shrunk_from, *chosen).to_dict()
     # Before 1.0.31, timm does not tell saved arguments from those of the caller; a copy of this file may run there.
     saved = kwargs.get("pretrained_model_args", kwargs)
-    sizes = dense_shapes(shrunk_from, config, {key: value for key, value in saved.items() if key not in own})
+    sizes = dense_shapes(
+        shrunk_from, config, {key: value for key, value in saved.items() if key not in own}
+    )
 
     source = dict(config)
     if pretrained:
-        tensors = add_zero_units(read_tensors(config, kwargs.get("cache_dir")), shrunk_shapes, sizes)
+        tensors = add_zero_units(
+            read_tensors(config, kwargs.get("cache_dir")), shrunk_shapes, sizes
+        )
         source |= {"source": "", "state_dict": tensors}
     model = timm.create_model(shrunk_from, pretrained, pretrained_cfg=source, **kwargs)
 
@@ -344,7 +386,9 @@ def shrunk_model(
     if kwargs.get("features_only"):
         size = kwargs.get("img_size", config["input_size"][1:])
         channels = kwargs.get("in_chans", config["input_size"][0])
-        count_channels(model, torch.zeros(1, channels, *([size, size] if isinstance(size, int) else size)))
+        count_channels(
+            model, torch.zeros(1, channels, *([size, size] if isinstance(size, int) else size))
+        )
     correct_labels(model, config.get("source"))
     model._model_args = {**getattr(model, "_model_args", {}), **own}
     return model
@@ -372,7 +416,12 @@ def read_tensors(config: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tens
         tensors.update(state)
         return {}
 
-    unchanged = {**config, "first_conv": None, "classifier": None}  # timm adapts these two layers to the model
+    # Timm adapts these two layers to the model.
+    unchanged = {
+        **config,
+        "first_conv": None,
+        "classifier": None,
+    }
     timm.models.load_pretrained(nn.Identity(), unchanged, filter_fn=take, cache_dir=cache_dir)
     return tensors
 
@@ -384,7 +433,9 @@ def add_zero_units(
     full = {}
     for name, shape in shapes.items():
         if list(tensors[name].shape) != shape:
-            raise RuntimeError(f"{name} must have the shape {shape}, but has {list(tensors[name].shape)} in the file.")
+            raise RuntimeError(
+                f"{name} must have the shape {shape}, but has {list(tensors[name].shape)} in the file."
+            )
         full[name] = resized(tensors[name], sizes[name])
     return {**tensors, **full}
 
@@ -416,14 +467,19 @@ def take_units(
         if place := places.get(name.replace(".", "_")):
             # Another image size or number of channels may have changed a dimension without units.
             dimensions = zip(shape, sizes[name], here[place].shape, strict=True)
-            new_shapes[place] = [size if size != before else now for size, before, now in dimensions]
+            new_shapes[place] = [
+                size if size != before else now for size, before, now in dimensions
+            ]
     flat = {name.replace(".", "_"): widths for name, widths in numbers.items()}
-    reshape(model, new_shapes, {places[name]: widths for name, widths in flat.items() if name in places})
+    reshape(
+        model, new_shapes, {places[name]: widths for name, widths in flat.items() if name in places}
+    )
 
 
 def count_channels(model: Any, image: torch.Tensor) -> None:
     """Correct the numbers of channels in `feature_info`: units between two convolutions may be a feature."""
-    training, parameter = model.training, next(model.parameters())
+    training = model.training
+    parameter = next(model.parameters())
     with torch.no_grad():
         features = model.eval()(image.to(parameter.device, parameter.dtype))
     model.train(training)
@@ -447,11 +503,15 @@ def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[s
     name = base or model.pretrained_cfg["architecture"]
     build = functools.partial(_build, type(model), name)
 
-    def options(found: Iterable[tuple[Any, Any]], sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
+    def options(
+        found: Iterable[tuple[Any, Any]], sizes: Iterable[tuple[int, int]]
+    ) -> Iterator[tuple[str, Any]]:
         """Yield arguments of which one number, or all numbers in a list, are scaled."""
         pairs = sorted(sizes)
         # A width is often int(channels * ratio): half a unit more protects it against rounding.
-        ratios = dict.fromkeys((after + more) / before for more in (0, 0.5) for before, after in pairs)
+        ratios = dict.fromkeys(
+            (after + more) / before for more in (0, 0.5) for before, after in pairs
+        )
         for key, value in build({**known, **dict(found)})[1].items():
             for ratio in [*ratios, *(1 / ratio for ratio in ratios)]:
                 scaled = _scaled(value, ratio)
@@ -472,7 +532,9 @@ def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[s
             return name, {**arguments, **dict(found)}
     different = _differences(model, built)
     reshape(built, *different.values())
-    lines = itertools.zip_longest(str(model).splitlines(), str(built).splitlines(), fillvalue="nothing")
+    lines = itertools.zip_longest(
+        str(model).splitlines(), str(built).splitlines(), fillvalue="nothing"
+    )
     if pair := next((pair for pair in lines if pair[0] != pair[1]), None):
         raise UserError(
             f"save_pretrained writes a folder that timm.create_model can build, but {name} of timm has "
@@ -489,10 +551,14 @@ def _scaled(value: Any, ratio: float) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     number = value * ratio
-    return round(number) if isinstance(value, int) and abs(number - round(number)) < 1e-6 else number
+    return (
+        round(number) if isinstance(value, int) and abs(number - round(number)) < 1e-6 else number
+    )
 
 
-def _build(family: Any, name: str, arguments: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+def _build(
+    family: Any, name: str, arguments: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
     """Build a model on the meta device; return it, and all arguments that its class got, with defaults."""
     import timm
 
@@ -541,7 +607,9 @@ _TIMM_FUNCTIONS = (
 )
 
 
-def save_for_timm(model: Any, arguments: Mapping[str, Any], labels: Mapping[str, Any], folder: Path) -> None:
+def save_for_timm(
+    model: Any, arguments: Mapping[str, Any], labels: Mapping[str, Any], folder: Path
+) -> None:
     """Write a folder that timm loads, with a file of its own if no arguments of timm give the model's shapes.
 
     `arguments` are those of `timm.create_model` beside the name; `labels` go into the configuration.
@@ -550,7 +618,9 @@ def save_for_timm(model: Any, arguments: Mapping[str, Any], labels: Mapping[str,
 
     name, arguments = fit_arguments(model, arguments)
     config = {"architecture": name, **labels}
-    save_for_hf(model, str(folder), model_config=config, model_args=arguments, safe_serialization=True)
+    save_for_hf(
+        model, str(folder), model_config=config, model_args=arguments, safe_serialization=True
+    )
     if name == shrunk_model.__name__:
         text = _TIMM_FILE.format(functions=_source_of(*_TIMM_FUNCTIONS))
         (folder / f"{_NAME}.py").write_text(text, encoding="utf-8")

@@ -40,7 +40,8 @@ from wanda_lightning.shrinking.configuration import fit_configuration
 class Shrunk:
     """The result of `shrink`: what was taken out, and what stays."""
 
-    layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # by reader: its units before and after
+    # By reader: its units before and after.
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
     unproven: int = 0  # units that stay, since the model did not compute the same without them
     parameters: tuple[int, int] = (0, 0)  # before and after
     misfit: str = ""  # why no ordinary configuration describes the smaller model
@@ -54,7 +55,9 @@ class Shrunk:
     def refuse_nothing(self) -> None:
         """Raise an error if nothing was taken out, although a smaller model is to be saved."""
         if not self.layers:
-            raise UserError(f"shrink must remove something. {self} Prune with the pattern 'structured' first.")
+            raise UserError(
+                f"shrink must remove something. {self} Prune with the pattern 'structured' first."
+            )
 
     def __str__(self) -> str:
         """Return the result in sentences."""
@@ -71,13 +74,17 @@ class Shrunk:
                 "reach the layers, or the model did not compute the same without them."
             )
         if self.misfit:
-            text += f" A saved folder loads with trust_remote_code=True only, because {self.misfit}."
+            text += (
+                f" A saved folder loads with trust_remote_code=True only, because {self.misfit}."
+            )
         if self.note:
             text += f" Note: {self.note}."
         return text
 
 
-def shrink(model: nn.Module, batch: Any = None, forward: Callable[[Any], object] | None = None) -> Shrunk:
+def shrink(
+    model: nn.Module, batch: Any = None, forward: Callable[[Any], object] | None = None
+) -> Shrunk:
     """Take out, in place, the hidden units that are zero on both sides, as `pattern="structured"` leaves them.
 
     The model computes the same, to rounding, with fewer parameters; this is checked with one batch for each layer.
@@ -112,9 +119,13 @@ def shrunk(model: nn.Module, batch: Any = None) -> Iterator[Shrunk]:
         yield result
 
 
-def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> Shrunk:
+def _take_out(
+    undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[Any], object] | None
+) -> Shrunk:
     if is_sharded(model):
-        raise UserError("shrink needs whole layers, but the model is sharded. Shrink it later, in one process.")
+        raise UserError(
+            "shrink needs whole layers, but the model is sharded. Shrink it later, in one process."
+        )
     if (adapted := adapted_module(model)) is not None:
         raise UserError(
             f"shrink would break adapters, such as that of {adapted}. Merge them first (lora.merge(model))."
@@ -122,7 +133,8 @@ def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[
     before = sum(parameter.numel() for parameter in model.parameters())
     search = _EmptyUnits(model, undo)
     if search.finds_any():
-        sample, passed = _sample(model, batch, forward), Passed()
+        sample = _sample(model, batch, forward)
+        passed = Passed()
         with pruning_mode(model, search.changed):
             whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
             recorded = [replace(sample, forward=call.forward) for call in whole.recording()]
@@ -160,16 +172,28 @@ def _sample(model: nn.Module, batch: Any, forward: Callable[[Any], object] | Non
     return Sample(run := partial(forward or partial(forward_batch, model), batch), run)
 
 
+def _take(undo: ExitStack, units: RemovableUnits, keep: Tensor) -> None:
+    """Take out the other units, and let `undo` put them back."""
+    undo.callback(units.take(keep))
+
+
 class _EmptyUnits:
     """Takes out the units of one block after the other."""
 
     def __init__(self, model: nn.Module, undo: ExitStack) -> None:
-        self.result, self.changed = Shrunk(), set[nn.Module]()
-        self._model, self._stops = model, find_layers(model).stops
-        self.blocks = [stop for stop in self._stops if stop.module and stop.module is not stop.layers[0].module]
-        self._undo, self._modules, self._tied = undo, named_modules(model), tied_tensors(model)
+        self.result = Shrunk()
+        self.changed = set[nn.Module]()
+        self._model = model
+        self._stops = find_layers(model).stops
+        self.blocks = [
+            stop for stop in self._stops if stop.module and stop.module is not stop.layers[0].module
+        ]
+        self._undo = undo
+        self._modules = named_modules(model)
+        self._tied = tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
-        self._taken: set[tuple[nn.Module, str, int]] = set()  # a matrix has one set of rows and one of columns
+        # A matrix has one set of rows and one of columns.
+        self._taken: set[tuple[nn.Module, str, int]] = set()
 
     def take_out(self, block: Stop, runs: BlockRuns) -> None:
         """Take out the units that layers of a block read and that are zero on both sides."""
@@ -178,31 +202,44 @@ class _EmptyUnits:
                 if empty.all():
                     empty[0] = False  # a layer without inputs is no layer
                 with ExitStack() as undo:
-                    if not runs.same_after(lambda: undo.callback(units.take(~empty)), (units, ~empty)):  # noqa: B023
+                    take = partial(_take, undo, units, ~empty)
+                    if not runs.same_after(take, (units, ~empty)):
                         continue
                     self._undo.enter_context(undo.pop_all())
                 self.result.layers[reader.name] = units.width, int((~empty).sum())
                 self._taken |= units.lines
                 changed = {slot.module for slot in units.slots}
                 self.changed |= changed
-                self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in changed}
+                self._zeros = {
+                    key: value for key, value in self._zeros.items() if key[0] not in changed
+                }
                 break
 
     @property
     def rest(self) -> Stop:
         """The layers outside of these blocks, with the model around them."""
-        return Stop("", self._model, tuple(x for stop in self._stops if stop not in self.blocks for x in stop.layers))
+        return Stop(
+            "",
+            self._model,
+            tuple(x for stop in self._stops if stop not in self.blocks for x in stop.layers),
+        )
 
     def finds_any(self) -> bool:
         """Whether any layer has a candidate; refuses a layer without values."""
         for layer in (layer for block in (*self.blocks, self.rest) for layer in block.layers):
             refuse_no_values(layer)
-        return any(any(self._candidates(layer, block)) for block in (*self.blocks, self.rest) for layer in block.layers)
+        return any(
+            any(self._candidates(layer, block))
+            for block in (*self.blocks, self.rest)
+            for layer in block.layers
+        )
 
     def left(self) -> int:
         """Return how many units stay although they are zero on both sides."""
         layers = ((layer, block) for block in (*self.blocks, self.rest) for layer in block.layers)
-        return sum(next((int(empty.sum()) for _, empty in self._candidates(*each)), 0) for each in layers)
+        return sum(
+            next((int(empty.sum()) for _, empty in self._candidates(*each)), 0) for each in layers
+        )
 
     def _candidates(self, reader: Layer, block: Stop) -> Iterator[tuple[RemovableUnits, Tensor]]:
         """Yield candidates, and which of their units are zero on both sides."""
@@ -239,7 +276,10 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
     if not settings or not settings.get("input_size"):
         return None
     own, *usual = settings["input_size"]
-    built_for = next((size for m in model.modules() if isinstance(size := getattr(m, "img_size", None), tuple)), None)
+    built_for = next(
+        (size for m in model.modules() if isinstance(size := getattr(m, "img_size", None), tuple)),
+        None,
+    )
     built_for = (image_size, image_size) if isinstance(image_size, int) else image_size or built_for
     stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), own)
     # Built with `in_chans`; a multiple of the channels may be whole pixels that the model puts side by side first.

@@ -65,7 +65,9 @@ class Checkpoint:
         name = self._name = str(source)
         self.device = available_device(device)
         self.blocks: tuple[str, ...] = ()
-        self.not_loaded: dict[Path, list[str]] = {}  # names of tensors that transformers leaves in a file
+        self.not_loaded: dict[
+            Path, list[str]
+        ] = {}  # names of tensors that transformers leaves in a file
         self._keys: dict[str, dict[Path, list[str]]] = {}
         self._conversions: dict[str, Any] = {}
         if name.startswith("timm:") or name.endswith(".gguf"):
@@ -92,10 +94,12 @@ class Checkpoint:
                 PreTrainedModel._load_pretrained_model = original
         for module in self.model.modules():
             for buffer_name, buffer in module.named_buffers(recurse=False):
-                if buffer.device != self.device:  # transformers computes it on the CPU instead of loading it
+                # Transformers computes it on the CPU instead of loading it.
+                if buffer.device != self.device:
                     setattr(module, buffer_name, buffer.to(self.device))
         names = (name for name, _ in self.model.named_parameters())
-        missing = {name for name in names if self.part_of(name) not in self._keys}  # now, not when batches arrive there
+        # now, not when batches arrive there.
+        missing = {name for name in names if self.part_of(name) not in self._keys}
         missing |= {*loaded["missing_keys"]}
         check_complete(self._name, missing, loaded["mismatched_keys"])
         warn_of_unused(self._name, loaded["unexpected_keys"])
@@ -109,7 +113,12 @@ class Checkpoint:
                 )
 
     def _load_resident(
-        self, model: Any, state_dict: object, files: Sequence[str], load_config: Any, expected_keys: object = None
+        self,
+        model: Any,
+        state_dict: object,
+        files: Sequence[str],
+        load_config: Any,
+        expected_keys: object = None,
     ) -> tuple[Any, None]:
         """Replacement of `PreTrainedModel._load_pretrained_model`: load only the weights outside of the blocks."""
         self.model, self._load_config = model, replace(load_config, device_map={"": self.device})
@@ -117,7 +126,8 @@ class Checkpoint:
         self.blocks = _block_names(model)
         unexpected = self._sort_keys()
         loaded = self.load(RESIDENT)
-        loaded.unexpected_keys.update(unexpected)  # transformers removes those that a family is known to have
+        # Transformers removes those that a family is known to have.
+        loaded.unexpected_keys.update(unexpected)
         for block in self.blocks:
             self.unload(block)
         for name, tensor in model.state_dict(keep_vars=True).items():
@@ -131,12 +141,15 @@ class Checkpoint:
         mapping = self._load_config.weight_mapping or []
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        expected, unexpected = self.model.state_dict(), set[str]()
+        expected = self.model.state_dict()
+        unexpected = set[str]()
         for path in self.files:
             with safe_open(path, framework="pt") as file:
                 stored = list(file.keys())
             for key in stored:
-                name, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, expected)
+                name, _ = rename_source_key(
+                    key, renamings, converters, self.model.base_model_prefix, expected
+                )
                 if name not in expected and key in expected:
                     name = key
                 if name in expected:
@@ -148,11 +161,17 @@ class Checkpoint:
 
     def part_of(self, name: str) -> str:
         """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
-        return next((block for block in self.blocks if f"{name}.".startswith(f"{block}.")), RESIDENT)
+        return next(
+            (block for block in self.blocks if f"{name}.".startswith(f"{block}.")), RESIDENT
+        )
 
     def parameters(self, part: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a part by name."""
-        return {name: weight for name, weight in self.model.named_parameters() if self.part_of(name) == part}
+        return {
+            name: weight
+            for name, weight in self.model.named_parameters()
+            if self.part_of(name) == part
+        }
 
     def load(self, part: str, stored: Keys | None = None) -> Any:
         """Load a block or `RESIDENT` from the checkpoint, or from other files in the same format."""
@@ -162,7 +181,9 @@ class Checkpoint:
         slices = {key: _Stored(path, key) for path, keys in stored.items() for key in keys}
         with _quiet():
             # None: nothing is offloaded; before transformers 5.10, no plan of tensor parallelism.
-            loaded, _ = convert_and_load_state_dict_in_model(self.model, slices, self._load_config, None)
+            loaded, _ = convert_and_load_state_dict_in_model(
+                self.model, slices, self._load_config, None
+            )
         self._conversions[part] = self.model._weight_conversions
         weights_moved()
         if part != RESIDENT:
@@ -207,7 +228,9 @@ class Checkpoint:
                 if _PREDICTIONS.fullmatch(name) and type(value) is int and value > 0:
                     setattr(config, name, 0)
                     changed[f"{name} is now 0"] = None
-        return self.note_on_not_loaded("; ".join(["left out, since they may not fit the smaller model", *changed]))
+        return self.note_on_not_loaded(
+            "; ".join(["left out, since they may not fit the smaller model", *changed])
+        )
 
     def unload(self, part: str) -> None:
         """Free the weights of a block."""
@@ -216,7 +239,9 @@ class Checkpoint:
         for path, module in block.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in list(module.named_parameters(recurse=False)):
-                empty = nn.Parameter(placeholder(parameter, self.device), requires_grad=parameter.requires_grad)
+                empty = nn.Parameter(
+                    placeholder(parameter, self.device), requires_grad=parameter.requires_grad
+                )
                 module.register_parameter(name, empty)
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if prefix + name in saved:
@@ -227,7 +252,11 @@ class Checkpoint:
     def stored(self, part: str) -> dict[str, Tensor]:
         """Return a loaded part on the CPU, under the names and in the layout of the checkpoint."""
         model: Any = self.model
-        tensors = {name: tensor for name, tensor in model.state_dict().items() if self.part_of(name) == part}
+        tensors = {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if self.part_of(name) == part
+        }
         for name in model._keys_to_ignore_on_save or ():
             tensors.pop(name, None)
         tensors = remove_tied_weights_from_state_dict(tensors, model)
@@ -254,7 +283,9 @@ class BlockLoader:
         stored: Callable[[str], Keys | None] = lambda block: None,
         prepare: Callable[[str], None] = lambda block: None,
     ) -> None:
-        self._checkpoint, self._stored, self._prepare = checkpoint, stored, prepare
+        self._checkpoint = checkpoint
+        self._stored = stored
+        self._prepare = prepare
         self.loaded: list[str] = []  # in the order in which they were called
         self._latest = ""  # of the calls of `load_only`
 
@@ -306,7 +337,8 @@ class BlockLoader:
 def _block_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the blocks of a model, in order."""
     inventory = find_layers(model)
-    modules, own = dict(model.named_modules()), {layer.module for layer in inventory.layers}
+    modules = dict(model.named_modules())
+    own = {layer.module for layer in inventory.layers}
     names = dict.fromkeys(inventory.blocks[layer.name] for layer in inventory.layers)
     return tuple(name for name in names if modules[name] not in own)
 
@@ -330,7 +362,8 @@ class _Stored:
     """
 
     def __init__(self, path: Path, key: str) -> None:
-        self._path, self._key = path, key
+        self._path = path
+        self._key = key
 
     def __getitem__(self, index: Any) -> Tensor:
         with safe_open(self._path, framework="pt") as file:

@@ -26,7 +26,11 @@ from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 log = logging.getLogger(__name__)
 
-_UNRELATED = ("_name_or_path", "transformers_version")  # to the weights: where they are, and what has written them
+# To the weights: where they are, and what has written them.
+_UNRELATED = (
+    "_name_or_path",
+    "transformers_version",
+)
 
 
 def prune_from_disk(
@@ -76,7 +80,9 @@ def prune_from_disk(
     check_choices(choices)
     config = PruningConfig.from_names(sparsity, **choices)
     place = ModelSource(source, revision or "main", cache_dir, trust_remote_code)
-    with pruned_from_disk(config, place, output, batches, dtype, tokenizer, forward, progress, device) as report:
+    with pruned_from_disk(
+        config, place, output, batches, dtype, tokenizer, forward, progress, device
+    ) as report:
         return report
 
 
@@ -98,7 +104,9 @@ def pruned_from_disk(
     """
     refuse_whole_model(config)
     if source.path.is_dir() and resolve_path(output).is_relative_to(resolve_path(source.path)):
-        raise UserError(f"output must lie outside of the source {source}, but it is {output}. Choose another folder.")
+        raise UserError(
+            f"output must lie outside of the source {source}, but it is {output}. Choose another folder."
+        )
     if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
         raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
     held = list(batches)
@@ -114,7 +122,11 @@ def pruned_from_disk(
         **{f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
     }
     drops_experts = config.pattern.drops_experts
-    copied = {} if drops_experts else {f"copied from {path.name}": path for path in checkpoint.not_loaded}
+    copied = (
+        {}
+        if drops_experts
+        else {f"copied from {path.name}": path for path in checkpoint.not_loaded}
+    )
     folder = OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks, *copied])
     whole = folder.progress.report
     if not whole or drops_experts:  # then the configuration must change, too
@@ -126,7 +138,11 @@ def pruned_from_disk(
     for part, path in copied.items():
         if part not in folder.written:
             folder.save(part, checkpoint.read_not_loaded(path))
-    note = checkpoint.leave_out() if drops_experts else checkpoint.note_on_not_loaded("copied as stored")
+    note = (
+        checkpoint.leave_out()
+        if drops_experts
+        else checkpoint.note_on_not_loaded("copied as stored")
+    )
     if whole:
         report = PruningReport.from_json(whole)
     elif note:
@@ -139,15 +155,27 @@ def pruned_from_disk(
 
 def refuse_whole_model(config: PruningConfig) -> None:
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
-    whole, grams = "needs the whole model in memory", "needs the Gram matrices of all layers in memory"
-    is_one_pass, recovery = config.sequential == "none", config.shown("recovery")
+    whole = "needs the whole model in memory"
+    grams = "needs the Gram matrices of all layers in memory"
+    is_one_pass = config.sequential == "none"
+    recovery = config.shown("recovery")
     weighs = config.pattern.weigh_rows is not False
     uniform = "'uniform'" + " and pattern='unstructured_layer'" * weighs
     rows = (
         (config.allocation.reads_gradients, "allocation", f"reads gradients, and {whole}", uniform),
         (weighs, "pattern", f"reads gradients, and {whole}", "'unstructured_layer'"),
-        (is_one_pass and config.recovery.recorded, "sequential", f"with {recovery} trains blocks in memory", "'block'"),
-        (is_one_pass and "gram" in config.needs, "sequential", f"with {config.shown('solver')} {grams}", "'block'"),
+        (
+            is_one_pass and config.recovery.recorded,
+            "sequential",
+            f"with {recovery} trains blocks in memory",
+            "'block'",
+        ),
+        (
+            is_one_pass and "gram" in config.needs,
+            "sequential",
+            f"with {config.shown('solver')} {grams}",
+            "'block'",
+        ),
         ("gram" in config.allocation.needs, "allocation", grams, "'owl'"),
         (config.recovery.reads_batches, "recovery", whole, "'none' or 'reconstruct'"),
     )

@@ -51,15 +51,22 @@ def perplexity_from_disk(
     Raises:
         ValueError: If no token of the batches has a next token.
     """
-    checkpoint = Checkpoint(ModelSource(source, revision or "main", cache_dir, trust_remote_code), dtype, device)
+    checkpoint = Checkpoint(
+        ModelSource(source, revision or "main", cache_dir, trust_remote_code), dtype, device
+    )
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
 
     def run(batch: Mapping[str, Any]) -> None:
         check_tokens(checkpoint.model, batch["input_ids"])
-        input_ids, mask = batch["input_ids"].to(checkpoint.device), batch.get("attention_mask")
+        input_ids = batch["input_ids"].to(checkpoint.device)
+        mask = batch.get("attention_mask")
         mask = None if mask is None else mask.to(checkpoint.device)
-        metric.update(checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits, input_ids, mask)
+        metric.update(
+            checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits,
+            input_ids,
+            mask,
+        )
 
     blocks = [Stop(block, checkpoint.model.get_submodule(block), ()) for block in checkpoint.blocks]
     runs = ((index, partial(run, batch)) for index, batch in enumerate(batches))
@@ -75,5 +82,7 @@ def perplexity_from_disk(
                     bar.show(block.name)
                     bar.advance()
     if not metric.windows:
-        raise UserError("batches must hold at least two tokens in a row, but there are none. Give a longer text.")
+        raise UserError(
+            "batches must hold at least two tokens in a row, but there are none. Give a longer text."
+        )
     return float(metric.compute())

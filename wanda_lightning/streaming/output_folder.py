@@ -44,7 +44,8 @@ class PartRecord:
     layers: list[PrunedLayer] = field(default_factory=list)
     skipped: list[SkippedMatrix] = field(default_factory=list)
     few_tokens: dict[str, int] = field(default_factory=dict)  # by expert's layer
-    zero_units: dict[str, int] = field(default_factory=dict)  # hidden units that are zero, by the layer that reads them
+    # Hidden units that are zero, by the layer that reads them.
+    zero_units: dict[str, int] = field(default_factory=dict)
     zeros: int = 0
     keys: list[str] = field(default_factory=list)  # names of the tensors in its file
     size: int = 0  # of the tensors, in bytes
@@ -54,7 +55,8 @@ class Shards:
     """A folder with one file for each part of a checkpoint; the files without which it is no model come last."""
 
     def __init__(self, folder: Path, parts: Sequence[str]) -> None:
-        self.folder, self.parts = folder, list(parts)
+        self.folder = folder
+        self.parts = list(parts)
         self.written: dict[str, PartRecord] = {}
 
     def path(self, part: str) -> Path:
@@ -62,7 +64,9 @@ class Shards:
         number = self.parts.index(part) + 1
         return self.folder / f"model-{number:05d}-of-{len(self.parts):05d}.safetensors"
 
-    def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()) -> None:
+    def save(
+        self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()
+    ) -> None:
         """Write a part, and add its tensors to its record."""
         if tensors:
             with atomic_write(self.path(part)) as new:
@@ -76,17 +80,24 @@ class Shards:
 
     def write_rest(self, checkpoint: Checkpoint, tokenizer: Any) -> None:
         """Write the index and the configuration."""
-        weight_map = {key: self.path(part).name for part, record in self.written.items() for key in record.keys}
+        weight_map = {
+            key: self.path(part).name
+            for part, record in self.written.items()
+            for key in record.keys
+        }
         size = sum(record.size for record in self.written.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
             if not [*leftover.glob("*.safetensors")]:  # else it may be a whole model
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=TEMPORARY))  # saving deletes weights beside it
+        # Saving deletes weights beside it.
+        temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=TEMPORARY))
         checkpoint.save_configuration(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (temporary / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
         move_entries(temporary, self.folder)
 
 
@@ -107,10 +118,14 @@ class OutputFolder(Shards):
     any other folder is refused.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], made_with: Mapping[str, Any], parts: Sequence[str]) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], made_with: Mapping[str, Any], parts: Sequence[str]
+    ) -> None:
         super().__init__(resolve_path(folder), parts)
         self._file = self.folder / PROGRESS_NAME
-        self.progress = _Progress(json.loads(json.dumps({"version": _VERSION, **made_with}, default=str)))
+        self.progress = _Progress(
+            json.loads(json.dumps({"version": _VERSION, **made_with}, default=str))
+        )
         require_resumable(folder)
         if self._file.is_file():
             self._resume(folder)
@@ -120,14 +135,17 @@ class OutputFolder(Shards):
         """Continue an interrupted run with the same choices; parts whose files are missing are written again."""
         own = self.progress
         try:
-            begun: _Progress = from_parsed(_Progress, json.loads(self._file.read_text(encoding="utf-8")))
+            begun: _Progress = from_parsed(
+                _Progress, json.loads(self._file.read_text(encoding="utf-8"))
+            )
             check_values(Number(minimum=0, below=1), **begun.sparsities)
         except ValueError as error:
             raise UserError(
                 f"{self._file} is not the record of an interrupted run of this version: {one_line(error)} Delete "
                 f"{folder} to begin anew, or choose another folder."
             ) from error
-        first, second = begun.made_with, own.made_with
+        first = begun.made_with
+        second = own.made_with
         differing = [name for name in first | second if first.get(name) != second.get(name)]
         if begun.written and differing:
             raise UserError(
@@ -141,12 +159,18 @@ class OutputFolder(Shards):
             own.sparsities = begun.sparsities
         own.report = begun.report if own.written.keys() >= set(self.parts) else ""
 
-    def save(self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()) -> None:
+    def save(
+        self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()
+    ) -> None:
         """Write a part and its record; refuse to mix the parts of two runs."""
         entries = {"written": list_entries(self.folder)}
-        found = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else entries
+        found = (
+            json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else entries
+        )
         if found["written"] and found.get("made_with") != self.progress.made_with:
-            raise UserError(f"{self.folder} must be written by one run, but another one has. Choose another folder.")
+            raise UserError(
+                f"{self.folder} must be written by one run, but another one has. Choose another folder."
+            )
         super().save(part, tensors, record)
         self.save_progress()
 
@@ -171,7 +195,9 @@ def require_resumable(path: str | os.PathLike[str]) -> None:
     require_writable(path, overwrite=True, kind="folder")
     target = resolve_path(path)
     if list_entries(target) and not (target / PROGRESS_NAME).is_file():
-        raise FileExistsError(f"{path} is not empty, and no interrupted run left it. Choose another one, or empty it.")
+        raise FileExistsError(
+            f"{path} is not empty, and no interrupted run left it. Choose another one, or empty it."
+        )
 
 
 def fingerprint(values: Any) -> str:
@@ -179,6 +205,10 @@ def fingerprint(values: Any) -> str:
 
     def content(tensor: Tensor) -> tuple[Any, ...]:
         octets = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        return tensor.dtype, tuple(tensor.shape), hashlib.sha256(octets.numpy().tobytes()).hexdigest()
+        return (
+            tensor.dtype,
+            tuple(tensor.shape),
+            hashlib.sha256(octets.numpy().tobytes()).hexdigest(),
+        )
 
     return hashlib.sha256(repr(map_tensors(content, values)).encode()).hexdigest()

@@ -14,7 +14,13 @@ from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.shrinking import Shrunk, example_batch, fit_configuration, shrink, write_modeling_file
+from wanda_lightning.shrinking import (
+    Shrunk,
+    example_batch,
+    fit_configuration,
+    shrink,
+    write_modeling_file,
+)
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import Shards
 
@@ -71,7 +77,8 @@ def shrink_from_disk(
 def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     """Run a small batch through the model, and write each part when it is shrunk."""
     model: Any = checkpoint.model
-    size, result = sum(parameter.numel() for parameter in model.parameters()), Shrunk()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    result = Shrunk()
     result.parameters = size, size
 
     def save(part: str) -> None:
@@ -100,7 +107,9 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     with pruning_mode(model), ExitStack() as hooks:
         for name in checkpoint.blocks:
             block = model.get_submodule(name)
-            hooks.callback(block.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove)
+            hooks.callback(
+                block.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove
+            )
             hooks.callback(block.register_forward_hook(partial(leave, name)).remove)
         model(**example_batch(model))
     for name in checkpoint.blocks:

@@ -26,15 +26,22 @@ class StreamedWeights(WeightStore):
     advice = "What is written stays: start again with the same choices to continue."
 
     def __init__(self, checkpoint: Checkpoint, output: OutputFolder) -> None:
-        self.blocks = BlockLoader(checkpoint, self._stored, lambda block: self._changes.get(block, lambda: None)())
-        self._checkpoint, self._output = checkpoint, output
+        self.blocks = BlockLoader(
+            checkpoint, self._stored, lambda block: self._changes.get(block, lambda: None)()
+        )
+        self._checkpoint = checkpoint
+        self._output = output
         self._is_dense = False
         self._changes: dict[str, Callable[[], None]] = {}  # by block
         # The parts of the stops at which no batch has stopped yet, by stop; None before the first stop
         self._ahead: dict[str, str] | None = None
 
     def _stored(self, block: str) -> Keys | None:
-        return self._output.stored(block) if block in self._output.written and not self._is_dense else None
+        return (
+            self._output.stored(block)
+            if block in self._output.written and not self._is_dense
+            else None
+        )
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -53,8 +60,11 @@ class StreamedWeights(WeightStore):
         """Observe all layers in one pass through the dense model, block by block."""
         bar.expect(len(run.plan.places))
         with self.dense():
-            plan, samples = run.plan, run.samples.in_memory()
-            for stop, calls in lockstep(plan.places, samples, plan.processes, to_end=True, model=plan.model):
+            plan = run.plan
+            samples = run.samples.in_memory()
+            for stop, calls in lockstep(
+                plan.places, samples, plan.processes, to_end=True, model=plan.model
+            ):
                 bar.show(stop.name)
                 bar.advance()
                 self.load(stop.name)
@@ -63,9 +73,13 @@ class StreamedWeights(WeightStore):
 
     def passed(self, run: Run, watched: Callable[[Call], Call], bar: ProgressBar) -> Iterator[Stop]:
         """Yield each block when all samples have left it, before it is written; also those of an interrupted run."""
-        names, begun, is_dense = self._checkpoint.blocks, {*self._output.written}, run.plan.config.sequential == "none"
+        names = self._checkpoint.blocks
+        begun = {*self._output.written}
+        is_dense = run.plan.config.sequential == "none"
         places = {stop.name: stop for stop in run.plan.places}
-        blocks = [places.get(name) or Stop(name, run.plan.model.get_submodule(name), ()) for name in names]
+        blocks = [
+            places.get(name) or Stop(name, run.plan.model.get_submodule(name), ()) for name in names
+        ]
         is_complete = begun.issuperset(names)
         if is_dense and not is_complete:
             yield from self._pass_dense(run, blocks, watched, bar)
@@ -84,7 +98,9 @@ class StreamedWeights(WeightStore):
         self, run: Run, blocks: Sequence[Stop], watched: Callable[[Call], Call], bar: ProgressBar
     ) -> Iterator[Stop]:
         """Yield each block; it is loaded when the one before is written."""
-        begun, left, samples = {*self._output.written}, list[Stop](), run.samples.in_memory()
+        begun = {*self._output.written}
+        left = list[Stop]()
+        samples = run.samples.in_memory()
         bar.expect(len(blocks))
 
         def leave() -> Iterator[Stop]:
@@ -97,7 +113,9 @@ class StreamedWeights(WeightStore):
                 yield left[0]
                 self._store(left.pop().name, run)
 
-        visits = lockstep(blocks, samples, run.plan.processes, run.done.passed, model=run.plan.model)
+        visits = lockstep(
+            blocks, samples, run.plan.processes, run.done.passed, model=run.plan.model
+        )
         with self.dense(), closing(visits) as stops:
             for number, (stop, calls) in enumerate(stops, 1):
                 yield from leave()
@@ -128,19 +146,31 @@ class StreamedWeights(WeightStore):
 
     def recall(self, plan: Plan) -> Selections:
         """Return the selections that an interrupted run has stored; empty if there are none."""
-        return plan.selections(self._output.progress.sparsities) if self._output.progress.sparsities else {}
+        return (
+            plan.selections(self._output.progress.sparsities)
+            if self._output.progress.sparsities
+            else {}
+        )
 
     def keep(self, selections: Selections) -> None:
         """Store the sparsities, so that a run that continues this one does not compute them again."""
-        self._output.save_progress(sparsities={name: each.sparsity for name, each in selections.items()})
+        self._output.save_progress(
+            sparsities={name: each.sparsity for name, each in selections.items()}
+        )
 
     def arrive(self, stop: Stop, run: Run) -> bool:
         """Write and free the blocks that all batches have left, and load the stop's block."""
         part = self._checkpoint.part_of(stop.name)
         if self._ahead is None:
-            self._ahead = {each.name: self._checkpoint.part_of(each.name) for each in run.plan.stops}
+            self._ahead = {
+                each.name: self._checkpoint.part_of(each.name) for each in run.plan.stops
+            }
         self._ahead.pop(stop.name, None)
-        needed = {part, *self._ahead.values()}  # a batch may be parked ahead, in a block that is loaded
+        # A batch may be parked ahead, in a block that is loaded.
+        needed = {
+            part,
+            *self._ahead.values(),
+        }
         for block in [block for block in self.blocks.loaded if block not in needed]:
             self._store(block, run)
         if part != RESIDENT:
@@ -165,7 +195,9 @@ class StreamedWeights(WeightStore):
     @property
     def zeros(self) -> int:  # type: ignore[override]
         """Number of zeros in the stored blocks."""
-        return sum(record.zeros for part, record in self._output.written.items() if part != RESIDENT)
+        return sum(
+            record.zeros for part, record in self._output.written.items() if part != RESIDENT
+        )
 
     def _store(self, block: str, run: Run) -> None:
         """Write a block unless it is written already, and free it."""
@@ -176,11 +208,19 @@ class StreamedWeights(WeightStore):
     def _write(self, part: str, run: Run) -> None:
 
         def own(found: Mapping[str, Any]) -> dict[str, Any]:
-            return {name: each for name, each in found.items() if self._checkpoint.part_of(name) == part}
+            return {
+                name: each for name, each in found.items() if self._checkpoint.part_of(name) == part
+            }
 
-        layers, skipped = list(own(run.done.layers).values()), list(own(run.done.skipped).values())
-        zeros = sum(int((weight == 0).count_nonzero()) for weight in self._checkpoint.parameters(part).values())
-        record = PartRecord(layers, skipped, own(run.done.few_tokens), own(run.done.zero_units), zeros)
+        layers = list(own(run.done.layers).values())
+        skipped = list(own(run.done.skipped).values())
+        zeros = sum(
+            int((weight == 0).count_nonzero())
+            for weight in self._checkpoint.parameters(part).values()
+        )
+        record = PartRecord(
+            layers, skipped, own(run.done.few_tokens), own(run.done.zero_units), zeros
+        )
         self._output.save(part, self._checkpoint.stored(part), record)
 
     @staticmethod

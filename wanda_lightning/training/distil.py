@@ -21,7 +21,13 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import Training
-from wanda_lightning.training.predictions import HELD_OUT, DenseTarget, DistilLoss, dense_targets, output_head
+from wanda_lightning.training.predictions import (
+    HELD_OUT,
+    DenseTarget,
+    DistilLoss,
+    dense_targets,
+    output_head,
+)
 from wanda_lightning.training.reconstruct import Reconstruct
 from wanda_lightning.training.recovery import (
     BlockRecovery,
@@ -40,7 +46,9 @@ _ENOUGH = 512  # predictions in a step for the largest usual learning rate
 _STEPS = 48  # optimizer steps of `_ENOUGH` predictions that the default number of passes aims at
 _MOST_PASSES = 3  # by default
 _Item = tuple[Sample, DenseTarget] | None  # None for a sample of another process
-_STOPPED = "The model is pruned. It holds the best weights that distillation found before it was stopped."
+_STOPPED = (
+    "The model is pruned. It holds the best weights that distillation found before it was stopped."
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ class Distil(Recovery):
     reads_batches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        rules: dict[str, Any] = dict.fromkeys(("passes", "batch_size"), Number(minimum=1, whole=True))
+        rules: dict[str, Any] = dict.fromkeys(
+            ("passes", "batch_size"), Number(minimum=1, whole=True)
+        )
         rules |= {"learning_rate": Number(above=0, maximum=1), "loss": ("kl", "mse")}
         given = {name: rule for name, rule in rules.items() if getattr(self, name) is not None}
         check(self, seed=SEED, next_token=Number(minimum=0, maximum=1), **given)
@@ -107,7 +117,11 @@ class Distil(Recovery):
 
     def for_model(self, is_image: bool, sequential: str) -> Recovery:
         """Decide about `blocks=None`."""
-        return replace(self, blocks=is_image and sequential != "layer") if self.blocks is None else self
+        return (
+            replace(self, blocks=is_image and sequential != "layer")
+            if self.blocks is None
+            else self
+        )
 
     def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
         """Start to train a block."""
@@ -125,7 +139,8 @@ class _Distillation(ModelRecovery):
     """
 
     def __init__(self, config: Distil, dense: DenseModel) -> None:
-        self._dense, processes = dense, dense.processes
+        self._dense = dense
+        processes = dense.processes
         head = output_head(dense.model, dense.layers)
         self._parameters = _trainable(dense, head)
         batches = []
@@ -135,38 +150,55 @@ class _Distillation(ModelRecovery):
             processes.fail_together(),
         ):
             for samples in map(dense.data.split, dense.data):
-                batches.append([*zip(samples, dense_targets(samples, dense.data, head), strict=True)])
+                batches.append(
+                    [*zip(samples, dense_targets(samples, dense.data, head), strict=True)]
+                )
                 bar.advance()
         dense.data.refuse_if_empty()
         self._trained, self._held_out = hold_out(batches, HELD_OUT, processes)
         own = [each for batch in batches for each in batch]
-        self._batch_size, self._passes, self._rate = self._usual(config, [target for _, target in own])
+        self._batch_size, self._passes, self._rate = self._usual(
+            config, [target for _, target in own]
+        )
         self._config = replace(config, passes=self._passes, learning_rate=self._rate)
         first = own[0][0] if own else None
         self._loss = DistilLoss(dense.model, config.loss, config.next_token, first, processes)
 
     def _usual(self, config: Distil, targets: Sequence[DenseTarget]) -> tuple[int, int, float]:
         """Return the size of a step, the number of passes and the learning rate, as given or chosen."""
-        counts = self._dense.processes.all_gather([len(targets), sum(len(target.rows) for target in targets)])
+        counts = self._dense.processes.all_gather(
+            [len(targets), sum(len(target.rows) for target in targets)]
+        )
         samples, predictions = (sum(column) for column in zip(*counts, strict=True))
         size = config.batch_size or max(1, _PREDICTIONS * samples // max(1, predictions))
         share = min(1.0, size * max(1, predictions) / samples / _ENOUGH)
-        passes = min(_MOST_PASSES, max(1, round(_STEPS / (math.ceil(len(self._trained) / size) * share))))
+        passes = min(
+            _MOST_PASSES, max(1, round(_STEPS / (math.ceil(len(self._trained) / size) * share)))
+        )
         return size, config.passes or passes, config.learning_rate or 1e-3 * math.sqrt(share)
 
     def train(self) -> Training:
-        dense, trained, passes = self._dense, self._trained, range(1, self._passes + 1)
+        dense = self._dense
+        trained = self._trained
+        passes = range(1, self._passes + 1)
         steps = len(passes) * math.ceil(len(trained) / self._batch_size)
+        # Lightning does not show the notes of an interrupted run.
         with (
-            noting(lambda: _STOPPED, log.warning),  # Lightning does not show the notes of an interrupted run
+            noting(lambda: _STOPPED, log.warning),
             MaskedWeights(dense.model, self._parameters, dense.layers, dense.processes) as weights,
             recomputing(dense.model, dense.blocks),
             ProgressBar("Distilling", steps, dense.progress) as bar,
         ):
-            optimizer = torch.optim.AdamW(weights.groups(self._rate), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            optimizer = torch.optim.AdamW(
+                weights.groups(self._rate), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            )
 
             def factor(step: int) -> float:
-                return min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
+                return (
+                    min(1.0, (step + 1) / _WARM_UP)
+                    * (1 + math.cos(math.pi * min(1.0, step / steps)))
+                    / 2
+                )
 
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -179,12 +211,19 @@ class _Distillation(ModelRecovery):
                     schedule.step()
                     bar.advance()
 
-            found, stopped = weights.fit(optimizer, map(steps_of, passes), self._held_out, self._mean_loss)
+            found, stopped = weights.fit(
+                optimizer, map(steps_of, passes), self._held_out, self._mean_loss
+            )
         stopped = stopped and f"{stopped}, so training stopped: use a lower learning_rate"
-        return Training(repr(self._config), len(trained), len(self._held_out), tuple(found), stopped)
+        return Training(
+            repr(self._config), len(trained), len(self._held_out), tuple(found), stopped
+        )
 
     def _batches(self, samples: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-        return (samples[start : start + self._batch_size] for start in range(0, len(samples), self._batch_size))
+        return (
+            samples[start : start + self._batch_size]
+            for start in range(0, len(samples), self._batch_size)
+        )
 
     def _mean_loss(self, samples: Sequence[_Item], scale: float | None) -> Iterator[float]:
         """Yield this process's parts of the mean loss over samples."""
@@ -195,8 +234,13 @@ class _Distillation(ModelRecovery):
     def _own(self, chosen: Sequence[_Item]) -> list[tuple[Sample, DenseTarget, int]]:
         """Return the forward passes for the chosen samples of this process, each with its number of samples."""
         own = [*filter(None, chosen)]
-        samples, targets = [sample for sample, _ in own], [target for _, target in own]
-        fits = len(own) > 1 and all(len(target.rows) == 1 for target in targets) and fit_together(samples)
+        samples = [sample for sample, _ in own]
+        targets = [target for _, target in own]
+        fits = (
+            len(own) > 1
+            and all(len(target.rows) == 1 for target in targets)
+            and fit_together(samples)
+        )
         if fits and len({target.head for target in targets}) == 1:
             rows = torch.cat([target.rows for target in targets])
             return [(self._dense.data.join(samples), DenseTarget(rows, targets[0].head), len(own))]

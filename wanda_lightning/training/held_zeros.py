@@ -71,7 +71,12 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self._held_layers: list[tuple[Layer, Tensor]] = []
         self._keep: dict[Tensor, KeepMask] = {}
         self._loaded: dict[str, Any] = {}  # the state for the next `hold`
-        self._released: dict[str, Any] = {"layers": [], "unheld_zeros": {}, "shapes": {}}  # the state at `release`
+        # The state at `release`.
+        self._released: dict[str, Any] = {
+            "layers": [],
+            "unheld_zeros": {},
+            "shapes": {},
+        }
 
     @property
     def is_holding(self) -> bool:
@@ -83,7 +88,8 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     def hold_all(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> None:
         """Hold the zeros that each prunable layer has now, or only those of the layers in a loaded state."""
-        found, layers = sharded_layers(model), self._loaded.get("layers")
+        found = sharded_layers(model)
+        layers = self._loaded.get("layers")
         if not layers:
             counts = _count_zeros(found, processes)
             layers = [name for name, count in counts.items() if 0 < count < found[name].size]
@@ -92,10 +98,15 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 "No zeros were found in any prunable layer, so none are kept. Load pruned weights, or prune first.",
                 stacklevel=3,
             )
-        shapes, unheld = self._loaded.get("shapes", {}), self._loaded.get("unheld_zeros", {})  # older: no shapes
+        shapes = self._loaded.get("shapes", {})
+        unheld = self._loaded.get("unheld_zeros", {})  # older: no shapes
         for name in layers:
             shape = [*found[name].shape] if name in found else []
-            if not shape or shapes.get(name, shape) != shape or (name in unheld and not fits(unheld[name], shape)):
+            if (
+                not shape
+                or shapes.get(name, shape) != shape
+                or (name in unheld and not fits(unheld[name], shape))
+            ):
                 raise UserError(
                     f"state must be of the same model, wrapped in the same way, but this model has no {name} of the "
                     "same shape. Pass the model as it was when the state was saved."
@@ -105,7 +116,8 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     def hold(self, held: Sequence[Layer]) -> None:
         """Hold the weights of these layers that are zero now; release all others."""
         self.release()
-        unheld, self._loaded = self._loaded.get("unheld_zeros", {}), {}
+        unheld = self._loaded.get("unheld_zeros", {})
+        self._loaded = {}
         self._keep = keep_masks(held, elsewhere=True)
         self._held_layers = [(layer, layer.parameter) for layer in held]
         for layer in held:
@@ -127,7 +139,11 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         for optimizer in optimizers:
             for weight in self._held(optimizer):
                 for value in optimizer.state.get(weight, {}).values():
-                    if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
+                    if (
+                        isinstance(value, Tensor)
+                        and value.shape == weight.shape
+                        and value.is_floating_point()
+                    ):
                         _zero(value, self._keep_of(weight))
 
     @torch.no_grad()
@@ -159,7 +175,8 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         """
         if not self._handles:
             return self._loaded or self._released
-        unheld, shapes = {}, {}
+        unheld = {}
+        shapes = {}
         for layer, weight in self._held_layers:
             shapes[layer.name] = [*layer.shape]
             if not isinstance(weight, DTensor):
@@ -170,7 +187,8 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`; only `unheld_zeros` matter to `hold`."""
-        self._loaded = state | {key: state[key] for key in ("layers", "unheld_zeros")}  # not another dictionary
+        # Not another dictionary.
+        self._loaded = state | {key: state[key] for key in ("layers", "unheld_zeros")}
 
     def release(self) -> None:
         """Remove all hooks."""
@@ -184,7 +202,12 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
             self._keep.clear()
 
     def _held(self, optimizer: Optimizer) -> list[Tensor]:
-        return [weight for group in optimizer.param_groups for weight in group["params"] if weight in self._keep]
+        return [
+            weight
+            for group in optimizer.param_groups
+            for weight in group["params"]
+            if weight in self._keep
+        ]
 
     def _keep_of(self, weight: Tensor) -> Tensor:
         """Return the mask of a weight, on its device: the model may have moved since `hold`."""
@@ -211,7 +234,9 @@ def keep_masks(layers: Iterable[Layer], elsewhere: bool) -> dict[Tensor, KeepMas
     for layer in layers:
         parameter = layer.parameter
         if parameter not in keep:
-            keep[parameter] = torch.full_like(local(parameter.detach()), elsewhere, dtype=torch.bool)
+            keep[parameter] = torch.full_like(
+                local(parameter.detach()), elsewhere, dtype=torch.bool
+            )
         layer.own(keep[parameter]).copy_(layer.weight != 0)
     return keep
 
@@ -223,7 +248,8 @@ def zeros_of(model: nn.Module, processes: Processes = SINGLE_PROCESS) -> dict[st
 
 def sharded_layers(model: nn.Module) -> dict[str, Layer]:
     """Return all layers that may have been pruned by name, with their shards if the model is sharded."""
-    reshard(model)  # FSDP2 leaves its outermost module gathered, but the optimizer trains the shards
+    # FSDP2 leaves its outermost module gathered, but the optimizer trains the shards.
+    reshard(model)
     return {layer.name: layer for layer in find_layers(model).layers}
 
 
@@ -238,10 +264,16 @@ def _count_zeros(layers: Mapping[str, Layer], processes: Processes) -> dict[str,
 
 def _copied(copy: object, held: Mapping[str, KeepMask]) -> Mapping[str, Tensor]:
     """Return the weights of a copy, or of its attribute `module`, whose zeros are held in the original."""
-    modules = [each for each in (copy, getattr(copy, "module", None)) if isinstance(each, nn.Module)]
-    named = ({name: weight for name, weight in each.named_parameters() if name in held} for each in modules)
+    modules = [
+        each for each in (copy, getattr(copy, "module", None)) if isinstance(each, nn.Module)
+    ]
+    named = (
+        {name: weight for name, weight in each.named_parameters() if name in held}
+        for each in modules
+    )
     return max(named, key=len, default={})
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:
-    mask_(local(tensor.detach()), keep.to(tensor.device))  # an average of weights may be on another device
+    # An average of weights may be on another device.
+    mask_(local(tensor.detach()), keep.to(tensor.device))

@@ -15,10 +15,19 @@ from torch.func import functional_call
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
-from wanda_lightning.models import Layer, causal_config, find_predictions, fitting_mask, has_classes, own_head
+from wanda_lightning.models import (
+    Layer,
+    causal_config,
+    find_predictions,
+    fitting_mask,
+    has_classes,
+    own_head,
+)
 from wanda_lightning.parallel import Processes
 
-_MEDIA_TOKENS = [f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")]
+_MEDIA_TOKENS = [
+    f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")
+]
 HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
 _ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
 
@@ -33,12 +42,19 @@ def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextMa
     if not enabled:
         return nullcontext()
     kind = (parameter := next(model.parameters())).device.type
-    active, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    active = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind)
     if not active and parameter.dtype == torch.float32:
-        dtype, features = torch.bfloat16, getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # not in 2.10
+        dtype = torch.bfloat16
+        features = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # not in 2.10
         on_cpu = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        supports = getattr(torch.get_device_module(kind), "is_bf16_supported", None)  # `mps` does not say
-        active = on_cpu if kind == "cpu" else supports is not None and supports(including_emulation=False)
+        # `mps` does not say.
+        supports = getattr(torch.get_device_module(kind), "is_bf16_supported", None)
+        active = (
+            on_cpu
+            if kind == "cpu"
+            else supports is not None and supports(including_emulation=False)
+        )
     # A cached cast that was made without gradients would cut the graph of the recomputed block.
     return torch.autocast(kind, dtype, enabled=active, cache_enabled=False)
 
@@ -76,7 +92,9 @@ def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
     following = ids.roll(-1, dims=1)
     following[:, -1] = -1
     media = [id for name in _MEDIA_TOKENS if isinstance(id := getattr(config, name, None), int)]
-    following[(following >= logits.shape[-1]) | torch.isin(following, torch.tensor(media).to(following))] = -1
+    following[
+        (following >= logits.shape[-1]) | torch.isin(following, torch.tensor(media).to(following))
+    ] = -1
     if mask := fitting_mask(sample.masks, "", logits):
         following[~mask.keep.to(ids.device).roll(-1, dims=1)] = -1
     return rows_of(following.unsqueeze(-1), sample).squeeze(1).to(logits.device)
@@ -86,7 +104,11 @@ def predictions_of(output: object) -> Tensor:
     """Return the predictions in the output of a model; refuse an output without any."""
     found = find_predictions(output)
     if found is None:
-        tensor = f"tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        tensor = (
+            f"tensor of shape {tuple(output.shape)}"
+            if isinstance(output, Tensor)
+            else type(output).__name__
+        )
         raise UserError(
             "recovery=Distil() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
             f"gave a {tensor}. Let forward= (or calibration_step) return the predictions, or use another recovery."
@@ -103,20 +125,30 @@ class DenseTarget:
 
     def predictions(self) -> Callable[[slice], Tensor]:
         """Return a function that computes a slice of the dense predictions, (rows, classes)."""
-        head, rows, cast = self.head, self.rows, dict[str, Tensor]()
+        head = self.head
+        rows = self.rows
+        cast = dict[str, Tensor]()
         if head is None:
             return lambda part: rows[part]
-        if torch.is_autocast_enabled(kind := rows.device.type):  # it would cast the matrices anew for each slice
-            wide = {name: p for name, p in head.named_parameters() if p.ndim > 1 and p.dtype == torch.float32}
+        # It would cast the matrices anew for each slice.
+        if torch.is_autocast_enabled(kind := rows.device.type):
+            wide = {
+                name: p
+                for name, p in head.named_parameters()
+                if p.ndim > 1 and p.dtype == torch.float32
+            }
             cast = {name: p.detach().to(torch.get_autocast_dtype(kind)) for name, p in wide.items()}
         return lambda part: functional_call(head, cast, (rows[part],))
 
 
-def dense_targets(samples: Sequence[Sample], data: Samples, head: nn.Module | None) -> list[DenseTarget]:
+def dense_targets(
+    samples: Sequence[Sample], data: Samples, head: nn.Module | None
+) -> list[DenseTarget]:
     """Return what the dense model predicts for the samples of a batch, which may be empty."""
     if not samples:
         return []
-    with torch.set_grad_enabled(samples[0].batch_index == 0):  # shows whether training will get gradients
+    # Shows whether training will get gradients.
+    with torch.set_grad_enabled(samples[0].batch_index == 0):
         first = _target(samples[0], head)
     with torch.no_grad():
         if len(samples) > 1 and len(first.rows) == 1 and fit_together(samples):
@@ -138,15 +170,20 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
             "Let forward= (or calibration_step) return predictions with gradients, or use another recovery."
         )
     predictions = predictions.detach()
-    if not (predictions < math.inf).all():  # minus infinity is allowed: the logit of an impossible class
+    if not (
+        predictions < math.inf
+    ).all():  # minus infinity is allowed: the logit of an impossible class
         raise UserError(
             f"recovery=Distil() needs finite predictions, but those of batch {sample.batch_index} (counted from 0) "
             "hold NaN or infinity. Check that batch, or load the model in float32 or bfloat16 rather than float16."
         )
     if head is not None and len(entered) == 1:
         rows = rows_of(entered[0].detach(), sample)
-        part = slice(0, _ROWS_AT_ONCE)  # enough to see whether the model changes the outputs of its head
-        if len(rows) == len(predictions) and _nearly_equal(head(rows[part]).detach(), predictions[part]):
+        # Enough to see whether the model changes the outputs of its head.
+        part = slice(0, _ROWS_AT_ONCE)
+        if len(rows) == len(predictions) and _nearly_equal(
+            head(rows[part]).detach(), predictions[part]
+        ):
             return DenseTarget(rows.clone(), head)
     return DenseTarget(predictions.clone(), None)
 
@@ -154,8 +191,14 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
 def output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
     """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
     pruned = {id(layer.parameter) for layer in layers}
-    head = next((head for module in model.modules() if (head := own_head(module)) is not None), None)
-    return None if head is None or any(id(parameter) in pruned for parameter in head.parameters()) else head
+    head = next(
+        (head for module in model.modules() if (head := own_head(module)) is not None), None
+    )
+    return (
+        None
+        if head is None or any(id(parameter) in pruned for parameter in head.parameters())
+        else head
+    )
 
 
 def _nearly_equal(first: Tensor, second: Tensor) -> bool:
@@ -173,14 +216,25 @@ class DistilLoss:
     """
 
     def __init__(
-        self, model: nn.Module, kind: str | None, next_token: float, sample: Sample | None, processes: Processes
+        self,
+        model: nn.Module,
+        kind: str | None,
+        next_token: float,
+        sample: Sample | None,
+        processes: Processes,
     ) -> None:
-        self._model, self._kind, self._causal = model, kind, causal_config(model)
+        self._model = model
+        self._kind = kind
+        self._causal = causal_config(model)
         self._next_token = 0.0 if self._causal is None else next_token
         self._is_mixed = True
-        self._is_mixed = works(lambda: sample is None or bool(self._run(sample, training=False)), processes)
+        self._is_mixed = works(
+            lambda: sample is None or bool(self._run(sample, training=False)), processes
+        )
 
-    def __call__(self, sample: Sample, target: DenseTarget, factor: float, scale: float | None) -> float:
+    def __call__(
+        self, sample: Sample, target: DenseTarget, factor: float, scale: float | None
+    ) -> float:
         """Return the loss of a sample times a factor, after passing its gradient, times a scale, backward.
 
         Without a scale, nothing is passed backward. The gradient is computed by hand for some rows at a time: cross
@@ -190,21 +244,25 @@ class DistilLoss:
         if not len(rows):  # a sample of padding
             return 0.0
         is_kl = self._kind == "kl" or (self._kind is None and has_classes(output))
-        compare, dense = divergence if is_kl else squared_error, target.predictions()
+        compare = divergence if is_kl else squared_error
+        dense = target.predictions()
         tokens = next_tokens(output, sample, self._causal) if is_kl and self._next_token else None
         known = 0 if tokens is None else int((tokens >= 0).sum())
         share = self._next_token if known else 0.0
-        loss, weight = 0.0, (1 - share) / len(target.rows)
+        loss = 0.0
+        weight = (1 - share) / len(target.rows)
         gradient = None if scale is None else torch.empty_like(rows)
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 part = slice(start, start + _ROWS_AT_ONCE)
                 predicted = widened(rows[part])
                 value, slopes = compare(predicted, widened(dense(part)))
-                value, slopes = value * weight, slopes.mul_(weight)
+                value = value * weight
+                slopes = slopes.mul_(weight)
                 if tokens is not None and share:
                     entropy, more = cross_entropy(predicted, tokens[part])
-                    value, slopes = value + entropy * (share / known), slopes.add_(more, alpha=share / known)
+                    value = value + entropy * (share / known)
+                    slopes = slopes.add_(more, alpha=share / known)
                 loss += float(value) * factor
                 if gradient is not None and scale is not None:
                     gradient[part] = slopes.mul_(scale * factor)

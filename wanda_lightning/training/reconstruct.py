@@ -124,9 +124,13 @@ class _PartTraining:
     """
 
     def __init__(self, part: _Part, config: Reconstruct, processes: Processes) -> None:
-        self._part, self._config, self._processes = part, config, processes
+        self._part = part
+        self._config = config
+        self._processes = processes
         self._is_mixed = True
-        self._is_mixed = works(lambda: not part.runs or self._output(part.runs[0]) is not None, processes)
+        self._is_mixed = works(
+            lambda: not part.runs or self._output(part.runs[0]) is not None, processes
+        )
         splits = works(self._splits_exactly, processes)
         by_batch: dict[int, list[_Run]] = {run.call.sample.batch_index: [] for run in part.runs}
         for run in part.runs:
@@ -137,9 +141,11 @@ class _PartTraining:
 
     def _split(self, run: _Run) -> list[_Run]:
         """Return the run in pieces with few samples of the batch; as it is if its rows do not belong to samples."""
-        count, rows = separable_samples(run.call.sample.batch), len(run.output) if run.output.ndim > 1 else 0
+        count = separable_samples(run.call.sample.batch)
+        rows = len(run.output) if run.output.ndim > 1 else 0
         values = run.inputs, run.output, run.keep
-        vectors = {len(x) for x in tensors_of(values) if x.ndim == 1}  # positions are for all samples, offsets are not
+        # Positions are for all samples, offsets are not.
+        vectors = {len(x) for x in tensors_of(values) if x.ndim == 1}
         if count <= _SAMPLES or not rows or rows % count or vectors & {count, count + 1, rows}:
             return [run]
         size = math.ceil(count / math.ceil(count / _SAMPLES))
@@ -149,31 +155,54 @@ class _PartTraining:
                 return x
             return x[start * len(x) // count : (start + size) * len(x) // count]
 
-        return [_Run(run.call, *map_tensors(partial(piece, start), values)) for start in range(0, count, size)]
+        return [
+            _Run(run.call, *map_tensors(partial(piece, start), values))
+            for start in range(0, count, size)
+        ]
 
     def _splits_exactly(self) -> bool:
         """Return whether the pieces have the outputs of the whole, for one run of each shape."""
-        runs = {tuple(x.shape for x in tensors_of((run.inputs, run.output))): run for run in self._part.runs}
-        return all(self._is_whole(pieces, run) for run in runs.values() if len(pieces := self._split(run)) > 1)
+        runs = {
+            tuple(x.shape for x in tensors_of((run.inputs, run.output))): run
+            for run in self._part.runs
+        }
+        return all(
+            self._is_whole(pieces, run)
+            for run in runs.values()
+            if len(pieces := self._split(run)) > 1
+        )
 
     def _is_whole(self, pieces: Sequence[_Run], run: _Run) -> bool:
         outputs = [self._output(piece) for piece in pieces]
         expected = self._output(run).split([len(output) for output in outputs])
-        rounding = min(2e-4, torch.finfo(outputs[0].dtype).eps)  # of a square sum; less than eps, even in bfloat16
-        errors = [(widened(one - other), widened(other)) for one, other in zip(outputs, expected, strict=True)]
-        return all(bool(error.square().sum() <= rounding * other.square().sum()) for error, other in errors)
+        # Of a square sum; less than eps, even in bfloat16.
+        rounding = min(2e-4, torch.finfo(outputs[0].dtype).eps)
+        errors = [
+            (widened(one - other), widened(other))
+            for one, other in zip(outputs, expected, strict=True)
+        ]
+        return all(
+            bool(error.square().sum() <= rounding * other.square().sum()) for error, other in errors
+        )
 
     def train(self) -> TrainedPart | None:
         """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
         if not self._held_out:
             return None
-        part, config = self._part, self._config
+        part = self._part
+        config = self._config
         parameters = list(dict.fromkeys(layer.parameter for layer in part.layers))
         passes = [[[run] for run in self._trained]] * config.epochs
-        with MaskedWeights(part.module, parameters, part.layers, self._processes, skip_unreached=True) as weights:
+        with MaskedWeights(
+            part.module, parameters, part.layers, self._processes, skip_unreached=True
+        ) as weights:
             optimizer = torch.optim.Adam(weights.groups(config.learning_rate))
-            found, stopped = weights.fit(optimizer, passes, self._held_out, self._losses, stops_early=True)
-            energy = weights.evaluate(self._held_out, self._energies) or torch.finfo(torch.float32).tiny
+            found, stopped = weights.fit(
+                optimizer, passes, self._held_out, self._losses, stops_early=True
+            )
+            energy = (
+                weights.evaluate(self._held_out, self._energies) or torch.finfo(torch.float32).tiny
+            )
         before, after = ((each.held_out or 0.0) / energy for each in (found[0], found[-1]))
         return TrainedPart(part.name, before, after, stopped)
 
@@ -196,7 +225,8 @@ class _PartTraining:
         def forward() -> Tensor:
             with torch.set_grad_enabled(training), precision:
                 args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
-                return _first_output(part.forward(*args, **kwargs))  # without hooks, as it was recorded
+                # Without hooks, as it was recorded.
+                return _first_output(part.forward(*args, **kwargs))
 
         return run.call.surroundings.try_out(forward)
 
@@ -209,7 +239,11 @@ class _PartTraining:
 
 def _parts(stop: Stop) -> list[_Part]:
     """Return the children of a block if they hold all its layers, otherwise the block itself; a layer has no parts."""
-    if stop.module is None or not stop.layers or any(layer.module is stop.module for layer in stop.layers):
+    if (
+        stop.module is None
+        or not stop.layers
+        or any(layer.module is stop.module for layer in stop.layers)
+    ):
         return []
     parts = []
     for name, module in [*_called_children(stop.module, stop.name), (stop.name, stop.module)]:
@@ -231,4 +265,8 @@ def _called_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.M
 
 def _first_output(output: object) -> Tensor:
     """Return the first floating-point tensor in the output of a part."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return next(
+        leaf
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
+    )

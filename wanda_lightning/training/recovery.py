@@ -22,7 +22,8 @@ from wanda_lightning.training.held_zeros import keep_masks
 _Item = TypeVar("_Item")
 Loss = Callable[[Sequence[Any], float | None], Iterable[float]]  # see `MaskedWeights.fit`
 # Small gradients are zero in float16, and large ones infinite. Powers of two leave other dtypes unchanged.
-LARGEST_SCALE, SMALLEST_SCALE = 2.0**16, 2.0**-16
+LARGEST_SCALE = 2.0**16
+SMALLEST_SCALE = 2.0**-16
 
 
 class BlockRecovery:
@@ -96,7 +97,9 @@ class NoRecovery(Recovery):
     """Leave the weights as the solver computed them."""
 
 
-def hold_out(batches: Sequence[Sequence[_Item]], every: int, processes: Processes) -> tuple[list[_Item | None], ...]:
+def hold_out(
+    batches: Sequence[Sequence[_Item]], every: int, processes: Processes
+) -> tuple[list[_Item | None], ...]:
     """Return the samples of all processes to train on (None for those of others), and every n-th one, held out.
 
     The order depends on the batches alone: batch i of all processes precedes batch i + 1 of any.
@@ -106,8 +109,14 @@ def hold_out(batches: Sequence[Sequence[_Item]], every: int, processes: Processe
     sizes = processes.all_gather([len(batch) for batch in batches] + [0] * (longest - len(batches)))
     for index in range(longest):
         for rank in range(processes.world_size):
-            order += batches[index] if rank == processes.rank and index < len(batches) else [None] * sizes[rank][index]
-    return [sample for number, sample in enumerate(order, start=1) if number % every], order[every - 1 :: every]
+            order += (
+                batches[index]
+                if rank == processes.rank and index < len(batches)
+                else [None] * sizes[rank][index]
+            )
+    return [sample for number, sample in enumerate(order, start=1) if number % every], order[
+        every - 1 :: every
+    ]
 
 
 class MaskedWeights(AbstractContextManager["MaskedWeights"]):
@@ -129,11 +138,17 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         processes: Processes,
         skip_unreached: bool = False,
     ) -> None:
-        self._parameters, self._processes, self._skip_unreached = parameters, processes, skip_unreached
+        self._parameters = parameters
+        self._processes = processes
+        self._skip_unreached = skip_unreached
         everything = dict.fromkeys((*module.parameters(), *parameters))
-        self._before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
+        self._before = [
+            (parameter, parameter.requires_grad, parameter.grad) for parameter in everything
+        ]
         kept = keep_masks(layers, elsewhere=False)
-        self._keep = [kept[p] if p in kept else torch.ones_like(p, dtype=torch.bool) for p in parameters]
+        self._keep = [
+            kept[p] if p in kept else torch.ones_like(p, dtype=torch.bool) for p in parameters
+        ]
         self._masters = [_master(parameter) for parameter in parameters]
         self._keep_best()
         self._scale = LARGEST_SCALE
@@ -158,8 +173,11 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
 
     def groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Return the optimizer's groups; learning rates are relative to the root mean square of the kept weights."""
-        kept = (master.detach()[keep] for master, keep in zip(self._masters, self._keep, strict=True))
-        sizes = (float(weights.square().mean().sqrt().nan_to_num()) for weights in kept)  # of none, the mean is NaN
+        kept = (
+            master.detach()[keep] for master, keep in zip(self._masters, self._keep, strict=True)
+        )
+        # Of none, the mean is NaN.
+        sizes = (float(weights.square().mean().sqrt().nan_to_num()) for weights in kept)
         pairs = zip(self._masters, sizes, strict=True)
         return [{"params": [master], "lr": learning_rate * size} for master, size in pairs]
 
@@ -178,7 +196,8 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         loss or gradient is NaN or infinite, training stops; with `stops_early` also after the first pass that does not
         lower the held-out loss. Return the losses before training and of each pass, and what was not finite.
         """
-        lowest, count = self.evaluate(held_out, loss), 0
+        lowest = self.evaluate(held_out, loss)
+        count = 0
         found = [TrainingPass(None, lowest)]
         try:
             _require_finite("held-out loss", lowest if stops_early else None)
@@ -237,18 +256,27 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         """Give the masters the masked gradients of all processes; return the loss, or None if any is not finite."""
         value = self._sum(loss(samples, self._scale))
         _require_finite("loss", value)
-        reached = torch.tensor([parameter.grad is not None for parameter in self._parameters], dtype=torch.int64)
+        reached = torch.tensor(
+            [parameter.grad is not None for parameter in self._parameters], dtype=torch.int64
+        )
         gradients = []  # unscaled, in the dtype of the master
         for parameter, master in zip(self._parameters, self._masters, strict=True):
-            gradient, parameter.grad = parameter.grad, None
-            own = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype).contiguous()
+            gradient = parameter.grad
+            parameter.grad = None
+            own = (
+                torch.zeros_like(master)
+                if gradient is None
+                else gradient.to(master.dtype).contiguous()
+            )
             gradients.append(own.div_(self._scale))
         self._processes.all_reduce_sum([reached, *gradients])
         for gradient, keep in zip(gradients, self._keep, strict=True):
             mask_(gradient, keep)
         if not torch.stack([gradient.sum().isfinite().cpu() for gradient in gradients]).all():
             return None  # no gradient is set: the next backward pass would add to that of a master
-        for master, gradient, is_reached in zip(self._masters, gradients, reached.tolist(), strict=True):
+        for master, gradient, is_reached in zip(
+            self._masters, gradients, reached.tolist(), strict=True
+        ):
             master.grad = gradient if is_reached or not self._skip_unreached else None
         return value
 
@@ -263,5 +291,6 @@ def _require_finite(name: str, loss: float | None) -> None:
 
 def _master(parameter: Tensor) -> Tensor:
     wide = torch.promote_types(parameter.dtype, torch.float32)
-    is_master = parameter.dtype == wide and parameter.is_contiguous()  # fused AdamW of PyTorch 2.13 ignores strides
+    # Fused AdamW of PyTorch 2.13 ignores strides.
+    is_master = parameter.dtype == wide and parameter.is_contiguous()
     return parameter if is_master else parameter.detach().to(wide).contiguous()

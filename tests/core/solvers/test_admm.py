@@ -13,7 +13,10 @@ from wanda_lightning.core.solvers import ADMM, ZeroOut
 def by_hand(weight, tokens, solver, pattern, factor=1):
     """The mask after the iterations one by one."""
     (first, last), iterations = solver.rho, solver.iterations
-    rhos = [factor * first * (last / first) ** (turn / max(1, iterations - 1)) for turn in range(iterations)]
+    rhos = [
+        factor * first * (last / first) ** (turn / max(1, iterations - 1))
+        for turn in range(iterations)
+    ]
 
     def choose(scores):
         return reference.keep(pattern, scores, 0.5)
@@ -33,7 +36,8 @@ def test_the_mask_is_that_of_the_iterations_one_by_one(pattern, iterations):
 def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
     """The factor and the pull toward the masked copy must have the same rho."""
     weight, tokens = correlated_layer(1, torch.float64, shape=(6, 32), tokens=200)
-    original, calls = torch.linalg.cholesky_ex, []
+    original = torch.linalg.cholesky_ex
+    calls = []
 
     def fail_first(matrix, out):
         calls.append(matrix)
@@ -45,13 +49,18 @@ def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
     solver = ADMM(iterations=3)
     _, keep = solve(solver, weight, tokens)
     assert len(calls) == 4
-    np.testing.assert_array_equal(keep.numpy(), by_hand(weight, tokens, solver, Unstructured(), factor=10))
+    np.testing.assert_array_equal(
+        keep.numpy(), by_hand(weight, tokens, solver, Unstructured(), factor=10)
+    )
 
 
 def test_wandas_mask_is_used_if_inputs_do_not_correlate():
     weight, _ = random_layer(torch.float64, shape=(6, 32))
     norms = torch.logspace(-2, 1, 32, dtype=torch.float64)
-    tokens = torch.linalg.qr(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).double()).Q * norms
+    tokens = (
+        torch.linalg.qr(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).double()).Q
+        * norms
+    )
     tokens[0] += 1e-3  # a little, and ADMM errs
     pruned, keep = solve(ADMM(), weight, tokens)
     zeroed, wanda = solve(ZeroOut(), weight, tokens)

@@ -52,7 +52,10 @@ def test_the_columns_that_are_kept_need_not_be_active():
 @pytest.mark.parametrize("steps", [1, 3, 200])
 def test_the_returned_error_is_that_of_the_weights(steps):
     weight, tokens = correlated_layer(4, torch.float64, shape=(6, 32), tokens=200)
-    gram, keep = tokens.t() @ tokens, NM(2, 4)(weight.abs(), 0.5)
+    gram = tokens.t() @ tokens
+    keep = NM(2, 4)(weight.abs(), 0.5)
     fitted, error = refit(weight, weight * keep, keep, gram, steps)
     difference = fitted - weight
-    np.testing.assert_allclose(error.squeeze(1), (difference @ gram * difference).sum(dim=1), rtol=1e-9)
+    np.testing.assert_allclose(
+        error.squeeze(1), (difference @ gram * difference).sum(dim=1), rtol=1e-9
+    )

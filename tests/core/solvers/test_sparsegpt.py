@@ -13,7 +13,8 @@ from wanda_lightning.core.solvers import SparseGPT, ZeroOut
 
 @pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()])
 def test_an_upfront_mask_gets_the_surgeons_update(criterion):
-    weight, tokens = random_layer(torch.float64, shape=(6, 150), tokens=300)  # two blocks of columns
+    # Two blocks of columns.
+    weight, tokens = random_layer(torch.float64, shape=(6, 150), tokens=300)
     pruned, keep = solve(SparseGPT(mask="upfront"), weight, tokens, criterion)
     scores = reference.SCORES[type(criterion).__name__.lower()](weight.numpy(), tokens.numpy())
     np.testing.assert_array_equal(keep.numpy(), reference.keep_by_row(scores, 0.5))
@@ -21,12 +22,16 @@ def test_an_upfront_mask_gets_the_surgeons_update(criterion):
     np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(3, 5), NM(1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(), Unstructured("layer"), NM(2, 4), NM(3, 5), NM(1, 2)], ids=str
+)
 @pytest.mark.parametrize("block_size", [40, 20, 1000])
 def test_a_mask_chosen_by_blocks_gets_the_surgeons_update(pattern, block_size):
     weight, tokens = random_layer(torch.float64, shape=(6, 100), tokens=200)
     solver = SparseGPT(block_size=block_size)
-    pruned, keep = solve(solver, weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.5))
+    pruned, keep = solve(
+        solver, weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.5)
+    )
     expected = reference.surgeon(weight.numpy(), tokens.numpy(), 0.01, keep.numpy())
     np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-7, atol=1e-9)
     if isinstance(pattern, NM):
@@ -49,7 +54,9 @@ def test_rows_and_layers_have_their_exact_number_whatever_the_blocks(block_size,
     weight, tokens = random_layer(shape=shape, tokens=500)
     _, keep = solve(SparseGPT(block_size=block_size), weight, tokens, sparsity=sparsity)
     assert (~keep).sum(dim=1).tolist() == [int(shape[1] * sparsity)] * shape[0]
-    _, keep = solve(SparseGPT(block_size=block_size), weight, tokens, None, Unstructured("layer"), sparsity)
+    _, keep = solve(
+        SparseGPT(block_size=block_size), weight, tokens, None, Unstructured("layer"), sparsity
+    )
     assert (~keep).sum() == int(shape[0] * shape[1] * sparsity)
 
 
@@ -76,9 +83,12 @@ def test_other_patterns_make_up_for_earlier_blocks():
 def test_zeros_on_the_left_stay_even_if_they_exceed_the_target(pattern):
     weight, tokens = random_layer(shape=WIDE, tokens=500)
     weight[:, :128] = 0
-    pruned, _ = solve(SparseGPT(), weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.3))
+    pruned, _ = solve(
+        SparseGPT(), weight, tokens, pattern=pattern, sparsity=getattr(pattern, "sparsity", 0.3)
+    )
     assert not pruned[:, :128].any()
-    dense_on_the_right = isinstance(pattern, Unstructured)  # what is zero already is more than was asked for
+    # What is zero already is more than was asked for.
+    dense_on_the_right = isinstance(pattern, Unstructured)
     assert bool(pruned[:, 128:256].all()) == dense_on_the_right
 
 

@@ -21,11 +21,14 @@ class DenseLayer:
     name: str
     block: str  # that contains the layer, or the name of the layer if no block does
     size: int  # number of weights
-    sparsity_steps: int  # number of equal steps in which the pattern can raise the sparsity from 0 to 1
+    sparsity_steps: (
+        int  # number of equal steps in which the pattern can raise the sparsity from 0 to 1
+    )
     load: Callable[[], Weight]  # returns the weight; `read` calls it
     inputs: InputStatistics = field(default_factory=InputStatistics)  # that the allocation needs
     gradients: GradientStatistics | None = None  # if the allocation reads them
-    _zeros: list[int] = field(default_factory=list, init=False, repr=False, compare=False)  # empty until it is read
+    # Empty until it is read.
+    _zeros: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def read(self) -> Weight:
         """Return the weight, which is not kept in memory."""
@@ -95,7 +98,9 @@ class Allocation(ABC):
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Return the sparsity of each layer, by name, in [0, 1)."""
 
-    def of_units(self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured) -> dict[str, float]:
+    def of_units(
+        self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured
+    ) -> dict[str, float]:
         """Return the fraction of the hidden units of each layer that become zero, if `prunes_units`."""
         raise NotImplementedError
 
@@ -110,7 +115,9 @@ class Uniform(Allocation):
         """Give every layer the target."""
         return {layer.name: sparsity for layer in layers}
 
-    def of_units(self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured) -> dict[str, float]:
+    def of_units(
+        self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured
+    ) -> dict[str, float]:
         """Give all layers of a kind one fraction that leaves whole units of each, so that one number describes them.
 
         If the widths have no such fraction within 0.05 of the target, each is rounded on its own.
@@ -120,7 +127,8 @@ class Uniform(Allocation):
             widths.setdefault(layer.kind, []).append(layer.width)
         found: dict[str, float] = {}
         for layer in layers:
-            common = math.gcd(*widths[layer.kind])  # this many steps of one unit, or more, fit into each width
+            # This many steps of one unit, or more, fit into each width.
+            common = math.gcd(*widths[layer.kind])
             fraction = 1 - pattern.kept(common, sparsity) / common
             found[layer.name] = fraction if abs(fraction - sparsity) <= 0.05 else sparsity
         return found
@@ -145,7 +153,9 @@ def match_target(
         steps = {layer.name: round(present[layer.name] * layer.sparsity_steps) for layer in layers}
         at_least = {layer.name: _whole_steps(layer, fixed.get(layer.name, 0.0)) for layer in layers}
         return {
-            layer.name: _sparsity_of(max(steps[layer.name], at_least[layer.name]), layer.sparsity_steps)
+            layer.name: _sparsity_of(
+                max(steps[layer.name], at_least[layer.name]), layer.sparsity_steps
+            )
             for layer in layers
         }
     if len(set(wanted.values())) == 1:
@@ -153,9 +163,13 @@ def match_target(
 
     def shifted(amount: float) -> dict[str, float]:
         free = {name: value + amount for name, value in wanted.items()} | dict(fixed)
-        return {layer.name: max(present[layer.name], min(free[layer.name], _maximum(layer))) for layer in layers}
+        return {
+            layer.name: max(present[layer.name], min(free[layer.name], _maximum(layer)))
+            for layer in layers
+        }
 
-    low, high = -max(wanted.values()), 1 - min(wanted.values())  # all layers at their minimum, all at their maximum
+    low = -max(wanted.values())
+    high = 1 - min(wanted.values())  # all layers at their minimum, all at their maximum
     amount = sparsity - mean_of(layers, wanted)
     for _ in range(_HALVINGS):
         excess = mean_of(layers, shifted(amount)) - sparsity
@@ -171,10 +185,15 @@ _EXACT = 1e-12
 _ROUNDING = 1e-7  # of steps
 
 
-def _round(layers: Sequence[DenseLayer], sparsities: Mapping[str, float], target: float) -> dict[str, float]:
+def _round(
+    layers: Sequence[DenseLayer], sparsities: Mapping[str, float], target: float
+) -> dict[str, float]:
     """Round all sparsities down to a step of the pattern, then those with the largest remainders up to the target."""
     steps = {layer.name: _whole_steps(layer, sparsities[layer.name]) for layer in layers}
-    remainders = {layer.name: sparsities[layer.name] * layer.sparsity_steps - steps[layer.name] for layer in layers}
+    remainders = {
+        layer.name: sparsities[layer.name] * layer.sparsity_steps - steps[layer.name]
+        for layer in layers
+    }
     missing = target * sum(layer.size for layer in layers)
     missing -= math.fsum(steps[layer.name] * layer.size / layer.sparsity_steps for layer in layers)
     for layer in sorted(layers, key=lambda layer: -remainders[layer.name]):
@@ -202,4 +221,6 @@ def _maximum(layer: DenseLayer) -> float:
 
 def mean_of(layers: Sequence[DenseLayer], values: Mapping[str, float]) -> float:
     """Return the mean of the values, weighted by the number of weights."""
-    return math.fsum(values[layer.name] * layer.size for layer in layers) / sum(layer.size for layer in layers)
+    return math.fsum(values[layer.name] * layer.size for layer in layers) / sum(
+        layer.size for layer in layers
+    )

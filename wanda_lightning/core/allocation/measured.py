@@ -45,7 +45,9 @@ class OWL(Allocation):
     per: Literal["block", "layer"] = "block"
 
     def __post_init__(self) -> None:
-        check(self, m=Number(above=0), lambda_=Number(minimum=0, maximum=0.5), per=("block", "layer"))
+        check(
+            self, m=Number(above=0), lambda_=Number(minimum=0, maximum=0.5), per=("block", "layer")
+        )
 
     def scaled(self, fraction: float) -> OWL:
         """Scale the differences between blocks."""
@@ -57,7 +59,8 @@ class OWL(Allocation):
         for layer in layers:
             groups.setdefault(layer.block if self.per == "block" else layer.name, []).append(layer)
         outliers = {group: self._outliers(inside) for group, inside in groups.items()}
-        low, high = min(outliers.values()), max(outliers.values())
+        low = min(outliers.values())
+        high = max(outliers.values())
         wanted = {
             layer.name: -2 * self.lambda_ * ((outliers[group] - low) / ((high - low) or 1.0))
             for group, inside in groups.items()
@@ -114,7 +117,11 @@ class Fisher(Allocation):
     cost: Literal["units", "parameters", "macs", "seconds"] = "units"
 
     def __post_init__(self) -> None:
-        check(self, max_deviation=Number(minimum=0, maximum=1), num_predictions=Number(minimum=0, whole=True))
+        check(
+            self,
+            max_deviation=Number(minimum=0, maximum=1),
+            num_predictions=Number(minimum=0, whole=True),
+        )
         check(self, cost=("units", "parameters", "macs", "seconds"))
         if self.num_samples is not None:
             check(self, num_samples=Number(minimum=1, whole=True))
@@ -137,7 +144,8 @@ class Fisher(Allocation):
         """Compare the weights of all layers."""
         distributions = {layer.name: _distribution(layer) for layer in layers}
         least, most = self.limits(sparsity)
-        low, high = 0.0, float(_BINS)
+        low = 0.0
+        high = float(_BINS)
         wanted: Mapping[str, float] = {}
         for _ in range(_HALVINGS):
             threshold = (low + high) / 2
@@ -145,34 +153,55 @@ class Fisher(Allocation):
                 name: min(max(_fraction_below(distribution, threshold), least), most)
                 for name, distribution in distributions.items()
             }
-            low, high = (threshold, high) if mean_of(layers, wanted) < sparsity else (low, threshold)
+            low, high = (
+                (threshold, high) if mean_of(layers, wanted) < sparsity else (low, threshold)
+            )
         return match_target(layers, wanted, sparsity)
 
-    def of_units(self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured) -> dict[str, float]:
+    def of_units(
+        self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured
+    ) -> dict[str, float]:
         """Compare the units of all layers; `max_deviation` does not apply."""
         most = max(_MOST_UNITS, (1 + sparsity) / 2)
-        scored = [(layer, layer.scores.cpu() / layer.cost) for layer in layers if layer.scores is not None]
+        scored = [
+            (layer, layer.scores.cpu() / layer.cost) for layer in layers if layer.scores is not None
+        ]
         every = torch.cat([scores for _, scores in scored])
-        ranks = every.argsort(stable=True).argsort()  # without ties: many units may have the score 0
+        ranks = every.argsort(
+            stable=True
+        ).argsort()  # without ties: many units may have the score 0
         widths = [layer.width for layer, _ in scored]
         own = [each.sort().values for each in ranks.split(widths)]
 
         def removed(rank: int) -> list[int]:
             """Return how many units of each layer become zero if those of lower ranks should."""
             below = (min(int(torch.searchsorted(each, rank)) / len(each), most) for each in own)
-            return [width - pattern.kept(width, share) for width, share in zip(widths, below, strict=True)]
+            return [
+                width - pattern.kept(width, share)
+                for width, share in zip(widths, below, strict=True)
+            ]
 
         def enough(rank: int) -> bool:
-            gone = sum(layer.cost * number for (layer, _), number in zip(scored, removed(rank), strict=True))
-            return gone >= int(sparsity * round(sum(layer.cost * layer.width for layer, _ in scored), 6))
+            gone = sum(
+                layer.cost * number
+                for (layer, _), number in zip(scored, removed(rank), strict=True)
+            )
+            return gone >= int(
+                sparsity * round(sum(layer.cost * layer.width for layer, _ in scored), 6)
+            )
 
         found = removed(bisect_left(range(len(every)), True, key=enough))
-        return {layer.name: number / layer.width for (layer, _), number in zip(scored, found, strict=True)}
+        return {
+            layer.name: number / layer.width
+            for (layer, _), number in zip(scored, found, strict=True)
+        }
 
 
 _MOST_OF_KEPT = 0.375  # largest deviation, as a fraction of what is kept
 _MOST_UNITS = 0.6  # of a layer
-_BINS, _LOWEST, _HIGHEST = 1 << 14, -100.0, 100.0  # of the natural logarithm of a score; zeros are in the first bin
+_BINS = 1 << 14
+_LOWEST = -100.0
+_HIGHEST = 100.0  # of the natural logarithm of a score; zeros are in the first bin
 _HALVINGS = 50
 
 
@@ -183,7 +212,12 @@ def _distribution(layer: DenseLayer) -> Tensor:
     scores = weight.abs().to(torch.promote_types(weight.dtype, torch.float32)).log_().mul_(2)
     scores += layer.gradients.inputs.to(scores.dtype).log()
     scores += layer.gradients.row_weights().to(scores.dtype).log()[:, None]
-    bins = scores.clamp_(_LOWEST, _HIGHEST).sub_(_LOWEST).mul_((_BINS - 1) / (_HIGHEST - _LOWEST)).to(torch.int32)
+    bins = (
+        scores.clamp_(_LOWEST, _HIGHEST)
+        .sub_(_LOWEST)
+        .mul_((_BINS - 1) / (_HIGHEST - _LOWEST))
+        .to(torch.int32)
+    )
     return bins.flatten().bincount(minlength=_BINS).cpu().double().cumsum(0).div_(layer.size)
 
 

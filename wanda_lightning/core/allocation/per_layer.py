@@ -43,18 +43,23 @@ class PerLayer(Allocation):
             ) from error
         for pattern, sparsity in pairs:
             if not _SPARSITY.accepts(sparsity):
-                raise UserError(f"sparsity of {pattern!r} in PerLayer must be {_SPARSITY}, but it is {sparsity!r}.")
+                raise UserError(
+                    f"sparsity of {pattern!r} in PerLayer must be {_SPARSITY}, but it is {sparsity!r}."
+                )
         object.__setattr__(self, "sparsities", pairs)
 
     def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
         """Refuse patterns that match no layer, and a target that the other layers cannot reach."""
         names = [layer.name for layer in layers]
         for pattern in dict(self.sparsities):
-            refuse_unmatched([pattern], names, _OPTION, "pruned layer that no earlier pattern matches")
+            refuse_unmatched(
+                [pattern], names, _OPTION, "pruned layer that no earlier pattern matches"
+            )
             names = [name for name in names if not matches(name, pattern, _OPTION)]
         _, pruned, rest = self._given(layers)
         size = sum(layer.size for layer in layers)
-        least, most = pruned / size, (pruned + rest) / size
+        least = pruned / size
+        most = (pruned + rest) / size
         fits = least - 1e-9 <= sparsity < most if rest else abs(sparsity - least) <= _AS_PRINTED
         if not fits:
             raise UserError(
@@ -65,12 +70,16 @@ class PerLayer(Allocation):
 
     def scaled(self, fraction: float) -> PerLayer:
         """Scale every sparsity."""
-        return PerLayer({pattern: sparsity * fraction for pattern, sparsity in dict(self.sparsities).items()})
+        return PerLayer(
+            {pattern: sparsity * fraction for pattern, sparsity in dict(self.sparsities).items()}
+        )
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Give the other layers one sparsity that makes the mean the target."""
         given, pruned, rest = self._given(layers)
-        remaining = (sparsity * sum(layer.size for layer in layers) - pruned) / rest if rest else 0.0
+        remaining = (
+            (sparsity * sum(layer.size for layer in layers) - pruned) / rest if rest else 0.0
+        )
         wanted = {layer.name: given.get(layer.name, remaining) for layer in layers}
         return match_target(layers, wanted, sparsity, fixed=given)
 
@@ -78,6 +87,10 @@ class PerLayer(Allocation):
         """Return the given sparsities by layer, how many zeros they make, and the size of the other layers."""
         given: dict[str, float] = {}
         for pattern, sparsity in reversed(dict(self.sparsities).items()):  # the first one counts
-            given |= {layer.name: sparsity for layer in layers if matches(layer.name, pattern, _OPTION)}
-        pruned = math.fsum(given[layer.name] * layer.size for layer in layers if layer.name in given)
+            given |= {
+                layer.name: sparsity for layer in layers if matches(layer.name, pattern, _OPTION)
+            }
+        pruned = math.fsum(
+            given[layer.name] * layer.size for layer in layers if layer.name in given
+        )
         return given, pruned, sum(layer.size for layer in layers if layer.name not in given)

@@ -62,13 +62,19 @@ class ADMM(Solver):
         if isinstance(self.rho, list):  # as a file gives it
             object.__setattr__(self, "rho", tuple(self.rho))
         pair = isinstance(self.rho, tuple) and len(self.rho) == 2
-        if not pair or not all(map(Number(minimum=_MIN_RHO).accepts, self.rho)) or self.rho[0] > self.rho[1]:
+        if (
+            not pair
+            or not all(map(Number(minimum=_MIN_RHO).accepts, self.rho))
+            or self.rho[0] > self.rho[1]
+        ):
             raise UserError(
                 f"rho of ADMM must be two numbers of at least {_MIN_RHO}, the first and a last that is not smaller, "
                 f"but it is {self.rho}."
             )
 
-    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
+    def __call__(
+        self, weight: Weight, inputs: InputStatistics, selection: Selection
+    ) -> tuple[Weight, KeepMask]:
         """Alternate, then refit."""
         scale, gram = inputs.scaled_gram(self.dampening)
         energy = inputs.sums["gram"].diagonal()
@@ -87,24 +93,31 @@ class ADMM(Solver):
         share = 1 - energy / scale.square()
         admm_error = error.squeeze(1) - _dampening_error(fitted - dense, share)
         wanda_error = (torch.mm(lost, gram) * lost).sum(dim=1) - _dampening_error(lost, share)
-        if selection.total_error(admm_error) > selection.total_error(wanda_error):  # the inputs hardly correlate
+        # The inputs hardly correlate.
+        if selection.total_error(admm_error) > selection.total_error(wanda_error):
             keep = by_wanda
             fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.refit_steps)
         return masked(fitted.div_(scale), keep).to(weight.dtype), keep
 
-    def _alternate(self, dense: Weight, gram: Gram, choose: Callable[[Score], KeepMask]) -> tuple[Weight, KeepMask]:
+    def _alternate(
+        self, dense: Weight, gram: Gram, choose: Callable[[Score], KeepMask]
+    ) -> tuple[Weight, KeepMask]:
         """Return the last fit plus the dual variable, not masked, and the mask."""
         rho, last = self.rho
         growth = (last / rho) ** (1 / max(1, self.iterations - 1))
-        target, pulled = torch.mm(dense, gram), torch.empty_like(dense)
+        target = torch.mm(dense, gram)
+        pulled = torch.empty_like(dense)
         keep = choose(dense.abs())
         # `total` is the masked copy where `keep` is True, and the dual variable in units of rho where it is False.
-        total, dual = masked(dense, keep), torch.zeros_like(dense)
+        total = masked(dense, keep)
+        dual = torch.zeros_like(dense)
         for _ in range(self.iterations):
             lower, used = cholesky(gram, rho)
             ratio = growth * (used / rho)  # of this iteration's rho to that of the previous one
             # The fit is pulled toward the masked copy minus the dual variable.
-            torch.add(target, total, alpha=used, out=pulled).add_(dual, alpha=-used * (1 + 1 / ratio))
+            torch.add(target, total, alpha=used, out=pulled).add_(
+                dual, alpha=-used * (1 + 1 / ratio)
+            )
             fit = torch.linalg.solve_triangular(lower.t(), pulled, upper=True, left=False)
             torch.linalg.solve_triangular(lower, fit, upper=False, left=False, out=fit)
             del lower  # or two factors would be in memory at once

@@ -44,7 +44,9 @@ class Refit(Solver):
         check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
         check_flags(intercept=self.intercept)
 
-    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
+    def __call__(
+        self, weight: Weight, inputs: InputStatistics, selection: Selection
+    ) -> tuple[Weight, KeepMask]:
         """Choose, then refit."""
         keep = selection.keep(weight, inputs)
         if selection.pattern.prunes_units:
@@ -55,7 +57,9 @@ class Refit(Solver):
         return fitted.to(weight.dtype), keep
 
 
-def refit_columns(dense: Weight, keep: Bool[Tensor, " d_in"], gram: Gram, dampening: float) -> Weight:
+def refit_columns(
+    dense: Weight, keep: Bool[Tensor, " d_in"], gram: Gram, dampening: float
+) -> Weight:
     """Return the weights of the kept columns S that minimize the error of `Refit`, and zeros in the other columns.
 
     With the Gram matrix G and the pull p toward the dense weights, they are `(W G[:, S] + p W[:, S]) (G[S, S] + p)^-1`.
@@ -66,7 +70,9 @@ def refit_columns(dense: Weight, keep: Bool[Tensor, " d_in"], gram: Gram, dampen
     wide = dense.to(gram.dtype).contiguous()
     lower, used = cholesky(gram[kept][:, kept], dampening)
     mean = gram.diagonal()[kept].mean()
-    target = torch.mm(gram[kept], wide.t()) + torch.where(mean > 0, mean * used, 1) * wide[:, kept].t()
+    target = (
+        torch.mm(gram[kept], wide.t()) + torch.where(mean > 0, mean * used, 1) * wide[:, kept].t()
+    )
     fitted = torch.zeros_like(dense)
     fitted[:, kept] = torch.cholesky_solve(target, lower).t().to(fitted.dtype)
     return fitted
@@ -99,6 +105,7 @@ def refit(
         error -= step * energy
         residual.addcmul_(step, image.mul_(as_numbers(keep)), value=-1)
         scaled = residual * inverse_diagonal
-        previous, energy = energy, (residual * scaled).sum(dim=1, keepdim=True)
+        previous = energy
+        energy = (residual * scaled).sum(dim=1, keepdim=True)
         direction = scaled.addcmul_(torch.where(active, energy / previous, 0), direction)
     return fitted, error

@@ -45,14 +45,19 @@ class Solver(ABC):
         return criterion.group
 
     @abstractmethod
-    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
+    def __call__(
+        self, weight: Weight, inputs: InputStatistics, selection: Selection
+    ) -> tuple[Weight, KeepMask]:
         """Return the final weight, in the dtype of the given one, and the mask of the weights that are kept."""
 
     def solve_together(
         self, weights: Sequence[OneWeight], inputs: InputStatistics, selections: Sequence[Selection]
     ) -> list[tuple[OneWeight, OneMask]]:
         """Solve several layers with the same inputs, such as queries, keys and values; equals a call for each."""
-        return [self(weight, inputs, selection) for weight, selection in zip(weights, selections, strict=True)]
+        return [
+            self(weight, inputs, selection)
+            for weight, selection in zip(weights, selections, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,9 @@ class ZeroOut(Solver):
     needs: ClassVar[frozenset[str]] = frozenset()
     prunes_units: ClassVar[bool] = True
 
-    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
+    def __call__(
+        self, weight: Weight, inputs: InputStatistics, selection: Selection
+    ) -> tuple[Weight, KeepMask]:
         """Choose, then set to zero."""
         keep = selection.keep(weight, inputs)
         return masked(weight, keep), keep

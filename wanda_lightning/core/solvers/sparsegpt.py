@@ -64,7 +64,9 @@ class SparseGPT(Solver):
         """`Saliency` with the same dampening."""
         return Saliency(self.dampening)
 
-    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> tuple[Weight, KeepMask]:
+    def __call__(
+        self, weight: Weight, inputs: InputStatistics, selection: Selection
+    ) -> tuple[Weight, KeepMask]:
         """Choose and update from left to right."""
         return self.solve_together([weight], inputs, [selection])[0]
 
@@ -77,7 +79,8 @@ class SparseGPT(Solver):
         columns = torch.cat([weight.to(factor.dtype).t() for weight in weights], dim=1)
         alive = (columns != 0) & (inputs.sums["gram"].diagonal() != 0)[:, None]
         columns.mul_(as_numbers(alive))
-        pruned = torch.empty_like(columns)  # 1 or 0, since multiplying by booleans is many times slower
+        # 1 or 0, since multiplying by booleans is many times slower.
+        pruned = torch.empty_like(columns)
         ends = list(accumulate(len(weight) for weight in weights))
         rows = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
         choosers: list[_Chooser] = []
@@ -99,29 +102,42 @@ class SparseGPT(Solver):
             solved.append((part, keep[:, own].t().contiguous()))
         return solved
 
-    def _prune_columns(self, columns: Tensor, pruned: Tensor, factor: Gram, choosers: Sequence[_Chooser]) -> None:
+    def _prune_columns(
+        self, columns: Tensor, pruned: Tensor, factor: Gram, choosers: Sequence[_Chooser]
+    ) -> None:
         """Update `columns` in place for the weights marked in `pruned`, which the choosers fill in column by column."""
         by_block = [chooser for chooser in choosers if not chooser.group_size]
         by_group = [chooser for chooser in choosers if chooser.group_size]
         multiple = lcm(*(chooser.group_size for chooser in by_group))
-        block_size, at_once = (max(1, size // multiple) * multiple for size in (self.block_size, _AT_ONCE))
+        block_size, at_once = (
+            max(1, size // multiple) * multiple for size in (self.block_size, _AT_ONCE)
+        )
         for start in range(0, len(columns), block_size):
             stop = min(start + block_size, len(columns))
-            block, errors = columns[start:stop], torch.empty_like(columns[start:stop])
+            block = columns[start:stop]
+            errors = torch.empty_like(columns[start:stop])
             scaled = factor[start:stop, start:] / factor.diagonal()[start:stop, None]
             for chooser in by_block:
                 chooser.choose(start, stop)
             for first in range(start, stop, at_once):
                 last = min(first + at_once, stop)
-                now, own = slice(first, last), slice(first - start, last - start)
-                steps = zip(columns[now].unbind(), pruned[now].unbind(), scaled[own, own].unbind(), strict=True)
+                now = slice(first, last)
+                own = slice(first - start, last - start)
+                steps = zip(
+                    columns[now].unbind(),
+                    pruned[now].unbind(),
+                    scaled[own, own].unbind(),
+                    strict=True,
+                )
                 for index, (column, column_pruned, row) in enumerate(steps):
                     for chooser in by_group:
                         if index % chooser.group_size == 0:
                             chooser.choose(first + index, first + index + chooser.group_size)
                     error = torch.mul(column, column_pruned, out=errors[first - start + index])
                     columns[first + index + 1 : last].addr_(row[index + 1 :], error, alpha=-1)
-                _subtract(block[last - start :], scaled[own, last - start : stop - start], errors[own])
+                _subtract(
+                    block[last - start :], scaled[own, last - start : stop - start], errors[own]
+                )
             _subtract(columns[stop:], scaled[:, stop - start :], errors)
 
 
@@ -133,11 +149,19 @@ class _Chooser:
     """
 
     def __init__(
-        self, selection: Selection, inputs: InputStatistics, columns: Tensor, alive: Tensor, pruned: Tensor
+        self,
+        selection: Selection,
+        inputs: InputStatistics,
+        columns: Tensor,
+        alive: Tensor,
+        pruned: Tensor,
     ) -> None:
         self.group_size = selection.pattern.group_size
-        self._selection, self._inputs = selection, inputs
-        self._columns, self._alive, self._pruned = columns, alive, pruned
+        self._selection = selection
+        self._inputs = inputs
+        self._columns = columns
+        self._alive = alive
+        self._pruned = pruned
         self._zeros_left = torch.zeros(columns.shape[1], dtype=torch.int64, device=columns.device)
         self._zeros_right = (~alive).sum(dim=0)
 
@@ -157,7 +181,9 @@ class _Chooser:
         self._pruned[start:stop] = as_numbers(pruned)
 
 
-def _merge_same_groups(rows: Sequence[slice], selections: Sequence[Selection]) -> list[tuple[slice, Selection]]:
+def _merge_same_groups(
+    rows: Sequence[slice], selections: Sequence[Selection]
+) -> list[tuple[slice, Selection]]:
     """Merge consecutive layers with the same N:M selection, since it treats each row on its own."""
     merged: list[tuple[slice, Selection]] = []
     for own, selection in zip(rows, selections, strict=True):
