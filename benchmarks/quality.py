@@ -48,8 +48,8 @@ from wanda_lightning import (
 )
 from wanda_lightning.core.losses import divergence
 from wanda_lightning.data.text_sources import SELF
-from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import METHODS, PRESETS
+from wanda_lightning.planning.plan import make_plan
 
 Choices = dict[str, Any]  # arguments of `prune`, without the sparsity
 Measured = dict[str, float]

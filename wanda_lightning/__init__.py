@@ -68,7 +68,7 @@ if TYPE_CHECKING:
         ImageClassifierModule as ImageClassifierModule,
     )
     from wanda_lightning.report import PruningReport as PruningReport
-    from wanda_lightning.shrinking import Shrunk as Shrunk, shrink as shrink
+    from wanda_lightning.units.shrink import Shrunk as Shrunk, shrink as shrink
     from wanda_lightning.streaming import (
         perplexity_from_disk as perplexity_from_disk,
         prune_from_disk as prune_from_disk,
@@ -102,7 +102,7 @@ _HOMES = {
     "engine.prune": "prune",
     "training": "Distil NoRecovery Reconstruct",
     "report": "PruningReport",
-    "shrinking": "Shrunk shrink",
+    "units.shrink": "Shrunk shrink",
     "streaming": "perplexity_from_disk prune_from_disk shrink_from_disk",
     "training.held_zeros": "keep_zeros",
 }

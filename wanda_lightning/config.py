@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Optional, TypedDict
 from wanda_lightning import methods
 from wanda_lightning.common.checks import Number, check_flags, check_values
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import check_patterns, did_you_mean
+from wanda_lightning.common.layer_names import check_patterns
+from wanda_lightning.common.wording import did_you_mean
 
 if TYPE_CHECKING:
     from typing import Unpack as Unpack

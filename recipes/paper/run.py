@@ -38,7 +38,7 @@ from rich.table import Table
 
 from wanda_lightning.cli import parse_options
 from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.common.words import did_you_mean
+from wanda_lightning.common.wording import did_you_mean
 from wanda_lightning.report import REPORT_NAME
 
 SAME_NUMBER = {"batch_size", "cache_dir", "trust_remote_code", "eval_zero_shot", "tasks_dir"}

@@ -13,8 +13,8 @@ from torch import nn
 
 from wanda_lightning import NM, OWL, RIA, Unstructured, prune
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.methods import SEQUENTIAL_CHOICES, SOLVERS

@@ -15,7 +15,7 @@ from support.remote import DEVICES, assert_equal, on
 from support.zoo import ZOO
 
 from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune, prune_from_disk, shrink
-from wanda_lightning.common.evaluating import seeded
+from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.methods import METHODS, PRESETS, SEQUENTIAL_CHOICES
 
 # Of few tokens; and PyTorch's, that the device has no fused kernels.

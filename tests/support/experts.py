@@ -12,8 +12,8 @@ from support.zoo import ZOO, is_experts, seeded
 from torch import nn
 
 from wanda_lightning.calibration.lockstep import whole_model_calls
-from wanda_lightning.calibration.mode import calibration_mode
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.models import find_layers
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.calibration.interception import OnProduct, Product, intercept
-from wanda_lightning.calibration.mode import patched
+from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.calibration.surroundings import Replay, modules_around, refuse_transforms
 from wanda_lightning.common.errors import UserError

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
-from wanda_lightning.calibration.mode import patched
+from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.stall_watch import StallWatch
 from wanda_lightning.calibration.surroundings import (

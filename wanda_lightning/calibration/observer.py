@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Product, input_of, intercept
 from wanda_lightning.calibration.lockstep import Call, whole_model_calls
-from wanda_lightning.calibration.mode import calibration_mode
+from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
 from wanda_lightning.calibration.surroundings import refuse_transforms
 from wanda_lightning.common.errors import UserError

@@ -19,7 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.evaluating import widest
+from wanda_lightning.common.float64 import widest
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import TokenMask, check_tokens, find_predictions, token_masks

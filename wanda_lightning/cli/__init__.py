@@ -20,7 +20,7 @@ from wanda_lightning.cli.commands import LIGHTNING, app
 from wanda_lightning.cli.options import values_of
 from wanda_lightning.common.busy_machine import OPENMP_WAITING
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import did_you_mean
+from wanda_lightning.common.wording import did_you_mean
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,17 +19,17 @@ from wanda_lightning.cli.options import Data, File, Measurements, Model, Models,
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, load_tokenizer
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.words import as_size, counted
+from wanda_lightning.common.wording import as_size, quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
-from wanda_lightning.engine.notes import low_coverage, unfit_layers
-from wanda_lightning.engine.plan import config_for, refuse_nothing_to_prune
+from wanda_lightning.engine.make_report import low_coverage, unfit_layers
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
 from wanda_lightning.experts.removal import find_mixtures
 from wanda_lightning.models import Inventory, Stop, find_layers
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_source, model_from_config
+from wanda_lightning.planning.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
 from wanda_lightning.report.descriptions import PERPLEXITY, TOP1
 
@@ -212,7 +212,7 @@ def inspect(config: PruningConfig, options: Model) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = sum(layer.size for layer in found.layers)
     print_line(
-        f"{counted(len(found.layers), 'layer')} at {counted(len(found.stops), 'stop')} hold {weights:,} weights, "
+        f"{quantity(len(found.layers), 'layer')} at {quantity(len(found.stops), 'stop')} hold {weights:,} weights, "
         f"{weights / parameters:.1%} of the model's {parameters:,} parameters, with --sequential {config.sequential}."
     )
     for note in filter(None, (unfit_layers(found), low_coverage(found))):

@@ -19,7 +19,7 @@ from cyclopts.validators import Number
 
 from wanda_lightning.common.checks import SEED
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.wording import one_line
 from wanda_lightning.config import NAMES, PruningConfig, check_pattern
 
 

@@ -30,25 +30,25 @@ from wanda_lightning.cli.measuring import (
 from wanda_lightning.cli.options import Folder, Model, PruneOptions, as_command, values_of
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.evaluating import evaluating
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.evaluation_mode import evaluating
+from wanda_lightning.common.wording import one_line
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
-from wanda_lightning.engine.plan import make_plan, refuse_unprunable
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
 from wanda_lightning.experts.removal import find_mixtures
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
 from wanda_lightning.modules.loading import check_source, model_from_config
+from wanda_lightning.planning.plan import make_plan, refuse_unprunable
 from wanda_lightning.report import LEFT_OUT, Circumstances, Continuations, Measured, PruningReport
 from wanda_lightning.report.descriptions import METRICS, change_of, cost_of
-from wanda_lightning.shrinking import shrink as shrink_in_memory
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resumable
+from wanda_lightning.units.shrink import shrink as shrink_in_memory
 
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first", "def is_prime(n):")
 _NEW_TOKENS = 40

@@ -12,7 +12,7 @@ from typing import Any
 
 from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.errors import MissingPackageError, UserError
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.wording import one_line
 
 
 @dataclass(frozen=True)

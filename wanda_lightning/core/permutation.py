@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check
-from wanda_lightning.common.evaluating import widest
+from wanda_lightning.common.float64 import widest
 from wanda_lightning.core.keep_largest import nondeterministic_kernels
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.types import Order, Score

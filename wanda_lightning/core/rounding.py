@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wanda_lightning.common.evaluating import widest
+from wanda_lightning.common.float64 import widest
 
 _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.wording import one_line
 
 
 @dataclass(frozen=True)

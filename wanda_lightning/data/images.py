@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.wording import quantity
 from wanda_lightning.data.image_sources import Images, ImageSource, check_source, open_source
 from wanda_lightning.data.loading import silence_worker_advice
 from wanda_lightning.data.resumable import ResumableLoader
@@ -160,11 +160,11 @@ class ImageDataModule(L.LightningDataModule):
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number of images, and the seed that drew them."""
         count = min(num_samples, self.num_samples, len(self._opened().calibration or ()))
-        return f"{self.data}, {counted(count, 'image')}, seed {self.seed}"
+        return f"{self.data}, {quantity(count, 'image')}, seed {self.seed}"
 
     def describe_evaluation(self) -> str:
         """Return the source and its number of images."""
-        return f"{self.data}, {counted(len(self._opened().evaluation), 'image')}"
+        return f"{self.data}, {quantity(len(self._opened().evaluation), 'image')}"
 
     def calibration_dataloader(self) -> DataLoader[Any]:
         """Return the first `num_samples` images of a seeded permutation, preprocessed as for evaluation."""

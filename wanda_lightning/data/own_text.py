@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.evaluating import evaluating, seeded
+from wanda_lightning.common.evaluation_mode import evaluating, seeded
 from wanda_lightning.common.progress import ProgressBar
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.wording import quantity
 from wanda_lightning.data.loading import silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.resumable import ResumableLoader
@@ -225,13 +225,13 @@ class TextDataModule(L.LightningDataModule):
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number and length of the windows, and the seed that drew them."""
         source = OWN_TEXT if self.calibration == SELF else self.calibration
-        count = counted(min(num_samples, self.num_samples), "window")
+        count = quantity(min(num_samples, self.num_samples), "window")
         return f"{source}, {count} of {self.seqlen:,} tokens, seed {self.seed}"
 
     def describe_evaluation(self, number: int = 0) -> str:
         """Return the source of the text with this number, and the number and length of its windows."""
         name = self.evaluations[number]
-        return f"{name}, {counted(len(self.windows_of(name)), 'window')} of {self.seqlen:,} tokens"
+        return f"{name}, {quantity(len(self.windows_of(name)), 'window')} of {self.seqlen:,} tokens"
 
     def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the calibration windows, in the order in which they were drawn."""

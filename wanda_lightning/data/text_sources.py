@@ -10,7 +10,7 @@ from typing import Any
 
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import did_you_mean
+from wanda_lightning.common.wording import did_you_mean
 from wanda_lightning.data.loading import EXTENSIONS, is_hub_id, load
 
 SELF = "self"

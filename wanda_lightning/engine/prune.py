@@ -15,23 +15,23 @@ from torch import nn
 
 from wanda_lightning.calibration.error_notes import noting
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
-from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observation, Observer, PassiveCalibration
+from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
-from wanda_lightning.engine.drop_experts import drop_experts
-from wanda_lightning.engine.hidden_units import couple, permute
-from wanda_lightning.engine.notes import make_report
-from wanda_lightning.engine.plan import Plan, make_plan, refuse_unprunable
-from wanda_lightning.engine.run import Observed, Run, WeightStore
-from wanda_lightning.engine.unit_costs import unit_costs
+from wanda_lightning.engine.make_report import make_report
 from wanda_lightning.engine.write import prune_stop
+from wanda_lightning.experts.dropping import drop_experts
+from wanda_lightning.planning.plan import Plan, make_plan, refuse_unprunable
+from wanda_lightning.planning.run import Observed, Run, WeightStore
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 from wanda_lightning.training.predictions import predictions_of
+from wanda_lightning.units.costs import unit_costs
+from wanda_lightning.units.finding import couple, permute
 
 log = logging.getLogger(__name__)
 

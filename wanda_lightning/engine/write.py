@@ -11,9 +11,9 @@ from torch import Tensor
 from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics, relative_error
-from wanda_lightning.engine.plan import Plan
-from wanda_lightning.engine.run import Run, unreached
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.run import Run, unreached
 from wanda_lightning.report import POOLED, PrunedLayer
 
 

@@ -18,8 +18,8 @@ import torch
 
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.evaluating import evaluating
-from wanda_lightning.common.words import did_you_mean, one_line
+from wanda_lightning.common.evaluation_mode import evaluating
+from wanda_lightning.common.wording import did_you_mean, one_line
 from wanda_lightning.data.loading import load
 from wanda_lightning.evaluation.results import Results
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from wanda_lightning.core.types import Units
-from wanda_lightning.models.experts import routers, stacked_experts
-from wanda_lightning.models.hidden_units import Slot, replace_attributes, tensors_of
+from wanda_lightning.models import own_tensors
+from wanda_lightning.models.expert_stacks import routers, stacked_experts
 from wanda_lightning.models.layers import named_modules
+from wanda_lightning.units.candidates import Slot, replace_attributes
 
 # Names of attributes with the number of experts.
 _NUMBER = re.compile(r"(\w+_)?(n|num)_(?!shared)(\w+_)?experts")
@@ -100,6 +101,6 @@ def counters_in(module: nn.Module, number: int) -> list[tuple[nn.Module, str]]:
 
 def _slots(module: nn.Module, number: int) -> Iterator[Slot]:
     """Yield the tensors of a module with one dimension for the experts."""
-    for name, tensor in tensors_of(module):
+    for name, tensor in own_tensors(module):
         if number in tensor.shape:
             yield Slot(module, name, tuple(tensor.shape).index(number))

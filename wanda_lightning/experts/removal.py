@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
@@ -20,9 +19,10 @@ from wanda_lightning.core.types import Units
 from wanda_lightning.experts.mixtures import Mixture, counters_in, mixtures
 from wanda_lightning.experts.saliency import ExpertSaliency, unroutable
 from wanda_lightning.models import Inventory, SkipReason, adapted_module
-from wanda_lightning.models.hidden_units import replace_attributes
 from wanda_lightning.parallel import Processes
-from wanda_lightning.shrinking.configuration import fit_configuration
+from wanda_lightning.units.block_runs import BlockRuns
+from wanda_lightning.units.candidates import replace_attributes
+from wanda_lightning.units.configuration import fit_configuration
 
 _OTHERS = "Use pattern='unstructured' or '2:4'."
 

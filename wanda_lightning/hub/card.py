@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from wanda_lightning.common import words
+from wanda_lightning.common import wording
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.report import LEFT_OUT, Circumstances, PruningReport, descriptions
 from wanda_lightning.report.descriptions import METRICS, TOP1
@@ -78,7 +78,7 @@ def write_card(
     settings = {
         "Method": descriptions.method_in_words(report.config),
         "Calibration data": run.calibration,
-        "Time": words.duration(report.total_seconds),
+        "Time": wording.duration(report.total_seconds),
         "Versions": ", ".join(
             f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()
         ),
@@ -95,7 +95,7 @@ def write_card(
         **{"report": report, "run": run, "trained_steps": trained_steps, "escaped": _escaped},
         **{
             "picture": PICTURE_NAME if has_picture else "",
-            "words": words,
+            "wording": wording,
             "descriptions": descriptions,
         },
     }

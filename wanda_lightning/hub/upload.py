@@ -10,7 +10,7 @@ from glob import escape
 
 from wanda_lightning.common.atomic_write import list_entries, resolve_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.wording import one_line
 
 
 def refuse_upload(repo_id: str, private: bool = False) -> None:

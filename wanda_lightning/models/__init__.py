@@ -1,12 +1,5 @@
 """Find what can be pruned in a model: layers, blocks and experts; also skipped matrices and padding."""
 
-from wanda_lightning.models.hidden_units import (
-    HiddenUnits as HiddenUnits,
-    RemovableUnits as RemovableUnits,
-    hidden_units as hidden_units,
-    removable_units as removable_units,
-    tied_tensors as tied_tensors,
-)
 from wanda_lightning.models.inventory import (
     Inventory as Inventory,
     SkippedMatrix as SkippedMatrix,
@@ -33,3 +26,4 @@ from wanda_lightning.models.task import (
     own_head as own_head,
     reads_images as reads_images,
 )
+from wanda_lightning.models.tied import own_tensors as own_tensors, tied_tensors as tied_tensors

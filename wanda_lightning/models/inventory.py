@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from wanda_lightning.common.words import check_patterns, matches, refuse_unmatched
+from wanda_lightning.common.layer_names import check_patterns, matches, refuse_unmatched
 from wanda_lightning.core.patterns import Pattern, Unstructured
-from wanda_lightning.models.experts import routers, stacked_experts, stored_by_columns
+from wanda_lightning.models.expert_stacks import routers, stacked_experts, stored_by_columns
 from wanda_lightning.models.layers import (
     Layer,
     layer_kinds,

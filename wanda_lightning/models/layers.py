@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import sum_squares
-from wanda_lightning.models.experts import siblings_of, stacked_experts
+from wanda_lightning.models.expert_stacks import siblings_of, stacked_experts
 from wanda_lightning.models.quantized import is_packed, quantizer
 from wanda_lightning.parallel import first_index, local
 

@@ -35,7 +35,8 @@ from wanda_lightning.parallel import (
     is_sharded,
     shard_processes,
 )
-from wanda_lightning.shrinking import Shrunk, shrunk, write_modeling_file
+from wanda_lightning.units.configuration import write_modeling_file
+from wanda_lightning.units.shrink import Shrunk, shrunk
 
 
 class CausalLMModule(L.LightningModule):

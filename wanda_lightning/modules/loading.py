@@ -29,8 +29,8 @@ from wanda_lightning.common.model_source import (
     reading,
     timm_name,
 )
-from wanda_lightning.common.words import counted, did_you_mean
-from wanda_lightning.shrinking.configuration import register_shrunk_model
+from wanda_lightning.common.wording import did_you_mean, quantity
+from wanda_lightning.units.configuration import register_shrunk_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = ("auto", *DTYPES)
@@ -124,7 +124,7 @@ def check_complete(name: str, missing: Collection[str], mismatched: Collection[A
     if mismatched:
         key, stored, expected = min(mismatched)
         raise UserError(
-            f"config.json of {name!r} does not fit {counted(len(mismatched), 'weight')}, {key} first: {tuple(stored)} "
+            f"config.json of {name!r} does not fit {quantity(len(mismatched), 'weight')}, {key} first: {tuple(stored)} "
             f"instead of {tuple(expected)}. If `shrink` wrote it, set trust_remote_code; else correct config.json."
         )
     if missing:
@@ -138,7 +138,7 @@ def warn_of_unused(name: str, unused: Collection[str], fate: str = "") -> None:
     """Warn of stored weights without a place in the model."""
     if unused:
         warnings.warn(
-            f"The model {name!r} has no place for {counted(len(unused), 'stored tensor')}, {min(unused)} first{fate}. "
+            f"The model {name!r} has no place for {quantity(len(unused), 'stored tensor')}, {min(unused)} first{fate}. "
             "If it should use them, correct config.json.",
             stacklevel=2,
         )

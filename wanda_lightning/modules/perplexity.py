@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.evaluating import has_float64
+from wanda_lightning.common.float64 import has_float64
 
 _CHUNK = 2**22  # logits per step of the loss, 16 MiB in float32
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.evaluating import has_float64
+from wanda_lightning.common.float64 import has_float64
 
 Value = TypeVar("Value")
 

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import PurePath
 from typing import Any
 
-from wanda_lightning.common.words import count, counted
+from wanda_lightning.common.wording import abbreviated, quantity
 from wanda_lightning.report.records import Measured, ReportData
 
 LEFT_OUT = (
@@ -72,7 +72,7 @@ def title_of(report: ReportData) -> str:
     is_path = name.startswith(("/", ".", "~")) or name.endswith(".gguf")
     return (
         PurePath(name).name if is_path else name
-    ) or f"A model of {count(report.parameters)} parameters"
+    ) or f"A model of {abbreviated(report.parameters)} parameters"
 
 
 def fate(report: ReportData) -> str:
@@ -118,7 +118,7 @@ def limits_of(report: ReportData) -> str:
 
     return (
         f"{choice_of(report.config, 'allocation')} gives no layer more than {most:.2%} or less than {least:.2%}: "
-        f"{counted(at_most, 'layer')} reached the upper limit, and {counted(at_least, 'layer')} the lower."
+        f"{quantity(at_most, 'layer')} reached the upper limit, and {quantity(at_least, 'layer')} the lower."
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.common.checks import require_extra
-from wanda_lightning.common.words import count
+from wanda_lightning.common.wording import abbreviated
 from wanda_lightning.models import SkipReason
 from wanda_lightning.report.records import Layers, PrunedLayer, ReportData, grouped
 
@@ -225,7 +225,7 @@ def _draw_weights(bars: Sequence[tuple[str, int, int, int]], axes: Axes, _: int)
         axes.barh(row, kept, 0.68, left=zeros, color=ACCENT, alpha=0.35, linewidth=0)
         axes.barh(row, dense, 0.68, left=zeros + kept, color=MUTED, alpha=0.3, linewidth=0)
         size = zeros + kept + dense
-        short = count(size, (" B", " M", " K"))
+        short = abbreviated(size, (" B", " M", " K"))
         text = f"{short} dense" if dense == size else f"{zeros / size:.1%} of {short}"
         axes.annotate(text, (size, row), color=MUTED, size=11, **_LABEL)
     axes.set(

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from wanda_lightning.common import words
+from wanda_lightning.common import wording
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import check_report_path
 from wanda_lightning.common.errors import UserError
@@ -36,7 +36,8 @@ class PruningReport(ReportData):
         """The totals as text."""
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         return (
-            f"{words.counted(len(self.layers), 'layer')} with {self.coverage:.1%} of {self.parameters:,} parameters. "
+            f"{wording.quantity(len(self.layers), 'layer')} with {self.coverage:.1%} "
+            f"of {self.parameters:,} parameters. "
             f"Sparsity: {self.sparsity:.2%} of the pruned layers, "
             f"{self.model_sparsity:.2%} of all parameters, biases included. {self.total_seconds:.1f} s ({stages})."
         )
@@ -85,10 +86,14 @@ class PruningReport(ReportData):
         loader = PackageLoader("wanda_lightning", "report/templates")
         options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
         jinja = Environment(loader=loader, undefined=StrictUndefined, **options)
-        jinja.filters |= {"percent": "{:.2%}".format, "duration": words.duration}
+        jinja.filters |= {"percent": "{:.2%}".format, "duration": wording.duration}
         template = jinja.get_template("report.html")
         run = self.run or Circumstances()
-        texts = {"descriptions": descriptions, "words": words, "metric": METRICS.get(run.metric)}
+        texts = {
+            "descriptions": descriptions,
+            "wording": wording,
+            "metric": METRICS.get(run.metric),
+        }
         with atomic_write(path) as temporary:
             temporary.write_text(
                 template.render(report=self, run=run, figures=figures, plots=plots, **texts),

@@ -34,7 +34,7 @@ from wanda_lightning.calibration.interception import weights_moved
 from wanda_lightning.common.checks import check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
-from wanda_lightning.common.words import counted, one_line
+from wanda_lightning.common.wording import one_line, quantity
 from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.models import find_layers
 from wanda_lightning.modules.loading import (
@@ -213,7 +213,7 @@ class Checkpoint:
         names = [name for names in self.not_loaded.values() for name in names]
         if not names:
             return ""
-        return f"transformers does not load {counted(len(names), 'stored tensor')}, {min(names)} first: {fate}"
+        return f"transformers does not load {quantity(len(names), 'stored tensor')}, {min(names)} first: {fate}"
 
     def leave_out(self) -> str:
         """Adapt the configuration to a model without the tensors that transformers does not load; return a note.

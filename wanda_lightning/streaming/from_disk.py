@@ -17,8 +17,8 @@ from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
-from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.engine.prune import prune_as
+from wanda_lightning.planning.plan import make_plan
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint

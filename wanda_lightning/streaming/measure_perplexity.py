@@ -10,7 +10,7 @@ from math import ceil
 from typing import Any
 
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, length_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource

@@ -27,7 +27,7 @@ from wanda_lightning.common.atomic_write import (
 )
 from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import one_line
+from wanda_lightning.common.wording import one_line
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import PrunedLayer
 from wanda_lightning.report.records import as_json, from_parsed

@@ -11,18 +11,13 @@ from typing import Any
 from torch import nn
 
 from wanda_lightning.calibration.cloning import clone_arguments
-from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.shrinking import (
-    Shrunk,
-    example_batch,
-    fit_configuration,
-    shrink,
-    write_modeling_file,
-)
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import Shards
+from wanda_lightning.units.configuration import fit_configuration, write_modeling_file
+from wanda_lightning.units.shrink import Shrunk, example_batch, shrink
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from wanda_lightning.calibration.lockstep import Call, lockstep
 from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.engine.plan import Plan, Selections, refuse_unprunable
-from wanda_lightning.engine.run import Run, WeightStore
 from wanda_lightning.models import Layer, Stop
+from wanda_lightning.planning.plan import Plan, Selections, refuse_unprunable
+from wanda_lightning.planning.run import Run, WeightStore
 from wanda_lightning.streaming.checkpoint import RESIDENT, BlockLoader, Checkpoint, Keys
 from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
 

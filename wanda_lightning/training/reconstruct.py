@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.lockstep import Call
-from wanda_lightning.calibration.mode import patched
+from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import map_tensors, separable_samples, tensors_of
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Stop, fitting_mask

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from wanda_lightning.common.checks import Number
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import matches, refuse_unmatched
+from wanda_lightning.common.layer_names import matches, refuse_unmatched
 from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, match_target
 
 _OPTION = "PerLayer pattern"

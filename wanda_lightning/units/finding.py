@@ -1,6 +1,6 @@
 """Find hidden units by running blocks: units that can be permuted for N:M, and units that can be taken out.
 
-Candidates come from shapes (`models/hidden_units.py`). The units of each are changed, and the block runs again: what it
+Candidates come from shapes (`units/candidates.py`). The units of each are changed, and the block runs again: what it
 computes shows which candidate is right.
 """
 
@@ -16,32 +16,27 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.lockstep import Call
-from wanda_lightning.calibration.mode import pruning_mode
 from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.core.permutation import kept_score
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders
-from wanda_lightning.engine.plan import Plan, refuse_rounding
-from wanda_lightning.engine.run import Run, dense_blocks
-from wanda_lightning.models import (
-    HiddenUnits,
-    Layer,
-    RemovableUnits,
-    SkippedMatrix,
-    SkipReason,
-    Stop,
-    hidden_units,
-    is_plain,
-    removable_units,
-    tied_tensors,
-)
+from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop, is_plain, tied_tensors
 from wanda_lightning.models.layers import named_modules
+from wanda_lightning.planning.plan import Plan, refuse_rounding
+from wanda_lightning.planning.run import Run, dense_blocks
 from wanda_lightning.report import Permuted
+from wanda_lightning.units.block_runs import BlockRuns
+from wanda_lightning.units.candidates import (
+    HiddenUnits,
+    RemovableUnits,
+    hidden_units,
+    removable_units,
+)
 
 _SAMPLES = 8  # over all processes; as many as for the gradients of `best`
 

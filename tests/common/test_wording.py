@@ -4,15 +4,8 @@ import re
 
 import pytest
 
-from wanda_lightning.common.words import (
-    as_size,
-    check_patterns,
-    count,
-    did_you_mean,
-    duration,
-    matches,
-    refuse_unmatched,
-)
+from wanda_lightning.common.layer_names import check_patterns, matches, refuse_unmatched
+from wanda_lightning.common.wording import abbreviated, as_size, did_you_mean, duration
 
 NAMES = ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up", "blocks.0.attn", "head"]
 
@@ -65,7 +58,7 @@ def test_words():
         "3 min 12 s",
         "2 h 5 min",
     ]
-    assert (count(134_515_008), count(950), as_size(999_700_000)) == (
+    assert (abbreviated(134_515_008), abbreviated(950), as_size(999_700_000)) == (
         "135 million",
         "950",
         "1000 MB",

@@ -15,7 +15,7 @@ from support.zoo import ZOO
 from torch import nn
 
 import wanda_lightning as wl
-from wanda_lightning.calibration.block_runs import BlockRuns
+from wanda_lightning.units.block_runs import BlockRuns
 
 IMAGES = {
     "vit": (

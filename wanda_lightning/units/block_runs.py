@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.calibration.lockstep import Call
-from wanda_lightning.common.evaluating import seeded
+from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.core.rounding import all_same, coarsest_eps, same
-from wanda_lightning.models import Layer, RemovableUnits
+from wanda_lightning.models import Layer
+from wanda_lightning.units.candidates import RemovableUnits
 
 
 @dataclass

@@ -20,12 +20,12 @@ from torch.nn import functional as F
 
 from wanda_lightning import Fisher, Structured, prune
 from wanda_lightning.calibration.gradients import gradient_statistics
-from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import map_tensors
 from wanda_lightning.core.allocation import Uniform, UnitLayer
-from wanda_lightning.engine.hidden_units import couple
-from wanda_lightning.engine.unit_costs import unit_costs
 from wanda_lightning.models import SkipReason
+from wanda_lightning.units.costs import unit_costs
+from wanda_lightning.units.finding import couple
 
 EACH_OF_4 = Structured(multiple_of=4)
 

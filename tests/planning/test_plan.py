@@ -13,9 +13,9 @@ from support.zoo import ZOO, seeded
 from torch import nn
 
 from wanda_lightning import NM, OWL, Distil, Fisher, PerLayer, PruningConfig, Unstructured, prune
-from wanda_lightning.engine.plan import make_plan
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
+from wanda_lightning.planning.plan import make_plan
 
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 LLAMA = ZOO["llama"].build

@@ -7,22 +7,18 @@ of model families is needed: a block must compute the same with units that are z
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.core.types import Orders, Units
+from wanda_lightning.models import own_tensors
 from wanda_lightning.models.layers import Layer, adapted_module, is_plain, is_whole, whole_layer
-from wanda_lightning.models.quantized import is_wrapper
-from wanda_lightning.parallel import local
 
 _HEAD_SIZES = (
     "head_dim",
@@ -107,11 +103,6 @@ class Slot:
     def where(self, units: Units) -> Tensor:
         """Return the positions of units."""
         return self.index[..., units.cpu()].flatten().sort().values.to(self.tensor.device)
-
-
-def tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Return the names and values of a module's own parameters and buffers."""
-    return chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
 
 
 def replace_attributes(values: Iterable[tuple[nn.Module, str, Any]]) -> Callable[[], None]:
@@ -409,7 +400,7 @@ def _carried(scope: nn.Module, width: int) -> Iterator[Slot]:
         elif whole_layer(module) is None:
             yield from (
                 Slot(module, name, 0)
-                for name, tensor in tensors_of(module)
+                for name, tensor in own_tensors(module)
                 if tensor.shape == (width,)
             )
 
@@ -418,26 +409,3 @@ def _is_depthwise(module: nn.Module, width: int) -> bool:
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return False
     return module.groups == module.in_channels == module.out_channels == width
-
-
-def tied_tensors(model: nn.Module) -> set[tuple[nn.Module, str]]:
-    """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
-    found = [
-        (module, name, _memory(tensor))
-        for module in model.modules()
-        for name, tensor in tensors_of(module)
-    ]
-    counts = Counter(memory for _, _, memory in found)
-    return {(module, name) for module, name, memory in found if counts[memory] > 1}
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return what identifies the memory of a tensor; the tensor itself if it has none, as on the meta device."""
-    shard = local(tensor)
-    has_memory = (
-        not is_unloaded(shard)
-        and shard.device.type != "meta"
-        and shard.numel()
-        and not is_wrapper(tensor)
-    )
-    return shard.untyped_storage().data_ptr() if has_memory else id(tensor)

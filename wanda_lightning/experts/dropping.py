@@ -9,17 +9,17 @@ from dataclasses import replace
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.calibration.error_notes import noting
-from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.wording import quantity
 from wanda_lightning.core.types import Units
-from wanda_lightning.engine.notes import make_report
-from wanda_lightning.engine.run import Run
+from wanda_lightning.engine.make_report import make_report
 from wanda_lightning.experts.mixtures import Mixture
 from wanda_lightning.experts.removal import declare, find_mixtures, refuse_wrong, take_shapes
 from wanda_lightning.experts.saliency import ExpertSaliency
 from wanda_lightning.models import SkippedMatrix, SkipReason, Stop
+from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PrunedLayer, PruningReport
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def drop_experts(run: Run) -> PruningReport:
     report = make_report(run)
     zeros = size - _parameters(run)
     gone = f"{found[0].number - len(found[0].slots[-1].tensor)} of {found[0].number} experts were taken out of each of "
-    note = f"{gone}{counted(len(found), 'layer')}: {zeros:,} parameters, reported as zeros"
+    note = f"{gone}{quantity(len(found), 'layer')}: {zeros:,} parameters, reported as zeros"
     # Of experts, not of weights.
     config = {
         **report.config,

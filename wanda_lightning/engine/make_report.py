@@ -13,11 +13,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.wording import quantity
 from wanda_lightning.core.placeholders import is_unloaded
-from wanda_lightning.engine.plan import Plan
-from wanda_lightning.engine.run import Run, unreached
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason, is_wrapper
+from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.run import Run, unreached
 from wanda_lightning.report import PruningReport
 from wanda_lightning.report.records import grouped
 
@@ -283,7 +283,7 @@ def _on_batch_norm(run: Run) -> Iterator[Note]:
             "no calibration batch reached a BatchNorm layer: they keep the statistics of the dense model"
         )
         return
-    text = f"the statistics of {counted(done.layers, 'BatchNorm layer')} are corrected on {done.samples} samples"
+    text = f"the statistics of {quantity(done.layers, 'BatchNorm layer')} are corrected on {done.samples} samples"
     if not done.kept:
         text = "BatchNorm layers keep their statistics instead of a correction"
     if done.before is None or done.after is None:
@@ -311,10 +311,10 @@ def _on_training(run: Run) -> Iterator[Note]:
         )
     if not (training := run.training):
         return
-    text = f"{training.recovery} trained on {counted(training.trained, 'sample')}"
+    text = f"{training.recovery} trained on {quantity(training.trained, 'sample')}"
     if losses := [each.held_out for each in training.passes if each.held_out is not None]:
         best = losses.index(min(losses))
-        text += f"; mean loss on {counted(training.held_out, 'held-out sample')}, before and after each pass: "
+        text += f"; mean loss on {quantity(training.held_out, 'held-out sample')}, before and after each pass: "
         text += ", ".join(f"{loss:.4g}" for loss in losses)
         text += (
             f"; the weights {f'of pass {best}' if best else 'from before the training'} are kept"
@@ -332,4 +332,4 @@ def _size(matrices: Sequence[SkippedMatrix]) -> int:
 
 
 def _layers(names: Sized, noun: str = "layer") -> str:
-    return counted(len(names), noun)
+    return quantity(len(names), noun)

@@ -15,25 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.block_runs import BlockRuns
 from wanda_lightning.calibration.lockstep import Passed, lockstep, whole_model_calls
-from wanda_lightning.calibration.mode import pruning_mode
+from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.wording import quantity
 from wanda_lightning.models import (
     Layer,
-    RemovableUnits,
     Stop,
     adapted_module,
     find_layers,
     reads_images,
-    removable_units,
     tied_tensors,
 )
 from wanda_lightning.models.layers import named_modules, refuse_no_values
 from wanda_lightning.parallel import is_sharded
-from wanda_lightning.shrinking.configuration import fit_configuration
+from wanda_lightning.units.block_runs import BlockRuns
+from wanda_lightning.units.candidates import RemovableUnits, removable_units
+from wanda_lightning.units.configuration import fit_configuration
 
 
 @dataclass
@@ -66,11 +65,11 @@ class Shrunk:
             before, after = self.parameters
             text = (
                 f"Took out {self.units:,} of {sum(b for b, _ in self.layers.values()):,} hidden units in "
-                f"{counted(len(self.layers), 'layer')}; {after:,} of {before:,} parameters are left."
+                f"{quantity(len(self.layers), 'layer')}; {after:,} of {before:,} parameters are left."
             )
         if self.unproven:
             text += (
-                f" {counted(self.unproven, 'unit stays', 'units stay')}, zero on both sides: the batch did not "
+                f" {quantity(self.unproven, 'unit stays', 'units stay')}, zero on both sides: the batch did not "
                 "reach the layers, or the model did not compute the same without them."
             )
         if self.misfit:

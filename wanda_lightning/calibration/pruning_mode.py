@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
-from wanda_lightning.common.evaluating import evaluating
+from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.core.placeholders import is_unloaded
 
 _EXPERTS = "_experts_implementation_internal"

@@ -15,10 +15,10 @@ from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.calibration.lockstep import Call, lockstep
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.engine.plan import Plan
-from wanda_lightning.engine.run import Run
-from wanda_lightning.models.hidden_units import Slot
 from wanda_lightning.models.layers import whole_layer
+from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.run import Run
+from wanda_lightning.units.candidates import Slot
 
 _RUNS = 7  # of each block, after one that warms up
 

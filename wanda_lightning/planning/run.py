@@ -13,10 +13,10 @@ from wanda_lightning.calibration.lockstep import Call, Passed, Stops, lockstep, 
 from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.wording import quantity
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
-from wanda_lightning.engine.plan import Plan, Selections, refuse_unprunable
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.planning.plan import Plan, Selections, refuse_unprunable
 from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
 
 Observed = tuple[Mapping[str, InputStatistics], Mapping[str, GradientStatistics]]
@@ -97,7 +97,7 @@ class Run:
 
     def written(self) -> str:
         """Say, for an error, how many layers are pruned already; return nothing if none is."""
-        pruned = counted(len(self.done.layers), "layer is", "layers are")
+        pruned = quantity(len(self.done.layers), "layer is", "layers are")
         return (
             f"{pruned} already pruned; the others are dense. {self.store.advice}"
             if self.done.layers

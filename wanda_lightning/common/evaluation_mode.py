@@ -1,4 +1,4 @@
-"""Run a model in evaluation mode, with random numbers from a seed; compute in float64 where a device has it."""
+"""Run a model in evaluation mode, with random numbers from a seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
@@ -38,18 +38,3 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
         (torch.default_generator if on_cpu else torch).manual_seed(seed)  # torch seeds all devices
         yield
-
-
-def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64: `mps` and some GPUs of Intel do not."""
-    if device.type in ("cpu", "cuda"):  # not tried, since no process can fork once CUDA is in use
-        return True
-    try:
-        return torch.ones((), device=device).double().dtype == torch.float64
-    except (RuntimeError, TypeError):
-        return False
-
-
-def widest(tensor: Tensor) -> Tensor:
-    """Return a tensor in float64, on the CPU if its device has no float64."""
-    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()

@@ -1,4 +1,4 @@
-"""Put numbers, sizes, names and errors into words, and match the names of layers with patterns."""
+"""Match the names of layers with the patterns of `skip` and `only`."""
 
 from __future__ import annotations
 
@@ -8,53 +8,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 from wanda_lightning.common.errors import UserError
-
-
-def duration(seconds: float) -> str:
-    """Return a duration, such as `7.2 s`, `3 min 12 s` or `2 h 5 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def count(number: int, names: Sequence[str] = (" billion", " million", " thousand")) -> str:
-    """Return a large number with three digits, such as `135 million`."""
-    units = zip((1e9, 1e6, 1e3), names, strict=True)
-    return next(
-        (f"{float(f'{number / unit:.3g}'):g}{name}" for unit, name in units if number >= unit),
-        str(number),
-    )
-
-
-def as_size(size: int) -> str:
-    """Return a number of bytes in words, such as `98.8 MB`."""
-    return count(size, (" GB", " MB", " KB")) if size >= 1000 else f"{size} bytes"
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Return a number with its noun, such as `1 layer` or `210 layers`."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean ...?` with the known names that resemble `name`, or an empty string if none does.
-
-    A known name may be longer, as `vit_tiny_patch16_224` is for `vit_tinyy`: only its start is compared.
-    """
-    starts: dict[str, str] = {}
-    for candidate in sorted(known, key=lambda text: (len(text), text)):
-        # The shortest of those that start alike.
-        starts.setdefault(candidate[: len(name) or None], candidate)
-    close = [
-        starts[start] for start in difflib.get_close_matches(name.lower(), starts, n=3, cutoff=0.75)
-    ]
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of an error from another library on one line."""
-    return " ".join(str(error).split())
 
 
 def matches(name: str, pattern: str, option: str) -> bool:

@@ -9,8 +9,8 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.mode import calibration_mode
-from wanda_lightning.common.evaluating import evaluating
+from wanda_lightning.calibration.pruning_mode import calibration_mode
+from wanda_lightning.common.evaluation_mode import evaluating
 
 
 class Merging(nn.Linear):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.words import counted
+from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import DenseLayer, UnitLayer
 from wanda_lightning.core.patterns import Structured, Unstructured
@@ -20,7 +20,6 @@ from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.models import (
     Inventory,
     Layer,
-    RemovableUnits,
     SkipReason,
     Stop,
     find_layers,
@@ -29,6 +28,7 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.models.layers import named_modules, refuse_no_values
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
+from wanda_lightning.units.candidates import RemovableUnits
 
 Selections = Mapping[str, Selection]  # by layer
 
@@ -281,7 +281,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     if undecided:
         first = undecided[0]
         raise UserError(
-            f"skip must name {counted(len(undecided), 'matrix', 'matrices')} that cannot be pruned in place, "
+            f"skip must name {quantity(len(undecided), 'matrix', 'matrices')} that cannot be pruned in place, "
             f"{first.name} first: {first.detail}. Load the model unquantized (float32, bfloat16 or float16), or leave "
             f"what cannot be pruned dense with skip=['{first.name}']."
         )
@@ -295,7 +295,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     which = f"only={list(config.only)} names" if config.only else "model has"
     if unfit:
         which = (
-            f"{config.shown('pattern')} fits none of the {counted(len(unfit), 'layer')}: it leaves"
+            f"{config.shown('pattern')} fits none of the {quantity(len(unfit), 'layer')}: it leaves"
         )
     raise UserError(
         f"{which} nothing to prune ({reasons or 'there are no weight matrices'}). Give a model with linear or "

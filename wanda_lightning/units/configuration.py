@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.models.hidden_units import replace_attributes
+from wanda_lightning.units.candidates import replace_attributes
 
 # Attributes of a configuration, and arguments of `shrunk_model`: shapes and widths that no other says.
 SHAPES = "shrunk_shapes"

@@ -1,0 +1,21 @@
+"""Compute in float64 where a device has it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: `mps` and some GPUs of Intel do not."""
+    if device.type in ("cpu", "cuda"):  # not tried, since no process can fork once CUDA is in use
+        return True
+    try:
+        return torch.ones((), device=device).double().dtype == torch.float64
+    except (RuntimeError, TypeError):
+        return False
+
+
+def widest(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU if its device has no float64."""
+    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
