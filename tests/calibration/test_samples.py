@@ -267,5 +267,7 @@ def test_the_first_samples_are_the_same_for_any_number_of_processes(batch_size, 
         processes = SimpleNamespace(rank=rank, world_size=world_size, fail_together=nullcontext)
         processes.all_gather = lambda _: counts
         data = Samples(mlp(), batches, lambda batch: batch, None, processes, "test")
-        found += [number for sample in data.head(8) for number in sample.predict().tolist()]
+        found += [
+            number for sample in data.first_samples(8) for number in sample.predict().tolist()
+        ]
     assert sorted(found) == list(range(8))

@@ -12,7 +12,7 @@ _START = "This happened in "
 
 
 @contextmanager
-def noting(
+def note_on_error(
     text: Callable[[], str],
     log: Callable[[str], None] = lambda text: None,
     kind: type[BaseException] = BaseException,

@@ -147,7 +147,7 @@ class Samples:
             else self._sample(take(sample.batch, start, stop), sample.batch_index, stop - start)
         )
 
-    def first(self, count: int) -> list[Sample]:
+    def first_batches(self, count: int) -> list[Sample]:
         """Return the first batches, until they hold `count` samples; later passes read them again.
 
         A batch that cannot be split counts as one sample.
@@ -163,13 +163,13 @@ class Samples:
             self._batches = chain([sample.batch for sample in kept], batches)
         return kept
 
-    def head(self, count: int) -> list[Sample]:
+    def first_samples(self, count: int) -> list[Sample]:
         """Return this process's part of the first `count` samples, which are taken from all processes in turn.
 
         They are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does.
         """
         with self._processes.fail_together():
-            found = self.first(count)
+            found = self.first_batches(count)
         counts = self._processes.all_gather([min(count, sum(sample.size for sample in found))])
         turns = sorted((turn, rank) for rank, (own,) in enumerate(counts) for turn in range(own))
         left = sum(rank == self._processes.rank for _, rank in turns[:count])

@@ -40,7 +40,7 @@ def check_options(
         (pattern.prunes_units, "pattern", "runs each block with and without hidden units"),
         (config.allocation.reads_gradients, "allocation", "needs backward passes"),
         (config.reads_gradients, "pattern", "needs backward passes"),
-        (recovery.reads_batches or recovery.recorded, "recovery", "trains on the batches"),
+        (recovery.reads_batches or recovery.trains_blocks, "recovery", "trains on the batches"),
     )
     for applies, option, why in rows:
         if applies and calibrate_on == "validation":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
-from wanda_lightning.calibration.error_notes import noting
+from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.interception import input_of
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.core.losses import divergence, squared_error
@@ -65,7 +65,7 @@ class BatchNormStatistics:
         ]
         self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
         if layers:
-            with processes.fail_together(), noting(lambda: _OPTION, kind=Exception):
+            with processes.fail_together(), note_on_error(lambda: _OPTION, kind=Exception):
                 self._used, held_out = _divided(samples, -(-_SAMPLES // processes.world_size))
                 self._run(self._record)
                 self._held_out = [
@@ -176,7 +176,7 @@ def _divided(samples: Samples, most: int) -> tuple[list[tuple[Sample, int]], lis
     used: list[tuple[Sample, int]] = []
     held_out: list[Sample] = []
     seen = 0
-    for batch in samples.first(most):
+    for batch in samples.first_batches(most):
         count = batch.size - (seen + batch.size) // HELD_OUT + seen // HELD_OUT
         used.append((batch, count))
         if count < batch.size:

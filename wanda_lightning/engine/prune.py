@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanda_lightning.calibration.error_notes import noting
+from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
 from wanda_lightning.calibration.observer import Observation, Observer, PassiveCalibration
 from wanda_lightning.calibration.pruning_mode import pruning_mode
@@ -119,7 +119,7 @@ def prune_as(
         allocate_first = (
             not plan.is_one_pass or config.reads_gradients
         ) and not config.pattern.drops_experts
-        recovery_reads = config.recovery.reads_batches or config.recovery.recorded
+        recovery_reads = config.recovery.reads_batches or config.recovery.trains_blocks
         if config.data_reader and (allocate_first or recovery_reads):
             samples.read_all(run.progress)  # the batches run several times, or side by side
     run.clock["prepare"] = time.perf_counter() - started
@@ -144,7 +144,7 @@ def prune_as(
             # With a structured pattern, layers without hidden units (not in `run.plan`) train, too.
             dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
             recovery = config.recovery.start_model(dense)
-    with run.clock.timed("prune"), pruning_mode(model), noting(run.written, log.error):
+    with run.clock.timed("prune"), pruning_mode(model), note_on_error(run.written, log.error):
         run = _prune_stops(run)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(model, batch_norms):
@@ -199,7 +199,7 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
         run.clock.timed("prune"),
         torch.inference_mode(False),
         torch.no_grad(),
-        noting(run.written, log.error),
+        note_on_error(run.written, log.error),
     ):
         with plan.processes.fail_together():
             refuse_unprunable(plan.layers)

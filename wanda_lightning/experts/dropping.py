@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 
 from wanda_lightning.calibration import observer
-from wanda_lightning.calibration.error_notes import noting
+from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
@@ -58,7 +58,7 @@ def drop_experts(run: Run) -> PruningReport:
     with (
         run.clock.timed("drop"),
         pruning_mode(model) as changing,
-        noting(run.written, log.error),
+        note_on_error(run.written, log.error),
         ProgressBar("Dropping experts", None, run.progress) as bar,
     ):
         for stop in run.store.passed(run, saliency.watched, bar):

@@ -228,7 +228,7 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
     if isinstance(pattern, Unstructured) and pattern.weigh_rows is None:
         pattern = replace(pattern, weigh_rows=not is_image)
     if sequential in ("auto", "one_pass"):
-        by_layer = (sequential == "one_pass" or pattern.prunes_units) and not recovery.recorded
+        by_layer = (sequential == "one_pass" or pattern.prunes_units) and not recovery.trains_blocks
         sequential = "none" if is_image else "layer" if by_layer else "block"
     if pattern.drops_experts:
         sequential = "block" if config.sequential in ("block", "layer") else "none"
@@ -262,7 +262,7 @@ def make_plan(
     preset = config.preset
     config = config_for(config, model)
     # Blocks are loaded or trained one at a time, also to be pruned with statistics of the dense model.
-    by_block |= config.recovery.recorded or config.pattern.drops_experts
+    by_block |= config.recovery.trains_blocks or config.pattern.drops_experts
     stops = "block" if config.sequential == "none" and by_block else config.sequential
     with processes.fail_together():
         inventory = find_layers(model, stops, config.skip, config.only, config.pattern)

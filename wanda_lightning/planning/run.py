@@ -135,7 +135,7 @@ class WeightStore:
         plan = run.plan
         bar.expect(len(plan.stops))
         stops: Iterable[tuple[Stop, list[Call]]] = ((stop, []) for stop in plan.stops)
-        if plan.observed and (plan.config.recovery.recorded or not plan.is_one_pass):
+        if plan.observed and (plan.config.recovery.trains_blocks or not plan.is_one_pass):
             samples = run.samples.in_memory()
             stops = lockstep(plan.stops, samples, plan.processes, run.done.passed, model=plan.model)
         for stop in stops:
@@ -205,7 +205,7 @@ def dense_blocks(
     store = run.store
     plan = run.plan
     passed = Passed()
-    samples = run.samples.head(count)
+    samples = run.samples.first_samples(count)
     if not any(number for (number,) in plan.processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
     with ProgressBar(title, len(blocks), run.progress) as bar, store.dense():

@@ -165,7 +165,7 @@ def refuse_whole_model(config: PruningConfig) -> None:
         (config.allocation.reads_gradients, "allocation", f"reads gradients, and {whole}", uniform),
         (weighs, "pattern", f"reads gradients, and {whole}", "'unstructured_layer'"),
         (
-            is_one_pass and config.recovery.recorded,
+            is_one_pass and config.recovery.trains_blocks,
             "sequential",
             f"with {recovery} trains blocks in memory",
             "'block'",

@@ -59,7 +59,7 @@ def shrink_from_disk(
         checkpoint = Checkpoint(where, dtype)
         shards = Shards(folder, [RESIDENT, *checkpoint.blocks])
         result = _shrink_parts(checkpoint, shards)
-        result.refuse_nothing()
+        result.refuse_if_unchanged()
         result.misfit, _ = fit_configuration(checkpoint.model)
         if note := checkpoint.leave_out():
             log.warning(note)

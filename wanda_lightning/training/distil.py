@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.calibration.error_notes import noting
+from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.gradients import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
 from wanda_lightning.common.checks import SEED, Number, check, check_flags
@@ -111,7 +111,7 @@ class Distil(Recovery):
             check_flags(blocks=self.blocks)
 
     @property
-    def recorded(self) -> bool:
+    def trains_blocks(self) -> bool:
         """Whether it trains each block."""
         return bool(self.blocks)
 
@@ -184,7 +184,7 @@ class _Distillation(ModelRecovery):
         steps = len(passes) * math.ceil(len(trained) / self._batch_size)
         # Lightning does not show the notes of an interrupted run.
         with (
-            noting(lambda: _STOPPED, log.warning),
+            note_on_error(lambda: _STOPPED, log.warning),
             MaskedWeights(dense.model, self._parameters, dense.layers, dense.processes) as weights,
             recomputing(dense.model, dense.blocks),
             ProgressBar("Distilling", steps, dense.progress) as bar,

@@ -118,7 +118,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self.release()
         unheld = self._loaded.get("unheld_zeros", {})
         self._loaded = {}
-        self._keep = keep_masks(held, elsewhere=True)
+        self._keep = keep_masks(held, other_entries=True)
         self._held_layers = [(layer, layer.parameter) for layer in held]
         for layer in held:
             if layer.name in unheld:
@@ -225,17 +225,17 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
             _zero(weight, self._keep_of(weight))
 
 
-def keep_masks(layers: Iterable[Layer], elsewhere: bool) -> dict[Tensor, KeepMask]:
+def keep_masks(layers: Iterable[Layer], other_entries: bool) -> dict[Tensor, KeepMask]:
     """Return the nonzero weights of some layers as a mask of each parameter, or of its shard in this process.
 
-    The entries of further layers in a parameter, such as other experts, are `elsewhere`.
+    The entries of further layers in a parameter, such as other experts, are `other_entries`.
     """
     keep: dict[Tensor, KeepMask] = {}
     for layer in layers:
         parameter = layer.parameter
         if parameter not in keep:
             keep[parameter] = torch.full_like(
-                local(parameter.detach()), elsewhere, dtype=torch.bool
+                local(parameter.detach()), other_entries, dtype=torch.bool
             )
         layer.own(keep[parameter]).copy_(layer.weight != 0)
     return keep

@@ -44,7 +44,7 @@ class Reconstruct(Recovery):
         learning_rate: Learning rate of Adam, relative to the root mean square of the layer's kept weights.
     """
 
-    recorded: ClassVar = True
+    trains_blocks: ClassVar = True
     epochs: int = 4
     learning_rate: float = 0.01
 

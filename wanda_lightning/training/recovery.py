@@ -66,10 +66,10 @@ class Recovery:
     @property
     def needs(self) -> frozenset[str]:
         """The statistics that it reads. To train blocks it reads batches, which any statistic requires."""
-        return frozenset({"square_sum"} if self.recorded else ())
+        return frozenset({"square_sum"} if self.trains_blocks else ())
 
     @property
-    def recorded(self) -> bool:
+    def trains_blocks(self) -> bool:
         """Whether it records the hidden states of each token, to train blocks."""
         return False
 
@@ -79,7 +79,7 @@ class Recovery:
 
     def why_not(self, sequential: str) -> str | None:
         """Return why it cannot be combined with a value of `sequential`, and what to do; None if it can be."""
-        if sequential != "layer" or not self.recorded:  # stops are then single layers
+        if sequential != "layer" or not self.trains_blocks:  # stops are then single layers
             return None
         return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
 
@@ -145,7 +145,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         self._before = [
             (parameter, parameter.requires_grad, parameter.grad) for parameter in everything
         ]
-        kept = keep_masks(layers, elsewhere=False)
+        kept = keep_masks(layers, other_entries=False)
         self._keep = [
             kept[p] if p in kept else torch.ones_like(p, dtype=torch.bool) for p in parameters
         ]

@@ -33,7 +33,7 @@ def unit_costs(run: Run) -> dict[str, float]:
     if cost == "units":
         return {}
     with plan.processes.fail_together():
-        batches = run.samples.first(1)[:1]
+        batches = run.samples.first_batches(1)[:1]
     measures = [bool(number) for (number,) in plan.processes.all_gather([len(batches)])].index(True)
     batches = batches if plan.processes.rank == measures else []
     if cost == "seconds":

@@ -51,7 +51,7 @@ class Shrunk:
         """Number of units that were taken out."""
         return sum(before - after for before, after in self.layers.values())
 
-    def refuse_nothing(self) -> None:
+    def refuse_if_unchanged(self) -> None:
         """Raise an error if nothing was taken out, although a smaller model is to be saved."""
         if not self.layers:
             raise UserError(
@@ -114,7 +114,7 @@ def shrunk(model: nn.Module, batch: Any = None) -> Iterator[Shrunk]:
     """Shrink a model in this block, and put the zeros back at its end. Refuses a model without units to remove."""
     with ExitStack() as undo:
         result = _take_out(undo, model, batch, None)
-        result.refuse_nothing()
+        result.refuse_if_unchanged()
         yield result
 
 
