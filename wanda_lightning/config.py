@@ -44,7 +44,12 @@ class PruningChoices(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PruningConfig:
-    """The choices of one pruning, resolved to objects. `from_names` constructs it and describes the attributes.
+    """The choices of one pruning, resolved to objects.
+
+    `from_names` makes one from names and objects, fills in the defaults, and describes the attributes:
+
+        >>> PruningConfig.from_names(0.5, method="sparsegpt").solver
+        SparseGPT(dampening=0.01, block_size=128, mask='block')
 
     Raises:
         ValueError: If a value is out of range, a name is unknown, or two choices contradict each other.
@@ -112,34 +117,39 @@ class PruningConfig:
         """
         _check_sparsity(sparsity)  # here too, because the following lines import torch
         check_pattern(pattern)
-        base: methods.Method = methods.Method() if method is None else _named("method", method)
         is_preset = method is None or method in methods.PRESETS
-        if is_preset and resolve_pattern(pattern).drops_experts:
+        base: methods.Method = methods.Method() if method is None else _named("method", method)
+        if is_preset and resolve_pattern(pattern).removes == "experts":
             base = methods.Method()  # presets choose how weights are pruned
+
         chosen_solver: Solver = _resolve("solver", solver, base.solver)
-        usual = base.criterion if solver is None else None
-        chosen_criterion = _resolve(
-            "criterion", criterion, usual or (lambda: chosen_solver.own_criterion)
+        usual_criterion = base.criterion if solver is None else None
+        if usual_criterion is None:
+            usual_criterion = lambda: chosen_solver.own_criterion  # noqa: E731
+        chosen_criterion: Criterion = _resolve("criterion", criterion, usual_criterion)
+        chosen_pattern = resolve_pattern(
+            pattern, base.group or chosen_solver.group(chosen_criterion)
         )
-        shape = resolve_pattern(pattern, base.group or chosen_solver.group(chosen_criterion))
-        if shape.prunes_units and solver is None and is_preset:
+        if chosen_pattern.removes == "units" and solver is None and is_preset:
             chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
-        usual_allocation = (
-            base.allocation if shape.fixed_sparsity is None else methods.ALLOCATIONS["uniform"]
-        )
-        usual_permutation = base.permutation if shape.group_size else methods.PERMUTATIONS["none"]
+
+        # Methods choose these for the patterns that leave something to choose.
+        has_fixed_sparsity = chosen_pattern.fixed_sparsity is not None
+        usual_allocation = methods.ALLOCATIONS["uniform"] if has_fixed_sparsity else base.allocation
+        has_groups = chosen_pattern.group_size > 0
+        usual_permutation = base.permutation if has_groups else methods.PERMUTATIONS["none"]
         return cls(
-            sparsity,
-            chosen_criterion,
-            shape,
-            _resolve("allocation", allocation, usual_allocation),
-            chosen_solver,
-            _resolve("recovery", recovery, base.recovery),
-            _resolve("permutation", permutation, usual_permutation),
-            base.sequential if sequential is None else sequential,
-            check_patterns("skip", skip),
-            check_patterns("only", only),
-            keep_batch_norm,
+            sparsity=sparsity,
+            criterion=chosen_criterion,
+            pattern=chosen_pattern,
+            allocation=_resolve("allocation", allocation, usual_allocation),
+            solver=chosen_solver,
+            recovery=_resolve("recovery", recovery, base.recovery),
+            permutation=_resolve("permutation", permutation, usual_permutation),
+            sequential=base.sequential if sequential is None else sequential,
+            skip=check_patterns("skip", skip),
+            only=check_patterns("only", only),
+            keep_batch_norm=keep_batch_norm,
         )
 
     def __post_init__(self) -> None:
@@ -162,39 +172,40 @@ class PruningConfig:
             )
         if self.criterion.spans_columns and self.solver.chooses_in_blocks:
             reason = "the one compares whole rows, and the other chooses in one block of columns after another."
-            yield (
-                "criterion",
-                "solver",
-                f"{reason} Use SparseGPT(mask='upfront'), or another criterion or solver.",
+            advice = "Use SparseGPT(mask='upfront'), or another criterion or solver."
+            yield "criterion", "solver", f"{reason} {advice}"
+
+        if self.pattern.removes == "units":
+            yield from self._contradictions_with_units()
+        elif self.allocation.cost != "units":
+            reason = (
+                "only hidden units have a cost. Use pattern='structured', or another allocation."
             )
-        for option in ("solver", "allocation") if self.pattern.prunes_units else ():
-            if not getattr(self, option).prunes_units:
+            yield "allocation", "pattern", reason
+        if self.pattern.removes == "experts":
+            yield from self._contradictions_with_experts()
+
+        why_not_permuted = self.permutation.why_not(self.pattern)
+        if why_not_permuted:
+            yield "permutation", "pattern", why_not_permuted
+        why_not_trained = self.recovery.why_not(self.sequential)
+        if why_not_trained:
+            yield "recovery", "sequential", why_not_trained
+
+    def _contradictions_with_units(self) -> Iterator[tuple[str, str, str]]:
+        for option in ("solver", "allocation"):
+            if not getattr(self, option).fits_units:
                 fitting = ", ".join(
-                    name for name, make in NAMES[option].items() if make().prunes_units
+                    name for name, make in NAMES[option].items() if make().fits_units
                 )
-                yield (
-                    option,
-                    "pattern",
-                    f"it compares single weights, not hidden units. Choose from {fitting}.",
-                )
-        if self.allocation.cost != "units" and not self.pattern.prunes_units:
-            yield (
-                "allocation",
-                "pattern",
-                "only hidden units have a cost. Use pattern='structured', or another allocation.",
-            )
-        for option in (
-            ("criterion", "allocation", "solver", "recovery") if self.pattern.drops_experts else ()
-        ):
+                reason = f"it compares single weights, not hidden units. Choose from {fitting}."
+                yield option, "pattern", reason
+
+    def _contradictions_with_experts(self) -> Iterator[tuple[str, str, str]]:
+        for option in ("criterion", "allocation", "solver", "recovery"):
             if getattr(self, option) != getattr(methods.METHODS["wanda"], option)():
-                yield (
-                    option,
-                    "pattern",
-                    f"whole experts are dropped by a score of their own. Leave {option} out.",
-                )
-        for option, other in (("permutation", "pattern"), ("recovery", "sequential")):
-            if reason := getattr(self, option).why_not(getattr(self, other)):
-                yield option, other, reason
+                reason = f"whole experts are dropped by a score of their own. Leave {option} out."
+                yield option, "pattern", reason
 
     def shown(self, option: str) -> str:
         """Return an option and its value for messages, as the user can type it: `solver='admm'`, `solver=ADMM(...)`."""
@@ -207,7 +218,7 @@ class PruningConfig:
     @property
     def preset(self) -> str:
         """Name of the preset with exactly these choices; empty if there is none."""
-        is_free = self.pattern.fixed_sparsity is None and not self.pattern.prunes_units
+        is_free = self.pattern.fixed_sparsity is None and self.pattern.removes != "units"
         pattern = "unstructured" if is_free else self.pattern
         choices = [option for option in NAMES if option != "method"]
         for name in methods.PRESETS:
@@ -235,12 +246,12 @@ class PruningConfig:
     def data_reader(self) -> str | None:
         """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
         choices = ("criterion", "solver", "allocation", "recovery", "permutation")
-        reading = ["pattern"] if self.pattern.drops_experts else []
-        reading += [option for option in choices if _reads_data(getattr(self, option))]
-        reading += (
-            ["pattern"] if self.pattern.weigh_rows is not False or self.pattern.prunes_units else []
-        )
-        return self.shown(reading[0]) if reading else None
+        readers = [option for option in choices if _reads_data(getattr(self, option))]
+        if self.pattern.removes == "experts":
+            readers.insert(0, "pattern")  # the criterion is not used
+        elif self.pattern.reads_batches:
+            readers.append("pattern")
+        return self.shown(readers[0]) if readers else None
 
     def scaled(self, fraction: float) -> PruningConfig:
         """Return the configuration for a stage of a schedule that gives this fraction of the final sparsities."""

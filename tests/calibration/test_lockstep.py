@@ -7,6 +7,7 @@ import time
 import traceback
 import weakref
 from contextvars import ContextVar
+from functools import partial
 
 import pytest
 import torch
@@ -100,8 +101,8 @@ def test_the_activations_of_one_unit_are_held(way):
     if way == "watched":
         own = run_of(model, vectors(4))
         with torch.no_grad():
-            for stop, calls in lockstep(own.plan.places, own.samples.in_memory(), to_end=True):
-                calls[:] = [observer.watched(stop, call) for call in calls]
+            for visit in lockstep(own.plan.blocks_and_layers, own.samples.in_memory(), to_end=True):
+                visit.continue_by(partial(observer.watched, visit.stop))
         assert observer.finish(own.plan.whole_model).inputs
     else:
         prune(model, vectors(4), sequential=way, skip=["head"], progress=False)

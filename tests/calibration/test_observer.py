@@ -64,8 +64,8 @@ def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(na
     own = run_of(model, ZOO[name].batches())
     with pruning_mode(model):
         expected = observer.whole_model(own.plan.whole_model, own.samples, lambda: None).inputs
-        for stop, calls in lockstep(own.plan.places, own.samples.in_memory(), to_end=True):
-            calls[:] = [observer.watched(stop, call) for call in calls]
+        for visit in lockstep(own.plan.blocks_and_layers, own.samples.in_memory(), to_end=True):
+            visit.continue_by(partial(observer.watched, visit.stop))
         found = observer.finish(own.plan.whole_model).inputs
     assert found.keys() == expected.keys()
     # Visits to one block are added in another order.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -71,43 +71,81 @@ def whole_model_calls(
         tick()
 
 
-Stops = Generator[tuple[Stop, list[Call]]]
-"""Stops, each with the calls of this process that wait there; these may be replaced."""
+class Visit(NamedTuple):
+    """A stop, and the calls of this process that wait there. They are valid until the next visit."""
+
+    stop: Stop
+    calls: list[Call]
+
+    def continue_by(self, wrap: Callable[[Call], Call]) -> None:
+        """Let each sample continue by the call that `wrap` returns for its own, such as one that is observed."""
+        self.calls[:] = map(wrap, self.calls)
 
 
 @dataclass
 class Passed:
-    """Names of stops that samples reached after these were yielded, and so did not wait."""
+    """Names of the stops that samples reached after these were visited, and so did not wait at."""
 
     again: set[str] = field(default_factory=set)  # by a sample that had waited there
     late: set[str] = field(default_factory=set)  # by a sample that came from another stop first
+
+    def by_any(self) -> set[str]:
+        """Return the stops that any sample has passed."""
+        return self.again | self.late
+
+
+class Visits(Iterator[Visit]):
+    """The visits of all stops in turn. Closing it ends all samples and restores the modules."""
+
+    def __init__(self, visits: Callable[[Passed], Generator[Visit]]) -> None:
+        self.passed = Passed()  # so far; complete after the last visit
+        self._visits = visits(self.passed)
+
+    def __next__(self) -> Visit:
+        return next(self._visits)
+
+    def close(self) -> None:
+        """End all samples, and restore the modules."""
+        self._visits.close()
 
 
 def lockstep(
     stops: Sequence[Stop],
     samples: Sequence[Sample],
     processes: Processes = SINGLE_PROCESS,
-    passed: Passed | None = None,
     to_end: bool = False,
     model: nn.Module | None = None,
-) -> Stops:
-    """Yield each stop that a sample reaches, once, with all samples that are parked there.
+) -> Visits:
+    """Visit each stop that a sample reaches, once, with all samples that are parked there.
 
     If samples are parked at different stops, the first of these in the given order is next. A sample that reaches a
     stop again, because the model calls its module several times, does not wait. After the last stop every sample ends,
     so the rest of the model is not computed. Only one sample continues to the end of the model, to find out whether the
     model calls a stop again.
 
-    The modules of the stops are disjoint. If `model`, which contains them, is given, the attributes of its modules are
-    each sample's own where its forward sets them for each. `passed` receives the names of the stops that a sample
-    passes. With `to_end`, the samples run to the end of the model, and wait at each visit of a stop.
+    Args:
+        stops: Their modules are disjoint.
+        samples: The samples of this process.
+        processes: All of them visit the same stops.
+        to_end: Let the samples run to the end of the model, and wait at each visit of a stop.
+        model: Contains the stops. If its forward sets attributes of its modules for each sample, they are each sample's
+            own.
 
-    Yields:
-        The stops, whose calls are valid until the next one. Closing the generator, or an exception, ends all samples
-        and restores the modules.
+    Returns:
+        The visits. Nothing runs before the first one is asked for. An exception, like `close`, ends all samples and
+        restores the modules.
     """
-    if passed is None:
-        passed = Passed()
+    return Visits(partial(_visits, stops, samples, processes, to_end, model))
+
+
+def _visits(
+    stops: Sequence[Stop],
+    samples: Sequence[Sample],
+    processes: Processes,
+    to_end: bool,
+    model: nn.Module | None,
+    passed: Passed,
+) -> Generator[Visit]:
     pending = set(range(len(stops)))
     with _parking(stops), StallWatch() as watch, ExitStack() as ends:
         attributes = ModuleAttributes(model)
@@ -121,36 +159,39 @@ def lockstep(
         with processes.fail_together():
             for batch in batches:
                 batch.advance()
+
         while True:
             parked = [batch for batch in batches if batch.call is not None]
-            index = processes.all_reduce_min(
-                min((batch.stop for batch in parked), default=len(stops))
-            )
-            here = [batch for batch in parked if batch.stop == index]
+            first_here = min((batch.stop for batch in parked), default=len(stops))
+            index = processes.all_reduce_min(first_here)
             if index == len(stops):
                 return
 
-            calls = [batch.call for batch in here if batch.call is not None]
+            batches_here = [batch for batch in parked if batch.stop == index]
+            calls = [batch.call for batch in batches_here if batch.call is not None]
+            visit = Visit(stops[index], calls)
             if index not in pending:
-                _note_passed(here, stops[index], passed)
+                _note_passed(batches_here, stops[index], passed)
             if index in pending or to_end:
-                yield stops[index], calls
+                yield visit
 
             pending.discard(index)
             if not pending and not to_end:
-                if here:
-                    _find_passed(here[-1], stops, passed)  # the innermost
+                if batches_here:
+                    _find_passed(batches_here[-1], stops, passed)  # the innermost
                 return
+
             with processes.fail_together():
-                for batch in here:  # parked activations must not outlive the run of the module
+                for batch in batches_here:
                     with watch.watching(batch.index):
-                        output = calls.pop(0).run()
+                        # Popped, because parked activations must not outlive the run of the module.
+                        output = visit.calls.pop(0).run()
                     batch.advance(output)
                     del output
 
 
 def _note_passed(batches: Iterable[_Batch], stop: Stop, passed: Passed) -> None:
-    """Note that batches have reached a stop that was yielded before."""
+    """Note that batches have reached a stop that was visited before."""
     for batch in batches:
         if stop.name in batch.visited:
             passed.again.add(stop.name)
@@ -207,21 +248,17 @@ def _parking_at_products(samples: Sequence[Sample], stops: Sequence[Stop]) -> Se
         with interceptor if interceptor.watches else nullcontext():
             return forward()
 
-    return (
-        [replace(each, forward=partial(watched, each.forward)) for each in samples]
-        if index_of
-        else samples
-    )
+    if not index_of:
+        return samples
+    return [replace(sample, forward=partial(watched, sample.forward)) for sample in samples]
 
 
 def _park(stop: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
     """Park the current batch and return the module's output; run the forward if no batch is running."""
     batch = getcurrent()
-    return (
-        batch.park(stop, forward, args, kwargs)
-        if isinstance(batch, _Batch)
-        else forward(*args, **kwargs)
-    )
+    if isinstance(batch, _Batch):
+        return batch.park(stop, forward, args, kwargs)
+    return forward(*args, **kwargs)
 
 
 class _Batch(greenlet):
@@ -234,9 +271,8 @@ class _Batch(greenlet):
         self, sample: Sample, stops: Sequence[Stop], attributes: ModuleAttributes, watch: StallWatch
     ) -> None:
         super().__init__()
-        self.call: Call | None = (
-            None  # the call at which the batch is parked; None while it runs and after its end
-        )
+        # The call at which the batch is parked; None while it runs and after its end.
+        self.call: Call | None = None
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
         self.visited: set[str] = set()  # names of the stops at which it has been parked
         self.index = sample.batch_index
@@ -248,8 +284,9 @@ class _Batch(greenlet):
         self._output: Any = None
 
         self._outside = contextvars.copy_context()
-        # In which transformers collects router logits.
-        self.gr_context = self._own_context = self._outside.copy()
+        # A context of its own for each batch: transformers collects router logits in context variables.
+        self._own_context = self._outside.copy()
+        self.gr_context = self._own_context
         with torch.no_grad():
             self._state = TorchState()
 
@@ -258,8 +295,11 @@ class _Batch(greenlet):
         """The context variables of the parked batch; a copy if the model runs its blocks in a context of its own."""
         context = self.gr_context
         assert context is not None
-        # Python enters a context only once, and the model has entered its own.
-        return context if context is self._own_context else context.copy()
+        if context is self._own_context:
+            return context
+        return (
+            context.copy()
+        )  # Python enters a context only once, and the model has entered its own
 
     def run(self) -> None:
         """Run the model's forward until its end (called by `advance`)."""
@@ -276,11 +316,13 @@ class _Batch(greenlet):
         self.stop = stop
         name = self._stops[stop].name
         module = self._stops[stop].module
-        around = Surroundings(self, self._state, self._outside, self._attributes, module)
-        self.call = Call(self._sample, name, forward, args, kwargs, around)
-        del args, kwargs
+        surroundings = Surroundings(self, self._state, self._outside, self._attributes, module)
+        self.call = Call(self._sample, name, forward, args, kwargs, surroundings)
+        del args, kwargs  # the scheduler frees the activations when the module has run
+
         assert self.parent is not None
         self.parent.switch()
+
         output = self._output
         self._output = None
         return output
@@ -292,7 +334,7 @@ class _Batch(greenlet):
         self.call = None
         self._output = output
         self.parent = getcurrent()
-        del output
+        del output  # this frame must not hold it while the batch runs
         with (
             self._watch.watching(self.index),
             self._attributes.of(self),

@@ -34,10 +34,17 @@ def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
         own.update(before)
 
 
+class RestoredBuffers:
+    """Buffers."""
+
+    def __init__(self, changing: Callable[..., AbstractContextManager[None]]) -> None:
+        self.changing = changing
+
+
 @contextmanager
 def pruning_mode(
     model: nn.Module, corrected: Collection[nn.Module] = ()
-) -> Iterator[Callable[..., AbstractContextManager[None]]]:
+) -> Iterator[RestoredBuffers]:
     """Put the model into `calibration_mode`, without gradients and outside of inference mode.
 
     The buffers of the state dict are restored at the end, except those of modules that are in `corrected` by then.
@@ -63,7 +70,7 @@ def pruning_mode(
             before.update((module, _saved_buffers(module)) for module in known)
 
         try:
-            yield changing
+            yield RestoredBuffers(changing)
         finally:
             restore(module for module in before if module not in corrected)
 

@@ -35,9 +35,8 @@ def check_options(
         )
     rows = (
         (dataloader is not None, "dataloader", "has other batches"),
-        (pattern.drops_experts, "pattern", "needs a pass of its own"),
+        (bool(pattern.why_not_passive), "pattern", pattern.why_not_passive),
         (config.sequential != "none", "sequential", "runs pruned layers"),
-        (pattern.prunes_units, "pattern", "runs each block with and without hidden units"),
         (config.allocation.reads_gradients, "allocation", "needs backward passes"),
         (config.reads_gradients, "pattern", "needs backward passes"),
         (recovery.reads_batches or recovery.trains_blocks, "recovery", "trains on the batches"),
@@ -69,7 +68,7 @@ def refuse_training(
     left = sum(share > state.share for _, share in schedule.stages)
     rows = (
         (
-            config.pattern.drops_experts and state.share < 1,
+            config.pattern.changes_shapes and state.share < 1,
             f"{config.shown('pattern')} replaces parameters by smaller ones, which the optimizer would not see. Drop "
             "experts before training, with prune(model, batches, ...) or trainer.validate.",
         ),

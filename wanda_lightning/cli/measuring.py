@@ -23,12 +23,12 @@ from wanda_lightning.common.wording import as_size, quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
-from wanda_lightning.engine.make_report import low_coverage, unfit_layers
+from wanda_lightning.engine.prune import removal_of
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
-from wanda_lightning.experts.removal import find_mixtures
 from wanda_lightning.models import Inventory, Stop, find_layers
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 from wanda_lightning.modules.loading import check_source, model_from_config
+from wanda_lightning.planning.coverage import low_coverage, unfit_layers
 from wanda_lightning.planning.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
 from wanda_lightning.report.descriptions import PERPLEXITY, TOP1
@@ -217,13 +217,11 @@ def inspect(config: PruningConfig, options: Model) -> None:
     )
     for note in filter(None, (unfit_layers(found), low_coverage(found))):
         print_line(f"Note: {note.text}")
-    if config.pattern.prunes_units:
-        print_line(
-            "Note: --pattern structured prunes only those of these layers that write or read hidden units."
-        )
+    removal = removal_of(config.pattern)
+    if removal.inspect_note:
+        print_line(f"Note: {removal.inspect_note}")
     refuse_nothing_to_prune(config, found)
-    if config.pattern.drops_experts:
-        find_mixtures(config, model, found)
+    removal.check(config, model, found)
     if not options.is_image:
         print_line(_memory(model, found, options))
 

@@ -36,9 +36,8 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
-from wanda_lightning.engine.prune import prune_as
+from wanda_lightning.engine.prune import prune_as, removal_of
 from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
-from wanda_lightning.experts.removal import find_mixtures
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
 from wanda_lightning.modules.loading import check_source, model_from_config
@@ -120,8 +119,7 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     module = classifier or load(model, model.model)  # after the data, since it may be large
     plan = make_plan(config, module.model)
     refuse_unprunable(plan.layers)  # before the model is measured
-    if plan.config.pattern.drops_experts:
-        find_mixtures(config, module.model, plan.inventory)
+    removal_of(config.pattern).check(config, module.model, plan.inventory)
     batches = _calibration(config, module, source)  # to refuse a text that is too short, too
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
@@ -164,9 +162,9 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     if results.save is not None and not (resolve_path(output) / PROGRESS_NAME).is_file():
         require_writable(results.save, results.overwrite, "folder")
     check_source(hub)
-    if config.pattern.drops_experts:  # before the model is measured
+    if config.pattern.changes_shapes:  # before the model is measured
         plan = make_plan(config, model_from_config(hub), by_block=True)
-        find_mixtures(config, plan.model, plan.inventory)
+        removal_of(config.pattern).check(config, plan.model, plan.inventory)
     source: Any = data_for(model, data, model.model)
     batches = source.calibration_dataloader()
 

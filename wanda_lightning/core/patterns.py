@@ -7,6 +7,7 @@ keep the largest scores of each group.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -22,6 +23,8 @@ from wanda_lightning.core.keep_largest import (
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
 
 _GROUP = ("row", "layer")
+
+Removed = Literal["weights", "units", "experts"]
 
 
 def zeros_among(size: int, sparsity: float) -> int:
@@ -50,13 +53,27 @@ class Pattern(ABC):
     Attributes:
         weigh_rows: Whether the scores of each row are scaled by the importance of its output before they are compared;
             None if the model decides.
-        prunes_units: Whether zeros fill whole columns, and the rows of other layers that write what these columns read.
-        drops_experts: Whether whole experts leave the model instead of weights that become zero.
+        removes: What leaves the model: single weights, whole hidden units, or whole experts.
+        changes_shapes: Whether `prune` makes the tensors of the model smaller, instead of filling them with zeros.
     """
 
     weigh_rows: bool | None = False
-    prunes_units: ClassVar[bool] = False
-    drops_experts: ClassVar[bool] = False
+    removes: ClassVar[Removed] = "weights"
+    changes_shapes: ClassVar[bool] = False
+
+    @property
+    def reads_batches(self) -> bool:
+        """Whether calibration batches are needed to choose what leaves, apart from the scores."""
+        return self.weigh_rows is not False
+
+    @property
+    def why_not_passive(self) -> str:
+        """Why statistics from passes that run anyway do not suffice; empty if they do."""
+        return ""
+
+    def sequential(self, chosen: str) -> str:
+        """Return what a choice of `sequential` means for a language model: `"auto"` and `"one_pass"` are resolved."""
+        return {"auto": "block", "one_pass": "layer"}.get(chosen, chosen)
 
     @property
     def group_size(self) -> int:
@@ -79,6 +96,14 @@ class Pattern(ABC):
     def why_not(self, d_in: int) -> str | None:
         """Return why a layer with `d_in` inputs cannot have the pattern, or None if it can."""
         return None
+
+    def check_widths(  # noqa: B027  # most patterns fit every width
+        self, widths: Mapping[str, int], sparsity: float, name: str
+    ) -> None:
+        """Raise a ValueError if the pattern called `name`, rounded, would remove nothing or everything.
+
+        `widths` holds the number of hidden units that each layer reads, or at most reads.
+        """
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """Return the number of equal steps in which the sparsity of a layer can rise from 0 to 1."""
@@ -278,13 +303,47 @@ class Structured(Pattern):
         columns: Columns of each unit: as many as the kernel of a convolution has positions; `prune` sets it.
     """
 
-    prunes_units: ClassVar[bool] = True
+    removes: ClassVar[Removed] = "units"
     multiple_of: int = 8
     columns: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
         check(self, multiple_of=at_least_1, columns=at_least_1)
+
+    @property
+    def reads_batches(self) -> bool:
+        """True: each block runs with and without hidden units."""
+        return True
+
+    @property
+    def why_not_passive(self) -> str:
+        """Each block runs more than once."""
+        return "runs each block with and without hidden units"
+
+    def sequential(self, chosen: str) -> str:
+        """Return `"layer"` unless the user chose otherwise.
+
+        A block usually has one layer that reads units, so the statistics are those of `"block"`, in one pass instead of
+        two.
+        """
+        return "layer" if chosen in ("auto", "one_pass") else chosen
+
+    def check_widths(self, widths: Mapping[str, int], sparsity: float, name: str) -> None:
+        """Refuse to remove no unit of any layer, or all units of the widest."""
+        if not widths:
+            return
+        layer, widest = max(widths.items(), key=lambda item: item[1])
+        if widest <= self.multiple_of:
+            problem = f"multiple_of={self.multiple_of} of {name} leaves no unit to remove"
+        elif self.multiples(widest, sparsity) < 1:
+            problem = f"sparsity={sparsity:g} would remove all {widest} hidden units"
+        else:
+            return
+        raise UserError(
+            f"{problem}: the widest layer, {layer}, reads {widest}, in multiples of {self.multiple_of}. "
+            "Choose another sparsity, or a smaller multiple_of."
+        )
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """Return how many multiples of `multiple_of` units the layer has."""
@@ -323,7 +382,22 @@ class Experts(Pattern):
     of its gate times the norm of its output.
     """
 
-    drops_experts: ClassVar[bool] = True
+    removes: ClassVar[Removed] = "experts"
+    changes_shapes: ClassVar[bool] = True
+
+    @property
+    def reads_batches(self) -> bool:
+        """True: experts are scored by what they add for each token."""
+        return True
+
+    @property
+    def why_not_passive(self) -> str:
+        """The scores of experts are no statistics of inputs."""
+        return "needs a pass of its own"
+
+    def sequential(self, chosen: str) -> str:
+        """Return `"block"`, or by default `"none"`: all experts are scored in the dense model."""
+        return "block" if chosen in ("block", "layer") else "none"
 
     def kept(self, number: int, sparsity: float) -> int:
         """Return how many of `number` experts are kept; the nearest number, which may be none or all.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from wanda_lightning.calibration.error_notes import note_on_error
@@ -22,17 +22,47 @@ from wanda_lightning.parallel import Processes
 from wanda_lightning.report import BatchNormCorrection
 from wanda_lightning.training.predictions import HELD_OUT, rows_of
 
-_SAMPLES = 512  # maximum number of samples, over all processes
-
+_MAX_SAMPLES = 512  # over all processes
 _AT_ONCE = 2**20  # numbers of a layer's input
-
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _OPTION = (
     "The batches ran for BatchNorm layers: keep_batch_norm=True leaves their statistics alone."
 )
 
-_Moments = Sequence[Tensor]  # the mean and variance of each channel
 # Index of the layer, number of its earlier calls, its input.
-_Visit = Callable[[int, int, Tensor], None]
+_OnInput = Callable[[int, int, Tensor], None]
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Mean and variance of each channel, on the CPU in float64."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+@dataclass(frozen=True)
+class _UsedBatch:
+    """A batch, of which the first samples are used; the others are held out."""
+
+    batch: Sample
+    used: int  # number of samples
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """Predictions of a sample as rows."""
+
+    rows: Tensor
+    are_logits: bool  # of classes
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """A sample that the correction does not see, and what the dense model predicts for it."""
+
+    sample: Sample
+    dense: _Predictions
 
 
 class BatchNormStatistics:
@@ -54,135 +84,144 @@ class BatchNormStatistics:
     If there are at least eight samples, every eighth is held out. If the correction moves the held-out predictions of
     the pruned model further from the dense ones, the original statistics are restored.
 
-    The dense model runs during construction. Each process has a full copy of it, and the sums cover the samples of all.
+    Each process has a full copy of the model, and the sums cover the samples of all.
     """
 
     def __init__(self, layers: Sequence[nn.Module], samples: Samples, processes: Processes) -> None:
         self._layers = layers
+        self._samples = samples
         self._processes = processes
-        self._original = [
-            [x.to("cpu", torch.float64, copy=True) for x in _buffers(layer)] for layer in layers
-        ]
-        self._dense: list[list[Tensor]] = [[] for _ in layers]  # the sums after each call
-        if layers:
-            with processes.fail_together(), note_on_error(lambda: _OPTION, kind=Exception):
-                self._used, held_out = _divided(samples, -(-_SAMPLES // processes.world_size))
-                self._run(self._record)
-                self._held_out = [
-                    (sample, *dense)
-                    for sample in held_out
-                    if (dense := _predict(sample)) is not None
-                ]
+        self._original = [_moments_of(layer) for layer in layers]
+        self._dense_sums: list[list[Tensor]] = [[] for _ in layers]  # after each call
+        self._batches: list[_UsedBatch] = []
+        self._held_out: list[_HeldOut] = []
+
+    def observe_dense(self) -> None:
+        """Run the batches through the dense model."""
+        if not self._layers:
+            return
+        with self._processes.fail_together(), note_on_error(lambda: _OPTION, kind=Exception):
+            held_out = self._divide(-(-_MAX_SAMPLES // self._processes.world_size))
+            self._run(self._add_dense)
+            for sample in held_out:
+                dense = _predict(sample)
+                if dense is not None:
+                    self._held_out.append(_HeldOut(sample, dense))
 
     def correct(self) -> BatchNormCorrection | None:
         """Correct the pruned model, unless that makes its predictions worse; None if there are no layers."""
         if not self._layers:
             return None
-        sizes = [
-            sum(count for _, count in self._used),
-            sum(sample.size for sample, _, _ in self._held_out),
-        ]
-        used, held_out = (
-            sum(column) for column in zip(*self._processes.all_gather(sizes), strict=True)
-        )
+        used_here = sum(batch.used for batch in self._batches)
+        held_out_here = sum(held_out.sample.size for held_out in self._held_out)
+        sizes = self._processes.all_gather([used_here, held_out_here])
         with ExitStack() as undo:
-            for layer, moments in enumerate(self._original):
-                undo.callback(self._set, layer, moments)  # also after an error
+            for index, moments in enumerate(self._original):
+                undo.callback(self._set, index, moments)  # also after an error
             before = self._mean_distance()
             corrected = self._correct()
             after = self._mean_distance()
-            kept = before is None or after is None or after <= before
-            if kept:
+            is_kept = before is None or after is None or after <= before
+            if is_kept:
                 undo.pop_all()
-        return BatchNormCorrection(corrected, used, held_out, before, after, kept)
+        return BatchNormCorrection(
+            layers=corrected,
+            samples=sum(used for used, _ in sizes),
+            held_out=sum(held_out for _, held_out in sizes),
+            before=before,
+            after=after,
+            kept=is_kept,
+        )
 
-    def _record(self, layer: int, call: int, inputs: Tensor) -> None:
+    def _divide(self, most: int) -> list[Sample]:
+        """Choose the first batches, and return every eighth sample, which is held out."""
+        held_out: list[Sample] = []
+        seen = 0
+        for batch in self._samples.first_batches(most):
+            following = seen + batch.size
+            used = batch.size - (following // HELD_OUT - seen // HELD_OUT)
+            self._batches.append(_UsedBatch(batch, used))
+            if used < batch.size:
+                held_out.append(self._samples.subset(batch, used, batch.size))
+            seen = following
+        return held_out
+
+    def _add_dense(self, index: int, call: int, inputs: Tensor) -> None:
         """Add the inputs of a layer of the dense model."""
-        sums = self._dense[layer]
+        sums = self._dense_sums[index]
         sums.append(_sums(inputs) + (sums[-1] if sums else 0))
 
     def _correct(self) -> int:
         """Correct the statistics batch by batch, then by all batches of all processes; return how many layers."""
-        pruned = self._zeros()
+        pruned_sums = [self._no_sums(index) for index in range(len(self._layers))]
 
-        def visit(layer: int, call: int, inputs: Tensor) -> None:
-            pruned[layer] += _sums(inputs)
-            if dense := self._dense[layer]:
-                so_far = dense[min(call, len(dense) - 1)]
-                self._set(layer, _moved(self._original[layer], so_far, pruned[layer]))
+        def correct_so_far(index: int, call: int, inputs: Tensor) -> None:
+            pruned_sums[index] += _sums(inputs)
+            dense_sums = self._dense_sums[index]
+            if dense_sums:
+                same_calls = dense_sums[min(call, len(dense_sums) - 1)]
+                self._set(index, _moved(self._original[index], same_calls, pruned_sums[index]))
 
         with self._processes.fail_together():
-            self._run(visit)
-        totals = [
-            sums[-1] if sums else zeros
-            for sums, zeros in zip(self._dense, self._zeros(), strict=True)
-        ]
-        self._processes.all_reduce_sum([*totals, *pruned])
-        reached = [
-            layer
-            for layer in range(len(totals))
-            if bool(totals[layer][0].any() and pruned[layer][0].any())
-        ]
-        for layer in reached:
-            self._set(layer, _moved(self._original[layer], totals[layer], pruned[layer]))
-        return len(reached)
+            self._run(correct_so_far)
 
-    def _run(self, visit: _Visit) -> None:
-        """Run the chosen calibration batches, and call `visit` before each call of a layer."""
+        dense_totals = [
+            sums[-1] if sums else self._no_sums(index)
+            for index, sums in enumerate(self._dense_sums)
+        ]
+        self._processes.all_reduce_sum([*dense_totals, *pruned_sums])
+        corrected = 0
+        for index, (dense, pruned) in enumerate(zip(dense_totals, pruned_sums, strict=True)):
+            has_values = bool(dense[0].any() and pruned[0].any())
+            if has_values:
+                self._set(index, _moved(self._original[index], dense, pruned))
+                corrected += 1
+        return corrected
+
+    def _run(self, on_input: _OnInput) -> None:
+        """Run the chosen calibration batches, and call `on_input` before each call of a layer."""
         calls = [0] * len(self._layers)
-        count = 0
+        used = 0
         size = 1
 
         def hook(
             index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> None:
             inputs = input_of(args, kwargs)
-            # held-out samples come last.
-            visit(index, calls[index], inputs[: len(inputs) * count // size])
+            # Held-out samples come last. A layer may get several rows for each sample.
+            on_input(index, calls[index], inputs[: len(inputs) * used // size])
             calls[index] += 1
 
         with ExitStack() as hooks:
             for index, layer in enumerate(self._layers):
-                hooks.callback(
-                    layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True).remove
-                )
-            for batch, kept in self._used:
-                count = kept
-                size = max(1, batch.size)  # a batch may be empty
-                batch.forward()
+                handle = layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True)
+                hooks.callback(handle.remove)
+            for batch in self._batches:
+                used = batch.used
+                size = max(1, batch.batch.size)  # a batch may be empty
+                batch.batch.forward()
 
-    def _zeros(self) -> list[Tensor]:
-        return [torch.zeros(3, len(mean), dtype=torch.float64) for mean, _ in self._original]
+    def _no_sums(self, index: int) -> Tensor:
+        return torch.zeros(3, len(self._original[index].mean), dtype=torch.float64)
 
     def _mean_distance(self) -> float | None:
         """Return the mean distance of the held-out predictions from the dense ones; None if none are held out."""
         total = torch.zeros(2, dtype=torch.float64)
         with self._processes.fail_together():
-            for sample, dense, is_kl in self._held_out:
-                predicted = _predict(sample)
-                assert predicted is not None, "the dense model gave predictions"
-                distance, _ = (divergence if is_kl else squared_error)(predicted[0], dense)
-                total += torch.tensor([float(distance), len(dense)], dtype=torch.float64)
+            for held_out in self._held_out:
+                predictions = _predict(held_out.sample)
+                assert predictions is not None, "the dense model gave predictions"
+                loss = divergence if held_out.dense.are_logits else squared_error
+                distance, _ = loss(predictions.rows, held_out.dense.rows)
+                rows = len(held_out.dense.rows)
+                total += torch.tensor([float(distance), rows], dtype=torch.float64)
         self._processes.all_reduce_sum([total])
         return float(total[0] / total[1]) if total[1] else None
 
-    def _set(self, layer: int, moments: _Moments) -> None:
-        for buffer, values in zip(_buffers(self._layers[layer]), moments, strict=True):
-            buffer.copy_(values)
-
-
-def _divided(samples: Samples, most: int) -> tuple[list[tuple[Sample, int]], list[Sample]]:
-    """Return the first batches, each with its number of samples that are not held out, and every eighth sample."""
-    used: list[tuple[Sample, int]] = []
-    held_out: list[Sample] = []
-    seen = 0
-    for batch in samples.first_batches(most):
-        count = batch.size - (seen + batch.size) // HELD_OUT + seen // HELD_OUT
-        used.append((batch, count))
-        if count < batch.size:
-            held_out.append(samples.subset(batch, count, batch.size))
-        seen += batch.size
-    return used, held_out
+    def _set(self, index: int, moments: _Moments) -> None:
+        mean, variance = _buffers(self._layers[index])
+        mean.copy_(moments.mean)
+        variance.copy_(moments.variance)
 
 
 def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
@@ -190,17 +229,17 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
 
     The frozen ones of detectors, which are classes of their own in every library, normalize by them in training, too.
     """
-    layers = [
-        m
-        for m in model.modules()
-        if isinstance(m, _BatchNorm) or "FrozenBatchNorm" in type(m).__name__
-    ]
-    without = (NoneType, UninitializedBuffer)
-    return [
-        m
-        for m in layers
-        if not any(isinstance(x, without) for x in (m.running_mean, m.running_var))
-    ]
+    missing = (NoneType, UninitializedBuffer)
+    layers: list[nn.Module] = []
+    for module in model.modules():
+        is_frozen = "FrozenBatchNorm" in type(module).__name__
+        if not (is_frozen or isinstance(module, _BATCH_NORMS)):
+            continue
+        if not isinstance(module.running_mean, missing) and not isinstance(
+            module.running_var, missing
+        ):
+            layers.append(module)
+    return layers
 
 
 def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
@@ -211,17 +250,26 @@ def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
+def _moments_of(layer: nn.Module) -> _Moments:
+    mean, variance = _buffers(layer)
+    return _Moments(
+        mean.to("cpu", torch.float64, copy=True), variance.to("cpu", torch.float64, copy=True)
+    )
+
+
 def _sums(inputs: Tensor) -> Tensor:
     """Return, for each channel, the number of values, their sum and the sum of their squares, as (3, channels)."""
     channels = inputs.shape[1]
     if not inputs.numel():
         return torch.zeros(3, channels, dtype=torch.float64)
-    dims = [0, *range(2, inputs.ndim)]
-    mean = inputs.mean(dims, dtype=torch.promote_types(inputs.dtype, torch.float32))
-    center = mean[(..., *[None] * (inputs.ndim - 2))]
+
+    positions = [0, *range(2, inputs.ndim)]
+    mean = inputs.mean(positions, dtype=torch.promote_types(inputs.dtype, torch.float32))
+    center = mean.reshape(-1, *[1] * (inputs.ndim - 2))
     # On a CPU, torch.var_mean takes five times as long as these parts.
     parts = inputs.split(max(1, _AT_ONCE * len(inputs) // inputs.numel()))
-    deviations = torch.stack([(part - center).square().sum(dims) for part in parts])
+    deviations = torch.stack([(part - center).square().sum(positions) for part in parts])
+
     # float64: the difference of two sums of squares would lose a small variance.
     mean = mean.cpu().double()
     deviations = deviations.cpu().double()
@@ -229,30 +277,33 @@ def _sums(inputs: Tensor) -> Tensor:
     return torch.stack([count, count * mean, deviations.sum(dim=0) + count * mean.square()])
 
 
-def _moved(running: _Moments, dense: Tensor, pruned: Tensor) -> _Moments:
+def _moved(running: _Moments, dense_sums: Tensor, pruned_sums: Tensor) -> _Moments:
     """Return the running mean and variance after the change from the dense to the pruned sums."""
-    (mean, variance), (m, v), (pruned_m, pruned_v) = (
-        running,
-        _mean_and_variance(dense),
-        _mean_and_variance(pruned),
-    )
-    scale = torch.where(v > 0, pruned_v / v, 1.0).clamp(max=1)
+    dense = _moments_from(dense_sums)
+    pruned = _moments_from(pruned_sums)
+    scale = torch.where(dense.variance > 0, pruned.variance / dense.variance, 1.0).clamp(max=1)
     # This order of operations changes no bit if the two sums are equal.
-    moved_mean = scale.sqrt() * mean + (pruned_m - scale.sqrt() * m)
-    moved_variance = scale * variance + (pruned_v - scale * v).clamp(min=0)
-    finite = moved_mean.isfinite() & moved_variance.isfinite()
-    return torch.where(finite, moved_mean, mean), torch.where(finite, moved_variance, variance)
+    mean = scale.sqrt() * running.mean + (pruned.mean - scale.sqrt() * dense.mean)
+    rest = (pruned.variance - scale * dense.variance).clamp(min=0)
+    variance = scale * running.variance + rest
+
+    is_finite = mean.isfinite() & variance.isfinite()
+    return _Moments(
+        torch.where(is_finite, mean, running.mean),
+        torch.where(is_finite, variance, running.variance),
+    )
 
 
-def _mean_and_variance(sums: Tensor) -> _Moments:
+def _moments_from(sums: Tensor) -> _Moments:
     count, total, squares = sums
     mean = total / count
+    biased = (squares / count - mean.square()).clamp(min=0)
     # Unbiased, like the running variance.
-    return mean, (squares / count - mean.square()).clamp(min=0) * count / (count - 1).clamp(min=1)
+    return _Moments(mean, biased * count / (count - 1).clamp(min=1))
 
 
-def _predict(sample: Sample) -> tuple[Tensor, bool] | None:
-    """Return the predictions of a sample as rows, and whether they are logits of classes; None if it has none."""
+def _predict(sample: Sample) -> _Predictions | None:
+    """Return the predictions of a sample; None if it has none."""
     try:
         output = sample.predict()
     except Exception:  # the module may not be able to predict, although its calibration_step runs
@@ -261,4 +312,5 @@ def _predict(sample: Sample) -> tuple[Tensor, bool] | None:
     if predictions is None:
         return None
     rows = rows_of(predictions, sample)
-    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True), has_classes(output)
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+    return _Predictions(rows, has_classes(output))

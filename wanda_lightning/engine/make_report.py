@@ -1,13 +1,11 @@
-"""The report of a pruning run, with its notes: one function for each thing that a user should know."""
+"""Make the report of a pruning run, with a note for each thing that a user should know."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sized
 
 from torch.nn.parameter import UninitializedParameter
 
@@ -15,15 +13,13 @@ from wanda_lightning.calibration import observer
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.core.placeholders import is_unloaded
-from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason, is_wrapper
+from wanda_lightning.models import SkippedMatrix, SkipReason, is_wrapper
+from wanda_lightning.planning.coverage import Note, unfit_layers
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.run import Run, unreached
 from wanda_lightning.report import PruningReport
-from wanda_lightning.report.records import grouped
 
 log = logging.getLogger(__name__)
-
-_ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be pruned
 
 
 def make_report(run: Run) -> PruningReport:
@@ -31,80 +27,79 @@ def make_report(run: Run) -> PruningReport:
     started = time.perf_counter()
     plan = run.plan
     pruned = run.done.layers
-    skipped = _left_dense(run)
+    dense = _left_dense(run)
     if not pruned and plan.config.sparsity > 0:
-        only_zeros = any(each.reason == SkipReason.INACTIVE for each in skipped.values())
-        found = "only zeros" if only_zeros else "no token except padding"
+        only_zeros = any(matrix.reason == SkipReason.INACTIVE for matrix in dense.values())
+        inputs = "only zeros" if only_zeros else "no token except padding"
         raise UserError(
-            f"batches must reach the layers, but {found} reached any of the {len(plan.layers)} layers, so nothing was "
+            f"batches must reach the layers, but {inputs} reached any of the {len(plan.layers)} layers, so nothing was "
             "pruned. Check that the batches hold more than padding or zeros, and that forward= runs the model."
         )
-    notes = _notes_on(run, skipped)
+
+    notes = _notes_on(run, dense)
     for note in notes:
         if note.is_warning and plan.processes.rank == 0:
             log.warning(note.text)
-    parameters = [p for p in plan.model.parameters() if not isinstance(p, UninitializedParameter)]
-    held = (p.detach() for p in parameters if not is_wrapper(p) and not is_unloaded(p))
-    zeros = run.store.zeros + sum(int((values == 0).count_nonzero()) for values in held)
-    limits = (
-        None
-        if plan.config.pattern.prunes_units
-        else plan.config.allocation.limits(plan.config.sparsity)
-    )
+
+    config = {
+        "preset": plan.preset,
+        **plan.config.describe(),
+        "calibration_batches": run.samples.total,
+        **run.removal.settings(plan),
+    }
+    parameters, zeros = _count_parameters(run)
     run.clock["report"] = time.perf_counter() - started
-    return PruningReport(
+    report = PruningReport(
         layers=tuple(pruned[name] for name in plan.inventory.blocks if name in pruned),
-        skipped=(*plan.inventory.skipped, *skipped.values()),
-        parameters=sum(parameter.numel() for parameter in parameters),
+        skipped=(*plan.inventory.skipped, *dense.values()),
+        parameters=parameters,
         zeros=zeros,
         seconds=dict(run.clock),
-        config={
-            "preset": plan.preset,
-            **plan.config.describe(),
-            "calibration_batches": run.samples.total,
-            **({"allocation_limits": list(limits)} if limits else {}),
-            **({"unit_costs": dict(plan.costs)} if plan.costs else {}),
-        },
+        config=config,
         notes=tuple(note.text for note in notes),
         training=run.training,
     )
+    return run.removal.complete(report)
+
+
+def _count_parameters(run: Run) -> tuple[int, int]:
+    """Return the number of parameters of the model, and how many of them are zero."""
+    number = 0
+    zeros = run.store.zeros
+    for parameter in run.plan.model.parameters():
+        if isinstance(parameter, UninitializedParameter):
+            continue
+        number += parameter.numel()
+        if not is_wrapper(parameter) and not is_unloaded(parameter):
+            zeros += int((parameter.detach() == 0).count_nonzero())
+    return number, zeros
 
 
 def _left_dense(run: Run) -> dict[str, SkippedMatrix]:
-    """Return the layers of the plan that were not pruned, and what writes the hidden units that such layers read."""
+    """Return the layers of the plan that were not pruned, in model order, and what stays dense with them."""
     done = run.done
-    plan = run.plan
-    dense = {
-        x.name: done.skipped.get(x.name) or unreached(x)
-        for x in plan.layers
-        if x.name not in done.layers
-    }
-    for name, units in plan.coupled.items():
-        for writer in units.writers if name in dense else ():
-            dense.setdefault(
-                writer.name, replace(dense[name], name=writer.name, shape=writer.stored_shape)
-            )
+    dense: dict[str, SkippedMatrix] = {}
+    for layer in run.plan.layers:
+        if layer.name not in done.layers:
+            dense[layer.name] = done.skipped.get(layer.name) or unreached(layer)
+    all_dense = run.removal.left_dense(dense)
     return {
-        name: dense[name]
-        for name in plan.inventory.blocks
-        if name in dense and name not in done.layers
+        name: all_dense[name]
+        for name in run.plan.inventory.blocks
+        if name in all_dense and name not in done.layers
     }
 
 
-class Note(NamedTuple):
-    """A sentence for the report; a warning is also logged."""
-
-    text: str
-    is_warning: bool = True
-
-
-def _notes_on(run: Run, skipped: Mapping[str, SkippedMatrix]) -> list[Note]:
-    coverage = None if run.plan.coupled else low_coverage(run.plan.inventory, skipped)
+def _notes_on(run: Run, dense: Mapping[str, SkippedMatrix]) -> list[Note]:
+    on_coverage = (
+        unfit_layers(run.plan.inventory),
+        run.removal.coverage(run.plan.inventory, dense),
+    )
     return [
-        *_on_layers(run, skipped),
-        *filter(None, (unfit_layers(run.plan.inventory), coverage)),
+        *_on_layers(run, dense),
+        *[note for note in on_coverage if note is not None],
         *_on_targets(run),
-        *_on_units(run),
+        *run.removal.notes(run),
         *_on_permutation(run),
         *_on_batch_norm(run),
         *_on_training(run),
@@ -118,20 +113,19 @@ _LEFT_DENSE = (
 )
 
 
-def _on_layers(run: Run, skipped: Mapping[str, SkippedMatrix]) -> Iterator[Note]:
+def _on_layers(run: Run, dense: Mapping[str, SkippedMatrix]) -> Iterator[Note]:
     for reason, why in _LEFT_DENSE:
-        if names := [name for name, matrix in skipped.items() if matrix.reason is reason]:
+        names = [name for name, matrix in dense.items() if matrix.reason is reason]
+        if names:
             yield Note(f"{why} {_layers(names)}, {names[0]} first: left dense")
-    if few := [name for name in run.done.few_tokens if name in run.done.layers]:
-        least = min(few, key=lambda name: run.done.layers[name].tokens)
-        noun = "expert layer"
-        use = "pruned with the statistics of all experts"
-        if run.plan.config.pattern.drops_experts:
-            noun = "expert"
-            use = "scored by these"
+
+    rare_experts = [name for name in run.done.few_tokens if name in run.done.layers]
+    if rare_experts:
+        rarest = min(rare_experts, key=lambda name: run.done.layers[name].tokens)
         yield Note(
-            f"{_layers(few, noun)} received fewer than {observer.MIN_EXPERT_TOKENS} tokens, {least} "
-            f"fewest: {run.done.layers[least].tokens}. They are {use}: give more calibration samples"
+            f"{_layers(rare_experts, run.removal.expert_noun)} received fewer than "
+            f"{observer.MIN_EXPERT_TOKENS} tokens, {rarest} fewest: {run.done.layers[rarest].tokens}. "
+            f"They are {run.removal.fate_of_rare_experts}: give more calibration samples"
         )
     if run.plan.observed and run.plan.config.sequential != "none":
         yield from _on_passed(run)
@@ -139,21 +133,23 @@ def _on_layers(run: Run, skipped: Mapping[str, SkippedMatrix]) -> Iterator[Note]
 
 def _on_passed(run: Run) -> Iterator[Note]:
     """Name the layers whose statistics leave out calls, because a batch did not wait at their stop."""
-    again = _shared_outside(run.plan)
-    late = set[str]()
+    called_again = _shared_outside(run.plan)
+    called_late: set[str] = set()
     for stop in run.plan.stops:
-        inside = {layer.name for layer in stop.layers}
+        layers = {layer.name for layer in stop.layers}
         if stop.name in run.done.passed.again:
-            again |= inside
+            called_again |= layers
         elif stop.name in run.done.passed.late:
-            late |= inside
+            called_late |= layers
 
-    if names := [name for name in run.done.layers if name in again]:
+    names = [name for name in run.done.layers if name in called_again]
+    if names:
         yield Note(
             f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the "
             "first call: use sequential='none', so that they include all calls"
         )
-    if names := [name for name in run.done.layers if name in late - again]:
+    names = [name for name in run.done.layers if name in called_late - called_again]
+    if names:
         yield Note(
             f"some batches call the layers in another order than others, so the statistics of {_layers(names)}, "
             f"{names[0]} first, leave these batches out: use sequential='none', so that they include all batches"
@@ -162,66 +158,41 @@ def _on_passed(run: Run) -> Iterator[Note]:
 
 def _shared_outside(plan: Plan) -> set[str]:
     """Return the layers whose weight the model also holds outside of their stop, where it is called once more."""
-    names = Counter(id(p) for _, p in plan.model.named_parameters(remove_duplicate=False))
-    shared = set[str]()
+    all_parameters = plan.model.named_parameters(remove_duplicate=False)
+    number_of_names = Counter(id(parameter) for _, parameter in all_parameters)
+    shared: set[str] = set()
     for stop in plan.stops:
-        if stop.module is not None and any(names[id(layer.parameter)] > 1 for layer in stop.layers):
-            # Without that module and what it contains.
-            modules = plan.model.named_modules({stop.module})
-            outside = {id(p) for _, module in modules for p in module.parameters(recurse=False)}
-            shared |= {layer.name for layer in stop.layers if id(layer.parameter) in outside}
+        has_several = any(number_of_names[id(layer.parameter)] > 1 for layer in stop.layers)
+        if stop.module is None or not has_several:
+            continue
+        outside: set[int] = set()
+        # The second argument leaves out that module and what it contains.
+        for _, module in plan.model.named_modules({stop.module}):
+            outside |= {id(parameter) for parameter in module.parameters(recurse=False)}
+        shared |= {layer.name for layer in stop.layers if id(layer.parameter) in outside}
     return shared
-
-
-def unfit_layers(inventory: Inventory) -> Note | None:
-    """Name the layers that the pattern does not fit."""
-    if not (unfit := inventory.skipped_for(SkipReason.PATTERN)):
-        return None
-    return Note(
-        f"the pattern does not fit {_layers(unfit)}, {unfit[0].name} largest ({unfit[0].detail}): left dense"
-    )
-
-
-def low_coverage(inventory: Inventory, skipped: Mapping[str, SkippedMatrix] = {}) -> Note | None:
-    """Warn if many weights are not pruned, apart from embeddings, stems, heads and what the user left out.
-
-    `skipped` holds the layers of the inventory that turned out to stay dense.
-    """
-    left = [matrix for matrix in inventory.skipped if not matrix.reason.is_expected]
-    left += [skipped[layer.name] for layer in inventory.layers if layer.name in skipped]
-    pruned = sum(layer.size for layer in inventory.layers if layer.name not in skipped)
-    total = pruned + _size(left)
-    if pruned >= _ENOUGH_COVERAGE * total:
-        return None
-    alike = grouped(left, lambda matrix: matrix.detail)
-    texts = []
-    for detail, matrices in sorted(alike.items(), key=lambda item: -_size(item[1]))[:3]:
-        more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
-        texts.append(f"{matrices[0].name}{more}, {_size(matrices):,} weights: {detail}")
-    return Note(
-        f"only {pruned / total:.0%} of the weights besides embeddings, stem and head are in pruned layers; the largest "
-        f"parts left out are {'; '.join(texts)}"
-    )
 
 
 def _on_targets(run: Run) -> Iterator[Note]:
     layers = run.done.layers.values()
-    few = [
+    few_tokens = [
         layer
         for layer in layers
-        if layer.tokens < layer.shape[1] and layer.name not in run.done.few_tokens
+        if layer.tokens < layer.shape[1]
+        and layer.name not in run.done.few_tokens
+        and layer.name in run.selections  # others only write hidden units
     ]
-    # Not what only writes hidden units.
-    few = [layer for layer in few if layer.name in run.selections]
-    if "gram" in run.plan.config.needs and few:
-        least = min(few, key=lambda layer: layer.tokens / layer.shape[1])
+    if few_tokens and "gram" in run.plan.config.needs:
+        fewest = min(few_tokens, key=lambda layer: layer.tokens / layer.shape[1])
         yield Note(
-            f"{_layers(few)} received fewer tokens than inputs, {least.name} fewest: {least.tokens} tokens for "
-            f"{least.shape[1]} inputs. Their Gram matrices depend on the dampening: give more calibration samples"
+            f"{_layers(few_tokens)} received fewer tokens than inputs, {fewest.name} fewest: {fewest.tokens} "
+            f"tokens for {fewest.shape[1]} inputs. Their Gram matrices depend on the dampening: give more "
+            "calibration samples"
         )
-    if short := [
-        layer for layer in layers if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]
-    ]:
+
+    # A row may lack one weight by rounding.
+    short = [layer for layer in layers if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
+    if short:
         worst = min(short, key=lambda layer: layer.sparsity)
         yield Note(
             f"{run.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
@@ -229,106 +200,93 @@ def _on_targets(run: Run) -> Iterator[Note]:
         )
 
 
-def _on_units(run: Run) -> Iterator[Note]:
-    if not run.plan.coupled or not run.plan.config.sparsity:
-        return
-    zero = sum(run.done.zero_units.values())
-    width = sum(units.width for units in run.plan.coupled.values())
-    if not zero:
-        yield Note(
-            f"none of {width:,} hidden units is zero, because sparsity={run.plan.config.sparsity:g} rounds to no unit "
-            "of any layer: use a smaller multiple_of, or a higher sparsity"
-        )
-        return
-    plan = run.plan
-    of_cost = ""
-    if plan.costs:
-        cost = plan.config.allocation.cost
-        total = plan.cost_of({name: units.width for name, units in plan.coupled.items()})
-        of_cost = f", {plan.cost_of(run.done.zero_units) / total:.1%} of the {cost} of all"
-    yield Note(
-        f"{zero:,} of {width:,} hidden units are zero{of_cost}; shrink() takes them out",
-        is_warning=False,
-    )
-
-
 def _on_permutation(run: Run) -> Iterator[Note]:
-    if not (done := run.permuted):
+    permuted = run.permuted
+    if permuted is None:
         return
-    reason = ""
-    nm = f"{run.plan.config.pattern.group_kept}:{run.plan.config.pattern.group_size}"
-    if back := done.put_back:
-        reason = f"; the units of {_layers(back, 'block')} were put back, {back[0]} first, because its output changed"
-    if not done.kept:
-        why = done.why_not or "no layer reads hidden units whose order can be changed"
-        yield Note(f"nothing is permuted for {nm}: {why}{reason}")
+    pattern = run.plan.config.pattern
+    groups = f"{pattern.group_kept}:{pattern.group_size}"
+    put_back = ""
+    if permuted.put_back:
+        put_back = (
+            f"; the units of {_layers(permuted.put_back, 'block')} were put back, {permuted.put_back[0]} first, "
+            "because its output changed"
+        )
+    if not permuted.kept:
+        why = permuted.why_not or "no layer reads hidden units whose order can be changed"
+        yield Note(f"nothing is permuted for {groups}: {why}{put_back}")
         return
-    before, after = (sum(column) for column in zip(*done.kept.values(), strict=True))
+    before = sum(score for score, _ in permuted.kept.values())
+    after = sum(score for _, score in permuted.kept.values())
     yield Note(
-        f"the inputs of {_layers(done.kept)} are permuted, which raises the Wanda scores that {nm} keeps "
-        f"in them by {after / before - 1:.2%}{reason}",
-        is_warning=bool(reason),
+        f"the inputs of {_layers(permuted.kept)} are permuted, which raises the Wanda scores that {groups} keeps "
+        f"in them by {after / before - 1:.2%}{put_back}",
+        is_warning=bool(put_back),
     )
 
 
 def _on_batch_norm(run: Run) -> Iterator[Note]:
-    if why := run.not_corrected:
+    if run.not_corrected:
         yield Note(
-            f"BatchNorm layers keep the statistics of the dense model, which do not fit the pruned one: {why}"
+            "BatchNorm layers keep the statistics of the dense model, which do not fit the pruned one: "
+            f"{run.not_corrected}"
         )
-    if not (done := run.batch_norm):
+    correction = run.batch_norm
+    if correction is None:
         return
-    if not done.layers:
+    if not correction.layers:
         yield Note(
             "no calibration batch reached a BatchNorm layer: they keep the statistics of the dense model"
         )
         return
-    text = f"the statistics of {quantity(done.layers, 'BatchNorm layer')} are corrected on {done.samples} samples"
-    if not done.kept:
+
+    if correction.kept:
+        layers = quantity(correction.layers, "BatchNorm layer")
+        text = f"the statistics of {layers} are corrected on {correction.samples} samples"
+        verb = "changes"
+    else:
         text = "BatchNorm layers keep their statistics instead of a correction"
-    if done.before is None or done.after is None:
+        verb = "would change"
+    if correction.before is None or correction.after is None:
         text += "; no predictions of held-out samples to compare"
     else:
         text += (
-            f", which {'changes' if done.kept else 'would change'} the distance from the dense predictions on "
-            f"{done.held_out} held-out samples from {done.before:.4g} to {done.after:.4g}"
+            f", which {verb} the distance from the dense predictions on {correction.held_out} held-out samples from "
+            f"{correction.before:.4g} to {correction.after:.4g}"
         )
     yield Note(text, is_warning=False)
 
 
 def _on_training(run: Run) -> Iterator[Note]:
-    if parts := {
-        layer.part.name: layer.part
-        for layer in run.done.layers.values()
-        if layer.part and layer.part.stopped
-    }:
-        first = next(iter(parts.values()))
-        untrained = sum(not part.after < part.before for part in parts.values())
+    stopped_parts = {}
+    for layer in run.done.layers.values():
+        if layer.part and layer.part.stopped:
+            stopped_parts[layer.part.name] = layer.part
+    if stopped_parts:
+        first = next(iter(stopped_parts.values()))
+        untrained = sum(not part.after < part.before for part in stopped_parts.values())
         yield Note(
-            f"the training of {_layers(parts, 'part')} stopped, {first.name} first: {first.stopped}. {untrained} of "
-            "them keep the weights from before the training: load the model in a wider dtype, or use a lower "
-            "learning_rate"
+            f"the training of {_layers(stopped_parts, 'part')} stopped, {first.name} first: {first.stopped}. "
+            f"{untrained} of them keep the weights from before the training: load the model in a wider dtype, or use a "
+            "lower learning_rate"
         )
-    if not (training := run.training):
+
+    training = run.training
+    if training is None:
         return
     text = f"{training.recovery} trained on {quantity(training.trained, 'sample')}"
-    if losses := [each.held_out for each in training.passes if each.held_out is not None]:
+    losses = [one_pass.held_out for one_pass in training.passes if one_pass.held_out is not None]
+    if losses:
         best = losses.index(min(losses))
-        text += f"; mean loss on {quantity(training.held_out, 'held-out sample')}, before and after each pass: "
-        text += ", ".join(f"{loss:.4g}" for loss in losses)
-        text += (
-            f"; the weights {f'of pass {best}' if best else 'from before the training'} are kept"
-        )
+        held_out = quantity(training.held_out, "held-out sample")
+        shown = ", ".join(f"{loss:.4g}" for loss in losses)
+        kept = f"of pass {best}" if best else "from before the training"
+        text += f"; mean loss on {held_out}, before and after each pass: {shown}; the weights {kept} are kept"
     else:
         text += "; too few samples to hold any out"
-    yield Note(
-        f"{text}; {training.stopped}" if training.stopped else text,
-        is_warning=bool(training.stopped),
-    )
-
-
-def _size(matrices: Sequence[SkippedMatrix]) -> int:
-    return sum(matrix.size for matrix in matrices)
+    if training.stopped:
+        text += f"; {training.stopped}"
+    yield Note(text, is_warning=bool(training.stopped))
 
 
 def _layers(names: Sized, noun: str = "layer") -> str:

@@ -6,12 +6,11 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
@@ -20,20 +19,31 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
+from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
 from wanda_lightning.engine.make_report import make_report
-from wanda_lightning.engine.write import prune_stop
-from wanda_lightning.experts.dropping import drop_experts
+from wanda_lightning.experts.remove_experts import RemoveExperts
+from wanda_lightning.masks.remove_weights import RemoveWeights
+from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import Plan, make_plan, refuse_unprunable
-from wanda_lightning.planning.run import Observed, Run, WeightStore
+from wanda_lightning.planning.removal import Removal, StopObserver
+from wanda_lightning.planning.run import Run
+from wanda_lightning.planning.weight_store import WeightStore
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 from wanda_lightning.training.predictions import predictions_of
-from wanda_lightning.units.costs import unit_costs
-from wanda_lightning.units.finding import couple, permute
+from wanda_lightning.training.recovery import BlockRecovery
+from wanda_lightning.units.permute import permute
+from wanda_lightning.units.remove_units import RemoveUnits
 
 log = logging.getLogger(__name__)
+
+_REMOVALS: Mapping[str, type[Removal]] = {
+    "weights": RemoveWeights,
+    "units": RemoveUnits,
+    "experts": RemoveExperts,
+}
 
 _ONE_LOOP = "the batches of a validation loop run only once"
 
@@ -78,6 +88,11 @@ def prune(
     return prune_as(make_plan(config, model), batches, forward=forward, progress=progress)
 
 
+def removal_of(pattern: Pattern) -> Removal:
+    """Return what carries out a pattern: the removal of weights, hidden units or experts, for one run."""
+    return _REMOVALS[pattern.removes]()
+
+
 def prune_as(
     plan: Plan,
     batches: Iterable[Any] | None = None,
@@ -101,56 +116,31 @@ def prune_as(
         store: Where the weights are.
     """
     started = time.perf_counter()
-    config = plan.config
-    model = plan.model
-    processes = plan.processes
-    with processes.fail_together():
+    with plan.processes.fail_together():
         store.check(plan.layers)
-        batch_norms = _batch_norms(plan)
-        not_corrected = ""
-        if batch_norms and batches is None:
-            not_corrected = "no calibration batches were given"
-            batch_norms = []
-        reader = config.data_reader or ("keep_batch_norm=False" if batch_norms else None)
-        samples = Samples(model, batches, forward, predict, processes, reader)
-        run = Run(
-            plan, samples, store, progress and processes.rank == 0, not_corrected=not_corrected
+        batch_norms, not_corrected = _batch_norms_to_correct(plan, batches)
+        samples = Samples(
+            plan.model, batches, forward, predict, plan.processes, _data_reader(plan, batch_norms)
         )
-        allocate_first = (
-            not plan.is_one_pass or config.reads_gradients
-        ) and not config.pattern.drops_experts
-        recovery_reads = config.recovery.reads_batches or config.recovery.trains_blocks
-        if config.data_reader and (allocate_first or recovery_reads):
-            samples.read_all(run.progress)  # the batches run several times, or side by side
+        removal = removal_of(plan.config.pattern)
+        shows_bars = progress and plan.processes.rank == 0
+        run = Run(plan, samples, store, removal, shows_bars, not_corrected=not_corrected)
+        _read_all_if_needed(run)
     run.clock["prepare"] = time.perf_counter() - started
-    if config.pattern.drops_experts:
-        return drop_experts(run)
-    if config.permutation.reads_batches:
-        with run.clock.timed("permute"):
-            run = replace(run, permuted=permute(run))
-    if config.pattern.prunes_units:
-        with run.clock.timed("find units"), pruning_mode(model):
-            run = replace(run, plan=couple(run))
-            run = replace(run, plan=replace(run.plan, costs=unit_costs(run)))
-    with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(model):
-        statistics = BatchNormStatistics(batch_norms, samples, processes)
-    if allocate_first:
-        with run.clock.timed("allocate", bool(config.allocation.needs or config.reads_gradients)):
-            run = run.allocated(partial(_observe_dense_model, run))
-    recovers = config.recovery.reads_batches and config.sparsity > 0
-    with run.clock.timed("recover", recovers), pruning_mode(model):
-        recovery = ModelRecovery()
-        if recovers:
-            # With a structured pattern, layers without hidden units (not in `run.plan`) train, too.
-            dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
-            recovery = config.recovery.start_model(dense)
-    with run.clock.timed("prune"), pruning_mode(model), note_on_error(run.written, log.error):
-        run = _prune_stops(run)
-    torch.clear_autocast_cache()  # it holds casts of the dense weights
-    with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(model, batch_norms):
+
+    run = _permute(run)  # for N:M: reorder hidden units; the model computes the same
+    run = removal.find(run)  # hidden units, experts; from now on, the plan concerns what can leave
+    statistics = BatchNormStatistics(batch_norms, samples, plan.processes)
+    with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(plan.model):
+        statistics.observe_dense()
+    run = _allocate(run)  # the sparsity of each layer
+    recovery = _start_recovery(run, plan.layers)
+    run = _prune_stops(run)
+    with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(plan.model, batch_norms):
         run = replace(run, batch_norm=statistics.correct())
-    with run.clock.timed("recover", recovers), pruning_mode(model):
-        run = replace(run, training=recovery.train())
+    with run.clock.timed("recover", recovery is not None), pruning_mode(plan.model):
+        if recovery is not None:
+            run = replace(run, training=recovery.train())
     return make_report(run)
 
 
@@ -165,23 +155,24 @@ def rehearse(
     `find_batches` is called if a choice reads batches, and returns None if no batch can be spared.
     """
     config = plan.config
-    model = plan.model
-    processes = plan.processes
-    with processes.fail_together():
+    with plan.processes.fail_together():
         refuse_unprunable(plan.layers)
-        reader = config.data_reader or ("keep_batch_norm=False" if _batch_norms(plan) else None)
+        batch_norms = [] if config.keep_batch_norm else batch_norm_layers(plan.model)
+        reader = _data_reader(plan, batch_norms)
         batches = find_batches() if reader else None
     if batches is None:
         return
-    samples = Samples(model, batches, forward, predict, processes, reader)
-    with pruning_mode(model), processes.fail_together():
-        if sample := next(iter(samples), None):
+
+    samples = Samples(plan.model, batches, forward, predict, plan.processes, reader)
+    with pruning_mode(plan.model), plan.processes.fail_together():
+        for sample in samples:
             if config.reads_gradients:
                 check_predictions(plan.layers, samples.split(sample)[0])
             elif config.recovery.reads_batches:
                 predictions_of(samples.split(sample)[0].predict())
             else:
                 sample.forward()
+            break
     samples.refuse_if_empty()
 
 
@@ -192,86 +183,207 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
         ValueError: Before any weight is written, if there was no batch or an activation is NaN or infinite.
     """
     permuted = Permuted(why_not=_ONE_LOOP) if plan.config.permutation.reads_batches else None
-    not_corrected = _ONE_LOOP if _batch_norms(plan) else ""
+    has_batch_norms = not plan.config.keep_batch_norm and batch_norm_layers(plan.model)
+    not_corrected = _ONE_LOOP if has_batch_norms else ""
     samples = Samples(plan.model, None, None, None, plan.processes, None)
-    run = Run(plan, samples, WeightStore(), permuted=permuted, not_corrected=not_corrected)
+    removal = removal_of(plan.config.pattern)
+    run = Run(plan, samples, WeightStore(), removal, permuted=permuted, not_corrected=not_corrected)
     with (
         run.clock.timed("prune"),
         torch.inference_mode(False),
         torch.no_grad(),
-        note_on_error(run.written, log.error),
+        note_on_error(run.describe_progress, log.error),
     ):
         with plan.processes.fail_together():
             refuse_unprunable(plan.layers)
-        found, run.samples.total = passive.finish()
-        run = replace(run, selections=plan.allocate(found.inputs))
-        prune_stop(run, plan.whole_model, found)
+        observation, samples.total = passive.finish()
+        run = _with_sparsities(run, DenseStatistics(observation.inputs))
+        removal.prune(run, plan.whole_model, observation)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
     return make_report(run)
 
 
-def _batch_norms(plan: Plan) -> list[nn.Module]:
-    """Return the BatchNorm layers whose statistics change, if they can be."""
-    return batch_norm_layers(plan.model) if not plan.config.keep_batch_norm else []
+def _batch_norms_to_correct(plan: Plan, batches: object) -> tuple[list[nn.Module], str]:
+    """Return the BatchNorm layers whose statistics change, and why others do not, if they should."""
+    batch_norms = [] if plan.config.keep_batch_norm else batch_norm_layers(plan.model)
+    if batch_norms and batches is None:
+        return [], "no calibration batches were given"
+    return batch_norms, ""
 
 
-def _observe_dense_model(run: Run) -> Observed:
+def _data_reader(plan: Plan, batch_norms: list[nn.Module]) -> str | None:
+    """Return the first choice that reads calibration data, for messages; None if no choice does."""
+    if plan.config.data_reader is None and batch_norms:
+        return "keep_batch_norm=False"
+    return plan.config.data_reader
+
+
+def _read_all_if_needed(run: Run) -> None:
+    """Load all batches into memory if they run several times, or side by side."""
+    config = run.plan.config
+    allocates_first = not run.plan.is_one_pass or config.reads_gradients
+    recovers = config.recovery.reads_batches or config.recovery.trains_blocks
+    if config.data_reader and (allocates_first or recovers):
+        run.samples.read_all(run.progress)
+
+
+def _permute(run: Run) -> Run:
+    if not run.plan.config.permutation.reads_batches:
+        return run
+    with run.clock.timed("permute"):
+        return replace(run, permuted=permute(run))
+
+
+@dataclass(frozen=True)
+class DenseStatistics:
+    """What allocations and patterns read of the dense model, by layer."""
+
+    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
+    gradients: Mapping[str, GradientStatistics] = field(default_factory=dict)
+
+
+def _allocate(run: Run) -> Run:
+    """Return the run with a sparsity for each layer, unless these follow from the one pass that observes all layers."""
+    config = run.plan.config
+    if run.plan.is_one_pass and not config.reads_gradients:
+        return run
+    is_reported = bool(config.allocation.needs or config.reads_gradients)
+    with run.clock.timed("allocate", is_reported):
+        return _resumed(run) or _with_sparsities(run, _observe_dense_model(run))
+
+
+def _resumed(run: Run) -> Run | None:
+    """Return the run with the sparsities that an interrupted run has chosen; None if there are none."""
+    with run.plan.processes.fail_together():
+        sparsities = run.store.stored_sparsities()
+    if not sparsities:
+        return None
+    run.samples.count()
+    return replace(run, selections=run.removal.selections(run.plan, sparsities))
+
+
+def _observe_dense_model(run: Run) -> DenseStatistics:
     """Collect the input statistics and the gradients that allocation and pattern read."""
-    plan, config, model = run.plan, run.plan.config, run.plan.model
+    plan = run.plan
+    config = plan.config
     inputs: Mapping[str, InputStatistics] = {}
     gradients: Mapping[str, GradientStatistics] = {}
     if config.allocation.needs:
         observer = Observer(config.allocation.needs, plan.processes)
-        with pruning_mode(model), ProgressBar("Observing", None, run.progress) as bar:
+        with pruning_mode(plan.model), ProgressBar("Observing", None, run.progress) as bar:
             inputs = run.store.observe_dense(run, observer, bar).inputs
     if config.reads_gradients:
-        limit = config.allocation.gradient_limit
-        columns = {name: units.columns for name, units in plan.coupled.items()}
         with (
-            pruning_mode(model),
+            pruning_mode(plan.model),
             ProgressBar("Backward pass", run.samples.length, run.progress) as bar,
         ):
             gradients = gradient_statistics(
-                model,
+                plan.model,
                 plan.layers,
                 plan.blocks,
                 run.samples,
                 bar.step,
                 plan.processes,
-                limit,
-                columns,
+                config.allocation.gradient_limit,
+                run.removal.unit_columns,
             )
         run.samples.refuse_if_empty()
-    return inputs, gradients
+    return DenseStatistics(inputs, gradients)
+
+
+def _with_sparsities(run: Run, dense: DenseStatistics) -> Run:
+    """Return the run with a sparsity for each layer, the same in all processes."""
+    plan = run.plan
+    allocation = plan.config.allocation
+    reads_weights = bool(allocation.needs or allocation.reads_gradients)
+    shows_bar = run.progress and reads_weights and not run.removal.unit_columns
+    with (
+        run.store.dense_reader() as read_dense,
+        ProgressBar("Allocating", None, shows_bar) as bar,
+        plan.processes.fail_together(),
+    ):
+
+        def read(layer: Layer) -> Tensor:
+            bar.show(layer.name)
+            bar.advance()
+            return read_dense(layer)
+
+        sparsities: dict[str, float] = {}
+        if plan.processes.rank == 0:
+            sparsities = run.removal.choose_sparsities(plan, dense.inputs, dense.gradients, read)
+        # One process decides: numbers that differ in the last digit could give different masks.
+        sparsities = plan.processes.broadcast(sparsities, 0)
+
+    selections = run.removal.selections(plan, sparsities, dense.gradients)
+    run.store.store_sparsities({name: chosen.sparsity for name, chosen in selections.items()})
+    return replace(run, selections=selections)
+
+
+def _start_recovery(run: Run, layers: tuple[Layer, ...]) -> ModelRecovery | None:
+    """Start the recovery of the whole model; None if it is not to be trained.
+
+    With a structured pattern, the `layers` without hidden units, which are not in the plan of the run, train, too.
+    """
+    plan = run.plan
+    if not (plan.config.recovery.reads_batches and plan.config.sparsity > 0):
+        return None
+    dense = DenseModel(plan.model, layers, plan.blocks, run.samples, plan.processes, run.progress)
+    with run.clock.timed("recover"), pruning_mode(plan.model):
+        return plan.config.recovery.start_model(dense)
 
 
 def _prune_stops(run: Run) -> Run:
     """Observe, prune and recover each stop in turn."""
-    plan, config = run.plan, run.plan.config
-    observer = Observer(plan.observed, plan.processes)
-    of_dense = None if plan.observed else Observation()
-    if plan.is_one_pass:
-        with ProgressBar("Observing", None, run.progress) as bar:
-            of_dense = found = run.store.observe_dense(run, observer, bar)
-        run = run if run.selections else run.allocated(lambda: (found.inputs, {}))
     with (
-        ProgressBar("Pruning", None, run.progress) as bar,
-        closing(run.store.stops(run, bar)) as stops,
+        run.clock.timed("prune"),
+        pruning_mode(run.plan.model) as buffers,
+        note_on_error(run.describe_progress, log.error),
     ):
-        for stop, waiting in stops:
-            bar.show(stop.name)
-            if run.store.arrive(stop, run):
-                continue
-            recovery = config.recovery.start(stop, plan.processes)
-            calls = recovery.record(waiting)
-            if of_dense is None:
-                prune_stop(run, stop, observer(stop, calls))
-            else:
-                for call in calls:  # which only record
-                    call.run(on_copies=True)
-                prune_stop(run, stop, of_dense)
-            for part, layers in recovery.train(bar.show):
-                for name in run.done.layers.keys() & {layer.name for layer in layers}:
-                    run.done.layers[name] = replace(run.done.layers[name], part=part)
-        run.store.finish(run)
+        run = replace(run, buffers=buffers)
+        observer = run.removal.observer(run.plan)
+        run, dense_observation = _observe_in_one_pass(run, observer)
+        with (
+            ProgressBar("Pruning", None, run.progress) as bar,
+            closing(run.store.visits(run, bar)) as visits,
+        ):
+            for visit in visits:
+                bar.show(visit.stop.name)
+                recovery = run.plan.config.recovery.start(visit.stop, run.plan.processes)
+                calls = recovery.record(visit.calls)
+                if dense_observation is None:
+                    observation = observer(visit.stop, calls)
+                else:
+                    observation = dense_observation
+                    for call in calls:  # which only record
+                        call.run(on_copies=True)
+                run.removal.prune(run, visit.stop, observation)
+                _train_block(run, recovery, bar)
+            run.removal.refuse_unreached(run)
+            run.store.finish(run)
+    torch.clear_autocast_cache()  # it holds casts of the dense weights
+    run.removal.finish(run)
     return run
+
+
+def _observe_in_one_pass(run: Run, observer: StopObserver) -> tuple[Run, Observation | None]:
+    """Return what all stops are pruned with; None if each stop is observed when it is reached.
+
+    The sparsities of the layers follow from it, if they are not known yet.
+    """
+    if not run.plan.observed:
+        return run, Observation()
+    if not run.plan.is_one_pass:
+        return run, None
+    with ProgressBar("Observing", None, run.progress) as bar:
+        observation = run.store.observe_dense(run, observer, bar)
+    if not run.selections:
+        run = _resumed(run) or _with_sparsities(run, DenseStatistics(observation.inputs))
+    return run, observation
+
+
+def _train_block(run: Run, recovery: BlockRecovery, bar: ProgressBar) -> None:
+    """Train the parts of a block, and record each part with its layers."""
+    for part, layers in recovery.train(bar.show):
+        for layer in layers:
+            if layer.name in run.done.layers:
+                run.done.layers[layer.name] = replace(run.done.layers[layer.name], part=part)

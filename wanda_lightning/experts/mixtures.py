@@ -7,8 +7,9 @@ experts unroutable.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -40,63 +41,89 @@ class Mixture:
 
     def take(self, keep: Units) -> Callable[[], None]:
         """Take all other experts out, in place, and return a function that undoes it."""
-        tensors = [(slot.module, slot.name, slot.taken(keep)) for slot in self.slots]
-        return replace_attributes(
-            [*tensors, *((module, name, int(keep.sum())) for module, name in self.counters)]
-        )
+        changes: list[tuple[nn.Module, str, Any]] = []
+        for slot in self.slots:
+            changes.append((slot.module, slot.name, slot.taken(keep)))
+        for module, name in self.counters:
+            changes.append((module, name, int(keep.sum())))
+        return replace_attributes(changes)
 
     def drop_data(self) -> Callable[[], None]:
         """Move the tensors to the meta device, and return a function that undoes it."""
-        moved = [
-            (slot.module, slot.name, slot.like(slot.tensor.detach().to("meta")))
-            for slot in self.slots
-        ]
-        return replace_attributes(moved)
+        changes: list[tuple[nn.Module, str, Any]] = []
+        for slot in self.slots:
+            empty = slot.like(slot.tensor.detach().to("meta"))
+            changes.append((slot.module, slot.name, empty))
+        return replace_attributes(changes)
 
 
 def mixtures(model: nn.Module) -> Iterator[Mixture]:
     """Yield the mixtures of experts in a model, in model order; experts that are modules of their own are none."""
     modules = named_modules(model)
     for prefix, experts in modules.items():
-        if not (stacked := stacked_experts(experts)):
+        stacked = stacked_experts(experts)
+        if not stacked:
             continue
         name = prefix.rpartition(".")[0]
-        module = modules[name]
         number = len(getattr(experts, min(stacked)))
-        found = routers({"": module})
-        outer = tuple(child for child in module.children() if child in found)
-        routing = [module, *(router for child in outer for router in child.modules())]
-        slots = [slot for each in routing for slot in _slots(each, number)]
-        if number == 1 or not any(slot.tensor.ndim == 2 for slot in slots if slot.module in found):
-            continue
-        rows = [(slot.module, "out_features") for slot in slots if slot.name == "weight"]
-        counters = [(each, key) for each, key in rows if vars(each).get(key) == number]
-        counters += counters_in(module, number)
-        slots += [
-            slot for each in experts.modules() for slot in _slots(each, number) if slot.dim == 0
-        ]
-        grouping = [
-            vars(each)[key] for each in routing for key in vars(each) if _GROUPS.fullmatch(key)
-        ]
-        groups = next(
-            (
-                value
-                for value in grouping
-                if type(value) is int and value > 1 and number % value == 0
-            ),
-            1,
-        )
-        yield Mixture(
-            name, module, experts, prefix, outer, number, groups, tuple(slots), tuple(counters)
-        )
+        mixture = _mixture(name, modules[name], prefix, experts, number)
+        if mixture is not None:
+            yield mixture
+
+
+def _mixture(
+    name: str, module: nn.Module, prefix: str, experts: nn.Module, number: int
+) -> Mixture | None:
+    """Return the mixture of these experts; None if no router has a row for each."""
+    all_routers = routers({"": module})
+    outer_routers = tuple(child for child in module.children() if child in all_routers)
+    routing = [module]
+    for router in outer_routers:
+        routing += router.modules()
+
+    slots = [slot for part in routing for slot in _slots(part, number)]
+    has_rows = any(slot.tensor.ndim == 2 for slot in slots if slot.module in all_routers)
+    if number == 1 or not has_rows:
+        return None
+
+    counters = [
+        (slot.module, "out_features")
+        for slot in slots
+        if slot.name == "weight" and vars(slot.module).get("out_features") == number
+    ]
+    counters += counters_in(module, number)
+    for part in experts.modules():
+        slots += [slot for slot in _slots(part, number) if slot.dim == 0]
+    return Mixture(
+        name=name,
+        module=module,
+        experts=experts,
+        prefix=prefix,
+        routers=outer_routers,
+        number=number,
+        groups=_groups(routing, number),
+        slots=tuple(slots),
+        counters=tuple(counters),
+    )
+
+
+def _groups(routing: Sequence[nn.Module], number: int) -> int:
+    """Return the number of groups that the modules declare, if the experts divide into them; else 1."""
+    for module in routing:
+        for key, value in vars(module).items():
+            if _GROUPS.fullmatch(key) and type(value) is int and value > 1 and number % value == 0:
+                return value
+    return 1
 
 
 def counters_in(module: nn.Module, number: int) -> list[tuple[nn.Module, str]]:
     """Return the attributes that hold a number of experts, of a module and all modules inside."""
-    inside = [
-        (each, key) for each in module.modules() for key in vars(each) if _NUMBER.fullmatch(key)
+    return [
+        (part, key)
+        for part in module.modules()
+        for key, value in vars(part).items()
+        if _NUMBER.fullmatch(key) and value == number
     ]
-    return [(each, key) for each, key in inside if vars(each)[key] == number]
 
 
 def _slots(module: nn.Module, number: int) -> Iterator[Slot]:

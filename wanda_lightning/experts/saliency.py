@@ -7,9 +7,9 @@ the experts by the gate (Llama 4), it is the norm of what the expert returns for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,76 +19,99 @@ from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.calibration.interception import PRODUCTS
-from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.lockstep import Call, whole_model_calls
+from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.calibration.surroundings import Surroundings
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.types import Units
 from wanda_lightning.experts.mixtures import Mixture
-from wanda_lightning.models import fitting_mask
-from wanda_lightning.parallel import Processes
+from wanda_lightning.models import Stop, fitting_mask
+from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+
+_LARGEST_ERROR = 0.05  # of the sum over the experts, relative to the output of the mixture
 
 
 class ExpertSaliency:
     """Sums up the norms of what the experts of some mixtures add, over the tokens of all batches except padding."""
 
-    def __init__(self, mixtures: Sequence[Mixture]) -> None:
-        self.per_token: dict[
-            str, int
-        ] = {}  # the number of experts to which this process routes the first token
-        self.first: dict[str, Call] = {}  # the first call of each mixture, by its name
+    def __init__(self, mixtures: Sequence[Mixture], processes: Processes = SINGLE_PROCESS) -> None:
+        # The number of experts to which this process routes the first token, by mixture.
+        self.experts_per_token: dict[str, int] = {}
+        self.first_calls: dict[str, Call] = {}  # of each mixture in this process
         # Mixtures where the masks do not show which tokens are padding.
         self.padding_counted: set[str] = set()
         self._mixtures = mixtures
-        # For each expert the sum of the norms and the number of tokens.
+        self._processes = processes
+        # The sum of the norms and the number of tokens, (2, experts), by mixture.
         self._sums = {
-            each.name: torch.zeros(2, each.number, dtype=torch.float64) for each in mixtures
+            mixture.name: torch.zeros(2, mixture.number, dtype=torch.float64)
+            for mixture in mixtures
         }
 
-    def watched(self, call: Call) -> Call:
+    def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
+        """Run the calls that wait at a stop, on copies, and sum what the experts add."""
+        with self._processes.fail_together():
+            for call in calls:
+                self.watched(stop, call).run(on_copies=True)
+        return self.finish(stop)
+
+    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
+        """Sum what all experts add in one pass of each sample; `tick` follows each."""
+        with self._processes.fail_together():
+            for call in whole_model_calls(samples, tick):
+                self.watched(stop, call).run()
+        samples.refuse_if_empty()
+        return self.finish(stop)
+
+    def watched(self, stop: Stop, call: Call) -> Call:
         """Return a call that also sums what the experts add when it runs."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with self.collect(call.sample):
+            with self._collect(call.sample):
                 return call.forward(*args, **kwargs)
 
         return replace(call, forward=run)
 
     @contextmanager
-    def collect(self, sample: Sample) -> Iterator[None]:
+    def _collect(self, sample: Sample) -> Iterator[None]:
         """Sum what the experts add while a sample runs in this block."""
         with ExitStack() as hooks:
             for mixture in self._mixtures:
-                keep_first = partial(self._keep_first, sample, mixture.name)
-                hooks.callback(
-                    mixture.module.register_forward_pre_hook(keep_first, with_kwargs=True).remove
-                )
+                keep_first = partial(self._keep_first_call, sample, mixture.name)
                 read = partial(self._read, sample, mixture)
-                hooks.callback(mixture.experts.register_forward_hook(read, with_kwargs=True).remove)
+                for handle in (
+                    mixture.module.register_forward_pre_hook(keep_first, with_kwargs=True),
+                    mixture.experts.register_forward_hook(read, with_kwargs=True),
+                ):
+                    hooks.callback(handle.remove)
             yield
 
-    def all_reduce(self, mixtures: Sequence[Mixture], processes: Processes) -> None:
-        """Sum over all processes."""
-        processes.all_reduce_sum([self._sums[mixture.name] for mixture in mixtures])
+    def finish(self, stop: Stop) -> Observation:
+        """Sum what the experts of a stop add over all processes. There are no statistics of inputs to return."""
+        modules = {layer.module for layer in stop.layers}
+        here = [mixture for mixture in self._mixtures if mixture.experts in modules]
+        self._processes.all_reduce_sum([self._sums[mixture.name] for mixture in here])
+        return Observation()
 
     def tokens(self, mixture: Mixture) -> Tensor:
         """Return the number of tokens that were routed to each expert."""
         return self._sums[mixture.name][1]
 
-    def __call__(self, mixture: Mixture) -> Tensor:
+    def of(self, mixture: Mixture) -> Tensor:
         """Return the saliency of each expert, in float64; 0 for experts without tokens."""
         norms, tokens = self._sums[mixture.name]
         return norms / tokens.clamp(min=1)
 
-    def _keep_first(
+    def _keep_first_call(
         self, sample: Sample, name: str, module: nn.Module, args: Any, kwargs: Any
     ) -> None:
-        if name not in self.first:
+        if name not in self.first_calls:
             args, kwargs = clone_arguments((args, kwargs))
-            self.first[name] = Call(
-                sample, name, module.forward, args, kwargs, Surroundings.present()
-            )
+            surroundings = Surroundings.present()
+            call = Call(sample, name, module.forward, args, kwargs, surroundings)
+            self.first_calls[name] = call
 
     def _read(
         self,
@@ -99,21 +122,8 @@ class ExpertSaliency:
         kwargs: Any,
         output: Any,
     ) -> None:
-        x, *others = tensors_within((args, kwargs))
-        indices = next((tensor for tensor in others if not tensor.is_floating_point()), None)
         try:
-            # All tokens once for each expert, zeros where they are not routed to it.
-            if indices is None:
-                if others or x.ndim != 2 or x.shape != output.shape:
-                    raise ValueError(f"its experts get {tuple(x.shape)} and no indices")
-                inputs, outputs = (each.unflatten(0, (mixture.number, -1)) for each in (x, output))
-                x = inputs[0]
-                routed = inputs.any(dim=-1).T
-                norms = torch.linalg.vector_norm(outputs.float(), dim=-1).T
-                indices = torch.arange(mixture.number, device=x.device).expand_as(norms)
-            else:
-                norms = _from_indices(module, args, kwargs, output, indices)
-                routed = torch.ones_like(norms, dtype=torch.bool)
+            routing = _routing(mixture, module, args, kwargs, output)
         except torch.OutOfMemoryError:
             raise
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
@@ -121,15 +131,54 @@ class ExpertSaliency:
                 f"pattern='experts' must see what each expert adds to the output, but {mixture.name} "
                 f"({type(mixture.module).__name__}) does not show it: {error}. Use pattern='unstructured' or '2:4'."
             ) from error
-        self.per_token.setdefault(mixture.name, int(routed[:1].sum()))
-        if (mask := fitting_mask(sample.masks, mixture.name, x)) is not None:
-            routed = routed & mask.keep.flatten().to(x.device)[:, None]
+
+        routed = routing.routed
+        self.experts_per_token.setdefault(mixture.name, int(routed[:1].sum()))
+        mask = fitting_mask(sample.masks, mixture.name, routing.tokens)
+        if mask is not None:
+            routed = routed & mask.keep.flatten().to(routed.device)[:, None]
         elif sample.masks:
             self.padding_counted.add(mixture.name)
+
+        norms = routing.norms[routed].cpu().double()
+        experts = routing.experts.reshape(routed.shape)[routed].cpu()
         sums = self._sums[mixture.name]
-        experts = indices.reshape(norms.shape)[routed].cpu()
-        sums[0].index_add_(0, experts, norms[routed].cpu().double())
+        sums[0].index_add_(0, experts, norms)
         sums[1].index_add_(0, experts, torch.ones(len(experts), dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class _Routing:
+    """What the experts of a mixture add for each token, each tensor (tokens, k)."""
+
+    tokens: Tensor  # the inputs, (tokens, d_in)
+    experts: Tensor  # indices
+    norms: Tensor  # of what the expert adds for the token
+    routed: Tensor  # whether the token is routed to the expert
+
+
+def _routing(
+    mixture: Mixture, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+) -> _Routing:
+    """Return which experts the tokens of a call are routed to, and what these add.
+
+    Raises:
+        ValueError: If the arguments do not show it.
+    """
+    tokens, *others = tensors_within((args, kwargs))
+    indices = next((tensor for tensor in others if not tensor.is_floating_point()), None)
+    if indices is not None:
+        norms = _from_indices(module, args, kwargs, output, indices)
+        return _Routing(tokens, indices, norms, torch.ones_like(norms, dtype=torch.bool))
+
+    # All tokens once for each expert, zeros where they are not routed to it.
+    if others or tokens.ndim != 2 or tokens.shape != output.shape:
+        raise ValueError(f"its experts get {tuple(tokens.shape)} and no indices")
+    inputs = tokens.unflatten(0, (mixture.number, -1))
+    outputs = output.unflatten(0, (mixture.number, -1))
+    norms = torch.linalg.vector_norm(outputs.float(), dim=-1).T
+    experts = torch.arange(mixture.number, device=tokens.device).expand_as(norms)
+    return _Routing(inputs[0], experts, norms, inputs.any(dim=-1).T)
 
 
 def _from_indices(
@@ -140,26 +189,30 @@ def _from_indices(
     The experts get the indices of each token's experts, and gates with the same shape. Called with one column of both,
     they return what one expert adds for each token.
     """
-    if not any(
-        each.shape == indices.shape and each.is_floating_point()
-        for each in tensors_within((args, kwargs))
-    ):
+    has_gates = any(
+        tensor.shape == indices.shape and tensor.is_floating_point()
+        for tensor in tensors_within((args, kwargs))
+    )
+    if not has_gates:
         raise ValueError("no argument has a gate for each index of an expert")
 
     def column(value: Any, index: int) -> Any:
-        has_columns = isinstance(value, Tensor) and value.shape == indices.shape
-        return value[..., index : index + 1] if has_columns else value
+        if isinstance(value, Tensor) and value.shape == indices.shape:
+            return value[..., index : index + 1]
+        return value
 
-    added = []
+    added: list[Tensor] = []
     for index in range(indices.shape[-1]):
-        arguments = {key: column(value, index) for key, value in kwargs.items()}
-        added.append(experts.forward(*(column(value, index) for value in args), **arguments))
-    error, size = (torch.linalg.vector_norm(each.float()) for each in (sum(added) - output, output))
-    if error > 0.05 * size:  # False for NaN, which is refused later
+        positional = [column(value, index) for value in args]
+        keywords = {key: column(value, index) for key, value in kwargs.items()}
+        added.append(experts.forward(*positional, **keywords))
+
+    error = torch.linalg.vector_norm((sum(added) - output).float())
+    size = torch.linalg.vector_norm(output.float())
+    if error > _LARGEST_ERROR * size:  # False for NaN, which is refused later
         raise ValueError("its output is not the sum over the experts of a token")
-    return torch.stack(
-        [torch.linalg.vector_norm(each.float(), dim=-1).flatten() for each in added], dim=1
-    )
+    norms = [torch.linalg.vector_norm(each.float(), dim=-1).flatten() for each in added]
+    return torch.stack(norms, dim=1)
 
 
 def _lowered(tensor: Tensor, experts: Units) -> Tensor:

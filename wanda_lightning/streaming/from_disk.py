@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -68,7 +69,8 @@ def prune_from_disk(
         cache_dir: Folder for downloads from the hub.
         trust_remote_code: Run the code that comes with a hub model.
         tokenizer: Saved with the model if given, by its `save_pretrained`.
-        forward: Called with the model and one batch, to run it; by default as in `prune`.
+        forward: Runs a batch through the model, by default as in `prune`. It gets the model, too, which only exists
+            while this function runs.
         progress: Show a bar.
         device: Where the model computes, for example `"cuda"`. Two blocks and the activations are there.
         **choices: The other arguments of `PruningConfig.from_names`. Choices that need the whole model are refused.
@@ -109,42 +111,36 @@ def pruned_from_disk(
         )
     if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
         raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
-    held = list(batches)
+    batches = list(batches)
     checkpoint = Checkpoint(source, dtype, device)
     plan = make_plan(config, checkpoint.model, by_block=True)
-    described = checkpoint.model.config.to_dict()
-    made_with = {  # the choices and data that determine the result
-        **config.describe(),
-        "dtype": str(checkpoint.model.dtype),
-        "device": checkpoint.device.type,
-        "calibration data": [fingerprint(held)],
-        "config.json": fingerprint({k: v for k, v in described.items() if k not in _UNRELATED}),
-        **{f"weights in {file.name}": stamp for file, stamp in checkpoint.files.items()},
-    }
-    drops_experts = config.pattern.drops_experts
-    copied = (
-        {}
-        if drops_experts
-        else {f"copied from {path.name}": path for path in checkpoint.not_loaded}
-    )
-    folder = OutputFolder(output, made_with, [RESIDENT, *checkpoint.blocks, *copied])
-    whole = folder.progress.report
-    if not whole or drops_experts:  # then the configuration must change, too
+
+    # Such as layers for multi-token prediction, which may not fit a model with other shapes.
+    copied: dict[str, Path] = {}
+    if not config.pattern.changes_shapes:
+        copied = {f"copied from {path.name}": path for path in checkpoint.not_loaded}
+
+    parts = [RESIDENT, *checkpoint.blocks, *copied]
+    folder = OutputFolder(output, _what_determines(config, checkpoint, batches), parts)
+    finished_report = folder.progress.report
+    # The configuration of a model with other shapes is adapted while it is pruned.
+    if not finished_report or config.pattern.changes_shapes:
         weights = StreamedWeights(checkpoint, folder)
-        run = None if forward is None else partial(forward, checkpoint.model)
-        is_by_block = drops_experts and plan.config.sequential == "none"  # one after the other
-        with nullcontext() if is_by_block else weights.blocks.loading():
-            report = prune_as(plan, held, forward=run, progress=progress, store=weights)
+        forward_batch = None if forward is None else partial(forward, checkpoint.model)
+        with weights.blocks.loading():
+            report = prune_as(
+                plan, batches, forward=forward_batch, progress=progress, store=weights
+            )
     for part, path in copied.items():
         if part not in folder.written:
             folder.save(part, checkpoint.read_not_loaded(path))
-    note = (
-        checkpoint.leave_out()
-        if drops_experts
-        else checkpoint.note_on_not_loaded("copied as stored")
-    )
-    if whole:
-        report = PruningReport.from_json(whole)
+
+    if config.pattern.changes_shapes:
+        note = checkpoint.leave_out()
+    else:
+        note = checkpoint.note_on_not_loaded("copied as stored")
+    if finished_report:
+        report = PruningReport.from_json(finished_report)
     elif note:
         log.warning(note)
         report = replace(report, notes=(*report.notes, note))
@@ -153,35 +149,48 @@ def pruned_from_disk(
     folder.forget()
 
 
+def _what_determines(
+    config: PruningConfig, checkpoint: Checkpoint, batches: list[Any]
+) -> dict[str, Any]:
+    """Return the choices and data that determine the result, which a run that continues another must share."""
+    model_config = checkpoint.model.config.to_dict()
+    related = {key: value for key, value in model_config.items() if key not in _UNRELATED}
+    determines: dict[str, Any] = {
+        **config.describe(),
+        "dtype": str(checkpoint.model.dtype),
+        "device": checkpoint.device.type,
+        "calibration data": [fingerprint(batches)],
+        "config.json": fingerprint(related),
+    }
+    for file, stamp in checkpoint.files.items():
+        determines[f"weights in {file.name}"] = stamp
+    return determines
+
+
 def refuse_whole_model(config: PruningConfig) -> None:
     """Refuse choices that need all weights, or the Gram matrices of all layers, at once."""
+    for option, reason, instead in _reasons_for_whole_model(config):
+        asked = f"method={config.preset!r}" if config.preset else config.shown(option)
+        raise UserError(
+            f"{asked} {reason}, but the model is read block by block. Use {option}={instead}, or prune in memory."
+        )
+
+
+def _reasons_for_whole_model(config: PruningConfig) -> Iterator[tuple[str, str, str]]:
+    """Yield an option that needs more than a block, why, and what to choose instead."""
     whole = "needs the whole model in memory"
     grams = "needs the Gram matrices of all layers in memory"
-    is_one_pass = config.sequential == "none"
-    recovery = config.shown("recovery")
-    weighs = config.pattern.weigh_rows is not False
-    uniform = "'uniform'" + " and pattern='unstructured_layer'" * weighs
-    rows = (
-        (config.allocation.reads_gradients, "allocation", f"reads gradients, and {whole}", uniform),
-        (weighs, "pattern", f"reads gradients, and {whole}", "'unstructured_layer'"),
-        (
-            is_one_pass and config.recovery.trains_blocks,
-            "sequential",
-            f"with {recovery} trains blocks in memory",
-            "'block'",
-        ),
-        (
-            is_one_pass and "gram" in config.needs,
-            "sequential",
-            f"with {config.shown('solver')} {grams}",
-            "'block'",
-        ),
-        ("gram" in config.allocation.needs, "allocation", grams, "'owl'"),
-        (config.recovery.reads_batches, "recovery", whole, "'none' or 'reconstruct'"),
-    )
-    for applies, option, reason, instead in rows:
-        if applies:
-            asked = f"method={config.preset!r}" if config.preset else config.shown(option)
-            raise UserError(
-                f"{asked} {reason}, but the model is read block by block. Use {option}={instead}, or prune in memory."
-            )
+    weighs_rows = config.pattern.weigh_rows is not False
+    if config.allocation.reads_gradients:
+        instead = "'uniform' and pattern='unstructured_layer'" if weighs_rows else "'uniform'"
+        yield "allocation", f"reads gradients, and {whole}", instead
+    if weighs_rows:
+        yield "pattern", f"reads gradients, and {whole}", "'unstructured_layer'"
+    if config.sequential == "none" and config.recovery.trains_blocks:
+        yield "sequential", f"with {config.shown('recovery')} trains blocks in memory", "'block'"
+    if config.sequential == "none" and "gram" in config.needs:
+        yield "sequential", f"with {config.shown('solver')} {grams}", "'block'"
+    if "gram" in config.allocation.needs:
+        yield "allocation", grams, "'owl'"
+    if config.recovery.reads_batches:
+        yield "recovery", whole, "'none' or 'reconstruct'"

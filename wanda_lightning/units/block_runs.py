@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.core.rounding import all_same, coarsest_eps, same
+from wanda_lightning.core.types import Units
 from wanda_lightning.models import Layer
 from wanda_lightning.units.candidates import RemovableUnits
 
@@ -40,43 +43,40 @@ class BlockRuns:
         self._block = block
         self._calls = calls
         self._whole = whole
-        self._matrices = [
-            m for m in block.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))
-        ]
+        self._matrices = [module for module in block.modules() if _has_matrix(module)]
         self._records: list[_Record] = []
 
     def recording(self) -> Iterator[Call]:
         """Yield the calls; the first run of each is what later runs are compared with."""
         for index, call in enumerate(self._calls):
-            watched = () if index or self._whole else self._matrices
+            is_watched = index == 0 and not self._whole
+            watched = self._matrices if is_watched else []
+            yield replace(call, forward=partial(self._run_first, call, watched))
 
-            def run(
-                *args: Any, call: Call = call, watched: Sequence[nn.Module] = watched, **kwargs: Any
-            ) -> Any:
-                output, record = self._run(call, args, kwargs, watched)
-                self._records.append(record)
-                return output
-
-            yield replace(call, forward=run)
+    def _run_first(
+        self, call: Call, watched: Sequence[nn.Module], *args: Any, **kwargs: Any
+    ) -> Any:
+        output, record = self._run(call, args, kwargs, watched)
+        self._records.append(record)
+        return output
 
     @property
     def is_empty(self) -> bool:
         """Whether there is no call."""
         return not self._records
 
-    def reaches(self, module: nn.Module) -> bool:
-        """Whether the first call calls a module."""
-        return module in self._records[0].inputs
-
     def reads_alone(self, module: nn.Module) -> bool:
         """Whether the first call reaches a module, and no other module with a matrix gets the same input."""
         inputs = self._records[0].inputs
-        if not self.reaches(module):
+        if module not in inputs:
             return False
-        others = [x for other, entered in inputs.items() if other is not module for x in entered]
-        return not any(
-            torch.equal(x, y) for x in inputs[module] for y in others if x.shape == y.shape
-        )
+        for other, other_inputs in inputs.items():
+            if other is module:
+                continue
+            for x in inputs[module]:
+                if any(x.shape == y.shape and torch.equal(x, y) for y in other_inputs):
+                    return False
+        return True
 
     def is_permuted(self, layer: Layer, source: Tensor, inner: Set[nn.Module]) -> bool:
         """Run the first call, and return whether a layer reads its inputs in another order, and nothing else changed.
@@ -87,54 +87,66 @@ class BlockRuns:
         after = self._run_again(0, self._matrices)
         if not self._same_results(before, after) or before.inputs.keys() != after.inputs.keys():
             return False
-        others = before.inputs.keys() - {layer.module, *inner}
-        unchanged = all(
-            all_same(before.inputs[other], after.inputs[other], before.eps) for other in others
-        )
-        return unchanged and _reads_same(layer, source, before, after)
+        for module in before.inputs.keys() - {layer.module, *inner}:
+            if not all_same(before.inputs[module], after.inputs[module], before.eps):
+                return False
+        return _reads_same(layer, source, before, after)
 
     def same_results(self) -> bool:
         """Run all calls, and return whether the block gives the same results as at first, to rounding."""
-        # Equally many runs in each process.
+        # All of them, also after a difference: equally many runs in each process.
         again = [self._run_again(index) for index in range(len(self._records))]
-        return all(self._same_results(*pair) for pair in zip(self._records, again, strict=True))
+        pairs = zip(self._records, again, strict=True)
+        return all(self._same_results(before, after) for before, after in pairs)
 
     def same_after(
-        self, change: Callable[[], object], read: tuple[RemovableUnits, Tensor] | None = None
+        self,
+        change: Callable[[], object],
+        units: RemovableUnits | None = None,
+        keep: Units | None = None,
     ) -> bool:
         """Run the first call, take something out of the block, and run it again: whether it computes the same.
 
-        `read` are hidden units, and which of them stay: the call must reach their layers, and what the reader gets must
-        be the same, too, since a residual stream or a small scale could hide a difference from the results. A block
-        whose shapes no longer fit raises whatever its model raises; it does not compute the same.
+        If hidden `units` are taken out but those to `keep`, the call must reach their layers, and what the reader gets
+        must be the same, too, since a residual stream or a small scale could hide a difference from the results. A
+        block whose shapes no longer fit raises whatever its model raises; it does not compute the same.
         """
-        columns = read and read[1].repeat(read[0].columns)  # before there are fewer
-        watched = [layer.module for layer in (read[0].reader, *read[0].writers)] if read else []
+        watched: list[nn.Module] = []
+        columns = None
+        if units is not None and keep is not None:
+            watched = [layer.module for layer in (units.reader, *units.writers)]
+            columns = keep.repeat(units.columns)  # before there are fewer
+
         before = self._run_again(0, watched)
         change()
         try:
             after = self._run_again(0, watched)
         except Exception:
             return False
+
+        # Buffers may have other shapes now.
         before.buffers = []
-        after.buffers = []  # may have other shapes now
-        same = self._same_results(before, after) and all(
-            module in before.inputs for module in watched
-        )
-        return same and (
-            read is None or columns is None or _reads_same(read[0].reader, columns, before, after)
-        )
+        after.buffers = []
+        is_reached = all(module in before.inputs for module in watched)
+        if not is_reached or not self._same_results(before, after):
+            return False
+        return units is None or columns is None or _reads_same(units.reader, columns, before, after)
 
     def _same_results(self, before: _Record, after: _Record) -> bool:
-        results = before.results + before.buffers, after.results + after.buffers
-        return all_same(*results, before.eps, loosely=self._whole)
+        return all_same(
+            before.results + before.buffers,
+            after.results + after.buffers,
+            before.eps,
+            loosely=self._whole,
+        )
 
     def _run_again(self, index: int, watched: Sequence[nn.Module] = ()) -> _Record:
         call = self._calls[index]
         records: list[_Record] = []
 
         def run(*args: Any, **kwargs: Any) -> None:
-            records.append(self._run(call, args, kwargs, watched)[1])
+            _, record = self._run(call, args, kwargs, watched)
+            records.append(record)
 
         replace(call, forward=run).run(on_copies=True)
         return records[0]
@@ -143,48 +155,54 @@ class BlockRuns:
         self, call: Call, args: Any, kwargs: Any, watched: Sequence[nn.Module]
     ) -> tuple[Any, _Record]:
         """Run a call on arguments that it may change, and record the inputs of the watched modules."""
-        record = _Record()
-        device = next((p.device for p in self._block.parameters()), torch.device("cpu"))
-        buffers = (
-            [] if self._whole else [(buffer, buffer.clone()) for buffer in self._block.buffers()]
-        )
+        inputs: dict[nn.Module, list[Tensor]] = {}
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if entered := tensors_within((args, kwargs)):
-                record.inputs.setdefault(module, []).append(entered[0].clone())
+            tensors = tensors_within((args, kwargs))
+            if tensors:
+                inputs.setdefault(module, []).append(tensors[0].clone())
 
+        buffers_before: list[tuple[Tensor, Tensor]] = []
+        if not self._whole:
+            buffers_before = [(buffer, buffer.clone()) for buffer in self._block.buffers()]
+        device = next((p.device for p in self._block.parameters()), torch.device("cpu"))
         with seeded(0, device), ExitStack() as hooks:  # some models draw numbers in evaluation, too
             for module in watched:
-                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+                handle = module.register_forward_pre_hook(enter, with_kwargs=True)
+                hooks.callback(handle.remove)
             output = call.forward(*args, **kwargs)
-        found = tensors_within(output)
-        # A block may pass tensors to others through an object among its arguments.
+
+        results = tensors_within(output)
         if not self._whole:
-            attributes = (
-                value for module in self._block.modules() for value in vars(module).values()
-            )
-            found = [
-                *tensors_within((output, args, kwargs)),
-                *(x for x in attributes if isinstance(x, Tensor)),
-            ]
-        record.results = [tensor.clone() for tensor in found]
-        record.buffers = [buffer.clone() for buffer, old in buffers if not torch.equal(buffer, old)]
-        record.eps = coarsest_eps(
-            record.results
-            + record.buffers
-            + [x for entered in record.inputs.values() for x in entered]
+            # A block may pass tensors to others through an object among its arguments, or through attributes.
+            results = tensors_within((output, args, kwargs))
+            for module in self._block.modules():
+                results += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        record = _Record(
+            results=[tensor.clone() for tensor in results],
+            buffers=[
+                buffer.clone() for buffer, old in buffers_before if not torch.equal(buffer, old)
+            ],
+            inputs=inputs,
         )
+        record.eps = coarsest_eps([*record.results, *record.buffers, *chain(*inputs.values())])
         return output, record
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
 
 def _reads_same(layer: Layer, columns: Tensor, before: _Record, after: _Record) -> bool:
     """Whether a layer reads the given columns of what it has read before."""
-    x, y = (
-        [layer.tokens(each) for each in record.inputs.get(layer.module, ())]
-        for record in (before, after)
-    )
-    pairs = [(old[:, columns.to(old.device)], new) for old, new in zip(x, y, strict=False)]
-    return len(x) == len(y) and all(
-        old.shape == new.shape and same(old, new, before.eps, each_column=True)
-        for old, new in pairs
-    )
+    tokens_before = [layer.tokens(x) for x in before.inputs.get(layer.module, ())]
+    tokens_after = [layer.tokens(x) for x in after.inputs.get(layer.module, ())]
+    if len(tokens_before) != len(tokens_after):
+        return False
+    for old, new in zip(tokens_before, tokens_after, strict=True):
+        expected = old[:, columns.to(old.device)]
+        if expected.shape != new.shape:
+            return False
+        if not same(expected, new, before.eps, each_column=True):
+            return False
+    return True

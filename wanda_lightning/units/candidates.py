@@ -43,23 +43,21 @@ class Slot:
     module: nn.Module
     name: str  # of the tensor
     dim: int  # along which the units lie
-    places: Tensor | None = None  # of the units, as `index`; None if every entry is a unit
+    unit_index: Tensor | None = None  # as `index`; None if every entry is a unit
 
     @property
     def tensor(self) -> Tensor:
         """The parameter or buffer."""
-        found = getattr(self.module, self.name)
-        assert isinstance(found, Tensor)
-        return found
+        tensor = getattr(self.module, self.name)
+        assert isinstance(tensor, Tensor)
+        return tensor
 
     @property
     def index(self) -> Tensor:
         """The positions of the units, (heads, copies, units): heads that share their values read copies of them."""
-        return (
-            torch.arange(self.tensor.shape[self.dim])[None, None]
-            if self.places is None
-            else self.places
-        )
+        if self.unit_index is None:
+            return torch.arange(self.tensor.shape[self.dim])[None, None]
+        return self.unit_index
 
     @property
     def line(self) -> tuple[nn.Module, str, int]:
@@ -69,24 +67,23 @@ class Slot:
     @property
     def key(self) -> tuple[object, ...]:
         """The properties that equal slots share."""
-        places = None if self.places is None else (self.places.shape, self.places.numpy().tobytes())
-        return *self.line, places
+        if self.unit_index is None:
+            return self.line
+        return *self.line, self.unit_index.shape, self.unit_index.numpy().tobytes()
 
     def source(self, orders: Orders) -> Tensor:
         """Return the old position of each entry after the units of each head are put into a new order."""
-        source = torch.arange(self.tensor.shape[self.dim])
         index = self.index
-        source[index.flatten()] = index.gather(
-            2, orders.cpu().unsqueeze(1).expand(index.shape)
-        ).flatten()
+        orders = orders.cpu().unsqueeze(1).expand(index.shape)  # the same for all copies
+        source = torch.arange(self.tensor.shape[self.dim])
+        source[index.flatten()] = index.gather(2, orders).flatten()
         return source
 
     def zeros(self) -> Units:
         """Return which units have only zeros here."""
-        empty = (
-            self.tensor.detach().movedim(self.dim, 0).reshape(self.tensor.shape[self.dim], -1) == 0
-        ).all(dim=1)
-        return empty.cpu()[self.index].flatten(0, 1).all(dim=0)
+        entries = self.tensor.detach().movedim(self.dim, 0)
+        is_zero = (entries.reshape(len(entries), -1) == 0).all(dim=1)
+        return is_zero.cpu()[self.index].flatten(0, 1).all(dim=0)
 
     def taken(self, units: Units) -> Tensor:
         """Return the tensor without the other units."""
@@ -94,11 +91,9 @@ class Slot:
 
     def like(self, new: Tensor) -> Tensor:
         """Return a tensor as a parameter if this one is a parameter."""
-        return (
-            nn.Parameter(new, self.tensor.requires_grad)
-            if isinstance(self.tensor, nn.Parameter)
-            else new
-        )
+        if isinstance(self.tensor, nn.Parameter):
+            return nn.Parameter(new, self.tensor.requires_grad)
+        return new
 
     def where(self, units: Units) -> Tensor:
         """Return the positions of units."""
@@ -148,9 +143,10 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
     Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
     the block has adapters: they were trained for this order and width.
     """
-    d_in = reader.shape[1]
     if adapted_module(block) is not None:
         return
+    d_in = reader.shape[1]
+    # Such as the weight of a norm between writer and reader.
     vectors = [
         (module, name)
         for module in parent.modules()
@@ -160,17 +156,16 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
     proposed: set[object] = set()
     for scope in dict.fromkeys((parent, block)):
         layers = [layer for layer in whole_layers(scope, reader) if is_plain(layer)]
-        of_mlp = ((None, written) for written in written_units(d_in, layers))
-        for columns, written in (*of_mlp, *_of_heads(d_in, layers, block)):
-            key = tuple(slot.key for slot in written)
+        for written in (*written_units(d_in, layers), *_values_of_heads(d_in, layers, block)):
+            key = tuple(slot.key for slot in written.rows)
             if key in proposed:
                 continue
             proposed.add(key)
-            last = columns_of(reader, columns)
-            yield HiddenUnits(reader, (*written, last))
-            if vectors:  # such as the weight of a norm between writer and reader
-                extra = (Slot(module, name, 0, columns) for module, name in vectors)
-                yield HiddenUnits(reader, (*written, *extra, last))
+            read = columns_of(reader, written.columns)
+            yield HiddenUnits(reader, (*written.rows, read))
+            if vectors:
+                extra = [Slot(module, name, 0, written.columns) for module, name in vectors]
+                yield HiddenUnits(reader, (*written.rows, *extra, read))
 
 
 def whole_layers(scope: nn.Module, reader: Layer) -> list[Layer]:
@@ -182,22 +177,33 @@ def whole_layers(scope: nn.Module, reader: Layer) -> list[Layer]:
     ]
 
 
-def written_units(width: int, layers: Sequence[Layer]) -> Iterator[tuple[Slot, ...]]:
+@dataclass(frozen=True)
+class WrittenUnits:
+    """Rows that write hidden units, and the columns of the layer that would read them, as `Slot.index`."""
+
+    rows: tuple[Slot, ...]
+    columns: Tensor | None = None  # None if each column is a unit
+
+
+def written_units(width: int, layers: Sequence[Layer]) -> Iterator[WrittenUnits]:
     """Propose hidden units without heads, written by one layer or, with a gate, by two or one with twice the rows."""
-    same = [layer for layer in layers if layer.shape[0] == width]
-    for writers in (same, *([layer] for layer in same if len(same) > 1)):
-        if writers:
-            yield tuple(slot for layer in writers for slot in _rows(layer))
+    writers = [layer for layer in layers if layer.shape[0] == width]
+    if writers:
+        together = [slot for layer in writers for slot in _rows(layer)]
+        yield WrittenUnits(tuple(together))
+    if len(writers) > 1:
+        for layer in writers:
+            yield WrittenUnits(_rows(layer))
     for layer in layers:
         if layer.shape[0] == 2 * width:
-            halves = torch.arange(2 * width)
-            yield _rows(layer, halves.reshape(1, 2, width))
-            yield _rows(layer, halves.reshape(1, width, 2).transpose(1, 2))
+            rows = torch.arange(2 * width)
+            yield WrittenUnits(_rows(layer, rows.reshape(1, 2, width)))
+            yield WrittenUnits(_rows(layer, rows.reshape(1, width, 2).transpose(1, 2)))
 
 
-def _of_heads(
+def _values_of_heads(
     d_in: int, layers: Sequence[Layer], block: nn.Module
-) -> Iterator[tuple[Tensor, tuple[Slot, ...]]]:
+) -> Iterator[WrittenUnits]:
     """Propose the values of attention heads, written by a layer of their own or together with queries and keys."""
     for size in _attributes(block, _HEAD_SIZES):
         if size < 2 or d_in % size:
@@ -205,45 +211,41 @@ def _of_heads(
         heads = d_in // size
         for layer in layers:
             d_out = layer.shape[0]
-            found = [
-                d_out // size,
-                heads,
-                (d_out // size - heads) // 2,
-                *_attributes(block, _KV_HEADS),
-            ]
-            for kv_heads in dict.fromkeys(
-                count for count in found if count > 0 and not heads % count
-            ):
+            for kv_heads in _numbers_of_kv_heads(heads, d_out // size, block):
                 if d_out < kv_heads * size:
                     continue
                 columns = torch.arange(d_in).reshape(kv_heads, -1, size)
-                last = torch.arange(d_out - kv_heads * size, d_out).reshape(kv_heads, 1, size)
-                yield columns, _rows(layer, last)
+                last_rows = torch.arange(d_out - kv_heads * size, d_out)
+                yield WrittenUnits(_rows(layer, last_rows.reshape(kv_heads, 1, size)), columns)
                 # Each head's queries and keys, then its values.
                 if d_out % kv_heads == 0 and d_out > kv_heads * size:
-                    yield (
-                        columns,
-                        _rows(layer, torch.arange(d_out).reshape(kv_heads, 1, -1)[..., -size:]),
-                    )
+                    rows_by_head = torch.arange(d_out).reshape(kv_heads, 1, -1)
+                    yield WrittenUnits(_rows(layer, rows_by_head[..., -size:]), columns)
 
 
-def _rows(layer: Layer, places: Tensor | None = None) -> tuple[Slot, ...]:
+def _numbers_of_kv_heads(heads: int, heads_written: int, block: nn.Module) -> list[int]:
+    """Return how many heads may share their values: those of a layer alone, all, or those of a fused layer."""
+    numbers = [heads_written, heads, (heads_written - heads) // 2, *_attributes(block, _KV_HEADS)]
+    return list(dict.fromkeys(number for number in numbers if number > 0 and heads % number == 0))
+
+
+def _rows(layer: Layer, unit_index: Tensor | None = None) -> tuple[Slot, ...]:
     """Return the rows of a layer, and the entries of its bias."""
-    slots = [Slot(layer.module, "weight", 0 if layer.kind.rows_first else 1, places)]
+    slots = [Slot(layer.module, "weight", 0 if layer.kind.rows_first else 1, unit_index)]
     if isinstance(getattr(layer.module, "bias", None), Tensor):
-        slots.append(Slot(layer.module, "bias", 0, places))
+        slots.append(Slot(layer.module, "bias", 0, unit_index))
     return tuple(slots)
 
 
-def columns_of(layer: Layer, places: Tensor | None = None) -> Slot:
+def columns_of(layer: Layer, unit_index: Tensor | None = None) -> Slot:
     """Return the columns of a layer: its input channels."""
-    return Slot(layer.module, "weight", 1 if layer.kind.rows_first else 0, places)
+    return Slot(layer.module, "weight", 1 if layer.kind.rows_first else 0, unit_index)
 
 
 def _attributes(block: nn.Module, names: Sequence[str]) -> list[int]:
     """Return the whole numbers that modules of a block store under one of the names."""
-    found = (getattr(module, name, None) for module in block.modules() for name in names)
-    return list(dict.fromkeys(value for value in found if type(value) is int))
+    values = [getattr(module, name, None) for module in block.modules() for name in names]
+    return list(dict.fromkeys(value for value in values if type(value) is int))
 
 
 @dataclass(frozen=True)
@@ -278,20 +280,21 @@ class RemovableUnits:
         convolutions, may be anything: what the unit computes from it meets zeros only.
         """
         return tuple(
-            s for s in self.slots if s.tensor.ndim > 1 and not _is_depthwise(s.module, self.width)
+            slot
+            for slot in self.slots
+            if slot.tensor.ndim > 1 and not _is_depthwise(slot.module, self.width)
         )
 
     @property
     def inner(self) -> frozenset[nn.Module]:
         """The modules with a matrix that the units enter on their way to the reader."""
-        matrices = (
-            (slot, whole_layer(slot.module)) for slot in self.slots[:-1] if slot.tensor.ndim > 1
-        )
-        return frozenset(
-            slot.module
-            for slot, own in matrices
-            if own is None or slot.line == columns_of(own).line
-        )
+        entered: set[nn.Module] = set()
+        for slot in self.slots[:-1]:
+            if slot.tensor.ndim > 1:
+                layer = whole_layer(slot.module)
+                if layer is None or slot.line == columns_of(layer).line:
+                    entered.add(slot.module)
+        return frozenset(entered)
 
     def zero(self, units: Units) -> None:
         """Set all parameters of some units to zero; running statistics stay."""
@@ -315,14 +318,17 @@ class RemovableUnits:
         """Yield new tensors and widths, each after the one before is set: a tensor may have two slots."""
         number = int(units.sum())
         for slot in self.slots:
-            new = slot.taken(units)
-            names = _VECTORS
-            if layer := whole_layer(slot.module):
-                names = _INPUTS if slot.line == columns_of(layer).line else _OUTPUTS
-            yield from _resized(
-                slot.module, names, slot.tensor.shape[slot.dim], new.shape[slot.dim]
-            )
-            yield slot.module, slot.name, new
+            tensor = slot.taken(units)
+            layer = whole_layer(slot.module)
+            if layer is None:
+                names = _VECTORS
+            elif slot.line == columns_of(layer).line:
+                names = _INPUTS
+            else:
+                names = _OUTPUTS
+            width_before = slot.tensor.shape[slot.dim]
+            yield from _resized(slot.module, names, width_before, tensor.shape[slot.dim])
+            yield slot.module, slot.name, tensor
         for parent in self.parents:
             yield from _resized(parent, _AROUND, self.width, number)
             yield from _resized(parent, _AROUND, 2 * self.width, 2 * number)
@@ -349,60 +355,70 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
     proposed: set[object] = set()
     for scope in dict.fromkeys((parent, block)):
         layers = whole_layers(scope, reader)
-        index = {module: place for place, module in enumerate(scope.modules())}
-        vectors = [*_carried(scope, width)]
-        # The largest layer is the reader: its weights say which units matter, not those of a squeeze-and-excitation.
-        readers = [
-            columns_of(layer)
-            for layer in layers
-            if layer.width == width and layer.size <= reader.size
-        ]
-        end = index.get(reader.module, len(index))
-        for written in sorted(
-            written_units(width, layers), key=partial(_remoteness, index=index, end=end)
+        parents = tuple(dict.fromkeys((parent, scope)))
+        for slots in _removable_slots(reader, scope, layers):
+            key = tuple(slot.key for slot in slots)
+            if key in proposed:
+                continue
+            proposed.add(key)
+            modules = {slot.module for slot in slots}
+            others = tuple(layer for layer in layers if layer.module in modules)
+            yield RemovableUnits(reader, others, width, slots, parents)
+
+
+def _removable_slots(
+    reader: Layer, scope: nn.Module, layers: Sequence[Layer]
+) -> Iterator[tuple[Slot, ...]]:
+    """Yield what may have entries for the units: rows that write them, what lies in between, and the reader's columns."""
+    width = reader.width
+    position = {module: number for number, module in enumerate(scope.modules())}
+    end = position.get(reader.module, len(position))
+    vectors = [*_carried(scope, width)]
+    # The largest layer is the reader: its weights say which units matter, not those of a squeeze-and-excitation.
+    readers = [
+        columns_of(layer) for layer in layers if layer.width == width and layer.size <= reader.size
+    ]
+    likeliest_first = sorted(
+        (written.rows for written in written_units(width, layers)),
+        key=partial(_remoteness, position=position, end=end),
+    )
+    for rows in likeliest_first:
+        first = min(position[slot.module] for slot in rows)
+        vectors_between = [slot for slot in vectors if first < position[slot.module] < end]
+        readers_between = [slot for slot in readers if first < position[slot.module] < end]
+        for others in (
+            vectors_between,
+            [*vectors_between, *readers_between],
+            vectors,
+            [*vectors, *readers],
+            [],
         ):
-            first = min(index[slot.module] for slot in written)
-            between = [slot for slot in vectors if first < index[slot.module] < end]
-            inner = [slot for slot in readers if first < index[slot.module] < end]
-            for more in (between, [*between, *inner], vectors, [*vectors, *readers], []):
-                slots = (*written, *more, columns_of(reader))
-                key = tuple(slot.key for slot in slots)
-                if key not in proposed:
-                    proposed.add(key)
-                    others = [
-                        layer for layer in layers if layer.module in {slot.module for slot in slots}
-                    ]
-                    yield RemovableUnits(
-                        reader, tuple(others), width, slots, tuple(dict.fromkeys((parent, scope)))
-                    )
+            yield (*rows, *others, columns_of(reader))
 
 
 def _remoteness(
-    written: Sequence[Slot], index: Mapping[nn.Module, int], end: int
+    rows: Sequence[Slot], position: Mapping[nn.Module, int], end: int
 ) -> tuple[int, bool, int]:
     """Order proposals for the writers of units: the fewest first, then the nearest before the reader at `end`.
 
     More writers than needed fit, too, if parts of a model are alike, but then all lose the units that one loses.
     """
-    last = max(index[slot.module] for slot in written)
-    return len({slot.module for slot in written}), last > end, abs(end - last)
+    last = max(position[slot.module] for slot in rows)
+    number_of_writers = len({slot.module for slot in rows})
+    return number_of_writers, last > end, abs(end - last)
 
 
 def _carried(scope: nn.Module, width: int) -> Iterator[Slot]:
     """Yield what has one entry for each unit, such as BatchNorm and depthwise convolutions."""
     for module in scope.modules():
         if _is_depthwise(module, width):
-            yield from (
-                Slot(module, name, 0)
-                for name in ("weight", "bias")
-                if getattr(module, name) is not None
-            )
+            for name in ("weight", "bias"):
+                if getattr(module, name) is not None:
+                    yield Slot(module, name, 0)
         elif whole_layer(module) is None:
-            yield from (
-                Slot(module, name, 0)
-                for name, tensor in own_tensors(module)
-                if tensor.shape == (width,)
-            )
+            for name, tensor in own_tensors(module):
+                if tensor.shape == (width,):
+                    yield Slot(module, name, 0)
 
 
 def _is_depthwise(module: nn.Module, width: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.lockstep import Passed, lockstep, whole_model_calls
+from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
 from wanda_lightning.common.errors import UserError
@@ -129,21 +129,12 @@ def _take_out(
         raise UserError(
             f"shrink would break adapters, such as that of {adapted}. Merge them first (lora.merge(model))."
         )
-    before = sum(parameter.numel() for parameter in model.parameters())
+    before = _count(model)
     search = _EmptyUnits(model, undo)
     if search.finds_any():
         sample = _sample(model, batch, forward)
-        passed = Passed()
         with pruning_mode(model, search.changed):
-            whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
-            recorded = [replace(sample, forward=call.forward) for call in whole.recording()]
-            for _ in lockstep(search.blocks, recorded, passed=passed, to_end=True, model=model):
-                pass
-            search.blocks = [block for block in search.blocks if block.name not in passed.again]
-            with closing(lockstep(search.blocks, [sample], model=model)) as stops:
-                for block, calls in stops:
-                    search.take_out(block, BlockRuns(block.module or model, calls))
-            search.take_out(search.rest, whole)
+            whole = _take_out_of_blocks(search, model, sample)
 
         def is_same() -> bool:
             with pruning_mode(model, search.changed):
@@ -154,21 +145,47 @@ def _take_out(
                 "shrink must not change what the model computes, but without its zero units its outputs on the batch "
                 "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
             )
-        search.result.unproven = search.left()
+        search.result.unproven = search.count_left()
         if search.result.layers:
             search.result.misfit, put_back = fit_configuration(model, is_same)
             undo.callback(put_back)
-    search.result.parameters = before, sum(parameter.numel() for parameter in model.parameters())
+    search.result.parameters = before, _count(model)
     return search.result
 
 
+def _take_out_of_blocks(search: _EmptyUnits, model: nn.Module, sample: Sample) -> BlockRuns:
+    """Take the empty units out of each block, then out of the rest; return the runs of the whole model."""
+    whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
+    recorded = [replace(sample, forward=call.forward) for call in whole.recording()]
+
+    # A block that is called again may be used in another way then: it belongs to the rest.
+    visits = lockstep(search.blocks, recorded, to_end=True, model=model)
+    for _ in visits:
+        pass
+    called_again = visits.passed.again
+    search.blocks = [block for block in search.blocks if block.name not in called_again]
+
+    with closing(lockstep(search.blocks, [sample], model=model)) as visits:
+        for block, calls in visits:
+            search.take_out(block, BlockRuns(block.module or model, calls))
+    search.take_out(search.rest, whole)
+    return whole
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _sample(model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> Sample:
-    if batch is None and (batch := example_batch(model)) is None:
+    if batch is None:
+        batch = example_batch(model)
+    if batch is None:
         raise UserError(
             f"shrink compares runs of a batch, but cannot make one for a {type(model).__name__}. Give batch=, and "
             "forward= if model(batch) is not the way to call it."
         )
-    return Sample(run := partial(forward or partial(forward_batch, model), batch), run)
+    run = partial(forward or partial(forward_batch, model), batch)
+    return Sample(run, run)
 
 
 def _take(undo: ExitStack, units: RemovableUnits, keep: Tensor) -> None:
@@ -181,7 +198,7 @@ class _EmptyUnits:
 
     def __init__(self, model: nn.Module, undo: ExitStack) -> None:
         self.result = Shrunk()
-        self.changed = set[nn.Module]()
+        self.changed: set[nn.Module] = set()
         self._model = model
         self._stops = find_layers(model).stops
         self.blocks = [
@@ -192,7 +209,7 @@ class _EmptyUnits:
         self._tied = tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
         # A matrix has one set of rows and one of columns.
-        self._taken: set[tuple[nn.Module, str, int]] = set()
+        self._used_lines: set[tuple[nn.Module, str, int]] = set()
 
     def take_out(self, block: Stop, runs: BlockRuns) -> None:
         """Take out the units that layers of a block read and that are zero on both sides."""
@@ -200,45 +217,55 @@ class _EmptyUnits:
             for units, empty in self._candidates(reader, block):
                 if empty.all():
                     empty[0] = False  # a layer without inputs is no layer
-                with ExitStack() as undo:
-                    take = partial(_take, undo, units, ~empty)
-                    if not runs.same_after(take, (units, ~empty)):
-                        continue
-                    self._undo.enter_context(undo.pop_all())
-                self.result.layers[reader.name] = units.width, int((~empty).sum())
-                self._taken |= units.lines
-                changed = {slot.module for slot in units.slots}
-                self.changed |= changed
-                self._zeros = {
-                    key: value for key, value in self._zeros.items() if key[0] not in changed
-                }
-                break
+                if self._can_leave(units, empty, runs):
+                    self._note_taken(reader, units, empty)
+                    break
+
+    def _can_leave(self, units: RemovableUnits, empty: Tensor, runs: BlockRuns) -> bool:
+        """Take units out if the block then computes the same; otherwise put them back."""
+        with ExitStack() as undo:
+            take = partial(_take, undo, units, ~empty)
+            if not runs.same_after(take, units, ~empty):
+                return False
+            self._undo.enter_context(undo.pop_all())
+        return True
+
+    def _note_taken(self, reader: Layer, units: RemovableUnits, empty: Tensor) -> None:
+        self.result.layers[reader.name] = units.width, int((~empty).sum())
+        self._used_lines |= units.lines
+        modules = {slot.module for slot in units.slots}
+        self.changed |= modules
+        self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in modules}
 
     @property
     def rest(self) -> Stop:
         """The layers outside of these blocks, with the model around them."""
-        return Stop(
-            "",
-            self._model,
-            tuple(x for stop in self._stops if stop not in self.blocks for x in stop.layers),
-        )
+        layers: list[Layer] = []
+        for stop in self._stops:
+            if stop not in self.blocks:
+                layers += stop.layers
+        return Stop("", self._model, tuple(layers))
+
+    def _layers(self) -> Iterator[tuple[Layer, Stop]]:
+        """Yield all layers, each with its block."""
+        for block in (*self.blocks, self.rest):
+            for layer in block.layers:
+                yield layer, block
 
     def finds_any(self) -> bool:
         """Whether any layer has a candidate; refuses a layer without values."""
-        for layer in (layer for block in (*self.blocks, self.rest) for layer in block.layers):
+        for layer, _ in self._layers():
             refuse_no_values(layer)
-        return any(
-            any(self._candidates(layer, block))
-            for block in (*self.blocks, self.rest)
-            for layer in block.layers
-        )
+        return any(any(self._candidates(layer, block)) for layer, block in self._layers())
 
-    def left(self) -> int:
+    def count_left(self) -> int:
         """Return how many units stay although they are zero on both sides."""
-        layers = ((layer, block) for block in (*self.blocks, self.rest) for layer in block.layers)
-        return sum(
-            next((int(empty.sum()) for _, empty in self._candidates(*each)), 0) for each in layers
-        )
+        number = 0
+        for layer, block in self._layers():
+            for _, empty in self._candidates(layer, block):
+                number += int(empty.sum())
+                break
+        return number
 
     def _candidates(self, reader: Layer, block: Stop) -> Iterator[tuple[RemovableUnits, Tensor]]:
         """Yield candidates, and which of their units are zero on both sides."""
@@ -247,8 +274,8 @@ class _EmptyUnits:
         assert block.module is not None
         parent = self._modules[reader.name.rpartition(".")[0]]
         for units in removable_units(reader, parent, block.module):
-            tied = any((slot.module, slot.name) in self._tied for slot in units.slots)
-            if tied or self._taken & units.lines:
+            is_tied = any((slot.module, slot.name) in self._tied for slot in units.slots)
+            if is_tied or self._used_lines & units.lines:
                 continue
             for slot in units.sides:
                 if slot.key not in self._zeros:
@@ -265,24 +292,39 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
     """
     config: Any = getattr(model, "config", None)
     if hasattr(model, "dummy_inputs") and config is not None:
-        if not reads_images(model):
-            return {name: tensor.to(_device(model)) for name, tensor in model.dummy_inputs.items()}  # type: ignore[operator,union-attr]
-        config = getattr(config, "vision_config", config)
-        size = getattr(config, "image_size", 224)
-        size = tuple(size) if isinstance(size, list | tuple) else (size, size)
-        return {"pixel_values": _noise(model, getattr(config, "num_channels", 3), *size)}
+        return _transformers_batch(model, config)
     settings: Any = getattr(model, "pretrained_cfg", None)
     if not settings or not settings.get("input_size"):
         return None
-    own, *usual = settings["input_size"]
-    built_for = next(
-        (size for m in model.modules() if isinstance(size := getattr(m, "img_size", None), tuple)),
-        None,
-    )
-    built_for = (image_size, image_size) if isinstance(image_size, int) else image_size or built_for
-    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), own)
+
+    channels, *size = settings["input_size"]
+    if isinstance(image_size, int):
+        size = [image_size, image_size]
+    elif image_size:
+        size = [*image_size]
+    else:
+        size = next(_built_for(model), size)
     # Built with `in_chans`; a multiple of the channels may be whole pixels that the model puts side by side first.
-    return _noise(model, stem if stem % own else own, *(built_for or usual))
+    stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels)
+    return _noise(model, stem if stem % channels else channels, *size)
+
+
+def _transformers_batch(model: Any, config: Any) -> dict[str, Tensor]:
+    if not reads_images(model):
+        return {name: tensor.to(_device(model)) for name, tensor in model.dummy_inputs.items()}
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", 224)
+    if not isinstance(size, list | tuple):
+        size = (size, size)
+    return {"pixel_values": _noise(model, getattr(config, "num_channels", 3), *size)}
+
+
+def _built_for(model: nn.Module) -> Iterator[list[int]]:
+    """Yield the sizes of images that parts of a model of timm were built for."""
+    for module in model.modules():
+        size = getattr(module, "img_size", None)
+        if isinstance(size, tuple):
+            yield [*size]
 
 
 def _noise(model: nn.Module, *shape: int) -> Tensor:

@@ -69,13 +69,13 @@ class Allocation(ABC):
     Attributes:
         needs: The input statistics of the dense model that it reads.
         reads_gradients: Whether it reads gradients of the dense model.
-        prunes_units: Whether it can distribute hidden units.
+        fits_units: Whether it can distribute hidden units.
         cost: What it counts for a hidden unit, see `Fisher`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_gradients: ClassVar[bool] = False
-    prunes_units: ClassVar[bool] = False
+    fits_units: ClassVar[bool] = False
     cost: str = "units"
 
     @property
@@ -101,7 +101,7 @@ class Allocation(ABC):
     def of_units(
         self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured
     ) -> dict[str, float]:
-        """Return the fraction of the hidden units of each layer that become zero, if `prunes_units`."""
+        """Return the fraction of the hidden units of each layer that become zero, if `fits_units`."""
         raise NotImplementedError
 
 
@@ -109,7 +109,7 @@ class Allocation(ABC):
 class Uniform(Allocation):
     """The same sparsity for every layer."""
 
-    prunes_units: ClassVar[bool] = True
+    fits_units: ClassVar[bool] = True
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Give every layer the target."""

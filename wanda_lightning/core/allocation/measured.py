@@ -110,7 +110,7 @@ class Fisher(Allocation):
     """
 
     reads_gradients: ClassVar[bool] = True
-    prunes_units: ClassVar[bool] = True
+    fits_units: ClassVar[bool] = True
     max_deviation: float = 0.15
     num_samples: int | None = None
     num_predictions: int = 0

@@ -38,7 +38,7 @@ class Refit(Solver):
     intercept: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "sum"})
-    prunes_units: ClassVar[bool] = True
+    fits_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
@@ -49,7 +49,7 @@ class Refit(Solver):
     ) -> tuple[Weight, KeepMask]:
         """Choose, then refit."""
         keep = selection.keep(weight, inputs)
-        if selection.pattern.prunes_units:
+        if selection.pattern.removes == "units":
             return refit_columns(weight, keep[0], inputs.sums["gram"], self.dampening), keep
         gram = dampen_(inputs.sums["gram"].clone(), self.dampening)
         dense = weight.to(gram.dtype).contiguous()

@@ -20,14 +20,14 @@ class Solver(ABC):
     Attributes:
         needs: The input statistics that it reads, in addition to those of the criterion.
         takes_any_criterion: Whether the user may choose the criterion.
-        prunes_units: Whether it solves layers whose zeros fill whole columns.
+        fits_units: Whether it solves layers whose zeros fill whole columns.
         intercept: Whether the bias of a layer, if it has one, is fitted together with the weights. The solver then gets
             `InputStatistics.centered()`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     takes_any_criterion: ClassVar[bool] = True
-    prunes_units: ClassVar[bool] = False
+    fits_units: ClassVar[bool] = False
     intercept: bool = False
 
     @property
@@ -65,7 +65,7 @@ class ZeroOut(Solver):
     """Set the pruned weights to zero and leave the others exactly as they are."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    prunes_units: ClassVar[bool] = True
+    fits_units: ClassVar[bool] = True
 
     def __call__(
         self, weight: Weight, inputs: InputStatistics, selection: Selection

@@ -2,7 +2,6 @@
 
 import copy
 import time
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -24,8 +23,6 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import map_tensors
 from wanda_lightning.core.allocation import Uniform, UnitLayer
 from wanda_lightning.models import SkipReason
-from wanda_lightning.units.costs import unit_costs
-from wanda_lightning.units.finding import couple
 
 EACH_OF_4 = Structured(multiple_of=4)
 
@@ -94,33 +91,33 @@ READERS = {
 
 def coupled_run(model, batches, **choices):
     """A run after the search for units."""
-    own = run_of(model, batches, pattern=EACH_OF_4, **choices)
-    with pruning_mode(model):
-        return replace(own, plan=couple(own))
+    run = run_of(model, batches, pattern=EACH_OF_4, **choices)
+    return run.removal.find(run)
 
 
-def found_in(model, batches):
-    """The plan after the search for units."""
-    return coupled_run(model, batches).plan
+def units_in(model, batches):
+    """The hidden units that can be taken out, by their reader."""
+    return coupled_run(model, batches).removal.units
 
 
 @pytest.mark.parametrize("name", READERS)
 def test_zeros_fill_the_units_and_nothing_else_changes(name):
     """The report says so, and the model computes the same without the units."""
     (model, batches), (other, _) = specimen(name), specimen(name)
-    plan = found_in(model, batches)
-    expected = found_in(other, batches).coupled
+    found = coupled_run(model, batches)
+    expected = units_in(other, batches)
     dense = copy.deepcopy(model)
     inside = {
-        layer: layer.removeprefix(f"{block}.") for layer, block in plan.inventory.blocks.items()
+        layer: layer.removeprefix(f"{block}.")
+        for layer, block in found.plan.inventory.blocks.items()
     }
-    assert plan.coupled.keys() == {
+    assert found.removal.units.keys() == {
         layer for layer, short in inside.items() if short in READERS[name]
     }
     report = prune_units(model, batches, solver="zero_out", keep_batch_norm=True)
     records = {layer.name: layer for layer in report.layers}
     numbers = {}
-    for reader, units in plan.coupled.items():
+    for reader, units in found.removal.units.items():
         zero = units.slots[-1].zeros()
         numbers[reader] = int(zero.sum())
         assert numbers[reader] == units.width - reference.kept_units(units.width, 0.5, 4)
@@ -134,11 +131,11 @@ def test_zeros_fill_the_units_and_nothing_else_changes(name):
         zero = model.get_submodule(layer.name).weight == 0
         assert layer.sparsity == pytest.approx(float(zero.float().mean()), abs=1e-9)
     parameters = model.named_parameters(remove_duplicate=False)
-    found = sorted(matrix.name for matrix in (*report.layers, *report.skipped))
-    assert found == sorted(key.removesuffix(".weight") for key, p in parameters if p.ndim > 1)
+    matrices = sorted(matrix.name for matrix in (*report.layers, *report.skipped))
+    assert matrices == sorted(key.removesuffix(".weight") for key, p in parameters if p.ndim > 1)
     outputs = run(model, batches[0]).detach()
     assert not torch.allclose(outputs, run(dense, batches[0]), atol=1e-3)
-    for units in plan.coupled.values():
+    for units in found.removal.units.values():
         units.take(~units.slots[-1].zeros())
     torch.testing.assert_close(run(model, batches[0]).detach(), outputs, rtol=1e-4, atol=1e-4)
     width = sum(units.width for units in expected.values())
@@ -192,9 +189,9 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
     model = chain(make)
     if model[1].scale < 1:
         nn.init.zeros_(model[1].down.weight)
-    plan = found_in(model, vectors())
-    assert list(plan.coupled) == [f"{index}.down" for index in coupled]
-    assert {m.reason for m in plan.inventory.skipped if m.name.endswith("down")} == {
+    found = coupled_run(model, vectors())
+    assert list(found.removal.units) == [f"{index}.down" for index in coupled]
+    assert {m.reason for m in found.plan.inventory.skipped if m.name.endswith("down")} == {
         SkipReason.UNCOUPLED
     }
 
@@ -204,8 +201,8 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
 def test_other_dtypes(name, dtype):
     model, batches = specimen(name)
     rounded = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
-    found = found_in(copy.deepcopy(model).to(dtype), rounded).coupled
-    assert list(found) == list(found_in(model, batches).coupled) != []
+    found = units_in(copy.deepcopy(model).to(dtype), rounded)
+    assert list(found) == list(units_in(model, batches)) != []
 
 
 @pytest.mark.parametrize(
@@ -228,7 +225,7 @@ def test_a_skipped_layer_among_writers_reader_and_between_leaves_the_units_of_it
     model, batches = specimen(name)
     block = model.get_submodule(skip if name == "mobile" else "model.layers.0.mlp")
     dense = copy.deepcopy(block.state_dict())
-    found = found_in(model, batches).coupled
+    found = units_in(model, batches)
     layers = {layer.name for layer in prune_units(model, batches, skip=[skip]).layers}
     assert all(torch.equal(value, dense[key]) for key, value in block.state_dict().items())
     assert found.keys() & layers == found.keys() - stays
@@ -258,7 +255,7 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
     """Against autograd: (x * dL/dx)^2 summed over tokens, with the labels that are drawn in the package."""
     (model, batches), held = specimen(name), {}
     own = coupled_run(model, batches, allocation="fisher")
-    expected = dict.fromkeys(own.plan.coupled, 0.0)
+    expected = dict.fromkeys(own.removal.units, 0.0)
 
     def keep(reader, module, args):
         held[reader] = args[0]
@@ -278,7 +275,7 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
         hook.remove()
     model.zero_grad()
     with pruning_mode(model):
-        columns = {name: units.columns for name, units in own.plan.coupled.items()}
+        columns = {name: units.columns for name, units in own.removal.units.items()}
         got = gradient_statistics(
             model, own.plan.layers, own.plan.blocks, own.samples, columns=columns
         )
@@ -339,9 +336,7 @@ def test_what_a_unit_costs_is_that_of_its_rows_and_columns(cost, per_unit):
     run = run_of(
         model, random(1, 16, 8, 8), sparsity=0.5, pattern=EACH_OF_4, allocation=Fisher(cost=cost)
     )
-    with pruning_mode(model):
-        run = replace(run, plan=couple(run))
-        assert tuple(unit_costs(run).values()) == per_unit
+    assert tuple(run.removal.find(run).removal.costs.values()) == per_unit
 
 
 def test_a_slow_block_loses_more_units():

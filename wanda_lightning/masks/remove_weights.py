@@ -1,0 +1,224 @@
+"""Prune the layers of one stop with their statistics: solve, write, and record what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.core.statistics import InputStatistics, relative_error
+from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.removal import Removal
+from wanda_lightning.planning.run import Run, unreached
+from wanda_lightning.report import POOLED, PrunedLayer
+
+_MAX_GROUP = 1 << 28  # weights: 1 GiB in float32, and up to four times that in the solver
+
+
+class RemoveWeights(Removal):
+    """Single weights become zero, and a solver may change the others."""
+
+    def prune(self, run: Run, stop: Stop, observation: Observation) -> None:
+        """Prune the layers that the samples reached, and leave the others dense with a reason."""
+        with run.plan.processes.fail_together():
+            reached = _reached_layers(run, stop, observation)
+            previous = InputStatistics()
+            for layers in _groups_to_solve(reached, observation.inputs, run.plan):
+                inputs = observation.inputs.get(layers[0].name, InputStatistics())
+                if inputs is not previous:
+                    previous.forget_derived()
+                previous = inputs
+                for record in _prune_group(run, layers, inputs, observation):
+                    run.done.layers[record.name] = record
+                    self.after_write(run, record)
+            run.done.few_tokens |= observation.pooled
+
+    def after_write(self, run: Run, record: PrunedLayer) -> None:
+        """Change what belongs to a layer that was written."""
+
+
+def _reached_layers(run: Run, stop: Stop, observation: Observation) -> list[Layer]:
+    """Return the layers of a stop that can be pruned, and record the others as skipped."""
+    if not run.plan.observed:
+        return list(stop.layers)
+    reached: list[Layer] = []
+    for layer in stop.layers:
+        skipped = _why_dense(layer, observation.inputs.get(layer.name, InputStatistics()))
+        if skipped is None:
+            reached.append(layer)
+        else:
+            run.done.skipped[layer.name] = skipped
+    return reached
+
+
+def _why_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
+    if inputs.count == 0 and layer.expert is not None:
+        detail = "no calibration token was observed in any expert of the module"
+        return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNROUTED, detail)
+    if inputs.count == 0:
+        return unreached(layer)
+    if bool(inputs.inactive().all()):
+        detail = "all its inputs were zero"
+        return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.INACTIVE, detail)
+    return None
+
+
+def _groups_to_solve(
+    layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], plan: Plan
+) -> Iterator[list[Layer]]:
+    """Yield layers to solve together: they share one input, and have biases to fit or not, and fit in memory.
+
+    Each expert is a group of its own, since a hundred of them may share pooled statistics. Groups with one input follow
+    each other, so that what is derived from its statistics is computed once.
+    """
+    by_input: dict[object, dict[tuple[str, bool], list[Layer]]] = {}
+    for layer in layers:
+        groups = by_input.setdefault(inputs.get(layer.name, layer.name), {})
+        expert = layer.name if layer.siblings else ""
+        fits_bias = plan.fitted_bias(layer) is not None
+        groups.setdefault((expert, fits_bias), []).append(layer)
+    for groups in by_input.values():
+        for group in groups.values():
+            yield from _split_by_size(group)
+
+
+def _split_by_size(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
+    """Yield the layers in parts of at most `_MAX_GROUP` weights, or of one layer."""
+    part: list[Layer] = []
+    size = 0
+    for layer in layers:
+        if part and size + layer.size > _MAX_GROUP:
+            yield part
+            part = []
+            size = 0
+        part.append(layer)
+        size += layer.size
+    yield part
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A layer before and after the solver."""
+
+    layer: Layer
+    dense: Tensor
+    sparse: Tensor
+
+
+def _prune_group(
+    run: Run, layers: Sequence[Layer], inputs: InputStatistics, observation: Observation
+) -> Iterator[PrunedLayer]:
+    """Solve layers that share one input, and write their weights."""
+    biases = {
+        layer.name: bias for layer in layers if (bias := run.plan.fitted_bias(layer)) is not None
+    }
+    # The autocast of a mixed-precision Trainer would round the statistics.
+    with torch.autocast(layers[0].weight.device.type, enabled=False):
+        fitted_inputs = inputs.centered() if biases else inputs
+        solved_layers = _solve(run, layers, fitted_inputs)
+
+    for solved in solved_layers:
+        record = _record(run, solved, inputs, fitted_inputs, observation)
+        if solved.layer.name in biases:
+            _keep_output_means(biases[solved.layer.name], solved, fitted_inputs)
+        solved.layer.write(solved.sparse)
+        yield record
+
+
+def _solve(run: Run, layers: Sequence[Layer], inputs: InputStatistics) -> list[_Solved]:
+    """Return the layers with their new weights, which are not written yet."""
+    weights = [layer.read() for layer in layers]
+    selections = [run.selections[layer.name] for layer in layers]
+    versions = [_version(weight) for weight in weights]
+    results = run.plan.config.solver.solve_together(weights, inputs, selections)
+
+    solved_layers: list[_Solved] = []
+    for layer, dense, version, (sparse, _) in zip(layers, weights, versions, results, strict=True):
+        solved = _Solved(layer, dense, sparse)
+        _check_solved(run.plan, solved, is_unchanged=_version(dense) == version)
+        solved_layers.append(solved)
+    return solved_layers
+
+
+def _version(weight: Tensor) -> int:
+    """Return how often the tensor was written to; tensors of inference mode do not count that."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _check_solved(plan: Plan, solved: _Solved, is_unchanged: bool) -> None:
+    """Refuse a mistake of a method outside the package before it is written."""
+    criterion = plan.config.shown("criterion")
+    solver = plan.config.shown("solver")
+    name = solved.layer.name
+    shape = tuple(solved.dense.shape)
+    if not is_unchanged:
+        raise UserError(
+            f"{criterion} and {solver} must not change the weight that they receive, but one of them changed that of "
+            f"{name}. Work on a copy, such as weight.abs() or weight.clone(), and reload the model."
+        )
+    is_finite = solved.sparse.isfinite()
+    if tuple(solved.sparse.shape) != shape or not is_finite.all():
+        raise UserError(
+            f"{solver} must return a finite weight of the shape {shape} for {name}, but it returned one of the shape "
+            f"{tuple(solved.sparse.shape)}, with {int((~is_finite).sum())} numbers that are NaN or infinite."
+        )
+
+
+def _keep_output_means(bias: Tensor, solved: _Solved, inputs: InputStatistics) -> None:
+    """Change a bias so that the means of the outputs stay."""
+    means = inputs.mean()
+    # Not a product of matrices, which autocast would round.
+    lost = ((solved.dense.to(means.dtype) - solved.sparse) * means).sum(dim=1)
+    bias.add_(lost.to(bias.dtype))
+
+
+def _record(
+    run: Run,
+    solved: _Solved,
+    inputs: InputStatistics,
+    fitted_inputs: InputStatistics,
+    observation: Observation,
+) -> PrunedLayer:
+    layer = solved.layer
+    error = None
+    if "gram" in inputs.sums:
+        grams = inputs.sums["gram"], fitted_inputs.sums["gram"]
+        error = relative_error(solved.dense, solved.sparse, *grams)
+    return PrunedLayer(
+        name=layer.name,
+        shape=layer.shape,
+        target=run.selections[layer.name].sparsity,
+        sparsity=share_of_zeros(solved.sparse),
+        tokens=observation.pooled.get(layer.name, inputs.count),
+        note="; ".join(_notes(run, layer, inputs, observation)),
+        siblings=layer.siblings,
+        before=share_of_zeros(solved.dense),
+        block=run.plan.inventory.blocks[layer.name],
+        error=error,
+    )
+
+
+def share_of_zeros(weight: Tensor) -> float:
+    """Return the fraction of a weight's entries that are zero."""
+    return int((weight == 0).sum()) / weight.numel()
+
+
+def _notes(
+    run: Run, layer: Layer, inputs: InputStatistics, observation: Observation
+) -> Iterator[str]:
+    if run.permuted and layer.name in run.permuted.kept:
+        before, after = run.permuted.kept[layer.name]
+        yield f"inputs permuted: kept score {after / before - 1:+.2%}"
+    if inputs.count and inputs.sums.keys() & {"square_sum", "gram"}:
+        inactive = int(inputs.inactive().count_nonzero())
+        if inactive:
+            yield f"{inactive} inputs never active"
+    if layer.name in observation.padding_counted:
+        yield "padding counted: the attention_mask does not show which inputs are padding"
+    if layer.name in observation.pooled:
+        yield POOLED

@@ -1,0 +1,142 @@
+"""What leaves a model: weights, hidden units or experts. Each is one class, with the same methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.observer import Observation, Observer
+from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.patterns import Pattern
+from wanda_lightning.core.selection import Selection
+from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.models import Inventory, Layer, SkippedMatrix, Stop
+from wanda_lightning.planning.coverage import Note, low_coverage
+from wanda_lightning.planning.plan import Plan
+from wanda_lightning.report import PruningReport
+
+if TYPE_CHECKING:
+    from wanda_lightning.planning.run import Run
+
+
+class StopObserver(Protocol):
+    """Measures what a removal needs while samples run; `Observer` is the one for input statistics."""
+
+    def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
+        """Run the calls that wait at a stop, on copies, and return what they show."""
+
+    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
+        """Run all samples through the model; `tick` follows each."""
+
+    def watched(self, stop: Stop, call: Call) -> Call:
+        """Return a call that also measures when it runs."""
+
+    def finish(self, stop: Stop) -> Observation:
+        """Return what the calls that were `watched` have shown, over all processes."""
+
+
+class Removal(ABC):
+    """What leaves a model, and how. Each run has an object of its own, whose methods `prune_as` calls in this order."""
+
+    # How the report names an expert that got few tokens, and says what follows for it.
+    expert_noun: ClassVar[str] = "expert layer"
+    fate_of_rare_experts: ClassVar[str] = "pruned with the statistics of all experts"
+
+    # What `inspect` should say about the layers of the plan.
+    inspect_note: ClassVar[str] = ""
+
+    def check(  # noqa: B027  # weights can leave any layer of a plan
+        self, config: PruningConfig, model: nn.Module, inventory: Inventory
+    ) -> None:
+        """Refuse a model from which nothing can leave, as far as it shows before it runs."""
+
+    def find(self, run: Run) -> Run:
+        """Find what can leave, in the dense model, and return the run with a plan for that alone.
+
+        Raises:
+            UserError: If nothing can leave. Nothing has changed then.
+        """
+        return run
+
+    @property
+    def unit_columns(self) -> Mapping[str, int]:
+        """Columns of each hidden unit, by the layer that reads it, if gradients are summed over units."""
+        return {}
+
+    def choose_sparsities(
+        self,
+        plan: Plan,
+        inputs: Mapping[str, InputStatistics],
+        gradients: Mapping[str, GradientStatistics],
+        read: Callable[[Layer], Tensor],
+    ) -> dict[str, float]:
+        """Return the sparsity of each layer that was measured, by the allocation, in one process for all.
+
+        `inputs` and `gradients` are those of the dense model, whose weights `read` returns.
+        """
+        return plan.allocated_sparsities(inputs, gradients, read)
+
+    def pattern_for(self, plan: Plan, layer: Layer, sparsity: float) -> Pattern:
+        """Return the pattern of a layer with a sparsity of its own."""
+        return plan.config.pattern.for_sparsity(sparsity)
+
+    def selections(
+        self,
+        plan: Plan,
+        sparsities: Mapping[str, float],
+        gradients: Mapping[str, GradientStatistics] = {},
+    ) -> dict[str, Selection]:
+        """Return how the weights of each layer are selected; a layer without a sparsity of its own gets the target."""
+        selections: dict[str, Selection] = {}
+        for layer in plan.layers:
+            sparsity = sparsities.get(layer.name, plan.config.sparsity)
+            pattern = self.pattern_for(plan, layer, sparsity)
+            selection = Selection(plan.config.criterion, pattern, sparsity)
+            if pattern.weigh_rows and layer.name in gradients:
+                selection = replace(selection, row_weights=gradients[layer.name].row_weights())
+            selections[layer.name] = selection
+        return selections
+
+    def observer(self, plan: Plan) -> StopObserver:
+        """Return what measures each stop, or the dense model, before anything leaves."""
+        return Observer(plan.observed, plan.processes)
+
+    @abstractmethod
+    def prune(self, run: Run, stop: Stop, observation: Observation) -> None:
+        """Choose what leaves at a stop, take it out, and record it in `run.done`."""
+
+    def restore(self, run: Run, layers: Sequence[Layer]) -> None:  # noqa: B027  # zeros change no shape
+        """Give layers the shapes that they have after pruning: an interrupted run has pruned and written them."""
+
+    def refuse_unreached(self, run: Run) -> None:  # noqa: B027  # the report lists layers that stay dense
+        """Raise a UserError if something could not be chosen, because no sample has reached it."""
+
+    def finish(self, run: Run) -> None:  # noqa: B027  # zeros need no description
+        """Adapt what describes the model, after the last stop."""
+
+    def left_dense(self, dense: Mapping[str, SkippedMatrix]) -> Mapping[str, SkippedMatrix]:
+        """Return the layers of the plan that stay dense, and what else stays dense with them."""
+        return dense
+
+    def coverage(self, inventory: Inventory, dense: Mapping[str, SkippedMatrix]) -> Note | None:
+        """Return a warning if much less of the model was pruned than a user would expect."""
+        return low_coverage(inventory, dense)
+
+    def notes(self, run: Run) -> Iterator[Note]:
+        """Yield what a user should know about what left."""
+        yield from ()
+
+    def settings(self, plan: Plan) -> dict[str, Any]:
+        """Return entries for the configuration in the report."""
+        limits = plan.config.allocation.limits(plan.config.sparsity)
+        return {"allocation_limits": list(limits)} if limits else {}
+
+    def complete(self, report: PruningReport) -> PruningReport:
+        """Return the report with what only this kind of removal knows."""
+        return report

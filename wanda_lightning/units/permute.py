@@ -1,0 +1,170 @@
+"""Permute hidden units inside each block, so that N:M groups keep larger scores; the model computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from wanda_lightning.calibration.lockstep import Visit
+from wanda_lightning.calibration.observer import Observer
+from wanda_lightning.calibration.pruning_mode import pruning_mode
+from wanda_lightning.core.criteria import Wanda
+from wanda_lightning.core.permutation import kept_score
+from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.types import Orders
+from wanda_lightning.models import Layer, Stop, is_plain
+from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.run import Run
+from wanda_lightning.report import Permuted
+from wanda_lightning.units.block_runs import BlockRuns
+from wanda_lightning.units.candidates import HiddenUnits, hidden_units, removable_units
+from wanda_lightning.units.search import UnitSearch, visit_dense_blocks
+
+_SAMPLES = 8  # over all processes; as many as for the gradients of `best`
+
+
+def permute(run: Run) -> Permuted:
+    """Permute the hidden units inside each block, in place, and return what was permuted.
+
+    Eight samples run through the dense model. Wanda's scores of these samples give the order, and runs of the block
+    show what can be permuted at all: the units of each candidate are permuted at random, and then the reader must
+    receive the permuted values, while everything else in the block stays the same. After all units of the block are
+    permuted, its results must be the same for all samples; otherwise the units are put back in their original order.
+    """
+    plan = run.plan
+    if not plan.block_stops:
+        return Permuted(why_not="no layer to prune lies in a block")
+
+    search = _PermutationSearch(plan)
+    with pruning_mode(plan.model, search.permuted_modules):
+        called_again = visit_dense_blocks(
+            run, plan.block_stops, _SAMPLES, "Permuting", search.permute_block
+        )
+        for stop in plan.block_stops:
+            if stop.name in called_again:
+                search.put_back(stop.name, run.store.undo_change)
+            else:
+                repeat = partial(_apply, search.reorderings.get(stop.name, ()))
+                run.store.change_when_loaded(stop.name, repeat)
+    return Permuted(search.kept_scores, tuple(search.put_back_blocks))
+
+
+@dataclass(frozen=True)
+class _Reordering:
+    """Another order for hidden units, (heads, units)."""
+
+    units: HiddenUnits
+    orders: Orders
+
+    def apply(self) -> None:
+        self.units.permute(self.orders)
+
+    def inverse(self) -> _Reordering:
+        return _Reordering(self.units, self.orders.argsort(dim=1))
+
+
+def _apply(reorderings: Iterable[_Reordering]) -> None:
+    for reordering in reorderings:
+        reordering.apply()
+
+
+def _at_once(change: Callable[[], None]) -> None:
+    change()
+
+
+class _PermutationSearch(UnitSearch):
+    """Permutes the hidden units of one block after the other."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan, likeness=type)
+        # By reader: the scores that are kept before and after.
+        self.kept_scores: dict[str, tuple[float, float]] = {}
+        self.put_back_blocks: list[str] = []  # whose units have their own order again
+        self.reorderings: dict[str, list[_Reordering]] = {}  # by block
+        # Their tensors have another order, perhaps buffers among them.
+        self.permuted_modules: set[nn.Module] = set()
+        self._observer = Observer(Wanda.needs, plan.processes)
+
+    def permute_block(self, visit: Visit) -> None:
+        """Permute the hidden units that layers of this block read."""
+        block = visit.stop
+        assert block.module is not None
+        runs = BlockRuns(block.module, visit.calls)
+        inputs = self._observer(block, runs.recording()).inputs
+        with self._plan.processes.fail_together():
+            reorderings = list(self._find(block, runs, inputs))
+            for reordering in reorderings:
+                self.permuted_modules |= {slot.module for slot in reordering.units.slots}
+            _apply(reorderings)
+            self.reorderings[block.name] = reorderings
+            if not self._plan.processes.all_agree(runs.same_results()):
+                self.put_back(block.name)
+
+    def _find(
+        self, block: Stop, runs: BlockRuns, inputs: Mapping[str, InputStatistics]
+    ) -> Iterator[_Reordering]:
+        """Yield the hidden units of a block that can be permuted, with another order for them."""
+        # All are found before the first one is permuted.
+        readable: list[HiddenUnits] = []
+        for layer in filter(is_plain, block.layers):
+            units = self._first_right(layer, block, runs, _candidates, self._is_right)
+            if units is not None:
+                readable.append(units)
+
+        pattern = self._plan.config.pattern
+        for units in readable:
+            scores = Wanda()(units.reader.read(), inputs[units.reader.name])
+            # Copies of a unit, such as values that several query heads read, are further rows.
+            scores_by_head = scores[:, units.columns].permute(1, 0, 2, 3).flatten(1, 2)
+            permutation = self._plan.config.permutation
+            orders = torch.stack([permutation(head, pattern).cpu() for head in scores_by_head])
+            # One process decides: sums that differ in the last digit could give another order.
+            orders = self._plan.processes.broadcast(orders, 0)
+
+            columns = torch.arange(scores.shape[1])
+            permuted_columns = units.source(orders)
+            if not torch.equal(columns, permuted_columns):
+                self.kept_scores[units.reader.name] = (
+                    kept_score(scores, columns, pattern),
+                    kept_score(scores, permuted_columns, pattern),
+                )
+                yield _Reordering(units, orders)
+
+    def put_back(self, block: str, undo: Callable[[Callable[[], None]], None] = _at_once) -> None:
+        """Put the hidden units of a block back into their order by `undo`, and report it."""
+        reorderings = self.reorderings.pop(block, [])
+        undo(partial(_apply, [reordering.inverse() for reordering in reversed(reorderings)]))
+        for reordering in reorderings:
+            del self.kept_scores[reordering.units.reader.name]
+        if reorderings:
+            self.put_back_blocks.append(block)
+
+    def _is_right(self, units: HiddenUnits, runs: BlockRuns) -> bool:
+        """Whether a random order of the units permutes what the reader receives, and changes nothing else."""
+        heads, _, size = units.columns.shape
+        groups_fit_heads = size % self._plan.config.pattern.group_size == 0
+        if self._is_tied(units) or not groups_fit_heads:
+            return False
+
+        generator = torch.Generator().manual_seed(0)
+        orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(heads)])
+        reordering = _Reordering(units, orders)
+        reordering.apply()
+        try:
+            is_permuted = runs.is_empty or runs.is_permuted(
+                units.reader, units.source(orders), units.inner
+            )
+        finally:
+            reordering.inverse().apply()
+        return self._plan.processes.all_agree(is_permuted)
+
+
+def _candidates(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
+    """Yield candidates for the hidden units that a plain layer reads, at last with depthwise layers in between."""
+    yield from hidden_units(reader, parent, block)
+    for units in removable_units(reader, parent, block):
+        yield HiddenUnits(reader, units.slots, units.inner)

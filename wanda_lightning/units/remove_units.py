@@ -1,0 +1,303 @@
+"""Remove whole hidden units: find those that can leave, choose, and fill them with zeros, which `shrink` takes out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wanda_lightning.calibration.lockstep import Visit
+from wanda_lightning.calibration.pruning_mode import pruning_mode
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.core.allocation import UnitLayer
+from wanda_lightning.core.patterns import Pattern, Structured
+from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.masks.remove_weights import RemoveWeights, share_of_zeros
+from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.models.layers import named_modules
+from wanda_lightning.planning.coverage import Note
+from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.run import Run
+from wanda_lightning.report import PrunedLayer
+from wanda_lightning.units.block_runs import BlockRuns
+from wanda_lightning.units.candidates import RemovableUnits, removable_units
+from wanda_lightning.units.costs import unit_costs
+from wanda_lightning.units.search import UnitSearch, visit_dense_blocks
+
+
+class RemoveUnits(RemoveWeights):
+    """Hidden units become zero: the columns of the layer that reads them, and the rows of the layers that write them.
+
+    The plan that `find` returns observes and prunes the readers only.
+    """
+
+    inspect_note = (
+        "--pattern structured prunes only those of these layers that write or read hidden units."
+    )
+
+    def __init__(self) -> None:
+        self.units: Mapping[str, RemovableUnits] = {}  # by reader
+        # The cost of one unit, by reader, for `Fisher(cost=...)`; empty if all cost the same.
+        self.costs: Mapping[str, float] = {}
+
+    def find(self, run: Run) -> Run:
+        """Find the hidden units that can be taken out, and what they cost; all other layers stay dense.
+
+        One sample runs through the dense model. For each candidate, a random half of the units is set to zero, and then
+        taken out: the block must compute the same. Units stay if the user has skipped a layer that writes them. A model
+        without blocks is one block.
+        """
+        with run.clock.timed("find units"), pruning_mode(run.plan.model):
+            self.units = _wide_enough(run.plan, _find_units(run))
+            narrowed = replace(run, plan=_narrowed(run.plan, self.units))
+            self.costs = unit_costs(narrowed, self.units)
+        return narrowed
+
+    @property
+    def unit_columns(self) -> Mapping[str, int]:
+        """Columns of each hidden unit, by the layer that reads it."""
+        return {name: units.columns for name, units in self.units.items()}
+
+    def choose_sparsities(
+        self,
+        plan: Plan,
+        inputs: Mapping[str, InputStatistics],
+        gradients: Mapping[str, GradientStatistics],
+        read: Callable[[Layer], Tensor],
+    ) -> dict[str, float]:
+        """Give each layer that reads hidden units, and was measured, the fraction of them that becomes zero."""
+        allocation = plan.config.allocation
+        pattern = _structured(plan)
+        layers: list[UnitLayer] = []
+        for name, units in self.units.items():
+            scores = gradients[name].units if name in gradients else None
+            cost = self._cost_of({name: 1})
+            is_measured = scores is not None or not allocation.reads_gradients
+            if is_measured and cost:
+                kind = re.sub(r"\d+", "*", name)
+                layers.append(UnitLayer(name, kind, units.width, scores, cost))
+        if not layers:
+            return {}
+
+        if self.costs:
+            total = sum(layer.cost * layer.width for layer in layers)
+            mean = total / sum(layer.width for layer in layers)
+            layers = [replace(layer, cost=layer.cost / mean) for layer in layers]
+        fractions = allocation.of_units(layers, plan.config.sparsity, pattern)
+        return {
+            layer.name: 1 - pattern.kept(layer.width, fractions[layer.name]) / layer.width
+            for layer in layers
+        }
+
+    def pattern_for(self, plan: Plan, layer: Layer, sparsity: float) -> Pattern:
+        """Return the pattern of a reader, which may have several columns for each unit."""
+        return replace(_structured(plan), columns=self.units[layer.name].columns)
+
+    def after_write(self, run: Run, record: PrunedLayer) -> None:
+        """Set to zero what writes the units that a layer no longer reads, and record the writers."""
+        units = self.units[record.name]
+        before = {writer.name: share_of_zeros(writer.read()) for writer in units.writers}
+        zeros = units.slots[-1].zeros()
+        units.zero(zeros)
+        number = int(zeros.sum())
+        run.done.zero_units[record.name] = number
+
+        notes = [record.note] if record.note else []
+        notes.append(f"{number:,} of {units.width:,} hidden units are zero")
+        run.done.layers[record.name] = replace(record, note="; ".join(notes))
+        for writer in units.writers:
+            sparsity = share_of_zeros(writer.read())
+            # A layer between two others reads units and writes units.
+            writer_record = run.done.layers.get(writer.name)
+            if writer_record is None:
+                writer_record = PrunedLayer(
+                    name=writer.name,
+                    shape=writer.shape,
+                    target=record.target,
+                    sparsity=sparsity,
+                    tokens=record.tokens,
+                    before=before[writer.name],
+                    block=run.plan.inventory.blocks[writer.name],
+                )
+            run.done.layers[writer.name] = replace(writer_record, sparsity=sparsity)
+
+    def left_dense(self, dense: Mapping[str, SkippedMatrix]) -> Mapping[str, SkippedMatrix]:
+        """Add what writes the hidden units that dense layers read."""
+        left = dict(dense)
+        for name, units in self.units.items():
+            if name not in dense:
+                continue
+            for writer in units.writers:
+                skipped = replace(dense[name], name=writer.name, shape=writer.stored_shape)
+                left.setdefault(writer.name, skipped)
+        return left
+
+    def coverage(self, inventory: Inventory, dense: Mapping[str, SkippedMatrix]) -> Note | None:
+        """Return None: that other layers stay dense is what the user asked for."""
+        return None
+
+    def notes(self, run: Run) -> Iterator[Note]:
+        """Yield how many hidden units are zero, and what share of the cost they have."""
+        if not run.plan.config.sparsity:
+            return
+        number = sum(run.done.zero_units.values())
+        widths = {name: units.width for name, units in self.units.items()}
+        width = sum(widths.values())
+        if not number:
+            yield Note(
+                f"none of {width:,} hidden units is zero, because sparsity={run.plan.config.sparsity:g} rounds to no "
+                "unit of any layer: use a smaller multiple_of, or a higher sparsity"
+            )
+            return
+        share_of_cost = ""
+        if self.costs:
+            share = self._cost_of(run.done.zero_units) / self._cost_of(widths)
+            share_of_cost = f", {share:.1%} of the {run.plan.config.allocation.cost} of all"
+        yield Note(
+            f"{number:,} of {width:,} hidden units are zero{share_of_cost}; shrink() takes them out",
+            is_warning=False,
+        )
+
+    def settings(self, plan: Plan) -> dict[str, Any]:
+        """Return the costs of a unit, if units differ."""
+        return {"unit_costs": dict(self.costs)} if self.costs else {}
+
+    def _cost_of(self, numbers: Mapping[str, int]) -> float:
+        """Return what numbers of units cost, by reader; 0 for layers that the measured batch did not reach."""
+        if not self.costs:
+            return sum(map(float, numbers.values()))
+        return sum(number * self.costs.get(name, 0.0) for name, number in numbers.items())
+
+
+def _structured(plan: Plan) -> Structured:
+    pattern = plan.config.pattern
+    assert isinstance(pattern, Structured)
+    return pattern
+
+
+def _find_units(run: Run) -> dict[str, RemovableUnits]:
+    """Return the hidden units that can be taken out, by the layer that reads them."""
+    blocks = run.plan.block_stops or (_one_block(run.plan),)
+    search = _RemovalSearch(run.plan)
+    called_again = visit_dense_blocks(run, blocks, 1, "Finding hidden units", search.search_block)
+    for block in blocks:
+        if block.name in called_again:
+            for layer in block.layers:
+                search.units.pop(layer.name, None)
+    return search.units
+
+
+class _RemovalSearch(UnitSearch):
+    """Finds the units of one block after the other that can be taken out."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan, _likeness)
+        self.units: dict[str, RemovableUnits] = {}  # by reader
+        self._layer_of = {layer.module: layer for layer in plan.layers}
+        skipped_by_user = plan.inventory.skipped_for(SkipReason.USER)
+        self._skipped_by_user = {self._modules.get(matrix.name) for matrix in skipped_by_user}
+        # A matrix has one set of rows and one of columns.
+        self._used_lines: set[tuple[nn.Module, str, int]] = set()
+
+    def search_block(self, visit: Visit) -> None:
+        """Find the units that layers of this block read."""
+        block = visit.stop
+        assert block.module is not None
+        runs = BlockRuns(block.module, visit.calls)
+        with self._plan.processes.fail_together():
+            for call in runs.recording():
+                call.run(on_copies=True)
+            for layer in block.layers:
+                if layer.expert is not None or layer.group is not None:
+                    continue
+                units = self._first_right(layer, block, runs, removable_units, self._is_right)
+                if units is not None:
+                    writers = tuple(self._layer_of[writer.module] for writer in units.writers)
+                    self.units[layer.name] = replace(units, writers=writers)
+                    self._used_lines |= units.lines
+
+    def _is_right(self, units: RemovableUnits, runs: BlockRuns) -> bool | None:
+        """Whether the block computes the same with a random half of the units at zero as without them.
+
+        None if its tensors belong to other units or modules, too, or the user has skipped one of its layers.
+        """
+        are_pruned = all(writer.module in self._layer_of for writer in units.writers)
+        is_skipped = any(slot.module in self._skipped_by_user for slot in units.slots)
+        are_shared = self._is_tied(units) or bool(units.lines & self._used_lines)
+        if not are_pruned or is_skipped or are_shared:
+            return None
+        if units.width < 2:
+            return False
+
+        order = torch.randperm(units.width, generator=torch.Generator().manual_seed(0))
+        keep = torch.zeros(units.width, dtype=torch.bool)
+        keep[order[: units.width // 2]] = True
+        with units.restored():
+            units.zero(~keep)
+            is_same = runs.is_empty or runs.same_after(lambda: units.take(keep), units, keep)
+            return self._plan.processes.all_agree(is_same)
+
+
+def _likeness(block: nn.Module) -> tuple[object, ...]:
+    """Return what blocks that compute alike have in common: parameters, and attributes such as a share of zeros."""
+    shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
+    attributes = [
+        (name, key, value)
+        for name, module in block.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, float | bool)
+    ]
+    return (type(block), *shapes, *attributes)
+
+
+def _one_block(plan: Plan) -> Stop:
+    """Return the smallest module with a forward that contains all layers."""
+    modules = named_modules(plan.model)
+    paths = [layer.name.split(".")[:-1] for layer in plan.layers]
+    levels = zip(*paths, strict=False)
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
+    # A ModuleList has no forward.
+    while common and type(modules[".".join(common)]).forward is nn.Module.forward:
+        common.pop()
+    name = ".".join(common)
+    return Stop(name, modules[name], plan.layers)
+
+
+def _wide_enough(plan: Plan, units: Mapping[str, RemovableUnits]) -> dict[str, RemovableUnits]:
+    """Return the units of layers that have more than the pattern keeps at least; refuse a model without any."""
+    pattern = _structured(plan)
+    name = plan.config.shown("pattern")
+    if not units:
+        raise UserError(
+            f"{name} finds no hidden units in the model: in no block does one layer read what others write, with every "
+            "unit apart from the rest. Merge adapters first, if there are any, and let skip= and only= leave out no "
+            "layer of an MLP; or use pattern='unstructured' or '2:4'."
+        )
+    widths = {reader: found.width for reader, found in units.items()}
+    pattern.check_widths(widths, plan.config.sparsity, name)
+    return {reader: found for reader, found in units.items() if found.width > pattern.multiple_of}
+
+
+def _narrowed(plan: Plan, units: Mapping[str, RemovableUnits]) -> Plan:
+    """Return a plan that observes and prunes the readers only; layers that neither read nor write units stay dense."""
+    detail = "no hidden units that could be taken out were found at its inputs or outputs"
+    written = {writer.name for found in units.values() for writer in found.writers}
+    skipped = list(plan.inventory.skipped)
+    for layer in plan.layers:
+        if layer.name not in units and layer.name not in written:
+            skipped.append(
+                SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail)
+            )
+
+    stops: list[Stop] = []
+    for stop in plan.stops:
+        readers = tuple(layer for layer in stop.layers if layer.name in units)
+        if readers:
+            stops.append(replace(stop, layers=readers))
+    inventory = replace(plan.inventory, stops=tuple(stops), skipped=tuple(skipped))
+    return replace(plan, inventory=inventory)
