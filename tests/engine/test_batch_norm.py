@@ -218,7 +218,9 @@ def test_every_eighth_sample_is_held_out():
 
 def test_a_correction_that_hurts_is_undone(monkeypatch):
     monkeypatch.setattr(
-        batch_norm, "_moved", lambda running, dense, pruned: (running[0] + 9, running[1])
+        batch_norm,
+        "_moved",
+        lambda running, dense, pruned: batch_norm._Moments(running.mean + 9, running.variance),
     )
     dense = resnet()
     _, corrected, report = both(dense, images(8), **MAGNITUDE)
@@ -231,14 +233,14 @@ def test_a_correction_that_hurts_is_undone(monkeypatch):
 
 def test_a_channel_that_pruning_silences_and_one_that_was_silent():
     """A zero variance before gives no ratio, and one afterward leaves none of the running statistics."""
-    dense = torch.tensor(
-        [[5.0, 5.0], [10.0, 0.0], [20.0, 40.0]]
-    ).double()  # counts, sums, sums of squares
-    pruned = torch.tensor(
-        [[5.0, 5.0], [15.0, 5.0], [85.0, 5.0]]
-    ).double()  # channel 0 awakes, channel 1 falls silent
-    moved = batch_norm._moved(torch.tensor([[1.0, 1.0], [2.0, 2.0]]).double(), dense, pruned)
-    close(torch.stack([*moved]), torch.tensor([[2.0, 1.0], [12.0, 0.0]]).double())
+    # Counts, sums and sums of squares.
+    dense = torch.tensor([[5.0, 5.0], [10.0, 0.0], [20.0, 40.0]]).double()
+    # Channel 0 awakes, channel 1 falls silent.
+    pruned = torch.tensor([[5.0, 5.0], [15.0, 5.0], [85.0, 5.0]]).double()
+    running = batch_norm._Moments(torch.ones(2).double(), torch.full((2,), 2.0).double())
+    moved = batch_norm._moved(running, dense, pruned)
+    close(moved.mean, torch.tensor([2.0, 1.0]).double())
+    close(moved.variance, torch.tensor([12.0, 0.0]).double())
 
 
 def test_a_layer_that_no_batch_reaches_and_one_without_statistics():

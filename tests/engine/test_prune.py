@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map_only
 from wanda_lightning import ADMM, Reconstruct, Refit, SparseGPT, Structured, prune
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.core import statistics
-from wanda_lightning.engine import write
 from wanda_lightning.engine.prune import prune_collected
+from wanda_lightning.masks import remove_weights
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -248,7 +248,7 @@ def test_not_all_layers_with_one_input_are_held_at_once(monkeypatch):
         lambda self, w, *more: sizes.append(len(w)) or together(self, w, *more),
     )
     for limit in (write._MAX_GROUP, 2 * 8 * 16, 1):
-        monkeypatch.setattr(write, "_MAX_GROUP", limit)
+        monkeypatch.setattr(remove_weights, "_MAX_GROUP", limit)
         torch.manual_seed(0)
         blocks = nn.Sequential(Parallel())
         prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", progress=False, sequential="none")

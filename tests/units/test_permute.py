@@ -16,11 +16,11 @@ from support.samples import run_of
 from support.zoo import ZOO, run, seeded
 from torch import nn
 from torch.nn import functional as F
-from wanda_lightning.units.permute import permute
 
 from wanda_lightning import PruningCallback, WandaPrune, prune
 from wanda_lightning.calibration.samples import map_tensors
 from wanda_lightning.models import find_layers
+from wanda_lightning.units.permute import permute
 
 READERS = {
     "llama": {"self_attn.o_proj", "mlp.down_proj"},

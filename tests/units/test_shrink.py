@@ -221,9 +221,9 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
     before = copy.deepcopy(model.state_dict())
     calls = []
 
-    def interrupted(runs, change, read):
+    def interrupted(runs, change, units, keep):
         change()
-        calls.append(read)
+        calls.append(units)
         if len(calls) > 2:
             raise KeyboardInterrupt
         return True
