@@ -247,7 +247,7 @@ def test_not_all_layers_with_one_input_are_held_at_once(monkeypatch):
         "solve_together",
         lambda self, w, *more: sizes.append(len(w)) or together(self, w, *more),
     )
-    for limit in (write._MAX_GROUP, 2 * 8 * 16, 1):
+    for limit in (remove_weights._MAX_GROUP, 2 * 8 * 16, 1):
         monkeypatch.setattr(remove_weights, "_MAX_GROUP", limit)
         torch.manual_seed(0)
         blocks = nn.Sequential(Parallel())
