@@ -212,8 +212,10 @@ class PruningConfig:
         value = getattr(self, option)
         if isinstance(value, str):
             return f"{option}={value!r}"
-        names = (name for name, make in NAMES[option].items() if make() == value)
-        return next((f"{option}={name!r}" for name in names), f"{option}={value}")
+        for name, make in NAMES[option].items():
+            if make() == value:
+                return f"{option}={name!r}"
+        return f"{option}={value}"
 
     @property
     def preset(self) -> str:
@@ -303,12 +305,11 @@ def check_choices(choices: Mapping[str, Any]) -> None:
 
 
 def _check_sparsity(sparsity: float) -> None:
-    percent = (
-        f" ({sparsity / 100:g} for {sparsity:g} %)"
-        if isinstance(sparsity, int | float) and sparsity > 1
-        else ""
-    )
-    check_values(Number(minimum=0, below=1), **{f"sparsity{percent}": sparsity})
+    name = "sparsity"
+    if isinstance(sparsity, int | float) and sparsity > 1:
+        name = f"sparsity ({sparsity / 100:g} for {sparsity:g} %)"
+    shown = {name: sparsity}
+    check_values(Number(minimum=0, below=1), **shown)
 
 
 def _named(option: str, name: object) -> Any:
@@ -363,7 +364,11 @@ def check_pattern(given: object) -> None:
 
 
 def _describe(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        values = {each.name: _describe(getattr(value, each.name)) for each in fields(value)}
-        return {"name": type(value).__name__, **values}
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return list(value)
+    if not is_dataclass(value):
+        return value
+    described: dict[str, Any] = {"name": type(value).__name__}
+    for option in fields(value):
+        described[option.name] = _describe(getattr(value, option.name))
+    return described

@@ -61,23 +61,24 @@ def perplexity_from_disk(
         check_tokens(checkpoint.model, batch["input_ids"])
         input_ids = batch["input_ids"].to(checkpoint.device)
         mask = batch.get("attention_mask")
-        mask = None if mask is None else mask.to(checkpoint.device)
-        metric.update(
-            checkpoint.model(input_ids, attention_mask=mask, use_cache=False).logits,
-            input_ids,
-            mask,
-        )
+        if mask is not None:
+            mask = mask.to(checkpoint.device)
+        output = checkpoint.model(input_ids, attention_mask=mask, use_cache=False)
+        metric.update(output.logits, input_ids, mask)
 
     blocks = [Stop(block, checkpoint.model.get_submodule(block), ()) for block in checkpoint.blocks]
-    runs = ((index, partial(run, batch)) for index, batch in enumerate(batches))
-    samples = (Sample(each, each, batch_index=index) for index, each in runs)
     number = length_of(batches)
     total = None if number is None else ceil(number / AT_ONCE) * len(blocks)
+    numbered = enumerate(batches)
     with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
-        while together := list(islice(samples, AT_ONCE)):
+        while group := list(islice(numbered, AT_ONCE)):
+            samples: list[Sample] = []
+            for index, batch in group:
+                run_batch = partial(run, batch)
+                samples.append(Sample(run_batch, run_batch, batch_index=index))
             loader = BlockLoader(checkpoint)
             with loader.loading():
-                for block, _ in lockstep(blocks, together, to_end=True, model=checkpoint.model):
+                for block, _ in lockstep(blocks, samples, to_end=True, model=checkpoint.model):
                     loader.load_only(block.name)
                     bar.show(block.name)
                     bar.advance()

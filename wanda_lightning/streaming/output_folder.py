@@ -88,9 +88,14 @@ class Shards:
         size = sum(record.size for record in self.written.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         for leftover in self.folder.glob(f"{TEMPORARY}*"):
-            if not [*leftover.glob("*.safetensors")]:  # else it may be a whole model
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        # Saving deletes weights beside it.
+            if any(leftover.glob("*.safetensors")):
+                continue  # it may be a whole model
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+        # In a folder of its own, because saving a configuration deletes weights beside it.
         temporary = Path(tempfile.mkdtemp(dir=self.folder, prefix=TEMPORARY))
         checkpoint.save_configuration(temporary)
         if tokenizer is not None:
@@ -133,50 +138,52 @@ class OutputFolder(Shards):
 
     def _resume(self, folder: object) -> None:
         """Continue an interrupted run with the same choices; parts whose files are missing are written again."""
-        own = self.progress
         try:
-            begun: _Progress = from_parsed(
-                _Progress, json.loads(self._file.read_text(encoding="utf-8"))
-            )
+            stored = json.loads(self._file.read_text(encoding="utf-8"))
+            begun: _Progress = from_parsed(_Progress, stored)
             check_values(Number(minimum=0, below=1), **begun.sparsities)
         except ValueError as error:
             raise UserError(
                 f"{self._file} is not the record of an interrupted run of this version: {one_line(error)} Delete "
                 f"{folder} to begin anew, or choose another folder."
             ) from error
-        first = begun.made_with
-        second = own.made_with
-        differing = [name for name in first | second if first.get(name) != second.get(name)]
+
+        before = begun.made_with
+        now = self.progress.made_with
+        differing = [name for name in before | now if before.get(name) != now.get(name)]
         if begun.written and differing:
             raise UserError(
                 f"{folder} was begun with other choices, data or weights: {', '.join(differing)}. Use the same to go "
                 "on, or another folder."
             )
+
         for part, record in begun.written.items():
             if not record.keys or self.path(part).is_file():
-                own.written[part] = record
+                self.progress.written[part] = record
         if not differing:
-            own.sparsities = begun.sparsities
-        own.report = begun.report if own.written.keys() >= set(self.parts) else ""
+            self.progress.sparsities = begun.sparsities
+        if self.progress.written.keys() >= set(self.parts):
+            self.progress.report = begun.report
 
     def save(
         self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()
     ) -> None:
         """Write a part and its record; refuse to mix the parts of two runs."""
-        entries = {"written": list_entries(self.folder)}
-        found = (
-            json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else entries
-        )
-        if found["written"] and found.get("made_with") != self.progress.made_with:
+        if self._file.is_file():
+            stored = json.loads(self._file.read_text(encoding="utf-8"))
+            is_of_another = stored["written"] and stored["made_with"] != self.progress.made_with
+        else:
+            is_of_another = bool(list_entries(self.folder))
+        if is_of_another:
             raise UserError(
                 f"{self.folder} must be written by one run, but another one has. Choose another folder."
             )
         super().save(part, tensors, record)
         self.save_progress()
 
-    def save_progress(self, **found: Any) -> None:
+    def save_progress(self, **changes: Any) -> None:
         """Write the progress, with new values of its fields, for a run that is started again."""
-        self.progress = replace(self.progress, **found)
+        self.progress = replace(self.progress, **changes)
         with atomic_write(self._file) as new:
             new.write_text(as_json(asdict(self.progress)), encoding="utf-8")
 

@@ -328,7 +328,8 @@ def _built_for(model: nn.Module) -> Iterator[list[int]]:
 
 
 def _noise(model: nn.Module, *shape: int) -> Tensor:
-    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, *shape, generator=generator, dtype=torch.float32)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return noise.to(_device(model), dtype)
 
