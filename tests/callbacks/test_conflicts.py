@@ -35,8 +35,8 @@ DENSE = "only collects statistics of the dense model while Lightning validates i
         ),
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, but it is 0"),
         (
-            {"report": "report.pdf"},
-            r"report must end with \.html or \.png, but it is 'report\.pdf'",
+            {"report_page": "report.pdf"},
+            r"report_page must end with \.html or \.png, but it is 'report\.pdf'",
         ),
         (
             {"calibrate_on": "test"},

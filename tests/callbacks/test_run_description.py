@@ -84,7 +84,7 @@ def test_the_name_says_which_weights_the_model_had(tmp_path, monkeypatch, make, 
 
 def test_a_page_is_written_when_the_callback_prunes(tmp_path):
     callback = PruningCallback(
-        0.5, report=tmp_path / "out/report.html", num_samples=12, method="sparsegpt"
+        0.5, report_page=tmp_path / "out/report.html", num_samples=12, method="sparsegpt"
     )
     trainer(callback, max_steps=1).fit(Net(), loader(), loader())
     page = Page(tmp_path / "out/report.html")
@@ -93,7 +93,7 @@ def test_a_page_is_written_when_the_callback_prunes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "place"), [("report", "file/report.html"), ("report_dir", "file")]
+    ("option", "place"), [("report_page", "file/report.html"), ("report_dir", "file")]
 )
 def test_what_cannot_be_written_is_refused(tmp_path, option, place):
     (tmp_path / "file").write_text("mine")

@@ -103,7 +103,7 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("good")
     pruning = PruningCallback(
-        report_dir=tmp_path / "report", report=tmp_path / "page.html", method="magnitude"
+        report_dir=tmp_path / "report", report_page=tmp_path / "page.html", method="magnitude"
     )
     # Without a token.
     saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")
