@@ -61,9 +61,9 @@ class PruningCallback(ZerosCallback):
         at_step: Number of optimizer steps before pruning.
         schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
         calibrate_on: `"validation"` collects statistics from Lightning's own validation loop, without an extra pass,
-            and prunes at its end: of the next one after the step of the schedule, or of `trainer.validate`, which then
-            evaluates the dense model. The default of `sequential` is then `"none"`, the only value that it supports. It
-            uses whole batches until they have `num_samples` samples.
+            and prunes when the loop ends. In `fit`, this is the first loop after the step of the schedule;
+            `trainer.validate` evaluates the dense model first. `sequential` is then `"none"` by default, the only value
+            that this supports. Whole batches are used until they have `num_samples` samples.
         report: The former name of `report_page`, which the next minor release removes.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `keep_batch_norm`.
@@ -158,15 +158,15 @@ class PruningCallback(ZerosCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an unsupported strategy, and a `report_dir` or `report_page` that cannot be written."""
         with processes_of(trainer).fail_together():
-            if trainer.is_global_zero and self.report_dir is not None:
-                require_writable(self.report_dir, overwrite=True, kind="folder")
-            if trainer.is_global_zero and self.report_page is not None:
-                require_writable(self.report_page, overwrite=True, kind="file")
+            for path, kind in ((self.report_dir, "folder"), (self.report_page, "file")):
+                if path is not None and trainer.is_global_zero:
+                    require_writable(path, overwrite=True, kind=kind)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the state; refuse that of a run with another sparsity or pattern."""
-        name = type(self).__name__
-        self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, name)
+        self._state = PruningState.from_checkpoint(
+            state_dict, self._fixed_choices, type(self).__name__
+        )
         self._state_is_of_checkpoint = True
         self._zeros.load_state_dict({"layers": [], "unheld_zeros": self._state.unheld_zeros})
 
@@ -230,9 +230,9 @@ class PruningCallback(ZerosCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks, and warn if the final sparsity was not reached."""
-        name = type(self).__name__
-        sparsity = self.config.sparsity
-        conflicts.warn_if_unfinished(name, self._state, sparsity, trainer.global_step)
+        conflicts.warn_if_unfinished(
+            type(self).__name__, self._state, self.config.sparsity, trainer.global_step
+        )
         super().on_train_end(trainer, pl_module)
 
     def on_exception(self, *arguments: Any) -> None:

@@ -54,13 +54,11 @@ class BestAfterPruning(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._compares = _is_pruned(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
         """Compare from the first validation loop after pruning."""
         self._compares = _is_pruned(trainer)
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Without validation loops, compare from the first batch after pruning."""
         if not trainer.enable_validation:
             self._compares = _is_pruned(trainer)

@@ -24,10 +24,10 @@ _FOLDERS = re.compile(r"(?<![\w./~-])~?/(?:[^\s,'\"/]+/)*(?=[^\s,'\"/])")  # of 
 
 
 def write_card(
-    folder: str | os.PathLike[str],
+    folder: str | Path,
     report: PruningReport,
     *,
-    name: str | os.PathLike[str],
+    name: str | Path,
     on_hub: bool = False,
     trained_steps: int = 0,
 ) -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Collection
 from glob import escape
+from pathlib import Path
 
 from wanda_lightning.common.atomic_write import list_entries, resolve_path
 from wanda_lightning.common.errors import UserError
@@ -36,9 +37,7 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
         )
 
 
-def upload(
-    folder: str | os.PathLike[str], repo_id: str, files: Collection[str], private: bool = False
-) -> str:
+def upload(folder: str | Path, repo_id: str, files: Collection[str], private: bool = False) -> str:
     """Upload files of a folder to a model repository, in one commit, and return its address.
 
     A repository that does not exist is created. Weights of another model in the repository are deleted, because they
@@ -74,7 +73,7 @@ def upload(
     return str(address)
 
 
-def list_files(folder: str | os.PathLike[str]) -> list[str]:
+def list_files(folder: str | Path) -> list[str]:
     """Return the names of the files of a model in a folder, relative to it and with slashes, except hidden ones."""
     root = resolve_path(folder)
     names = []
