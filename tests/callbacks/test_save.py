@@ -8,13 +8,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
-from support import forks
 from support.callbacks import (
     ADAMW,
     Net,
     Resumable,
     SaveAt,
     equal,
+    killed_and_resumed,
     loader,
     same,
     share_of_zeros,
@@ -368,15 +368,10 @@ def continue_gradual_run(folder, is_killed):
 
 
 def test_a_gradual_run_that_is_killed_before_the_last_stage_resumes_from_last(tmp_path):
-    whole = tmp_path / "whole"
-    killed = tmp_path / "killed"
-    attempts = ((whole, False), (killed, True), (killed, False))
-    runs = [forks.run(continue_gradual_run, *arguments) for arguments in attempts]
-    assert [run.returncode for run in runs] == [0, -signal.SIGKILL, 0]
-    assert [run.stdout.splitlines()[0] for run in runs] == ["step 0", "step 0", "step 6"]
-    results = [torch.load(folder / "final.pt", weights_only=True) for folder in (whole, killed)]
-    assert equal(*results)
-    assert (results[0]["weights"]["layers.0.weight"] == 0).float().mean() == 0.75
+    first_step, whole, resumed = killed_and_resumed(tmp_path, continue_gradual_run)
+    assert first_step == "step 6"
+    assert equal(resumed, whole)
+    assert (whole["weights"]["layers.0.weight"] == 0).float().mean() == 0.75
 
 
 def test_last_is_the_latest_model_and_not_the_best(tmp_path):

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from support import forks
 from support.callbacks import (
     ADAMW,
     LAYERS,
@@ -19,6 +18,7 @@ from support.callbacks import (
     SaveAt,
     all_at,
     equal,
+    killed_and_resumed,
     loader,
     same,
     share_of_zeros,
@@ -362,16 +362,9 @@ def attempt(folder, is_killed):
 
 
 def test_a_killed_and_restarted_run_equals_an_uninterrupted_one(tmp_path):
-    whole = tmp_path / "whole"
-    killed = tmp_path / "killed"
-    runs = [
-        forks.run(attempt, *arguments)
-        for arguments in ((whole, False), (killed, True), (killed, False))
-    ]
-    assert [run.returncode for run in runs] == [0, -signal.SIGKILL, 0]
-    assert [run.stdout.splitlines()[0] for run in runs] == ["step 0", "step 0", "step 5"]
-    results = [torch.load(folder / "final.pt", weights_only=True) for folder in (whole, killed)]
-    assert equal(*results)
+    first_step, whole, resumed = killed_and_resumed(tmp_path, attempt)
+    assert first_step == "step 5"
+    assert equal(resumed, whole)
 
 
 @pytest.mark.parametrize(
