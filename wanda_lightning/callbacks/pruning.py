@@ -26,6 +26,7 @@ from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
+from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.planning.plan import Plan, make_plan
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import sharded_layers, zeros_of
@@ -123,6 +124,7 @@ class PruningCallback(ZerosCallback):
         self._fixed_choices = {name: described[name] for name in ("sparsity", "pattern")}
         self._state = PruningState(self._fixed_choices)
         self._state_is_of_checkpoint = False  # until the run begins
+        self._processes = SINGLE_PROCESS  # until `setup`
         self._final_plan: Plan | None = None
         self._planned_modules: list[nn.Module] = []
         self._validation: ValidationStatistics | None = None  # while a loop is calibrated on
@@ -157,7 +159,9 @@ class PruningCallback(ZerosCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse an unsupported strategy, and a `report_dir` or `report_page` that cannot be written."""
-        with processes_of(trainer).fail_together():
+        # One object for all that communicates: it knows whether another process has failed already.
+        self._processes = processes_of(trainer)
+        with self._processes.fail_together():
             for path, kind in ((self.report_dir, "folder"), (self.report_page, "file")):
                 if path is not None and trainer.is_global_zero:
                     require_writable(path, overwrite=True, kind=kind)
@@ -293,7 +297,7 @@ class PruningCallback(ZerosCallback):
         """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
         # A checkpoint has the state of its own weights.
         if self._state.zeros and not self._state_is_of_checkpoint:
-            zeros = zeros_of(pruning_target(trainer.lightning_module), processes_of(trainer))
+            zeros = zeros_of(pruning_target(trainer.lightning_module), self._processes)
             if not self._state.describes(zeros):
                 self._state = PruningState(self._fixed_choices)
         self._state_is_of_checkpoint = False
@@ -308,7 +312,7 @@ class PruningCallback(ZerosCallback):
         model = pruning_target(trainer.lightning_module)
         modules = [*model.modules()]
         if self._final_plan is None or self._planned_modules != modules:
-            self._final_plan = make_plan(self.config, model, processes_of(trainer))
+            self._final_plan = make_plan(self.config, model, self._processes)
             self._planned_modules = modules
         return self._final_plan
 
@@ -328,7 +332,7 @@ class PruningCallback(ZerosCallback):
                 trainer.lightning_module,
                 self.dataloader,
                 self.num_samples,
-                processes_of(trainer),
+                self._processes,
             )
 
     def _raise_later_errors(self, trainer: Trainer) -> None:
@@ -380,7 +384,7 @@ class PruningCallback(ZerosCallback):
         if not self.keep_zeros or not self._state.zeros:
             return
         if self._final_plan is None:
-            # A resumed run that has pruned all it should, perhaps with sharded weights, needs no plan.
+            # A resumed run may have nothing left to prune, and makes no plan then.
             layers = sharded_layers(pruning_target(trainer.lightning_module))
         else:
             layers = {layer.name: layer for layer in self._plan(trainer).layers}
