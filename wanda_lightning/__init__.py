@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         Schedule as Schedule,
         WandaPrune as WandaPrune,
     )
-    from wanda_lightning.callbacks.trainer import PrunableModule as PrunableModule
+    from wanda_lightning.callbacks.prunable_module import PrunableModule as PrunableModule
     from wanda_lightning.config import PruningConfig as PruningConfig
     from wanda_lightning.core.allocation import (
         OWL as OWL,
@@ -86,7 +86,7 @@ _HOMES = {
         "BestAfterPruning CubicSchedule DistillFromDense KeepZeros LinearSchedule OneShot "
         "PruningCallback SavePretrained Schedule WandaPrune"
     ),
-    "callbacks.trainer": "PrunableModule",
+    "callbacks.prunable_module": "PrunableModule",
     "config": "PruningConfig",
     "core.allocation": "Allocation DenseLayer Fisher OWL PerLayer Uniform match_target",
     "core.criteria": "Criterion Magnitude RIA Wanda",

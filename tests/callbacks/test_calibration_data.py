@@ -85,15 +85,8 @@ class TestCalibrationSource:
     )
     def test_order(self, tag, make, loop, data, given):
         module = make()
-        source = data()
-        named = (
-            {"datamodule": source}
-            if isinstance(source, Data)
-            else {f"{'train_' * (loop == 'fit')}dataloaders": source}
-        )
-        getattr(trainer(WandaPrune(num_samples=4, dataloader=given), max_steps=1), loop)(
-            module, **named
-        )
+        run = trainer(WandaPrune(num_samples=4, dataloader=given), max_steps=1)
+        getattr(run, loop)(module, data())
         assert tags_of(module.seen) == [tag]
 
     @pytest.mark.parametrize(
@@ -250,16 +243,18 @@ SHUFFLED = "ignore:Your `val_dataloader`'s sampler has shuffling enabled"
 
 @pytest.mark.filterwarnings(SHUFFLED)
 @pytest.mark.parametrize("make", [shuffled, with_a_worker, *OTHERS])
-@pytest.mark.parametrize("loop", ["fit", "validate"])
-def test_calibration_changes_no_batch_of_the_loop(make, loop):
-    modules = Recorder(), Recorder()
-    at_step = 2 if loop == "fit" else 0  # in the middle of an epoch
-    for module, callbacks in zip(
-        modules, ([], [WandaPrune(num_samples=4, at_step=at_step)]), strict=True
-    ):
-        getattr(trainer(*callbacks, max_epochs=2), loop)(module, make())
-    assert len(modules[0].trained) == (6 if loop == "fit" else 3)
-    assert_same(modules[1].trained, [x for x, _ in modules[0].trained])
+@pytest.mark.parametrize(
+    ("loop", "at_step", "batches"),
+    [("fit", 2, 6), ("validate", 0, 3)],  # step 2 is in the middle of an epoch
+)
+def test_calibration_changes_no_batch_of_the_loop(make, loop, at_step, batches):
+    alone = Recorder()
+    getattr(trainer(max_epochs=2), loop)(alone, make())
+    calibrating = Recorder()
+    callback = WandaPrune(num_samples=4, at_step=at_step)
+    getattr(trainer(callback, max_epochs=2), loop)(calibrating, make())
+    assert len(alone.trained) == batches
+    assert_same(calibrating.trained, [x for x, _ in alone.trained])
 
 
 @pytest.mark.parametrize(
@@ -352,18 +347,24 @@ def by_hand(module, count):
 
 
 @pytest.mark.parametrize("method", ["wanda", "fast"])
-def test_validate_measures_the_dense_model_then_prunes_by_what_it_saw(method):
+def test_validate_measures_the_dense_model_and_prunes_by_what_it_saw(method):
     module = Counting()
     callback = PruningCallback(0.5, method=method, calibrate_on="validation")
-    (dense,) = trainer().validate(Net(), loader(), verbose=False)
+    dense = trainer().validate(Net(), loader(), verbose=False)
     expected = by_hand(module, 12)
-    (measured,) = trainer(callback).validate(module, loader(), verbose=False)
-    assert measured == dense
+    assert trainer(callback).validate(module, loader(), verbose=False) == dense
     assert module.passes == 3
     assert same(module, expected)
     assert callback.report.layers[0].tokens == 12
-    (measured,) = trainer(callback).validate(module, loader(), verbose=False)
-    assert measured == trainer().validate(expected, loader(), verbose=False)[0]
+
+
+def test_the_next_validate_measures_the_pruned_model():
+    module = Net()
+    callback = on_validation()
+    expected = by_hand(module, 12)
+    trainer(callback).validate(module, loader(), verbose=False)
+    measured = trainer(callback).validate(module, loader(), verbose=False)
+    assert measured == trainer().validate(expected, loader(), verbose=False)
     assert same(module, expected)
 
 
@@ -416,18 +417,8 @@ def test_fit_prunes_at_the_end_of_the_validation_loop_that_follows():
             sparsity.append(share_of_zeros(module)["layers.0.weight"])
 
     trainer(callback, Watch(), max_epochs=2, num_sanity_val_steps=2).fit(module, loader(), loader())
-    # Sanity check; three steps and validation, twice.
-    assert sparsity == [
-        0,
-        0,
-        0,
-        0,
-        0.5,
-        0.5,
-        0.5,
-        0.5,
-        0.5,
-    ]
+    # The sanity check, then three steps and a validation loop, twice.
+    assert sparsity == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert module.passes == 2 + 2 * (3 + 3)
 
 
@@ -470,7 +461,8 @@ def test_convolutions_are_read_although_lightning_is_in_inference_mode(name, loo
     before = CopyBefore()
     run = trainer(before, on_validation(), max_epochs=1, num_sanity_val_steps=0)
     data = DataLoader(batches, batch_size=None)
-    getattr(run, loop)(module, *[data] * (2 if loop == "fit" else 1))
+    loaders = {"fit": [data, data], "validate": [data]}
+    getattr(run, loop)(module, *loaders[loop])
     prune(before.copy, batches, sequential="none", keep_batch_norm=True, progress=False)
     assert same(module.pruning_target, before.copy)
     assert any(layer.ndim == 4 and (layer == 0).any() for layer in module.parameters())

@@ -35,8 +35,8 @@ DENSE = "only collects statistics of the dense model while Lightning validates i
         ),
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, but it is 0"),
         (
-            {"report": "report.pdf"},
-            r"report must end with \.html or \.png, but it is 'report\.pdf'",
+            {"report_page": "report.pdf"},
+            r"report_page must end with \.html or \.png, but it is 'report\.pdf'",
         ),
         (
             {"calibrate_on": "test"},
@@ -75,37 +75,35 @@ def test_options_that_contradict_each_other_are_refused_at_once(options, message
     ("make", "when", "options", "end"),
     [
         (Net, {"at_step": 1000}, {"max_steps": 10}, 10),
-        (
-            Net,
-            {"at_step": 5},
-            {"max_epochs": 2, "accumulate_grad_batches": 4},
-            4,
-        ),  # two, of four batches and of two
+        # Two steps an epoch, of four batches and of two.
+        (Net, {"at_step": 5}, {"max_epochs": 2, "accumulate_grad_batches": 4}, 4),
         (Net, {"at_step": 5}, {"max_epochs": 2, "max_steps": 4}, 4),
         (Net, {"schedule": Steps((1, 0.5), (20, 1.0))}, {"max_epochs": 2}, 12),
         (Manual, {"at_step": 9}, {"max_steps": 8}, 8),
-        (Net, {"at_step": 4}, {"max_epochs": 2, "accumulate_grad_batches": 3}, None),
-        (
-            TwoOptimizers,
-            {"at_step": 12},
-            {"max_epochs": 1},
-            None,
-        ),  # twelve steps an epoch of six batches
     ],
 )
 def test_a_stage_after_the_end_of_training_is_refused_at_the_start(make, when, options, end):
     module = make()
     run = trainer(WandaPrune(num_samples=24, **when), **options)
-    if end is None:
-        run.fit(module, loader(24))
-        assert share_of_zeros(module) == all_at(0.5)
-        return
     with pytest.raises(
         MisconfigurationException, match=rf"and training ends at {end}\. Prune earlier"
     ):
         run.fit(module, loader(24))
     assert same(module, Net())
     assert run.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "at_step", "options"),
+    [
+        (Net, 4, {"max_epochs": 2, "accumulate_grad_batches": 3}),
+        (TwoOptimizers, 12, {"max_epochs": 1}),  # twelve steps an epoch of six batches
+    ],
+)
+def test_a_stage_at_the_end_of_training_prunes(make, at_step, options):
+    module = make()
+    trainer(WandaPrune(num_samples=24, at_step=at_step), **options).fit(module, loader(24))
+    assert share_of_zeros(module) == all_at(0.5)
 
 
 class OnlySteps(L.LightningModule):
@@ -198,14 +196,12 @@ def test_a_best_checkpoint_from_before_pruning_is_warned_of(
     options = {"max_epochs": 2, "enable_checkpointing": True, "fast_dev_run": dry}
     best = ModelCheckpoint(tmp_path, monitor=monitor)
     trainer(WandaPrune(num_samples=12, **when), best, **options).fit(Net(), loader(), loader())
-    found = [
-        str(warning.message) for warning in recwarn if "ModelCheckpoint(" in str(warning.message)
-    ]
-    assert len(found) == (last is not None)
-    assert all(
-        f"before step {last}" in text and "BestAfterPruning(monitor='loss')" in text
-        for text in found
-    )
+    texts = [str(warning.message) for warning in recwarn]
+    warned = [text for text in texts if "ModelCheckpoint(" in text]
+    assert len(warned) == (last is not None)
+    for text in warned:
+        assert f"before step {last}" in text
+        assert "BestAfterPruning(monitor='loss')" in text
 
 
 def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):

@@ -49,19 +49,15 @@ def is_accepted(optimizer, precision, accumulate, clip, at_step):
 
 def prune_at(at_step, module, **options):
     """A callback that prunes at a step, or for None `KeepZeros` for a module that is pruned already."""
-    if at_step is None:
-        prune(module, criterion="magnitude", progress=False)
-    return KeepZeros() if at_step is None else WandaPrune(0.5, at_step=at_step, **options)
+    if at_step is not None:
+        return WandaPrune(0.5, at_step=at_step, **options)
+    prune(module, criterion="magnitude", progress=False)
+    return KeepZeros()
 
 
 AXES = PRECISIONS, [1, 3], CLIPPING, [0, 4, None]
 # The states and updates of the others are like these.
-FEW = (
-    "momentum",
-    "adamw_fused",
-    "amsgrad",
-    "noisy",
-)
+FEW = ("momentum", "adamw_fused", "amsgrad", "noisy")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +151,8 @@ class FirstFrozen(LooksAtZeros):
 def test_other_ways_to_run_and_to_train_a_model(make, optimizer, at_step, options):
     module = make(optimizer, from_step=at_step)
     callback = WandaPrune(num_samples=24, at_step=at_step)
-    trainer(Witness(), callback, **{"max_steps": 8, **options}).fit(module, loader(24))
+    options = {"max_steps": 8} | options
+    trainer(Witness(), callback, **options).fit(module, loader(24))
     assert share_of_zeros(module) == all_at(0.5)
     assert module.looks >= 2 * (8 - at_step)
     assert all(share > 0.5 for share in module.trained().values())
@@ -175,9 +172,9 @@ class Wrapping(LooksAtZeros):
 
 def averages(callback):
     model = callback._average_model
-    return dict(
-        (model.module if isinstance(callback, WeightAveraging) else model).named_parameters()
-    )
+    if isinstance(callback, WeightAveraging):
+        model = model.module
+    return dict(model.named_parameters())
 
 
 class AveragesHoldZeros(L.Callback):
@@ -208,8 +205,8 @@ def test_averages_hold_the_zeros(kind, at_step, order, make):
     module = make(OPTIMIZERS["adamw_foreach"], from_step=at_step or 0)
     averaging = AVERAGING[kind]()
     last = AveragesHoldZeros(averaging)
-    callbacks = [*[averaging, prune_at(at_step, module, num_samples=12)][::order], last]
-    trainer(*callbacks, max_epochs=4, num_sanity_val_steps=0).fit(module, loader(), loader())
+    callbacks = [averaging, prune_at(at_step, module, num_samples=12)][::order]
+    trainer(*callbacks, last, max_epochs=4, num_sanity_val_steps=0).fit(module, loader(), loader())
     assert last.looks > 0
     assert last.validated
     for seen in (*last.validated, zeros(module)):

@@ -7,8 +7,7 @@ from wanda_lightning import CausalLMModule, PrunableModule
 
 def test_our_module_takes_the_documented_arguments():
     for name, method in inspect.getmembers(PrunableModule, inspect.isfunction):
-        if name[0] != "_" and name != "calibration_dataloader":  # that of datamodules
+        if name[0] != "_" and name != "calibration_dataloader":  # which our datamodules have
+            documented = [*inspect.signature(method).parameters]
             ours = [*inspect.signature(getattr(CausalLMModule, name)).parameters]
-            assert ours[: len(inspect.signature(method).parameters)] == [
-                *inspect.signature(method).parameters
-            ]
+            assert ours[: len(documented)] == documented

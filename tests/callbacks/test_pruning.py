@@ -47,22 +47,36 @@ from wanda_lightning import (
 from wanda_lightning.callbacks.schedules import PruningState
 
 
-class TestMeasuring:
-    @pytest.mark.parametrize(
-        ("loop", "sequential"), [("validate", "block"), ("test", "layer"), ("predict", "none")]
+@pytest.fixture(
+    scope="module", params=[("validate", "block"), ("test", "layer"), ("predict", "none")]
+)
+def measuring(request):
+    """A loop that measures a model, which a callback prunes first, and the same model pruned by hand."""
+    loop, sequential = request.param
+    by_hand = Net()
+    prune(by_hand, list(loader()), 0.5, sequential=sequential, progress=False)
+    callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
+    module = Net()
+    measured = getattr(trainer(callback), loop)(module, loader())
+    return SimpleNamespace(
+        loop=loop, module=module, by_hand=by_hand, callback=callback, measured=measured
     )
-    def test_the_pruned_model_is_measured(self, loop, sequential):
-        by_hand = Net()
-        module = Net()
-        prune(by_hand, list(loader()), 0.5, sequential=sequential, progress=False)
-        callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
-        measured = getattr(trainer(callback), loop)(module, loader())
-        assert same(module, by_hand)
-        torch.testing.assert_close(
-            measured, getattr(trainer(), loop)(by_hand, loader()), rtol=0, atol=0
-        )
-        assert [layer.name for layer in callback.report.layers] == LAYERS
-        assert [layer.tokens for layer in callback.report.layers] == [12, 12, 12]
+
+
+class TestMeasuring:
+    def test_the_model_is_pruned_as_by_prune(self, measuring):
+        assert same(measuring.module, measuring.by_hand)
+
+    def test_the_pruned_model_is_measured(self, measuring):
+        expected = getattr(trainer(), measuring.loop)(measuring.by_hand, loader())
+        torch.testing.assert_close(measuring.measured, expected, rtol=0, atol=0)
+
+    def test_the_report_has_all_layers_and_counts_their_samples(self, measuring):
+        tokens = {layer.name: layer.tokens for layer in measuring.callback.report.layers}
+        assert tokens == dict.fromkeys(LAYERS, 12)
+
+    def test_the_model_can_be_trained_afterward(self, measuring):
+        module = measuring.module
         assert hooks_of(module, SGD(module.parameters())) == []
         assert all(p.requires_grad and not p.is_inference() for p in module.parameters())
 
@@ -163,9 +177,9 @@ class TestTraining:
             L.seed_everything(3, verbose=False)
             own = loader(20, shuffle=True) if calibrate_on == "own" else None
             module = Diary()
-            callbacks = (
-                [WandaPrune(num_samples=12, dataloader=own, at_step=at_step)] if prunes else []
-            )
+            callbacks = []
+            if prunes:
+                callbacks.append(WandaPrune(num_samples=12, dataloader=own, at_step=at_step))
             trainer(*callbacks, max_epochs=2).fit(module, loader(shuffle=True))
             diaries.append(module)
         without, with_pruning = diaries
@@ -200,13 +214,8 @@ def adamw():
     ("make", "accumulate", "when", "stages", "sparsity"),
     [
         (adamw, 1, {"at_step": 7}, {7: 1.0}, 0.5),  # in the second epoch
-        (
-            Net,
-            4,
-            {"at_step": 2},
-            {2: 1.0},
-            0.5,
-        ),  # six batches an epoch: the last step accumulates two
+        # Six batches an epoch: the last step accumulates two.
+        (Net, 4, {"at_step": 2}, {2: 1.0}, 0.5),
         (Manual, 1, {"at_step": 4}, {4: 1.0}, 0.5),
         (TwoOptimizers, 1, {"at_step": 6}, {6: 1.0}, 0.5),
         (
@@ -274,12 +283,9 @@ class TestShouldPrune:
         callback = Asked(7)
         after = Notes()
         options = {"max_steps": 10, "accumulate_grad_batches": accumulate}
-        # At which it is not called.
-        validates = {
-            "val_check_interval": 2,
-            "num_sanity_val_steps": 1,
-        }
-        trainer(callback, after, **options, **validates).fit(make(), loader(24), loader())
+        # Validation loops do not call it.
+        options |= {"val_check_interval": 2, "num_sanity_val_steps": 1}
+        trainer(callback, after, **options).fit(make(), loader(24), loader())
         assert callback.asked == list(range(11))
         pruned = [
             step for step, weights in after.at.items() if zeros_in(weights)["layers.0.weight"].any()
@@ -299,13 +305,10 @@ class TestShouldPrune:
     def test_never_pruning_leaves_a_dense_model_and_warns(self):
         module = Net()
         dense = Net()
-        callback = Asked(100)
-        with pytest.warns(UserWarning, match="so the model evaluated now is dense"):
-            trainer(callback).validate(module, loader())
         with pytest.warns(
             UserWarning, match="to sparsity 0 instead of 0.5, because training ended at .* step 3"
         ):
-            trainer(callback, max_steps=3).fit(module, loader())
+            trainer(Asked(100), max_steps=3).fit(module, loader())
         trainer(max_steps=3).fit(dense, loader())
         assert same(module, dense)
 
@@ -380,8 +383,8 @@ def test_a_callback_can_be_copied_and_pickled():
 
 @pytest.mark.parametrize(("loop", "sparsity"), [("fit", 0.25), ("validate", 0.5)])
 def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
-    callback = WandaPrune(sparsity, num_samples=12, at_step=3 if loop == "fit" else 0)
-    options = {"max_steps": 4} if loop == "fit" else {}
+    at_step, options = {"fit": (3, {"max_steps": 4}), "validate": (0, {})}[loop]
+    callback = WandaPrune(sparsity, num_samples=12, at_step=at_step)
     for share in (0, 0.02, 0.1):
         module = Net(ADAMW)
         with torch.no_grad():
@@ -403,14 +406,18 @@ def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
 
 
 def test_a_layer_that_a_later_stage_does_not_reach_keeps_its_zeros():
-    """And one that is all zeros was initialized so, and trains."""
     state = PruningState({})
     for names in ("ab", "a"):
         layers = [SimpleNamespace(name=name, zeros=4, sparsity=0.5) for name in names]
-        state.record(
-            SimpleNamespace(layers=[*layers, SimpleNamespace(name="c", zeros=8, sparsity=1.0)]), 0.5
-        )
+        state.record(SimpleNamespace(layers=layers), 0.5)
     assert state.zeros == {"a": 4, "b": 4}
+
+
+def test_a_layer_of_zeros_only_is_not_recorded_as_it_was_initialized_so_and_trains():
+    state = PruningState({})
+    layer = SimpleNamespace(name="a", zeros=8, sparsity=1.0)
+    state.record(SimpleNamespace(layers=[layer]), 0.5)
+    assert state.zeros == {}
 
 
 @pytest.mark.parametrize("when", [{"at_step": 2}, {"schedule": LinearSchedule(0, 40, every=10)}])
@@ -422,36 +429,54 @@ def test_a_dry_run_prunes_before_the_first_step(when):
     assert [shares for shares, _ in module.steps] == [all_at(0.75)] * 2
 
 
-def test_metrics_of_each_stage_reach_the_logger(tmp_path, capfd):
+@pytest.fixture
+def logged(tmp_path):
+    """A gradual run with a logger: the module, the callback, the Trainer, and the rows of each stage."""
     module = Net()
     callback = WandaPrune(
         0.5, num_samples=12, skip=["layers.2"], schedule=LinearSchedule(0, 4, every=2)
     )
-    fit = trainer(
-        callback,
-        logger=CSVLogger(tmp_path),
-        max_steps=6,
-        log_every_n_steps=1,
-        enable_progress_bar=True,
-    )
-    fit.fit(module, loader())
-    assert "Pruning 2/2 done" in capfd.readouterr().err
+    logger = CSVLogger(tmp_path)
+    run = trainer(callback, logger=logger, max_steps=6, log_every_n_steps=1)
+    run.fit(module, loader())
     (file,) = tmp_path.rglob("metrics.csv")
-    first, row = [
-        row for row in csv.DictReader(file.read_text().splitlines()) if row.get("sparsity/model")
-    ]
-    assert (first["step"], first["sparsity/pruned_layers"], row["step"]) == ("2", "0.25", "4")
-    found = {
+    rows = csv.DictReader(file.read_text().splitlines())
+    stages = [row for row in rows if row.get("sparsity/model")]
+    return SimpleNamespace(module=module, callback=callback, run=run, stages=stages)
+
+
+def sparsities(row):
+    return {
         name: float(value) for name, value in row.items() if name.startswith("sparsity/") and value
     }
-    assert found == pytest.approx(callback.report.metrics())
-    assert found.keys() == {
-        f"sparsity/{name}" for name in ("model", "pruned_layers", "layers.0", "layers.4")
-    }
-    size = sum(p.numel() for p in module.parameters())
-    assert found["sparsity/model"] == pytest.approx((64 * 32 / 2 + 16 * 64 / 2) / size)
-    assert {name: float(value) for name, value in fit.callback_metrics.items()} == pytest.approx(
-        found
-    )
-    trainer(WandaPrune(num_samples=12)).validate(Net(), loader())
-    assert not any(word in "".join(capfd.readouterr()) for word in ("Pruning", "WandaPrune"))
+
+
+class TestMetrics:
+    def test_each_stage_is_logged_at_its_step(self, logged):
+        reached = [(row["step"], row["sparsity/pruned_layers"]) for row in logged.stages]
+        assert reached == [("2", "0.25"), ("4", "0.5")]
+
+    def test_they_are_the_sparsities_of_the_model_and_of_each_layer(self, logged):
+        found = sparsities(logged.stages[-1])
+        size = sum(p.numel() for p in logged.module.parameters())
+        assert found == pytest.approx(
+            {
+                "sparsity/model": (64 * 32 / 2 + 16 * 64 / 2) / size,
+                "sparsity/pruned_layers": 0.5,
+                "sparsity/layers.0": 0.5,
+                "sparsity/layers.4": 0.5,
+            }
+        )
+        assert found == pytest.approx(logged.callback.report.metrics())
+
+    def test_other_callbacks_can_monitor_them(self, logged):
+        monitored = {name: float(value) for name, value in logged.run.callback_metrics.items()}
+        assert monitored == pytest.approx(sparsities(logged.stages[-1]))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_is_shown_only_if_the_trainer_shows_any(capfd, caplog, shown):
+    run = trainer(WandaPrune(num_samples=12), enable_progress_bar=shown)
+    run.validate(Net(), loader(), verbose=False)
+    assert ("Pruning 3/3 done" in capfd.readouterr().err) == shown
+    assert ("WandaPrune: 3 layers" in caplog.text) == shown

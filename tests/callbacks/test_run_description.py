@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from support.callbacks import Net, loader, same, trainer
 from support.modules import tiny_llama, tiny_tokenizer
@@ -35,18 +37,26 @@ def module():
     return CausalLMModule(tiny_llama(), tiny_tokenizer())
 
 
-def test_the_report_names_the_calibration_data_that_it_knows(tmp_path, text):
-    expected = Circumstances(calibration=f"{text.calibration}, 4 windows of 16 tokens, seed 3")
-    callback = WandaPrune(num_samples=4, report_dir=tmp_path / "out")
+def test_the_report_names_the_samples_of_the_datamodule(tmp_path, text):
+    callback = WandaPrune(num_samples=4, report_dir=tmp_path)
     trainer(callback).validate(module(), text, verbose=False)
-    assert callback.report.run == expected
-    assert PruningReport.from_json((tmp_path / "out" / REPORT_NAME).read_text()).run == expected
-    for own in (
+    expected = f"{text.calibration}, 4 windows of 16 tokens, seed 3"
+    assert callback.report.run == Circumstances(calibration=expected)
+    saved = PruningReport.from_json((tmp_path / REPORT_NAME).read_text())
+    assert saved.run == callback.report.run
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
         WandaPrune(num_samples=4, dataloader=[{"input_ids": torch.zeros(4, 8, dtype=torch.long)}]),
         PruningCallback(method="magnitude"),
-    ):
-        trainer(own).validate(module(), text, verbose=False)
-        assert own.report.run == Circumstances()
+    ],
+    ids=["other data", "no data"],
+)
+def test_the_report_names_no_data_that_were_not_read(text, callback):
+    trainer(callback).validate(module(), text, verbose=False)
+    assert callback.report.run == Circumstances()
 
 
 @pytest.mark.parametrize(
@@ -73,18 +83,16 @@ def test_the_name_says_which_weights_the_model_had(tmp_path, monkeypatch, make, 
     tiny_llama().save_pretrained("llama")
     module = make()
     callback = PruningCallback(method="magnitude")
-    inputs = (
-        torch.zeros(1, 3, 160, 160)
-        if isinstance(module, ImageClassifierModule)
-        else torch.zeros(1, 8).long()
-    )
+    inputs = torch.zeros(1, 8).long()
+    if isinstance(module, ImageClassifierModule):
+        inputs = torch.zeros(1, 3, 160, 160)
     trainer(callback).predict(module, DataLoader(inputs))
     assert callback.report.run == Circumstances(model=name)
 
 
 def test_a_page_is_written_when_the_callback_prunes(tmp_path):
     callback = PruningCallback(
-        0.5, report=tmp_path / "out/report.html", num_samples=12, method="sparsegpt"
+        0.5, report_page=tmp_path / "out/report.html", num_samples=12, method="sparsegpt"
     )
     trainer(callback, max_steps=1).fit(Net(), loader(), loader())
     page = Page(tmp_path / "out/report.html")
@@ -92,15 +100,32 @@ def test_a_page_is_written_when_the_callback_prunes(tmp_path):
     assert all(layer.name in page.text for layer in callback.report.layers)
 
 
+def test_the_former_name_of_the_page_is_accepted_with_a_warning():
+    with pytest.warns(FutureWarning, match="report is now called report_page"):
+        callback = WandaPrune(report="report.html")
+    assert callback.report_page == "report.html"
+    assert callback.report is None
+
+
+def test_a_recipe_may_still_have_the_former_name():
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(Callback, "callback")
+    recipe = {"class_path": "wanda_lightning.WandaPrune", "init_args": {"report": "page.html"}}
+    config = parser.parse_object({"callback": recipe})
+    with pytest.warns(FutureWarning, match="report is now called report_page"):
+        callback = parser.instantiate(config).callback
+    assert str(callback.report_page) == "page.html"
+
+
 @pytest.mark.parametrize(
-    ("option", "place"), [("report", "file/report.html"), ("report_dir", "file")]
+    ("option", "place"), [("report_page", "file/report.html"), ("report_dir", "file")]
 )
 def test_what_cannot_be_written_is_refused(tmp_path, option, place):
     (tmp_path / "file").write_text("mine")
     module = Net()
+    options = {option: tmp_path / place}
+    callback = WandaPrune(num_samples=12, at_step=2, **options)
     with pytest.raises(OSError, match="file"):
-        trainer(
-            WandaPrune(num_samples=12, at_step=2, **{option: tmp_path / place}), max_steps=3
-        ).fit(module, loader())
+        trainer(callback, max_steps=3).fit(module, loader())
     assert same(module, Net())
     assert (tmp_path / "file").read_text() == "mine"

@@ -1,6 +1,5 @@
 """What SavePretrained saves when training ends, and what BestAfterPruning compares."""
 
-import copy
 import os
 import signal
 from functools import partial
@@ -9,13 +8,13 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
-from support import forks
 from support.callbacks import (
     ADAMW,
     Net,
     Resumable,
     SaveAt,
     equal,
+    killed_and_resumed,
     loader,
     same,
     share_of_zeros,
@@ -55,40 +54,48 @@ class Saving(Net):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_merges_then_saves_the_trained_model_once(tmp_path, overwrite):
+def test_merges_then_saves_the_trained_model(tmp_path, overwrite):
     module = Saving()
-    out = tmp_path / "out"
-    saving = SavePretrained(out, overwrite)
+    saving = SavePretrained(tmp_path, overwrite)
     trainer(PruningCallback(method="magnitude"), saving, max_steps=2).fit(module, loader())
-    assert module.calls == ["merge", (out, overwrite, 0.5)]
-    for loop in ("validate", "test", "predict"):  # which train nothing
-        getattr(trainer(saving), loop)(module, loader())
-    assert len(module.calls) == 2
-    out.mkdir(exist_ok=True)
-    (out / "config.json").write_text("{}")
-    if not overwrite:
-        before = copy.deepcopy(module)
-        with pytest.raises(FileExistsError, match="overwrite"):
-            trainer(saving, max_steps=1).fit(module, loader())
-        assert same(module, before)
-    else:
-        trainer(saving, max_steps=1).fit(module, loader())
-        assert module.calls[-1][:2] == (out, True)
+    assert module.calls == ["merge", (tmp_path, overwrite, 0.5)]
+
+
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+def test_a_loop_that_trains_nothing_saves_nothing(tmp_path, loop):
+    module = Saving()
+    getattr(trainer(SavePretrained(tmp_path / "out")), loop)(module, loader())
+    assert module.calls == []
+
+
+def test_a_folder_with_a_model_is_refused_before_training(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    module = Saving()
+    with pytest.raises(FileExistsError, match="overwrite"):
+        trainer(SavePretrained(tmp_path), max_steps=1).fit(module, loader())
+    assert same(module, Saving())
+
+
+def test_a_folder_with_a_model_may_be_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    module = Saving()
+    trainer(SavePretrained(tmp_path, overwrite=True), max_steps=1).fit(module, loader())
+    assert module.calls[-1][:2] == (tmp_path, True)
 
 
 @pytest.mark.parametrize("clash", ["report_dir", "default_root_dir", "another run"])
 def test_a_folder_that_is_filled_while_the_model_trains_costs_no_model(tmp_path, clash):
     out = tmp_path / "out"
-    pruning = PruningCallback(report_dir=out if clash == "report_dir" else None, method="magnitude")
-    checkpoints = (
-        {"default_root_dir": out, "enable_checkpointing": True}
-        if clash == "default_root_dir"
-        else {}
-    )
     module = CausalLMModule(tiny_llama(), lr=0.1)
-    run = trainer(pruning, SavePretrained(out), max_steps=2, **checkpoints)
-    if clash == "another run":
+    pruning = PruningCallback(method="magnitude")
+    options = {"max_steps": 2}
+    if clash == "report_dir":
+        pruning.report_dir = out
+    elif clash == "default_root_dir":
+        options |= {"default_root_dir": out, "enable_checkpointing": True}
+    else:
         module.on_train_end = lambda: (out.mkdir(), (out / "theirs").touch())
+    run = trainer(pruning, SavePretrained(out), **options)
     with pytest.warns(
         UserWarning, match=f"{out} was written to while the model trained, so .* saved in {out}-2"
     ):
@@ -103,9 +110,9 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("good")
     pruning = PruningCallback(
-        report_dir=tmp_path / "report", report=tmp_path / "page.html", method="magnitude"
+        report_dir=tmp_path / "report", report_page=tmp_path / "page.html", method="magnitude"
     )
-    # Without a token.
+    # There is no token to push with.
     saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")
     trainer(pruning, saving, fast_dev_run=True).fit(
         CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2))
@@ -180,24 +187,29 @@ def test_a_trained_model_that_cannot_be_saved_is_not_lost(tmp_path, failing):
     assert not same(again, Net())
 
 
-def card_after(tmp_path, *callbacks, steps=2):
-    callbacks = [*callbacks, SavePretrained(tmp_path / "out")]
+def card_after(tmp_path, *callbacks):
     module = CausalLMModule(tiny_llama(), lr=0.1)
-    trainer(*callbacks, max_steps=steps).fit(module, DataLoader(windows_of_text(2)))
+    saving = SavePretrained(tmp_path / "out")
+    trainer(*callbacks, saving, max_steps=2).fit(module, DataLoader(windows_of_text(2)))
     path = tmp_path / "out/README.md"
     return module, path.read_text() if path.exists() else None
 
 
-def test_only_a_pruned_model_gets_a_card_and_it_counts_the_zeros_after_training(tmp_path):
-    assert card_after(tmp_path / "dense")[1] is None
-    module, card = card_after(tmp_path, PruningCallback(keep_zeros=False, method="magnitude"))
+def test_a_dense_model_gets_no_card(tmp_path):
+    assert card_after(tmp_path)[1] is None
+
+
+def test_the_card_says_how_the_model_was_trained_and_is_loaded(tmp_path):
+    _, card = card_after(tmp_path, PruningCallback(method="magnitude"))
     assert "The same run trained it for 2 steps." in card
     assert f'from_pretrained("{tmp_path}/out")' in card
+
+
+def test_the_card_counts_the_zeros_of_the_layers_after_training(tmp_path):
+    module, card = card_after(tmp_path, PruningCallback(keep_zeros=False, method="magnitude"))
     weights = [m.weight for name, m in module.model.named_modules() if name.endswith("_proj")]
-    zeros, size = (
-        sum(count(weight) for weight in weights)
-        for count in (lambda w: int((w == 0).sum()), torch.numel)
-    )
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    size = sum(map(torch.numel, weights))
     assert zeros < size / 4
     assert f"{zeros / size:.2%} of the weights in 14 layers are zero" in card
 
@@ -205,9 +217,8 @@ def test_only_a_pruned_model_gets_a_card_and_it_counts_the_zeros_after_training(
 @pytest.mark.parametrize("keep_zeros", [True, False])
 def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
     module = built()
-    assert not module.model.blocks[
-        0
-    ].mlp.fc1.bias.any()  # zero when the model is pruned, but not after training
+    first_block = module.model.blocks[0]
+    assert not first_block.mlp.fc1.bias.any()  # zero before training, but not after it
     pruning = PruningCallback(method="magnitude", keep_zeros=keep_zeros)
     images = DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2)
     trainer(pruning, SavePretrained(tmp_path / "out"), max_steps=2).fit(module, images)
@@ -276,7 +287,8 @@ def best_after(tmp_path, *callbacks, monitor="loss", validate=True, ckpt_path=No
     """The steps of the checkpoints that were best at some time, in three epochs of three steps."""
     best = BestAfterPruning(monitor, dirpath=tmp_path, filename="{step}", **options)
     run = trainer(*callbacks, best, max_epochs=4, enable_checkpointing=True)
-    run.fit(Worsening(), Resumable(12), *([loader()] if validate else []), ckpt_path=ckpt_path)
+    validation = loader() if validate else None
+    run.fit(Worsening(), Resumable(12), validation, ckpt_path=ckpt_path)
     saved = torch.load(best.best_model_path, weights_only=True)
     assert (saved["state_dict"]["layers.0.weight"] == 0).float().mean() == 0.5
     assert [path.name for path in tmp_path.glob("*=*.ckpt")] == [
@@ -301,11 +313,8 @@ EACH_STEP = {"every_n_train_steps": 1}
         ([{"at_step": 4, "calibrate_on": "validation", "dataloader": None}], {}, 9),
         ([{"at_step": 4}], EACH_STEP, 7),  # at step 5, the latest loss is that of the dense model
         ([{"at_step": 4}], {**EACH_STEP, "monitor": "train_loss", "validate": False}, 5),
-        (
-            [{"at_step": 2, "skip": ["layers.2"]}, {"at_step": 5, "only": ["layers.2"]}],
-            {},
-            6,
-        ),  # both must be done
+        # Both callbacks must be done.
+        ([{"at_step": 2, "skip": ["layers.2"]}, {"at_step": 5, "only": ["layers.2"]}], {}, 6),
         ([{}], {"monitor": "sparsity/model", "mode": "max"}, 3),
     ],
 )
@@ -323,8 +332,8 @@ def test_a_run_that_is_resumed_after_pruning_compares_at_once(tmp_path):
 
 
 def test_a_model_that_was_pruned_earlier(tmp_path):
-    run = trainer(prune_at(), max_steps=1)
-    run.fit(module := Worsening(), loader())
+    module = Worsening()
+    trainer(prune_at(), max_steps=1).fit(module, loader())
     best = BestAfterPruning("loss", dirpath=tmp_path)
     trainer(KeepZeros(), best, max_epochs=2, enable_checkpointing=True).fit(
         module, loader(), loader()
@@ -359,15 +368,10 @@ def continue_gradual_run(folder, is_killed):
 
 
 def test_a_gradual_run_that_is_killed_before_the_last_stage_resumes_from_last(tmp_path):
-    whole = tmp_path / "whole"
-    killed = tmp_path / "killed"
-    attempts = ((whole, False), (killed, True), (killed, False))
-    runs = [forks.run(continue_gradual_run, *arguments) for arguments in attempts]
-    assert [run.returncode for run in runs] == [0, -signal.SIGKILL, 0]
-    assert [run.stdout.splitlines()[0] for run in runs] == ["step 0", "step 0", "step 6"]
-    results = [torch.load(folder / "final.pt", weights_only=True) for folder in (whole, killed)]
-    assert equal(*results)
-    assert (results[0]["weights"]["layers.0.weight"] == 0).float().mean() == 0.75
+    first_step, whole, resumed = killed_and_resumed(tmp_path, continue_gradual_run)
+    assert first_step == "step 6"
+    assert equal(resumed, whole)
+    assert (whole["weights"]["layers.0.weight"] == 0).float().mean() == 0.75
 
 
 def test_last_is_the_latest_model_and_not_the_best(tmp_path):

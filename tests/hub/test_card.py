@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import timm
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from support.callbacks import same
 from support.modules import tiny_llama, tiny_tokenizer
 
@@ -29,7 +29,8 @@ RUN = Circumstances(
 
 @cache
 def pruned_llama():
-    return (model := tiny_llama()), prune(model, None, 0.5, criterion="magnitude", progress=False)
+    model = tiny_llama()
+    return model, prune(model, None, 0.5, criterion="magnitude", progress=False)
 
 
 @pytest.fixture(autouse=True)
@@ -40,52 +41,75 @@ def undrawn(monkeypatch):
     )
 
 
-def card_of(folder, run=RUN, **how):
+def card_of(folder, run=RUN):
     model, report = pruned_llama()
     CausalLMModule(model, tiny_tokenizer()).save_pretrained(folder)
-    write_card(folder, replace(report, run=run), **{"name": folder, **how})
+    write_card(folder, replace(report, run=run), name=folder)
     return ModelCard.load(folder / "README.md")
 
 
-def test_the_card_describes_the_model_and_its_results_and_how_to_repeat_them(tmp_path, monkeypatch):
-    monkeypatch.undo()  # draw the picture
-    data = (card := card_of(tmp_path / "tiny")).data
-    assert (data.library_name, data.pipeline_tag, data.model_name) == (
-        "transformers",
-        "text-generation",
-        "tiny",
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder called tiny, with the card of a measured model, for which a picture is drawn."""
+    folder = tmp_path_factory.mktemp("card") / "tiny"
+    card_of(folder)
+    return folder
+
+
+@pytest.fixture
+def card(tiny):
+    return ModelCard.load(tiny / "README.md")
+
+
+def test_the_metadata_says_what_the_model_is(card):
+    metadata = (card.data.library_name, card.data.pipeline_tag, card.data.model_name)
+    assert metadata == ("transformers", "text-generation", "tiny")
+
+
+def test_the_metadata_guess_no_base_and_no_license(card):
+    assert not {"base_model", "base_model_relation", "license"} & card.data.to_dict().keys()
+
+
+def test_the_metadata_have_the_results_that_are_finite(card):
+    perplexity, boolq = card.data.eval_results
+    assert perplexity == EvalResult(
+        task_type="text-generation",
+        dataset_type="wikitext2",
+        dataset_name="wikitext2, 83 windows of 2,048 tokens",
+        metric_type="perplexity",
+        metric_value=16.25,
+        metric_name="perplexity",
     )
-    assert not {"base_model", "base_model_relation", "license"} & data.to_dict().keys()
-    names = ("dataset_type", "metric_type", "dataset_name", "task_type", "metric_value")
-    assert [tuple(getattr(each, name) for name in names) for each in data.eval_results] == [
-        (
-            "wikitext2",
-            "perplexity",
-            "wikitext2, 83 windows of 2,048 tokens",
-            "text-generation",
-            16.25,
-        ),
-        ("boolq", "accuracy", "boolq", "text-generation", 0.625),
-    ]
-    for part in (
-        f"50.00% of the weights in 14 layers are zero, which is {pruned_llama()[1].model_sparsity:.2%} of all",
+    assert boolq == EvalResult("text-generation", "boolq", "boolq", "accuracy", 0.625)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "50.00% of the weights in 14 layers are zero, which is {:.2%} of all",
         "| Perplexity, wikitext2, 83 windows of 2,048 tokens | 12.50 | 16.25 |",
         "| Perplexity, own.txt, 9 windows of 2,048 tokens | 8.50 | not measured |",
         "| boolq, accuracy |  | 62.50% |",
         f"\n\n    {RUN.command}\n\n",
         "Dense:\n\n    Once upon\n    # a time\n\nPruned:\n\n    Once again",  # no heading
         f"]({PICTURE_NAME})",
-    ):
-        assert part in card.text, part
-    assert (tmp_path / "tiny" / PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
+    ],
+)
+def test_the_text_describes_the_model_and_its_results_and_how_to_repeat_them(card, part):
+    assert part.format(pruned_llama()[1].model_sparsity) in card.text
+
+
+def test_the_card_has_a_picture(tiny):
+    assert (tiny / PICTURE_NAME).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("library", ["transformers", "timm"])
 def test_the_code_of_the_card_loads_the_model(tmp_path, library):
-    model = tiny_llama() if library == "transformers" else timm.create_model("test_vit")
     code = {}
-    report = prune(model, None, 0.5, criterion="magnitude", progress=False)
+    model, report = pruned_llama()
     if library == "timm":
+        model = timm.create_model("test_vit")
+        report = prune(model, None, 0.5, criterion="magnitude", progress=False)
         timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     else:
         model.save_pretrained(tmp_path)
@@ -94,34 +118,46 @@ def test_the_code_of_the_card_loads_the_model(tmp_path, library):
         text = (tmp_path / "README.md").read_text()
         code[name] = "".join(re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL))
         assert "wanda_lightning" not in code[name]
-    assert ('("us/tiny"' if library == "transformers" else '("hf-hub:us/tiny", ') in code["us/tiny"]
-    exec(code[tmp_path], names := {})
+    address = {"transformers": '("us/tiny"', "timm": '("hf-hub:us/tiny", '}
+    assert address[library] in code["us/tiny"]
+    names = {}
+    exec(code[tmp_path], names)
     assert same(names["model"], model)
+
+
+def text_after(folder, **how):
+    """Return the text of the card that is in a folder after another one was written."""
+    how.setdefault("name", folder)
+    write_card(folder, pruned_llama()[1], **how)
+    return (folder / "README.md").read_text()
 
 
 def test_the_code_of_the_card_lets_a_modeling_file_run(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "auto_map": {"AutoModel": "modeling_shrunk.Own"}}'
     )
-    write_card(
-        tmp_path, prune(tiny_llama(), None, criterion="magnitude", progress=False), name="us/tiny"
-    )
-    assert (
-        'from_pretrained("us/tiny", trust_remote_code=True)' in (tmp_path / "README.md").read_text()
+    assert 'from_pretrained("us/tiny", trust_remote_code=True)' in text_after(
+        tmp_path, name="us/tiny"
     )
 
 
-def test_only_our_own_card_is_replaced(tmp_path):
-    assert "The same run trained it for 1 step." in card_of(tmp_path / "tiny", trained_steps=1).text
-    assert (
-        card_of(tmp_path / "inf", replace(RUN, after=float("inf"), zero_shot={})).data.eval_results
-        is None
-    )
-    write_card(tmp_path, pruned_llama()[1], name=tmp_path)
-    assert "```python" not in (tmp_path / "README.md").read_text()  # a model of neither library
+def test_a_model_of_no_known_library_has_a_card_without_code(tmp_path):
+    assert "```python" not in text_after(tmp_path)
+
+
+def test_our_own_card_is_replaced(tmp_path):
+    text_after(tmp_path)
+    assert "The same run trained it for 1 step." in text_after(tmp_path, trained_steps=1)
+
+
+def test_a_card_of_somebody_else_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
-    write_card(tmp_path, pruned_llama()[1], name=tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert text_after(tmp_path) == "mine"
+
+
+def test_a_result_that_is_not_finite_is_left_out(tmp_path):
+    card = card_of(tmp_path, replace(RUN, after=float("inf"), zero_shot={}))
+    assert card.data.eval_results is None
 
 
 @pytest.mark.parametrize("model", ["dense.gguf", "timm:local-dir:vit"])
@@ -141,36 +177,29 @@ def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypat
 
 def test_names_are_no_markup(tmp_path):
     text = card_of(tmp_path / "a_b_c", replace(RUN, data="a|b_c, <i>", model="x*y*z")).text
-    assert not [
-        raw
-        for raw in ("a|b_c", "<i>", "x*y", "a_b_c\n")
-        if raw in text.replace(f'"{tmp_path}/a_b_c"', "")
-    ]
+    text = text.replace(f'"{tmp_path}/a_b_c"', "")
+    for raw in ("a|b_c", "<i>", "x*y", "a_b_c\n"):
+        assert raw not in text
 
 
-def test_what_is_not_known_is_left_out_and_the_base_is_named_only_if_it_is_on_the_hub(
-    tmp_path, monkeypatch
-):
-    card = card_of(tmp_path / "tiny", None)
+def test_what_is_not_known_is_left_out(tmp_path):
+    card = card_of(tmp_path, None)
     assert card.data.eval_results is None
-    assert not [
-        word
-        for word in ("dense |", "wanda-lightning", "before and after", "Calibration")
-        if word in card.text
-    ]
+    for word in ("dense |", "wanda-lightning", "before and after", "Calibration"):
+        assert word not in card.text
+
+
+@pytest.mark.parametrize("name", ["us/base", "timm:hf-hub:us/base"])
+def test_a_base_on_the_hub_is_named(tmp_path, name):
+    card = card_of(tmp_path, replace(RUN, model=name))
+    assert card.data.base_model == "us/base"
+    assert "\n[us/base](https://huggingface.co/us/base), pruned with" in card.text
+
+
+@pytest.mark.parametrize(
+    "name", ["work/secret", "timm:test_vit", "vit (mine.safetensors)", "/us/base", ""]
+)
+def test_another_base_is_not_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work/secret").mkdir(parents=True)
-    names = (
-        "us/base",
-        "timm:hf-hub:us/base",
-        "work/secret",
-        "timm:test_vit",
-        "vit (mine.safetensors)",
-        "/us/base",
-        "",
-    )
-    cards = [
-        card_of(tmp_path / f"tiny{i}", replace(RUN, model=name)) for i, name in enumerate(names)
-    ]
-    assert [card.data.base_model for card in cards] == ["us/base"] * 2 + [None] * 5
-    assert "\n[us/base](https://huggingface.co/us/base), pruned with" in cards[0].text
+    assert card_of(tmp_path / "tiny", replace(RUN, model=name)).data.base_model is None

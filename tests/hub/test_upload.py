@@ -15,18 +15,22 @@ FILES = {
 
 @pytest.fixture
 def folder(tmp_path):
-    (folder := tmp_path / "a model").mkdir()
+    folder = tmp_path / "a model"
+    folder.mkdir()
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
     return folder
 
 
-def test_the_files_of_the_model_are_uploaded_and_replace_other_weights(hub, folder):
+def test_only_the_files_of_the_model_are_uploaded(hub, folder):
     (folder / "logs").mkdir()
     for private in ("report.html", "logs/config.json", "adapter[1].json"):
         (folder / private).write_text("/home/me")
     assert upload(folder, "us/tiny", [*FILES, "adapter[1].json"]) == f"{hub.url}/us/tiny"
     assert hub.repositories == {"us/tiny": {**FILES, "adapter[1].json": b"/home/me"}}
+
+
+def test_an_upload_replaces_weights_of_another_model(hub, folder):
     old = dict.fromkeys(
         ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"], b"old"
     )
@@ -46,9 +50,12 @@ def test_a_refused_upload_says_how_to_repeat_it(hub, folder, monkeypatch):
     assert str(caught.value).endswith(f"run: hf upload us/tiny '{folder}' {included}")
 
 
-def test_a_private_repository(hub, folder):
+def test_a_new_repository_may_be_private(hub, folder):
     upload(folder, "us/tiny", FILES, private=True)
     assert (hub.private, hub.repositories) == ({"us/tiny"}, {"us/tiny": FILES})
+
+
+def test_a_public_repository_is_refused_for_a_private_model(hub, folder):
     hub.repositories["us/public"] = {}
     message = "push_to_hub='us/public' must be a private repository with private=True, but it exists and is public"
     for refused in (
@@ -61,15 +68,21 @@ def test_a_private_repository(hub, folder):
     assert hub.repositories["us/public"] == {}
 
 
-def test_what_cannot_succeed_is_refused(hub, monkeypatch):
-    for repo_id in ("tiny", "a/b/c", "us/ti ny", ""):
-        with pytest.raises(
-            ValueError, match="push_to_hub must be OWNER/NAME of a model repository, but it is "
-        ):
-            refuse_upload(repo_id)
+@pytest.mark.parametrize("repo_id", ["tiny", "a/b/c", "us/ti ny", ""])
+def test_a_name_that_no_repository_can_have_is_refused(hub, repo_id):
+    with pytest.raises(
+        ValueError, match="push_to_hub must be OWNER/NAME of a model repository, but"
+    ):
+        refuse_upload(repo_id)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("offline", "when"), [(False, "without a token"), (True, "while HF_HUB_OFFLINE is set")]
+)
+def test_an_upload_that_cannot_succeed_is_refused(hub, monkeypatch, offline, when):
     monkeypatch.setenv("HF_TOKEN", "")
-    for offline, when in ((False, "without a token"), (True, "while HF_HUB_OFFLINE is set")):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        with pytest.raises(ValueError, match=f"push_to_hub must be left out {when}.* 'us/tiny'"):
-            refuse_upload("us/tiny")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(ValueError, match=f"push_to_hub must be left out {when}.* 'us/tiny'"):
+        refuse_upload("us/tiny")
     assert hub.requests == []

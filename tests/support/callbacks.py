@@ -1,11 +1,13 @@
 """A small module and its training, shared by the tests of the callbacks."""
 
 import copy
+import signal
 from functools import cache, partial
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.connectors import callback_connector
+from support import forks
 from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
@@ -278,3 +280,20 @@ class Resumable:
 
 def state(module):
     return {"weights": module.state_dict(), "optimizer": module.used_optimizer.state_dict()}
+
+
+def killed_and_resumed(folder, attempt):
+    """Run an attempt as a whole, and another one that is killed and resumed, each in processes of its own.
+
+    Return the first step of the resumed run, which it prints, and the results of both.
+    """
+    finished = forks.run(attempt, folder / "whole", False)
+    killed = forks.run(attempt, folder / "killed", True)
+    resumed = forks.run(attempt, folder / "killed", False)
+    assert (finished.returncode, killed.returncode, resumed.returncode) == (0, -signal.SIGKILL, 0)
+    first_steps = [run.stdout.splitlines()[0] for run in (finished, killed, resumed)]
+    assert first_steps[:2] == ["step 0", "step 0"]
+    results = [
+        torch.load(folder / name / "final.pt", weights_only=True) for name in ("whole", "killed")
+    ]
+    return first_steps[2], *results

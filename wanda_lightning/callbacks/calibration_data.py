@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
@@ -24,6 +24,14 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import batch_size, forward_batch, is_even, run_alone, take
 from wanda_lightning.parallel import Processes
 from wanda_lightning.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A loader of calibration batches, with its name in warnings."""
+
+    loader: Any
+    name: str
 
 
 @dataclass
@@ -37,8 +45,8 @@ class CalibrationData:
         MisconfigurationException: Without data, or with more than one loader.
     """
 
-    trainer: L.Trainer
-    module: L.LightningModule
+    trainer: Trainer
+    module: LightningModule
     dataloader: Iterable[Any] | None
     num_samples: int
     processes: Processes
@@ -48,47 +56,49 @@ class CalibrationData:
 
         All processes continue with the random state of the first, so that their loaders shuffle in the same order.
         """
-        yield from self._first_samples(*_find(self.trainer, self.module, self.dataloader))
+        yield from self._first_samples(self._find())
 
     def trial_batches(self) -> Iterator[Any] | None:
         """Return the same batches from a copy of the loader, with the same errors; None for data that are used up."""
-        loader, source = _find(self.trainer, self.module, self.dataloader)
-        if isinstance(loader, Iterator) or isinstance(
-            getattr(loader, "dataset", None), IterableDataset
-        ):
-            return None  # the copy would share its state
-        return self._first_samples(_independent_copy(loader), source)
+        source = self._find()
+        dataset = getattr(source.loader, "dataset", None)
+        if isinstance(source.loader, Iterator) or isinstance(dataset, IterableDataset):
+            return None  # a copy would share its state
+        return self._first_samples(_Source(_independent_copy(source.loader), source.name))
 
-    def _first_samples(self, loader: Any, source: str) -> Iterator[Any]:
-        processes = self.processes
+    def _first_samples(self, source: _Source) -> Iterator[Any]:
+        if self.processes.world_size > 1:
+            torch.set_rng_state(self.processes.broadcast(torch.get_rng_state(), 0))
+
+        # Of a loader that is the same in all processes, this process gets every `step`-th batch.
+        step = self.processes.world_size
+        offset = self.processes.rank
         wanted = self.num_samples
-        if processes.world_size > 1:
-            torch.set_rng_state(processes.broadcast(torch.get_rng_state(), 0))
-        step = processes.world_size
-        offset = processes.rank
-        samplers = (
-            getattr(loader, "sampler", None),
-            getattr(getattr(loader, "batch_sampler", None), "sampler", None),
-        )
-        # It has a part already.
-        if step > 1 and any(isinstance(sampler, DistributedSampler) for sampler in samplers):
+        name = source.name
+        if step > 1 and _is_divided(source.loader):
             wanted = wanted // step + (offset < wanted % step)
             step = 1
             offset = 0
-            source = f"the part of {source} for this process"
+            name = f"the part of {name} for this process"
+        if wanted == 0:
+            return
+
         seen = 0
-        for index, batch in enumerate(loader if wanted else ()):
-            size = batch_size(batch)
+        for index, batch in enumerate(source.loader):
             if index % step == offset:
-                whole = seen + size <= wanted or not is_even(batch) or not self._run_alone(batch)
-                yield batch if whole else take(batch, 0, wanted - seen)
-            seen = min(seen + size, wanted)
-            if seen == wanted:
+                yield self._cut(batch, wanted - seen)
+            seen += batch_size(batch)
+            if seen >= wanted:
                 return
-        if seen < wanted:
-            rank_zero_warn(
-                f"num_samples is {wanted}, but {source} has only {seen}. All of them are used."
-            )
+        rank_zero_warn(
+            f"num_samples is {wanted}, but {name} has only {seen}. All of them are used."
+        )
+
+    def _cut(self, batch: Any, size: int) -> Any:
+        """Return the first samples of a batch, or the whole batch if its samples do not run alone."""
+        if batch_size(batch) <= size or not is_even(batch) or not self._run_alone(batch):
+            return batch
+        return take(batch, 0, size)
 
     def _run_alone(self, batch: Any) -> bool:
         """Whether the samples of a batch run alone."""
@@ -101,57 +111,86 @@ class CalibrationData:
 
     def predict(self, batch: Any) -> object:
         """Return the logits of a batch, or an output with them, by its `calibration_predictions` if it has one."""
-        without_forward = [] if is_overridden("forward", self.module) else ["calibration_step"]
-        return self._run(batch, "calibration_predictions", *without_forward)
+        if is_overridden("forward", self.module):
+            return self._run(batch, "calibration_predictions")
+        return self._run(batch, "calibration_predictions", "calibration_step")
 
     def _run(self, batch: Any, *names: str) -> object:
-        batch = self.module._on_before_batch_transfer(
-            self.trainer.precision_plugin.convert_input(batch)
-        )
+        """Run a batch by the first method of the module with one of these names, else by the module itself."""
+        batch = self.trainer.precision_plugin.convert_input(batch)
+        batch = self._before_transfer(batch)
         batch = self.trainer.strategy.batch_to_device(batch)
         for name in names:
-            if callable(step := getattr(self.module, name, None)):
-                return step(batch)
+            method = getattr(self.module, name, None)
+            if callable(method):
+                return method(batch)
         return forward_batch(self.module, batch)
 
+    def _before_transfer(self, batch: Any) -> Any:
+        """Call the hook of the datamodule if it has its own, else that of the module, as Lightning does."""
+        for holder in self._holders:
+            if is_overridden("on_before_batch_transfer", holder):
+                return holder.on_before_batch_transfer(batch, 0)
+        return batch
 
-def _find(
-    trainer: L.Trainer, pl_module: L.LightningModule, dataloader: Iterable[Any] | None
-) -> tuple[Any, str]:
-    """Return the first calibration loader that exists, in the order that `PruningCallback` documents, and its name."""
-    if dataloader is not None:
-        return dataloader, "dataloader"
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    for holder in (datamodule, pl_module):
-        if callable(calibration_dataloader := getattr(holder, "calibration_dataloader", None)):
-            return calibration_dataloader(), f"{type(holder).__name__}.calibration_dataloader()"
-    if trainer.train_dataloader is not None:
-        return _independent_copy(_single(trainer.train_dataloader, "train")), "the train dataloader"
-    for holder in (datamodule, pl_module):
-        if holder is not None and is_overridden("train_dataloader", holder):
-            if holder is datamodule:
-                holder.setup("fit")  # Lightning has set it up only for evaluation
-            return _single(
-                holder.train_dataloader(), "train"
-            ), f"{type(holder).__name__}.train_dataloader()"
-    for kind in ("val", "test", "predict"):
-        if (loader := getattr(trainer, f"{kind}_dataloaders")) is not None:
-            return _independent_copy(_single(loader, kind)), f"the {kind} dataloader"
-    raise MisconfigurationException(
-        "dataloader must be given, or calibration_dataloader() defined, since there is no other data to calibrate on."
-    )
+    @property
+    def _holders(self) -> tuple[Any, Any]:
+        """The datamodule, or None, and the module, which may both have loaders and hooks."""
+        return getattr(self.trainer, "datamodule", None), self.module
+
+    def _find(self) -> _Source:
+        """Return the first calibration loader that exists, in the order that `PruningCallback` documents."""
+        if self.dataloader is not None:
+            return _Source(self.dataloader, "dataloader")
+
+        for holder in self._holders:
+            make_loader = getattr(holder, "calibration_dataloader", None)
+            if callable(make_loader):
+                return _Source(make_loader(), f"{type(holder).__name__}.calibration_dataloader()")
+
+        if self.trainer.train_dataloader is not None:
+            loader = _single(self.trainer.train_dataloader, "train")
+            return _Source(_independent_copy(loader), "the train dataloader")
+
+        # In an evaluation, Lightning has made no train dataloader.
+        for holder in self._holders:
+            if is_overridden("train_dataloader", holder):
+                if holder is not self.module:
+                    holder.setup("fit")  # Lightning has set it up only for the evaluation
+                loader = _single(holder.train_dataloader(), "train")
+                return _Source(loader, f"{type(holder).__name__}.train_dataloader()")
+
+        for kind in ("val", "test", "predict"):
+            loaders = getattr(self.trainer, f"{kind}_dataloaders")
+            if loaders is not None:
+                return _Source(_independent_copy(_single(loaders, kind)), f"the {kind} dataloader")
+
+        raise MisconfigurationException(
+            "dataloader must be given, or calibration_dataloader() defined, since there is no other data to calibrate "
+            "on."
+        )
 
 
 def _single(loaders: Any, kind: str) -> Any:
-    if not isinstance(loaders, Mapping | list | tuple):
+    """Return the only loader of a collection; refuse several."""
+    if isinstance(loaders, Mapping):
+        loaders = [*loaders.values()]
+    if not isinstance(loaders, list | tuple):
         return loaders
     if len(loaders) != 1:
         raise MisconfigurationException(
             f"dataloader must be given, or calibration_dataloader() defined, since there are {len(loaders)} {kind} "
             "dataloaders to calibrate on."
         )
-    (loader,) = loaders.values() if isinstance(loaders, Mapping) else loaders
-    return loader
+    return loaders[0]
+
+
+def _is_divided(loader: Any) -> bool:
+    """Whether a loader reads only the part of the data for this process."""
+    holders = (loader, getattr(loader, "batch_sampler", None))
+    return any(
+        isinstance(getattr(holder, "sampler", None), DistributedSampler) for holder in holders
+    )
 
 
 _RANDOM_STATES = (
@@ -168,38 +207,49 @@ def _independent_copy(loader: Any) -> Any:
 
     The copy of a plain DataLoader yields the last, smaller batch, too, and shuffles by the seed alone.
     """
-    private = copy.copy(loader)
+    copied = copy.copy(loader)
     if not isinstance(loader, DataLoader):
-        return private
-    own = vars(private)
-    memo = {id(loader.dataset): loader.dataset}  # DataLoader forbids to set its attributes
+        return copied
+
+    # A DataLoader forbids to set most attributes, but not the entries of its dictionary.
+    attributes = vars(copied)
+    memo = {id(loader.dataset): loader.dataset}  # as if it were copied already
     for name, value in vars(loader).items():
         if name == "batch_sampler" or isinstance(value, _RANDOM_STATES):
-            own[name] = copy.deepcopy(value, memo)
-    own["_iterator"] = None
-    if type(loader) is DataLoader and type(loader.batch_sampler) in (BatchSampler, NoneType):
-        batches = private if loader.batch_sampler is None else own["batch_sampler"]
-        own["drop_last"] = vars(batches)["drop_last"] = False
-        if isinstance(batches.sampler, RandomSampler):
-            own["generator"] = batches.sampler.generator = torch.Generator().manual_seed(
-                torch.initial_seed()
-            )
-    return private
+            attributes[name] = copy.deepcopy(value, memo)
+    attributes["_iterator"] = None  # the running workers, if they are persistent
+
+    batch_sampler = attributes["batch_sampler"]
+    if type(loader) is not DataLoader or type(batch_sampler) not in (BatchSampler, NoneType):
+        return copied  # a sampler or a loader of the user may mean something else by these
+    sampler = attributes["sampler"]
+    attributes["drop_last"] = False
+    if batch_sampler is not None:
+        batch_sampler.drop_last = False
+        sampler = batch_sampler.sampler
+    if isinstance(sampler, RandomSampler):
+        sampler.generator = torch.Generator().manual_seed(torch.initial_seed())
+        attributes["generator"] = sampler.generator
+    return copied
 
 
-class ValidationLoop:
-    """Collects statistics from the first batches of a validation loop, until they have `num_samples`."""
+class ValidationStatistics:
+    """Collects statistics from the first batches of a validation loop, until they have `num_samples` samples."""
 
     def __init__(self, plan: Plan, num_samples: int) -> None:
         self.plan = plan
-        self._samples_left = num_samples
-        self.batch = ExitStack()
         self.calibration = PassiveCalibration(
             plan.model, plan.whole_model, plan.observed, plan.processes
         )
+        self._samples_left = num_samples  # over all processes
+        self._batch = ExitStack()
 
     def start_batch(self, batch: Any) -> None:
-        """Collect while the batch runs, until `batch.close()`."""
-        if self._samples_left > 0:  # of all processes
+        """Collect while the batch runs, until `end_batch()`."""
+        if self._samples_left > 0:
             self._samples_left -= batch_size(batch) * self.plan.processes.world_size
-            self.batch.enter_context(self.calibration.collect(batch))
+            self._batch.enter_context(self.calibration.collect(batch))
+
+    def end_batch(self) -> None:
+        """Stop collecting."""
+        self._batch.close()

@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from wanda_lightning.callbacks.schedules import PruningState, Schedule
-from wanda_lightning.callbacks.trainer import averaged_models
+from wanda_lightning.callbacks.trainer import averaged_models, is_dry_run
 from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.checks import check_values
 from wanda_lightning.common.errors import UserError
@@ -26,6 +25,7 @@ def check_options(
 ) -> None:
     """Raise a ValueError for options of the callback that contradict each other."""
     check_values(("calibration", "validation"), calibrate_on=calibrate_on)
+
     pattern = config.pattern
     recovery = config.recovery
     if pattern.fixed_sparsity is not None and len(schedule.stages) > 1:
@@ -33,6 +33,10 @@ def check_options(
             f"schedule must have one stage for {pattern}, whose sparsity is fixed, but it is {schedule}. Prune with "
             "at_step=..., or use pattern='unstructured'."
         )
+    if calibrate_on != "validation":
+        return
+
+    # Whether the row applies, the option, and what is wrong with it.
     rows = (
         (dataloader is not None, "dataloader", "has other batches"),
         (bool(pattern.why_not_passive), "pattern", pattern.why_not_passive),
@@ -42,7 +46,7 @@ def check_options(
         (recovery.reads_batches or recovery.trains_blocks, "recovery", "trains on the batches"),
     )
     for applies, option, why in rows:
-        if applies and calibrate_on == "validation":
+        if applies:
             shown = option if option == "dataloader" else config.shown(option)
             raise UserError(
                 "calibrate_on='validation' only collects statistics of the dense model while Lightning validates it, "
@@ -54,18 +58,15 @@ def refuse_training(
     config: PruningConfig,
     schedule: Schedule,
     state: PruningState,
-    trainer: L.Trainer,
+    trainer: Trainer,
     calibrate_on: str,
     dataloader: object,
 ) -> None:
     """Raise an error for a fit in which pruning would be wrong, or would fail at a later stage."""
-    # Numbers of optimizer steps after which training ends; -1 for no limit.
-    known: list[float] = [trainer.max_steps]
-    if trainer.lightning_module.automatic_optimization:
-        known.append(trainer.estimated_stepping_batches)
     last = schedule.stages[-1][0]
-    end = min((steps for steps in known if steps != -1), default=math.inf)
-    left = sum(share > state.share for _, share in schedule.stages)
+    end = _end_of_training(trainer)
+    stages_left = sum(share > state.share for _, share in schedule.stages)
+
     rows = (
         (
             config.pattern.changes_shapes and state.share < 1,
@@ -74,8 +75,9 @@ def refuse_training(
         ),
         (
             last > end,
-            f"schedule must end while the model trains, but {schedule} ends at optimizer step {last} and training ends "
-            f"at {end:.0f}. Prune earlier, or train longer; to train in parts, give each part the final max_epochs.",
+            f"schedule must end while the model trains, but {schedule} ends at optimizer step {last} and training "
+            f"ends at {end:.0f}. Prune earlier, or train longer; to train in parts, give each part the final "
+            "max_epochs.",
         ),
         (
             calibrate_on == "validation" and not trainer.enable_validation,
@@ -83,9 +85,9 @@ def refuse_training(
             "validation dataloader, or use calibrate_on='calibration'.",
         ),
         (
-            left > 1 and isinstance(dataloader, Iterator) and bool(config.data_reader),
-            f"dataloader must be read by {left} stages of {schedule}, but it is a {type(dataloader).__name__}, which "
-            "can be read only once. Give a list or a DataLoader.",
+            stages_left > 1 and isinstance(dataloader, Iterator) and bool(config.data_reader),
+            f"dataloader must be read by {stages_left} stages of {schedule}, but it is a {type(dataloader).__name__}, "
+            "which can be read only once. Give a list or a DataLoader.",
         ),
     )
     for applies, sentence in rows:
@@ -93,12 +95,23 @@ def refuse_training(
             raise MisconfigurationException(sentence)
 
 
-def without_permutation_in_training(config: PruningConfig, trainer: L.Trainer) -> PruningConfig:
+def _end_of_training(trainer: Trainer) -> float:
+    """Return the optimizer step at which training ends; infinity if no limit is known."""
+    limits: list[float] = [trainer.max_steps]
+    if trainer.lightning_module.automatic_optimization:
+        limits.append(trainer.estimated_stepping_batches)
+    # Lightning writes -1 for no limit.
+    return min((limit for limit in limits if limit != -1), default=math.inf)
+
+
+def without_permutation_in_training(config: PruningConfig, trainer: Trainer) -> PruningConfig:
     """Leave permutations out, with a warning, if masks, moments or averages depend on the order of the weights."""
-    holding = any(callback.holds_zeros for callback in zeros_callbacks(trainer))
-    started = trainer.global_step > 0 or averaged_models(trainer) or holding
-    if trainer.state.fn != TrainerFn.FITTING or not started or not config.permutation.reads_batches:
+    if trainer.state.fn != "fit" or not config.permutation.reads_batches:
         return config
+    holding = any(callback.holds_zeros for callback in zeros_callbacks(trainer))
+    if trainer.global_step == 0 and not averaged_models(trainer) and not holding:
+        return config
+
     rank_zero_warn(
         f"{config.permutation} permutes nothing during training: the optimizer's moments, averaged weights and the "
         "zeros that other callbacks keep are in the old order. Prune before training, or give permutation='none'."
@@ -106,16 +119,17 @@ def without_permutation_in_training(config: PruningConfig, trainer: L.Trainer) -
     return replace(config, permutation=NoPermutation())
 
 
-def warn_of_dense_best(schedule: Schedule, trainer: L.Trainer) -> None:
+def warn_of_dense_best(schedule: Schedule, trainer: Trainer) -> None:
     """Warn if a `ModelCheckpoint(monitor=...)` compares checkpoints from before pruning with those from after it."""
-    found = [
-        each
-        for each in trainer.checkpoint_callbacks
-        if isinstance(each, ModelCheckpoint) and each.monitor
-    ]
-    for checkpoint in () if trainer.fast_dev_run else found:  # type: ignore[attr-defined]
-        # A subclass that overrides this chooses what it compares, as BestAfterPruning does.
-        if type(checkpoint).check_monitor_top_k is ModelCheckpoint.check_monitor_top_k:
+    if is_dry_run(trainer):
+        return
+    for checkpoint in trainer.checkpoint_callbacks:
+        if (
+            isinstance(checkpoint, ModelCheckpoint)
+            and checkpoint.monitor
+            # A subclass that overrides this chooses what it compares, as BestAfterPruning does.
+            and type(checkpoint).check_monitor_top_k is ModelCheckpoint.check_monitor_top_k
+        ):
             rank_zero_warn(
                 f"ModelCheckpoint(monitor={checkpoint.monitor!r}) also compares checkpoints from before step "
                 f"{schedule.stages[-1][0]}, when pruning ends, so its best one is probably less sparse than requested. "
@@ -129,6 +143,7 @@ def warn_of_evaluation(name: str, share: float, state: PruningState, schedule: S
         rank_zero_warn(
             f"{name} prunes during training, by {schedule}, so the model evaluated now is dense."
         )
+
     if share > (schedule.share(0) or 0):
         rank_zero_warn(
             f"{name} prunes this model right before it is evaluated, but the schedule {schedule} prunes it during "
@@ -139,7 +154,7 @@ def warn_of_evaluation(name: str, share: float, state: PruningState, schedule: S
 
 def warn_if_unfinished(name: str, state: PruningState, sparsity: float, step: int) -> None:
     """Warn that training ended before the model reached its final sparsity."""
-    if state.due:
+    if state.awaits_validation:
         rank_zero_warn(f"{name} did not prune: no validation loop ended after pruning was due.")
     elif state.share < 1:
         rank_zero_warn(

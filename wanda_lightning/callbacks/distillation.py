@@ -12,16 +12,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
-import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.callbacks.trainer import PrunableModule, processes_of, pruning_target
+from wanda_lightning.callbacks.prunable_module import PrunableModule, pruning_target
+from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.losses import summed_divergence
@@ -35,8 +36,10 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.parallel import local
 
-_PRUNED = 0.01  # share of zeros; weights in 16 bits have a few zeros by chance
-_VALUES = 64  # of each tensor, for the fingerprint
+_SHARE_OF_ZEROS = (
+    0.01  # from which a layer seems pruned; weights in 16 bits have a few zeros by chance
+)
+_FINGERPRINT_VALUES = 64  # of each tensor
 
 Dense = str | os.PathLike[str] | nn.Module | None
 
@@ -84,12 +87,13 @@ class DistillFromDense(Callback):
         self._fingerprint = ""
         self._patches = ExitStack()
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find or copy the dense model before `fit` changes the network."""
         processes_of(trainer)
         if stage != "fit":
             return
         self.on_train_end()  # an earlier fit may have been interrupted
+
         name = type(pl_module).__name__
         network = network_of(pl_module, self.network)
         if not pl_module.automatic_optimization:
@@ -97,39 +101,42 @@ class DistillFromDense(Callback):
                 f"DistillFromDense adds to the loss that training_step returns, but {name} optimizes manually. Set "
                 "automatic_optimization=True."
             )
+        # Neither library has a public way to ask whether a module is compiled.
         if pl_module._compiler_ctx is not None or network._compiled_call_impl is not None:
             raise MisconfigurationException(
                 f"DistillFromDense watches the calls of the network, which the compiled code of {name} hides. Wrap the "
                 "network alone, as in module.model = torch.compile(module.model)."
             )
+
         self._teacher = dense_model(self.dense, pl_module, self.network)
         self._fingerprint = fingerprint(self._teacher)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the dense model beside the network, and add to the loss of each step from now on."""
         teacher = self._teacher
         network = network_of(pl_module, self.network)
         assert teacher is not None
-        teacher.to(pl_module.device)
-        own, wanted = (
-            max(x.parameters(), key=lambda weight: weight.numel()).dtype for x in (teacher, network)
-        )
-        # Else one is quantized.
-        if own != wanted and own.is_floating_point and wanted.is_floating_point:
-            teacher.to(wanted)
-        step = pl_module.training_step
 
-        @functools.wraps(step)  # Lightning reads its signature
+        teacher.to(pl_module.device)
+        dtypes = (_dtype_of(network), _dtype_of(teacher))
+        # A quantized model stays as it is.
+        if dtypes[0] != dtypes[1] and all(dtype.is_floating_point for dtype in dtypes):
+            teacher.to(dtypes[0])
+
+        original_step = pl_module.training_step
+
+        @functools.wraps(original_step)  # Lightning reads its signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
             comparison = _Comparison(network, teacher, self.temperature)
             with patched(network, "forward", comparison.watched(network.forward)):
-                output = step(*args, **kwargs)
-            if output is None:
+                output = original_step(*args, **kwargs)
+            if output is None:  # the module skips this batch
                 return None
+
             divergence = comparison.mean(pl_module)
             pl_module.log("distillation_loss", divergence.detach(), prog_bar=True)
-            own = output["loss"] if isinstance(output, Mapping) else output
-            loss = (1 - self.weight) * own + self.weight * divergence
+            loss = output["loss"] if isinstance(output, Mapping) else output
+            loss = (1 - self.weight) * loss + self.weight * divergence
             return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
         self._patches.enter_context(patched(pl_module, "training_step", training_step))
@@ -156,8 +163,12 @@ class DistillFromDense(Callback):
 
     @property
     def _fixed_choices(self) -> dict[str, Any]:
-        choices = {"weight": self.weight, "temperature": self.temperature, "network": self.network}
-        return {"dense": self._fingerprint, **choices}
+        return {
+            "dense": self._fingerprint,
+            "weight": self.weight,
+            "temperature": self.temperature,
+            "network": self.network,
+        }
 
 
 @dataclass
@@ -180,11 +191,13 @@ class _Comparison:
         def watched(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
+
             inputs, options = clone_arguments((args, kwargs))  # the network may change its own
             if options.get("labels") is not None and causal_config(self.teacher) is not None:
                 options["labels"] = None  # the dense model's own loss would take memory and time
             with torch.no_grad():
                 dense = _logits(self.teacher(*inputs, **options), "The dense model")
+
             arguments = _by_name(forward, args, kwargs)
             output = forward(*args, **kwargs)
             self._add(_logits(output, "The network"), dense, arguments)
@@ -192,14 +205,15 @@ class _Comparison:
 
         return watched
 
-    def mean(self, pl_module: L.LightningModule) -> Tensor:
+    def mean(self, pl_module: LightningModule) -> Tensor:
         """Return the divergence times the squared temperature, averaged over all predictions of the step."""
         if not isinstance(self.total, Tensor):
             name = type(pl_module).__name__
-            found = ", ".join(child for child, _ in pl_module.named_children())
+            children = ", ".join(child for child, _ in pl_module.named_children())
             raise MisconfigurationException(
                 f"network must be the part of {name} whose predictions are compared, but training_step never called "
-                f"{type(self.network).__name__} with gradients. Give network=NAME of what it calls; there are {found}."
+                f"{type(self.network).__name__} with gradients. Give network=NAME of what it calls; there are "
+                f"{children}."
             )
         # Such a power keeps the gradients as large at any temperature (Hinton et al. 2015, section 2).
         return self.total * (self.temperature**2 / max(1, self.count))  # a batch may be all padding
@@ -215,12 +229,13 @@ class _Comparison:
                 "The network must predict with gradients to be distilled, but its predictions have none, as after "
                 "detach() or in a reentrant torch.utils.checkpoint. Use use_reentrant=False."
             )
+
         mask = fitting_mask(token_masks(self.network, arguments), "", predicted)
-        keep = None if mask is None else mask.keep.flatten().to(predicted.device)
+        counted = None if mask is None else mask.keep.flatten().to(predicted.device)
+        self.count += predicted.shape[:-1].numel() if counted is None else int(counted.sum())
         self.total += summed_divergence(
-            predicted.flatten(0, -2), dense.flatten(0, -2), keep, self.temperature
+            predicted.flatten(0, -2), dense.flatten(0, -2), counted, self.temperature
         )
-        self.count += predicted.shape[:-1].numel() if keep is None else int(keep.sum())
 
 
 def _by_name(
@@ -229,72 +244,87 @@ def _by_name(
     """Return the arguments of a call by name, with positional mappings unpacked."""
     named: dict[str, Any] = dict(kwargs)
     for name, value in zip(inspect.signature(forward).parameters, args, strict=False):
-        named |= value if isinstance(value, Mapping) else {name: value}
+        if isinstance(value, Mapping):
+            named |= value
+        else:
+            named[name] = value
     return named
 
 
 def _logits(output: object, whose: str) -> Tensor:
     """Return the logits of an output, with the classes in the last dimension."""
-    found = find_predictions(output)
-    if found is None or found.shape[-1] < 2 or (found.ndim > 3 and not has_classes(output)):
-        kind = type(output).__name__ if found is None else f"a tensor of shape {tuple(found.shape)}"
-        raise UserError(
-            f"{whose} must return logits of shape (samples, classes) or (samples, tokens, classes), or an output with "
-            f"such `logits`, or (samples, classes, height, width), but it returns {kind}. Give network=NAME of a part "
-            "that does."
-        )
-    return found
+    predictions = find_predictions(output)
+    if predictions is None:
+        shown = type(output).__name__
+    # A bare tensor of four dimensions may also be an image.
+    elif predictions.shape[-1] < 2 or (predictions.ndim > 3 and not has_classes(output)):
+        shown = f"a tensor of shape {tuple(predictions.shape)}"
+    else:
+        return predictions
+
+    raise UserError(
+        f"{whose} must return logits of shape (samples, classes) or (samples, tokens, classes), or an output with "
+        f"such `logits`, or (samples, classes, height, width), but it returns {shown}. Give network=NAME of a part "
+        "that does."
+    )
 
 
-def network_of(module: L.LightningModule, name: str | None) -> nn.Module:
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the largest parameter: small ones, such as norms, may be in another."""
+    return max(model.parameters(), key=Tensor.numel).dtype
+
+
+def network_of(module: LightningModule, name: str | None) -> nn.Module:
     """Return the submodule with this name; by default the module's `pruning_target`, else the module itself."""
     return pruning_target(module) if name is None else module.get_submodule(name)
 
 
-def dense_model(dense: Dense, pl_module: L.LightningModule, name: str | None) -> nn.Module:
+def dense_model(dense: Dense, pl_module: LightningModule, name: str | None) -> nn.Module:
     """Return the dense counterpart of the network with this name in a module, frozen and in eval mode."""
-    network = network_of(pl_module, name)
     if dense is None:
-        has_weights = next(network.parameters(), None) is not None
-        if (zeros := _zeros_of_pruning(network)) or not has_weights:
-            reason = (
-                f"is already pruned: {zeros}" if has_weights else "has no parameters in setup()"
-            )
-            raise UserError(
-                f"dense must be given, since the network {reason}. Give the model from before pruning, or its name."
-            )
-        model = copy.deepcopy(network)
+        model = copy.deepcopy(network_of(pl_module, name))
+    elif isinstance(dense, LightningModule):
+        model = network_of(dense, name)
     elif isinstance(dense, nn.Module):
-        model = network_of(dense, name) if isinstance(dense, L.LightningModule) else dense
+        model = dense
     else:
         model = cast(PrunableModule, pl_module).load_dense_model(dense)
-    if dense is not None and (zeros := _zeros_of_pruning(model)):
+
+    zeros = _zeros_of_pruning(model)
+    parameters = set(model.parameters())
+    if dense is not None and zeros:
         rank_zero_warn(
             f"dense should be the model before pruning, but {zeros}. If it was pruned, give another model."
         )
-    own = {id(parameter) for parameter in model.parameters()}
-    if shared := [name for name, parameter in pl_module.named_parameters() if id(parameter) in own]:
+    if dense is None and (zeros or not parameters):
+        reason = f"is already pruned: {zeros}" if zeros else "has no parameters in setup()"
         raise UserError(
-            f"dense must be a model of its own, but {shared[0]} of {type(pl_module).__name__} belongs to it, too: it "
-            "would be trained and pruned. Leave dense out, or give copy.deepcopy() of the dense model."
+            f"dense must be given, since the network {reason}. Give the model from before pruning, or its name."
         )
+    for parameter_name, parameter in pl_module.named_parameters():
+        if parameter in parameters:
+            raise UserError(
+                f"dense must be a model of its own, but {parameter_name} of {type(pl_module).__name__} belongs to it, "
+                "too: it would be trained and pruned. Leave dense out, or give copy.deepcopy() of the dense model."
+            )
     return model.requires_grad_(False).eval()
 
 
 def fingerprint(model: nn.Module) -> str:
     """Return a hash of the names and shapes of all parameters, and of some values of each."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
         values = local(parameter.detach()).flatten()
-        values = values[:: max(1, len(values) // _VALUES)].cpu().double()
-        found.update(f"{name} {tuple(parameter.shape)}".encode() + values.numpy().tobytes())
-    return found.hexdigest()[:16]
+        step = max(1, len(values) // _FINGERPRINT_VALUES)
+        digest.update(values[::step].cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _zeros_of_pruning(model: nn.Module) -> str:
     """Describe the zeros of the first layer that seems to be pruned; empty if there is none."""
     for layer in find_layers(model).layers:
         share = int((layer.weight == 0).sum()) / layer.size
-        if _PRUNED <= share < 1:  # some layers are initialized to zero
+        if _SHARE_OF_ZEROS <= share < 1:  # some layers are initialized to zero
             return f"{share:.0%} of the weights of {layer.name} are zero"
     return ""

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from wanda_lightning.callbacks import conflicts
-from wanda_lightning.callbacks.calibration_data import CalibrationData, ValidationLoop
+from wanda_lightning.callbacks.calibration_data import CalibrationData, ValidationStatistics
+from wanda_lightning.callbacks.prunable_module import pruning_target
+from wanda_lightning.callbacks.run_description import describe_run
 from wanda_lightning.callbacks.schedules import OneShot, PruningState, Schedule, schedule_of
-from wanda_lightning.callbacks.trainer import processes_of, pruning_target
+from wanda_lightning.callbacks.trainer import is_dry_run, processes_of, set_metrics, shows_progress
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
@@ -26,7 +28,7 @@ from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.planning.plan import Plan, make_plan
-from wanda_lightning.report import Circumstances, PruningReport
+from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import sharded_layers, zeros_of
 
 
@@ -56,18 +58,19 @@ class PruningCallback(ZerosCallback):
         dataloader: The calibration data.
         keep_zeros: Keep the zeros while the model trains.
         report_dir: Folder to which `pruning_report.json` is saved.
-        report: Page (`.html`) or picture (`.png`) of the report to write. It needs the extra `report`.
+        report_page: Page (`.html`) or picture (`.png`) of the report to write. It needs the extra `report`.
         at_step: Number of optimizer steps before pruning.
         schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
         calibrate_on: `"validation"` collects statistics from Lightning's own validation loop, without an extra pass,
-            and prunes at its end: of the next one after the step of the schedule, or of `trainer.validate`, which then
-            evaluates the dense model. The default of `sequential` is then `"none"`, the only value that it supports. It
-            uses whole batches until they have `num_samples` samples.
+            and prunes when the loop ends. In `fit`, this is the first loop after the step of the schedule;
+            `trainer.validate` evaluates the dense model first. `sequential` is then `"none"` by default, the only value
+            that this supports. Whole batches are used until they have `num_samples` samples.
+        report: The former name of `report_page`, which the next minor release removes.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Raises:
-        ImportError: If a library that writes the `report` is missing.
+        ImportError: If a library that writes the `report_page` is missing.
         ValueError: If a value is out of range, or choices contradict each other. When a loop starts: if the model
             cannot be pruned as requested, now or at a later stage, for which one batch runs through the model, unless
             the data is an iterator or an `IterableDataset`.
@@ -75,7 +78,7 @@ class PruningCallback(ZerosCallback):
             pruned, or training ends before the last stage.
     """
 
-    _method: str | None = None  # by default
+    _default_method: str | None = None
 
     def __init__(
         self,
@@ -85,36 +88,46 @@ class PruningCallback(ZerosCallback):
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
         report_dir: str | Path | None = None,
-        report: str | Path | None = None,
+        report_page: str | Path | None = None,
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
+        report: str | Path | None = None,
         **choices: Unpack[PruningChoices],
     ) -> None:
         super().__init__()
-        choices.setdefault("method", self._method)
+        choices.setdefault("method", self._default_method)
         check_choices(choices)
         self.config = PruningConfig.from_names(sparsity, **choices)
         if calibrate_on == "validation" and self.config.sequential in ("auto", "one_pass"):
-            # A validation loop runs the dense model.
+            # The statistics of a validation loop are those of the dense model.
             self.config = replace(self.config, sequential="none")
         self.schedule = schedule_of(at_step, schedule)
         conflicts.check_options(self.config, self.schedule, calibrate_on, dataloader)
         checks.check_at_least(1, num_samples=num_samples)
+
         if report is not None:
-            checks.check_report_path(report)
+            warnings.warn("report is now called report_page.", FutureWarning, stacklevel=2)
+            report_page = report
+        if report_page is not None:
+            checks.check_report_path(report_page, "report_page")
+
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.calibrate_on = calibrate_on
         self.keep_zeros = keep_zeros
         self.report_dir = report_dir
-        self.report_path = report
+        self.report_page = report_page
+
+        described = self.config.describe()
+        # A resumed run must not change these.
+        self._fixed_choices = {name: described[name] for name in ("sparsity", "pattern")}
         self._state = PruningState(self._fixed_choices)
-        self._processes = SINGLE_PROCESS
-        self._plan: Plan | None = None  # in a run of the Trainer, once it is needed
-        self._modules: list[nn.Module] = []  # of the model that is planned
-        self._validation: ValidationLoop | None = None  # while a validation loop is calibrated on
-        self._resumed = False  # weights and state come from the same checkpoint
+        self._state_is_of_checkpoint = False  # until the run begins
+        self._processes = SINGLE_PROCESS  # until `setup`
+        self._final_plan: Plan | None = None
+        self._planned_modules: list[nn.Module] = []
+        self._validation: ValidationStatistics | None = None  # while a loop is calibrated on
 
     @property
     def report(self) -> PruningReport | None:
@@ -129,88 +142,66 @@ class PruningCallback(ZerosCallback):
     @property
     def state_key(self) -> str:
         """A key with `skip` and `only`, since two callbacks may prune different layers."""
-        only = {"only": list(self.config.only)} if self.config.only else {}
-        return self._generate_state_key(skip=list(self.config.skip), **only)
+        layers = {"skip": list(self.config.skip)}
+        if self.config.only:
+            layers["only"] = list(self.config.only)
+        return f"{type(self).__qualname__}{layers}"
 
-    def should_prune(self, trainer: L.Trainer) -> bool:
+    def should_prune(self, trainer: Trainer) -> bool:
         """Whether to prune now; called before training, after each optimizer step, and before an evaluation.
 
         If it is overridden, the schedule still gives the share of the sparsity, by default all of it.
         """
-        share = self._schedule(trainer).share(trainer.global_step)
+        share = self._schedule_of(trainer).share(trainer.global_step)
         return share is not None and share > self._state.share
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse an unsupported strategy, and a `report_dir` or `report` that cannot be written."""
+    # What Lightning calls, in the order of a run.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse an unsupported strategy, and a `report_dir` or `report_page` that cannot be written."""
+        # One object for all that communicates: it knows whether another process has failed already.
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
-            for path, kind in ((self.report_dir, "folder"), (self.report_path, "file")):
+            for path, kind in ((self.report_dir, "folder"), (self.report_page, "file")):
                 if path is not None and trainer.is_global_zero:
                     require_writable(path, overwrite=True, kind=kind)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the state; refuse that of a run with another sparsity or pattern."""
+        self._state = PruningState.from_checkpoint(
+            state_dict, self._fixed_choices, type(self).__name__
+        )
+        self._state_is_of_checkpoint = True
+        self._zeros.load_state_dict({"layers": [], "unheld_zeros": self._state.unheld_zeros})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune before the first step if the schedule says so, and hold the zeros from then on."""
-        self._forget_if_dense(trainer, pl_module)
+        self._reset_for_dense_model(trainer)
+        schedule = self._schedule_of(trainer)
         conflicts.refuse_training(
-            self.config,
-            self._schedule(trainer),
-            self._state,
-            trainer,
-            self.calibrate_on,
-            self.dataloader,
+            self.config, schedule, self._state, trainer, self.calibrate_on, self.dataloader
         )
-        self._prune_if_asked(trainer, pl_module)
-        if self._state.share < 1:
-            with self._calibration(
-                trainer, pl_module
-            ) as data:  # raises the errors of a later stage now
-                find = data.trial_batches if self.calibrate_on == "calibration" else lambda: None
-                rehearse(self._plan_once(pl_module), find, data.forward, data.predict)
+        self._prune_if_due(trainer)
+        if not self.is_finished:
+            self._raise_later_errors(trainer)
             conflicts.warn_of_dense_best(self.schedule, trainer)
-        self._hold(trainer, pl_module)
+        self._hold_zeros(trainer)
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         """Prune after an optimizer step if the schedule says so."""
-        if self._prune_if_asked(trainer, pl_module):
-            self._hold(trainer, pl_module)
+        if self._prune_if_due(trainer):
+            self._hold_zeros(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove the hooks, and warn if the final sparsity was not reached."""
-        conflicts.warn_if_unfinished(
-            type(self).__name__, self._state, self.config.sparsity, trainer.global_step
-        )
-        super().on_train_end(trainer, pl_module)
-
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Remove the hooks."""
-        self.on_validation_batch_end()
-        self._validation = None
-        self.teardown()
-        super().on_exception(trainer, pl_module, exception)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune before `trainer.validate`, or start to collect statistics."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._prune_to_evaluate(trainer, pl_module)
-        if self._state.due and not trainer.sanity_checking:
-            self._validation = ValidationLoop(self._plan_due(trainer, pl_module), self.num_samples)
+        if trainer.state.fn == "validate":
+            self._prune_to_evaluate(trainer)
+        if self._state.awaits_validation and not trainer.sanity_checking:
+            plan = self._current_plan(trainer)
+            self._validation = ValidationStatistics(plan, self.num_samples)
 
     def on_validation_batch_start(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
     ) -> None:
         """Collect statistics while the batch runs."""
         if self._validation is not None:
@@ -219,198 +210,189 @@ class PruningCallback(ZerosCallback):
     def on_validation_batch_end(self, *_: Any) -> None:
         """Stop collecting."""
         if self._validation is not None:
-            self._validation.batch.close()
+            self._validation.end_batch()
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune with the collected statistics."""
         if self._validation is not None:
-            collected = self._validation
+            statistics = self._validation
             self._validation = None
-            self._record(prune_collected(collected.plan, collected.calibration), trainer)
-            if trainer.state.fn == TrainerFn.FITTING:
-                self._hold(trainer, pl_module)
+            self._publish(prune_collected(statistics.plan, statistics.calibration), trainer)
+            if trainer.state.fn == "fit":
+                self._hold_zeros(trainer)
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prune before `trainer.test` or `trainer.predict`."""
-        self._prune_to_evaluate(trainer, pl_module)
+        self._prune_to_evaluate(trainer)
 
     on_predict_start = on_test_start
 
-    def teardown(self, *_: Any, **__: Any) -> None:
-        """Forget the plan, which refers to the model."""
-        self._plan = None
-        self._modules = []
-
     def state_dict(self) -> dict[str, Any]:
         """Return how far the model is pruned; see `PruningState`."""
-        return replace(
-            self._state, unheld_zeros=self._zeros.state_dict()["unheld_zeros"]
-        ).to_checkpoint()
+        unheld_zeros = self._zeros.state_dict()["unheld_zeros"]
+        return replace(self._state, unheld_zeros=unheld_zeros).to_checkpoint()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state; refuse that of a run with another sparsity or pattern."""
-        self._state = PruningState.from_checkpoint(
-            state_dict, self._fixed_choices, type(self).__name__
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the hooks, and warn if the final sparsity was not reached."""
+        conflicts.warn_if_unfinished(
+            type(self).__name__, self._state, self.config.sparsity, trainer.global_step
         )
-        self._zeros.load_state_dict({"layers": [], "unheld_zeros": self._state.unheld_zeros})
-        self._resumed = True
+        super().on_train_end(trainer, pl_module)
 
-    @property
-    def _fixed_choices(self) -> dict[str, Any]:
-        """The choices that a resumed run must not change."""
-        choices = self.config.describe()
-        return {name: choices[name] for name in ("sparsity", "pattern")}
+    def on_exception(self, *arguments: Any) -> None:
+        """Remove the hooks."""
+        self.on_validation_batch_end()
+        self._validation = None
+        self.teardown()
+        super().on_exception(*arguments)
 
-    def _schedule(self, trainer: L.Trainer) -> Schedule:
-        if trainer.fast_dev_run and trainer.state.fn == TrainerFn.FITTING:  # type: ignore[attr-defined]
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Forget the plan, which refers to the model."""
+        self._final_plan = None
+        self._planned_modules = []
+
+    # When to prune.
+
+    def _schedule_of(self, trainer: Trainer) -> Schedule:
+        """The schedule of this run: a dry run is over before most stages."""
+        if is_dry_run(trainer) and trainer.state.fn == "fit":
             return OneShot()
         return self.schedule
 
-    def _share_due(self, trainer: L.Trainer) -> float:
-        """The share of the final sparsity to prune to now."""
-        return self._schedule(trainer).share(trainer.global_step) or 1.0
+    def _current_share(self, trainer: Trainer) -> float:
+        """The share of the final sparsity to which a pruning at this step prunes."""
+        # `should_prune` may be overridden to prune before the first stage.
+        return self._schedule_of(trainer).share(trainer.global_step) or 1.0
 
-    def _plan_once(self, pl_module: L.LightningModule) -> Plan:
-        """Return the plan for the final sparsity; the layers are found once, unless the model has other modules now."""
-        model = pruning_target(pl_module)
-        modules = [*pruning_target(pl_module).modules()]
-        if self._plan is None or self._modules != modules:
-            self._plan = make_plan(self.config, model, self._processes)
-            self._modules = modules
-        return self._plan
+    def _prune_if_due(self, trainer: Trainer) -> bool:
+        """Ask `should_prune`, once for each optimizer step, and return whether the model was pruned."""
+        # Several batches belong to one step if gradients accumulate.
+        if self._state.last_asked_step == trainer.global_step:
+            return False
 
-    def _plan_due(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Plan:
-        """Return the plan for the stage that is due."""
-        config = self.config.scaled(self._share_due(trainer))
-        if self.calibrate_on == "calibration":
-            config = conflicts.without_permutation_in_training(config, trainer)
-        return self._plan_once(pl_module).with_choices(config)
+        is_due = self.should_prune(trainer)
+        waits = self.calibrate_on == "validation"
+        if is_due and waits:
+            self._state.awaits_validation = True
+        elif is_due:
+            self._prune(trainer)
 
-    def _forget_if_dense(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # After pruning, so that a run that resumes from an interrupted pruning repeats it.
+        self._state.last_asked_step = trainer.global_step
+        return is_due and not waits
+
+    def _prune_to_evaluate(self, trainer: Trainer) -> None:
+        """Prune before an evaluation if it is due, or warn that the evaluated model is dense."""
+        self._reset_for_dense_model(trainer)
+        share = self._current_share(trainer) if self.should_prune(trainer) else 0.0
+        if share and self.calibrate_on == "validation" and trainer.state.fn == "validate":
+            self._state.awaits_validation = True
+            return
+
+        conflicts.warn_of_evaluation(type(self).__name__, share, self._state, self.schedule)
+        if share:
+            self._prune(trainer)
+
+    def _reset_for_dense_model(self, trainer: Trainer) -> None:
         """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
-        may_differ = bool(self._state.zeros) and not self._resumed
-        self._resumed = False
-        if may_differ and not self._state.describes(
-            zeros_of(pruning_target(pl_module), self._processes)
-        ):
-            self._state = PruningState(self._fixed_choices)
+        # A checkpoint has the state of its own weights.
+        if self._state.zeros and not self._state_is_of_checkpoint:
+            zeros = zeros_of(pruning_target(trainer.lightning_module), self._processes)
+            if not self._state.describes(zeros):
+                self._state = PruningState(self._fixed_choices)
+        self._state_is_of_checkpoint = False
+
         if self.report is not None:
             set_metrics(self.report, trainer)
 
-    def _prune_if_asked(self, trainer: L.Trainer, pl_module: L.LightningModule) -> bool:
-        """Return whether the model was pruned; ask once for each step."""
-        if self._state.asked_at == trainer.global_step:
-            return False
-        asked = self.should_prune(trainer)
-        later = self.calibrate_on == "validation"
-        if asked and later:
-            self._state.due = True
-        elif asked:
-            self._prune(trainer, pl_module)
-        # At last, so that a resumed run repeats an interrupted pruning.
-        self._state.asked_at = trainer.global_step
-        return asked and not later
+    # What to prune, and with which data.
 
-    def _prune_to_evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._forget_if_dense(trainer, pl_module)
-        share = self._share_due(trainer) if self.should_prune(trainer) else 0.0
-        if share and self.calibrate_on == "validation" and trainer.state.fn == TrainerFn.VALIDATING:
-            self._state.due = True
-            return
-        conflicts.warn_of_evaluation(type(self).__name__, share, self._state, self.schedule)
-        if share:
-            self._prune(trainer, pl_module)
+    def _plan(self, trainer: Trainer) -> Plan:
+        """Return the plan for the final sparsity; the layers are found once, unless the model has other modules now."""
+        model = pruning_target(trainer.lightning_module)
+        modules = [*model.modules()]
+        if self._final_plan is None or self._planned_modules != modules:
+            self._final_plan = make_plan(self.config, model, self._processes)
+            self._planned_modules = modules
+        return self._final_plan
 
-    def _prune(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prune to the share that is due, and publish the report."""
-        with self._calibration(trainer, pl_module) as data:
+    def _current_plan(self, trainer: Trainer) -> Plan:
+        """Return the plan for the sparsity of the current stage."""
+        config = self.config.scaled(self._current_share(trainer))
+        if self.calibrate_on == "calibration":
+            config = conflicts.without_permutation_in_training(config, trainer)
+        return self._plan(trainer).with_choices(config)
+
+    @contextmanager
+    def _calibration(self, trainer: Trainer) -> Iterator[CalibrationData]:
+        """Give the data to run in the Trainer's precision, without changing the random numbers that training draws."""
+        with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
+            yield CalibrationData(
+                trainer,
+                trainer.lightning_module,
+                self.dataloader,
+                self.num_samples,
+                self._processes,
+            )
+
+    def _raise_later_errors(self, trainer: Trainer) -> None:
+        """Raise the errors of a later stage before training starts, by a trial with one batch."""
+        with self._calibration(trainer) as data:
+
+            def find_batches() -> Iterator[Any] | None:
+                # A validation loop brings its own batches later.
+                return None if self.calibrate_on == "validation" else data.trial_batches()
+
+            rehearse(self._plan(trainer), find_batches, data.forward, data.predict)
+
+    # Prune, publish the result, and hold the zeros.
+
+    def _prune(self, trainer: Trainer) -> None:
+        """Prune to the share of the current stage, and publish the report."""
+        with self._calibration(trainer) as data:
             report = prune_as(
-                self._plan_due(trainer, pl_module),
+                self._current_plan(trainer),
                 data.batches(),
                 forward=data.forward,
                 predict=data.predict,
                 progress=shows_progress(trainer),
             )
-        self._record(report, trainer)
+        self._publish(report, trainer)
 
-    def _record(self, report: PruningReport, trainer: L.Trainer) -> None:
-        """Publish and save the report of a stage, with its run."""
-        describe: Any = getattr(getattr(trainer, "datamodule", None), "describe_calibration", None)
-        is_given = self.dataloader is not None or self.calibrate_on == "validation"
-        calibration = (
-            describe(self.num_samples)
-            if describe and self.config.data_reader and not is_given
-            else ""
-        )
-        report = replace(
-            report,
-            run=Circumstances(model=_name_of(trainer.lightning_module), calibration=calibration),
-        )
-        self._state.record(report, self._share_due(trainer))
+    def _publish(self, report: PruningReport, trainer: Trainer) -> None:
+        """Add the run to the report of a stage, record and log it, and write its files."""
+        # The datamodule can only describe its own samples, if any were read.
+        has_own_data = self.dataloader is not None or self.calibrate_on == "validation"
+        num_samples = self.num_samples if self.config.data_reader and not has_own_data else 0
+        report = replace(report, run=describe_run(trainer, num_samples))
+
+        self._state.record(report, self._current_share(trainer))
         if shows_progress(trainer):
             rank_zero_info(f"{type(self).__name__}: {report.summary()}")
         for logger in trainer.loggers:
             logger.log_metrics(report.metrics(), step=trainer.global_step)
         set_metrics(report, trainer)
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+
+        if trainer.is_global_zero and not is_dry_run(trainer):
             if self.report_dir is not None:
                 report.save(self.report_dir)
-            if self.report_path is not None:
-                report.write(self.report_path)
+            if self.report_page is not None:
+                report.write(self.report_page)
 
-    @contextmanager
-    def _calibration(
-        self, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> Iterator[CalibrationData]:
-        """Give the data to run in the Trainer's precision, without changing the random numbers that training draws."""
-        with isolate_rng(), torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            yield CalibrationData(
-                trainer, pl_module, self.dataloader, self.num_samples, self._processes
-            )
-
-    def _hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.keep_zeros and self._state.zeros:
-            layers = self._plan_once(pl_module).layers if self._plan else ()
-            found = {layer.name: layer for layer in layers} or sharded_layers(
-                pruning_target(pl_module)
-            )
-            self._zeros.hold([found[name] for name in self._state.zeros])
-            self._clear_copies(trainer, pl_module)
+    def _hold_zeros(self, trainer: Trainer) -> None:
+        """Keep the zeros of all stages so far, in the weights and in copies of them."""
+        if not self.keep_zeros or not self._state.zeros:
+            return
+        if self._final_plan is None:
+            # A resumed run may have nothing left to prune, and makes no plan then.
+            layers = sharded_layers(pruning_target(trainer.lightning_module))
+        else:
+            layers = {layer.name: layer for layer in self._plan(trainer).layers}
+        self._zeros.hold([layers[name] for name in self._state.zeros])
+        self._clear_copies(trainer)
 
 
 class WandaPrune(PruningCallback):
     """`PruningCallback(method="wanda")`: by weight magnitude times input norm, within each row (Sun et al. 2024)."""
 
-    _method = "wanda"
-
-
-def shows_progress(trainer: L.Trainer) -> bool:
-    """Whether the Trainer shows a progress bar."""
-    bar = trainer.progress_bar_callback
-    return bar is not None and bool(getattr(bar, "is_enabled", True))
-
-
-def set_metrics(report: PruningReport, trainer: L.Trainer) -> None:
-    """Add the sparsities of a report to the metrics that callbacks such as `ModelCheckpoint` monitor."""
-    device = trainer.strategy.root_device
-    trainer.callback_metrics.update(
-        {name: torch.tensor(x, device=device) for name, x in report.metrics().items()}
-    )
-
-
-def _name_of(pl_module: L.LightningModule) -> str:
-    """Return the name from which the model was loaded; empty if it is not known."""
-    choices = pl_module.hparams
-    model = pruning_target(pl_module)
-    name = choices.get("model")
-    if not isinstance(name, str) or not (
-        hasattr(model, "name_or_path") or hasattr(model, "pretrained_cfg")
-    ):
-        # Other models have neither, so `model` could mean anything.
-        return str(getattr(model, "name_or_path", ""))
-    if hasattr(model, "name_or_path"):
-        return name
-    source = choices.get("checkpoint") or (
-        "" if choices.get("pretrained", True) else "not pretrained"
-    )
-    return f"timm:{name.removeprefix('timm:')}" + (f" ({source})" if source else "")
+    _default_method = "wanda"

@@ -5,20 +5,20 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from dataclasses import replace
-from itertools import chain, count
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
-from wanda_lightning.callbacks.trainer import processes_of, pruning_target
+from wanda_lightning.callbacks.prunable_module import pruning_target
+from wanda_lightning.callbacks.trainer import is_dry_run, processes_of
 from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags
@@ -26,7 +26,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.models import is_wrapper
-from wanda_lightning.report import LEFT_OUT
+from wanda_lightning.report import LEFT_OUT, PruningReport
 from wanda_lightning.training.held_zeros import zeros_of
 
 
@@ -49,36 +49,32 @@ class BestAfterPruning(ModelCheckpoint):
         super().__init__(monitor=monitor, mode=mode, **options)
         self._compares = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare from the start if the model is already pruned."""
         super().on_train_start(trainer, pl_module)
         self._compares = _is_pruned(trainer)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
         """Compare from the first validation loop after pruning."""
         self._compares = _is_pruned(trainer)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         """Without validation loops, compare from the first batch after pruning."""
         if not trainer.enable_validation:
             self._compares = _is_pruned(trainer)
 
-    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
         """Whether the checkpoint is among the best since the last stage of pruning."""
         return self._compares and super().check_monitor_top_k(trainer, current)
 
-    def _save_topk_checkpoint(
-        self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]
-    ) -> None:
-        super()._save_topk_checkpoint(trainer, monitor_candidates)
+    def _save_topk_checkpoint(self, trainer: Trainer, *metrics: Any) -> None:
+        super()._save_topk_checkpoint(trainer, *metrics)
         if self.save_last is True:
             # Lightning 2.6 writes `last` next, but at the end of an epoch only if it saved a checkpoint in this step.
             self._last_global_step_saved = trainer.global_step
 
 
-def _is_pruned(trainer: L.Trainer) -> bool:
+def _is_pruned(trainer: Trainer) -> bool:
     return all(callback.is_finished for callback in zeros_callbacks(trainer))
 
 
@@ -122,59 +118,72 @@ class SavePretrained(Callback):
         self.push_to_hub = push_to_hub
         self.private = private
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be written, or a model that cannot be saved."""
-        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if stage != "fit" or is_dry_run(trainer):
             return
+
         processes = processes_of(trainer)
-        save = getattr(pl_module, "save_pretrained", None)
-        if not callable(save) or (
-            self.shrink and "shrink" not in inspect.signature(save).parameters
-        ):
-            raise MisconfigurationException(
-                f"SavePretrained calls save_pretrained(folder, overwrite{', shrink=True' * self.shrink}), but "
-                f"{type(pl_module).__name__} has no such method. Define it, or use Lightning's ModelCheckpoint."
-            )
+        self._refuse_without_method(pl_module)
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
                 f"SavePretrained needs a process with the whole model, but {type(trainer.strategy).__name__} "
                 "distributes the model. With ModelParallelStrategy (FSDP2), call save_pretrained of CausalLMModule in "
                 "every process after fit, or use ModelCheckpoint with save_distributed_checkpoint=False."
             )
+
         with processes.fail_together():
             if trainer.is_global_zero:
-                if callable(check := getattr(pl_module, "check_saving", None)):
-                    check()
+                check_saving = getattr(pl_module, "check_saving", None)
+                if callable(check_saving):
+                    check_saving()
                 if self.push_to_hub is not None:
                     refuse_upload(self.push_to_hub, self.private)
                 require_writable(self.folder, self.overwrite)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _refuse_without_method(self, pl_module: LightningModule) -> None:
+        """Raise an error for a module whose `save_pretrained` is missing or does not take what it will get."""
+        save = getattr(pl_module, "save_pretrained", None)
+        if not callable(save) or (
+            self.shrink and "shrink" not in inspect.signature(save).parameters
+        ):
+            arguments = "folder, overwrite, shrink=True" if self.shrink else "folder, overwrite"
+            raise MisconfigurationException(
+                f"SavePretrained calls save_pretrained({arguments}), but {type(pl_module).__name__} has no such "
+                "method. Define it, or use Lightning's ModelCheckpoint."
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters in every process, and save and upload in the first, while the others wait."""
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_dry_run(trainer):
             return
         try:
-            try:
-                if callable(merge := getattr(pl_module, "merge", None)):
-                    merge()
-                saved = self._save(pl_module) if trainer.is_global_zero else None
-            except Exception as error:
-                if not trainer.is_global_zero:
-                    raise
-                raise OSError(
-                    f"{self.folder} could not be written ({type(error).__name__}: {error}). The trained weights are in "
-                    f"{self._save_state(pl_module)}: load them with module.load_state_dict(torch.load(PATH))."
-                ) from error
+            saved = self._merge_and_save(trainer, pl_module)
             if saved is not None:
-                self._write_card(*saved, trainer, pl_module)
+                self._write_card(saved, trainer)
                 if self.push_to_hub is not None:
-                    address = upload(saved[0], self.push_to_hub, list_files(saved[0]), self.private)
+                    files = list_files(saved.folder)
+                    address = upload(saved.folder, self.push_to_hub, files, self.private)
                     rank_zero_info(f"SavePretrained: uploaded to {address}")
         finally:  # also if the upload fails
             trainer.strategy.barrier("SavePretrained")
 
-    def _save(self, pl_module: Any) -> tuple[Path, bool]:
-        """Save the model; return where, and whether hidden units were left out."""
+    def _merge_and_save(self, trainer: Trainer, pl_module: LightningModule) -> _Saved | None:
+        """Save the model in the first process, or else at least its state dict, with an error that says so."""
+        try:
+            merge = getattr(pl_module, "merge", None)
+            if callable(merge):
+                merge()
+            return self._save(pl_module) if trainer.is_global_zero else None
+        except Exception as error:
+            if not trainer.is_global_zero:
+                raise
+            raise OSError(
+                f"{self.folder} could not be written ({type(error).__name__}: {error}). The trained weights are in "
+                f"{self._save_state(pl_module)}: load them with module.load_state_dict(torch.load(PATH))."
+            ) from error
+
+    def _save(self, pl_module: Any) -> _Saved:
         folder = Path(self.folder)
         try:
             require_writable(folder, self.overwrite)
@@ -183,63 +192,81 @@ class SavePretrained(Callback):
             rank_zero_warn(
                 f"{self.folder} was written to while the model trained, so the model is saved in {folder}."
             )
+
         if self.shrink:
             try:
-                result = pl_module.save_pretrained(folder, overwrite=self.overwrite, shrink=True)
-                rank_zero_info(f"SavePretrained: {result}")
-                return folder, True
+                shrunk = pl_module.save_pretrained(folder, overwrite=self.overwrite, shrink=True)
+                rank_zero_info(f"SavePretrained: {shrunk}")
+                return _Saved(folder, is_shrunk=True)
             except UserError as error:
                 rank_zero_warn(f"The model is saved with its zeros. {error}")
         pl_module.save_pretrained(folder, overwrite=self.overwrite)
-        return folder, False
+        return _Saved(folder, is_shrunk=False)
 
-    def _save_state(self, pl_module: L.LightningModule) -> Path:
+    def _save_state(self, pl_module: LightningModule) -> Path:
         """Write the state dict next to the folder, or else into the folder for temporary files; return where it is."""
-        path = resolve_path(self.folder)
-        homes = path.parent, Path(tempfile.gettempdir())
-        target, spare = (_unused(home / f"{path.name}-state", ".pt") for home in homes)
+        folder = resolve_path(self.folder)
+        name = f"{folder.name}-state"
+        path = _unused(folder.parent / name, ".pt")
         try:
-            with atomic_write(target) as new:
-                torch.save(pl_module.state_dict(), new)
+            with atomic_write(path) as temporary:
+                torch.save(pl_module.state_dict(), temporary)
         except Exception:  # the disk may be full
-            torch.save(pl_module.state_dict(), spare)
-            return spare
-        return target
+            path = _unused(Path(tempfile.gettempdir()) / name, ".pt")
+            torch.save(pl_module.state_dict(), path)
+        return path
 
-    def _write_card(
-        self, folder: Path, is_smaller: bool, trainer: L.Trainer, pl_module: L.LightningModule
-    ) -> None:
-        """Write the card of a pruned model, with the zeros that it has after training."""
-        if reports := [
-            callback.report for callback in zeros_callbacks(trainer) if callback.report is not None
-        ]:
-            report = reports[-1]
-            model = pruning_target(pl_module)
-            zeros = zeros_of(model)  # training may have filled some
-            # Also in what was not pruned: biases are often initialized to zeros, and adapters are merged by now.
-            parameters = [*model.parameters()]
-            report = replace(
-                report,
-                layers=tuple(
-                    replace(x, sparsity=zeros.get(x.name, x.zeros) / x.size) for x in report.layers
-                ),
-                parameters=sum(parameter.numel() for parameter in parameters),
-                zeros=sum(
-                    int((weights == 0).count_nonzero())
-                    for weights in parameters
-                    if not is_wrapper(weights)
-                ),
-            )
-            if is_smaller:
-                report = replace(report, notes=(*report.notes, LEFT_OUT))
-            name = self.push_to_hub or folder
-            on_hub = self.push_to_hub is not None
-            write_card(folder, report, name=name, on_hub=on_hub, trained_steps=trainer.global_step)
+    def _write_card(self, saved: _Saved, trainer: Trainer) -> None:
+        """Write the card of a model that the latest pruning callback of the Trainer has pruned."""
+        reports = [callback.report for callback in zeros_callbacks(trainer)]
+        pruned = [report for report in reports if report is not None]
+        if not pruned:
+            return
+        report = _after_training(pruned[-1], pruning_target(trainer.lightning_module))
+        if saved.is_shrunk:
+            report = replace(report, notes=(*report.notes, LEFT_OUT))
+        write_card(
+            saved.folder,
+            report,
+            name=self.push_to_hub or saved.folder,
+            on_hub=self.push_to_hub is not None,
+            trained_steps=trainer.global_step,
+        )
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The folder of a saved model, and whether hidden units were left out of it."""
+
+    folder: Path
+    is_shrunk: bool
+
+
+def _after_training(report: PruningReport, model: nn.Module) -> PruningReport:
+    """Return the report with the zeros that the model has now."""
+    # Training fills zeros that are not kept.
+    zeros = zeros_of(model)
+    layers = []
+    for layer in report.layers:
+        sparsity = zeros.get(layer.name, layer.zeros) / layer.size
+        layers.append(replace(layer, sparsity=sparsity))
+
+    # Also in what was not pruned: biases are often initialized to zeros, and adapters are merged by now.
+    parameters = [*model.parameters()]
+    readable = [parameter for parameter in parameters if not is_wrapper(parameter)]
+    return replace(
+        report,
+        layers=tuple(layers),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        zeros=sum(int((parameter == 0).count_nonzero()) for parameter in readable),
+    )
 
 
 def _unused(path: Path, suffix: str = "") -> Path:
     """Return the path, with the suffix, or the first one next to it that does not exist, such as `out-2`."""
-    names = chain([path.name], (f"{path.name}-{number}" for number in count(2)))
-    return next(
-        place for name in names if not os.path.lexists(place := path.with_name(name + suffix))
-    )
+    candidate = path.with_name(path.name + suffix)
+    number = 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}{suffix}")
+    return candidate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -35,10 +35,11 @@ class Schedule(ABC):
         """Raise a ValueError if steps or shares are out of range or out of order, or the last share is not 1."""
         steps = [step for step, _ in self.stages]
         shares = [share for _, share in self.stages]
-        ordered = steps == sorted(set(steps)) and shares == sorted(shares) and shares[-1:] == [1]
-        if not ordered or not all(
+        in_order = steps == sorted(set(steps)) and shares == sorted(shares) and shares[-1:] == [1]
+        in_range = all(
             isinstance(step, int) and step >= 0 and share > 0 for step, share in self.stages
-        ):
+        )
+        if not in_order or not in_range:
             raise UserError(
                 "schedule must have stages at increasing optimizer steps of at least 0, with shares of the final "
                 f"sparsity that are above 0, never decrease, and end at 1, but {self} has {self.stages}."
@@ -117,25 +118,42 @@ def schedule_of(at_step: int, schedule: Schedule | None) -> Schedule:
     return schedule
 
 
+# Checkpoints keep the names that these fields had in older versions, which read them, too.
+_NAMES_IN_CHECKPOINTS = {"last_asked_step": "asked_at", "awaits_validation": "due"}
+
+
 @dataclass
 class PruningState:
-    """The progress of a callback. It does not store which weights are zero, since the weights show it."""
+    """The progress of a callback. It does not store which weights are zero, since the weights show it.
 
-    choices: dict[str, Any]  # which a resumed run must not change
-    zeros: dict[str, int] = field(default_factory=dict)  # number by pruned layer
-    share: float = 0.0  # of the final sparsity
-    asked_at: int | None = None  # optimizer step of the latest call of `should_prune`
-    due: bool = False  # prune at the end of the next validation loop
-    unheld_zeros: dict[str, Tensor] = field(default_factory=dict)  # see `HeldZeros.state_dict`
-    report: PruningReport | None = None  # of the latest pruning
+    Attributes:
+        choices: The choices that a resumed run must not change.
+        zeros: The number of zeros of each pruned layer.
+        share: The share of the final sparsity that is reached.
+        last_asked_step: The optimizer step of the latest call of `should_prune`.
+        awaits_validation: Whether to prune at the end of the next validation loop.
+        unheld_zeros: The weights that are zero by chance; see `HeldZeros.state_dict`.
+        report: The report of the latest pruning.
+    """
+
+    choices: dict[str, Any]
+    zeros: dict[str, int] = field(default_factory=dict)
+    share: float = 0.0
+    last_asked_step: int | None = None
+    awaits_validation: bool = False
+    unheld_zeros: dict[str, Tensor] = field(default_factory=dict)
+    report: PruningReport | None = None
 
     def record(self, report: PruningReport, share: float) -> None:
         """Record that the model was pruned to a share of the final sparsity."""
-        # Layers that this stage did not prune keep their counts. A layer that was initialized to zeros may train.
-        self.zeros |= {layer.name: layer.zeros for layer in report.layers if 0 < layer.sparsity < 1}
+        # Layers that this stage did not prune keep their counts.
+        for layer in report.layers:
+            # A layer of zeros only was initialized so, and may train.
+            if 0 < layer.sparsity < 1:
+                self.zeros[layer.name] = layer.zeros
         self.report = report
         self.share = share
-        self.due = False
+        self.awaits_validation = False
 
     def describes(self, zeros: Mapping[str, int]) -> bool:
         """Whether a model with these zeros can be the pruned one: each layer has half of the recorded zeros or more."""
@@ -143,7 +161,10 @@ class PruningState:
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package."""
-        return {**vars(self), "report": None if self.report is None else self.report.to_json()}
+        saved = {_NAMES_IN_CHECKPOINTS.get(name, name): value for name, value in vars(self).items()}
+        if self.report is not None:
+            saved["report"] = self.report.to_json()
+        return saved
 
     @classmethod
     def from_checkpoint(
@@ -158,13 +179,20 @@ class PruningState:
                 f"{' and '.join(choices)} must be the same as in the checkpoint, which {name} wrote with "
                 f"{saved.get('choices')}, but they are {choices}. Use the same, or load only the weights in a new run."
             )
-        state = cls(**{each.name: saved[each.name] for each in fields(cls) if each.name in saved})
-        text = saved.get("report")
+
+        state = cls({})
+        for field_name, default in vars(state).items():
+            # Older versions saved fewer fields.
+            saved_name = _NAMES_IN_CHECKPOINTS.get(field_name, field_name)
+            setattr(state, field_name, saved.get(saved_name, default))
+
         state.report = None
-        try:
-            state.report = PruningReport.from_json(text) if text else None
-        except ValueError as error:
-            rank_zero_warn(
-                f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}"
-            )
+        text = saved.get("report")
+        if text:
+            try:
+                state.report = PruningReport.from_json(text)
+            except ValueError as error:
+                rank_zero_warn(
+                    f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}"
+                )
         return state

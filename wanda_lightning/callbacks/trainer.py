@@ -1,107 +1,70 @@
-"""What callbacks find in a module and its Trainer: the members that a module may define, the model, the processes."""
+"""What callbacks ask a Trainer: its processes, its mode, its metrics, and the averages of other callbacks."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
-from typing import Any, Protocol, cast
-
-import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.report import PruningReport
 
 
-class PrunableModule(Protocol):
-    """Members that a LightningModule may define for callbacks and data modules; all are optional.
-
-    Do not inherit from this class: it has no defaults. `CausalLMModule` and `ImageClassifierModule` are examples.
-    """
-
-    tokenizer: Any
-    """Tokenizer of a language model: the default of `TextDataModule`, which refuses another one that differs."""
-
-    @property
-    def pruning_target(self) -> nn.Module:
-        """The network that callbacks prune and distill, with the names of its layers; by default the module."""
-
-    def calibration_step(self, batch: Any) -> object:
-        """Run a batch of calibration data, on the device of the module, through all layers that are pruned.
-
-        `PruningCallback` calls it in eval mode, by default the module itself, as `prune` does. The result is ignored.
-        """
-
-    def calibration_predictions(self, batch: Any) -> Any:
-        """Run such a batch and return the logits, or an output with `logits`.
-
-        `PruningCallback` calls it for choices that read gradients or train on predictions; by default the module
-        itself, or `calibration_step` if the module has no `forward`.
-        """
-
-    def calibration_dataloader(self) -> Iterable[Any]:
-        """Return the data of a `PruningCallback` without a `dataloader`; a datamodule with this method comes first.
-
-        A datamodule with it may also have `describe_calibration(num_samples)`, which returns a text for the report.
-        """
-
-    def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
-        """Return the dense network of this name, for `DistillFromDense(name)`."""
-
-    def check_tokens(self, input_ids: Tensor) -> None:
-        """Raise a ValueError for token ids without an embedding; `TextDataModule` calls it with all its windows."""
-
-    def merge(self) -> None:
-        """Merge adapters into the weights; `SavePretrained` calls it in every process before it saves."""
-
-    def check_saving(self) -> None:
-        """Raise the errors of `save_pretrained`; `SavePretrained` calls it when training starts."""
-
-    def save_pretrained(
-        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
-    ) -> object:
-        """Write the model into a folder; required by `SavePretrained`, which calls it after training.
-
-        `shrink`, which only `SavePretrained(shrink=True)` passes, leaves out hidden units that are zero on both sides.
-        The result then says what was left out, and a `UserError` that there is nothing to leave out.
-        """
-
-
-def pruning_target(pl_module: L.LightningModule) -> nn.Module:
-    """Return the model to prune: the module's `pruning_target` if it has one, else the module itself."""
-    return cast(nn.Module, getattr(pl_module, "pruning_target", pl_module))
-
-
-def processes_of(trainer: L.Trainer) -> Processes:
+def processes_of(trainer: Trainer) -> Processes:
     """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose zeros cannot be kept."""
-    strategy, name = trainer.strategy, type(trainer.strategy).__name__
+    strategy = trainer.strategy
+    name = type(strategy).__name__
+
     if isinstance(strategy, ModelParallelStrategy):
         mesh = strategy.device_mesh
-        if (size := mesh["tensor_parallel"].size()) == 1:
-            group = mesh["data_parallel"].get_group()
-            return Processes(group, strategy.root_device) if mesh.size() > 1 else SINGLE_PROCESS
-        name += f" with tensor_parallel_size={size}"
-    elif not isinstance(
-        strategy, DeepSpeedStrategy | FSDPStrategy
-    ):  # which flatten weights, even in one process
+        tensor_parallel_size = mesh["tensor_parallel"].size()
+        if mesh.size() == 1:
+            return SINGLE_PROCESS
+        if tensor_parallel_size == 1:
+            return Processes(mesh["data_parallel"].get_group(), strategy.root_device)
+        name += f" with tensor_parallel_size={tensor_parallel_size}"
+
+    # DeepSpeed, whose class is a DDPStrategy, and FSDP1 flatten weights, even in one process.
+    elif not isinstance(strategy, DeepSpeedStrategy | FSDPStrategy):
         if trainer.world_size == 1:
             return SINGLE_PROCESS
         if isinstance(strategy, DDPStrategy):
             return Processes(torch.distributed.group.WORLD, strategy.root_device)
+
     raise MisconfigurationException(
         f"strategy must leave each process the whole model, or shard it with fully_shard, but it is {name}. Use "
         "strategy='ddp', or prune with devices=1, and train the saved model with ModelParallelStrategy and KeepZeros."
     )
 
 
-def averaged_models(trainer: L.Trainer) -> list[nn.Module]:
+def is_dry_run(trainer: Trainer) -> bool:
+    """Whether the Trainer only tries everything out, with `fast_dev_run`, and should write nothing."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def shows_progress(trainer: Trainer) -> bool:
+    """Whether the Trainer shows a progress bar."""
+    bar = trainer.progress_bar_callback
+    return bar is not None and bool(getattr(bar, "is_enabled", True))
+
+
+def set_metrics(report: PruningReport, trainer: Trainer) -> None:
+    """Add the sparsities of a report to the metrics that callbacks such as `ModelCheckpoint` monitor."""
+    device = trainer.strategy.root_device
+    for name, sparsity in report.metrics().items():
+        trainer.callback_metrics[name] = torch.tensor(sparsity, device=device)
+
+
+def averaged_models(trainer: Trainer) -> list[nn.Module]:
     """Return the models whose weights callbacks average (WeightAveraging and StochasticWeightAveraging)."""
-    found = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-    return [average for average in found if isinstance(average, nn.Module)]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    # Both keep the average in this attribute, and neither has a public way to it.
+    averages = [getattr(callback, "_average_model", None) for callback in callbacks]
+    return [average for average in averages if isinstance(average, nn.Module)]

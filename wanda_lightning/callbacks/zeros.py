@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from wanda_lightning.callbacks.trainer import averaged_models, processes_of, pruning_target
+from wanda_lightning.callbacks.prunable_module import pruning_target
+from wanda_lightning.callbacks.trainer import averaged_models, processes_of
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import HeldZeros
 
@@ -33,20 +34,16 @@ class ZerosCallback(Callback):
         """The report of the latest pruning; None before the first."""
         return None
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Remove the hooks."""
         self._zeros.release()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
-        """Remove the hooks."""
-        self._zeros.release()
+    on_exception = on_train_end  # type: ignore[assignment]  # of any arguments
 
-    def _clear_copies(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _clear_copies(self, trainer: Trainer) -> None:
         """Zero copies of held zeros: the optimizers' moments, and the weights that averaging callbacks average."""
         self._zeros.clear(trainer.optimizers)
-        self._zeros.clear_copies(pl_module, averaged_models(trainer))
+        self._zeros.clear_copies(trainer.lightning_module, averaged_models(trainer))
 
 
 class KeepZeros(ZerosCallback):
@@ -56,14 +53,14 @@ class KeepZeros(ZerosCallback):
     initialized. `PruningCallback` does this for the layers that it prunes.
     """
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a strategy that is not supported."""
         processes_of(trainer)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the zeros and hold them."""
         self._zeros.hold_all(pruning_target(pl_module), processes_of(trainer))
-        self._clear_copies(trainer, pl_module)
+        self._clear_copies(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the names of the layers and which of their zeros are not kept; the kept zeros are in the weights."""
@@ -74,7 +71,7 @@ class KeepZeros(ZerosCallback):
         self._zeros.load_state_dict(state_dict)
 
 
-def zeros_callbacks(trainer: L.Trainer) -> list[ZerosCallback]:
+def zeros_callbacks(trainer: Trainer) -> list[ZerosCallback]:
     """Return the callbacks of a Trainer that prune or keep zeros."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ZerosCallback)]

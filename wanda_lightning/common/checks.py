@@ -90,8 +90,8 @@ def require_extra(extra: str, *packages: str, purpose: str) -> None:
         )
 
 
-def check_report_path(path: str | PathLike[str]) -> None:
-    """Raise an error for the path of a report that cannot be written."""
+def check_report_path(path: str | PathLike[str], option: str = "report") -> None:
+    """Raise an error for the path of a report that cannot be written; it names the option with the path."""
     if Path(path).suffix.lower() not in (".html", ".png"):
-        raise UserError(f"report must end with .html or .png, but it is {str(path)!r}.")
+        raise UserError(f"{option} must end with .html or .png, but it is {str(path)!r}.")
     require_extra("report", "matplotlib", purpose="Reports with figures")

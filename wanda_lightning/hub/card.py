@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ _FOLDERS = re.compile(r"(?<![\w./~-])~?/(?:[^\s,'\"/]+/)*(?=[^\s,'\"/])")  # of 
 
 
 def write_card(
-    folder: str | os.PathLike[str],
+    folder: str | Path,
     report: PruningReport,
     *,
-    name: str | os.PathLike[str],
+    name: str | Path,
     on_hub: bool = False,
     trained_steps: int = 0,
 ) -> None:
@@ -40,122 +40,162 @@ def write_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     folder = Path(folder).expanduser()
-    name = os.fspath(name)
     path = folder / "README.md"
-    config = folder / "config.json"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
-    given = report.run or Circumstances()
-    base = given.model.removeprefix("timm:").removeprefix("hf-hub:")
-    # No id on the hub, or a file.
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) or Path(base).exists():
-        base = ""
-    # Without folders of this machine, and without results that are not finite, which become None.
-    run = from_parsed(Circumstances, json.loads(_FOLDERS.sub("", as_json(asdict(given)))))
-    run = replace(run, samples=given.samples)
+
+    name = os.fspath(name)
+    title = Path(name).name
+    full_run = report.run or Circumstances()
+    run = _without_folders(full_run)
     report = replace(report, run=run)
-    has_picture = find_spec("matplotlib") is not None and LEFT_OUT not in report.notes
-    if has_picture:
-        report.to_png(folder / PICTURE_NAME)
-    library, task, code = _loading(
-        json.loads(config.read_bytes()) if config.exists() else {}, name, on_hub
-    )
+    base = _base_on_hub(full_run.model)
+    loading = _loading(folder / "config.json", name, on_hub)
     rows, results = _results(run)
+
+    is_smaller = LEFT_OUT in report.notes
+    picture = ""
+    if find_spec("matplotlib") is not None and not is_smaller:
+        picture = PICTURE_NAME
+        report.to_png(folder / picture)
+
+    tags = ["pruned"]
+    if not is_smaller:
+        tags.append("sparse")
+    tags.append("wanda_lightning")
     method = descriptions.choices_of(report.config).partition(",")[0].lower()
-    data = ModelCardData(
-        base_model=base or None,
-        library_name=library,
-        pipeline_tag=task,
-        tags=[
-            "pruned",
-            *([] if LEFT_OUT in report.notes else ["sparse"]),
-            "wanda_lightning",
-            *filter(None, [method]),
-        ],
-        model_name=Path(name).name if results else None,
-        eval_results=results or None,
-    )
+    if method:
+        tags.append(method)
+
+    versions = [
+        f"{library} {version}"
+        for library, version in report.versions.items()
+        if version[0].isdigit()
+    ]
     settings = {
         "Method": descriptions.method_in_words(report.config),
         "Calibration data": run.calibration,
         "Time": wording.duration(report.total_seconds),
-        "Versions": ", ".join(
-            f"{name} {found}" for name, found in report.versions.items() if found[0].isdigit()
-        ),
-    }
-    values: dict[str, Any] = {
-        **{
-            "mark": _MARK,
-            "title": Path(name).name,
-            "base": base,
-            "rows": rows,
-            "code": code,
-            "settings": settings,
-        },
-        **{"report": report, "run": run, "trained_steps": trained_steps, "escaped": _escaped},
-        **{
-            "picture": PICTURE_NAME if has_picture else "",
-            "wording": wording,
-            "descriptions": descriptions,
-        },
+        "Versions": ", ".join(versions),
     }
     card = ModelCard.from_template(
-        data, template_path=str(Path(__file__).with_name("card.md")), **values
+        ModelCardData(
+            base_model=base,
+            library_name=loading.library,
+            pipeline_tag=loading.task,
+            tags=tags,
+            model_name=title if results else None,
+            eval_results=results or None,
+        ),
+        template_path=str(Path(__file__).with_name("card.md")),
+        mark=_MARK,
+        title=title,
+        base=base,
+        rows=rows,
+        picture=picture,
+        code=loading.code,
+        settings=settings,
+        report=report,
+        run=run,
+        trained_steps=trained_steps,
+        escaped=_escaped,
+        wording=wording,
+        descriptions=descriptions,
     )
     with atomic_write(path) as temporary:
         temporary.write_text(f"{card}\n", encoding="utf-8")
 
 
-def _results(run: Circumstances) -> tuple[list[tuple[str, ...]], list[Any]]:
-    """Return the measured results as rows of a table, and as metadata of the hub."""
+def _without_folders(run: Circumstances) -> Circumstances:
+    """Return a run without the folders of this machine, and without results that are not finite."""
+    # As JSON, numbers that are not finite become None.
+    text = _FOLDERS.sub("", as_json(asdict(run)))
+    # Generated texts may contain what looks like a path.
+    return replace(from_parsed(Circumstances, json.loads(text)), samples=run.samples)
+
+
+def _base_on_hub(model: str) -> str | None:
+    """Return the id on the hub of the model that was pruned; None if its name is not such an id."""
+    base = model.removeprefix("timm:").removeprefix("hf-hub:")
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base)
+    return base if is_id and not Path(base).exists() else None
+
+
+def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]:
+    """Return the measured results as rows of a table (name, before, after), and as metadata of the hub."""
     from huggingface_hub import EvalResult
 
-    rows: list[tuple[str, ...]] = []
-    results = []
-    for each in run.results:
+    rows = []
+    metadata = []
+    for result in run.results:
         metric = METRICS[run.metric]
-        rows.append(
-            (
-                ", ".join(filter(None, (metric.title, each.data))),
-                *map(metric.text, (each.before, each.after)),
-            )
-        )
-        if each.after is not None:
-            data = each.data or "unknown"
-            kind = data.partition(", ")[0]
-            results.append(
+        name = f"{metric.title}, {result.data}" if result.data else metric.title
+        rows.append((name, metric.text(result.before), metric.text(result.after)))
+        if result.after is not None:
+            data = result.data or "unknown"
+            metadata.append(
                 EvalResult(
-                    metric.task, kind, data, metric.on_hub, each.after, metric_name=metric.name
+                    task_type=metric.task,
+                    dataset_type=data.partition(", ")[0],
+                    dataset_name=data,
+                    metric_type=metric.on_hub,
+                    metric_value=result.after,
+                    metric_name=metric.name,
                 )
             )
-    for name, found in run.zero_shot.items():
-        rows.append((f"{name}, accuracy", "", TOP1.text(found["acc"])))
-        if name != "mean":
-            results.append(EvalResult("text-generation", name, name, "accuracy", found["acc"]))
-    return rows, results
+
+    for task, scores in run.zero_shot.items():
+        accuracy = scores["acc"]
+        rows.append((f"{task}, accuracy", "", TOP1.text(accuracy)))
+        if task != "mean":
+            metadata.append(EvalResult("text-generation", task, task, "accuracy", accuracy))
+    return rows, metadata
 
 
-def _loading(config: dict[str, Any], name: str, on_hub: bool) -> tuple[str | None, str | None, str]:
-    """Return the library and the task of a saved model, and the code that loads it, by its config.json."""
+@dataclass(frozen=True)
+class _Loading:
+    """How a saved model is loaded: the library and the task, in the words of the hub, and the code."""
+
+    library: str | None = None
+    task: str | None = None
+    code: str = ""
+
+
+def _loading(config_file: Path, name: str, on_hub: bool) -> _Loading:
+    """Return how the model with this `config.json` is loaded."""
+    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
     if "architecture" in config:
-        place = json.dumps(f"{'hf-hub' if on_hub else 'local-dir'}:{name}")
-        imports = "import timm\n"
-        register = ""
-        # A file beside this configuration registers it.
-        if config["architecture"] == "shrunk_model":
-            folder = f"snapshot_download({json.dumps(name)})" if on_hub else json.dumps(name)
-            imports += "from huggingface_hub import snapshot_download\n" * on_hub
-            imports = f"import sys\n\n{imports}"
-            register = f"\nsys.path.append({folder})\nimport modeling_shrunk\n"
-        code = f"{imports}{register}\nmodel = timm.create_model({place}, pretrained=True)"
-        return "timm", "image-classification", code
+        is_shrunk = config["architecture"] == "shrunk_model"
+        return _Loading("timm", "image-classification", _code_for_timm(name, on_hub, is_shrunk))
     if "model_type" not in config:
-        return None, None, ""
-    (kind, *_) = config.get("architectures") or ["AutoModel"]
-    kind = "AutoModelForCausalLM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else kind
-    own = ", trust_remote_code=True" * ("auto_map" in config)
-    code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({json.dumps(name)}{own})"
-    return "transformers", "text-generation" if kind == "AutoModelForCausalLM" else None, code
+        return _Loading()
+
+    (architecture, *_) = config.get("architectures") or ["AutoModel"]
+    task = None
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        architecture = "AutoModelForCausalLM"
+        task = "text-generation"
+    arguments = json.dumps(name)
+    if "auto_map" in config:  # the folder has its own modeling file
+        arguments += ", trust_remote_code=True"
+    code = f"from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained({arguments})"
+    return _Loading("transformers", task, code)
+
+
+def _code_for_timm(name: str, on_hub: bool, is_shrunk: bool) -> str:
+    lines = ["import timm", ""]
+    if is_shrunk:
+        # A file beside the configuration registers the architecture.
+        folder = json.dumps(name)
+        lines = ["import sys", "", "import timm"]
+        if on_hub:
+            lines.append("from huggingface_hub import snapshot_download")
+            folder = f"snapshot_download({folder})"
+        lines += ["", f"sys.path.append({folder})", "import modeling_shrunk", ""]
+    source = "hf-hub" if on_hub else "local-dir"
+    address = json.dumps(f"{source}:{name}")
+    lines.append(f"model = timm.create_model({address}, pretrained=True)")
+    return "\n".join(lines)
 
 
 def _escaped(text: str) -> str:

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Collection
 from glob import escape
+from pathlib import Path
 
 from wanda_lightning.common.atomic_write import list_entries, resolve_path
 from wanda_lightning.common.errors import UserError
@@ -17,19 +18,17 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
     """Refuse an upload that cannot succeed; `private` connects to the hub to refuse a public repository."""
     from huggingface_hub import HfApi, constants, get_token
 
-    for wrong, expected in (
-        (
-            not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id),
-            "must be OWNER/NAME of a model repository",
-        ),
-        (constants.HF_HUB_OFFLINE, "must be left out while HF_HUB_OFFLINE is set"),
-        (
-            get_token() is None,
-            "must be left out without a token (run hf auth login, or set HF_TOKEN)",
-        ),
-    ):
-        if wrong:
-            raise UserError(f"push_to_hub {expected}, but it is {repo_id!r}.")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
+        expected = "must be OWNER/NAME of a model repository"
+    elif constants.HF_HUB_OFFLINE:
+        expected = "must be left out while HF_HUB_OFFLINE is set"
+    elif get_token() is None:
+        expected = "must be left out without a token (run hf auth login, or set HF_TOKEN)"
+    else:
+        expected = ""
+    if expected:
+        raise UserError(f"push_to_hub {expected}, but it is {repo_id!r}.")
+
     api = HfApi()
     if private and api.repo_exists(repo_id) and not api.repo_info(repo_id).private:
         raise UserError(
@@ -38,9 +37,7 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
         )
 
 
-def upload(
-    folder: str | os.PathLike[str], repo_id: str, files: Collection[str], private: bool = False
-) -> str:
+def upload(folder: str | Path, repo_id: str, files: Collection[str], private: bool = False) -> str:
     """Upload files of a folder to a model repository, in one commit, and return its address.
 
     A repository that does not exist is created. Weights of another model in the repository are deleted, because they
@@ -64,31 +61,24 @@ def upload(
             f"The model is saved in {folder}, but it was not uploaded: {error}"
         ) from error
     except Exception as error:  # of the connection, of the server, of the disk
-        included = (word for file in sorted(files) for word in ("--include", escape(file)))
-        later = [
-            "hf",
-            "upload",
-            repo_id,
-            os.fspath(folder),
-            *(["--private"] if private else []),
-            *included,
-        ]
+        command = ["hf", "upload", repo_id, os.fspath(folder)]
+        if private:
+            command.append("--private")
+        for file in sorted(files):
+            command += ["--include", escape(file)]
         raise OSError(
             f"push_to_hub={repo_id!r} failed: the model is saved in {folder}, but it was not uploaded "
-            f"({type(error).__name__}: {one_line(error)}). To upload it later, run: {shlex.join(later)}"
+            f"({type(error).__name__}: {one_line(error)}). To upload it later, run: {shlex.join(command)}"
         ) from error
     return str(address)
 
 
-def list_files(folder: str | os.PathLike[str]) -> list[str]:
+def list_files(folder: str | Path) -> list[str]:
     """Return the names of the files of a model in a folder, relative to it and with slashes, except hidden ones."""
     root = resolve_path(folder)
-    found = (
-        file
-        for entry in list_entries(root)
-        for file in (entry, *entry.rglob("*"))
-        if file.is_file()
-    )
-    return sorted(
-        file.relative_to(root).as_posix() for file in found if not file.name.startswith(".")
-    )
+    names = []
+    for entry in list_entries(root):
+        for path in (entry, *entry.rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                names.append(path.relative_to(root).as_posix())
+    return sorted(names)
