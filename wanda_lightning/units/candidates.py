@@ -369,7 +369,7 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
 def _removable_slots(
     reader: Layer, scope: nn.Module, layers: Sequence[Layer]
 ) -> Iterator[tuple[Slot, ...]]:
-    """Yield the tensors that may hold the units: rows that write them, what lies in between, and the reader's columns."""
+    """Yield the tensors that may hold the units: the rows that write them, others in between, the reader's columns."""
     width = reader.width
     position = {module: number for number, module in enumerate(scope.modules())}
     end = position.get(reader.module, len(position))
