@@ -112,8 +112,8 @@ def test_a_convolution_is_a_product_of_its_tokens(case, at_once):
     for layer in layers:
         assert_is_a_product(layer, x)
         tokens = layer.tokens(images)
-        with mock.patch("wanda_lightning.models.layers._AT_ONCE", at_once):
-            assert torch.equal(torch.cat(list(layer.token_parts(images))), tokens)
+        with mock.patch("wanda_lightning.models.layers._CHUNK_NUMBERS", at_once):
+            assert torch.equal(torch.cat(list(layer.token_chunks(images))), tokens)
         torch.testing.assert_close(layer.squares(images).sum(dim=0), tokens.square().sum(dim=0))
         assert len(layer.squares(images)) * len(images) == len(tokens)
         assert_round_trip(layer)

@@ -77,7 +77,7 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     result.parameters = size, size
 
     def save(part: str) -> None:
-        shards.save(part, checkpoint.stored(part))
+        shards.save(part, checkpoint.as_stored(part))
 
     def enter(name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
         if name in shards.written:  # a block that runs twice

@@ -221,7 +221,7 @@ class StreamedWeights(WeightStore):
         record = PartRecord(
             layers, skipped, own(run.done.few_tokens), own(run.done.zero_units), zeros
         )
-        self._output.save(part, self._checkpoint.stored(part), record)
+        self._output.save(part, self._checkpoint.as_stored(part), record)
 
     @staticmethod
     def _restore(record: PartRecord, run: Run) -> None:
