@@ -35,7 +35,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning import ImageClassifierModule, PruningReport, Structured, prune, shrink
 from wanda_lightning.models import Layer, Stop, find_layers
-from wanda_lightning.units.configuration import auto_classes, write_modeling_file
+from wanda_lightning.units.modeling_file import auto_classes, write_modeling_file
 
 aten = torch.ops.aten
 SEQUENTIAL = ("block", "layer", "none")

@@ -15,7 +15,7 @@ from support.zoo import causal, seeded
 from transformers import AutoModelForCausalLM
 
 import wanda_lightning as wl
-from wanda_lightning.units.configuration import register_shrunk_model
+from wanda_lightning.units.shrunk_model import register_shrunk_model
 
 LANGUAGE = {
     **{

@@ -22,7 +22,7 @@ from wanda_lightning.models import Inventory, SkipReason, adapted_module
 from wanda_lightning.parallel import Processes
 from wanda_lightning.units.block_runs import BlockRuns
 from wanda_lightning.units.candidates import replace_attributes
-from wanda_lightning.units.configuration import fit_configuration
+from wanda_lightning.units.fit_configuration import fit_configuration
 
 _OTHERS = "Use pattern='unstructured' or '2:4'."
 

@@ -17,7 +17,6 @@ from wanda_lightning.models.layers import Layer, layers_of, named_modules, uncom
 from wanda_lightning.models.quantized import is_packed, is_packed_weight, quantizer
 from wanda_lightning.models.skip_reasons import (
     EMBEDDINGS,
-    Reason,
     SkipReason,
     default_reasons,
     why_packed,
@@ -141,7 +140,7 @@ class _Finder:
             name = uncompiled_name(full_name)
             if is_packed_weight(name, buffer):
                 detail = why_packed(buffer, self.modules[name.rpartition(".")[0]])
-                self._skip(name, buffer, Reason(SkipReason.QUANTIZED, detail))
+                self._skip(name, buffer, SkipReason.QUANTIZED, detail)
 
         for full_name, parameter in self.model.named_parameters(remove_duplicate=False):
             name = uncompiled_name(full_name)
@@ -168,17 +167,17 @@ class _Finder:
 
         owner = self._owners.setdefault(id(parameter), name)
         if owner != name:
-            self._skip(name, parameter, Reason(SkipReason.TIED, f"tied to {owner}"))
+            self._skip(name, parameter, SkipReason.TIED, f"tied to {owner}")
             self._note_aliases(owner, name, layers)
         elif is_packed(parameter) or quantizer(module, parameter):
-            self._skip(name, parameter, Reason(SkipReason.QUANTIZED, why_packed(parameter, module)))
+            self._skip(name, parameter, SkipReason.QUANTIZED, why_packed(parameter, module))
         elif reason is not None:
-            self._skip(name, parameter, reason)
+            self._skip(name, parameter, reason.kind, reason.detail)
         elif layers:
             self.layers.extend(layers)
         else:
             detail = why_unsupported(module, parameter_name)
-            self._skip(name, parameter, Reason(SkipReason.UNSUPPORTED, detail))
+            self._skip(name, parameter, SkipReason.UNSUPPORTED, detail)
 
     def _note_aliases(self, owner: str, name: str, layers: Iterable[Layer]) -> None:
         """Note that a matrix has a second name, and so do its experts or groups."""
@@ -188,8 +187,8 @@ class _Finder:
             if suffix:
                 self._aliases.setdefault(owner + suffix, []).append(layer.name)
 
-    def _skip(self, name: str, tensor: Tensor, reason: Reason) -> None:
-        self.skipped.append(SkippedMatrix(name, tuple(tensor.shape), reason.kind, reason.detail))
+    def _skip(self, name: str, tensor: Tensor, reason: SkipReason, detail: str) -> None:
+        self.skipped.append(SkippedMatrix(name, tuple(tensor.shape), reason, detail))
 
     def skip_tied_to_skipped(self) -> None:
         """Skip layers that share their parameter with a module that is skipped by default, such as the output head."""

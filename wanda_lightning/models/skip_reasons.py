@@ -47,15 +47,15 @@ class SkipReason(StrEnum):
     @property
     def is_expected(self) -> bool:
         """Whether users expect that such a matrix stays dense, or asked for it."""
-        return self in (
-            SkipReason.ADAPTER,
-            SkipReason.EMBEDDING,
-            SkipReason.OUTPUT_HEAD,
-            SkipReason.ROUTER,
-            SkipReason.STEM,
-            SkipReason.TIED,
-            SkipReason.USER,
-            SkipReason.UNCOUPLED,
+        return self.value in (
+            "adapter",
+            "embedding",
+            "output_head",
+            "router",
+            "stem",
+            "tied",
+            "user",
+            "uncoupled",
         )
 
 
@@ -68,57 +68,49 @@ class Reason(NamedTuple):
 
 def default_reasons(modules: Mapping[str, nn.Module]) -> dict[str, Reason]:
     """Return the reasons to skip the weights of modules by default, by module name."""
-    reason_for = _DefaultReasons(modules)
-    reasons = {name: reason_for(name, module) for name, module in modules.items()}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    heads: set[nn.Module] = set()
+    timm_stems: set[str] = set()
+    adapters: tuple[str, ...] = ()
+    for name, module in modules.items():
+        heads |= _heads(module)
+        timm_stems.update(_timm_stems(name, module, modules))
+        # Layers of peft name their adapters.
+        inside = getattr(type(module), "adapter_layer_names", ())
+        adapters += tuple(f"{name}.{adapter}." for adapter in inside)
+    routing = routers(modules)
+    raw = _first_convolutions(modules)
 
-
-class _DefaultReasons:
-    """Knows the heads, routers, stems and adapters of a model."""
-
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._routers = routers(modules)
-        self._heads: set[nn.Module] = set()
-        self._stems: list[tuple[str, re.Pattern[str]]] = []  # prefixes of names, and what follows
-        adapters: list[str] = []
-        for name, module in modules.items():
-            self._heads |= _heads(module)
-            self._stems += [(name, pattern) for pattern in _timm_stems(module)]
-            # Layers of peft name their adapters.
-            inside = getattr(type(module), "adapter_layer_names", ())
-            adapters += [f"{name}.{adapter}." for adapter in inside]
-        self._adapters = tuple(adapters)
-
-        # Only the first convolution of a kind can read the image or the signal.
-        self._raw: set[nn.Module] = set()
-        for kind in _CONVOLUTIONS:
-            first = next((module for module in modules.values() if isinstance(module, kind)), None)
-            if first is not None and first.in_channels <= _IMAGE_CHANNELS:
-                self._raw.add(first)
-
-    def __call__(self, name: str, module: nn.Module) -> Reason | None:
-        """Return the first reason to skip the weight of a module, or None."""
-        if module in self._heads:
+    def reason_for(name: str, module: nn.Module) -> Reason | None:
+        if module in heads:
             return Reason(SkipReason.OUTPUT_HEAD, "output head")
-        if name.startswith(self._adapters):
+        if name.startswith(adapters):
             return Reason(SkipReason.ADAPTER, "adapter: trained, not pruned")
-        if module in self._routers:
+        if module in routing:
             return Reason(SkipReason.ROUTER, "router")
         if isinstance(module, _CONVOLUTIONS) and 1 < module.groups == module.in_channels:
             return Reason(SkipReason.DEPTHWISE, "depthwise convolution")
-        if module in self._raw:
+        if module in raw:
             return Reason(SkipReason.STEM, "stem: reads the raw image or signal")
-        if _STEM.search(name) or self._is_timm_stem(name):
+        if _STEM.search(name) or name in timm_stems:
             return Reason(SkipReason.STEM, "stem or patch embedding")
         if isinstance(module, EMBEDDINGS):
             return Reason(SkipReason.EMBEDDING, "embedding")
         return None
 
-    def _is_timm_stem(self, name: str) -> bool:
-        for prefix, pattern in self._stems:
-            if name.startswith(prefix) and pattern.match(name[len(prefix) :].lstrip(".")):
-                return True
-        return False
+    reasons = {name: reason_for(name, module) for name, module in modules.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _first_convolutions(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
+    """Return the first convolution of each kind if it reads the raw image or signal."""
+    first = set[nn.Module]()
+    for kind in _CONVOLUTIONS:
+        for module in modules.values():
+            if isinstance(module, kind):
+                if module.in_channels <= _IMAGE_CHANNELS:
+                    first.add(module)
+                break
+    return first
 
 
 def _heads(module: nn.Module) -> set[nn.Module]:
@@ -143,9 +135,11 @@ def _method(module: nn.Module, name: str) -> Callable[..., Any] | None:
     return getattr(module, name) if hasattr(type(module), name) else None
 
 
-def _timm_stems(module: nn.Module) -> Iterator[re.Pattern[str]]:
-    """Yield a timm model's regular expressions for its stem; they match the start of a parameter's name."""
-    group_matcher = _method(module, "group_matcher")
+def _timm_stems(
+    model_name: str, model: nn.Module, modules: Mapping[str, nn.Module]
+) -> Iterator[str]:
+    """Yield the names of the modules in the stem of a model of timm, which declares them by regular expressions."""
+    group_matcher = _method(model, "group_matcher")
     if not callable(group_matcher):
         return
     groups = group_matcher(coarse=False)
@@ -153,9 +147,13 @@ def _timm_stems(module: nn.Module) -> Iterator[re.Pattern[str]]:
         return
 
     stem = groups.get("stem", ())
-    for pattern in [stem] if isinstance(stem, str) else stem:
-        if isinstance(pattern, str):
-            yield re.compile(pattern)
+    patterns = [stem] if isinstance(stem, str) else stem
+    for name in modules:
+        if name.startswith(model_name):
+            inner_name = name[len(model_name) :].lstrip(".")
+            # They match the start of a parameter's name.
+            if any(isinstance(p, str) and re.match(p, inner_name) for p in patterns):
+                yield name
 
 
 def why_packed(weight: Tensor, module: nn.Module) -> str:

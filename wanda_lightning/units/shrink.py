@@ -32,7 +32,7 @@ from wanda_lightning.models.layers import named_modules, refuse_no_values
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.units.block_runs import BlockRuns
 from wanda_lightning.units.candidates import RemovableUnits, removable_units
-from wanda_lightning.units.configuration import fit_configuration
+from wanda_lightning.units.fit_configuration import fit_configuration
 
 
 @dataclass

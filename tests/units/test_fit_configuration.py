@@ -9,7 +9,7 @@ from support.tiny import tiny
 from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning.units.configuration import fit_configuration
+from wanda_lightning.units.fit_configuration import fit_configuration
 
 
 def reshaped(model_class, config, new):
