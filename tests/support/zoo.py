@@ -45,13 +45,11 @@ class Specimen:
     build: Callable[[], nn.Module]  # in eval mode and float32, with the same weights every time
     # Two or three; a mapping is passed as keywords, a tuple's first element alone.
     batches: Callable[[], list[Any]]
-    dense: tuple[
-        str, ...
-    ] = ()  # matrices that must be skipped by default; all others must be pruned
+    # Matrices that must be skipped by default; all others must be pruned.
+    dense: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()  # modules at which sequential="block" stops
-    uncalled: tuple[
-        str, ...
-    ] = ()  # layers outside `dense` that no batch calls, so that they keep their weights
+    # Layers outside `dense` that no batch calls, so that they keep their weights.
+    uncalled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,17 @@ class Family(Specimen):
     kind: str = ""  # one of `KINDS`
     name: str = ""  # the model type of the configuration, the class, or the module in timm
     model: str = ""  # the class, or timm's name of the model
-    arguments: Callable[[], dict[str, Any]] = (
-        dict  # of `timm.create_model`, beside the name and `num_classes`
-    )
+    # The arguments of `timm.create_model` beside the name and `num_classes`.
+    arguments: Callable[[], dict[str, Any]] = dict
 
 
 def outputs(model: nn.Module, batch: Any) -> Any:
     """Run the forward pass that `prune` runs for such a batch."""
-    return (
-        model(**batch)
-        if isinstance(batch, Mapping)
-        else model(batch[0] if isinstance(batch, tuple | list) else batch)
-    )
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(batch[0])
+    return model(batch)
 
 
 def run(model: nn.Module, batch: Any) -> Tensor:
@@ -85,15 +82,15 @@ def run(model: nn.Module, batch: Any) -> Tensor:
 
 def matrices(model: nn.Module, experts: bool = True) -> dict[str, nn.Parameter]:
     """Return every parameter with two or more dimensions by name: once per module that shares it, once per expert."""
-    found = {}
+    by_name = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             label = module_name if name == "weight" else f"{module_name}.{name}".lstrip(".")
             if experts and is_experts(module) and parameter.ndim == 3:
-                found |= {f"{label}.{expert}": parameter for expert in range(len(parameter))}
+                by_name |= {f"{label}.{expert}": parameter for expert in range(len(parameter))}
             elif parameter.ndim >= 2:
-                found[label] = parameter
-    return found
+                by_name[label] = parameter
+    return by_name
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -124,15 +121,14 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 def _enliven(model: nn.Module) -> None:
     """Move every parameter away from 0, 1 and its copies in other layers, so that the output depends on each."""
     for parameter in model.parameters():
-        d_in = (
-            parameter[0].numel()
-            if parameter.ndim == 4
-            else parameter.shape[-1]
-            if parameter.ndim
-            else 1
-        )
-        scale = 0.1 if parameter.ndim < 2 else 0.5 / math.sqrt(d_in)
+        if parameter.ndim < 2:
+            scale = 0.1
+        elif parameter.ndim == 4:  # a convolution
+            scale = 0.5 / math.sqrt(parameter[0].numel())
+        else:
+            scale = 0.5 / math.sqrt(parameter.shape[-1])
         parameter.add_(scale * torch.randn_like(parameter))
+
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
@@ -143,98 +139,103 @@ def _batches(
     batch: Batch, config: Callable[[], Any] = lambda: None, sizes: Sequence[int] = (2, 3)
 ) -> list[Any]:
     random = torch.Generator().manual_seed(1)
-    of = config()
-    return [batch(of, samples, random) for samples in sizes]
+    built = config()
+    return [batch(built, samples, random) for samples in sizes]
 
 
 def _ids(samples: int, random: Generator, tokens: int = TOKENS) -> Tensor:
-    # 0 to 2: padding, start, end and image tokens
+    # 0 to 2 are padding, start, end and image tokens.
     return torch.randint(3, VOCABULARY, (samples, tokens), generator=random)
 
 
-def _text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return {"input_ids": _ids(n, random)}
+def _text(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+    return {"input_ids": _ids(samples, random)}
 
 
-def _padded_text(config: Any, n: int, random: Generator, side: str = "right") -> dict[str, Tensor]:
-    lengths = (TOKENS, 10) if n == 2 else (17, TOKENS, 5)
-    position = torch.arange(TOKENS) if side == "right" else torch.arange(TOKENS).flip(0)
-    mask = (position < torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": _ids(n, random) * mask, "attention_mask": mask}
+def _padded_text(
+    config: Any, samples: int, random: Generator, side: str = "right"
+) -> dict[str, Tensor]:
+    lengths = {2: [TOKENS, 10], 3: [17, TOKENS, 5]}[samples]
+    mask = (torch.arange(TOKENS) < torch.tensor(lengths)[:, None]).long()
+    if side == "left":
+        mask = mask.flip(1)
+    return {"input_ids": _ids(samples, random) * mask, "attention_mask": mask}
 
 
-def _text_pairs(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return _text(config, n, random) | {"decoder_input_ids": _ids(n, random, 16)}
+def _text_pairs(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+    return _text(config, samples, random) | {"decoder_input_ids": _ids(samples, random, 16)}
 
 
-def _padded_pairs(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return _padded_text(config, n, random) | {"decoder_input_ids": _ids(n, random, 16)}
+def _padded_pairs(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+    return _padded_text(config, samples, random) | {"decoder_input_ids": _ids(samples, random, 16)}
 
 
-def _codebooks(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return {"input_ids": _ids(n * config.num_codebooks, random)}
+def _codebooks(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+    return {"input_ids": _ids(samples * config.num_codebooks, random)}
 
 
-def _from_a_target(config: Any, n: int, random: Generator) -> dict[str, Any]:
+def _from_a_target(config: Any, samples: int, random: Generator) -> dict[str, Any]:
     """Inputs of a draft model, which the target model would compute."""
-    shape = (n, config.text_config.num_key_value_heads, TOKENS, HEAD)
+    shape = (samples, config.text_config.num_key_value_heads, TOKENS, HEAD)
     states = {
         kind: [torch.randn(shape, generator=random) for _ in range(2)]
         for kind in config.text_config.layer_types
     }
     return {
-        "inputs_embeds": torch.randn(n, 1, 2 * config.backbone_hidden_size, generator=random),
-        "position_ids": torch.full((n, 1), TOKENS),
+        "inputs_embeds": torch.randn(samples, 1, 2 * config.backbone_hidden_size, generator=random),
+        "position_ids": torch.full((samples, 1), TOKENS),
         "shared_kv_states": {kind: tuple(pair) for kind, pair in states.items()},
     }
 
 
-def _pixels(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(n, 3, IMAGE, IMAGE, generator=random)}
+def _pixels(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(samples, 3, IMAGE, IMAGE, generator=random)}
 
 
-def _captions(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return _text(config, n, random) | _pixels(config, n, random)
+def _captions(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+    return _text(config, samples, random) | _pixels(config, samples, random)
 
 
-def _images_in_text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+def _images_in_text(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
     """The image tokens of one image, as many as the model needs, followed by text."""
     image = getattr(config, "image_token_id", None) or config.image_token_index
-    places = int((IMAGE // PATCH * getattr(config, "downsample_ratio", 1)) ** 2)
-    ids = torch.cat([torch.full((n, places), image), _ids(n, random)], 1)
-    return _pixels(config, n, random) | {"input_ids": ids}
+    image_tokens = int((IMAGE // PATCH * getattr(config, "downsample_ratio", 1)) ** 2)
+    ids = torch.cat([torch.full((samples, image_tokens), image), _ids(samples, random)], 1)
+    return _pixels(config, samples, random) | {"input_ids": ids}
 
 
-def _patches_in_text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+def _patches_in_text(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
     """Qwen-VL: images are rows of patches, with the grids that they form."""
     vision = config.vision_config
     side = IMAGE // PATCH
-    places = (side // vision.spatial_merge_size) ** 2
-    ids = torch.cat([torch.full((n, places), config.image_token_id), _ids(n, random)], 1)
+    image = torch.full((samples, (side // vision.spatial_merge_size) ** 2), config.image_token_id)
+    ids = torch.cat([image, _ids(samples, random)], 1)
     d_patch = 3 * vision.temporal_patch_size * vision.patch_size**2
     return {
         "input_ids": ids,
-        "pixel_values": torch.randn(n * side**2, d_patch, generator=random),
-        "image_grid_thw": torch.tensor([[1, side, side]] * n),
+        "pixel_values": torch.randn(samples * side**2, d_patch, generator=random),
+        "image_grid_thw": torch.tensor([[1, side, side]] * samples),
         "mm_token_type_ids": (ids == config.image_token_id).long(),
     }
 
 
-def _spectra(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+def _spectra(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
     """Whisper: two frames per position of the encoder."""
-    shape = (n, config.num_mel_bins, 2 * config.max_source_positions)
+    shape = (samples, config.num_mel_bins, 2 * config.max_source_positions)
     return {
         "input_features": torch.randn(shape, generator=random),
-        "decoder_input_ids": _ids(n, random, 16),
+        "decoder_input_ids": _ids(samples, random, 16),
     }
 
 
-def _waves(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return {"input_values": torch.randn(n, 4000, generator=random)}
+def _waves(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+    return {"input_values": torch.randn(samples, 4000, generator=random)}
 
 
-def _images(config: Any, n: int, random: Generator, size: int = IMAGE) -> tuple[Tensor, Tensor]:
-    return torch.randn(n, 3, size, size, generator=random), torch.arange(n)
+def _images(
+    config: Any, samples: int, random: Generator, size: int = IMAGE
+) -> tuple[Tensor, Tensor]:
+    return torch.randn(samples, 3, size, size, generator=random), torch.arange(samples)
 
 
 def _vectors() -> list[Tensor]:
@@ -283,15 +284,13 @@ _OTHERS = {
     _waves: "Wav2Vec2ForCTC HubertForCTC WavLMForCTC",
 }
 _BATCHES: dict[str, Batch] = {
-    **{
-        name: batch
-        for batch, names in _OTHERS.items()
-        for name in names.split()
-        if hasattr(hf, name)
-    },
-    **{"musicgen": _codebooks, "musicgen_melody": _codebooks},
-    **{"gemma4_assistant": _from_a_target, "gemma4_unified_assistant": _from_a_target},
+    "musicgen": _codebooks,
+    "musicgen_melody": _codebooks,
+    "gemma4_assistant": _from_a_target,
+    "gemma4_unified_assistant": _from_a_target,
 }
+for _batch, _names in _OTHERS.items():
+    _BATCHES |= {name: _batch for name in _names.split() if hasattr(hf, name)}
 
 
 class CannotBuild(Exception):
@@ -308,16 +307,19 @@ def family(kind: str, name: str) -> Family:
     """Return a model of a family. Nothing is built yet."""
     if kind == "timm":
         return of_timm(min(_modules_of_timm()[name], key=_size))
-    return causal(name) if kind == "causal" else other(name)
+    if kind == "causal":
+        return causal(name)
+    return other(name)
 
 
 @cache
 def _causal() -> dict[str, tuple[type[hf.PreTrainedConfig], Any]]:
     """Return the configuration and the first class of each language model, by its model type."""
-    return {
-        config_class.model_type: (config_class, found[0] if isinstance(found, tuple) else found)
-        for config_class, found in MODEL_FOR_CAUSAL_LM_MAPPING.items()
-    }
+    first = {}
+    for config_class, classes in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+        model_class = classes[0] if isinstance(classes, tuple) else classes
+        first[config_class.model_type] = config_class, model_class
+    return first
 
 
 def causal(name: str) -> Family:
@@ -328,10 +330,10 @@ def causal(name: str) -> Family:
         config = tiny(config_class)
         # The mapping names only the language part of some models.
         if not isinstance(config, model_class.config_class):
-            parts = [
-                part for part in vars(config).values() if isinstance(part, model_class.config_class)
-            ]
-            config = parts[0] if parts else config
+            for inner in vars(config).values():
+                if isinstance(inner, model_class.config_class):
+                    config = inner
+                    break
         if hasattr(config, "is_decoder"):
             config.is_decoder = True
         return config
@@ -351,16 +353,17 @@ def _of_transformers(
     def make() -> nn.Module:
         config = configure()
         with torch.device("meta"):
-            size = sum(
-                parameter.numel()
-                for parameter in model_class._from_config(copy.deepcopy(config)).parameters()
-            )
+            size = number_of_weights(model_class._from_config(copy.deepcopy(config)))
         if size > 10_000_000:
             raise CannotBuild(f"its smallest configuration has {size:,} parameters")
         return without_cache(model_class._from_config(config))
 
     batches = partial(_batches, _BATCHES.get(name, _text), configure)
     return Family(partial(seeded, make), batches, kind=kind, name=name, model=model_class.__name__)
+
+
+def number_of_weights(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def without_cache(model: nn.Module) -> nn.Module:
@@ -386,37 +389,38 @@ def of_timm(name: str) -> Family:
     @cache
     def choice() -> tuple[dict[str, Any], int]:
         sizes = [size for size in (64, 96, 128, 160, 192, 224) if size < usual] + [usual]
-        for more, size in product([_fewer_blocks(name), {}], sizes):
-            for sized in ({**more, "img_size": size}, more):
-                with suppress(Exception), torch.device("meta"), torch.no_grad():  # try another size
-                    timm.create_model(name, num_classes=16, **sized).eval()(
-                        torch.zeros(1, 3, size, size)
-                    )
-                    return sized, size
+        for blocks, size in product([_fewer_blocks(name), {}], sizes):
+            for arguments in ({**blocks, "img_size": size}, blocks):
+                # If it fails, another size is tried.
+                with suppress(Exception), torch.device("meta"), torch.no_grad():
+                    model = timm.create_model(name, num_classes=16, **arguments).eval()
+                    model(torch.zeros(1, 3, size, size))
+                    return arguments, size
         return {}, usual
 
     return Family(
         partial(seeded, lambda: timm.create_model(name, num_classes=16, **choice()[0])),
         lambda: _batches(partial(_images, size=choice()[1]), sizes=(2, 1)),
-        **{"kind": "timm", "name": timm.models._registry._model_to_module[name], "model": name},
+        kind="timm",
+        name=timm.models._registry._model_to_module[name],
+        model=name,
         arguments=lambda: choice()[0],
     )
 
 
-def _size(name: str, **more: Any) -> int:
+def _size(name: str, **arguments: Any) -> int:
     with torch.device("meta"):
-        return sum(
-            parameter.numel()
-            for parameter in timm.create_model(name, num_classes=16, **more).parameters()
-        )
+        return number_of_weights(timm.create_model(name, num_classes=16, **arguments))
 
 
 def _fewer_blocks(name: str) -> dict[str, Any]:
     whole = _size(name)
-    for more in ({"depth": 2}, {"depths": (2,) * 4}, {"depths": (2,) * 3}, {"layers": (1,) * 4}):
+    if whole <= 2_000_000:
+        return {}
+    for fewer in ({"depth": 2}, {"depths": (2,) * 4}, {"depths": (2,) * 3}, {"layers": (1,) * 4}):
         with suppress(Exception):  # it has no such argument, or another number of stages
-            if whole > 2_000_000 and _size(name, **more) < whole:
-                return more
+            if _size(name, **fewer) < whole:
+                return fewer
     return {}
 
 
@@ -568,18 +572,17 @@ def _text_model(
     batch: Batch = _text,
     **sizes: Any,
 ) -> Specimen:
+    sizes = {"initializer_range": 0.1, "pad_token_id": 0, **sizes}
+
     def make() -> nn.Module:
-        return model_class(
-            tiny(model_class.config_class, **{"initializer_range": 0.1, "pad_token_id": 0, **sizes})
-        )
+        return model_class(tiny(model_class.config_class, **sizes))
 
     return Specimen(partial(seeded, make), partial(_batches, batch), dense, blocks)
 
 
-def _with_experts(model_class: Any, *dense: str, **more: Any) -> Specimen:
-    return _text_model(
-        model_class, ("model.embed_tokens", "lm_head", *dense), tie_word_embeddings=False, **more
-    )
+def _with_experts(model_class: Any, *dense: str, **sizes: Any) -> Specimen:
+    dense = ("model.embed_tokens", "lm_head", *dense)
+    return _text_model(model_class, dense, tie_word_embeddings=False, **sizes)
 
 
 def _image_model(
@@ -589,10 +592,18 @@ def _image_model(
     return Specimen(build, partial(_batches, _images), dense, (blocks,))
 
 
+def _resnet(block: type[nn.Module], channels: tuple[int, ...]) -> Specimen:
+    make = partial(ResNet, block, channels=channels, zero_init_last=False)
+    return _image_model(make, {"layers": (2, 2, 2, 2)}, "layer[1-4].[0-9]", "conv1", "fc")
+
+
 def _odd(
-    make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: Any
+    make: Callable[[], nn.Module],
+    batches: Callable[[], list[Any]] = _vectors,
+    blocks: tuple[str, ...] = ("blocks.[0-9]",),
+    **globs: tuple[str, ...],
 ) -> Specimen:
-    return Specimen(partial(seeded, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
+    return Specimen(partial(seeded, make), batches, blocks=blocks, **globs)
 
 
 _LEFT = partial(_padded_text, side="left")
@@ -614,7 +625,6 @@ _SWIN = {
     "depths": (2, 2),
     "num_heads": (2, 4),
 }
-_RESNET = {"layers": (2, 2, 2, 2), "zero_init_last": False}
 _FEW = {"moe_intermediate_size": 16}
 
 ZOO: dict[str, Specimen] = {
@@ -623,12 +633,10 @@ ZOO: dict[str, Specimen] = {
     "llama_left_padded": _text_model(hf.LlamaForCausalLM, batch=_LEFT),
     "gemma2": _text_model(
         hf.Gemma2ForCausalLM,
-        **{
-            "num_hidden_layers": 3,
-            "layer_types": None,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-        },
+        num_hidden_layers=3,
+        layer_types=None,
+        head_dim=16,
+        query_pre_attn_scalar=16,
         attn_implementation="eager",  # sdpa ignores the soft cap of the attention
     ),
     "mixtral": _with_experts(hf.MixtralForCausalLM, "*.gate"),
@@ -641,9 +649,15 @@ ZOO: dict[str, Specimen] = {
     ),
     # Passes all tokens to each expert, as zeros where they are routed to another.
     "llama4": _with_experts(
-        *(hf.Llama4ForCausalLM, "*.router"),
-        **{"num_hidden_layers": 2, "no_rope_layers": None, "moe_layers": None, "layer_types": None},
-        **{"num_experts_per_tok": 2, "head_dim": 16, "attention_chunk_size": 8192},
+        hf.Llama4ForCausalLM,
+        "*.router",
+        num_hidden_layers=2,
+        no_rope_layers=None,
+        moe_layers=None,
+        layer_types=None,
+        num_experts_per_tok=2,
+        head_dim=16,
+        attention_chunk_size=8192,
     ),
     "opt": _text_model(
         hf.OPTForCausalLM,
@@ -673,23 +687,15 @@ ZOO: dict[str, Specimen] = {
     "convnext": _image_model(ConvNeXt, _CONVNEXT, *_STAGES),
     "convnext_conv_mlp": _image_model(ConvNeXt, {**_CONVNEXT, "conv_mlp": True}, *_STAGES),
     "swin": _image_model(
-        *(SwinTransformer, _SWIN, "layers.[0-9].blocks.[0-9]"),
-        *("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
+        SwinTransformer,
+        _SWIN,
+        "layers.[0-9].blocks.[0-9]",
+        "patch_embed.proj",
+        "*.relative_position_bias_table",
+        "head.fc",
     ),
-    "resnet18": _image_model(
-        partial(ResNet, BasicBlock, channels=(16, 16, 32, 32)),
-        _RESNET,
-        "layer[1-4].[0-9]",
-        "conv1",
-        "fc",
-    ),
-    "resnet50": _image_model(
-        partial(ResNet, Bottleneck, channels=(8, 8, 16, 16)),
-        _RESNET,
-        "layer[1-4].[0-9]",
-        "conv1",
-        "fc",
-    ),
+    "resnet18": _resnet(BasicBlock, (16, 16, 32, 32)),
+    "resnet50": _resnet(Bottleneck, (8, 8, 16, 16)),
     "keywords_only": _odd(
         lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]
     ),
