@@ -550,12 +550,18 @@ class _TorchTransformer(nn.Module):
         return self.head(self.encoder(x))
 
 
+def tokenizer_of_bytes(reverse: bool = False, others: Mapping[str, int] = {}) -> Tokenizer:
+    """One token for each byte, in the order of their characters or in reverse; and other tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **others}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return tokenizer
+
+
 def save_llama_of_bytes(folder: Any) -> None:
     """Save a tiny Llama and a tokenizer whose tokens are bytes as a Hugging Face folder."""
-    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer_of_bytes()).save_pretrained(folder)
     special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

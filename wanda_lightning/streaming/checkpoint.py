@@ -56,8 +56,9 @@ _PREDICTIONS = re.compile(r"\w*(nextn|mtp)\w*_(layers|modules)")
 class Checkpoint:
     """A language model in safetensors whose blocks are loaded one at a time.
 
-    The model is complete except for the weights of its blocks, which are placeholders until they are loaded. Weights
-    that are missing, damaged, quantized, or shared by two parts are refused before any block is loaded.
+    The model is complete except for the weights of its blocks, which are placeholders until they are loaded. Damaged
+    files, quantized weights, weights that two parts share, and blocks without weights are refused before any block is
+    loaded. A single weight of a block that is missing or not finite is refused when the block is loaded.
     """
 
     def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:
