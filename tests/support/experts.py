@@ -178,6 +178,7 @@ def expert(name, block, index, x):
 def slow_saliency(name, model, batches):
     """The mean over the tokens of each expert of its gate times the norm of its output; and the number of tokens."""
     norms = {key: {} for key in blocks(model)}  # by block and expert
+
     for batch in batches:
         for key, (arguments,) in calls_of(model, blocks(model), [batch]).items():
             tokens = arguments[0].flatten(0, -2)

@@ -17,7 +17,7 @@ import signal
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import product
@@ -33,8 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wanda_lightning import ImageClassifierModule, PruningReport, Structured, prune, shrink
-from wanda_lightning.models import Layer, Stop, find_layers
+from wanda_lightning import ImageClassifierModule, Structured, prune, shrink
+from wanda_lightning.models import Stop, find_layers
 from wanda_lightning.units.modeling_file import auto_classes, write_modeling_file
 
 aten = torch.ops.aten
@@ -66,13 +66,13 @@ class Result:
     folder: str = ""  # how the smaller model is saved, or why it is not
 
 
-def _finite(output: Any) -> bool:
+def _finite(output):
     leaves = _floating_point(output)
     assert leaves, "the model returns no floating-point output"
     return all(bool(leaf.isfinite().all()) for leaf in leaves)
 
 
-def _floating_point(output: Any) -> list[Tensor]:
+def _floating_point(output):
     leaves = tree_leaves(output)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
@@ -111,7 +111,7 @@ def check(
     return result
 
 
-def _build(family: Family) -> nn.Module:
+def _build(family):
     """Return the dense model, which has run once."""
     try:
         model = family.build()
@@ -122,7 +122,7 @@ def _build(family: Family) -> nn.Module:
     return model
 
 
-def _verify(model: nn.Module, dense: nn.Module, report: PruningReport, pattern: str) -> None:
+def _verify(model, dense, report, pattern):
     """Check that each matrix is pruned or skipped, and that nothing but the pruned weights has changed."""
     layers = {layer.name: layer for layer in find_layers(model).layers}
     pruned = {layer.name: layers[layer.name] for layer in report.layers}
@@ -153,14 +153,12 @@ def _verify(model: nn.Module, dense: nn.Module, report: PruningReport, pattern: 
 _OUTSIDE = ("embedding", "output head", "stem", "tied to")
 
 
-def _coverage(
-    model: nn.Module, report: PruningReport, batches: list[Any]
-) -> tuple[float, dict[str, float]]:
+def _coverage(model, report, batches):
     """Return which fraction of the matrices inside the reached blocks is pruned, and why the rest is not."""
     idle = _idle_modules(model, batches)
     blocks = _blocks(model, idle)
 
-    def counts(name: str) -> bool:
+    def counts(name):
         return _inside(name, blocks) and not _inside(name, idle)
 
     pruned = sum(layer.size for layer in report.layers if counts(layer.name))
@@ -173,11 +171,11 @@ def _coverage(
     return pruned / total, {reason: size / total for reason, size in left.most_common() if size}
 
 
-def _inside(name: str, modules: set[str]) -> bool:
+def _inside(name, modules):
     return any(f"{name}.".startswith(f"{module}." if module else "") for module in modules)
 
 
-def _idle_modules(model: nn.Module, batches: list[Any]) -> set[str]:
+def _idle_modules(model, batches):
     """Return the modules that no batch enters; no single layers, since another module may read their weights."""
     modules = dict(model.named_modules())
     called = set()
@@ -194,7 +192,7 @@ def _idle_modules(model: nn.Module, batches: list[Any]) -> set[str]:
     }
 
 
-def _blocks(model: nn.Module, idle: set[str]) -> set[str]:
+def _blocks(model, idle):
     """Return the repeated modules; the whole model if they hold less than half of the parameters."""
     repeated = set()
     for name, module in model.named_modules():
@@ -212,7 +210,7 @@ def _blocks(model: nn.Module, idle: set[str]) -> set[str]:
     return repeated if inside >= total / 2 else {""}
 
 
-def _compare(dense: nn.Module, batches: list[Any]) -> str:
+def _compare(dense, batches):
     """Return the dtype in which the masks for sequential="block" equal those of the slow procedure."""
     model = copy.deepcopy(dense)
     if hasattr(model, "set_experts_implementation"):
@@ -276,7 +274,7 @@ class _StopDone(Exception):
     """The stop has run, so the rest of the model need not."""
 
 
-def _end(*_: object) -> None:
+def _end(*_):
     raise _StopDone
 
 
@@ -287,11 +285,11 @@ class _Products(TorchDispatchMode):
     the summed output with respect to that weight, for the input x².
     """
 
-    def __init__(self, on_product: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, on_product):
         super().__init__()
         self._on_product = on_product
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         if func.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
             x, weight = args[-2:]
@@ -316,7 +314,7 @@ class _InputSquares:
     For an expert that few tokens reach, the tokens of all experts count, as in `prune`.
     """
 
-    def __init__(self, layers: Sequence[Layer], enough: int = 32) -> None:
+    def __init__(self, layers, enough=32):
         self.tokens: Tensor | None = None  # which tokens of the batch are no padding
         self._enough = enough
         self._all = layers
@@ -329,7 +327,7 @@ class _InputSquares:
             int, bool
         ] = {}  # by the address: whether PyTorch multiplies by the weight as stored
 
-    def on_product(self, weight: Tensor, x: Tensor) -> None:
+    def on_product(self, weight, x):
         start = weight.untyped_storage().data_ptr()
         if start not in self._layers:
             return
@@ -352,7 +350,7 @@ class _InputSquares:
             self._counts[key] += len(rows)
 
     @torch.no_grad()
-    def zero_smallest(self, layer: Layer, sparsity: float) -> None:
+    def zero_smallest(self, layer, sparsity):
         keys = {_key(layer)}
         if layer.siblings and self._counts[_key(layer)] < self._enough:
             keys = {_key(other) for other in self._all if other.siblings == layer.siblings}
@@ -378,15 +376,15 @@ class _InputSquares:
             row[torch.unravel_index(smallest, row.shape)] = 0
 
 
-def _key(layer: Layer) -> tuple[int, int]:
+def _key(layer):
     return layer.parameter.data_ptr(), layer.expert or 0
 
 
-def _is_convolution(layer: Layer) -> bool:
+def _is_convolution(layer):
     return layer.expert is None and layer.parameter.ndim > 2
 
 
-def _in_order(model: nn.Module, stops: Sequence[Stop], batches: list[Any]) -> list[Stop]:
+def _in_order(model, stops, batches):
     """Sort stops: the next one is the first in model order that is the next for any batch."""
     stop_of = {}  # the index of the stop, by the address of a parameter
     for index, stop in enumerate(stops):
@@ -396,7 +394,7 @@ def _in_order(model: nn.Module, stops: Sequence[Stop], batches: list[Any]) -> li
     for batch in batches:
         route: dict[int, None] = {}
 
-        def on_product(weight: Tensor, _: Tensor, route: dict[int, None] = route) -> None:
+        def on_product(weight, _, route=route):
             start = weight.untyped_storage().data_ptr()
             if start in stop_of:
                 route.setdefault(stop_of[start])
@@ -454,7 +452,7 @@ def check_units(family: Family, result: Result | None = None) -> Result:
     return result
 
 
-def _floats(model: nn.Module, batch: Any, wide: bool) -> list[Tensor]:
+def _floats(model, batch, wide):
     """Return the floating-point outputs, in float64 if `wide`: deep random networks amplify the errors of float32."""
     batch = copy.deepcopy(batch)  # a model may write into its input
     if wide:
@@ -464,9 +462,7 @@ def _floats(model: nn.Module, batch: Any, wide: bool) -> list[Tensor]:
     return _floating_point(_outputs(model, batch))
 
 
-def _assert_same(
-    model: nn.Module, batches: Sequence[Any], expected: Sequence[Sequence[Tensor]], wide: bool
-) -> None:
+def _assert_same(model, batches, expected, wide):
     """Raise an error unless the outputs are the expected ones, to rounding."""
     for batch, before in zip(batches, expected, strict=True):
         after = _floats(model, batch, wide)
@@ -477,7 +473,7 @@ def _assert_same(
             assert not difference > 1e-4, f"outputs differ by {difference:.1e}"
 
 
-def _transformers_folder(model: Any, folder: Path) -> tuple[nn.Module, str]:
+def _transformers_folder(model, folder):
     folder.mkdir()
     write_modeling_file(model, folder)
     model.save_pretrained(folder)
@@ -491,7 +487,7 @@ def _transformers_folder(model: Any, folder: Path) -> tuple[nn.Module, str]:
     return without_cache(loaded).eval(), OWN_FILE if own_file else ORDINARY
 
 
-def _timm_folder(family: Family, model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
+def _timm_folder(family, model, folder):
     module = ImageClassifierModule(
         family.model, False, num_classes=16, model_kwargs=family.arguments()
     )
@@ -530,5 +526,5 @@ def examine(family: Family) -> Result:
     return result
 
 
-def _out_of_time(*_: Any) -> None:
+def _out_of_time(*_):
     raise TimeoutError(f"not finished in {_MINUTES} minutes of processor time")

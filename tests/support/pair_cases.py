@@ -101,6 +101,7 @@ def shard(model):
 
 
 def collectives(rank):
+    """What each collective returns, for tensors of several shapes and dtypes."""
     processes = both()
     tensors = [
         torch.tensor([1.0, 2.0]) * (rank + 1),
@@ -110,6 +111,8 @@ def collectives(rank):
         torch.tensor([[3.0], [4.0]]),
     ]
     processes.all_reduce_sum(tensors)
+
+    # A device without float64 adds in float32.
     with (
         mock.patch("wanda_lightning.parallel.processes.has_float64", return_value=False),
         mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message,
@@ -381,6 +384,7 @@ def distill(rank, strategy):
         for weight in dense.parameters():
             weight.mul_(1.5)
     wl.prune(module, criterion="magnitude", progress=False)
+
     batches = SAMPLES.view(4, 4, 16)
     devices = 1
     if rank is not None:  # one of two processes

@@ -238,14 +238,14 @@ def on_meta(name: str) -> Any:
 
 
 @cache
-def _size_of(name: str) -> int | None:
+def _size_of(name):
     for size, pattern in _SIZES:
         if re.fullmatch(pattern, name):
             return size
     return None
 
 
-def _arguments(config: PreTrainedConfig) -> dict[str, Any]:
+def _arguments(config):
     """Return the arguments of the class of a configuration, with their values in it."""
     arguments = {}
     for name in inspect.signature(type(config)).parameters:
@@ -255,7 +255,7 @@ def _arguments(config: PreTrainedConfig) -> dict[str, Any]:
     return arguments
 
 
-def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
+def _shrunk(config):
     """Return the arguments of a configuration that become smaller, with their new values."""
     fields = _arguments(config)
     layers = 0
@@ -289,7 +289,7 @@ def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in small.items() if value is not fields[name]}
 
 
-def _one_of_each(fields: dict[str, Any], layers: Any) -> tuple[list[int], set[str]]:
+def _one_of_each(fields, layers):
     """Return the indices of the layers to keep, one per kind, and the names of the lists with one entry per layer."""
     if not isinstance(layers, int):
         return [0, 1], set()

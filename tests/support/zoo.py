@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -118,7 +118,7 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 @torch.no_grad()
-def _enliven(model: nn.Module) -> None:
+def _enliven(model):
     """Move every parameter away from 0, 1 and its copies in other layers, so that the output depends on each."""
     for parameter in model.parameters():
         if parameter.ndim < 2:
@@ -135,26 +135,22 @@ def _enliven(model: nn.Module) -> None:
             module.running_var.uniform_(2.0, 4.0)
 
 
-def _batches(
-    batch: Batch, config: Callable[[], Any] = lambda: None, sizes: Sequence[int] = (2, 3)
-) -> list[Any]:
+def _batches(batch, config=lambda: None, sizes=(2, 3)):
     random = torch.Generator().manual_seed(1)
     built = config()
     return [batch(built, samples, random) for samples in sizes]
 
 
-def _ids(samples: int, random: Generator, tokens: int = TOKENS) -> Tensor:
+def _ids(samples, random, tokens=TOKENS):
     # 0 to 2 are padding, start, end and image tokens.
     return torch.randint(3, VOCABULARY, (samples, tokens), generator=random)
 
 
-def _text(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _text(config, samples, random):
     return {"input_ids": _ids(samples, random)}
 
 
-def _padded_text(
-    config: Any, samples: int, random: Generator, side: str = "right"
-) -> dict[str, Tensor]:
+def _padded_text(config, samples, random, side="right"):
     lengths = {2: [TOKENS, 10], 3: [17, TOKENS, 5]}[samples]
     mask = (torch.arange(TOKENS) < torch.tensor(lengths)[:, None]).long()
     if side == "left":
@@ -162,19 +158,19 @@ def _padded_text(
     return {"input_ids": _ids(samples, random) * mask, "attention_mask": mask}
 
 
-def _text_pairs(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _text_pairs(config, samples, random):
     return _text(config, samples, random) | {"decoder_input_ids": _ids(samples, random, 16)}
 
 
-def _padded_pairs(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _padded_pairs(config, samples, random):
     return _padded_text(config, samples, random) | {"decoder_input_ids": _ids(samples, random, 16)}
 
 
-def _codebooks(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _codebooks(config, samples, random):
     return {"input_ids": _ids(samples * config.num_codebooks, random)}
 
 
-def _from_a_target(config: Any, samples: int, random: Generator) -> dict[str, Any]:
+def _from_a_target(config, samples, random):
     """Inputs of a draft model, which the target model would compute."""
     shape = (samples, config.text_config.num_key_value_heads, TOKENS, HEAD)
     states = {
@@ -188,15 +184,15 @@ def _from_a_target(config: Any, samples: int, random: Generator) -> dict[str, An
     }
 
 
-def _pixels(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _pixels(config, samples, random):
     return {"pixel_values": torch.randn(samples, 3, IMAGE, IMAGE, generator=random)}
 
 
-def _captions(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _captions(config, samples, random):
     return _text(config, samples, random) | _pixels(config, samples, random)
 
 
-def _images_in_text(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _images_in_text(config, samples, random):
     """The image tokens of one image, as many as the model needs, followed by text."""
     image = getattr(config, "image_token_id", None) or config.image_token_index
     image_tokens = int((IMAGE // PATCH * getattr(config, "downsample_ratio", 1)) ** 2)
@@ -204,7 +200,7 @@ def _images_in_text(config: Any, samples: int, random: Generator) -> dict[str, T
     return _pixels(config, samples, random) | {"input_ids": ids}
 
 
-def _patches_in_text(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _patches_in_text(config, samples, random):
     """Qwen-VL: images are rows of patches, with the grids that they form."""
     vision = config.vision_config
     side = IMAGE // PATCH
@@ -219,7 +215,7 @@ def _patches_in_text(config: Any, samples: int, random: Generator) -> dict[str, 
     }
 
 
-def _spectra(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _spectra(config, samples, random):
     """Whisper: two frames per position of the encoder."""
     shape = (samples, config.num_mel_bins, 2 * config.max_source_positions)
     return {
@@ -228,21 +224,19 @@ def _spectra(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
     }
 
 
-def _waves(config: Any, samples: int, random: Generator) -> dict[str, Tensor]:
+def _waves(config, samples, random):
     return {"input_values": torch.randn(samples, 4000, generator=random)}
 
 
-def _images(
-    config: Any, samples: int, random: Generator, size: int = IMAGE
-) -> tuple[Tensor, Tensor]:
+def _images(config, samples, random, size=IMAGE):
     return torch.randn(samples, 3, size, size, generator=random), torch.arange(samples)
 
 
-def _vectors() -> list[Tensor]:
+def _vectors():
     return _batches(lambda _, n, random: torch.randn(n, 6, 32, generator=random), sizes=(2, 3, 2))
 
 
-def _routed_vectors() -> list[Tensor]:
+def _routed_vectors():
     return [x + sign for x, sign in zip(_vectors(), (1, -1, 1), strict=True)]
 
 
@@ -313,7 +307,7 @@ def family(kind: str, name: str) -> Family:
 
 
 @cache
-def _causal() -> dict[str, tuple[type[hf.PreTrainedConfig], Any]]:
+def _causal():
     """Return the configuration and the first class of each language model, by its model type."""
     first = {}
     for config_class, classes in MODEL_FOR_CAUSAL_LM_MAPPING.items():
@@ -326,7 +320,7 @@ def causal(name: str) -> Family:
     """Return a language model that reads only text."""
     config_class, model_class = _causal()[name]
 
-    def configure() -> hf.PreTrainedConfig:
+    def configure():
         config = tiny(config_class)
         # The mapping names only the language part of some models.
         if not isinstance(config, model_class.config_class):
@@ -347,10 +341,8 @@ def other(name: str) -> Family:
     return _of_transformers("other", name, model_class, partial(tiny, model_class.config_class))
 
 
-def _of_transformers(
-    kind: str, name: str, model_class: Any, configure: Callable[[], hf.PreTrainedConfig]
-) -> Family:
-    def make() -> nn.Module:
+def _of_transformers(kind, name, model_class, configure):
+    def make():
         config = configure()
         with torch.device("meta"):
             size = number_of_weights(model_class._from_config(copy.deepcopy(config)))
@@ -374,7 +366,7 @@ def without_cache(model: nn.Module) -> nn.Module:
 
 
 @cache
-def _modules_of_timm() -> dict[str, list[str]]:
+def _modules_of_timm():
     """Return the names of timm's models by the module that builds them."""
     modules: dict[str, list[str]] = {}
     for name in timm.list_models():
@@ -387,7 +379,7 @@ def of_timm(name: str) -> Family:
     usual = timm.get_pretrained_cfg(name).input_size[-1]
 
     @cache
-    def choice() -> tuple[dict[str, Any], int]:
+    def choice():
         sizes = [size for size in (64, 96, 128, 160, 192, 224) if size < usual] + [usual]
         for blocks, size in product([_fewer_blocks(name), {}], sizes):
             for arguments in ({**blocks, "img_size": size}, blocks):
@@ -408,12 +400,12 @@ def of_timm(name: str) -> Family:
     )
 
 
-def _size(name: str, **arguments: Any) -> int:
+def _size(name, **arguments):
     with torch.device("meta"):
         return number_of_weights(timm.create_model(name, num_classes=16, **arguments))
 
 
-def _fewer_blocks(name: str) -> dict[str, Any]:
+def _fewer_blocks(name):
     whole = _size(name)
     if whole <= 2_000_000:
         return {}
@@ -425,90 +417,90 @@ def _fewer_blocks(name: str) -> dict[str, Any]:
 
 
 class _Mlp(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.up = nn.Linear(32, 64)
         self.down = nn.Linear(64, 32)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x + self.down(F.relu(self.up(x)))
 
 
 class _Blocks(nn.Module):
     """Blocks that run one after another."""
 
-    def __init__(self, *blocks: nn.Module) -> None:
+    def __init__(self, *blocks):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(32, 16)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
 
 
 class _KeywordMlp(_Mlp):
-    def forward(self, *, hidden: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *, hidden, extra):
         hidden = super().forward(hidden + extra)
         return hidden, hidden.mean(dim=1, keepdim=True)
 
 
 class _KeywordsOnly(_Blocks):
-    def forward(self, *, x: Tensor) -> Tensor:
+    def forward(self, *, x):
         extra = torch.zeros_like(x[:, :1])
         for block in self.blocks:
             x, extra = block(hidden=x, extra=extra)
         return self.head(x + extra)
 
 
-def _block_twice() -> nn.Module:
+def _block_twice():
     shared = _Mlp()
     return _Blocks(_Mlp(), shared, _Mlp(), shared)
 
 
-def _plain_mlp() -> nn.Module:
+def _plain_mlp():
     return nn.Sequential(
         nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)
     )
 
 
 class _Unreached(_Blocks):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.head(self.blocks[2](self.blocks[0](x)))
 
 
 class _Routed(_Blocks):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         expert = self.blocks[1] if x.mean() > 0 else self.blocks[2]
         return self.head(self.blocks[3](expert(self.blocks[0](x))))
 
 
 class _Tied(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first = nn.Linear(32, 32)
         self.second = nn.Linear(32, 32)
         self.third = nn.Linear(32, 16)
         self.second.weight = self.first.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.third(F.relu(self.second(F.relu(self.first(x)))))
 
 
 class _InplaceMlp(_Mlp):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return super().forward(x.relu_()) - 0.5
 
 
 class _Inplace(_Blocks):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         # A new tensor: the blocks write into their inputs, the model does not.
         return super().forward(x - 0.1)
 
 
 class _AutocastInside(_Blocks):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.blocks[0](x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             x = self.blocks[1](x)
@@ -521,12 +513,12 @@ class _AutocastInside(_Blocks):
 class _ExpertList(nn.Module):
     """Experts that are modules. Each token goes to one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.gate = nn.Linear(32, 4)
         self.experts = nn.ModuleList(_Mlp() for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         tokens = x.flatten(0, -2)
         weight, chosen = self.gate(tokens).softmax(dim=-1).max(dim=-1)
         result = torch.zeros_like(tokens)
@@ -540,13 +532,13 @@ class _ExpertList(nn.Module):
 class _TorchTransformer(nn.Module):
     """Transformer layers that PyTorch fuses in eval mode without gradients, so that it calls no submodule."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         layer = nn.TransformerEncoderLayer(32, nhead=4, dim_feedforward=64, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(32, 16)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.head(self.encoder(x))
 
 
@@ -572,43 +564,41 @@ def save_llama_of_bytes(folder: Any) -> None:
 
 
 def _text_model(
-    model_class: Any,
-    dense: tuple[str, ...] = ("model.embed_tokens", "lm_head"),
-    blocks: tuple[str, ...] = ("model.layers.[0-9]",),
-    batch: Batch = _text,
-    **sizes: Any,
-) -> Specimen:
+    model_class,
+    dense=("model.embed_tokens", "lm_head"),
+    blocks=("model.layers.[0-9]",),
+    batch=_text,
+    **sizes,
+):
     sizes = {"initializer_range": 0.1, "pad_token_id": 0, **sizes}
 
-    def make() -> nn.Module:
+    def make():
         return model_class(tiny(model_class.config_class, **sizes))
 
     return Specimen(partial(seeded, make), partial(_batches, batch), dense, blocks)
 
 
-def _with_experts(model_class: Any, *dense: str, **sizes: Any) -> Specimen:
+def _with_experts(model_class, *dense, **sizes):
     dense = ("model.embed_tokens", "lm_head", *dense)
     return _text_model(model_class, dense, tie_word_embeddings=False, **sizes)
 
 
-def _image_model(
-    make: Callable[..., nn.Module], sizes: dict[str, Any], blocks: str, *dense: str
-) -> Specimen:
+def _image_model(make, sizes, blocks, *dense):
     build = partial(seeded, partial(make, num_classes=16, **sizes))
     return Specimen(build, partial(_batches, _images), dense, (blocks,))
 
 
-def _resnet(block: type[nn.Module], channels: tuple[int, ...]) -> Specimen:
+def _resnet(block, channels):
     make = partial(ResNet, block, channels=channels, zero_init_last=False)
     return _image_model(make, {"layers": (2, 2, 2, 2)}, "layer[1-4].[0-9]", "conv1", "fc")
 
 
 def _odd(
-    make: Callable[[], nn.Module],
-    batches: Callable[[], list[Any]] = _vectors,
-    blocks: tuple[str, ...] = ("blocks.[0-9]",),
-    **globs: tuple[str, ...],
-) -> Specimen:
+    make,
+    batches=_vectors,
+    blocks=("blocks.[0-9]",),
+    **globs,
+):
     return Specimen(partial(seeded, make), batches, blocks=blocks, **globs)
 
 

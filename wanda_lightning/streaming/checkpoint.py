@@ -161,6 +161,7 @@ class Checkpoint:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         expected = self.model.state_dict()
         unexpected = set[str]()
+
         for path in self.files:
             with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
@@ -168,8 +169,10 @@ class Checkpoint:
                 name, _ = rename_source_key(
                     key, renamings, converters, self.model.base_model_prefix, expected
                 )
+                # A renaming may also match a tensor that has its new name already.
                 if name not in expected and key in expected:
                     name = key
+
                 if name in expected:
                     keys_by_file = self._keys.setdefault(self.part_of(name), {})
                     keys_by_file.setdefault(path, []).append(key)
@@ -204,8 +207,10 @@ class Checkpoint:
             loaded, _ = convert_and_load_state_dict_in_model(
                 self.model, slices, self._load_config, None
             )
-        self._conversions[part] = self.model._weight_conversions
+        self._conversions[part] = self.model._weight_conversions  # `as_stored` reverts them
         weights_moved()
+
+        # `_check` looks at the weights outside of the blocks, which transformers may still tie or initialize.
         if part != RESIDENT:
             missing = [name for name in loaded.missing_keys if self.part_of(name) == part]
             check_complete(self._name, missing, loaded.mismatched_keys)
@@ -272,6 +277,7 @@ class Checkpoint:
 
     def as_stored(self, part: str) -> dict[str, Tensor]:
         """Return a loaded part on the CPU, under the names and in the layout of the checkpoint."""
+        # The steps of `save_pretrained`, for some of the tensors.
         model: Any = self.model
         tensors = {
             name: tensor

@@ -67,6 +67,7 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
     config = model.config
     for name in (SHAPES, NUMBERS):
         vars(config).pop(name, None)
+    # The model reads `config`, in which `_keep_if_same` sets one attribute after the other.
     before = copy.deepcopy(config)
 
     def built_with(settings: Settings) -> nn.Module:

@@ -75,6 +75,7 @@ def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[s
     `timm.create_model` beside the name. Raises a ValueError for a model with other modules.
     """
     known = {**getattr(model, "_model_args", {}), "num_classes": model.num_classes, **arguments}
+    # The model may have been loaded from a folder of a `shrunk_model`.
     for key in (SHAPES, NUMBERS):
         known.pop(key, None)
     base = known.pop(_BASE, None)
@@ -102,6 +103,7 @@ def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[s
         if not wrong:
             return name, {**arguments, **dict(settings)}
 
+    # `built` becomes what `shrunk_model` would build, to see whether it is this model.
     different = differences(model, built)
     reshape(built, different[SHAPES], different[NUMBERS])
     _refuse_other_modules(model, built, name)
@@ -160,6 +162,7 @@ def _build(
     settings: dict[str, Any] = {}
     original = family.__init__
 
+    # timm adds arguments of its own to those of the caller, and only the class sees all.
     def recording(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         bound = inspect.signature(original).bind(self, *args, **kwargs)
         bound.apply_defaults()
