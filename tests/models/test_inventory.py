@@ -1,7 +1,7 @@
 """What `find_layers` finds: each matrix once, in a stop or with its reason."""
 
 from collections import Counter
-from functools import cache, partial
+from functools import cache
 
 import pytest
 import timm
@@ -17,33 +17,23 @@ from transformers.pytorch_utils import Conv1D
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import SkipReason, find_layers
 
-ON_META = {
-    **{
-        name: partial(on_meta, name)
-        for name in (
-            *(
-                "BertForMaskedLM",
-                "DistilBertForSequenceClassification",
-                "LlamaForSequenceClassification",
-            ),
-            "ViTForImageClassification",
-        )
-    },
-    **{
-        name: partial(timm.create_model, name)
-        for name in (
-            *(
-                "deit_tiny_distilled_patch16_224",
-                "resnet50d",
-                "efficientnet_b0",
-                "levit_128s",
-                "ghostnet_100",
-            ),
-            *("nfnet_f0", "sequencer2d_s"),
-            "inception_v3",  # its matcher of stems is a function
-        )
-    },
-}
+# Models that are built on the meta device.
+OF_TRANSFORMERS = [
+    "BertForMaskedLM",
+    "DistilBertForSequenceClassification",
+    "LlamaForSequenceClassification",
+    "ViTForImageClassification",
+]
+OF_TIMM = [
+    "deit_tiny_distilled_patch16_224",
+    "resnet50d",
+    "efficientnet_b0",
+    "levit_128s",
+    "ghostnet_100",
+    "nfnet_f0",
+    "sequencer2d_s",
+    "inception_v3",  # its matcher of stems is a function
+]
 
 
 @cache
@@ -51,8 +41,10 @@ def built(name):
     """A model for tests that do not change it."""
     if name in ZOO:
         return ZOO[name].build()
+    if name in OF_TRANSFORMERS:
+        return on_meta(name)
     with torch.device("meta"):
-        return ON_META[name]()
+        return timm.create_model(name)
 
 
 @cache
@@ -60,39 +52,50 @@ def found_in(name, sequential="block"):
     return find_layers(built(name), sequential)
 
 
-EVERY_MODEL = pytest.mark.parametrize("name", [*ZOO, *ON_META])
+EVERY_MODEL = pytest.mark.parametrize("name", [*ZOO, *OF_TRANSFORMERS, *OF_TIMM])
 
 
 @EVERY_MODEL
-def test_each_matrix_is_there_once(name):
+def test_each_matrix_is_a_layer_or_skipped(name):
+    found = found_in(name)
+    names = [matrix.name for matrix in (*found.layers, *found.skipped)]
+    assert Counter(names) == Counter(list(matrices(built(name))))
+
+
+@EVERY_MODEL
+def test_each_parameter_is_there_once_unless_it_is_tied(name):
     model = built(name)
     found = found_in(name)
-    everything = matrices(model)
-    assert Counter(
-        [layer.name for layer in found.layers] + [m.name for m in found.skipped]
-    ) == Counter(list(everything))
+    parameters = matrices(model)
     once = [(id(layer.parameter), layer.expert) for layer in found.layers]
-    once += [
-        (id(everything[m.name]), None) for m in found.skipped if not m.detail.startswith("tied to ")
-    ]
-    assert len(once) == len(set(once))
-    assert {parameter for parameter, _ in once} == {
-        id(p) for p in model.parameters() if p.ndim >= 2
-    }
-    for layer in found.layers:
-        assert layer.parameter is everything[layer.name]
-        assert layer.read().numel() == layer.size
-        assert layer.parameter.numel() == layer.size * (
-            1 if layer.expert is None else len(layer.parameter)
-        )
     for matrix in found.skipped:
-        assert matrix.shape == tuple(everything[matrix.name].shape)
+        if not matrix.detail.startswith("tied to "):
+            once.append((id(parameters[matrix.name]), None))
+    assert len(once) == len(set(once))
+    expected = {id(parameter) for parameter in model.parameters() if parameter.ndim >= 2}
+    assert {parameter for parameter, _ in once} == expected
+
+
+@EVERY_MODEL
+def test_a_layer_is_a_matrix_of_its_parameter(name):
+    parameters = matrices(built(name))
+    for layer in found_in(name).layers:
+        assert layer.parameter is parameters[layer.name]
+        experts = 1 if layer.expert is None else len(layer.parameter)
+        assert layer.size == layer.read().numel() == layer.parameter.numel() // experts
+
+
+@EVERY_MODEL
+def test_a_skipped_matrix_has_its_shape_and_a_reason(name):
+    parameters = matrices(built(name))
+    for matrix in found_in(name).skipped:
+        assert matrix.shape == tuple(parameters[matrix.name].shape)
         assert matrix.detail
         assert matrix.reason not in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
 
 
 @EVERY_MODEL
-def test_units_are_disjoint_and_hold_their_layers(name):
+def test_stops_are_disjoint_and_hold_their_layers(name):
     assert [(stop.name, stop.module) for stop in found_in(name, "none").stops] == [("", None)]
     for sequential in ("block", "layer"):
         stops = found_in(name, sequential).stops
@@ -106,27 +109,35 @@ def test_units_are_disjoint_and_hold_their_layers(name):
 
 
 @EVERY_MODEL
-def test_granularity_changes_only_the_units(name):
-    model = built(name)
-    by_granularity = {sequential: found_in(name, sequential) for sequential in SEQUENTIAL_CHOICES}
-    order = [id(parameter) for parameter in model.parameters()]
-    layers = by_granularity["layer"].layers
+def test_layers_are_in_model_order(name):
+    order = [id(parameter) for parameter in built(name).parameters()]
+    layers = found_in(name, "layer").layers
     assert sorted(layers, key=lambda layer: order.index(id(layer.parameter))) == list(layers)
-    for found in by_granularity.values():
-        assert {layer.name for layer in found.layers} == {layer.name for layer in layers}
-        assert found.skipped == by_granularity["layer"].skipped
-    for stop in by_granularity[
-        "layer"
-    ].stops:  # more layers are the experts of a module, which no forward tells apart
-        assert stop.module is model.get_submodule(stop.name)
-        assert stop.layers == tuple(layer for layer in layers if layer.module is stop.module)
+
+
+@EVERY_MODEL
+def test_sequential_changes_only_the_stops(name):
+    expected = found_in(name, "layer")
+    for sequential in SEQUENTIAL_CHOICES:
+        found = found_in(name, sequential)
+        assert {layer.name for layer in found.layers} == {layer.name for layer in expected.layers}
+        assert found.skipped == expected.skipped
+
+
+@EVERY_MODEL
+def test_the_layers_of_one_module_are_one_stop(name):
+    """Several are its experts, which no forward tells apart."""
+    found = found_in(name, "layer")
+    for stop in found.stops:
+        assert stop.module is built(name).get_submodule(stop.name)
+        assert stop.layers == tuple(layer for layer in found.layers if layer.module is stop.module)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_blocks_of_the_zoo(name):
     model = built(name)
     found = found_in(name)
-    blocks = {stop.name for stop in found.stops if stop.module is not stop.layers[0].module}
+    blocks = {stop.name for stop in found.stops if stop.is_block}
     assert blocks == matching(dict(model.named_modules()), ZOO[name].blocks)
     dense = {matrix.name for matrix in found.skipped if not matrix.detail.startswith("tied to ")}
     assert dense <= matching(matrices(model), ZOO[name].dense)
@@ -137,12 +148,9 @@ def test_a_model_inside_another_is_found_the_same(name):
     alone = found_in(name)
     inside = find_layers(nn.ModuleDict({"net": built(name)}))
     assert [f"net.{stop.name}" for stop in alone.stops] == [stop.name for stop in inside.stops]
-    assert [f"net.{matrix.name}" for matrix in alone.skipped] == [
-        matrix.name for matrix in inside.skipped
-    ]
-    assert [m.detail for m in alone.skipped] == [
-        m.detail.replace("tied to net.", "tied to ") for m in inside.skipped
-    ]
+    for matrix, inner in zip(alone.skipped, inside.skipped, strict=True):
+        assert inner.name == f"net.{matrix.name}"
+        assert inner.detail == matrix.detail.replace("tied to ", "tied to net.")
 
 
 @pytest.mark.parametrize("name", ["llama", "vit", "convnext", "plain_mlp", "tied"])
@@ -267,13 +275,12 @@ ONE_LAYER = {
 def test_one_layer(make, expected):
     """{} is pruned, None is not listed at all, else each matrix and how its reason starts."""
     found = find_layers(nn.ModuleDict({"part": make(), "other": nn.Linear(8, 8)}))
-    assert (
-        [layer.name for layer in found.layers] == ["part", "other"] if expected == {} else ["other"]
-    )
-    skipped = {matrix.name: matrix.detail for matrix in found.skipped}
-    assert skipped.keys() == (expected or {}).keys()
-    for name, start in (expected or {}).items():
-        assert skipped[name].startswith(start)
+    layers = ["part", "other"] if expected == {} else ["other"]
+    assert [layer.name for layer in found.layers] == layers
+    expected = expected or {}
+    assert [matrix.name for matrix in found.skipped] == list(expected)
+    for matrix in found.skipped:
+        assert matrix.detail.startswith(expected[matrix.name])
 
 
 def test_tied_weights_belong_to_the_first_and_either_name_chooses_them():
@@ -308,33 +315,37 @@ def embedding_behind():
 
 def stem_named(name):
     def make():
-        deep = {
-            "first": nn.Conv2d(8, 8, 1),
-            name: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8)),
-        }
-        return nn.ModuleDict({**deep, f"{name}x": nn.Linear(8, 8), f"x{name}": nn.Linear(8, 8)})
+        return nn.ModuleDict(
+            {
+                "first": nn.Conv2d(8, 8, 1),
+                name: nn.Sequential(nn.Conv2d(8, 8, 1), nn.Linear(8, 8)),
+                f"{name}x": nn.Linear(8, 8),
+                f"x{name}": nn.Linear(8, 8),
+            }
+        )
 
     return make, dict.fromkeys([f"{name}.0", f"{name}.1"], "stem or patch embedding")
 
 
 def read_raw(*order):
     inputs = {"signal": nn.Conv1d(2, 8, 3), "image": nn.Conv2d(3, 8, 3)}
-    return nn.ModuleDict({**{name: inputs[name] for name in order}, "later": nn.Conv2d(3, 8, 3)})
+    model = nn.ModuleDict({name: inputs[name] for name in order})
+    model["later"] = nn.Conv2d(3, 8, 3)
+    return model
 
 
 RAW = "stem: reads the raw image or signal"
+STEMS = ("stem", "conv_stem", "patch_embed", "patch_embedding", "patch_embeddings")
 SMALL = [
-    (
-        lambda: nn.Sequential(nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)),
-        {},
-    ),  # only the first can read the image
+    # Only the first convolution can read the image.
+    (lambda: nn.Sequential(nn.Conv2d(8, 3, 1), nn.Conv2d(3, 8, 1)), {}),
     (lambda: nn.Sequential(nn.Conv2d(4, 3, 1), nn.Conv2d(3, 8, 1)), {"0": RAW}),
     (Classifier, {"first": "tied to second: output head", "second": "tied to first"}),
     (lambda: Speech(nn.Linear(8, 8)), {}),
     (embedding_behind, {"decoder": "tied to embed", "embed": "embedding"}),
     (lambda: read_raw("signal", "image"), {"signal": RAW, "image": RAW}),
     (lambda: read_raw("image", "signal"), {"signal": RAW, "image": RAW}),
-    *map(stem_named, ("stem", "conv_stem", "patch_embed", "patch_embedding", "patch_embeddings")),
+    *map(stem_named, STEMS),
 ]
 
 
@@ -354,22 +365,25 @@ EVERYTHING = [f"blocks.{index}.{part}" for index in range(12) for part in ("up",
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_skip_and_only_name_layers(sequential):
-    up, others = [
-        [name for name in EVERYTHING if name.endswith("up") == is_up] for is_up in (True, False)
-    ]
-    for choice, dense, detail in (
-        ("skip", up, "skip='*.up'"),
-        ("only", others, "not in only=['*.up']"),
-    ):
-        found = find_layers(TWELVE, sequential, **{choice: ["*.up"]})
-        assert [(m.name, m.detail, m.reason) for m in found.skipped] == [
-            (n, detail, SkipReason.USER) for n in dense
-        ]
-        assert [layer.name for layer in found.layers] == [
-            name for name in EVERYTHING if name not in dense
-        ]
-        assert all(stop.layers for stop in found.stops)
+@pytest.mark.parametrize(
+    ("choice", "dense", "detail"),
+    [
+        ({"skip": ["*.up"]}, "up", "skip='*.up'"),
+        ({"only": ["*.up"]}, "down", "not in only=['*.up']"),
+    ],
+)
+def test_skip_and_only_name_layers(sequential, choice, dense, detail):
+    found = find_layers(TWELVE, sequential, **choice)
+    left = [name for name in EVERYTHING if name.endswith(dense)]
+    assert [matrix.name for matrix in found.skipped] == left
+    assert {(matrix.detail, matrix.reason) for matrix in found.skipped} == {(detail, "user")}
+    pruned = [name for name in EVERYTHING if name not in left]
+    assert [layer.name for layer in found.layers] == pruned
+    assert all(stop.layers for stop in found.stops)
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_skip_and_only_together(sequential):
     found = find_layers(TWELVE, sequential, only=["blocks.0", "blocks.3.up"], skip=["*.0.down"])
     assert [layer.name for layer in found.layers] == ["blocks.0.up", "blocks.3.up"]
     details = {matrix.name: matrix.detail for matrix in found.skipped}
@@ -380,9 +394,8 @@ def test_skip_and_only_name_layers(sequential):
 def test_only_chooses_among_what_can_be_pruned():
     """A head, an embedding or a matrix of no layer is not pruned by being named, and keeps its reason."""
     found = find_layers(built("mixtral"), only=["lm_head", "model.layers.0"])
-    experts = [
-        f"mlp.experts.{part}.{e}" for part in ("gate_up_proj", "down_proj") for e in range(4)
-    ]
+    experts = [f"mlp.experts.gate_up_proj.{expert}" for expert in range(4)]
+    experts += [f"mlp.experts.down_proj.{expert}" for expert in range(4)]
     inside = [*(f"self_attn.{part}_proj" for part in "qkvo"), *experts]
     assert {layer.name for layer in found.layers} == {f"model.layers.0.{name}" for name in inside}
     now = {matrix.name: matrix for matrix in found.skipped}

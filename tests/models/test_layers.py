@@ -1,6 +1,7 @@
 """Every layer type as a matrix product; grouped convolutions; subclasses of Linear with a forward of their own."""
 
 import copy
+import itertools
 from unittest import mock
 
 import pytest
@@ -40,19 +41,20 @@ def assert_is_a_product(layer, x):
         product = layer.tokens(x) @ layer.read().T
         expected = layer.outputs(layer.module(x))
         if bias is not None:
-            product += layer.outputs(bias[(..., *[None] * (layer.module.weight.ndim - 2))])
+            kernel_dimensions = [1] * (layer.module.weight.ndim - 2)
+            product += layer.outputs(bias.view(-1, *kernel_dimensions))
     torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-10)
 
 
 def assert_round_trip(layer):
     """A matrix is read without gradients and written where it was read, and nothing else changes."""
     before = layer.parameter.detach().clone()
-    place = layer.parameter.data_ptr()
+    address = layer.parameter.data_ptr()
     assert not layer.read().requires_grad
     new = torch.randn_like(layer.read())
     layer.write(new)
     assert torch.equal(layer.read(), new)
-    assert layer.parameter.data_ptr() == place
+    assert layer.parameter.data_ptr() == address
     changed = layer.parameter != before
     assert changed.sum() == layer.size
     layer.write(torch.zeros_like(new))
@@ -63,14 +65,14 @@ def assert_round_trip(layer):
 def convolutions(draw):
     """A convolution, maybe grouped, and what it takes, or a batch of that."""
     make = draw(st.sampled_from([nn.Conv1d, nn.Conv2d, Conv2dSame]))
-    places = 1 if make is nn.Conv1d else 2
+    dimensions = 1 if make is nn.Conv1d else 2
 
     def sizes(least, most):
-        return tuple(draw(st.integers(least, most)) for _ in range(places))
+        return tuple(draw(st.integers(least, most)) for _ in range(dimensions))
 
     groups = draw(st.integers(1, 4))
-    # One for each group would be depthwise.
-    channels = groups * draw(st.integers(1 if groups == 1 else 2, 4))
+    # With one channel for each of several groups, it would be depthwise.
+    channels = groups * draw(st.integers(min(groups, 2), 4))
     options = {
         "stride": sizes(1, 3),
         "dilation": sizes(1, 3),
@@ -82,7 +84,8 @@ def convolutions(draw):
             st.one_of(st.sampled_from(["same", "valid"]), st.just(sizes(0, 3)))
         )
         options["padding_mode"] = draw(st.sampled_from(MODES))
-        options["stride"] = 1 if options["padding"] == "same" else options["stride"]
+        if options["padding"] == "same":
+            options["stride"] = 1
     module = make(channels, groups * draw(st.integers(1, 3)), sizes(1, 3), **options)
     size = sizes(4, 8)
     batch = (2,)
@@ -105,15 +108,17 @@ EVEN_SAME = pytest.mark.filterwarnings(
 def test_a_convolution_is_a_product_of_its_tokens(case, at_once):
     module, x = case
     layers = layers_of(module)
-    groups = [""] if module.groups == 1 else [f".group{index}" for index in range(module.groups)]
-    assert [layer.name for layer in layers] == [f"part{group}" for group in groups]
+    names = [f"part.group{index}" for index in range(module.groups)]
+    if module.groups == 1:
+        names = ["part"]
+    assert [layer.name for layer in layers] == names
     assert sum(layer.size for layer in layers) == module.weight.numel()
     images = x.unsqueeze(0) if x.ndim == len(module.kernel_size) + 1 else x
     for layer in layers:
         assert_is_a_product(layer, x)
         tokens = layer.tokens(images)
-        with mock.patch("wanda_lightning.models.layers._AT_ONCE", at_once):
-            assert torch.equal(torch.cat(list(layer.token_parts(images))), tokens)
+        with mock.patch("wanda_lightning.models.layers._CHUNK_NUMBERS", at_once):
+            assert torch.equal(torch.cat(list(layer.token_chunks(images))), tokens)
         torch.testing.assert_close(layer.squares(images).sum(dim=0), tokens.square().sum(dim=0))
         assert len(layer.squares(images)) * len(images) == len(tokens)
         assert_round_trip(layer)
@@ -146,12 +151,16 @@ def test_layers_with_equal_windows_have_equal_tokens():
         {"kernel_size": 3, "dilation": 2},
     ]
     layers = [layers_of(nn.Conv2d(4, width, **choice))[0] for choice in choices for width in (2, 3)]
-    tokens = [layer.tokens(x) for layer in layers]
-    for one, its_tokens in zip(layers, tokens, strict=True):
-        for other, other_tokens in zip(layers, tokens, strict=True):
-            assert (one.window == other.window) == torch.equal(its_tokens, other_tokens)
-    (linear,), (other,) = layers_of(nn.Linear(8, 2)), layers_of(nn.Linear(8, 3))
-    assert linear.window == other.window != layers[0].window
+    tokens = {layer: layer.tokens(x) for layer in layers}
+    for layer, other in itertools.product(layers, layers):
+        assert (layer.window == other.window) == torch.equal(tokens[layer], tokens[other])
+
+
+def test_linear_layers_of_one_input_have_equal_tokens():
+    (linear,) = layers_of(nn.Linear(8, 2))
+    (other,) = layers_of(nn.Linear(8, 3))
+    (convolution,) = layers_of(nn.Conv2d(8, 2, 1))
+    assert linear.window == other.window != convolution.window
 
 
 def test_padding_does_not_count_along_one_dimension():
@@ -176,42 +185,49 @@ def test_padding_does_not_count_along_one_dimension():
 def test_a_convolution_is_no_block_for_its_groups():
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 8, 3))
     for sequential in ("block", "layer"):
-        found = find_layers(model, sequential)
-        assert [(stop.name, len(stop.layers)) for stop in found.stops] == [
-            ("0", 1),
-            ("1", 2),
-            ("2", 1),
-        ]
+        stops = find_layers(model, sequential).stops
+        assert {stop.name: len(stop.layers) for stop in stops} == {"0": 1, "1": 2, "2": 1}
 
 
 class ByHand(nn.Linear):
     def forward(self, x):
         y = torch.einsum("...i,oi->...o", x.to(self.weight.dtype), self.weight)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", [TimmLinear, FalconLinear, ByHand])
-def test_a_forward_of_its_own_that_is_a_linear_layer(kind, bias):
+BIAS = pytest.mark.parametrize("bias", [True, False])
+KIND = pytest.mark.parametrize("kind", [TimmLinear, FalconLinear, ByHand])
+
+
+@BIAS
+@KIND
+def test_a_forward_of_its_own_that_is_a_linear_layer_is_found(kind, bias):
+    """Also on the meta device, and while other dtypes are the default."""
     module = kind(12, 8, bias=bias)
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    model = nn.Sequential(nn.Linear(6, 12), module, nn.Linear(8, 4))
+    before = copy.deepcopy(module.state_dict())
+    with torch.autocast("cpu", dtype=torch.bfloat16), HalfPrecision("bf16-true").forward_context():
+        assert [layer.name for layer in find_layers(nn.Sequential(module)).layers] == ["0"]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert module.in_features == 12
     with torch.device("meta"):
         abstract = kind(12, 8, bias=bias)
     assert [layer.name for layer in find_layers(nn.Sequential(abstract)).layers] == ["0"]
-    with torch.autocast("cpu", dtype=torch.bfloat16), HalfPrecision("bf16-true").forward_context():
-        assert [layer.name for layer in find_layers(model).layers] == ["0", "1", "2"]
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert module.in_features == 12
+
+
+@BIAS
+@KIND
+def test_a_forward_of_its_own_that_is_a_linear_layer_is_pruned_as_one(kind, bias):
+    model = nn.Sequential(nn.Linear(6, 12), kind(12, 8, bias=bias), nn.Linear(8, 4))
     plain = copy.deepcopy(model)
     plain[1] = nn.Linear(12, 8, bias=bias)
-    plain[1].load_state_dict(module.state_dict())
-    for each in (model, plain):
-        batches = [torch.randn(4, 6, generator=torch.Generator().manual_seed(2))]
-        prune(each, batches, 0.5, sequential="none", progress=False)
-    assert all(
-        torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items()
-    )
+    plain[1].load_state_dict(model[1].state_dict())
+    batches = [torch.randn(4, 6, generator=torch.Generator().manual_seed(2))]
+    for pruned in (model, plain):
+        prune(pruned, batches, 0.5, sequential="none", progress=False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name])
 
 
 class Counting(nn.Linear):

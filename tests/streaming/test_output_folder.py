@@ -122,7 +122,7 @@ def test_a_run_that_ended_before_its_report_was_used_gives_it_again(
     left = tmp_path.with_name("left")
     shutil.copytree(tmp_path, left)
     with monkeypatch.context() as patched:
-        patched.setattr(Checkpoint, "stored", None)  # nothing is pruned again
+        patched.setattr(Checkpoint, "as_stored", None)  # nothing is pruned again
         assert prune_from_disk(source, *arguments, **WANDA) == first
     assert not (tmp_path / PROGRESS_NAME).exists()
     next(left.glob("model-00003-*.safetensors")).unlink()  # a block that is missing is pruned again

@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from wanda_lightning import Schedule, prune
 
-# Workers would only slow down these tests, and some only train, for a few steps.
+# Starts of Lightning's advice that does not fit: workers would only slow down these tests, and some only train, for a
+# few steps.
 ADVICE = (
     "does not have many workers",
     "but have no `val_dataloader`",
     "The number of training batches",
 )
-
 
 LAYERS = ["layers.0", "layers.2", "layers.4"]  # of Net
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -78,14 +78,23 @@ callback_connector._load_external_callbacks = cache(callback_connector._load_ext
 
 
 def trainer(*callbacks, **kwargs):
-    quiet = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
-    return L.Trainer(
-        accelerator="cpu", callbacks=list(callbacks), **{**dict.fromkeys(quiet, False), **kwargs}
-    )
+    options = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        **kwargs,
+    }
+    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
 
 
 def zeros(module):
-    return {name: weight == 0 for name, weight in module.named_parameters() if weight.ndim == 2}
+    return zeros_in(dict(module.named_parameters()))
+
+
+def zeros_in(weights):
+    """Where the matrices of a state are zero."""
+    return {name: weight == 0 for name, weight in weights.items() if weight.ndim == 2}
 
 
 def share_of_zeros(module):
@@ -97,9 +106,7 @@ def all_at(share):
 
 
 def same(a, b):
-    a = a.state_dict()
-    b = b.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    return equal(dict(a.state_dict()), dict(b.state_dict()))
 
 
 def train_by_hand(module, batches, optimizer, accumulate, clip):
@@ -188,11 +195,6 @@ def pruned_by_hand(weights, sparsity, **options):
     return module
 
 
-def zeros_in(weights):
-    """Where the matrices of a state are zero."""
-    return {name: weight == 0 for name, weight in weights.items() if weight.ndim == 2}
-
-
 def equal(a, b):
     """Whether two nested states are the same to the last bit."""
     if isinstance(a, torch.Tensor):
@@ -207,12 +209,10 @@ def equal(a, b):
 class Steps(Schedule):
     """A user's own schedule."""
 
-    def __init__(self, *stages):
-        self.own = stages
+    stages = ()
 
-    @property
-    def stages(self):
-        return self.own
+    def __init__(self, *stages):
+        self.stages = stages
 
 
 class SaveAt(L.Callback):

@@ -22,8 +22,10 @@ from wanda_lightning.cli import main
 
 SEQLEN = 32
 OUT = ["--save", "out", "--save_model", "out/model"]
-IGNORED_WARNINGS = pytest.mark.filterwarnings(  # of tests that run commands on tiny models
-    *("ignore:.*does not have many workers", "ignore:.*and the model has .* outputs"),
+# Warnings of tests that run commands on tiny models.
+IGNORED_WARNINGS = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.*and the model has .* outputs",
     "ignore:The number of training batches:UserWarning",
 )
 
@@ -31,10 +33,10 @@ IGNORED_WARNINGS = pytest.mark.filterwarnings(  # of tests that run commands on 
 def run(*arguments):
     """The exit status of `wanda-lightning ARGUMENTS`; an option that is given again replaces the earlier one."""
     words = [str(argument) for argument in arguments]
-    for at in reversed(range(len(words))):
-        if words[at].startswith("--") and words[at] in words[at + 1 :]:
-            has_value = not words[at + 1].startswith("--")
-            del words[at : at + 1 + has_value]
+    for index in reversed(range(len(words))):
+        if words[index].startswith("--") and words[index] in words[index + 1 :]:
+            has_value = not words[index + 1].startswith("--")
+            del words[index : index + 1 + has_value]
     try:
         return main(words)
     except SystemExit as stop:
@@ -75,10 +77,10 @@ def shell(tmp_path, monkeypatch):
     import huggingface_hub.constants
     from lightning.pytorch import _logger
 
-    # Read when it was imported.
+    # These libraries read the environment when they are imported.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    # Of earlier downloads.
+    # Earlier downloads must not be found.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / "no_cache")
     monkeypatch.setattr(
         "wanda_lightning.PruningReport.to_png", lambda report, path: path.write_bytes(b"a picture")
@@ -86,7 +88,7 @@ def shell(tmp_path, monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     monkeypatch.setenv("COLUMNS", "200")
-    # Lightning 2.6 under jsonargparse 4.53.
+    # Lightning 2.6 calls what jsonargparse 4.53 deprecates.
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     monkeypatch.setattr(sys, "argv", ["wanda-lightning"])  # which `fit` and the like replace
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
@@ -95,7 +97,7 @@ def shell(tmp_path, monkeypatch):
     level = _logger.level
     handler = signal.getsignal(signal.SIGINT)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what is as small as this is slower with more
+    torch.set_num_threads(1)  # models as small as these are slower with more
     yield
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, handler)

@@ -11,7 +11,8 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from support.zoo import tokenizer_of_bytes
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 BOS = 256
@@ -19,12 +20,7 @@ BOS = 256
 
 def byte_tokenizer(reverse=False):
     """One token for each byte, and <s> before each text, for a model with a context of 16."""
-    vocab = {
-        char: i
-        for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse))
-    }
-    tokenizer = Tokenizer(models.BPE(vocab={**vocab, "<s>": BOS}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = tokenizer_of_bytes(reverse, {"<s>": BOS})
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", BOS)]
     )
@@ -54,15 +50,16 @@ def ids_of(loader):
 
 
 def vit(in_chans=3, **options):
-    sizes = {
+    options = {
         "img_size": 16,
         "patch_size": 4,
         "num_classes": 10,
         "depth": 1,
         "embed_dim": 24,
         "num_heads": 2,
+        **options,
     }
-    return timm.create_model("vit_tiny_patch16_224", in_chans=in_chans, **{**sizes, **options})
+    return timm.create_model("vit_tiny_patch16_224", in_chans=in_chans, **options)
 
 
 def images_of(loader):

@@ -16,8 +16,8 @@ from torchvision.ops import MultiScaleRoIAlign
 
 CLASSES = 3
 WIDTH = 32  # of the feature pyramid
-LEVELS = {"3": "0", "5": "1", "7": "2"}  # of the backbone, by their names in the pyramid
-# expansion, channels, number, stride.
+LEVELS = {"3": "0", "5": "1", "7": "2"}  # layers of the backbone, and their names in the pyramid
+# The expansion, channels, number and stride of the blocks of each stage.
 BLOCKS = [
     [1, 8, 1, 1],
     [6, 8, 2, 2],
@@ -81,22 +81,21 @@ def build(name):
 
 def scenes(*sizes):
     """Batches of images of different sizes, each with one box, as torchvision's `tuple(zip(*samples))` makes them."""
-    draw = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(1)
     box = {"boxes": torch.tensor([[8.0, 8.0, 48.0, 40.0]]), "labels": torch.tensor([1])}
-    images = (
-        tuple(torch.rand(3, 64, 64 + 16 * (n % 2), generator=draw) for n in range(size))
-        for size in sizes
-    )
-    return [(each, (box,) * len(each)) for each in images]
+    batches = []
+    for size in sizes:
+        widths = [64 + 16 * (number % 2) for number in range(size)]
+        images = tuple(torch.rand(3, 64, width, generator=random) for width in widths)
+        batches.append((images, (box,) * size))
+    return batches
 
 
 def batches_for(name, *sizes):
-    draw = torch.Generator().manual_seed(1)
-    return (
-        [(torch.rand(n, 3, 64, 64, generator=draw),) for n in sizes]
-        if name == "lraspp"
-        else scenes(*sizes)
-    )
+    if name != "lraspp":
+        return scenes(*sizes)
+    random = torch.Generator().manual_seed(1)
+    return [(torch.rand(size, 3, 64, 64, generator=random),) for size in sizes]
 
 
 def class_logits(model):
@@ -104,6 +103,7 @@ def class_logits(model):
 
     def forward(batch):
         images, _ = model.transform(list(batch[0]))
-        return {"logits": model.head(list(model.backbone(images.tensors).values()))["cls_logits"]}
+        features = list(model.backbone(images.tensors).values())
+        return {"logits": model.head(features)["cls_logits"]}
 
     return forward

@@ -140,7 +140,9 @@ def interrupted(source, folder, monkeypatch, at=None, **choices):
         raise KeyboardInterrupt
 
     def save_others(self, part, *arguments):
-        stop() if part == at else save(self, part, *arguments)
+        if part == at:
+            stop()
+        save(self, part, *arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(OutputFolder, "save", save_others)

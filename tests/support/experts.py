@@ -69,7 +69,7 @@ def double(name, implementation="batched_mm"):
 
 
 def starved():
-    """To one expert of the first block, number 2, no token is routed."""
+    """A Mixtral that routes no token to expert number 2 of its first block."""
     model = ZOO["mixtral"].build()
     gate = model.model.layers[0].mlp.gate
     gate.register_forward_pre_hook(lambda _, args: (args[0].abs(),))
@@ -86,27 +86,28 @@ def inside(module, index, x):
         gate = both[::2].clamp(max=module.limit)
         up = both[1::2].clamp(-module.limit, module.limit)
         return (up + 1) * gate * torch.sigmoid(gate * module.alpha)
-    gate, up = (first.T if type(module).__name__ == "Llama4TextExperts" else first).mv(x).chunk(2)
+    if type(module).__name__ == "Llama4TextExperts":
+        first = first.T
+    gate, up = first.mv(x).chunk(2)
     return module.act_fn(gate) * up
 
 
 def routed_tokens(module, x, *routing):
     """The inputs of each expert's matrices, computed one token after the other."""
-    found = {}
-    tokens = len(x) // len(module.down_proj)
+    entries = []  # the number of an expert, and a token that is routed to it
     if routing:
-        entries = [
-            (expert, x[token]) for token in range(len(x)) for expert in routing[0][token].tolist()
-        ]
+        for token, chosen in zip(x, routing[0].tolist(), strict=True):
+            entries += [(expert, token) for expert in chosen]
     else:  # Llama-4: a copy of all tokens for each expert, in which the tokens of other experts are zero
-        entries = [(row // tokens, x[row]) for row in range(len(x)) if x[row].any()]
-    for expert, vector in entries:
-        for name, entering in (
-            ("gate_up_proj", vector),
-            ("down_proj", inside(module, expert, vector)),
-        ):
-            found.setdefault((name, expert), []).append(entering.detach().double().numpy())
-    return found
+        for expert, tokens in enumerate(x.chunk(len(module.down_proj))):
+            entries += [(expert, token) for token in tokens if token.any()]
+
+    inputs = {}
+    for expert, token in entries:
+        middle = inside(module, expert, token)
+        for name, entering in (("gate_up_proj", token), ("down_proj", middle)):
+            inputs.setdefault((name, expert), []).append(entering.detach().double().numpy())
+    return inputs
 
 
 def build(name, experts=8, **more):
@@ -133,56 +134,67 @@ def router(block):
 
 def gates(name, block, x):
     """The gate of each expert to which a token is routed."""
-    own = router(block)
-    logits = own.weight @ x + (own.bias if getattr(own, "bias", None) is not None else 0)
+    gate = router(block)
+    logits = gate.weight @ x
+    if getattr(gate, "bias", None) is not None:
+        logits = logits + gate.bias
     if name == "deepseek_v3":
-        scores = logits.sigmoid()
-        choice = logits.sigmoid() + own.e_score_correction_bias
-        size = len(logits) // 2
-        best = max(
-            range(2), key=lambda group: choice[group * size :][:size].sort().values[-2:].sum()
-        )
-        chosen = choice[best * size :][:size].argsort(descending=True)[:2] + best * size
-        own = own if hasattr(own, "routed_scaling_factor") else block  # in older transformers
-        return {
-            int(e): own.routed_scaling_factor * scores[e] / scores[chosen].sum() for e in chosen
-        }
-    chosen = logits.argsort(descending=True)[:2]
+        return deepseek_gates(gate, block, logits)
+
+    chosen = logits.argsort(descending=True)[:2].tolist()
     if name == "llama4":
-        return {int(e): logits[e].sigmoid() for e in chosen}
+        return {expert: logits[expert].sigmoid() for expert in chosen}
     shares = logits.softmax(0)
-    divide = name != "qwen3_moe" or own.norm_topk_prob
-    return {int(e): shares[e] / (shares[chosen].sum() if divide else 1) for e in chosen}
+    if name != "qwen3_moe" or gate.norm_topk_prob:
+        shares = shares / shares[chosen].sum()
+    return {expert: shares[expert] for expert in chosen}
+
+
+def deepseek_gates(gate, block, logits):
+    """The two best experts of the better group, which is the one with the larger sum of its two best."""
+    choices = (logits.sigmoid() + gate.e_score_correction_bias).chunk(2)
+    sums = [choice.sort().values[-2:].sum() for choice in choices]
+    best = sums.index(max(sums))
+    chosen = choices[best].argsort(descending=True)[:2] + best * len(choices[0])
+    scores = logits.sigmoid()[chosen]
+    # In older transformers, the block has the factor.
+    factor = getattr(gate, "routed_scaling_factor", None) or block.routed_scaling_factor
+    return dict(zip(chosen.tolist(), factor * scores / scores.sum(), strict=True))
 
 
 def expert(name, block, index, x):
     """What one expert returns for a token."""
-    own = block.experts
-    second = own.down_proj[index]
-    middle = inside(own, index, x)
-    if name in BY_COLUMNS:
-        return middle @ second + (own.down_proj_bias[index] if name == "gpt_oss" else 0)
+    experts = block.experts
+    second = experts.down_proj[index]
+    middle = inside(experts, index, x)
+    if name == "gpt_oss":
+        return middle @ second + experts.down_proj_bias[index]
+    if name == "llama4":
+        return middle @ second
     return second @ middle
 
 
 @torch.no_grad()
 def slow_saliency(name, model, batches):
     """The mean over the tokens of each expert of its gate times the norm of its output; and the number of tokens."""
-    found = {}
+    norms = {key: {} for key in blocks(model)}  # by block and expert
+
     for batch in batches:
-        inputs = {key: args[0] for key, (args,) in calls_of(model, blocks(model), [batch]).items()}
-        for key, block in blocks(model).items():
-            real = batch["attention_mask"].flatten().bool() if isinstance(batch, dict) else None
-            for position, x in enumerate(inputs[key].flatten(0, -2)):
-                for index, gate in (
-                    gates(name, block, x).items() if real is None or real[position] else ()
-                ):
-                    adds = expert(name, block, index, gate * x if name == "llama4" else x)
-                    norm = float(adds.norm() * (1 if name == "llama4" else gate))
-                    found.setdefault(key, {}).setdefault(index, []).append(norm)
+        for key, (arguments,) in calls_of(model, blocks(model), [batch]).items():
+            tokens = arguments[0].flatten(0, -2)
+            if isinstance(batch, dict):
+                tokens = tokens[batch["attention_mask"].flatten().bool()]
+            block = model.get_submodule(key)
+            for token in tokens:
+                for index, gate in gates(name, block, token).items():
+                    if name == "llama4":  # it multiplies what enters the expert
+                        norm = expert(name, block, index, gate * token).norm()
+                    else:
+                        norm = expert(name, block, index, token).norm() * gate
+                    norms[key].setdefault(index, []).append(float(norm))
     return {
-        key: {index: (sum(norms) / len(norms), len(norms)) for index, norms in of_block.items()}
-        for key, of_block in found.items()
+        key: {index: (sum(values) / len(values), len(values)) for index, values in experts.items()}
+        for key, experts in norms.items()
     }
 
 
@@ -193,11 +205,12 @@ def cannot_be_chosen(model, dropped):
     rows = {}
     biases = []
     for name, indices in dropped.items():
-        own = router(model.get_submodule(name))
-        rows[own.weight.data_ptr()] = indices
-        if hasattr(own, "e_score_correction_bias"):
-            biases.append((own.e_score_correction_bias, own.e_score_correction_bias.clone()))
-            own.e_score_correction_bias[indices] = -1e9
+        gate = router(model.get_submodule(name))
+        rows[gate.weight.data_ptr()] = indices
+        bias = getattr(gate, "e_score_correction_bias", None)
+        if bias is not None:
+            biases.append((bias, bias.clone()))
+            bias[indices] = -1e9
 
     def lowered(x, weight, bias=None):
         result = linear(x, weight, bias)

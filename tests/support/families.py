@@ -17,7 +17,7 @@ import signal
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import product
@@ -33,9 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wanda_lightning import ImageClassifierModule, PruningReport, Structured, prune, shrink
-from wanda_lightning.models import Layer, Stop, find_layers
-from wanda_lightning.units.configuration import auto_classes, write_modeling_file
+from wanda_lightning import ImageClassifierModule, Structured, prune, shrink
+from wanda_lightning.models import Stop, find_layers
+from wanda_lightning.units.modeling_file import auto_classes, write_modeling_file
 
 aten = torch.ops.aten
 SEQUENTIAL = ("block", "layer", "none")
@@ -56,7 +56,7 @@ class Result:
     cause: str = ""  # the first line of the error, if it does not pass
     status: str = "fails"  # or `passes`, or `cannot be built here`
     coverage: float = 0.0  # pruned parameters divided by those of all matrices inside the blocks that a batch reaches
-    # The fraction of those that stay dense, by reason.
+    # The fraction of these parameters that stay dense, by reason.
     left_out: dict[str, float] = field(default_factory=dict)
     slow: str = ""  # the dtype in which `block` equals the slow procedure
     width: int = 0  # hidden units that were found
@@ -66,14 +66,15 @@ class Result:
     folder: str = ""  # how the smaller model is saved, or why it is not
 
 
-def _finite(output: Any) -> bool:
-    leaves = [
-        leaf
-        for leaf in tree_leaves(output)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    ]
+def _finite(output):
+    leaves = _floating_point(output)
     assert leaves, "the model returns no floating-point output"
     return all(bool(leaf.isfinite().all()) for leaf in leaves)
+
+
+def _floating_point(output):
+    leaves = tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def check(
@@ -82,32 +83,35 @@ def check(
     """Prune a model in every way, or in some, and check the result by assertions."""
     result = Result(family.kind, family.name, family.model)
     dense = _build(family)
-    assert all(_finite(_outputs(dense, batch)) for batch in family.batches()), (
-        "outputs of the dense model"
-    )
-    for sequential, pattern in ways or product(
-        SEQUENTIAL[: 3 if family.kind == "timm" else 2], PATTERNS
-    ):
+    batches = family.batches()
+    assert all(_finite(_outputs(dense, batch)) for batch in batches), "outputs of the dense model"
+    if ways is None:
+        ways = list(product(SEQUENTIAL if family.kind == "timm" else SEQUENTIAL[:2], PATTERNS))
+
+    for sequential, pattern in ways:
         model = copy.deepcopy(dense)
-        choices = {
-            "pattern": pattern,
-            "sequential": sequential,
-            "keep_batch_norm": True,
-            "progress": False,
-        }
-        report = prune(model, family.batches(), 0.5, **choices)
-        _verify(model, dense, report, pattern)
-        assert all(_finite(_outputs(model, batch)) for batch in family.batches()), (
-            f"not finite: {pattern}"
+        report = prune(
+            model,
+            family.batches(),
+            0.5,
+            pattern=pattern,
+            sequential=sequential,
+            keep_batch_norm=True,
+            progress=False,
         )
+        _verify(model, dense, report, pattern)
+        finite = all(_finite(_outputs(model, batch)) for batch in family.batches())
+        assert finite, f"not finite: {pattern}"
         if (sequential, pattern) == ("block", "unstructured"):
             result.coverage, result.left_out = _coverage(dense, report, family.batches())
-    result.slow = _compare(dense, family.batches()) if slowly else ""
+
+    if slowly:
+        result.slow = _compare(dense, family.batches())
     result.status = "passes"
     return result
 
 
-def _build(family: Family) -> nn.Module:
+def _build(family):
     """Return the dense model, which has run once."""
     try:
         model = family.build()
@@ -118,32 +122,30 @@ def _build(family: Family) -> nn.Module:
     return model
 
 
-def _verify(model: nn.Module, dense: nn.Module, report: PruningReport, pattern: str) -> None:
+def _verify(model, dense, report, pattern):
+    """Check that each matrix is pruned or skipped, and that nothing but the pruned weights has changed."""
     layers = {layer.name: layer for layer in find_layers(model).layers}
     pruned = {layer.name: layers[layer.name] for layer in report.layers}
     listed = {*pruned, *(matrix.name for matrix in report.skipped)}
-    lost = [
-        name
-        for name in matrices(model, experts=False)
-        if not any(f"{other}.".startswith(f"{name}.") for other in listed)
-    ]
-    assert not lost, f"neither pruned nor skipped: {lost[0]}"
+    for name in matrices(model, experts=False):
+        is_listed = any(_inside(other, {name}) for other in listed)  # experts are listed one by one
+        assert is_listed, f"neither pruned nor skipped: {name}"
     assert all(matrix.detail for matrix in report.skipped)
+
     for name, layer in pruned.items():
         zeros = layer.read() == 0
         if pattern == "2:4":
             assert zeros.unflatten(1, (-1, 4)).sum(2).eq(2).all(), f"not 2:4: {name}"
         else:
             assert zeros.sum(1).eq(int(zeros.shape[1] * 0.5)).all(), f"not 0.5 of each row: {name}"
+
     written = {id(layer.parameter) for layer in pruned.values()}
     before = dict(dense.named_parameters())
     for name, parameter in model.named_parameters():
-        kept = (
-            parameter != 0
-            if id(parameter) in written
-            else torch.ones_like(parameter, dtype=torch.bool)
-        )
-        assert torch.equal(parameter[kept], before[name][kept]), f"{name} changed"
+        expected = before[name]
+        if id(parameter) in written:
+            expected = expected * (parameter != 0)
+        assert torch.equal(parameter, expected), f"{name} changed"
     for (name, buffer), other in zip(model.named_buffers(), dense.buffers(), strict=True):
         assert torch.equal(buffer, other) or buffer.isnan().any(), f"buffer {name} changed"
 
@@ -151,32 +153,30 @@ def _verify(model: nn.Module, dense: nn.Module, report: PruningReport, pattern: 
 _OUTSIDE = ("embedding", "output head", "stem", "tied to")
 
 
-def _coverage(
-    model: nn.Module, report: PruningReport, batches: list[Any]
-) -> tuple[float, dict[str, float]]:
+def _coverage(model, report, batches):
     """Return which fraction of the matrices inside the reached blocks is pruned, and why the rest is not."""
-    blocks, idle = _reached_blocks(model, batches)
-    found = matrices(model, experts=False)
-    sized = [("pruned", layer.name, layer.size) for layer in report.layers]
-    sized += [(m.detail, m.name, found[m.name].numel()) for m in report.skipped if m.name in found]
-    sizes: Counter[str] = Counter(pruned=0)
-    for detail, name, size in sized:
-        if _inside(name, blocks) and not _inside(name, idle) and not detail.startswith(_OUTSIDE):
-            sizes[detail] += size
-    total = max(1, sum(sizes.values()))
-    return sizes.pop("pruned") / total, {reason: n / total for reason, n in sizes.most_common()}
+    idle = _idle_modules(model, batches)
+    blocks = _blocks(model, idle)
+
+    def counts(name):
+        return _inside(name, blocks) and not _inside(name, idle)
+
+    pruned = sum(layer.size for layer in report.layers if counts(layer.name))
+    parameters = matrices(model, experts=False)
+    left: Counter[str] = Counter()  # sizes by reason
+    for matrix in report.skipped:
+        if matrix.name in parameters and not matrix.detail.startswith(_OUTSIDE):
+            left[matrix.detail] += parameters[matrix.name].numel() * counts(matrix.name)
+    total = max(1, pruned + left.total())
+    return pruned / total, {reason: size / total for reason, size in left.most_common() if size}
 
 
-def _inside(name: str, modules: set[str]) -> bool:
+def _inside(name, modules):
     return any(f"{name}.".startswith(f"{module}." if module else "") for module in modules)
 
 
-def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set[str]]:
-    """Return the outermost repeated modules, and the modules that no batch enters.
-
-    If the repeated modules hold less than half of the parameters, the whole model counts as one block. A single layer
-    never counts as a module that no batch enters, since another module may read its weight.
-    """
+def _idle_modules(model, batches):
+    """Return the modules that no batch enters; no single layers, since another module may read their weights."""
     modules = dict(model.named_modules())
     called = set()
     with ExitStack() as hooks:
@@ -185,59 +185,63 @@ def _reached_blocks(model: nn.Module, batches: list[Any]) -> tuple[set[str], set
             hooks.callback(entering.remove)
         for batch in batches:
             _outputs(model, batch)
-    idle = {name for name, module in modules.items() if next(module.children(), None) is not None}
-    idle -= {name for name in idle if any(_inside(other, {name}) for other in called)}
-    lists = {
+    return {
         name
         for name, module in modules.items()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
+        if any(module.children()) and not any(_inside(other, {name}) for other in called)
     }
-    repeated = {
-        f"{name}.{child}".lstrip(".")
-        for name in lists
-        for child, _ in modules[name].named_children()
-    }
-    repeated |= {
-        name for name, module in modules.items() if isinstance(module, GradientCheckpointingLayer)
-    }
-    sizes = {
-        name: p.numel()
-        for name, p in matrices(model, experts=False).items()
-        if "embed" not in name and not _inside(name, idle)
-    }
-    inside = sum(n for name, n in sizes.items() if _inside(name, repeated))
-    return repeated if inside >= sum(sizes.values()) / 2 else {""}, idle
 
 
-def _compare(dense: nn.Module, batches: list[Any]) -> str:
+def _blocks(model, idle):
+    """Return the repeated modules; the whole model if they hold less than half of the parameters."""
+    repeated = set()
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            repeated.add(name)
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            repeated |= {f"{name}.{child}".lstrip(".") for child, _ in module.named_children()}
+
+    inside = 0
+    total = 0
+    for name, parameter in matrices(model, experts=False).items():
+        if "embed" not in name and not _inside(name, idle):
+            total += parameter.numel()
+            inside += parameter.numel() * _inside(name, repeated)
+    return repeated if inside >= total / 2 else {""}
+
+
+def _compare(dense, batches):
     """Return the dtype in which the masks for sequential="block" equal those of the slow procedure."""
     model = copy.deepcopy(dense)
-    wide = tree_map_only(Tensor, double, batches)
     if hasattr(model, "set_experts_implementation"):
         # Grouped products are not intercepted, and have no float64.
         model.set_experts_implementation("eager")
     narrow = copy.deepcopy(model)
+    wide_batches = tree_map_only(Tensor, double, batches)
     try:
         model.double()
-        for batch in wide:
+        for batch in wide_batches:
             _outputs(model, batch)
+        batches = wide_batches
     except RuntimeError:  # some part of it always computes in float32
         model = narrow
-        wide = batches
-    batches = wide
+
     dtype = next(model.parameters()).dtype
     slow = copy.deepcopy(model)
     prune(model, batches, 0.5, sequential="block", progress=False)
     slow_prune(slow, batches)
-    expected = dict(slow.named_parameters())
-    other = {
-        name: int(((p == 0) != (expected[name] == 0)).sum()) for name, p in model.named_parameters()
-    }
-    if worst := [name for name, count in other.items() if count]:
-        counts = f"{sum(other.values())} of {sum(int((p == 0).sum()) for p in model.parameters())}"
-        raise AssertionError(
-            f"{dtype}: {counts} zeros are not those of the slow procedure, in {worst[0]} first"
-        )
+
+    zeros = 0
+    differing: dict[str, int] = {}
+    for (name, weight), expected in zip(model.named_parameters(), slow.parameters(), strict=True):
+        zeros += int((weight == 0).sum())
+        different = int(((weight == 0) != (expected == 0)).sum())
+        if different:
+            differing[name] = different
+    assert not differing, (
+        f"{dtype}: {sum(differing.values())} of {zeros} zeros are not those of the slow procedure, "
+        f"in {next(iter(differing))} first"
+    )
     return str(dtype).removeprefix("torch.")
 
 
@@ -250,26 +254,28 @@ def slow_prune(
     a weight are read where PyTorch multiplies, below all modules. Padding is found in the products with as many tokens
     as the `attention_mask` has, so not in those of experts.
     """
-    stops = find_layers(model, sequential).stops
-    for stop in stops if sequential == "none" else _in_order(model, stops, batches):
+    stops: Sequence[Stop] = find_layers(model, sequential).stops
+    if sequential != "none":
+        stops = _in_order(model, stops, batches)
+    for stop in stops:
         sums = _InputSquares(stop.layers)
-        handle = (stop.module or model).register_forward_hook(_stop)
+        handle = (stop.module or model).register_forward_hook(_end)
         for batch in batches:
             mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
             sums.tokens = None if mask is None else mask.flatten().bool()
-            with suppress(_UnitDone), _Products(sums.on_product):
+            with suppress(_StopDone), _Products(sums.on_product):
                 _outputs(model, batch)
         handle.remove()
         for layer in stop.layers:
             sums.zero_smallest(layer, sparsity)
 
 
-class _UnitDone(Exception):
+class _StopDone(Exception):
     """The stop has run, so the rest of the model need not."""
 
 
-def _stop(*_: object) -> None:
-    raise _UnitDone
+def _end(*_):
+    raise _StopDone
 
 
 class _Products(TorchDispatchMode):
@@ -279,11 +285,11 @@ class _Products(TorchDispatchMode):
     the summed output with respect to that weight, for the input x².
     """
 
-    def __init__(self, on_product: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, on_product):
         super().__init__()
         self._on_product = on_product
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         if func.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
             x, weight = args[-2:]
@@ -308,60 +314,61 @@ class _InputSquares:
     For an expert that few tokens reach, the tokens of all experts count, as in `prune`.
     """
 
-    def __init__(self, layers: Sequence[Layer], enough: int = 32) -> None:
+    def __init__(self, layers, enough=32):
         self.tokens: Tensor | None = None  # which tokens of the batch are no padding
         self._enough = enough
         self._all = layers
-        # Any of the experts of a parameter.
+        # By the address of the parameter: one of its experts stands for all.
         self._layers = {layer.parameter.data_ptr(): layer for layer in layers}
+        # By the address of the parameter and the number of the expert.
         self._sums: dict[tuple[int, int], Tensor] = {}
         self._counts: Counter[tuple[int, int]] = Counter()
-        self._columns: dict[int, bool] = {}
+        self._is_transposed: dict[
+            int, bool
+        ] = {}  # by the address: whether PyTorch multiplies by the weight as stored
 
-    def on_product(self, weight: Tensor, x: Tensor) -> None:
+    def on_product(self, weight, x):
         start = weight.untyped_storage().data_ptr()
         if start not in self._layers:
             return
-        if _is_convolution(layer := self._layers[start]):
+        layer = self._layers[start]
+        if _is_convolution(layer):
             self._sums[start, 0] = self._sums.get((start, 0), 0) + x
             return
+
         one = layer.own(layer.parameter)
-        self._columns[start] = (weight.shape[-2], weight.stride(-2)) == (
-            one.shape[0],
-            one.stride(0),
-        )
+        shape_and_stride = weight.shape[-2], weight.stride(-2)
+        self._is_transposed[start] = shape_and_stride == (one.shape[0], one.stride(0))
         first = weight.storage_offset() // one.numel()
-        for place, tokens in enumerate(x if weight.ndim == 3 else [x]):
+        for expert, tokens in enumerate(x if weight.ndim == 3 else [x], start=first):
             kept = tokens.any(1)  # a row of zeros is the token of another expert
-            rows = tokens[
-                kept & self.tokens
-                if self.tokens is not None and len(self.tokens) == len(kept)
-                else kept
-            ]
-            key = (start, first + place)
+            if self.tokens is not None and len(self.tokens) == len(kept):
+                kept &= self.tokens
+            rows = tokens[kept]
+            key = (start, expert)
             self._sums[key] = self._sums.get(key, 0) + rows.square().sum(0)
             self._counts[key] += len(rows)
 
     @torch.no_grad()
-    def zero_smallest(self, layer: Layer, sparsity: float) -> None:
-        own = _key(layer)
-        siblings = {
-            _key(other)
-            for other in self._all
-            if layer.siblings and other.siblings == layer.siblings
-        }
-        keys = siblings if siblings and self._counts[own] < self._enough else {own}
-        if not keys & self._sums.keys():
+    def zero_smallest(self, layer, sparsity):
+        keys = {_key(layer)}
+        if layer.siblings and self._counts[_key(layer)] < self._enough:
+            keys = {_key(other) for other in self._all if other.siblings == layer.siblings}
+        sums = [value for key, value in self._sums.items() if key in keys]
+        if not sums:
             return
-        total = sum(value for key, value in self._sums.items() if key in keys)
+
+        total = sum(sums)
         rows = layer.own(layer.parameter)
-        # Kernel positions, then channels: of equal scores (only padding) the first goes.
         if _is_convolution(layer):
+            # Kernel positions, then channels: of equal scores (only padding) the first goes.
             group, groups = layer.group or (0, 1)
             rows = rows.movedim(1, -1)
             total = total.chunk(groups)[group].movedim(1, -1)
-        elif any(self._columns.get(start) for start, _ in keys):  # perhaps only siblings got tokens
+        # Perhaps only siblings got tokens.
+        elif any(self._is_transposed.get(start) for start, _ in keys):
             rows = rows.t()
+
         if not total.any():  # nothing to compare: the layer stays dense
             return
         for row, scores in zip(rows, rows.abs() * total.sqrt(), strict=True):
@@ -369,29 +376,33 @@ class _InputSquares:
             row[torch.unravel_index(smallest, row.shape)] = 0
 
 
-def _key(layer: Layer) -> tuple[int, int]:
+def _key(layer):
     return layer.parameter.data_ptr(), layer.expert or 0
 
 
-def _is_convolution(layer: Layer) -> bool:
+def _is_convolution(layer):
     return layer.expert is None and layer.parameter.ndim > 2
 
 
-def _in_order(model: nn.Module, stops: Sequence[Stop], batches: list[Any]) -> list[Stop]:
+def _in_order(model, stops, batches):
     """Sort stops: the next one is the first in model order that is the next for any batch."""
-    stop_of = {
-        layer.parameter.data_ptr(): index
-        for index, stop in enumerate(stops)
-        for layer in stop.layers
-    }
-    routes = []
+    stop_of = {}  # the index of the stop, by the address of a parameter
+    for index, stop in enumerate(stops):
+        stop_of |= {layer.parameter.data_ptr(): index for layer in stop.layers}
+
+    routes = []  # for each batch, the indices of its stops in the order in which it reaches them
     for batch in batches:
-        starts: list[int] = []
-        with _Products(
-            lambda weight, _, starts=starts: starts.append(weight.untyped_storage().data_ptr())
-        ):
+        route: dict[int, None] = {}
+
+        def on_product(weight, _, route=route):
+            start = weight.untyped_storage().data_ptr()
+            if start in stop_of:
+                route.setdefault(stop_of[start])
+
+        with _Products(on_product):
             _outputs(model, batch)
-        routes.append(list(dict.fromkeys(stop_of[start] for start in starts if start in stop_of)))
+        routes.append(list(route))
+
     order: list[int] = []
     while any(routes):
         order.append(min(route[0] for route in routes if route))
@@ -402,10 +413,9 @@ def _in_order(model: nn.Module, stops: Sequence[Stop], batches: list[Any]) -> li
 def check_units(family: Family, result: Result | None = None) -> Result:
     """Prune, shrink, save and load the model of a family; raise an error if its outputs change."""
     result = result or Result(family.kind, family.name, family.model)
-    dense = _build(family)
+    model = _build(family)
     batches = family.batches()
     is_timm = family.kind == "timm"
-    model = copy.deepcopy(dense)
     try:
         pattern = Structured(multiple_of=8 if is_timm else 1)  # the models of transformers are tiny
         report = prune(model, batches, 0.25, pattern=pattern, progress=False)
@@ -414,24 +424,27 @@ def check_units(family: Family, result: Result | None = None) -> Result:
             raise
         result.folder = "no hidden units found"
         return result
-    notes = [
-        re.search(r"([\d,]+) of ([\d,]+) hidden units are zero", layer.note)
-        for layer in report.layers
-    ]
-    numbers = [[int(number.replace(",", "")) for number in note.groups()] for note in notes if note]
-    result.zero, result.width = (sum(each) for each in zip(*numbers, strict=True))
+    for layer in report.layers:
+        note = re.search(r"([\d,]+) of ([\d,]+) hidden units are zero", layer.note)
+        if note:
+            result.zero += int(note[1].replace(",", ""))
+            result.width += int(note[2].replace(",", ""))
+
     zeros = copy.deepcopy(model)
     expected = [_floats(zeros, batch, is_timm) for batch in batches]
     taken = shrink(model, batches[0])
-    result.removed, (before, after) = taken.units, taken.parameters
+    before, after = taken.parameters
+    result.removed = taken.units
     result.smaller = 1 - after / before
     _assert_same(model, batches, expected, is_timm)
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / re.sub(r"\W", "_", family.name)
         try:
-            loaded, form = (
-                _timm_folder(family, zeros, path) if is_timm else _transformers_folder(model, path)
-            )
+            if is_timm:
+                loaded, form = _timm_folder(family, zeros, path)
+            else:
+                loaded, form = _transformers_folder(model, path)
             _assert_same(loaded, batches, expected, is_timm)
             result.folder = form
         except Exception as error:
@@ -439,33 +452,28 @@ def check_units(family: Family, result: Result | None = None) -> Result:
     return result
 
 
-def _floats(model: nn.Module, batch: Any, wide: bool) -> list[Tensor]:
+def _floats(model, batch, wide):
     """Return the floating-point outputs, in float64 if `wide`: deep random networks amplify the errors of float32."""
-    model, batch = copy.deepcopy((model, batch)) if wide else (model, copy.deepcopy(batch))
+    batch = copy.deepcopy(batch)  # a model may write into its input
     if wide:
-        model = model.double()
+        model = copy.deepcopy(model).double()
         batch = tree_map_only(Tensor, double, batch)
     torch.manual_seed(0)
-    leaves = tree_leaves(_outputs(model, batch))
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return _floating_point(_outputs(model, batch))
 
 
-def _assert_same(
-    model: nn.Module, batches: Sequence[Any], expected: Sequence[Sequence[Tensor]], wide: bool
-) -> None:
+def _assert_same(model, batches, expected, wide):
     """Raise an error unless the outputs are the expected ones, to rounding."""
     for batch, before in zip(batches, expected, strict=True):
         after = _floats(model, batch, wide)
         assert [x.shape for x in after] == [x.shape for x in before], "outputs have other shapes"
         for x, y in zip(before, after, strict=True):
-            difference = torch.linalg.vector_norm(
-                x.double() - y.double()
-            ) / torch.linalg.vector_norm(x.double())
-            # All zeros: not a number.
+            difference = (x.double() - y.double()).norm() / x.double().norm()
+            # `not`: the difference of zeros is not a number.
             assert not difference > 1e-4, f"outputs differ by {difference:.1e}"
 
 
-def _transformers_folder(model: Any, folder: Path) -> tuple[nn.Module, str]:
+def _transformers_folder(model, folder):
     folder.mkdir()
     write_modeling_file(model, folder)
     model.save_pretrained(folder)
@@ -479,7 +487,7 @@ def _transformers_folder(model: Any, folder: Path) -> tuple[nn.Module, str]:
     return without_cache(loaded).eval(), OWN_FILE if own_file else ORDINARY
 
 
-def _timm_folder(family: Family, model: nn.Module, folder: Path) -> tuple[nn.Module, str]:
+def _timm_folder(family, model, folder):
     module = ImageClassifierModule(
         family.model, False, num_classes=16, model_kwargs=family.arguments()
     )
@@ -493,7 +501,8 @@ def first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     where = traceback.extract_tb(error.__traceback__)[-1]
     line = f"{Path(where.filename).name}:{where.lineno}"
-    return f"{type(error).__name__}: {text[0][:300] if text else 'without a message'} ({line})"
+    message = text[0][:300] if text else "without a message"
+    return f"{type(error).__name__}: {message} ({line})"
 
 
 def examine(family: Family) -> Result:
@@ -517,5 +526,5 @@ def examine(family: Family) -> Result:
     return result
 
 
-def _out_of_time(*_: Any) -> None:
+def _out_of_time(*_):
     raise TimeoutError(f"not finished in {_MINUTES} minutes of processor time")

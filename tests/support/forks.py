@@ -13,7 +13,13 @@ from tempfile import TemporaryDirectory
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
-        *("torch", "lightning", "transformers", "timm", "datasets", "peft", "PIL.Image"),
+        "torch",
+        "lightning",
+        "transformers",
+        "timm",
+        "datasets",
+        "peft",
+        "PIL.Image",
         "wanda_lightning.cli.pruning",
     ]
 )
@@ -26,9 +32,8 @@ def run(function, *arguments, timeout=120):
         process.start()
         process.join(timeout)
         assert not process.is_alive(), f"{function} did not end in {timeout} s"
-        return CompletedProcess(
-            [], process.exitcode, *(Path(folder, name).read_text() for name in ("1", "2"))
-        )
+        output, errors = (Path(folder, name).read_text() for name in ("1", "2"))
+        return CompletedProcess([], process.exitcode, output, errors)
 
 
 def execute(code, *arguments):

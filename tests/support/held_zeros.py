@@ -44,18 +44,16 @@ PRECISIONS = ["32-true", "bf16-mixed", "16-mixed", "bf16-true"]
 def precision_of(name, init_scale=1024.0):
     if name != "16-mixed":
         return {"precision": name}
-    # Lightning makes bf16-mixed of 16-mixed on a CPU; its plugin and torch can do it.
+    # On a CPU, Lightning replaces 16-mixed by bf16-mixed, but its plugin and torch can do it.
     scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, growth_interval=100)
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
 
 
 def of_the_shape(weight, state):
-    values = (
-        value
-        for value in state.values()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    )
-    return [value for value in values if value.shape == weight.shape]
+    tensors = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return [
+        tensor for tensor in tensors if tensor.is_floating_point() and tensor.shape == weight.shape
+    ]
 
 
 class LooksAtZeros(Net):
@@ -68,15 +66,17 @@ class LooksAtZeros(Net):
         super().__init__(optimizer)
         self.from_step = from_step
         self.pruned = None
-        self.looks = 0
-        self.begun = {}
+        self.looks = 0  # how often the zeros were checked
+        self.first_weights = {}
 
     def look(self):
-        self.looks += self.pruned is not None
-        for name, where in zeros(self).items() if self.pruned else ():
+        if self.pruned is None:
+            return
+        self.looks += 1
+        for name, where in zeros(self).items():
             revived = (self.pruned[name] & ~where).sum().item()
             died = (where & ~self.pruned[name]).sum().item()
-            # Few bits: a sum may cancel.
+            # In a dtype of few bits, a weight and its step may cancel.
             by_chance = 0.005 * where.numel() if self.dtype == torch.bfloat16 else 0
             assert (revived, max(died - by_chance, 0)) == (0, 0), (
                 f"{name} after {self.trainer.global_step} steps"
@@ -90,7 +90,8 @@ class LooksAtZeros(Net):
 
     def training_step(self, batch, batch_idx):
         if self.pruned is None and self.trainer.global_step >= self.from_step:
-            self.pruned, self.begun = zeros(self), copy.deepcopy(self.state_dict())
+            self.pruned = zeros(self)
+            self.first_weights = copy.deepcopy(self.state_dict())
         self.look()
         self.look_at_state()
         return super().training_step(batch, batch_idx)
@@ -102,10 +103,11 @@ class LooksAtZeros(Net):
 
     def trained(self):
         """The fraction of the kept weights of each layer that have changed."""
-        moved = {name: self.get_parameter(name) != self.begun[name] for name in self.pruned}
-        return {
-            name: moved[name][~where].float().mean().item() for name, where in self.pruned.items()
-        }
+        fractions = {}
+        for name, where in self.pruned.items():
+            has_moved = self.get_parameter(name) != self.first_weights[name]
+            fractions[name] = has_moved[~where].float().mean().item()
+        return fractions
 
 
 class Witness(L.Callback):

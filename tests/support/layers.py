@@ -16,7 +16,8 @@ def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
     generator = torch.Generator().manual_seed(seed)
     scale = 10 ** (2 * torch.rand(shape[1], generator=generator) - 1)
     weight = torch.randn(*shape, generator=generator)
-    return weight.to(dtype), (torch.randn(tokens, shape[1], generator=generator) * scale).to(dtype)
+    inputs = torch.randn(tokens, shape[1], generator=generator) * scale
+    return weight.to(dtype), inputs.to(dtype)
 
 
 def correlated_layer(seed, dtype=torch.float32, shape=(24, 96), tokens=600):
@@ -26,9 +27,9 @@ def correlated_layer(seed, dtype=torch.float32, shape=(24, 96), tokens=600):
     return weight, tokens @ torch.randn(shape[1], shape[1], generator=generator).to(dtype) / 10
 
 
-def statistics(tokens, *parts):
+def statistics(tokens, *methods):
     """The statistics of the tokens that criteria or solvers need."""
-    inputs = InputStatistics(frozenset().union(*(part.needs for part in parts)))
+    inputs = InputStatistics(frozenset().union(*(method.needs for method in methods)))
     inputs.update(tokens)
     return inputs
 
@@ -36,9 +37,8 @@ def statistics(tokens, *parts):
 def solve(solver, weight, tokens, criterion=None, pattern=Unstructured(), sparsity=0.5):
     """The weight and mask that a solver returns for a layer, by default with its own criterion."""
     criterion = criterion or solver.own_criterion
-    return solver(
-        weight, statistics(tokens, criterion, solver), Selection(criterion, pattern, sparsity)
-    )
+    inputs = statistics(tokens, criterion, solver)
+    return solver(weight, inputs, Selection(criterion, pattern, sparsity))
 
 
 def output_error(weight, pruned, tokens):
@@ -47,11 +47,12 @@ def output_error(weight, pruned, tokens):
 
 
 def dense_layer(name, block, weight, tokens=None, pattern=Unstructured()):
-    inputs = InputStatistics(() if tokens is None else {"square_sum"})
-    if tokens is not None:
-        inputs.update(tokens)
+    """A layer as an allocation sees it, with gradients that are 1 everywhere; without statistics if without tokens."""
+    inputs = InputStatistics(())
     gradients = None
-    if tokens is not None:  # gradients that are 1 everywhere
+    if tokens is not None:
+        inputs = InputStatistics({"square_sum"})
+        inputs.update(tokens)
         gradients = GradientStatistics(
             tokens.square().sum(dim=0), torch.full((len(weight),), float(len(tokens)))
         )

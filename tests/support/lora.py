@@ -21,9 +21,10 @@ def llama(dtype=torch.float32, sparsity=0.5, **sizes):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "intermediate_size": 56,
+        "use_cache": False,
         **sizes,
     }
-    return pruned(tiny_llama(**sizes, use_cache=False), sparsity).to(dtype)
+    return pruned(tiny_llama(**sizes), sparsity).to(dtype)
 
 
 def gpt2(sparsity=0.5):
@@ -48,7 +49,9 @@ def config(**options):
 
 def zeros_of(model):
     """Where the matrices of a model without adapters are zero, by name."""
-    return {n: p.detach() == 0 for n, p in model.named_parameters() if p.dim() == 2}
+    return {
+        name: weight.detach() == 0 for name, weight in model.named_parameters() if weight.ndim == 2
+    }
 
 
 def randomize(model, seed=0):
@@ -61,9 +64,8 @@ def randomize(model, seed=0):
 
 
 def train(model, steps=4, lr=1e-2):
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.1
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
     model.train()
     losses = []
     for _ in range(steps):
@@ -92,17 +94,17 @@ def reference(layer, x, *, dropout_seed=None, names=("default",)):
     """Plain autograd over dense W + s (B A) * keep; with dropout on what enters the adapter."""
     base = layer.base_layer
     weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    out = F.linear(x, weight, base.bias)
+    output = F.linear(x, weight, base.bias)
     for name in names:
         a = layer.lora_A[name].weight
         b = layer.lora_B[name].weight
         delta = layer.scaling[name] * (b @ a) * (weight != 0)
+        entering = x
         if dropout_seed is not None:
             torch.manual_seed(dropout_seed)
-        out = out + F.linear(
-            x if dropout_seed is None else F.dropout(x, layer.lora_dropout[name].p), delta
-        )
-    return out
+            entering = F.dropout(x, layer.lora_dropout[name].p)
+        output = output + F.linear(entering, delta)
+    return output
 
 
 def single(layer, **options):

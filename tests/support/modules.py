@@ -21,9 +21,11 @@ def tiny_llama(seed=0, **kwargs):
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
+        "vocab_size": 128,
+        "max_position_embeddings": 64,
+        **kwargs,
     }
-    sizes |= {"vocab_size": 128, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes | kwargs)).eval()
+    return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
 def tiny_tokenizer(size=128):
@@ -32,29 +34,35 @@ def tiny_tokenizer(size=128):
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
-def tiny_vit(**kwargs):
+def tiny_vit(num_classes=10, **kwargs):
     torch.manual_seed(0)
     return ImageClassifierModule(
-        "vit_tiny_patch16_224", pretrained=False, model_kwargs=VIT, **{"num_classes": 10} | kwargs
+        "vit_tiny_patch16_224",
+        pretrained=False,
+        model_kwargs=VIT,
+        num_classes=num_classes,
+        **kwargs,
     )
 
 
 def slow_perplexity(logits, input_ids, attention_mask=None):
     """One token at a time, in float64, straight from the definition of perplexity over windows."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
     windows = []
-    for w, ids in enumerate(input_ids):
+    for window, ids in enumerate(input_ids):
         losses = []
-        for t in range(len(ids) - 1):
-            if attention_mask is None or (attention_mask[w, t] and attention_mask[w, t + 1]):
-                probabilities = logits[w, t].double().softmax(-1)
-                losses.append(-math.log(probabilities[ids[t + 1]].item()))
+        for position in range(len(ids) - 1):
+            if attention_mask[window, position : position + 2].all():
+                probabilities = logits[window, position].double().softmax(-1)
+                losses.append(-math.log(probabilities[ids[position + 1]].item()))
         if losses:
             windows.append(sum(losses) / len(losses))
     return math.exp(sum(windows) / len(windows))
 
 
-def windows_of_text(n=7, tokens=24):
-    return torch.randint(128, (n, tokens), generator=torch.Generator().manual_seed(1))
+def windows_of_text(count=7, tokens=24):
+    return torch.randint(128, (count, tokens), generator=torch.Generator().manual_seed(1))
 
 
 MASKS = {

@@ -49,12 +49,12 @@ def share_of(batches, rank, shares):
 
 def whole(model):
     """The parameters by name, gathered from both processes where they are sharded."""
-    return {
-        name: (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter)
-        .detach()
-        .clone()
-        for name, parameter in model.named_parameters()
-    }
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            parameter = parameter.full_tensor()
+        weights[name] = parameter.detach().clone()
+    return weights
 
 
 def attempt(work):
@@ -82,10 +82,13 @@ def whole_after(model, batches, **choices):
 def counted(processes):
     """How many numbers the processes add up from now on, one entry for each message."""
     sent = []
-    add = processes.all_reduce_sum
-    processes.all_reduce_sum = lambda tensors: (
-        sent.append(sum(x.numel() for x in tensors)) or add(tensors)
-    )
+    all_reduce_sum = processes.all_reduce_sum
+
+    def counting(tensors):
+        sent.append(sum(tensor.numel() for tensor in tensors))
+        return all_reduce_sum(tensors)
+
+    processes.all_reduce_sum = counting
     return sent
 
 
@@ -98,6 +101,7 @@ def shard(model):
 
 
 def collectives(rank):
+    """What each collective returns, for tensors of several shapes and dtypes."""
     processes = both()
     tensors = [
         torch.tensor([1.0, 2.0]) * (rank + 1),
@@ -107,6 +111,8 @@ def collectives(rank):
         torch.tensor([[3.0], [4.0]]),
     ]
     processes.all_reduce_sum(tensors)
+
+    # A device without float64 adds in float32.
     with (
         mock.patch("wanda_lightning.parallel.processes.has_float64", return_value=False),
         mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as message,
@@ -141,9 +147,12 @@ def failures(rank, who):
 def replicated(rank, name, shares=None, size=None, times=1, wide=False, **choices):
     """Prune a specimen that both processes have, maybe in float64, and with batches of another size."""
     model = ZOO[name].build()
+    if wide:
+        model = model.double()
     batches = ZOO[name].batches() * times
-    batches = share_of(batches if size is None else split(batches, size), rank, shares)
-    return whole_after(model.double() if wide else model, iter(batches), **choices)
+    if size is not None:
+        batches = split(batches, size)
+    return whole_after(model, iter(share_of(batches, rank, shares)), **choices)
 
 
 class Fork(nn.Module):
@@ -162,22 +171,23 @@ class Fork(nn.Module):
 
 def statistics_of(rank, name, shares=None):
     """The sums that the processes have together, by layer; which layers share them; how many numbers were sent."""
-    model = Fork() if name == "fork" else ZOO[name].build()
-    batches = share_of(fork_batches() if name == "fork" else ZOO[name].batches(), rank, shares)
+    if name == "fork":
+        model, batches = Fork(), fork_batches()
+    else:
+        model, batches = ZOO[name].build(), ZOO[name].batches()
     processes = both()
     sent = counted(processes)
     observer = Observer(frozenset(SUMS), processes)
-    unit = find_layers(model, "none").stops[0]
+    stop = find_layers(model, "none").stops[0]
     with torch.no_grad():
-        found = observer(unit, whole_model_calls(samples_of(model, batches))).inputs
-    groups = {}
-    for layer, statistics in found.items():
+        calls = whole_model_calls(samples_of(model, share_of(batches, rank, shares)))
+        inputs = observer(stop, calls).inputs
+
+    sums = {layer: (statistics.count, statistics.sums) for layer, statistics in inputs.items()}
+    groups = {}  # of layers with one input
+    for layer, statistics in inputs.items():
         groups.setdefault(id(statistics), []).append(layer)
-    return (
-        {layer: (value.count, value.sums) for layer, value in found.items()},
-        list(groups.values()),
-        sum(sent),
-    )
+    return sums, list(groups.values()), sum(sent)
 
 
 def fork_batches():
@@ -196,12 +206,9 @@ def fisher_of(rank, name, shares, samples):
 
 
 def progress(rank):
-    model = ZOO["plain_mlp"].build()
-    batches = ZOO["plain_mlp"].batches()
+    plan = make_plan(PruningConfig.from_names(), ZOO["plain_mlp"].build(), both())
     with contextlib.redirect_stderr(io.StringIO()) as shown:
-        prune_as(
-            make_plan(PruningConfig.from_names(), model, both()), batches[rank::2], progress=True
-        )
+        prune_as(plan, ZOO["plain_mlp"].batches()[rank::2], progress=True)
     return shown.getvalue()
 
 
@@ -216,17 +223,16 @@ def spoilt(rank, sequential, spoil):
         batches = [{"input_ids": torch.arange(8)[None], "attention_mask": torch.ones(1, 8 - rank)}]
     if spoil == "training":
         recovery = wl.Reconstruct()
-        inside = model.model.layers[0].mlp.act_fn
-        inside.register_forward_hook(
-            lambda *_: fail() if rank and torch.is_grad_enabled() else None
-        )
-    before = whole(model)
-    if rank == 1 and spoil == "input":
-        batches[-1][0] = float("nan")
+        activation = model.model.layers[0].mlp.act_fn
+        if rank == 1:
+            activation.register_forward_hook(lambda *_: torch.is_grad_enabled() and fail())
     if spoil == "iterator":
         batches = failing(batches) if rank == 1 else iter(batches)
     if spoil == "nothing":
         batches = []
+    before = whole(model)
+    if rank == 1 and spoil == "input":
+        batches[-1][0] = float("nan")
     if rank == 1 and spoil == "weight":
         model[0].weight.data[0, 0] = float("inf")
     if rank == 1 and spoil == "forward":
@@ -235,11 +241,8 @@ def spoilt(rank, sequential, spoil):
             model[:2](batch)
             fail()
 
-    error = attempt(
-        lambda: prune_both(
-            model, batches, forward=forward, sequential=sequential, recovery=recovery
-        )
-    )
+    choices = {"sequential": sequential, "recovery": recovery}
+    error = attempt(lambda: prune_both(model, batches, forward=forward, **choices))
     same = all(torch.equal(value, before[name]) for name, value in whole(model).items())
     return error, same or spoil in ("weight", "forward", "training")
 
@@ -262,13 +265,12 @@ def prune_shards(rank, folder):
     batches = ZOO["llama"].batches()
     with torch.no_grad():
         run(model, batches[0])
-    first, second = (
-        attempt(partial(prune_both, each, batches)) for each in (model, model.model.layers[0])
-    )
+    refusal = attempt(lambda: prune_both(model, batches))
+    assert attempt(lambda: prune_both(model.model.layers[0], batches)) == refusal
     fit = trainer(strategy_named("fsdp2"), wl.WandaPrune()).fit
-    third = attempt(lambda: fit(Regression(True), DataLoader(SAMPLES, batch_size=2)))
-    assert first == second == third
-    return first
+    loader = DataLoader(SAMPLES, batch_size=2)
+    assert attempt(lambda: fit(Regression(True), loader)) == refusal
+    return refusal
 
 
 class PruneAtStart(L.Callback):
@@ -331,11 +333,9 @@ SAMPLES = torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
 
 
 def strategy_named(name):
-    return (
-        ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-        if name == "fsdp2"
-        else name
-    )
+    if name == "fsdp2":
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return name
 
 
 def fit(rank, num_samples, given, shuffle=False):
@@ -384,12 +384,20 @@ def distill(rank, strategy):
         for weight in dense.parameters():
             weight.mul_(1.5)
     wl.prune(module, criterion="magnitude", progress=False)
-    devices, share = (1, slice(None)) if rank is None else (2, slice(rank, None, 2))
-    callbacks = wl.KeepZeros(), wl.DistillFromDense(dense)
+
+    batches = SAMPLES.view(4, 4, 16)
+    devices = 1
+    if rank is not None:  # one of two processes
+        batches = batches[:, rank::2]
+        devices = 2
     fit = trainer(
-        strategy_named(strategy), *callbacks, devices=devices, use_distributed_sampler=False
-    )
-    fit.fit(module, DataLoader(SAMPLES.view(4, 4, 16)[:, share], batch_size=None))
+        strategy_named(strategy),
+        wl.KeepZeros(),
+        wl.DistillFromDense(dense),
+        devices=devices,
+        use_distributed_sampler=False,
+    ).fit
+    fit(module, DataLoader(batches, batch_size=None))
     return whole(module)
 
 
@@ -400,8 +408,8 @@ def fit_llama(rank, folder, saved):
     trainer(strategy_named("fsdp2"), wl.KeepZeros()).fit(
         module, DataLoader(windows, batch_size=None)
     )
-    module.configure_model()  # once more
-    sharded = [type(each).__name__ for each in module.modules() if isinstance(each, FSDPModule)]
+    module.configure_model()  # a second call does nothing
+    sharded = [type(inner).__name__ for inner in module.modules() if isinstance(inner, FSDPModule)]
     refused = [attempt(lambda: module.save_pretrained(saved, shrink=True))]
     module.save_pretrained(saved)
     assert (saved / "config.json").is_file()  # in every process
@@ -464,13 +472,16 @@ def alone(name, **choices):
 
 def assert_same_weights(weights, expected, tolerance=1e-3):
     """The same zeros but for near ties (sums in another order differ in the last bit); what stays is bit-equal."""
-    expected = {name: value.detach() for name, value in expected.items()}
     assert weights.keys() == expected.keys()
-    others = sum(int(((weights[name] == 0) != (expected[name] == 0)).sum()) for name in weights)
-    assert others <= tolerance * sum(value.numel() for value in expected.values())
+    different = 0
+    size = 0
     for name, value in weights.items():
-        kept = (value != 0) & (expected[name] != 0)
-        assert torch.equal(value[kept], expected[name][kept]), name
+        other = expected[name].detach()
+        different += int(((value == 0) != (other == 0)).sum())
+        size += value.numel()
+        kept = (value != 0) & (other != 0)
+        assert torch.equal(value[kept], other[kept]), name
+    assert different <= tolerance * size
 
 
 def assert_same_report(report, expected):
@@ -482,9 +493,10 @@ def assert_same_report(report, expected):
     assert plain(report.layers) == plain(expected.layers)
     assert [layer.zeros for layer in report.layers] == [layer.zeros for layer in expected.layers]
     for layer, other in zip(report.layers, expected.layers, strict=True):
-        assert layer.error == (
-            None if other.error is None else pytest.approx(other.error, rel=1e-3)
-        ), layer.name
+        if other.error is None:
+            assert layer.error is None, layer.name
+        else:
+            assert layer.error == pytest.approx(other.error, rel=1e-3), layer.name
     assert report.skipped == expected.skipped
     assert (report.parameters, report.zeros) == (expected.parameters, expected.zeros)
     assert report.config == expected.config

@@ -23,13 +23,12 @@ def pairwise(*axes, allowed=lambda *values: True):
 
 def with_nightly(sample, every):
     """A sample of values, or of tuples of values, for each run of the tests; the others of the set run at night."""
-    sample = list(sample)
-    rest = [
-        values if isinstance(values, tuple) else (values,)
-        for values in every
-        if values not in sample
-    ]
-    return [*sample, *(pytest.param(*values, marks=pytest.mark.nightly) for values in rest)]
+    cases = list(sample)
+    for values in every:
+        if values not in cases:
+            values = values if isinstance(values, tuple) else (values,)
+            cases.append(pytest.param(*values, marks=pytest.mark.nightly))
+    return cases
 
 
 def spread(*axes):

@@ -23,11 +23,8 @@ def pruned_with_and_without(dense, batches, sparsity=0.5, recovery=None, **choic
     start = copy.deepcopy(dense)
     model = copy.deepcopy(dense)
     prune(start, batches, sparsity, progress=False, **choices)
-    return (
-        start,
-        model,
-        prune(model, batches, sparsity, recovery=recovery, progress=False, **choices),
-    )
+    report = prune(model, batches, sparsity, recovery=recovery, progress=False, **choices)
+    return start, model, report
 
 
 def weights_of(report):

@@ -30,20 +30,17 @@ def changed(model, before):
 
 
 def state_of(model):
-    """The mode, hooks, forward and parameters' flags of each module."""
-    return [
+    """The mode, forward and hooks of each module, and whether each parameter requires a gradient and has one."""
+    modules = [
         (
             module.training,
             vars(module).get("forward"),
             list(module._forward_pre_hooks),
             list(module._forward_hooks),
-            [
-                (parameter.requires_grad, parameter.grad)
-                for parameter in module.parameters(recurse=False)
-            ],
         )
         for module in model.modules()
     ]
+    return modules, [(weight.requires_grad, weight.grad) for weight in model.parameters()]
 
 
 def refusal(model, batches=None, *args, error=ValueError, written=(), **choices):
@@ -53,18 +50,19 @@ def refusal(model, batches=None, *args, error=ValueError, written=(), **choices)
     threads = set(threading.enumerate())
     with pytest.raises(error) as caught:
         prune(model, batches, *args, progress=False, **choices)
+
     assert changed(model, before) == [f"{name}.weight" for name in written]
     assert state_of(model) == state
     assert set(threading.enumerate()) <= threads
     assert torch.is_grad_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
     assert not torch.overrides._get_current_function_mode_stack()
+
+    # The user is told how many layers are already pruned.
     notes = [note for note in getattr(caught.value, "__notes__", []) if "already pruned" in note]
     assert len(notes) == bool(written)
     if notes:
-        assert (
-            f"{len(written)} {'layers are' if written[1:] else 'layer is'} already pruned;"
-            in notes[0]
-        )
+        layers = "1 layer is" if len(written) == 1 else f"{len(written)} layers are"
+        assert f"{layers} already pruned;" in notes[0]
         assert "Reload the model" in notes[0]
     return str(caught.value)

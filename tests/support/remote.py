@@ -48,7 +48,7 @@ _INDEXED = {
     "_unsafe_index_put",
 }
 _FILLS = {"fill_", "masked_fill_"}
-# Of floats, on CUDA.
+# Operators whose results for floats are not deterministic on CUDA.
 _NOT_DETERMINISTIC = {
     "bincount",
     "cumsum",
@@ -59,7 +59,7 @@ _NOT_DETERMINISTIC = {
     "nanmedian",
 }
 HAS_FLOAT64 = True  # a test may take it away, as from `mps`
-# Not for the device, though its kernels call the CPU's.
+# Autocast of the CPU must not apply to the device, though its kernels call the CPU's.
 _AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
 
 
@@ -67,7 +67,7 @@ def connect() -> torch.device:
     """Register the device in this process and return it."""
     if not _libraries:
         _setup_privateuseone_for_python_backend("remote", backend_module=_Module())
-        # Or tied weights would not stay tied.
+        # Otherwise tied weights would not stay tied.
         torch.__future__.set_swap_module_params_on_conversion(True)
         torch.Generator = _Generator
         torch.UntypedStorage.clone = _clone_storage
@@ -119,24 +119,20 @@ class _Generator(torch._C.Generator):
 
 def _clone_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     """Clone a storage by a tensor: the device has no allocator for storages."""
-    return (
-        torch.empty(0, dtype=torch.uint8, device=storage.device)
-        .set_(storage)
-        .clone()
-        .untyped_storage()
-    )
+    tensor = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return tensor.clone().untyped_storage()
 
 
 def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Run the CPU's kernel on the memory of the arguments."""
     with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         name = op._schema.name.removeprefix("aten::")
-        pairs: list[
-            tuple[Tensor, Tensor]
-        ] = []  # tensors of the device, and CPU tensors on their memory
-        others: list[Tensor] = []
-        local_args = [_localize(each, pairs, others) for each in args]
-        local_kwargs = {key: _localize(each, pairs, others) for key, each in kwargs.items()}
+        pairs: list[tuple[Tensor, Tensor]] = []  # of the device, and of the CPU on the same memory
+        others: list[Tensor] = []  # of the CPU
+        local_args = [_localize(value, pairs, others) for value in args]
+        local_kwargs = {key: _localize(value, pairs, others) for key, value in kwargs.items()}
+
+        # What CUDA refuses.
         if name in _NOT_DETERMINISTIC and torch.are_deterministic_algorithms_enabled():
             assert not any(local.is_floating_point() for _, local in pairs), (
                 f"{op} is not deterministic"
@@ -146,10 +142,11 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         generator = kwargs.get("generator")
         if generator is not None and generator._cdata not in _Generator.addresses:
             raise RuntimeError("Expected a 'remote' device type for generator but found 'cpu'")
+
         if name.startswith("_copy_from"):
             local_args[1].copy_(local_args[0])
             return args[1]
-        if op._overloadname == "Tensor" and any(isinstance(each, int | float) for each in args):
+        if op._overloadname == "Tensor" and any(isinstance(value, int | float) for value in args):
             op = op.overloadpacket  # a number in place of a tensor belongs to another overload
         result = _REPLACED.get(name, op)(*local_args, **local_kwargs)
         for remote, local in pairs:
@@ -160,13 +157,13 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_mixed(op: Any, name: str, first: Any, local: list[Tensor]) -> None:
-    into_local = any(first is each for each in local)
+    into_local = any(first is tensor for tensor in local)
     if name in _INDEXED and not into_local:
         return
     takes_scalars = (torch.Tag.pointwise in op.tags or name in _FILLS) and not (
         op._schema.is_mutable and into_local
     )
-    if not takes_scalars or any(each.ndim for each in local):
+    if not takes_scalars or any(tensor.ndim for tensor in local):
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, remote:0 and cpu! "
             f"(in {op})"

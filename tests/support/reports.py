@@ -38,10 +38,11 @@ CONFIG = {
 
 def llama_report(blocks=30):
     """A report with everything that one can have: 30 blocks are those of SmolLM2-135M."""
-    kinds = list(enumerate(SHAPES.items()))
-    layers = tuple(
-        _layer(block, number, *kind) for block in range(blocks) for number, kind in kinds
-    )
+    layers = []
+    for block in range(blocks):
+        for number, (kind, shape) in enumerate(SHAPES.items()):
+            layers.append(_layer(block, number, kind, shape))
+
     embedding = SkippedMatrix("model.embed_tokens", (49152, 576), SkipReason.EMBEDDING, "embedding")
     head = SkippedMatrix("lm_head", (49152, 576), SkipReason.TIED, "tied to model.embed_tokens")
     passes = (
@@ -51,7 +52,7 @@ def llama_report(blocks=30):
         TrainingPass(0.4, 0.395),
     )
     return PruningReport(
-        layers=layers,
+        layers=tuple(layers),
         skipped=(embedding, head),
         parameters=sum(layer.size for layer in layers) + embedding.size + (2 * blocks + 1) * 576,
         zeros=sum(layer.zeros for layer in layers),

@@ -20,11 +20,12 @@ from wanda_lightning.planning.weight_store import WeightStore
 
 def samples_of(model, batches, forward=None):
     """One sample for each batch, with its padding."""
-    runs = [partial(forward or partial(run, model), batch) for batch in batches]
-    return [
-        Sample(each, each, batch, token_masks(model, batch), batch_index=index)
-        for index, (each, batch) in enumerate(zip(runs, batches, strict=True))
-    ]
+    forward = forward or partial(run, model)
+    samples = []
+    for index, batch in enumerate(batches):
+        call = partial(forward, batch)
+        samples.append(Sample(call, call, batch, token_masks(model, batch), batch_index=index))
+    return samples
 
 
 @torch.no_grad()
@@ -67,14 +68,14 @@ def gradients(
     **choices,
 ):
     """The statistics by layer. Blocks are recomputed, as in pruning, or not."""
-    own = run_of(model, batches, processes, allocation="fisher", **choices)
-    blocks = own.plan.blocks if recomputed else ()
+    pruning = run_of(model, batches, processes, allocation="fisher", **choices)
+    blocks = pruning.plan.blocks if recomputed else ()
     with calibration_mode(model), torch.no_grad():
         return gradient_statistics(
             model,
-            own.plan.layers,
+            pruning.plan.layers,
             blocks,
-            own.samples,
+            pruning.samples,
             lambda _: None,
             processes,
             GradientLimit(samples, predictions),

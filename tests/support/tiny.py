@@ -102,35 +102,29 @@ _MLA = {
     "num_key_value_heads": HEADS,
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
-} | {
     "head_dim": 16,
     "qk_nope_head_dim": HEAD,
     "v_head_dim": HEAD,
 }
 _SHARING = {
-    **{
-        "model_type": "gemma4_text",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "vocab_size": VOCABULARY,
-    },
-    **{
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": 2,
-        "head_dim": HEAD,
-        "global_head_dim": HEAD,
-    },
-    **{
-        "num_hidden_layers": 2,
-        "num_kv_shared_layers": 2,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    **{
-        "hidden_size_per_layer_input": 0,
-        "vocab_size_per_layer_input": 0,
-        "use_double_wide_mlp": False,
-    },
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": 8},
+    "model_type": "gemma4_text",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "vocab_size": VOCABULARY,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "head_dim": HEAD,
+    "global_head_dim": HEAD,
+    "num_hidden_layers": 2,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 0,
+    "use_double_wide_mlp": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "sliding_window": 8,
 }
 _SWIN = {
     "embed_dim": 16,
@@ -150,8 +144,8 @@ MORE: dict[str, dict[str, Any]] = {
         "n_input_layers": 2,
         "n_recurrent_layers": 2,
         "n_output_layers": 2,
-    }
-    | {"layer_types": ["sliding_attention", "full_attention"] * 3},
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    },
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"swa_" + name: value for name, value in _MLA.items()},
     "exaone_moe": {"num_key_value_heads": 2},
@@ -159,8 +153,9 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "intermediate_size": [INNER] * 4,
         "activation_sparsity_pattern": [0.95, 0.0, 0.95, 0.0],
-    }
-    | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "gemma4_assistant": {
         "_first": {"text_config": _SHARING},
         "text_config": _SHARING,
@@ -187,9 +182,8 @@ MORE: dict[str, dict[str, Any]] = {
     "nemotron": {"head_dim": HEAD, "num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4},
     "qwen2_5_vl_vision": {"window_size": 32},
-    "qwen2_vl": {
-        "vision_start_token_id": 1
-    },  # or transformers 5.2 takes image tokens for the start of others
+    # Otherwise transformers 5.2 takes image tokens for the start of others.
+    "qwen2_vl": {"vision_start_token_id": 1},
     "qwen2_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}},
     "qwen2_5_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {
@@ -197,8 +191,9 @@ MORE: dict[str, dict[str, Any]] = {
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
-    }
-    | {"indexer_budget": 8, "indexer_compress_ratio": 2},
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {
         "is_decoder": True,
@@ -216,17 +211,23 @@ MORE: dict[str, dict[str, Any]] = {
             "hybrid",
             "linear_attention",
             "hybrid",
-        ]
-    }
-    | {"num_hidden_layers": 5, "attention_hidden_size": INNER, "attention_head_dim": 16},
+        ],
+        "num_hidden_layers": 5,
+        "attention_hidden_size": INNER,
+        "attention_head_dim": 16,
+    },
     "zamba2": {"use_mem_rope": True},  # without it, transformers 5.2 fails
 }
 
 
 def tiny(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
     """Return the smallest configuration of a class with at least two layers and with every kind of its layers."""
-    more = {**MORE.get(config_class.model_type, {}), **more}
-    return config_class(**{**_shrunk(config_class(**more.pop("_first", {}))), **more})
+    settings = {**MORE.get(config_class.model_type, {}), **more}
+    # What the class needs to make a configuration that can be shrunk.
+    first = settings.pop("_first", {})
+    small = _shrunk(config_class(**first))
+    small.update(settings)
+    return config_class(**small)
 
 
 def on_meta(name: str) -> Any:
@@ -237,54 +238,65 @@ def on_meta(name: str) -> Any:
 
 
 @cache
-def _size_of(name: str) -> int | None:
-    return next((size for size, pattern in _SIZES if re.fullmatch(pattern, name)), None)
+def _size_of(name):
+    for size, pattern in _SIZES:
+        if re.fullmatch(pattern, name):
+            return size
+    return None
 
 
-def _shrunk(config: PreTrainedConfig) -> dict[str, Any]:
-    stored = {
-        name: config.attribute_map.get(name, name)
-        for name in inspect.signature(type(config)).parameters
-    }
-    fields = {name: vars(config)[key] for name, key in stored.items() if key in vars(config)}
-    layers = next(
-        (fields[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in fields),
-        0,
-    )
+def _arguments(config):
+    """Return the arguments of the class of a configuration, with their values in it."""
+    arguments = {}
+    for name in inspect.signature(type(config)).parameters:
+        attribute = config.attribute_map.get(name, name)
+        if attribute in vars(config):
+            arguments[name] = vars(config)[attribute]
+    return arguments
+
+
+def _shrunk(config):
+    """Return the arguments of a configuration that become smaller, with their new values."""
+    fields = _arguments(config)
+    layers = 0
+    for name in ("num_layers", "n_layer", "num_hidden_layers"):
+        layers = fields.get(name, layers)
     kept, of_layers = _one_of_each(fields, layers)
+
     small: dict[str, Any] = {}
     for name, value in fields.items():
+        usual = _size_of(name)
+        if type(value) is PreTrainedConfig:
+            continue
         if isinstance(value, PreTrainedConfig):
-            small[name] = (
-                tiny(type(value)).to_diff_dict() if type(value) is not PreTrainedConfig else value
-            )
+            small[name] = tiny(type(value)).to_diff_dict()
         elif name in TOKENS and value is not None:
             small[name] = TOKENS[name]
         elif name in of_layers:
             small[name] = type(value)(value[index] for index in kept)
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             small[name] = min(value, 2)
-        elif isinstance(value, int) and not isinstance(value, bool) and (usual := _size_of(name)):
-            heads = fields.get("num_attention_heads", fields.get("num_heads"))
-            size = HEADS if name in _AS_MANY_AS_HEADS and value == heads else usual
-            small[name] = min(value, len(kept) if value == layers and name in _LAYERS else size)
-        elif (
-            isinstance(value, list | tuple)
-            and (usual := _size_of(name))
-            and all(type(n) is int for n in value)
-        ):
-            small[name] = type(value)(min(n, usual) for n in value)
+        elif isinstance(value, int) and not isinstance(value, bool) and usual:
+            if name in _LAYERS and value == layers:
+                usual = len(kept)
+            elif name in _AS_MANY_AS_HEADS and value == fields.get(
+                "num_attention_heads", fields.get("num_heads")
+            ):
+                usual = HEADS
+            small[name] = min(value, usual)
+        elif usual and isinstance(value, list | tuple) and all(type(n) is int for n in value):
+            small[name] = type(value)(min(number, usual) for number in value)
     return {name: value for name, value in small.items() if value is not fields[name]}
 
 
-def _one_of_each(fields: dict[str, Any], layers: Any) -> tuple[list[int], set[str]]:
+def _one_of_each(fields, layers):
     """Return the indices of the layers to keep, one per kind, and the names of the lists with one entry per layer."""
     if not isinstance(layers, int):
         return [0, 1], set()
     lists = {
-        n: v
-        for n, v in fields.items()
-        if isinstance(v, list | tuple) and len(v) == layers > 0 and not _size_of(n)
+        name: values
+        for name, values in fields.items()
+        if isinstance(values, list | tuple) and len(values) == layers > 0 and not _size_of(name)
     }
     first: dict[str, int] = {}
     for index in range(layers):

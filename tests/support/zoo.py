@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -45,13 +45,11 @@ class Specimen:
     build: Callable[[], nn.Module]  # in eval mode and float32, with the same weights every time
     # Two or three; a mapping is passed as keywords, a tuple's first element alone.
     batches: Callable[[], list[Any]]
-    dense: tuple[
-        str, ...
-    ] = ()  # matrices that must be skipped by default; all others must be pruned
+    # Matrices that must be skipped by default; all others must be pruned.
+    dense: tuple[str, ...] = ()
     blocks: tuple[str, ...] = ()  # modules at which sequential="block" stops
-    uncalled: tuple[
-        str, ...
-    ] = ()  # layers outside `dense` that no batch calls, so that they keep their weights
+    # Layers outside `dense` that no batch calls, so that they keep their weights.
+    uncalled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,17 @@ class Family(Specimen):
     kind: str = ""  # one of `KINDS`
     name: str = ""  # the model type of the configuration, the class, or the module in timm
     model: str = ""  # the class, or timm's name of the model
-    arguments: Callable[[], dict[str, Any]] = (
-        dict  # of `timm.create_model`, beside the name and `num_classes`
-    )
+    # The arguments of `timm.create_model` beside the name and `num_classes`.
+    arguments: Callable[[], dict[str, Any]] = dict
 
 
 def outputs(model: nn.Module, batch: Any) -> Any:
     """Run the forward pass that `prune` runs for such a batch."""
-    return (
-        model(**batch)
-        if isinstance(batch, Mapping)
-        else model(batch[0] if isinstance(batch, tuple | list) else batch)
-    )
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(batch[0])
+    return model(batch)
 
 
 def run(model: nn.Module, batch: Any) -> Tensor:
@@ -85,15 +82,15 @@ def run(model: nn.Module, batch: Any) -> Tensor:
 
 def matrices(model: nn.Module, experts: bool = True) -> dict[str, nn.Parameter]:
     """Return every parameter with two or more dimensions by name: once per module that shares it, once per expert."""
-    found = {}
+    by_name = {}
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             label = module_name if name == "weight" else f"{module_name}.{name}".lstrip(".")
             if experts and is_experts(module) and parameter.ndim == 3:
-                found |= {f"{label}.{expert}": parameter for expert in range(len(parameter))}
+                by_name |= {f"{label}.{expert}": parameter for expert in range(len(parameter))}
             elif parameter.ndim >= 2:
-                found[label] = parameter
-    return found
+                by_name[label] = parameter
+    return by_name
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -121,127 +118,125 @@ def seeded(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 @torch.no_grad()
-def _enliven(model: nn.Module) -> None:
+def _enliven(model):
     """Move every parameter away from 0, 1 and its copies in other layers, so that the output depends on each."""
     for parameter in model.parameters():
-        d_in = (
-            parameter[0].numel()
-            if parameter.ndim == 4
-            else parameter.shape[-1]
-            if parameter.ndim
-            else 1
-        )
-        scale = 0.1 if parameter.ndim < 2 else 0.5 / math.sqrt(d_in)
+        if parameter.ndim < 2:
+            scale = 0.1
+        elif parameter.ndim == 4:  # a convolution
+            scale = 0.5 / math.sqrt(parameter[0].numel())
+        else:
+            scale = 0.5 / math.sqrt(parameter.shape[-1])
         parameter.add_(scale * torch.randn_like(parameter))
+
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(2.0, 4.0)
 
 
-def _batches(
-    batch: Batch, config: Callable[[], Any] = lambda: None, sizes: Sequence[int] = (2, 3)
-) -> list[Any]:
+def _batches(batch, config=lambda: None, sizes=(2, 3)):
     random = torch.Generator().manual_seed(1)
-    of = config()
-    return [batch(of, samples, random) for samples in sizes]
+    built = config()
+    return [batch(built, samples, random) for samples in sizes]
 
 
-def _ids(samples: int, random: Generator, tokens: int = TOKENS) -> Tensor:
-    # 0 to 2: padding, start, end and image tokens
+def _ids(samples, random, tokens=TOKENS):
+    # 0 to 2 are padding, start, end and image tokens.
     return torch.randint(3, VOCABULARY, (samples, tokens), generator=random)
 
 
-def _text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return {"input_ids": _ids(n, random)}
+def _text(config, samples, random):
+    return {"input_ids": _ids(samples, random)}
 
 
-def _padded_text(config: Any, n: int, random: Generator, side: str = "right") -> dict[str, Tensor]:
-    lengths = (TOKENS, 10) if n == 2 else (17, TOKENS, 5)
-    position = torch.arange(TOKENS) if side == "right" else torch.arange(TOKENS).flip(0)
-    mask = (position < torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": _ids(n, random) * mask, "attention_mask": mask}
+def _padded_text(config, samples, random, side="right"):
+    lengths = {2: [TOKENS, 10], 3: [17, TOKENS, 5]}[samples]
+    mask = (torch.arange(TOKENS) < torch.tensor(lengths)[:, None]).long()
+    if side == "left":
+        mask = mask.flip(1)
+    return {"input_ids": _ids(samples, random) * mask, "attention_mask": mask}
 
 
-def _text_pairs(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return _text(config, n, random) | {"decoder_input_ids": _ids(n, random, 16)}
+def _text_pairs(config, samples, random):
+    return _text(config, samples, random) | {"decoder_input_ids": _ids(samples, random, 16)}
 
 
-def _padded_pairs(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return _padded_text(config, n, random) | {"decoder_input_ids": _ids(n, random, 16)}
+def _padded_pairs(config, samples, random):
+    return _padded_text(config, samples, random) | {"decoder_input_ids": _ids(samples, random, 16)}
 
 
-def _codebooks(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return {"input_ids": _ids(n * config.num_codebooks, random)}
+def _codebooks(config, samples, random):
+    return {"input_ids": _ids(samples * config.num_codebooks, random)}
 
 
-def _from_a_target(config: Any, n: int, random: Generator) -> dict[str, Any]:
+def _from_a_target(config, samples, random):
     """Inputs of a draft model, which the target model would compute."""
-    shape = (n, config.text_config.num_key_value_heads, TOKENS, HEAD)
+    shape = (samples, config.text_config.num_key_value_heads, TOKENS, HEAD)
     states = {
         kind: [torch.randn(shape, generator=random) for _ in range(2)]
         for kind in config.text_config.layer_types
     }
     return {
-        "inputs_embeds": torch.randn(n, 1, 2 * config.backbone_hidden_size, generator=random),
-        "position_ids": torch.full((n, 1), TOKENS),
+        "inputs_embeds": torch.randn(samples, 1, 2 * config.backbone_hidden_size, generator=random),
+        "position_ids": torch.full((samples, 1), TOKENS),
         "shared_kv_states": {kind: tuple(pair) for kind, pair in states.items()},
     }
 
 
-def _pixels(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(n, 3, IMAGE, IMAGE, generator=random)}
+def _pixels(config, samples, random):
+    return {"pixel_values": torch.randn(samples, 3, IMAGE, IMAGE, generator=random)}
 
 
-def _captions(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return _text(config, n, random) | _pixels(config, n, random)
+def _captions(config, samples, random):
+    return _text(config, samples, random) | _pixels(config, samples, random)
 
 
-def _images_in_text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+def _images_in_text(config, samples, random):
     """The image tokens of one image, as many as the model needs, followed by text."""
     image = getattr(config, "image_token_id", None) or config.image_token_index
-    places = int((IMAGE // PATCH * getattr(config, "downsample_ratio", 1)) ** 2)
-    ids = torch.cat([torch.full((n, places), image), _ids(n, random)], 1)
-    return _pixels(config, n, random) | {"input_ids": ids}
+    image_tokens = int((IMAGE // PATCH * getattr(config, "downsample_ratio", 1)) ** 2)
+    ids = torch.cat([torch.full((samples, image_tokens), image), _ids(samples, random)], 1)
+    return _pixels(config, samples, random) | {"input_ids": ids}
 
 
-def _patches_in_text(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+def _patches_in_text(config, samples, random):
     """Qwen-VL: images are rows of patches, with the grids that they form."""
     vision = config.vision_config
     side = IMAGE // PATCH
-    places = (side // vision.spatial_merge_size) ** 2
-    ids = torch.cat([torch.full((n, places), config.image_token_id), _ids(n, random)], 1)
+    image = torch.full((samples, (side // vision.spatial_merge_size) ** 2), config.image_token_id)
+    ids = torch.cat([image, _ids(samples, random)], 1)
     d_patch = 3 * vision.temporal_patch_size * vision.patch_size**2
     return {
         "input_ids": ids,
-        "pixel_values": torch.randn(n * side**2, d_patch, generator=random),
-        "image_grid_thw": torch.tensor([[1, side, side]] * n),
+        "pixel_values": torch.randn(samples * side**2, d_patch, generator=random),
+        "image_grid_thw": torch.tensor([[1, side, side]] * samples),
         "mm_token_type_ids": (ids == config.image_token_id).long(),
     }
 
 
-def _spectra(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
+def _spectra(config, samples, random):
     """Whisper: two frames per position of the encoder."""
-    shape = (n, config.num_mel_bins, 2 * config.max_source_positions)
+    shape = (samples, config.num_mel_bins, 2 * config.max_source_positions)
     return {
         "input_features": torch.randn(shape, generator=random),
-        "decoder_input_ids": _ids(n, random, 16),
+        "decoder_input_ids": _ids(samples, random, 16),
     }
 
 
-def _waves(config: Any, n: int, random: Generator) -> dict[str, Tensor]:
-    return {"input_values": torch.randn(n, 4000, generator=random)}
+def _waves(config, samples, random):
+    return {"input_values": torch.randn(samples, 4000, generator=random)}
 
 
-def _images(config: Any, n: int, random: Generator, size: int = IMAGE) -> tuple[Tensor, Tensor]:
-    return torch.randn(n, 3, size, size, generator=random), torch.arange(n)
+def _images(config, samples, random, size=IMAGE):
+    return torch.randn(samples, 3, size, size, generator=random), torch.arange(samples)
 
 
-def _vectors() -> list[Tensor]:
+def _vectors():
     return _batches(lambda _, n, random: torch.randn(n, 6, 32, generator=random), sizes=(2, 3, 2))
 
 
-def _routed_vectors() -> list[Tensor]:
+def _routed_vectors():
     return [x + sign for x, sign in zip(_vectors(), (1, -1, 1), strict=True)]
 
 
@@ -283,15 +278,13 @@ _OTHERS = {
     _waves: "Wav2Vec2ForCTC HubertForCTC WavLMForCTC",
 }
 _BATCHES: dict[str, Batch] = {
-    **{
-        name: batch
-        for batch, names in _OTHERS.items()
-        for name in names.split()
-        if hasattr(hf, name)
-    },
-    **{"musicgen": _codebooks, "musicgen_melody": _codebooks},
-    **{"gemma4_assistant": _from_a_target, "gemma4_unified_assistant": _from_a_target},
+    "musicgen": _codebooks,
+    "musicgen_melody": _codebooks,
+    "gemma4_assistant": _from_a_target,
+    "gemma4_unified_assistant": _from_a_target,
 }
+for _batch, _names in _OTHERS.items():
+    _BATCHES |= {name: _batch for name in _names.split() if hasattr(hf, name)}
 
 
 class CannotBuild(Exception):
@@ -308,30 +301,33 @@ def family(kind: str, name: str) -> Family:
     """Return a model of a family. Nothing is built yet."""
     if kind == "timm":
         return of_timm(min(_modules_of_timm()[name], key=_size))
-    return causal(name) if kind == "causal" else other(name)
+    if kind == "causal":
+        return causal(name)
+    return other(name)
 
 
 @cache
-def _causal() -> dict[str, tuple[type[hf.PreTrainedConfig], Any]]:
+def _causal():
     """Return the configuration and the first class of each language model, by its model type."""
-    return {
-        config_class.model_type: (config_class, found[0] if isinstance(found, tuple) else found)
-        for config_class, found in MODEL_FOR_CAUSAL_LM_MAPPING.items()
-    }
+    first = {}
+    for config_class, classes in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+        model_class = classes[0] if isinstance(classes, tuple) else classes
+        first[config_class.model_type] = config_class, model_class
+    return first
 
 
 def causal(name: str) -> Family:
     """Return a language model that reads only text."""
     config_class, model_class = _causal()[name]
 
-    def configure() -> hf.PreTrainedConfig:
+    def configure():
         config = tiny(config_class)
         # The mapping names only the language part of some models.
         if not isinstance(config, model_class.config_class):
-            parts = [
-                part for part in vars(config).values() if isinstance(part, model_class.config_class)
-            ]
-            config = parts[0] if parts else config
+            for inner in vars(config).values():
+                if isinstance(inner, model_class.config_class):
+                    config = inner
+                    break
         if hasattr(config, "is_decoder"):
             config.is_decoder = True
         return config
@@ -345,22 +341,21 @@ def other(name: str) -> Family:
     return _of_transformers("other", name, model_class, partial(tiny, model_class.config_class))
 
 
-def _of_transformers(
-    kind: str, name: str, model_class: Any, configure: Callable[[], hf.PreTrainedConfig]
-) -> Family:
-    def make() -> nn.Module:
+def _of_transformers(kind, name, model_class, configure):
+    def make():
         config = configure()
         with torch.device("meta"):
-            size = sum(
-                parameter.numel()
-                for parameter in model_class._from_config(copy.deepcopy(config)).parameters()
-            )
+            size = number_of_weights(model_class._from_config(copy.deepcopy(config)))
         if size > 10_000_000:
             raise CannotBuild(f"its smallest configuration has {size:,} parameters")
         return without_cache(model_class._from_config(config))
 
     batches = partial(_batches, _BATCHES.get(name, _text), configure)
     return Family(partial(seeded, make), batches, kind=kind, name=name, model=model_class.__name__)
+
+
+def number_of_weights(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def without_cache(model: nn.Module) -> nn.Module:
@@ -371,7 +366,7 @@ def without_cache(model: nn.Module) -> nn.Module:
 
 
 @cache
-def _modules_of_timm() -> dict[str, list[str]]:
+def _modules_of_timm():
     """Return the names of timm's models by the module that builds them."""
     modules: dict[str, list[str]] = {}
     for name in timm.list_models():
@@ -384,127 +379,128 @@ def of_timm(name: str) -> Family:
     usual = timm.get_pretrained_cfg(name).input_size[-1]
 
     @cache
-    def choice() -> tuple[dict[str, Any], int]:
+    def choice():
         sizes = [size for size in (64, 96, 128, 160, 192, 224) if size < usual] + [usual]
-        for more, size in product([_fewer_blocks(name), {}], sizes):
-            for sized in ({**more, "img_size": size}, more):
-                with suppress(Exception), torch.device("meta"), torch.no_grad():  # try another size
-                    timm.create_model(name, num_classes=16, **sized).eval()(
-                        torch.zeros(1, 3, size, size)
-                    )
-                    return sized, size
+        for blocks, size in product([_fewer_blocks(name), {}], sizes):
+            for arguments in ({**blocks, "img_size": size}, blocks):
+                # If it fails, another size is tried.
+                with suppress(Exception), torch.device("meta"), torch.no_grad():
+                    model = timm.create_model(name, num_classes=16, **arguments).eval()
+                    model(torch.zeros(1, 3, size, size))
+                    return arguments, size
         return {}, usual
 
     return Family(
         partial(seeded, lambda: timm.create_model(name, num_classes=16, **choice()[0])),
         lambda: _batches(partial(_images, size=choice()[1]), sizes=(2, 1)),
-        **{"kind": "timm", "name": timm.models._registry._model_to_module[name], "model": name},
+        kind="timm",
+        name=timm.models._registry._model_to_module[name],
+        model=name,
         arguments=lambda: choice()[0],
     )
 
 
-def _size(name: str, **more: Any) -> int:
+def _size(name, **arguments):
     with torch.device("meta"):
-        return sum(
-            parameter.numel()
-            for parameter in timm.create_model(name, num_classes=16, **more).parameters()
-        )
+        return number_of_weights(timm.create_model(name, num_classes=16, **arguments))
 
 
-def _fewer_blocks(name: str) -> dict[str, Any]:
+def _fewer_blocks(name):
     whole = _size(name)
-    for more in ({"depth": 2}, {"depths": (2,) * 4}, {"depths": (2,) * 3}, {"layers": (1,) * 4}):
+    if whole <= 2_000_000:
+        return {}
+    for fewer in ({"depth": 2}, {"depths": (2,) * 4}, {"depths": (2,) * 3}, {"layers": (1,) * 4}):
         with suppress(Exception):  # it has no such argument, or another number of stages
-            if whole > 2_000_000 and _size(name, **more) < whole:
-                return more
+            if _size(name, **fewer) < whole:
+                return fewer
     return {}
 
 
 class _Mlp(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.up = nn.Linear(32, 64)
         self.down = nn.Linear(64, 32)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return x + self.down(F.relu(self.up(x)))
 
 
 class _Blocks(nn.Module):
     """Blocks that run one after another."""
 
-    def __init__(self, *blocks: nn.Module) -> None:
+    def __init__(self, *blocks):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Linear(32, 16)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
 
 
 class _KeywordMlp(_Mlp):
-    def forward(self, *, hidden: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, *, hidden, extra):
         hidden = super().forward(hidden + extra)
         return hidden, hidden.mean(dim=1, keepdim=True)
 
 
 class _KeywordsOnly(_Blocks):
-    def forward(self, *, x: Tensor) -> Tensor:
+    def forward(self, *, x):
         extra = torch.zeros_like(x[:, :1])
         for block in self.blocks:
             x, extra = block(hidden=x, extra=extra)
         return self.head(x + extra)
 
 
-def _block_twice() -> nn.Module:
+def _block_twice():
     shared = _Mlp()
     return _Blocks(_Mlp(), shared, _Mlp(), shared)
 
 
-def _plain_mlp() -> nn.Module:
+def _plain_mlp():
     return nn.Sequential(
         nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)
     )
 
 
 class _Unreached(_Blocks):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.head(self.blocks[2](self.blocks[0](x)))
 
 
 class _Routed(_Blocks):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         expert = self.blocks[1] if x.mean() > 0 else self.blocks[2]
         return self.head(self.blocks[3](expert(self.blocks[0](x))))
 
 
 class _Tied(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.first = nn.Linear(32, 32)
         self.second = nn.Linear(32, 32)
         self.third = nn.Linear(32, 16)
         self.second.weight = self.first.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.third(F.relu(self.second(F.relu(self.first(x)))))
 
 
 class _InplaceMlp(_Mlp):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return super().forward(x.relu_()) - 0.5
 
 
 class _Inplace(_Blocks):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         # A new tensor: the blocks write into their inputs, the model does not.
         return super().forward(x - 0.1)
 
 
 class _AutocastInside(_Blocks):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         x = self.blocks[0](x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             x = self.blocks[1](x)
@@ -517,12 +513,12 @@ class _AutocastInside(_Blocks):
 class _ExpertList(nn.Module):
     """Experts that are modules. Each token goes to one of them."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.gate = nn.Linear(32, 4)
         self.experts = nn.ModuleList(_Mlp() for _ in range(4))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         tokens = x.flatten(0, -2)
         weight, chosen = self.gate(tokens).softmax(dim=-1).max(dim=-1)
         result = torch.zeros_like(tokens)
@@ -536,22 +532,28 @@ class _ExpertList(nn.Module):
 class _TorchTransformer(nn.Module):
     """Transformer layers that PyTorch fuses in eval mode without gradients, so that it calls no submodule."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         layer = nn.TransformerEncoderLayer(32, nhead=4, dim_feedforward=64, batch_first=True)
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(32, 16)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.head(self.encoder(x))
+
+
+def tokenizer_of_bytes(reverse: bool = False, others: Mapping[str, int] = {}) -> Tokenizer:
+    """One token for each byte, in the order of their characters or in reverse; and other tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **others}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return tokenizer
 
 
 def save_llama_of_bytes(folder: Any) -> None:
     """Save a tiny Llama and a tokenizer whose tokens are bytes as a Hugging Face folder."""
-    alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer_of_bytes()).save_pretrained(folder)
     special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -562,37 +564,42 @@ def save_llama_of_bytes(folder: Any) -> None:
 
 
 def _text_model(
-    model_class: Any,
-    dense: tuple[str, ...] = ("model.embed_tokens", "lm_head"),
-    blocks: tuple[str, ...] = ("model.layers.[0-9]",),
-    batch: Batch = _text,
-    **sizes: Any,
-) -> Specimen:
-    def make() -> nn.Module:
-        return model_class(
-            tiny(model_class.config_class, **{"initializer_range": 0.1, "pad_token_id": 0, **sizes})
-        )
+    model_class,
+    dense=("model.embed_tokens", "lm_head"),
+    blocks=("model.layers.[0-9]",),
+    batch=_text,
+    **sizes,
+):
+    sizes = {"initializer_range": 0.1, "pad_token_id": 0, **sizes}
+
+    def make():
+        return model_class(tiny(model_class.config_class, **sizes))
 
     return Specimen(partial(seeded, make), partial(_batches, batch), dense, blocks)
 
 
-def _with_experts(model_class: Any, *dense: str, **more: Any) -> Specimen:
-    return _text_model(
-        model_class, ("model.embed_tokens", "lm_head", *dense), tie_word_embeddings=False, **more
-    )
+def _with_experts(model_class, *dense, **sizes):
+    dense = ("model.embed_tokens", "lm_head", *dense)
+    return _text_model(model_class, dense, tie_word_embeddings=False, **sizes)
 
 
-def _image_model(
-    make: Callable[..., nn.Module], sizes: dict[str, Any], blocks: str, *dense: str
-) -> Specimen:
+def _image_model(make, sizes, blocks, *dense):
     build = partial(seeded, partial(make, num_classes=16, **sizes))
     return Specimen(build, partial(_batches, _images), dense, (blocks,))
 
 
+def _resnet(block, channels):
+    make = partial(ResNet, block, channels=channels, zero_init_last=False)
+    return _image_model(make, {"layers": (2, 2, 2, 2)}, "layer[1-4].[0-9]", "conv1", "fc")
+
+
 def _odd(
-    make: Callable[[], nn.Module], batches: Callable[[], list[Any]] = _vectors, **globs: Any
-) -> Specimen:
-    return Specimen(partial(seeded, make), batches, **{"blocks": ("blocks.[0-9]",), **globs})
+    make,
+    batches=_vectors,
+    blocks=("blocks.[0-9]",),
+    **globs,
+):
+    return Specimen(partial(seeded, make), batches, blocks=blocks, **globs)
 
 
 _LEFT = partial(_padded_text, side="left")
@@ -614,7 +621,6 @@ _SWIN = {
     "depths": (2, 2),
     "num_heads": (2, 4),
 }
-_RESNET = {"layers": (2, 2, 2, 2), "zero_init_last": False}
 _FEW = {"moe_intermediate_size": 16}
 
 ZOO: dict[str, Specimen] = {
@@ -623,12 +629,10 @@ ZOO: dict[str, Specimen] = {
     "llama_left_padded": _text_model(hf.LlamaForCausalLM, batch=_LEFT),
     "gemma2": _text_model(
         hf.Gemma2ForCausalLM,
-        **{
-            "num_hidden_layers": 3,
-            "layer_types": None,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-        },
+        num_hidden_layers=3,
+        layer_types=None,
+        head_dim=16,
+        query_pre_attn_scalar=16,
         attn_implementation="eager",  # sdpa ignores the soft cap of the attention
     ),
     "mixtral": _with_experts(hf.MixtralForCausalLM, "*.gate"),
@@ -641,9 +645,15 @@ ZOO: dict[str, Specimen] = {
     ),
     # Passes all tokens to each expert, as zeros where they are routed to another.
     "llama4": _with_experts(
-        *(hf.Llama4ForCausalLM, "*.router"),
-        **{"num_hidden_layers": 2, "no_rope_layers": None, "moe_layers": None, "layer_types": None},
-        **{"num_experts_per_tok": 2, "head_dim": 16, "attention_chunk_size": 8192},
+        hf.Llama4ForCausalLM,
+        "*.router",
+        num_hidden_layers=2,
+        no_rope_layers=None,
+        moe_layers=None,
+        layer_types=None,
+        num_experts_per_tok=2,
+        head_dim=16,
+        attention_chunk_size=8192,
     ),
     "opt": _text_model(
         hf.OPTForCausalLM,
@@ -673,23 +683,15 @@ ZOO: dict[str, Specimen] = {
     "convnext": _image_model(ConvNeXt, _CONVNEXT, *_STAGES),
     "convnext_conv_mlp": _image_model(ConvNeXt, {**_CONVNEXT, "conv_mlp": True}, *_STAGES),
     "swin": _image_model(
-        *(SwinTransformer, _SWIN, "layers.[0-9].blocks.[0-9]"),
-        *("patch_embed.proj", "*.relative_position_bias_table", "head.fc"),
+        SwinTransformer,
+        _SWIN,
+        "layers.[0-9].blocks.[0-9]",
+        "patch_embed.proj",
+        "*.relative_position_bias_table",
+        "head.fc",
     ),
-    "resnet18": _image_model(
-        partial(ResNet, BasicBlock, channels=(16, 16, 32, 32)),
-        _RESNET,
-        "layer[1-4].[0-9]",
-        "conv1",
-        "fc",
-    ),
-    "resnet50": _image_model(
-        partial(ResNet, Bottleneck, channels=(8, 8, 16, 16)),
-        _RESNET,
-        "layer[1-4].[0-9]",
-        "conv1",
-        "fc",
-    ),
+    "resnet18": _resnet(BasicBlock, (16, 16, 32, 32)),
+    "resnet50": _resnet(Bottleneck, (8, 8, 16, 16)),
     "keywords_only": _odd(
         lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]
     ),

@@ -4,73 +4,97 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import timm
 import torch
 from support.pairwise import with_nightly
 from support.tiny import VOCABULARY
-from support.zoo import causal, seeded
+from support.zoo import causal, number_of_weights, seeded
 from transformers import AutoModelForCausalLM
 
 import wanda_lightning as wl
-from wanda_lightning.units.configuration import register_shrunk_model
+from wanda_lightning.units.shrunk_model import register_shrunk_model
 
 LANGUAGE = {
-    **{
-        "llama": "intermediate_size",
-        "gpt2": "n_inner",
-        "opt": "ffn_dim",
-        "phi3": "intermediate_size",
-    },
-    **{"bloom": None, "llama by the loss": None},
+    "llama": "intermediate_size",
+    "gpt2": "n_inner",
+    "opt": "ffn_dim",
+    "phi3": "intermediate_size",
+    "bloom": None,
+    "llama by the loss": None,
 }
 """The attribute of the configuration with the width, or None if there is none, or more than one width."""
+EVERY_LANGUAGE_MODEL = pytest.mark.parametrize(
+    "name", with_nightly(["llama", "bloom", "llama by the loss"], LANGUAGE)
+)
+IDS = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", with_nightly(["llama", "bloom", "llama by the loss"], LANGUAGE))
-def test_a_language_model_loads_without_this_package(name, tmp_path):
-    """Loaded, it can be saved again, by this package or by transformers."""
-    model = causal(name.partition(" ")[0]).build()
-    ids = torch.randint(3, VOCABULARY, (8, 16))
-    allocation = "fisher" if "loss" in name else "uniform"
-    attribute = LANGUAGE[name]
-    wl.prune(
-        model,
-        [{"input_ids": ids}],
-        0.4,
-        pattern="structured",
-        progress=False,
-        allocation=allocation,
-    )
-    config = model.config.to_dict()
-    state = copy.deepcopy(model.state_dict())
-    expected = model(ids).logits
-    report = wl.CausalLMModule(model).save_pretrained(tmp_path / "out", shrink=True)
-    saved = json.loads((tmp_path / "out/config.json").read_text())
+@pytest.fixture(scope="module")
+def shrunk_language_model(tmp_path_factory):
+    """Prune and shrink a model; return it with its zeros, the report and the folder. Each is pruned once."""
+
+    @cache
+    def save(name):
+        model = causal(name.partition(" ")[0]).build()
+        allocation = "fisher" if "loss" in name else "uniform"
+        choices = {"pattern": "structured", "allocation": allocation, "progress": False}
+        wl.prune(model, [{"input_ids": IDS}], 0.4, **choices)
+        config = model.config.to_dict()
+        state = copy.deepcopy(model.state_dict())
+        folder = tmp_path_factory.mktemp("shrunk") / "out"
+        report = wl.CausalLMModule(model).save_pretrained(folder, shrink=True)
+
+        # The module keeps its zeros and its configuration.
+        assert model.config.to_dict() == config
+        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+        return model, report, folder
+
+    return save
+
+
+def assert_loads_without_this_package(folder, name, model):
+    """A folder needs a file if no attribute of its configuration has the width."""
+    needs_file = LANGUAGE[name] is None
+    files = list(folder.glob("*.py"))
+    assert [path.name for path in files] == (["modeling_shrunk.py"] if needs_file else [])
+    assert not any("wanda_lightning" in path.read_text() for path in files)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=needs_file).eval()
+    assert loaded.generate(IDS[:, :3], max_new_tokens=3, do_sample=False).shape[1] == 6
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+
+
+@EVERY_LANGUAGE_MODEL
+def test_a_language_model_loads_without_this_package(shrunk_language_model, name):
+    model, _, folder = shrunk_language_model(name)
+    assert_loads_without_this_package(folder, name, model)
+
+
+@EVERY_LANGUAGE_MODEL
+def test_the_configuration_has_the_width_if_it_has_an_attribute_for_it(shrunk_language_model, name):
+    _, report, folder = shrunk_language_model(name)
+    saved = json.loads((folder / "config.json").read_text())
     widths = {after for _, after in report.layers.values()}
-    assert (len(widths) > 1, "auto_map" in saved) == ("loss" in name, attribute is None)
+    assert (len(widths) > 1) == ("loss" in name)
+    attribute = LANGUAGE[name]
+    assert ("auto_map" in saved) == (attribute is None)
     assert attribute is None or {saved[attribute]} == widths
-    # The module keeps its zeros and its configuration.
-    assert model.config.to_dict() == config
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-    if attribute is None:
+
+
+@EVERY_LANGUAGE_MODEL
+def test_a_loaded_language_model_can_be_saved_again(shrunk_language_model, name, tmp_path):
+    model, _, folder = shrunk_language_model(name)
+    needs_file = LANGUAGE[name] is None
+    if needs_file:
         with pytest.raises(ValueError, match="does not fit"):
-            wl.CausalLMModule(tmp_path / "out").configure_model()
-    wl.CausalLMModule(tmp_path / "out", trust_remote_code=attribute is None).save_pretrained(
-        tmp_path / "again"
-    )
-    for folder in (tmp_path / "out", tmp_path / "again"):
-        assert [path.name for path in folder.glob("*.py")] == ["modeling_shrunk.py"] * (
-            attribute is None
-        )
-        assert not any("wanda_lightning" in path.read_text() for path in folder.glob("*.py"))
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=attribute is None
-        ).eval()
-        assert loaded.generate(ids[:, :3], max_new_tokens=3, do_sample=False).shape[1] == 6
-        torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-5)
+            wl.CausalLMModule(folder).configure_model()
+    module = wl.CausalLMModule(folder, trust_remote_code=needs_file)
+    module.save_pretrained(tmp_path / "again")
+    assert_loads_without_this_package(tmp_path / "again", name, model)
 
 
 ALONE = """
@@ -89,76 +113,85 @@ assert "wanda_lightning" not in sys.modules
 """
 
 
-def test_image_models_load_without_this_package(tmp_path):
-    """With it, no file of a folder runs, and the model can be saved again, and become smaller again."""
-    modules = {}
-    small = {"img_size": 32, "embed_dim": 32, "num_heads": 4}
+@dataclass(frozen=True)
+class ImageModel:
+    """A model of timm, and with which arguments it is saved."""
+
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    size: int = 32  # of its images
+    allocation: str = "uniform"
+    # Arguments that give the widths; without any, the folder needs a file.
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+SMALL = {"img_size": 32, "embed_dim": 32, "num_heads": 4}
+SMALL_VIT = {**SMALL, "patch_size": 8, "depth": 2}
+IMAGE_MODELS = {
+    "vit_tiny_patch16_224": ImageModel(SMALL_VIT, arguments={"mlp_ratio": 2.5}),
+    "cait_xxs24_224": ImageModel(
+        {**SMALL, "depth": 1}, arguments={"mlp_ratio": 2.5, "mlp_ratio_token_only": 2.5}
+    ),
     # None of its attributes says for which size it was built.
-    for name, size, kwargs, choices, arguments in [
-        (
-            "vit_tiny_patch16_224",
-            32,
-            {**small, "patch_size": 8, "depth": 2},
-            {},
-            {"mlp_ratio": 2.5},
-        ),
-        (
-            "cait_xxs24_224",
-            32,
-            {**small, "depth": 1},
-            {},
-            {"mlp_ratio": 2.5, "mlp_ratio_token_only": 2.5},
-        ),
-        (
-            "levit_128s",
-            64,
-            {"img_size": 64},
-            {},
-            {},
-        ),
-        ("test_efficientnet", 32, {}, {"allocation": "fisher"}, {}),
-        ("test_resnet", 32, {}, {"allocation": "fisher_seconds"}, {}),
-    ]:
-        model = seeded(partial(timm.create_model, name, num_classes=10, **kwargs))
-        images = torch.randn(4, 3, size, size)
-        folder = tmp_path / name
-        module = wl.ImageClassifierModule(model, model_kwargs=kwargs).eval()
-        wl.prune(
-            model, [(images, torch.arange(4))], 0.4, pattern="structured", progress=False, **choices
-        )
+    "levit_128s": ImageModel({"img_size": 64}, size=64),
+    "test_efficientnet": ImageModel(allocation="fisher"),
+    "test_resnet": ImageModel(allocation="fisher_seconds"),
+}
+
+
+@pytest.fixture(scope="module")
+def image_folders(tmp_path_factory):
+    """Folders of smaller image models with images and the logits that timm alone computes, and the dense modules."""
+    modules = {}
+    for name, specimen in IMAGE_MODELS.items():
+        model = seeded(partial(timm.create_model, name, num_classes=10, **specimen.kwargs))
+        images = torch.randn(4, 3, specimen.size, specimen.size)
+        folder = tmp_path_factory.mktemp("images") / name
+        module = wl.ImageClassifierModule(model, model_kwargs=specimen.kwargs).eval()
+        choices = {"pattern": "structured", "allocation": specimen.allocation, "progress": False}
+        wl.prune(model, [(images, torch.arange(4))], 0.4, **choices)
         module.save_pretrained(folder, shrink=True)
-        modules[folder] = module
         torch.save(images, folder / "images.pt")
-        assert (folder / "modeling_shrunk.py").exists() == (not arguments)
-        assert (
-            arguments.items()
-            <= json.loads((folder / "config.json").read_text()).get("model_args", {}).items()
-        )
+        modules[folder] = module
     subprocess.run([sys.executable, "-I", "-c", ALONE, *map(str, modules)], check=True)
-    for folder, module in modules.items():
+    return modules
+
+
+def test_only_widths_without_arguments_need_a_file(image_folders):
+    for folder in image_folders:
+        arguments = IMAGE_MODELS[folder.name].arguments
+        assert (folder / "modeling_shrunk.py").exists() == (not arguments)
+        saved = json.loads((folder / "config.json").read_text()).get("model_args", {})
+        assert arguments.items() <= saved.items()
+
+
+def test_image_models_load_without_this_package(image_folders):
+    """With it, no file of a folder runs."""
+    for folder, module in image_folders.items():
+        images = torch.load(folder / "images.pt")
+        loaded = wl.ImageClassifierModule(folder).eval()
+        for logits in (torch.load(folder / "logits.pt"), loaded(images)):
+            torch.testing.assert_close(logits, module(images), rtol=1e-4, atol=1e-5)
+
+
+def test_loaded_image_models_can_be_saved_and_become_smaller_again(image_folders, tmp_path):
+    for folder, module in image_folders.items():
         images = torch.load(folder / "images.pt")
         again = wl.ImageClassifierModule(folder).eval()
-        for logits in (torch.load(folder / "logits.pt"), again(images)):
-            torch.testing.assert_close(logits, module(images), rtol=1e-4, atol=1e-5)
-        again.save_pretrained(folder / "again")
-        one, other = (
-            json.loads((place / "config.json").read_text()) for place in (folder, folder / "again")
+        out = tmp_path / folder.name
+        again.save_pretrained(out / "again")
+        assert json.loads((out / "again/config.json").read_text()) == json.loads(
+            (folder / "config.json").read_text()
         )
-        assert one == other
+
         wl.prune(again.model, [images], 0.5, pattern="structured", progress=False)
-        again.save_pretrained(folder / "smaller", shrink=True)
-        smaller = wl.ImageClassifierModule(folder / "smaller").eval()
+        again.save_pretrained(out / "smaller", shrink=True)
+        smaller = wl.ImageClassifierModule(out / "smaller").eval()
         torch.testing.assert_close(smaller(images), again(images), rtol=1e-4, atol=1e-5)
-        sizes = [
-            sum(parameter.numel() for parameter in each.parameters())
-            for each in (smaller, again, module)
-        ]
-        assert sizes == sorted({*sizes})
+        assert number_of_weights(smaller) < number_of_weights(again) < number_of_weights(module)
 
 
-# Whatever timm does with the folder of a dense model, it does with that of the smaller one
+# ---- whatever timm does with the folder of a dense model, it does with that of the smaller one
 
-SMALL_VIT = {"img_size": 32, "embed_dim": 32, "num_heads": 4, "patch_size": 8, "depth": 2}
 DENSE_CALLS = [
     ("vit_tiny_patch16_224", {"img_size": 48}),
     ("vit_tiny_patch16_224", {"in_chans": 1, "num_classes": 0}),
@@ -182,12 +215,8 @@ def dense_and_shrunk(tmp_path_factory):
         images = torch.randn(4, 3, 32, 32)
         folder = tmp_path_factory.mktemp(name)
         module = wl.ImageClassifierModule(model, model_kwargs=kwargs).eval()
-        # Other widths in each layer.
-        choices = {
-            "pattern": "structured",
-            "allocation": "fisher",
-            "progress": False,
-        }
+        # The layers get different widths.
+        choices = {"pattern": "structured", "allocation": "fisher", "progress": False}
         wl.prune(model, [(images, torch.arange(4))], 0.4, **choices)
         module.save_pretrained(folder / "dense")
         module.save_pretrained(folder / "shrunk", shrink=True)
@@ -208,10 +237,7 @@ def test_timm_adapts_a_folder_as_that_of_the_dense_model(dense_and_shrunk, name,
     images = torch.randn(2, arguments.get("in_chans", 3), size, size)
     with torch.no_grad():
         torch.testing.assert_close(smaller(images), dense(images), rtol=1e-4, atol=1e-5)
-    numbers = [
-        sum(parameter.numel() for parameter in model.parameters()) for model in (smaller, dense)
-    ]
-    assert numbers == sorted({*numbers})
+    assert number_of_weights(smaller) < number_of_weights(dense)
     described = {"architecture": "shrunk_model", "file": str(dense_and_shrunk(name)[1])}
     assert smaller.pretrained_cfg == {**dense.pretrained_cfg, **described}
 
@@ -225,12 +251,14 @@ def test_features_that_are_hidden_units_are_counted():
         "features.3.weight": [128, 24, 3, 3],
     }
     numbers = {"features.0": {"out_channels": 24}, "features.3": {"in_channels": 24}}
-    own = {
-        "shrunk_from": "vgg11",
-        "shrunk_shapes": shapes,
-        "shrunk_numbers": numbers,
-        "mlp_ratio": 0.01,
-    }
-    model = timm.create_model("shrunk_model", **own, features_only=True, out_indices=(0, 1)).eval()
+    model = timm.create_model(
+        "shrunk_model",
+        shrunk_from="vgg11",
+        shrunk_shapes=shapes,
+        shrunk_numbers=numbers,
+        mlp_ratio=0.01,
+        features_only=True,
+        out_indices=(0, 1),
+    ).eval()
     widths = [feature.shape[1] for feature in model(torch.zeros(1, 3, 32, 32))]
     assert model.feature_info.channels() == widths == [24, 128]

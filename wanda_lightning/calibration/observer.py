@@ -318,7 +318,7 @@ class BatchInputs:
             squares = _fitting(layer.squares(images), layer, x)
             statistics.add(len(images) * len(squares), {"square_sum": squares.sum(dim=0)})
         else:
-            for tokens in layer.token_parts(images):
+            for tokens in layer.token_chunks(images):
                 statistics.update(_fitting(tokens, layer, x))
         self.entries.append(entry)
 

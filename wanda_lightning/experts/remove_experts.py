@@ -24,7 +24,7 @@ from wanda_lightning.planning.removal import Removal, StopObserver
 from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import replace_attributes
-from wanda_lightning.units.configuration import fit_configuration
+from wanda_lightning.units.fit_configuration import fit_configuration
 
 
 class RemoveExperts(Removal):

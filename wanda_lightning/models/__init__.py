@@ -3,9 +3,9 @@
 from wanda_lightning.models.inventory import (
     Inventory as Inventory,
     SkippedMatrix as SkippedMatrix,
-    SkipReason as SkipReason,
     Stop as Stop,
     find_layers as find_layers,
+    group_by_stop as group_by_stop,
 )
 from wanda_lightning.models.layers import (
     Layer as Layer,
@@ -18,6 +18,7 @@ from wanda_lightning.models.padding import (
     token_masks as token_masks,
 )
 from wanda_lightning.models.quantized import is_wrapper as is_wrapper
+from wanda_lightning.models.skip_reasons import SkipReason as SkipReason
 from wanda_lightning.models.task import (
     causal_config as causal_config,
     check_tokens as check_tokens,
@@ -26,4 +27,8 @@ from wanda_lightning.models.task import (
     own_head as own_head,
     reads_images as reads_images,
 )
-from wanda_lightning.models.tied import own_tensors as own_tensors, tied_tensors as tied_tensors
+from wanda_lightning.models.tied import (
+    own_tensors as own_tensors,
+    repeated_parameters as repeated_parameters,
+    tied_tensors as tied_tensors,
+)

@@ -22,7 +22,7 @@ from wanda_lightning.models.expert_stacks import siblings_of, stacked_experts
 from wanda_lightning.models.quantized import is_packed, quantizer
 from wanda_lightning.parallel import first_index, local
 
-_AT_ONCE = 2**24  # numbers in the tokens of a convolution
+_CHUNK_NUMBERS = 2**24  # how many numbers the tokens of a convolution may have at once
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -59,23 +59,26 @@ def _write_convolution(weight: Tensor, matrix: Tensor) -> None:
 
 
 def _convolution_tokens(layer: Any, images: Tensor) -> Tensor:
-    if images.ndim == 1 + len(layer.kernel_size):
-        images = images.unsqueeze(0)
-    if any(pads := layer._reversed_padding_repeated_twice):
-        images = F.pad(
-            images, pads, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        )
     kernel = layer.kernel_size
-    dilation = layer.dilation
-    stride = layer.stride
+    if images.ndim == 1 + len(kernel):
+        images = images.unsqueeze(0)
+
+    pads = layer._reversed_padding_repeated_twice
+    if any(pads):
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        images = F.pad(images, pads, mode=mode)
+
     windows = images.movedim(1, -1)
     if math.prod(kernel) > 1:
         # Channels last: the copy below then reads consecutive numbers.
         windows = windows.contiguous()
-    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=1):
+    settings = zip(kernel, layer.stride, layer.dilation, strict=True)
+    for dim, (size, step, gap) in enumerate(settings, start=1):
         windows = windows.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
-    places = 1 + len(kernel)  # (batch, places, channels, kernel positions)
-    return windows.movedim(places, -1).flatten(places).flatten(0, places - 1)
+
+    # The dimensions are now: batch, output positions, channels, kernel positions.
+    channels = 1 + len(kernel)
+    return windows.movedim(channels, -1).flatten(channels).flatten(0, channels - 1)
 
 
 def _conv2d_same_tokens(layer: nn.Conv2d, images: Tensor) -> Tensor:
@@ -95,14 +98,24 @@ def _convolution(layer_type: type[nn.Module], dimensions: int) -> LayerKind:
     def outputs(images: Tensor) -> Tensor:
         return images.movedim(channels, -1).flatten(0, -2)
 
-    functions = (_read_convolution, _write_convolution, _convolution_tokens, outputs, _window)
-    return LayerKind(layer_type, *functions, channels=channels)
+    return LayerKind(
+        layer_type,
+        read=_read_convolution,
+        write=_write_convolution,
+        tokens=_convolution_tokens,
+        outputs=outputs,
+        window=_window,
+        channels=channels,
+    )
 
 
 # The matrix of one expert in a parameter (experts, d_out, d_in) or (experts, d_in, d_out).
 EXPERT_BY_ROWS = LayerKind(nn.Module)
 EXPERT_BY_COLUMNS = LayerKind(
-    nn.Module, Tensor.t, lambda weight, matrix: weight.copy_(matrix.t()), rows_first=False
+    nn.Module,
+    read=Tensor.t,
+    write=lambda weight, matrix: weight.copy_(matrix.t()),
+    rows_first=False,
 )
 
 
@@ -115,14 +128,12 @@ def layer_kinds() -> dict[str, LayerKind]:
     conv2d = _convolution(nn.Conv2d, 2)
     return {
         "Linear": LayerKind(nn.Linear),
-        "Conv1D": replace(
-            EXPERT_BY_COLUMNS, layer_type=Conv1D
-        ),  # GPT-2's linear layer, stored as (d_in, d_out)
+        # GPT-2's linear layer, stored as (d_in, d_out).
+        "Conv1D": replace(EXPERT_BY_COLUMNS, layer_type=Conv1D),
         "Conv1d": _convolution(nn.Conv1d, 1),
         "Conv2d": conv2d,
-        "Conv2dSame": replace(
-            conv2d, layer_type=Conv2dSame, tokens=_conv2d_same_tokens
-        ),  # pads by input size
+        # Its padding depends on the size of the input.
+        "Conv2dSame": replace(conv2d, layer_type=Conv2dSame, tokens=_conv2d_same_tokens),
     }
 
 
@@ -151,14 +162,18 @@ class Layer:
         return self.kind.tokens(self.module, self._channels(x))
 
     def squares(self, images: Tensor) -> Tensor:
-        """Return the tokens of one image of sums of squares over a batch: their sum is that of all tokens' squares."""
-        return self.kind.tokens(self.module, sum_squares(self._channels(images)).unsqueeze(0))
+        """Sum the squares of a batch of images, and return the tokens of the resulting image.
 
-    def token_parts(self, images: Tensor) -> Iterator[Tensor]:
-        """Yield the tokens of a few images at a time: a kernel of 3 x 3 makes nine numbers of each."""
-        size = images[:1].numel() * math.prod(self.parameter.shape[2:])
-        for part in images.split(max(1, _AT_ONCE // max(1, size))):
-            yield self.tokens(part)
+        Their sum is the sum of the squares of all tokens of the batch, which need not be computed.
+        """
+        image = sum_squares(self._channels(images)).unsqueeze(0)
+        return self.kind.tokens(self.module, image)
+
+    def token_chunks(self, images: Tensor) -> Iterator[Tensor]:
+        """Yield the tokens of a few images at a time, since a kernel of 3 x 3 copies each number nine times."""
+        token_numbers = images[:1].numel() * math.prod(self.parameter.shape[2:])
+        for chunk in images.split(max(1, _CHUNK_NUMBERS // max(1, token_numbers))):
+            yield self.tokens(chunk)
 
     def outputs(self, y: Tensor) -> Tensor:
         """Convert the output of the module to (tokens, d_out)."""
@@ -168,8 +183,8 @@ class Layer:
         """Return the channels of this layer's group."""
         if self.group is None:
             return images
-        which, groups = self.group
-        return images.chunk(groups, self.kind.channels)[which]
+        index, groups = self.group
+        return images.chunk(groups, self.kind.channels)[index]
 
     @property
     def window(self) -> object:
@@ -184,20 +199,25 @@ class Layer:
         return weight
 
     def own(self, tensor: Tensor) -> Tensor:
-        """Return this layer's part of a tensor with the shape of its parameter, or of the shard of this process.
+        """Return what belongs to this layer in a tensor with the shape of its parameter, or of this process's shard.
 
         It is empty if the shard holds other experts or groups.
         """
         if self.group is None and self.expert is None:
             return tensor
+
         whole = self.parameter
-        first = first_index(whole) if len(tensor) < len(whole) else 0
+        # Where the tensor starts in the parameter, if it is a shard.
+        offset = first_index(whole) if len(tensor) < len(whole) else 0
         if self.expert is not None:
-            index = self.expert - first
-            return tensor[index] if 0 <= index < len(tensor) else tensor[:0].flatten(0, 1)
-        which, groups = self.group or (0, 1)
-        start = which * (len(whole) // groups) - first
+            index = self.expert - offset
+            is_inside = 0 <= index < len(tensor)
+            return tensor[index] if is_inside else tensor[:0].flatten(0, 1)
+
+        assert self.group is not None
+        group, groups = self.group
         size = len(whole) // groups
+        start = group * size - offset
         return tensor[max(0, start) : max(0, start + size)]
 
     @property
@@ -214,12 +234,15 @@ class Layer:
     def bias(self) -> Tensor | None:
         """The bias, (d_out,), without gradients, or its shard; None if there is none."""
         bias = getattr(self.module, self.bias_name, None)
-        if not isinstance(bias, nn.Parameter) or isinstance(bias, DTensor) != isinstance(
-            self.parameter, DTensor
-        ):
+        if not isinstance(bias, nn.Parameter):
             return None
+        if isinstance(bias, DTensor) != isinstance(self.parameter, DTensor):
+            return None
+
         shape = self.own(torch.empty(bias.shape, device="meta")).shape
-        return self.own(local(bias.detach())) if tuple(shape) == self.shape[:1] else None
+        if tuple(shape) != self.shape[:1]:
+            return None
+        return self.own(local(bias.detach()))
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -259,47 +282,53 @@ def layers_of(
     by_columns: Mapping[type[nn.Module], bool],
 ) -> list[Layer]:
     """Return the layers that a parameter holds: none, a single one, or one for each expert or group."""
-    if parameter_name == "weight" and (kind := kind_of(module)):
+    kind = kind_of(module) if parameter_name == "weight" else None
+    if kind is not None:
         groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
         if groups == 1:
             return [Layer(name, module, kind, siblings=siblings_of(name, modules))]
-        return [Layer(f"{name}.group{g}", module, kind, group=(g, groups)) for g in range(groups)]
+        return [
+            Layer(f"{name}.group{index}", module, kind, group=(index, groups))
+            for index in range(groups)
+        ]
+
     if parameter_name not in stacked_experts(module) or type(module) not in by_columns:
         return []
     kind = EXPERT_BY_COLUMNS if by_columns[type(module)] else EXPERT_BY_ROWS
-    number = len(getattr(module, parameter_name))
     return [
-        Layer(f"{name}.{e}", module, kind, parameter_name, e, siblings=f"{name}.*")
-        for e in range(number)
+        Layer(f"{name}.{expert}", module, kind, parameter_name, expert, siblings=f"{name}.*")
+        for expert in range(len(getattr(module, parameter_name)))
     ]
 
 
 def kind_of(module: nn.Module) -> LayerKind | None:
     """Return the kind of a module, or None if its forward is not a product with its weight."""
-    for kind in layer_kinds().values() if not parametrize.is_parametrized(module, "weight") else ():
+    if parametrize.is_parametrized(module, "weight"):
+        return None
+    for kind in layer_kinds().values():
         if isinstance(module, kind.layer_type):
-            is_kept = type(module).forward is kind.layer_type.forward
-            if is_kept or (isinstance(module, nn.Linear) and computes_linear(module)):
+            keeps_forward = type(module).forward is kind.layer_type.forward
+            if keeps_forward or (isinstance(module, nn.Linear) and computes_linear(module)):
                 return kind
     return None
 
 
 def whole_layer(module: nn.Module) -> Layer | None:
     """Return a module as a layer with one matrix of ordinary numbers; None if it is not one."""
-    layer = Layer("", module, kind) if (kind := kind_of(module)) else None
-    return layer if layer and getattr(module, "groups", 1) == 1 and is_whole(layer) else None
+    kind = kind_of(module)
+    if kind is None or getattr(module, "groups", 1) != 1:
+        return None
+    layer = Layer("", module, kind)
+    return layer if is_whole(layer) else None
 
 
 def is_whole(layer: Layer) -> bool:
     """Whether a layer is one matrix of ordinary numbers, neither packed nor quantized."""
+    if layer.expert is not None or layer.group is not None:
+        return False
     weight = layer.parameter
     is_ordinary = type(weight) in (nn.Parameter, Tensor) and not is_packed(weight)
-    return (
-        layer.expert is None
-        and layer.group is None
-        and is_ordinary
-        and not quantizer(layer.module, weight)
-    )
+    return is_ordinary and not quantizer(layer.module, weight)
 
 
 def is_plain(layer: Layer) -> bool:
@@ -307,37 +336,32 @@ def is_plain(layer: Layer) -> bool:
     return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])
 
 
-# Such as hooks.
-_OF_LINEAR = vars(nn.Linear(1, 1, device="meta")).keys() - {
-    "_buffers",
-    "_modules",
-    "_parameters",
-}
+# What every linear layer has beside its weight, such as its dictionaries of hooks. It never depends on the class.
+_OF_LINEAR = vars(nn.Linear(1, 1, device="meta")).keys() - {"_buffers", "_modules", "_parameters"}
+# What a forward may write into.
+_MUTABLE = (Tensor, nn.Module, dict, list, set, deque)
 
 
 @torch.no_grad()
 def computes_linear(module: nn.Linear) -> bool:
     """Whether the forward of the module's class computes `x W^T + b`: a copy with another weight and bias is tried."""
-    kind: Any = {"dtype": torch.float32, "device": "cpu"}
-    weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], **kind)
-    bias = None if module.bias is None else torch.tensor([0.6, -1.1], **kind)
+    float32: Any = {"dtype": torch.float32, "device": "cpu"}
+    weight = torch.tensor([[0.7, -1.3, 0.1], [-0.4, 0.9, 2.3]], **float32)
+    bias = None if module.bias is None else torch.tensor([0.6, -1.1], **float32)
     x = torch.tensor(
-        [[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], **kind
+        [[[1.7, -0.3, 50.1], [0.2, 0.9, -1.4]], [[-0.6, 2.2, 0.0], [31.3, -7.7, 0.8]]], **float32
     )
-    tried: nn.Linear = object.__new__(type(module))
-    vars(tried).update(vars(module), in_features=3, out_features=2)
+
+    # Neither the constructor nor hooks run.
+    copied: nn.Linear = object.__new__(type(module))
+    vars(copied).update(vars(module), in_features=3, out_features=2)
+    replaced = {id(module.weight): weight, id(module.bias): bias}
     try:
-        for name, value in vars(
-            module
-        ).items():  # copy what a forward could write into; hooks do not run
-            if name not in _OF_LINEAR and isinstance(
-                value, Tensor | nn.Module | dict | list | set | deque
-            ):
-                vars(tried)[name] = copy.deepcopy(
-                    value, {id(module.weight): weight, id(module.bias): bias}
-                )
+        for name, value in vars(module).items():
+            if name not in _OF_LINEAR and isinstance(value, _MUTABLE):
+                vars(copied)[name] = copy.deepcopy(value, dict(replaced))
         with torch.autocast("cpu", enabled=False):
-            output = type(module).forward(tried, x)
+            output = type(module).forward(copied, x)
             expected = F.linear(x, weight, bias)
             return output.shape == expected.shape and torch.allclose(output, expected, rtol=1e-5)
     except Exception:  # it needs more than a weight and a bias
@@ -349,23 +373,21 @@ _COMPILED = "_orig_mod"  # where `torch.compile` keeps the module that it wraps
 
 def uncompiled_name(name: str) -> str:
     """Return the name that a module or parameter would have without `torch.compile`."""
-    return ".".join(part for part in name.split(".") if part != _COMPILED)
+    return ".".join(word for word in name.split(".") if word != _COMPILED)
 
 
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return all modules by name, without the wrappers of `torch.compile` and their parts of the names."""
     return {
-        uncompiled_name(name): m for name, m in model.named_modules() if _COMPILED not in m._modules
+        uncompiled_name(name): module
+        for name, module in model.named_modules()
+        if _COMPILED not in module._modules
     }
 
 
 def adapted_module(model: nn.Module) -> str | None:
     """Return the name of the first module that PEFT has given an adapter, or None if there is none."""
-    return next(
-        (
-            name
-            for name, m in named_modules(model).items()
-            if getattr(type(m), "adapter_layer_names", ())
-        ),
-        None,
-    )
+    for name, module in named_modules(model).items():
+        if getattr(type(module), "adapter_layer_names", ()):
+            return name
+    return None

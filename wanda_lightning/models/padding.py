@@ -34,9 +34,10 @@ class TokenMask:
 
 def fitting_mask(masks: Sequence[TokenMask], name: str, x: Tensor) -> TokenMask | None:
     """Return the mask that fits a tensor; of several, the mask of the smallest module that contains `name`."""
-    return next(
-        (mask for mask in sorted(masks, key=lambda mask: mask.rank(name)) if mask.fits(x)), None
-    )
+    for mask in sorted(masks, key=lambda mask: mask.rank(name)):
+        if mask.fits(x):
+            return mask
+    return None
 
 
 def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
@@ -45,54 +46,51 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
     An attention mask is (samples, tokens). The result for any other mask, such as one with a row for each query, fits
     no input, so that the report notes for each layer that padding counts. A batch without padding has no masks.
     """
-    if not isinstance(batch, Mapping) or (attention := batch.get("attention_mask")) is None:
+    if not isinstance(batch, Mapping) or batch.get("attention_mask") is None:
         return ()
+    attention = batch["attention_mask"]
     keep = torch.zeros(0, 0, dtype=torch.bool)  # fits nothing
     if isinstance(attention, Tensor) and attention.ndim == 2:
         _check_shape(attention, batch)
         keep = attention.bool()
+
     masks = [TokenMask("", keep)]
-    if found := _encoder_and_decoder(model):
-        encoder, whole = found
-        masks = [TokenMask(encoder, mask.keep) for mask in masks] + _decoder_masks(whole, batch)
-    usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
-    return usable if any(not (mask.keep.numel() and mask.keep.all()) for mask in usable) else ()
-
-
-def _encoder_and_decoder(model: nn.Module) -> tuple[str, str] | None:
-    """Return the names of the encoder and of the module around it and the decoder; None for any other model."""
     for name, module in named_modules(model).items():
-        if getattr(getattr(module, "config", None), "is_encoder_decoder", False) and hasattr(
-            module, "get_encoder"
-        ):
+        config = getattr(module, "config", None)
+        if getattr(config, "is_encoder_decoder", False) and hasattr(module, "get_encoder"):
             encoder = module.get_encoder()  # type: ignore[operator]
-            return uncompiled_name(
-                next(inner for inner, other in model.named_modules() if other is encoder)
-            ), name
-    return None
+            masks = [TokenMask(_name_of(encoder, model), keep), *_decoder_masks(name, batch)]
+            break
+
+    usable = tuple(mask for mask in masks if mask.keep.ndim == 2)
+    shows_padding = any(not (mask.keep.numel() and mask.keep.all()) for mask in usable)
+    return usable if shows_padding else ()
+
+
+def _name_of(module: nn.Module, model: nn.Module) -> str:
+    names = (name for name, other in model.named_modules() if other is module)
+    return uncompiled_name(next(names))
 
 
 def _check_shape(attention: Tensor, batch: Mapping[str, Any]) -> None:
     """Refuse a mask (samples, tokens) with another shape than the tokens, unless a cache adds keys before them."""
-    tokens = next(
-        (
-            batch[key]
-            for key in ("input_ids", "inputs_embeds")
-            if isinstance(batch.get(key), Tensor)
-        ),
-        None,
-    )
-    # Transformers 5.24 renames the second to the first.
-    cached = "cache" in batch or "past_key_values" in batch
-    if tokens is not None and not cached and attention.shape != tokens.shape[:2]:
-        raise UserError(
-            f"attention_mask must have the shape of the tokens, {tuple(tokens.shape[:2])}, but its shape is "
-            f"{tuple(attention.shape)}. Give one entry for each token of each sample."
-        )
+    # Transformers 5.24 renames `past_key_values` to `cache`.
+    if "cache" in batch or "past_key_values" in batch:
+        return
+    for key in ("input_ids", "inputs_embeds"):
+        tokens = batch.get(key)
+        if not isinstance(tokens, Tensor):
+            continue
+        if attention.shape != tokens.shape[:2]:
+            raise UserError(
+                f"attention_mask must have the shape of the tokens, {tuple(tokens.shape[:2])}, but its shape is "
+                f"{tuple(attention.shape)}. Give one entry for each token of each sample."
+            )
+        return
 
 
 def _decoder_masks(name: str, batch: Mapping[str, Any]) -> list[TokenMask]:
-    """Return the padding of a decoder's tokens, read from the first of its inputs that shows it."""
+    """Return the padding of a decoder's tokens, read from the first of its inputs that shows it; none if none does."""
     real_tokens: dict[str, Callable[[Tensor], Tensor]] = {
         "decoder_attention_mask": Tensor.bool,
         "decoder_input_ids": lambda ids: torch.ones_like(ids, dtype=torch.bool),

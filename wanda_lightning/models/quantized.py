@@ -8,26 +8,28 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+# Packages whose classes hold quantized weights.
 _QUANTIZERS = {
-    *(
-        "aqlm",
-        "auto_gptq",
-        "awq",
-        "bitsandbytes",
-        "compressed_tensors",
-        "eetq",
-        "gptqmodel",
-        "hqq",
-        "optimum",
-    ),
-    *("quanto", "torchao", "vptq"),
+    "aqlm",
+    "auto_gptq",
+    "awq",
+    "bitsandbytes",
+    "compressed_tensors",
+    "eetq",
+    "gptqmodel",
+    "hqq",
+    "optimum",
+    "quanto",
+    "torchao",
+    "vptq",
 }
+# Packages whose weights `read_weight` can dequantize.
 _READABLE = ("torchao", "bitsandbytes")
 
 
 def is_wrapper(parameter: Tensor) -> bool:
     """Whether a parameter is a tensor subclass without numbers of its own, such as one that wraps quantized codes."""
-    # Isinstance would ask the tensor.
+    # Not `isinstance`: a tensor subclass may answer with the class of the tensor that it wraps.
     return not issubclass(type(parameter), nn.Parameter | DTensor)
 
 
@@ -43,33 +45,35 @@ def is_packed_weight(name: str, buffer: Tensor) -> bool:
 
 def quantizer(module: nn.Module, parameter: Tensor | None = None) -> str | None:
     """Return the quantization library that defines the class of a module or of its parameter, if one does."""
-    packages = [kind.__module__.partition(".")[0] for kind in (type(parameter), type(module))]
-    return next((package for package in packages if package in _QUANTIZERS), None)
+    for defined in (type(parameter), type(module)):
+        package = defined.__module__.partition(".")[0]
+        if package in _QUANTIZERS:
+            return package
+    return None
 
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module's own parameters or buffers hold quantized weights, or a quantization library defines it."""
-    return (
-        quantizer(module) is not None
-        or any(is_packed(p) or quantizer(module, p) for p in module.parameters(recurse=False))
-        or any(
-            is_packed_weight(name, buffer) for name, buffer in module.named_buffers(recurse=False)
-        )
-    )
+    if quantizer(module) is not None:
+        return True
+
+    for parameter in module.parameters(recurse=False):
+        if is_packed(parameter) or quantizer(module, parameter):
+            return True
+    buffers = module.named_buffers(recurse=False)
+    return any(is_packed_weight(name, buffer) for name, buffer in buffers)
 
 
 def can_be_read(module: nn.Module) -> bool:
     """Whether `read_weight` can return the weight of a module."""
-    return (
-        not is_quantized(module) or quantizer(module, getattr(module, "weight", None)) in _READABLE
-    )
+    library = quantizer(module, getattr(module, "weight", None))
+    return library in _READABLE or not is_quantized(module)
 
 
 @torch.no_grad()
 def read_weight(module: Any) -> Tensor:
     """Return the weight of a module that can be read, in floating point; a quantized one is dequantized to a copy."""
     weight: Any = module.weight
-    # int8 layers have their scales there.
     match quantizer(module, weight):
         case "torchao":
             return weight.dequantize()
@@ -77,7 +81,8 @@ def read_weight(module: Any) -> Tensor:
             from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
             module.state_dict()  # restores the order of 4-bit codes, which some CPUs change in evaluation mode
-            return dequantize_bnb_weight(weight, getattr(module, "state", None))
+            scales = getattr(module, "state", None)  # 8-bit layers keep them beside the weight
+            return dequantize_bnb_weight(weight, scales)
     return weight.detach()
 
 

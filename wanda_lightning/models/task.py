@@ -33,14 +33,17 @@ def find_predictions(output: object) -> Tensor | None:
     torch's `cross_entropy`. The result is None if there are no predictions.
     """
     if isinstance(output, Mapping):
-        found = output.get("logits", output.get("out"))
+        logits = output.get("logits", output.get("out"))
     else:
-        found = getattr(output, "logits", output)
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim < 2:
+        logits = getattr(output, "logits", output)
+    if isinstance(logits, tuple | list) and logits:
+        logits = logits[0]
+
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2:
         return None
-    return found.movedim(1, -1) if found.ndim > 3 else found
+    if logits.ndim > 3:
+        return logits.movedim(1, -1)
+    return logits
 
 
 def has_classes(output: object) -> bool:
@@ -49,41 +52,48 @@ def has_classes(output: object) -> bool:
     Other tensors, such as images, may hold numbers.
     """
     predictions = find_predictions(output)
-    is_named = isinstance(output, Mapping) or hasattr(output, "logits")
-    return (
-        predictions is not None
-        and predictions.shape[-1] > 1
-        and (is_named or predictions.ndim == 2)
-    )
+    if predictions is None or predictions.shape[-1] < 2:
+        return False
+    return isinstance(output, Mapping) or hasattr(output, "logits") or predictions.ndim == 2
 
 
 def causal_config(model: nn.Module) -> Any | None:
-    """Return the config of a causal language model of transformers without an encoder, which a model is or contains."""
+    """Return the config of the causal language model of transformers that a model is or contains.
+
+    The result is None if there is none, or if it has an encoder.
+    """
     for module in model.modules():
         can_generate = getattr(module, "can_generate", None)
         if callable(can_generate) and can_generate():
-            return None if getattr(module.config, "is_encoder_decoder", False) else module.config
+            has_encoder = getattr(module.config, "is_encoder_decoder", False)
+            return None if has_encoder else module.config
     return None
 
 
 def own_head(module: nn.Module) -> nn.Module | None:
     """Return the output head of a language model of transformers; None for any other module."""
-    find: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
+    find_head: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
+    if find_head is None:
+        return None
     try:
-        head = find() if find is not None else None
+        head = find_head()
     except NotImplementedError:
         return None
     return head if isinstance(head, nn.Module) else None
 
 
 def check_tokens(model: Any, input_ids: object) -> None:
-    """Raise a ValueError for token ids without an embedding in the model: on a CUDA device they end the process."""
+    """Raise a ValueError for token ids without an embedding in the model.
+
+    On a CUDA device, such an id would end the process.
+    """
     try:
         embeddings = int(model.get_input_embeddings().num_embeddings)
     except (AttributeError, NotImplementedError):
         return
     if not isinstance(input_ids, Tensor) or not input_ids.numel():
         return
+
     low, high = (int(bound) for bound in input_ids.aminmax())
     if low < 0 or high >= embeddings:
         raise UserError(

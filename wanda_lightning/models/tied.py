@@ -18,24 +18,31 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     return chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
 
 
+def repeated_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield each further name of a parameter that has several names, with its first name."""
+    first_names: dict[int, str] = {}  # by the id of the parameter
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        first = first_names.setdefault(id(parameter), name)
+        if first != name:
+            yield name, first
+
+
 def tied_tensors(model: nn.Module) -> set[tuple[nn.Module, str]]:
     """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
-    found = [
-        (module, name, _memory(tensor))
+    memory = {
+        (module, name): _memory_id(tensor)
         for module in model.modules()
         for name, tensor in own_tensors(module)
-    ]
-    counts = Counter(memory for _, _, memory in found)
-    return {(module, name) for module, name, memory in found if counts[memory] > 1}
+    }
+    uses = Counter(memory.values())
+    return {place for place, identifier in memory.items() if uses[identifier] > 1}
 
 
-def _memory(tensor: Tensor) -> int:
-    """Return what identifies the memory of a tensor; the tensor itself if it has none, as on the meta device."""
+def _memory_id(tensor: Tensor) -> int:
+    """Return a number that tensors with the same memory share."""
     shard = local(tensor)
-    has_memory = (
-        not is_unloaded(shard)
-        and shard.device.type != "meta"
-        and shard.numel()
-        and not is_wrapper(tensor)
-    )
-    return shard.untyped_storage().data_ptr() if has_memory else id(tensor)
+
+    # Such tensors have no memory of their own, or report an address that others report, too.
+    if is_unloaded(shard) or shard.device.type == "meta" or not shard.numel() or is_wrapper(tensor):
+        return id(tensor)
+    return shard.untyped_storage().data_ptr()

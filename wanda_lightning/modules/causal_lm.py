@@ -35,7 +35,7 @@ from wanda_lightning.parallel import (
     is_sharded,
     shard_processes,
 )
-from wanda_lightning.units.configuration import write_modeling_file
+from wanda_lightning.units.modeling_file import write_modeling_file
 from wanda_lightning.units.shrink import Shrunk, shrunk
 
 

@@ -30,7 +30,7 @@ from wanda_lightning.common.model_source import (
     timm_name,
 )
 from wanda_lightning.common.wording import did_you_mean, quantity
-from wanda_lightning.units.configuration import register_shrunk_model
+from wanda_lightning.units.shrunk_model import register_shrunk_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_NAMES = ("auto", *DTYPES)

@@ -21,10 +21,11 @@ from wanda_lightning.models import (
     SkipReason,
     Stop,
     find_layers,
+    group_by_stop,
     reads_images,
     tied_tensors,
 )
-from wanda_lightning.models.layers import named_modules, refuse_no_values
+from wanda_lightning.models.layers import refuse_no_values
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 
 
@@ -56,20 +57,13 @@ class Plan:
     @cached_property
     def blocks_and_layers(self) -> tuple[Stop, ...]:
         """One stop for each block that holds layers, and for each layer outside of all blocks."""
-        modules = named_modules(self.model)
-        layers_in: dict[str, list[Layer]] = {}
-        for layer in self.layers:
-            layers_in.setdefault(self.inventory.blocks[layer.name], []).append(layer)
-        return tuple(
-            Stop(name, modules.get(name, self.model), tuple(layers))
-            for name, layers in layers_in.items()
-        )
+        return group_by_stop(self.layers, self.inventory.blocks, self.model)
 
     @cached_property
     def block_stops(self) -> tuple[Stop, ...]:
         """One stop for each block that holds layers; none contains another."""
-        no_blocks = {self.model, *(layer.module for layer in self.layers)}
-        return tuple(stop for stop in self.blocks_and_layers if stop.module not in no_blocks)
+        stops = self.blocks_and_layers
+        return tuple(stop for stop in stops if stop.is_block and stop.module is not self.model)
 
     @cached_property
     def blocks(self) -> tuple[nn.Module, ...]:

@@ -36,7 +36,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.wording import one_line, quantity
 from wanda_lightning.core.placeholders import placeholder
-from wanda_lightning.models import find_layers
+from wanda_lightning.models import find_layers, repeated_parameters
 from wanda_lightning.modules.loading import (
     DTYPE_NAMES,
     check_complete,
@@ -48,41 +48,31 @@ from wanda_lightning.modules.loading import (
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
 RESIDENT = ""
-"""The part of a model that lies outside of all blocks."""
-# num_nextn_predict_layers, num_mtp_layers, num_mtp_modules, mtp_num_hidden_layers: of multi-token prediction
+"""The part of a model that lies outside of all blocks, and is always in memory. The other parts are the blocks."""
+# Settings for multi-token prediction: num_nextn_predict_layers, num_mtp_layers, num_mtp_modules, mtp_num_hidden_layers.
 _PREDICTIONS = re.compile(r"\w*(nextn|mtp)\w*_(layers|modules)")
 
 
 class Checkpoint:
     """A language model in safetensors whose blocks are loaded one at a time.
 
-    The model is complete except for the weights of its blocks, which are placeholders until they are loaded. Weights
-    that are missing, damaged, quantized, or shared by two parts are refused before any block is loaded.
+    The model is complete except for the weights of its blocks, which are placeholders until they are loaded. Damaged
+    files, quantized weights, weights that two parts share, and blocks without weights are refused before any block is
+    loaded. A single weight of a block that is missing or not finite is refused when the block is loaded.
     """
 
     def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:
         check_values(DTYPE_NAMES, dtype=str(dtype).removeprefix("torch."))
-        name = self._name = str(source)
+        self._name = str(source)
         self.device = available_device(device)
         self.blocks: tuple[str, ...] = ()
-        self.not_loaded: dict[
-            Path, list[str]
-        ] = {}  # names of tensors that transformers leaves in a file
-        self._keys: dict[str, dict[Path, list[str]]] = {}
-        self._conversions: dict[str, Any] = {}
-        if name.startswith("timm:") or name.endswith(".gguf"):
-            raise UserError(
-                f"The model {name!r} cannot be read block by block: only Hugging Face models in safetensors can. "
-                "Prune it in memory."
-            )
-        config = load_config(source)
-        if source.path.is_dir():
-            require_safetensors(source.path)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError(
-                f"The model {name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that model."
-            )
+        # Names of tensors that transformers leaves in a file.
+        self.not_loaded: dict[Path, list[str]] = {}
+        self._keys: dict[str, dict[Path, list[str]]] = {}  # by part
+        self._conversions: dict[str, Any] = {}  # by part
+        config = self._read_config(source)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
         original = PreTrainedModel._load_pretrained_model
         with reading("weights", source), _quiet():
             try:
@@ -92,21 +82,46 @@ class Checkpoint:
                 )
             finally:
                 PreTrainedModel._load_pretrained_model = original
+
+        # Transformers computes some buffers on the CPU instead of loading them.
         for module in self.model.modules():
-            for buffer_name, buffer in module.named_buffers(recurse=False):
-                # Transformers computes it on the CPU instead of loading it.
+            for name, buffer in module.named_buffers(recurse=False):
                 if buffer.device != self.device:
-                    setattr(module, buffer_name, buffer.to(self.device))
-        names = (name for name, _ in self.model.named_parameters())
-        # now, not when batches arrive there.
-        missing = {name for name in names if self.part_of(name) not in self._keys}
-        missing |= {*loaded["missing_keys"]}
+                    setattr(module, name, buffer.to(self.device))
+        self._check(loaded)
+
+    def _read_config(self, source: ModelSource) -> Any:
+        """Return the configuration of a model, and refuse models that cannot be read block by block."""
+        if self._name.startswith("timm:") or self._name.endswith(".gguf"):
+            raise UserError(
+                f"The model {self._name!r} cannot be read block by block: only Hugging Face models in safetensors "
+                "can. Prune it in memory."
+            )
+        config = load_config(source)
+        if source.path.is_dir():
+            require_safetensors(source.path)
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(
+                f"The model {self._name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that "
+                "model."
+            )
+        return config
+
+    def _check(self, loaded: Mapping[str, Any]) -> None:
+        """Refuse a model with weights that are missing, damaged, or shared by two parts."""
+        # Weights of blocks, too: otherwise the error would come when batches arrive there.
+        missing = {
+            name
+            for name, _ in self.model.named_parameters()
+            if self.part_of(name) not in self._keys
+        }
+        missing.update(loaded["missing_keys"])
         check_complete(self._name, missing, loaded["mismatched_keys"])
         warn_of_unused(self._name, loaded["unexpected_keys"])
-        check_stored_as_float(name, self.files, self.model)
-        owners: dict[int, str] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            if owners.setdefault(id(parameter), part := self.part_of(name)) != part:
+        check_stored_as_float(self._name, self.files, self.model)
+
+        for name, first_name in repeated_parameters(self.model):
+            if self.part_of(name) != self.part_of(first_name):
                 raise UserError(
                     f"The model {self._name!r} cannot be read block by block, because {name} is shared by two parts of "
                     "the model. Prune it in memory."
@@ -121,18 +136,21 @@ class Checkpoint:
         expected_keys: object = None,
     ) -> tuple[Any, None]:
         """Replacement of `PreTrainedModel._load_pretrained_model`: load only the weights outside of the blocks."""
-        self.model, self._load_config = model, replace(load_config, device_map={"": self.device})
+        self.model = model
+        self._load_config = replace(load_config, device_map={"": self.device})
         self.files = {Path(file): _stamp(file) for file in files}
-        self.blocks = _block_names(model)
+        self.blocks = tuple(stop.name for stop in find_layers(model).stops if stop.is_block)
         unexpected = self._sort_keys()
         loaded = self.load(RESIDENT)
         # Transformers removes those that a family is known to have.
         loaded.unexpected_keys.update(unexpected)
+
         for block in self.blocks:
             self.unload(block)
         for name, tensor in model.state_dict(keep_vars=True).items():
             if self.part_of(name) != RESIDENT:
-                tensor._is_hf_initialized = True  # or transformers would allocate and initialize it
+                # Otherwise transformers would allocate and initialize it.
+                tensor._is_hf_initialized = True
                 loaded.missing_keys.discard(name)
         return loaded, None
 
@@ -143,17 +161,21 @@ class Checkpoint:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         expected = self.model.state_dict()
         unexpected = set[str]()
+
         for path in self.files:
             with safe_open(path, framework="pt") as file:
-                stored = list(file.keys())
-            for key in stored:
+                keys = list(file.keys())
+            for key in keys:
                 name, _ = rename_source_key(
                     key, renamings, converters, self.model.base_model_prefix, expected
                 )
+                # A renaming may also match a tensor that has its new name already.
                 if name not in expected and key in expected:
                     name = key
+
                 if name in expected:
-                    self._keys.setdefault(self.part_of(name), {}).setdefault(path, []).append(key)
+                    keys_by_file = self._keys.setdefault(self.part_of(name), {})
+                    keys_by_file.setdefault(path, []).append(key)
                 else:
                     self.not_loaded.setdefault(path, []).append(key)
                     unexpected.add(name)
@@ -161,9 +183,10 @@ class Checkpoint:
 
     def part_of(self, name: str) -> str:
         """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
-        return next(
-            (block for block in self.blocks if f"{name}.".startswith(f"{block}.")), RESIDENT
-        )
+        for block in self.blocks:
+            if f"{name}.".startswith(f"{block}."):
+                return block
+        return RESIDENT
 
     def parameters(self, part: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a part by name."""
@@ -173,34 +196,37 @@ class Checkpoint:
             if self.part_of(name) == part
         }
 
-    def load(self, part: str, stored: Keys | None = None) -> Any:
+    def load(self, part: str, source: Keys | None = None) -> Any:
         """Load a block or `RESIDENT` from the checkpoint, or from other files in the same format."""
-        if stored is None:
-            stored = self._keys.get(part, {})
-            self._refuse_changed(stored)
-        slices = {key: _Stored(path, key) for path, keys in stored.items() for key in keys}
+        if source is None:
+            source = self._keys.get(part, {})
+            self._refuse_changed(source)
+        slices = {key: _TensorInFile(path, key) for path, keys in source.items() for key in keys}
         with _quiet():
             # None: nothing is offloaded; before transformers 5.10, no plan of tensor parallelism.
             loaded, _ = convert_and_load_state_dict_in_model(
                 self.model, slices, self._load_config, None
             )
-        self._conversions[part] = self.model._weight_conversions
+        self._conversions[part] = self.model._weight_conversions  # `as_stored` reverts them
         weights_moved()
+
+        # `_check` looks at the weights outside of the blocks, which transformers may still tie or initialize.
         if part != RESIDENT:
             missing = [name for name in loaded.missing_keys if self.part_of(name) == part]
             check_complete(self._name, missing, loaded.mismatched_keys)
-        own = self.parameters(part)
-        for weight in own.values():
-            weight.requires_grad_(False)  # a weight that is freed has no place for its gradient
-        check_finite(own.items(), self._name)
+        parameters = self.parameters(part)
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)  # a weight that is freed has no place for its gradient
+        check_finite(parameters.items(), self._name)
         return loaded
 
     def _refuse_changed(self, paths: Iterable[Path]) -> None:
-        if changed := [path for path in paths if _stamp(path) != self.files[path]]:
-            raise OSError(
-                f"{changed[0]} must not change while the model is pruned, but it was written or removed meanwhile. "
-                "Start again with the model that you want."
-            )
+        for path in paths:
+            if _stamp(path) != self.files[path]:
+                raise OSError(
+                    f"{path} must not change while the model is pruned, but it was written or removed meanwhile. "
+                    "Start again with the model that you want."
+                )
 
     def read_not_loaded(self, path: Path) -> dict[str, Tensor]:
         """Return the tensors of a file that transformers does not load, as they are stored."""
@@ -222,20 +248,20 @@ class Checkpoint:
         """
         if not self.not_loaded:
             return ""
-        changed = dict[str, None]()
+        changed: dict[str, None] = {}  # names of settings, each once
         for config in (self.model.config, self.model.config.get_text_config()):
-            for name, value in [*vars(config).items()]:
+            for name, value in list(vars(config).items()):
                 if _PREDICTIONS.fullmatch(name) and type(value) is int and value > 0:
                     setattr(config, name, 0)
-                    changed[f"{name} is now 0"] = None
-        return self.note_on_not_loaded(
-            "; ".join(["left out, since they may not fit the smaller model", *changed])
-        )
+                    changed[name] = None
+        fate = "left out, since they may not fit the smaller model"
+        fate += "".join(f"; {name} is now 0" for name in changed)
+        return self.note_on_not_loaded(fate)
 
     def unload(self, part: str) -> None:
         """Free the weights of a block."""
         block = self.model.get_submodule(part)
-        saved = block.state_dict(keep_vars=True).keys()
+        in_checkpoint = block.state_dict(keep_vars=True).keys()
         for path, module in block.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -244,13 +270,14 @@ class Checkpoint:
                 )
                 module.register_parameter(name, empty)
             for name, buffer in list(module.named_buffers(recurse=False)):
-                if prefix + name in saved:
+                if prefix + name in in_checkpoint:
                     module.register_buffer(name, placeholder(buffer, self.device))
         self._conversions.pop(part, None)
         weights_moved()
 
-    def stored(self, part: str) -> dict[str, Tensor]:
+    def as_stored(self, part: str) -> dict[str, Tensor]:
         """Return a loaded part on the CPU, under the names and in the layout of the checkpoint."""
+        # The steps of `save_pretrained`, for some of the tensors.
         model: Any = self.model
         tensors = {
             name: tensor
@@ -273,21 +300,21 @@ class Checkpoint:
 class BlockLoader:
     """Keeps the blocks in memory that are in use.
 
-    `stored` returns the files of a block that was written, or None to load it from the checkpoint and to call `prepare`
-    with it. Loading raises an OSError if a block cannot be read.
+    `written` returns the files of a block that was written, or None to load it from the checkpoint and to call
+    `prepare` with it. Loading raises an OSError if a block cannot be read.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        stored: Callable[[str], Keys | None] = lambda block: None,
+        written: Callable[[str], Keys | None] = lambda block: None,
         prepare: Callable[[str], None] = lambda block: None,
     ) -> None:
         self._checkpoint = checkpoint
-        self._stored = stored
+        self._written = written
         self._prepare = prepare
         self.loaded: list[str] = []  # in the order in which they were called
-        self._latest = ""  # of the calls of `load_only`
+        self._latest = ""  # the block of the latest call of `load_only`
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -295,19 +322,22 @@ class BlockLoader:
         with ExitStack() as stack:
             stack.callback(self.reset)
             for block in self._checkpoint.blocks:
-                load = partial(lambda block, module, args: self.load(block), block)
-                hook = self._checkpoint.model.get_submodule(block).register_forward_pre_hook(load)
+                module = self._checkpoint.model.get_submodule(block)
+                hook = module.register_forward_pre_hook(partial(self._load_before_forward, block))
                 stack.callback(hook.remove)
             yield
+
+    def _load_before_forward(self, block: str, *_: object) -> None:
+        self.load(block)
 
     @torch.no_grad()
     def load(self, block: str) -> None:
         """Load a block unless it is in memory."""
         if block in self.loaded:
             return
-        stored = self._stored(block)
-        self._checkpoint.load(block, stored)
-        if stored is None:
+        written = self._written(block)
+        self._checkpoint.load(block, written)
+        if written is None:
             self._prepare(block)
         self.loaded.append(block)
 
@@ -315,8 +345,9 @@ class BlockLoader:
         """Load a block, and free all others."""
         if block == self._latest:  # batches may already have called the next block
             return
-        for other in [other for other in self.loaded if other != block]:
-            self.free(other)
+        for loaded in list(self.loaded):
+            if loaded != block:
+                self.free(loaded)
         self.load(block)
         self._latest = block
 
@@ -329,18 +360,9 @@ class BlockLoader:
 
     def reset(self) -> None:
         """Free all blocks, for another pass through the model."""
-        for block in [*self.loaded]:
+        for block in list(self.loaded):
             self.free(block)
         self._latest = ""
-
-
-def _block_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the blocks of a model, in order."""
-    inventory = find_layers(model)
-    modules = dict(model.named_modules())
-    own = {layer.module for layer in inventory.layers}
-    names = dict.fromkeys(inventory.blocks[layer.name] for layer in inventory.layers)
-    return tuple(name for name in names if modules[name] not in own)
 
 
 def available_device(device: str) -> torch.device:
@@ -355,7 +377,7 @@ def available_device(device: str) -> torch.device:
         ) from error
 
 
-class _Stored:
+class _TensorInFile:
     """A tensor of a file, copied when it is read.
 
     Each tensor opens the file anew: what has been read from an open file stays in memory as long as it is open.
@@ -373,10 +395,10 @@ class _Stored:
 def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Return the size and the time of the last change, in ns; zeros if the file does not exist."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except FileNotFoundError:
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager

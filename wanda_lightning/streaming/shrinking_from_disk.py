@@ -16,7 +16,8 @@ from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import Shards
-from wanda_lightning.units.configuration import fit_configuration, write_modeling_file
+from wanda_lightning.units.fit_configuration import fit_configuration
+from wanda_lightning.units.modeling_file import write_modeling_file
 from wanda_lightning.units.shrink import Shrunk, example_batch, shrink
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     result.parameters = size, size
 
     def save(part: str) -> None:
-        shards.save(part, checkpoint.stored(part))
+        shards.save(part, checkpoint.as_stored(part))
 
     def enter(name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
         if name in shards.written:  # a block that runs twice

@@ -192,7 +192,7 @@ class StreamedWeights(WeightStore):
             zero_units=of_part(run.done.zero_units),
             zeros=sum(int((weight == 0).count_nonzero()) for weight in weights),
         )
-        self._output.save(part, self._checkpoint.stored(part), record)
+        self._output.save(part, self._checkpoint.as_stored(part), record)
 
     def _restore_written(self, run: Run) -> None:
         """Copy what an earlier run did to the blocks that it has written into the run, and give these their shapes."""

@@ -32,7 +32,7 @@ from wanda_lightning.models.layers import named_modules, refuse_no_values
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.units.block_runs import BlockRuns
 from wanda_lightning.units.candidates import RemovableUnits, removable_units
-from wanda_lightning.units.configuration import fit_configuration
+from wanda_lightning.units.fit_configuration import fit_configuration
 
 
 @dataclass
@@ -201,9 +201,7 @@ class _EmptyUnits:
         self.changed: set[nn.Module] = set()
         self._model = model
         self._stops = find_layers(model).stops
-        self.blocks = [
-            stop for stop in self._stops if stop.module and stop.module is not stop.layers[0].module
-        ]
+        self.blocks = [stop for stop in self._stops if stop.is_block]
         self._undo = undo
         self._modules = named_modules(model)
         self._tied = tied_tensors(model)

@@ -9,7 +9,7 @@ from support.tiny import tiny
 from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning.units.configuration import fit_configuration
+from wanda_lightning.units.fit_configuration import fit_configuration
 
 
 def reshaped(model_class, config, new):
@@ -22,38 +22,37 @@ def reshaped(model_class, config, new):
     return model
 
 
-@pytest.mark.parametrize(
-    ("model_class", "old", "inside", "changes"),
-    [
-        # Attributes that are equal by chance stay: 4 heads as 4 experts, and 2 layers.
-        (hf.MixtralForCausalLM, ZOO["mixtral"].build().config, None, {"num_local_experts": 6}),
-        (hf.MixtralForCausalLM, ZOO["mixtral"].build().config, None, {"num_local_experts": 2}),
-        (
-            hf.MixtralForCausalLM,
-            ZOO["mixtral"].build().config,
-            None,
-            {"intermediate_size": 62, "vocab_size": 126},
-        ),
-        (
-            hf.Qwen3VLMoeForConditionalGeneration,
-            tiny(hf.Qwen3VLMoeConfig),
-            "text_config",
-            {"num_experts": 3},
-        ),
-    ],
-)
-def test_the_attributes_with_the_shapes_change_and_can_be_changed_back(
-    model_class, old, inside, changes
-):
-    new = copy.deepcopy(old)
-    for key, value in changes.items():
-        setattr(getattr(new, inside) if inside else new, key, value)
+def assert_fits(model_class, old, new):
+    """The attributes with the shapes change, and can be changed back."""
     model = reshaped(model_class, old, new)
     misfit, undo = fit_configuration(nn.ModuleList([model]))
     assert not misfit
     assert model.config.to_dict() == new.to_dict() != old.to_dict()
     undo()
     assert model.config is old
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # Attributes that are equal by chance stay: 4 heads as 4 experts, and 2 layers.
+        {"num_local_experts": 6},
+        {"num_local_experts": 2},
+        {"intermediate_size": 62, "vocab_size": 126},
+    ],
+)
+def test_the_attributes_with_the_shapes_change(changes):
+    old = ZOO["mixtral"].build().config
+    new = copy.deepcopy(old)
+    new.update(changes)
+    assert_fits(hf.MixtralForCausalLM, old, new)
+
+
+def test_an_attribute_of_a_configuration_inside_another_changes():
+    old = tiny(hf.Qwen3VLMoeConfig)
+    new = copy.deepcopy(old)
+    new.text_config.num_experts = 3
+    assert_fits(hf.Qwen3VLMoeForConditionalGeneration, old, new)
 
 
 def test_shapes_that_no_attribute_gives():

@@ -1,0 +1,180 @@
+"""Find the arguments with which timm builds a model from which hidden units were taken out, and save it for timm.
+
+If no arguments give the shapes of the model, they are the shapes themselves, and those of `shrunk_model`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.units.fit_settings import (
+    NUMBERS,
+    SHAPES,
+    Settings,
+    changed_sizes,
+    differences,
+    fit_settings,
+    wrong_shapes,
+)
+from wanda_lightning.units.modeling_file import FILE_NAME, reshape, source_of
+from wanda_lightning.units.shrunk_model import COPIED_FUNCTIONS, shrunk_model
+
+_BASE = "shrunk_from"  # the argument of `shrunk_model` that names a model of timm
+_TEMPLATE = '''\
+"""Register shrunk_model: any model of timm with hidden units taken out. Written by wanda-lightning.
+
+After `import modeling_shrunk`, timm.create_model("local-dir:FOLDER", pretrained=True) loads the folder of this file.
+"""
+
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+
+{functions}
+
+register_shrunk_model()
+'''
+
+
+def save_for_timm(
+    model: Any, arguments: Mapping[str, Any], labels: Mapping[str, Any], folder: Path
+) -> None:
+    """Write a folder that timm loads, with a file of its own if no arguments of timm give the model's shapes.
+
+    `arguments` are those of `timm.create_model` beside the name; `labels` go into the configuration.
+    """
+    from timm.models import save_for_hf
+
+    name, arguments = fit_arguments(model, arguments)
+    config = {"architecture": name, **labels}
+    save_for_hf(
+        model, str(folder), model_config=config, model_args=arguments, safe_serialization=True
+    )
+    if name == shrunk_model.__name__:
+        text = _TEMPLATE.format(functions=source_of(*COPIED_FUNCTIONS))
+        (folder / f"{FILE_NAME}.py").write_text(text, encoding="utf-8")
+
+
+def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the name and the arguments with which `timm.create_model` builds a model with the shapes of this one.
+
+    Each number among the arguments of the model's class, such as `mlp_ratio`, is scaled as the widths were. If none
+    give the shapes, the name is `shrunk_model`, and its arguments are the shapes. `arguments` are those of
+    `timm.create_model` beside the name. Raises a ValueError for a model with other modules.
+    """
+    known = {**getattr(model, "_model_args", {}), "num_classes": model.num_classes, **arguments}
+    # The model may have been loaded from a folder of a `shrunk_model`.
+    for key in (SHAPES, NUMBERS):
+        known.pop(key, None)
+    base = known.pop(_BASE, None)
+    name = base or model.pretrained_cfg["architecture"]
+    family = type(model)
+    try:
+        built, _ = _build(family, name, known)
+    except Exception:  # timm cannot build it without its shapes, either: nothing is known about it
+        if base:
+            raise
+        return name, dict(arguments)
+
+    def built_with(settings: Settings) -> nn.Module:
+        return _build(family, name, {**known, **dict(settings)})[0]
+
+    def options(settings: Settings, sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
+        _, all_arguments = _build(family, name, {**known, **dict(settings)})
+        return _scaled_arguments(all_arguments, sizes)
+
+    # If equal widths became different ones, no argument gives them.
+    sizes = changed_sizes(wrong_shapes(model, built))
+    is_even = len(sizes) == len({old for old, _ in sizes})
+    if base is None and is_even:
+        settings, wrong = fit_settings(model, built_with, options)
+        if not wrong:
+            return name, {**arguments, **dict(settings)}
+
+    # `built` becomes what `shrunk_model` would build, to see whether it is this model.
+    different = differences(model, built)
+    reshape(built, different[SHAPES], different[NUMBERS])
+    _refuse_other_modules(model, built, name)
+    return shrunk_model.__name__, {**arguments, _BASE: name, **different}
+
+
+def _refuse_other_modules(model: nn.Module, built: nn.Module, name: str) -> None:
+    lines = itertools.zip_longest(
+        str(model).splitlines(), str(built).splitlines(), fillvalue="nothing"
+    )
+    for line, built_line in lines:
+        if line != built_line:
+            raise UserError(
+                f"save_pretrained writes a folder that timm.create_model can build, but {name} of timm has "
+                f"`{built_line.strip()}` where this model has `{line.strip()}`. Keep the module in memory and export "
+                "it (torch.export, ONNX), which takes any model."
+            )
+
+
+def _scaled_arguments(
+    arguments: Mapping[str, Any], sizes: Iterable[tuple[int, int]]
+) -> Iterator[tuple[str, Any]]:
+    """Yield arguments of which one number, or all numbers in a list, are scaled as a size was."""
+    sizes = sorted(sizes)
+    # A width is often int(channels * ratio): half a unit more protects it against rounding.
+    ratios = [(new + extra) / old for extra in (0, 0.5) for old, new in sizes]
+    ratios = list(dict.fromkeys(ratios))
+    ratios += [1 / ratio for ratio in ratios]
+    for key, value in arguments.items():
+        for ratio in ratios:
+            scaled = _scaled(value, ratio)
+            if scaled is not None and scaled != value:
+                yield key, scaled
+
+
+def _scaled(value: Any, ratio: float) -> Any:
+    """Return a number, or the numbers in a list, times the ratio; None for anything else."""
+    if isinstance(value, list | tuple) and value:
+        scaled = [_scaled(entry, ratio) for entry in value]
+        return None if None in scaled else scaled
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+
+    number = value * ratio
+    if isinstance(value, int) and abs(number - round(number)) < 1e-6:
+        return round(number)
+    return number
+
+
+def _build(
+    family: Any, name: str, arguments: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a model on the meta device; return it, and all arguments that its class got, with defaults."""
+    import timm
+
+    settings: dict[str, Any] = {}
+    original = family.__init__
+
+    # timm adds arguments of its own to those of the caller, and only the class sees all.
+    def recording(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(original).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        settings.update(bound.arguments)
+        original(self, *args, **kwargs)
+
+    try:
+        family.__init__ = recording
+        with torch.device("meta"):
+            built = timm.create_model(name, **arguments)
+    finally:
+        family.__init__ = original
+    settings.pop("self", None)
+    settings |= settings.pop("kwargs", {})
+    return built, settings
