@@ -97,7 +97,8 @@ class Passed:
 class Visits(Iterator[Visit]):
     """The visits of all stops in turn. Closing it ends all samples and restores the modules."""
 
-    def __init__(self, visits: Callable[[Passed], Generator[Visit]]) -> None:
+    def __init__(self, stops: Sequence[Stop], visits: Callable[[Passed], Generator[Visit]]) -> None:
+        self.stops = stops
         self.passed = Passed()  # so far; complete after the last visit
         self._visits = visits(self.passed)
 
@@ -135,7 +136,7 @@ def lockstep(
         The visits. Nothing runs before the first one is asked for. An exception, like `close`, ends all samples and
         restores the modules.
     """
-    return Visits(partial(_visits, stops, samples, processes, to_end, model))
+    return Visits(stops, partial(_visits, stops, samples, processes, to_end, model))
 
 
 def _visits(

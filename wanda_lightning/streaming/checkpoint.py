@@ -36,7 +36,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.wording import one_line, quantity
 from wanda_lightning.core.placeholders import placeholder
-from wanda_lightning.models import find_layers, repeated_parameters
+from wanda_lightning.models import Stop, find_layers, repeated_parameters
 from wanda_lightning.modules.loading import (
     DTYPE_NAMES,
     check_complete,
@@ -315,6 +315,7 @@ class BlockLoader:
         self._prepare = prepare
         self.loaded: list[str] = []  # in the order in which they were called
         self._latest = ""  # the block of the latest call of `load_only`
+        self._visited: set[str] = set()
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -328,7 +329,17 @@ class BlockLoader:
             yield
 
     def _load_before_forward(self, block: str, *_: object) -> None:
-        self.load(block)
+        if block not in self._visited:
+            self.load(block)
+
+    @contextmanager
+    def visiting(self, stops: Iterable[Stop]) -> Iterator[None]:
+        """Leave the blocks at which calls wait to `load_only` in this block, so that one is in memory at a time."""
+        self._visited = {stop.name for stop in stops}
+        try:
+            yield
+        finally:
+            self._visited = set()
 
     @torch.no_grad()
     def load(self, block: str) -> None:
@@ -343,7 +354,8 @@ class BlockLoader:
 
     def load_only(self, block: str) -> None:
         """Load a block, and free all others."""
-        if block == self._latest:  # batches may already have called the next block
+        self._visited.discard(block)  # a model may call it again, after its visit
+        if block == self._latest:  # batches may already have called another block
             return
         for loaded in list(self.loaded):
             if loaded != block:

@@ -77,7 +77,7 @@ def perplexity_from_disk(
                 run_batch = partial(run, batch)
                 samples.append(Sample(run_batch, run_batch, batch_index=index))
             loader = BlockLoader(checkpoint)
-            with loader.loading():
+            with loader.loading(), loader.visiting(blocks):
                 for block, _ in lockstep(blocks, samples, to_end=True, model=checkpoint.model):
                     loader.load_only(block.name)
                     bar.show(block.name)

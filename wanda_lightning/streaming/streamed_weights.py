@@ -51,7 +51,7 @@ class StreamedWeights(WeightStore):
 
     def dense_visits(self, visits: Visits) -> Iterator[Visit]:
         """Load the block of each stop, and free all others."""
-        with self._dense():
+        with self._dense(), self.blocks.visiting(visits.stops):
             for visit in visits:
                 self._load_only(visit.stop.name)
                 yield visit
