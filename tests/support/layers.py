@@ -1,5 +1,7 @@
 """Random layers, their statistics, and solvers and allocations applied to them."""
 
+from typing import NamedTuple
+
 import torch
 
 from wanda_lightning.core.allocation import DenseLayer
@@ -66,15 +68,26 @@ def dense_layer(name, block, weight, tokens=None, pattern=Unstructured()):
     )
 
 
+class NamedLayer(NamedTuple):
+    """A layer with the tokens that enter it."""
+
+    name: str
+    block: str
+    weight: torch.Tensor
+    tokens: torch.Tensor
+
+
 def random_layers(seed=0, shapes=((6, 24), (24, 6)), blocks=4):
-    """Name, block, weight and tokens of each layer; the tails of weights and inputs differ from block to block."""
+    """Layers whose weights differ in their tails from block to block."""
     generator = torch.Generator().manual_seed(seed)
+    layers = []
     for block in range(blocks):
         for index, shape in enumerate(shapes):
             weight = torch.randn(shape, generator=generator)
             tokens = torch.randn(5 + index, shape[1], generator=generator)
             weight = weight * weight.abs() ** (block + 0.3 * index)
-            yield f"{block}.{index}", str(block), weight, tokens
+            layers.append(NamedLayer(f"{block}.{index}", str(block), weight, tokens))
+    return layers
 
 
 def allocate(allocation, layers, sparsity, pattern=Unstructured()):
@@ -82,5 +95,5 @@ def allocate(allocation, layers, sparsity, pattern=Unstructured()):
 
 
 def mean_of(sparsities, layers):
-    size = sum(weight.numel() for _, _, weight, _ in layers)
-    return sum(sparsities[name] * weight.numel() for name, _, weight, _ in layers) / size
+    size = sum(layer.weight.numel() for layer in layers)
+    return sum(sparsities[layer.name] * layer.weight.numel() for layer in layers) / size
