@@ -4,6 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from support.layers import seeded
 
 from wanda_lightning import NM, Assignment, EqualShare, NoPermutation, Unstructured
 from wanda_lightning.core import permutation
@@ -11,7 +12,7 @@ from wanda_lightning.core.permutation import kept_score
 
 
 def random_scores(d_out, d_in):
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     column_scale = torch.rand(d_in, generator=generator)
     return torch.rand(d_out, d_in, generator=generator) * column_scale
 
