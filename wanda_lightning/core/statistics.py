@@ -158,7 +158,9 @@ class InputStatistics:
         self.count += count
         self._derived.clear()
         for name, value in sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            if name in self.sums:
+                value = self.sums[name] + value
+            self.sums[name] = value
 
     def norm(self) -> PerInput:
         """Return the L2 norm of each input over all tokens, `sqrt(sum of x²)`."""
@@ -195,8 +197,8 @@ class InputStatistics:
     def _center(self) -> InputStatistics:
         gram = torch.addr(self.sums["gram"], self.sums["sum"], self.mean(), alpha=-1)
 
-        # Little may be left of the energy of an input that hardly varies. Within rounding, the input is constant; if
-        # rounding could make the matrix indefinite, the diagonal rises by as much.
+        # Rounding errors may be left of an input that hardly varies. If nothing else is, it is constant; if they
+        # could make the matrix indefinite, as much is added to the diagonal.
         rounding = 64 * torch.finfo(gram.dtype).eps * self.sums["gram"].diagonal()
         is_constant = gram.diagonal() <= rounding / 16
         gram[is_constant] = 0

@@ -114,40 +114,40 @@ class Fisher(Allocation):
         self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured
     ) -> dict[str, float]:
         """Compare the units of all layers; `max_deviation` does not apply."""
-        scores = {
-            layer.name: layer.scores.cpu() / layer.cost
-            for layer in layers
-            if layer.scores is not None
-        }
-        scored = [layer for layer in layers if layer.name in scores]
         # Ranks have no ties, while many units may have the score 0.
-        ranks = torch.cat(list(scores.values())).argsort(stable=True).argsort()
-        widths = [layer.width for layer in scored]
+        scores = torch.cat([_unit_scores(layer) for layer in layers])
+        ranks = scores.argsort(stable=True).argsort()
+        ranks_by_layer = ranks.split([layer.width for layer in layers])
         ranks_of = {
-            layer.name: layer_ranks.sort().values
-            for layer, layer_ranks in zip(scored, ranks.split(widths), strict=True)
+            layer.name: own_ranks.sort().values
+            for layer, own_ranks in zip(layers, ranks_by_layer, strict=True)
         }
         most = max(_MOST_UNITS, (1 + sparsity) / 2)
 
         def removed(rank: int) -> dict[str, int]:
             """Return how many units of each layer become zero if those of lower ranks should."""
             numbers = {}
-            for layer in scored:
+            for layer in layers:
                 lower = int(torch.searchsorted(ranks_of[layer.name], rank))
                 fraction = min(lower / layer.width, most)
                 numbers[layer.name] = layer.width - pattern.kept(layer.width, fraction)
             return numbers
 
         # Costs are relative to their mean, so this is a number of units, except for errors in floating point.
-        total_cost = round(sum(layer.cost * layer.width for layer in scored), 6)
+        total_cost = round(sum(layer.cost * layer.width for layer in layers), 6)
         cost_to_remove = int(sparsity * total_cost)
 
         def reaches_target(rank: int) -> bool:
             numbers = removed(rank)
-            return sum(layer.cost * numbers[layer.name] for layer in scored) >= cost_to_remove
+            return sum(layer.cost * numbers[layer.name] for layer in layers) >= cost_to_remove
 
         numbers = removed(bisect_left(range(len(ranks)), True, key=reaches_target))
-        return {layer.name: numbers[layer.name] / layer.width for layer in scored}
+        return {layer.name: numbers[layer.name] / layer.width for layer in layers}
+
+
+def _unit_scores(layer: UnitLayer) -> Tensor:
+    assert layer.scores is not None, "Fisher reads gradients"
+    return layer.scores.cpu() / layer.cost
 
 
 def _distribution(layer: DenseLayer) -> Tensor:

@@ -88,12 +88,12 @@ class ADMM(Solver):
         lost = masked(dense, ~wanda_keep)
         wanda_error = (torch.mm(lost, gram) * lost).sum(dim=1)
 
-        # Compare the errors without the dampening, of which this is the share in each input's diagonal.
-        share = 1 - energy / scale.square()
-        admm_error = error.squeeze(1) - _dampening_error(fitted - dense, share)
-        wanda_error -= _dampening_error(lost, share)
+        # The errors are compared without the dampening, which is this fraction of each input's diagonal.
+        dampened = 1 - energy / scale.square()
+        admm_error = error.squeeze(1) - _dampening_error(fitted - dense, dampened)
+        wanda_error -= _dampening_error(lost, dampened)
 
-        # Where the inputs hardly correlate, Wanda's mask may be better.
+        # Wanda's mask may be better where the inputs hardly correlate.
         if selection.total_error(admm_error) > selection.total_error(wanda_error):
             keep = wanda_keep
             fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.refit_steps)
@@ -104,8 +104,8 @@ class ADMM(Solver):
     ) -> tuple[Weight, KeepMask]:
         """Return the last fit plus the dual variable, not masked, and the mask.
 
-        The dual variable is divided by rho, so it changes with rho. `total` is the masked copy where `keep` is True,
-        and the dual variable where it is False, for the rho of the iteration that computed it.
+        The dual variable is stored divided by the rho of the iteration that computed it. `total` is the masked copy
+        where `keep` is True, and the dual variable where it is False.
         """
         rho, last_rho = self.rho
         growth = (last_rho / rho) ** (1 / max(1, self.iterations - 1))
@@ -133,9 +133,6 @@ class ADMM(Solver):
         return total, keep
 
 
-def _dampening_error(difference: Weight, share: PerInput) -> Tensor:
-    """Return the part of each row's error that is due to the dampening; `difference` is overwritten.
-
-    `share` is the fraction of each input's diagonal that the dampening has added.
-    """
-    return difference.square_() @ share
+def _dampening_error(difference: Weight, dampened: PerInput) -> Tensor:
+    """Return the part of each row's error that is due to the dampening; `difference` is overwritten."""
+    return difference.square_() @ dampened
