@@ -17,101 +17,118 @@ from wanda_lightning.core.solvers import SparseGPT
 from wanda_lightning.core.statistics import InputStatistics
 
 GOLDEN = Path(__file__).parent / "golden"
-
-
-SIZES = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 256}
+CRITERIA = {"magnitude": Magnitude(), "wanda": Wanda()}
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+}
 
 
 def llama():
-    more = {
-        "intermediate_size": 176,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-    }
-    return LlamaForCausalLM(
-        LlamaConfig(**SIZES, **more, max_position_embeddings=64, tie_word_embeddings=False)
+    config = LlamaConfig(
+        **SIZES,
+        intermediate_size=176,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        tie_word_embeddings=False,
     )
+    return LlamaForCausalLM(config)
 
 
 def opt():
-    return OPTForCausalLM(
-        OPTConfig(**SIZES, ffn_dim=176, max_position_embeddings=64, word_embed_proj_dim=64)
-    )
+    return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=176, word_embed_proj_dim=64))
+
+
+def description(name):
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+def tensors(name):
+    return load_file(GOLDEN / f"{name}.safetensors")
 
 
 def load_dense(name):
-    if name in ("llama", "opt"):
-        model = {"llama": llama, "opt": opt}[name]()
+    if name == "llama":
+        model = llama()
+    elif name == "opt":
+        model = opt()
     else:
-        model = timm.create_model(**json.loads((GOLDEN / f"{name}.json").read_text())["spec"])
-    weights = load_file(GOLDEN / f"{name}_dense.safetensors")
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+        model = timm.create_model(**description(name)["spec"])
+    missing, unexpected = model.load_state_dict(tensors(f"{name}_dense"), strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     return model.eval()
 
 
-def runs(name, *methods):
-    entries = json.loads((GOLDEN / f"{name}.json").read_text())
-    for run in entries if isinstance(entries, list) else entries["runs"]:
-        if run["tag"].startswith(methods):
-            yield run
-
-
-def in_turns(names, *methods):
+def runs_in_turns(runs_of, *methods):
     """Every second run of each of two models; all others run at night."""
-    return [
-        pytest.param(
-            name,
-            run,
-            id=f"{name}-{run['tag']}",
-            marks=[pytest.mark.nightly] * (index % 2 != number),
-        )
-        for number, name in enumerate(names)
-        for index, run in enumerate(runs(name, *methods))
-    ]
+    sample = []
+    for number, (name, runs) in enumerate(runs_of.items()):
+        runs = [run for run in runs if run["tag"].startswith(methods)]
+        for index, run in enumerate(runs):
+            marks = () if index % 2 == number else pytest.mark.nightly
+            sample.append(pytest.param(name, run, id=f"{name}-{run['tag']}", marks=marks))
+    return sample
 
 
-def expected_keep(name, tag, weights):
-    packed = load_file(GOLDEN / f"{name}_pruned.safetensors")
-    keep = {}
-    for key, bits in packed.items():
-        if key.startswith(f"{tag}/keep/"):
-            shape = weights[key.split("/")[-1]].shape
-            flat = np.unpackbits(bits.numpy())[: shape.numel()].astype(bool)
-            keep[key.split("/")[-1]] = torch.from_numpy(flat).reshape(shape)
-    assert keep
-    return keep
+LLAMA = description("llama")
+OPT = description("opt")
+IMAGE_MODELS = {name: description(name)["runs"] for name in ("vit", "convnext")}
 
 
-@pytest.mark.parametrize(("name", "run"), in_turns(["opt", "llama"], "magnitude", "wanda"))
+def stored(name, run, kind):
+    """The masks (`"keep"`) or weights (`"weight"`) of a run, by the names of their parameters."""
+    prefix = f"{run['tag']}/{kind}/"
+    return {
+        key.removeprefix(prefix): value
+        for key, value in tensors(f"{name}_pruned").items()
+        if key.startswith(prefix)
+    }
+
+
+def masks(name, run, model):
+    """Yield the name of each pruned parameter, where it is not zero, and where the reference keeps it."""
+    packed = stored(name, run, "keep")
+    assert packed
+    for parameter, bits in packed.items():
+        ours = model.get_parameter(parameter) != 0
+        flat = np.unpackbits(bits.numpy(), count=ours.numel()).astype(bool)
+        yield parameter, ours, torch.from_numpy(flat).reshape(ours.shape)
+
+
+def prune_language_model(model, sparsity, **choices):
+    """Prune with the reference's samples; return the report, and the mean size of the logits for the first one."""
+    samples = tensors("calibration")["input_ids"][:8].split(1)
+    report = prune(model, samples, sparsity, progress=False, **choices)
+    with torch.no_grad():
+        logits = model(samples[0], use_cache=False).logits
+    return report, logits.abs().mean().item()
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), runs_in_turns({"opt": OPT, "llama": LLAMA}, "magnitude", "wanda")
+)
 def test_language_models(name, run):
     method, sparsity, kind, *variant = run["tag"].split("_")
-    model = load_dense(name)
-    ids = load_file(GOLDEN / "calibration.safetensors")["input_ids"]
     if kind != "unstructured":
         pattern = resolve_pattern(kind)
     elif variant:
         pattern = EqualShare()
     else:
         pattern = Unstructured("layer" if method == "magnitude" else "row")
-    criterion = {"magnitude": Magnitude(), "wanda": Wanda()}[method]
-
-    report = prune(
-        model,
-        [ids[i : i + 1] for i in range(8)],
-        float(sparsity),
-        criterion=criterion,
-        pattern=pattern,
+    model = load_dense(name)
+    report, size_of_logits = prune_language_model(
+        model, float(sparsity), criterion=CRITERIA[method], pattern=pattern
     )
 
-    check_masks(name, run, model, allow_one_more=method == "magnitude" and kind == "unstructured")
+    check_masks(name, run, model, allow_one_more=pattern == Unstructured("layer"))
     assert report.sparsity == pytest.approx(run["sparsity"], abs=2e-4)
     if method == "wanda":
-        with torch.no_grad():
-            logits = model(ids[:1], use_cache=False).logits
-        assert logits.abs().mean().item() == pytest.approx(run["logits_absmean"], rel=1e-5)
+        assert size_of_logits == pytest.approx(run["logits_absmean"], rel=1e-5)
 
 
 @dataclass(frozen=True)
@@ -137,76 +154,70 @@ class Fading(InputStatistics):
         super().merge(other)
 
 
-@pytest.mark.parametrize(("name", "run"), in_turns(["llama", "opt"], "sparsegpt", "ablate"))
+# What the names of the reference's methods mean for SparseGPT.
+ABLATIONS = {
+    "sparsegpt": {},
+    "ablate_mag_seq": {"criterion": Magnitude(), "solver": SparseGPT(mask="upfront")},
+    "ablate_wanda_seq": {"criterion": Wanda(), "solver": SparseGPT(mask="upfront")},
+    "ablate_mag_iter": {"criterion": Magnitude()},
+    "ablate_wanda_iter": {"criterion": Wanda()},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "run"), runs_in_turns({"llama": LLAMA, "opt": OPT}, "sparsegpt", "ablate")
+)
 def test_weight_updates(name, run, monkeypatch):
-    *method, sparsity, kind = run["tag"].split("_")
-    before = method[-1] == "seq"
-    # This one compares rows, with `<`.
-    one_more = kind == "unstructured" and method[1:] != [
-        "wanda",
-        "seq",
-    ]
-    pattern = OneMore("layer", float(sparsity)) if one_more else resolve_pattern(kind)
-    criterion = {"mag": Magnitude(), "wanda": Wanda()}.get(method[1]) if len(method) > 1 else None
+    method, sparsity, kind = run["tag"].rsplit("_", 2)
+    if kind == "unstructured" and method != "ablate_wanda_seq":
+        pattern = OneMore("layer", float(sparsity))
+    else:  # without blocks, Wanda compares rows, with `<`
+        pattern = resolve_pattern(kind)
     if "wanda" in method:
         monkeypatch.setattr("wanda_lightning.calibration.observer.InputStatistics", Fading)
     model = load_dense(name)
-    ids = load_file(GOLDEN / "calibration.safetensors")["input_ids"]
-    report = prune(
-        model,
-        [ids[i : i + 1] for i in range(8)],
-        float(sparsity),
-        criterion=criterion,
-        pattern=pattern,
-        solver=SparseGPT(mask="upfront" if before else "block"),
-        progress=False,
-    )
+    choices = {"solver": SparseGPT(), "pattern": pattern} | ABLATIONS[method]
+    report, size_of_logits = prune_language_model(model, float(sparsity), **choices)
 
     assert report.sparsity == pytest.approx(run["sparsity"], abs=2e-4)
-    weights = model.state_dict()
-    for parameter, keep in expected_keep(name, run["tag"], weights).items():
-        assert ((weights[parameter] != 0) != keep).float().mean() < 0.005, parameter
-    stored = load_file(GOLDEN / f"{name}_pruned.safetensors")
-    first_block = {
-        key.split("/")[-1]: value for key, value in stored.items() if f"{run['tag']}/weight/" in key
-    }
+    for parameter, ours, keep in masks(name, run, model):
+        assert (ours != keep).float().mean() < 0.005, parameter
+    first_block = stored(name, run, "weight")
     assert len(first_block) >= 6
     for parameter, expected in first_block.items():
-        assert (weights[parameter] - expected).norm() <= 1e-3 * expected.norm(), parameter
-    with torch.no_grad():
-        logits = model(ids[:1], use_cache=False).logits.abs().mean().item()
-    assert logits == pytest.approx(run["logits_absmean"], rel=1e-3)
+        difference = model.get_parameter(parameter) - expected
+        assert difference.norm() <= 1e-3 * expected.norm(), parameter
+    assert size_of_logits == pytest.approx(run["logits_absmean"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "run"), in_turns(["vit", "convnext"], "magnitude", "wanda"))
+@pytest.mark.parametrize(("name", "run"), runs_in_turns(IMAGE_MODELS, "magnitude", "wanda"))
 def test_image_classifiers(name, run):
     method, sparsity, group = run["tag"].split("_")
     model = load_dense(name)
-    images = load_file(GOLDEN / "images.safetensors")["images"]
+    images = tensors("images")["images"]
     report = prune(
         model,
-        list(images.split(4)),
+        images.split(4),
         float(sparsity),
-        criterion={"magnitude": Magnitude(), "wanda": Wanda()}[method],
+        criterion=CRITERIA[method],
         pattern=Unstructured(group),
         sequential="none",
-        skip=["*.downsample.*"] if name == "convnext" else [],  # the reference leaves these dense
+        # The reference leaves these dense.
+        skip=["*.downsample.*"] if name == "convnext" else [],
+        progress=False,
     )
 
     check_masks(name, run, model, allow_one_more=group == "layer")
     assert report.sparsity == pytest.approx(run["sparsity"], abs=3e-4)
     if group == "row":
         with torch.no_grad():
-            assert model(images).abs().mean().item() == pytest.approx(
-                run["logits_absmean"], rel=1e-5
-            )
+            size_of_logits = model(images).abs().mean().item()
+        assert size_of_logits == pytest.approx(run["logits_absmean"], rel=1e-5)
 
 
 def check_masks(name, run, model, allow_one_more):
     """The reference's layer-wise threshold prunes with `<=`: one more than the count."""
-    weights = model.state_dict()
-    for parameter, keep in expected_keep(name, run["tag"], weights).items():
-        ours = weights[parameter] != 0
+    for parameter, ours, keep in masks(name, run, model):
         if allow_one_more:
             assert (ours & ~keep).sum() <= 1, parameter
             assert not (~ours & keep).any(), parameter

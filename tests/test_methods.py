@@ -1,10 +1,9 @@
 """Methods and presets, as the callback and `prune` take them."""
 
-import itertools
-
 import pytest
 import torch
 from support.callbacks import Net, loader, trainer
+from support.pairwise import spread, with_nightly
 from support.zoo import ZOO
 
 from wanda_lightning import PruningCallback, PruningConfig, Unstructured, prune
@@ -14,83 +13,105 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
 ]
-EVERY_PATTERN = ["unstructured", "1:4", *PATTERNS]
-# Two patterns for each preset.
-SAMPLE = set(zip(itertools.cycle(PRESETS), EVERY_PATTERN, strict=False))
+OTHER_PATTERNS = [name for name in PATTERNS if name not in ("structured", "experts")]
+EVERY_PATTERN = ["unstructured", "1:4", *OTHER_PATTERNS]
 
 
-@pytest.mark.parametrize(
-    ("name", "pattern"),
-    [
-        pytest.param(*case, marks=() if case in SAMPLE else pytest.mark.nightly)
-        for case in itertools.product(PRESETS, EVERY_PATTERN)
-    ]
-    + [(name, "unstructured") for name in METHODS],
-)
-def test_every_method_prunes_and_every_preset_takes_every_pattern(name, pattern):
-    specimen = ZOO["mixtral" if pattern == "experts" else "plain_mlp"]
-    sparsity = 0.75 if pattern == "1:4" else 0.5
-    report = prune(
-        specimen.build(), specimen.batches(), sparsity, method=name, pattern=pattern, progress=False
+def pruned(name, method, pattern, sparsity=0.5):
+    specimen = ZOO[name]
+    return prune(
+        specimen.build(),
+        specimen.batches(),
+        sparsity,
+        method=method,
+        pattern=pattern,
+        progress=False,
     )
-    # A fraction of the units; a layer between two others has zero rows and zero columns.
-    if pattern == "structured":
-        assert any(note.startswith("64 of 128 hidden units are zero; ") for note in report.notes)
-        return
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_prunes(method):
+    report = pruned("plain_mlp", method, "unstructured")
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+# Two patterns for each preset; all others run at night.
+@pytest.mark.parametrize(("method", "pattern"), spread(PRESETS, EVERY_PATTERN))
+def test_every_preset_takes_every_pattern(method, pattern):
+    sparsity = 0.75 if pattern == "1:4" else 0.5
+    report = pruned("plain_mlp", method, pattern, sparsity)
     assert report.sparsity == pytest.approx(sparsity, abs=0.01)
     if ":" in pattern:
         assert report.config["allocation"] == {"name": "Uniform"}
         assert {layer.target for layer in report.layers} == {sparsity}
 
 
+EVERY_PRESET = pytest.mark.parametrize("method", with_nightly(["fast"], PRESETS))
+
+
+@EVERY_PRESET
+def test_every_preset_prunes_hidden_units(method):
+    report = pruned("plain_mlp", method, "structured")
+    assert any(note.startswith("64 of 128 hidden units are zero; ") for note in report.notes)
+
+
+@EVERY_PRESET
+def test_every_preset_drops_experts(method):
+    assert pruned("mixtral", method, "experts").sparsity == pytest.approx(0.5, abs=0.01)
+
+
 # What the reference compares: rows for Wanda, the whole layer for magnitude, a layer's block of columns for SparseGPT.
 OF_ROWS = {"wanda", "ria", "ablate_wanda_seq", "refit", "admm", "fast"}
+WEIGHED = {"best", "thorough"}
+EVERY_NAME = pytest.mark.parametrize("name", [*METHODS, *PRESETS])
 
 
-def test_unstructured_means_what_the_method_compares():
-    for name in (*METHODS, *PRESETS):
-        group = "row" if name in OF_ROWS else "layer"
-        weighed = None if name in ("best", "thorough") else False
-        assert PruningConfig.from_names(method=name).pattern == Unstructured(
-            group, weigh_rows=weighed
-        )
-        assert PruningConfig.from_names(
-            method=name, pattern="unstructured_row"
-        ).pattern == Unstructured("row")
-        assert PruningConfig.from_names(
-            method=name, pattern=Unstructured("layer")
-        ).pattern == Unstructured("layer")
+@EVERY_NAME
+def test_unstructured_means_what_the_method_compares(name):
+    group = "row" if name in OF_ROWS else "layer"
+    weigh_rows = None if name in WEIGHED else False
+    config = PruningConfig.from_names(method=name)
+    assert config.pattern == Unstructured(group, weigh_rows=weigh_rows)
+
+
+@EVERY_NAME
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("unstructured_row", Unstructured("row")),
+        (Unstructured("layer"), Unstructured("layer")),
+    ],
+)
+def test_any_method_compares_what_the_user_chooses(name, pattern, expected):
+    config = PruningConfig.from_names(method=name, pattern=pattern)
+    assert config.pattern == expected
 
 
 @pytest.mark.parametrize("name", ["vit", "convnext", "resnet18"])
 def test_the_preset_that_trains_on_images(name):
     """The report says what was done; layers outside of blocks, which downsample, are only distilled."""
-    specimen = ZOO[name]
-    report = prune(specimen.build(), specimen.batches(), 0.5, method="thorough", progress=False)
-    assert (report.config["preset"], report.config["sequential"]) == ("thorough", "none")
+    report = pruned(name, "thorough", "unstructured")
+    assert report.config["preset"] == "thorough"
+    assert report.config["sequential"] == "none"
     assert "blocks=True" in report.training.recovery
-    assert all(
-        layer.part
-        for layer in report.layers
-        if layer.block != layer.name and "downsample" not in layer.name
-    )
-    assert sum(layer.part is not None for layer in report.layers) > len(report.layers) / 2
+    trained = [layer for layer in report.layers if layer.part]
+    for layer in report.layers:
+        if layer.block != layer.name and "downsample" not in layer.name:
+            assert layer in trained
+    assert len(trained) > len(report.layers) / 2
 
 
 @pytest.mark.parametrize("name", ["fast", "balanced"])
 def test_mixed_precision_rounds_no_solver(name):
-    reports = []
-    modules = [Net(), Net()]
-    for module, precision in zip(modules, ("32-true", "bf16-mixed"), strict=True):
-        # No gradients.
-        choices = {
-            "allocation": "uniform",
-            "pattern": "unstructured_layer",
-            "recovery": "none",
-        }
+    # Choices that need no gradients.
+    choices = {"allocation": "uniform", "pattern": "unstructured_layer", "recovery": "none"}
+    weights = []
+    sparsities = []
+    for precision in ("32-true", "bf16-mixed"):
+        module = Net()
         callback = PruningCallback(0.5, method=name, num_samples=8, **choices)
         trainer(callback, precision=precision).validate(module, loader(), verbose=False)
-        reports.append(callback.report)
-    first, second = (module.layers[0].weight for module in modules)  # its inputs are the same
-    assert torch.equal(first, second)
-    assert reports[0].sparsity == reports[1].sparsity
+        weights.append(module.layers[0].weight)  # the first layer, because its inputs are the same
+        sparsities.append(callback.report.sparsity)
+    assert torch.equal(*weights)
+    assert sparsities[0] == sparsities[1]

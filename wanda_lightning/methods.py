@@ -72,10 +72,10 @@ class Method:
 
     criterion: Callable[[], Criterion] | None = None  # None for the solver's own
     solver: Callable[[], Solver] = _zero_out
-    # Where unstructured pruning compares weights; None for the choice of the papers of criterion and solver.
+    # Where unstructured pruning compares weights; None for the choice in the papers of the criterion and the solver.
     group: Literal["row", "layer", "layer_weighted"] | None = None
     sequential: str = "auto"  # the recovery or the model decides
-    # Not for N:M, where others mix 2:4 with 1:4 layers.
+    # N:M always gets "uniform" instead, because the others would mix 2:4 with 1:4 layers.
     allocation: Callable[[], Allocation] = ALLOCATIONS["uniform"]
     recovery: Callable[[], Recovery] = RECOVERIES["none"]
     permutation: Callable[[], Permutation] = PERMUTATIONS["none"]  # only for N:M
@@ -98,7 +98,7 @@ BEST = Method(
     solver=lambda: wl.ADMM(),
     group="layer_weighted",
     sequential="one_pass",
-    # 8 windows of at least 512 tokens, or 4096 images: the gradients of 8 images would be far too noisy.
+    # 8 windows of at least 512 tokens each, or 4096 images. The gradients of 8 images would be far too noisy.
     allocation=lambda: wl.Fisher(num_samples=8, num_predictions=4096),
     permutation=PERMUTATIONS["assignment"],
 )

@@ -1,67 +1,78 @@
 """Laws of single allocations, and how sparsities meet the target; what all of them promise is in `test_contract.py`."""
 
-from functools import partial
+import itertools
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from support.layers import allocate, dense_layer
+from support.layers import allocate, dense_layer, seeded
 
 from wanda_lightning.core.allocation import OWL, DenseLayer, Fisher, PerLayer, match_target
 from wanda_lightning.core.patterns import NM, Unstructured
 from wanda_lightning.core.statistics import GradientStatistics
 
 
-def test_outliers_get_at_most_what_a_layer_can_have():
-    weight = torch.ones(2, 8, 100)
-    weight[1, :, 0] = 100
-    layers = [(name, name, weight[i], torch.ones(1, 100)) for i, name in enumerate("ab")]
-    assert len(set(allocate(OWL(m=200.0), layers, 0.5).values())) == 1  # no outliers anywhere
-    assert allocate(OWL(), layers, 0.02) == {"a": 0.04, "b": 0.0}
-    assert allocate(OWL(lambda_=0.5), layers, 0.75) == {"a": 0.99, "b": 0.51}
+@pytest.fixture
+def layers_with_outliers():
+    """One hundredth of the weights of `b` are outliers, and none of `a`."""
+    plain = torch.ones(8, 100)
+    with_outliers = plain.clone()
+    with_outliers[:, 0] = 100
+    tokens = torch.ones(1, 100)
+    return [("a", "a", plain, tokens), ("b", "b", with_outliers, tokens)]
 
 
-def test_weights_that_matter_less_get_more_sparsity():
+def test_without_outliers_all_layers_get_one_sparsity(layers_with_outliers):
+    sparsities = allocate(OWL(m=200.0), layers_with_outliers, 0.5)
+    assert sparsities["a"] == sparsities["b"]
+
+
+def test_outliers_get_at_most_what_a_layer_can_have(layers_with_outliers):
+    assert allocate(OWL(), layers_with_outliers, 0.02) == {"a": 0.04, "b": 0.0}
+    assert allocate(OWL(lambda_=0.5), layers_with_outliers, 0.75) == {"a": 0.99, "b": 0.51}
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "deviation"), [(0.5, 0.15), (0.6, 0.15), (0.7, 0.1125), (0.8, 0.075)]
+)
+def test_weights_that_matter_less_get_more_sparsity(sparsity, deviation):
     """Above 60 %, the differences are limited by what is kept."""
-    weight = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(8, 100, generator=seeded())
     tokens = torch.ones(1, 100)
     layers = [
-        (name, name, weight * factor, tokens)
-        for name, factor in (("a", 0.1), ("b", 1.0), ("c", 10.0))
+        ("a", "a", weight * 0.1, tokens),
+        ("b", "b", weight, tokens),
+        ("c", "c", weight * 10, tokens),
     ]
-    for sparsity, deviation in ((0.5, 0.15), (0.6, 0.15), (0.7, 0.1125), (0.8, 0.075)):
-        got = allocate(Fisher(), layers, sparsity, Unstructured("layer"))
-        assert got["a"] - sparsity == pytest.approx(deviation, abs=0.01)
-        assert sparsity - got["c"] == pytest.approx(deviation, abs=0.01)
+    sparsities = allocate(Fisher(), layers, sparsity, Unstructured("layer"))
+    assert sparsities["a"] - sparsity == pytest.approx(deviation, abs=0.01)
+    assert sparsity - sparsities["c"] == pytest.approx(deviation, abs=0.01)
 
 
 def test_the_score_of_a_weight_is_its_square_times_input_and_row():
-    """A layer whose rows differ loses what the product of both says, against scores written out."""
-    generator = torch.Generator().manual_seed(0)
+    """Layers whose rows differ get the fractions of their scores, written out, below the median of all scores."""
+    generator = seeded()
     layers = []
-    scores = {}
+    scores = []
     for name in ("a", "b"):
         weight = torch.randn(6, 20, generator=generator)
         inputs = torch.rand(20, generator=generator)
         rows = torch.rand(6, generator=generator) ** 4
         gradients = GradientStatistics(inputs, rows)
-        read = partial(torch.clone, weight)
-        layers.append(
-            DenseLayer(name, name, weight.numel(), weight.numel(), read, gradients=gradients)
-        )
-        scores[name] = weight**2 * inputs * (rows / rows.mean())[:, None]
-    got = Fisher(max_deviation=0.4)(layers, 0.5)
-    threshold = torch.cat([each.flatten() for each in scores.values()]).median()
-    for name, each in scores.items():
-        assert got[name] == pytest.approx((each <= threshold).float().mean().item(), abs=0.01)
-    assert abs(got["a"] - got["b"]) > 0.02
+        layers.append(DenseLayer(name, name, 120, 120, weight.clone, gradients=gradients))
+        scores.append(weight**2 * inputs * (rows / rows.mean())[:, None])
+
+    sparsities = Fisher(max_deviation=0.4)(layers, 0.5)
+    a, b = (torch.stack(scores) <= torch.stack(scores).median()).float().mean(dim=(1, 2)).tolist()
+    assert sparsities == pytest.approx({"a": a, "b": b}, abs=0.01)
+    assert abs(sparsities["a"] - sparsities["b"]) > 0.02
 
 
 NAMES = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "last"]
 
 
 def plain_layers():
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded()
     return [(name, name, torch.randn(4, 100, generator=generator), None) for name in NAMES]
 
 
@@ -70,25 +81,22 @@ def plain_layers():
     [
         (PerLayer({"*.up": 0.8, "re:l.st": 0.1, "blocks.1": 0.2}), 0.5, [0.8, 0.6, 0.8, 0.2, 0.1]),
         (PerLayer(), 0.3, [0.3] * 5),
-        (
-            PerLayer({"*.up": 0.8, "*": 0.12344}),
-            0.3941,
-            [0.8, 0.13, 0.8, 0.12, 0.12],
-        ),  # all, in steps of 0.01
+        # All layers are given, in steps of 0.01.
+        (PerLayer({"*.up": 0.8, "*": 0.12344}), 0.3941, [0.8, 0.13, 0.8, 0.12, 0.12]),
     ],
 )
 def test_the_other_layers_share_what_remains(allocation, sparsity, expected):
     allocation.check([dense_layer(*layer) for layer in plain_layers()], sparsity)
-    got = allocate(allocation, plain_layers(), sparsity)
-    assert got == pytest.approx(dict(zip(NAMES, expected, strict=True)))
+    sparsities = allocate(allocation, plain_layers(), sparsity)
+    assert sparsities == pytest.approx(dict(zip(NAMES, expected, strict=True)))
 
 
 def test_given_sparsities_hold_in_a_model_with_enough_zeros():
     layers = plain_layers()
     for _, _, weight, _ in layers:
         weight[:, :50] = 0
-    got = allocate(PerLayer({"last": 0.7, "blocks.0.up": 0.2}), layers, 0.5)
-    assert got == dict(zip(NAMES, [0.5, 0.5, 0.5, 0.5, 0.7], strict=True))
+    sparsities = allocate(PerLayer({"last": 0.7, "blocks.0.up": 0.2}), layers, 0.5)
+    assert sparsities == dict.fromkeys(NAMES, 0.5) | {"last": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -119,41 +127,43 @@ def test_per_layer_refuses(sparsities, texts):
 
 
 def test_pairs_from_a_file_are_a_mapping():
-    assert PerLayer((("a", 0.5),)) == PerLayer({"a": 0.5})
-    assert hash(PerLayer({"a": 0.5})) == hash(PerLayer({"a": 0.5}))
+    from_file = PerLayer((("a", 0.5),))
+    assert from_file == PerLayer({"a": 0.5})
+    assert hash(from_file) == hash(PerLayer({"a": 0.5}))
 
 
 @given(st.integers(1, 300), st.data())
 def test_a_step_is_not_lost_to_rounding(levels, data):
     step = data.draw(st.integers(0, levels - 1))
-    weight = torch.ones(1, levels)
-    layers = [dense_layer("a", "a", weight), dense_layer("b", "b", weight)]
-    got = match_target(layers, {"a": 0.0, "b": 0.0}, 0.0, fixed={"a": step / levels})["a"]
-    assert int(levels * got) == step
+    layers = [dense_layer(name, name, torch.ones(1, levels)) for name in ("a", "b")]
+    sparsities = match_target(layers, {"a": 0.0, "b": 0.0}, 0.0, fixed={"a": step / levels})
+    assert int(levels * sparsities["a"]) == step
 
 
 @given(
     seed=st.integers(0, 2**31),
-    shapes=st.lists(st.integers(1, 40), min_size=2, max_size=12),
+    heights=st.lists(st.integers(1, 40), min_size=2, max_size=12),
     n=st.integers(1, 15),
 )
 @settings(max_examples=20)
-def test_mixed_n_of_m_has_the_mean_of_n_of_m(seed, shapes, n):
+def test_mixed_n_of_m_has_the_mean_of_n_of_m(seed, heights, n):
     pattern = NM(n, 16)
-    generator = torch.Generator().manual_seed(seed)
-    layers = [(str(i), str(i), torch.ones(d_out, 16), None) for i, d_out in enumerate(shapes)]
-    wanted = {name: float(torch.rand((), generator=generator)) for name, _, _, _ in layers}
-    got = match_target([dense_layer(*layer, pattern) for layer in layers], wanted, pattern.sparsity)
-    chosen = {name: pattern.for_sparsity(sparsity) for name, sparsity in got.items()}
-    survivors = {name: kind.n if isinstance(kind, NM) else 16 for name, kind in chosen.items()}
-    assert all(count >= 1 for count in survivors.values())
-    assert (
-        abs(sum(survivors[str(i)] * d_out for i, d_out in enumerate(shapes)) - n * sum(shapes))
-        <= max(shapes) / 2
-    )
-    for a in wanted:
-        for b in wanted:
-            if wanted[a] < wanted[b]:
-                assert survivors[a] + 1 >= survivors[b], (
-                    "who should have more sparsity has no more than one step less"
-                )
+    names = [str(index) for index in range(len(heights))]
+    layers = [
+        dense_layer(name, name, torch.ones(d_out, 16), None, pattern)
+        for name, d_out in zip(names, heights, strict=True)
+    ]
+    drawn = torch.rand(len(heights), generator=seeded(seed))
+    wanted = dict(zip(names, drawn.tolist(), strict=True))
+    sparsities = match_target(layers, wanted, pattern.sparsity)
+
+    survivors = {}
+    for name, sparsity in sparsities.items():
+        chosen = pattern.for_sparsity(sparsity)
+        survivors[name] = chosen.n if isinstance(chosen, NM) else 16
+    assert min(survivors.values()) >= 1
+    total = sum(survivors[name] * d_out for name, d_out in zip(names, heights, strict=True))
+    assert abs(total - n * sum(heights)) <= max(heights) / 2
+    for a, b in itertools.permutations(names, 2):
+        if wanted[a] < wanted[b]:  # then b is at most one step of sparsity below a
+            assert survivors[b] <= survivors[a] + 1

@@ -19,14 +19,25 @@ def test_inputs_that_are_never_active_score_below_the_faintest(criterion, dtype,
     assert 0 < scores[:, :20].min() <= scores[:, :20].max() < scores[:, 20:].min()
 
 
-def test_ria_of_a_row_and_a_column_of_zeros():
-    """They score 0, not NaN; the other weights of an inactive input score above 0."""
+@pytest.fixture
+def layer_with_zeros():
+    """RIA's scores of a weight with a row and a column of zeros, and an inactive input, number 9."""
     weight, tokens = random_layer()
-    weight[3], weight[:, 7], weight[5, 9] = 0, 0, 0
+    weight[3] = 0
+    weight[:, 7] = 0
+    weight[5, 9] = 0
     tokens[:, 9] = 0
-    scores = RIA()(weight, statistics(tokens, RIA))
+    return weight, RIA()(weight, statistics(tokens, RIA))
+
+
+def test_a_row_and_a_column_of_zeros_score_0_and_not_nan(layer_with_zeros):
+    weight, scores = layer_with_zeros
     assert scores.isfinite().all()
     assert torch.equal(scores != 0, weight != 0)
+
+
+def test_the_weights_of_an_inactive_input_score_lowest_above_0(layer_with_zeros):
+    weight, scores = layer_with_zeros
     assert scores[weight != 0].min() == scores[:, 9].max()
 
 
@@ -34,5 +45,6 @@ def test_ria_without_activations_is_relative_importance():
     weight, tokens = random_layer()
     quiet = statistics(tokens, RIA)
     loud = statistics(tokens * torch.arange(1, 65), RIA)
-    assert torch.equal(RIA(a=0.0)(weight, quiet), RIA(a=0.0)(weight, loud))
+    without_inputs = RIA(a=0.0)
+    assert torch.equal(without_inputs(weight, quiet), without_inputs(weight, loud))
     assert not torch.equal(RIA()(weight, quiet), RIA()(weight, loud))

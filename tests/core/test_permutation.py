@@ -4,15 +4,17 @@ from itertools import combinations
 
 import pytest
 import torch
+from support.layers import seeded
 
 from wanda_lightning import NM, Assignment, EqualShare, NoPermutation, Unstructured
 from wanda_lightning.core import permutation
 from wanda_lightning.core.permutation import kept_score
 
 
-def scores(d_out, d_in, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.rand(d_out, d_in, generator=draw) * torch.rand(d_in, generator=draw)
+def random_scores(d_out, d_in):
+    generator = seeded()
+    column_scale = torch.rand(d_in, generator=generator)
+    return torch.rand(d_out, d_in, generator=generator) * column_scale
 
 
 def kept_slowly(scores, order, n, m):
@@ -25,51 +27,55 @@ def kept_slowly(scores, order, n, m):
 
 
 def groupings(columns, m):
-    """Yield every way to divide columns into groups of m."""
+    """Yield every way to divide columns into groups of m, as an order of the columns."""
     if not columns:
-        yield []
+        yield ()
         return
+
     first, *rest = columns
     for others in combinations(rest, m - 1):
         left = [column for column in rest if column not in others]
-        for groups in groupings(left, m):
-            yield [(first, *others), *groups]
+        for order in groupings(left, m):
+            yield (first, *others, *order)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
 def test_an_order_of_eight_inputs_is_nearly_the_best(n, m):
-    drawn = scores(6, 8)
-    orders = [torch.tensor(sum(groups, ())) for groups in groupings(list(range(8)), m)]
-    best = max(kept_slowly(drawn, order, n, m) for order in orders)
-    found = Assignment(iterations=64)(drawn, NM(n, m))
-    assert kept_score(drawn, found, NM(n, m)) == pytest.approx(
-        kept_slowly(drawn, found, n, m), rel=1e-5
-    )
-    assert 0.99 * best <= kept_slowly(drawn, found, n, m) <= 1.00001 * best
+    scores = random_scores(6, 8)
+    best = max(kept_slowly(scores, order, n, m) for order in groupings(range(8), m))
+    order = Assignment(iterations=64)(scores, NM(n, m))
+    kept = kept_slowly(scores, order, n, m)
+    assert 0.99 * best <= kept <= 1.00001 * best
+    assert kept_score(scores, order, NM(n, m)) == pytest.approx(kept, rel=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [512, 8])
 def test_it_permutes_and_keeps_more_with_each_iteration(monkeypatch, chunk):
     monkeypatch.setattr(permutation, "_CHUNK", chunk)
-    drawn = scores(16, 128)
+    scores = random_scores(16, 128)
     pattern = NM(2, 4)
-    kept = [kept_score(drawn, torch.arange(128), pattern)]
+    kept = [kept_score(scores, torch.arange(128), pattern)]
     for iterations in (1, 2, 4, 8, 16):
-        order = Assignment(iterations)(drawn, pattern)
+        order = Assignment(iterations)(scores, pattern)
         assert order.sort().values.tolist() == list(range(128))
-        kept.append(kept_score(drawn, order, pattern))
+        kept.append(kept_score(scores, order, pattern))
     assert kept == sorted(kept)
     assert kept[-1] > 1.01 * kept[0]
 
 
-@pytest.mark.parametrize("drawn", [torch.ones(3, 16), torch.zeros(3, 16), torch.rand(3, 4)])
-def test_an_order_that_cannot_be_improved_stays(drawn):
-    assert torch.equal(Assignment()(drawn, NM(2, 4)), torch.arange(drawn.shape[1]))
+@pytest.mark.parametrize("scores", [torch.ones(3, 16), torch.zeros(3, 16), torch.rand(3, 4)])
+def test_an_order_that_cannot_be_improved_stays(scores):
+    order = Assignment()(scores, NM(2, 4))
+    assert torch.equal(order, torch.arange(scores.shape[1]))
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), EqualShare()])
 def test_a_pattern_without_groups_is_refused(pattern):
     assert "does not depend on the order of the inputs" in Assignment().why_not(pattern)
-    assert torch.equal(NoPermutation()(scores(3, 8), pattern), torch.arange(8))
-    assert NoPermutation().why_not(pattern) is None
     assert Assignment().why_not(NM(2, 4)) is None
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)])
+def test_no_permutation_leaves_the_order_with_any_pattern(pattern):
+    assert NoPermutation().why_not(pattern) is None
+    assert torch.equal(NoPermutation()(random_scores(3, 8), pattern), torch.arange(8))

@@ -1,5 +1,7 @@
 """Random layers, their statistics, and solvers and allocations applied to them."""
 
+from typing import NamedTuple
+
 import torch
 
 from wanda_lightning.core.allocation import DenseLayer
@@ -8,12 +10,18 @@ from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 
 SHAPE = (16, 64)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDE = (12, 300)  # more than two of SparseGPT's blocks of columns
+
+
+def seeded(seed=0):
+    """A generator of random numbers."""
+    return torch.Generator().manual_seed(seed)
 
 
 def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
     """A weight and the tokens that enter it, some columns a hundred times larger than others."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     scale = 10 ** (2 * torch.rand(shape[1], generator=generator) - 1)
     weight = torch.randn(*shape, generator=generator)
     inputs = torch.randn(tokens, shape[1], generator=generator) * scale
@@ -22,7 +30,7 @@ def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
 
 def correlated_layer(seed, dtype=torch.float32, shape=(24, 96), tokens=600):
     """A layer with correlated inputs, where the kept weights can compensate for the pruned ones."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     weight, tokens = random_layer(dtype, seed=seed, shape=shape, tokens=tokens)
     return weight, tokens @ torch.randn(shape[1], shape[1], generator=generator).to(dtype) / 10
 
@@ -67,15 +75,26 @@ def dense_layer(name, block, weight, tokens=None, pattern=Unstructured()):
     )
 
 
+class NamedLayer(NamedTuple):
+    """A layer with the tokens that enter it."""
+
+    name: str
+    block: str
+    weight: torch.Tensor
+    tokens: torch.Tensor
+
+
 def random_layers(seed=0, shapes=((6, 24), (24, 6)), blocks=4):
-    """Name, block, weight and tokens of each layer; the tails of weights and inputs differ from block to block."""
-    generator = torch.Generator().manual_seed(seed)
+    """Layers whose weights differ in their tails from block to block."""
+    generator = seeded(seed)
+    layers = []
     for block in range(blocks):
         for index, shape in enumerate(shapes):
             weight = torch.randn(shape, generator=generator)
             tokens = torch.randn(5 + index, shape[1], generator=generator)
             weight = weight * weight.abs() ** (block + 0.3 * index)
-            yield f"{block}.{index}", str(block), weight, tokens
+            layers.append(NamedLayer(f"{block}.{index}", str(block), weight, tokens))
+    return layers
 
 
 def allocate(allocation, layers, sparsity, pattern=Unstructured()):
@@ -83,5 +102,5 @@ def allocate(allocation, layers, sparsity, pattern=Unstructured()):
 
 
 def mean_of(sparsities, layers):
-    size = sum(weight.numel() for _, _, weight, _ in layers)
-    return sum(sparsities[name] * weight.numel() for name, _, weight, _ in layers) / size
+    size = sum(layer.weight.numel() for layer in layers)
+    return sum(sparsities[layer.name] * layer.weight.numel() for layer in layers) / size

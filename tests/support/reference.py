@@ -1,7 +1,7 @@
 """Slow versions of what the package computes that are obviously right, in float64, by NumPy and torch.
 
 Nothing here is shared with the package. `keep` arrays are True where a weight survives. Allocations return the
-sparsity of each (name, block, weight, tokens) by the formula, not rounded to a pattern's steps.
+sparsity of each `NamedLayer` (see layers.py) by the formula, not rounded to a pattern's steps.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ def square_sum(tokens):
 
 def gram(tokens):
     """The sum over tokens of x x^T."""
-    return sum((np.outer(token, token) for token in tokens), np.zeros((tokens.shape[1],) * 2))
+    return sum(np.outer(token, token) for token in tokens)
 
 
 def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
@@ -37,15 +37,11 @@ def im2col(images, kernel, stride=(1, 1), padding=(0, 0), dilation=(1, 1)):
     Columns run over kernel rows, then kernel columns, then input channels, as `weight.permute(0, 2, 3, 1)` does.
     `images` are (batch, channels, height, width); the other arguments are pairs (vertical, horizontal).
     """
-    # By channels, then positions.
+    # (batch, channels * kernel positions, output positions)
     columns = F.unfold(torch.from_numpy(images), kernel, dilation, padding, stride)
-    return (
-        columns.unflatten(1, (images.shape[1], -1))
-        .permute(0, 3, 2, 1)
-        .flatten(2)
-        .flatten(0, 1)
-        .numpy()
-    )
+    by_channel = columns.unflatten(1, (images.shape[1], -1))
+    tokens = by_channel.permute(0, 3, 2, 1).flatten(2).flatten(0, 1)
+    return tokens.numpy()
 
 
 def magnitude(weight, tokens):
@@ -61,13 +57,12 @@ def wanda(weight, tokens):
 def ria(weight, tokens):
     """The weight relative to its row plus relative to its column, times the square root of the norm of its input."""
     sizes = np.abs(weight)
-    sums = square_sum(tokens)
+    norms = square_sum(tokens) ** 0.5
     scores = np.zeros(weight.shape)
-    for row, column in zip(*np.nonzero(weight), strict=True):
-        relative = (
-            sizes[row, column] / sizes[row].sum() + sizes[row, column] / sizes[:, column].sum()
-        )
-        scores[row, column] = relative * sums[column] ** 0.25
+    for row, column in np.argwhere(weight):
+        size = sizes[row, column]
+        relative = size / sizes[row].sum() + size / sizes[:, column].sum()
+        scores[row, column] = relative * norms[column] ** 0.5
     return scores
 
 
@@ -180,7 +175,10 @@ def keep_equal_share(scores, sparsity):
         pruned = np.count_nonzero(~keep) / keep.size
         if abs(pruned - sparsity) <= 0.001 or top - bottom < 0.001:
             return keep
-        bottom, top = (bottom, share) if pruned > sparsity else (share, top)
+        if pruned > sparsity:
+            top = share
+        else:
+            bottom = share
         share = (bottom + top) / 2
 
 
@@ -197,13 +195,10 @@ def kept_units(width, sparsity, multiple_of):
 def keep_units(scores, sparsity, multiple_of, columns):
     """Keep the units with the largest sums of squared scores; those of unit u are in the columns u, u + width, ..."""
     width = scores.shape[1] // columns
-    totals = [
-        [
-            sum(float(score) ** 2 for score in scores[:, unit::width].ravel())
-            for unit in range(width)
-        ]
-    ]
-    kept = keep_largest(np.array(totals), kept_units(width, sparsity, multiple_of))[0]
+    totals = np.zeros((1, width))
+    for unit in range(width):
+        totals[0, unit] = sum(score**2 for score in scores[:, unit::width].ravel())
+    kept = keep_largest(totals, kept_units(width, sparsity, multiple_of))
     return np.tile(kept, (len(scores), columns))
 
 
@@ -227,52 +222,44 @@ def keep(pattern, scores, sparsity):
 
 def uniform(layers, sparsity):
     """The target."""
-    return {name: sparsity for name, _, _, _ in layers}
+    return {layer.name: sparsity for layer in layers}
 
 
-def owl(layers, sparsity, per_block=True):
+def owl(layers, sparsity):
     """The fraction of outliers among the Wanda scores of a block, mapped to [0, 0.16], subtracted from the target."""
     scores = {}
-    for name, block, weight, tokens in layers:
-        scores.setdefault(block if per_block else name, []).extend(
-            wanda(weight, tokens / len(tokens) ** 0.5).ravel()
-        )
-    fraction = {
-        group: np.mean(np.array(values) > 5 * np.mean(values)) for group, values in scores.items()
-    }
-    low = min(fraction.values())
-    high = max(fraction.values())
-    of_layer = {name: fraction[block if per_block else name] for name, block, _, _ in layers}
-    shift = {name: (value - low) / (high - low) * 2 * 0.08 for name, value in of_layer.items()}
-    mean = sum(shift[name] * weight.size for name, _, weight, _ in layers) / sum(
-        layer[2].size for layer in layers
-    )
-    return {name: sparsity - (value - mean) for name, value in shift.items()}
+    for layer in layers:
+        of_layer = wanda(layer.weight, layer.tokens / len(layer.tokens) ** 0.5)
+        scores.setdefault(layer.block, []).extend(of_layer.ravel())
+
+    fractions = [np.mean(values > 5 * np.mean(values)) for values in map(np.array, scores.values())]
+    shifts = (np.array(fractions) - min(fractions)) / (max(fractions) - min(fractions)) * 2 * 0.08
+    shift_of = dict(zip(scores, shifts, strict=True))
+    sizes = [layer.weight.size for layer in layers]
+    mean = np.average([shift_of[layer.block] for layer in layers], weights=sizes)
+    return {layer.name: sparsity - (shift_of[layer.block] - mean) for layer in layers}
 
 
-def fisher(layers, sparsity, max_deviation=0.15):
+def owl_layer(layers, sparsity):
+    """The same with each layer as a block of its own."""
+    return owl([layer._replace(block=layer.name) for layer in layers], sparsity)
+
+
+def fisher(layers, sparsity):
     """One threshold for w² times the square sum of its input; layers differ by 0.15, or 3/8 of what is kept."""
-    max_deviation = min(max_deviation, 3 / 8 * (1 - sparsity))
-    scores = {name: (weight**2 * square_sum(tokens)).ravel() for name, _, weight, tokens in layers}
-    everything = np.sort(np.concatenate([*scores.values()]))
-    best = None
-    for threshold in everything:
-        clipped = {
-            name: min(
-                max(np.mean(of_layer < threshold), sparsity - max_deviation),
-                sparsity + max_deviation,
-            )
-            for name, of_layer in scores.items()
-        }
-        mean = sum(clipped[name] * len(scores[name]) for name in scores) / len(everything)
-        if best is None or abs(mean - sparsity) < best[0]:
-            best = abs(mean - sparsity), clipped
-    return best[1]
+    deviation = min(0.15, 3 / 8 * (1 - sparsity))
+    scores = [(layer.weight**2 * square_sum(layer.tokens)).ravel() for layer in layers]
+    sizes = [layer.weight.size for layer in layers]
+
+    def clipped(threshold):
+        below = [np.mean(of_layer < threshold) for of_layer in scores]
+        return np.clip(below, sparsity - deviation, sparsity + deviation)
+
+    def distance(threshold):
+        return abs(np.average(clipped(threshold), weights=sizes) - sparsity)
+
+    best = min(np.sort(np.concatenate(scores)), key=distance)
+    return dict(zip([layer.name for layer in layers], clipped(best), strict=True))
 
 
-SPARSITIES = {
-    "uniform": uniform,
-    "owl": owl,
-    "owl_layer": lambda layers, sparsity: owl(layers, sparsity, per_block=False),
-    "fisher": fisher,
-}
+SPARSITIES = {"uniform": uniform, "owl": owl, "owl_layer": owl_layer, "fisher": fisher}

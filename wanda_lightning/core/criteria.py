@@ -40,8 +40,7 @@ class Criterion(ABC):
 class Magnitude(Criterion):
     """The absolute value of the weight; needs no calibration data (Han et al. 2015)."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    group: ClassVar[Group] = "layer"
+    group = "layer"
 
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by `|W|`."""
@@ -52,7 +51,7 @@ class Magnitude(Criterion):
 class Wanda(Criterion):
     """Weight magnitude times the norm of the input it multiplies (Sun et al. 2024, eq. 1)."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
+    needs = frozenset({"square_sum"})
 
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by `|W| * ||x||`, with the norm of each input over all calibration tokens."""
@@ -72,9 +71,9 @@ class RIA(Criterion):
         a: Exponent of the input norm; 0 ignores the inputs.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset({"square_sum"})
-    spans_rows: ClassVar[bool] = True
-    spans_columns: ClassVar[bool] = True
+    needs = frozenset({"square_sum"})
+    spans_rows = True
+    spans_columns = True
     a: float = 0.5
 
     def __post_init__(self) -> None:
@@ -82,13 +81,15 @@ class RIA(Criterion):
 
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by relative importance and input norm."""
-        norm = inputs.norm()
         magnitude = _magnitude(weight)
-        tiny = torch.finfo(
-            magnitude.dtype
-        ).tiny  # the scores of a row or column of zeros are 0, not NaN
-        scores = magnitude / magnitude.sum(dim=1, keepdim=True).clamp(min=tiny)
-        scores += magnitude.div_(magnitude.sum(dim=0, keepdim=True).clamp(min=tiny))
+        # Clamped sums give the weights of a row or column of zeros the score 0, not NaN.
+        tiny = torch.finfo(magnitude.dtype).tiny
+        row_sums = magnitude.sum(dim=1, keepdim=True).clamp(min=tiny)
+        column_sums = magnitude.sum(dim=0, keepdim=True).clamp(min=tiny)
+        scores = magnitude / row_sums
+        scores += magnitude.div_(column_sums)
+
+        norm = inputs.norm()
         return lower_inactive(scores.mul_(norm**self.a), weight, norm)
 
 
@@ -103,10 +104,9 @@ class Saliency(Criterion):
         dampening: Added to the diagonal of the Gram matrix, as a fraction of its mean.
     """
 
+    needs = frozenset({"gram"})
+    group = "layer"
     dampening: float = 0.01
-
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
-    group: ClassVar[Group] = "layer"
 
     def __post_init__(self) -> None:
         check(self, dampening=Number(above=0))
@@ -114,22 +114,21 @@ class Saliency(Criterion):
     def __call__(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score by `|W| / diag(U)`."""
         scores = _magnitude(weight).div_(inputs.inverse_diagonal(self.dampening))
-        # A block of columns of SparseGPT, which prunes inactive inputs itself.
+        # SparseGPT passes the statistics of a block of columns, and prunes inactive inputs itself.
         if "gram" not in inputs.sums:
             return scores
         return lower_inactive(scores, weight, inputs.sums["gram"].diagonal())
 
 
 def lower_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
-    """Give the weights of inputs of norm 0 the lowest scores, in place: 0 to zeros, a tiny number to the others.
+    """Give the weights of inputs with norm 0 the lowest scores, in place: 0 to zeros, a tiny number to the others.
 
     If all of them scored 0, a second pruning could choose other weights than the first one.
     """
     inactive = norm == 0
     if inactive.any():
-        scores[:, inactive] = (weight[:, inactive] != 0).to(scores.dtype) * torch.finfo(
-            scores.dtype
-        ).tiny
+        is_nonzero = (weight[:, inactive] != 0).to(scores.dtype)
+        scores[:, inactive] = is_nonzero * torch.finfo(scores.dtype).tiny
     return scores
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from wanda_lightning.core.types import Counts, Groups, KeepGroups
 
-_SMALL_GROUP = 16  # up to this size, comparing all pairs is faster than selecting in each group (4096 x 11008 scores)
+# Up to this size, comparing all pairs is faster than selecting in each group (measured on 4096 x 11008 scores).
+_SMALL_GROUP = 16
 _GROUPS_AT_ONCE = 1 << 16  # number of groups whose pairwise comparison fits into the cache
 
 
@@ -46,11 +47,12 @@ def keep_largest_of_each(scores: Groups, counts: Counts) -> KeepGroups:
         tensor([[ True, False, False],
                 [ True, False,  True]])
     """
-    distinct = counts.unique().tolist()
-    if len(distinct) == 1:
-        return keep_largest(scores, distinct[0])
+    distinct_counts = counts.unique().tolist()
+    if len(distinct_counts) == 1:
+        return keep_largest(scores, distinct_counts[0])
+
     keep = torch.empty_like(scores, dtype=torch.bool)
-    for count in distinct:
+    for count in distinct_counts:
         groups = counts == count
         keep[groups] = keep_largest(scores[groups], count)
     return keep
@@ -59,38 +61,41 @@ def keep_largest_of_each(scores: Groups, counts: Counts) -> KeepGroups:
 def _keep_by_comparing(scores: Groups, count: int) -> KeepGroups:
     """Rank the scores of each group by comparing all pairs."""
     size = scores.shape[1]
+    positions = torch.arange(size, dtype=torch.int8, device=scores.device)[:, None]
     keep = torch.empty_like(scores, dtype=torch.bool)
-    array: Callable[[Tensor], Any] = Tensor.numpy if _numpy_is_faster(scores) else Tensor.detach
-    for chunk, chunk_keep in zip(
-        scores.split(_GROUPS_AT_ONCE), keep.split(_GROUPS_AT_ONCE), strict=True
-    ):
-        columns = array(scores.new_empty(size, len(chunk)))
-        columns[:] = array(chunk).T
-        # The rank of a score is the number of smaller scores and earlier equal ones. Start as if all earlier ones were.
-        rank = array(
-            torch.arange(size, dtype=torch.int8, device=scores.device)[:, None].repeat(
-                1, len(chunk)
-            )
-        )
+    # NumPy and PyTorch spell everything below in the same way.
+    as_array: Callable[[Tensor], Any] = Tensor.numpy if _numpy_is_faster(scores) else Tensor.detach
+
+    chunks = zip(scores.split(_GROUPS_AT_ONCE), keep.split(_GROUPS_AT_ONCE), strict=True)
+    for chunk, chunk_keep in chunks:
+        # Transposed, so that each comparison reads contiguous memory.
+        columns = as_array(scores.new_empty(size, len(chunk)))
+        columns[:] = as_array(chunk).T
+
+        # The rank of a score is the number of smaller scores and of earlier equal ones. It starts as the position, as
+        # if all earlier scores were smaller or equal, and each pair that is the other way round corrects both ranks.
+        rank = as_array(positions.repeat(1, len(chunk)))
         for shift in range(1, size):
             later_is_smaller = (columns[shift:] < columns[:-shift]).view(rank.dtype)
             rank[:-shift] += later_is_smaller
             rank[shift:] -= later_is_smaller
-        array(chunk_keep)[:] = (rank >= size - count).T
+        as_array(chunk_keep)[:] = (rank >= size - count).T
     return keep
 
 
 def _keep_by_threshold(scores: Groups, count: int) -> KeepGroups:
+    """Keep what is above the largest pruned score of each group, and the later ones of those that equal it."""
     pruned = scores.shape[1] - count
     threshold, next_larger = _kth_smallest(scores, pruned)
     keep = scores > threshold
-    tied = (threshold == next_larger).squeeze(1).nonzero().squeeze(1)
-    if len(tied):
-        some = scores[tied]
-        limit = threshold[tied]
-        at_limit = some == limit
-        missing = pruned - (some < limit).sum(dim=1, keepdim=True)
-        keep[tied] |= at_limit & (at_limit.cumsum(dim=1) > missing)
+
+    tied_groups = (threshold == next_larger).squeeze(1).nonzero().squeeze(1)
+    if len(tied_groups):
+        tied_scores = scores[tied_groups]
+        tied_threshold = threshold[tied_groups]
+        is_tie = tied_scores == tied_threshold
+        pruned_ties = pruned - (tied_scores < tied_threshold).sum(dim=1, keepdim=True)
+        keep[tied_groups] |= is_tie & (is_tie.cumsum(dim=1) > pruned_ties)
     return keep
 
 
@@ -98,14 +103,15 @@ def _kth_smallest(
     scores: Groups, k: int
 ) -> tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
     """Return the k-th smallest score of each group and the next larger one."""
-    if not _numpy_is_faster(scores):
-        with nondeterministic_kernels():
-            return scores.kthvalue(k, dim=1, keepdim=True).values, scores.kthvalue(
-                k + 1, dim=1, keepdim=True
-            ).values
-    values = scores.clone()
-    values.numpy().partition(k - 1, axis=1)
-    return values[:, k - 1 : k], values[:, k:].amin(dim=1, keepdim=True)
+    if _numpy_is_faster(scores):
+        values = scores.clone()
+        values.numpy().partition(k - 1, axis=1)
+        return values[:, k - 1 : k], values[:, k:].amin(dim=1, keepdim=True)
+
+    with nondeterministic_kernels():
+        kth = scores.kthvalue(k, dim=1, keepdim=True).values
+        next_larger = scores.kthvalue(k + 1, dim=1, keepdim=True).values
+    return kth, next_larger
 
 
 def _numpy_is_faster(scores: Groups) -> bool:
@@ -116,10 +122,10 @@ def _numpy_is_faster(scores: Groups) -> bool:
 @contextmanager
 def nondeterministic_kernels() -> Iterator[None]:
     """Allow CUDA kernels that PyTorch calls nondeterministic, where this does not change the values that are read."""
-    strict = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    was_enabled = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.use_deterministic_algorithms(was_enabled, warn_only=only_warned)

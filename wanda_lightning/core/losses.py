@@ -16,12 +16,14 @@ _AT_ONCE = 2**22  # logits whose probabilities are in memory at the same time, 1
 def cross_entropy(predicted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cross entropy of tokens, summed over the rows with a token (not -1), and its gradient."""
     log_q = predicted.log_softmax(dim=-1)
-    known = (tokens >= 0).to(predicted.dtype)
+    has_token = (tokens >= 0).to(predicted.dtype)
     index = tokens.clamp(min=0).unsqueeze(1)
-    loss = -(log_q.gather(1, index).squeeze(1) * known).sum()
-    slopes = log_q.exp_()
-    slopes.scatter_add_(1, index, -slopes.new_ones(index.shape))
-    return loss, slopes.mul_(known.unsqueeze(1))
+    loss = -(log_q.gather(1, index).squeeze(1) * has_token).sum()
+
+    # The gradient is the probability of each class, minus 1 at the token.
+    gradient = log_q.exp_()
+    gradient.scatter_add_(1, index, -gradient.new_ones(index.shape))
+    return loss, gradient.mul_(has_token.unsqueeze(1))
 
 
 def divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +31,8 @@ def divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     log_q = predicted.log_softmax(dim=-1)
     log_p = dense.log_softmax(dim=-1)
     p = log_p.exp()
-    terms = ((log_p - log_q) * p).masked_fill_(p == 0, 0)  # both logarithms may be minus infinity
+    # Both logarithms may be minus infinity where p is 0, and their difference is NaN.
+    terms = ((log_p - log_q) * p).masked_fill_(p == 0, 0)
     return terms.sum(), log_q.exp_().sub_(p)
 
 
@@ -46,9 +49,9 @@ def summed_divergence(
 
     Both are (rows, classes), and `keep` says which rows count. The sum is in float32, or in float64 for float64.
 
-    It needs memory for one tensor of the size of the predictions, their gradient, which is computed together with the
-    loss for some rows at a time. Autograd of `log_softmax` and `kl_div` would hold several. One backward pass uses
-    the gradient up.
+    The gradient is computed together with the loss, for some rows at a time, and is the only tensor of the size of the
+    predictions that is held. Autograd of `log_softmax` and `kl_div` would hold several. The graph can be passed
+    backward only once, because the gradient is changed in place.
     """
     total: Tensor = _SummedDivergence.apply(predicted, dense, keep, temperature)  # type: ignore[no-untyped-call]
     return total
@@ -59,16 +62,17 @@ class _SummedDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, predicted: Tensor, dense: Tensor, keep: Tensor | None, temperature: float
     ) -> Tensor:
-        ctx.gradient = torch.empty_like(predicted) if keep is None else torch.zeros_like(predicted)
+        # Rows that do not count keep a gradient of 0.
+        ctx.gradient = torch.zeros_like(predicted)
         wide = torch.promote_types(predicted.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=predicted.device)
-        for part in _parts(predicted, keep):
-            loss, slopes = divergence(
-                predicted[part].to(wide) / temperature, dense[part].to(wide) / temperature
+        for rows in _few_rows_at_a_time(predicted, keep):
+            loss, gradient = divergence(
+                predicted[rows].to(wide) / temperature, dense[rows].to(wide) / temperature
             )
             total += loss
-            # Summed, not averaged: divided by many rows, slopes would be zero in float16.
-            ctx.gradient[part] = slopes.div_(temperature).to(predicted.dtype)
+            # Summed, not averaged: divided by many rows, the gradient would be zero in float16.
+            ctx.gradient[rows] = gradient.div_(temperature).to(predicted.dtype)
         return total
 
     @staticmethod
@@ -83,10 +87,11 @@ class _SummedDivergence(torch.autograd.Function):
         return gradient.mul_(slope), None, None, None
 
 
-def _parts(rows: Tensor, keep: Tensor | None) -> Iterator[slice | Tensor]:
-    """Yield indices of a few rows at a time, of those that count."""
-    size = max(1, _AT_ONCE // rows.shape[-1])
+def _few_rows_at_a_time(predicted: Tensor, keep: Tensor | None) -> Iterator[slice | Tensor]:
+    """Yield the indices of the rows that count, a few at a time."""
+    count = max(1, _AT_ONCE // predicted.shape[-1])
     if keep is not None:
-        yield from keep.nonzero().squeeze(1).split(size)
+        yield from keep.nonzero().squeeze(1).split(count)
         return
-    yield from (slice(start, start + size) for start in range(0, len(rows), size))
+    for start in range(0, len(predicted), count):
+        yield slice(start, start + count)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def masked(tensor: Tensor, keep: Tensor) -> Tensor:
-    """Return a copy with 0.0 where `keep` is False, where `tensor * keep` could have NaN or -0.0."""
+    """Return a copy with 0.0 where `keep` is False; `tensor * keep` could have NaN or -0.0 there."""
     bits = _as_integers(tensor)
     return as_numbers(keep).to(bits.dtype).mul_(bits).view(tensor.dtype)
 
@@ -27,7 +27,8 @@ def as_numbers(flags: Tensor) -> Tensor:
 
 def _as_integers(tensor: Tensor) -> Tensor:
     # Integer products with 0 and 1 are exact, and 0 is the bit pattern of 0.0.
-    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integers[tensor.element_size()])
 
 
 def pack(flags: Tensor) -> Tensor:
@@ -42,7 +43,8 @@ def pack(flags: Tensor) -> Tensor:
     from numpy import packbits
 
     flat = flags.flatten().cpu()
-    if 64 * int(flat.count_nonzero()) < flat.numel():  # an index has 64 bits
+    index_bits = 64 * int(flat.count_nonzero())
+    if index_bits < flat.numel():
         return flat.nonzero().squeeze(1)
     return torch.from_numpy(packbits(flat.numpy()))
 
@@ -56,11 +58,13 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """
     from numpy import unpackbits
 
-    size = torch.Size(shape)
+    size = torch.Size(shape).numel()
     packed = packed.cpu()
     if packed.dtype == torch.uint8:
-        return torch.from_numpy(unpackbits(packed.numpy(), count=size.numel())).bool().view(size)
-    return torch.zeros(size.numel(), dtype=torch.bool).index_fill_(0, packed, True).view(size)
+        flat = torch.from_numpy(unpackbits(packed.numpy(), count=size)).bool()
+    else:
+        flat = torch.zeros(size, dtype=torch.bool).index_fill_(0, packed, True)
+    return flat.view(tuple(shape))
 
 
 def fits(packed: object, shape: Sequence[int]) -> bool:

@@ -161,17 +161,17 @@ class Unstructured(Pattern):
         return keep_largest(groups, size - zeros_among(size, sparsity)).reshape(scores.shape)
 
     def keep_block(self, scores: Score, sparsity: float, block: ColumnBlock) -> KeepMask:
-        """Prune each group to the zeros due by the end of the block, but leave room for existing zeros to its right."""
+        """Prune the number due in each group by the end of the block; fewer if zeros to its right need the room."""
         groups = self._groups(scores)
-        rows = 1 if self.group == "row" else len(scores)
-        left, right = (
-            zeros.reshape(len(groups), rows).sum(dim=1)
-            for zeros in (block.zeros_left, block.zeros_right)
-        )
+        number, size = groups.shape
+        rows = len(scores) // number  # in each group
+        left = block.zeros_left.reshape(number, rows).sum(dim=1)
+        right = block.zeros_right.reshape(number, rows).sum(dim=1)
+
         due = zeros_among(rows * block.stop, sparsity) - left
         room = zeros_among(rows * block.d_in, sparsity) - left - right
-        pruned = torch.minimum(due, room).clamp(0, groups.shape[1])
-        return keep_largest_of_each(groups, groups.shape[1] - pruned).reshape(scores.shape)
+        pruned = torch.minimum(due, room).clamp(0, size)
+        return keep_largest_of_each(groups, size - pruned).reshape(scores.shape)
 
     def _groups(self, scores: Score) -> Groups:
         return scores if self.group == "row" else scores.reshape(1, -1)
@@ -233,7 +233,9 @@ class NM(Pattern):
             >>> NM(2, 4).why_not(27)
             'input width 27 is not a multiple of 4'
         """
-        return f"input width {d_in} is not a multiple of {self.m}" if d_in % self.m else None
+        if d_in % self.m == 0:
+            return None
+        return f"input width {d_in} is not a multiple of {self.m}"
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
         """Return the size of a group."""
@@ -268,8 +270,11 @@ class EqualShare(Pattern):
         tolerance = 0.001
         if sparsity == 0:
             return torch.ones_like(scores, dtype=torch.bool)
-        if abs((scores == 0).float().mean().item() - sparsity) <= tolerance:
-            return scores > 0  # pruned already: pruning twice changes nothing
+
+        already_zero = (scores == 0).float().mean().item()
+        if abs(already_zero - sparsity) <= tolerance:  # pruning twice changes nothing
+            return scores > 0
+
         ascending = scores.sort(dim=1).values
         with nondeterministic_kernels():
             running = ascending.cumsum(dim=1)
@@ -278,16 +283,19 @@ class EqualShare(Pattern):
         share = 0.4
         high = 0.8
         while True:
+            # A row whose smallest score exceeds the share has no cut: its level is below all scores.
             cut = (running <= total * share).sum(dim=1, keepdim=True) - 1
             level = ascending.gather(1, cut.clamp(min=0)).masked_fill(cut < 0, -1.0)
             keep = scores > level
+
             reached = 1 - keep.float().mean().item()
             if abs(reached - sparsity) <= tolerance or high - low < tolerance:
                 return keep
             if reached > sparsity:
-                share, high = (share + low) / 2, share
+                high = share
             else:
-                share, low = (share + high) / 2, share
+                low = share
+            share = (low + high) / 2
 
 
 @dataclass(frozen=True)
@@ -366,8 +374,9 @@ class Structured(Pattern):
 
     def __call__(self, scores: Score, sparsity: float) -> KeepMask:
         """Keep the units with the largest scores."""
-        units = scores.square().sum(dim=0).unflatten(0, (self.columns, -1)).sum(dim=0)
-        keep = keep_largest(units[None], self.kept(len(units), sparsity))[0]
+        column_scores = scores.square().sum(dim=0)
+        unit_scores = column_scores.unflatten(0, (self.columns, -1)).sum(dim=0)
+        keep = keep_largest(unit_scores[None], self.kept(len(unit_scores), sparsity))[0]
         return keep.repeat(self.columns).expand_as(scores).contiguous()
 
 

@@ -51,9 +51,8 @@ class Assignment(Permutation):
         iterations: Number of assignments.
     """
 
+    reads_batches = True
     iterations: int = 8
-
-    reads_batches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self, iterations=Number(minimum=1, whole=True))
@@ -70,28 +69,29 @@ class Assignment(Permutation):
     def __call__(self, scores: Score, pattern: Pattern) -> Order:
         """Return the order; the original one if none is better."""
         scores = scores.float()
-        n = pattern.group_kept
-        m = pattern.group_size
+        # Stable: of equal totals the first column comes first, so equal inputs give equal orders.
+        by_total = scores.sum(dim=0).argsort(descending=True, stable=True)
+        members = by_total.reshape(pattern.group_size, -1).T.contiguous()  # a row for each group
+
         generator = torch.Generator().manual_seed(0)
-        # A group is a row of `members`; totals decide ties by the first column, so equal inputs give equal orders.
-        members = (
-            scores.sum(dim=0).argsort(descending=True, stable=True).reshape(m, -1).T.contiguous()
-        )
         for _ in range(self.iterations):
             shuffled = torch.randperm(len(members), generator=generator)
             for chunk in shuffled.to(scores.device).split(_CHUNK):
-                members[chunk] = _reassigned(scores, members[chunk], n, generator)
+                members[chunk] = _reassigned(scores, members[chunk], pattern.group_kept, generator)
+
         order = members.flatten()
-        better = kept_score(scores, order, pattern) > kept_score(
-            scores, torch.arange(len(order)), pattern
-        )
-        return order if better else torch.arange(len(order), device=order.device)
+        original = torch.arange(len(order), device=order.device)
+        if kept_score(scores, order, pattern) > kept_score(scores, original, pattern):
+            return order
+        return original
 
 
 def kept_score(scores: Score, order: Order, pattern: Pattern) -> float:
     """Return the sum of the scores that the pattern keeps after the columns are put in this order."""
-    groups = scores[:, order.to(scores.device)].float().unflatten(1, (-1, pattern.group_size))
-    return float(widest(groups.topk(pattern.group_kept, dim=2).values).sum())
+    permuted = scores[:, order.to(scores.device)].float()
+    groups = permuted.unflatten(1, (-1, pattern.group_size))
+    kept = groups.topk(pattern.group_kept, dim=2).values
+    return float(widest(kept).sum())
 
 
 def _reassigned(scores: Score, members: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -99,21 +99,24 @@ def _reassigned(scores: Score, members: Tensor, n: int, generator: torch.Generat
     from scipy.optimize import linear_sum_assignment
 
     groups, m = members.shape
-    slots = torch.randint(m, (groups, 1), generator=generator).to(members.device)
-    others = torch.ones_like(members, dtype=torch.bool).scatter_(1, slots, False)
-    rest = scores[:, members[others]].unflatten(1, (groups, m - 1))
+    positions = torch.randint(m, (groups, 1), generator=generator).to(members.device)
+    stays = torch.ones_like(members, dtype=torch.bool).scatter_(1, positions, False)
+
+    # What a column must exceed in a row of a group to be kept there: the nth largest of the m - 1 others.
+    others = scores[:, members[stays]].unflatten(1, (groups, m - 1))
     with nondeterministic_kernels():
-        thresholds = rest.kthvalue(m - n, dim=2).values.T.contiguous()  # the nth largest of m - 1
-    freed = members.gather(1, slots).squeeze(1)
-    columns = scores.T[freed].contiguous()
+        thresholds = others.kthvalue(m - n, dim=2).values.T.contiguous()
+
     # The sum of relu(x - t) over the rows is half of the sum of |x - t| + (x - t).
-    gains = (
-        torch.cdist(columns, thresholds, p=1)
-        + columns.sum(dim=1, keepdim=True)
-        - thresholds.sum(dim=1)
-    )
+    freed = members.gather(1, positions).squeeze(1)
+    columns = scores.T[freed].contiguous()
+    gains = torch.cdist(columns, thresholds, p=1)
+    gains += columns.sum(dim=1, keepdim=True)
+    gains -= thresholds.sum(dim=1)
+
     column, group = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
-    moved = members.clone()
-    where = torch.as_tensor(group, device=members.device)
-    moved[where, slots[where, 0]] = freed[torch.as_tensor(column, device=members.device)]
-    return moved
+    reassigned = members.clone()
+    target = torch.as_tensor(group, device=members.device)
+    source = torch.as_tensor(column, device=members.device)
+    reassigned[target, positions[target, 0]] = freed[source]
+    return reassigned

@@ -13,7 +13,8 @@ def placeholder(like: Tensor, device: torch.device) -> Tensor:
     is NaN, which calibration refuses.
     """
     value = torch.nan if like.is_floating_point() else 0
-    return torch.full((), value, dtype=like.dtype, device=device).expand(like.shape)
+    element = torch.full((), value, dtype=like.dtype, device=device)
+    return element.expand(like.shape)
 
 
 def is_unloaded(tensor: Tensor) -> bool:

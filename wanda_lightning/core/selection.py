@@ -43,13 +43,13 @@ class Selection:
 
     def choose(self, scores: Score) -> KeepMask:
         """Return what to keep, given the scores."""
-        return self._checked(self.pattern(self._weigh(scores), self.sparsity), scores)
+        keep = self.pattern(self._weigh(scores), self.sparsity)
+        return self._checked(keep, scores)
 
     def choose_block(self, scores: Score, block: ColumnBlock) -> KeepMask:
         """Return what to keep in a block of columns, given its scores; see `Pattern.keep_block`."""
-        return self._checked(
-            self.pattern.keep_block(self._weigh(scores), self.sparsity, block), scores
-        )
+        keep = self.pattern.keep_block(self._weigh(scores), self.sparsity, block)
+        return self._checked(keep, scores)
 
     def _checked(self, keep: Tensor, scores: Score) -> KeepMask:
         """Return what the pattern keeps; refuse anything but a boolean for each score."""
@@ -65,16 +65,12 @@ class Selection:
 
         Scores are roots of squared errors, hence the square root.
         """
-        return (
-            scores * self.row_weights.sqrt().to(scores)[:, None]
-            if self.pattern.weigh_rows
-            else scores
-        )
+        if not self.pattern.weigh_rows:
+            return scores
+        return scores * self.row_weights.sqrt().to(scores)[:, None]
 
     def total_error(self, errors: Tensor) -> Tensor:
         """Sum the squared errors of the rows, (d_out,), each times its weight if the pattern weighs rows."""
-        return (
-            (errors * self.row_weights.to(errors)).sum()
-            if self.pattern.weigh_rows
-            else errors.sum()
-        )
+        if self.pattern.weigh_rows:
+            errors = errors * self.row_weights.to(errors)
+        return errors.sum()

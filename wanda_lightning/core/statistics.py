@@ -1,13 +1,14 @@
-"""Statistics of a layer's inputs: sums over tokens, so those of several batches or processes are added.
+"""Statistics of a layer's inputs are sums over tokens, so those of several batches or processes are added.
 
-Below: how the Gram matrix `X^T X` is dampened, scaled, factorized and inverted, and how errors are measured with it.
+The second half of this file dampens, scales, factorizes and inverts Gram matrices `X^T X`, and measures errors with
+them.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 Derived = TypeVar("Derived")
 
 _CHUNK = 2**18  # entries: few enough for a core's cache, enough for several cores
+_WIDE = 512  # a Gram matrix of at least so many inputs is computed in halves
 
 
 def sum_squares(tensor: Tensor) -> Tensor:
@@ -30,16 +32,15 @@ def sum_squares(tensor: Tensor) -> Tensor:
     wide = torch.promote_types(tensor.dtype, torch.float32)
     if tensor.device.type != "cpu" or not tensor.numel():
         return tensor.to(wide).square().sum(dim=0)
-    # Squares written into fresh memory: 29 ms for 12.8 million numbers on one core; added up in the cache: 4 ms.
+
+    # On one core, squares of 12.8 million numbers that are added up in the cache take 4 ms; written to memory first,
+    # they take 29 ms.
     rows = max(1, _CHUNK * len(tensor) // tensor.numel())
     total = torch.zeros_like(tensor[:rows], dtype=wide)
-    for part in tensor.split(rows):
-        part = part.to(wide)
-        total[: len(part)].addcmul_(part, part)
+    for chunk in tensor.split(rows):
+        wide_chunk = chunk.to(wide)
+        total[: len(chunk)].addcmul_(wide_chunk, wide_chunk)
     return total.sum(dim=0)
-
-
-_WIDE = 512  # a Gram matrix of at least so many inputs is computed in halves
 
 
 def _gram(tokens: Tokens) -> Gram:
@@ -54,38 +55,39 @@ def _write_gram(tokens: Tokens, gram: Gram) -> None:
     if len(gram) < _WIDE:
         torch.mm(tokens.t(), tokens, out=gram)
         return
+
     half = len(gram) // 2
     first = tokens[:, :half]
     second = tokens[:, half:]
+    above_diagonal = gram[:half, half:]
     _write_gram(first, gram[:half, :half])
     _write_gram(second, gram[half:, half:])
-    torch.mm(first.t(), second, out=gram[:half, half:])
-    gram[half:, :half] = gram[:half, half:].t()
+    torch.mm(first.t(), second, out=above_diagonal)
+    gram[half:, :half] = above_diagonal.t()
 
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Multiply float32 matrices in float32: with TF32, the Gram matrix would have a precision of ten bits."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
+    backend_precisions = [backend.fp32_precision for backend in backends]
     try:
-        legacy = torch.get_float32_matmul_precision()
-    except (
-        RuntimeError
-    ):  # PyTorch refuses to read it where it is "highest" and a backend's own setting is lower
-        legacy = "highest"
-    # Sets the backends, too; some kernels refuse settings that differ.
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # PyTorch refuses to read it where it is "highest" and a backend's own setting is lower.
+        precision = "highest"
+
+    # This sets the backends, too; some kernels refuse settings that differ.
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(legacy)
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = (
-                "none"  # follow the common setting, unless the backend had its own
-            )
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+        torch.set_float32_matmul_precision(precision)
+        for backend, backend_precision in zip(backends, backend_precisions, strict=True):
+            # A backend follows the common setting with "none"; only one that had a setting of its own gets it back.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != backend_precision:
+                backend.fp32_precision = backend_precision
 
 
 class GradientStatistics(NamedTuple):
@@ -93,14 +95,15 @@ class GradientStatistics(NamedTuple):
 
     inputs: PerInput  # x² * mean(g²), with the mean over the outputs
     rows: RowWeights  # g²
-    units: PerUnit | None = (
-        None  # (x * h)², with the gradients h at the inputs, if units are scored
-    )
+    # (x * h)², with the gradients h at the inputs, if hidden units are scored.
+    units: PerUnit | None = None
 
     def row_weights(self) -> RowWeights:
         """Return `rows` divided by its mean; ones if all gradients are 0."""
         mean = self.rows.mean()
-        return self.rows / mean if mean > 0 else torch.ones_like(self.rows)
+        if mean > 0:
+            return self.rows / mean
+        return torch.ones_like(self.rows)
 
 
 class InputStatistics:
@@ -118,16 +121,16 @@ class InputStatistics:
 
     def __init__(self, needs: Iterable[str] = ()) -> None:
         self.needs = frozenset(needs)
-        self.count = 0  # of tokens
-        self.sums: dict[str, Tensor] = {}  # by name; empty until the first token
-        self._derived: dict[
-            tuple[str, float], Any
-        ] = {}  # what layers with the same inputs compute only once
-        self._part_of: tuple[InputStatistics, slice] | None = None
-        if unknown := self.needs - SUMS.keys():
+        unknown = self.needs - SUMS.keys()
+        if unknown:
             raise UserError(
                 f"needs must be names from {sorted(SUMS)}, but they hold {sorted(unknown)}."
             )
+
+        self.count = 0  # of tokens
+        self.sums: dict[str, Tensor] = {}  # by name; empty until the first token
+        # What layers with the same inputs compute only once, such as a factor of the Gram matrix.
+        self._derived: dict[Hashable, Any] = {}
 
     @classmethod
     def merged(cls, parts: Sequence[InputStatistics]) -> InputStatistics:
@@ -155,7 +158,9 @@ class InputStatistics:
         self.count += count
         self._derived.clear()
         for name, value in sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            if name in self.sums:
+                value = self.sums[name] + value
+            self.sums[name] = value
 
     def norm(self) -> PerInput:
         """Return the L2 norm of each input over all tokens, `sqrt(sum of x²)`."""
@@ -163,26 +168,22 @@ class InputStatistics:
 
     def inactive(self) -> Bool[Tensor, " d_in"]:
         """Return which inputs were zero in all tokens."""
-        energy = (
-            self.sums["square_sum"] if "square_sum" in self.sums else self.sums["gram"].diagonal()
-        )
-        return energy == 0
+        if "square_sum" in self.sums:
+            return self.sums["square_sum"] == 0
+        return self.sums["gram"].diagonal() == 0
 
     def inverse_factor(self, dampening: float) -> Gram:
-        """Return the upper triangular `U` of the function of this name, computed once."""
+        """Return what the function of this name returns for the Gram matrix, computed once."""
         return self._once(
             ("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening)
         )
 
     def inverse_diagonal(self, dampening: float) -> PerInput:
         """Return the diagonal of `inverse_factor`."""
-        if self._part_of is not None:
-            whole, part = self._part_of
-            return whole.inverse_diagonal(dampening)[part]
         return self.inverse_factor(dampening).diagonal()
 
     def scaled_gram(self, dampening: float) -> tuple[PerInput, Gram]:
-        """Return a scale for each input and the scaled Gram matrix, computed once."""
+        """Return what `scaled` returns for the Gram matrix, computed once."""
         return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
 
     def mean(self) -> PerInput:
@@ -191,20 +192,23 @@ class InputStatistics:
 
     def centered(self) -> InputStatistics:
         """Return the statistics with the Gram matrix of the inputs minus their means, computed once."""
+        return self._once("centered", self._center)
 
-        def center() -> InputStatistics:
-            result = InputStatistics(self.needs)
-            gram = torch.addr(self.sums["gram"], self.sums["sum"], self.mean(), alpha=-1)
-            rounding = 64 * torch.finfo(gram.dtype).eps * self.sums["gram"].diagonal()
-            is_constant = gram.diagonal() <= rounding / 16
-            gram[is_constant], gram[:, is_constant] = 0, 0
-            is_inexact = (gram.diagonal() < 64 * rounding) & ~is_constant
-            gram.diagonal().add_(rounding * is_inexact)  # else it may be indefinite
-            result.count = self.count
-            result.sums = {**self.sums, "gram": gram}
-            return result
+    def _center(self) -> InputStatistics:
+        gram = torch.addr(self.sums["gram"], self.sums["sum"], self.mean(), alpha=-1)
 
-        return self._once(("centered", 0.0), center)
+        # Rounding errors may be left of an input that hardly varies. If nothing else is, it is constant; if they
+        # could make the matrix indefinite, as much is added to the diagonal.
+        rounding = 64 * torch.finfo(gram.dtype).eps * self.sums["gram"].diagonal()
+        is_constant = gram.diagonal() <= rounding / 16
+        gram[is_constant] = 0
+        gram[:, is_constant] = 0
+        is_inexact = (gram.diagonal() < 64 * rounding) & ~is_constant
+        gram.diagonal().add_(rounding * is_inexact)
+
+        centered = InputStatistics(self.needs)
+        centered.add(self.count, self.sums | {"gram": gram})
+        return centered
 
     def forget_derived(self) -> None:
         """Free what layers with these inputs have shared; the next layer computes it again."""
@@ -212,22 +216,38 @@ class InputStatistics:
 
     def columns(self, start: int, stop: int) -> InputStatistics:
         """Return the statistics that criteria read, for the inputs from `start` to `stop`."""
-        part = InputStatistics(self.needs - {"gram"})
-        part.count, part._part_of = self.count, (self, slice(start, stop))
-        part.sums = {name: self.sums[name][start:stop] for name in part.needs}
-        return part
+        return _ColumnStatistics(self, slice(start, stop))
 
-    def _once(self, key: tuple[str, float], compute: Callable[[], Derived]) -> Derived:
+    def _once(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
         if key not in self._derived:
             self._derived[key] = compute()
         return self._derived[key]
 
     def finite(self) -> Tensor:
         """Return whether no token held NaN or infinity, as a boolean scalar on the inputs' device."""
-        # No entry of a Gram matrix is larger than the largest one on its diagonal.
-        values = [value.diagonal() if value.ndim == 2 else value for value in self.sums.values()]
-        flags = [value.isfinite().all() for value in values]
-        return torch.stack(flags).all() if flags else torch.tensor(True)
+        if not self.sums:
+            return torch.tensor(True)
+
+        flags = []
+        for value in self.sums.values():
+            # No entry of a Gram matrix is larger than the largest one on its diagonal.
+            entries = value.diagonal() if value.ndim == 2 else value
+            flags.append(entries.isfinite().all())
+        return torch.stack(flags).all()
+
+
+class _ColumnStatistics(InputStatistics):
+    """The statistics of some inputs of a layer, without their Gram matrix."""
+
+    def __init__(self, layer: InputStatistics, columns: slice) -> None:
+        super().__init__(layer.needs - {"gram"})
+        self.add(layer.count, {name: layer.sums[name][columns] for name in self.needs})
+        self._layer = layer
+        self._columns = columns
+
+    def inverse_diagonal(self, dampening: float) -> PerInput:
+        """Return the part of the layer's diagonal."""
+        return self._layer.inverse_diagonal(dampening)[self._columns]
 
 
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -240,7 +260,7 @@ SUMS: dict[str, Callable[[Tensor], Tensor]] = {
 # ---- the Gram matrix
 
 _ATTEMPTS = 5  # each with ten times the dampening of the previous one
-_ROWS = 256  # enough for an error: all rows of a large layer would take as long as several percent of a forward pass
+_ROWS = 256  # enough for an error; all rows of a large layer would take several percent of a forward pass
 
 
 def dampen_(gram: Gram, dampening: float) -> Gram:
@@ -267,13 +287,14 @@ def cholesky(gram: Gram, dampening: float) -> tuple[Gram, float]:
         used = dampening * 10**attempt
         # LAPACK works in place if the matrix is stored by columns.
         lower = dampen_(gram.t().clone(memory_format=torch.contiguous_format).t(), used)
-        info = torch.empty((), dtype=torch.int32, device=gram.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if not info:
-            if attempt:
-                text = "a Gram matrix has no Cholesky factor with dampening %g, so %g is used: give more samples"
-                log.warning(text, dampening, used)
-            return lower, used
+        failed = torch.empty((), dtype=torch.int32, device=gram.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if failed:
+            continue
+        if attempt:
+            text = "a Gram matrix has no Cholesky factor with dampening %g, so %g is used: give more samples"
+            log.warning(text, dampening, used)
+        return lower, used
     raise UserError(
         f"the Gram matrix of {len(gram)} inputs has no Cholesky factor, not even with dampening {used:g}. Give more "
         "calibration samples, or load the model in a wider dtype."
@@ -284,11 +305,10 @@ def inverse_factor(gram: Gram, dampening: float) -> Gram:
     """Return the upper triangular `U` with `U^T U` the inverse of `X^T X`, dampened as by `cholesky`."""
     # In reverse order of the inputs, the inverse of the lower factor is the upper factor of the inverse.
     lower, _ = cholesky(gram.flip(0, 1), dampening)
-    inverse = torch.eye(
-        len(gram), dtype=gram.dtype, device=gram.device
-    ).t()  # by columns: the solution overwrites it
+    # Stored by columns, so that the solution overwrites it.
+    inverse = torch.eye(len(gram), dtype=gram.dtype, device=gram.device).t()
     torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
+    del lower  # before the copy that `flip` makes
     return inverse.flip(0, 1)
 
 
@@ -304,20 +324,28 @@ def relative_error(
 ) -> float | None:
     """Return `||(W - W') X^T||^2 / ||W X^T||^2`, the relative squared error of a layer's outputs; None if it overflows.
 
-    Of more than 256 rows, about 256, evenly spaced, are compared. `fitted` is the Gram matrix of the error if it is
-    not `gram`: that of centered inputs if the bias was fitted, too.
+    About 256 evenly spaced rows are compared. `fitted` is the Gram matrix for the error if it is not `gram`: the one
+    of centered inputs if the bias was fitted, too.
 
     Example:
         >>> relative_error(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 4.0]]), torch.eye(2))
         0.36
     """
-    every = max(1, -(-len(dense) // _ROWS))
-    weight = dense[::every].to(gram.dtype)
-    lost = weight - pruned[::every].to(gram.dtype)
+    step = max(1, math.ceil(len(dense) / _ROWS))
+    weight = dense[::step].to(gram.dtype)
+    lost = weight - pruned[::step].to(gram.dtype)
     with torch.autocast(gram.device.type, enabled=False):
-        pairs = (lost, gram if fitted is None else fitted), (weight, gram)
-        sums = torch.stack([(torch.mm(each, matrix) * each).sum() for each, matrix in pairs])
-    error, energy = sums.tolist()
+        lost_energy = _energy(lost, gram if fitted is None else fitted)
+        energies = torch.stack([lost_energy, _energy(weight, gram)])
+
+    error, energy = energies.tolist()  # both at once, since each read waits for the device
     if not math.isfinite(error + energy):
         return None
-    return max(0.0, error) / energy if energy > 0 else 0.0
+    if energy <= 0:
+        return 0.0
+    return max(0.0, error) / energy
+
+
+def _energy(weight: Weight, gram: Gram) -> Tensor:
+    """Return `||W X^T||^2`."""
+    return (torch.mm(weight, gram) * weight).sum()

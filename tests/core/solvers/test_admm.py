@@ -1,26 +1,23 @@
 """ADMM against its iterations written out in NumPy."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from support import reference
-from support.layers import correlated_layer, output_error, random_layer, solve
+from support.layers import correlated_layer, output_error, random_layer, seeded, solve
+from support.reference import assert_keeps
 
 from wanda_lightning.core.patterns import NM, Unstructured
 from wanda_lightning.core.solvers import ADMM, ZeroOut
 
 
 def by_hand(weight, tokens, solver, pattern, factor=1):
-    """The mask after the iterations one by one."""
-    (first, last), iterations = solver.rho, solver.iterations
-    rhos = [
-        factor * first * (last / first) ** (turn / max(1, iterations - 1))
-        for turn in range(iterations)
-    ]
-
-    def choose(scores):
-        return reference.keep(pattern, scores, 0.5)
-
+    """The mask after the iterations one by one, with `factor` times each rho."""
+    first, last = solver.rho
+    rhos = factor * np.geomspace(first, last, solver.iterations)
+    choose = partial(reference.keep, pattern, sparsity=0.5)
     return reference.admm(weight.numpy(), tokens.numpy(), solver.dampening, rhos, choose)
 
 
@@ -30,7 +27,7 @@ def test_the_mask_is_that_of_the_iterations_one_by_one(pattern, iterations):
     weight, tokens = correlated_layer(1, torch.float64, shape=(6, 32), tokens=200)
     solver = ADMM(iterations=iterations)
     _, keep = solve(solver, weight, tokens, pattern=pattern)
-    np.testing.assert_array_equal(keep.numpy(), by_hand(weight, tokens, solver, pattern))
+    assert_keeps(keep, by_hand(weight, tokens, solver, pattern))
 
 
 def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
@@ -49,19 +46,15 @@ def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
     solver = ADMM(iterations=3)
     _, keep = solve(solver, weight, tokens)
     assert len(calls) == 4
-    np.testing.assert_array_equal(
-        keep.numpy(), by_hand(weight, tokens, solver, Unstructured(), factor=10)
-    )
+    assert_keeps(keep, by_hand(weight, tokens, solver, Unstructured(), factor=10))
 
 
 def test_wandas_mask_is_used_if_inputs_do_not_correlate():
     weight, _ = random_layer(torch.float64, shape=(6, 32))
-    norms = torch.logspace(-2, 1, 32, dtype=torch.float64)
-    tokens = (
-        torch.linalg.qr(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).double()).Q
-        * norms
-    )
-    tokens[0] += 1e-3  # a little, and ADMM errs
+    random = torch.randn(64, 32, generator=seeded()).double()
+    uncorrelated = torch.linalg.qr(random).Q
+    tokens = uncorrelated * torch.logspace(-2, 1, 32, dtype=torch.float64)
+    tokens[0] += 1e-3  # inputs that correlate a little mislead ADMM
     pruned, keep = solve(ADMM(), weight, tokens)
     zeroed, wanda = solve(ZeroOut(), weight, tokens)
     assert torch.equal(keep, wanda)

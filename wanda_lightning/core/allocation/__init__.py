@@ -12,5 +12,6 @@ from wanda_lightning.core.allocation.allocation import (
     UnitLayer as UnitLayer,
     match_target as match_target,
 )
-from wanda_lightning.core.allocation.measured import OWL as OWL, Fisher as Fisher
+from wanda_lightning.core.allocation.fisher import Fisher as Fisher
+from wanda_lightning.core.allocation.owl import OWL as OWL
 from wanda_lightning.core.allocation.per_layer import PerLayer as PerLayer

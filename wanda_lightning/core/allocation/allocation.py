@@ -1,10 +1,10 @@
-"""The interface of allocations, what they see of a layer, the simplest one, and how all of them meet the target."""
+"""The interface of allocations, the descriptions of layers that they get, `Uniform`, and how all meet the target."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
@@ -19,21 +19,20 @@ class DenseLayer:
     """Description of a layer of the dense model for an allocation."""
 
     name: str
-    block: str  # that contains the layer, or the name of the layer if no block does
+    block: str  # the block that contains the layer, or the name of the layer if no block does
     size: int  # number of weights
-    sparsity_steps: (
-        int  # number of equal steps in which the pattern can raise the sparsity from 0 to 1
-    )
+    sparsity_steps: int  # in how many equal steps the pattern can raise the sparsity from 0 to 1
     load: Callable[[], Weight]  # returns the weight; `read` calls it
-    inputs: InputStatistics = field(default_factory=InputStatistics)  # that the allocation needs
+    inputs: InputStatistics = field(default_factory=InputStatistics)  # the allocation's `needs`
     gradients: GradientStatistics | None = None  # if the allocation reads them
-    # Empty until it is read.
+    # The number of zeros, in a list since the object is frozen. Empty until the weight is read.
     _zeros: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def read(self) -> Weight:
         """Return the weight, which is not kept in memory."""
         weight = self.load()
-        if not self._zeros:  # counted now, since the weight may have to come from disk each time
+        # Zeros are counted now, because loading the weight again for it may mean reading a disk.
+        if not self._zeros:
             self._zeros.append(int((weight == 0).count_nonzero()))
         return weight
 
@@ -52,15 +51,15 @@ class UnitLayer:
     name: str
     kind: str  # layers of one kind differ in nothing but their place in the model
     width: int  # number of units
-    scores: PerUnit | None = None  # of the units, if the allocation reads gradients
-    cost: float = 1.0  # of a unit, relative to the mean over all units of the model
+    scores: PerUnit | None = None  # if the allocation reads gradients
+    cost: float = 1.0  # cost of a unit, relative to the mean over all units of the model
 
 
 class GradientLimit(NamedTuple):
     """The first `samples` samples, and more until there are at least `predictions` predictions."""
 
-    samples: int | None = None  # the first ones; None for all
-    predictions: int = 0  # of tokens or of images
+    samples: int | None = None  # None for all
+    predictions: int = 0  # a window of text has one for each token, an image a single one
 
 
 class Allocation(ABC):
@@ -70,7 +69,7 @@ class Allocation(ABC):
         needs: The input statistics of the dense model that it reads.
         reads_gradients: Whether it reads gradients of the dense model.
         fits_units: Whether it can distribute hidden units.
-        cost: What it counts for a hidden unit, see `Fisher`.
+        cost: What a hidden unit costs, see `Fisher`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -91,7 +90,7 @@ class Allocation(ABC):
         return self
 
     def limits(self, sparsity: float) -> tuple[float, float] | None:
-        """Return the least and the most sparsity that a layer can get for a target; None if there are no limits."""
+        """Return the lowest and the highest sparsity of a layer for a target; None if there are no limits."""
         return None
 
     @abstractmethod
@@ -125,13 +124,20 @@ class Uniform(Allocation):
         widths: dict[str, list[int]] = {}
         for layer in layers:
             widths.setdefault(layer.kind, []).append(layer.width)
-        found: dict[str, float] = {}
+
+        fractions: dict[str, float] = {}
         for layer in layers:
-            # This many steps of one unit, or more, fit into each width.
+            # A fraction that leaves whole units of the common divisor leaves whole units of its multiples.
             common = math.gcd(*widths[layer.kind])
             fraction = 1 - pattern.kept(common, sparsity) / common
-            found[layer.name] = fraction if abs(fraction - sparsity) <= 0.05 else sparsity
-        return found
+            is_near = abs(fraction - sparsity) <= 0.05
+            fractions[layer.name] = fraction if is_near else sparsity
+        return fractions
+
+
+_HALVINGS = 60
+_EXACT = 1e-12
+_ROUNDING = 1e-7  # of steps
 
 
 def match_target(
@@ -148,16 +154,13 @@ def match_target(
     target. The layers in `fixed` have these sparsities and are not shifted.
     """
     present = {layer.name: min(layer.zeros / layer.size, _maximum(layer)) for layer in layers}
-    missing = sparsity * sum(layer.size for layer in layers) - sum(layer.zeros for layer in layers)
-    if missing <= max(layer.size / layer.sparsity_steps for layer in layers) / 2:
-        steps = {layer.name: round(present[layer.name] * layer.sparsity_steps) for layer in layers}
-        at_least = {layer.name: _whole_steps(layer, fixed.get(layer.name, 0.0)) for layer in layers}
-        return {
-            layer.name: _sparsity_of(
-                max(steps[layer.name], at_least[layer.name]), layer.sparsity_steps
-            )
-            for layer in layers
-        }
+    missing = sparsity * total_size(layers) - sum(layer.zeros for layer in layers)
+    if missing <= max(map(_step_size, layers)) / 2:  # the model has enough zeros
+        steps = {}
+        for layer in layers:
+            fixed_steps = _whole_steps(layer, fixed.get(layer.name, 0.0))
+            steps[layer.name] = max(round(present[layer.name] * layer.sparsity_steps), fixed_steps)
+        return _sparsities(layers, steps)
     if len(set(wanted.values())) == 1:
         return dict.fromkeys(present, sparsity)
 
@@ -168,21 +171,20 @@ def match_target(
             for layer in layers
         }
 
+    # Bisect between all layers at their minimum and all at their maximum.
     low = -max(wanted.values())
-    high = 1 - min(wanted.values())  # all layers at their minimum, all at their maximum
-    amount = sparsity - mean_of(layers, wanted)
+    high = 1 - min(wanted.values())
+    amount = sparsity - mean_of(layers, wanted)  # exact unless a layer has reached a bound
     for _ in range(_HALVINGS):
         excess = mean_of(layers, shifted(amount)) - sparsity
         if abs(excess) < _EXACT:
             break
-        low, high = (low, amount) if excess > 0 else (amount, high)
+        if excess > 0:
+            high = amount
+        else:
+            low = amount
         amount = (low + high) / 2
     return _round(layers, shifted(amount), sparsity)
-
-
-_HALVINGS = 60
-_EXACT = 1e-12
-_ROUNDING = 1e-7  # of steps
 
 
 def _round(
@@ -190,37 +192,51 @@ def _round(
 ) -> dict[str, float]:
     """Round all sparsities down to a step of the pattern, then those with the largest remainders up to the target."""
     steps = {layer.name: _whole_steps(layer, sparsities[layer.name]) for layer in layers}
-    remainders = {
-        layer.name: sparsities[layer.name] * layer.sparsity_steps - steps[layer.name]
-        for layer in layers
-    }
-    missing = target * sum(layer.size for layer in layers)
-    missing -= math.fsum(steps[layer.name] * layer.size / layer.sparsity_steps for layer in layers)
-    for layer in sorted(layers, key=lambda layer: -remainders[layer.name]):
-        step = layer.size / layer.sparsity_steps
-        if remainders[layer.name] > _ROUNDING and step < 2 * missing:
+    rounded = math.fsum(steps[layer.name] * layer.size / layer.sparsity_steps for layer in layers)
+    missing = target * total_size(layers) - rounded
+
+    def remainder(layer: DenseLayer) -> float:
+        return sparsities[layer.name] * layer.sparsity_steps - steps[layer.name]
+
+    for layer in sorted(layers, key=remainder, reverse=True):
+        step_size = _step_size(layer)
+        if remainder(layer) > _ROUNDING and step_size < 2 * missing:
             steps[layer.name] += 1
-            missing -= step
-    return {layer.name: _sparsity_of(steps[layer.name], layer.sparsity_steps) for layer in layers}
+            missing -= step_size
+    return _sparsities(layers, steps)
+
+
+def _step_size(layer: DenseLayer) -> float:
+    """Return how many weights of a layer become zero in each step."""
+    return layer.size / layer.sparsity_steps
 
 
 def _whole_steps(layer: DenseLayer, sparsity: float) -> int:
     return int(min(sparsity, _maximum(layer)) * layer.sparsity_steps + _ROUNDING)
 
 
-def _sparsity_of(step: int, steps: int) -> float:
-    # Patterns round down, and 1 / 49 * 49 is less than 1 in floating point.
-    sparsity = step / steps
-    return sparsity if int(steps * sparsity) == step else math.nextafter(sparsity, 1.0)
+def _sparsities(layers: Sequence[DenseLayer], steps: Mapping[str, int]) -> dict[str, float]:
+    """Return the sparsity of each layer after whole steps."""
+    sparsities = {}
+    for layer in layers:
+        sparsity = steps[layer.name] / layer.sparsity_steps
+        # Patterns round down, and 1 / 49 * 49 is less than 1 in floating point.
+        if int(layer.sparsity_steps * sparsity) != steps[layer.name]:
+            sparsity = math.nextafter(sparsity, 1.0)
+        sparsities[layer.name] = sparsity
+    return sparsities
 
 
 def _maximum(layer: DenseLayer) -> float:
-    """The sparsity at which one weight of each group survives."""
+    """Return the sparsity at which one weight of each group survives."""
     return 1 - 1 / layer.sparsity_steps
+
+
+def total_size(layers: Iterable[DenseLayer]) -> int:
+    """Return the number of weights of all layers."""
+    return sum(layer.size for layer in layers)
 
 
 def mean_of(layers: Sequence[DenseLayer], values: Mapping[str, float]) -> float:
     """Return the mean of the values, weighted by the number of weights."""
-    return math.fsum(values[layer.name] * layer.size for layer in layers) / sum(
-        layer.size for layer in layers
-    )
+    return math.fsum(values[layer.name] * layer.size for layer in layers) / total_size(layers)

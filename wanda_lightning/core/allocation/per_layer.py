@@ -9,11 +9,25 @@ from dataclasses import dataclass
 from wanda_lightning.common.checks import Number
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.layer_names import matches, refuse_unmatched
-from wanda_lightning.core.allocation.allocation import Allocation, DenseLayer, match_target
+from wanda_lightning.core.allocation.allocation import (
+    Allocation,
+    DenseLayer,
+    match_target,
+    total_size,
+)
 
 _OPTION = "PerLayer pattern"
 _SPARSITY = Number(minimum=0, below=1)
 _AS_PRINTED = 1e-4  # accept a mean with the four digits that the error message shows
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The layers with a given sparsity, and what remains for the others."""
+
+    sparsities: dict[str, float]  # by layer name
+    zeros: float  # number of weights that these sparsities make zero
+    other_size: int  # number of weights of the other layers
 
 
 @dataclass(frozen=True)
@@ -56,16 +70,16 @@ class PerLayer(Allocation):
                 [pattern], names, _OPTION, "pruned layer that no earlier pattern matches"
             )
             names = [name for name in names if not matches(name, pattern, _OPTION)]
-        _, pruned, rest = self._given(layers)
-        size = sum(layer.size for layer in layers)
-        least = pruned / size
-        most = (pruned + rest) / size
-        fits = least - 1e-9 <= sparsity < most if rest else abs(sparsity - least) <= _AS_PRINTED
-        if not fits:
+
+        given = self._given(layers)
+        size = total_size(layers)
+        lowest = given.zeros / size
+        highest = (given.zeros + given.other_size) / size
+        if not _is_reachable(sparsity, lowest, highest):
             raise UserError(
-                f"sparsity must be from {least:.4f} to {most:.4f} with this PerLayer, whose layers have a fraction "
-                f"{1 - rest / size:.4f} of the weights, but it is {sparsity:g}. Give another sparsity, or other values "
-                "in PerLayer."
+                f"sparsity must be from {lowest:.4f} to {highest:.4f} with this PerLayer, whose layers have a fraction "
+                f"{1 - given.other_size / size:.4f} of the weights, but it is {sparsity:g}. Give another sparsity, or "
+                "other values in PerLayer."
             )
 
     def scaled(self, fraction: float) -> PerLayer:
@@ -76,21 +90,26 @@ class PerLayer(Allocation):
 
     def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
         """Give the other layers one sparsity that makes the mean the target."""
-        given, pruned, rest = self._given(layers)
-        remaining = (
-            (sparsity * sum(layer.size for layer in layers) - pruned) / rest if rest else 0.0
-        )
-        wanted = {layer.name: given.get(layer.name, remaining) for layer in layers}
-        return match_target(layers, wanted, sparsity, fixed=given)
+        given = self._given(layers)
+        missing = sparsity * total_size(layers) - given.zeros
+        remaining = missing / given.other_size if given.other_size else 0.0
+        wanted = {layer.name: given.sparsities.get(layer.name, remaining) for layer in layers}
+        return match_target(layers, wanted, sparsity, fixed=given.sparsities)
 
-    def _given(self, layers: Sequence[DenseLayer]) -> tuple[dict[str, float], float, int]:
-        """Return the given sparsities by layer, how many zeros they make, and the size of the other layers."""
-        given: dict[str, float] = {}
-        for pattern, sparsity in reversed(dict(self.sparsities).items()):  # the first one counts
-            given |= {
-                layer.name: sparsity for layer in layers if matches(layer.name, pattern, _OPTION)
-            }
-        pruned = math.fsum(
-            given[layer.name] * layer.size for layer in layers if layer.name in given
-        )
-        return given, pruned, sum(layer.size for layer in layers if layer.name not in given)
+    def _given(self, layers: Sequence[DenseLayer]) -> _Given:
+        sparsities: dict[str, float] = {}
+        # In reverse order, since the first pattern that matches a layer counts.
+        for pattern, sparsity in reversed(dict(self.sparsities).items()):
+            for layer in layers:
+                if matches(layer.name, pattern, _OPTION):
+                    sparsities[layer.name] = sparsity
+
+        named = [layer for layer in layers if layer.name in sparsities]
+        zeros = math.fsum(sparsities[layer.name] * layer.size for layer in named)
+        return _Given(sparsities, zeros, total_size(layers) - total_size(named))
+
+
+def _is_reachable(sparsity: float, lowest: float, highest: float) -> bool:
+    if lowest == highest:  # all layers have a given sparsity
+        return abs(sparsity - lowest) <= _AS_PRINTED
+    return lowest - 1e-9 <= sparsity < highest

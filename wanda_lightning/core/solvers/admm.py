@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -46,14 +45,13 @@ class ADMM(Solver):
         intercept: Fit the bias of a layer, if it has one, together with its weights.
     """
 
+    needs = frozenset({"gram", "sum"})
+    takes_any_criterion = False
     dampening: float = 0.05
     iterations: int = 10
     rho: tuple[float, float] = (0.1, 0.8)
     refit_steps: int = 2
     intercept: bool = True
-
-    needs: ClassVar[frozenset[str]] = frozenset({"gram", "sum"})
-    takes_any_criterion: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
@@ -61,12 +59,9 @@ class ADMM(Solver):
         check_flags(intercept=self.intercept)
         if isinstance(self.rho, list):  # as a file gives it
             object.__setattr__(self, "rho", tuple(self.rho))
-        pair = isinstance(self.rho, tuple) and len(self.rho) == 2
-        if (
-            not pair
-            or not all(map(Number(minimum=_MIN_RHO).accepts, self.rho))
-            or self.rho[0] > self.rho[1]
-        ):
+        is_pair = isinstance(self.rho, tuple) and len(self.rho) == 2
+        in_range = is_pair and all(map(Number(minimum=_MIN_RHO).accepts, self.rho))
+        if not in_range or self.rho[0] > self.rho[1]:
             raise UserError(
                 f"rho of ADMM must be two numbers of at least {_MIN_RHO}, the first and a last that is not smaller, "
                 f"but it is {self.rho}."
@@ -76,10 +71,11 @@ class ADMM(Solver):
         self, weight: Weight, inputs: InputStatistics, selection: Selection
     ) -> tuple[Weight, KeepMask]:
         """Alternate, then refit."""
+        # In these units, an input has norm 1 and the dense weight is `weight * scale`.
         scale, gram = inputs.scaled_gram(self.dampening)
+        dense = weight.to(gram.dtype).contiguous() * scale
         energy = inputs.sums["gram"].diagonal()
         alive = weight != 0
-        dense = weight.to(gram.dtype).contiguous() * scale
 
         def choose(scores: Score) -> KeepMask:
             scores = lower_inactive(scores.mul_(as_numbers(alive)), weight, energy)
@@ -87,50 +83,56 @@ class ADMM(Solver):
 
         total, keep = self._alternate(dense, gram, choose)
         fitted, error = refit(dense, masked(total, keep), keep, gram, self.refit_steps)
-        by_wanda = choose(dense.abs().mul_(energy.sqrt() / scale))
-        lost = masked(dense, ~by_wanda)
-        # Compare the errors without the dampening.
-        share = 1 - energy / scale.square()
-        admm_error = error.squeeze(1) - _dampening_error(fitted - dense, share)
-        wanda_error = (torch.mm(lost, gram) * lost).sum(dim=1) - _dampening_error(lost, share)
-        # The inputs hardly correlate.
+
+        wanda_keep = choose(dense.abs().mul_(energy.sqrt() / scale))
+        lost = masked(dense, ~wanda_keep)
+        wanda_error = (torch.mm(lost, gram) * lost).sum(dim=1)
+
+        # The errors are compared without the dampening, which is this fraction of each input's diagonal.
+        dampened = 1 - energy / scale.square()
+        admm_error = error.squeeze(1) - _dampening_error(fitted - dense, dampened)
+        wanda_error -= _dampening_error(lost, dampened)
+
+        # Wanda's mask may be better where the inputs hardly correlate.
         if selection.total_error(admm_error) > selection.total_error(wanda_error):
-            keep = by_wanda
+            keep = wanda_keep
             fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.refit_steps)
         return masked(fitted.div_(scale), keep).to(weight.dtype), keep
 
     def _alternate(
         self, dense: Weight, gram: Gram, choose: Callable[[Score], KeepMask]
     ) -> tuple[Weight, KeepMask]:
-        """Return the last fit plus the dual variable, not masked, and the mask."""
-        rho, last = self.rho
-        growth = (last / rho) ** (1 / max(1, self.iterations - 1))
+        """Return the last fit plus the dual variable, not masked, and the mask.
+
+        The dual variable is stored divided by the rho of the iteration that computed it. `total` is the masked copy
+        where `keep` is True, and the dual variable where it is False.
+        """
+        rho, last_rho = self.rho
+        growth = (last_rho / rho) ** (1 / max(1, self.iterations - 1))
         target = torch.mm(dense, gram)
         pulled = torch.empty_like(dense)
         keep = choose(dense.abs())
-        # `total` is the masked copy where `keep` is True, and the dual variable in units of rho where it is False.
         total = masked(dense, keep)
         dual = torch.zeros_like(dense)
         for _ in range(self.iterations):
-            lower, used = cholesky(gram, rho)
-            ratio = growth * (used / rho)  # of this iteration's rho to that of the previous one
-            # The fit is pulled toward the masked copy minus the dual variable.
-            torch.add(target, total, alpha=used, out=pulled).add_(
-                dual, alpha=-used * (1 + 1 / ratio)
-            )
+            # A factorization that fails is repeated with a larger rho, which all of this iteration must use.
+            lower, used_rho = cholesky(gram, rho)
+            ratio = growth * (used_rho / rho)  # to the rho of the previous iteration
+
+            # The fit is pulled toward the masked copy minus the dual variable; `total` holds their sum.
+            torch.add(target, total, alpha=used_rho, out=pulled)
+            pulled.add_(dual, alpha=-used_rho * (1 + 1 / ratio))
             fit = torch.linalg.solve_triangular(lower.t(), pulled, upper=True, left=False)
             torch.linalg.solve_triangular(lower, fit, upper=False, left=False, out=fit)
             del lower  # or two factors would be in memory at once
+
             total = fit.add_(dual, alpha=1 / ratio)
             keep = choose(torch.abs(total, out=pulled))
             dual = masked(total, ~keep)
-            rho = used * growth
+            rho = used_rho * growth
         return total, keep
 
 
-def _dampening_error(difference: Weight, share: PerInput) -> Tensor:
-    """The part of each row's error that is due to the dampening, `share` of each input's diagonal.
-
-    Overwrites `difference`.
-    """
-    return difference.square_() @ share
+def _dampening_error(difference: Weight, dampened: PerInput) -> Tensor:
+    """Return the part of each row's error that is due to the dampening; `difference` is overwritten."""
+    return difference.square_() @ dampened

@@ -33,12 +33,11 @@ class Refit(Solver):
         intercept: Fit the bias of a layer, if it has one, together with its weights.
     """
 
+    needs = frozenset({"gram", "sum"})
+    fits_units: ClassVar[bool] = True
     dampening: float = 0.1
     steps: int = 30
     intercept: bool = True
-
-    needs: ClassVar[frozenset[str]] = frozenset({"gram", "sum"})
-    fits_units: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
@@ -51,6 +50,7 @@ class Refit(Solver):
         keep = selection.keep(weight, inputs)
         if selection.pattern.removes == "units":
             return refit_columns(weight, keep[0], inputs.sums["gram"], self.dampening), keep
+
         gram = dampen_(inputs.sums["gram"].clone(), self.dampening)
         dense = weight.to(gram.dtype).contiguous()
         fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.steps)
@@ -64,15 +64,16 @@ def refit_columns(
 
     With the Gram matrix G and the pull p toward the dense weights, they are `(W G[:, S] + p W[:, S]) (G[S, S] + p)^-1`.
     """
-    kept = keep.nonzero().flatten()
     if not dense[:, ~keep].any():  # pruned already, or nothing to prune
         return dense.clone()
+
+    kept = keep.nonzero().flatten()
     wide = dense.to(gram.dtype).contiguous()
     lower, used = cholesky(gram[kept][:, kept], dampening)
     mean = gram.diagonal()[kept].mean()
-    target = (
-        torch.mm(gram[kept], wide.t()) + torch.where(mean > 0, mean * used, 1) * wide[:, kept].t()
-    )
+    pull = torch.where(mean > 0, mean * used, 1)  # as in `dampen_`
+    target = torch.mm(gram[kept], wide.t()) + pull * wide[:, kept].t()
+
     fitted = torch.zeros_like(dense)
     fitted[:, kept] = torch.cholesky_solve(target, lower).t().to(fitted.dtype)
     return fitted
@@ -85,12 +86,14 @@ def refit(
 
     A row is done when its residual energy has fallen to 1e-12 of the initial one, or after `steps` steps.
     """
-    inverse_diagonal = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
     fitted = start.clone()
     difference = dense - start
     residual = torch.mm(difference, gram)
     error = difference.mul_(residual).sum(dim=1, keepdim=True)
     residual.mul_(as_numbers(keep))
+
+    # Conjugate gradients with the diagonal as preconditioner.
+    inverse_diagonal = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).reciprocal()
     direction = residual * inverse_diagonal
     energy = (residual * direction).sum(dim=1, keepdim=True)
     enough = energy * 1e-12
@@ -100,12 +103,15 @@ def refit(
         active = (energy > enough) & (curvature > 0)
         if not active.any():
             break
+
         step = torch.where(active, energy / curvature, 0)
         fitted.addcmul_(step, direction)
         error -= step * energy
         residual.addcmul_(step, image.mul_(as_numbers(keep)), value=-1)
+
         scaled = residual * inverse_diagonal
-        previous = energy
+        previous_energy = energy
         energy = (residual * scaled).sum(dim=1, keepdim=True)
-        direction = scaled.addcmul_(torch.where(active, energy / previous, 0), direction)
+        ratio = torch.where(active, energy / previous_energy, 0)
+        direction = scaled.addcmul_(ratio, direction)
     return fitted, error

@@ -64,7 +64,6 @@ class Solver(ABC):
 class ZeroOut(Solver):
     """Set the pruned weights to zero and leave the others exactly as they are."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
     fits_units: ClassVar[bool] = True
 
     def __call__(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import lcm
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ from wanda_lightning.core.solvers.solver import Solver
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Gram, KeepMask, OneMask, OneWeight, Weight
 
-_AT_ONCE = 32  # number of columns that update each other one by one; one matrix product updates those on the right
+# Number of columns that update each other one by one; one matrix product updates those to their right.
+_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,10 @@ class SparseGPT(Solver):
             (`"upfront"`).
     """
 
+    needs = frozenset({"gram"})
     dampening: float = 0.01
     block_size: int = 128
     mask: Literal["block", "upfront"] = "block"
-
-    needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
     def __post_init__(self) -> None:
         whole = Number(minimum=1, whole=True)
@@ -52,12 +52,12 @@ class SparseGPT(Solver):
 
     @property
     def chooses_in_blocks(self) -> bool:
-        """True unless the mask is chosen upfront."""
+        """Whether the mask is not chosen upfront."""
         return self.mask == "block"
 
     def group(self, criterion: Criterion) -> Group:
         """The layer, or the group of the criterion if the mask is chosen upfront."""
-        return "layer" if self.mask == "block" else criterion.group
+        return criterion.group if self.mask == "upfront" else "layer"
 
     @property
     def own_criterion(self) -> Criterion:
@@ -81,117 +81,125 @@ class SparseGPT(Solver):
         columns.mul_(as_numbers(alive))
         # 1 or 0, since multiplying by booleans is many times slower.
         pruned = torch.empty_like(columns)
+
         ends = list(accumulate(len(weight) for weight in weights))
-        rows = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
+        rows_of = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
         choosers: list[_Chooser] = []
         if self.mask == "upfront":
-            for weight, own, selection in zip(weights, rows, selections, strict=True):
-                pruned[:, own] = as_numbers(~(selection.keep(weight, inputs).t() & alive[:, own]))
+            for weight, rows, selection in zip(weights, rows_of, selections, strict=True):
+                pruned[:, rows] = as_numbers(~(selection.keep(weight, inputs).t() & alive[:, rows]))
         else:
-            choosers = [
-                _Chooser(selection, inputs, columns[:, own], alive[:, own], pruned[:, own])
-                for own, selection in _merge_same_groups(rows, selections)
-            ]
+            for rows, selection in _merge_same_groups(rows_of, selections):
+                choosers.append(
+                    _Chooser(selection, inputs, columns[:, rows], alive[:, rows], pruned[:, rows])
+                )
         self._prune_columns(columns, pruned, factor, choosers)
+
         keep = pruned == 0
         del pruned, choosers  # or the copies below would come on top of them
         mask_(columns, keep)
         solved = []
-        for weight, own in zip(weights, rows, strict=True):
-            part = columns[:, own].t().to(weight.dtype, memory_format=torch.contiguous_format)
-            solved.append((part, keep[:, own].t().contiguous()))
+        for weight, rows in zip(weights, rows_of, strict=True):
+            part = columns[:, rows].t().to(weight.dtype, memory_format=torch.contiguous_format)
+            solved.append((part, keep[:, rows].t().contiguous()))
         return solved
 
     def _prune_columns(
         self, columns: Tensor, pruned: Tensor, factor: Gram, choosers: Sequence[_Chooser]
     ) -> None:
-        """Update `columns` in place for the weights marked in `pruned`, which the choosers fill in column by column."""
+        """Update `columns` in place for the weights marked in `pruned`, which choosers fill in from left to right."""
         by_block = [chooser for chooser in choosers if not chooser.group_size]
         by_group = [chooser for chooser in choosers if chooser.group_size]
+        # No group of N:M may lie across the end of a block.
         multiple = lcm(*(chooser.group_size for chooser in by_group))
-        block_size, at_once = (
-            max(1, size // multiple) * multiple for size in (self.block_size, _AT_ONCE)
-        )
+        block_size = max(1, self.block_size // multiple) * multiple
+        at_once = max(1, _AT_ONCE // multiple) * multiple
+
         for start in range(0, len(columns), block_size):
             stop = min(start + block_size, len(columns))
-            block = columns[start:stop]
-            errors = torch.empty_like(columns[start:stop])
-            scaled = factor[start:stop, start:] / factor.diagonal()[start:stop, None]
             for chooser in by_block:
                 chooser.choose(start, stop)
+
+            # A pruned weight w of a column changes the columns to its right by -w times the column's row of `factors`.
+            factors = factor[start:stop, start:] / factor.diagonal()[start:stop, None]
+            errors = torch.empty_like(columns[start:stop])
             for first in range(start, stop, at_once):
                 last = min(first + at_once, stop)
-                now = slice(first, last)
-                own = slice(first - start, last - start)
-                steps = zip(
-                    columns[now].unbind(),
-                    pruned[now].unbind(),
-                    scaled[own, own].unbind(),
-                    strict=True,
+                few = slice(first - start, last - start)  # in the block
+                _prune_one_by_one(
+                    columns[first:last],
+                    pruned[first:last],
+                    factors[few, few],
+                    errors[few],
+                    first,
+                    by_group,
                 )
-                for index, (column, column_pruned, row) in enumerate(steps):
-                    for chooser in by_group:
-                        if index % chooser.group_size == 0:
-                            chooser.choose(first + index, first + index + chooser.group_size)
-                    error = torch.mul(column, column_pruned, out=errors[first - start + index])
-                    columns[first + index + 1 : last].addr_(row[index + 1 :], error, alpha=-1)
-                _subtract(
-                    block[last - start :], scaled[own, last - start : stop - start], errors[own]
-                )
-            _subtract(columns[stop:], scaled[:, stop - start :], errors)
+                right = slice(last - start, stop - start)
+                _subtract(columns[last:stop], factors[few, right], errors[few])
+            _subtract(columns[stop:], factors[:, stop - start :], errors)
 
 
+def _prune_one_by_one(
+    columns: Tensor,
+    pruned: Tensor,
+    factors: Tensor,
+    errors: Tensor,
+    first: int,
+    choosers: Sequence[_Chooser],
+) -> None:
+    """Prune some columns from the `first` one on, each of which updates those to its right; write the `errors`."""
+    steps = zip(columns.unbind(), pruned.unbind(), factors.unbind(), errors.unbind(), strict=True)
+    for index, (column, column_pruned, column_factors, error) in enumerate(steps):
+        for chooser in choosers:
+            if index % chooser.group_size == 0:
+                chooser.choose(first + index, first + index + chooser.group_size)
+        torch.mul(column, column_pruned, out=error)
+        columns[index + 1 :].addr_(column_factors[index + 1 :], error, alpha=-1)
+
+
+@dataclass
 class _Chooser:
-    """Chooses the mask of some rows: one group of columns at a time for N:M, otherwise one block at a time.
+    """Chooses the mask of some rows: one group of columns at a time for N:M, otherwise one block at a time."""
 
-    It reads the transposed weights (`columns`), which the solver updates, and writes 1 into `pruned` for a pruned
-    weight and 0 for a kept one. `alive` says which weights were not zero at the start.
-    """
+    selection: Selection
+    inputs: InputStatistics
+    columns: Tensor  # the transposed weights, which the solver updates
+    alive: Tensor  # which weights were not zero at the start
+    pruned: Tensor  # receives 1 for a pruned weight, and 0 for a kept one
 
-    def __init__(
-        self,
-        selection: Selection,
-        inputs: InputStatistics,
-        columns: Tensor,
-        alive: Tensor,
-        pruned: Tensor,
-    ) -> None:
-        self.group_size = selection.pattern.group_size
-        self._selection = selection
-        self._inputs = inputs
-        self._columns = columns
-        self._alive = alive
-        self._pruned = pruned
-        self._zeros_left = torch.zeros(columns.shape[1], dtype=torch.int64, device=columns.device)
-        self._zeros_right = (~alive).sum(dim=0)
+    def __post_init__(self) -> None:
+        self.group_size = self.selection.pattern.group_size
+        self._zeros_right = (~self.alive).sum(dim=0)
+        self._zeros_left = torch.zeros_like(self._zeros_right)
 
     def choose(self, start: int, stop: int) -> None:
         """Choose in some columns, after all columns to their left have been chosen and have updated them."""
-        alive = self._alive[start:stop]
+        alive = self.alive[start:stop]
         # Updates have changed weights that were zero at the start; as zeros, they score lowest.
-        weight = self._columns[start:stop].mul(as_numbers(alive)).t().contiguous()
-        scores = self._selection.score(weight, self._inputs.columns(start, stop))
+        weight = self.columns[start:stop].mul(as_numbers(alive)).t().contiguous()
+        scores = self.selection.score(weight, self.inputs.columns(start, stop))
         if self.group_size:
-            self._pruned[start:stop] = as_numbers(~(self._selection.choose(scores).t() & alive))
+            self.pruned[start:stop] = as_numbers(~(self.selection.choose(scores).t() & alive))
             return
+
         self._zeros_right = self._zeros_right - (~alive).sum(dim=0)
-        block = ColumnBlock(stop, len(self._columns), self._zeros_left, self._zeros_right)
-        pruned = ~(self._selection.choose_block(scores, block).t() & alive)
+        block = ColumnBlock(stop, len(self.columns), self._zeros_left, self._zeros_right)
+        pruned = ~(self.selection.choose_block(scores, block).t() & alive)
         self._zeros_left = self._zeros_left + pruned.sum(dim=0)
-        self._pruned[start:stop] = as_numbers(pruned)
+        self.pruned[start:stop] = as_numbers(pruned)
 
 
 def _merge_same_groups(
-    rows: Sequence[slice], selections: Sequence[Selection]
+    rows_of: Sequence[slice], selections: Sequence[Selection]
 ) -> list[tuple[slice, Selection]]:
     """Merge consecutive layers with the same N:M selection, since it treats each row on its own."""
     merged: list[tuple[slice, Selection]] = []
-    for own, selection in zip(rows, selections, strict=True):
+    for rows, selection in zip(rows_of, selections, strict=True):
         independent = selection.pattern.group_size and not selection.criterion.spans_rows
         if independent and merged and merged[-1][1] == selection:
-            merged[-1] = slice(merged[-1][0].start, own.stop), selection
-        else:
-            merged.append((own, selection))
+            previous_rows, _ = merged.pop()
+            rows = slice(previous_rows.start, rows.stop)
+        merged.append((rows, selection))
     return merged
 
 

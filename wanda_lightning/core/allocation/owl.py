@@ -1,0 +1,76 @@
+"""OWL: less sparsity where the dense model has more outliers among Wanda's scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from wanda_lightning.common.checks import Number, check
+from wanda_lightning.core.allocation.allocation import (
+    Allocation,
+    DenseLayer,
+    match_target,
+    total_size,
+)
+from wanda_lightning.core.criteria import Wanda
+from wanda_lightning.core.types import Score
+
+
+@dataclass(frozen=True)
+class OWL(Allocation):
+    """Less sparsity where more of Wanda's scores are outliers (Yin et al. 2024).
+
+    A score of the dense model is an outlier if it exceeds `m` times the mean score of its block. The fractions of
+    outliers of all blocks are mapped linearly to [0, 2 lambda]. A block with the value D gets
+    `target - (D - mean of D)`.
+
+    Attributes:
+        m: Threshold of an outlier, as a multiple of the mean score.
+        lambda_: Half of the maximum difference between the sparsities of two blocks.
+        per: Whether all layers of a block get the same sparsity (the paper's choice), or each layer its own.
+    """
+
+    needs = Wanda.needs
+    m: float = 5.0
+    lambda_: float = 0.08
+    per: Literal["block", "layer"] = "block"
+
+    def __post_init__(self) -> None:
+        lambda_ = Number(minimum=0, maximum=0.5)
+        check(self, m=Number(above=0), lambda_=lambda_, per=("block", "layer"))
+
+    def scaled(self, fraction: float) -> OWL:
+        """Scale the differences between blocks."""
+        return replace(self, lambda_=self.lambda_ * fraction)
+
+    def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
+        """Compare the outliers of the blocks."""
+        groups: dict[str, list[DenseLayer]] = {}
+        for layer in layers:
+            group = layer.block if self.per == "block" else layer.name
+            groups.setdefault(group, []).append(layer)
+
+        outliers = {group: self._outliers(members) for group, members in groups.items()}
+        lowest = min(outliers.values())
+        spread = max(outliers.values()) - lowest
+        wanted = {}
+        for group, members in groups.items():
+            relative = (outliers[group] - lowest) / (spread or 1.0)
+            for layer in members:
+                wanted[layer.name] = -2 * self.lambda_ * relative
+        return match_target(layers, wanted, sparsity)
+
+    def _outliers(self, layers: Sequence[DenseLayer]) -> float:
+        """Return the fraction of scores above `m` times their mean, over all these layers."""
+        size = total_size(layers)
+        # The scores are computed twice: those of a whole block might not fit into memory.
+        mean = math.fsum(float(_scores(layer).sum()) for layer in layers) / size
+        outliers = sum(int((_scores(layer) > self.m * mean).count_nonzero()) for layer in layers)
+        return outliers / size
+
+
+def _scores(layer: DenseLayer) -> Score:
+    # Per token, since the layers of a block may have seen different numbers of tokens.
+    return Wanda()(layer.read(), layer.inputs).div_(layer.inputs.count**0.5)
