@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, prune
-from wanda_lightning.calibration.gradients import recomputing
-from wanda_lightning.calibration.samples import map_tensors
+from wanda_lightning.calibration.recomputing import recomputing
+from wanda_lightning.calibration.trees import map_tensors
 
 
 def measured(model, batches, samples=None, predictions=0):

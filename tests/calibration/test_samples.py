@@ -14,13 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.samples import (
-    Samples,
-    batch_size,
-    fit_together,
-    forward_batch,
-    is_even,
-)
+from wanda_lightning.calibration.batches import batch_size, is_even
+from wanda_lightning.calibration.samples import Samples, fit_together, forward_batch
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import SINGLE_PROCESS
 
@@ -216,7 +211,7 @@ def test_positions_of_three_sections_are_not_those_of_three_samples():
 
     data, (sample,) = samples_of({"x": X3, "positions": X3}, forward=forward)
     assert torch.equal(sample.predict(), X3)
-    assert [each.size for each in data.first(2)] == [1]
+    assert [each.size for each in data.first_batches(2)] == [1]
 
 
 def test_samples_of_several_batches_run_as_one():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.calibration.error_notes import note_on_error
-from wanda_lightning.calibration.pruning_mode import pruning_mode
+from wanda_lightning.calibration.pruning_mode import RestoredBuffers, pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.wording import quantity
@@ -23,8 +23,6 @@ from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PrunedLayer, PruningReport
 
 log = logging.getLogger(__name__)
-
-Changing = Callable[..., AbstractContextManager[None]]  # what `pruning_mode` yields
 
 
 def drop_experts(run: Run) -> PruningReport:
@@ -57,7 +55,7 @@ def drop_experts(run: Run) -> PruningReport:
             )
     with (
         run.clock.timed("drop"),
-        pruning_mode(model) as changing,
+        pruning_mode(model) as buffers,
         note_on_error(run.written, log.error),
         ProgressBar("Dropping experts", None, run.progress) as bar,
     ):
@@ -68,7 +66,7 @@ def drop_experts(run: Run) -> PruningReport:
                 stop,
                 [left.pop(experts) for experts in here if experts in left],
                 saliency,
-                changing,
+                buffers,
             )
         _choose(run, list(left.values()), saliency)  # refuses those that no batch has reached
         run.store.finish(run)
@@ -91,7 +89,11 @@ def _parameters(run: Run) -> int:
 
 
 def _drop(
-    run: Run, stop: Stop, mixtures: Sequence[Mixture], saliency: ExpertSaliency, changing: Changing
+    run: Run,
+    stop: Stop,
+    mixtures: Sequence[Mixture],
+    saliency: ExpertSaliency,
+    buffers: RestoredBuffers,
 ) -> None:
     """Take experts out of the mixtures of one stop; only make these small if an earlier run has done so."""
     if any(layer.name in run.done.layers for layer in stop.layers):
@@ -103,7 +105,7 @@ def _drop(
         refuse_wrong(run.plan.config, mixture, saliency, keep[mixture.name], run.plan.processes)
     for mixture in mixtures:
         _record(run, mixture, keep[mixture.name], saliency)
-        with changing(slot.module for slot in mixture.slots):
+        with buffers.changing(slot.module for slot in mixture.slots):
             mixture.take(keep[mixture.name])
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
+from wanda_lightning.calibration.trees import clone_arguments, tensors_within
 
 
 class Cache:

@@ -1,0 +1,176 @@
+"""Multi-head attention whose products can be seen one by one.
+
+`torch.nn.functional.multi_head_attention_forward` passes itself to a torch-function mode as a whole, and PyTorch turns
+the mode off while it runs, without a switch. So `WeightInterceptor` calls this function in its place. It computes the
+same to the bit: the same products in the same order, with tensors of the same layout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def multi_head_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Project query, key and value, attend, and project the result, as the function of PyTorch does.
+
+    The arguments are those of that function, which has more checks: of shapes that cannot be computed with, most of all.
+    """
+    is_batched = query.ndim == 3
+    if not is_batched:
+        query = query.unsqueeze(1)
+        key = key.unsqueeze(1)
+        value = value.unsqueeze(1)
+    steps, samples, width = query.shape
+    heads = samples, num_heads
+
+    if use_separate_proj_weight:
+        weights = q_proj_weight, k_proj_weight, v_proj_weight
+        q, k, v = _projected_apart((query, key, value), weights, in_proj_bias)
+    else:
+        q, k, v = _projected(query, key, value, in_proj_weight, in_proj_bias)
+    q = _by_head(q, num_heads)
+    k = _by_head(k, num_heads, bias_k, static_k, add_zero_attn)
+    v = _by_head(v, num_heads, bias_v, static_v, add_zero_attn)
+
+    # A hint that the mask is causal: the fused kernel then needs no mask, unless there is padding.
+    is_causal = is_causal and key_padding_mask is None and not need_weights
+    if is_causal:
+        attn_mask = None
+    mask = _merged_mask(attn_mask, key_padding_mask, heads, query.dtype, k.shape[1] - len(key))
+    dropout_p = dropout_p if training else 0.0
+
+    attention = None
+    if need_weights:
+        mixed, attention = _attend(q, k, v, mask, dropout_p)
+        attention = attention.unflatten(0, heads)
+        if average_attn_weights:
+            attention = attention.mean(dim=1)
+        if not is_batched:
+            attention = attention.squeeze(0)
+    else:
+        if mask is not None:
+            mask = mask.unflatten(0, (1, 1) if len(mask) == 1 else heads)
+        q, k, v = (x.unflatten(0, heads) for x in (q, k, v))
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
+        mixed = mixed.permute(2, 0, 1, 3)
+
+    output = F.linear(mixed.reshape(steps * samples, width), out_proj_weight, out_proj_bias)
+    output = output.unflatten(0, (steps, samples))
+    return output if is_batched else output.squeeze(1), attention
+
+
+def _projected_apart(
+    inputs: Sequence[Tensor], weights: Sequence[Any], bias: Tensor | None
+) -> Sequence[Tensor]:
+    """Multiply query, key and value by a weight each."""
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    return [F.linear(*factors) for factors in zip(inputs, weights, biases, strict=True)]
+
+
+def _projected(
+    query: Tensor, key: Tensor, value: Tensor, weight: Any, bias: Tensor | None
+) -> Sequence[Tensor]:
+    """Multiply by one weight, which holds those of query, key and value; in one product where these are the same."""
+    if key is not value:
+        return _projected_apart((query, key, value), weight.chunk(3), bias)
+    if query is key:
+        return _side_by_side(F.linear(query, weight, bias), 3)
+
+    sizes = [len(weight) // 3, 2 * len(weight) // 3]
+    weight_q, weight_kv = weight.split(sizes)
+    bias_q, bias_kv = (None, None) if bias is None else bias.split(sizes)
+    q = F.linear(query, weight_q, bias_q)
+    return q, *_side_by_side(F.linear(key, weight_kv, bias_kv), 2)
+
+
+def _side_by_side(projected: Tensor, number: int) -> Sequence[Tensor]:
+    """Separate what one product computed, with each result in one piece of memory."""
+    return projected.unflatten(-1, (number, -1)).movedim(-2, 0).contiguous().unbind()
+
+
+def _by_head(
+    projected: Tensor,
+    num_heads: int,
+    bias: Tensor | None = None,
+    static: Tensor | None = None,
+    add_zero: bool = False,
+) -> Tensor:
+    """Return projected tokens as (samples x heads, tokens, features), with the keys or values that belong to no token.
+
+    Those in `static` take the place of all tokens.
+    """
+    _, samples, width = projected.shape
+    if bias is not None:
+        projected = torch.cat([projected, bias.repeat(1, samples, 1)])
+    shape = len(projected), samples * num_heads, width // num_heads
+    result = projected.view(shape).transpose(0, 1) if static is None else static
+    if add_zero:
+        result = torch.cat([result, result.new_zeros(len(result), 1, result.shape[2])], dim=1)
+    return result
+
+
+def _merged_mask(
+    attn_mask: Tensor | None,
+    padding_mask: Tensor | None,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    extra_keys: int,
+) -> Tensor | None:
+    """Return what is added to the scores (samples x heads, tokens, keys); the extra keys are never masked."""
+
+    def as_numbers(mask: Tensor) -> Tensor:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+        return F.pad(mask, (0, extra_keys)) if extra_keys else mask
+
+    merged = None
+    if attn_mask is not None:
+        merged = as_numbers(attn_mask if attn_mask.ndim == 3 else attn_mask.unsqueeze(0))
+    if padding_mask is not None:
+        padding = as_numbers(padding_mask).view(heads[0], 1, 1, -1)
+        padding = padding.expand(-1, heads[1], -1, -1).flatten(0, 1)
+        merged = padding if merged is None else merged + padding
+    return merged
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float
+) -> tuple[Tensor, Tensor]:
+    """Return the mixed values of each head, with tokens first, and the attention that mixed them."""
+    q = q * math.sqrt(1.0 / q.shape[-1])
+    keys = k.transpose(-2, -1)
+    scores = torch.bmm(q, keys) if mask is None else torch.baddbmm(mask, q, keys)
+    attention = F.dropout(scores.softmax(dim=-1), dropout_p)
+    return torch.bmm(attention, v).transpose(0, 1), attention
