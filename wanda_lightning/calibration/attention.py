@@ -45,7 +45,7 @@ def multi_head_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Project query, key and value, attend, and project the result, as the function of PyTorch does.
 
-    The arguments are those of that function, which has more checks: of shapes that cannot be computed with, most of all.
+    The arguments are those of that function. Unlike it, this does not check their shapes.
     """
     is_batched = query.ndim == 3
     if not is_batched:
@@ -68,8 +68,17 @@ def multi_head_attention(
     is_causal = is_causal and key_padding_mask is None and not need_weights
     if is_causal:
         attn_mask = None
-    mask = _merged_mask(attn_mask, key_padding_mask, heads, query.dtype, k.shape[1] - len(key))
-    dropout_p = dropout_p if training else 0.0
+    mask = None
+    extra_keys = k.shape[1] - len(key)
+    if attn_mask is not None:
+        mask = _added_to_scores(attn_mask, query.dtype, extra_keys)
+        mask = mask.view(-1, steps, mask.shape[-1])
+    if key_padding_mask is not None:
+        padding = _added_to_scores(key_padding_mask, query.dtype, extra_keys)
+        padding = padding.view(samples, 1, -1).repeat_interleave(num_heads, dim=0)
+        mask = padding if mask is None else mask + padding
+    if not training:
+        dropout_p = 0.0
 
     attention = None
     if need_weights:
@@ -88,7 +97,9 @@ def multi_head_attention(
 
     output = F.linear(mixed.reshape(steps * samples, width), out_proj_weight, out_proj_bias)
     output = output.unflatten(0, (steps, samples))
-    return output if is_batched else output.squeeze(1), attention
+    if not is_batched:
+        output = output.squeeze(1)
+    return output, attention
 
 
 def _projected_apart(
@@ -135,34 +146,21 @@ def _by_head(
     if bias is not None:
         projected = torch.cat([projected, bias.repeat(1, samples, 1)])
     shape = len(projected), samples * num_heads, width // num_heads
-    result = projected.view(shape).transpose(0, 1) if static is None else static
+    heads = projected.view(shape).transpose(0, 1)
+    if static is not None:
+        heads = static
     if add_zero:
-        result = torch.cat([result, result.new_zeros(len(result), 1, result.shape[2])], dim=1)
-    return result
+        heads = torch.cat([heads, heads.new_zeros(len(heads), 1, heads.shape[2])], dim=1)
+    return heads
 
 
-def _merged_mask(
-    attn_mask: Tensor | None,
-    padding_mask: Tensor | None,
-    heads: tuple[int, int],
-    dtype: torch.dtype,
-    extra_keys: int,
-) -> Tensor | None:
-    """Return what is added to the scores (samples x heads, tokens, keys); the extra keys are never masked."""
-
-    def as_numbers(mask: Tensor) -> Tensor:
-        if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
-        return F.pad(mask, (0, extra_keys)) if extra_keys else mask
-
-    merged = None
-    if attn_mask is not None:
-        merged = as_numbers(attn_mask if attn_mask.ndim == 3 else attn_mask.unsqueeze(0))
-    if padding_mask is not None:
-        padding = as_numbers(padding_mask).view(heads[0], 1, 1, -1)
-        padding = padding.expand(-1, heads[1], -1, -1).flatten(0, 1)
-        merged = padding if merged is None else merged + padding
-    return merged
+def _added_to_scores(mask: Tensor, dtype: torch.dtype, extra_keys: int) -> Tensor:
+    """Return a mask as what is added to scores; the extra keys are never masked."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+    if extra_keys:
+        mask = F.pad(mask, (0, extra_keys))
+    return mask
 
 
 def _attend(
@@ -170,7 +168,6 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Return the mixed values of each head, with tokens first, and the attention that mixed them."""
     q = q * math.sqrt(1.0 / q.shape[-1])
-    keys = k.transpose(-2, -1)
-    scores = torch.bmm(q, keys) if mask is None else torch.baddbmm(mask, q, keys)
+    scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
     attention = F.dropout(scores.softmax(dim=-1), dropout_p)
     return torch.bmm(attention, v).transpose(0, 1), attention

@@ -125,14 +125,15 @@ class _BackwardPasses:
         self._samples = samples
         self._processes = processes
         self._limit = limit
-        self._wanted = limit.samples  # number of samples of all processes; None for all
+        # Number of samples of all processes.
+        self._wanted = math.inf if limit.samples is None else limit.samples
         self._predictions = 0  # of one sample, as soon as one has run
 
     def run(self, tick: Callable[[int | None], None]) -> None:
         """Run all passes; `tick` gets the expected number of rounds left."""
         batches = iter(self._samples)
         done = 0
-        while self._wanted is None or done < self._wanted:
+        while done < self._wanted:
             with self._processes.fail_together():
                 batch = next(batches, None)
                 samples = self._samples.split(batch) if batch else []
@@ -145,7 +146,8 @@ class _BackwardPasses:
             with self._processes.fail_together():
                 self._run_round(samples, done, sizes)
                 done += sum(sizes)
-                tick(self._rounds_left(done, sum(sizes)))
+                rounds_left = max(0, self._wanted - done) / max(1, sum(sizes))
+                tick(None if rounds_left == math.inf else math.ceil(rounds_left))
 
     def _run_round(self, samples: Sequence[Sample], done: int, sizes: Sequence[int]) -> None:
         """Run the samples of this process; `sizes` are the numbers of samples of all processes."""
@@ -157,27 +159,20 @@ class _BackwardPasses:
         if not self._predictions and any(sizes):
             parts = self._run_first(parts, sizes)
 
-        if self._wanted is not None:
-            parts = [part for part in parts if part.index < self._wanted]
+        parts = [part for part in parts if part.index < self._wanted]
         for part in self._joined(parts) if self._predictions == 1 else parts:
             self._backward(part)
 
     def _run_first(self, parts: list[_Part], sizes: Sequence[int]) -> list[_Part]:
-        """Run the first sample of all processes, which shows how many are needed; return what is left of this process."""
+        """Run the first sample of all, which shows how many are needed; return what this process has left."""
         first_rank = next(rank for rank, size in enumerate(sizes) if size)
         if self._processes.rank == first_rank:
             self._predictions = self._backward(parts[0])
             parts = parts[1:]
         self._predictions = self._processes.broadcast(self._predictions, first_rank)
-        if self._wanted is not None:
-            needed = math.ceil(self._limit.predictions / self._predictions)
-            self._wanted = max(self._wanted, needed)
+        needed = math.ceil(self._limit.predictions / self._predictions)
+        self._wanted = max(self._wanted, needed)
         return parts
-
-    def _rounds_left(self, done: int, samples_in_round: int) -> int | None:
-        if self._wanted is None:
-            return None
-        return math.ceil(max(0, self._wanted - done) / max(1, samples_in_round))
 
     def _joined(self, parts: Sequence[_Part]) -> Iterator[_Part]:
         """Join samples of equal shapes, so that one backward pass has some of them."""
@@ -191,10 +186,8 @@ class _BackwardPasses:
 
     def _backward(self, part: _Part) -> int:
         """Run one backward pass, and return how many predictions each of its samples has."""
-        count = part.sample.size
-        if self._wanted is not None:
-            count = self._wanted - part.index
-        objective, predictions = _objective(part.sample, part.index, count)
+        count = min(part.sample.size, self._wanted - part.index)
+        objective, predictions = _objective(part.sample, part.index, int(count))
         objective.backward()
         return predictions
 
@@ -216,7 +209,7 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
     gradient = torch.zeros_like(logits)
     # More than 1 if the first dimension is not that of samples.
     length = max(1, len(logits) // sample.size)
-    for index in range(min(sample.size, count)):
+    for index in range(count):
         rows = slice(index * length, (index + 1) * length)
         keep_of_sample = None if keep is None else keep[rows]
         _fill_gradient(gradient[rows], logits[rows].detach(), keep_of_sample, first + index)

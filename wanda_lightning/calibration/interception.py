@@ -176,12 +176,11 @@ _NAMES = {"weight": "mat2", "other": "mat2", "batch1": "mat1", "batch2": "mat2",
 
 def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Return the two factors of a product, from positional or keyword arguments."""
-    first = "mat1" if func in _PRODUCTS_WITH_BIAS else "input"
     names = ("input", "mat1", "mat2") if func in _PRODUCTS_WITH_BIAS else ("input", "mat2")
     arguments = dict(zip(names, args, strict=False))
     for name, value in kwargs.items():
         arguments[_NAMES.get(name, name)] = value
-    return arguments.get(first), arguments.get("mat2")
+    return arguments.get(names[-2]), arguments.get(names[-1])
 
 
 def _is_plain(tensor: object) -> TypeGuard[Tensor]:

@@ -14,7 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.surroundings import Replay, modules_around, refuse_transforms
 from wanda_lightning.calibration.torch_internals import write_count
-from wanda_lightning.calibration.trees import EmptyTree, take_out_tensors, tensors_within
+from wanda_lightning.calibration.trees import (
+    clone_arguments,
+    filled,
+    take_out_tensors,
+    tensors_within,
+)
 
 
 @contextmanager
@@ -59,17 +64,17 @@ class _Recomputed:
         # The graph holds `run`. If `run` held a tensor of the graph, neither would ever be freed.
         tensors, arguments = take_out_tensors((args, kwargs))
         replay = self._replay()
-        if tensors_within(arguments.leaves) or any(
-            tensor.requires_grad for tensor in replay.tensors()
-        ):
+        if tensors_within(arguments) or any(tensor.requires_grad for tensor in replay.tensors()):
             return self._forward(*args, **kwargs)
-        arguments = arguments.cloned()  # another block may write into them before the second run
-        empty_output: EmptyTree
+        arguments = clone_arguments(
+            arguments
+        )  # another block may write into them before the second run
+        empty_output: Any = None
 
         def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal empty_output
             clones = [tensor.clone() for tensor in tensors]
-            output = self._run(replay, arguments.cloned().filled(clones))
+            output = self._run(replay, filled(clone_arguments(arguments), clones))
             outputs, empty_output = take_out_tensors(output)
             if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in outputs):
                 outputs = [_attached(tensor, anchor) for tensor in outputs]
@@ -81,7 +86,7 @@ class _Recomputed:
         outputs = checkpoint(run, anchor, *tensors, use_reentrant=True)
         if self._writes:
             return self._forward(*args, **kwargs)
-        return empty_output.filled(outputs)
+        return filled(empty_output, outputs)
 
     def _run(self, replay: Replay, arguments: Any) -> Any:
         """Run the forward, and note whether it writes into its arguments or into what is around it."""

@@ -220,10 +220,7 @@ def _checked(batches: object, reader: object) -> Iterable[Any]:
     """Return the batches; refuse what is no collection of batches, such as a single one."""
     if isinstance(batches, Iterable) and not isinstance(batches, Mapping | Tensor | str):
         return batches
-    if batches is None:
-        problem = "none were given"
-    else:
-        problem = f"a {type(batches).__name__} was given"
+    problem = "none were given" if batches is None else f"a {type(batches).__name__} was given"
     raise UserError(
         f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
         f"{problem}. Give batches, or choices that read none, such as method='magnitude'."

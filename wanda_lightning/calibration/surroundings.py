@@ -11,6 +11,7 @@ import contextvars
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -126,8 +127,8 @@ class Replay:
             self._attributes.restore()
             with self._state.entered(exactly=True), torch.set_grad_enabled(gradients):
                 result = context.run(function)
-            variables = [*_set_inside(context, self._context)]
-            return result, bool(variables or [*self._attributes.changes()])
+            has_set = any(True for _ in _set_inside(context, self._context))
+            return result, has_set or any(True for _ in self._attributes.changes())
         finally:
             present.restore()
 
@@ -152,7 +153,7 @@ class TorchState:
         self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
         self._gradients = torch.is_grad_enabled()
-        self._autocast = [_Autocast.present(device) for device in sorted(devices)]
+        self._autocast = [_present_autocast(device) for device in sorted(devices)]
         self._default_device = torch.get_default_device()
         self._settings = [setting.read() for setting in _SETTINGS]
         self._functions, self._dispatch = active_modes()
@@ -184,25 +185,18 @@ class TorchState:
             if self._default_device != torch.get_default_device():
                 stack.enter_context(self._default_device)
             for autocast in self._autocast:
-                stack.enter_context(autocast.entered())
+                stack.enter_context(autocast())
             yield
 
 
-class _Autocast(NamedTuple):
-    """Whether autocast is on for one type of device."""
+def _present_autocast(device: str) -> Callable[[], torch.autocast]:
+    """Return what makes a context with the present autocast of a device.
 
-    device: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def present(cls, device: str) -> _Autocast:
-        """Return the present state."""
-        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def entered(self) -> torch.autocast:
-        """Return a context in this state; without a cache, which would give the pruned run the cast of a dense weight."""
-        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
+    It has no cache, which would give the pruned run the cast of a dense weight.
+    """
+    dtype = torch.get_autocast_dtype(device)
+    enabled = torch.is_autocast_enabled(device)
+    return partial(torch.autocast, device, dtype, enabled, cache_enabled=False)
 
 
 def refuse_transforms(name: str) -> None:

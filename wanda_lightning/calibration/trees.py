@@ -1,22 +1,20 @@
 """Walk trees of tensors: batches, and the arguments and outputs of calls.
 
 Batches consist of mappings, lists and tuples, which `map_tensors` rebuilds. Arguments may also be objects with tensors,
-such as a key-value cache, which `clone_arguments` copies. The backward pass needs an output as tensors and the tree that
-they came from: `take_out_tensors`.
+such as a key-value cache, which `clone_arguments` copies. Autograd sees only the tensors of a tree: `take_out_tensors`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 # Private, but the registry in which transformers enters its output classes; torch 2.13 has no public name for it.
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 
 def map_tensors(function: Callable[..., object], tree: Any, *others: Any) -> Any:
@@ -135,31 +133,17 @@ class _TensorSlot:
     """Stands in a tree where a tensor was taken out."""
 
 
-@dataclass(frozen=True)
-class EmptyTree:
-    """A tree whose tensors were taken out."""
+def take_out_tensors(tree: Any) -> tuple[list[Tensor], Any]:
+    """Return the tensors of a tree in a fixed order, and the tree without them, which `filled` takes.
 
-    leaves: Sequence[Any]
-    structure: TreeSpec
-
-    def cloned(self) -> EmptyTree:
-        """Return a tree with copies of the objects that are left in it."""
-        return replace(self, leaves=clone_arguments(self.leaves))
-
-    def filled(self, tensors: Iterable[Tensor]) -> Any:
-        """Return the tree with tensors in the places of those that were taken out."""
-        remaining = iter(tensors)
-        leaves = [next(remaining) if leaf is _TensorSlot else leaf for leaf in self.leaves]
-        return tree_unflatten(leaves, self.structure)
-
-
-def take_out_tensors(tree: Any) -> tuple[list[Tensor], EmptyTree]:
-    """Return the tensors of a tree in a fixed order, and the rest of the tree.
-
-    Entered are the containers that PyTorch knows: lists, tuples, dictionaries and the outputs of transformers. Any other
-    object remains in the tree with the tensors inside of it.
+    It enters the containers that PyTorch knows: lists, tuples, dictionaries and the outputs of transformers. Any other
+    object remains in the tree, with the tensors inside of it.
     """
-    leaves, structure = tree_flatten(tree)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    slots = [_TensorSlot if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return tensors, EmptyTree(slots, structure)
+    tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return tensors, tree_map_only(Tensor, lambda tensor: _TensorSlot, tree)
+
+
+def filled(tree: Any, tensors: Iterable[Tensor]) -> Any:
+    """Return a tree with tensors in the places of those that were taken out."""
+    remaining = iter(tensors)
+    return tree_map(lambda leaf: next(remaining) if leaf is _TensorSlot else leaf, tree)
