@@ -39,6 +39,7 @@ def naming_batch(index: int, values: Any, stop: str = "") -> Iterator[None]:
             place = f"{stop}, in " if stop else ""
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_within(values))
             with_shapes = f", with shapes {shapes}" if shapes else ""
-            batch = f"calibration batch {index} (counted from 0)"
-            error.add_note(f"{_START}{place}{batch}{with_shapes}.")
+            error.add_note(
+                f"{_START}{place}calibration batch {index} (counted from 0){with_shapes}."
+            )
         raise

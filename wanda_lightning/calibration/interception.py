@@ -151,11 +151,11 @@ class WeightInterceptor(TorchFunctionMode):
             return _products_of_experts(tokens, len(weight), matches)
 
         product = Product(matches[0].layer, tokens, row=matches[0].row)
-        attention = self._attention
-        if attention and tokens.ndim == 2 and len(tokens) == math.prod(attention):
+        order = self._attention
+        if order and tokens.ndim == 2 and len(tokens) == math.prod(order):
             # Samples first, as in padding masks.
-            samples = tokens.unflatten(0, attention).transpose(0, 1)
-            product = product._replace(tokens=samples, time_first=attention)
+            samples = tokens.unflatten(0, order).transpose(0, 1)
+            product = product._replace(tokens=samples, time_first=order)
         return [product]
 
 

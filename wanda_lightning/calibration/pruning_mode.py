@@ -116,15 +116,12 @@ def calibration_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Turn off key-value caches: a block that runs twice would append its keys twice."""
-    configs: dict[int, Any] = {}
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if hasattr(config, "use_cache"):
-            configs[id(config)] = config
     with ExitStack() as restored:
-        for config in configs.values():
-            restored.callback(setattr, config, "use_cache", config.use_cache)
-            config.use_cache = False
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "use_cache"):
+                restored.callback(setattr, config, "use_cache", config.use_cache)
+                config.use_cache = False
         yield
 
 

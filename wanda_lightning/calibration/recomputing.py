@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,38 +38,34 @@ def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]
     outside = contextvars.copy_context()
     with ExitStack() as restored:
         for block in blocks:
-            recomputed = _Recomputed(
-                type(block).__name__, block.forward, lambda: Replay(around, outside)
-            )
+            recomputed = _Recomputed(type(block).__name__, block.forward, around, outside)
             restored.enter_context(patched(block, "forward", recomputed))
         yield
 
 
+@dataclass(eq=False)
 class _Recomputed:
     """The forward of a block that runs again in the backward pass, with gradients enabled."""
 
-    def __init__(
-        self, name: str, forward: Callable[..., Any], replay: Callable[[], Replay]
-    ) -> None:
-        self._name = name  # of the class, for a message
-        self._forward = forward
-        self._replay = replay
-        self._writes = False  # into its arguments, or into what is around it
+    name: str  # of the class, for a message
+    forward: Callable[..., Any]
+    around: Sequence[nn.Module]  # the modules that contain the block
+    outside: contextvars.Context  # the context variables around the whole pass
+    writes: bool = False  # into its arguments, or into what is around it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, without keeping its activations if it can be recomputed."""
-        if self._writes or not torch.is_grad_enabled():
-            return self._forward(*args, **kwargs)
-        refuse_transforms(self._name)
+        if self.writes or not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        refuse_transforms(self.name)
 
         # The graph holds `run`. If `run` held a tensor of the graph, neither would ever be freed.
         tensors, arguments = take_out_tensors((args, kwargs))
-        replay = self._replay()
+        replay = Replay(self.around, self.outside)
         if tensors_within(arguments) or any(tensor.requires_grad for tensor in replay.tensors()):
-            return self._forward(*args, **kwargs)
-        arguments = clone_arguments(
-            arguments
-        )  # another block may write into them before the second run
+            return self.forward(*args, **kwargs)
+        # Another block may write into them before the second run.
+        arguments = clone_arguments(arguments)
         empty_output: Any = None
 
         def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -84,8 +81,8 @@ class _Recomputed:
         device = tensors[0].device if tensors else None
         anchor = torch.zeros((), requires_grad=True, device=device)
         outputs = checkpoint(run, anchor, *tensors, use_reentrant=True)
-        if self._writes:
-            return self._forward(*args, **kwargs)
+        if self.writes:
+            return self.forward(*args, **kwargs)
         return filled(empty_output, outputs)
 
     def _run(self, replay: Replay, arguments: Any) -> Any:
@@ -93,9 +90,9 @@ class _Recomputed:
         args, kwargs = arguments
         tensors = tensors_within(arguments)
         before = [(id(tensor), write_count(tensor)) for tensor in tensors]
-        output, has_set = replay.run(lambda: self._forward(*args, **kwargs))
+        output, has_set = replay.run(lambda: self.forward(*args, **kwargs))
         after = [(id(tensor), write_count(tensor)) for tensor in tensors_within(arguments)]
-        self._writes = self._writes or has_set or before != after
+        self.writes = self.writes or has_set or before != after
         return output
 
 

@@ -53,5 +53,5 @@ class Snapshot:
 
     def restore(self) -> None:
         """Take back what was set since then."""
-        for change in [*self.changes()]:
+        for change in self.changes():
             change.undo()

@@ -41,20 +41,16 @@ def inside_transform() -> bool:
     )
 
 
-_MODES = (
-    (overrides, overrides._get_current_function_mode_stack),
-    (_python_dispatch, _python_dispatch._get_current_dispatch_mode_stack),
-)
-
-
 def active_modes() -> list[Sequence[Any]]:
     """Return the modes of torch functions and those of dispatch, the innermost last."""
-    return [[*read()] for _, read in _MODES]
+    functions = overrides._get_current_function_mode_stack()
+    return [list(functions), list(_python_dispatch._get_current_dispatch_mode_stack())]
 
 
 def set_active_modes(modes: Sequence[Sequence[Any]]) -> None:
     """Replace the modes of torch functions and those of dispatch."""
-    for (module, _), current, wanted in zip(_MODES, active_modes(), modes, strict=True):
+    modules = overrides, _python_dispatch
+    for module, current, wanted in zip(modules, active_modes(), modes, strict=True):
         if current != wanted:
             for _ in current:
                 module._pop_mode()

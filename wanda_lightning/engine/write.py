@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.calibration.torch_internals import write_count
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics, relative_error
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
@@ -93,12 +94,12 @@ def _prune_layers(
     with torch.autocast(weights[0].device.type, enabled=False):
         fitted = inputs.centered() if biases else inputs
         selections = [run.selections[layer.name] for layer in layers]
-        versions = [_version(weight) for weight in weights]
+        versions = [write_count(weight) for weight in weights]
         solved = run.plan.config.solver.solve_together(weights, fitted, selections)
         for layer, weight, version, (sparse, _) in zip(
             layers, weights, versions, solved, strict=True
         ):
-            _check_solved(run, layer, sparse, weight, _version(weight) == version)
+            _check_solved(run, layer, sparse, weight, write_count(weight) == version)
     for layer, dense, (sparse, _) in zip(layers, weights, solved, strict=True):
         target = run.selections[layer.name].sparsity
         block = run.plan.inventory.blocks[layer.name]
@@ -127,11 +128,6 @@ def _prune_layers(
             block,
             error,
         )
-
-
-def _version(weight: Tensor) -> int:
-    """Return how often the tensor was written to; tensors of inference mode do not count that."""
-    return 0 if weight.is_inference() else weight._version
 
 
 def _check_solved(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.batches import to_device
 from wanda_lightning.calibration.lockstep import Passed, lockstep, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
@@ -266,7 +267,7 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
     config: Any = getattr(model, "config", None)
     if hasattr(model, "dummy_inputs") and config is not None:
         if not reads_images(model):
-            return {name: tensor.to(_device(model)) for name, tensor in model.dummy_inputs.items()}  # type: ignore[operator,union-attr]
+            return to_device(model.dummy_inputs, _device(model))
         config = getattr(config, "vision_config", config)
         size = getattr(config, "image_size", 224)
         size = tuple(size) if isinstance(size, list | tuple) else (size, size)
