@@ -47,6 +47,8 @@ def multi_head_attention(
 
     The arguments are those of that function. Unlike it, this does not check their shapes.
     """
+    # One sample becomes a batch. Query, key and value are different tensors then, also where they were one, so each has
+    # a product of its own, as in PyTorch.
     is_batched = query.ndim == 3
     if not is_batched:
         query = query.unsqueeze(1)
@@ -64,7 +66,7 @@ def multi_head_attention(
     k = _by_head(k, num_heads, bias_k, static_k, add_zero_attn)
     v = _by_head(v, num_heads, bias_v, static_v, add_zero_attn)
 
-    # A hint that the mask is causal: the fused kernel then needs no mask, unless there is padding.
+    # `is_causal` only says what kind of mask it is: the fused kernel then needs no mask, unless there is padding.
     is_causal = is_causal and key_padding_mask is None and not need_weights
     if is_causal:
         attn_mask = None
@@ -90,8 +92,9 @@ def multi_head_attention(
             attention = attention.squeeze(0)
     else:
         if mask is not None:
+            # One mask may be for all samples and heads.
             mask = mask.unflatten(0, (1, 1) if len(mask) == 1 else heads)
-        q, k, v = (x.unflatten(0, heads) for x in (q, k, v))
+        q, k, v = (tensor.unflatten(0, heads) for tensor in (q, k, v))
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
         mixed = mixed.permute(2, 0, 1, 3)
 
@@ -127,7 +130,8 @@ def _projected(
 
 
 def _side_by_side(projected: Tensor, number: int) -> Sequence[Tensor]:
-    """Separate what one product computed, with each result in one piece of memory."""
+    """Separate what one product computed."""
+    # Each in one piece of memory, as in PyTorch: with other strides, a kernel may round in another way.
     return projected.unflatten(-1, (number, -1)).movedim(-2, 0).contiguous().unbind()
 
 

@@ -47,6 +47,7 @@ def batch_size(batch: Any) -> int:
         raise UserError(
             f"batches must hold tensors, but one is of class {type(batch).__name__} without any."
         )
+    # Nearly always one length; several are equally common in a pair of pixels and their grids.
     most = max(lengths.values())
     common = [length for length, count in lengths.items() if count == most]
 
@@ -141,7 +142,7 @@ def _predicts_the_same(predict: Callable[[Any], object], batch: Any) -> bool:
     alone = torch.cat([predictions(end - 2, end - 1), predictions(end - 1, end)])
     if together.shape != alone.shape:
         return False
-    # NaN compares as False: a model with such predictions is refused elsewhere.
+    # NaN counts as the same, since no comparison with it is true.
     return not bool((alone - together).norm() > _SAME * together.norm())
 
 

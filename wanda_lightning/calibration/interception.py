@@ -113,8 +113,10 @@ class WeightInterceptor(TorchFunctionMode):
         """Compute a product, which may be one of tokens and a weight, or of a weight and tokens."""
         if not (_is_plain(first) and _is_plain(second) and second.ndim > 1):
             return call()
+        # `F.linear` takes the weight as (rows, inputs); the others take it as a right factor (inputs, rows).
         products = self._products(first, second.mT if func is F.linear else second)
         if not products and func is not F.linear and first.ndim == 2:
+            # Mamba multiplies from the left: W x is the transpose of x' W'.
             transposed = self._products(second.mT, first.mT)
             products = [product._replace(left=True) for product in transposed]
         return self._on_product(products, call) if products else call()
@@ -215,7 +217,7 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[None]:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the input that a layer was called with."""
+    """Return the input that a layer was called with, by position or by any keyword."""
     value = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(value, Tensor):
         raise UserError(

@@ -85,6 +85,7 @@ class Observer:
         inputs = BatchInputs(self.needs, sample)
         with intercept(stop.layers, inputs):
             yield
+        # Not if the sample fails: its sums would be those of a part of the model.
         self._readings.add(inputs)
 
     def finish(self, stop: Stop) -> Observation:
