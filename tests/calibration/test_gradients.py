@@ -1,11 +1,5 @@
 """The Fisher information that an allocation reads, against autograd by hand."""
 
-import copy
-import gc
-import weakref
-from itertools import product
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support.chains import overrides
@@ -17,8 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import Fisher, prune
-from wanda_lightning.calibration.gradients import recomputing
-from wanda_lightning.calibration.samples import map_tensors
+from wanda_lightning.calibration.trees import map_tensors
 
 
 def measured(model, batches, samples=None, predictions=0):
@@ -57,28 +50,38 @@ def test_the_sums_are_those_of_autograd():
     batches = [torch.randn(3, 5), torch.randn(6, 5)]
     expected = {"first": torch.zeros(5), "second": torch.zeros(5)}
     rows = {"first": torch.zeros(5), "second": torch.zeros(4)}
-    for number, x in ((0, batches[0]), (3, batches[1])):
+    for first_sample, x in ((0, batches[0]), (3, batches[1])):
         inner = model.first(x)
         hidden = (x + inner).relu()
         logits = model.second(hidden)
-        for name, seen, output in (("first", x, inner), ("second", hidden, logits)):
-            for x_of_token, g in zip(
-                seen, gradient(logits, labels_of(logits, number), output), strict=True
-            ):
-                expected[name] += x_of_token.detach() ** 2 * g.square().mean()
-                rows[name] += g**2
-    got = gradients(model, batches)
-    assert got.keys() == expected.keys()
+        labels = labels_of(logits, first_sample)
+        for name, inputs, output in (("first", x, inner), ("second", hidden, logits)):
+            slopes = gradient(logits, labels, output)
+            for token, slope in zip(inputs.detach(), slopes, strict=True):
+                expected[name] += token**2 * slope.square().mean()
+                rows[name] += slope**2
+
+    sums = gradients(model, batches)
+    assert sums.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name].inputs, value)
-        torch.testing.assert_close(got[name].rows, rows[name])
-        torch.testing.assert_close(got[name].row_weights(), rows[name] / rows[name].mean())
+        torch.testing.assert_close(sums[name].inputs, value)
+        torch.testing.assert_close(sums[name].rows, rows[name])
+        torch.testing.assert_close(sums[name].row_weights(), rows[name] / rows[name].mean())
 
 
-SAMPLED = (
-    *("llama_padded", "gpt_oss", "t5", "vit", "convnext", "block_twice", "routed", "expert_list"),
-    *("keywords_only", "autocast_inside", "inplace"),
-)
+SAMPLED = [
+    "llama_padded",
+    "gpt_oss",
+    "t5",
+    "vit",
+    "convnext",
+    "block_twice",
+    "routed",
+    "expert_list",
+    "keywords_only",
+    "autocast_inside",
+    "inplace",
+]
 
 
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
@@ -121,13 +124,15 @@ def test_padding_does_not_count(name):
 
 def test_only_the_first_samples_go_backward():
     batches = ZOO["llama"].batches()
-    ways = (batches, len(batches[0]["input_ids"])), (batches[:1], 128), (batches, 128)
-    reports = [
-        prune(ZOO["llama"].build(), x, 0.5, allocation=Fisher(num_samples=n), progress=False)
-        for x, n in ways
-    ]
-    first, alone, every = ([layer.target for layer in report.layers] for report in reports)
-    assert first == alone != every
+
+    def targets(batches, samples):
+        allocation = Fisher(num_samples=samples)
+        report = prune(ZOO["llama"].build(), batches, 0.5, allocation=allocation, progress=False)
+        return [layer.target for layer in report.layers]
+
+    first = targets(batches, len(batches[0]["input_ids"]))
+    assert first == targets(batches[:1], 128)
+    assert first != targets(batches, 128)
 
 
 def test_the_bar_expects_the_batches_that_go_backward(capsys):
@@ -177,10 +182,9 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *(
-            (change, "without logits of two or more classes that depend")
-            for change in (id, torch.sum, torch.detach)
-        ),
+        (id, "without logits of two or more classes that depend"),
+        (torch.sum, "without logits of two or more classes that depend"),
+        (torch.detach, "without logits of two or more classes that depend"),
         (
             lambda logits: logits * torch.inf,
             "finite predictions, but those of batch 0 (counted from 0) hold NaN",
@@ -193,135 +197,3 @@ def test_without_predictions_it_is_refused(change, message):
     assert message in refusal(
         model, batches, allocation="fisher", forward=lambda x: change(model(x))
     )
-
-
-# ---- blocks that run again in the backward pass
-
-
-def put_nothing(shared, x, layer):
-    return layer(x)
-
-
-def put_into_object(shared, x, layer):
-    shared["object"].tensors.append(layer(x))
-    return torch.stack(shared["object"].tensors).sum(0)
-
-
-def put_into_tensor(shared, x, layer):
-    shared["tensor"] += layer(x)
-    return shared["tensor"].clone()
-
-
-def put_into_input(shared, x, layer):
-    return layer(x.mul_(2))
-
-
-class Block(nn.Module):
-    """Takes keywords, changes what all blocks share, and returns a nested output with a number and indices."""
-
-    def __init__(self, put):
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-        self.put = put
-        self.calls = 0
-
-    def forward(self, *, x, shared):
-        self.calls += 1
-        x = x + self.put(shared, x, self.linear).tanh()
-        return {"x": x, "count": 3, "largest": x.argmax(-1)}
-
-
-class Net(nn.Module):
-    def __init__(self, *puts):
-        super().__init__()
-        self.blocks = nn.ModuleList(map(Block, puts))
-
-    def forward(self, x):
-        x, shared = (
-            x.clone(),
-            {"object": SimpleNamespace(tensors=[]), "tensor": torch.zeros_like(x)},
-        )
-        for block in self.blocks:
-            output = block(x=x, shared=shared)
-            x = output["x"]
-            assert (output["count"], output["largest"].dtype) == (3, torch.int64)
-        return x
-
-
-def recomputed_gradients(model, x, blocks):
-    model.zero_grad()
-    with recomputing(model, blocks):
-        model(x).square().sum().backward()
-    return [p.grad for p in model.parameters()]
-
-
-@pytest.mark.parametrize("frozen", [0, 2])
-@pytest.mark.parametrize(
-    ("put", "silent"),
-    [
-        *product((put_into_object, put_into_input), (None, 0, 1)),
-        (put_into_tensor, None),
-        (put_nothing, None),
-    ],
-)
-def test_gradients_are_those_of_autograd(put, silent, frozen):
-    """A frozen block passes gradients through, and may have none."""
-    torch.manual_seed(0)
-    model = Net(*(put_nothing if index == silent else put for index in range(3))).double()
-    model.blocks[:frozen].requires_grad_(False)
-    x = torch.randn(4, 6, dtype=torch.float64)
-    expected = recomputed_gradients(copy.deepcopy(model), x, [])
-    torch.testing.assert_close(recomputed_gradients(model, x, model.blocks), expected)
-    assert all(gradient is None or gradient.abs().max() > 0 for gradient in expected)
-
-
-def test_without_gradients_a_block_runs_once_and_an_error_restores_it():
-    model = Net(*[put_nothing] * 3)
-    for repeated in (True, False):
-        with recomputing(model, model.blocks), torch.set_grad_enabled(repeated):
-            output = model(torch.randn(4, 6))
-            if repeated:
-                output.sum().backward()
-    assert [block.calls for block in model.blocks] == [3, 3, 3]
-    with pytest.raises(TypeError), recomputing(model, model.blocks):
-        model.blocks[0]("no keyword")
-    assert not overrides(model)
-
-
-def test_only_one_block_is_in_memory():
-    """The tensors that the graph keeps do not grow with what a block computes inside."""
-    model = nn.Sequential(
-        *(nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Linear(512, 8)) for _ in range(3))
-    )
-    numbers = []
-    for blocks in (model, []):
-        kept = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
-        )
-        with recomputing(model, blocks), hooks:
-            model(torch.randn(16, 8))
-        numbers.append(sum(kept))
-    assert numbers[0] * 10 < numbers[1]
-
-
-@pytest.mark.parametrize("backward", [False, True])
-def test_nothing_outlives_the_graph(backward):
-    """Not even until the next garbage collection, since a graph without a backward pass would never be collected."""
-    model = Net(*[put_nothing] * 3)
-    held = []
-    for block in model.blocks:
-        block.register_forward_hook(
-            lambda module, args, output: held.append(weakref.ref(output["x"]))
-        )
-    gc.collect()
-    gc.disable()
-    try:
-        with recomputing(model, model.blocks):
-            output = model(torch.randn(4, 6))
-            if backward:
-                output.sum().backward()
-            del output
-        assert [reference() for reference in held] == [None] * 3
-    finally:
-        gc.enable()

@@ -61,14 +61,14 @@ def fused_past(self, x):
 def in_pieces(self, x):
     weights = self.qkv.weight.chunk(3)
     biases = self.qkv.bias.chunk(3)
-    return mlp(
-        self, *(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    )
+    q, k, v = map(F.linear, (x, x, x), weights, biases)
+    return mlp(self, q, k, v)
 
 
 def from_the_left(self, x):
     """As Mamba does it."""
-    return mlp(self, *(self.qkv.weight @ x.mT + self.qkv.bias[:, None]).mT.chunk(3, dim=-1))
+    qkv = (self.qkv.weight @ x.mT + self.qkv.bias[:, None]).mT
+    return mlp(self, *qkv.chunk(3, dim=-1))
 
 
 def separate(self, x):
@@ -82,21 +82,25 @@ def separate_past(self, x):
     """As WavLM does it."""
     q = x.transpose(0, 1)
     out, _ = F.multi_head_attention_forward(
-        *(
-            q,
-            q,
-            q,
-            WIDTH,
-            HEADS,
-            None,
-            torch.cat([self.q.bias, self.k.bias, self.v.bias]),
-            None,
-            None,
-            False,
-            0.0,
-        ),
-        *(self.out.weight, self.out.bias, False, None, False, None, True),
-        *(self.q.weight, self.k.weight, self.v.weight),
+        query=q,
+        key=q,
+        value=q,
+        embed_dim_to_check=WIDTH,
+        num_heads=HEADS,
+        in_proj_weight=None,
+        in_proj_bias=torch.cat([self.q.bias, self.k.bias, self.v.bias]),
+        bias_k=None,
+        bias_v=None,
+        add_zero_attn=False,
+        dropout_p=0.0,
+        out_proj_weight=self.out.weight,
+        out_proj_bias=self.out.bias,
+        training=False,
+        need_weights=False,
+        use_separate_proj_weight=True,
+        q_proj_weight=self.q.weight,
+        k_proj_weight=self.k.weight,
+        v_proj_weight=self.v.weight,
     )
     return out.transpose(0, 1)
 
@@ -135,13 +139,13 @@ CHOICES = {
     ),
 )
 def test_pruned_as_if_called(pair, choices, sequential):
-    (called, past), choices = (build(formula) for formula in PAIRS[pair]), CHOICES[choices]
-    choices = {"sequential": sequential, **choices, "progress": False}
-    reports = [prune(model, vectors(), 0.5, **choices) for model in (called, past)]
-    assert [matrix.name for matrix in reports[0].skipped] == [
-        matrix.name for matrix in reports[1].skipped
+    called, past = (build(formula) for formula in PAIRS[pair])
+    options = {"sequential": sequential, "progress": False} | CHOICES[choices]
+    report, expected = (prune(model, vectors(), 0.5, **options) for model in (past, called))
+    assert [matrix.name for matrix in report.skipped] == [
+        matrix.name for matrix in expected.skipped
     ]
-    for one, other in zip(*(report.layers for report in reports), strict=True):
+    for one, other in zip(report.layers, expected.layers, strict=True):
         assert (one.name, one.tokens, one.note) == (other.name, other.tokens, other.note)
         assert math.isclose(one.target, other.target, abs_tol=1e-9)
     masks = ({name: p != 0 for name, p in model.named_parameters()} for model in (called, past))
@@ -161,23 +165,28 @@ def test_a_layer_alone_outside_of_blocks():
     assert {layer.name: layer.tokens for layer in report.layers}["3.out_proj"] == 15
 
 
-def test_layers_that_are_called_and_read_past_count_both_and_those_with_one_input_share_it():
+@torch.no_grad()
+def inputs_of(formula):
+    """The statistics of all layers of a model, from one pass of each batch."""
+    model = build(formula)
+    (stop,) = find_layers(model, "none").stops
+    calls = whole_model_calls(samples_of(model, vectors()))
+    return Observer(frozenset(SUMS))(stop, calls).inputs
+
+
+def test_layers_that_are_called_and_read_past_count_both():
     def twice(self, x):
         return fused(self, x) + F.linear(2 * x, self.q.weight) + self.q(x)
 
-    found = []
-    for model in (build(twice), build(separate_past)):
-        (stop,) = find_layers(model, "none").stops
-        with torch.no_grad():
-            found.append(
-                Observer(frozenset(SUMS))(
-                    stop, whole_model_calls(samples_of(model, vectors()))
-                ).inputs
-            )
-    both, shared = found
-    assert (both["0.qkv"].count, both["0.q"].count) == (30, 60)
-    assert torch.allclose(both["0.q"].sums["square_sum"], 5 * both["0.qkv"].sums["square_sum"])
-    assert shared["0.q"].sums is shared["0.k"].sums is shared["0.v"].sums
+    inputs = inputs_of(twice)
+    assert (inputs["0.qkv"].count, inputs["0.q"].count) == (30, 60)
+    once = inputs["0.qkv"].sums["square_sum"]
+    assert torch.allclose(inputs["0.q"].sums["square_sum"], 5 * once)
+
+
+def test_layers_that_are_read_past_share_their_input():
+    inputs = inputs_of(separate_past)
+    assert inputs["0.q"].sums is inputs["0.k"].sums is inputs["0.v"].sums
 
 
 LAYER = nn.Linear(WIDTH, WIDTH)

@@ -41,20 +41,20 @@ def test_statistics_are_freed_before_those_of_the_next_unit(sequential, monkeypa
     assert held == [0] * 6
 
 
-SAMPLED = (
-    *(
-        "llama_padded",
-        "gpt_oss",
-        "t5",
-        "vit",
-        "convnext",
-        "block_twice",
-        "tied",
-        "routed",
-        "expert_list",
-    ),
-    *("plain_mlp", "inplace", "torch_transformer"),
-)
+SAMPLED = [
+    "llama_padded",
+    "gpt_oss",
+    "t5",
+    "vit",
+    "convnext",
+    "block_twice",
+    "tied",
+    "routed",
+    "expert_list",
+    "plain_mlp",
+    "inplace",
+    "torch_transformer",
+]
 
 
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
@@ -142,8 +142,7 @@ CHOOSERS = {
     "ria": {"criterion": RIA()},
     "saliency": {"criterion": Saliency()},
     "owl": {"allocation": OWL()},
-    **{name: {"solver": name} for name in SOLVERS},
-}
+} | {name: {"solver": name} for name in SOLVERS}
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)

@@ -5,8 +5,11 @@ from contextlib import suppress
 
 import pytest
 import torch
+from support.tiny import on_meta
 from support.zoo import ZOO
 from torch import nn
+from transformers import PreTrainedModel, Qwen3MoeForCausalLM
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from wanda_lightning import prune
 from wanda_lightning.calibration.pruning_mode import calibration_mode
@@ -82,14 +85,52 @@ def test_merged_weights_are_as_before_and_those_that_were_merged_are_not_touched
     assert not model[3][1].merged or set(model[3][1].calls) <= {False}
 
 
-def test_configurations_are_as_before():
-    model = ZOO["qwen3_moe"].build()
-    model.set_experts_implementation("batched_mm")
-    before = copy.deepcopy(model.config.to_dict())
+# ---- the configurations of transformers
+
+
+def test_nested_configurations_are_as_before():
+    model = on_meta("Qwen3VLMoeForConditionalGeneration")
+    model.set_experts_implementation({"": "grouped_mm", "text_config": "batched_mm"})
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [dict(vars(each.config)) for each in models]
+    assert before[0] != before[-1]
     with suppress(OSError), calibration_mode(model):
-        assert (model.config._experts_implementation, model.config.use_cache) == ("eager", False)
+        assert [vars(each.config) for each in models] != before
         raise OSError
-    assert (model.config._experts_implementation, model.config.to_dict()) == ("batched_mm", before)
+    assert [vars(each.config) for each in models] == before
+
+
+def test_key_value_caches_are_off():
+    model = ZOO["llama"].build()
+    with calibration_mode(model):
+        assert model(torch.ones(1, 2, dtype=torch.long)).past_key_values is None
+    assert model(torch.ones(1, 2, dtype=torch.long)).past_key_values is not None
+
+
+class Subclass(Qwen3MoeForCausalLM):
+    """A class of a user, in whose file transformers does not find any experts."""
+
+
+@pytest.mark.parametrize("model_class", [Qwen3MoeForCausalLM, Subclass])
+def test_experts_are_multiplied_one_at_a_time(model_class, monkeypatch):
+    at_once = []
+
+    def multiply_at_once(experts, tokens, *routing):
+        at_once.append(experts)
+        return tokens
+
+    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "at_once", multiply_at_once)
+    model = model_class(ZOO["qwen3_moe"].build().config)
+    model.set_experts_implementation("at_once")
+    ids = torch.ones(1, 2, dtype=torch.long)
+    with calibration_mode(model):
+        model(ids)
+    assert not at_once, (
+        "set_experts_implementation('eager') of transformers does not select the loop over experts any more, in which "
+        "products with the weights of experts are seen"
+    )
+    model(ids)
+    assert at_once
 
 
 class Counting(nn.Module):

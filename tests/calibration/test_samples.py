@@ -14,13 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from wanda_lightning import prune
-from wanda_lightning.calibration.samples import (
-    Samples,
-    batch_size,
-    fit_together,
-    forward_batch,
-    is_even,
-)
+from wanda_lightning.calibration.batches import batch_size, is_even
+from wanda_lightning.calibration.samples import Samples, fit_together, forward_batch
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import SINGLE_PROCESS
 
@@ -82,8 +77,12 @@ def explode(module, args):
 @pytest.mark.parametrize(
     ("sequential", "samples", "place"),
     [
-        *(("block", 3, "blocks.0, in "), ("layer", 3, ""), ("none", 3, "")),
-        *(("block", 2, "blocks.0, in "), ("layer", 2, "blocks.0.up, in "), ("none", 2, "")),
+        ("block", 3, "blocks.0, in "),
+        ("layer", 3, ""),
+        ("none", 3, ""),
+        ("block", 2, "blocks.0, in "),
+        ("layer", 2, "blocks.0.up, in "),
+        ("none", 2, ""),
     ],
 )
 def test_an_error_names_the_batch_and_the_unit(sequential, samples, place):
@@ -182,27 +181,22 @@ def over_time(hidden, x):
 
 
 X3 = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
-HIDDEN = torch.logical_not, lambda every: every.triu(1), lambda every: every.tril(-1)
 
 
-@pytest.mark.parametrize(
-    ("forward", "count"),
-    [
-        *(
-            (each, 3)
-            for each in (
-                torch.relu,
-                lambda x: x.flatten(0, 1),
-                lambda x: x * torch.nan,
-                torch.sum,
-                fails,
-            )
-        ),
-        *((each, 1) for each in (lambda x: x.flip(0).cumsum(0), lambda x: x.mean(0))),
-        *((partial(over_time, hidden), 1) for hidden in HIDDEN),
-    ],
+# Functions whose samples have the same results alone, or no predictions, or that fail anyway.
+ALONE = (torch.relu, lambda x: x.flatten(0, 1), lambda x: x * torch.nan, torch.sum, fails)
+TOGETHER = (
+    lambda x: x.flip(0).cumsum(0),
+    lambda x: x.mean(0),
+    partial(over_time, torch.logical_not),
+    partial(over_time, lambda every: every.triu(1)),
+    partial(over_time, lambda every: every.tril(-1)),
 )
-def test_entries_of_a_batch_that_do_not_run_alone_are_no_samples(forward, count, caplog):
+
+
+@pytest.mark.parametrize("forward", [*ALONE, *TOGETHER])
+def test_entries_of_a_batch_that_do_not_run_alone_are_no_samples(forward, caplog):
+    count = 3 if forward in ALONE else 1
     _, samples = samples_of(X3, X3, forward=forward)
     assert [sample.size for sample in samples] == [1] * 2 * count
     assert caplog.text.count("each batch runs whole") == (count == 1)
@@ -216,7 +210,7 @@ def test_positions_of_three_sections_are_not_those_of_three_samples():
 
     data, (sample,) = samples_of({"x": X3, "positions": X3}, forward=forward)
     assert torch.equal(sample.predict(), X3)
-    assert [each.size for each in data.first(2)] == [1]
+    assert [each.size for each in data.first_batches(2)] == [1]
 
 
 def test_samples_of_several_batches_run_as_one():
@@ -246,8 +240,8 @@ X = {"x": torch.ones(1, 2)}
         (X, {"x": torch.ones(1, 3)}),
         (X, {"x": torch.ones(1, 2).double()}),
         (X, {"y": torch.ones(1, 2)}),
-        ({**X, "scale": torch.tensor(1)}, {**X, "scale": torch.tensor(2)}),
-        ({**X, "text": ["a"]}, {**X, "text": ["a"]}),
+        (X | {"scale": torch.tensor(1)}, X | {"scale": torch.tensor(2)}),
+        (X | {"text": ["a"]}, X | {"text": ["a"]}),
         (X, torch.ones(1, 2)),
     ],
 )

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 
 from wanda_lightning import PruningCallback, WandaPrune, prune
-from wanda_lightning.calibration.samples import batch_size
+from wanda_lightning.calibration.batches import batch_size
 
 
 class Data(L.LightningDataModule):

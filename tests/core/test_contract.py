@@ -56,7 +56,7 @@ def selection_of(criterion, pattern):
 def solver_for(solver, pattern):
     """The solver, or the refit in the place of one that cannot solve layers with whole columns of zeros."""
     solver = SOLVERS[solver]()
-    if pattern.prunes_units and not solver.prunes_units:
+    if pattern.removes == "units" and not solver.fits_units:
         return Refit()
     return solver
 

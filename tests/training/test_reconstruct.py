@@ -11,8 +11,9 @@ from support.zoo import ZOO
 from torch import nn
 
 from wanda_lightning import PruningReport, Reconstruct, prune
+from wanda_lightning.calibration.batches import batch_size, take
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.calibration.samples import batch_size, map_tensors, take
+from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.models import find_layers
 from wanda_lightning.training import reconstruct
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import PruningCallback, WandaPrune, prune
-from wanda_lightning.calibration.samples import map_tensors
+from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.models import find_layers
 from wanda_lightning.units.permute import permute
 

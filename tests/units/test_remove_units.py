@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from wanda_lightning import Fisher, Structured, prune
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.pruning_mode import pruning_mode
-from wanda_lightning.calibration.samples import map_tensors
+from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.core.allocation import Uniform, UnitLayer
 from wanda_lightning.models import SkipReason
 

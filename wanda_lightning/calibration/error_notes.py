@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from wanda_lightning.calibration.cloning import tensors_within
+from wanda_lightning.calibration.trees import tensors_within
 
 _START = "This happened in "
 
@@ -21,7 +21,8 @@ def note_on_error(
     try:
         yield
     except kind as error:
-        if note := text():
+        note = text()
+        if note:
             error.add_note(note)
             log(note)
         raise
@@ -33,9 +34,12 @@ def naming_batch(index: int, values: Any, stop: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not any(note.startswith(_START) for note in getattr(error, "__notes__", ())):
-            where = f"{stop}, in " if stop else ""
-            shapes = [str(tuple(tensor.shape)) for tensor in tensors_within(values)]
-            of = f", with shapes {', '.join(shapes)}" if shapes else ""
-            error.add_note(f"{_START}{where}calibration batch {index} (counted from 0){of}.")
+        notes = getattr(error, "__notes__", ())
+        if not any(note.startswith(_START) for note in notes):
+            place = f"{stop}, in " if stop else ""
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_within(values))
+            with_shapes = f", with shapes {shapes}" if shapes else ""
+            error.add_note(
+                f"{_START}{place}calibration batch {index} (counted from 0){with_shapes}."
+            )
         raise

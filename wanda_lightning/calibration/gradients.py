@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import contextvars
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
-from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
-from wanda_lightning.calibration.interception import OnProduct, Product, intercept
-from wanda_lightning.calibration.pruning_mode import patched
+from wanda_lightning.calibration.interception import Product, intercept
+from wanda_lightning.calibration.recomputing import recomputing
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
-from wanda_lightning.calibration.surroundings import Replay, modules_around, refuse_transforms
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
 from wanda_lightning.models import Layer, find_predictions, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-
-_SAMPLES_AT_ONCE = 32  # with one prediction each
 
 
 def gradient_statistics(
@@ -53,38 +49,42 @@ def gradient_statistics(
     Raises:
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
     """
-    sums = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
-    reached = torch.zeros(len(layers), dtype=torch.int64)
-    on_product = _on_product(
-        {layer.name: index for index, layer in enumerate(layers)}, sums, reached
-    )
-    intercepted = intercept(layers, on_product)
-    with without_gradients(model), intercepted, recomputing(model, blocks), torch.enable_grad():
-        _pass_backward(samples, tick, processes, limit)
-    processes.all_reduce_sum(
-        [reached, *(each for total in sums.values() for each in total if each is not None)]
-    )
-    _refuse_unusable(sums, bool(reached.any()))
+    sums = _Sums(layers, columns)
+    passes = _BackwardPasses(samples, processes, limit)
+    with (
+        without_gradients(model),
+        intercept(layers, sums),
+        recomputing(model, blocks),
+        torch.enable_grad(),
+    ):
+        passes.run(tick)
+
+    tensors = [sums.reached]
+    for total in sums.by_layer.values():
+        tensors += _tensors(total)
+    processes.all_reduce_sum(tensors)
+    _refuse_unusable(sums.by_layer, bool(sums.reached.any()))
     return {
-        layer.name: sums[layer.name]
-        for layer, times in zip(layers, reached.tolist(), strict=True)
+        layer.name: sums.by_layer[layer.name]
+        for layer, times in zip(layers, sums.reached.tolist(), strict=True)
         if times
     }
 
 
 def check_predictions(layers: Sequence[Layer], sample: Sample) -> None:
     """Raise the errors of `gradient_statistics` that one forward pass of a sample shows."""
-    with (
-        torch.enable_grad(),
-        intercept(layers, lambda _, multiply: multiply().detach().requires_grad_().clone()),
-    ):
+
+    def without_sums(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+        return multiply().detach().requires_grad_().clone()
+
+    with torch.enable_grad(), intercept(layers, without_sums):
         _objective(sample, 0, 0)
 
 
 def _refuse_unusable(sums: Mapping[str, GradientStatistics], reached: bool) -> None:
     """Refuse gradients that are not finite, or all 0 although a layer was reached."""
     for name, total in sums.items():
-        if not all(each.isfinite().all() for each in total if each is not None):
+        if not all(tensor.isfinite().all() for tensor in _tensors(total)):
             raise UserError(
                 f"calibration batches must give finite gradients, but those at {name} hold NaN or infinity. Load the "
                 "model in a wider dtype (float32 or bfloat16), or choose allocation='uniform' and "
@@ -98,68 +98,101 @@ def _refuse_unusable(sums: Mapping[str, GradientStatistics], reached: bool) -> N
         )
 
 
-def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:
-    d_out, d_in = layer.shape
-    zeros = torch.zeros(d_in + d_out, dtype=torch.float32, device=layer.weight.device)
-    units = None if columns is None else zeros.new_zeros(d_in // columns)
-    return GradientStatistics(zeros[:d_in], zeros[d_in:], units)
+def _tensors(total: GradientStatistics) -> list[Tensor]:
+    return [tensor for tensor in total if tensor is not None]
 
 
-def _pass_backward(
-    samples: Samples, tick: Callable[[int | None], None], processes: Processes, limit: GradientLimit
-) -> None:
-    """Run backward passes for one batch of each process, then for the next, until enough samples are done.
+# ---- the order of the samples
+
+_SAMPLES_AT_ONCE = 32  # with one prediction each
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Samples that share a backward pass."""
+
+    sample: Sample
+    index: int  # of its first sample, in the calibration data of all processes
+
+
+class _BackwardPasses:
+    """Runs backward passes for one batch of each process, then for the next, until enough samples are done.
 
     The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
-    batches = iter(samples)
-    done = 0
-    predictions = 0
-    last = limit.samples
-    while last is None or done < last:
-        with processes.fail_together():
-            batch = next(batches, None)
-            own = samples.split(batch) if batch else []
-        sizes = processes.all_gather([batch is not None, sum(sample.size for sample in own)])
-        if not any(has_batch for has_batch, _ in sizes):
-            return
-        index = done + sum(size for _, size in sizes[: processes.rank])
-        with processes.fail_together():
-            if not predictions and any(size for _, size in sizes):
-                first = next(rank for rank, (_, size) in enumerate(sizes) if size)
-                if processes.rank == first:
-                    sample, *own = own
-                    predictions = _backward(sample, index, last)
-                    index += sample.size
-                predictions = processes.broadcast(predictions, first)
-                last = None if last is None else max(last, -(-limit.predictions // predictions))
-            own = own if last is None else own[: max(0, last - index)]
-            for sample in _joined(samples, own) if predictions == 1 else own:
-                _backward(sample, index, last)
-                index += sample.size
-            samples_in_round = sum(size for _, size in sizes)
-            done += samples_in_round
-            tick(None if last is None else -(-max(0, last - done) // max(1, samples_in_round)))
+
+    def __init__(self, samples: Samples, processes: Processes, limit: GradientLimit) -> None:
+        self._samples = samples
+        self._processes = processes
+        self._limit = limit
+        # Number of samples of all processes.
+        self._wanted = math.inf if limit.samples is None else limit.samples
+        self._predictions = 0  # of one sample, as soon as one has run
+
+    def run(self, tick: Callable[[int | None], None]) -> None:
+        """Run all passes; `tick` gets the expected number of rounds left."""
+        batches = iter(self._samples)
+        done = 0
+        while done < self._wanted:
+            with self._processes.fail_together():
+                batch = next(batches, None)
+                samples = self._samples.split(batch) if batch else []
+            own_size = sum(sample.size for sample in samples)
+            gathered = self._processes.all_gather([batch is not None, own_size])
+            if not any(has_batch for has_batch, _ in gathered):
+                return
+
+            sizes = [size for _, size in gathered]
+            with self._processes.fail_together():
+                self._run_round(samples, done, sizes)
+                done += sum(sizes)
+                rounds_left = max(0, self._wanted - done) / max(1, sum(sizes))
+                tick(None if rounds_left == math.inf else math.ceil(rounds_left))
+
+    def _run_round(self, samples: Sequence[Sample], done: int, sizes: Sequence[int]) -> None:
+        """Run the samples of this process; `sizes` are the numbers of samples of all processes."""
+        index = done + sum(sizes[: self._processes.rank])
+        parts = []
+        for sample in samples:
+            parts.append(_Part(sample, index))
+            index += sample.size
+        if not self._predictions and any(sizes):
+            parts = self._run_first(parts, sizes)
+
+        parts = [part for part in parts if part.index < self._wanted]
+        for part in self._joined(parts) if self._predictions == 1 else parts:
+            self._backward(part)
+
+    def _run_first(self, parts: list[_Part], sizes: Sequence[int]) -> list[_Part]:
+        """Run the first sample of all, which shows how many are needed; return what this process has left."""
+        first_rank = next(rank for rank, size in enumerate(sizes) if size)
+        if self._processes.rank == first_rank:
+            self._predictions = self._backward(parts[0])
+            parts = parts[1:]
+        self._predictions = self._processes.broadcast(self._predictions, first_rank)
+        needed = math.ceil(self._limit.predictions / self._predictions)
+        self._wanted = max(self._wanted, needed)
+        return parts
+
+    def _joined(self, parts: Sequence[_Part]) -> Iterator[_Part]:
+        """Join samples of equal shapes, so that one backward pass has some of them."""
+        for start in range(0, len(parts), _SAMPLES_AT_ONCE):
+            together = parts[start : start + _SAMPLES_AT_ONCE]
+            samples = [part.sample for part in together]
+            if fit_together(samples):
+                yield _Part(self._samples.join(samples), together[0].index)
+            else:
+                yield from together
+
+    def _backward(self, part: _Part) -> int:
+        """Run one backward pass, and return how many predictions each of its samples has."""
+        count = min(part.sample.size, self._wanted - part.index)
+        objective, predictions = _objective(part.sample, part.index, int(count))
+        objective.backward()
+        return predictions
 
 
-def _backward(sample: Sample, first: int, last: int | None) -> int:
-    """Run the backward pass of a sample, and return how many predictions it has.
-
-    `first` is its index, or that of the first of several joined samples, and `last` the number of samples in all; None
-    if all of them pass backward.
-    """
-    objective, predictions = _objective(
-        sample, first, sample.size if last is None else last - first
-    )
-    objective.backward()
-    return predictions
-
-
-def _joined(samples: Samples, parts: Sequence[Sample]) -> Iterator[Sample]:
-    """Join samples of equal shapes, so that one backward pass has some of them."""
-    for start in range(0, len(parts), _SAMPLES_AT_ONCE):
-        some = parts[start : start + _SAMPLES_AT_ONCE]
-        yield from [samples.join(some)] if fit_together(some) else some
+# ---- the gradient of the logits
 
 
 def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
@@ -172,8 +205,21 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
     the first `count` samples have a gradient that is not 0. Also return how many predictions each sample has, including
     those of padding.
     """
+    logits, keep = _predict(sample)
+    gradient = torch.zeros_like(logits)
+    # More than 1 if the first dimension is not that of samples.
+    length = max(1, len(logits) // sample.size)
+    for index in range(count):
+        rows = slice(index * length, (index + 1) * length)
+        keep_of_sample = None if keep is None else keep[rows]
+        _fill_gradient(gradient[rows], logits[rows].detach(), keep_of_sample, first + index)
+    objective: Tensor = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
+    return objective, max(1, logits[..., 0].numel() // sample.size)
+
+
+def _predict(sample: Sample) -> tuple[Tensor, Tensor | None]:
+    """Return the logits of a sample and which of their rows are not padding; refuse those that have no gradient."""
     output = sample.predict()
-    keep = None
     logits = find_predictions(output)
     if logits is None or not logits.requires_grad or logits.shape[-1] < 2:
         shape = "" if logits is None else f" of shape {tuple(logits.shape)}"
@@ -183,35 +229,37 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
             "calibration_step) return the logits, or choose allocation='uniform' and pattern='unstructured_layer', "
             "which read no gradients."
         )
-    del output
-    # The mask of the whole model, not of its encoder.
-    if mask := fitting_mask(sample.masks, "", logits):
+
+    keep = None
+    predictions = logits
+    # The name selects the mask of the whole model, not that of its encoder.
+    mask = fitting_mask(sample.masks, "", logits)
+    if mask:
         keep = mask.keep.to(logits.device)
         logits = logits.reshape(*keep.shape, -1)
-    if not (logits if keep is None else logits[keep]).isfinite().all():
+        predictions = logits[keep]
+    if not predictions.isfinite().all():
         raise UserError(
             "calibration batches must give finite predictions, but those of batch "
             f"{sample.batch_index} (counted from 0) hold NaN or infinity. Check that batch, or load the model in a "
             "wider dtype (float32 or bfloat16 rather than float16)."
         )
-    gradient = torch.zeros_like(logits)
-    # More than 1 if the first dimension is not that of samples.
-    length = max(1, len(logits) // sample.size)
-    for index in range(min(sample.size, count)):
-        own = slice(index * length, (index + 1) * length)
-        rows = logits[own].detach() if keep is None else logits[own].detach()[keep[own]]
-        slopes = rows.reshape(-1, rows.shape[-1]).float().softmax(dim=-1)
-        generator = torch.Generator(rows.device).manual_seed(first + index)
-        if len(slopes):
-            labels = torch.multinomial(slopes, 1, generator=generator)
-            slopes.scatter_add_(1, labels, slopes.new_full(labels.shape, -1))
-        values = slopes.to(gradient.dtype)
-        if keep is None:
-            gradient[own] = values.view(gradient[own].shape)
-        else:
-            gradient[own][keep[own]] = values
-    objective: Tensor = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
-    return objective, max(1, logits[..., 0].numel() // sample.size)
+    return logits, keep
+
+
+def _fill_gradient(gradient: Tensor, logits: Tensor, keep: Tensor | None, seed: int) -> None:
+    """Write `p - onehot(y)` of one sample into its gradient; labels y are drawn for the rows that are kept."""
+    predictions = logits if keep is None else logits[keep]
+    slopes = predictions.reshape(-1, predictions.shape[-1]).float().softmax(dim=-1)
+    if len(slopes):
+        generator = torch.Generator(slopes.device).manual_seed(seed)
+        labels = torch.multinomial(slopes, 1, generator=generator)
+        slopes.scatter_add_(1, labels, slopes.new_full(labels.shape, -1))
+    slopes = slopes.to(gradient.dtype)
+    if keep is None:
+        gradient.copy_(slopes.view(gradient.shape))
+    else:
+        gradient[keep] = slopes
 
 
 class _WithGradient(torch.autograd.Function):
@@ -227,47 +275,74 @@ class _WithGradient(torch.autograd.Function):
         return ctx.saved_tensors[0], None
 
 
-def _on_product(
-    indices: Mapping[str, int], sums: Mapping[str, GradientStatistics], reached: Tensor
-) -> OnProduct:
-    def on_product(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+# ---- the sums
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What the backward pass needs of the tokens that enter a layer."""
+
+    product: Product
+    squares: Tensor
+    tokens: Tensor | None  # for layers whose hidden units are scored
+
+
+class _Sums:
+    """Adds up the squared inputs and gradients of each layer; called in place of each product."""
+
+    def __init__(self, layers: Sequence[Layer], columns: Mapping[str, int]) -> None:
+        self.by_layer = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
+        self.reached = torch.zeros(len(layers), dtype=torch.int64)  # how often, in this order
+        self._indices = {layer.name: index for index, layer in enumerate(layers)}
+
+    def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+        """Return the product, whose backward pass adds to the sums."""
         if not torch.is_grad_enabled():  # no gradient reaches this product
             return multiply()
-        totals = [sums[product.layer.name] for product in products]
-        inputs = [product.layer.tokens(product.tokens.detach()).float() for product in products]
-        squares = [each.square() for each in inputs]
-        # A copy, because the model may write into its activations before the backward pass
-        signed = [
-            x.clone() if total.units is not None else None
-            for x, total in zip(inputs, totals, strict=True)
-        ]
-        del inputs
+        inputs = [self._input(product) for product in products]
         output = multiply()
         # The graph starts here; a result is no leaf, because the model may write into it.
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()
-
-        def add(gradient: Tensor) -> None:
-            for product, each, tokens, total in zip(products, squares, signed, totals, strict=True):
-                layer = product.layer
-                outputs = layer.outputs(product.own_output(gradient)).flatten(0, -2).float()
-                rows = slice(product.row, product.row + outputs.shape[1])
-                squared = outputs.square()
-                # Divide by all rows of the layer: this product may use only some of them.
-                total.inputs.add_(torch.mv(each.t(), squared.sum(dim=1) / len(total.rows)))
-                total.rows[rows].add_(squared.sum(dim=0))
-                # The first-order effects on the loss.
-                if tokens is not None and total.units is not None:
-                    effects = torch.mm(outputs, layer.read()[rows].float()).mul_(tokens)
-                    total.units.add_(
-                        effects.unflatten(1, (-1, len(total.units))).sum(dim=1).square_().sum(dim=0)
-                    )
-                reached[indices[layer.name]] += layer.expert is None or bool(each.any())
-
-        output.register_hook(add)
+        output.register_hook(partial(self._add, inputs))
         return output
 
-    return on_product
+    def _input(self, product: Product) -> _Input:
+        layer = product.layer
+        tokens = layer.tokens(product.tokens.detach()).float()
+        squares = tokens.square()
+        if self.by_layer[layer.name].units is None:
+            return _Input(product, squares, None)
+        # A copy, because the model may write into its activations before the backward pass.
+        return _Input(product, squares, tokens.clone())
+
+    def _add(self, inputs: Sequence[_Input], gradient: Tensor) -> None:
+        for entry in inputs:
+            product = entry.product
+            layer = product.layer
+            total = self.by_layer[layer.name]
+            outputs = layer.outputs(product.own_output(gradient)).flatten(0, -2).float()
+            rows = slice(product.row, product.row + outputs.shape[1])
+            squared = outputs.square()
+            # Divide by all rows of the layer: this product may use only some of them.
+            total.inputs.add_(torch.mv(entry.squares.t(), squared.sum(dim=1) / len(total.rows)))
+            total.rows[rows].add_(squared.sum(dim=0))
+
+            if entry.tokens is not None and total.units is not None:
+                # First-order effects on the loss, of each token and each hidden unit.
+                effects = torch.mm(outputs, layer.read()[rows].float()).mul_(entry.tokens)
+                of_units = effects.unflatten(1, (-1, len(total.units))).sum(dim=1)
+                total.units.add_(of_units.square_().sum(dim=0))
+            # The tokens of other experts are zeros.
+            is_reached = layer.expert is None or bool(entry.squares.any())
+            self.reached[self._indices[layer.name]] += is_reached
+
+
+def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:
+    d_out, d_in = layer.shape
+    zeros = torch.zeros(d_in + d_out, dtype=torch.float32, device=layer.weight.device)
+    units = None if columns is None else zeros.new_zeros(d_in // columns)
+    return GradientStatistics(zeros[:d_in], zeros[d_in:], units)
 
 
 @contextmanager
@@ -281,97 +356,3 @@ def without_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Recompute the blocks in every backward pass inside this `with` block; without gradients nothing changes.
-
-    Only the inputs of each block are stored until then (Chen et al. 2016, arXiv 1604.06174). A block may take and
-    return any nested structure of tensors. The second run must compute the same as the first, so it has the modes,
-    context variables and attributes of the modules around the block that the first run had. A block keeps its
-    activations if it writes into its arguments, or receives an object with tensors, which another block may write, such
-    as a key-value cache. It also keeps them if it sets a context variable, or an attribute of a module around it, or if
-    one of these holds a tensor that requires gradients.
-    """
-    around = modules_around(model, blocks)
-    outside = contextvars.copy_context()
-    with ExitStack() as restored:
-        for block in blocks:
-            recomputed = _Recomputed(
-                type(block).__name__, block.forward, lambda: Replay(around, outside)
-            )
-            restored.enter_context(patched(block, "forward", recomputed))
-        yield
-
-
-class _Recomputed:
-    """The forward of a block that runs again in the backward pass, with gradients enabled."""
-
-    def __init__(
-        self, name: str, forward: Callable[..., Any], replay: Callable[[], Replay]
-    ) -> None:
-        self._name = name  # of the class, for a message
-        self._forward = forward
-        self._replay = replay
-        self._writes = False  # into its arguments, or into what is around it
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block, without keeping its activations if it can be recomputed."""
-        if self._writes or not torch.is_grad_enabled():
-            return self._forward(*args, **kwargs)
-        refuse_transforms(self._name)
-        inputs, structure = tree_flatten((args, kwargs))
-        # The graph holds `run`. If `run` held a tensor of the graph, neither would ever be freed.
-        tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-        inputs = [_ATensor if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-        replay = self._replay()
-        if tensors_within(inputs) or any(tensor.requires_grad for tensor in replay.tensors()):
-            return self._forward(*args, **kwargs)
-        inputs = clone_arguments(inputs)  # another block may write into them before the second run
-        outputs: list[Any] = []
-        output_structure: Any = None
-
-        def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            nonlocal outputs, output_structure
-            clones = (tensor.clone() for tensor in tensors)
-            own = tree_unflatten(_filled(clone_arguments(inputs), clones), structure)
-            held = tensors_within(own)
-            versions = [tensor._version for tensor in held]
-
-            output, has_set = replay.run(lambda: self._forward(*own[0], **own[1]))
-            leaves, output_structure = tree_flatten(output)
-            del output
-            self._writes = self._writes or has_set or _were_written(own, held, versions)
-            found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            outputs = [_ATensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in found):
-                found = [
-                    tensor + anchor.to(tensor.dtype) if tensor.is_floating_point() else tensor
-                    for tensor in found
-                ]
-            return tuple(found)
-
-        # `checkpoint` needs an input that requires a gradient, and the inputs of the first block do not.
-        anchor = torch.zeros((), requires_grad=True, device=tensors[0].device if tensors else None)
-        results = checkpoint(run, anchor, *tensors, use_reentrant=True)
-        if self._writes:
-            return self._forward(*args, **kwargs)
-        return tree_unflatten(_filled(outputs, iter(results)), output_structure)
-
-
-class _ATensor:
-    """Placeholder for a tensor."""
-
-
-def _filled(leaves: Sequence[Any], tensors: Iterator[Tensor]) -> list[Any]:
-    return [next(tensors) if leaf is _ATensor else leaf for leaf in leaves]
-
-
-def _were_written(arguments: Any, held: Sequence[Tensor], versions: Sequence[int]) -> bool:
-    """Return whether the arguments hold other tensors than before, or tensors with other values."""
-    found = tensors_within(arguments)
-    return (
-        list(map(id, found)) != list(map(id, held))
-        or [tensor._version for tensor in found] != versions
-    )

@@ -7,11 +7,11 @@ products. A torch-function mode sees every call of a PyTorch function, and recog
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import FunctionType
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from wanda_lightning.calibration.attention import multi_head_attention
 from wanda_lightning.calibration.pruning_mode import patched
+from wanda_lightning.calibration.torch_internals import is_transformed
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import Layer
@@ -34,16 +36,13 @@ class Product(NamedTuple):
 
     layer: Layer
     tokens: Tensor  # the tensor that the matrix multiplies, or this layer's slice of it
-    slot: int | None = (
-        None  # index of the layer's slice of the output; None if the whole output is the layer's
-    )
-    row: int = (
-        0  # the first row of the matrix in this product, if a model multiplies by pieces of it
-    )
+    # Index of the layer's slice of the output; None if the whole output is the layer's.
+    slot: int | None = None
+    # The first row of the matrix in this product, if a model multiplies by pieces of it.
+    row: int = 0
     left: bool = False  # the matrix is the left factor, so the columns of the output are tokens
-    time_first: tuple[int, int] | None = (
-        None  # (steps, samples) if the output is ordered by step, then by sample
-    )
+    # (steps, samples) if the output is ordered by step, then by sample.
+    time_first: tuple[int, int] | None = None
 
     def own_output(self, output: Tensor) -> Tensor:
         """Return this layer's part of the product's output, or of its gradient."""
@@ -51,7 +50,9 @@ class Product(NamedTuple):
             return output.mT
         if self.time_first:
             return output.unflatten(0, self.time_first).transpose(0, 1)
-        return output if self.slot is None else output.select(-3, self.slot)
+        if self.slot is None:
+            return output
+        return output.select(-3, self.slot)
 
 
 OnProduct = Callable[[list[Product], Callable[[], Tensor]], Tensor]
@@ -82,8 +83,8 @@ class WeightInterceptor(TorchFunctionMode):
         super().__init__()
         self._on_product = on_product
         self._memory = WeightMemory(layers)
-        self._in_a_forward = False
-        self._attention: tuple[int, int] | None = None
+        self._in_a_forward = False  # of a layer, which is one product as a whole
+        self._attention: tuple[int, int] | None = None  # steps and samples of what attention gets
 
     @property
     def watches(self) -> bool:
@@ -105,25 +106,28 @@ class WeightInterceptor(TorchFunctionMode):
         if func in PRODUCTS:
             return self._multiply(func, call, *_factors(func, args, kwargs))
         if func is F.multi_head_attention_forward:
-            return self._attend(func, args, kwargs)
+            return self._attend(*args, **kwargs)
         return call()
 
-    def _multiply(self, func: Any, call: Callable[[], Tensor], x: Any, weight: Any) -> Tensor:
-        if not (_is_plain(x) and _is_plain(weight) and weight.ndim > 1):
+    def _multiply(self, func: Any, call: Callable[[], Tensor], first: Any, second: Any) -> Tensor:
+        """Compute a product, which may be one of tokens and a weight, or of a weight and tokens."""
+        if not (_is_plain(first) and _is_plain(second) and second.ndim > 1):
             return call()
-        if products := self._products(x, weight.mT if func is F.linear else weight):
-            return self._on_product(products, call)
-        if func is not F.linear and x.ndim == 2 and (products := self._products(weight.mT, x.mT)):
-            return self._on_product([product._replace(left=True) for product in products], call)
-        return call()
+        # `F.linear` takes the weight as (rows, inputs); the others take it as a right factor (inputs, rows).
+        products = self._products(first, second.mT if func is F.linear else second)
+        if not products and func is not F.linear and first.ndim == 2:
+            # Mamba multiplies from the left: W x is the transpose of x' W'.
+            transposed = self._products(second.mT, first.mT)
+            products = [product._replace(left=True) for product in transposed]
+        return self._on_product(products, call) if products else call()
 
-    def _attend(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _attend(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run attention so that this mode sees the products with its four weights."""
-        query = args[0] if args else kwargs["query"]
-        self._attention = tuple(query.shape[:2]) if query.ndim == 3 else None
+        steps, samples, *_ = query.shape
+        self._attention = (steps, samples) if query.ndim == 3 else None
         try:
-            with self:
-                return entered_function(func)(*args, **kwargs)
+            with self:  # which is off in `__torch_function__`
+                return multi_head_attention(query, *args, **kwargs)
         finally:
             self._attention = None
 
@@ -131,74 +135,65 @@ class WeightInterceptor(TorchFunctionMode):
         self, layers: Sequence[Layer], forward: Callable[..., Tensor], *args: Any, **kwargs: Any
     ) -> Tensor:
         """Treat the forward of a module as the product with its layer, or with all groups of a convolution."""
-        x = input_of(args, kwargs)
+        tokens = input_of(args, kwargs)
+        products = [Product(layer, tokens) for layer in layers]
         outer = self._in_a_forward
         self._in_a_forward = True
         try:
-            return self._on_product(
-                [Product(layer, x) for layer in layers], partial(forward, *args, **kwargs)
-            )
+            return self._on_product(products, partial(forward, *args, **kwargs))
         finally:
             self._in_a_forward = outer
 
-    def _products(self, x: Tensor, weight: Tensor) -> list[Product]:
-        """Return the products in `x @ weight`; none if the weight is no view of a layer's weight."""
+    def _products(self, tokens: Tensor, weight: Tensor) -> list[Product]:
+        """Return the products in `tokens @ weight`; none if the weight is no view of a layer's weight."""
         matches = self._memory.matches(weight)
-        if not matches or x in self._memory:  # a product of two weights has no tokens
+        if not matches or tokens in self._memory:  # a product of two weights has no tokens
             return []
-        if matches[0].slot is None:
-            product = Product(matches[0].layer, x, None, matches[0].row)
-            if (
-                self._attention
-                and x.ndim == 2
-                and len(x) == self._attention[0] * self._attention[1]
-            ):
-                # Samples first, as in padding masks.
-                samples = x.unflatten(0, self._attention).transpose(0, 1)
-                product = product._replace(tokens=samples, time_first=self._attention)
-            return [product]
-        each = x if x.ndim > 2 else x.unsqueeze(0)
-        each = each.expand(*each.shape[:-3], len(weight), *each.shape[-2:])
-        return [
-            Product(layer, each.select(-3, slot or 0), slot, row) for layer, slot, row in matches
-        ]
+        if matches[0].slot is not None:
+            return _products_of_experts(tokens, len(weight), matches)
+
+        product = Product(matches[0].layer, tokens, row=matches[0].row)
+        order = self._attention
+        if order and tokens.ndim == 2 and len(tokens) == math.prod(order):
+            # Samples first, as in padding masks.
+            samples = tokens.unflatten(0, order).transpose(0, 1)
+            product = product._replace(tokens=samples, time_first=order)
+        return [product]
 
 
-def entered_function(function: FunctionType) -> FunctionType:
-    """Return a copy of a function of `torch.nn.functional` that lets a torch-function mode see the calls inside it.
+def _products_of_experts(tokens: Tensor, count: int, matches: Sequence[Match]) -> list[Product]:
+    """Return a product for each expert in a batch of `count` matrices, whose tokens may be the same for all."""
+    if tokens.ndim == 2:
+        tokens = tokens.unsqueeze(0)
+    tokens = tokens.expand(*tokens.shape[:-3], count, *tokens.shape[-2:])
+    return [
+        Product(match.layer, tokens.select(-3, match.slot or 0), match.slot, match.row)
+        for match in matches
+    ]
 
-    Such a function passes itself to the mode as a whole, and PyTorch disables the mode while the function runs. PyTorch
-    has no switch for this, but in the namespace of the copy, `has_torch_function` is always false.
-    """
-    names = {**function.__globals__, "has_torch_function": lambda tensors: False}
-    copy = FunctionType(
-        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
+
+# The names of factors in keyword arguments, as `addmm` calls them.
+_NAMES = {"weight": "mat2", "other": "mat2", "batch1": "mat1", "batch2": "mat2", "self": "input"}
 
 
 def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """Return the two factors of a product, from positional or keyword arguments."""
     names = ("input", "mat1", "mat2") if func in _PRODUCTS_WITH_BIAS else ("input", "mat2")
-    others = {
-        "weight": "mat2",
-        "other": "mat2",
-        "batch1": "mat1",
-        "batch2": "mat2",
-        "self": "input",
-    }
-    given = dict(zip(names, args, strict=False)) | {
-        others.get(name, name): value for name, value in kwargs.items()
-    }
-    return given.get(names[-2]), given.get(names[-1])
+    arguments = dict(zip(names, args, strict=False))
+    for name, value in kwargs.items():
+        arguments[_NAMES.get(name, name)] = value
+    return arguments.get(names[-2]), arguments.get(names[-1])
 
 
-def _is_plain(x: object) -> TypeGuard[Tensor]:
-    """Whether x is a dense tensor with memory: not quantized, sparse, on the meta device or under `vmap`."""
-    if not isinstance(x, Tensor) or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
-        return False
-    return x.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+def _is_plain(tensor: object) -> TypeGuard[Tensor]:
+    """Whether it is a dense tensor with memory: not quantized, sparse, on the meta device or in a transform."""
+    return (
+        isinstance(tensor, Tensor)
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and tensor.layout is torch.strided
+        and not is_transformed(tensor)
+    )
 
 
 @contextmanager
@@ -211,25 +206,25 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[None]:
     modules: dict[nn.Module, list[Layer]] = {}
     for layer in layers:
         if layer.expert is None:
-            modules.setdefault(layer.module, []).append(layer)
-    with ExitStack() as stack:
-        for module, inside in modules.items():
-            by_forward = partial(interceptor.by_forward, inside, module.forward)
-            stack.enter_context(patched(module, "forward", by_forward))
+            modules.setdefault(layer.module, []).append(layer)  # all groups of a convolution
+    with ExitStack() as entered:
+        for module, layers_of_module in modules.items():
+            by_forward = partial(interceptor.by_forward, layers_of_module, module.forward)
+            entered.enter_context(patched(module, "forward", by_forward))
         if interceptor.watches:
-            stack.enter_context(interceptor)
+            entered.enter_context(interceptor)
         yield
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the input that a layer was called with."""
-    x = args[0] if args else next(iter(kwargs.values()))
-    if not isinstance(x, Tensor):
+    """Return the input that a layer was called with, by position or by any keyword."""
+    value = args[0] if args else next(iter(kwargs.values()))
+    if not isinstance(value, Tensor):
         raise UserError(
-            f"batches must reach every layer as tensors, but one got a {type(x).__name__}. Give batches as the model's "
-            "forward takes them, or give forward=."
+            f"batches must reach every layer as tensors, but one got a {type(value).__name__}. Give batches as the "
+            "model's forward takes them, or give forward=."
         )
-    return x
+    return value
 
 
 class _Stack(NamedTuple):
@@ -266,23 +261,20 @@ class WeightMemory:
     """
 
     def __init__(self, layers: Iterable[Layer]) -> None:
-        matrices = [
-            layer for layer in layers if layer.parameter.ndim == (2 if layer.expert is None else 3)
-        ]
-        self._layers = [
-            x for x in matrices if _is_plain(weight := x.parameter.detach()) and weight.numel()
-        ]
+        self._layers = [layer for layer in layers if _has_matrix(layer)]
         self._read()
 
     def _read(self) -> None:
+        """Find out where the weights are."""
         self._moves = _moves
         stacks: dict[int, _Stack] = {}
         for layer in self._layers:
-            if is_unloaded(weight := layer.parameter.detach()):
+            weight = layer.parameter.detach()
+            if is_unloaded(weight):
                 continue
             start = weight.data_ptr()
-            end = weight.data_ptr() + weight.numel() * weight.element_size()
             if start not in stacks:
+                end = start + weight.numel() * weight.element_size()
                 matrices = weight if weight.ndim == 3 else weight.unsqueeze(0)
                 on_meta = torch.empty_strided(
                     matrices.shape, matrices.stride(), dtype=matrices.dtype, device="meta"
@@ -305,19 +297,23 @@ class WeightMemory:
         stack = self._stack_of(weight)
         if stack is None or weight.ndim not in (2, 3):
             return []
+
+        # Where the factor begins: in which matrix of the parameter, and in which row of that.
         stride = stack.weight.stride(0)
-        number, rest = divmod((weight.data_ptr() - stack.start) // weight.element_size(), stride)
+        offset = (weight.data_ptr() - stack.start) // weight.element_size()
+        number, offset_in_matrix = divmod(offset, stride)
         matrix = next(iter(stack.layers.values())).kind.read(stack.weight[0])
-        all_inputs = weight.shape[-2] == matrix.shape[1] and weight.stride(-2) == matrix.stride(1)
-        if (
-            not all_inputs
-            or rest % matrix.stride(0)
-            or (weight.ndim == 3 and weight.stride(0) != stride)
-        ):
+        row, rest = divmod(offset_in_matrix, matrix.stride(0))
+
+        has_all_inputs = weight.shape[-2] == matrix.shape[1] and weight.stride(-2) == matrix.stride(
+            1
+        )
+        if rest or not has_all_inputs:
             return []
-        row = rest // matrix.stride(0)
         if weight.ndim == 2:
             return [Match(stack.layers[number], None, row)] if number in stack.layers else []
+        if weight.stride(0) != stride:
+            return []
         return [
             Match(stack.layers[number + index], index, row)
             for index in range(len(weight))
@@ -325,13 +321,22 @@ class WeightMemory:
         ]
 
     def _stack_of(self, tensor: Tensor) -> _Stack | None:
+        """Return the parameter in whose memory a tensor begins."""
         if self._moves != _moves:
             self._read()
         if not self._stacks:
             return None
         pointer = tensor.data_ptr()
         index = bisect_right(self._starts, pointer) - 1
-        stack = self._stacks[index] if index >= 0 else None
-        return (
-            stack if stack and pointer < stack.end and tensor.dtype == stack.weight.dtype else None
-        )
+        if index < 0:
+            return None
+        stack = self._stacks[index]
+        is_inside = pointer < stack.end and tensor.dtype == stack.weight.dtype
+        return stack if is_inside else None
+
+
+def _has_matrix(layer: Layer) -> bool:
+    """Whether the parameter of a layer is a matrix in memory, or has one for each expert."""
+    weight = layer.parameter
+    dimensions = 2 if layer.expert is None else 3
+    return weight.ndim == dimensions and _is_plain(weight.detach()) and weight.numel() > 0

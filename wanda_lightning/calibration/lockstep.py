@@ -21,7 +21,6 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Product, WeightInterceptor
 from wanda_lightning.calibration.pruning_mode import patched
@@ -33,6 +32,7 @@ from wanda_lightning.calibration.surroundings import (
     TorchState,
     refuse_transforms,
 )
+from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 

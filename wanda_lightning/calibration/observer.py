@@ -18,6 +18,7 @@ from wanda_lightning.calibration.lockstep import Call, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
 from wanda_lightning.calibration.surroundings import refuse_transforms
+from wanda_lightning.calibration.torch_internals import is_mapped, write_count
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, Stop, fitting_mask, token_masks
@@ -28,11 +29,11 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes, all_reduce_stati
 class Observation:
     """The inputs of some layers, summed over their tokens. The keys are names of layers."""
 
-    # One object for layers with the same input.
+    # One object is shared by layers with the same input.
     inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
-    # Whose statistics include padding, since no mask shows it in their inputs.
+    # Layers whose statistics include padding, since no mask shows it in their inputs.
     padding_counted: Set[str] = frozenset()
-    # Experts with the statistics of all siblings, each with its own number of tokens.
+    # Experts that got the statistics of all siblings, each with its own number of tokens.
     pooled: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -46,14 +47,13 @@ class Observer:
         self.needs = needs
         self.processes = processes
         self._readings = _Readings()
-        # The layers of the last stop, if that was a layer, their inputs in this process, and what all processes found.
-        self._last: tuple[Sequence[Layer], list[Identity], Observation] = (), [], Observation()
+        self._last_layer = _LayerObservation()
 
     def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
         """Return what entered each layer of the stop that a batch reached."""
         if _is_layer(stop):  # it need not run: its input is in the parked calls
             return self._read_parked(stop, list(calls))
-        self._last = (), [], Observation()
+        self._last_layer = _LayerObservation()
         with self.processes.fail_together():
             for call in calls:
                 with self.collect(stop, call.sample):
@@ -63,9 +63,9 @@ class Observer:
 
     def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
         """Observe a stop with all layers in one pass of each sample; `tick` follows each."""
-        found = self(stop, whole_model_calls(samples, tick))
+        observation = self(stop, whole_model_calls(samples, tick))
         samples.refuse_if_empty()
-        return found
+        return observation
 
     def watched(self, stop: Stop, call: Call) -> Call:
         """Return a call that also reads the inputs of the stop's layers when it runs; `finish` returns the sums."""
@@ -82,10 +82,11 @@ class Observer:
     @contextmanager
     def collect(self, stop: Stop, sample: Sample) -> Iterator[None]:
         """Read the inputs of the stop's layers while a sample runs in this block."""
-        own = BatchInputs(self.needs, sample)
-        with intercept(stop.layers, own):
+        inputs = BatchInputs(self.needs, sample)
+        with intercept(stop.layers, inputs):
             yield
-        self._readings.add(own)
+        # Not if the sample fails: its sums would be those of a part of the model.
+        self._readings.add(inputs)
 
     def finish(self, stop: Stop) -> Observation:
         """Return what the batches that ran in `collect` show; otherwise the same as `__call__`."""
@@ -93,17 +94,8 @@ class Observer:
         self._readings = _Readings()
         with self.processes.fail_together():
             readings.refuse_nonfinite(self.processes)
-        by_layer: dict[str, list[InputStatistics]] = {}
-        for names, value in readings.sums.items():
-            for name in names:
-                by_layer.setdefault(name, []).append(value)
-        found = {
-            layer.name: by_layer[layer.name] for layer in stop.layers if layer.name in by_layer
-        }
-        statistics = {
-            name: parts[0] if len(parts) == 1 else InputStatistics.merged(parts)
-            for name, parts in found.items()
-        }
+
+        statistics = readings.by_layer(stop.layers)
         padded = readings.padded
         if self.processes.world_size > 1:
             # From the weight: a process whose batches did not reach a layer does not know the dtype of its input.
@@ -122,45 +114,72 @@ class Observer:
         sum over the processes, and one factorization.
         """
         with self.processes.fail_together():
-            pairs = [
-                (input_of(call.args, call.kwargs), layer) for call in calls for layer in stop.layers
-            ]
-        layers, identities, found = self._last
-        same = len(pairs) == len(identities) and len(layers) == len(stop.layers)
-        same = same and all(
-            identity.matches(*pair) for identity, pair in zip(identities, pairs, strict=True)
-        )
-        if self.processes.all_reduce_min(int(same)) and found.inputs:
-            names = {last.name: layer.name for last, layer in zip(layers, stop.layers, strict=True)}
-            inputs = {names[name]: value for name, value in found.inputs.items()}
-            return Observation(
-                inputs, {names[name] for name in found.padding_counted & names.keys()}
-            )
-        # Frees the Gram matrix before the next one.
-        self._last = layers, identities, found = (
-            (),
-            [],
-            Observation(),
-        )
-        with self.processes.fail_together():
-            for call in calls:
-                x = input_of(call.args, call.kwargs)
-                with naming_batch(call.sample.batch_index, x, stop.name):
-                    own = self._read(stop, call.sample, x)
-                    # Fails without autocast; now, before it is pruned.
-                    if x.dtype != stop.layers[0].parameter.dtype:
-                        call.run(on_copies=True)
-                self._readings.add(own)
-                identities += [entry.identity for entry in own.entries]
-        found = self.finish(stop)
-        self._last = stop.layers, identities, found
-        return found
+            inputs = [input_of(call.args, call.kwargs) for call in calls]
+        last = self._last_layer
+        has_same = last.has_inputs(stop.layers, inputs)
+        if self.processes.all_reduce_min(int(has_same)) and last.observation.inputs:
+            return last.observation_of(stop.layers)
 
-    def _read(self, stop: Stop, sample: Sample, x: Tensor) -> BatchInputs:
-        own = BatchInputs(self.needs, sample)
+        # Frees the Gram matrix before the next one.
+        self._last_layer = last = _LayerObservation()
+        identities = []
+        with self.processes.fail_together():
+            for call, tokens in zip(calls, inputs, strict=True):
+                with naming_batch(call.sample.batch_index, tokens, stop.name):
+                    batch_inputs = self._read(stop, call.sample, tokens)
+                    # Fails without autocast; now, before it is pruned.
+                    if tokens.dtype != stop.layers[0].parameter.dtype:
+                        call.run(on_copies=True)
+                self._readings.add(batch_inputs)
+                identities += [entry.identity for entry in batch_inputs.entries]
+        observation = self.finish(stop)
+        self._last_layer = _LayerObservation(stop.layers, identities, observation)
+        return observation
+
+    def _read(self, stop: Stop, sample: Sample, tokens: Tensor) -> BatchInputs:
+        inputs = BatchInputs(self.needs, sample)
         for layer in stop.layers:
-            own.read(Product(layer, x))
-        return own
+            inputs.read(Product(layer, tokens))
+        return inputs
+
+
+@dataclass(frozen=True)
+class _LayerObservation:
+    """What was observed at the last stop that is a layer; nothing if the last stop was none."""
+
+    layers: Sequence[Layer] = ()  # one, or all groups of a convolution
+    identities: Sequence[Identity] = ()  # of the inputs in this process, by batch and then by layer
+    observation: Observation = Observation()
+
+    def has_inputs(self, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> bool:
+        """Whether other layers have the same inputs, one for each batch."""
+        pairs = [(tokens, layer) for tokens in inputs for layer in layers]
+        if len(layers) != len(self.layers) or len(pairs) != len(self.identities):
+            return False
+        return all(
+            identity.matches(tokens, layer)
+            for identity, (tokens, layer) in zip(self.identities, pairs, strict=True)
+        )
+
+    def observation_of(self, layers: Sequence[Layer]) -> Observation:
+        """Return the same observation for layers with other names."""
+        inputs = {}
+        padding_counted = set()
+        for last, layer in zip(self.layers, layers, strict=True):
+            if last.name in self.observation.inputs:
+                inputs[layer.name] = self.observation.inputs[last.name]
+            if last.name in self.observation.padding_counted:
+                padding_counted.add(layer.name)
+        return Observation(inputs, padding_counted)
+
+
+@dataclass(frozen=True)
+class _FiniteCheck:
+    """Whether the sums over one input of one batch are finite, which is read later: that waits for the device."""
+
+    is_finite: Tensor
+    layers: Sequence[str]
+    batch: int
 
 
 @dataclass
@@ -170,33 +189,48 @@ class _Readings:
     # By the layers with this input.
     sums: dict[tuple[str, ...], InputStatistics] = field(default_factory=dict)
     padded: set[str] = field(default_factory=set)  # layers whose sums may include padding
-    # Whether the sums over one input of one batch are finite, each with the layers and the batch.
-    checks: list[tuple[Tensor, Sequence[str], int]] = field(default_factory=list)
+    checks: list[_FiniteCheck] = field(default_factory=list)
 
-    def add(self, own: BatchInputs) -> None:
+    def add(self, inputs: BatchInputs) -> None:
         """Add what a batch has shown."""
-        for entry in own.entries:
+        for entry in inputs.entries:
             if entry.padding_counted:
                 self.padded.update(entry.layers)
-            self.sums.setdefault(
-                tuple(entry.layers), InputStatistics(entry.statistics.needs)
-            ).merge(entry.statistics)
+            empty = InputStatistics(entry.statistics.needs)
+            self.sums.setdefault(tuple(entry.layers), empty).merge(entry.statistics)
             if entry.statistics.count:
-                self.checks.append((entry.statistics.finite(), entry.layers, own.batch))
+                is_finite = entry.statistics.finite()
+                self.checks.append(_FiniteCheck(is_finite, entry.layers, inputs.batch))
+
+    def by_layer(self, layers: Sequence[Layer]) -> dict[str, InputStatistics]:
+        """Return the sums of each layer that a batch has reached; layers with the same inputs share an object."""
+        parts: dict[str, list[InputStatistics]] = {}
+        for names, statistics in self.sums.items():
+            for name in names:
+                parts.setdefault(name, []).append(statistics)
+
+        merged = {}
+        for layer in layers:
+            found = parts.get(layer.name, [])
+            if len(found) == 1:
+                merged[layer.name] = found[0]
+            elif found:
+                merged[layer.name] = InputStatistics.merged(found)
+        return merged
 
     def refuse_nonfinite(self, processes: Processes) -> None:
         """Read all checks, and refuse sums that are not finite."""
         by_device: dict[torch.device, list[Tensor]] = {}  # a model may use several devices
-        for finite, _, _ in self.checks:
-            by_device.setdefault(finite.device, []).append(finite)
+        for check in self.checks:
+            by_device.setdefault(check.is_finite.device, []).append(check.is_finite)
         if all(torch.stack(flags).all() for flags in by_device.values()):
             return
-        _, layers, batch = next(check for check in self.checks if not check[0])
-        whose = f" of process {processes.rank}" if processes.world_size > 1 else ""
+        failed = next(check for check in self.checks if not check.is_finite)
+        process = f" of process {processes.rank}" if processes.world_size > 1 else ""
         raise UserError(
-            f"calibration batches must give finite activations, but the input of {', '.join(layers)} holds NaN or "
-            f"infinity, or its squares overflow float32, in calibration batch {batch}{whose} (counted from 0). Check "
-            "that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
+            f"calibration batches must give finite activations, but the input of {', '.join(failed.layers)} holds NaN "
+            f"or infinity, or its squares overflow float32, in calibration batch {failed.batch}{process} (counted from "
+            "0). Check that batch, or load the model in a wider dtype (float32 or bfloat16 rather than float16)."
         )
 
 
@@ -230,37 +264,37 @@ class PassiveCalibration:
 
     def finish(self) -> tuple[Observation, int]:
         """Return what the batches have shown, and the number of batches of all processes; there must be one."""
-        found = self.observer.finish(self._stop)
+        observation = self.observer.finish(self._stop)
         batches = sum(count for (count,) in self.observer.processes.all_gather([self._batches]))
         if not batches:
             raise UserError(
                 "calibrate_on='validation' needs batches that run through the model, but none did."
             )
-        return found, batches
+        return observation, batches
 
 
 class Identity:
     """Identifies an input without keeping it alive, so that layers with the same input (q, k, v) share statistics."""
 
-    def __init__(self, x: Tensor, layer: Layer, call: int = 0) -> None:
-        self._reference = weakref.ref(x)
-        self._version = _version(x, call)
+    def __init__(self, tokens: Tensor, layer: Layer, call: int = 0) -> None:
+        self._reference = weakref.ref(tokens)
+        self._version = _version(tokens, call)
         self._window = layer.window
 
-    def matches(self, x: Tensor, layer: Layer, call: int = 0) -> bool:
+    def matches(self, tokens: Tensor, layer: Layer, call: int = 0) -> bool:
         """Whether a layer's input is the same tensor, unmodified, with the same tokens.
 
         A tensor of inference mode has no version that would show a modification, so it only matches in the same call.
         """
         return (
-            self._reference() is x
-            and self._version == _version(x, call)
+            self._reference() is tokens
+            and self._version == _version(tokens, call)
             and self._window == layer.window
         )
 
 
 def _version(tensor: Tensor, call: int) -> int:
-    return -1 - call if tensor.is_inference() else tensor._version
+    return -1 - call if tensor.is_inference() else write_count(tensor)
 
 
 class Entry(NamedTuple):
@@ -293,72 +327,81 @@ class BatchInputs:
     def read(self, product: Product) -> None:
         """Sum the tokens of a product, unless another layer had the same input."""
         layer = product.layer
-        x = product.tokens
-        if torch._C._functorch.is_batchedtensor(x):
+        if is_mapped(product.tokens):
             refuse_transforms(layer.name)
         # A search through the entries of many experts is slow, and only the latest entry can match.
-        for entry in self.entries if layer.expert is None else self.entries[-1:]:
-            if entry.identity.matches(x, layer, self._calls):
+        candidates = self.entries if layer.expert is None else self.entries[-1:]
+        for entry in candidates:
+            if entry.identity.matches(product.tokens, layer, self._calls):
                 entry.layers.append(layer.name)
                 return
+
         has_padding = bool(self._masks) and layer.kind.channels > -3  # images have no padding
         if layer.kind.channels < -1 and not has_padding:
-            self._read_images(layer, x)
+            self._read_images(layer, product.tokens)
         else:
             self._read_tokens(product, has_padding)
 
-    def _read_images(self, layer: Layer, x: Tensor) -> None:
+    def _read_images(self, layer: Layer, images: Tensor) -> None:
         """Sum the tokens of a convolution, all of which count, without forming all of them at once."""
-        images = (x if x.ndim == 1 - layer.kind.channels else x.unsqueeze(0)).detach()
-        statistics = InputStatistics(self._needs)
-        entry = Entry(
-            Identity(x, layer, self._calls), [layer.name], statistics, padding_counted=False
-        )
+        statistics = self._entry(layer, images, padding_counted=False)
+        batch = images.detach()
+        if not _has_samples(layer, images):
+            batch = batch.unsqueeze(0)
         if self._needs == {"square_sum"}:
-            squares = _fitting(layer.squares(images), layer, x)
-            statistics.add(len(images) * len(squares), {"square_sum": squares.sum(dim=0)})
+            squares = _fitting(layer.squares(batch), layer, images)
+            statistics.add(len(batch) * len(squares), {"square_sum": squares.sum(dim=0)})
         else:
-            for tokens in layer.token_chunks(images):
-                statistics.update(_fitting(tokens, layer, x))
-        self.entries.append(entry)
+            for tokens in layer.token_chunks(batch):
+                statistics.update(_fitting(tokens, layer, images))
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
+        """Sum the tokens of a product, without padding and without the tokens of other experts."""
         layer = product.layer
-        x = product.tokens
-        tokens = layer.tokens(x)
+        tokens = layer.tokens(product.tokens)
         if layer.expert is None:
-            _fitting(tokens, layer, x)
+            _fitting(tokens, layer, product.tokens)
         # An expert gets some of the tokens, in an order of its own, or a copy of all of them.
         in_order = layer.expert is None or product.slot is not None
-        keep = self._real_tokens(layer, x, tokens) if has_padding and in_order else None
+        keep = None
+        if has_padding and in_order:
+            keep = self._real_tokens(layer, product.tokens, tokens)
         padding_counted = has_padding and keep is None
+
         if product.slot is not None:
             routed = tokens.any(dim=1)  # tokens of other experts are zeros
             keep = routed if keep is None else routed & keep
         if keep is not None:
             tokens = tokens[keep]
-        entry = Entry(
-            Identity(x, layer, self._calls),
-            [layer.name],
-            InputStatistics(self._needs),
-            padding_counted,
-        )
-        entry.statistics.update(tokens)
-        self.entries.append(entry)
+        self._entry(layer, product.tokens, padding_counted).update(tokens)
 
-    def _real_tokens(self, layer: Layer, x: Tensor, tokens: Tensor) -> Tensor | None:
+    def _entry(self, layer: Layer, tokens: Tensor, padding_counted: bool) -> InputStatistics:
+        """Add an entry for an input, and return its statistics, which are empty."""
+        identity = Identity(tokens, layer, self._calls)
+        statistics = InputStatistics(self._needs)
+        self.entries.append(Entry(identity, [layer.name], statistics, padding_counted))
+        return statistics
+
+    def _real_tokens(self, layer: Layer, inputs: Tensor, tokens: Tensor) -> Tensor | None:
         """Return which tokens are not padding; None if that is unknown."""
-        samples = len(x) if x.ndim == 1 - layer.kind.channels else 1
-        fits = x if layer.kind.channels == -1 else tokens.unflatten(0, (samples, -1))
-        mask = fitting_mask(self._masks, layer.name, fits)
+        by_sample = inputs
+        if layer.kind.channels != -1:
+            samples = len(inputs) if _has_samples(layer, inputs) else 1
+            by_sample = tokens.unflatten(0, (samples, -1))
+        mask = fitting_mask(self._masks, layer.name, by_sample)
         return mask.keep.flatten().to(tokens.device) if mask else None
 
 
-def _fitting(tokens: Tensor, layer: Layer, x: Tensor) -> Tensor:
+def _has_samples(layer: Layer, inputs: Tensor) -> bool:
+    """Whether an input of a convolution has a dimension of samples, before those of channels and positions."""
+    return inputs.ndim == 1 - layer.kind.channels
+
+
+def _fitting(tokens: Tensor, layer: Layer, inputs: Tensor) -> Tensor:
     """Return the tokens, or refuse those that do not have the width of the layer."""
     if tokens.shape[1] != layer.shape[1]:
         raise UserError(
-            f"batches must fit the model, but the input of {layer.name} has shape {tuple(x.shape)} and the layer "
+            f"batches must fit the model, but the input of {layer.name} has shape {tuple(inputs.shape)} and the layer "
             f"takes {layer.shape[1]} features. Check how the batches are made."
         )
     return tokens
@@ -378,16 +421,15 @@ def pool_experts(
     for layer in layers:
         if layer.siblings:
             families.setdefault(layer.siblings, []).append(layer.name)
-    result = dict(statistics)
-    pooled = {}
+
+    replaced = dict(statistics)
+    pooled: dict[str, int] = {}
     for names in families.values():
         counts = {name: statistics[name].count if name in statistics else 0 for name in names}
         enough = min(max(MIN_EXPERT_TOKENS, 1), sum(counts.values()))
         few = {name: count for name, count in counts.items() if count < enough}
         if few:
-            total = InputStatistics.merged(
-                [statistics[name] for name, count in counts.items() if count]
-            )
-            result.update(dict.fromkeys(few, total))
+            reached = [statistics[name] for name, count in counts.items() if count]
+            replaced.update(dict.fromkeys(few, InputStatistics.merged(reached)))
             pooled.update(few)
-    return Observation(result, padded, pooled)
+    return Observation(replaced, padded, pooled)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
+from wanda_lightning.calibration.snapshot import ABSENT, Snapshot, set_or_delete
+from wanda_lightning.calibration.torch_internals import is_persistent, write_count
 from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.core.placeholders import is_unloaded
-
-_EXPERTS = "_experts_implementation_internal"
 
 
 @contextmanager
@@ -24,21 +25,13 @@ def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
 
     No hook of `nn.Module` can delay, replace or skip a forward, and `nn.Module.__setattr__` would register a module.
     """
-    own = module.__dict__
-    before = {name: own[name]} if name in own else {}
-    own[name] = value
+    attributes = module.__dict__
+    before = attributes.get(name, ABSENT)
+    attributes[name] = value
     try:
         yield
     finally:
-        del own[name]
-        own.update(before)
-
-
-class RestoredBuffers:
-    """Buffers."""
-
-    def __init__(self, changing: Callable[..., AbstractContextManager[None]]) -> None:
-        self.changing = changing
+        set_or_delete(attributes, name, before)
 
 
 @contextmanager
@@ -48,76 +41,106 @@ def pruning_mode(
     """Put the model into `calibration_mode`, without gradients and outside of inference mode.
 
     The buffers of the state dict are restored at the end, except those of modules that are in `corrected` by then.
-    It yields `changing`: inside `with changing(modules):`, buffers are restored, and may get new values to restore.
+    It yields what will be restored, so that a caller can change it.
     """
     with calibration_mode(model), torch.inference_mode(False), torch.no_grad():
-        before = {module: _saved_buffers(module) for module in model.modules()}
-
-        def restore(modules: Iterable[nn.Module]) -> None:
-            for owner, name, buffer, written in (
-                (each, *saved) for each in modules for saved in before[each]
-            ):
-                if written is not None and buffer._version != written[1]:
-                    buffer.copy_(written[0])
-                setattr(owner, name, buffer)  # the forward may have set another
-
-        @contextmanager
-        def changing(modules: Iterable[nn.Module]) -> Iterator[None]:
-            # The others were not in memory, or have none.
-            known = [module for module in {*modules} if before[module]]
-            restore(known)
-            yield
-            before.update((module, _saved_buffers(module)) for module in known)
-
+        buffers = RestoredBuffers(model)
         try:
-            yield RestoredBuffers(changing)
+            yield buffers
         finally:
-            restore(module for module in before if module not in corrected)
+            buffers.restore(module for module in buffers.saved if module not in corrected)
 
 
-def _saved_buffers(module: nn.Module) -> list[tuple[str, Tensor, tuple[Tensor, int] | None]]:
+@dataclass(frozen=True)
+class _SavedBuffer:
+    """A buffer of a module, and the values that it is to have again."""
+
+    name: str
+    buffer: Tensor
+    values: Tensor
+    write_count: int
+
+    def restore(self, module: nn.Module) -> None:
+        """Restore the buffer, which a forward may have written into, or replaced by another tensor."""
+        if write_count(self.buffer) != self.write_count:
+            self.buffer.copy_(self.values)
+        setattr(module, self.name, self.buffer)
+
+
+class RestoredBuffers:
+    """The buffers of a model that `pruning_mode` restores, with their values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.saved = {module: _saved_buffers(module) for module in model.modules()}
+
+    def restore(self, modules: Iterable[nn.Module]) -> None:
+        """Restore the buffers of some modules."""
+        for module in modules:
+            for saved in self.saved[module]:
+                saved.restore(module)
+
+    @contextmanager
+    def changing(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Restore the buffers of some modules, which may get new values in this block that will be restored instead."""
+        # The others were not in memory, or have none.
+        known = [module for module in {*modules} if self.saved[module]]
+        self.restore(known)
+        yield
+        for module in known:
+            self.saved[module] = _saved_buffers(module)
+
+
+def _saved_buffers(module: nn.Module) -> list[_SavedBuffer]:
     """Return a module's own buffers that a forward may write into, and pruning does not, with their present values.
 
     Weights and biases are pruned, or quantized and large. A buffer outside the state dict is a cache: an attribute that
     cannot be restored may describe it.
     """
-    return [
-        (name, buffer, None if buffer.is_inference() else (buffer.clone(), buffer._version))
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
-        and not (
-            name.endswith(("weight", "bias"))
-            or isinstance(buffer, UninitializedBuffer)
-            or is_unloaded(buffer)
-        )
-    ]
+    saved = []
+    for name, buffer in module.named_buffers(recurse=False):
+        is_loaded = not (isinstance(buffer, UninitializedBuffer) or is_unloaded(buffer))
+        if is_loaded and is_persistent(module, name) and not name.endswith(("weight", "bias")):
+            # Outside of inference mode, PyTorch refuses to write into its tensors.
+            values = buffer if buffer.is_inference() else buffer.clone()
+            saved.append(_SavedBuffer(name, buffer, values, write_count(buffer)))
+    return saved
 
 
 @contextmanager
 def calibration_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, and turn off compiled code, key-value caches, and kernels that fuse several layers.
+    """Switch to evaluation mode, and turn off compiled code, key-value caches, and kernels that fuse several layers."""
+    with _PLAIN_CODE, _eager_experts(model), _without_cache(model), evaluating(model):
+        yield
 
-    Models of transformers multiply by one expert at a time, through views of the parameter that `WeightInterceptor`
-    recognizes.
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Turn off key-value caches: a block that runs twice would append its keys twice."""
+    with ExitStack() as restored:
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "use_cache"):
+                restored.callback(setattr, config, "use_cache", config.use_cache)
+                config.use_cache = False
+        yield
+
+
+@contextmanager
+def _eager_experts(model: nn.Module) -> Iterator[None]:
+    """Let models of transformers multiply by one expert at a time.
+
+    They use views of the parameter then, which `WeightInterceptor` recognizes.
     """
-    configs: dict[int, Any] = {
-        id(config): config for m in model.modules() if (config := getattr(m, "config", None))
-    }
-    # A block that runs twice would append its keys twice.
-    settings: list[Any] = [
-        (c, "use_cache", False) for c in configs.values() if hasattr(c, "use_cache")
+    models: list[Any] = [
+        module for module in model.modules() if hasattr(module, "set_experts_implementation")
     ]
-    # The public property has a setter that also writes into nested configurations.
-    settings += [
-        (c, _EXPERTS, "eager") for c in configs.values() if _EXPERTS in getattr(c, "__dict__", {})
-    ]
-    with ExitStack() as stack:
-        for config, name, _ in settings:
-            stack.callback(setattr, config, name, getattr(config, name))
-        stack.enter_context(_PLAIN_CODE)
-        stack.enter_context(evaluating(model))
-        for config, name, value in settings:
-            setattr(config, name, value)
+    # transformers 5.10 cannot tell what was set before, and no release can set a nested configuration to None again.
+    before = Snapshot(vars(each.config) for each in models)
+    with ExitStack() as restored:
+        for each in models:
+            each.set_experts_implementation("eager")
+        for change in before.changes():
+            restored.callback(change.undo)
         yield
 
 

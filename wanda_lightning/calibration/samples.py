@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import inspect
-import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from wanda_lightning.calibration.cloning import clone_arguments
+from wanda_lightning.calibration.batches import (
+    batch_size,
+    concatenated,
+    detached,
+    is_even,
+    layout,
+    run_alone,
+    separable_samples,
+    take,
+    to_device,
+)
 from wanda_lightning.calibration.error_notes import naming_batch
+from wanda_lightning.calibration.trees import clone_arguments, tensors_of
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.float64 import widest
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.placeholders import is_unloaded
-from wanda_lightning.models import TokenMask, check_tokens, find_predictions, token_masks
+from wanda_lightning.models import TokenMask, check_tokens, token_masks
 from wanda_lightning.parallel import Processes
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,29 +61,23 @@ class Samples:
         processes: Processes,
         reader: object,
     ) -> None:
-        if reader is not None and (
-            not isinstance(batches, Iterable) or isinstance(batches, Mapping | Tensor | str)
-        ):
-            given = (
-                "none were given" if batches is None else f"a {type(batches).__name__} was given"
-            )
-            raise UserError(
-                f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
-                f"{given}. Give batches, or choices that read none, such as method='magnitude'."
-            )
+        self._batches: Iterable[Any] = ()
+        if reader is not None:
+            self._batches = _checked(batches, reader)
         self._model = model
         self._processes = processes
         self._reader = reader
-        self._batches: Iterable[Any] = () if reader is None or batches is None else batches
         self._forward = partial(_on_copy, forward or self._forward_on_device)
         self._predict = partial(_on_copy, predict or forward or self._forward_on_device)
-        parameters = (
-            each for each in model.parameters() if not isinstance(each, UninitializedParameter)
+
+        # Without its weights in memory, a model cannot try whether samples run alone.
+        self._can_try = not any(
+            is_unloaded(parameter)
+            for parameter in model.parameters()
+            if not isinstance(parameter, UninitializedParameter)
         )
-        self._can_try = not any(map(is_unloaded, parameters))
-        self._splits: dict[
-            tuple[int, ...], bool
-        ] = {}  # whether samples run alone, by the dimensions of the tensors
+        # Whether samples run alone, by the dimensions of the tensors.
+        self._splits: dict[tuple[int, ...], bool] = {}
         self._counted = 0  # batches of this process in the latest pass
         self.total = 0  # batches of all processes, once they have run
         self.length = length_of(self._batches)
@@ -87,7 +85,7 @@ class Samples:
     def _forward_on_device(self, batch: Any) -> object:
         try:
             device = next(self._model.parameters()).device
-            return forward_batch(self._model, map_tensors(lambda tensor: tensor.to(device), batch))
+            return forward_batch(self._model, to_device(batch, device))
         except Exception:
             # Only now, since some models replace ids.
             if isinstance(batch, Mapping) and "input_ids" in batch:
@@ -96,13 +94,13 @@ class Samples:
 
     def read_all(self, progress: bool) -> None:
         """Load all batches into memory; a bar counts them if their number is unknown."""
+        batches = []
         with ProgressBar("Reading batches", self.length, progress and self.length is None) as bar:
-            held = []
             for batch in self._batches:
-                held.append(batch)
+                batches.append(batch)
                 bar.advance()
-        self._batches = held
-        self.length = len(held)
+        self._batches = batches
+        self.length = len(batches)
 
     def __iter__(self) -> Iterator[Sample]:
         """Read the batches one by one; in several processes, inside `Processes.fail_together`."""
@@ -120,18 +118,22 @@ class Samples:
 
     def split(self, sample: Sample) -> list[Sample]:
         """Return the samples of a batch, each of which can run alone; the batch itself if it cannot be split."""
-        batch, count = sample.batch, self._separable(sample.batch)
+        batch = sample.batch
+        count = self._separable(batch)
+        # Images in a list are several samples that run together; an even batch that runs whole counts as one.
         size = batch_size(batch) if tensors_of(batch) and not is_even(batch) else 1
-        parts = [take(batch, n, n + 1) for n in range(count)] if count != 1 else [batch]
+        parts = [batch]
+        if count != 1:
+            parts = [take(batch, index, index + 1) for index in range(count)]
         return [self._sample(part, sample.batch_index, size) for part in parts]
 
     def _separable(self, batch: Any) -> int:
         """Return the number of samples that a batch can be split into; two samples of each layout are tried."""
         count = separable_samples(batch)
-        layout = tuple(tensor.ndim for tensor in tensors_of(batch))
-        if count > 1 and self._can_try and layout not in self._splits:
-            self._splits[layout] = run_alone(self._predict, batch)
-        return count if self._splits.get(layout, True) else 1
+        dimensions = tuple(tensor.ndim for tensor in tensors_of(batch))
+        if count > 1 and self._can_try and dimensions not in self._splits:
+            self._splits[dimensions] = run_alone(self._predict, batch)
+        return count if self._splits.get(dimensions, True) else 1
 
     def join(self, samples: Sequence[Sample]) -> Sample:
         """Return one forward pass for several samples that `fit_together`."""
@@ -140,12 +142,9 @@ class Samples:
 
     def subset(self, sample: Sample, start: int, stop: int) -> Sample:
         """Return some samples of a batch; the batch itself if it has no others."""
-        whole = (start, stop) == (0, sample.size)
-        return (
-            sample
-            if whole
-            else self._sample(take(sample.batch, start, stop), sample.batch_index, stop - start)
-        )
+        if (start, stop) == (0, sample.size):
+            return sample
+        return self._sample(take(sample.batch, start, stop), sample.batch_index, stop - start)
 
     def first_batches(self, count: int) -> list[Sample]:
         """Return the first batches, until they hold `count` samples; later passes read them again.
@@ -153,15 +152,17 @@ class Samples:
         A batch that cannot be split counts as one sample.
         """
         batches = iter(self._batches)
-        kept = list[Sample]()
-        while (
-            sum(sample.size for sample in kept) < count
-            and (batch := next(batches, _NONE_LEFT)) is not _NONE_LEFT
-        ):
-            kept.append(self._sample(batch, len(kept), self._separable(batch)))
+        first: list[Sample] = []
+        size = 0
+        while size < count:
+            batch = next(batches, _NONE_LEFT)
+            if batch is _NONE_LEFT:
+                break
+            first.append(self._sample(batch, len(first), self._separable(batch)))
+            size += first[-1].size
         if not isinstance(self._batches, list):
-            self._batches = chain([sample.batch for sample in kept], batches)
-        return kept
+            self._batches = chain([sample.batch for sample in first], batches)
+        return first
 
     def first_samples(self, count: int) -> list[Sample]:
         """Return this process's part of the first `count` samples, which are taken from all processes in turn.
@@ -169,16 +170,22 @@ class Samples:
         They are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does.
         """
         with self._processes.fail_together():
-            found = self.first_batches(count)
-        counts = self._processes.all_gather([min(count, sum(sample.size for sample in found))])
-        turns = sorted((turn, rank) for rank, (own,) in enumerate(counts) for turn in range(own))
-        left = sum(rank == self._processes.rank for _, rank in turns[:count])
-        own = []
-        for sample in found:
+            batches = self.first_batches(count)
+        available = min(count, sum(sample.size for sample in batches))
+
+        # All processes compute the same order, in which each finds its own turns.
+        turns = []
+        for rank, (samples,) in enumerate(self._processes.all_gather([available])):
+            turns += [(turn, rank) for turn in range(samples)]
+        chosen = sorted(turns)[:count]
+        left = sum(rank == self._processes.rank for _, rank in chosen)
+
+        first = []
+        for sample in batches:
             if left > 0:
-                own.append(self.subset(sample, 0, min(left, sample.size)))
+                first.append(self.subset(sample, 0, min(left, sample.size)))
             left -= sample.size
-        return own
+        return first
 
     def count(self) -> None:
         """Count the batches without running them; there may be none."""
@@ -201,19 +208,31 @@ class Samples:
 
     def _sample(self, batch: Any, index: int, size: int) -> Sample:
         batch = detached(batch)
-        forward, predict = (
-            partial(_run, run, batch, index) for run in (self._forward, self._predict)
-        )
-        masks = token_masks(self._model, batch)
-        return Sample(forward, predict, batch, masks, size, index)
+        forward = partial(_run, self._forward, batch, index)
+        predict = partial(_run, self._predict, batch, index)
+        return Sample(forward, predict, batch, token_masks(self._model, batch), size, index)
+
+
+_NONE_LEFT = object()
+
+
+def _checked(batches: object, reader: object) -> Iterable[Any]:
+    """Return the batches; refuse what is no collection of batches, such as a single one."""
+    if isinstance(batches, Iterable) and not isinstance(batches, Mapping | Tensor | str):
+        return batches
+    problem = "none were given" if batches is None else f"a {type(batches).__name__} was given"
+    raise UserError(
+        f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
+        f"{problem}. Give batches, or choices that read none, such as method='magnitude'."
+    )
 
 
 def fit_together(samples: Sequence[Sample]) -> bool:
     """Whether all samples are entries of a first dimension with equal shapes, so that they can run as one batch."""
     batches = [sample.batch for sample in samples]
-    layout = _layout(samples[0].batch)
-    alike = all(is_even(batch) and _layout(batch) == layout for batch in batches)
-    return alike and samples[0].size == batch_size(batches[0])
+    first = layout(batches[0])
+    are_alike = all(is_even(batch) and layout(batch) == first for batch in batches)
+    return are_alike and samples[0].size == batch_size(batches[0])
 
 
 def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
@@ -224,9 +243,6 @@ def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
 def _on_copy(forward: Callable[[Any], object], batch: Any) -> object:
     """Run a batch that the model may write into, or take keys from: later passes and the caller read it again."""
     return forward(clone_arguments(batch))
-
-
-_NONE_LEFT = object()
 
 
 def length_of(batches: Any) -> int | None:
@@ -249,6 +265,7 @@ def forward_batch(model: nn.Module, batch: Any) -> object:
 
 
 def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the entries of a batch that the model's forward takes."""
     parameters = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return batch
@@ -259,181 +276,3 @@ def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
             "forward=, or, in a LightningModule, define calibration_step(batch)."
         )
     return {key: value for key, value in batch.items() if key in accepted}
-
-
-def detached(batch: Any) -> Any:
-    """Detach the tensors of a batch from their graph, which backward passes would free.
-
-    Those that were created in inference mode, which autograd cannot save, are cloned.
-    """
-    found: list[bool] = []
-    map_tensors(lambda each: found.append(each.requires_grad or each.is_inference()), batch)
-    if not any(found):
-        return batch
-    return map_tensors(lambda each: each.clone() if each.is_inference() else each.detach(), batch)
-
-
-def map_tensors(function: Callable[[Tensor], object], batch: Any) -> Any:
-    """Apply a function to every tensor in a nesting of mappings, lists and tuples."""
-    if isinstance(batch, Tensor):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        return {key: map_tensors(function, value) for key, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        values = [map_tensors(function, value) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
-
-
-def tensors_of(batch: Any) -> list[Tensor]:
-    """Return all tensors of a batch that have at least one dimension."""
-    found: list[Tensor] = []
-    map_tensors(found.append, batch)
-    return [tensor for tensor in found if tensor.ndim]
-
-
-# Tensors to which transformers gives one row for each sample.
-_ONE_ROW_EACH = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "labels")
-
-_CHANNELS = 4  # of an image, at most
-
-
-def _images(batch: Any) -> Sequence[Tensor]:
-    """Return the images of a batch for a detector, such as `(images, targets)`; none for any other batch.
-
-    They form a list of tensors (channels, height, width), and all other tensors are in lists, too.
-    """
-    values = (
-        batch.values()
-        if isinstance(batch, Mapping)
-        else batch
-        if isinstance(batch, tuple | list)
-        else ()
-    )
-    if any(isinstance(value, Tensor) and value.ndim for value in values):  # then lists hold columns
-        return ()
-    lists = (value for value in values if isinstance(value, tuple | list))
-    return next((each for each in lists if all(_is_image(image) for image in each)), ())
-
-
-def _is_image(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 3 and len(value) <= _CHANNELS
-
-
-def batch_size(batch: Any) -> int:
-    """Return the number of samples in a batch.
-
-    This is the number of images in a list, or else the most common length of the batch's tensors. Some tensors may have
-    another length: `pixel_values` may have one row for each patch and `image_grid_thw` one for each image. If several
-    lengths are equally common, the length of a tensor with one row for each sample (`_ONE_ROW_EACH`) decides, then the
-    length of the first tensor.
-
-    Raises:
-        ValueError: If the batch has no tensor with at least one dimension.
-    """
-    if images := _images(batch):
-        return len(images)
-    lengths = Counter(len(tensor) for tensor in tensors_of(batch))
-    if not lengths:
-        raise UserError(
-            f"batches must hold tensors, but one is of class {type(batch).__name__} without any."
-        )
-    common = [length for length, count in lengths.items() if count == max(lengths.values())]
-    named = (
-        [batch[key] for key in _ONE_ROW_EACH if key in batch] if isinstance(batch, Mapping) else []
-    )
-    return next((len(tensor) for tensor in tensors_of(named) if len(tensor) in common), common[0])
-
-
-def is_even(batch: Any) -> bool:
-    """Whether a batch can be split: all its tensors have the same length.
-
-    It must not have a list of images, whose length is their number of channels, or a list without tensors.
-    """
-    lengths = {len(tensor) for tensor in tensors_of(batch)}
-    return len(lengths) == 1 and not _images(batch) and not _has_column(batch)
-
-
-def separable_samples(batch: Any) -> int:
-    """Return the number of samples that a batch can be split into by its shapes; 1 if it cannot be split."""
-    return batch_size(batch) if is_even(batch) else 1
-
-
-_SAME = 0.03  # of the norm: more than rounding in bfloat16, less than what a time step changes in the next one
-_CLASSES = 256  # to compare; there may be many, such as a vocabulary
-
-
-@torch.no_grad()
-def run_alone(predict: Callable[[Any], object], batch: Any) -> bool:
-    """Whether the last two samples of a batch have the same predictions alone as together, apart from rounding.
-
-    Time steps do not; in a causal model, the earlier one does. True if the model has no predictions, or fails anyway.
-    """
-    last = batch_size(batch) - 1
-
-    def rows(start: int, stop: int) -> Tensor:
-        found = find_predictions(predict(take(batch, start, stop)))
-        return (
-            torch.empty(0)
-            if found is None
-            else widest(found[..., :: 1 + found.shape[-1] // _CLASSES])
-        )
-
-    try:
-        together = rows(last - 1, last + 1)
-        alone = torch.cat([rows(last - 1, last), rows(last, last + 1)])
-        same = together.shape == alone.shape and not bool(
-            (alone - together).norm() > _SAME * together.norm()
-        )
-    except Exception:  # the code of a model may raise anything
-        same = True
-        with suppress(Exception):
-            predict(batch)
-            same = False
-    if not same:
-        log.warning(
-            "each batch runs whole, as one sample: entries of its first dimension have other predictions alone than "
-            "together. If it is not that of samples, give batches with samples first, and let forward= rearrange them."
-        )
-    return same
-
-
-def _has_column(batch: Any) -> bool:
-    """Whether a batch holds a list without tensors, as of one text for each sample."""
-    if isinstance(batch, list | tuple) and not any(
-        isinstance(each, Tensor | Mapping | list | tuple) for each in batch
-    ):
-        return True
-    inner = (
-        batch.values()
-        if isinstance(batch, Mapping)
-        else batch
-        if isinstance(batch, list | tuple)
-        else ()
-    )
-    return any(map(_has_column, inner))
-
-
-def take(batch: Any, start: int, stop: int) -> Any:
-    """Return some samples of a batch that can be split."""
-    return map_tensors(lambda tensor: tensor[start:stop] if tensor.ndim else tensor, batch)
-
-
-def _layout(batch: Any) -> Any:
-    return map_tensors(
-        lambda tensor: (tensor.dtype, tensor.shape, tensor.item() if not tensor.ndim else None),
-        batch,
-    )
-
-
-def concatenated(batches: Sequence[Any]) -> Any:
-    """Concatenate the tensors of batches with equal layouts, whose keys may be in another order."""
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return torch.cat([*batches]) if first.ndim else first
-    if isinstance(first, Mapping):
-        return {key: concatenated([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, tuple | list):
-        values = [concatenated(column) for column in zip(*batches, strict=True)]
-        return type(first)(*values) if hasattr(first, "_fields") else type(first)(values)
-    return first

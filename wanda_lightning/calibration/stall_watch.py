@@ -9,11 +9,16 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds
+
+
+class _Running(NamedTuple):
+    batch_index: int
+    since: float  # seconds
 
 
 class StallWatch:
@@ -29,7 +34,7 @@ class StallWatch:
         self._observed = threading.get_ident()
         self._observer = threading.Thread(target=self._watch, name="stall-watch", daemon=True)
         self._finished = threading.Event()
-        self._running: tuple[int, float] | None = None  # the batch, and since when
+        self._running: _Running | None = None
 
     def __enter__(self) -> StallWatch:
         self._observer.start()
@@ -42,7 +47,7 @@ class StallWatch:
     @contextmanager
     def watching(self, batch_index: int) -> Iterator[None]:
         """Watch a batch that runs in this block."""
-        self._running = batch_index, time.monotonic()
+        self._running = _Running(batch_index, time.monotonic())
         try:
             yield
         finally:
@@ -51,9 +56,9 @@ class StallWatch:
     def _watch(self) -> None:
         while not StallWatch.reported and not self._finished.wait(PATIENCE / 4):
             running = self._running
-            if running is not None and time.monotonic() - running[1] > PATIENCE:
+            if running is not None and time.monotonic() - running.since > PATIENCE:
                 StallWatch.reported = True
-                self._report(running[0])
+                self._report(running.batch_index)
 
     def _report(self, batch_index: int) -> None:
         stack = traceback.format_stack(sys._current_frames()[self._observed])

@@ -11,21 +11,24 @@ import contextvars
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from operator import is_
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn, overrides
-from torch.autograd import forward_ad
-from torch.utils import _python_dispatch
+from torch import Tensor, nn
 
-from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.calibration.interception import WeightInterceptor
+from wanda_lightning.calibration.snapshot import ABSENT, Change, Snapshot, set_or_delete
+from wanda_lightning.calibration.torch_internals import (
+    active_modes,
+    inside_transform,
+    set_active_modes,
+)
+from wanda_lightning.calibration.trees import clone_arguments, tensors_within
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import is_unloaded
 
 _Result = TypeVar("_Result")
-_ABSENT = object()
 
 
 class Pass(Protocol):
@@ -87,45 +90,8 @@ def _set_inside(
 ) -> Iterator[tuple[contextvars.ContextVar[Any], Any]]:
     """Yield the context variables that have another value than outside."""
     for variable, value in context.items():
-        if outside.get(variable, _ABSENT) is not value:
+        if outside.get(variable, ABSENT) is not value:
             yield variable, value
-
-
-class Snapshot:
-    """The attributes of some modules at the time of construction."""
-
-    def __init__(self, places: Iterable[dict[str, Any]]) -> None:
-        self._pairs = [(present, dict(present)) for present in places]
-
-    def values(self) -> Iterator[Any]:
-        """Yield the values that the model has set, without what `nn.Module` keeps for itself."""
-        for _, values in self._pairs:
-            yield from (value for name, value in values.items() if name not in _OF_MODULES)
-
-    def changes(self) -> Iterator[tuple[dict[str, Any], str, Any]]:
-        """Yield what was set since then: where, the name, and the former value, `_ABSENT` if there was none."""
-        for present, values in self._pairs:
-            if present.keys() == values.keys() and all(map(is_, present.values(), values.values())):
-                continue  # nearly always
-            for name in {**values, **present}:
-                former = values.get(name, _ABSENT)
-                if present.get(name, _ABSENT) is not former:
-                    yield present, name, former
-
-    def restore(self) -> None:
-        """Take back what was set since then."""
-        for present, name, former in [*self.changes()]:
-            _write(present, name, former)
-
-
-_OF_MODULES = vars(nn.Module()).keys()
-
-
-def _write(attributes: dict[str, Any], name: str, value: Any) -> None:
-    if value is _ABSENT:
-        attributes.pop(name, None)
-    else:
-        attributes[name] = value
 
 
 class Replay:
@@ -147,8 +113,8 @@ class Replay:
         variables = [value for _, value in _set_inside(self._context, self._outside)]
         attributes = [
             value
-            for value in self._attributes.values()
-            if isinstance(value, Tensor | list | tuple | dict)
+            for name, value in self._attributes.items()
+            if name not in _OF_MODULES and isinstance(value, Tensor | list | tuple | dict)
         ]
         return tensors_within([variables, attributes])
 
@@ -161,10 +127,14 @@ class Replay:
             self._attributes.restore()
             with self._state.entered(exactly=True), torch.set_grad_enabled(gradients):
                 result = context.run(function)
-            variables = any(True for _ in _set_inside(context, self._context))
-            return result, variables or any(True for _ in self._attributes.changes())
+            has_set = any(True for _ in _set_inside(context, self._context))
+            return result, has_set or any(True for _ in self._attributes.changes())
         finally:
             present.restore()
+
+
+# The attributes that `nn.Module` keeps for itself.
+_OF_MODULES = vars(nn.Module()).keys()
 
 
 class TorchState:
@@ -177,17 +147,16 @@ class TorchState:
 
     def __init__(self) -> None:
         devices = {"cpu"}
-        if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None:
             devices.add(accelerator.type)
         self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
         self._gradients = torch.is_grad_enabled()
-        self._autocast = [
-            (d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in sorted(devices)
-        ]
+        self._autocast = [_present_autocast(device) for device in sorted(devices)]
         self._default_device = torch.get_default_device()
-        self._settings = [get() for get, _ in _SETTINGS]
-        self._functions, self._dispatch = _modes()
+        self._settings = [setting.read() for setting in _SETTINGS]
+        self._functions, self._dispatch = active_modes()
 
     @contextmanager
     def entered(self, exactly: bool = False) -> Iterator[None]:
@@ -202,29 +171,37 @@ class TorchState:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._gradients))
 
-            for (get, set_), value in zip(_SETTINGS, self._settings, strict=True):
-                if (current := get()) != value:
-                    stack.callback(set_, current)
-                    set_(value)
+            for setting, value in zip(_SETTINGS, self._settings, strict=True):
+                current = setting.read()
+                if current != value:
+                    stack.callback(setting.write, current)
+                    setting.write(value)
 
-            present = _modes()
-            stack.callback(_set_modes, present)
+            present = active_modes()
+            stack.callback(set_active_modes, present)
             functions = self._functions if exactly else _nested(present[0], self._functions)
-            _set_modes([functions, self._dispatch])
+            set_active_modes([functions, self._dispatch])
 
             if self._default_device != torch.get_default_device():
                 stack.enter_context(self._default_device)
-            for device, enabled, dtype in self._autocast:
-                # No cache: it would give the pruned run the cast of a dense weight.
-                stack.enter_context(
-                    torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
-                )
+            for autocast in self._autocast:
+                stack.enter_context(autocast())
             yield
+
+
+def _present_autocast(device: str) -> Callable[[], torch.autocast]:
+    """Return what makes a context with the present autocast of a device.
+
+    It has no cache, which would give the pruned run the cast of a dense weight.
+    """
+    dtype = torch.get_autocast_dtype(device)
+    enabled = torch.is_autocast_enabled(device)
+    return partial(torch.autocast, device, dtype, enabled, cache_enabled=False)
 
 
 def refuse_transforms(name: str) -> None:
     """Refuse a call inside of a transform of `torch.func`: it has a stack of its own, which no other batch may see."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if inside_transform():
         raise UserError(
             f"batches must be able to wait at {name}, or to run it again, but the model calls it inside of a transform "
             "(vmap, grad or jvp of torch.func, or a dual level), which cannot be left and entered again. Leave such "
@@ -236,11 +213,11 @@ def refuse_transforms(name: str) -> None:
 def _current_stream() -> torch.Stream | None:
     """Return the current stream, which determines the current device; None before the accelerator is used."""
     accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None
     # `mps` has no such function, and a single stream.
-    if (
-        accelerator is None
-        or not getattr(torch.get_device_module(accelerator), "is_initialized", bool)()
-    ):
+    is_initialized = getattr(torch.get_device_module(accelerator), "is_initialized", None)
+    if is_initialized is None or not is_initialized():
         return None
     return torch.accelerator.current_stream()
 
@@ -254,34 +231,23 @@ def _anomaly_mode() -> tuple[bool, bool]:
     return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
 
 
-# Settings of the whole process: each with a function that reads it, and one that writes it.
-_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (_anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode)),
-    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+class _Setting(NamedTuple):
+    """A setting of the whole process."""
+
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+
+
+_SETTINGS = (
+    _Setting(torch.get_default_dtype, torch.set_default_dtype),
+    _Setting(_anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode)),
+    _Setting(torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    _Setting(
+        torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp
+    ),
+    _Setting(torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    _Setting(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
 )
-
-_MODES = (
-    (overrides, overrides._get_current_function_mode_stack),
-    (_python_dispatch, _python_dispatch._get_current_dispatch_mode_stack),
-)
-
-
-def _modes() -> list[Sequence[Any]]:
-    """Return the modes of torch functions and those of dispatch, the innermost last."""
-    return [[*read()] for _, read in _MODES]
-
-
-def _set_modes(modes: Sequence[Sequence[Any]]) -> None:
-    for (module, _), current, wanted in zip(_MODES, _modes(), modes, strict=True):
-        if current != wanted:
-            for _ in current:
-                module._pop_mode()
-            for mode in wanted:
-                module._push_mode(mode)
 
 
 def _nested(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
@@ -290,20 +256,21 @@ def _nested(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
     The interceptor of a batch parks it at products between its stops; it has nothing to do inside of one.
     """
     common = 0
-    for one, other in zip(outer, inner, strict=False):
-        if one is not other:
+    for outer_mode, inner_mode in zip(outer, inner, strict=False):
+        if outer_mode is not inner_mode:
             break
         common += 1
-    return [*outer, *(mode for mode in inner[common:] if not isinstance(mode, WeightInterceptor))]
+    of_batch = [mode for mode in inner[common:] if not isinstance(mode, WeightInterceptor)]
+    return [*outer, *of_batch]
 
 
 def modules_around(model: nn.Module, modules: Collection[nn.Module]) -> list[nn.Module]:
     """Return the modules of a model that contain at least one of the given modules, without these."""
     inner = {*modules}
     return [
-        each
-        for each in model.modules()
-        if each not in inner and not inner.isdisjoint(each.modules())
+        module
+        for module in model.modules()
+        if module not in inner and not inner.isdisjoint(module.modules())
     ]
 
 
@@ -316,6 +283,7 @@ class ModuleAttributes:
     """
 
     def __init__(self, model: nn.Module | None) -> None:
+        # Each module with a dictionary of its attributes, or of its buffers.
         self._places: list[tuple[nn.Module, dict[str, Any]]] = []
         for module in model.modules() if model is not None else ():
             # Most modules are PyTorch's own, which set nothing in a forward pass.
@@ -324,10 +292,8 @@ class ModuleAttributes:
                 if module._buffers:
                     self._places.append((module, module._buffers))
         self._first: list[Pass] = []  # the first two batches
-        self._setters: dict[tuple[int, str], Pass] = {}  # by the identity of a place, and a name
-        self._own: dict[
-            tuple[int, str], dict[Pass, Any]
-        ] = {}  # of the attributes that both have set
+        self._setters: dict[_Key, Pass] = {}  # the first batch that has set an attribute
+        self._own: dict[_Key, dict[Pass, Any]] = {}  # of the attributes that both have set
         self._apart: dict[int, dict[str, Any]] = {}  # the places of these attributes
 
     @contextmanager
@@ -338,18 +304,20 @@ class ModuleAttributes:
 
         What a `module` that runs as a whole sets in itself is not kept: no other batch runs in between.
         """
-        for (identity, name), values in self._own.items():
+        for key, values in self._own.items():
             if batch in values:
-                _write(self._apart[identity], name, values[batch])
+                set_or_delete(self._apart[key.place], key.name, values[batch])
         before = Snapshot(self._watched(batch, module))
         try:
             yield
         finally:
-            for place, name, former in before.changes():
-                if not (_is_unloaded(former) or _is_unloaded(place.get(name))):
-                    self._note(batch, place, name, former)
-                    if not undo and (id(place), name) in self._own:
-                        self._own[id(place), name][batch] = place.get(name, _ABSENT)
+            for change in before.changes():
+                present = change.attributes.get(change.name, ABSENT)
+                if not (_is_unloaded(change.former) or _is_unloaded(present)):
+                    self._note(batch, change)
+                    key = _Key(id(change.attributes), change.name)
+                    if not undo and key in self._own:
+                        self._own[key][batch] = present
             if undo:
                 before.restore()
 
@@ -360,17 +328,24 @@ class ModuleAttributes:
         if batch not in self._first:
             return self._apart.values()
         inside = {*module.modules()} if module is not None else set()
-        return [place for owner, place in self._places if owner not in inside]
+        return [attributes for owner, attributes in self._places if owner not in inside]
 
-    def _note(self, batch: Pass, place: dict[str, Any], name: str, former: Any) -> None:
+    def _note(self, batch: Pass, change: Change) -> None:
         """Note that a batch has set an attribute, which had the value of the batch that set it before."""
-        key = id(place), name
+        key = _Key(id(change.attributes), change.name)
         setter = self._setters.setdefault(key, batch)
         if setter is not batch and key not in self._own:
-            self._own[key] = {setter: former}
-            self._apart[id(place)] = place
+            self._own[key] = {setter: change.former}
+            self._apart[key.place] = change.attributes
+
+
+class _Key(NamedTuple):
+    """An attribute of one module."""
+
+    place: int  # the identity of the dictionary
+    name: str
 
 
 def _is_unloaded(value: Any) -> bool:
-    """Whether a value is a tensor that is read from disk when it is needed: loading it is not setting it."""
+    """Whether a value is a tensor that is read from disk when it is needed; to load it is not to set it."""
     return isinstance(value, Tensor) and is_unloaded(value)

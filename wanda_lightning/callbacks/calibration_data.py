@@ -19,9 +19,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+from wanda_lightning.calibration.batches import batch_size, is_even, run_alone, take
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.calibration.pruning_mode import pruning_mode
-from wanda_lightning.calibration.samples import batch_size, forward_batch, is_even, run_alone, take
+from wanda_lightning.calibration.samples import forward_batch
 from wanda_lightning.parallel import Processes
 from wanda_lightning.planning.plan import Plan
 

@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.pruning_mode import patched
+from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.callbacks.prunable_module import PrunableModule, pruning_target
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.checks import Number, check

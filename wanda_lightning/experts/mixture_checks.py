@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.trees import tensors_within
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Experts

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wanda_lightning.calibration.cloning import clone_arguments, tensors_within
 from wanda_lightning.calibration.interception import PRODUCTS
 from wanda_lightning.calibration.lockstep import Call, whole_model_calls
 from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.calibration.surroundings import Surroundings
+from wanda_lightning.calibration.trees import clone_arguments, tensors_within
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.types import Units
 from wanda_lightning.experts.mixtures import Mixture

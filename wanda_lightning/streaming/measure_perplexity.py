@@ -9,6 +9,7 @@ from itertools import islice
 from math import ceil
 from typing import Any
 
+from wanda_lightning.calibration.batches import to_device
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, length_of
@@ -59,7 +60,8 @@ def perplexity_from_disk(
 
     def run(batch: Mapping[str, Any]) -> None:
         check_tokens(checkpoint.model, batch["input_ids"])
-        input_ids = batch["input_ids"].to(checkpoint.device)
+        batch = to_device(batch, checkpoint.device)
+        input_ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         if mask is not None:
             mask = mask.to(checkpoint.device)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wanda_lightning.calibration.samples import map_tensors
+from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.common.atomic_write import (
     TEMPORARY,
     atomic_write,

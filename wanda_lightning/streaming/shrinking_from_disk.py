@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from wanda_lightning.calibration.cloning import clone_arguments
 from wanda_lightning.calibration.pruning_mode import pruning_mode
+from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint

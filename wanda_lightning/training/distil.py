@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.error_notes import note_on_error
-from wanda_lightning.calibration.gradients import recomputing
+from wanda_lightning.calibration.recomputing import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
 from wanda_lightning.common.checks import SEED, Number, check, check_flags
 from wanda_lightning.common.errors import UserError

@@ -11,12 +11,16 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from wanda_lightning.calibration.cloning import clone_arguments
+from wanda_lightning.calibration.batches import separable_samples
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.calibration.samples import map_tensors, separable_samples, tensors_of
+from wanda_lightning.calibration.trees import (
+    clone_arguments,
+    map_tensors,
+    take_out_tensors,
+    tensors_of,
+)
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Stop, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
@@ -265,8 +269,5 @@ def _called_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.M
 
 def _first_output(output: object) -> Tensor:
     """Return the first floating-point tensor in the output of a part."""
-    return next(
-        leaf
-        for leaf in tree_leaves(output)
-        if isinstance(leaf, Tensor) and leaf.is_floating_point()
-    )
+    tensors, _ = take_out_tensors(output)
+    return next(tensor for tensor in tensors if tensor.is_floating_point())

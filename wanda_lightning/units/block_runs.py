@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.trees import tensors_within
 from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.core.rounding import all_same, coarsest_eps, same
 from wanda_lightning.core.types import Units

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanda_lightning.calibration.cloning import tensors_within
 from wanda_lightning.calibration.lockstep import Call, lockstep
 from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.trees import tensors_within
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models.layers import whole_layer
 from wanda_lightning.planning.run import Run

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.batches import to_device
 from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
@@ -309,7 +310,7 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
 
 def _transformers_batch(model: Any, config: Any) -> dict[str, Tensor]:
     if not reads_images(model):
-        return {name: tensor.to(_device(model)) for name, tensor in model.dummy_inputs.items()}
+        return to_device(model.dummy_inputs, _device(model))
     config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", 224)
     if not isinstance(size, list | tuple):

@@ -1,0 +1,66 @@
+"""Private names of PyTorch: each test says what a release of PyTorch has changed."""
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from wanda_lightning.calibration.torch_internals import (
+    active_modes,
+    inside_transform,
+    is_mapped,
+    is_persistent,
+    is_transformed,
+    set_active_modes,
+    write_count,
+)
+
+
+def test_a_tensor_counts_how_often_it_was_written_to():
+    tensor = torch.zeros(2)
+    before = write_count(tensor)
+    tensor.add_(1)
+    assert write_count(tensor) == before + 1, "Tensor._version does not count writes any more"
+    with torch.inference_mode():
+        assert write_count(torch.zeros(2)) == 0
+
+
+def test_a_module_knows_which_buffers_are_in_its_state_dict():
+    module = nn.Module()
+    module.register_buffer("saved", torch.zeros(1))
+    module.register_buffer("cache", torch.zeros(1), persistent=False)
+    found = [is_persistent(module, name) for name in ("saved", "cache")]
+    assert found == [True, False], "Module._non_persistent_buffers_set has another meaning"
+
+
+@pytest.mark.parametrize(
+    ("transform", "mapped"), [(torch.func.vmap, True), (torch.func.grad, False)]
+)
+def test_transforms_are_recognized(transform, mapped):
+    found = []
+
+    def function(x):
+        found.append((inside_transform(), is_transformed(x), is_mapped(x)))
+        return x.sum()
+
+    transform(function)(torch.ones(2))
+    assert found == [(True, True, mapped)], "torch._C._functorch has changed"
+    plain = torch.ones(2)
+    assert not any([inside_transform(), is_transformed(plain), is_mapped(plain)])
+
+
+def test_forward_mode_differentiation_is_recognized():
+    with forward_ad.dual_level():
+        assert inside_transform(), "torch.autograd.forward_ad._current_level has changed"
+
+
+def test_modes_are_left_and_entered_again():
+    with TorchFunctionMode() as functions, TorchDispatchMode() as dispatch:
+        modes = active_modes()
+        assert modes == [[functions], [dispatch]], "the stacks of modes of PyTorch have changed"
+        set_active_modes([[], []])
+        assert active_modes() == [[], []], "PyTorch pops modes in another way"
+        set_active_modes(modes)
+        assert active_modes() == modes, "PyTorch pushes modes in another way"

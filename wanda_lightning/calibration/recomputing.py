@@ -1,0 +1,103 @@
+"""Recompute blocks in the backward pass instead of keeping their activations."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from wanda_lightning.calibration.pruning_mode import patched
+from wanda_lightning.calibration.surroundings import Replay, modules_around, refuse_transforms
+from wanda_lightning.calibration.torch_internals import write_count
+from wanda_lightning.calibration.trees import (
+    clone_arguments,
+    filled,
+    take_out_tensors,
+    tensors_within,
+)
+
+
+@contextmanager
+def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Recompute the blocks in every backward pass inside this `with` block; without gradients nothing changes.
+
+    Only the inputs of each block are stored until then (Chen et al. 2016, arXiv 1604.06174). A block may take and
+    return any nested structure of tensors. The second run must compute the same as the first, so it has the modes,
+    context variables and attributes of the modules around the block that the first run had. A block keeps its
+    activations if it writes into its arguments, or receives an object with tensors, which another block may write, such
+    as a key-value cache. It also keeps them if it sets a context variable, or an attribute of a module around it, or if
+    one of these holds a tensor that requires gradients.
+    """
+    around = modules_around(model, blocks)
+    outside = contextvars.copy_context()
+    with ExitStack() as restored:
+        for block in blocks:
+            recomputed = _Recomputed(type(block).__name__, block.forward, around, outside)
+            restored.enter_context(patched(block, "forward", recomputed))
+        yield
+
+
+@dataclass(eq=False)
+class _Recomputed:
+    """The forward of a block that runs again in the backward pass, with gradients enabled."""
+
+    name: str  # of the class, for a message
+    forward: Callable[..., Any]
+    around: Sequence[nn.Module]  # the modules that contain the block
+    outside: contextvars.Context  # the context variables around the whole pass
+    writes: bool = False  # into its arguments, or into what is around it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, without keeping its activations if it can be recomputed."""
+        if self.writes or not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        refuse_transforms(self.name)
+
+        # The graph holds `run`. If `run` held a tensor of the graph, neither would ever be freed.
+        tensors, arguments = take_out_tensors((args, kwargs))
+        replay = Replay(self.around, self.outside)
+        if tensors_within(arguments) or any(tensor.requires_grad for tensor in replay.tensors()):
+            return self.forward(*args, **kwargs)
+        # Another block may write into them before the second run.
+        arguments = clone_arguments(arguments)
+        empty_output: Any = None
+
+        def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            nonlocal empty_output
+            clones = [tensor.clone() for tensor in tensors]
+            output = self._run(replay, filled(clone_arguments(arguments), clones))
+            outputs, empty_output = take_out_tensors(output)
+            if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in outputs):
+                outputs = [_attached(tensor, anchor) for tensor in outputs]
+            return tuple(outputs)
+
+        # `checkpoint` needs an input that requires a gradient, and the inputs of the first block do not.
+        device = tensors[0].device if tensors else None
+        anchor = torch.zeros((), requires_grad=True, device=device)
+        outputs = checkpoint(run, anchor, *tensors, use_reentrant=True)
+        if self.writes:
+            return self.forward(*args, **kwargs)
+        return filled(empty_output, outputs)
+
+    def _run(self, replay: Replay, arguments: Any) -> Any:
+        """Run the forward, and note whether it writes into its arguments or into what is around it."""
+        args, kwargs = arguments
+        tensors = tensors_within(arguments)
+        before = [(id(tensor), write_count(tensor)) for tensor in tensors]
+        output, has_set = replay.run(lambda: self.forward(*args, **kwargs))
+        after = [(id(tensor), write_count(tensor)) for tensor in tensors_within(arguments)]
+        self.writes = self.writes or has_set or before != after
+        return output
+
+
+def _attached(output: Tensor, anchor: Tensor) -> Tensor:
+    """Return an output of a block without trained weights as a part of the graph; an output of indices cannot be."""
+    if not output.is_floating_point():
+        return output
+    return output + anchor.to(output.dtype)

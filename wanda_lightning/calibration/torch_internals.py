@@ -1,0 +1,58 @@
+"""The private names of PyTorch that calibration needs, where it has no public ones.
+
+`tests/calibration/test_torch_internals.py` names what a release of PyTorch has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn, overrides
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch
+
+
+def write_count(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; always 0 for a tensor of inference mode, which does not count it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_persistent(module: nn.Module, buffer_name: str) -> bool:
+    """Return whether a buffer is in the state dict."""
+    return buffer_name not in module._non_persistent_buffers_set
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Return whether a tensor belongs to a transform of `torch.func`, and so has no memory of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Return whether a tensor has a hidden dimension, over which `torch.func.vmap` maps."""
+    return torch._C._functorch.is_batchedtensor(tensor)
+
+
+def inside_transform() -> bool:
+    """Return whether a transform of `torch.func`, or a level of forward-mode differentiation, is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or (
+        forward_ad._current_level >= 0
+    )
+
+
+def active_modes() -> list[Sequence[Any]]:
+    """Return the modes of torch functions and those of dispatch, the innermost last."""
+    functions = overrides._get_current_function_mode_stack()
+    return [list(functions), list(_python_dispatch._get_current_dispatch_mode_stack())]
+
+
+def set_active_modes(modes: Sequence[Sequence[Any]]) -> None:
+    """Replace the modes of torch functions and those of dispatch."""
+    modules = overrides, _python_dispatch
+    for module, current, wanted in zip(modules, active_modes(), modes, strict=True):
+        if current != wanted:
+            for _ in current:
+                module._pop_mode()
+            for mode in wanted:
+                module._push_mode(mode)
