@@ -16,7 +16,7 @@ from support.pairwise import pairwise, spread, with_nightly
 from support.samples import gradients, split
 from support.zoo import ZOO
 
-from wanda_lightning import Distil, Fisher, Magnitude, Reconstruct, Structured, prune
+from wanda_lightning import Distill, Fisher, Magnitude, Reconstruct, Structured, prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import Processes
 
@@ -209,7 +209,7 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
     """The same steps on the same samples, whichever process runs them."""
     model = ZOO[name].build().double()
     turns = in_turns(split(ZOO[name].batches(), 2), shares)
-    recovery = Distil(passes=2, batch_size=2)
+    recovery = Distill(passes=2, batch_size=2)
     expected = prune(model, turns, recovery=recovery, progress=False)
     (weights, report), (others, _) = pair.run(
         cases.replicated, name, shares, 2, wide=True, recovery=recovery

@@ -9,14 +9,14 @@ from support.recoveries import IntoItsDtype, blocks, pruned_with_and_without, so
 from support.zoo import ZOO
 from torch import nn
 
-from wanda_lightning import Distil, Reconstruct, prune
+from wanda_lightning import Distill, Reconstruct, prune
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.training.recovery import LARGEST_SCALE, MaskedWeights
+from wanda_lightning.training.masked_weights import LARGEST_SCALE, MaskedWeights
 
-RECOVERIES = {"distil": Distil(passes=1), "reconstruct": Reconstruct()}
+RECOVERIES = {"distill": Distill(passes=1), "reconstruct": Reconstruct()}
 NAMES = "llama_padded", "opt", "gpt2", "t5", "vit", "resnet18", "convnext", "swin"
-LANGUAGE = [("distil", name, "zero_out") for name in ("llama_padded", "mixtral", "opt", "t5")]
+LANGUAGE = [("distill", name, "zero_out") for name in ("llama_padded", "mixtral", "opt", "t5")]
 SAMPLE = [
     *LANGUAGE,
     *(("reconstruct", *each) for each in zip(NAMES, ("zero_out", "sparsegpt") * 4, strict=True)),
@@ -27,11 +27,11 @@ SAMPLE = [
     ("recovery", "name", "solver"),
     with_nightly(
         SAMPLE,
-        [("distil", name, "zero_out") for name in ("llama", "gemma2", "gpt2", "gpt_oss", "vit")],
+        [("distill", name, "zero_out") for name in ("llama", "gemma2", "gpt2", "gpt_oss", "vit")],
     ),
 )
 def test_only_kept_weights_move_and_nothing_is_left_behind(recovery, name, solver):
-    """And in the whole model, with `Distil`, vectors."""
+    """And in the whole model, with `Distill`, vectors."""
     dense = ZOO[name].build()
     batches = ZOO[name].batches() * 2
     hooks = sum(len(module._forward_hooks) for module in dense.modules())
@@ -41,7 +41,7 @@ def test_only_kept_weights_move_and_nothing_is_left_behind(recovery, name, solve
     assert report.sparsity == pytest.approx(0.5, abs=0.03) or solver == "sparsegpt"
     first, *_ = find_layers(model).stops
     # Later blocks see other inputs.
-    kept = find_layers(model).layers if recovery == "distil" else first.layers
+    kept = find_layers(model).layers if recovery == "distill" else first.layers
     pruned = {id(layer.parameter) for layer in find_layers(model).layers}
     masks = {id(layer.parameter) for layer in kept}
     moved = 0
@@ -53,7 +53,7 @@ def test_only_kept_weights_move_and_nothing_is_left_behind(recovery, name, solve
             moved += int((before != after).sum())
         assert (
             id(after) in pruned
-            or (after.ndim < 2 and recovery == "distil")
+            or (after.ndim < 2 and recovery == "distill")
             or torch.equal(before, after)
         ), key
         assert after.requires_grad
@@ -70,7 +70,7 @@ def test_only_kept_weights_move_and_nothing_is_left_behind(recovery, name, solve
 
 
 @pytest.mark.parametrize(
-    "recovery", [Distil(passes=30, batch_size=16, learning_rate=1e-3), Reconstruct(10, 1e-3)]
+    "recovery", [Distill(passes=30, batch_size=16, learning_rate=1e-3), Reconstruct(10, 1e-3)]
 )
 def test_bfloat16_weights_have_masters(recovery):
     """Steps that bfloat16 would round away add up."""

@@ -143,7 +143,7 @@ def prune_as(
         if recovers:
             # With a structured pattern, layers without hidden units (not in `run.plan`) train, too.
             dense = DenseModel(model, plan.layers, plan.blocks, samples, processes, run.progress)
-            recovery = config.recovery.start_model(dense)
+            recovery = config.recovery.run_dense_model(dense)
     with run.clock.timed("prune"), pruning_mode(model), note_on_error(run.written, log.error):
         run = _prune_stops(run)
     torch.clear_autocast_cache()  # it holds casts of the dense weights

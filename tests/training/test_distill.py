@@ -15,9 +15,9 @@ from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Distil, PruningReport, prune
+from wanda_lightning import Distill, PruningReport, prune
 from wanda_lightning.calibration.samples import Sample
-from wanda_lightning.training import recovery
+from wanda_lightning.training import masked_weights
 from wanda_lightning.training.predictions import DenseTarget, next_tokens
 
 
@@ -86,7 +86,7 @@ def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
 def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
     dense = classifier()
     batches = some_batches(count)
-    config = Distil(passes=passes, batch_size=batch_size, learning_rate=0.01, seed=3)
+    config = Distill(passes=passes, batch_size=batch_size, learning_rate=0.01, seed=3)
     expected, model, report = pruned_with_and_without(dense, batches, recovery=config)
     adamw_by_hand(expected, dense, weights_of(report), batches, config)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
@@ -116,7 +116,7 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share)
 
     dense = ZOO[name].build().double()
     samples = [{key: value[:1] for key, value in batch.items()} for batch in ZOO[name].batches()]
-    config = Distil(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
+    config = Distill(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
     expected, model, report = pruned_with_and_without(dense, samples, recovery=config)
     adamw_by_hand(expected, dense, weights_of(report), samples, config, loss_of)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
@@ -138,9 +138,9 @@ def test_tokens_that_stand_for_images_and_audio_are_not_learned():
 )
 def test_more_samples_need_fewer_passes(monkeypatch, count, enough, passes):
     """But not if a step has few predictions, as with images."""
-    monkeypatch.setattr("wanda_lightning.training.distil._ENOUGH", enough)
+    monkeypatch.setattr("wanda_lightning.training.distill._ENOUGH", enough)
     report = prune(
-        classifier(), some_batches(count), 0.5, recovery=Distil(batch_size=1), progress=False
+        classifier(), some_batches(count), 0.5, recovery=Distill(batch_size=1), progress=False
     )
     assert len(report.training.passes) == 1 + passes
     assert f"passes={passes}," in report.training.recovery
@@ -161,11 +161,11 @@ def test_samples_with_one_prediction_run_together(size):
         return model(x)
 
     prune(expected, batches, 0.5, progress=False)
-    report = prune(model, batches, 0.5, recovery=Distil(passes=1), forward=forward, progress=False)
+    report = prune(model, batches, 0.5, recovery=Distill(passes=1), forward=forward, progress=False)
     assert runs == [1, *[8] * 8, 6]  # the first shows whether there are gradients
     samples = torch.cat(batches)
     trained = [x[None] for index, x in enumerate(samples) if index % 8 != 7]
-    config = Distil(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512))
+    config = Distill(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512))
     adamw_by_hand(expected, dense, weights_of(report), trained, config)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatc
     batches = [
         {"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)
     ]
-    recovery = Distil(passes=1, batch_size=batch_size)
+    recovery = Distill(passes=1, batch_size=batch_size)
     report = prune(ZOO["llama"].build(), batches, 0.5, recovery=recovery, progress=False)
     assert len(taken) == steps
     assert f"learning_rate={1e-3 * math.sqrt(count / 512)}," in report.training.recovery
@@ -209,8 +209,8 @@ def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(
         weights.append([parameter.clone() for parameter in model.parameters()])
         return next(following)
 
-    monkeypatch.setattr(recovery.MaskedWeights, "evaluate", evaluate)
-    report = prune(model, some_batches(8), 0.5, recovery=Distil(passes=3), progress=False)
+    monkeypatch.setattr(masked_weights.MaskedWeights, "evaluate", evaluate)
+    report = prune(model, some_batches(8), 0.5, recovery=Distill(passes=3), progress=False)
     assert [each.held_out for each in report.training.passes] == losses
     assert note in report.notes[-1]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights[best], strict=True))
@@ -225,7 +225,7 @@ def test_weights_may_have_any_layout():
     model.body[0].weight = nn.Parameter(first.t().contiguous().t())
     model.body[3].weight = nn.Parameter(torch.cat([second, second], 1)[:, : len(second.t())])
     for each in (model, expected):
-        prune(each, batches, 0.5, recovery=Distil(passes=2), progress=False)
+        prune(each, batches, 0.5, recovery=Distill(passes=2), progress=False)
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
     assert all(
         torch.equal(a == 0, b == 0)
@@ -256,7 +256,7 @@ def test_a_model_may_be_called_with_a_key_value_cache():
             model,
             specimen.batches(),
             0.5,
-            recovery=Distil(passes=1),
+            recovery=Distill(passes=1),
             forward=forward,
             progress=False,
         )
@@ -277,7 +277,7 @@ def test_frozen_parameters_and_gradients_are_left_alone():
     model.body[3].weight.grad = gradient
     start = copy.deepcopy(model)
     prune(start, batches, 0.5, progress=False)
-    prune(model, batches, 0.5, recovery="distil", progress=False)
+    prune(model, batches, 0.5, recovery="distill", progress=False)
     assert torch.equal(model.body[0].weight, start.body[0].weight)
     assert not torch.equal(model.body[3].weight, start.body[3].weight)
     assert model.body[3].weight.grad is gradient
@@ -295,7 +295,7 @@ def test_other_outputs_are_compared_by_their_squared_error():
     dense = Regressor().double()
     batches = some_batches(2, size=3)
     start, model, report = pruned_with_and_without(
-        dense, batches, recovery=Distil(passes=1, batch_size=12)
+        dense, batches, recovery=Distill(passes=1, batch_size=12)
     )
     x = torch.cat(batches)
     with torch.no_grad():
@@ -324,7 +324,7 @@ def test_the_classes_of_a_segmentation_are_in_dimension_1():
     ]
     models = Segmentation(flat=True), Segmentation(flat=False)
     reports = [
-        prune(model, batches, 0.5, recovery=Distil(passes=2), progress=False) for model in models
+        prune(model, batches, 0.5, recovery=Distill(passes=2), progress=False) for model in models
     ]
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
     for one, other in zip(reports[0].training.passes, reports[1].training.passes, strict=True):
@@ -351,7 +351,7 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
-        prune(model, batches, 0.5, recovery=Distil(passes=3, batch_size=1), progress=False)
+        prune(model, batches, 0.5, recovery=Distill(passes=3, batch_size=1), progress=False)
     assert caught.value.__notes__[0].startswith("The model is pruned. It holds the best weights")
     assert caught.value.__notes__[0] in caplog.text
     assert torch.equal(model.body[0].weight == 0, start.body[0].weight == 0)
@@ -374,13 +374,13 @@ def test_a_loss_that_is_not_finite_stops():
     torch.manual_seed(0)
     batches = some_batches(16)
     batches[3][0, 0] = 3.0
-    start, model, report = pruned_with_and_without(Fragile().double(), batches, recovery="distil")
+    start, model, report = pruned_with_and_without(Fragile().double(), batches, recovery="distill")
     assert "was not finite, so training stopped" in report.training.stopped
     torch.testing.assert_close(model.state_dict(), start.state_dict(), rtol=0, atol=0)
 
 
 def test_the_report_keeps_the_losses():
-    report = prune(classifier(), some_batches(16), 0.5, recovery="distil", progress=False)
+    report = prune(classifier(), some_batches(16), 0.5, recovery="distill", progress=False)
     text = report.to_json()
     assert PruningReport.from_json(text) == report
     assert json.loads(text)["training"]["passes"][0] == {
@@ -398,7 +398,7 @@ def test_blocks_are_trained_as_by_reconstruct_before(name):
     batches = ZOO[name].batches()
     blocks = prune(first, batches, 0.6, recovery="reconstruct", **choices)
     report = prune(
-        both, batches, 0.6, recovery=Distil(passes=2, batch_size=1, blocks=True), **choices
+        both, batches, 0.6, recovery=Distill(passes=2, batch_size=1, blocks=True), **choices
     )
     assert [layer.part for layer in report.layers] == [layer.part for layer in blocks.layers]
     assert any(layer.part and layer.part.after < layer.part.before for layer in report.layers)
@@ -426,7 +426,7 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
         batches,
         0.5,
         skip="*head",
-        recovery=Distil(passes=1, learning_rate=0.1),
+        recovery=Distill(passes=1, learning_rate=0.1),
         progress=False,
     )
     assert torch.equal(model.head.bias, dense.head.bias)
@@ -456,7 +456,7 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(break_, message):
     model = classifier()
     break_(model)
-    assert message in refusal(model, some_batches(2), recovery="distil")
+    assert message in refusal(model, some_batches(2), recovery="distill")
 
 
 def test_impossible_classes_do_not_count():
@@ -470,7 +470,7 @@ def test_impossible_classes_do_not_count():
     plain = classifier()
     plain.load_state_dict(model.state_dict())
     for each in (model, plain):
-        prune(each, batches, 0.5, recovery="distil", progress=False)
+        prune(each, batches, 0.5, recovery="distill", progress=False)
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
@@ -520,14 +520,14 @@ def of_inference_mode():
 def test_odd_batches(make, batches, trained):
     model = make()
     with torch.inference_mode():
-        report = prune(model, batches, 0.5, recovery=Distil(passes=1), progress=False)
+        report = prune(model, batches, 0.5, recovery=Distill(passes=1), progress=False)
     assert report.training.trained == trained
     assert math.isfinite(report.training.passes[1].loss)
 
 
 def test_a_sparsity_of_0_trains_nothing():
     start, model, report = pruned_with_and_without(
-        classifier(), some_batches(4), 0.0, recovery="distil"
+        classifier(), some_batches(4), 0.0, recovery="distill"
     )
     assert report.training is None
     torch.testing.assert_close(model.state_dict(), start.state_dict(), rtol=0, atol=0)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,25 +19,19 @@ from wanda_lightning.calibration.samples import Sample, fit_together
 from wanda_lightning.common.checks import SEED, Number, check, check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.models import Stop
+from wanda_lightning.models import Stop, causal_config
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import Training
+from wanda_lightning.training.masked_weights import MaskedWeights, hold_out
 from wanda_lightning.training.predictions import (
     HELD_OUT,
     DenseTarget,
-    DistilLoss,
+    DistillLoss,
     dense_targets,
     output_head,
 )
 from wanda_lightning.training.reconstruct import Reconstruct
-from wanda_lightning.training.recovery import (
-    BlockRecovery,
-    DenseModel,
-    MaskedWeights,
-    ModelRecovery,
-    Recovery,
-    hold_out,
-)
+from wanda_lightning.training.recovery import BlockRecovery, DenseModel, ModelRecovery, Recovery
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +40,13 @@ _PREDICTIONS = 8  # in an optimizer step, at least; a window of text has one for
 _ENOUGH = 512  # predictions in a step for the largest usual learning rate
 _STEPS = 48  # optimizer steps of `_ENOUGH` predictions that the default number of passes aims at
 _MOST_PASSES = 3  # by default
-_Item = tuple[Sample, DenseTarget] | None  # None for a sample of another process
 _STOPPED = (
     "The model is pruned. It holds the best weights that distillation found before it was stopped."
 )
 
 
 @dataclass(frozen=True)
-class Distil(Recovery):
+class Distill(Recovery):
     """Train the kept weights so that the pruned model predicts like the dense model on the calibration samples.
 
     After all layers are pruned, AdamW minimizes the Kullback-Leibler divergence from the dense to the pruned model's
@@ -101,9 +95,8 @@ class Distil(Recovery):
     reads_batches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        rules: dict[str, Any] = dict.fromkeys(
-            ("passes", "batch_size"), Number(minimum=1, whole=True)
-        )
+        count = Number(minimum=1, whole=True)
+        rules: dict[str, Any] = {"passes": count, "batch_size": count}
         rules |= {"learning_rate": Number(above=0, maximum=1), "loss": ("kl", "mse")}
         given = {name: rule for name, rule in rules.items() if getattr(self, name) is not None}
         check(self, seed=SEED, next_token=Number(minimum=0, maximum=1), **given)
@@ -117,141 +110,177 @@ class Distil(Recovery):
 
     def for_model(self, is_image: bool, sequential: str) -> Recovery:
         """Decide about `blocks=None`."""
-        return (
-            replace(self, blocks=is_image and sequential != "layer")
-            if self.blocks is None
-            else self
-        )
+        if self.blocks is not None:
+            return self
+        return replace(self, blocks=is_image and sequential != "layer")
 
     def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
         """Start to train a block."""
         return Reconstruct().start(stop, processes) if self.blocks else BlockRecovery()
 
-    def start_model(self, dense: DenseModel) -> ModelRecovery:
-        """Store the predictions of the dense model."""
-        return _Distillation(self, dense)
+    def run_dense_model(self, dense: DenseModel) -> ModelRecovery:
+        """Run the dense model on all samples, and store its predictions."""
+        processes = dense.processes
+        head = output_head(dense.model, dense.layers)
+        parameters = _trainable(dense, head)
+        batches = _run_samples(dense, head)
+        dense.data.refuse_if_empty()  # which is known now: the batches may come from a generator
+        trained, held_out = hold_out(batches, HELD_OUT, processes)
+
+        items = [item for batch in batches for item in batch]
+        first = items[0].sample if items else None
+        settings = _settings(self, items, len(trained), processes)
+        loss = DistillLoss(dense.model, self.loss, self.next_token, causal_config(dense.model))
+        loss = loss.in_supported_precision(first, processes)
+        return _Distillation(dense, self, settings, parameters, trained, held_out, loss)
 
 
+@dataclass(frozen=True)
+class _Item:
+    """A sample, or several that run as one batch, and what the dense model predicts."""
+
+    sample: Sample
+    target: DenseTarget
+    count: int = 1  # of samples
+
+
+_Items = Sequence[_Item | None]  # None for a sample of another process
+
+
+def _run_samples(dense: DenseModel, head: nn.Module | None) -> list[list[_Item]]:
+    """Return the samples of each batch of this process with the predictions of the dense model."""
+    batches = []
+    with (
+        ProgressBar("Predicting", dense.data.length, dense.progress) as bar,
+        recomputing(dense.model, dense.blocks),
+        dense.processes.fail_together(),
+    ):
+        for batch in dense.data:
+            samples = dense.data.split(batch)
+            targets = dense_targets(samples, dense.data, head)
+            batches.append([*map(_Item, samples, targets)])
+            bar.advance()
+    return batches
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What `Distill` leaves open, as given or chosen."""
+
+    batch_size: int
+    passes: int
+    learning_rate: float
+
+
+def _settings(
+    config: Distill, items: Sequence[_Item], num_trained: int, processes: Processes
+) -> _Settings:
+    """Choose the settings by the number of samples and predictions of all processes."""
+    counts = processes.all_gather([len(items), sum(len(item.target.rows) for item in items)])
+    samples, predictions = (sum(column) for column in zip(*counts, strict=True))
+    batch_size = config.batch_size or max(1, _PREDICTIONS * samples // max(1, predictions))
+    # The gradients of few predictions are noisy, so such steps are smaller, and more of them are needed.
+    steps = math.ceil(num_trained / batch_size)
+    fullness = min(1.0, batch_size * max(1, predictions) / samples / _ENOUGH)
+    passes = min(_MOST_PASSES, max(1, round(_STEPS / (steps * fullness))))
+    return _Settings(
+        batch_size,
+        config.passes or passes,
+        config.learning_rate or 1e-3 * math.sqrt(fullness),
+    )
+
+
+@dataclass(frozen=True)
 class _Distillation(ModelRecovery):
     """Trains a model toward the predictions that it made before it was pruned.
 
     Each process runs only its own samples, and all apply the same steps.
     """
 
-    def __init__(self, config: Distil, dense: DenseModel) -> None:
-        self._dense = dense
-        processes = dense.processes
-        head = output_head(dense.model, dense.layers)
-        self._parameters = _trainable(dense, head)
-        batches = []
-        with (
-            ProgressBar("Predicting", dense.data.length, dense.progress) as bar,
-            recomputing(dense.model, dense.blocks),
-            processes.fail_together(),
-        ):
-            for samples in map(dense.data.split, dense.data):
-                batches.append(
-                    [*zip(samples, dense_targets(samples, dense.data, head), strict=True)]
-                )
-                bar.advance()
-        dense.data.refuse_if_empty()
-        self._trained, self._held_out = hold_out(batches, HELD_OUT, processes)
-        own = [each for batch in batches for each in batch]
-        self._batch_size, self._passes, self._rate = self._usual(
-            config, [target for _, target in own]
-        )
-        self._config = replace(config, passes=self._passes, learning_rate=self._rate)
-        first = own[0][0] if own else None
-        self._loss = DistilLoss(dense.model, config.loss, config.next_token, first, processes)
-
-    def _usual(self, config: Distil, targets: Sequence[DenseTarget]) -> tuple[int, int, float]:
-        """Return the size of a step, the number of passes and the learning rate, as given or chosen."""
-        counts = self._dense.processes.all_gather(
-            [len(targets), sum(len(target.rows) for target in targets)]
-        )
-        samples, predictions = (sum(column) for column in zip(*counts, strict=True))
-        size = config.batch_size or max(1, _PREDICTIONS * samples // max(1, predictions))
-        share = min(1.0, size * max(1, predictions) / samples / _ENOUGH)
-        passes = min(
-            _MOST_PASSES, max(1, round(_STEPS / (math.ceil(len(self._trained) / size) * share)))
-        )
-        return size, config.passes or passes, config.learning_rate or 1e-3 * math.sqrt(share)
+    dense: DenseModel
+    config: Distill
+    settings: _Settings
+    parameters: Sequence[nn.Parameter]
+    trained: _Items
+    held_out: _Items
+    loss: DistillLoss
 
     def train(self) -> Training:
-        dense = self._dense
-        trained = self._trained
-        passes = range(1, self._passes + 1)
-        steps = len(passes) * math.ceil(len(trained) / self._batch_size)
+        """Take the steps of all passes."""
+        dense = self.dense
+        settings = self.settings
+        passes = range(1, settings.passes + 1)
+        steps = settings.passes * math.ceil(len(self.trained) / settings.batch_size)
         # Lightning does not show the notes of an interrupted run.
         with (
             note_on_error(lambda: _STOPPED, log.warning),
-            MaskedWeights(dense.model, self._parameters, dense.layers, dense.processes) as weights,
+            MaskedWeights(dense.model, self.parameters, dense.layers, dense.processes) as weights,
             recomputing(dense.model, dense.blocks),
             ProgressBar("Distilling", steps, dense.progress) as bar,
         ):
-            optimizer = torch.optim.AdamW(
-                weights.groups(self._rate), betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            groups = weights.groups(settings.learning_rate)
+            optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+            schedule = torch.optim.lr_scheduler.LambdaLR(
+                optimizer, partial(_share_of_rate, steps=steps)
             )
 
-            def factor(step: int) -> float:
-                return (
-                    min(1.0, (step + 1) / _WARM_UP)
-                    * (1 + math.cos(math.pi * min(1.0, step / steps)))
-                    / 2
-                )
-
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-            def steps_of(number: int) -> Iterator[Sequence[_Item]]:
-                generator = torch.Generator().manual_seed(self._config.seed + number)
-                order = torch.randperm(len(trained), generator=generator).tolist()
-                for chosen in self._batches([trained[index] for index in order]):
+            def steps_of(number: int) -> Iterator[_Items]:
+                for batch in self._batches(self._shuffled(number)):
                     bar.show(f"pass {number}")
-                    yield chosen
+                    yield batch  # `fit` takes a step of the optimizer before it asks for the next batch
                     schedule.step()
                     bar.advance()
 
-            found, stopped = weights.fit(
-                optimizer, map(steps_of, passes), self._held_out, self._mean_loss
+            losses, stopped = weights.fit(
+                optimizer, map(steps_of, passes), self.held_out, self._mean_loss
             )
-        stopped = stopped and f"{stopped}, so training stopped: use a lower learning_rate"
-        return Training(
-            repr(self._config), len(trained), len(self._held_out), tuple(found), stopped
-        )
+        if stopped:
+            stopped += ", so training stopped: use a lower learning_rate"
+        config = replace(self.config, passes=settings.passes, learning_rate=settings.learning_rate)
+        return Training(repr(config), len(self.trained), len(self.held_out), tuple(losses), stopped)
 
-    def _batches(self, samples: Sequence[_Item]) -> Iterator[Sequence[_Item]]:
-        return (
-            samples[start : start + self._batch_size]
-            for start in range(0, len(samples), self._batch_size)
-        )
+    def _shuffled(self, number: int) -> list[_Item | None]:
+        """Return the samples in the order of a pass."""
+        generator = torch.Generator().manual_seed(self.config.seed + number)
+        order = torch.randperm(len(self.trained), generator=generator).tolist()
+        return [self.trained[index] for index in order]
 
-    def _mean_loss(self, samples: Sequence[_Item], scale: float | None) -> Iterator[float]:
+    def _batches(self, samples: _Items) -> Iterator[_Items]:
+        size = self.settings.batch_size
+        return (samples[start : start + size] for start in range(0, len(samples), size))
+
+    def _mean_loss(self, samples: _Items, scale: float | None) -> Iterator[float]:
         """Yield this process's parts of the mean loss over samples."""
-        for chosen in self._batches(samples):
-            for sample, target, size in self._own(chosen):
-                yield self._loss(sample, target, size / len(samples), scale)
+        for batch in self._batches(samples):
+            for item in self._joined(batch):
+                yield self.loss(item.sample, item.target, item.count / len(samples), scale)
 
-    def _own(self, chosen: Sequence[_Item]) -> list[tuple[Sample, DenseTarget, int]]:
-        """Return the forward passes for the chosen samples of this process, each with its number of samples."""
-        own = [*filter(None, chosen)]
-        samples = [sample for sample, _ in own]
-        targets = [target for _, target in own]
-        fits = (
-            len(own) > 1
-            and all(len(target.rows) == 1 for target in targets)
-            and fit_together(samples)
-        )
-        if fits and len({target.head for target in targets}) == 1:
-            rows = torch.cat([target.rows for target in targets])
-            return [(self._dense.data.join(samples), DenseTarget(rows, targets[0].head), len(own))]
-        return [(sample, target, 1) for sample, target in own]
+    def _joined(self, batch: _Items) -> list[_Item]:
+        """Return the samples of this process in a batch; as one item if they have one prediction each and fit."""
+        items = [item for item in batch if item is not None]
+        samples = [item.sample for item in items]
+        have_one_prediction = all(len(item.target.rows) == 1 for item in items)
+        if len(items) < 2 or not have_one_prediction or not fit_together(samples):
+            return items
+        head = items[0].target.head
+        if any(item.target.head is not head for item in items):
+            return items
+        rows = torch.cat([item.target.rows for item in items])
+        return [_Item(self.dense.data.join(samples), DenseTarget(rows, head), len(items))]
+
+
+def _share_of_rate(step: int, steps: int) -> float:
+    """Return the share of the learning rate in a step: it warms up, and decays to 0 along a cosine."""
+    warm_up = min(1.0, (step + 1) / _WARM_UP)
+    return warm_up * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
 
 
 def _trainable(dense: DenseModel, head: nn.Module | None) -> list[nn.Parameter]:
     """Return the parameters of the pruned layers and all vectors, without those of the head."""
     pruned = {id(layer.parameter) for layer in dense.layers}
-    fixed = {id(parameter) for parameter in head.parameters()} if head is not None else set()
-    found = [
+    # The dense predictions are stored as inputs of the head, which must not change.
+    fixed = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    trainable = [
         parameter
         for parameter in dense.model.parameters()
         if parameter.requires_grad
@@ -259,9 +288,9 @@ def _trainable(dense: DenseModel, head: nn.Module | None) -> list[nn.Parameter]:
         and not isinstance(parameter, UninitializedParameter)
         and (id(parameter) in pruned or parameter.ndim < 2)
     ]
-    if not found:
+    if not trainable:
         raise UserError(
-            "recovery=Distil() trains the pruned layers and all vectors, but requires_grad is False for each of them. "
+            "recovery=Distill() trains the pruned layers and all vectors, but requires_grad is False for each of them. "
             "Call requires_grad_() on the parameters to train, or use another recovery."
         )
-    return found
+    return trainable
