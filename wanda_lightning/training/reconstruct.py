@@ -78,7 +78,7 @@ class _Run:
         rows = len(self.output) if self.output.ndim > 1 else 0
         values = (self.inputs, self.output, self.keep)
         # A vector with an entry for each sample or row, or for each boundary between samples, may hold offsets, which
-        # count from the start of the batch. One with an entry for each token may hold positions, the same for all samples.
+        # count from the start of the batch. One with an entry for each token may hold positions, equal for all samples.
         lengths = {len(tensor) for tensor in tensors_of(values) if tensor.ndim == 1}
         if samples <= _SAMPLES or not rows or rows % samples:
             return [self]
