@@ -20,7 +20,7 @@ def _as_factors(weight: Tensor) -> Tensor:
 
 
 def _kept_sum(
-    weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only_delta: bool = False
+    weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, only_delta: bool
 ) -> Tensor:
     """Return W + (left @ right) * keep, or without W if `only_delta`, in the dtype of `keep` = (W != 0)."""
     dtype = keep.dtype
@@ -63,7 +63,7 @@ class _KeptProduct(torch.autograd.Function):
         # float32: a sum in half precision would lose small updates, also under autocast.
         with torch.autocast(x.device.type, enabled=False):
             keep = _as_factors(weight)
-            matrix = _kept_sum(weight, left, right, keep, only_delta=only_delta).to(x.dtype)
+            matrix = _kept_sum(weight, left, right, keep, only_delta).to(x.dtype)
             if not transposed:
                 matrix = matrix.t()
             d_in, d_out = matrix.shape
@@ -89,7 +89,7 @@ class _KeptProduct(torch.autograd.Function):
             grads = grad.reshape(-1, grad.shape[-1])
             keep = _as_factors(weight)
             if needs_x:
-                matrix = _kept_sum(weight, left, right, keep, only_delta=ctx.only_delta)
+                matrix = _kept_sum(weight, left, right, keep, ctx.only_delta)
                 matrix = matrix.to(grads.dtype)
                 if ctx.transposed:
                     matrix = matrix.t()

@@ -176,8 +176,9 @@ def _settings(
     config: Distill, items: Sequence[_Item], num_trained: int, processes: Processes
 ) -> _Settings:
     """Choose the settings by the number of samples and predictions of all processes."""
-    counts = processes.all_gather([len(items), sum(len(item.target.rows) for item in items)])
-    samples, predictions = (sum(column) for column in zip(*counts, strict=True))
+    totals = torch.tensor([len(items), sum(len(item.target.rows) for item in items)])
+    processes.all_reduce_sum([totals])
+    samples, predictions = totals.tolist()
     batch_size = config.batch_size or max(1, _PREDICTIONS * samples // max(1, predictions))
     # The gradients of few predictions are noisy, so such steps are smaller, and more of them are needed.
     steps = math.ceil(num_trained / batch_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -155,23 +155,30 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         Raises:
             ValueError: The model or a copy has none of the held weights. No copy has changed then.
         """
-        held: dict[str, KeepMask] = {}
-        for name, parameter in model.named_parameters():
-            if parameter in self._keep:
-                held[name] = self._keep[parameter]
-
-        copied_weights = []
-        for copy in copies:
-            weights = _weights_of_copy(copy, held)
-            if self._keep and not weights:
-                raise UserError(
-                    "model must be the one whose zeros are kept, and copies must be copies or averages of it, but a "
-                    f"{type(copy).__name__} has none of the {len(self._keep)} weights. Copy or average the whole model."
-                )
-            copied_weights.append(weights)
-        for weights in copied_weights:
+        parameters = dict(model.named_parameters())
+        held = {
+            name: self._keep[tensor] for name, tensor in parameters.items() if tensor in self._keep
+        }
+        for weights in [self._weights_of_copy(copy, held) for copy in copies]:
             for name, weight in weights.items():
                 _zero(weight, held[name])
+
+    def _weights_of_copy(
+        self, copy: object, held: Mapping[str, KeepMask]
+    ) -> Mapping[str, nn.Parameter]:
+        """Return the weights of a copy, or of its attribute `module`, whose zeros are held in the original."""
+        weights: dict[str, nn.Parameter] = {}
+        for module in (copy, getattr(copy, "module", None)):
+            if isinstance(module, nn.Module):
+                parameters = dict(module.named_parameters())
+                common = {name: parameters[name] for name in held.keys() & parameters.keys()}
+                weights = max(weights, common, key=len)
+        if self._keep and not weights:
+            raise UserError(
+                "model must be the one whose zeros are kept, and copies must be copies or averages of it, but a "
+                f"{type(copy).__name__} has none of the {len(self._keep)} weights. Copy or average the whole model."
+            )
+        return weights
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must load, also after `release`: the layers, their shapes, and zeros that train on.
@@ -219,9 +226,9 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     def _keep_of(self, weight: Tensor) -> Tensor:
         """Return the mask of a weight, on its device: the model may have moved since `hold`."""
-        if self._keep[weight].device != weight.device:
-            self._keep[weight] = self._keep[weight].to(weight.device)
-        return self._keep[weight]
+        keep = self._keep[weight].to(weight.device)
+        self._keep[weight] = keep
+        return keep
 
     def _mask_gradient(self, weight: Tensor) -> None:
         if weight.grad is not None:
@@ -268,16 +275,6 @@ def _count_zeros(layers: Mapping[str, Layer], processes: Processes) -> dict[str,
             counts[index] = (layer.weight == 0).count_nonzero()
     processes.all_reduce_sum([counts])
     return dict(zip(layers, counts.tolist(), strict=True))
-
-
-def _weights_of_copy(copy: object, held: Collection[str]) -> Mapping[str, Tensor]:
-    """Return the weights of a copy, or of its attribute `module`, whose zeros are held in the original."""
-    weights: Mapping[str, Tensor] = {}
-    for module in (copy, getattr(copy, "module", None)):
-        if isinstance(module, nn.Module):
-            named = {name: weight for name, weight in module.named_parameters() if name in held}
-            weights = max(weights, named, key=len)
-    return weights
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:

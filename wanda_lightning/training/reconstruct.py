@@ -101,6 +101,9 @@ class _Run:
         return pieces
 
 
+_Runs = Sequence[_Run | None]  # None for a run of another process
+
+
 @dataclass
 class _Part:
     """A module of a block (attention, MLP, or the block itself) with its pruned layers, and one run for each batch."""
@@ -181,7 +184,7 @@ def _train_part(part: _Part, config: Reconstruct, processes: Processes) -> Train
     if not held_out:
         return None
 
-    def losses(runs: Sequence[_Run | None], scale: float | None) -> Iterator[float]:
+    def losses(runs: _Runs, scale: float | None) -> Iterator[float]:
         """Yield the squared error of each run of this process."""
         for run in filter(None, runs):
             with torch.set_grad_enabled(scale is not None):
@@ -191,7 +194,7 @@ def _train_part(part: _Part, config: Reconstruct, processes: Processes) -> Train
                 error.backward(torch.full_like(error, scale))
             yield float(error)
 
-    def energies(runs: Sequence[_Run | None], scale: float | None) -> Iterator[float]:
+    def energies(runs: _Runs, scale: float | None) -> Iterator[float]:
         return (float(run.square_sum(run.output)) for run in filter(None, runs))
 
     parameters = list(dict.fromkeys(layer.parameter for layer in part.layers))
@@ -210,11 +213,11 @@ def _train_part(part: _Part, config: Reconstruct, processes: Processes) -> Train
 
 def _runs_by_batch(runs: Sequence[_Run], splits: bool) -> list[list[_Run]]:
     """Return the runs of each batch of this process, in pieces if it `splits` into them."""
-    by_batch: dict[int, list[_Run]] = {run.call.sample.batch_index: [] for run in runs}
+    last = max((run.call.sample.batch_index for run in runs), default=-1)
+    batches: list[list[_Run]] = [[] for _ in range(1 + last)]  # some may not have reached the part
     for run in runs:
-        by_batch[run.call.sample.batch_index] += run.pieces() if splits else [run]
-    # A batch need not reach a part.
-    return [by_batch.get(index, []) for index in range(1 + max(by_batch, default=-1))]
+        batches[run.call.sample.batch_index] += run.pieces() if splits else [run]
+    return batches
 
 
 def _splits_exactly(part: _Part, is_mixed: bool) -> bool:
