@@ -117,7 +117,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
     """
 
     weight_before_merge: Tensor | None = None  # while adapters are merged
-    bias_before_merge: Tensor | None = None
+    bias_before_merge: Tensor | None = None  # the last one; only read while adapters are merged
     merged_adapters: list[str]
     dequantizes = False  # whether the base layer is quantized; torch.compile cannot trace how it is recognized
 
@@ -211,7 +211,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
             super().merge(safe_merge, adapter_names)
         finally:
             if not self.merged:  # nothing was to be merged, or the first adapter failed
-                self._forget_original()
+                self.weight_before_merge = None
 
     def unmerge(self) -> None:
         """Restore the original weight, bit for bit."""
@@ -222,11 +222,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         if self.bias_before_merge is not None:
             base.bias.data = self.bias_before_merge.to(base.bias)
         self.merged_adapters = []
-        self._forget_original()
-
-    def _forget_original(self) -> None:
         self.weight_before_merge = None
-        self.bias_before_merge = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return False: a masked product has no low rank, and a plain LoRA would fill the zeros."""

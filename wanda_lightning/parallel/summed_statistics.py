@@ -34,7 +34,14 @@ def all_reduce_statistics(
     distinct: list[InputStatistics] = []
     for layers in _layers_by_input(list(tokens), collected, processes):
         first = layers[0]
-        total = _widened(tokens[first], collected.get(first), needs)
+        # In a dtype that is equal in all processes, and sorted, as the order of a set differs between them.
+        token = tokens[first].to(torch.promote_types(tokens[first].dtype, torch.float32))
+        total = InputStatistics(needs)
+        total.sums = {name: SUMS[name](token) for name in sorted(needs)}
+        if first in collected:
+            total.count = collected[first].count
+            for name, value in collected[first].sums.items():
+                total.sums[name].copy_(value)
         distinct.append(total)
         totals.update(dict.fromkeys(layers, total))
 
@@ -46,21 +53,6 @@ def all_reduce_statistics(
     for total, count in zip(distinct, counts.tolist(), strict=True):
         total.count = count
     return totals, {name for name, times in zip(tokens, padded.tolist(), strict=True) if times}
-
-
-def _widened(
-    token: Tensor, collected: InputStatistics | None, needs: frozenset[str]
-) -> InputStatistics:
-    """Copy statistics, or zeros if there are none, into tensors of a dtype that is equal in all processes."""
-    token = token.to(torch.promote_types(token.dtype, torch.float32))
-    total = InputStatistics(needs)
-    # Sorted, as the order of a set differs between processes.
-    total.sums = {name: SUMS[name](token) for name in sorted(needs)}
-    if collected is not None:
-        total.count = collected.count
-        for name, value in collected.sums.items():
-            total.sums[name].copy_(value)
-    return total
 
 
 def _layers_by_input(

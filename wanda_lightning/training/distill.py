@@ -278,16 +278,16 @@ def _share_of_rate(step: int, steps: int) -> float:
 
 def _trainable(dense: DenseModel, head: nn.Module | None) -> list[nn.Parameter]:
     """Return the parameters of the pruned layers and all vectors, without those of the head."""
-    pruned = {id(layer.parameter) for layer in dense.layers}
+    pruned = {layer.parameter for layer in dense.layers}
     # The dense predictions are stored as inputs of the head, which must not change.
-    fixed = set() if head is None else {id(parameter) for parameter in head.parameters()}
+    fixed = set() if head is None else set(head.parameters())
     trainable = [
         parameter
         for parameter in dense.model.parameters()
         if parameter.requires_grad
-        and id(parameter) not in fixed
+        and parameter not in fixed
         and not isinstance(parameter, UninitializedParameter)
-        and (id(parameter) in pruned or parameter.ndim < 2)
+        and (parameter in pruned or parameter.ndim < 2)
     ]
     if not trainable:
         raise UserError(

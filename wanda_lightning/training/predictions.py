@@ -206,10 +206,9 @@ def _refuse_unusable(predictions: Tensor, sample: Sample) -> None:
 
 def output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
     """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
-    pruned = {id(layer.parameter) for layer in layers}
-    heads = filter(None, map(own_head, model.modules()))
-    head = next(heads, None)
-    if head is None or any(id(parameter) in pruned for parameter in head.parameters()):
+    pruned = {layer.parameter for layer in layers}
+    head = next(filter(None, map(own_head, model.modules())), None)
+    if head is None or not pruned.isdisjoint(head.parameters()):
         return None
     return head
 
