@@ -176,6 +176,7 @@ def _settings(
     config: Distill, items: Sequence[_Item], num_trained: int, processes: Processes
 ) -> _Settings:
     """Choose the settings by the number of samples and predictions of all processes."""
+    # Of all processes, which must take the same steps.
     totals = torch.tensor([len(items), sum(len(item.target.rows) for item in items)])
     processes.all_reduce_sum([totals])
     samples, predictions = totals.tolist()

@@ -127,7 +127,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 keep |= unpack(unheld[layer.name], keep.shape).to(keep.device)
 
         for weight in self._keep:
-            self._mask_gradient(weight)
+            self._mask_gradient(weight)  # it may have a gradient from before
             trains = weight.requires_grad
             weight.requires_grad_()  # torch refuses the hook on a frozen weight, which may be unfrozen later
             self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))

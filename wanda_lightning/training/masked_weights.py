@@ -31,6 +31,7 @@ def hold_out(
     A sample of another process is None. The order depends on the batches alone: batch i of all processes precedes batch
     i + 1 of any.
     """
+    # Processes may have different numbers of batches, and a batch any number of samples.
     longest = max(number for (number,) in processes.all_gather([len(batches)]))
     sizes = processes.all_gather([len(batch) for batch in batches] + [0] * (longest - len(batches)))
     samples: list[_Sample | None] = []
@@ -95,6 +96,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
     ) -> None:
         self._processes = processes
         self._skip_unreached = skip_unreached
+        # A trained parameter need not belong to the module: it may multiply a weight of another one.
         everything = (*module.parameters(), *parameters)
         self._before = {tensor: (tensor.requires_grad, tensor.grad) for tensor in everything}
         kept = keep_masks(layers, other_entries=False)
@@ -211,6 +213,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
 
         for trained, gradient in zip(self._trained, gradients, strict=True):
             mask_(gradient, trained.keep)
+        # A sum is not finite if one of its terms is not, and takes no memory of the size of the gradient.
         if not torch.stack([gradient.sum().isfinite().cpu() for gradient in gradients]).all():
             return None  # no gradient is set: the next backward pass would add to that of a master
         for trained, gradient, times in zip(

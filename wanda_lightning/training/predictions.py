@@ -178,6 +178,7 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
     predictions = rows_of(predictions_of(output), sample)
     _refuse_unusable(predictions, sample)
     predictions = predictions.detach()
+    # The inputs of the head are much smaller than the predictions, if there are many classes.
     if head is not None and len(head_inputs) == 1:
         rows = rows_of(head_inputs[0].detach(), sample)
         # A few rows show whether the model changes the outputs of its head.
