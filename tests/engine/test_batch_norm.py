@@ -329,7 +329,9 @@ def test_distillation_starts_from_the_corrected_statistics_and_leaves_them():
     corrected = copy.deepcopy(dense)
     distilled = copy.deepcopy(dense).train()
     prune(corrected, batches, 0.5, progress=False)
-    report = prune(distilled, batches, 0.5, recovery=Distill(passes=1, blocks=False), progress=False)
+    report = prune(
+        distilled, batches, 0.5, recovery=Distill(passes=1, blocks=False), progress=False
+    )
     same(statistics(corrected), statistics(distilled))
     assert distilled.training
     assert not torch.equal(distilled.bn1.weight, corrected.bn1.weight)

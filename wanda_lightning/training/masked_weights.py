@@ -96,7 +96,6 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
     ) -> None:
         self._processes = processes
         self._skip_unreached = skip_unreached
-        # A trained parameter need not belong to the module: it may multiply a weight of another one.
         everything = (*module.parameters(), *parameters)
         self._before = {tensor: (tensor.requires_grad, tensor.grad) for tensor in everything}
         kept = keep_masks(layers, other_entries=False)
