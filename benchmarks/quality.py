@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from wanda_lightning import (
     OWL,
-    Distil,
+    Distill,
     EqualShare,
     Fisher,
     PruningCallback,
@@ -61,7 +61,7 @@ TEXT: dict[str, Choices] = {
     "owl": {"method": "wanda", "allocation": OWL()},
     "fisher": {"method": "wanda", "allocation": Fisher(num_samples=8)},
     **{name: {"method": name} for name in PRESETS},
-    "thorough, 3 passes": {"method": "thorough", "recovery": Distil(passes=3)},
+    "thorough, 3 passes": {"method": "thorough", "recovery": Distill(passes=3)},
     "admm+reconstruct": {"method": "admm", "recovery": "reconstruct"},
     "wanda+permutation": {"method": "wanda", "permutation": "assignment"},
     "balanced+permutation": {"method": "balanced", "permutation": "assignment"},
@@ -90,7 +90,7 @@ IMAGES: dict[str, Choices] = {
     },
     "best+distil at layer": {
         "method": "best",
-        "recovery": Distil(blocks=False),
+        "recovery": Distill(blocks=False),
         "sequential": "layer",
     },
     "best+reconstruct": {"method": "best", "recovery": "reconstruct"},

@@ -64,7 +64,7 @@ LABELS: Mapping[str, str] = {
     "best-permutation at layer": '`best` without its permutation, `sequential="layer"`',
     "balanced at layer": '`balanced`, `sequential="layer"`',
     "best at layer": '`best`, `sequential="layer"`',
-    "best+distil at layer": '`best`, `sequential="layer"`, then `Distil(blocks=False)`',
+    "best+distil at layer": '`best`, `sequential="layer"`, then `Distill(blocks=False)`',
     "thorough": "`thorough`",
     "thorough, 3 passes": "`thorough`, always 3 passes",
     "fixed": "then `DistillFromDense`",

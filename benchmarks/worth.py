@@ -35,7 +35,7 @@ from result import Result, Runs, sparsity_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from wanda_lightning import Distil, Fisher, prune, shrink
+from wanda_lightning import Distill, Fisher, prune, shrink
 
 BATCHES = (1, 32)
 PROMPT = 128
@@ -245,7 +245,7 @@ def text(options: Options) -> tuple[Comparison, Rows]:
     """Prepare a language model."""
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=DISTIL)
     base = language.planned
-    chosen = {"allocation": BY_LOSS, "recovery": Distil(passes=2, learning_rate=1e-3)}
+    chosen = {"allocation": BY_LOSS, "recovery": Distill(passes=2, learning_rate=1e-3)}
     priced = partial(narrower, language.calibration, allocation=replace(BY_LOSS, cost="seconds"))
     longer = replace(base, calibration=replace(base.calibration, windows=DISTIL))
     peer = partial(by_peer, language.calibration[0])

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from wanda_lightning import (
     CausalLMModule,
-    Distil,
+    Distill,
     DistillFromDense,
     ImageClassifierModule,
     ImageDataModule,
@@ -70,8 +70,8 @@ def net():
             "shrink must be one of True, False",
         ),
         (
-            lambda: Distil(seed=2**32),
-            "seed of Distil must be a whole number of at least 0 and at most 4294967295",
+            lambda: Distill(seed=2**32),
+            "seed of Distill must be a whole number of at least 0 and at most 4294967295",
         ),
     ],
 )

@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     )
     from wanda_lightning.training import (
         Distil as Distil,
+        Distill as Distill,
         NoRecovery as NoRecovery,
         Reconstruct as Reconstruct,
     )
@@ -100,7 +101,7 @@ _HOMES = {
     "data.text": "TextDataModule",
     "modules": "CausalLMModule ImageClassifierModule",
     "engine.prune": "prune",
-    "training": "Distil NoRecovery Reconstruct",
+    "training": "Distil Distill NoRecovery Reconstruct",
     "report": "PruningReport",
     "units.shrink": "Shrunk shrink",
     "streaming": "perplexity_from_disk prune_from_disk shrink_from_disk",

@@ -103,7 +103,7 @@ class PruningConfig:
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
                 outliers (`owl`) or the predictions depend more (`fisher`; for hidden units also by cost).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
-            recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`) or jointly (`distil`).
+            recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`), or all (`distill`).
             permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that
                 groups keep larger scores (`assignment`). The dense model computes the same, to rounding.
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
@@ -286,6 +286,9 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
 }
 """The names that an argument of `from_names` takes; `pattern` also takes any N:M."""
 
+OLD_NAMES = {"distil": "distill"}
+"""Names that version 0.3 had, and that are accepted for one more version, but not listed."""
+
 
 def _base(option: str) -> type:
     """Return the class of the objects that an option takes."""
@@ -314,6 +317,8 @@ def _check_sparsity(sparsity: float) -> None:
 
 def _named(option: str, name: object) -> Any:
     names = NAMES[option]
+    if isinstance(name, str):
+        name = OLD_NAMES.get(name, name)
     if not isinstance(name, str) or name not in names:
         near = did_you_mean(str(name), names)
         raise UserError(f"{option} must be one of {', '.join(names)}, but it is {name!r}.{near}")

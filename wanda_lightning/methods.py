@@ -47,7 +47,7 @@ ALLOCATIONS: Mapping[str, Callable[[], Allocation]] = {
 RECOVERIES: Mapping[str, Callable[[], Recovery]] = {
     "none": lambda: wl.NoRecovery(),
     "reconstruct": lambda: wl.Reconstruct(),
-    "distil": lambda: wl.Distil(),
+    "distill": lambda: wl.Distill(),
 }
 
 PERMUTATIONS: Mapping[str, Callable[[], Permutation]] = {
@@ -107,7 +107,7 @@ PRESETS: Mapping[str, Method] = {
     "fast": Method(lambda: wl.Wanda(), sequential="one_pass"),
     "balanced": Method(solver=lambda: wl.ADMM(iterations=6), group="layer", sequential="one_pass"),
     "best": BEST,
-    "thorough": replace(BEST, recovery=RECOVERIES["distil"]),
+    "thorough": replace(BEST, recovery=RECOVERIES["distill"]),
 }
 
 CRITERIA: Mapping[str, Callable[[], Criterion]] = {

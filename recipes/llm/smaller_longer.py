@@ -1,4 +1,4 @@
-"""Take hidden units out of a language model, and train it for longer than `Distil` does.
+"""Take hidden units out of a language model, and train it for longer than `Distill` does.
 
     python recipes/llm/get_smollm2.py .cache
     python recipes/llm/smaller_longer.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --output out/longer web.txt
@@ -13,7 +13,7 @@ which grows to 3 GB, and steps 3 and 4 write a checkpoint every 64 training step
 transformers loads out/longer/model with trust_remote_code=True, since its layers differ in width.
 Cost: 70 min and 9 GB of memory on 2 CPU cores with bfloat16 instructions, partly beside other programs.
 Result: with 78 thousand tokens of web text (C4), the perplexity on WikiText-2 is 35.90: 42.00 before training, 37.70
-with `Distil`, and 28.69 for the dense model. 114.6 of 134.5 million parameters are left. Seed 0, version 0.3.0.
+with `Distill`, and 28.69 for the dense model. 114.6 of 134.5 million parameters are left. Seed 0, version 0.3.0.
 """
 
 import argparse

@@ -166,7 +166,7 @@ Forward = with_forward(lambda self, x: self.layers(x))
         ),
         (
             with_forward(lambda self, batch: None, name="calibration_step"),
-            {"recovery": "distil"},
+            {"recovery": "distill"},
             "needs outputs, or their logits",
         ),
     ],

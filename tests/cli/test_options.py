@@ -253,7 +253,7 @@ VALUES |= {
     "allocation": "owl",
     "solver": "refit",
     "sequential": "layer",
-    "recovery": "distil",
+    "recovery": "distill",
 }
 VALUES |= {"permutation": "assignment"}
 
@@ -277,7 +277,7 @@ def test_results_are_labeled_with_what_was_chosen():
         ([], "wanda"),
         (["--pattern", "experts"], "reap"),
         (["--pattern", "structured"], "refit"),
-        (["--method", "fast", "--allocation", "owl", "--recovery", "distil"], "fast_owl_distil"),
+        (["--method", "fast", "--allocation", "owl", "--recovery", "distill"], "fast_owl_distill"),
     ):
         assert parse(["prune", *X, *given])[1]["pruning"].name == name
 

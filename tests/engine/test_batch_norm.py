@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torchvision.ops import FrozenBatchNorm2d, Permute
 
-from wanda_lightning import Distil, prune
+from wanda_lightning import Distill, prune
 from wanda_lightning.engine import batch_norm
 from wanda_lightning.engine.batch_norm import batch_norm_layers
 
@@ -331,7 +331,9 @@ def test_distillation_starts_from_the_corrected_statistics_and_leaves_them():
     corrected = copy.deepcopy(dense)
     distilled = copy.deepcopy(dense).train()
     prune(corrected, batches, 0.5, progress=False)
-    report = prune(distilled, batches, 0.5, recovery=Distil(passes=1, blocks=False), progress=False)
+    report = prune(
+        distilled, batches, 0.5, recovery=Distill(passes=1, blocks=False), progress=False
+    )
     same(statistics(corrected), statistics(distilled))
     assert distilled.training
     assert not torch.equal(distilled.bn1.weight, corrected.bn1.weight)

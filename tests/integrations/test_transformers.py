@@ -35,15 +35,14 @@ def arguments(folder, **options):
         "learning_rate": 0.01,
         "weight_decay": 0.5,
         "per_device_train_batch_size": 4,
-    }
-    quiet = {
         "report_to": [],
         "disable_tqdm": True,
         "use_cpu": True,
         "save_strategy": "no",
         "logging_strategy": "no",
     }
-    return TrainingArguments(str(folder), **{**quiet, **usual, **options})
+    usual.update(options)
+    return TrainingArguments(str(folder), **usual)
 
 
 class Looks(TrainerCallback):

@@ -49,7 +49,7 @@ def test_images_reach_the_statistics(name, method):
     for change in (lambda batches: batches, without_images):
         model = other(name).build()
         batches = other(name).batches()
-        # Or `Distil` trains the norms and biases of the vision model, too.
+        # Or `Distill` trains the norms and biases of the vision model, too.
         model.requires_grad_(False)
         model.model.language_model.requires_grad_(True)
         dense = copy.deepcopy(model)

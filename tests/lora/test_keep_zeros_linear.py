@@ -48,37 +48,53 @@ def test_updates_below_the_last_digit_of_bfloat16_count_in_training(monkeypatch)
 def test_output_and_gradients_are_those_of_dense_autograd(kind, dropout):
     """Autocast computes in its dtype and gives float32 gradients. No copy of the weight waits for backward."""
     mixed = kind == "autocast"
+    dtype = torch.float32 if mixed else torch.float64
+    tolerance = 0.02 if mixed else 1e-9
     model, layer = single(sparse_layer(kind, bias=kind != "no bias"), lora_dropout=dropout)
-    model.to(dtype := torch.float32 if mixed else torch.float64)
+    model.to(dtype)
     base = layer.base_layer.requires_grad_(not dropout)  # also of an unfrozen base
     x = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True)
-    wanted_for = [
-        x,
-        layer.lora_A["default"].weight,
-        layer.lora_B["default"].weight,
-        *base.parameters(),
-    ]
-    wanted_for = [each for each in wanted_for if each.requires_grad]
+    trained = [x, *(weight for weight in layer.parameters() if weight.requires_grad)]
 
     torch.manual_seed(7)
-    saved, seen = (
-        [],
-        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+    saved = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
     )
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
-        with seen:
-            out = model(x)
+        with hooks:
+            output = model(x)
         # Backward inside, as some loops do.
-        got = torch.autograd.grad(out.to(dtype).square().sum(), wanted_for)
+        gradients = torch.autograd.grad(output.to(dtype).square().sum(), trained)
     expected = reference(layer, x, dropout_seed=7 if dropout else None)
-    want = torch.autograd.grad(expected.square().sum(), wanted_for)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), trained)
 
-    places = {each.data_ptr() for each in saved if each.numel() == 24 * 40}
-    assert mixed or places == {base.weight.data_ptr()}
-    assert out.dtype == (torch.bfloat16 if mixed else torch.float64)
-    for mine, theirs in zip((out, *got), (expected, *want), strict=True):
-        assert mine is out or mine.dtype == dtype
-        assert relative(mine.to(dtype), theirs) < (0.02 if mixed else 1e-9)
+    assert output.dtype == (torch.bfloat16 if mixed else torch.float64)
+    assert relative(output.to(dtype), expected) < tolerance
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert gradient.dtype == dtype
+        assert relative(gradient, expected_gradient) < tolerance
+    if not mixed:
+        large = {tensor.data_ptr() for tensor in saved if tensor.numel() == base.weight.numel()}
+        assert large == {base.weight.data_ptr()}
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.Module.register_forward_hook,
+        nn.Module.register_forward_pre_hook,
+        nn.Module.register_full_backward_hook,
+        nn.Module.register_full_backward_pre_hook,
+    ],
+)
+def test_hooks_of_the_layer_run(register):
+    """One product would pass them by. torch has only private names for the hooks of a module."""
+    model, layer = single(sparse_layer("linear"))
+    calls = []
+    register(layer.base_layer, lambda *_: calls.append(1))
+    model(torch.randn(3, 24, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert calls
 
 
 def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
@@ -103,7 +119,6 @@ def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
 def test_adapters_switch_add_up_and_disable():
     base = logits(llama())
     model = get_peft_model(llama(), config())
-    assert not model.supports_lora_conversion()
     model.add_adapter("other", config(r=2, target_modules=["v_proj", "up_proj"]))
     randomize(model)
     layer = model.base_model.model.model.layers[0].self_attn.v_proj
@@ -119,6 +134,10 @@ def test_adapters_switch_add_up_and_disable():
     merged = merge(model)
     assert relative(logits(merged), both) < 1e-5
     assert_zeros(merged, zeros)
+
+
+def test_a_masked_product_cannot_be_converted_to_lora():
+    assert not get_peft_model(llama(), config()).supports_lora_conversion()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,11 +163,8 @@ def test_merge_adapter_and_back_restores_every_bit(dtype):
     [
         (llama, 0.3, 1e-5),
         (gpt2, 0.0, 1e-5),
-        (
-            partial(llama, torch.bfloat16),
-            0.0,
-            0.02,
-        ),  # two layers, 2^-8 each for weights and activations
+        # Two layers, with 2^-8 each for weights and activations.
+        (partial(llama, torch.bfloat16), 0.0, 0.02),
     ],
 )
 def test_trained_adapters_merge_to_what_was_trained_with_every_zero(build, dropout, rounding):
@@ -170,13 +186,15 @@ def test_trained_adapters_merge_to_what_was_trained_with_every_zero(build, dropo
     assert_zeros(merged, zeros)
 
 
-def test_merging_plain_lora_and_matrices_trained_whole_warns():
-    model = randomize(
-        get_peft_model(llama(), config(target_modules=["q_proj"], modules_to_save=["o_proj"]))
-    )
+def test_merging_matrices_that_were_trained_whole_warns():
+    options = config(target_modules=["q_proj"], modules_to_save=["o_proj"])
+    model = randomize(get_peft_model(llama(), options))
     train(model, steps=1)
     with pytest.warns(UserWarning, match=r"first in model\.layers\.0\.self_attn\.o_proj\.weight"):
         merge(model)
+
+
+def test_merging_plain_lora_warns():
     model = randomize(get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS)))
     adapted = logits(model)
     with pytest.warns(

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings(
 ADAPTERS = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
 
 
-def fit(module, *callbacks, **options):
-    fitting = trainer(*callbacks, **{"max_epochs": 3, **options})
+def fit(module, *callbacks, max_epochs=3):
+    fitting = trainer(*callbacks, max_epochs=max_epochs)
     fitting.fit(module, DataLoader(TOKENS.repeat(4, 1), batch_size=2))
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import register_peft_method
 from support import forks
 from support.lora import (
     TARGETS,
@@ -19,7 +20,12 @@ from support.lora import (
 )
 from torch import nn
 
-from wanda_lightning.lora import KeepZerosLoraConfig, merge
+from wanda_lightning.lora import (
+    KEEP_ZEROS_LORA,
+    KeepZerosLoraConfig,
+    KeepZerosLoraModel,
+    merge,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,28 +42,36 @@ def test_options_that_cannot_keep_zeros_are_refused_by_name(options, message):
         config(**options)
 
 
-def test_a_saved_adapter_can_be_loaded(tmp_path):
-    model = randomize(
-        get_peft_model(llama(), config(target_modules="all-linear", lora_dropout=0.1))
-    )
-    expected = logits(model)
-    model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["peft_type"].startswith("WANDA_LIGHTNING_KEEP_ZEROS_LORA ")
+@pytest.fixture
+def adapted():
+    options = config(target_modules="all-linear", lora_dropout=0.1)
+    return randomize(get_peft_model(llama(), options))
 
-    done = forks.run(
-        forks.execute,
-        f"from peft import PeftModel; PeftModel.from_pretrained(None, {str(tmp_path)!r})",
-    )
-    *_, error = done.stderr.strip().splitlines()  # of a process that has not imported the package
-    assert "run 'import wanda_lightning.lora' before loading this adapter" in error
-    base = llama()
-    zeros = zeros_of(base)
-    loaded = PeftModel.from_pretrained(base, tmp_path)
+
+def test_a_saved_adapter_can_be_loaded(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
     assert isinstance(loaded.peft_config["default"], KeepZerosLoraConfig)
+    assert torch.equal(logits(loaded), logits(adapted))
+    assert_zeros(merge(loaded), zeros_of(llama()))
+
+
+def test_the_configuration_of_a_saved_adapter_can_be_loaded(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
     assert isinstance(KeepZerosLoraConfig.from_pretrained(tmp_path), KeepZerosLoraConfig)
-    assert torch.equal(logits(loaded), expected)
-    assert_zeros(merge(loaded), zeros)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    # As version 0.3 wrote it.
+    assert saved["peft_type"] == (
+        "WANDA_LIGHTNING_KEEP_ZEROS_LORA "
+        "(run 'import wanda_lightning.lora' before loading this adapter)"
+    )
+
+
+def test_a_process_without_this_package_says_what_to_import(adapted, tmp_path):
+    adapted.save_pretrained(tmp_path)
+    code = f"from peft import PeftModel; PeftModel.from_pretrained(None, {str(tmp_path)!r})"
+    *_, error = forks.run(forks.execute, code).stderr.strip().splitlines()
+    assert "run 'import wanda_lightning.lora' before loading this adapter" in error
 
 
 def test_two_targets_with_one_weight_are_refused():
@@ -72,6 +86,17 @@ def test_plain_and_keep_zeros_adapters_do_not_mix():
     plain = get_peft_model(llama(), LoraConfig(target_modules=TARGETS))
     with pytest.raises(ValueError, match="without adapters of another type, but model"):
         get_peft_model(plain.base_model.model, config())
+
+
+def test_peft_registers_only_its_own_types():
+    """Otherwise `lora.register` could use this function in place of the tables."""
+    with pytest.raises(ValueError, match="Unknown PEFT type"):
+        register_peft_method(
+            name=KEEP_ZEROS_LORA.name.lower(),
+            config_cls=KeepZerosLoraConfig,
+            model_cls=KeepZerosLoraModel,
+            prefix="lora_",
+        )
 
 
 BITS = nn.Linear(8, 8)
@@ -93,4 +118,12 @@ def test_other_layers_are_refused_by_name_before_anything_changes(layer, message
     model = nn.Sequential(sparse_layer("linear"), layer)
     with pytest.raises(ValueError, match=message):
         get_peft_model(model, config(target_modules=["0", "1"]))
+    assert type(model[0]) is nn.Linear
+
+
+def test_the_layers_that_all_linear_stands_for_are_checked_before_anything_changes():
+    """PEFT finds them by a private function, after the model is prepared."""
+    model = nn.Sequential(sparse_layer("linear"), BITS)
+    with pytest.raises(ValueError, match="1 is a quantized layer"):
+        get_peft_model(model, config(target_modules="all-linear"))
     assert type(model[0]) is nn.Linear

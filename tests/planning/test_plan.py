@@ -12,7 +12,7 @@ from support.refusals import Untouched, refusal
 from support.zoo import ZOO, seeded
 from torch import nn
 
-from wanda_lightning import NM, OWL, Distil, Fisher, PerLayer, PruningConfig, Unstructured, prune
+from wanda_lightning import NM, OWL, Distill, Fisher, PerLayer, PruningConfig, Unstructured, prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 from wanda_lightning.planning.plan import make_plan
@@ -31,15 +31,15 @@ RESOLVED = [
     *((TEXT, {"method": method}, "sequential", "layer") for method in ("best", "thorough")),
     *((IMAGES, {"method": method}, "sequential", "none") for method in ("best", "thorough")),
     *(
-        (TEXT, {"method": "thorough", "pattern": p}, "recovery", Distil(blocks=False))
+        (TEXT, {"method": "thorough", "pattern": p}, "recovery", Distill(blocks=False))
         for p in ("unstructured", "2:4")
     ),
     *(
-        (IMAGES, {"method": "thorough", "pattern": p}, "recovery", Distil(blocks=True))
+        (IMAGES, {"method": "thorough", "pattern": p}, "recovery", Distill(blocks=True))
         for p in ("unstructured", "2:4")
     ),
-    (EACH, {"method": "thorough", "pattern": "structured"}, "recovery", Distil(blocks=False)),
-    (EACH, {"method": "thorough", "sequential": "layer"}, "recovery", Distil(blocks=False)),
+    (EACH, {"method": "thorough", "pattern": "structured"}, "recovery", Distill(blocks=False)),
+    (EACH, {"method": "thorough", "sequential": "layer"}, "recovery", Distill(blocks=False)),
     (TEXT, UNITS, "sequential", "layer"),
     *((IMAGES, choices, "sequential", "none") for choices in ({}, UNITS)),
     *(
@@ -60,7 +60,7 @@ RESOLVED = [
 
 @pytest.mark.parametrize(("names", "choices", "option", "expected"), RESOLVED)
 def test_choices_that_depend_on_the_model(names, choices, option, expected):
-    """Rows are weighed except in image models, whose blocks Distil also trains, and which are pruned in one pass."""
+    """Rows are weighed except in image models, whose blocks Distill also trains, and which are pruned in one pass."""
     for name in names:
         plan = make_plan(PruningConfig.from_names(**choices), ZOO[name].build())
         assert getattr(plan.config, option) == expected

@@ -36,8 +36,8 @@ def test_results_and_their_changes():
         ({"allocation": "owl", "pattern": "equal_share"}, "Wanda (equal share of the scores, OWL)"),
         ({"method": "best"}, "best (ADMM, unstructured, Fisher)"),
         (
-            {"method": "best", "allocation": "uniform", "recovery": "distil"},
-            "ADMM (unstructured, Distil)",
+            {"method": "best", "allocation": "uniform", "recovery": "distill"},
+            "ADMM (unstructured, Distill)",
         ),
     ],
 )

@@ -30,7 +30,7 @@ NO_GRADIENTS = {"allocation": "uniform", "pattern": "unstructured_layer"}
         ),
         (
             {"method": "thorough", **NO_GRADIENTS},
-            "recovery='distil' needs the whole model in memory",
+            "recovery='distill' needs the whole model in memory",
         ),
         (
             {"method": "best"},

@@ -45,6 +45,7 @@ def test_a_plain_loop_takes_the_steps_of_one_that_masks(name, accumulate, clip):
     pruned = zeros(module)
     with keep_zeros(module, optimizer):
         train(module, batches, optimizer, accumulate, clip)
+
     train_by_hand(by_hand, batches, OPTIMIZERS[name](by_hand.parameters()), accumulate, clip)
     assert same(module, by_hand)
     assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
@@ -88,8 +89,10 @@ def test_a_resumed_loop_equals_one_that_was_not_interrupted():
             "optimizer": torch.optim.Optimizer.state_dict(optimizer),
             "zeros": held.state_dict(),
         }
-        torch.save(saved, buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save(saved, buffer)
         train(module, batches[3:], optimizer)
+
     again = Net()
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=True)
@@ -119,19 +122,19 @@ def linear(width):
     return model
 
 
-BITS = torch.ones(3, dtype=torch.uint8)
+BITS = torch.ones(3, dtype=torch.uint8)  # too few for 32 * 8 weights
 
 
 @pytest.mark.parametrize(
     "state",
     [
-        {"layers": ["0"], "unheld_zeros": {}, "shapes": {"0": [16, 8]}},  # of other widths
-        {"layers": ["layers.0"], "unheld_zeros": {}},  # of a model that was wrapped in another way
-        *(
-            {"layers": ["0"], "unheld_zeros": {"0": wrong}}
-            for wrong in (BITS, torch.tensor([256]), 3)
-        ),
+        {"layers": ["0"], "unheld_zeros": {}, "shapes": {"0": [16, 8]}},
+        {"layers": ["layers.0"], "unheld_zeros": {}},
+        {"layers": ["0"], "unheld_zeros": {"0": BITS}},
+        {"layers": ["0"], "unheld_zeros": {"0": torch.tensor([256])}},
+        {"layers": ["0"], "unheld_zeros": {"0": 3}},
     ],
+    ids=["widths", "wrapping", "bits", "index", "number"],
 )
 def test_a_state_of_another_model_is_refused(state):
     with pytest.raises(

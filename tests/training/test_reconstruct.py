@@ -22,19 +22,17 @@ def parts_of(name):
     model = ZOO[name].build()
     batches = ZOO[name].batches()
     stops = find_layers(model).stops
-    found = {}
+    layers = {}
     with torch.no_grad():
         for stop, calls in lockstep(stops, samples_of(model, batches)):
             recovery = Reconstruct().start(stop)
             for call in recovery.record(calls):
                 call.run()
-            parts = getattr(recovery, "parts", [])
-            assert all(len(part.runs) == len(calls) for part in parts)
-            for part in parts:
-                found[part.name] = {
-                    layer.name.removeprefix(f"{part.name}.") for layer in part.layers
-                }
-    return found
+            for part in getattr(recovery, "parts", []):
+                assert len(part.runs) == len(calls)
+                prefix = f"{part.name}."
+                layers[part.name] = {layer.name.removeprefix(prefix) for layer in part.layers}
+    return layers
 
 
 LLAMA = {
@@ -66,11 +64,9 @@ LLAMA = {
     ],
 )
 def test_the_parts_of_a_block(name, prefix, parts):
-    found = parts_of(name)
     expected = {f"{prefix}.{part}".rstrip("."): layers for part, layers in parts.items()}
-    assert {
-        part: layers for part, layers in found.items() if f"{part}.".startswith(f"{prefix}.")
-    } == expected
+    parts = parts_of(name)
+    assert {part: parts[part] for part in parts if f"{part}.".startswith(f"{prefix}.")} == expected
 
 
 def test_a_layer_alone_has_no_parts():
@@ -88,11 +84,13 @@ def adam(dense, start, batches, epochs, rate, eps=1e-8):
     mean = [0.0, 0.0]
     square = [0.0, 0.0]
     step = 0
+
     for _ in range(epochs):
         for x in batches:
             step += 1
             hidden = torch.tanh(x @ weights[0].T + first_bias)
             gradient = 2 * (hidden @ weights[1].T + second_bias - dense(x))
+            # Backward through tanh.
             inner = (gradient @ weights[1]) * (1 - hidden**2)
             for index, change in enumerate((inner.T @ x, gradient.T @ hidden)):
                 change = change * keep[index]
@@ -117,7 +115,8 @@ def test_it_is_adam_on_what_the_dense_part_gave(count, epochs):
     for place, weight in zip((0, 2), expected, strict=True):
         torch.testing.assert_close(model[0].mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
         assert torch.equal(model[0].mlp[place].bias, dense[0].mlp[place].bias)
-    # The second block learns what it gave on what the trained first block gives.
+
+    # The second block learns its own dense outputs on the outputs of the trained first block.
     inputs = [model[0](x) for x in batches]
     second = copy.deepcopy(dense[1])
     prune(second, inputs, 0.5, sequential="none", progress=False)  # the block alone, dense inside

@@ -388,7 +388,7 @@ def test_pruning_twice_changes_nothing(name, method):
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("recovery", ["reconstruct", "distil"])
+@pytest.mark.parametrize("recovery", ["reconstruct", "distill"])
 def test_recoveries_keep_the_units_at_zero(recovery):
     model, batches = specimen("llama")
     prune_units(model, batches, recovery=recovery, sequential="block")

@@ -52,7 +52,7 @@ class DistillFromDense(Callback):
     without padding (as an `attention_mask` shows it). It is logged as `distillation_loss`. The callback takes the
     predictions from every call of the network in `training_step` that has gradients, and runs the dense model on the
     same inputs, without gradients or dropout. Use it with `PruningCallback` or `KeepZeros`, which keep the zeros, or
-    with adapters. The recovery `Distil` instead trains on the calibration batches while `prune` runs.
+    with adapters. The recovery `Distill` instead trains on the calibration batches while `prune` runs.
 
     Args:
         dense: The dense model: a module (of a LightningModule, the network in it); or a name that our modules load,

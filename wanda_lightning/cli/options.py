@@ -20,7 +20,7 @@ from cyclopts.validators import Number
 from wanda_lightning.common.checks import SEED
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.wording import one_line
-from wanda_lightning.config import NAMES, PruningConfig, check_pattern
+from wanda_lightning.config import NAMES, OLD_NAMES, PruningConfig, check_pattern
 
 
 def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
@@ -198,7 +198,8 @@ def _choices() -> Any:
         if name == "pattern":
             help += f" One of {', '.join(NAMES[name])}, or another N:M."
         elif name in NAMES:
-            hint = Optional[Literal[tuple(NAMES[name])]]  # noqa: UP045  # `|` does not take a Literal of a tuple
+            old_names = [old for old, new in OLD_NAMES.items() if new in NAMES[name]]
+            hint = Optional[Literal[(*NAMES[name], *old_names)]]  # noqa: UP045  # `|` does not take a Literal of a tuple
         check = (lambda _, given: check_pattern(given)) if name == "pattern" else None
         parameter = Parameter(help=help, alias=_ALIASES.get(name), validator=check)
         options.append((name, Annotated[hint, parameter], argument.default))

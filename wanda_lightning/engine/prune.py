@@ -329,7 +329,7 @@ def _start_recovery(run: Run, layers: tuple[Layer, ...]) -> ModelRecovery | None
         return None
     dense = DenseModel(plan.model, layers, plan.blocks, run.samples, plan.processes, run.progress)
     with run.clock.timed("recover"), pruning_mode(plan.model):
-        return plan.config.recovery.start_model(dense)
+        return plan.config.recovery.run_dense_model(dense)
 
 
 def _prune_stops(run: Run) -> Run:

@@ -50,15 +50,24 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         _refuse_distributed_weights(args)
         assert model is not None, "transformers passes the model to every hook"
         self._zeros.release()
-        if state.global_step > 0:  # resumed
-            saved = state.stateful_callbacks.get(type(self).__name__)
-            # If there are several such callbacks, each save appends their states, which are equal.
-            if saved := saved[-1] if isinstance(saved, list) else saved:
-                self._zeros.load_state_dict(_from_json(saved["attributes"]["held"]))
-            else:  # the Trainer only saves callbacks that the checkpoint knows
-                state.stateful_callbacks[type(self).__name__] = self.state()
+        if state.global_step > 0:
+            self._resume(state)
         self._zeros.hold_all(model)
-        self._zeros.clear([] if optimizer is None else [optimizer])
+        if optimizer is not None:
+            self._zeros.clear([optimizer])
+
+    def _resume(self, state: TrainerState) -> None:
+        """Load the state of an interrupted run."""
+        name = type(self).__name__
+        saved = state.stateful_callbacks.get(name)
+        if not saved:
+            # The interrupted run had no such callback. The Trainer only saves the states of callbacks in this table.
+            state.stateful_callbacks[name] = self.state()
+            return
+        # If there are several such callbacks, each save appends their states, which are equal.
+        if isinstance(saved, list):
+            saved = saved[-1]
+        self._zeros.load_state_dict(_from_json(saved["attributes"]["held"]))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -77,30 +86,29 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
 def _to_json(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state with lists in place of its tensors, whose dtypes say how they are packed."""
-    unheld: Mapping[str, Tensor] = state["unheld_zeros"]
-    found = {
-        name: [str(bits.dtype).removeprefix("torch."), bits.tolist()]
-        for name, bits in unheld.items()
+    packed: Mapping[str, Tensor] = state["unheld_zeros"]
+    unheld = {
+        name: [str(values.dtype).removeprefix("torch."), values.tolist()]
+        for name, values in packed.items()
     }
-    return {**state, "unheld_zeros": found}
+    return {**state, "unheld_zeros": unheld}
 
 
 def _from_json(state: Mapping[str, Any]) -> dict[str, Any]:
-    found = state["unheld_zeros"].items()
-    unheld = {name: torch.tensor(bits, dtype=getattr(torch, kind)) for name, (kind, bits) in found}
+    """Return the state from which `_to_json` returned this one."""
+    unheld = {
+        name: torch.tensor(values, dtype=getattr(torch, dtype))
+        for name, (dtype, values) in state["unheld_zeros"].items()
+    }
     return {**state, "unheld_zeros": unheld}
 
 
 def _refuse_distributed_weights(args: TrainingArguments) -> None:
-    launched = [
-        kind
-        for kind in ("FSDP", "DeepSpeed")
-        if os.environ.get(f"ACCELERATE_USE_{kind.upper()}") == "true"
-    ]
-    used = "FSDP" if args.fsdp else "DeepSpeed" if args.deepspeed else "".join(launched)
-    if used:
-        raise UserError(
-            f"KeepZerosCallback needs each process to hold the whole model, but {used} distributes its weights. Train "
-            "with DistributedDataParallel (torchrun without fsdp and deepspeed), or use KeepZeros in Lightning, which "
-            "supports FSDP2."
-        )
+    for name, option in (("FSDP", args.fsdp), ("DeepSpeed", args.deepspeed)):
+        # `accelerate launch` chooses by a variable of the environment, not by an argument of the Trainer.
+        if option or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":
+            raise UserError(
+                f"KeepZerosCallback needs each process to hold the whole model, but {name} distributes its weights. "
+                "Train with DistributedDataParallel (torchrun without fsdp and deepspeed), or use KeepZeros in "
+                "Lightning, which supports FSDP2."
+            )

@@ -14,8 +14,13 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.quantized import is_quantized, read_weight
 
 
+def _as_factors(weight: Tensor) -> Tensor:
+    """Return 1 where a weight is not zero, and 0 where it is, in float32 or wider."""
+    return (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
+
+
 def _kept_sum(
-    weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, *, only_delta: bool = False
+    weight: Tensor, left: Tensor, right: Tensor, keep: Tensor, only_delta: bool
 ) -> Tensor:
     """Return W + (left @ right) * keep, or without W if `only_delta`, in the dtype of `keep` = (W != 0)."""
     dtype = keep.dtype
@@ -44,41 +49,53 @@ class _KeptProduct(torch.autograd.Function):
         transposed: bool,
         only_delta: bool,
     ) -> Tensor:
-        ctx.dequantize, saved = (None, weight) if isinstance(weight, Tensor) else (weight, None)
-        ctx.save_for_backward(x, saved, left, right)
-        weight = weight if isinstance(weight, Tensor) else weight()
+        if isinstance(weight, Tensor):
+            ctx.dequantize = None
+            ctx.save_for_backward(x, weight, left, right)
+        else:
+            ctx.dequantize = weight
+            ctx.save_for_backward(x, None, left, right)
+            weight = weight()
         ctx.transposed = transposed
         ctx.only_delta = only_delta
-        ctx.bias = addend is not None and addend.dim() == 1
+        ctx.is_bias = addend is not None and addend.dim() == 1
+
+        # float32: a sum in half precision would lose small updates, also under autocast.
         with torch.autocast(x.device.type, enabled=False):
-            keep = (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
-            matrix = _kept_sum(weight, left, right, keep, only_delta=only_delta).to(x.dtype)
-            matrix = matrix if transposed else matrix.t()
-            rows = x.reshape(-1, x.shape[-1])
-            shape = (*x.shape[:-1], matrix.shape[1])
+            keep = _as_factors(weight)
+            matrix = _kept_sum(weight, left, right, keep, only_delta).to(x.dtype)
+            if not transposed:
+                matrix = matrix.t()
+            d_in, d_out = matrix.shape
+            rows = x.reshape(-1, d_in)
             if addend is None:
-                return torch.mm(rows, matrix).view(shape)
-            return torch.addmm(
-                addend if ctx.bias else addend.reshape(-1, shape[-1]), rows, matrix
-            ).view(shape)
+                product = torch.mm(rows, matrix)
+            elif ctx.is_bias:
+                product = torch.addmm(addend, rows, matrix)
+            else:
+                product = torch.addmm(addend.reshape(-1, d_out), rows, matrix)
+            return product.view(*x.shape[:-1], d_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, left, right = ctx.saved_tensors
-        weight = weight if ctx.dequantize is None else ctx.dequantize()
+        if ctx.dequantize is not None:
+            weight = ctx.dequantize()
         needs_x, needs_weight, needs_left, needs_right, needs_addend, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_left = grad_right = grad_addend = None
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
             grads = grad.reshape(-1, grad.shape[-1])
-            keep = (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
+            keep = _as_factors(weight)
             if needs_x:
-                matrix = _kept_sum(weight, left, right, keep, only_delta=ctx.only_delta).to(
-                    grads.dtype
-                )
-                grad_x = torch.mm(grads, matrix.t() if ctx.transposed else matrix).view(x.shape)
+                matrix = _kept_sum(weight, left, right, keep, ctx.only_delta)
+                matrix = matrix.to(grads.dtype)
+                if ctx.transposed:
+                    matrix = matrix.t()
+                grad_x = torch.mm(grads, matrix).view(x.shape)
             if needs_weight or needs_left or needs_right:
+                # The gradient of W as a dense matrix; the factors get it where W is not zero.
                 dense = torch.mm(rows.t(), grads) if ctx.transposed else torch.mm(grads.t(), rows)
                 if needs_weight and not ctx.only_delta:
                     grad_weight = dense.to(weight.dtype, copy=True)
@@ -88,7 +105,7 @@ class _KeptProduct(torch.autograd.Function):
                 if needs_right:
                     grad_right = torch.mm(left.to(dense.dtype).t(), dense).to(right.dtype)
             if needs_addend:
-                grad_addend = grads.sum(0) if ctx.bias else grad
+                grad_addend = grads.sum(0) if ctx.is_bias else grad
         return grad_x, grad_weight, grad_left, grad_right, grad_addend, None, None
 
 
@@ -99,9 +116,8 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
     in the state dict), since subtracting the update from the rounded sum could turn a small weight into a zero.
     """
 
-    before_merge: tuple[Tensor, Tensor | None] | None = (
-        None  # original weight and bias, while merged
-    )
+    weight_before_merge: Tensor | None = None  # while adapters are merged
+    bias_before_merge: Tensor | None = None  # the last one; only read while adapters are merged
     merged_adapters: list[str]
     dequantizes = False  # whether the base layer is quantized; torch.compile cannot trace how it is recognized
 
@@ -113,72 +129,66 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.lora_A]
         if names and not args and not kwargs and self._fuses(names):
-            base = self.get_base_layer()
-            autocast = (
-                torch.is_autocast_enabled(x.device.type) and base.weight.dtype != torch.float64
-            )
-            dtype = torch.get_autocast_dtype(x.device.type) if autocast else base.weight.dtype
-            x = x.to(dtype) if autocast else x
-            result = self._product(
-                x, names, None if base.bias is None else base.bias.to(dtype), only_delta=False
-            )
+            result = self._fused(x, names)
         else:
             result = self.base_layer(x, *args, **kwargs)
             for name in names:
-                result = self._product(
-                    self.lora_dropout[name](x).to(result.dtype), [name], result, only_delta=True
-                )
+                adapter_input = self.lora_dropout[name](x).to(result.dtype)
+                result = self._product(adapter_input, [name], result, only_delta=True)
         for name in names:
             if self.lora_bias[name]:
                 result = result + (self.scaling[name] * self.lora_B[name].bias).to(result.dtype)
         return result
 
-    def _product(
-        self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool
-    ) -> Tensor:
-        left, right = self._factors(names)
-        base = self.get_base_layer()
-        weight = partial(read_weight, base) if self.dequantizes else base.weight
-        product: Callable[..., Tensor] = _KeptProduct.apply
-        return product(x, weight, left, right, addend, self.fan_in_fan_out, only_delta)
-
-    def _factors(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return two matrices of low rank whose product is the sum of s B A, in the layout of the layer."""
-        outs = [self.scaling[name] * self.lora_B[name].weight for name in names]
-        ins = [self.lora_A[name].weight for name in names]
-        b, a = (outs[0], ins[0]) if len(names) == 1 else (torch.cat(outs, 1), torch.cat(ins, 0))
-        return (a.t(), b.t()) if self.fan_in_fan_out else (b, a)
-
     def _fuses(self, names: Sequence[str]) -> bool:
         """Whether one product may replace the layer's: no dropout, no hooks, no quantization, no half precision."""
         base = self.base_layer
-        dropouts = (self.lora_dropout[name] for name in names)
+        # torch has no public way to ask for hooks, which only `base(x)` calls.
         hooks = (
             base._forward_hooks,
             base._forward_pre_hooks,
             base._backward_hooks,
             base._backward_pre_hooks,
         )
-        plain = type(base).forward in (nn.Linear.forward, Conv1D.forward) and "forward" not in vars(
-            base
-        )
-        steady = not any(dropout.training and getattr(dropout, "p", 0) > 0 for dropout in dropouts)
-        dtypes = (torch.float32, torch.float64)
-        return (
-            steady
-            and plain
-            and not any(hooks)
-            and not self.dequantizes
-            and base.weight.dtype in dtypes
-        )
+        if any(hooks) or "forward" in vars(base):
+            return False
+        if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+            return False
+        for name in names:
+            dropout = self.lora_dropout[name]
+            if dropout.training and getattr(dropout, "p", 0) > 0:
+                return False
+        return not self.dequantizes and base.weight.dtype in (torch.float32, torch.float64)
+
+    def _fused(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Return the output of the layer with its adapters, without their biases, as one product."""
+        base = self.get_base_layer()
+        dtype = base.weight.dtype
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            x = x.to(dtype)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        return self._product(x, names, bias, only_delta=False)
+
+    def _product(
+        self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool
+    ) -> Tensor:
+        # Two matrices of low rank whose product is the sum of s B A, in the layout of the layer.
+        left = torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], dim=1)
+        right = torch.cat([self.lora_A[name].weight for name in names], dim=0)
+        if self.fan_in_fan_out:
+            left, right = right.t(), left.t()
+        base = self.get_base_layer()
+        weight = partial(read_weight, base) if self.dequantizes else base.weight
+        product: Callable[..., Tensor] = _KeptProduct.apply
+        return product(x, weight, left, right, addend, self.fan_in_fan_out, only_delta)
 
     def unmerged_weight(self) -> Tensor:
         """Return the weight without adapters, dequantized if the layer is quantized."""
-        return (
-            read_weight(self.get_base_layer())
-            if self.before_merge is None
-            else self.before_merge[0]
-        )
+        if self.weight_before_merge is not None:
+            return self.weight_before_merge
+        return read_weight(self.get_base_layer())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s (B A) * keep of one adapter, in the layout of the layer."""
@@ -193,25 +203,26 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
                 f"The adapters of a {type(base).__name__} with quantized weights cannot be merged in place. Use "
                 "wanda_lightning.lora.merge(model), which dequantizes the model."
             )
-        if self.before_merge is None:
-            self.before_merge = (
-                base.weight.data.clone(),
-                None if base.bias is None else base.bias.data.clone(),
-            )
+        if self.weight_before_merge is None:
+            self.weight_before_merge = base.weight.data.clone()
+            if base.bias is not None:
+                self.bias_before_merge = base.bias.data.clone()
         try:
             super().merge(safe_merge, adapter_names)
         finally:
-            if not self.merged:
-                self.before_merge = None
+            if not self.merged:  # nothing was to be merged, or the first adapter failed
+                self.weight_before_merge = None
 
     def unmerge(self) -> None:
         """Restore the original weight, bit for bit."""
+        if self.weight_before_merge is None:
+            return
         base = self.get_base_layer()
-        if self.before_merge is not None:
-            (weight, bias), self.before_merge, self.merged_adapters = self.before_merge, None, []
-            base.weight.data = weight.to(base.weight)
-            if bias is not None:
-                base.bias.data = bias.to(base.bias)
+        base.weight.data = self.weight_before_merge.to(base.weight)
+        if self.bias_before_merge is not None:
+            base.bias.data = self.bias_before_merge.to(base.bias)
+        self.merged_adapters = []
+        self.weight_before_merge = None
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return False: a masked product has no low rank, and a plain LoRA would fill the zeros."""

@@ -2,11 +2,12 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.common.errors import UserError
@@ -38,84 +39,95 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     Source: Hu et al. 2021, section 4.1, for merging. Sun et al. 2024 do not merge the adapters of a pruned model.
     """
     tuner = model.base_model
-    layers = {
+    adapted = {
         name: layer
         for name, layer in tuner.model.named_modules()
         if isinstance(layer, BaseTunerLayer)
     }
-    _dequantize(tuner.model, layers)
-    names = list(
-        dict.fromkeys(
-            [n for layer in layers.values() for n in layer.merged_adapters] + model.active_adapters
-        )
-    )
-    for layer in layers.values():
+    _dequantize(tuner.model, adapted)
+    merged_names = [name for layer in adapted.values() for name in layer.merged_adapters]
+    names = list(dict.fromkeys(merged_names + model.active_adapters))
+    for layer in adapted.values():
         if layer.merged:
             layer.unmerge()  # the zeros are read from the weights without adapters
 
-    keeping = tuple(
-        f"{name}.base_layer."
-        for name, layer in layers.items()
-        if isinstance(layer, KeepZerosLinear)
-    )
-    before = {}  # of each matrix that PEFT adapts or trains whole, by its name after unloading: its name and zeros
-    for name, weight in tuner.model.named_parameters(remove_duplicate=False):
-        after = name.replace(".original_module.", ".").replace(".base_layer.", ".")
-        if after != name and weight.dim() >= 2:
-            before[after] = name, pack(weight == 0)
+    zeros = _packed_zeros(tuner.model)
     merged = tuner.merge_and_unload(adapter_names=names)
     weights = dict(merged.named_parameters(remove_duplicate=False))
     filled: list[str] = []
-    for name in before.keys() & weights.keys():
-        weight, (wrapped_name, packed) = weights[name], before[name]
-        was_zero = unpack(packed, weight.shape).to(weight.device)
-        if (was_zero & (weight != 0)).any():
-            assert not wrapped_name.startswith(keeping), (
-                f"{name} lost zeros in merging keep-zeros adapters"
-            )
-            filled.append(name)
-            if reprune:
-                weight.masked_fill_(was_zero, 0)
+    for name in zeros.keys() & weights.keys():
+        weight = weights[name]
+        was_zero = unpack(zeros[name], weight.shape).to(weight.device)
+        if not (was_zero & (weight != 0)).any():
+            continue
+        layer = adapted.get(name.removesuffix(".weight"))
+        assert not isinstance(layer, KeepZerosLinear), (
+            f"{name} lost zeros in merging keep-zeros adapters"
+        )
+        filled.append(name)
+        if reprune:
+            weight.masked_fill_(was_zero, 0)
     if filled and not reprune:
         warnings.warn(
-            f"merge filled zeros of {len(filled)} of {len(before)} targeted matrices, first in {min(filled)}, as plain "
-            f"LoRA and modules_to_save do. Train with KeepZerosLoraConfig, do not merge, or use "
+            f"merge filled zeros of {len(filled)} of {len(zeros)} targeted matrices, first in {min(filled)}, as "
+            "plain LoRA and modules_to_save do. Train with KeepZerosLoraConfig, do not merge, or use "
             "merge(model, reprune=True) and evaluate again.",
             stacklevel=2,
         )
     return merged
 
 
-def _dequantize(model: nn.Module, layers: Mapping[str, BaseTunerLayer]) -> None:
+def _packed_zeros(model: nn.Module) -> dict[str, Tensor]:
+    """Return where each matrix is zero that PEFT adapts or trains whole, by the name that it has without PEFT."""
+    zeros: dict[str, Tensor] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        # PEFT wraps a layer with adapters as `base_layer`, and one that it trains whole as `original_module`.
+        name_after = name.replace(".original_module.", ".").replace(".base_layer.", ".")
+        if name_after != name and weight.dim() >= 2:
+            zeros[name_after] = pack(weight == 0)
+    return zeros
+
+
+def _dequantize(model: nn.Module, adapted: Mapping[str, BaseTunerLayer]) -> None:
     """Replace all quantized weights by those that `read_weight` returns, if adapters would be merged into some."""
     quantized = {
-        name: layer for name, layer in layers.items() if is_quantized(layer.get_base_layer())
+        name: layer for name, layer in adapted.items() if is_quantized(layer.get_base_layer())
     }
-    for name, wrapped in quantized.items():
-        if not isinstance(wrapped, KeepZerosLinear):
+    for name, layer in quantized.items():
+        if not isinstance(layer, KeepZerosLinear):
             raise UserError(
                 f"model must have keep-zeros adapters to be merged into quantized weights, but {name} is a "
-                f"{type(wrapped).__name__}. Train with KeepZerosLoraConfig, or load the model without quantization."
+                f"{type(layer).__name__}. Train with KeepZerosLoraConfig, or load the model without quantization."
             )
-    modules = list(model.named_modules()) if quantized else []
+    if not quantized:
+        return
+    modules = list(model.named_modules())
     for name, module in modules:
         refuse_unreadable(name, module)
+
+    dtype = getattr(getattr(model, "config", None), "dtype", None)
     for name, module in modules:
         if not is_quantized(module):
             continue
-        weight = nn.Parameter(read_weight(module), requires_grad=False)
         if quantizer(module) is None:  # the weight is quantized, not the layer
-            module.weight = weight
-            continue
-        dtype = getattr(getattr(model, "config", None), "dtype", None) or weight.dtype
-        # Which bitsandbytes replaced; (d_in, d_out).
-        if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
-            layer: nn.Module = Conv1D(*weight.shape)
-            weight = nn.Parameter(weight.t().contiguous(), requires_grad=False)
+            module.weight = nn.Parameter(read_weight(module), requires_grad=False)
         else:
-            layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-        layer.bias = module.bias
-        model.set_submodule(name, layer)
-    if quantized and (loaded_by := getattr(model, "hf_quantizer", None)) is not None:
+            model.set_submodule(name, _dequantized_layer(module, dtype))
+    loaded_by = getattr(model, "hf_quantizer", None)
+    if loaded_by is not None:
         loaded_by.remove_quantization_config(model)
+
+
+def _dequantized_layer(module: Any, dtype: torch.dtype | None) -> nn.Module:
+    """Return an ordinary layer in place of one of a quantization library; by default in the dtype of its weight."""
+    weight = read_weight(module)
+    layer: nn.Module
+    # The class that bitsandbytes replaced. A Conv1D has (d_in, d_out).
+    if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
+        layer = Conv1D(*weight.shape)
+        weight = weight.t().contiguous()
+    else:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+    layer.bias = module.bias
+    return layer

@@ -15,13 +15,8 @@ from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear
 from wanda_lightning.lora.register import KEEP_ZEROS_LORA
 from wanda_lightning.models.quantized import can_be_read, is_quantized
 
-# The others write to W, or need extra forward passes.
-_INITIALIZATIONS = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-)
+# All other initializations of PEFT write to W, or need extra forward passes.
+_INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 
 
 @dataclasses.dataclass
@@ -48,6 +43,7 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = KEEP_ZEROS_LORA
+        # PEFT marks the options of DoRA and other variants.
         refused = [
             field.name
             for field in dataclasses.fields(self)
@@ -55,7 +51,9 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
         ]
         refused += ["use_qalora", "target_parameters", "layer_replication", "megatron_config"]
         used = [name for name in refused if getattr(self, name, None)]
-        if used := used + ["init_lora_weights"] * (self.init_lora_weights not in _INITIALIZATIONS):
+        if self.init_lora_weights not in _INITIALIZATIONS:
+            used.append("init_lora_weights")
+        if used:
             raise UserError(
                 f"{used[0]}={getattr(self, used[0])!r} is not supported by KeepZerosLoraConfig, which trains "
                 "W + s (B A) * keep. Leave it out, or use peft.LoraConfig, whose merged weights are dense."
@@ -68,25 +66,23 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Check all targets before the first one is replaced."""
         super()._prepare_model(peft_config, model)
+        # A copy: PEFT writes the names that "all-linear" stands for into the config, after this method.
         config = _maybe_include_all_linear_layers(copy.copy(peft_config), model)
-        adapted = tuple(
-            f"{name}."
-            for name, module in model.named_modules()
-            if isinstance(module, BaseTunerLayer)
-        )
-        weights: dict[int, str] = {}
+        inside_adapted: list[str] = []  # prefixes of names, as of the matrices of adapters
+        names: dict[Tensor, str] = {}
         for name, module in model.named_modules():
-            if (
-                name
-                and not name.startswith(adapted)
-                and self._check_target_module_exists(config, name)
-            ):
-                weight = check_target(name, module)
-                if (other := weights.setdefault(id(weight), name)) != name:
-                    raise UserError(
-                        f"target_modules must name layers with weights of their own, but {other} and {name} share one "
-                        f"weight. Target one of them, for example with exclude_modules=['{name}']."
-                    )
+            if not name or name.startswith(tuple(inside_adapted)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside_adapted.append(f"{name}.")
+            if not self._check_target_module_exists(config, name):
+                continue
+            other = names.setdefault(check_target(name, module), name)
+            if other != name:
+                raise UserError(
+                    f"target_modules must name layers with weights of their own, but {other} and {name} share one "
+                    f"weight. Target one of them, for example with exclude_modules=['{name}']."
+                )
 
     @staticmethod
     def _create_new_module(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.calibration.torch_internals import write_count
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import InputStatistics, relative_error
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
@@ -134,20 +135,17 @@ def _solve(run: Run, layers: Sequence[Layer], inputs: InputStatistics) -> list[_
     """Return the layers with their new weights, which are not written yet."""
     weights = [layer.read() for layer in layers]
     selections = [run.selections[layer.name] for layer in layers]
-    versions = [_version(weight) for weight in weights]
+    write_counts = [write_count(weight) for weight in weights]
     results = run.plan.config.solver.solve_together(weights, inputs, selections)
 
     solved_layers: list[_Solved] = []
-    for layer, dense, version, (sparse, _) in zip(layers, weights, versions, results, strict=True):
+    for layer, dense, count, (sparse, _) in zip(
+        layers, weights, write_counts, results, strict=True
+    ):
         solved = _Solved(layer, dense, sparse)
-        _check_solved(run.plan, solved, is_unchanged=_version(dense) == version)
+        _check_solved(run.plan, solved, is_unchanged=write_count(dense) == count)
         solved_layers.append(solved)
     return solved_layers
-
-
-def _version(weight: Tensor) -> int:
-    """Return how often the tensor was written to; tensors of inference mode do not count that."""
-    return 0 if weight.is_inference() else weight._version
 
 
 def _check_solved(plan: Plan, solved: _Solved, is_unchanged: bool) -> None:

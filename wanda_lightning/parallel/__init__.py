@@ -12,4 +12,6 @@ from wanda_lightning.parallel.processes import (
     first_index as first_index,
     local as local,
 )
-from wanda_lightning.parallel.statistics import all_reduce_statistics as all_reduce_statistics
+from wanda_lightning.parallel.summed_statistics import (
+    all_reduce_statistics as all_reduce_statistics,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -14,8 +14,11 @@ from wanda_lightning.parallel.processes import Processes
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP or tensor parallelism divides any part of a model, perhaps from a module around it."""
-    managed = any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules())
-    return managed or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    # Between its forward and backward, FSDP has replaced the shards (DTensor) with whole tensors. Only this private
+    # flag of torch then shows it in a submodule, as `FSDPModule` is the class of the module around it.
+    if any(getattr(module, "_is_fsdp_managed_module", False) for module in model.modules()):
+        return True
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:
@@ -39,9 +42,10 @@ def gathered_state_dict(model: nn.Module) -> dict[str, Any]:
     whole = get_model_state_dict(
         model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    names: dict[int, str] = {}
+    # torch gathers a tied weight once for each of its names.
+    first_names: dict[Tensor, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        first = names.setdefault(id(parameter), name)
+        first = first_names.setdefault(parameter, name)
         if name in whole and first in whole:
             whole[name] = whole[first]
     return whole

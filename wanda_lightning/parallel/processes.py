@@ -32,8 +32,12 @@ class Processes:
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
         self._group = group
         self._device = device or torch.device("cpu")
-        self.world_size: int = 1 if group is None else dist.get_world_size(group)
-        self.rank: int = 0 if group is None else dist.get_rank(group)
+        self.world_size = 1
+        self.rank = 0
+        if group is not None:
+            self.world_size = dist.get_world_size(group)
+            self.rank = dist.get_rank(group)
+        # The error that all processes know already, so that an outer block does not announce it again.
         self._known_failure: BaseException | None = None
 
     def all_reduce_min(self, value: int) -> int:
@@ -45,15 +49,17 @@ class Processes:
         """
         assert value >= 0, "negative values announce a failure"
         lowest = self._lowest(value)
-        if lowest < 0:
-            rank = -1 - lowest
-            is_refusal, cause = self._broadcast((False, ""), rank)
-            failure = UserError if is_refusal else RuntimeError
-            self._known_failure = failure(
-                f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}"
-            )
-            raise self._known_failure
-        return lowest
+        if lowest >= 0:
+            return lowest
+
+        # `fail_together` sends -1 - rank from the process that failed, and then its error.
+        rank = -1 - lowest
+        is_refusal, cause = self._broadcast((False, ""), rank)
+        failure = UserError if is_refusal else RuntimeError
+        self._known_failure = failure(
+            f"process {rank} of {self.world_size} (counted from 0) stopped: {cause}"
+        )
+        raise self._known_failure
 
     def all_agree(self, answer: bool) -> bool:
         """Return whether all processes answer yes; raises as `all_reduce_min` does."""
@@ -61,9 +67,13 @@ class Processes:
 
     def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor in place with its sum over the processes; float64 as float32 if the device lacks it."""
-        for tensor in tensors if self.world_size > 1 else ():
-            narrow = tensor.dtype == torch.float64 and not has_float64(self._device)
-            message = (tensor.float() if narrow else tensor).to(self._device).contiguous()
+        if self.world_size == 1:
+            return
+        for tensor in tensors:
+            message = tensor
+            if tensor.dtype == torch.float64 and not has_float64(self._device):
+                message = tensor.float()
+            message = message.to(self._device).contiguous()
             dist.all_reduce(message, group=self._group)
             tensor.copy_(message)
 
@@ -82,9 +92,11 @@ class Processes:
     def _broadcast(self, value: Value, source: int) -> Value:
         if self.world_size == 1:
             return value
-        box: list[Any] = [value]
-        dist.broadcast_object_list(box, group=self._group, device=self._device, group_src=source)
-        return box[0]
+        objects: list[Any] = [value]  # torch replaces the entries in place
+        dist.broadcast_object_list(
+            objects, group=self._group, device=self._device, group_src=source
+        )
+        return objects[0]
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
@@ -102,8 +114,10 @@ class Processes:
         except Exception as error:
             if error is not self._known_failure:
                 self._known_failure = error
-                cause = isinstance(error, UserError | OSError), f"{type(error).__name__}: {error}"
-                self._broadcast(cause, -1 - self._lowest(-1 - self.rank))
+                is_refusal = isinstance(error, UserError | OSError)
+                # If several processes failed, they all announce the error of the last one.
+                rank = -1 - self._lowest(-1 - self.rank)
+                self._broadcast((is_refusal, f"{type(error).__name__}: {error}"), rank)
             raise
         self.all_reduce_min(0)
 
@@ -127,5 +141,5 @@ def first_index(tensor: Tensor) -> int:
     """Return the index at which this process's shard of a tensor starts, if it is sharded on its first dimension."""
     if not isinstance(tensor, DTensor):
         return 0
-    # As by torch.chunk.
+    # FSDP2 divides the rows as torch.chunk does: each shard has ceil(rows / processes), as long as there are any.
     return tensor.device_mesh.get_local_rank() * -(-len(tensor) // tensor.device_mesh.size())

@@ -1,6 +1,6 @@
 """Train with zeros that stay zero: in any training loop, and to recover what pruning has cost."""
 
-from wanda_lightning.training.distil import Distil as Distil
+from wanda_lightning.training.distill import Distill as Distill
 from wanda_lightning.training.reconstruct import Reconstruct as Reconstruct
 from wanda_lightning.training.recovery import (
     BlockRecovery as BlockRecovery,
@@ -9,3 +9,5 @@ from wanda_lightning.training.recovery import (
     NoRecovery as NoRecovery,
     Recovery as Recovery,
 )
+
+Distil = Distill  # its name until version 0.3

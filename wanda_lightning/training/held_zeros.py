@@ -53,7 +53,8 @@ def keep_zeros(
                 [0.0000, 0.5000]])
     """
     zeros = HeldZeros()
-    zeros.load_state_dict({"layers": None, "unheld_zeros": {}} if state is None else state)
+    if state is not None:
+        zeros.load_state_dict(state)
     zeros.hold_all(model, processes)
     zeros.clear(optimizers)
     return zeros
@@ -72,11 +73,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self._keep: dict[Tensor, KeepMask] = {}
         self._loaded: dict[str, Any] = {}  # the state for the next `hold`
         # The state at `release`.
-        self._released: dict[str, Any] = {
-            "layers": [],
-            "unheld_zeros": {},
-            "shapes": {},
-        }
+        self._released: dict[str, Any] = {"layers": [], "unheld_zeros": {}, "shapes": {}}
 
     @property
     def is_holding(self) -> bool:
@@ -88,44 +85,49 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     def hold_all(self, model: nn.Module, processes: Processes = SINGLE_PROCESS) -> None:
         """Hold the zeros that each prunable layer has now, or only those of the layers in a loaded state."""
-        found = sharded_layers(model)
-        layers = self._loaded.get("layers")
-        if not layers:
-            counts = _count_zeros(found, processes)
-            layers = [name for name, count in counts.items() if 0 < count < found[name].size]
-        if not layers and processes.rank == 0:
+        layers = sharded_layers(model)
+        names = self._loaded.get("layers")
+        if not names:
+            counts = _count_zeros(layers, processes)
+            names = [name for name, count in counts.items() if 0 < count < layers[name].size]
+        if not names and processes.rank == 0:
             warnings.warn(
                 "No zeros were found in any prunable layer, so none are kept. Load pruned weights, or prune first.",
                 stacklevel=3,
             )
-        shapes = self._loaded.get("shapes", {})
-        unheld = self._loaded.get("unheld_zeros", {})  # older: no shapes
-        for name in layers:
-            shape = [*found[name].shape] if name in found else []
-            if (
-                not shape
-                or shapes.get(name, shape) != shape
-                or (name in unheld and not fits(unheld[name], shape))
-            ):
+        for name in names:
+            if not self._fits_loaded(name, layers.get(name)):
                 raise UserError(
                     f"state must be of the same model, wrapped in the same way, but this model has no {name} of the "
                     "same shape. Pass the model as it was when the state was saved."
                 )
-        self.hold([found[name] for name in layers])
+        self.hold([layers[name] for name in names])
 
-    def hold(self, held: Sequence[Layer]) -> None:
+    def _fits_loaded(self, name: str, layer: Layer | None) -> bool:
+        """Return whether a layer is the one of this name in the loaded state."""
+        if layer is None:
+            return False
+        shape = [*layer.shape]
+        shapes = self._loaded.get("shapes", {})  # older versions saved none
+        unheld = self._loaded.get("unheld_zeros", {})
+        return shapes.get(name, shape) == shape and (
+            name not in unheld or fits(unheld[name], shape)
+        )
+
+    def hold(self, layers: Sequence[Layer]) -> None:
         """Hold the weights of these layers that are zero now; release all others."""
         self.release()
         unheld = self._loaded.get("unheld_zeros", {})
         self._loaded = {}
-        self._keep = keep_masks(held, other_entries=True)
-        self._held_layers = [(layer, layer.parameter) for layer in held]
-        for layer in held:
+        self._keep = keep_masks(layers, other_entries=True)
+        self._held_layers = [(layer, layer.parameter) for layer in layers]
+        for layer in layers:
             if layer.name in unheld:
                 keep = layer.own(self._keep[layer.parameter])
                 keep |= unpack(unheld[layer.name], keep.shape).to(keep.device)
+
         for weight in self._keep:
-            self._mask_gradient(weight)
+            self._mask_gradient(weight)  # it may have a gradient from before
             trains = weight.requires_grad
             weight.requires_grad_()  # torch refuses the hook on a frozen weight, which may be unfrozen later
             self._handles.append(weight.register_post_accumulate_grad_hook(self._mask_gradient))
@@ -138,13 +140,11 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         """Zero the moments of held zeros in the state of optimizers."""
         for optimizer in optimizers:
             for weight in self._held(optimizer):
-                for value in optimizer.state.get(weight, {}).values():
-                    if (
-                        isinstance(value, Tensor)
-                        and value.shape == weight.shape
-                        and value.is_floating_point()
-                    ):
-                        _zero(value, self._keep_of(weight))
+                for moment in optimizer.state.get(weight, {}).values():
+                    # Besides the moments there may be a number of steps, or an 8-bit state of another shape.
+                    is_like_weight = isinstance(moment, Tensor) and moment.shape == weight.shape
+                    if is_like_weight and moment.is_floating_point():
+                        _zero(moment, self._keep_of(weight))
 
     @torch.no_grad()
     def clear_copies(self, model: nn.Module, copies: Iterable[object]) -> None:
@@ -155,17 +155,30 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         Raises:
             ValueError: The model or a copy has none of the held weights. No copy has changed then.
         """
-        names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-        held = {names[weight]: keep for weight, keep in self._keep.items() if weight in names}
-        found = [(copy, _copied(copy, held)) for copy in copies]
-        if self._keep and (wrong := [copy for copy, weights in found if not weights]):
-            raise UserError(
-                f"model must be the one whose zeros are kept, and copies must be copies or averages of it, but a "
-                f"{type(wrong[0]).__name__} has none of the {len(self._keep)} weights. Copy or average the whole model."
-            )
-        for _, weights in found:
+        parameters = dict(model.named_parameters())
+        held = {
+            name: self._keep[tensor] for name, tensor in parameters.items() if tensor in self._keep
+        }
+        for weights in [self._weights_of_copy(copy, held) for copy in copies]:
             for name, weight in weights.items():
                 _zero(weight, held[name])
+
+    def _weights_of_copy(
+        self, copy: object, held: Mapping[str, KeepMask]
+    ) -> Mapping[str, nn.Parameter]:
+        """Return the weights of a copy, or of its attribute `module`, whose zeros are held in the original."""
+        weights: dict[str, nn.Parameter] = {}
+        for module in (copy, getattr(copy, "module", None)):
+            if isinstance(module, nn.Module):
+                parameters = dict(module.named_parameters())
+                common = {name: parameters[name] for name in held.keys() & parameters.keys()}
+                weights = max(weights, common, key=len)
+        if self._keep and not weights:
+            raise UserError(
+                "model must be the one whose zeros are kept, and copies must be copies or averages of it, but a "
+                f"{type(copy).__name__} has none of the {len(self._keep)} weights. Copy or average the whole model."
+            )
+        return weights
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run must load, also after `release`: the layers, their shapes, and zeros that train on.
@@ -173,22 +186,24 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         These are weights that are zero by chance, as a packed mask (`core.masking.pack`) for each layer; sharded layers
         are left out. The held zeros are in the weights.
         """
-        if not self._handles:
+        if not self.is_holding:
             return self._loaded or self._released
         unheld = {}
         shapes = {}
         for layer, weight in self._held_layers:
             shapes[layer.name] = [*layer.shape]
-            if not isinstance(weight, DTensor):
-                zero = (layer.own(weight.detach()) == 0) & layer.own(self._keep_of(weight))
-                if zero.any():
-                    unheld[layer.name] = pack(zero)
+            if isinstance(weight, DTensor):
+                continue
+            zero = (layer.own(weight.detach()) == 0) & layer.own(self._keep_of(weight))
+            if zero.any():
+                unheld[layer.name] = pack(zero)
         return {"layers": [*shapes], "unheld_zeros": unheld, "shapes": shapes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`; only `unheld_zeros` matter to `hold`."""
-        # Not another dictionary.
-        self._loaded = state | {key: state[key] for key in ("layers", "unheld_zeros")}
+        # A KeyError if it is another dictionary.
+        required = {key: state[key] for key in ("layers", "unheld_zeros")}
+        self._loaded = state | required
 
     def release(self) -> None:
         """Remove all hooks."""
@@ -211,9 +226,9 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 
     def _keep_of(self, weight: Tensor) -> Tensor:
         """Return the mask of a weight, on its device: the model may have moved since `hold`."""
-        if self._keep[weight].device != weight.device:
-            self._keep[weight] = self._keep[weight].to(weight.device)
-        return self._keep[weight]
+        keep = self._keep[weight].to(weight.device)
+        self._keep[weight] = keep
+        return keep
 
     def _mask_gradient(self, weight: Tensor) -> None:
         if weight.grad is not None:
@@ -228,15 +243,15 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
 def keep_masks(layers: Iterable[Layer], other_entries: bool) -> dict[Tensor, KeepMask]:
     """Return the nonzero weights of some layers as a mask of each parameter, or of its shard in this process.
 
-    The entries of further layers in a parameter, such as other experts, are `other_entries`.
+    A parameter may have entries that belong to none of the layers, such as those of other experts. The mask is
+    `other_entries` there.
     """
     keep: dict[Tensor, KeepMask] = {}
     for layer in layers:
         parameter = layer.parameter
         if parameter not in keep:
-            keep[parameter] = torch.full_like(
-                local(parameter.detach()), other_entries, dtype=torch.bool
-            )
+            shard = local(parameter.detach())
+            keep[parameter] = torch.full_like(shard, other_entries, dtype=torch.bool)
         layer.own(keep[parameter]).copy_(layer.weight != 0)
     return keep
 
@@ -260,18 +275,6 @@ def _count_zeros(layers: Mapping[str, Layer], processes: Processes) -> dict[str,
             counts[index] = (layer.weight == 0).count_nonzero()
     processes.all_reduce_sum([counts])
     return dict(zip(layers, counts.tolist(), strict=True))
-
-
-def _copied(copy: object, held: Mapping[str, KeepMask]) -> Mapping[str, Tensor]:
-    """Return the weights of a copy, or of its attribute `module`, whose zeros are held in the original."""
-    modules = [
-        each for each in (copy, getattr(copy, "module", None)) if isinstance(each, nn.Module)
-    ]
-    named = (
-        {name: weight for name, weight in each.named_parameters() if name in held}
-        for each in modules
-    )
-    return max(named, key=len, default={})
 
 
 def _zero(tensor: Tensor, keep: Tensor) -> None:

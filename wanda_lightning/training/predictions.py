@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
 from wanda_lightning.models import (
     Layer,
-    causal_config,
     find_predictions,
     fitting_mask,
     has_classes,
@@ -25,8 +24,14 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.parallel import Processes
 
+# Names of settings of transformers: ids of placeholders, which a model never predicts.
 _MEDIA_TOKENS = [
-    f"{kind}_token_{end}" for kind in ("image", "video", "audio") for end in ("id", "index")
+    "image_token_id",
+    "image_token_index",
+    "video_token_id",
+    "video_token_index",
+    "audio_token_id",
+    "audio_token_index",
 ]
 HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
 _ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
@@ -41,42 +46,46 @@ def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextMa
     """Run float32 models in bfloat16, if enabled, where the hardware supports it; keep the precision of a Trainer."""
     if not enabled:
         return nullcontext()
-    kind = (parameter := next(model.parameters())).device.type
-    active = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind)
+    parameter = next(model.parameters())
+    device = parameter.device.type
+    active = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device)
     if not active and parameter.dtype == torch.float32:
         dtype = torch.bfloat16
-        features = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # not in 2.10
-        on_cpu = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-        # `mps` does not say.
-        supports = getattr(torch.get_device_module(kind), "is_bf16_supported", None)
-        active = (
-            on_cpu
-            if kind == "cpu"
-            else supports is not None and supports(including_emulation=False)
-        )
+        active = _supports_bfloat16(device)
     # A cached cast that was made without gradients would cut the graph of the recomputed block.
-    return torch.autocast(kind, dtype, enabled=active, cache_enabled=False)
+    return torch.autocast(device, dtype, enabled=active, cache_enabled=False)
+
+
+def _supports_bfloat16(device: str) -> bool:
+    """Return whether the hardware multiplies in bfloat16, rather than emulating it."""
+    if device == "cpu":
+        features = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # not in 2.10
+        return any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    # `mps` does not say.
+    supports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return supports is not None and supports(including_emulation=False)
 
 
 def works(trial: Callable[[], bool], processes: Processes) -> bool:
     """Return whether a trial succeeds in all processes, without an exception; too little memory is an error."""
     with processes.fail_together():
         try:
-            own = trial()
+            succeeded = trial()
         except torch.OutOfMemoryError:
             raise
         except Exception:  # the code of a model may raise anything
-            own = False
-        return processes.all_agree(own)
+            succeeded = False
+        return processes.all_agree(succeeded)
 
 
 def rows_of(predictions: Tensor, sample: Sample) -> Tensor:
     """Return the predictions of a sample as a matrix, without padding."""
     rows = predictions.flatten(0, -2)
-    if mask := fitting_mask(sample.masks, "", predictions):
-        rows = rows[mask.keep.flatten().to(rows.device)]
-    return rows
+    mask = fitting_mask(sample.masks, "", predictions)
+    if mask is None:
+        return rows
+    return rows[mask.keep.flatten().to(rows.device)]
 
 
 def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
@@ -91,29 +100,29 @@ def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
         return None
     following = ids.roll(-1, dims=1)
     following[:, -1] = -1
-    media = [id for name in _MEDIA_TOKENS if isinstance(id := getattr(config, name, None), int)]
-    following[
-        (following >= logits.shape[-1]) | torch.isin(following, torch.tensor(media).to(following))
-    ] = -1
-    if mask := fitting_mask(sample.masks, "", logits):
+
+    settings = [getattr(config, name, None) for name in _MEDIA_TOKENS]
+    media = torch.tensor([id for id in settings if isinstance(id, int)]).to(following)
+    # Some vocabularies have ids of images for which the head has no row.
+    following[(following >= logits.shape[-1]) | torch.isin(following, media)] = -1
+    mask = fitting_mask(sample.masks, "", logits)
+    if mask is not None:
         following[~mask.keep.to(ids.device).roll(-1, dims=1)] = -1
     return rows_of(following.unsqueeze(-1), sample).squeeze(1).to(logits.device)
 
 
 def predictions_of(output: object) -> Tensor:
     """Return the predictions in the output of a model; refuse an output without any."""
-    found = find_predictions(output)
-    if found is None:
-        tensor = (
-            f"tensor of shape {tuple(output.shape)}"
-            if isinstance(output, Tensor)
-            else type(output).__name__
-        )
+    predictions = find_predictions(output)
+    if predictions is None:
+        kind = type(output).__name__
+        if isinstance(output, Tensor):
+            kind = f"tensor of shape {tuple(output.shape)}"
         raise UserError(
-            "recovery=Distil() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
-            f"gave a {tensor}. Let forward= (or calibration_step) return the predictions, or use another recovery."
+            "recovery=Distill() needs outputs, or their logits, to be tensors of at least two dimensions, but a batch "
+            f"gave a {kind}. Let forward= (or calibration_step) return the predictions, or use another recovery."
         )
-    return found
+    return predictions
 
 
 @dataclass(frozen=True)
@@ -127,18 +136,17 @@ class DenseTarget:
         """Return a function that computes a slice of the dense predictions, (rows, classes)."""
         head = self.head
         rows = self.rows
-        cast = dict[str, Tensor]()
+        device = rows.device.type
         if head is None:
             return lambda part: rows[part]
-        # It would cast the matrices anew for each slice.
-        if torch.is_autocast_enabled(kind := rows.device.type):
-            wide = {
-                name: p
-                for name, p in head.named_parameters()
-                if p.ndim > 1 and p.dtype == torch.float32
-            }
-            cast = {name: p.detach().to(torch.get_autocast_dtype(kind)) for name, p in wide.items()}
-        return lambda part: functional_call(head, cast, (rows[part],))
+
+        # Autocast would cast the matrices of the head anew for each slice.
+        narrow: dict[str, Tensor] = {}
+        if torch.is_autocast_enabled(device):
+            for name, parameter in head.named_parameters():
+                if parameter.ndim > 1 and parameter.dtype == torch.float32:
+                    narrow[name] = parameter.detach().to(torch.get_autocast_dtype(device))
+        return lambda part: functional_call(head, narrow, (rows[part],))
 
 
 def dense_targets(
@@ -147,39 +155,33 @@ def dense_targets(
     """Return what the dense model predicts for the samples of a batch, which may be empty."""
     if not samples:
         return []
-    # Shows whether training will get gradients.
+    # With gradients in the first batch, to refuse predictions that have none before anything is written.
     with torch.set_grad_enabled(samples[0].batch_index == 0):
         first = _target(samples[0], head)
+    others = samples[1:]
     with torch.no_grad():
-        if len(samples) > 1 and len(first.rows) == 1 and fit_together(samples):
-            others = _target(data.join(samples[1:]), head)
-            if len(others.rows) == len(samples) - 1:
-                return [first, *(DenseTarget(row, others.head) for row in others.rows.split(1))]
-        return [first, *(_target(sample, head) for sample in samples[1:])]
+        if others and len(first.rows) == 1 and fit_together(samples):
+            joined = _target(data.join(others), head)
+            if len(joined.rows) == len(others):
+                return [first, *(DenseTarget(row, joined.head) for row in joined.rows.split(1))]
+        return [first, *(_target(sample, head) for sample in others)]
 
 
 def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
-    entered: list[Tensor] = []
-    hook = head and head.register_forward_pre_hook(lambda module, args: entered.extend(args))
-    with hook or nullcontext():
+    """Return what the dense model predicts for a sample; as the inputs of the head if they are enough."""
+    head_inputs: list[Tensor] = []
+    hook: AbstractContextManager[object] = nullcontext()
+    if head is not None:
+        hook = head.register_forward_pre_hook(lambda module, args: head_inputs.extend(args))
+    with hook:
         output = sample.predict()
     predictions = rows_of(predictions_of(output), sample)
-    if torch.is_grad_enabled() and not predictions.requires_grad:
-        raise UserError(
-            "recovery=Distil() needs predictions with gradients, but those of the model have none, as after detach(). "
-            "Let forward= (or calibration_step) return predictions with gradients, or use another recovery."
-        )
+    _refuse_unusable(predictions, sample)
     predictions = predictions.detach()
-    if not (
-        predictions < math.inf
-    ).all():  # minus infinity is allowed: the logit of an impossible class
-        raise UserError(
-            f"recovery=Distil() needs finite predictions, but those of batch {sample.batch_index} (counted from 0) "
-            "hold NaN or infinity. Check that batch, or load the model in float32 or bfloat16 rather than float16."
-        )
-    if head is not None and len(entered) == 1:
-        rows = rows_of(entered[0].detach(), sample)
-        # Enough to see whether the model changes the outputs of its head.
+    # The inputs of the head are much smaller than the predictions, if there are many classes.
+    if head is not None and len(head_inputs) == 1:
+        rows = rows_of(head_inputs[0].detach(), sample)
+        # A few rows show whether the model changes the outputs of its head.
         part = slice(0, _ROWS_AT_ONCE)
         if len(rows) == len(predictions) and _nearly_equal(
             head(rows[part]).detach(), predictions[part]
@@ -188,17 +190,28 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
     return DenseTarget(predictions.clone(), None)
 
 
+def _refuse_unusable(predictions: Tensor, sample: Sample) -> None:
+    """Raise an error for dense predictions that training cannot approach."""
+    if torch.is_grad_enabled() and not predictions.requires_grad:
+        raise UserError(
+            "recovery=Distill() needs predictions with gradients, but those of the model have none, as after detach(). "
+            "Let forward= (or calibration_step) return predictions with gradients, or use another recovery."
+        )
+    # Minus infinity is the logit of an impossible class.
+    if not (predictions < math.inf).all():
+        raise UserError(
+            f"recovery=Distill() needs finite predictions, but those of batch {sample.batch_index} (counted from 0) "
+            "hold NaN or infinity. Check that batch, or load the model in float32 or bfloat16 rather than float16."
+        )
+
+
 def output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
     """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
-    pruned = {id(layer.parameter) for layer in layers}
-    head = next(
-        (head for module in model.modules() if (head := own_head(module)) is not None), None
-    )
-    return (
-        None
-        if head is None or any(id(parameter) in pruned for parameter in head.parameters())
-        else head
-    )
+    pruned = {layer.parameter for layer in layers}
+    head = next(filter(None, map(own_head, model.modules())), None)
+    if head is None or not pruned.isdisjoint(head.parameters()):
+        return None
+    return head
 
 
 def _nearly_equal(first: Tensor, second: Tensor) -> bool:
@@ -209,28 +222,27 @@ def _nearly_equal(first: Tensor, second: Tensor) -> bool:
     return bool(((first - second).abs() <= tolerance).all())
 
 
-class DistilLoss:
-    """Compares the predictions of a pruned model with the dense ones, and with the next tokens of text; see `Distil`.
+@dataclass(frozen=True)
+class DistillLoss:
+    """Compares predictions of a pruned model with the dense ones, and with the next tokens of text; see `Distill`."""
 
-    The model runs in mixed precision if the sample, where there is one, does: the code of some models sets a dtype.
-    """
+    model: nn.Module
+    kind: str | None
+    next_token: float
+    causal: (
+        Any  # configuration of a causal language model of transformers; None for any other model
+    )
+    is_mixed: bool = True  # whether the model may run in mixed precision
 
-    def __init__(
-        self,
-        model: nn.Module,
-        kind: str | None,
-        next_token: float,
-        sample: Sample | None,
-        processes: Processes,
-    ) -> None:
-        self._model = model
-        self._kind = kind
-        self._causal = causal_config(model)
-        self._next_token = 0.0 if self._causal is None else next_token
-        self._is_mixed = True
-        self._is_mixed = works(
+    def in_supported_precision(self, sample: Sample | None, processes: Processes) -> DistillLoss:
+        """Run a sample, if there is one, in mixed precision; return the loss without it if that fails in any process.
+
+        The code of some models sets a dtype.
+        """
+        is_mixed = works(
             lambda: sample is None or bool(self._run(sample, training=False)), processes
         )
+        return replace(self, is_mixed=is_mixed)
 
     def __call__(
         self, sample: Sample, target: DenseTarget, factor: float, scale: float | None
@@ -243,14 +255,17 @@ class DistilLoss:
         output, rows = self._run(sample, training=scale is not None)
         if not len(rows):  # a sample of padding
             return 0.0
-        is_kl = self._kind == "kl" or (self._kind is None and has_classes(output))
+        is_kl = self.kind == "kl" or (self.kind is None and has_classes(output))
         compare = divergence if is_kl else squared_error
         dense = target.predictions()
-        tokens = next_tokens(output, sample, self._causal) if is_kl and self._next_token else None
-        known = 0 if tokens is None else int((tokens >= 0).sum())
-        share = self._next_token if known else 0.0
+        tokens = self._tokens_to_learn(output, sample) if is_kl else None
+        weight = 1 / len(target.rows)
+        token_weight = 0.0
+        if tokens is not None:
+            weight = (1 - self.next_token) / len(target.rows)
+            token_weight = self.next_token / int((tokens >= 0).sum())
+
         loss = 0.0
-        weight = (1 - share) / len(target.rows)
         gradient = None if scale is None else torch.empty_like(rows)
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS_AT_ONCE):
@@ -259,10 +274,10 @@ class DistilLoss:
                 value, slopes = compare(predicted, widened(dense(part)))
                 value = value * weight
                 slopes = slopes.mul_(weight)
-                if tokens is not None and share:
-                    entropy, more = cross_entropy(predicted, tokens[part])
-                    value = value + entropy * (share / known)
-                    slopes = slopes.add_(more, alpha=share / known)
+                if tokens is not None:
+                    entropy, entropy_slopes = cross_entropy(predicted, tokens[part])
+                    value = value + entropy * token_weight
+                    slopes = slopes.add_(entropy_slopes, alpha=token_weight)
                 loss += float(value) * factor
                 if gradient is not None and scale is not None:
                     gradient[part] = slopes.mul_(scale * factor)
@@ -270,7 +285,14 @@ class DistilLoss:
             rows.backward(gradient)
         return loss
 
+    def _tokens_to_learn(self, output: object, sample: Sample) -> Tensor | None:
+        """Return the token that follows each prediction; None if there is none to learn."""
+        if self.causal is None or not self.next_token:
+            return None
+        tokens = next_tokens(output, sample, self.causal)
+        return tokens if tokens is not None and (tokens >= 0).any() else None
+
     def _run(self, sample: Sample, training: bool) -> tuple[object, Tensor]:
-        with torch.set_grad_enabled(training), mixed_precision(self._model, self._is_mixed):
+        with torch.set_grad_enabled(training), mixed_precision(self.model, self.is_mixed):
             output = sample.predict()
             return output, rows_of(predictions_of(output), sample)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,9 @@ from wanda_lightning.common.checks import Number, check
 from wanda_lightning.models import Layer, Stop, fitting_mask
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import TrainedPart
+from wanda_lightning.training.masked_weights import MaskedWeights, hold_out
 from wanda_lightning.training.predictions import mixed_precision, widened, works
-from wanda_lightning.training.recovery import BlockRecovery, MaskedWeights, Recovery, hold_out
+from wanda_lightning.training.recovery import BlockRecovery, Recovery
 
 _HELD_OUT = 4  # every fourth step is held out from training
 _SAMPLES = 16  # of a batch in a step, at most
@@ -61,13 +62,51 @@ class Reconstruct(Recovery):
         return _BlockReconstruction(self, stop, parts, processes) if parts else BlockRecovery()
 
 
-class _Run(NamedTuple):
-    """One call of a part, or some samples of it: the arguments, the output of the dense part, what is not padding."""
+@dataclass(frozen=True)
+class _Run:
+    """One call of a part, or some samples of it."""
 
     call: Call
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]
-    output: Tensor
-    keep: Tensor | None
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
+    output: Tensor  # of the dense part
+    keep: Tensor | None  # what is not padding
+
+    def square_sum(self, tokens: Tensor) -> Tensor:
+        """Sum the squares over all tokens except padding."""
+        if self.keep is not None:
+            tokens = tokens.flatten(0, -2)[self.keep.flatten().to(tokens.device)]
+        return widened(tokens).square().sum()
+
+    def pieces(self) -> list[_Run]:
+        """Return the run in pieces with few samples of the batch; as it is if its rows do not belong to samples."""
+        samples = separable_samples(self.call.sample.batch)
+        rows = len(self.output) if self.output.ndim > 1 else 0
+        values = (self.inputs, self.output, self.keep)
+        # A vector with an entry for each sample or row, or for each boundary between samples, may hold offsets, which
+        # count from the start of the batch. One with an entry for each token may hold positions, equal for all samples.
+        lengths = {len(tensor) for tensor in tensors_of(values) if tensor.ndim == 1}
+        if samples <= _SAMPLES or not rows or rows % samples:
+            return [self]
+        if lengths & {samples, samples + 1, rows}:
+            return [self]
+
+        # Pieces of about one size, each with at most `_SAMPLES` samples.
+        size = math.ceil(samples / math.ceil(samples / _SAMPLES))
+
+        def piece(start: int, tensor: Tensor) -> Tensor:
+            if tensor.ndim < 2 or len(tensor) not in (samples, rows):
+                return tensor
+            per_sample = len(tensor) // samples
+            return tensor[start * per_sample : (start + size) * per_sample]
+
+        pieces = []
+        for start in range(0, samples, size):
+            inputs, output, keep = map_tensors(partial(piece, start), values)
+            pieces.append(_Run(self.call, inputs, output, keep))
+        return pieces
+
+
+_Runs = Sequence[_Run | None]  # None for a run of another process
 
 
 @dataclass
@@ -83,10 +122,23 @@ class _Part:
         """Run the dense part, and copy its inputs, into which it may write, and its output."""
         inputs = clone_arguments((args, kwargs))
         output = forward(*args, **kwargs)
-        found = _first_output(output).clone()
-        mask = fitting_mask(call.sample.masks, self.name, found)
-        self.runs.append(_Run(call, inputs, found, mask.keep if mask else None))
+        tensor = _first_output(output).clone()
+        mask = fitting_mask(call.sample.masks, self.name, tensor)
+        keep = None if mask is None else mask.keep
+        self.runs.append(_Run(call, inputs, tensor, keep))
         return output
+
+    def output(self, run: _Run, is_mixed: bool, training: bool = False) -> Tensor:
+        """Run the part as it is now on the inputs of a run."""
+        precision = mixed_precision(self.module, is_mixed)
+
+        def forward() -> Tensor:
+            with torch.set_grad_enabled(training), precision:
+                args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
+                # Without hooks, as it was recorded.
+                return _first_output(self.module.forward(*args, **kwargs))
+
+        return run.call.surroundings.try_out(forward)
 
 
 @dataclass
@@ -104,8 +156,9 @@ class _BlockReconstruction(BlockRecovery):
             yield replace(call, forward=partial(self._run, call))
 
     def _run(self, call: Call, /, *args: Any, **kwargs: Any) -> Any:
-        if (part := self.parts[0]).module is self.stop.module:  # its forward parks the batch
-            return part.record(call, call.forward, *args, **kwargs)
+        first = self.parts[0]
+        if first.module is self.stop.module:  # its forward parks the batch
+            return first.record(call, call.forward, *args, **kwargs)
         with ExitStack() as patches:
             for part in self.parts:
                 recording = partial(part.record, call, part.module.forward)
@@ -117,145 +170,102 @@ class _BlockReconstruction(BlockRecovery):
         while self.parts:
             part = self.parts.pop(0)
             show(part.name)
-            if trained := _PartTraining(part, self.config, self.processes).train():
+            trained = _train_part(part, self.config, self.processes)
+            if trained is not None:
                 yield trained, part.layers
 
 
-class _PartTraining:
-    """Trains the nonzero weights of one part.
+def _train_part(part: _Part, config: Reconstruct, processes: Processes) -> TrainedPart | None:
+    """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run.
 
     All processes share one order of the runs. Each step trains on one run, in the process that recorded it.
     """
+    is_mixed = works(
+        lambda: not part.runs or part.output(part.runs[0], is_mixed=True) is not None, processes
+    )
+    splits = works(lambda: _splits_exactly(part, is_mixed), processes)
+    trained, held_out = hold_out(_runs_by_batch(part.runs, splits), _HELD_OUT, processes)
+    held_out = held_out or trained
+    if not held_out:
+        return None
 
-    def __init__(self, part: _Part, config: Reconstruct, processes: Processes) -> None:
-        self._part = part
-        self._config = config
-        self._processes = processes
-        self._is_mixed = True
-        self._is_mixed = works(
-            lambda: not part.runs or self._output(part.runs[0]) is not None, processes
-        )
-        splits = works(self._splits_exactly, processes)
-        by_batch: dict[int, list[_Run]] = {run.call.sample.batch_index: [] for run in part.runs}
-        for run in part.runs:
-            by_batch[run.call.sample.batch_index] += self._split(run) if splits else [run]
-        runs = [by_batch.get(index, []) for index in range(1 + max(by_batch, default=-1))]
-        self._trained, held_out = hold_out(runs, _HELD_OUT, processes)
-        self._held_out = held_out or self._trained
-
-    def _split(self, run: _Run) -> list[_Run]:
-        """Return the run in pieces with few samples of the batch; as it is if its rows do not belong to samples."""
-        count = separable_samples(run.call.sample.batch)
-        rows = len(run.output) if run.output.ndim > 1 else 0
-        values = run.inputs, run.output, run.keep
-        # Positions are for all samples, offsets are not.
-        vectors = {len(x) for x in tensors_of(values) if x.ndim == 1}
-        if count <= _SAMPLES or not rows or rows % count or vectors & {count, count + 1, rows}:
-            return [run]
-        size = math.ceil(count / math.ceil(count / _SAMPLES))
-
-        def piece(start: int, x: Tensor) -> Tensor:
-            if x.ndim < 2 or len(x) not in (count, rows):
-                return x
-            return x[start * len(x) // count : (start + size) * len(x) // count]
-
-        return [
-            _Run(run.call, *map_tensors(partial(piece, start), values))
-            for start in range(0, count, size)
-        ]
-
-    def _splits_exactly(self) -> bool:
-        """Return whether the pieces have the outputs of the whole, for one run of each shape."""
-        runs = {
-            tuple(x.shape for x in tensors_of((run.inputs, run.output))): run
-            for run in self._part.runs
-        }
-        return all(
-            self._is_whole(pieces, run)
-            for run in runs.values()
-            if len(pieces := self._split(run)) > 1
-        )
-
-    def _is_whole(self, pieces: Sequence[_Run], run: _Run) -> bool:
-        outputs = [self._output(piece) for piece in pieces]
-        expected = self._output(run).split([len(output) for output in outputs])
-        # Of a square sum; less than eps, even in bfloat16.
-        rounding = min(2e-4, torch.finfo(outputs[0].dtype).eps)
-        errors = [
-            (widened(one - other), widened(other))
-            for one, other in zip(outputs, expected, strict=True)
-        ]
-        return all(
-            bool(error.square().sum() <= rounding * other.square().sum()) for error, other in errors
-        )
-
-    def train(self) -> TrainedPart | None:
-        """Train for at most `epochs` epochs, as long as the held-out error falls; None if no process has a run."""
-        if not self._held_out:
-            return None
-        part = self._part
-        config = self._config
-        parameters = list(dict.fromkeys(layer.parameter for layer in part.layers))
-        passes = [[[run] for run in self._trained]] * config.epochs
-        with MaskedWeights(
-            part.module, parameters, part.layers, self._processes, skip_unreached=True
-        ) as weights:
-            optimizer = torch.optim.Adam(weights.groups(config.learning_rate))
-            found, stopped = weights.fit(
-                optimizer, passes, self._held_out, self._losses, stops_early=True
-            )
-            energy = (
-                weights.evaluate(self._held_out, self._energies) or torch.finfo(torch.float32).tiny
-            )
-        before, after = ((each.held_out or 0.0) / energy for each in (found[0], found[-1]))
-        return TrainedPart(part.name, before, after, stopped)
-
-    def _losses(self, runs: Sequence[_Run | None], scale: float | None) -> Iterator[float]:
+    def losses(runs: _Runs, scale: float | None) -> Iterator[float]:
         """Yield the squared error of each run of this process."""
         for run in filter(None, runs):
             with torch.set_grad_enabled(scale is not None):
-                error = self._square_sum(self._output(run, scale is not None) - run.output, run)
+                output = part.output(run, is_mixed, training=scale is not None)
+                error = run.square_sum(output - run.output)
             if scale is not None:
                 error.backward(torch.full_like(error, scale))
             yield float(error)
 
-    def _energies(self, runs: Sequence[_Run | None], _: float | None) -> Iterator[float]:
-        return (float(self._square_sum(run.output, run)) for run in filter(None, runs))
+    def energies(runs: _Runs, scale: float | None) -> Iterator[float]:
+        return (float(run.square_sum(run.output)) for run in filter(None, runs))
 
-    def _output(self, run: _Run, training: bool = False) -> Tensor:
-        part = self._part.module
-        precision = mixed_precision(part, self._is_mixed)
+    parameters = list(dict.fromkeys(layer.parameter for layer in part.layers))
+    passes = [[[run] for run in trained]] * config.epochs
+    with MaskedWeights(
+        part.module, parameters, part.layers, processes, skip_unreached=True
+    ) as weights:
+        optimizer = torch.optim.Adam(weights.groups(config.learning_rate))
+        results, stopped = weights.fit(optimizer, passes, held_out, losses, stops_early=True)
+        # Errors are relative to the outputs of the dense part, which may be zero.
+        energy = weights.evaluate(held_out, energies) or torch.finfo(torch.float32).tiny
+    before = (results[0].held_out or 0.0) / energy
+    after = (results[-1].held_out or 0.0) / energy
+    return TrainedPart(part.name, before, after, stopped)
 
-        def forward() -> Tensor:
-            with torch.set_grad_enabled(training), precision:
-                args, kwargs = clone_arguments(run.inputs)  # a part may write into its inputs
-                # Without hooks, as it was recorded.
-                return _first_output(part.forward(*args, **kwargs))
 
-        return run.call.surroundings.try_out(forward)
+def _runs_by_batch(runs: Sequence[_Run], splits: bool) -> list[list[_Run]]:
+    """Return the runs of each batch of this process, in pieces if it `splits` into them."""
+    last = max((run.call.sample.batch_index for run in runs), default=-1)
+    batches: list[list[_Run]] = [[] for _ in range(1 + last)]  # some may not have reached the part
+    for run in runs:
+        batches[run.call.sample.batch_index] += run.pieces() if splits else [run]
+    return batches
 
-    def _square_sum(self, x: Tensor, run: _Run) -> Tensor:
-        """Sum the squares over all tokens except padding."""
-        if run.keep is not None:
-            x = x.flatten(0, -2)[run.keep.flatten().to(x.device)]
-        return widened(x).square().sum()
+
+def _splits_exactly(part: _Part, is_mixed: bool) -> bool:
+    """Return whether the pieces have the outputs of the whole, for one run of each shape."""
+    runs: dict[tuple[torch.Size, ...], _Run] = {}
+    for run in part.runs:
+        shapes = [tensor.shape for tensor in tensors_of((run.inputs, run.output))]
+        runs[tuple(shapes)] = run
+
+    for run in runs.values():
+        pieces = run.pieces()
+        if len(pieces) == 1:
+            continue
+        outputs = [part.output(piece, is_mixed) for piece in pieces]
+        whole = part.output(run, is_mixed).split([len(output) for output in outputs])
+        # Of a sum of squares: less than eps, even in bfloat16.
+        rounding = min(2e-4, torch.finfo(outputs[0].dtype).eps)
+        for output, expected in zip(outputs, whole, strict=True):
+            error = widened(output - expected).square().sum()
+            if not error <= rounding * widened(expected).square().sum():  # also if it is NaN
+                return False
+    return True
 
 
 def _parts(stop: Stop) -> list[_Part]:
     """Return the children of a block if they hold all its layers, otherwise the block itself; a layer has no parts."""
-    if (
-        stop.module is None
-        or not stop.layers
-        or any(layer.module is stop.module for layer in stop.layers)
-    ):
+    if stop.module is None or not stop.layers:
         return []
-    parts = []
-    for name, module in [*_called_children(stop.module, stop.name), (stop.name, stop.module)]:
-        inside = {child for child in module.modules() if child is not module}
-        if layers := tuple(layer for layer in stop.layers if layer.module in inside):
-            parts.append(_Part(name, module, layers))
-    *children, block = parts
-    return children if sum(len(part.layers) for part in children) >= len(stop.layers) else [block]
+    if any(layer.module is stop.module for layer in stop.layers):
+        return []
+    children = [
+        _part(name, module, stop.layers)
+        for name, module in _called_children(stop.module, stop.name)
+    ]
+    if sum(len(child.layers) for child in children) < len(stop.layers):
+        return [_part(stop.name, stop.module, stop.layers)]
+    return [child for child in children if child.layers]
+
+
+def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> _Part:
+    """Return a module with those of the layers that are in it."""
+    inside = {child for child in module.modules() if child is not module}
+    return _Part(name, module, tuple(layer for layer in layers if layer.module in inside))
 
 
 def _called_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

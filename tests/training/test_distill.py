@@ -15,9 +15,9 @@ from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Distil, PruningReport, prune
+from wanda_lightning import Distill, PruningReport, prune
 from wanda_lightning.calibration.samples import Sample
-from wanda_lightning.training import recovery
+from wanda_lightning.training import masked_weights
 from wanda_lightning.training.predictions import DenseTarget, next_tokens
 
 
@@ -43,39 +43,36 @@ def divergence(model, dense, x):
     """The mean divergence over the rows, by PyTorch."""
     p = dense(x).log_softmax(-1)
     q = model(x).log_softmax(-1)
-    return F.kl_div(q, p, reduction="sum", log_target=True) / len(p)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
 def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
     """Train with autograd and the update written out; no early stop."""
-    trained = {name: p for name, p in model.named_parameters() if name in pruned or p.ndim < 2}
-    keep = {name: (p != 0) | (p.ndim < 2) for name, p in trained.items()}
-    rates = {
-        n: config.learning_rate * p.detach()[keep[n]].square().mean().sqrt()
-        for n, p in trained.items()
-    }
-    mean, square = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
+    trained = [p for name, p in model.named_parameters() if name in pruned or p.ndim < 2]
+    keep = [(p != 0) | (p.ndim < 2) for p in trained]
+    kept = [p.detach()[mask] for p, mask in zip(trained, keep, strict=True)]
+    rates = [config.learning_rate * weights.square().mean().sqrt() for weights in kept]
+    mean = [torch.zeros_like(p) for p in trained]
+    square = [torch.zeros_like(p) for p in trained]
+
     steps = math.ceil(len(batches) / config.batch_size) * config.passes
     step = 0
     for number in range(1, config.passes + 1):
-        order = torch.randperm(
-            len(batches), generator=torch.Generator().manual_seed(config.seed + number)
-        ).tolist()
-        for start in range(0, len(order), config.batch_size):
-            chosen = order[start : start + config.batch_size]
+        generator = torch.Generator().manual_seed(config.seed + number)
+        order = torch.randperm(len(batches), generator=generator)
+        for chosen in order.split(config.batch_size):
             loss = sum(loss_of(model, dense, batches[index]) for index in chosen) / len(chosen)
-            gradients = torch.autograd.grad(loss, list(trained.values()))
+            gradients = torch.autograd.grad(loss, trained)
             factor = min(1, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
             step += 1
-            for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
-                gradient = gradient * keep[name]
-                mean[name] = 0.9 * mean[name] + 0.1 * gradient
-                square[name] = 0.95 * square[name] + 0.05 * gradient**2
-                update = (
-                    mean[name] / (1 - 0.9**step) / ((square[name] / (1 - 0.95**step)).sqrt() + 1e-8)
-                )
+            for index, parameter in enumerate(trained):
+                gradient = gradients[index] * keep[index]
+                mean[index] = 0.9 * mean[index] + 0.1 * gradient
+                square[index] = 0.95 * square[index] + 0.05 * gradient**2
+                up = mean[index] / (1 - 0.9**step)
+                down = (square[index] / (1 - 0.95**step)).sqrt() + 1e-8
                 with torch.no_grad():
-                    parameter -= factor * rates[name] * update
+                    parameter -= factor * rates[index] * up / down
 
 
 @pytest.mark.parametrize(
@@ -86,13 +83,16 @@ def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
 def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
     dense = classifier()
     batches = some_batches(count)
-    config = Distil(passes=passes, batch_size=batch_size, learning_rate=0.01, seed=3)
+    config = Distill(passes=passes, batch_size=batch_size, learning_rate=0.01, seed=3)
     expected, model, report = pruned_with_and_without(dense, batches, recovery=config)
     adamw_by_hand(expected, dense, weights_of(report), batches, config)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
-    assert report.training.trained == count
-    assert report.training.held_out == 0
     assert len(report.training.passes) == passes + 1
+
+
+def test_of_fewer_than_eight_samples_none_is_held_out():
+    report = prune(classifier(), some_batches(7), recovery=Distill(passes=1), progress=False)
+    assert (report.training.trained, report.training.held_out) == (7, 0)
     assert "too few samples to hold any out" in report.notes[-1]
 
 
@@ -102,21 +102,19 @@ def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
 )
 def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share):
     def loss_of(model, dense, batch):
-        keep = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[0].bool()
-        q, p = (each(**batch).logits[0] for each in (model, dense))
+        ids = batch["input_ids"]
+        keep = batch.get("attention_mask", torch.ones_like(ids))[0].bool()
         follows = keep[:-1] & keep[1:]
-        entropy = F.cross_entropy(q[:-1][follows], batch["input_ids"][0, 1:][follows])
-        kl = (
-            F.kl_div(
-                q[keep].log_softmax(-1), p[keep].log_softmax(-1), reduction="sum", log_target=True
-            )
-            / keep.sum()
-        )
+        predicted = model(**batch).logits[0]
+        entropy = F.cross_entropy(predicted[:-1][follows], ids[0, 1:][follows])
+        q = predicted[keep].log_softmax(-1)
+        p = dense(**batch).logits[0][keep].log_softmax(-1)
+        kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
         return share * entropy + (1 - share) * kl
 
     dense = ZOO[name].build().double()
     samples = [{key: value[:1] for key, value in batch.items()} for batch in ZOO[name].batches()]
-    config = Distil(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
+    config = Distill(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
     expected, model, report = pruned_with_and_without(dense, samples, recovery=config)
     adamw_by_hand(expected, dense, weights_of(report), samples, config, loss_of)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
@@ -129,8 +127,8 @@ def test_tokens_that_stand_for_images_and_audio_are_not_learned():
     )
     ids = torch.tensor([[1, 3, 3, 4, 5, 2, 6]])
     sample = Sample(lambda: None, lambda: None, {"input_ids": ids})
-    found = next_tokens(torch.zeros(1, 7, 9), sample, config)
-    assert found.tolist() == [-1, -1, 4, -1, 2, 6, -1]
+    tokens = next_tokens(torch.zeros(1, 7, 9), sample, config)
+    assert tokens.tolist() == [-1, -1, 4, -1, 2, 6, -1]
 
 
 @pytest.mark.parametrize(
@@ -138,9 +136,9 @@ def test_tokens_that_stand_for_images_and_audio_are_not_learned():
 )
 def test_more_samples_need_fewer_passes(monkeypatch, count, enough, passes):
     """But not if a step has few predictions, as with images."""
-    monkeypatch.setattr("wanda_lightning.training.distil._ENOUGH", enough)
+    monkeypatch.setattr("wanda_lightning.training.distill._ENOUGH", enough)
     report = prune(
-        classifier(), some_batches(count), 0.5, recovery=Distil(batch_size=1), progress=False
+        classifier(), some_batches(count), 0.5, recovery=Distill(batch_size=1), progress=False
     )
     assert len(report.training.passes) == 1 + passes
     assert f"passes={passes}," in report.training.recovery
@@ -148,24 +146,28 @@ def test_more_samples_need_fewer_passes(monkeypatch, count, enough, passes):
 
 @pytest.mark.parametrize("size", [1, 8])
 def test_samples_with_one_prediction_run_together(size):
-    """By default 8 of them make a step; they may come from different batches, and held-out ones never train."""
-    dense = classifier()
-    batches = some_batches(80 // size, size=size)
-    runs = []
-    expected = copy.deepcopy(dense)
-    model = copy.deepcopy(dense)
+    """By default 8 of them make a step; they may come from different batches."""
+    model = classifier()
+    sizes = []
 
     def forward(x):
-        if torch.is_grad_enabled() and model.training is False:
-            runs.append(len(x))
+        if torch.is_grad_enabled():
+            sizes.append(len(x))
         return model(x)
 
-    prune(expected, batches, 0.5, progress=False)
-    report = prune(model, batches, 0.5, recovery=Distil(passes=1), forward=forward, progress=False)
-    assert runs == [1, *[8] * 8, 6]  # the first shows whether there are gradients
+    batches = some_batches(80 // size, size=size)
+    prune(model, batches, recovery=Distill(passes=1), forward=forward, progress=False)
+    assert sizes == [1] + [8] * 8 + [6]  # the first shows whether there are gradients
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_held_out_samples_never_train(size):
+    dense = classifier()
+    batches = some_batches(80 // size, size=size)
+    expected, model, report = pruned_with_and_without(dense, batches, recovery=Distill(passes=1))
     samples = torch.cat(batches)
     trained = [x[None] for index, x in enumerate(samples) if index % 8 != 7]
-    config = Distil(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512))
+    config = Distill(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512))
     adamw_by_hand(expected, dense, weights_of(report), trained, config)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-6, atol=1e-9)
     with torch.no_grad():
@@ -180,12 +182,12 @@ def test_samples_with_one_prediction_run_together(size):
 def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatch):
     step = torch.optim.AdamW.step
     taken = []
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: taken.append(1) or step(*args))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: taken.append(step(*args)))
     generator = torch.Generator().manual_seed(1)
     batches = [
         {"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)
     ]
-    recovery = Distil(passes=1, batch_size=batch_size)
+    recovery = Distill(passes=1, batch_size=batch_size)
     report = prune(ZOO["llama"].build(), batches, 0.5, recovery=recovery, progress=False)
     assert len(taken) == steps
     assert f"learning_rate={1e-3 * math.sqrt(count / 512)}," in report.training.recovery
@@ -209,8 +211,8 @@ def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(
         weights.append([parameter.clone() for parameter in model.parameters()])
         return next(following)
 
-    monkeypatch.setattr(recovery.MaskedWeights, "evaluate", evaluate)
-    report = prune(model, some_batches(8), 0.5, recovery=Distil(passes=3), progress=False)
+    monkeypatch.setattr(masked_weights.MaskedWeights, "evaluate", evaluate)
+    report = prune(model, some_batches(8), 0.5, recovery=Distill(passes=3), progress=False)
     assert [each.held_out for each in report.training.passes] == losses
     assert note in report.notes[-1]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights[best], strict=True))
@@ -223,14 +225,12 @@ def test_weights_may_have_any_layout():
     expected = copy.deepcopy(model)
     first, second = (model.body[place].weight.detach() for place in (0, 3))
     model.body[0].weight = nn.Parameter(first.t().contiguous().t())
-    model.body[3].weight = nn.Parameter(torch.cat([second, second], 1)[:, : len(second.t())])
-    for each in (model, expected):
-        prune(each, batches, 0.5, recovery=Distil(passes=2), progress=False)
+    model.body[3].weight = nn.Parameter(torch.cat([second, second], 1)[:, : second.shape[1]])
+    for pruned in (model, expected):
+        prune(pruned, batches, 0.5, recovery=Distill(passes=2), progress=False)
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
-    assert all(
-        torch.equal(a == 0, b == 0)
-        for a, b in zip(model.parameters(), expected.parameters(), strict=True)
-    )
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight == 0, expected.get_parameter(name) == 0)
 
 
 def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
@@ -247,23 +247,20 @@ def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
 
 
 def test_a_model_may_be_called_with_a_key_value_cache():
-    specimen = ZOO["llama"]
-    plain = specimen.build().double()
-    cached = specimen.build().double()
-    for model, use_cache in ((plain, False), (cached, True)):
-        forward = partial(called, model, use_cache)
-        prune(
-            model,
-            specimen.batches(),
-            0.5,
-            recovery=Distil(passes=1),
-            forward=forward,
-            progress=False,
-        )
+    plain, cached = (
+        distilled_llama(partial(called_with, use_cache)) for use_cache in (False, True)
+    )
     torch.testing.assert_close(plain.state_dict(), cached.state_dict())
 
 
-def called(model, use_cache, batch):
+def distilled_llama(call):
+    model = ZOO["llama"].build().double()
+    batches = ZOO["llama"].batches()
+    prune(model, batches, recovery=Distill(passes=1), forward=partial(call, model), progress=False)
+    return model
+
+
+def called_with(use_cache, model, batch):
     output = model(**batch, use_cache=use_cache)
     assert (output.past_key_values is not None) == use_cache
     return output
@@ -277,7 +274,7 @@ def test_frozen_parameters_and_gradients_are_left_alone():
     model.body[3].weight.grad = gradient
     start = copy.deepcopy(model)
     prune(start, batches, 0.5, progress=False)
-    prune(model, batches, 0.5, recovery="distil", progress=False)
+    prune(model, batches, 0.5, recovery="distill", progress=False)
     assert torch.equal(model.body[0].weight, start.body[0].weight)
     assert not torch.equal(model.body[3].weight, start.body[3].weight)
     assert model.body[3].weight.grad is gradient
@@ -295,7 +292,7 @@ def test_other_outputs_are_compared_by_their_squared_error():
     dense = Regressor().double()
     batches = some_batches(2, size=3)
     start, model, report = pruned_with_and_without(
-        dense, batches, recovery=Distil(passes=1, batch_size=12)
+        dense, batches, recovery=Distill(passes=1, batch_size=12)
     )
     x = torch.cat(batches)
     with torch.no_grad():
@@ -324,7 +321,7 @@ def test_the_classes_of_a_segmentation_are_in_dimension_1():
     ]
     models = Segmentation(flat=True), Segmentation(flat=False)
     reports = [
-        prune(model, batches, 0.5, recovery=Distil(passes=2), progress=False) for model in models
+        prune(model, batches, 0.5, recovery=Distill(passes=2), progress=False) for model in models
     ]
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
     for one, other in zip(reports[0].training.passes, reports[1].training.passes, strict=True):
@@ -351,7 +348,7 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
-        prune(model, batches, 0.5, recovery=Distil(passes=3, batch_size=1), progress=False)
+        prune(model, batches, 0.5, recovery=Distill(passes=3, batch_size=1), progress=False)
     assert caught.value.__notes__[0].startswith("The model is pruned. It holds the best weights")
     assert caught.value.__notes__[0] in caplog.text
     assert torch.equal(model.body[0].weight == 0, start.body[0].weight == 0)
@@ -374,13 +371,13 @@ def test_a_loss_that_is_not_finite_stops():
     torch.manual_seed(0)
     batches = some_batches(16)
     batches[3][0, 0] = 3.0
-    start, model, report = pruned_with_and_without(Fragile().double(), batches, recovery="distil")
+    start, model, report = pruned_with_and_without(Fragile().double(), batches, recovery="distill")
     assert "was not finite, so training stopped" in report.training.stopped
     torch.testing.assert_close(model.state_dict(), start.state_dict(), rtol=0, atol=0)
 
 
 def test_the_report_keeps_the_losses():
-    report = prune(classifier(), some_batches(16), 0.5, recovery="distil", progress=False)
+    report = prune(classifier(), some_batches(16), 0.5, recovery="distill", progress=False)
     text = report.to_json()
     assert PruningReport.from_json(text) == report
     assert json.loads(text)["training"]["passes"][0] == {
@@ -398,7 +395,7 @@ def test_blocks_are_trained_as_by_reconstruct_before(name):
     batches = ZOO[name].batches()
     blocks = prune(first, batches, 0.6, recovery="reconstruct", **choices)
     report = prune(
-        both, batches, 0.6, recovery=Distil(passes=2, batch_size=1, blocks=True), **choices
+        both, batches, 0.6, recovery=Distill(passes=2, batch_size=1, blocks=True), **choices
     )
     assert [layer.part for layer in report.layers] == [layer.part for layer in blocks.layers]
     assert any(layer.part and layer.part.after < layer.part.before for layer in report.layers)
@@ -426,7 +423,7 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
         batches,
         0.5,
         skip="*head",
-        recovery=Distil(passes=1, learning_rate=0.1),
+        recovery=Distill(passes=1, learning_rate=0.1),
         progress=False,
     )
     assert torch.equal(model.head.bias, dense.head.bias)
@@ -456,7 +453,7 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(break_, message):
     model = classifier()
     break_(model)
-    assert message in refusal(model, some_batches(2), recovery="distil")
+    assert message in refusal(model, some_batches(2), recovery="distill")
 
 
 def test_impossible_classes_do_not_count():
@@ -470,7 +467,7 @@ def test_impossible_classes_do_not_count():
     plain = classifier()
     plain.load_state_dict(model.state_dict())
     for each in (model, plain):
-        prune(each, batches, 0.5, recovery="distil", progress=False)
+        prune(each, batches, 0.5, recovery="distill", progress=False)
     torch.testing.assert_close(model.state_dict(), plain.state_dict())
 
 
@@ -520,14 +517,14 @@ def of_inference_mode():
 def test_odd_batches(make, batches, trained):
     model = make()
     with torch.inference_mode():
-        report = prune(model, batches, 0.5, recovery=Distil(passes=1), progress=False)
+        report = prune(model, batches, 0.5, recovery=Distill(passes=1), progress=False)
     assert report.training.trained == trained
     assert math.isfinite(report.training.passes[1].loss)
 
 
 def test_a_sparsity_of_0_trains_nothing():
     start, model, report = pruned_with_and_without(
-        classifier(), some_batches(4), 0.0, recovery="distil"
+        classifier(), some_batches(4), 0.0, recovery="distill"
     )
     assert report.training is None
     torch.testing.assert_close(model.state_dict(), start.state_dict(), rtol=0, atol=0)
