@@ -14,7 +14,7 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
         *("torch", "lightning", "transformers", "timm", "datasets", "peft", "PIL.Image"),
-        "wanda_lightning.cli.pruning",
+        "wanda_lightning.cli.prune_command",
     ]
 )
 

@@ -20,7 +20,7 @@ from support.zoo import ZOO
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, TorchAoConfig
 
-from wanda_lightning.cli import measuring
+from wanda_lightning.cli import inspect_command
 from wanda_lightning.evaluation import PAPER_TASKS, sparsity_of
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
 
@@ -70,7 +70,7 @@ def test_models_side_by_side(stored, side_by_side, tmp_path, capsys, monkeypatch
         loaded.append(weakref.ref(module.model))
         return module
 
-    monkeypatch.setattr("wanda_lightning.cli.measuring.CausalLMModule", load)
+    monkeypatch.setattr("wanda_lightning.cli.model_and_data.CausalLMModule", load)
     shutil.copytree(stored / "dense", tmp_path / "copy")
     write_tasks(tmp_path / "mine")
     texts = [str(stored / "text.txt"), str(stored / "other.txt")]
@@ -193,8 +193,8 @@ REFUSED = [
 def test_refused_before_anything_is_measured(
     stored, side_by_side, refused, monkeypatch, more, message
 ):
-    monkeypatch.setattr("wanda_lightning.cli.measuring.measure", None)
-    monkeypatch.setattr("wanda_lightning.cli.measuring.zero_shot", None)
+    monkeypatch.setattr("wanda_lightning.cli.evaluate_command.measure", None)
+    monkeypatch.setattr("wanda_lightning.cli.evaluate_command.zero_shot", None)
     for name in ("other", "mute"):
         tiny_llama(0).save_pretrained(name)
     byte_tokenizer().save_pretrained("other")
@@ -225,7 +225,7 @@ def test_zero_shot_after_pruning(stored, capsys, monkeypatch):
     ]
     command += ["--tasks_dir", stored / "tasks", "--save", "log", "--save_model", "model"]
     with monkeypatch.context() as patched:
-        patched.setattr("wanda_lightning.cli.pruning.zero_shot", lambda *_: os.stat("gone"))
+        patched.setattr("wanda_lightning.cli.prune_command.zero_shot", lambda *_: os.stat("gone"))
         assert run(*command) == 2
     # All is saved before the tasks.
     assert json.loads(Path("log/pruning_report.json").read_text())["run"]["after"] > 1
@@ -276,9 +276,9 @@ def test_inspect_a_folder_without_weights(inputs, capsys):
 )
 def test_inspect_allocates_no_weights(capsys, monkeypatch, name, expected):
     built = []
-    build = measuring.model_from_config
+    build = inspect_command.model_from_config
     monkeypatch.setattr(
-        measuring, "model_from_config", lambda source: built.append(build(source)) or built[0]
+        inspect_command, "model_from_config", lambda source: built.append(build(source)) or built[0]
     )
     write_gguf("tiny.gguf")
     ZOO["mixtral"].build().config.save_pretrained("experts")

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_lightning import PruningReport
 from wanda_lightning.cli import parse_options
-from wanda_lightning.cli.pruning import PROMPTS, continuation, continuations
+from wanda_lightning.cli.sample_text import PROMPTS, continuation, continuations
 from wanda_lightning.report import Circumstances, Measured
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
@@ -159,7 +159,7 @@ def test_the_page_has_results_and_text_by_both_models_and_changes_nothing_else(
 
 def test_the_size_of_the_files_and_the_speed_are_beside_the_results(text, monkeypatch, capsys):
     clock = itertools.count(step=0.5)  # each batch takes half a second
-    monkeypatch.setattr("wanda_lightning.cli.measuring.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("wanda_lightning.cli.measure.perf_counter", lambda: next(clock))
     assert run(*text, "--batch_size", "2", "--save", "out", "--save_model", "out/model") == 0
     size, speed = report_in("out").run.costs
     saved = Path("out/model/model.safetensors").stat().st_size / 2**20
@@ -254,7 +254,7 @@ REFUSED = [
 @pytest.mark.parametrize(("more", "message"), REFUSED)
 def test_refused_for_a_language_model(inputs, text, refused, monkeypatch, more, message):
     for name in ("measure", "perplexity_from_disk"):
-        monkeypatch.setattr(f"wanda_lightning.cli.pruning.{name}", None)
+        monkeypatch.setattr(f"wanda_lightning.cli.prune_command.{name}", None)
     Path("bin").mkdir()
     shutil.copy(inputs / "llama/config.json", "bin")
     refused(*text, *OUT, *(option.replace("{}", str(inputs)) for option in more), message=message)
@@ -299,7 +299,7 @@ def test_a_streamed_run_that_was_interrupted_goes_on_and_measures_what_one_in_me
                 signal.raise_signal(signal.SIGINT)
             return 1.0
 
-        patched.setattr("wanda_lightning.cli.pruning.perplexity_from_disk", interrupt)
+        patched.setattr("wanda_lightning.cli.prune_command.perplexity_from_disk", interrupt)
         assert run(*command, *stream, "--save", "b") == 130
     assert not Path("b/pruning_report.json").exists()
     assert run(*command, *stream, "--save", "b") == 0
