@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from wanda_lightning import TextDataModule
-from wanda_lightning.data.loading import load
+from wanda_lightning.data.dataset_files import load
 
 
 @pytest.mark.parametrize("knows", [False, True])
