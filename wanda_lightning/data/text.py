@@ -80,7 +80,8 @@ class TextDataModule(L.LightningDataModule):
     def __init__(
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-        # Any, for lists and datasets.Dataset: of a list of strings, jsonargparse would read the file that a name names.
+        # Any: also lists and a datasets.Dataset. In a list of strings, jsonargparse would replace names of files by their
+        # contents.
         calibration: str | Any = "python-docs",
         evaluation: str | Any = "python-docs",
         seqlen: int = 2048,
@@ -278,14 +279,24 @@ def draw_from_text(
 
     `random.Random(seed)` draws the same windows as the reference code does for WikiText-2. Errors name the `source`.
     """
-    if len(ids) <= seqlen:
+    _refuse_short(ids, seqlen, seqlen + 1, source)
+    rng = random.Random(seed)
+    windows = [_draw_window(ids, seqlen, rng) for _ in range(num_samples)]
+    return torch.tensor(windows, dtype=torch.long)
+
+
+def _refuse_short(ids: Sequence[int], seqlen: int, needed: int, source: str) -> None:
+    if len(ids) < needed:
         raise UserError(
-            f"seqlen={seqlen} needs a text of at least {seqlen + 1} tokens, but {source} has {len(ids)}. Choose a "
+            f"seqlen={seqlen} needs a text of at least {needed} tokens, but {source} has {len(ids)}. Choose a "
             "smaller seqlen or a longer text."
         )
-    rng = random.Random(seed)
-    starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(num_samples)]
-    return torch.tensor([ids[start : start + seqlen] for start in starts], dtype=torch.long)
+
+
+def _draw_window(ids: Sequence[int], seqlen: int, rng: random.Random) -> Sequence[int]:
+    """Draw a window that does not end with the last token, as in the reference code."""
+    start = rng.randint(0, len(ids) - seqlen - 1)
+    return ids[start : start + seqlen]
 
 
 def draw_from_documents(
@@ -318,8 +329,7 @@ def draw_from_documents(
             continue
         ids = tokenize(documents[index])
         if len(ids) > seqlen:
-            start = rng.randint(0, len(ids) - seqlen - 1)
-            windows.append(ids[start : start + seqlen])
+            windows.append(_draw_window(ids, seqlen, rng))
         else:
             lengths[index] = len(ids)
     return torch.tensor(windows, dtype=torch.long)
@@ -332,10 +342,6 @@ def cut(ids: Sequence[int], seqlen: int, limit: int | None, source: str) -> Tens
     tensor([[1, 2, 3],
             [4, 5, 6]])
     """
+    _refuse_short(ids, seqlen, seqlen, source)
     count = len(ids) // seqlen
-    if count == 0:
-        raise UserError(
-            f"seqlen={seqlen} needs a text of at least {seqlen} tokens, but {source} has {len(ids)}. Choose a smaller "
-            "seqlen or a longer text."
-        )
     return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)[:limit]
