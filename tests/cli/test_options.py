@@ -262,10 +262,12 @@ def config(*arguments):
 def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
     value = VALUES[name]
     option = [f"--{name}"] if value is True else [f"--{name}", value]
-    # A permutation needs N:M.
-    pattern = {"pattern": "2:4"} if name == "permutation" else {}
-    base = ["--pattern", "2:4"] if name == "permutation" else []
-    expected = PruningConfig.from_names(**pattern, **{name: TYPED.get(name, value)})
+    choices = {name: TYPED.get(name, value)}
+    base = []
+    if name == "permutation":  # which needs N:M
+        choices["pattern"] = "2:4"
+        base = ["--pattern", "2:4"]
+    expected = PruningConfig.from_names(**choices)
     assert config(*base, *option) == expected
     assert config(*base) != expected
 
