@@ -121,7 +121,7 @@ def _refuse(models: options.Model, *groups: Any) -> None:
     values = values_of(models, *groups)
     given = given_in(models, *groups)
     for case, names in _ignored(models, values):
-        unused = [f"--{name}" for name in names if name in given]
+        unused = [f"--{name}" for name in names.split() if name in given]
         if unused:
             raise UserError(
                 f"{', '.join(unused)} must be left out for {case}, or it would be ignored."
@@ -130,38 +130,40 @@ def _refuse(models: options.Model, *groups: Any) -> None:
     _refuse_places(models, values)
 
 
-def _ignored(models: options.Model, values: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def _ignored(models: options.Model, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the cases that apply, in words, each with the options that would be ignored."""
-    only_for_text = "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration"
     if models.is_image:
-        names = [*only_for_text.split(), "eval_zero_shot"]
+        names = (
+            "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration "
+            "eval_zero_shot"
+        )
         if values.get("evaluation"):  # an empty one says that nothing is measured
-            names.append("evaluation")
+            names += " evaluation"
         yield "an image classifier", names
     else:
-        yield "a language model", ["data", "checkpoint"]
+        yield "a language model", "data checkpoint"
     if all(Path(name).expanduser().exists() for name in models.all):
-        yield "a local model", ["revision"]
+        yield "a local model", "revision"
 
     pattern = values.get("pattern", "unstructured")
     if pattern != "unstructured":
-        yield f"--pattern {pattern}", ["use_variant", "prune_granularity"]
+        yield f"--pattern {pattern}", "use_variant prune_granularity"
     if not (values.get("tasks") or values.get("eval_zero_shot")):
-        yield "a command without tasks", ["tasks_dir", "task_limit"]
+        yield "a command without tasks", "tasks_dir task_limit"
     if not values.get("push_to_hub"):
-        yield "a command without --push_to_hub", ["private"]
+        yield "a command without --push_to_hub", "private"
     if not values.get("save_model"):
-        yield "a command without --save_model", ["push_to_hub", "shrink", "stream"]
+        yield "a command without --save_model", "push_to_hub shrink stream"
     if pattern != "structured":
-        yield f"--pattern {pattern}", ["shrink"]
+        yield f"--pattern {pattern}", "shrink"
     if not values.get("stream"):
-        yield "pruning without --stream, which uses a GPU if there is one", ["device"]
+        yield "pruning without --stream, which uses a GPU if there is one", "device"
     elif values.get("calibration") == "self":
-        yield "--stream", ["eval_zero_shot", "calibration"]
+        yield "--stream", "eval_zero_shot calibration"
     else:
-        yield "--stream", ["eval_zero_shot"]
+        yield "--stream", "eval_zero_shot"
     if not any(values.get(name) for name in ("save", "save_model", "report")):
-        yield "a command that writes nothing", ["overwrite"]
+        yield "a command that writes nothing", "overwrite"
 
 
 def _refuse_missing(models: options.Model, values: dict[str, Any]) -> None:

@@ -25,7 +25,6 @@ class _Prepared:
     """A model that will be measured, and its data; a classifier is already loaded, since it decides on transforms."""
 
     name: str
-    checkpoint: str | None
     classifier: Any
     data: AnyData | None  # None: neither perplexity nor accuracy is measured
 
@@ -77,7 +76,7 @@ def _prepare(models: Models, data: Measurements) -> dict[str, _Prepared]:
             classifier = load(models, name, checkpoint)
         if models.is_image or data.evaluation:
             source = data_for(models, data, name, classifier)
-        prepared[title] = _Prepared(name, checkpoint, classifier, source)
+        prepared[title] = _Prepared(name, classifier, source)
         if isinstance(source, TextDataModule):
             _refuse_other_tokens(source, next(iter(prepared.values())).data, title)
     return prepared

@@ -103,8 +103,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
 @contextmanager
 def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
     """Prune a whole model; measure it before and after on the accelerator, if there is one."""
-    model = options.model
-    data = options.data
+    model, _, data, results = options
     _keep_freed_memory()
     if model.is_image:
         module = load(model, model.model, data.checkpoint)
@@ -128,28 +127,29 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
             metrics = measure(module, source)
         module.to(device)  # at its end, the Trainer moves the model to the CPU
         texts = []
-        if options.results.report and not model.is_image:
+        if results.report and not model.is_image:
             texts = continuations(module.model, module.tokenizer)
         return _Measurement(metrics, texts)
 
-    def on_device(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        return lambda batch: step(module.transfer_batch_to_device(batch, device, 0))
+    def on_device(batch: Any) -> Any:
+        return module.transfer_batch_to_device(batch, device, 0)
 
     dense = measurement()
-    forward = on_device(module.calibration_step)
-    predict = on_device(module.calibration_predictions)
-    report = prune_as(plan, batches, forward=forward, predict=predict)
+    report = prune_as(
+        plan,
+        batches,
+        forward=lambda batch: module.calibration_step(on_device(batch)),
+        predict=lambda batch: module.calibration_predictions(on_device(batch)),
+    )
     pruned = measurement()
-    save = partial(module.save_pretrained, options.results.save_model, options.results.overwrite)
+    save = partial(module.save_pretrained, results.save_model, results.overwrite)
     yield _Pruned(report, module, source, dense, pruned, save)
 
 
 @contextmanager
 def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
     """Prune one block at a time. If what follows fails or is killed, the same command continues from there."""
-    model = options.model
-    data = options.data
-    results = options.results
+    model, _, data, results = options
     hub = model.source(model.model)
     output = results.save_model or ""
 
@@ -290,8 +290,8 @@ def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measure
     # The model that was measured has its zeros, so the speed of a smaller one is not known.
     if "speed" in done.dense.metrics and not is_smaller:
         unit = "images" if isinstance(done.data, ImageDataModule) else "tokens"
-        speeds = (measurement.metrics["speed"] for measurement in (done.dense, done.pruned))
-        costs.append(Measured(f"{unit} per second", *speeds))
+        before = done.dense.metrics["speed"]
+        costs.append(Measured(f"{unit} per second", before, done.pruned.metrics["speed"]))
     return tuple(costs)
 
 
@@ -308,11 +308,13 @@ def _summary(report: PruningReport, saved: _Saved, results: Results) -> Iterator
     for note in report.notes:
         yield f"Note: {note}"
 
-    if results.save_model:
-        yield f"The model is in {results.save_model}."
-    if results.save:
-        yield f"The results are in {results.save}."
-    if results.report:
-        yield f"The report is in {results.report}."
-    if not (results.save_model or results.save or results.report):
+    places = {
+        "model is": results.save_model,
+        "results are": results.save,
+        "report is": results.report,
+    }
+    for content, place in places.items():
+        if place:
+            yield f"The {content} in {place}."
+    if not any(places.values()):
         yield "Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR."
