@@ -80,8 +80,8 @@ class TextDataModule(L.LightningDataModule):
     def __init__(
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-        # Any: also lists and a datasets.Dataset. In a list of strings, jsonargparse would replace names of files by what
-        # the files contain.
+        # Any: also lists and a datasets.Dataset. In a list of strings, jsonargparse would replace names of files by
+        # their contents.
         calibration: str | Any = "python-docs",
         evaluation: str | Any = "python-docs",
         seqlen: int = 2048,
