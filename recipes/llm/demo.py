@@ -15,15 +15,11 @@ import logging
 import os
 import subprocess
 import sys
-import time
 import warnings
-from itertools import pairwise
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # waiting threads soon leave the cores to others
 
 import lightning as L
-import torch
-from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 from rich.table import Table
 
@@ -34,30 +30,32 @@ from wanda_lightning import (
     TextDataModule,
     WandaPrune,
 )
+from wanda_lightning.cli.measure import BatchClock
 
-# To measure on; the model is calibrated on other topics of python-docs.
-TEXTS = (
-    "sklearn-docs",
-    "python-docs",
-)
-METRICS = ("val_perplexity", f"val_perplexity/{TEXTS[1]}")
+# To measure on. Calibration reads other topics of python-docs than those that are measured here.
+TEXTS = ("sklearn-docs", "python-docs")
+# The names under which the module logs the perplexity: that of the first text has no suffix.
+METRICS = ("val_perplexity", "val_perplexity/python-docs")
 PAGE = "out/demo.html"
+
+
+def row_of(
+    report: PruningReport | None, perplexities: list[float], mebibytes: float, speed: float
+) -> list[str]:
+    """Return the cells of a method; the dense model has no report."""
+    numbers = [f"{perplexity:.2f}" for perplexity in perplexities]
+    numbers += [f"{mebibytes:,.1f}", f"{speed:,.0f}"]
+    if report is None:
+        return ["", *numbers, ""]
+    return [f"{report.sparsity:.2%}", *numbers, f"{report.total_seconds:.1f}"]
 
 
 def measure(
     module: CausalLMModule, data: TextDataModule, callback: PruningCallback | None
 ) -> list[str]:
-    """Prune with the callback, if there is one; return perplexities, size, speed and seconds to prune for the table."""
-    starts: list[tuple[float, int]] = []  # of each batch: when, and how many tokens it has
-
-    def start(
-        _: L.Trainer, __: L.LightningModule, batch: dict[str, torch.Tensor], *___: object
-    ) -> None:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        starts.append((time.perf_counter(), batch["input_ids"].numel()))
-
-    clock = LambdaCallback(on_validation_batch_start=start)
+    """Prune with the callback, if there is one, and measure the model; return the cells of the table."""
+    clock = BatchClock()
+    # The callback prunes before the validation begins, so the metrics are those of the pruned model.
     trainer = L.Trainer(
         devices=1,
         logger=False,
@@ -67,21 +65,14 @@ def measure(
     )
     trainer.validate(module, data, verbose=False)
 
+    perplexities = [float(trainer.callback_metrics[metric]) for metric in METRICS]
     size = sum(parameter.nbytes for parameter in module.model.parameters()) / 2**20
-    # Other work of the machine has disturbed the fastest batch least.
-    speed = max(tokens / (end - begin) for (begin, tokens), (end, _) in pairwise(starts))
     report = callback.report if callback else None
-    return [
-        f"{report.sparsity:.2%}" if report else "",
-        *(f"{trainer.callback_metrics[metric]:.2f}" for metric in METRICS),
-        f"{size:,.1f}",
-        f"{speed:,.0f}",
-        f"{report.total_seconds:.1f}" if report else "",
-    ]
+    return row_of(report, perplexities, size, clock.speed)
 
 
 def prune_in_shell(options: argparse.Namespace) -> list[str]:
-    """Prune with `best` by a command, which writes a page and a report; return the same from the report."""
+    """Prune with `best` by a command, which writes a page and a report; return the cells from the report."""
     values = {
         "model": options.model,
         "method": "best",
@@ -95,20 +86,15 @@ def prune_in_shell(options: argparse.Namespace) -> list[str]:
         "save": "out/demo",
         "report": PAGE,
     }
-    given = [f"--{name}={value}" for name, value in values.items()]
-    subprocess.run(
-        [sys.executable, "-m", "wanda_lightning", "prune", *given, "--overwrite"], check=True
-    )
+    # `python -m wanda_lightning` is the command wanda-lightning of this environment.
+    command = [sys.executable, "-m", "wanda_lightning", "prune", "--overwrite"]
+    command += [f"--{name}={value}" for name, value in values.items()]
+    subprocess.run(command, check=True)
 
     report = PruningReport.load("out/demo")
+    perplexities = [result.after for result in report.run.results]
     size, speed = report.run.costs
-    return [
-        f"{report.sparsity:.2%}",
-        *(f"{result.after:.2f}" for result in report.run.results),
-        f"{size.after:,.1f}",
-        f"{speed.after:,.0f}",
-        f"{report.total_seconds:.1f}",
-    ]
+    return row_of(report, perplexities, size.after, speed.after)
 
 
 def main() -> None:
@@ -126,7 +112,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=32, help="windows to measure on")
     options = parser.parse_args()
 
-    warnings.filterwarnings("ignore", message=".*LeafSpec")  # Lightning 2.6 on torch 2.13
+    # Lightning 2.6 calls torch 2.13 in a deprecated way.
+    warnings.filterwarnings("ignore", message=".*LeafSpec")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     L.seed_everything(0, verbose=False)
     module = CausalLMModule(options.model)
@@ -138,35 +125,32 @@ def main() -> None:
         limit=options.limit,
         batch_size=4,
     )
-    methods: dict[str, PruningCallback | None] = {
+    callbacks = {
         "dense": None,
         "magnitude": PruningCallback(options.sparsity, method="magnitude", pattern=options.pattern),
         "wanda": WandaPrune(
             options.sparsity, pattern=options.pattern, num_samples=options.num_samples
         ),
     }
+
+    # Each method prunes the dense weights, not what the method before it has left.
     dense = copy.deepcopy(module.state_dict())
     rows = {}
-    for name, callback in methods.items():
+    for method, callback in callbacks.items():
         module.load_state_dict(dense)
-        rows[name] = measure(module, data, callback)
-    del module, dense
+        rows[method] = measure(module, data, callback)
+    del module, dense  # the command loads the model once more
     rows["best"] = prune_in_shell(options)
 
     table = Table(
         title=f"{options.model}, perplexity on at most {options.limit} windows of {options.seqlen} tokens"
     )
-    for heading in (
-        "method",
-        "zeros",
-        *TEXTS,
-        "MiB of weights",
-        "tokens per second",
-        "seconds to prune",
-    ):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
+    table.add_column("method")
+    numbers = ("zeros", *TEXTS, "MiB of weights", "tokens per second", "seconds to prune")
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    for method, cells in rows.items():
+        table.add_row(method, *cells)
     console = Console(width=max(110, Console().width))
     console.print(table)
     console.print(

@@ -27,16 +27,18 @@ SEQLEN = 256
 
 def texts(files: list[str]) -> tuple[str, str]:
     """Return the text for training and the text that is held out."""
+    training = [*python_docs().calibration.values()]
+    heldout = []
     modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    parts: tuple[list[str], list[str]] = [*python_docs()[0].values()], []
-    for number, module in enumerate(modules):
-        parts[number % 10 == 9].append(module.read_text(encoding="utf-8"))
+    for number, module in enumerate(modules, start=1):
+        part = heldout if number % 10 == 0 else training
+        part.append(module.read_text(encoding="utf-8"))
     for file in files:
         text = Path(file).read_text(encoding="utf-8")
         end = len(text) * 9 // 10
-        for part, piece in zip(parts, (text[:end], text[end:]), strict=True):
-            part.append(piece)
-    return "\n\n".join(parts[0]), "\n\n".join(parts[1])
+        training.append(text[:end])
+        heldout.append(text[end:])
+    return "\n\n".join(training), "\n\n".join(heldout)
 
 
 def main() -> None:
@@ -52,12 +54,20 @@ def main() -> None:
     )
     options = parser.parse_args()
     L.seed_everything(0)
+
     training, heldout = texts(options.files)
+    output = Path(options.output)
+    folder = output.with_name(f"{output.name}_text")
+    folder.mkdir(parents=True)  # fails if it exists: an earlier model keeps its texts
+    (folder / "training.txt").write_text(training, encoding="utf-8")
+    (folder / "heldout.txt").write_text(heldout, encoding="utf-8")
+
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator([training], options.vocabulary, special_tokens=["<|endoftext|>"])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(trained.to_str()), eos_token="<|endoftext|>"
     )
+
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
@@ -78,20 +88,15 @@ def main() -> None:
     module = CausalLMModule(
         Qwen3MoeForCausalLM(config), tokenizer, lr=1e-3, weight_decay=0.1, lr_decay=True
     )
-    sizes = {
-        "seqlen": SEQLEN,
-        "batch_size": 16,
-        "num_samples": 1,
-        "train_samples": 16 * options.steps,
-        "limit": 64,
-    }
-    output = Path(options.output)
-    folder = output.with_name(f"{output.name}_text")
-    folder.mkdir(parents=True)  # an earlier model keeps its texts
-    for name, text in (("training", training), ("heldout", heldout)):
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
     data = TextDataModule(
-        tokenizer, folder / "training.txt", [folder / "heldout.txt", "python-docs"], **sizes
+        tokenizer,
+        calibration=folder / "training.txt",
+        evaluation=[folder / "heldout.txt", "python-docs"],
+        seqlen=SEQLEN,
+        batch_size=16,
+        num_samples=1,  # nothing is pruned here, so nothing is calibrated
+        train_samples=16 * options.steps,
+        limit=64,
     )
     trainer = L.Trainer(
         devices=1,

@@ -19,6 +19,7 @@ with `Distill`, and 28.69 for the dense model. 114.6 of 134.5 million parameters
 import argparse
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -31,14 +32,14 @@ from wanda_lightning import CausalLMModule, DistillFromDense, Fisher, TextDataMo
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.progress import ProgressBar
 
-SEQLEN = 512
-WINDOWS = 128  # tokens in a window, calibration windows
-GIVEN = 32
-WRITTEN = 224
-TOGETHER = 128  # tokens of a piece and of what follows it, pieces in a batch
+SEQLEN = 512  # tokens in a window
+WINDOWS = 128  # calibration windows
+GIVEN = 32  # tokens of a piece of the text
+WRITTEN = 224  # tokens that the dense model writes after a piece
+TOGETHER = 128  # pieces in a batch
 
 
-class Reading(TextDataModule):
+class AllWindows(TextDataModule):
     """Trains on all windows of the texts, instead of random ones."""
 
     @property
@@ -47,29 +48,103 @@ class Reading(TextDataModule):
         return torch.cat([self.windows_of(text) for text in self.evaluations])
 
 
-def text_of(module: CausalLMModule, *texts: Path, batch_size: int = 4) -> Reading:
+def data_of(module: CausalLMModule, texts: list[Path], batch_size: int = 4) -> AllWindows:
     """Return data that train on all windows of some texts, and calibrate on the first text."""
-    return Reading(
-        module.tokenizer, texts[0], texts, seqlen=SEQLEN, num_samples=WINDOWS, batch_size=batch_size
+    return AllWindows(
+        module.tokenizer,
+        calibration=texts[0],
+        evaluation=texts,
+        seqlen=SEQLEN,
+        num_samples=WINDOWS,
+        batch_size=batch_size,
     )
+
+
+def take_out_units(options: argparse.Namespace, folder: Path) -> None:
+    """Step 1: save a smaller model in a folder."""
+    module = CausalLMModule(options.model, dtype="float32")
+    batches = data_of(module, [options.text]).calibration_dataloader()
+    by_loss = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
+    model = module.model.eval()
+    prune(model, batches, options.sparsity, pattern="structured", allocation=by_loss)
+    module.save_pretrained(folder, shrink=True)
+
+
+def write_more(options: argparse.Namespace, file: Path) -> None:
+    """Step 2: write what the dense model makes of the text into a file."""
+    L.seed_everything(0)
+    dtype = "bfloat16" if options.precision == "bf16-mixed" else "float32"
+    module = CausalLMModule(options.model, dtype=dtype)
+    ids = data_of(module, [options.text]).train_windows.flatten()
+    text = continued(module, ids, options.tokens)
+    with atomic_write(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def continued(module: CausalLMModule, ids: Tensor, tokens: int) -> str:
     """Return at least so many tokens that the model writes after pieces of a text, each from the 50 most likely."""
     model = module.model.eval()
-    tokenizer = module.tokenizer
-    model.generation_config = GenerationConfig()  # its own may end the text
-    batches = -(-tokens // (WRITTEN * TOGETHER))
+    model.generation_config = GenerationConfig()  # that of the model may end the text
+    batches = -(-tokens // (WRITTEN * TOGETHER))  # rounded up
+
+    # The pieces are spread evenly over the text, and shuffled so that each batch is of all of it.
     starts = torch.arange(batches * TOGETHER) * (len(ids) - GIVEN) // (batches * TOGETHER)
     pieces = torch.stack([ids[start : start + GIVEN] for start in starts])
-    found = []
+    texts = []
     with ProgressBar("Writing text", batches) as bar:
         for batch in pieces[torch.randperm(len(pieces))].split(TOGETHER):
-            how = {"do_sample": True, "top_k": 50, "max_new_tokens": WRITTEN}
-            written = model.generate(batch, attention_mask=torch.ones_like(batch), **how)
-            found += tokenizer.batch_decode(written[:, GIVEN:], skip_special_tokens=True)
+            written = model.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                do_sample=True,
+                top_k=50,
+                max_new_tokens=WRITTEN,
+            )
+            texts += module.tokenizer.batch_decode(written[:, GIVEN:], skip_special_tokens=True)
             bar.advance()
-    return "\n\n".join(found)
+    return "\n\n".join(texts)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Step 3 or 4: the folder of the model to train, the folder of the result, and how it is trained."""
+
+    before: Path
+    after: Path
+    texts: list[Path]
+    batch_size: int
+    lr: float
+    weight: (
+        float  # of the dense model's predictions in the loss; the rest is that of the text itself
+    )
+
+
+def train(options: argparse.Namespace, step: Training) -> None:
+    """Train a model, from the last checkpoint if the step was interrupted, and save it."""
+    L.seed_everything(0)
+    module = CausalLMModule(
+        step.before, dtype="float32", lr=step.lr, lr_decay=True, trust_remote_code=True
+    )
+    dense = CausalLMModule(options.model, dtype="float32")
+    checkpoints = options.output / f"{step.after.name}_checkpoints"
+    trainer = L.Trainer(
+        devices=1,
+        max_epochs=1,
+        precision=options.precision,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        logger=False,
+        callbacks=[
+            DistillFromDense(dense, weight=step.weight),
+            ModelCheckpoint(checkpoints, every_n_train_steps=64, save_last="link"),
+        ],
+    )
+
+    interrupted = checkpoints / "last.ckpt"
+    data = data_of(module, step.texts, step.batch_size)
+    trainer.fit(module, data, ckpt_path=interrupted if interrupted.exists() else None)
+    module.save_pretrained(step.after)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def main() -> None:
@@ -85,15 +160,22 @@ def main() -> None:
         "--tokens", type=int, default=450_000, help="number of tokens that the dense model writes"
     )
     parser.add_argument("--lr", type=float, default=2e-4, help="learning rate of step 3")
-    precisions = ("bf16-mixed", "32-true")
-    slow = "32-true is faster on a CPU without bfloat16 instructions"
-    parser.add_argument("--precision", default=precisions[0], choices=precisions, help=slow)
+    parser.add_argument(
+        "--precision",
+        default="bf16-mixed",
+        choices=("bf16-mixed", "32-true"),
+        help="32-true is faster on a CPU without bfloat16 instructions",
+    )
     options = parser.parse_args()
     if options.tokens < 1 or options.lr <= 0:
         parser.error("--tokens and --lr must be above 0.")
-    pruned, own, read, last = (
-        options.output / name for name in ("pruned", "continued.txt", "read", "model")
-    )
+
+    pruned = options.output / "pruned"
+    written = options.output / "continued.txt"
+    read = options.output / "read"
+    last = options.output / "model"
+
+    # The steps that are done must have been done with the same options.
     given = {name: str(value) for name, value in vars(options).items()}
     saved = options.output / "options.json"
     if pruned.exists() and json.loads(saved.read_text(encoding="utf-8")) != given:
@@ -101,52 +183,19 @@ def main() -> None:
             f"--output must be a new folder, or that of a run with the same options, but {saved} has others."
         )
     options.output.mkdir(parents=True, exist_ok=True)
+
     if not pruned.exists():
-        module = CausalLMModule(options.model, dtype="float32")
-        batches = text_of(module, options.text).calibration_dataloader()
-        by_loss = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
-        prune(
-            module.model.eval(), batches, options.sparsity, pattern="structured", allocation=by_loss
-        )
         saved.write_text(json.dumps(given), encoding="utf-8")
-        module.save_pretrained(pruned, shrink=True)
-    if not own.exists():
-        L.seed_everything(0)
-        dtype = "bfloat16" if options.precision == precisions[0] else "float32"
-        module = CausalLMModule(options.model, dtype=dtype)
-        written = continued(
-            module, text_of(module, options.text).train_windows.flatten(), options.tokens
-        )
-        with atomic_write(own) as new:
-            new.write_text(written, encoding="utf-8")
+        take_out_units(options, pruned)
+    if not written.exists():
+        write_more(options, written)
     steps = (
-        (pruned, read, [options.text, own], 4, options.lr, 1.0),
-        (read, last, [options.text], 2, 1e-4, 0.5),
+        Training(pruned, read, [options.text, written], 4, options.lr, weight=1.0),
+        Training(read, last, [options.text], 2, lr=1e-4, weight=0.5),
     )
-    for before, after, texts, size, lr, weight in steps:
-        if after.exists():
-            continue
-        L.seed_everything(0)
-        module = CausalLMModule(
-            before, dtype="float32", lr=lr, lr_decay=True, trust_remote_code=True
-        )
-        dense = CausalLMModule(options.model, dtype="float32")
-        checkpoints = options.output / f"{after.name}_checkpoints"
-        every_64 = ModelCheckpoint(checkpoints, every_n_train_steps=64, save_last="link")
-        trainer = L.Trainer(
-            devices=1,
-            max_epochs=1,
-            precision=options.precision,
-            gradient_clip_val=1.0,
-            limit_val_batches=0,
-            logger=False,
-            callbacks=[DistillFromDense(dense, weight=weight), every_64],
-        )
-        interrupted = checkpoints / "last.ckpt"
-        data = text_of(module, *texts, batch_size=size)
-        trainer.fit(module, data, ckpt_path=interrupted if interrupted.exists() else None)
-        module.save_pretrained(after)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    for step in steps:
+        if not step.after.exists():
+            train(options, step)
     print(f"The model is in {last}.")
 
 

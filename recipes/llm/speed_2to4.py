@@ -33,8 +33,9 @@ def why_not() -> str:
     needed = "needs an NVIDIA GPU of compute capability 8.0 or later and a PyTorch with cuSPARSELt"
     if not torch.cuda.is_available():
         return f"{needed}, but PyTorch {torch.__version__} finds no GPU. Run it on a machine with such a GPU."
-    if (capability := torch.cuda.get_device_capability()) < (8, 0):
-        return f"{needed}, but this GPU has {capability[0]}.{capability[1]}. Run it on a machine with such a GPU."
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"{needed}, but this GPU has {major}.{minor}. Run it on a machine with such a GPU."
     if not torch.backends.cusparselt.is_available():
         return f"{needed}, but PyTorch {torch.__version__} lacks cuSPARSELt. Install PyTorch's CUDA wheel for Linux."
     return ""
@@ -64,7 +65,7 @@ def compressed(weight: Tensor) -> nn.Parameter:
 
 def tokens_per_second(model: Any, prompt: Tensor, tokens: int) -> float:
     """Generate text, and return the number of tokens, with those of the prompt if only one is new, for each second."""
-    torch.cuda.synchronize()
+    torch.cuda.synchronize()  # the CPU only queues what a GPU computes
     started = time.perf_counter()
     model.generate(
         prompt, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0
@@ -86,7 +87,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=128, help="tokens in the prompt")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
     options = parser.parse_args()
-    if reason := why_not():
+    reason = why_not()
+    if reason:
         sys.exit(f"speed_2to4.py {reason}")
 
     model: Any = (
@@ -108,15 +110,15 @@ def main() -> None:
     logits = {}
     speeds = defaultdict(list)
     for _ in range(ROUNDS):
-        for kind, chosen in weights.items():
-            for layer, weight in zip(layers, chosen, strict=True):
+        for kind, weights_of_kind in weights.items():
+            for layer, weight in zip(layers, weights_of_kind, strict=True):
                 layer.weight = weight
             logits[kind] = model(prompt).logits.float()  # also warms up
             speeds[f"prompt, {kind}"].append(tokens_per_second(model, prompt, 1))
             speeds[f"generated, {kind}"].append(tokens_per_second(model, prompt, options.tokens))
 
-    for what, found in sorted(speeds.items()):
-        print(f"{what}: {median(found):.1f} tokens/s ({min(found):.1f} to {max(found):.1f})")
+    for task, rounds in sorted(speeds.items()):
+        print(f"{task}: {median(rounds):.1f} tokens/s ({min(rounds):.1f} to {max(rounds):.1f})")
     difference = (logits["2:4"] - logits["dense"]).abs().max()
     print(f"{len(layers)} layers; largest difference of a logit: {difference:.2g}")
 

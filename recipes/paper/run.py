@@ -41,8 +41,10 @@ from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.wording import did_you_mean
 from wanda_lightning.report import REPORT_NAME
 
+# Options that do not change the number of a cell, and those that this script gives to each command.
 SAME_NUMBER = {"batch_size", "cache_dir", "trust_remote_code", "eval_zero_shot", "tasks_dir"}
 SET_HERE = {"model", "save", "save_model", "overwrite"}
+# Keys of a family; the last two come together or not at all.
 KEYS = {"options", "models", "cells", "source", "published"}
 
 
@@ -73,17 +75,13 @@ class Cell:
 
     def command(self, out: Path) -> list[str]:
         """Return the arguments of `wanda-lightning`."""
-        given = {name: value for name, value in self.options.items() if value != "false"} | {
-            "save": out / self.path
-        }
-        return [
-            "prune",
-            *(
-                f"--{name}" if value == "true" else f"--{name}={value}"
-                for name, value in given.items()
-            ),
-            "--overwrite",
-        ]
+        arguments = ["prune"]
+        for name, value in self.options.items():
+            if value == "true":
+                arguments.append(f"--{name}")
+            elif value != "false":
+                arguments.append(f"--{name}={value}")
+        return [*arguments, f"--save={out / self.path}", "--overwrite"]
 
     def finished(self, out: Path) -> dict[str, Any] | None:
         """Return the record of a finished run, perhaps with other options."""
@@ -98,29 +96,29 @@ class Cell:
             RuntimeError: It failed. The message has its status and the last line that it printed.
         """
         folder = out / self.path
-        started = time.perf_counter()
+        output = folder / "output.txt"
         folder.mkdir(parents=True, exist_ok=True)
-        (output := folder / "output.txt").write_text("", encoding="utf-8")
+        output.write_text("", encoding="utf-8")
+        started = time.perf_counter()
         status = launch(self.command(out), output)
         if status == 130:  # only the command received Ctrl-C
             raise KeyboardInterrupt
         if status:
             last = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
             raise RuntimeError(f"failed with status {status}: {last} (all of it: {output})")
+
         report = _read(folder / REPORT_NAME)
-        measured = report["run"]
+        run = report["run"]
         record = {
             "options": self.options,
             "sparsity": report["sparsity"],
-            "zero_shot": measured["zero_shot"],
+            "zero_shot": run["zero_shot"],
+            "metric": run["metric"],
+            "dense": run["before"],
+            "pruned": run["after"],
+            "ours": run["after"],
+            "seconds": round(time.perf_counter() - started, 1),
         }
-        record |= {
-            "metric": measured["metric"],
-            "dense": measured["before"],
-            "pruned": measured["after"],
-        }
-        record["ours"] = record["pruned"]
-        record["seconds"] = round(time.perf_counter() - started, 1)
         _write(folder / "cell.json", record)
         return record
 
@@ -130,37 +128,40 @@ def launch(command: Sequence[str], output: Path) -> int:
     with output.open("a", encoding="utf-8") as file:
         print("$", shlex.join(["wanda-lightning", *command]), file=file, flush=True)
         process = [sys.executable, "-m", "wanda_lightning", *command]
-        return subprocess.run(
-            process, stdout=file, stderr=subprocess.STDOUT, check=False
-        ).returncode
+        done = subprocess.run(process, stdout=file, stderr=subprocess.STDOUT, check=False)
+    return done.returncode
 
 
 def read_cells(
     path: Path, model: str | None = None, changes: Mapping[str, str] = {}
 ) -> Iterator[Cell]:
     """Read the cells of a family. `model` replaces its models, and `changes` the options of its cells."""
+    # BaseLoader keeps values as text, since YAML reads 2:4 as 124.
     family = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    if wrong := sorted(
-        set(family) ^ (KEYS if "published" in family else KEYS - {"source", "published"})
-    ):
+    expected = KEYS if "published" in family else KEYS - {"source", "published"}
+    wrong = sorted(expected ^ family.keys())
+    if wrong:
         raise ValueError(
             f"{path} must have the keys {', '.join(sorted(KEYS))}, but it differs in {', '.join(wrong)}."
         )
+
     published = family.get("published", {})
-    caption = f"Published: {family.get('source')}"
+    caption = f"Published: {family['source']}" if published else ""
     if published and (model or changes.keys() - SAME_NUMBER):
         published = {}
         caption = "Published numbers are not shown: they are about another model or other options."
-    models = (
-        {re.sub(r"[^\w.-]+", "_", Path(model).resolve().name): model} if model else family["models"]
-    )
+
+    models = family["models"]
+    if model:
+        folder = re.sub(r"[^\w.-]+", "_", Path(model).resolve().name)
+        models = {folder: model}
     for name, model_id in models.items():
-        numbers = {row: float(own[name]) for row, own in published.items() if name in own}
+        numbers = {
+            cell: float(by_model[name]) for cell, by_model in published.items() if name in by_model
+        }
         for cell, own in family["cells"].items():
             options = {"model": model_id, **family["options"], **own, **changes}
-            yield Cell(
-                path.stem, name, cell, options, own, numbers, caption if "source" in family else ""
-            )
+            yield Cell(path.stem, name, cell, options, own, numbers, caption)
 
 
 def plan(
@@ -178,19 +179,21 @@ def plan(
     cells = [cell for path in paths for cell in read_cells(path, model, changes)]
     for pattern in only:
         if not any(cell.matches(pattern) for cell in cells):
-            raise ValueError(
-                f"--only {pattern} matches no cell.{did_you_mean(pattern, [cell.path for cell in cells])}"
-            )
-    cells = [cell for cell in cells if not only or any(cell.matches(pattern) for pattern in only)]
+            near = did_you_mean(pattern, [cell.path for cell in cells])
+            raise ValueError(f"--only {pattern} matches no cell.{near}")
+    if only:
+        cells = [cell for cell in cells if any(map(cell.matches, only))]
+
     for name in changes:
-        if taken := [cell.path for cell in cells if name in cell.own]:
-            raise ValueError(
-                f"--set {name} would make {taken[0]} another cell. Choose cells with --only."
-            )
         if name in SET_HERE:
             raise ValueError(
                 f"--set {name} cannot be used, since this script sets it for each cell."
             )
+        for cell in cells:
+            if name in cell.own:
+                raise ValueError(
+                    f"--set {name} would make {cell.path} another cell. Choose cells with --only."
+                )
     return cells
 
 
@@ -202,24 +205,29 @@ def check(cells: Sequence[Cell], out: Path, overwrite: bool) -> None:
             parse_options(command, arguments)
         except ValueError as error:
             raise ValueError(f"{cell.path}: {error}") from error
+
+        record = cell.finished(out)
+        if record is None or overwrite:
+            continue
         now = cell.options
-        before = (cell.finished(out) or {"options": now})["options"]
-        changed = sorted({name for name, _ in before.items() ^ now.items()})
-        if changed and not overwrite:
-            other = [
-                f"{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}"
-                for name in changed
-            ]
+        before = record["options"]
+        changed = [
+            f"{name} was {before.get(name, 'not given')}, is {now.get(name, 'not given')}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
             raise ValueError(
-                f"{out / cell.path} has other options: {'; '.join(other)}. Use another --out or --overwrite."
+                f"{out / cell.path} has other options: {'; '.join(changed)}. Use another --out or --overwrite."
             )
 
 
 def run_all(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
     """Run the unfinished cells. Return a row for each cell, and before the first of a model one for the dense model."""
     rows: list[dict[str, Any]] = []
-    for k, cell in enumerate(cells, start=1):
-        print(f"[{k}/{len(cells)}] {cell.path}: ", end="", flush=True)
+    measured_dense = set()
+    for number, cell in enumerate(cells, start=1):
+        print(f"[{number}/{len(cells)}] {cell.path}: ", end="", flush=True)
         record = cell.finished(out)
         how = "there already"
         try:
@@ -230,41 +238,52 @@ def run_all(cells: Sequence[Cell], out: Path) -> list[dict[str, Any]]:
         except RuntimeError as error:
             record = None
             print(error, flush=True)
-        of = {"family": cell.family, "model": cell.model}
-        names = ("metric", "ours", "sparsity", "seconds")
-        if record and not any(of.items() <= row.items() for row in rows):
-            dense = {
-                "metric": record["metric"],
-                "ours": record["dense"],
-                "sparsity": 0.0,
-                "seconds": None,
-            }
-            rows.append({**of, "cell": "dense", **dense, "published": cell.published.get("dense")})
-        figures = {name: record and record[name] for name in names}
-        published = {"published": cell.published.get(cell.name), "options": cell.options}
-        rows.append({**of, "cell": cell.name, **figures, **published})
+
+        model = {"family": cell.family, "model": cell.model}
+        if record and (cell.family, cell.model) not in measured_dense:
+            measured_dense.add((cell.family, cell.model))
+            rows.append(
+                {
+                    **model,
+                    "cell": "dense",
+                    "metric": record["metric"],
+                    "ours": record["dense"],
+                    "sparsity": 0.0,
+                    "seconds": None,
+                    "published": cell.published.get("dense"),
+                }
+            )
+        row = {**model, "cell": cell.name}
+        for name in ("metric", "ours", "sparsity", "seconds"):
+            row[name] = record[name] if record else None
+        row |= {"published": cell.published.get(cell.name), "options": cell.options}
+        rows.append(row)
     return rows
 
 
 def table_of(family: str, cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return the rows of a family as a table."""
     first = next(cell for cell in cells if cell.family == family)
-    text = f"{first.options.get('eval', 'wikitext2')}, {first.options.get('seqlen', '2048')} tokens a window"
-    metric = (
-        f"top-1 on {images}"
-        if (images := first.options.get("data_path"))
-        else f"perplexity on {text}"
-    )
+    options = first.options
+    if "data_path" in options:
+        metric = f"top-1 on {options['data_path']}"
+    else:
+        text = options.get("eval", "wikitext2")
+        metric = f"perplexity on {text}, {options.get('seqlen', '2048')} tokens a window"
+
     table = Table(title=f"{family}: {metric}", caption=first.caption)
-    for heading in ("model", "cell", "sparsity", "ours", "published", "seconds"):
-        table.add_column(heading, justify="left" if heading in ("model", "cell") else "right")
-    for row in (row for row in rows if row["family"] == family):
-        ours = [f"{row['sparsity']:.2%}", _number(row)] if row["metric"] else ["", "failed"]
-        figures = [
-            f"{row[key]:.{digits}f}" if row[key] else ""
-            for key, digits in (("published", 2), ("seconds", 0))
-        ]
-        table.add_row(row["model"], row["cell"], *ours, *figures)
+    table.add_column("model")
+    table.add_column("cell")
+    for heading in ("sparsity", "ours", "published", "seconds"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if row["family"] != family:
+            continue
+        sparsity = f"{row['sparsity']:.2%}" if row["metric"] else ""
+        ours = _number(row) if row["metric"] else "failed"
+        published = f"{row['published']:.2f}" if row["published"] else ""
+        seconds = f"{row['seconds']:.0f}" if row["seconds"] else ""
+        table.add_row(row["model"], row["cell"], sparsity, ours, published, seconds)
     return table
 
 
@@ -305,33 +324,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--overwrite", action="store_true", help="run finished cells with other options again"
     )
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    out = arguments.out
     try:
-        if wrong := [change for change in given.set if "=" not in change]:
-            raise ValueError(f"--set must be OPTION=VALUE, but it is {wrong[0]}.")
-        changes = dict(change.split("=", 1) for change in given.set)
-        cells = plan(given.recipes, given.only, given.model, changes)
-        check(cells, given.out, given.overwrite)
-        if given.dry_run:
+        changes = {}
+        for change in arguments.set:
+            name, equals, value = change.partition("=")
+            if not equals:
+                raise ValueError(f"--set must be OPTION=VALUE, but it is {change}.")
+            changes[name] = value
+        cells = plan(arguments.recipes, arguments.only, arguments.model, changes)
+        check(cells, out, arguments.overwrite)
+        if arguments.dry_run:
             for cell in cells:
-                if (cell.finished(given.out) or {}).get("options") != cell.options:
-                    print(shlex.join(["wanda-lightning", *cell.command(given.out)]))
+                record = cell.finished(out)
+                if record is None or record["options"] != cell.options:
+                    print(shlex.join(["wanda-lightning", *cell.command(out)]))
             return 0
-        rows = run_all(cells, given.out)
+        rows = run_all(cells, out)
     except (ValueError, OSError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nrun.py: interrupted; the same command runs the unfinished cells", file=sys.stderr)
         return 130
-    _write(given.out / "results.json", rows)
+
+    _write(out / "results.json", rows)
     for family in dict.fromkeys(cell.family for cell in cells):
         Console(emoji=False).print(table_of(family, cells, rows))
     return 0 if all(row["metric"] for row in rows) else 1
 
 
 def _number(row: Mapping[str, Any]) -> str:
-    return f"{row['ours'] * (100 if 'perplexity' not in row['metric'] else 1):.2f}"  # accuracies in percent
+    """Return a perplexity as it is, and an accuracy in percent."""
+    scale = 1 if "perplexity" in row["metric"] else 100
+    return f"{scale * row['ours']:.2f}"
 
 
 def _read(path: Path) -> Any:

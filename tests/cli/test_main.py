@@ -20,11 +20,13 @@ LIGHT = """
 import sys, wanda_lightning
 print(sorted({'torch', 'lightning', 'rich', 'yaml'} & set(sys.modules)))
 from wanda_lightning.cli import main
-helps = [[command, "--help"] for command in ("prune", "evaluate", "inspect", "shrink", "fit")]
-lines = [["--version"], ["pruen"], ["prune"], ["prune", "--model", "gone.gguf"], *helps]
-wrong = ("--method wnada", "--pattern 4;2", "--evaluation wikitext3", "--save /dev/null/x", "--sparsity 5")
-for arguments in [*lines, *(["prune", "--model", "x", *more.split()] for more in wrong)]:
-    main(arguments)
+main(["--version"])
+for command in ("prune", "evaluate", "inspect", "shrink", "fit"):
+    main([command, "--help"])
+for command in ("pruen", "prune", "prune --model gone.gguf"):
+    main(command.split())
+for more in ("--method wnada", "--pattern 4;2", "--evaluation wikitext3", "--save /dev/null/x", "--sparsity 5"):
+    main(["prune", "--model", "x", *more.split()])
 print({"torch", "lightning", "transformers", "timm", "datasets", "peft"} & set(sys.modules), file=sys.stderr)
 assert set(wanda_lightning.__all__) <= set(dir(wanda_lightning)); wanda_lightning.nothing
 """
@@ -34,24 +36,21 @@ def test_the_package_help_and_refusals_load_no_library(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", LIGHT], capture_output=True, text=True, cwd=tmp_path
     )
-    *said, loaded = done.stderr.partition("Traceback")[0].splitlines()
+    errors, _, traceback = done.stderr.partition("Traceback")
+    *refusals, loaded = errors.splitlines()
     assert loaded == "set()"
-    assert len(said) == 8  # one line for each refusal
-    assert 'Did you mean "prune"?' in said[0]
-    assert all(
-        f"─ {group} ─" in done.stdout
-        for group in ("Model", "Pruning", "Data", "Results", "Session")
-    )
-    assert done.stderr.endswith(
-        "AttributeError: module 'wanda_lightning' has no attribute 'nothing'\n"
-    )
-    assert done.stdout.startswith(
-        f"[]\nwanda_lightning {version('wanda_lightning')}\nUsage: wanda-lightning"
-    )
+    assert len(refusals) == 8  # one line for each
+    assert 'Did you mean "prune"?' in refusals[0]
+    no_attribute = "AttributeError: module 'wanda_lightning' has no attribute 'nothing'\n"
+    assert traceback.endswith(no_attribute)
+
+    started = f"[]\nwanda_lightning {version('wanda_lightning')}\nUsage: wanda-lightning"
+    assert done.stdout.startswith(started)
     assert done.stdout.count("Usage: wanda-lightning") == 5
-    assert "Fraction of the pruned layers' weights that become" in " ".join(
-        done.stdout.replace("│", "").split()
-    )
+    for group in ("Model", "Pruning", "Data", "Results", "Session"):
+        assert f"─ {group} ─" in done.stdout
+    words = " ".join(done.stdout.replace("│", "").split())
+    assert "Fraction of the pruned layers' weights that become" in words
 
 
 def test_waiting_threads_leave_the_cores_to_others_and_bars_stay_out_of_files(monkeypatch):
@@ -86,16 +85,31 @@ ERRORS = [
         "No such file or directory: '/gone/file'",
     ),
     (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "can't decode byte 0xff"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "memory ran out ("),
-    (ValueError("a fault"), None),
 ]
 
 
 @pytest.mark.parametrize(("error", "message"), ERRORS)
-def test_a_refusal_is_one_line_and_a_fault_keeps_its_traceback(error, message, capsys):
-    assert explain(error, debug=False) == (2 if message and "memory" not in message else 1)
-    err = capsys.readouterr().err
-    assert (message or "Please open an issue") in err
-    assert err.startswith("wanda-lightning: error: ") == bool(message)
+def test_a_refusal_is_one_line(error, message, capsys):
+    assert explain(error, debug=False) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("wanda-lightning: error: ")
+    assert message in line
+
+
+def test_lack_of_memory_is_one_line_and_status_1(capsys):
+    assert explain(torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), debug=False) == 1
+    line = "memory ran out (CUDA out of memory. Tried). Use smaller batches, fewer samples or shorter windows."
+    assert capsys.readouterr().err == f"wanda-lightning: error: {line}\n"
+
+
+def test_a_fault_keeps_its_traceback(capsys):
+    assert explain(ValueError("a fault"), debug=False) == 1
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "ValueError: a fault"
+    assert "Please open an issue" in last
+
+
+@pytest.mark.parametrize("error", [error for error, _ in ERRORS])
+def test_debug_shows_the_traceback_of_a_refusal(error, capsys):
     explain(error, debug=True)
     assert "wanda-lightning: error: " not in capsys.readouterr().err.partition("\n")[0]

@@ -25,33 +25,36 @@ def options(*arguments, command="prune"):
     return parse_options(command, [*X, *arguments])
 
 
+def groups_of(command, *arguments):
+    return parse([command, *X, *arguments])[1]
+
+
 def test_names_are_separated_by_commas_or_given_one_by_one():
-    found = options(
-        "--skip", "a, *.b ,[ab]*", "--skip", "re:x{1,3}", "--only", "", "--evaluation", ""
-    )
-    assert (found["skip"], found["only"], found["evaluation"]) == (
-        ("a", "*.b", "[ab]*", "re:x{1,3}"),
-        (),
-        (),
-    )
+    skip = options("--skip", "a, *.b ,[ab]*", "--skip", "re:x{1,3}")["skip"]
+    assert skip == ("a", "*.b", "[ab]*", "re:x{1,3}")
+    assert options("--only", "")["only"] == ()
+    assert options("--evaluation", "")["evaluation"] == ()
     assert options("--model", "a,b", command="evaluate")["model"] == ("x", "a", "b")
 
 
-def test_a_file_is_read_as_text_and_the_command_line_wins():
+def test_a_file_is_read_as_text():
     Path("a.yaml").write_text(
         "model: x\nsparsity_type: 2:4\nnum_samples: 4\nskip: [a, 're:x{1,3}']\nstream: true\n"
     )
-    Path("b.yaml").write_text("nsamples: 5\nseqlen: null\nevaluation: ''\n")
-    found = parse_options("prune", ["--num_samples", "6", "--config", "a.yaml", "--sparsity=0.25"])
-    assert [found[name] for name in ("pattern", "num_samples", "sparsity", "stream")] == [
-        "2:4",
-        6,
-        0.25,
-        True,
-    ]
+    found = parse_options("prune", ["--config", "a.yaml"])
+    assert found["pattern"] == "2:4"
+    assert found["num_samples"] == 4
     assert found["skip"] == ("a", "re:x{1,3}")
-    both = parse_options("prune", ["--config", "a.yaml", "--config", "b.yaml"])
-    assert (both["num_samples"], both["seqlen"], both["evaluation"]) == (5, None, ())
+    assert found["stream"] is True
+
+
+def test_arguments_win_over_files_and_later_files_over_earlier_ones():
+    Path("a.yaml").write_text("model: x\nnum_samples: 4\nseqlen: 8\n")
+    Path("b.yaml").write_text("nsamples: 5\nseqlen: null\nevaluation: ''\n")
+    files = ["--config", "a.yaml", "--config", "b.yaml"]
+    both = parse_options("prune", files)
+    assert (both["num_samples"], both["seqlen"], both["evaluation"]) == (5, 8, ())
+    assert parse_options("prune", [*files, "--num_samples", "6"])["num_samples"] == 6
 
 
 def test_options_below_a_name_in_a_file_are_refused(refused):
@@ -88,17 +91,10 @@ def test_what_is_printed_reads_back(capsys, command):
 
 
 ALIASES = [  # of the reference, and one of an earlier version
-    *(
-        ("prune", *each)
-        for each in (
-            ("sparsity_ratio", "sparsity", "0.25"),
-            ("prune_method", "method", "magnitude"),
-        )
-    ),
-    *(
-        ("prune", *each)
-        for each in (("nsamples", "num_samples", "3"), ("resume", "checkpoint", "a.safetensors"))
-    ),
+    ("prune", "sparsity_ratio", "sparsity", "0.25"),
+    ("prune", "prune_method", "method", "magnitude"),
+    ("prune", "nsamples", "num_samples", "3"),
+    ("prune", "resume", "checkpoint", "a.safetensors"),
     ("inspect", "sparsity_type", "pattern", "2:4"),
     ("prune", "eval", "evaluation", "c4,wikitext2"),
     ("evaluate", "data_path", "data", "digits"),
@@ -114,16 +110,17 @@ def test_another_name_of_an_option(command, alias, name, value):
     assert options("--config", "old.yaml", command=command) == expected
 
 
-def test_flags_of_the_reference_that_stand_for_a_pattern():
-    for given, pattern in (
-        (
-            ["--use_variant", "--prune_granularity", "row", "--sparsity_type", "unstructured"],
-            "equal_share",
-        ),
+@pytest.mark.parametrize(
+    ("flags", "pattern"),
+    [
+        (["--use_variant", "--prune_granularity", "row"], "equal_share"),
+        (["--use_variant", "--sparsity_type", "unstructured"], "equal_share"),
         (["--prune_granularity", "row"], "unstructured_row"),
         (["--prune_granularity", "layer", "--prune_method", "magnitude"], "unstructured_layer"),
-    ):
-        assert parse(["prune", *X, *given])[1]["pruning"].choices["pattern"] == pattern
+    ],
+)
+def test_flags_of_the_reference_that_stand_for_a_pattern(flags, pattern):
+    assert groups_of("prune", *flags)["pruning"].choices["pattern"] == pattern
 
 
 REFUSED = {
@@ -220,71 +217,80 @@ REFUSED = {
     [(command, *case) for command, cases in REFUSED.items() for case in cases],
 )
 def test_a_wrong_value_is_one_line_and_status_2(command, more, message, capsys):
-    if command == "evaluate":
-        more = [*VIT, *more]
-    assert run(command, *([] if "--model" in more else X), *more) == 2
+    model = VIT if command == "evaluate" else X
+    assert run(command, *model, *more) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("wanda-lightning: error: ")
     assert message in line
 
 
-def test_the_revision_is_that_of_the_model(inputs, capsys):
-    assert run("inspect", "--model", inputs / "llama", "--revision", "v1") == 2
-    assert "--revision must be left out for a local model, or" in capsys.readouterr().err
-    models = parse(
-        ["evaluate", "--model=a/b,c/d", "--dense=e/f", "--revision=v1", "--cache_dir=cache"]
-    )[1]["models"]
+def test_the_revision_is_that_of_the_model():
+    options = ["--model=a/b,c/d", "--dense=e/f", "--revision=v1", "--cache_dir=cache"]
+    models = parse(["evaluate", *options])[1]["models"]
     assert models.source("c/d") == ModelSource("c/d", "v1", "cache")
     assert [models.source(name).revision for name in models.all] == ["main", "v1", "v1"]
 
 
-ARGUMENTS = inspect.signature(PruningConfig.from_names).parameters
+def test_the_revision_of_a_local_model_is_refused(inputs, refused):
+    message = "--revision must be left out for a local model, or"
+    refused("inspect", "--model", inputs / "llama", "--revision", "v1", message=message)
 
 
+# Another value than the default for each argument of `PruningConfig.from_names`, as it is typed.
 VALUES = {
-    "sparsity": 0.25,
+    "sparsity": "0.25",
     "pattern": "unstructured_layer",
-    "skip": ["a"],
-    "only": ["b", "c"],
+    "skip": "a",
+    "only": "b,c",
     "method": "sparsegpt",
-}
-VALUES |= {
     "criterion": "ria",
     "allocation": "owl",
     "solver": "refit",
     "sequential": "layer",
     "recovery": "distill",
+    "permutation": "assignment",
+    "keep_batch_norm": True,
 }
-VALUES |= {"permutation": "assignment"}
+TYPED = {"sparsity": 0.25, "only": ["b", "c"]}
 
 
 def config(*arguments):
-    return PruningConfig.from_names(**parse(["prune", *arguments])[1]["pruning"].choices)
+    return PruningConfig.from_names(**groups_of("prune", *arguments)["pruning"].choices)
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("name", inspect.signature(PruningConfig.from_names).parameters)
 def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
-    value = VALUES.get(name, True)
-    text = [] if value is True else [",".join(value) if isinstance(value, list) else str(value)]
-    others = {"pattern": "2:4"} if name == "permutation" else {}
-    base = [*X, *(word for key, other in others.items() for word in (f"--{key}", other))]
-    before, after = (config(*base, *more) for more in ([], [f"--{name}", *text]))
-    assert after == PruningConfig.from_names(**others, **{name: value}) != before
+    value = VALUES[name]
+    option = [f"--{name}"] if value is True else [f"--{name}", value]
+    choices = {name: TYPED.get(name, value)}
+    base = []
+    if name == "permutation":  # which needs N:M
+        choices["pattern"] = "2:4"
+        base = ["--pattern", "2:4"]
+    expected = PruningConfig.from_names(**choices)
+    assert config(*base, *option) == expected
+    assert config(*base) != expected
 
 
-def test_results_are_labeled_with_what_was_chosen():
-    for given, name in (
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
         ([], "wanda"),
         (["--pattern", "experts"], "reap"),
         (["--pattern", "structured"], "refit"),
         (["--method", "fast", "--allocation", "owl", "--recovery", "distill"], "fast_owl_distill"),
-    ):
-        assert parse(["prune", *X, *given])[1]["pruning"].name == name
+    ],
+)
+def test_results_are_labeled_with_what_was_chosen(arguments, name):
+    assert groups_of("prune", *arguments)["pruning"].name == name
+
+
+def test_the_types_of_weights_are_those_that_can_be_loaded():
+    assert set(get_args(get_type_hints(Model)["dtype"])) == {"auto", *loading.DTYPES}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_described_in_a_group(command):
-    assert set(get_args(get_type_hints(Model)["dtype"])) == {"auto", *loading.DTYPES}
     for option in app[command].assemble_argument_collection(parse_docstring=True):
         if option.children:
             assert [group.name for group in option.parameter.group] <= ["Session"]
@@ -302,7 +308,7 @@ def test_every_option_is_described_in_a_group(command):
     ],
 )
 def test_a_command_is_parsed_into_the_options_from_which_it_was_made(arguments):
-    _, groups = parse(["prune", *X, *arguments])
+    groups = groups_of("prune", *arguments)
     program, name, *again = shlex.split(as_command("prune", *groups.values()))
     assert (program, name) == ("wanda-lightning", "prune")
     assert parse(["prune", *again])[1] == groups

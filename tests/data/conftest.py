@@ -13,7 +13,8 @@ def tokenizer():
 
 @pytest.fixture
 def imagenet(tmp_path):
+    folder = tmp_path / "data"
     for part, count in (("train", 4), ("val", 2)):
-        paint(tmp_path / "data" / part / "blue", (0, 0), count)
-        paint(tmp_path / "data" / part / "green", (0, 255), count)
-    return tmp_path / "data"
+        paint(folder / part / "blue", (0, 0), count)
+        paint(folder / part / "green", (0, 255), count)
+    return folder

@@ -37,38 +37,42 @@ def test_a_folder_in_the_manner_of_imagenet(imagenet, in_chans):
     images, labels = images_of(data.val_dataloader())
     assert images.shape == (4, in_chans, 16, 16)
     assert labels.tolist() == [0, 0, 1, 1]
-    colours = [np.array([0, green, blue]) for green in (0, 255) for blue in (0, 10)]
+    colours = [[0, 0, 0], [0, 0, 10], [0, 255, 0], [0, 255, 10]]
     if in_chans == 1:  # ITU-R 601
-        colours = [np.array([round(0.587 * green + 0.114 * blue)]) for _, green, blue in colours]
-    expected = torch.tensor(np.stack(colours) / 255 * 2 - 1, dtype=torch.float32)
-    torch.testing.assert_close(
-        images, expected[:, :, None, None].expand_as(images), atol=0.01, rtol=0
-    )
+        colours = [[round(0.587 * green + 0.114 * blue)] for _, green, blue in colours]
+    expected = torch.tensor(colours)[:, :, None, None] / 255 * 2 - 1
+    torch.testing.assert_close(images, expected.expand_as(images), atol=0.01, rtol=0)
     assert images_of(data.calibration_dataloader())[0].shape[0] == 5
     train, labels = images_of(data.train_dataloader())
     assert train.shape == (8, in_chans, 16, 16)
     assert labels.bincount().tolist() == [4, 4]
 
 
-def test_bad_folders_are_refused(tmp_path, imagenet):
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("gone", "'gone'"), ("list.txt", "'list.txt'"), ("", "missing")],
+)
+def test_what_is_no_folder_is_refused_at_once(tmp_path, monkeypatch, name, found):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "list.txt").write_text("")
-    for wrong in (tmp_path / "missing", tmp_path / "list.txt", ""):
-        with pytest.raises(
-            ValueError, match=r"an existing folder .* but it is .*(missing|list\.txt|'')"
-        ):
-            ImageDataModule(wrong)
+    with pytest.raises(ValueError, match=f"an existing folder .* but it is {found}"):
+        ImageDataModule(name)
+
+
+def test_a_class_without_training_images_is_refused(imagenet):
     paint(imagenet / "val" / "red", (0, 0), 1)
-    with pytest.raises(
-        ValueError, match="training images for each class, but has none in train/red"
-    ):
+    message = "training images for each class, but has none in train/red"
+    with pytest.raises(ValueError, match=message):
         ImageDataModule(imagenet, vit()).setup("fit")
+
+
+def test_training_images_are_never_measured_instead(imagenet):
     shutil.rmtree(imagenet / "val")
-    with pytest.raises(FileNotFoundError, match="val"):  # and not the training images
+    with pytest.raises(FileNotFoundError, match="val"):
         ImageDataModule(imagenet, vit()).setup("validate")
     (imagenet / "val" / "blue").mkdir(parents=True)
-    with pytest.raises(
-        ValueError, match=r"images to measure on, but the classes in .*val have none"
-    ):
+    message = "images to measure on, but the classes in .*val have none"
+    with pytest.raises(ValueError, match=message):
         ImageDataModule(imagenet, vit()).setup("validate")
 
 
@@ -78,10 +82,8 @@ def test_evaluation_may_lack_classes(imagenet):
     shutil.rmtree(imagenet / "val" / "blue")
     data = ImageDataModule(str(imagenet), vit())
     data.setup("fit")
-    assert (data.class_names, images_of(data.val_dataloader())[1].tolist()) == (
-        ("azure", "blue", "green"),
-        [2, 2],
-    )
+    assert data.class_names == ("azure", "blue", "green")
+    assert images_of(data.val_dataloader())[1].tolist() == [2, 2]
     assert sorted(images_of(data.train_dataloader())[1].tolist()) == [0] + [1] * 4 + [2] * 4
 
 

@@ -18,9 +18,8 @@ from wanda_lightning.data.images import class_names_of, resolve_preprocessing
 
 pytestmark = [
     pytest.mark.usefixtures("few_digits"),
-    pytest.mark.filterwarnings(
-        "ignore:.*and the model has .* outputs"
-    ),  # models are made without regard to the images
+    # Models are made without regard to the images.
+    pytest.mark.filterwarnings("ignore:.*and the model has .* outputs"),
 ]
 
 
@@ -32,30 +31,33 @@ def test_digits_are_resized_whole_and_normalized_for_the_model(in_chans):
     images, labels = next(iter(data.val_dataloader()))
     assert images.shape == (7, in_chans, 16, 16)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    # The first image is one of the scans with its label.
     distances = []
     for scan in load_digits().images[load_digits().target == labels[0].item()]:
-        picture = Image.fromarray((scan * 255 / 16).round().astype(np.uint8)).resize(
-            (16, 16), Image.Resampling.BICUBIC
-        )
-        distances.append(np.abs(images[0].numpy() - (np.asarray(picture) / 255 - 0.5) / 0.5).max())
+        picture = Image.fromarray((scan * 255 / 16).round().astype(np.uint8))
+        resized = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC))
+        distances.append(np.abs(images[0].numpy() - (resized / 255 - 0.5) / 0.5).max())
     assert min(distances) < 1e-5
     assert model(images).shape == (7, 10)
 
 
-def test_calibration_images_are_a_seeded_choice_of_training_images():
-    for seed in (0, 1):
-        data = ImageDataModule("digits", vit(), num_samples=64, seed=seed)
-        with pytest.raises(ValueError, match=r"^setup\(\) opens the images"):
-            _ = data.num_classes
-        data.setup("validate")
-        images, labels = images_of(data.calibration_dataloader())
-        train = torch.stack([image for image, _ in data.train_dataloader().dataset])
-        order = torch.randperm(240, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(images, train[order[:64]])
-        assert len(labels.unique()) == 10
-        assert data.describe_calibration(1) == f"digits, 1 image, seed {seed}"
-        assert data.describe_calibration(100) == f"digits, 64 images, seed {seed}"
-        assert data.describe_evaluation() == "digits, 60 images"
+@pytest.mark.parametrize("seed", [0, 1])
+def test_calibration_images_are_a_seeded_choice_of_training_images(seed):
+    data = ImageDataModule("digits", vit(), num_samples=64, seed=seed)
+    data.setup("validate")
+    images, labels = images_of(data.calibration_dataloader())
+    train = torch.stack([image for image, _ in data.train_dataloader().dataset])
+    order = torch.randperm(240, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(images, train[order[:64]])
+    assert len(labels.unique()) == 10
+    assert data.describe_calibration(1) == f"digits, 1 image, seed {seed}"
+    assert data.describe_calibration(100) == f"digits, 64 images, seed {seed}"
+    assert data.describe_evaluation() == "digits, 60 images"
+
+
+def test_images_before_setup_are_an_error():
+    with pytest.raises(ValueError, match=r"^setup\(\) opens the images"):
+        _ = ImageDataModule("digits", vit()).num_classes
 
 
 def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
@@ -64,12 +66,15 @@ def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
         data = ImageDataModule("digits", vit(), seed=seed)
         data.setup("fit")
         loaded.append(images_of(data.train_dataloader())[0])
-    assert torch.equal(*loaded[:2])
-    assert not torch.equal(*loaded[1:])
+    first, again, other = loaded
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+    def in_any_order(images):
+        return sorted(image.numpy().tobytes() for image in images)
+
     calibration = images_of(data.calibration_dataloader())[0]
-    assert sorted(t.numpy().tobytes() for t in loaded[2]) == sorted(
-        t.numpy().tobytes() for t in calibration
-    )
+    assert in_any_order(other) == in_any_order(calibration)
 
 
 class Reading(ImageClassifierModule):
@@ -143,25 +148,36 @@ def test_calibration_is_not_augmented_but_training_is(tmp_path):
         )
     data = ImageDataModule(str(tmp_path), vit())
     data.setup("fit")
-    calibration = [images_of(data.calibration_dataloader())[0] for _ in range(2)]
-    assert torch.equal(*calibration)
+    first, again = (images_of(data.calibration_dataloader())[0] for _ in range(2))
+    assert torch.equal(first, again)
     torch.manual_seed(0)
     random.seed(0)
-    assert not torch.equal(*[images_of(data.train_dataloader())[0] for _ in range(2)])
+    first, again = (images_of(data.train_dataloader())[0] for _ in range(2))
+    assert not torch.equal(first, again)
 
 
 @pytest.mark.parametrize("folder", [".", "val"])
-def test_a_folder_without_training_images(imagenet, folder):
-    """With the classes alone, it also calibrates."""
+def test_a_folder_without_training_images_measures(imagenet, folder):
     shutil.rmtree(imagenet / "train")
-    data = ImageDataModule(str(imagenet / folder), vit())
+    data = ImageDataModule(imagenet / folder, vit())
     data.setup("validate")
     assert images_of(data.val_dataloader())[1].tolist() == [0, 0, 1, 1]
-    if folder == "val":
-        assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == [0, 0, 1, 1]
-    for loader in (data.train_dataloader, *[data.calibration_dataloader] * (folder == ".")):
-        with pytest.raises(ValueError, match="has only evaluation images"):
-            loader()
+    with pytest.raises(ValueError, match="has only evaluation images"):
+        data.train_dataloader()
+
+
+def test_a_folder_with_the_classes_alone_also_calibrates(imagenet):
+    data = ImageDataModule(imagenet / "val", vit())
+    data.setup("validate")
+    assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == [0, 0, 1, 1]
+
+
+def test_a_folder_with_evaluation_images_does_not_calibrate(imagenet):
+    shutil.rmtree(imagenet / "train")
+    data = ImageDataModule(imagenet, vit())
+    data.setup("validate")
+    with pytest.raises(ValueError, match="has only evaluation images"):
+        data.calibration_dataloader()
 
 
 def named_vit(*names):
@@ -170,30 +186,33 @@ def named_vit(*names):
     return model
 
 
-def labels_of(folder, model, train=False):
-    data = ImageDataModule(str(folder), model)
+def data_of(folder, model):
+    data = ImageDataModule(folder, model)
     data.setup("fit")
-    return images_of(data.train_dataloader() if train else data.val_dataloader())[1].tolist(), data
+    return data
+
+
+def labels_of(data):
+    return images_of(data.val_dataloader())[1].tolist()
 
 
 @pytest.mark.filterwarnings("error")
 def test_class_folders_are_the_outputs_with_their_names(imagenet):
     model = named_vit("red", "green", "azure", "blue")
-    labels, data = labels_of(imagenet / "val", model)
-    assert labels == [3, 3, 1, 1]
+    data = data_of(imagenet, model)
     assert data.class_names == ("red", "green", "azure", "blue")
-    assert sorted(labels_of(imagenet, model, train=True)[0]) == [1] * 4 + [3] * 4
+    assert labels_of(data) == [3, 3, 1, 1]
+    assert sorted(images_of(data.train_dataloader())[1].tolist()) == [1] * 4 + [3] * 4
     model.pretrained_cfg["label_names"] = {"0": "green", "1": "blue", "2": "red", "3": "azure"}
-    data.model = model  # another model, other labels
-    data.setup("validate")
-    assert images_of(data.val_dataloader())[1].tolist() == [1, 1, 0, 0]
+    data.setup("validate")  # the model has other labels now
+    assert labels_of(data) == [1, 1, 0, 0]
 
 
 @pytest.mark.filterwarnings("error")
 def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
     for name in ("n01443537", "n15075141"):  # the second and the last of the 1000
         paint(tmp_path / name, (0, 0), 1)
-    assert labels_of(tmp_path, vit(num_classes=1000))[0] == [1, 999]
+    assert labels_of(data_of(tmp_path, vit(num_classes=1000))) == [1, 999]
 
 
 @pytest.mark.filterwarnings("default:.*and the model has .* outputs")
@@ -212,42 +231,48 @@ def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
             named_vit("cat", "green"),
             "and the model has 2 outputs, and its classes have other names than 'blue'",
         ),
-        (vit(num_classes=2), None),
     ],
 )
 def test_an_assumed_class_order_warns(imagenet, model, said, recwarn):
-    assert labels_of(imagenet / "val", model)[0] == [0, 0, 1, 1]
-    messages = [str(warning.message) for warning in recwarn if "outputs" in str(warning.message)]
-    assert [said in message for message in messages] == ([] if said is None else [True])
+    assert labels_of(data_of(imagenet / "val", model)) == [0, 0, 1, 1]
+    (message,) = (str(each.message) for each in recwarn if "outputs" in str(each.message))
+    assert said in message
 
 
-def test_preprocessing_is_the_models_own():
-    found = resolve_preprocessing(timm.create_model("convnext_atto", num_classes=10))
-    assert (found["input_size"], found["mean"], found["crop_pct"]) == (
-        (3, 224, 224),
-        (0.485, 0.456, 0.406),
-        0.875,
-    )
-    assert (
-        resolve_preprocessing("convnext_atto")
-        == resolve_preprocessing("timm:convnext_atto.d2_in1k")
-        == found
-    )
-    assert resolve_preprocessing("convnext_atto", image_size=64)["input_size"] == (3, 64, 64)
-    gray = resolve_preprocessing(ImageClassifierModule(timm.create_model("resnet18", in_chans=1)))
-    assert (gray["input_size"], gray["mean"]) == (
-        (1, 224, 224),
-        pytest.approx(((0.485 + 0.456 + 0.406) / 3,)),
-    )
+@pytest.mark.filterwarnings("error")
+def test_as_many_classes_as_outputs_without_names_do_not_warn(imagenet):
+    assert labels_of(data_of(imagenet / "val", vit(num_classes=2))) == [0, 0, 1, 1]
 
 
-def test_class_names_come_from_the_model():
-    model = vit(num_classes=3)
-    assert class_names_of(model) == ()
-    for names, found in (
+@pytest.mark.parametrize("name", ["convnext_atto", "timm:convnext_atto.d2_in1k"])
+def test_preprocessing_of_a_name_is_that_of_the_model(name):
+    model = timm.create_model("convnext_atto", num_classes=10)
+    preprocessing = resolve_preprocessing(model)
+    assert preprocessing["input_size"] == (3, 224, 224)
+    assert preprocessing["mean"] == (0.485, 0.456, 0.406)
+    assert preprocessing["crop_pct"] == 0.875
+    assert resolve_preprocessing(name) == preprocessing
+    assert resolve_preprocessing(name, image_size=64)["input_size"] == (3, 64, 64)
+
+
+def test_a_model_for_gray_images_gets_the_average_normalization():
+    module = ImageClassifierModule(timm.create_model("resnet18", in_chans=1))
+    preprocessing = resolve_preprocessing(module)
+    assert preprocessing["input_size"] == (1, 224, 224)
+    assert preprocessing["mean"] == pytest.approx(((0.485 + 0.456 + 0.406) / 3,))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (None, ""),
         (["a", "b", "c"], "abc"),
         ({0: "a", 1: "b", 2: "c"}, "abc"),
-        (["a", "b"], ""),
-    ):
-        model.pretrained_cfg["label_names"] = names  # the last of another head
-        assert class_names_of(model) == class_names_of(ImageClassifierModule(model)) == tuple(found)
+        (["a", "b"], ""),  # those of another head
+    ],
+)
+def test_class_names_come_from_the_model(names, expected):
+    model = vit(num_classes=3)
+    model.pretrained_cfg["label_names"] = names
+    assert class_names_of(model) == tuple(expected)
+    assert class_names_of(ImageClassifierModule(model)) == tuple(expected)

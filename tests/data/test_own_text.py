@@ -45,9 +45,8 @@ def test_tokens_are_drawn_from_the_predictions():
     assert [name for name, part in model.named_modules() if not part.training] == ["lm_head"]
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(windows, written_by_hand(model.eval(), [5], 5, 12, 3, 2)[:, 1:])
-    assert not torch.equal(
-        windows, sample_windows(model, TOKENIZER, 5, 12, seed=4, batch_size=2, progress=False)
-    )
+    others = sample_windows(model, TOKENIZER, 5, 12, seed=4, batch_size=2, progress=False)
+    assert not torch.equal(windows, others)
 
 
 def test_a_tokenizer_without_a_first_token_begins_with_the_last_or_is_refused():
@@ -55,12 +54,14 @@ def test_a_tokenizer_without_a_first_token_begins_with_the_last_or_is_refused():
     tokenizer = SimpleNamespace(bos_token_id=None, eos_token_id=7)
     expected = written_by_hand(model, [7], 2, 4, 0, 2)[:, 1:]
     assert torch.equal(sample_windows(model, tokenizer, 2, 4, progress=False), expected)
+    tokenizer.eos_token_id = None
     with pytest.raises(ValueError, match="must have a token that begins or ends a text"):
-        sample_windows(model, SimpleNamespace(bos_token_id=None, eos_token_id=None), 2, 4)
+        sample_windows(model, tokenizer, 2, 4)
 
-    with pytest.raises(
-        ValueError, match=r"a Trainer that runs a module with a model, but there is none"
-    ):
+
+def test_text_by_the_model_needs_a_trainer():
+    message = "a Trainer that runs a module with a model, but there is none"
+    with pytest.raises(ValueError, match=message):
         TextDataModule(byte_tokenizer(), calibration="self").calibration_dataloader()
 
 

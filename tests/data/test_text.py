@@ -1,5 +1,6 @@
 """Windows of text against slow versions of the two protocols, and what the data module refuses."""
 
+from pathlib import Path
 from pydoc_data.topics import topics
 
 import datasets
@@ -34,18 +35,15 @@ def few_topics(monkeypatch):
 def test_calibration_on_documents_draws_the_references_windows(tmp_path, tokenizer):
     # With <s>, 19 gives 20 tokens: not more than seqlen.
     texts = documents([3, 40, 19, 20, 200, 0, 21])
-    sources = (
-        write_jsonl(tmp_path / "a.jsonl", texts),
-        write_parquet(tmp_path / "a.parquet", text=texts),
-    )
-    for seed, source in enumerate(sources):
+    jsonl = write_jsonl(tmp_path / "a.jsonl", texts)
+    parquet = write_parquet(tmp_path / "a.parquet", text=texts)
+    for seed, source in enumerate((jsonl, parquet)):
         data = TextDataModule(tokenizer, source, seqlen=20, num_samples=9, batch_size=4, seed=seed)
         loader = data.calibration_dataloader()
-        assert [tuple(batch["input_ids"].shape) for batch in loader] == [(4, 20), (4, 20), (1, 20)]
-        assert all(
-            batch.keys() == {"input_ids"} and batch["input_ids"].dtype == torch.int64
-            for batch in loader
-        )
+        for batch, size in zip(loader, (4, 4, 1), strict=True):
+            assert batch.keys() == {"input_ids"}
+            assert batch["input_ids"].shape == (size, 20)
+            assert batch["input_ids"].dtype == torch.int64
         assert torch.equal(ids_of(loader), slow_document_windows(texts, tokenizer, 20, 9, seed))
 
 
@@ -66,10 +64,8 @@ def test_drawing_tokenizes_only_what_is_drawn_and_ends_where_one_document_is_lon
 def test_calibration_on_one_text_draws_the_references_windows(tmp_path, tokenizer):
     (text,) = documents([500])
     (tmp_path / "a.txt").write_text(text)
-    for source, whole in (
-        (str(tmp_path / "a.txt"), text),
-        ("python-docs", "\n\n".join(python_docs()[0].values())),
-    ):
+    docs = "\n\n".join(python_docs().calibration.values())
+    for source, whole in ((str(tmp_path / "a.txt"), text), ("python-docs", docs)):
         data = TextDataModule(tokenizer, source, seqlen=16, num_samples=10, seed=3)
         expected = slow_text_windows(tokenizer(whole).input_ids, 16, 10, 3)
         assert torch.equal(ids_of(data.calibration_dataloader()), expected)
@@ -90,53 +86,64 @@ def test_evaluation_cuts_the_joined_text(tmp_path, tokenizer, kind):
     assert torch.equal(ids_of(data.val_dataloader()), expected[:3])
 
 
-def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch):
-    texts = documents([30, 41, 10])
-    table = datasets.Dataset.from_dict({"text": texts})
-    empty = datasets.Dataset.from_dict({"text": [""]})
-    hub = {"own/news": {"train": table, "test": table, "unused": empty}, "own/one": {"all": table}}
-    file = write_jsonl(tmp_path / "a.jsonl", texts)
-    load = datasets.load_dataset
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, **o: hub[name] if name in hub else load(name, **o)
-    )
+TEXTS = documents([30, 41, 10])
+TABLE = datasets.Dataset.from_dict({"text": TEXTS})
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (TEXTS, "texts in memory"),
+        (TABLE, "texts in memory"),
+        ("own/news", "own/news"),
+        ("own/one", "own/one"),
+    ],
+)
+def test_texts_in_memory_and_from_the_hub(tmp_path, tokenizer, monkeypatch, source, name):
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     expected = TextDataModule(tokenizer, file, file, seqlen=20, num_samples=5)
-    names = {"texts in memory": (texts, table), "own/news": ("own/news",), "own/one": ("own/one",)}
-    for name, source in ((name, source) for name, sources in names.items() for source in sources):
-        data = TextDataModule(tokenizer, source, [source], seqlen=20, num_samples=5)
-        assert torch.equal(data.calibration_windows, expected.calibration_windows)
-        assert torch.equal(data.evaluation_windows, expected.evaluation_windows)
-        assert data.describe_calibration(5) == f"{name}, 5 windows of 20 tokens, seed 0"
-        assert data.describe_evaluation() == f"{name}, 4 windows of 20 tokens"
-    assert data.describe_calibration(1).startswith("own/one, 1 window of 20 tokens")
-    data = TextDataModule(tokenizer, evaluation=[texts, file, texts[::-1]], seqlen=20)
+    windows = expected.calibration_windows
+    evaluation_windows = expected.evaluation_windows
+    empty = datasets.Dataset.from_dict({"text": [""]})
+    hub = {"own/news": {"train": TABLE, "test": TABLE, "unused": empty}, "own/one": {"all": TABLE}}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: hub[name])
+    data = TextDataModule(tokenizer, source, [source], seqlen=20, num_samples=5)
+    assert torch.equal(data.calibration_windows, windows)
+    assert torch.equal(data.evaluation_windows, evaluation_windows)
+    assert data.describe_calibration(5) == f"{name}, 5 windows of 20 tokens, seed 0"
+    assert data.describe_calibration(1).startswith(f"{name}, 1 window of 20 tokens")
+    assert data.describe_evaluation() == f"{name}, 4 windows of 20 tokens"
+
+
+def test_several_texts_in_memory_have_names_of_their_own(tmp_path, tokenizer):
+    file = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    data = TextDataModule(tokenizer, evaluation=[TEXTS, file, TEXTS[::-1]], seqlen=20)
+    first, *_, third = data.evaluations
     assert data.evaluations == ("texts in memory", file, "texts in memory (3)")
-    assert not torch.equal(
-        data.windows_of("texts in memory"), data.windows_of("texts in memory (3)")
-    )
+    assert not torch.equal(data.windows_of(first), data.windows_of(third))
 
 
 def language_model(embeddings, tokenizer=None):
     return CausalLMModule(tiny_llama(vocab_size=embeddings), tokenizer)
 
 
-def test_the_tokenizer_may_be_a_gguf_file_or_is_refused_before_anything_is_read(
-    tmp_path, monkeypatch
-):
+def test_the_tokenizer_may_be_a_gguf_file(tmp_path):
     write_gguf(tmp_path / "tiny.gguf")
     (tmp_path / "a.txt").write_text("theta" * 4)
     data = TextDataModule(str(tmp_path / "tiny.gguf"), evaluation=str(tmp_path / "a.txt"), seqlen=3)
     tokens = data.evaluation_windows.flatten().tolist()
     assert tokens[tokens.index(29) :][:3] == [29, 21, 2]  # transformers 5.2 puts <s> in front
-    # Read when it was imported.
+
+
+def test_a_tokenizer_that_cannot_be_found_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    # The environment variable was read when huggingface_hub was imported.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"missing\.gguf does not exist"):
         TextDataModule(str(tmp_path / "missing.gguf"))
-    with pytest.raises(
-        ValueError, match=r"^tokenizer must be given, since no Trainer runs a module that has one"
-    ):
+    message = "^tokenizer must be given, since no Trainer runs a module that has one"
+    with pytest.raises(ValueError, match=message):
         TextDataModule().setup("validate")
-    with pytest.raises(OSError, match=r"tokenizer of 'no/such' cannot be loaded"):
+    with pytest.raises(OSError, match="tokenizer of 'no/such' cannot be loaded"):
         TextDataModule("no/such").setup("validate")
 
 
@@ -169,25 +176,38 @@ def test_bad_arguments_are_refused_at_once(tokenizer, options, message):
         TextDataModule(tokenizer, **options)
 
 
-def test_too_short_texts_are_refused_with_counts(tmp_path, tokenizer):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.txt", r"needs a text of at least 21 tokens, but .*a\.txt has 20"),
+        (
+            "a.jsonl",
+            r"at least 21 tokens, but the longest of the 3 documents of .* has 20.*\.txt file",
+        ),
+        (None, "the longest of the 0 documents of texts in memory has 0"),
+    ],
+)
+def test_too_short_texts_to_calibrate_on_are_refused_with_counts(
+    tmp_path, tokenizer, name, message
+):
     (tmp_path / "a.txt").write_text("x" * 19)  # 20 tokens with <s>
+    write_jsonl(tmp_path / "a.jsonl", documents([5, 19, 12]))
+    source = str(tmp_path / name) if name else []
+    with pytest.raises(ValueError, match=message):
+        TextDataModule(tokenizer, calibration=source, seqlen=20).calibration_dataloader()
+
+
+def test_the_longest_windows_of_a_text(tmp_path, tokenizer):
     text = str(tmp_path / "a.txt")
-    table = write_jsonl(tmp_path / "a.jsonl", documents([5, 19, 12]))
-    for source, message in (
-        (text, r"needs a text of at least 21 tokens, but .*a\.txt has 20"),
-        (table, r"at least 21 tokens, but the longest of the 3 documents of .* has 20.*\.txt file"),
-        ([], "the longest of the 0 documents of texts in memory has 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            TextDataModule(tokenizer, calibration=source, seqlen=20).calibration_dataloader()
-    assert TextDataModule(
-        tokenizer, text, text, seqlen=19, num_samples=2
-    ).calibration_windows.shape == (2, 19)
-    assert TextDataModule(tokenizer, evaluation=text, seqlen=20).evaluation_windows.shape == (1, 20)
-    with pytest.raises(
-        ValueError, match=r"seqlen=21 needs a text of at least 21 tokens, but .*a\.txt has 20\."
-    ):
-        TextDataModule(tokenizer, evaluation=text, seqlen=21).setup("validate")
+    Path(text).write_text("x" * 19)  # 20 tokens with <s>
+    data = TextDataModule(tokenizer, text, seqlen=19, num_samples=2)
+    assert data.calibration_windows.shape == (2, 19)
+    data = TextDataModule(tokenizer, evaluation=text, seqlen=20)
+    assert data.evaluation_windows.shape == (1, 20)
+    data = TextDataModule(tokenizer, evaluation=text, seqlen=21)
+    message = r"seqlen=21 needs a text of at least 21 tokens, but .*a\.txt has 20\."
+    with pytest.raises(ValueError, match=message):
+        data.setup("validate")
 
 
 def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
@@ -209,16 +229,14 @@ def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
 def test_another_tokenizer_than_the_models_own_is_refused(tokenizer, monkeypatch):
     from lightning.pytorch.trainer.connectors import data_connector
 
-    # Must not be recommended.
+    # With as many cores, Lightning would recommend workers.
     monkeypatch.setattr(data_connector, "suggested_max_num_workers", lambda _: 31)
     reverse = byte_tokenizer(reverse=True)
     module = language_model(257, reverse)
     for given in (None, reverse, byte_tokenizer(reverse=True)):
         trainer().validate(module, TextDataModule(given, seqlen=32, limit=2), verbose=False)
-    with pytest.raises(
-        ValueError,
-        match=r"^tokenizer must be the tokenizer of the model, but .* splits the text diff",
-    ):
+    message = "^tokenizer must be the tokenizer of the model, but .* splits the text diff"
+    with pytest.raises(ValueError, match=message):
         trainer().validate(module, TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)
 
 

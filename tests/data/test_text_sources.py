@@ -29,30 +29,28 @@ def test_named_texts_are_read_as_the_reference_reads_them(monkeypatch, tokenizer
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = TextDataModule(tokenizer, name, name, seqlen=30, num_samples=4, cache_dir="cache")
+    limit = None
     if name == "c4":
         expected = slow_document_windows(first, tokenizer, 30, 4, 0)
         text = " ".join(second[:1100])
         limit = 256
-        files = {
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        }
+        train = {"train": "en/c4-train.00000-of-01024.json.gz"}
+        validation = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
         calls = [
-            ("allenai/c4", None, split, {split: file}, "cache") for split, file in files.items()
+            ("allenai/c4", None, "train", train, "cache"),
+            ("allenai/c4", None, "validation", validation, "cache"),
         ]
     else:
         expected = slow_text_windows(tokenizer(" ".join(first)).input_ids, 30, 4, 0)
         text = "\n\n".join(second)
-        limit = None
         calls = [
-            ("Salesforce/wikitext", "wikitext-2-raw-v1", split, None, "cache")
-            for split in ("train", "test")
+            ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None, "cache"),
+            ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None, "cache"),
         ]
     assert torch.equal(data.calibration_windows, expected)
     ids = tokenizer(text).input_ids
-    assert torch.equal(
-        data.evaluation_windows, torch.tensor(ids[: len(ids) // 30 * 30]).view(-1, 30)[:limit]
-    )
+    windows = torch.tensor(ids[: len(ids) // 30 * 30]).view(-1, 30)
+    assert torch.equal(data.evaluation_windows, windows[:limit])
     assert asked == calls
 
 
@@ -64,11 +62,8 @@ def test_several_texts_are_measured_one_by_one(tokenizer):
         alone = TextDataModule(tokenizer, evaluation=source, seqlen=64, limit=3)
         (batch,) = loader
         assert torch.equal(batch["input_ids"], alone.evaluation_windows)
-        assert (
-            data.describe_evaluation(number)
-            == alone.describe_evaluation()
-            == f"{source}, 3 windows of 64 tokens"
-        )
+        assert data.describe_evaluation(number) == f"{source}, 3 windows of 64 tokens"
+        assert alone.describe_evaluation() == f"{source}, 3 windows of 64 tokens"
     assert tokenizer(sklearn_docs()).input_ids[:64] == data.evaluation_windows[0].tolist()
 
 
@@ -80,10 +75,10 @@ def test_python_docs_has_two_parts_without_a_common_paragraph():
     assert not calibration.keys() & evaluation.keys()
     share = sum(map(len, evaluation.values())) / sum(map(len, topics.values()))
     assert 0.25 < share < 0.35
-    first, second = (
-        {p.strip() for p in "\n\n".join(part.values()).split("\n\n")} for part in python_docs()
-    )
-    assert all(len(paragraph) < 80 for paragraph in first & second)
+    paragraphs = []
+    for part in (calibration, evaluation):
+        paragraphs.append(set(map(str.strip, "\n\n".join(part.values()).split("\n\n"))))
+    assert all(len(paragraph) < 80 for paragraph in paragraphs[0] & paragraphs[1])
 
 
 def test_files_keep_their_characters(tmp_path, tokenizer):
@@ -132,17 +127,17 @@ def test_bad_files_are_refused_when_read(tmp_path, tokenizer, name, content, cau
         TextDataModule(tokenizer, evaluation=str(tmp_path / name)).setup("validate")
 
 
-def test_tables_have_a_column_of_text(tmp_path, tokenizer):
-    for rows, has in (
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
         ({"body": ["a"]}, "columns body, and 'text' is missing"),
         ({"text": [5]}, "is int64"),
         ({"text": ["a", None]}, "or not in each row"),
-    ):
-        for source in (
-            write_parquet(tmp_path / "a.parquet", **rows),
-            datasets.Dataset.from_dict(rows),
-        ):
-            with pytest.raises(
-                ValueError, match=f"must have a column 'text' with a string in each row, .*{has}"
-            ):
-                TextDataModule(tokenizer, evaluation=source).setup("validate")
+    ],
+)
+def test_tables_have_a_column_of_text(tmp_path, tokenizer, rows, found):
+    file = write_parquet(tmp_path / "a.parquet", **rows)
+    message = f"must have a column 'text' with a string in each row, .*{found}"
+    for source in (file, datasets.Dataset.from_dict(rows)):
+        with pytest.raises(ValueError, match=message):
+            TextDataModule(tokenizer, evaluation=source).setup("validate")

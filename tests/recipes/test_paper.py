@@ -80,93 +80,98 @@ def times(out="out"):
 
 
 @pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
-def test_every_cell_is_a_command_that_prunes_as_the_cell_is_named_and_published_numbers_have_a_source(
-    path,
-):
+def test_a_family_says_how_to_run_it_and_where_its_numbers_are_from(path):
     text = path.read_text()
     content = yaml.safe_load(text)
-    cells = list(sweep.read_cells(path))
     assert f"\n#   python recipes/paper/run.py recipes/paper/{path.name} " in text
     assert "\n# Published: " in text
     published = content.get("published", {})
     assert published.keys() <= {"dense", *content["cells"]}
     assert all(numbers.keys() <= content["models"].keys() for numbers in published.values())
     assert not published or (content["source"] and content["options"]["seqlen"])
+
+
+def choices_in(cell):
+    """The pattern and the sparsity that the name of a cell says."""
+    method, *_, last = cell.name.split("_")
+    if last in ("4to8", "2to4"):
+        return last.replace("to", ":"), 0.5
+    pattern = "equal_share" if method == "variant" else "unstructured"
+    if "prune_granularity" in cell.options:
+        pattern += f"_{cell.options['prune_granularity']}"
+    return pattern, int(last) / 100
+
+
+@pytest.mark.parametrize("path", FAMILIES, ids=lambda path: path.stem)
+def test_every_cell_is_a_command_that_prunes_as_the_cell_is_named(path):
+    content = yaml.safe_load(path.read_text())
+    cells = list(sweep.read_cells(path))
     assert len(cells) == len(content["models"]) * len(content["cells"])
     for cell in cells:
         assert re.fullmatch(r"(?!dense$)[\w.-]*\w", cell.name)  # it names a folder beside `dense`
         command, *arguments = cell.command(Path("out"))
         values = cli.parse_options(command, arguments)
-        pruning = cli.parse([command, *arguments])[1]["pruning"]
-        assert (values["model"], values["save"]) == (
-            content["models"][cell.model],
-            f"out/{cell.path}",
-        )
-        method, *_, last = cell.name.split("_")
+        assert values["model"] == content["models"][cell.model]
+        assert values["save"] == f"out/{cell.path}"
+        method = cell.name.partition("_")[0]
         if method in ("magnitude", "sparsegpt", "wanda"):
             assert values["method"] == method
-        if path.stem != "calibration":
-            kinds = {"4to8": ("4:8", 0.5), "2to4": ("2:4", 0.5)}
-            kind, ratio = kinds.get(last) or (
-                "equal_share" if method == "variant" else "unstructured",
-                int(last) / 100,
-            )
-            kind = (
-                f"{kind}_{cell.options['prune_granularity']}"
-                if "prune_granularity" in cell.options
-                else kind
-            )
-            assert (pruning.choices["pattern"], values["sparsity"]) == (kind, ratio)
+        if path.stem != "calibration":  # whose cells are named by the number of samples
+            pruning = cli.parse([command, *arguments])[1]["pruning"]
+            assert (pruning.choices["pattern"], values["sparsity"]) == choices_in(cell)
 
 
-def test_a_sweep_resumes_and_shows_published_numbers_beside_what_was_measured_alike(family, capsys):
+@pytest.fixture
+def swept(family):
+    """The file of a family, and the arguments with which its cells have run; the last one fails."""
     path = family(lambda content: content["cells"].update(broken={"sparsity_type": "5:10"}))
-    cells = ("magnitude_50", "wanda_2to4", "broken")
-    # A cell that fails is named, and the others go on.
-    assert run(path, "--out", "out", "--set", "batch_size=1") == 1
-    shown = capsys.readouterr().out
-    found = rows()
-    started = [line.split()[:2] for line in shown.splitlines()[:3]]
-    assert started == [
-        [f"[{number}/3]", f"tiny/1B/{cell}:"] for number, cell in enumerate(cells, start=1)
-    ]
-    assert "tiny/1B/broken: failed with status 2: wanda-lightning: error: " in shown
-    assert "multiple of 10" in Path("out/tiny/1B/broken/output.txt").read_text()
-    assert all(
-        text in shown
-        for text in ("111.50", "222.25", f"{found[0]['ours']:.2f}", "Published: Nobody 2024")
-    )
-    assert [(row["cell"], row["published"]) for row in found] == list(
-        zip(("dense", *cells), (111.5, None, 222.25, None), strict=True)
-    )
-    for row in found[1:3]:
-        report = json.loads(Path("out/tiny/1B", row["cell"], "pruning_report.json").read_text())
-        assert (row["ours"], found[0]["ours"], row["sparsity"]) == (
-            report["run"]["after"],
-            report["run"]["before"],
-            0.5,
-        )
-    for change in ("limit=3", "seqlen=16", "dtype=float32"):  # even the same value: who knows
-        plan = sweep.plan([path], (), None, dict([change.split("=")]))
-        assert [cell.published for cell in plan] == [{}, {}, {}]
+    arguments = (path, "--out", "out", "--set", "batch_size=1")
+    assert run(*arguments) == 1
+    return arguments
 
+
+def test_published_numbers_stand_beside_what_was_measured(capsys, request):
+    request.getfixturevalue("swept")  # here, since capsys has no output of fixtures before
+    shown = capsys.readouterr().out
+    dense, *others = rows()
+    for text in ("111.50", "222.25", f"{dense['ours']:.2f}", "Published: Nobody 2024"):
+        assert text in shown
+    assert (dense["cell"], dense["published"]) == ("dense", 111.5)
+    published = [(row["cell"], row["published"]) for row in others]
+    assert published == [("magnitude_50", None), ("wanda_2to4", 222.25), ("broken", None)]
+    for row in others[:2]:
+        report = json.loads(Path("out/tiny/1B", row["cell"], "pruning_report.json").read_text())
+        assert row["ours"] == report["run"]["after"]
+        assert dense["ours"] == report["run"]["before"]
+        assert row["sparsity"] == 0.5
+
+    # A cell that fails is named, and the others go on.
+    for line, cell in zip(shown.splitlines(), others, strict=False):
+        assert f"/3] tiny/1B/{cell['cell']}: " in line
+    assert "[3/3] tiny/1B/broken: failed with status 2: wanda-lightning: error: " in shown
+    assert "multiple of 10" in Path("out/tiny/1B/broken/output.txt").read_text()
+
+
+@pytest.mark.parametrize("change", ["limit=3", "seqlen=16", "dtype=float32"])
+def test_other_options_hide_the_published_numbers(family, change):
+    """Even the same value: nobody compares it with the file."""
+    cells = sweep.plan([family()], (), None, dict([change.split("=")]))
+    assert [cell.published for cell in cells] == [{}, {}]
+
+
+def test_a_sweep_resumes(swept, capsys):
     before = times()
     Path("out/tiny/1B/wanda_2to4/cell.json").unlink()  # as if it had been interrupted at the end
-    assert run(path, "--out", "out", "--set", "batch_size=1") == 1
-    rerun = {
-        Path(path).parts[2]
-        for path, time in times().items()
-        if "/" in path and before.get(path) != time
-    }
-    assert rerun == {"wanda_2to4", "broken"}
+    assert run(*swept) == 1
+    changed = {name for name, time in times().items() if before.get(name) != time}
+    assert {Path(name).parts[2] for name in changed if "/" in name} == {"wanda_2to4", "broken"}
+
+    # Finished cells with other options are run again only if that is asked for.
     before = times()
-    assert run(path, "--out", "out", "--set", "limit=2") == 1
-    assert (
-        "tiny/1B/magnitude_50 has other options: batch_size was 1, is not given; limit"
-        in capsys.readouterr().err
-    )
+    other = (*swept[:3], "--set", "limit=2")
+    assert run(*other) == 1
+    message = "tiny/1B/magnitude_50 has other options: batch_size was 1, is not given; limit"
+    assert message in capsys.readouterr().err
     assert times() == before
-    assert (
-        run(path, "--out", "out", "--only", "magnitude_50", "--set", "limit=2", "--overwrite") == 0
-    )
+    assert run(*other, "--only", "magnitude_50", "--overwrite") == 0
     assert rows()[1]["options"]["limit"] == "2"

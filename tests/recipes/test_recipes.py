@@ -36,24 +36,28 @@ def name(path):
 @pytest.mark.parametrize("path", [*RECIPES, *SCRIPTS], ids=name)
 def test_a_recipe_opens_with_command_cost_and_result(path):
     text = path.read_text()
-    comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    head = ast.get_docstring(ast.parse(text)) if path.suffix == ".py" else comments
+    if path.suffix == ".py":
+        head = ast.get_docstring(ast.parse(text))
+    else:
+        head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+        assert "# Cost" in head
     assert name(path) in head
     assert re.search("(?i)result", head)
-    assert path.suffix == ".py" or "# Cost" in head
 
 
 TEXT = "--model.model={inputs}/llama --data.calibration={inputs}/long.txt --data.evaluation={inputs}/other.txt"
 TEXT += " --data.num_samples=4"
 PRUNE = "--model={inputs}/llama --calibration={inputs}/long.txt --evaluation={inputs}/other.txt --seqlen=16"
 PRUNE += " --num_samples=4"
+TRAIN = f"{TEXT} --data.seqlen=16 --data.train_samples=2"
+# Options that make a recipe fast.
 SMALLER = {
     "wanda_2to4": PRUNE,
     "validate_wanda": f"{TEXT} --data.seqlen=16",
-    **dict.fromkeys(
-        ["prune_then_distill", "prune_then_finetune", "prune_then_lora", "smaller"],
-        f"{TEXT} --data.seqlen=16 --data.train_samples=2",
-    ),
+    "prune_then_distill": TRAIN,
+    "prune_then_finetune": TRAIN,
+    "prune_then_lora": TRAIN,
+    "smaller": TRAIN,
     "gradual": f"{TEXT} --data.seqlen=8 --data.train_samples=61",
     "convnext_finetune": "--model.model=local-dir:convnext --data.data={inputs}/images --data.num_workers=0"
     " --data.image_size=32",
@@ -69,6 +73,27 @@ RUN = [
 ]
 
 
+def choices_of(path):
+    """The sparsity and the pattern of a recipe, and the folder in which it saves a model, if any."""
+    content = yaml.safe_load(path.read_text())
+    if "save_model" in content:  # of the command prune
+        return content["sparsity"], content["pattern"], content["save_model"]
+    pruning, *others = content["trainer"]["callbacks"]
+    pattern = pruning["init_args"].get("pattern", "unstructured")
+    folder = others[-1]["init_args"]["folder"] if others else None
+    return pruning["init_args"]["sparsity"], pattern, folder
+
+
+def saved_model(folder):
+    if "architecture" in json.loads(Path(folder, "config.json").read_text()):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def weights_of(model):
+    return [model.get_submodule(layer.name).weight for layer in find_layers(model).layers]
+
+
 @pytest.mark.filterwarnings("ignore")  # there are fewer data than the recipe asks for
 @pytest.mark.parametrize("path", RUN)
 def test_a_recipe_runs(path, inputs, monkeypatch, request):
@@ -81,55 +106,42 @@ def test_a_recipe_runs(path, inputs, monkeypatch, request):
     first = next(line for line in path.read_text().splitlines() if line.startswith("#   "))
     program, command, option, _ = shlex.split(first.removeprefix("#"))
     assert (program, option) == ("wanda-lightning", "--config")
-    assert run(command, option, path, *SMALLER[path.stem].format(inputs=inputs).split()) == 0
-    content = yaml.safe_load(path.read_text())
-    if command == "prune":
-        sparsity = content["sparsity"]
-        pattern = content["pattern"]
-        folder = content["save_model"]
-    else:
-        choices, *others = [
-            callback.get("init_args", {}) for callback in content["trainer"]["callbacks"]
-        ]
-        sparsity = choices["sparsity"]
-        pattern = choices.get("pattern", "unstructured")
-        folder = others[-1]["folder"] if others else None
-    if folder is None:
-        model = runs[0].model.model
-    elif "architecture" in json.loads(Path(folder, "config.json").read_text()):
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder)
-    layers = [model.get_submodule(layer.name) for layer in find_layers(model).layers]
-    assert len(layers) >= 14
+    options = SMALLER[path.stem].format(inputs=inputs).split()
+    assert run(command, option, path, *options) == 0
+
+    sparsity, pattern, folder = choices_of(path)
+    weights = weights_of(saved_model(folder) if folder else runs[0].model.model)
+    assert len(weights) >= 14
     if pattern == "structured":
-        zeros = [
-            runs[0].model.model.get_submodule(layer.name).weight == 0
-            for layer in find_layers(model).layers
-        ]
-        kept = [(int((~each).any(1).sum()), int((~each).any(0).sum())) for each in zeros]
-        assert kept == [tuple(layer.weight.shape) for layer in layers]
-        assert any(each.all(1).any() for each in zeros)
+        check_smaller(weights, weights_of(runs[0].model.model))
         return
-    for layer in layers:
-        zeros = layer.weight.flatten(1) == 0
+    for weight in weights:
+        zeros = weight.flatten(1) == 0
         if pattern == "2:4":
             zeros = zeros.view(-1, 4)
         assert (zeros.sum(1) == int(sparsity * zeros.shape[1])).all()
+
+
+def check_smaller(smaller, weights):
+    """The smaller weights are the rows and columns that are not zero, and some rows are."""
+    rows_without = 0
+    for small, weight in zip(smaller, weights, strict=True):
+        kept = weight != 0
+        assert small.shape == (kept.any(1).sum(), kept.any(0).sum())
+        rows_without += int((~kept.any(1)).sum())
+    assert rows_without > 0
 
 
 SPEED_2TO4 = ROOT / "recipes/llm/speed_2to4.py"
 
 
 def test_2to4_weights_have_a_shape_that_fits():
-    layers = [
-        torch.nn.Linear(columns, rows) for rows, columns in ((16, 48), (16, 48), (16, 24), (24, 16))
-    ]
-    for layer in layers[1:]:
+    shapes = ((16, 48), (16, 48), (16, 24), (24, 16))
+    dense, *layers = [torch.nn.Linear(columns, rows) for rows, columns in shapes]
+    for layer in layers:
         layer.weight.data[:, ::2] = 0
-    assert (
-        runpy.run_path(str(SPEED_2TO4))["layers_2to4"](torch.nn.Sequential(*layers)) == layers[1:2]
-    )
+    layers_2to4 = runpy.run_path(str(SPEED_2TO4))["layers_2to4"]
+    assert layers_2to4(torch.nn.Sequential(dense, *layers)) == layers[:1]
 
 
 def test_pytorch_compresses_weights_of_this_shape():
@@ -155,10 +167,8 @@ def test_pytorchs_format_for_2to4_holds_every_pruned_weight():
 def test_2to4_weights_without_a_gpu_are_refused_before_the_model_is_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["speed_2to4", "--model", "missing"])
-    with pytest.raises(
-        SystemExit,
-        match=r"^speed_2to4\.py needs an NVIDIA GPU of .* 8\.0 .*, but PyTorch .* finds no GPU",
-    ):
+    message = r"^speed_2to4\.py needs an NVIDIA GPU of .* 8\.0 .*, but PyTorch .* finds no GPU"
+    with pytest.raises(SystemExit, match=message):
         runpy.run_path(str(SPEED_2TO4), run_name="__main__")
 
 
@@ -177,17 +187,14 @@ def test_a_small_mixture_is_trained_and_loses_experts_from_disk(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_smaller_model_is_trained_longer_and_a_lost_step_repeated(inputs, monkeypatch):
-    arguments = (
-        f"{inputs}/long.txt --model {inputs}/llama --output out --tokens 1 --precision 32-true"
-    )
-    models = []
-    monkeypatch.setattr(sys, "argv", ["recipe", *arguments.split()])
-    for _ in range(2):
+    options = f"--model {inputs}/llama --output out --tokens 1 --precision 32-true"
+    monkeypatch.setattr(sys, "argv", ["recipe", f"{inputs}/long.txt", *options.split()])
+    for name in ("first", "again"):
         runpy.run_path(str(ROOT / "recipes/llm/smaller_longer.py"), run_name="__main__")
-        models.append(
-            AutoModelForCausalLM.from_pretrained("out/model", trust_remote_code=True).state_dict()
-        )
-        Path("out/model").rename(f"out/{len(models)}")
-    assert all(torch.equal(weight, models[1][name]) for name, weight in models[0].items())
-    pruned = AutoModelForCausalLM.from_pretrained("out/pruned", trust_remote_code=True).state_dict()
-    assert not any(torch.equal(weight, pruned[name]) for name, weight in models[0].items())
+        Path("out/model").rename(f"out/{name}")
+    first, again, pruned = (
+        AutoModelForCausalLM.from_pretrained(f"out/{name}", trust_remote_code=True).state_dict()
+        for name in ("first", "again", "pruned")
+    )
+    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    assert not any(torch.equal(weight, pruned[name]) for name, weight in first.items())

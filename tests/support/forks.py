@@ -20,7 +20,7 @@ FORKS.set_forkserver_preload(
         "datasets",
         "peft",
         "PIL.Image",
-        "wanda_lightning.cli.pruning",
+        "wanda_lightning.cli.prune_command",
     ]
 )
 

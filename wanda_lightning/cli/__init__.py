@@ -30,16 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Threads that spin long while they wait take the cores from other work: OpenMP reads this when torch is imported.
     if OPENMP_WAITING.isdisjoint(os.environ):
-        # Of GCC, and of LLVM and Intel.
-        os.environ |= {
-            "GOMP_SPINCOUNT": "2000",
-            "KMP_BLOCKTIME": "0",
-        }
+        os.environ["GOMP_SPINCOUNT"] = "2000"  # the OpenMP of GCC
+        os.environ["KMP_BLOCKTIME"] = "0"  # that of LLVM and Intel
     if not os.isatty(2):
         os.environ.setdefault("TQDM_DISABLE", "1")  # no bars of libraries in log files
+
     arguments = list(sys.argv[1:] if argv is None else argv)
+    wants_help = not {"--help", "-h"}.isdisjoint(arguments)
     try:
-        if arguments[:1] and arguments[0] in LIGHTNING and not {"--help", "-h"} & {*arguments}:
+        if arguments and arguments[0] in LIGHTNING and not wants_help:
             _run_lightning(arguments)
         else:
             _run(arguments)
@@ -53,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(command: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return the options of a command by name; raise a `UserError`."""
-    return values_of(
-        *(group for name, group in parse([command, *arguments])[1].items() if name != "session")
-    )
+    _, groups = parse([command, *arguments])
+    groups.pop("session", None)
+    return values_of(*groups.values())
 
 
 def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
@@ -64,6 +63,7 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]
         function, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         raise UserError(_message(error)) from error
+
     bound.apply_defaults()
     for name, value in values_of(*filter(is_dataclass, bound.arguments.values())).items():
         if value == "":  # such as "$UNSET" in a script
@@ -74,17 +74,16 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]
 def _message(error: CycloptsError) -> str:
     """Return the message of an error of cyclopts, in other words where its own would not help."""
     if isinstance(error, UnusedCliTokensError):
-        return f"model must be given once, but there is also {', '.join(map(repr, error.unused_tokens or ()))}."
+        unused = ", ".join(map(repr, error.unused_tokens or ()))
+        return f"model must be given once, but there is also {unused}."
 
     if isinstance(error, UnknownOptionError):
         option = (error.token.keyword or error.token.value).partition("=")[0]
         if re.match("-[^-]", option):  # cyclopts takes -model for the flags -m, -o, -d and so on
-            known = [
-                name
-                for argument in error.argument_collection
-                if argument.parse
-                for name in argument.names
-            ]
+            known: list[str] = []
+            for argument in error.argument_collection:
+                if argument.parse:
+                    known += argument.names
             return f"Unknown option: {option}.{did_you_mean(f'-{option}', known)}"
 
     error.verbose = False  # the message without the place in this package
@@ -95,18 +94,15 @@ def _message(error: CycloptsError) -> str:
 
 
 def _run(arguments: list[str]) -> None:
+    """Run a command, or print its options as a file; run the help or the version, which have no session."""
     function, groups = parse(arguments)
     session = groups.pop("session", None)
-    if session is not None and session.print_config:
-        import yaml
+    if session is not None:
+        if session.print_config:
+            import yaml
 
-        options = {
-            k: list(v) if isinstance(v, tuple) else v
-            for k, v in values_of(*groups.values()).items()
-        }
-        print(yaml.safe_dump(options, sort_keys=False), end="")
-        return
-    if session is not None:  # neither help nor the version
+            print(yaml.safe_dump(values_of(*groups.values()), sort_keys=False), end="")
+            return
         set_up_warnings()
     function(**groups)
 
@@ -116,9 +112,8 @@ def _run_lightning(arguments: list[str]) -> None:
 
     set_up_warnings()
     # LightningCLI reads sys.argv, and so do the processes that its strategies start.
-    sys.argv[1:] = [
-        "--help" if each == "--help_all" else each for each in arguments if each != "--debug"
-    ]
+    words = [word for word in arguments if word != "--debug"]
+    sys.argv[1:] = ["--help" if word == "--help_all" else word for word in words]
     run()
 
 
@@ -131,12 +126,9 @@ def set_up_warnings() -> None:
     warnings.filterwarnings(
         "ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning
     )
-    # About kernels for other devices, if torchao is installed.
-    for name in (
-        "torchao",
-        "torch.utils._pytree",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # torchao, if it is installed, warns about kernels for other devices.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def _one_line(message: Any, *_: object, **__: object) -> str:
@@ -149,30 +141,37 @@ def refusal_in(error: BaseException) -> BaseException | None:
     Meant for the user are `UserError`, errors of the operating system, and Lightning's `MisconfigurationException`.
     Causes count because LightningCLI wraps errors of classes.
     """
-    # The disk is full.
-    named = type(error).__name__ == "MisconfigurationException" or "(os error " in str(error)
-    # The third: of a file that is not UTF-8.
-    if isinstance(error, UserError | OSError | UnicodeDecodeError) or named:
+    # UnicodeDecodeError: a file is not UTF-8.
+    if isinstance(error, UserError | OSError | UnicodeDecodeError):
         return error
-    return None if error.__cause__ is None else refusal_in(error.__cause__)
+    # Known by name or text, without an import: Lightning's class, and the errors of Rust libraries for a full disk.
+    if type(error).__name__ == "MisconfigurationException" or "(os error " in str(error):
+        return error
+    return refusal_in(error.__cause__) if error.__cause__ else None
 
 
 def explain(error: BaseException, debug: bool) -> int:
     """Print a refusal in one line, or the traceback of a fault (of any error with `debug`); return the exit status."""
     refusal = refusal_in(error)
-    # torch's.
-    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if debug or not (refusal or is_memory):
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if debug or not (refusal or out_of_memory):
         traceback.print_exception(error)
-    message = "internal error. Please open an issue with the command and the lines above."
+
     if refusal is not None:
         message = str(refusal) or type(refusal).__name__
-    elif is_memory:
+    elif out_of_memory:
+        # The other lines of torch's message describe its allocator.
         cause = str(error).partition("\n")[0] or "of the host"
         message = (
             f"memory ran out ({cause}). Use smaller batches, fewer samples or shorter windows."
         )
+    else:
+        message = "internal error. Please open an issue with the command and the lines above."
     print(f"wanda-lightning: error: {message}", file=sys.stderr)
-    for note in getattr(error, "__notes__", ()) if refusal and not debug else ():
-        print(note, file=sys.stderr)
-    return 1 if refusal is None else 2
+
+    if refusal is None:
+        return 1
+    if not debug:  # else they are in the traceback
+        for note in getattr(error, "__notes__", ()):
+            print(note, file=sys.stderr)
+    return 2

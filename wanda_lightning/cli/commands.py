@@ -5,6 +5,7 @@ Libraries are imported when a command runs, so that help and wrong options do no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from wanda_lightning.config import PruningConfig
 
 def _shown_default(value: Any) -> str | None:
     """Return a default as it is typed; None for what help does not show."""
-    return ",".join(value) if isinstance(value, tuple) and value else str(value) if value else None
+    if not value:
+        return None
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 app = App(
@@ -46,9 +49,9 @@ def prune(
     """Prune a language model or an image classifier, and measure it before and after."""
     _refuse(model, pruning, data, results)
     config = PruningConfig.from_names(**pruning.choices)  # which imports torch
-    from wanda_lightning.cli import pruning as runs
+    from wanda_lightning.cli import prune_command
 
-    runs.prune(config, (model, pruning, data, results))
+    prune_command.prune(config, options.PruneOptions(model, pruning, data, results))
 
 
 @app.command
@@ -62,9 +65,9 @@ def shrink(
     Without --save_model, what could be taken out is only shown.
     """
     _refuse(model, results)
-    from wanda_lightning.cli import pruning as runs
+    from wanda_lightning.cli import shrink_command
 
-    runs.shrink(model, results)
+    shrink_command.shrink(model, results)
 
 
 @app.command
@@ -80,9 +83,9 @@ def evaluate(
         raise UserError(
             f"--checkpoint must have one file for each --model, but it has {len(models.checkpoint)}."
         )
-    from wanda_lightning.cli import measuring
+    from wanda_lightning.cli import evaluate_command
 
-    measuring.evaluate(models, data, results)
+    evaluate_command.evaluate(models, data, results)
 
 
 @app.command
@@ -94,9 +97,9 @@ def inspect(
     """Show what prune would prune, what not, and why. No weight is loaded."""
     _refuse(model)
     config = PruningConfig.from_names(**pruning.choices)
-    from wanda_lightning.cli import measuring
+    from wanda_lightning.cli import inspect_command
 
-    measuring.inspect(config, model)
+    inspect_command.inspect(config, model)
 
 
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -111,70 +114,93 @@ def _run_lightning() -> None:
 
 
 def _refuse(models: options.Model, *groups: Any) -> None:
-    """Refuse options that would be ignored, and places that cannot be written.
+    """Refuse options that would be ignored, models and images that do not exist, and places that cannot be written.
 
-    Contradictions between choices are refused by `PruningConfig`, and unknown data where options are read.
+    Contradictions between choices are refused by `PruningConfig`, and unknown texts where options are read.
     """
-    from wanda_lightning.common.atomic_write import require_writable, resolve_path
-    from wanda_lightning.common.checks import check_report_path
-    from wanda_lightning.data import image_sources
-    from wanda_lightning.hub.upload import refuse_upload
-
-    on: Any = (values := values_of(models, *groups)).get
+    values = values_of(models, *groups)
     given = given_in(models, *groups)
-    pattern = on("pattern", "unstructured")
-    stream = bool(on("stream"))
-    of_text = "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration"
-    for applies, purpose, names in (
-        (
-            models.is_image,
-            "an image classifier",
-            f"{of_text} eval_zero_shot" + " evaluation" * bool(on("evaluation")),
-        ),
-        (not models.is_image, "a language model", "data checkpoint"),
-        (all(Path(name).expanduser().exists() for name in models.all), "a local model", "revision"),
-        (pattern != "unstructured", f"--pattern {pattern}", "use_variant prune_granularity"),
-        (
-            not on("tasks") and not on("eval_zero_shot"),
-            "a command without tasks",
-            "tasks_dir task_limit",
-        ),
-        (not on("push_to_hub"), "a command without --push_to_hub", "private"),
-        (not on("save_model"), "a command without --save_model", "push_to_hub shrink stream"),
-        (on("pattern") not in (None, "structured"), f"--pattern {pattern}", "shrink"),
-        (stream, "--stream", "eval_zero_shot" + " calibration" * (on("calibration") == "self")),
-        (not stream, "pruning without --stream, which uses a GPU if there is one", "device"),
-        (
-            not (on("save") or on("save_model") or on("report")),
-            "a command that writes nothing",
-            "overwrite",
-        ),
-    ):
+    for case, names in _ignored(models, values):
         unused = [f"--{name}" for name in names.split() if name in given]
-        if applies and unused:
+        if unused:
             raise UserError(
-                f"{', '.join(unused)} must be left out for {purpose}, or it would be ignored."
+                f"{', '.join(unused)} must be left out for {case}, or it would be ignored."
             )
+    _refuse_missing(models, values)
+    _refuse_places(models, values)
+
+
+def _ignored(models: options.Model, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the cases that apply, in words, each with the options that would be ignored."""
+    if models.is_image:
+        names = (
+            "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration "
+            "eval_zero_shot"
+        )
+        if values.get("evaluation"):  # an empty one says that nothing is measured
+            names += " evaluation"
+        yield "an image classifier", names
+    else:
+        yield "a language model", "data checkpoint"
+    if all(Path(name).expanduser().exists() for name in models.all):
+        yield "a local model", "revision"
+
+    pattern = values.get("pattern", "unstructured")
+    if pattern != "unstructured":
+        yield f"--pattern {pattern}", "use_variant prune_granularity"
+    if not (values.get("tasks") or values.get("eval_zero_shot")):
+        yield "a command without tasks", "tasks_dir task_limit"
+    if not values.get("push_to_hub"):
+        yield "a command without --push_to_hub", "private"
+    if not values.get("save_model"):
+        yield "a command without --save_model", "push_to_hub shrink stream"
+    if pattern != "structured":
+        yield f"--pattern {pattern}", "shrink"
+    if not values.get("stream"):
+        yield "pruning without --stream, which uses a GPU if there is one", "device"
+    elif values.get("calibration") == "self":
+        yield "--stream", "eval_zero_shot calibration"
+    else:
+        yield "--stream", "eval_zero_shot"
+    if not any(values.get(name) for name in ("save", "save_model", "report")):
+        yield "a command that writes nothing", "overwrite"
+
+
+def _refuse_missing(models: options.Model, values: dict[str, Any]) -> None:
+    """Refuse a wrong path of a model or of images before libraries are imported."""
+    from wanda_lightning.data import image_sources
+
     if len({name.startswith("timm:") for name in models.all}) != 1:
         raise UserError("--model must name language models, or image classifiers.")
-    for name in () if models.is_image else models.all:
-        models.source(name).locate()  # refuses a wrong path before libraries are imported
-    if models.is_image and "data" in values:
-        image_sources.check_source(on("data") or "")
-    folder = on("save_model")
-    model = Path(str(models.model).removeprefix("timm:local-dir:")).expanduser()
-    if on("report"):
-        check_report_path(on("report"))
-        require_writable(on("report"), on("overwrite"), "file")
-    if on("save") and not stream:  # a run that continues may find its model there
-        require_writable(
-            on("save"), on("overwrite"), "file" if isinstance(models, options.Models) else "folder"
-        )
-    if folder:
-        require_writable(folder, on("overwrite") or stream, "folder" if stream else "model")
-    if folder and model.exists() and resolve_path(model).is_relative_to(resolve_path(folder)):
-        raise UserError(
-            f"--save_model {folder} would replace --model {model}. Choose another folder."
-        )
-    if on("push_to_hub"):
-        refuse_upload(on("push_to_hub"), on("private"))
+    if not models.is_image:
+        for name in models.all:
+            models.source(name).locate()
+    elif "data" in values:
+        image_sources.check_source(values["data"] or "")
+
+
+def _refuse_places(models: options.Model, values: dict[str, Any]) -> None:
+    """Refuse files, folders and repositories that cannot be written or must not be replaced."""
+    from wanda_lightning.common.atomic_write import require_writable, resolve_path
+    from wanda_lightning.common.checks import check_report_path
+    from wanda_lightning.hub.upload import refuse_upload
+
+    overwrite = values.get("overwrite", False)
+    stream = values.get("stream", False)
+    if report := values.get("report"):
+        check_report_path(report)
+        require_writable(report, overwrite, "file")
+    # A streamed run that continues may find its model in this folder, so `prune` itself checks it.
+    if values.get("save") and not stream:
+        kind = "file" if isinstance(models, options.Models) else "folder"
+        require_writable(values["save"], overwrite, kind)
+
+    if folder := values.get("save_model"):
+        require_writable(folder, overwrite or stream, "folder" if stream else "model")
+        model = Path(models.model.removeprefix("timm:local-dir:")).expanduser()
+        if model.exists() and resolve_path(model).is_relative_to(resolve_path(folder)):
+            raise UserError(
+                f"--save_model {folder} would replace --model {model}. Choose another folder."
+            )
+    if repository := values.get("push_to_hub"):
+        refuse_upload(repository, values["private"])

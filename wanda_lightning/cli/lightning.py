@@ -11,6 +11,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from wanda_lightning.common.checks import SEED, check_values
+from wanda_lightning.common.errors import UserError
 
 _load_yaml = jsonargparse.get_loader("yaml")
 
@@ -24,10 +25,17 @@ class _SaveConfigBesideLogs(SaveConfigCallback):
 
 
 class _CLI(LightningCLI):
-    """LightningCLI that refuses a seed which Lightning does not take."""
+    """LightningCLI that refuses wrong options without its usage of a hundred lines, and a seed out of range."""
 
     def parse_arguments(self, *arguments: Any) -> None:
-        super().parse_arguments(*arguments)
+        try:
+            super().parse_arguments(*arguments)
+        except jsonargparse.ArgumentError as error:
+            raise UserError(
+                f"{error}\nGive a YAML recipe with --config FILE.yaml (see recipes/), in which model and data name "
+                "classes. Options replace parts of it, such as --model.model NAME; --help_all lists them."
+            ) from error
+
         seed = self.config[self.config.subcommand].seed_everything
         if seed is not None:
             check_values(SEED, seed_everything=int(seed))
@@ -43,6 +51,6 @@ def run() -> None:
     jsonargparse.set_loader("yaml", _load, (yaml.YAMLError,))
     _CLI(
         seed_everything_default=0,
-        parser_kwargs={"prog": "wanda-lightning"},
+        parser_kwargs={"prog": "wanda-lightning", "exit_on_error": False},
         save_config_callback=_SaveConfigBesideLogs,
     )

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal, NamedTuple, Optional
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter
 from cyclopts.config import Yaml
@@ -31,13 +31,13 @@ def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
         >>> split_names(None, [Token(value="lm_head, *.down_proj"), Token(value="re:x{1,3}")])
         ('lm_head', '*.down_proj', 're:x{1,3}')
     """
-    texts = (token.value for token in tokens)
-    parts = (
-        part.strip()
-        for text in texts
-        for part in ([text] if text.startswith("re:") else text.split(","))
-    )
-    return tuple(part for part in parts if part)
+    names: list[str] = []
+    for token in tokens:
+        if token.value.startswith("re:"):
+            names.append(token.value)
+        else:
+            names += map(str.strip, token.value.split(","))
+    return tuple(filter(None, names))
 
 
 def _whole_number(type_: Any, tokens: Iterable[Any]) -> int:
@@ -48,10 +48,13 @@ def _whole_number(type_: Any, tokens: Iterable[Any]) -> int:
     return int(token.value)
 
 
-def _known_texts(type_: Any, given: str | Collection[str]) -> None:
+def _known_texts(type_: Any, texts: str | tuple[str, ...]) -> None:
+    """Refuse an unknown text. `evaluation` has several; the data module refuses `self` among them."""
     from wanda_lightning.data import text_sources
 
-    for text in [given] if isinstance(given, str) else given:
+    if isinstance(texts, str):
+        texts = (texts,)
+    for text in texts:
         if text != text_sources.SELF:
             text_sources.check_source(text)
 
@@ -73,7 +76,7 @@ class _File(Yaml):
             ) from error
 
         if not isinstance(content, dict):
-            return content
+            return content  # which cyclopts refuses
 
         for name, value in content.items():
             if isinstance(value, dict):  # cyclopts ignores what is below the name of a command
@@ -93,36 +96,55 @@ def read_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollectio
 
 def values_of(*groups: Any) -> dict[str, Any]:
     """Return all options by name."""
-    return {each.name: getattr(group, each.name) for group in groups for each in fields(group)}
+    values: dict[str, Any] = {}
+    for group in groups:
+        values |= vars(group)
+    return values
 
 
-def given_in(*groups: Any) -> dict[str, Any]:
-    """Return the options that differ from their defaults."""
-    defaults = {each.name: each.default for group in groups for each in fields(group)}
-    return {name: value for name, value in values_of(*groups).items() if value != defaults[name]}
+def given_in(*groups: Any) -> set[str]:
+    """Return the names of the options that differ from their defaults."""
+    names = set()
+    for group in groups:
+        for option in fields(group):
+            if getattr(group, option.name) != option.default:
+                names.add(option.name)
+    return names
 
 
 def as_command(command: str, *groups: Any, always: Collection[str] = ()) -> str:
     """Return a shell command with the options that differ from their defaults, and with those in `always`."""
     words = ["wanda-lightning", command]
-    given = {*given_in(*groups), *always}
+    shown = given_in(*groups).union(always)
     for name, value in values_of(*groups).items():
-        for each in (
-            (value if isinstance(value, tuple) and value else [value]) if name in given else ()
-        ):
-            words += (
-                [f"--{name}"] if each is True else [f"--{name}", "" if each == () else str(each)]
-            )
+        if name not in shown:
+            continue
+        if value is True:
+            words.append(f"--{name}")
+        elif isinstance(value, tuple):
+            # The option is repeated, since a regular expression may contain commas. An empty text stands for no names.
+            for part in value or ("",):
+                words += [f"--{name}", part]
+        else:
+            words += [f"--{name}", str(value)]
     return shlex.join(words)
 
 
 _Names = Annotated[tuple[str, ...], Parameter(converter=split_names)]
 _WHOLE = Parameter(converter=_whole_number)
 _Count = Annotated[int, _WHOLE, Parameter(validator=Number(gte=1, lte=2**31 - 1))]
-_MODEL, _PRUNING, _DATA, _RESULTS, _SESSION = (
-    Parameter(name="*", group=Group(title, sort_key=place))
-    for place, title in enumerate(("Model", "Pruning", "Data", "Results", "Session"))
-)
+
+
+def _group(title: str, place: int) -> Parameter:
+    """Return the decorator of a class of options, which help shows under this title."""
+    return Parameter(name="*", group=Group(title, sort_key=place))
+
+
+_MODEL = _group("Model", 0)
+_PRUNING = _group("Pruning", 1)
+_DATA = _group("Data", 2)
+_RESULTS = _group("Results", 3)
+_SESSION = _group("Session", 4)
 
 
 @_MODEL
@@ -175,6 +197,7 @@ class Models(Model):
         return tuple(dict.fromkeys([*filter(None, [self.dense]), *self.model]))
 
 
+# The names of the reference code.
 _ALIASES = {
     "sparsity": "--sparsity_ratio",
     "pattern": "--sparsity_type",
@@ -188,22 +211,31 @@ def _choices() -> Any:
     The help is the first sentence of the argument's description.
     """
     text = inspect.getdoc(PruningConfig.from_names) or ""  # none under python -OO
-    described = dict(
-        re.findall(r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    first_sentences = re.findall(
+        r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE
     )
+    described = dict(first_sentences)
+
     options = []
     for name, argument in inspect.signature(PruningConfig.from_names).parameters.items():
-        hint: Any = _Names if isinstance(argument.default, tuple) else type(argument.default)
+        hint: Any = type(argument.default)
+        check = None
         help = " ".join(described.get(name, "").replace("`", "").split())
         if name == "pattern":
             help += f" One of {', '.join(NAMES[name])}, or another N:M."
+            check = _known_pattern
         elif name in NAMES:
             old_names = [old for old, new in OLD_NAMES.items() if new in NAMES[name]]
             hint = Optional[Literal[(*NAMES[name], *old_names)]]  # noqa: UP045  # `|` does not take a Literal of a tuple
-        check = (lambda _, given: check_pattern(given)) if name == "pattern" else None
+        elif isinstance(argument.default, tuple):
+            hint = _Names
         parameter = Parameter(help=help, alias=_ALIASES.get(name), validator=check)
         options.append((name, Annotated[hint, parameter], argument.default))
     return make_dataclass("_Choices", options, kw_only=True, frozen=True)
+
+
+def _known_pattern(type_: Any, pattern: str) -> None:
+    check_pattern(pattern)
 
 
 _Choices: Any = _choices()
@@ -222,24 +254,21 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
     @property
     def choices(self) -> dict[str, Any]:
         """The arguments of `PruningConfig.from_names`, with the pattern that the reference's flags stand for."""
-        choices = {
-            name: value
-            for name, value in vars(self).items()
-            if name in _Choices.__dataclass_fields__
-        }
-        if self.prune_granularity is not None:
+        choices = {option.name: getattr(self, option.name) for option in fields(_Choices)}
+        if self.use_variant:
+            choices["pattern"] = "equal_share"
+        elif self.prune_granularity is not None:
             choices["pattern"] = f"unstructured_{self.prune_granularity}"
-        return choices | {"pattern": "equal_share"} if self.use_variant else choices
+        return choices
 
     @property
     def name(self) -> str:
         """The label of the results: the method, and the choices that replace its own."""
-        usual = {"experts": "reap", "structured": "refit"}.get(self.pattern, "wanda")
-        names = (self.method, self.criterion, self.solver, self.allocation, self.recovery)
-        given = [name for name in names if name is not None]
-        return "_".join(
-            given if {self.method, self.criterion, self.solver} - {None} else [usual, *given]
-        )
+        names = [self.method, self.criterion, self.solver]
+        if not any(names):
+            names = [{"experts": "reap", "structured": "refit"}.get(self.pattern, "wanda")]
+        names += [self.allocation, self.recovery]
+        return "_".join(filter(None, names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,5 +376,10 @@ class Session:
     """Show the traceback of every error."""
 
 
-PruneOptions = tuple[Model, Pruning, Data, Results]
-"""All options of `prune`."""
+class PruneOptions(NamedTuple):
+    """All options of `prune`."""
+
+    model: Model
+    pruning: Pruning
+    data: Data
+    results: Results

@@ -30,12 +30,15 @@ class Images(Sequence[tuple[Any, int]]):
 
         image, label = self.samples[index]
         try:
-            image = pil_loader(image) if isinstance(image, str) else image
+            if isinstance(image, str):
+                image = pil_loader(image)
         except Exception as error:  # each image format raises its own classes
             raise UserError(
                 f"The image {image} cannot be read: {type(error).__name__}: {one_line(error)}"
             ) from error
-        return (image if self.transform is None else self.transform(image)), label
+        if self.transform is not None:
+            image = self.transform(image)
+        return image, label
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ def open_source(data: str, model_classes: Sequence[str] = ()) -> ImageSource:
     If all class folders have names that are among `model_classes`, the model's classes by output, their labels are the
     outputs.
     """
-    return _digits() if data == "digits" else _from_folder(Path(data).expanduser(), model_classes)
+    if data == "digits":
+        return _digits()
+    return _from_folder(Path(data).expanduser(), model_classes)
 
 
 def _digits() -> ImageSource:
@@ -86,11 +91,8 @@ def _digits() -> ImageSource:
     from sklearn.model_selection import train_test_split
 
     scans = load_digits()
-    pixels = (scans.images * (255 / 16)).round().astype("uint8")
-    samples = [
-        (Image.fromarray(image), int(label))
-        for image, label in zip(pixels, scans.target, strict=True)
-    ]
+    pixels = (scans.images * (255 / 16)).round().astype("uint8")  # from 0 to 16 in the scans
+    samples = list(zip(map(Image.fromarray, pixels), map(int, scans.target), strict=True))
     train, evaluation = train_test_split(
         samples, test_size=0.2, random_state=0, stratify=scans.target
     )
@@ -98,20 +100,25 @@ def _digits() -> ImageSource:
 
 
 def _from_folder(root: Path, model_classes: Sequence[str]) -> ImageSource:
+    """Find the images in train/CLASS and val/CLASS, in val/CLASS alone, or in CLASS alone."""
     from torchvision.datasets import ImageFolder
 
-    train = ImageFolder(str(root / "train")) if (root / "train").is_dir() else None
+    train = None
+    if (root / "train").is_dir():
+        train = ImageFolder(str(root / "train"))
     is_whole = train is None and not (root / "val").is_dir()
-    # It may lack a class.
+    # allow_empty: the evaluation may lack a class.
     evaluation = ImageFolder(str(root if is_whole else root / "val"), allow_empty=True)
     if not evaluation.samples:
         raise UserError(
             f"data must have images to measure on, but the classes in {evaluation.root} have none."
         )
+
     folders = evaluation.classes if train is None else train.classes
-    by_model = {*folders} <= {*model_classes}
-    classes = tuple(model_classes if by_model else folders)
-    if unknown := sorted({*evaluation.classes} - {*classes}):
+    named_by_model = {*folders} <= {*model_classes}
+    classes = tuple(model_classes if named_by_model else folders)
+    unknown = sorted({*evaluation.classes} - {*classes})
+    if unknown:
         raise UserError(
             f"data must have training images for each class, but has none in train/{unknown[0]}."
         )
@@ -121,9 +128,9 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> ImageSource:
         return Images([(path, labels[i]) for path, i in folder.samples])
 
     return ImageSource(
-        None if train is None else labeled(train),
-        labeled(evaluation),
-        classes,
-        not by_model,
-        is_whole,
+        train=None if train is None else labeled(train),
+        evaluation=labeled(evaluation),
+        class_names=classes,
+        sorted_by_name=not named_by_model,
+        is_whole=is_whole,
     )

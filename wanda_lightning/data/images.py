@@ -19,8 +19,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.data.image_sources import Images, ImageSource, check_source, open_source
-from wanda_lightning.data.loading import silence_worker_advice
-from wanda_lightning.data.resumable import ResumableLoader
+from wanda_lightning.data.loaders import ResumableLoader, silence_worker_advice
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -92,25 +91,25 @@ class ImageDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images, find the transforms, and check that the classes fit the model."""
-        model = (
-            self.model
-            if self.model is not None
-            else getattr(self.trainer, "lightning_module", None)
-        )
+        model = self.model
+        if model is None:
+            model = getattr(self.trainer, "lightning_module", None)
         if model is None:
             raise UserError(
                 "model must be given, since it decides on the transforms and no Trainer runs a model."
             )
-        preprocessing = resolve_preprocessing(model, self.image_size)
+        self.preprocessing = resolve_preprocessing(model, self.image_size)
         if self.data == "digits":
-            preprocessing |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "squash"}
+            self.preprocessing |= {
+                "interpolation": "bicubic",
+                "crop_pct": 1.0,
+                "crop_mode": "squash",
+            }
+
+        # A large folder takes a while to list, and each stage calls this method.
         names = class_names_of(model)
-        if self._source is None or (preprocessing, names) != (
-            self.preprocessing,
-            self._model_classes,
-        ):
+        if self._source is None or names != self._model_classes:
             self._source = open_source(self.data, names)
-            self.preprocessing = preprocessing
             self._model_classes = names
         self._check_classes(getattr(model, "num_classes", None), self._source)
 
@@ -124,10 +123,12 @@ class ImageDataModule(L.LightningDataModule):
                 f"data must have at most as many classes as the model has outputs, but {self.data} has {len(classes)} "
                 f"and the model {outputs}. Build the model with num_classes={len(classes)}."
             )
-        unnamed = [name for name in classes if name not in self._model_classes]
-        misnamed = source.sorted_by_name and len(self._model_classes) == outputs and unnamed
-        if outputs > len(classes) or misnamed:
-            reason = f", and its classes have other names than {unnamed[0]!r}" if misnamed else ""
+
+        reason = ""
+        if source.sorted_by_name and len(self._model_classes) == outputs:
+            unnamed = [name for name in classes if name not in self._model_classes]
+            reason = f", and its classes have other names than {unnamed[0]!r}"
+        if reason or outputs > len(classes):
             rank_zero_warn(
                 f"{self.data} has {len(classes)} classes, and the model has {outputs} outputs{reason}. Class i, "
                 f"counted from {classes[0]!r} = 0, is compared with output i of the model: the accuracy is valid only "
@@ -140,6 +141,7 @@ class ImageDataModule(L.LightningDataModule):
         return self._source
 
     def _prepare(self, images: Images | None, augment: bool = False) -> Any:
+        """Return the images with their transforms: for small digits, as a list of tensors."""
         from timm.data import create_transform
         from torchvision.transforms import Compose
 
@@ -148,14 +150,16 @@ class ImageDataModule(L.LightningDataModule):
                 f"data must have training images, but {self.data} has only evaluation images. To calibrate on these, "
                 "give the folder with the classes."
             )
-        mode = "L" if self.preprocessing["input_size"][0] == 1 else "RGB"
-        transform = create_transform(
-            **self.preprocessing, is_training=augment and self.data != "digits"
-        )
+
+        size = self.preprocessing["input_size"]
+        is_digits = self.data == "digits"
+        mode = "L" if size[0] == 1 else "RGB"
+        transform = create_transform(**self.preprocessing, is_training=augment and not is_digits)
         prepared = replace(images, transform=Compose([methodcaller("convert", mode), transform]))
-        # pixels: at most 200 MB.
-        in_memory = self.data == "digits" and max(self.preprocessing["input_size"]) <= 96
-        return list(prepared) if in_memory else prepared
+        if not is_digits:
+            return prepared
+        silence_worker_advice()
+        return list(prepared) if max(size) <= 96 else prepared  # at most 200 MB
 
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number of images, and the seed that drew them."""
@@ -174,14 +178,16 @@ class ImageDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Return the training images, augmented, and shuffled anew in each epoch."""
-        order: dict[str, Any] = {
-            "shuffle": True,
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-        # Workers that outlive an epoch would augment with other random numbers than the new ones of a resumed run.
-        order |= {"trainer": self.trainer, "seed": self.seed, "persistent_workers": False}
-        return self._loader(
-            self._prepare(self._opened().train, augment=True), ResumableLoader, **order
+        # Without persistent workers: those that outlive an epoch would augment with other random numbers than the new
+        # ones of a resumed run.
+        return ResumableLoader(
+            self._prepare(self._opened().train, augment=True),
+            self.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.seed),
+            num_workers=self.num_workers,
+            trainer=self.trainer,
+            seed=self.seed,
         )
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -190,16 +196,13 @@ class ImageDataModule(L.LightningDataModule):
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(
-        self, dataset: Any, kind: type[DataLoader[Any]] = DataLoader, **options: Any
-    ) -> DataLoader[Any]:
-        if self.data == "digits":
-            silence_worker_advice()
-        options = {
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-        } | options
-        return kind(dataset, self.batch_size, **options)
+    def _loader(self, dataset: Any) -> DataLoader[Any]:
+        return DataLoader(
+            dataset,
+            self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
 
 
 def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> dict[str, Any]:
@@ -213,18 +216,23 @@ def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None)
     import timm
     from timm.data import resolve_data_config
 
-    with torch.device("meta"):
-        inner = _timm_model(
-            timm.create_model(timm_name(model)) if isinstance(model, str) else model
-        )
+    network: Any = model
+    if isinstance(model, str):
+        with torch.device("meta"):
+            network = timm.create_model(timm_name(model))
+    inner = _timm_model(network)
     if inner is None:
         raise UserError(
             f"model must be a timm model, whose pretrained_cfg defines the transforms, but {type(model).__name__} has "
             "none. Name a similar timm model."
         )
+
     config = resolve_data_config(model=inner)
     channels, *size = config["input_size"]
-    channels = next((m.in_channels for m in inner.modules() if isinstance(m, nn.Conv2d)), channels)
+    for module in inner.modules():
+        if isinstance(module, nn.Conv2d):
+            channels = module.in_channels
+            break
     size = getattr(getattr(inner, "patch_embed", None), "img_size", None) or size
     if image_size:
         size = (image_size, image_size)
@@ -246,10 +254,12 @@ def class_names_of(model: str | nn.Module) -> tuple[str, ...]:
     inner = None if isinstance(model, str) else _timm_model(model)
     if inner is None:
         return ()
+
     names = inner.pretrained_cfg.get("label_names") or ()
-    if isinstance(names, Mapping):
+    if isinstance(names, Mapping):  # its keys are numbers, as text if they come from JSON
         names = [names.get(label, names.get(str(label))) for label in range(len(names))]
     if names and len(names) == inner.num_classes and None not in names:
         return tuple(names)
+
     subset = infer_imagenet_subset(inner)
     return tuple(ImageNetInfo(subset).label_names()) if subset else ()

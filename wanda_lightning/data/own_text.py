@@ -48,18 +48,21 @@ def sample_windows(
     """
     from transformers import GenerationConfig
 
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    start = tokenizer.bos_token_id
+    if start is None:
+        start = tokenizer.eos_token_id
     if start is None:
         raise UserError(
             "tokenizer must have a token that begins or ends a text. Set its bos_token, or give a text."
         )
+
     sizes = [min(batch_size, count - done) for done in range(0, count, batch_size)]
     windows = []
-    # The model's own may end or alter the text.
     with (
         torch.inference_mode(False),  # or training on the windows would fail
         seeded(seed, model.device),
         evaluating(model),
+        # That of the model may end the text early, penalize repetitions or draw from the most likely tokens only.
         patch.object(model, "generation_config", GenerationConfig()),
         ProgressBar("Writing text", len(sizes), progress) as bar,
     ):

@@ -18,9 +18,8 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.common.wording import quantity
-from wanda_lightning.data.loading import silence_worker_advice
+from wanda_lightning.data.loaders import ResumableLoader, silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows
-from wanda_lightning.data.resumable import ResumableLoader
 from wanda_lightning.data.text_sources import (
     OWN_TEXT,
     SELF,
@@ -81,7 +80,8 @@ class TextDataModule(L.LightningDataModule):
     def __init__(
         self,
         tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
-        # Any, for lists and datasets.Dataset: of a list of strings, jsonargparse would read the file that a name names.
+        # Any: also lists and a datasets.Dataset. In a list of strings, jsonargparse would replace names of files by
+        # their contents.
         calibration: str | Any = "python-docs",
         evaluation: str | Any = "python-docs",
         seqlen: int = 2048,
@@ -93,34 +93,39 @@ class TextDataModule(L.LightningDataModule):
         train_samples: int | None = None,
     ) -> None:
         super().__init__()
+        if train_samples is None:
+            train_samples = num_samples
         check_at_least(2, seqlen=seqlen)  # one token to read and one to predict
-        given = {
-            name: each
-            for name, each in (("limit", limit), ("train_samples", train_samples))
-            if each is not None
-        }
-        check_at_least(1, num_samples=num_samples, batch_size=batch_size, **given)
+        check_at_least(
+            1, num_samples=num_samples, batch_size=batch_size, train_samples=train_samples
+        )
+        if limit is not None:
+            check_at_least(1, limit=limit)
         check_values(SEED, seed=seed)
-        if isinstance(tokenizer, (str, os.PathLike)):
+        if isinstance(tokenizer, str | os.PathLike):
             ModelSource(tokenizer).locate()
         self._given_tokenizer = tokenizer
+
         self.calibration, self._calibration_source = named(calibration, "calibration")
         self._evaluation_sources: dict[str, Any] = {}
-        for text in evaluation if isinstance(evaluation, list | tuple) else [evaluation]:
+        if not isinstance(evaluation, list | tuple):
+            evaluation = [evaluation]
+        for text in evaluation:
             name, source = named(text, "evaluation")
             if name in self._evaluation_sources and name != source:  # another list of documents
                 name = f"{name} ({len(self._evaluation_sources) + 1})"
             self._evaluation_sources[name] = source
         self.evaluations = tuple(self._evaluation_sources)
         self.evaluation = self.evaluations[0]
+
         self.seqlen = seqlen
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.limit = limit
         self.seed = seed
         self.cache_dir = cache_dir
-        self.train_samples = num_samples if train_samples is None else train_samples
-        # Windows for calibration and training.
+        self.train_samples = train_samples
+        # Windows for training, which begin with those for calibration.
         self._drawn = torch.empty(0, seqlen, dtype=torch.long)
         self._cut: dict[str, Tensor] = {}  # by the name of the text
 
@@ -131,14 +136,14 @@ class TextDataModule(L.LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded at first use."""
-        given = self._given_tokenizer or getattr(self._module, "tokenizer", None)
-        if isinstance(given, (str, os.PathLike)):
-            given = load_tokenizer(ModelSource(given, cache_dir=self.cache_dir))
-        if given is None:
-            source = self._given_tokenizer
-            why = f"{source} has none" if source else "no Trainer runs a module that has one"
-            raise UserError(f"tokenizer must be given, since {why}.")
-        return given
+        tokenizer: Any = self._given_tokenizer or getattr(self._module, "tokenizer", None)
+        reason = "no Trainer runs a module that has one"
+        if isinstance(tokenizer, str | os.PathLike):
+            reason = f"{tokenizer} has none"
+            tokenizer = load_tokenizer(ModelSource(tokenizer, cache_dir=self.cache_dir))
+        if tokenizer is None:
+            raise UserError(f"tokenizer must be given, since {reason}.")
+        return tokenizer
 
     def _tokenize(self, text: str) -> list[int]:
         # verbose=False: the tokenizer would warn that the text is longer than the context, which the windows are not.
@@ -168,17 +173,18 @@ class TextDataModule(L.LightningDataModule):
                     "data to its validate, test or fit, or call wanda_lightning.sample_windows."
                 )
             return sample_windows(model, self.tokenizer, count, self.seqlen, seed=self.seed)
+
         content = calibration_source(self._calibration_source, self.cache_dir)
-        draw = (self.seqlen, count, self.seed, self.calibration)
+        drawing = (self.seqlen, count, self.seed, self.calibration)
         if isinstance(content, str):
-            return draw_from_text(self._tokenize(content), *draw)
-        return draw_from_documents(content, self._tokenize, *draw)
+            return draw_from_text(self._tokenize(content), *drawing)
+        return draw_from_documents(content, self._tokenize, *drawing)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the windows that the model has written so far: a resumed run cannot have them written again."""
-        return (
-            {"train_windows": self._drawn} if self.calibration == SELF and len(self._drawn) else {}
-        )
+        if self.calibration == SELF and len(self._drawn):
+            return {"train_windows": self._drawn}
+        return {}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Use the windows of the run that is resumed."""
@@ -205,17 +211,18 @@ class TextDataModule(L.LightningDataModule):
         """
         for source in self.evaluations:
             self._check_tokens(self.windows_of(source))
-        # The model writes on its device, and once if resumed.
+        # A model that writes its text has no device yet, and a resumed run has not restored its text yet.
         if stage in (None, "fit") and self.calibration != SELF:
             self._check_tokens(self.train_windows)
-        theirs = getattr(self._module, "tokenizer", None)
-        if theirs is not None and theirs(_SAMPLE, verbose=False).input_ids != self._tokenize(
-            _SAMPLE
-        ):
-            raise UserError(
-                "tokenizer must be the tokenizer of the model, but that one splits the text differently, so the "
-                "perplexity would be meaningless. Leave tokenizer out to use the tokenizer of the model."
-            )
+
+        tokenizer = getattr(self._module, "tokenizer", None)
+        if tokenizer is not None:
+            ids = tokenizer(_SAMPLE, verbose=False).input_ids
+            if ids != self._tokenize(_SAMPLE):
+                raise UserError(
+                    "tokenizer must be the tokenizer of the model, but that one splits the text differently, so the "
+                    "perplexity would be meaningless. Leave tokenizer out to use the tokenizer of the model."
+                )
 
     def _check_tokens(self, windows: Tensor) -> Tensor:
         if hasattr(self._module, "check_tokens"):
@@ -239,12 +246,14 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the training windows, shuffled anew in each epoch."""
-        order: dict[str, Any] = {
-            "shuffle": True,
-            "generator": torch.Generator().manual_seed(self.seed),
-        }
-        rows = _rows(self.train_windows)
-        return ResumableLoader(rows, self.batch_size, trainer=self.trainer, seed=self.seed, **order)
+        return ResumableLoader(
+            _rows(self.train_windows),
+            self.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.seed),
+            trainer=self.trainer,
+            seed=self.seed,
+        )
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
         """Return the evaluation windows, in the order of the text; a list of dataloaders for several texts."""
@@ -258,6 +267,7 @@ class TextDataModule(L.LightningDataModule):
 
 
 def _rows(windows: Tensor) -> Any:
+    """Return a data set with a dictionary for each window."""
     silence_worker_advice()
     return [{"input_ids": window} for window in windows]
 
@@ -269,14 +279,24 @@ def draw_from_text(
 
     `random.Random(seed)` draws the same windows as the reference code does for WikiText-2. Errors name the `source`.
     """
-    if len(ids) <= seqlen:
+    _refuse_short(ids, seqlen, seqlen + 1, source)
+    rng = random.Random(seed)
+    windows = [_draw_window(ids, seqlen, rng) for _ in range(num_samples)]
+    return torch.tensor(windows, dtype=torch.long)
+
+
+def _refuse_short(ids: Sequence[int], seqlen: int, needed: int, source: str) -> None:
+    if len(ids) < needed:
         raise UserError(
-            f"seqlen={seqlen} needs a text of at least {seqlen + 1} tokens, but {source} has {len(ids)}. Choose a "
+            f"seqlen={seqlen} needs a text of at least {needed} tokens, but {source} has {len(ids)}. Choose a "
             "smaller seqlen or a longer text."
         )
-    rng = random.Random(seed)
-    starts = [rng.randint(0, len(ids) - seqlen - 1) for _ in range(num_samples)]
-    return torch.tensor([ids[start : start + seqlen] for start in starts], dtype=torch.long)
+
+
+def _draw_window(ids: Sequence[int], seqlen: int, rng: random.Random) -> Sequence[int]:
+    """Draw a window that does not end with the last token, as in the reference code."""
+    start = rng.randint(0, len(ids) - seqlen - 1)
+    return ids[start : start + seqlen]
 
 
 def draw_from_documents(
@@ -293,22 +313,25 @@ def draw_from_documents(
     `random.Random(seed)` draws the same windows as the reference code does for C4. Only drawn documents are tokenized.
     """
     rng = random.Random(seed)
-    lengths: dict[int, int] = {}  # in tokens, of the documents that are too short
+    lengths: dict[int, int] = {}  # in tokens, of the documents that were drawn and are too short
     windows: list[Sequence[int]] = []
     while len(windows) < num_samples:
+        # The reference code would draw forever.
         if len(lengths) == len(documents):
             raise UserError(
                 f"seqlen={seqlen} needs a document of at least {seqlen + 1} tokens, but the longest of the "
                 f"{len(documents)} documents of {source} has {max(lengths.values(), default=0)}. Choose a smaller "
                 "seqlen, or give a .txt file, which is read as one text."
             )
-        i = rng.randint(0, len(documents) - 1)
-        ids = () if i in lengths else tokenize(documents[i])
+
+        index = rng.randint(0, len(documents) - 1)
+        if index in lengths:
+            continue
+        ids = tokenize(documents[index])
         if len(ids) > seqlen:
-            start = rng.randint(0, len(ids) - seqlen - 1)
-            windows.append(ids[start : start + seqlen])
+            windows.append(_draw_window(ids, seqlen, rng))
         else:
-            lengths.setdefault(i, len(ids))
+            lengths[index] = len(ids)
     return torch.tensor(windows, dtype=torch.long)
 
 
@@ -319,10 +342,6 @@ def cut(ids: Sequence[int], seqlen: int, limit: int | None, source: str) -> Tens
     tensor([[1, 2, 3],
             [4, 5, 6]])
     """
+    _refuse_short(ids, seqlen, seqlen, source)
     count = len(ids) // seqlen
-    if count == 0:
-        raise UserError(
-            f"seqlen={seqlen} needs a text of at least {seqlen} tokens, but {source} has {len(ids)}. Choose a smaller "
-            "seqlen or a longer text."
-        )
     return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)[:limit]

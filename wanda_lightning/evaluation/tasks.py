@@ -20,7 +20,7 @@ from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.common.wording import did_you_mean, one_line
-from wanda_lightning.data.loading import load
+from wanda_lightning.data.dataset_files import load
 from wanda_lightning.evaluation.results import Results
 
 # The seven tasks of Sun et al. 2024 (Table 2), with the fields of a document that lm-eval reads; see docs/tasks.md.

@@ -1,7 +1,8 @@
-"""A loader of training data whose order and place a resumed run takes up again."""
+"""Data loaders in a Trainer: training that a resumed run takes up in the middle, and no advice about workers."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -19,8 +20,9 @@ class ResumableLoader(DataLoader[Any]):
 
     def __init__(self, *args: Any, trainer: L.Trainer | None, seed: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Public, like all arguments: Lightning reads them when it rebuilds the loader to add a DistributedSampler.
         self.trainer = trainer
-        self.seed = seed  # public: Lightning rebuilds the loader to add a DistributedSampler
+        self.seed = seed
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of an epoch, or those that are left of it."""
@@ -36,3 +38,8 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Do nothing: the Trainer restores its progress itself."""
+
+
+def silence_worker_advice() -> None:
+    """Stop Lightning from recommending workers, with which a loader over data in memory is slower; it has no option."""
+    warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,13 @@ from typing import Any
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import reading
 
-_BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": (
-        "text",
-        {"sample_by": "document", "encoding": "utf-8-sig"},
-    ),  # with or without a byte order mark
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
-EXTENSIONS = tuple(_BUILDERS)
+# The readers of `datasets` by extension.
+_READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+EXTENSIONS = tuple(_READERS)
 _JSON = (".json", ".jsonl", ".ndjson")  # of a folder, datasets reads all three
 _STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
-_DEEPEST = (
-    1000  # levels of JSON: pyarrow recurses, and the stack ends the process at some ten thousand
-)
+# Levels of JSON: pyarrow recurses, and its stack ends the process at some ten thousand.
+_DEEPEST = 1000
 
 
 def load(source: str, *config: str, **options: Any) -> Any:
@@ -36,17 +28,22 @@ def load(source: str, *config: str, **options: Any) -> Any:
     import datasets
 
     path = Path(source).expanduser()
-    name = source
-    if path.suffix in _BUILDERS:
-        name, format_options = _BUILDERS[path.suffix]
-        options |= {"data_files": str(path), "split": "train", **format_options}
+    name = str(path) if path.is_dir() else source
+    if path.suffix in _READERS:
+        name = _READERS[path.suffix]
+        options |= {"data_files": str(path), "split": "train"}
+    if path.suffix == ".txt":
+        # utf-8-sig reads a file with or without a byte order mark.
+        options |= {"sample_by": "document", "encoding": "utf-8-sig"}
+
     for file in (path, *path.rglob("*")):
         if file.suffix in _JSON and file.is_file():
             _refuse_deep(file)
     with reading("data", source, on_hub=not path.exists()):
         try:
-            return datasets.load_dataset(str(path) if path.is_dir() else name, *config, **options)
+            return datasets.load_dataset(name, *config, **options)
         except datasets.exceptions.DatasetGenerationError as error:
+            # Its own message says only that an error occurred.
             raise error.__cause__ or error from None
 
 
@@ -55,10 +52,9 @@ def _refuse_deep(path: Path) -> None:
     depth = 0  # an object may go on in the next line, but a string may not
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            # And strings, which may hold others.
-            brackets = re.findall(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', line)
-            steps = [_STEPS.get(bracket, 0) for bracket in brackets]
-            depths = [*accumulate(steps, initial=depth)]
+            # Strings are matched, too, so that brackets inside of them do not count.
+            tokens = re.findall(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', line)
+            depths = [*accumulate((_STEPS.get(token, 0) for token in tokens), initial=depth)]
             if max(depths) > _DEEPEST:
                 raise UserError(
                     f"The data of {str(path)!r} cannot be loaded: line {number} is nested more than {_DEEPEST:,} "
@@ -71,8 +67,3 @@ def is_hub_id(source: str) -> bool:
     """Whether a name is OWNER/NAME, as data sets on the hub have, and not a path."""
     is_path = source.endswith(EXTENSIONS) or Path(source).exists()
     return not is_path and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) is not None
-
-
-def silence_worker_advice() -> None:
-    """Stop Lightning from recommending workers, with which a loader over data in memory is slower; it has no option."""
-    warnings.filterwarnings("ignore", message=r"The '\w+' does not have many workers")

@@ -1,0 +1,223 @@
+"""`wanda-lightning evaluate`, and tasks after `prune`: numbers against loops by hand, and what is refused."""
+
+import json
+import os
+import shutil
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, save_noise
+from support.data import byte_tokenizer
+from support.tasks import DOCUMENTS, accuracies_by_hand, tiny_llama, tiny_tokenizer, write_tasks
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+
+from wanda_lightning.evaluation import PAPER_TASKS, sparsity_of
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+
+pytestmark = IGNORED_WARNINGS
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Language models dense and with zeros, a text, tasks; image classifiers and images. No command may change them."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for name in ("dense", "pruned"):
+        model = tiny_llama(0)
+        if name == "pruned":
+            model.model.layers[0].mlp.up_proj.weight.data[:, ::2] = 0
+        model.save_pretrained(folder / name)
+        tiny_tokenizer().save_pretrained(folder / name)
+    write_tasks(folder / "tasks")
+
+    rng = np.random.default_rng(0)
+    for name in ("text.txt", "other.txt"):
+        words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(500)]
+        (folder / name).write_text(" ".join(words))
+
+    with torch.random.fork_rng(devices=[]):
+        for seed in (1, 2):
+            torch.default_generator.manual_seed(seed)
+            module = ImageClassifierModule("test_vit", pretrained=False, num_classes=8)
+            nn.init.normal_(module.model.get_classifier().weight)
+            module.save_pretrained(folder / f"vit{seed}")
+    for label in range(8):
+        save_noise(folder / "images" / str(label), 3, rng)
+    return folder
+
+
+@pytest.fixture
+def side_by_side(stored):
+    """The options of a fast run on two language models."""
+    text = ["--evaluation", stored / "text.txt", "--limit", "5", "--seqlen", SEQLEN]
+    return ["evaluate", "--model", stored / "pruned", "--dense", stored / "dense", *text]
+
+
+def test_models_side_by_side(stored, side_by_side, tmp_path, capsys):
+    shutil.copytree(stored / "dense", tmp_path / "copy")
+    write_tasks(tmp_path / "mine")
+    dense = f"{stored}/dense"
+    pruned = f"{stored}/pruned"
+    texts = [str(stored / "text.txt"), str(stored / "other.txt")]
+    models = ["--model", f"{pruned},copy", "--evaluation", ",".join(texts)]
+    tasks = ["--tasks", "arc_easy,boolq", "--tasks_dir", "mine", "--batch_size", "3"]
+    assert run(*side_by_side, *models, *tasks, "--save", "out/results.json") == 0
+
+    written = json.loads(Path("out/results.json").read_text())
+    assert list(written["models"]) == [dense, pruned, "copy"]
+    assert written["dense"] == dense
+    assert written["config"]["limit"] == 5
+    assert sorted(os.listdir(tmp_path)) == ["copy", "mine", "out"]
+    results = written["models"]
+    assert results["copy"] == results[dense]
+    for folder in (dense, pruned):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+        assert zeros == (64 * 32 / 2 if folder == pruned else 0)
+        assert results[folder]["sparsity"]["model"] == zeros / model.num_parameters()
+        for text in texts:
+            expected = pytest.approx(perplexity_by_hand(model, Path(text).read_text(), 5), rel=1e-6)
+            assert results[folder][text] == {"perplexity": expected, "windows": 5}
+        for name in ("arc_easy", "boolq"):
+            by_hand = accuracies_by_hand(model, tiny_tokenizer(), name, DOCUMENTS[name])
+            assert results[folder][name]["acc"] == by_hand["acc"]
+
+    out = capsys.readouterr().out
+    before = results[dense][texts[0]]["perplexity"]
+    after = results[pruned][texts[0]]["perplexity"]
+    assert f"{after:.2f} ({after - before:+.2f})" in out
+    for heading in ("arc_easy acc_norm ", "boolq acc ", "mean acc "):
+        assert heading in out
+
+
+def test_only_one_model_is_in_memory(side_by_side, monkeypatch):
+    loaded = []
+
+    def load(*arguments, **options):
+        assert all(model() is None for model in loaded)
+        module = CausalLMModule(*arguments, **options)
+        loaded.append(weakref.ref(module.model))
+        return module
+
+    monkeypatch.setattr("wanda_lightning.cli.model_and_data.CausalLMModule", load)
+    assert run(*side_by_side) == 0
+    assert len(loaded) == 2
+
+
+def test_zeros_of_a_model_quantized_by_torchao(stored):
+    from torchao.quantization import Int8WeightOnlyConfig  # slow to import
+
+    method = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(stored / "pruned", quantization_config=method)
+    zeros = 0
+    size = 0
+    for name, module in model.named_modules():
+        if name.endswith("proj"):
+            weight = module.weight.dequantize()
+            zeros += int((weight == 0).sum())
+            size += weight.numel()
+    assert zeros >= 1024
+    assert sparsity_of(model)["layers"] == zeros / size
+
+
+@torch.no_grad()
+def accuracies_of_images(model, images):
+    """The shares of images whose label is among the first output, and the first five."""
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model.eval()))
+    paths = sorted(images.glob("*/*"))
+    logits = model(torch.stack([transform(Image.open(path)) for path in paths]))
+    ranks = []
+    for path, order in zip(paths, logits.argsort(descending=True).tolist(), strict=True):
+        ranks.append(order.index(int(path.parent.name)))
+    return {
+        "top-1": pytest.approx(sum(rank < 1 for rank in ranks) / 24),
+        "top-5": pytest.approx(sum(rank < 5 for rank in ranks) / 24),
+        "images": 24,
+    }
+
+
+def test_image_classifiers_side_by_side(stored, capsys):
+    models = []
+    for seed in (1, 2):
+        models.append(timm.create_model(f"local-dir:{stored}/vit{seed}", pretrained=True))
+    save_file(models[1].state_dict(), "weights.safetensors")
+    name = f"timm:local-dir:{stored}/vit1"
+    weights = ["--checkpoint", "weights.safetensors", "--dense", name]
+    options = ["--data", stored / "images", "--batch_size", "5", "--save", "results.json"]
+    assert run("evaluate", "--model", name, *weights, *options) == 0
+    assert "top-5" in capsys.readouterr().out
+    found = json.loads(Path("results.json").read_text())["models"]
+    assert list(found) == [name, f"{name} weights.safetensors"]
+    for results, model in zip(found.values(), models, strict=True):
+        assert results[f"{stored}/images"] == accuracies_of_images(model, stored / "images")
+        assert results["sparsity"] == {"layers": 0.0, "model": sparsity_of(model)["model"]}
+
+
+REFUSED = [
+    (["--tasks", "rte,boolq", "--tasks_dir", "{}"], "does not have rte.jsonl, boolq.jsonl"),
+    (
+        ["--tasks", "boolq"],
+        "cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR",
+    ),
+    (["--dense", "{}/images"], "key in its config.json"),
+    (["--model", "other"], "but other splits"),
+    (["--model", "mute"], "tokenizer must be given"),
+    (
+        ["--model", "bin"],
+        "the only format that is read, but bin has config.json, pytorch_model.bin. Convert a ",
+    ),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED)
+def test_refused_before_anything_is_measured(
+    stored, side_by_side, refused, monkeypatch, more, message
+):
+    for function in ("measure", "zero_shot"):
+        monkeypatch.setattr(f"wanda_lightning.cli.evaluate_command.{function}", None)
+    for name in ("other", "mute"):
+        tiny_llama(0).save_pretrained(name)
+    byte_tokenizer().save_pretrained("other")
+    tiny_llama(0).config.save_pretrained("bin")
+    Path("bin/pytorch_model.bin").touch()
+    options = [option.replace("{}", str(stored)) for option in more]
+    refused(*side_by_side, *options, message=message)
+
+
+@pytest.fixture
+def prune_and_ask(stored):
+    """The options of a fast pruning, after which the paper's tasks are measured."""
+    text = stored / "text.txt"
+    sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "2"]
+    data = ["--calibration", text, "--evaluation", text, *sizes]
+    tasks = ["--eval_zero_shot", "--tasks_dir", stored / "tasks"]
+    saving = ["--save", "log", "--save_model", "model"]
+    return ["prune", "--model", stored / "dense", *data, *tasks, *saving]
+
+
+def test_all_is_saved_before_the_tasks(prune_and_ask, monkeypatch):
+    monkeypatch.setattr("wanda_lightning.cli.prune_command.zero_shot", lambda *_: os.stat("gone"))
+    assert run(*prune_and_ask) == 2
+    assert json.loads(Path("log/pruning_report.json").read_text())["run"]["after"] > 1
+    assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5
+
+
+def test_zero_shot_after_pruning(prune_and_ask, capsys):
+    assert run(*prune_and_ask) == 0
+    out = capsys.readouterr().out
+    measured = json.loads(Path("log/pruning_report.json").read_text())["run"]["zero_shot"]
+    assert list(measured) == [*PAPER_TASKS, "mean"]
+    pruned = AutoModelForCausalLM.from_pretrained("model")
+    assert sparsity_of(pruned)["layers"] == 0.5
+    for name in {*PAPER_TASKS} - {"hellaswag", "winogrande"}:  # their prompts are not made by hand
+        by_hand = accuracies_by_hand(pruned, tiny_tokenizer(), name, DOCUMENTS[name])
+        assert measured[name]["acc"] == by_hand["acc"]
+        assert f"{name} acc " in out
+    assert f"{measured['mean']['acc']:.2%}" in out
+    assert AutoTokenizer.from_pretrained("model").pad_token is None

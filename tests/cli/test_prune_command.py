@@ -1,0 +1,360 @@
+"""`wanda-lightning prune`: the flags of the reference; what it writes is measured again by hand."""
+
+import itertools
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from support.cli import (
+    IGNORED_WARNINGS,
+    OUT,
+    SEQLEN,
+    everything_in,
+    perplexity_by_hand,
+    run,
+    zeros_by_layer,
+)
+from support.hub import hub as hub
+from support.reports import Page
+from transformers import AutoModelForCausalLM
+
+from wanda_lightning import PruningReport
+from wanda_lightning.cli import parse_options
+from wanda_lightning.cli.sample_text import PROMPTS
+from wanda_lightning.report import Circumstances, Measured
+from wanda_lightning.streaming.streamed_weights import StreamedWeights
+
+pytestmark = IGNORED_WARNINGS
+
+
+def report_in(folder):
+    return PruningReport.from_json(Path(folder, "pruning_report.json").read_text())
+
+
+def reference_flags(inputs, method, pattern="unstructured", sparsity="0.5"):
+    """The flags of the reference's main.py, and those that make a run fast."""
+    theirs = f"--model {inputs}/llama --seed 0 --nsamples 4 --sparsity_ratio {sparsity} --sparsity_type {pattern}"
+    theirs += (
+        f" --prune_method {method} --cache_dir llm_weights --save out/logs --save_model out/model"
+    )
+    data = f"--calibration {inputs}/long.txt --evaluation {inputs}/other.txt"
+    return f"{theirs} {data} --seqlen {SEQLEN} --limit 6".split()
+
+
+METHODS = [
+    ("wanda", "unstructured", "0.5", []),
+    ("wanda", "2:4", "0.5", []),
+    ("wanda", "unstructured", "0.25", ["--use_variant"]),
+    ("magnitude", "unstructured", "0.25", []),
+    ("sparsegpt", "unstructured", "0.5", []),
+    pytest.param("ablate_mag_iter", "4:8", "0.5", [], marks=pytest.mark.nightly),
+]
+
+
+@pytest.mark.parametrize(("method", "pattern", "sparsity", "more"), METHODS)
+def test_the_flags_of_the_reference_prune_and_measure(inputs, method, pattern, sparsity, more):
+    assert run("prune", *reference_flags(inputs, method, pattern, sparsity), *more) == 0
+    dense = AutoModelForCausalLM.from_pretrained(inputs / "llama")
+    pruned = AutoModelForCausalLM.from_pretrained("out/model")
+    zeros = zeros_by_layer(pruned)
+    assert len(zeros) == 14
+    reached = torch.cat([is_zero.flatten() for is_zero in zeros.values()]).float().mean().item()
+    assert reached == pytest.approx(float(sparsity), abs=0.01 if more else 1e-9)
+    if pattern != "unstructured":
+        size = int(pattern[-1])
+        for name, is_zero in zeros.items():
+            assert (is_zero.reshape(-1, size).sum(dim=1) == size // 2).all(), name
+
+    text = (inputs / "other.txt").read_text()
+    measured = report_in("out/logs").run
+    assert measured.before == pytest.approx(perplexity_by_hand(dense, text, 6), rel=1e-6)
+    assert measured.after == pytest.approx(perplexity_by_hand(pruned, text, 6), rel=1e-6)
+    assert Path(f"out/logs/log_{method}.txt").read_text() == (
+        f"method\tactual_sparsity\tppl_test\n{method}\t{reached:.4f}\t{measured.after:.4f}\n"
+    )
+
+
+@pytest.mark.parametrize(("method", "pattern"), [("wanda", "2:4"), ("magnitude", "unstructured")])
+def test_the_report_describes_the_run(inputs, method, pattern):
+    flags = reference_flags(inputs, method, pattern)
+    assert run("prune", *flags) == 0
+    report = report_in("out/logs")
+    reads_data = method == "wanda"
+    assert {layer.tokens for layer in report.layers} == {4 * SEQLEN if reads_data else 0}
+    assert report.config["command"]["num_samples"] == 4
+    calibration = f"{inputs}/long.txt, 4 windows of {SEQLEN} tokens, seed 0"
+    assert report.run == Circumstances(
+        command=report.run.command,
+        model=f"{inputs}/llama",
+        metric="perplexity",
+        before=report.run.before,
+        after=report.run.after,
+        data=f"{inputs}/other.txt, 6 windows of {SEQLEN} tokens",
+        calibration=calibration if reads_data else "",
+        costs=report.run.costs,
+    )
+    program, command, *arguments = shlex.split(report.run.command)
+    assert (program, command) == ("wanda-lightning", "prune")
+    assert parse_options("prune", arguments) == parse_options("prune", flags)
+    assert ("--sparsity" in arguments) == (pattern == "unstructured")
+
+
+def test_a_run_says_what_it_found_and_writes_nothing_else(inputs, tmp_path, capsys):
+    assert run("prune", *reference_flags(inputs, "wanda")) == 0
+    out, err = capsys.readouterr()
+    measured = report_in("out/logs").run
+    assert f" from {measured.before:,.2f} to {measured.after:,.2f}." in out
+    assert "Pruning 2/2 done" in err
+    assert sorted(os.listdir(tmp_path)) == ["llm_weights", "out"]
+    assert sorted(os.listdir("out/logs")) == ["log_wanda.txt", "pruning_report.json"]
+    assert transformers.AutoTokenizer.from_pretrained("out/model")("ab").input_ids
+    (result,) = ModelCard.load("out/model/README.md").data.eval_results
+    assert result.dataset_name == Path(measured.data).name
+    assert result.metric_value == measured.after
+
+
+def test_skip_dtype_and_seed(text):
+    skip = ["--skip", "*.down_proj,model.layers.0.self_attn"]
+    more = [*skip, "--dtype", "bfloat16", "--batch_size", "2"]
+    assert run(*text, *more, *OUT) == 0
+    pruned = AutoModelForCausalLM.from_pretrained("out/model")
+    assert pruned.dtype == torch.bfloat16
+    for name, is_zero in zeros_by_layer(pruned).items():
+        is_skipped = name.endswith("down_proj") or name.startswith("model.layers.0.self_attn")
+        assert is_zero.float().mean() == (0 if is_skipped else 0.5), name
+    assert report_in("out").config["calibration_batches"] == 2
+    assert run(*text, *more, "--seed", "1", "--save", "other") == 0
+    assert report_in("other").run.after != report_in("out").run.after
+
+
+def test_a_page_changes_nothing_else(text):
+    method = ["--method", "sparsegpt", "--sparsity", "0.8"]
+    assert run(*text, *method, "--save", "a", "--save_model", "a/model", "--report", "a.html") == 0
+    assert run(*text, *method, "--save", "b", "--save_model", "b/model") == 0
+    with_page = report_in("a").run
+    without = report_in("b").run
+    assert [sample.prompt for sample in with_page.samples] == list(PROMPTS)
+    assert without.samples == ()
+    assert replace(with_page, samples=(), command=without.command, costs=without.costs) == without
+    weights = load_file("a/model/model.safetensors")
+    others = load_file("b/model/model.safetensors")
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    sentence = r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\."
+    assert re.search(sentence, Page(Path("a.html")).text)
+
+
+def test_a_page_that_cannot_be_written_is_refused(text, refused, monkeypatch):
+    Path("a.html").write_text("mine")
+    refused(*text, "--report", "a.html", message="a.html exists and is not empty. Choose another")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    message = "Reports with figures need matplotlib: pip install"
+    refused(*text, "--report", "c.html", message=message)
+
+
+def test_the_size_of_the_files_and_the_speed_are_beside_the_results(text, monkeypatch, capsys):
+    clock = itertools.count(step=0.5)  # each batch takes half a second
+    monkeypatch.setattr("wanda_lightning.cli.measure.perf_counter", lambda: next(clock))
+    assert run(*text, "--batch_size", "2", "--save", "out", "--save_model", "out/model") == 0
+    size, speed = report_in("out").run.costs
+    saved = Path("out/model/model.safetensors").stat().st_size / 2**20
+    assert size == Measured("MiB of weights", pytest.approx(saved, rel=0.1), saved)
+    expected = 2 * SEQLEN / 0.5
+    assert speed == Measured("tokens per second", expected, expected)
+    sentence = f"Tokens per second: {expected:,.1f} (dense: {expected:,.1f})."
+    assert sentence in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "group"),
+    [("test_vit", "wanda", "layer"), ("test_convnext", "magnitude", "row")],
+)
+def test_an_image_classifier(inputs, images, capsys, name, method, group):
+    options = [str(option).replace("test_vit", name) for option in images]
+    choices = ["--prune_granularity", group, "--method", method]
+    assert run(*options, *choices, "--save", "out", "--save_model", "out/model") == 0
+    # Dense and pruned: it says "bee" to all of four classes.
+    assert "stayed at 25.00%." in capsys.readouterr().out
+    report = report_in("out")
+    log = Path(f"out/log_{method}.txt").read_text()
+    assert log.endswith(f"\n{method}\t{report.sparsity:.4f}\t0.2500\n")
+
+    calibration = f"{inputs}/images, 6 images, seed 0"
+    assert report.run == Circumstances(
+        command=report.run.command,
+        model=f"timm:{name} ({inputs}/{name}.safetensors)",
+        metric="top-1",
+        before=0.25,
+        after=0.25,
+        data=f"{inputs}/images, 8 images",
+        calibration="" if method == "magnitude" else calibration,
+        costs=report.run.costs,
+    )
+
+    pruned = timm.create_model("local-dir:out/model", pretrained=True)
+    for layer in report.layers:
+        assert (layer.tokens > 0) == (method == "wanda")
+        is_zero = pruned.get_submodule(layer.name).weight.flatten(1) == 0
+        rows, columns = is_zero.shape
+        allowed = rows if group == "row" else 1
+        assert int(is_zero.sum()) == pytest.approx(rows * columns / 2, abs=allowed)
+        assert (is_zero.sum(dim=1) == columns // 2).all() == (group == "row")
+    dense = load_file(inputs / f"{name}.safetensors")
+    head = "head.weight" if name == "test_vit" else "head.fc.weight"
+    assert torch.equal(pruned.get_classifier().weight, dense[head])
+
+
+REFUSED = [
+    (["--model", "{}/images"], "key in its config.json"),
+    (["--seqlen", "65"], "--seqlen must be at most 64, the model's context, but it is 65"),
+    (["--calibration", "{}/short.txt"], f"needs a text of at least {SEQLEN + 1} tokens, but"),
+    (["--calibration", "c4"], "Without a network, use --calibration python-docs"),
+    (
+        ["--calibration", "c4", "--model", "bin"],
+        "the only format that is read, but bin has config.json. Convert a ",
+    ),
+    (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of"),
+    (["--stream", "--model", "{}/gone.gguf"], "gone.gguf does not exist"),
+    (["--stream", "--method", "thorough"], "needs the whole model in memory"),
+    (["--stream", "--pattern", "experts"], "needs a mixture of experts, but no module"),
+]
+
+
+@pytest.mark.parametrize(("more", "message"), REFUSED)
+def test_refused_for_a_language_model(inputs, text, refused, monkeypatch, more, message):
+    for name in ("measure", "perplexity_from_disk"):
+        monkeypatch.setattr(f"wanda_lightning.cli.prune_command.{name}", None)
+    Path("bin").mkdir()
+    shutil.copy(inputs / "llama/config.json", "bin")
+    options = [option.replace("{}", str(inputs)) for option in more]
+    refused(*text, *OUT, *options, message=message)
+
+
+@pytest.mark.parametrize(("command", "target"), [("prune", "all/x"), ("shrink", "all")])
+def test_a_model_that_is_read_is_never_replaced(pruned, refused, command, target):
+    shutil.copytree(pruned, "all/x")
+    shutil.copy("all/x/config.json", "all")
+    message = f"--save_model {target} would replace --model all/x. Choose another"
+    options = ["--model", "all/x", "--save_model", target, "--overwrite"]
+    refused(command, *options, message=message)
+
+
+SELF = ["--calibration", "self", "--method", "sparsegpt", "--save", "out"]
+
+
+def test_the_model_may_write_the_text_to_calibrate_on(inputs, text):
+    shutil.copytree(inputs / "llama", "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model")
+    tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained("model")
+    assert run(*text, *SELF, "--model", "model") == 0
+    assert report_in("out").run.calibration.startswith("text by the dense model, 4 windows of ")
+
+
+def test_a_model_that_cannot_begin_a_text_is_refused(text, refused):
+    refused(*text, *SELF, message="tokenizer must have a token that begins or ends a text")
+
+
+@pytest.fixture
+def streamed_options(inputs, text):
+    """The options of a run from disk on two texts, except what to save."""
+    texts = f"{inputs}/other.txt,{inputs}/long.txt"
+    return [*text, "--method", "magnitude", "--evaluation", texts]
+
+
+def test_a_streamed_run_measures_what_one_in_memory_does(streamed_options, inputs, capsys):
+    assert run(*streamed_options, "--save", "memory") == 0
+    assert f"Perplexity on {inputs}/long.txt (" in capsys.readouterr().out
+    assert run(*streamed_options, "--stream", "--save_model", "model", "--save", "disk") == 0
+    expected = report_in("memory").run.results
+    results = report_in("disk").run.results
+    assert [result.data.partition(",")[0] for result in expected] == [
+        f"{inputs}/other.txt",
+        f"{inputs}/long.txt",
+    ]
+    for result, by_memory in zip(results, expected, strict=True):
+        assert result.before == pytest.approx(by_memory.before, rel=1e-5)
+        assert result.after == pytest.approx(by_memory.after, rel=1e-5)
+    assert results[0].after != results[1].after
+
+
+def test_a_streamed_run_that_was_interrupted_goes_on(streamed_options, monkeypatch):
+    command = [*streamed_options, "--stream", "--save_model", "out/model", "--save", "out"]
+
+    def interrupt(source, *_, **__):
+        if source == "out/model":
+            signal.raise_signal(signal.SIGINT)
+        return 1.0
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wanda_lightning.cli.prune_command.perplexity_from_disk", interrupt)
+        assert run(*command) == 130
+    assert not Path("out/pruning_report.json").exists()
+    monkeypatch.setattr(StreamedWeights, "stops", None)  # nothing is pruned again
+    assert run(*command) == 0
+    assert not Path("out/model/.pruning_progress.json").exists()
+    assert report_in("out").sparsity == 0.5
+
+
+def test_a_folder_that_is_not_empty(text, refused):
+    Path("mine").mkdir()
+    Path("mine/notes.txt").touch()
+    for option in ("--save", "--save_model"):
+        refused(*text, option, "mine", message="mine exists and is not empty")
+    refused(*text, "--save_model", "mine", "--overwrite", message="must be empty or a model")
+
+
+def test_pruning_without_saving(text, tmp_path, capsys):
+    assert run(*text) == 0
+    assert "Nothing was saved. To save the model, add --save_model DIR" in capsys.readouterr().out
+    assert everything_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_pruning_without_measuring(request, capsys, kind):
+    nothing = ["--method", "magnitude", "--evaluation", "", "--save", "out"]
+    assert run(*request.getfixturevalue(kind), *nothing) == 0
+    assert report_in("out").run.metric == ""
+    assert report_in("out").run.results == ()
+    assert "perplexity" not in capsys.readouterr().out
+    log = Path("out/log_magnitude.txt").read_text()
+    assert log == "method\tactual_sparsity\nmagnitude\t0.5000\n"
+
+
+PUSH = ["--push_to_hub", "us/tiny"]
+
+
+def test_a_pruned_model_is_uploaded_without_the_results(hub, text, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "wanda_lightning.PruningReport.write", lambda report, path: Path(path).write_text("drawn")
+    )
+    more = ["--save", "out/logs", "--report", "out/page.html", "--private"]
+    assert run(*text, "--stream", "--save_model", "out", *PUSH, *more) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Uploaded out to {hub.url}/us/tiny."
+    expected = {}
+    for name, content in everything_in(Path("out")).items():
+        is_file = content is not False
+        if is_file and not name.startswith(("logs", "page")):
+            expected[name] = content
+    assert hub.repositories == {"us/tiny": expected}
+    assert hub.private == {"us/tiny"}
+    assert 'from_pretrained("us/tiny")' in hub.repositories["us/tiny"]["README.md"].decode()
+
+
+def test_an_upload_that_cannot_succeed_is_refused_before_pruning(hub, text, refused, monkeypatch):
+    message = "--push_to_hub must be left out for a command without --save_model"
+    refused(*text, *PUSH, message=message)
+    monkeypatch.setenv("HF_TOKEN", "")
+    message = "push_to_hub must be left out without a token"
+    refused(*text, "--save_model", "out", *PUSH, message=message)
+    assert hub.requests == []

@@ -1,0 +1,39 @@
+"""Text after a prompt, against a loop without a cache."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+from support.cli import IGNORED_WARNINGS
+from transformers import AutoModelForCausalLM
+
+from wanda_lightning.cli.sample_text import PROMPTS, continuation, continuations
+
+pytestmark = IGNORED_WARNINGS
+
+
+def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "llama").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "llama")
+    ids = tokenizer(PROMPTS[0]).input_ids
+    start = len(ids)
+    for _ in range(min(40, 64 - start)):  # the context has 64
+        ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    expected = tokenizer.decode(ids[start:])
+
+    model.generation_config.update(do_sample=True, temperature=2.0, top_p=0.5, top_k=7)
+    transformers.utils.logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        assert continuation(model, tokenizer, PROMPTS[0]) == expected
+    assert caplog.messages == []
+
+
+def test_a_model_that_cannot_generate_is_a_warning(inputs):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "llama")
+    model.generate = None
+    message = "LlamaForCausalLM cannot continue a prompt, so the report has no text"
+    with pytest.warns(UserWarning, match=message):
+        assert (
+            continuations(model, transformers.AutoTokenizer.from_pretrained(inputs / "llama")) == []
+        )

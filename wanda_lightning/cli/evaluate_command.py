@@ -1,0 +1,122 @@
+"""Run `evaluate`: measure models side by side."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+from wanda_lightning.cli.measure import logged_results, measure
+from wanda_lightning.cli.model_and_data import AnyData, data_for, load
+from wanda_lightning.cli.options import File, Measurements, Models, values_of
+from wanda_lightning.cli.printing import print_line, print_table
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.model_source import load_tokenizer
+from wanda_lightning.data.images import ImageDataModule
+from wanda_lightning.data.text import TextDataModule
+from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
+from wanda_lightning.modules.loading import check_source
+
+_HEADINGS = {"val_accuracy": "top-1", "val_accuracy_top5": "top-5"}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model that will be measured, and its data; a classifier is already loaded, since it decides on transforms."""
+
+    name: str
+    classifier: Any
+    data: AnyData | None  # None: neither perplexity nor accuracy is measured
+
+
+def evaluate(models: Models, data: Measurements, results: File) -> None:
+    """Measure models side by side, save the numbers and print them."""
+    options = values_of(models, data, results)
+    options = {name: value for name, value in options.items() if value is not None}
+    evaluation = Evaluation(_measure_each(models, data), models.dense, options)
+    if results.save is not None:
+        evaluation.save(results.save)
+    print_table(evaluation.table())
+    if results.save is not None:
+        print_line(f"The numbers are in {results.save}.")
+
+
+def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
+    """Read the data of all models, to refuse them together; then load and measure one model at a time."""
+    if not models.is_image:
+        for name in models.all:
+            check_source(models.source(name))
+    tasks = load_tasks(data.tasks, data.tasks_dir, models.cache_dir)
+    if tasks and not all(load_tokenizer(models.source(name)) for name in models.all):
+        raise UserError("--tasks need models with a tokenizer. Save it beside the weights.")
+
+    prepared = _prepare(models, data)
+    measured = {}
+    for title in list(prepared):
+        measured[title] = _measure_one(models, data, tasks, prepared.pop(title))
+        # The module, its data and the Trainer refer to each other, so the model stays until it is collected.
+        gc.collect()
+    return measured
+
+
+def _prepare(models: Models, data: Measurements) -> dict[str, _Prepared]:
+    """Read the data of each model, the dense one first; refuse language models that split the text differently."""
+    checkpoints = models.checkpoint or [None] * len(models.model)
+    sources: list[tuple[str, str | None]] = list(zip(models.model, checkpoints, strict=True))
+    if models.dense:
+        sources.insert(0, (models.dense, None))
+
+    prepared: dict[str, _Prepared] = {}
+    for name, checkpoint in sources:
+        # One model may be given with several weights, which the name of the file distinguishes.
+        title = f"{name} {checkpoint}" if checkpoint else name
+        classifier = None
+        source = None
+        if models.is_image:
+            classifier = load(models, name, checkpoint)
+        if models.is_image or data.evaluation:
+            source = data_for(models, data, name, classifier)
+        prepared[title] = _Prepared(name, classifier, source)
+        if isinstance(source, TextDataModule):
+            _refuse_other_tokens(source, next(iter(prepared.values())).data, title)
+    return prepared
+
+
+def _refuse_other_tokens(texts: TextDataModule, first: Any, name: str) -> None:
+    """Raise an error if the texts have other tokens than those of the first model."""
+    for text in texts.evaluations:
+        if not texts.windows_of(text).equal(first.windows_of(text)):
+            raise UserError(
+                "--model must name models with the same tokenizer, since perplexities over different tokens cannot "
+                f"be compared, but {name} splits {text} differently than another. Evaluate them one by one."
+            )
+
+
+def _measure_one(
+    models: Models, data: Measurements, tasks: dict[str, Any], prepared: _Prepared
+) -> Results:
+    """Load a language model; measure sparsity, perplexity or accuracy, and the tasks."""
+    module = prepared.classifier or load(models, prepared.name)
+    results: Results = {"sparsity": sparsity_of(module.model)}
+    if prepared.data is not None:
+        results |= _results(measure(module, prepared.data), prepared.data)
+    if tasks:
+        results |= zero_shot(
+            module.model, module.tokenizer, tasks, data.batch_size or 4, data.task_limit
+        )
+    return results
+
+
+def _results(metrics: dict[str, float], data: AnyData) -> Results:
+    """Return the metrics of each data set, with the number of windows or images."""
+    if isinstance(data, ImageDataModule):
+        accuracies = {
+            heading: metrics[name] for name, heading in _HEADINGS.items() if name in metrics
+        }
+        images = len(data.val_dataloader().dataset)  # type: ignore[arg-type]
+        return {data.data: {**accuracies, "images": images}}
+
+    results = {}
+    for text, name in zip(data.evaluations, logged_results(data), strict=True):
+        results[text] = {"perplexity": metrics[name], "windows": len(data.windows_of(text))}
+    return results

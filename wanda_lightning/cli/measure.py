@@ -1,0 +1,76 @@
+"""Measure a model with one validation loop: its metrics, and its speed."""
+
+from __future__ import annotations
+
+import logging
+from time import perf_counter
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import LambdaCallback
+
+from wanda_lightning.cli.model_and_data import AnyData
+from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.data.images import ImageDataModule
+from wanda_lightning.report.descriptions import PERPLEXITY, TOP1
+
+
+class BatchClock(L.Callback):
+    """Time the batches of a validation loop.
+
+    `speed` is the number of tokens or images per second of the fastest batch, which other work of the machine has
+    disturbed least. It is 0 until a second batch starts, since a batch is timed until the next one starts.
+    """
+
+    speed = 0.0
+    _started = 0.0
+    _size = 0
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *indices: int
+    ) -> None:
+        """Time the previous batch."""
+        # The CPU only queues what an accelerator computes.
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        now = perf_counter()
+        if self._size:
+            self.speed = max(self.speed, self._size / (now - self._started))
+        self._started = now
+        self._size = batch["input_ids"].numel() if isinstance(batch, dict) else len(batch[0])
+
+
+def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
+    """Run one validation loop, and return its metrics, with the `speed` if there are two batches or more."""
+    # Lightning would describe the hardware.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    clock = BatchClock()
+    with ProgressBar("Measuring", None) as bar:
+        progress = LambdaCallback(
+            on_validation_start=lambda trainer, _: bar.expect(sum(trainer.num_val_batches)),
+            on_validation_batch_end=lambda *_: bar.advance(),
+        )
+        trainer = L.Trainer(
+            devices=1,
+            callbacks=[clock, progress],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+        )
+        trainer.validate(module, data, verbose=False)
+
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if clock.speed:
+        metrics["speed"] = clock.speed
+    return metrics
+
+
+def logged_results(data: AnyData) -> dict[str, str]:
+    """Describe each data set, by the name under which a Trainer logs the result on it."""
+    if isinstance(data, ImageDataModule):
+        return {TOP1.logged[0]: data.describe_evaluation()}
+    first = PERPLEXITY.logged[0]
+    names = [first, *(f"{first}/{text}" for text in data.evaluations[1:])]
+    return {name: data.describe_evaluation(number) for number, name in enumerate(names)}

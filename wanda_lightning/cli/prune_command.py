@@ -1,0 +1,318 @@
+"""Run `prune`: `wanda_lightning.prune`, with measuring and saving around it.
+
+Everything is on disk before a word is printed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from wanda_lightning.cli.measure import logged_results, measure
+from wanda_lightning.cli.model_and_data import AnyData, data_for, load
+from wanda_lightning.cli.options import PruneOptions, Results, as_command, values_of
+from wanda_lightning.cli.printing import print_line, print_table
+from wanda_lightning.cli.sample_text import PROMPTS, continuations
+from wanda_lightning.cli.saving import upload_saved, write_results
+from wanda_lightning.common.atomic_write import require_writable, resolve_path
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.config import PruningConfig
+from wanda_lightning.data.images import ImageDataModule
+from wanda_lightning.data.own_text import sample_windows
+from wanda_lightning.data.text_sources import SELF
+from wanda_lightning.engine.prune import prune_as, removal_of
+from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
+from wanda_lightning.modules.loading import check_source, model_from_config
+from wanda_lightning.planning.plan import make_plan, refuse_unprunable
+from wanda_lightning.report import LEFT_OUT, Circumstances, Continuations, Measured, PruningReport
+from wanda_lightning.report.descriptions import METRICS, PERPLEXITY, TOP1, change_of, cost_of
+from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
+from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
+from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resumable
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """The metrics of one model, and its continuations of the prompts; empty if they were not asked for."""
+
+    metrics: Mapping[str, float]
+    texts: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    """A pruned model that is not saved yet, with what was measured before and after."""
+
+    report: PruningReport
+    module: Any  # None for a model that was never in memory
+    data: AnyData
+    dense: _Measurement
+    pruned: _Measurement
+    save: Callable[[bool], object]  # True leaves out the hidden units that are zero
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """How the model was saved, and a line to print about it."""
+
+    is_smaller: bool = False  # the hidden units that are zero were left out
+    line: str = ""
+
+
+def prune(config: PruningConfig, options: PruneOptions) -> None:
+    """Prune a model, measure it before and after, and save what was asked for."""
+    data = options.data
+    results = options.results
+    L.seed_everything(data.seed, verbose=False)
+    tasks = {}
+    if data.eval_zero_shot:
+        tasks = load_tasks(["paper"], data.tasks_dir, options.model.cache_dir)
+
+    pruning = _prune_from_disk if results.stream else _prune_in_memory
+    with pruning(config, options) as done:
+        saved = _save(done, results)
+        run = _circumstances(done, config, options, saved.is_smaller)
+        report = _report(done, run, options, saved.is_smaller)
+        report, files = write_results(report, options)
+        if tasks:
+            # They take hours for a large model, so everything is saved before, too.
+            module = done.module
+            accuracies = zero_shot(module.model, module.tokenizer, tasks, done.data.batch_size)
+            run = replace(run, zero_shot=accuracies)
+            report, _ = write_results(replace(report, run=run), options)
+
+    for line in _summary(report, saved, results):
+        print_line(line)
+    if tasks:
+        print_table(Evaluation({f"{options.model.model}, pruned": accuracies}).table())
+    upload_saved(results, files)
+
+
+@contextmanager
+def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
+    """Prune a whole model; measure it before and after on the accelerator, if there is one."""
+    model, _, data, results = options
+    _keep_freed_memory()
+    if model.is_image:
+        module = load(model, model.model, data.checkpoint)
+        source = data_for(model, data, model.model, module)
+    else:
+        check_source(model.source(model.model))
+        source = data_for(model, data, model.model)
+        module = load(model, model.model)  # after the data, since it may be large
+
+    # Refuse what cannot be pruned, and a text that is too short, before the model is measured.
+    plan = make_plan(config, module.model)
+    refuse_unprunable(plan.layers)
+    removal_of(config.pattern).check(config, module.model, plan.inventory)
+    batches = _calibration(config, module, source)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+    def measurement() -> _Measurement:
+        metrics = {}
+        if data.evaluation:
+            metrics = measure(module, source)
+        module.to(device)  # at its end, the Trainer moves the model to the CPU
+        texts = []
+        if results.report and not model.is_image:
+            texts = continuations(module.model, module.tokenizer)
+        return _Measurement(metrics, texts)
+
+    def on_device(batch: Any) -> Any:
+        return module.transfer_batch_to_device(batch, device, 0)
+
+    dense = measurement()
+    report = prune_as(
+        plan,
+        batches,
+        forward=lambda batch: module.calibration_step(on_device(batch)),
+        predict=lambda batch: module.calibration_predictions(on_device(batch)),
+    )
+    pruned = measurement()
+    save = partial(module.save_pretrained, results.save_model, results.overwrite)
+    yield _Pruned(report, module, source, dense, pruned, save)
+
+
+@contextmanager
+def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
+    """Prune one block at a time. If what follows fails or is killed, the same command continues from there."""
+    model, _, data, results = options
+    hub = model.source(model.model)
+    output = results.save_model or ""
+
+    # Refuse what cannot be pruned from disk or written, before the model is measured.
+    refuse_whole_model(config)
+    require_resumable(output)
+    continues = (resolve_path(output) / PROGRESS_NAME).is_file()
+    if results.save is not None and not continues:
+        require_writable(results.save, results.overwrite, "folder")
+    check_source(hub)
+    if config.pattern.changes_shapes:  # before the model is measured
+        plan = make_plan(config, model_from_config(hub), by_block=True)
+        removal_of(config.pattern).check(config, plan.model, plan.inventory)
+    source: Any = data_for(model, data, model.model)
+    batches = source.calibration_dataloader()
+
+    def measurement(path: str, dtype: str = "auto") -> _Measurement:
+        if not data.evaluation:
+            return _Measurement({})
+        loaders = source.val_dataloader()
+        if not isinstance(loaders, list):
+            loaders = [loaders]
+        perplexities = {}
+        for name, loader in zip(logged_results(source), loaders, strict=True):
+            perplexities[name] = perplexity_from_disk(
+                path, loader, dtype=dtype, device=results.device, **hub.hub
+            )
+        return _Measurement(perplexities)
+
+    def save(shrink: bool) -> object:
+        # The pruned model is in its folder already.
+        return shrink and shrink_from_disk(output, output, overwrite=True, **hub.hub)
+
+    dense = measurement(model.model, model.dtype)
+    with pruned_from_disk(
+        config,
+        hub,
+        output,
+        batches,
+        tokenizer=source.tokenizer,
+        dtype=model.dtype,
+        device=results.device,
+    ) as report:
+        yield _Pruned(report, None, source, dense, measurement(output), save)
+
+
+def _calibration(config: PruningConfig, module: Any, source: AnyData) -> Any:
+    """Return the calibration batches; None if nothing reads them."""
+    if isinstance(source, ImageDataModule):
+        return source.calibration_dataloader()
+    if config.data_reader is None:
+        return None
+    if source.calibration == SELF:
+        # No Trainer runs the model here, so the data module has no model that could write.
+        windows = sample_windows(
+            module.model, module.tokenizer, source.num_samples, source.seqlen, seed=source.seed
+        )
+        return DataLoader(windows, source.batch_size)  # type: ignore[arg-type]
+    module.check_tokens(source.calibration_windows)
+    return source.calibration_dataloader()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory that tensors free: mapping every page anew takes up to a fifth of a forward pass."""
+    with suppress(OSError, AttributeError, TypeError):  # another library of C
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD of malloc.h
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def _save(done: _Pruned, results: Results) -> _Saved:
+    """Save the model, if it is to be saved: smaller if that was asked for and is possible, else with its zeros."""
+    if results.save_model is None:
+        return _Saved()
+    line = ""
+    if results.shrink:
+        try:
+            return _Saved(is_smaller=True, line=str(done.save(True)))
+        except UserError as error:  # pruning may have taken hours
+            line = f"Note: the model is saved with its zeros. {error}"
+    done.save(False)
+    return _Saved(line=line)
+
+
+def _report(
+    done: _Pruned, run: Circumstances, options: PruneOptions, is_smaller: bool
+) -> PruningReport:
+    """Add the run, the options of the command and, for a smaller model, a note."""
+    values = values_of(*options)
+    command = {name: value for name, value in values.items() if value not in (None, ())}
+    report = replace(done.report, run=run, config={**done.report.config, "command": command})
+    if is_smaller:
+        report = replace(report, notes=(*report.notes, LEFT_OUT))
+    return report
+
+
+def _circumstances(
+    done: _Pruned, config: PruningConfig, options: PruneOptions, is_smaller: bool
+) -> Circumstances:
+    """Describe the run and its results."""
+    model = options.model.model
+    if options.data.checkpoint:
+        model += f" ({options.data.checkpoint})"
+    calibration = ""
+    if config.data_reader is not None:
+        calibration = done.data.describe_calibration(done.data.num_samples)
+    # A pattern such as 2:4 decides on the sparsity; any other command has to say it.
+    always = ["sparsity"] if config.pattern.fixed_sparsity is None else []
+    run = Circumstances(
+        command=as_command("prune", *options, always=always),
+        model=model,
+        calibration=calibration,
+        costs=_costs(done, options.results.save_model, is_smaller),
+        samples=tuple(map(Continuations, PROMPTS, done.dense.texts, done.pruned.texts)),
+    )
+    if not done.dense.metrics:
+        return run
+
+    first, *others = (
+        Measured(description, done.dense.metrics[name], done.pruned.metrics[name])
+        for name, description in logged_results(done.data).items()
+    )
+    metric = TOP1 if isinstance(done.data, ImageDataModule) else PERPLEXITY
+    return replace(run, metric=metric.name, **vars(first), others=tuple(others))
+
+
+def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measured, ...]:
+    """Return the size and the speed of both models; the size after pruning is that of the saved files, if any."""
+    if done.module is None:  # it was never in memory
+        return ()
+    dense = sum(parameter.nbytes for parameter in done.module.model.parameters()) / _MIB
+    pruned = dense
+    if folder is not None:
+        files = Path(folder).expanduser().glob("*.safetensors")
+        pruned = sum(file.stat().st_size for file in files) / _MIB
+    costs = [Measured("MiB of weights", dense, pruned)]
+
+    # The model that was measured has its zeros, so the speed of a smaller one is not known.
+    if "speed" in done.dense.metrics and not is_smaller:
+        unit = "images" if isinstance(done.data, ImageDataModule) else "tokens"
+        before = done.dense.metrics["speed"]
+        costs.append(Measured(f"{unit} per second", before, done.pruned.metrics["speed"]))
+    return tuple(costs)
+
+
+def _summary(report: PruningReport, saved: _Saved, results: Results) -> Iterator[str]:
+    """Yield the lines that a run prints at its end."""
+    yield report.summary()
+    if saved.line:
+        yield saved.line
+    run = report.run or Circumstances()
+    for result in run.results:
+        yield change_of(METRICS[run.metric], result)
+    for cost in run.costs:
+        yield cost_of(cost)
+    for note in report.notes:
+        yield f"Note: {note}"
+
+    places = {
+        "model is": results.save_model,
+        "results are": results.save,
+        "report is": results.report,
+    }
+    for content, place in places.items():
+        if place:
+            yield f"The {content} in {place}."
+    if not any(places.values()):
+        yield "Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR."
