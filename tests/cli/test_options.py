@@ -13,8 +13,8 @@ from wanda_lightning import PruningConfig
 from wanda_lightning.cli import parse, parse_options
 from wanda_lightning.cli.commands import app
 from wanda_lightning.cli.options import Model, as_command
+from wanda_lightning.common.dtypes import DTYPE_NAMES
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.modules import loading
 
 COMMANDS = ["prune", "evaluate", "inspect", "shrink"]
 VIT = ["--model", "timm:test_vit", "--data", "digits"]
@@ -284,7 +284,7 @@ def test_results_are_labeled_with_what_was_chosen():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_described_in_a_group(command):
-    assert set(get_args(get_type_hints(Model)["dtype"])) == {"auto", *loading.DTYPES}
+    assert set(get_args(get_type_hints(Model)["dtype"])) == set(DTYPE_NAMES)
     for option in app[command].assemble_argument_collection(parse_docstring=True):
         if option.children:
             assert [group.name for group in option.parameter.group] <= ["Session"]

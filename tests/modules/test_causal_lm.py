@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from support.callbacks import same, trainer
 from support.modules import MASKS, slow_perplexity, tiny_llama, tiny_tokenizer, windows_of_text
 from torch.utils.data import DataLoader
@@ -153,6 +154,21 @@ def test_overwrites_the_folder_that_it_was_loaded_from_and_converts_the_dtype(tm
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
     assert CausalLMModule(str(tmp_path), dtype="float32").model.dtype == torch.float32
     assert CausalLMModule(tiny_llama(), dtype="float16").model.dtype == torch.float16
+
+
+def test_a_dtype_of_torch_equals_its_name(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    for model in (tiny_llama(), tmp_path):
+        module = CausalLMModule(model, dtype=torch.bfloat16)
+        assert module.model.dtype == torch.bfloat16
+        assert module.hparams.dtype == "bfloat16"
+
+
+def test_a_dtype_in_yaml_stays_a_name():
+    parser = ArgumentParser()
+    parser.add_class_arguments(CausalLMModule, "model")
+    parsed = parser.parse_string("model: {model: folder, dtype: bfloat16}")
+    assert parsed.model.dtype == "bfloat16"
 
 
 def test_loads_from_a_checkpoint(tmp_path):

@@ -28,7 +28,7 @@ from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity
 from wanda_lightning.experts.removal import find_mixtures
 from wanda_lightning.models import Inventory, Stop, find_layers
 from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
-from wanda_lightning.modules.loading import check_source, model_from_config
+from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
 from wanda_lightning.report.descriptions import PERPLEXITY, TOP1

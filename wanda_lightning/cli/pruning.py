@@ -41,7 +41,7 @@ from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
 from wanda_lightning.experts.removal import find_mixtures
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
-from wanda_lightning.modules.loading import check_source, model_from_config
+from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.plan import make_plan, refuse_unprunable
 from wanda_lightning.report import LEFT_OUT, Circumstances, Continuations, Measured, PruningReport
 from wanda_lightning.report.descriptions import METRICS, change_of, cost_of

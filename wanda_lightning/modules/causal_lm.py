@@ -17,13 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning.common.atomic_write import atomic_folder
-from wanda_lightning.common.checks import check_flags, check_values, require_extra
+from wanda_lightning.common.checks import check_flags, require_extra
+from wanda_lightning.common.dtypes import DTYPES, dtype_name
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.models import check_tokens
-from wanda_lightning.modules.loading import (
-    DTYPE_NAMES,
-    DTYPES,
+from wanda_lightning.modules.model_loading import (
     check_causal,
     check_source,
     load_causal_lm,
@@ -53,7 +52,7 @@ class CausalLMModule(L.LightningModule):
         model: Hub id, local folder, `.gguf` file, or a loaded model.
         tokenizer: For `save_pretrained`; by default the one that belongs to a model that is given by name, if any.
         dtype: Data type of the weights: "auto" (as they are stored; a GGUF file becomes float32), "float32", "bfloat16"
-            or "float16".
+            or "float16", or the same as a `torch.dtype`.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         lr_decay: Decay the learning rate linearly to 0 during training.
@@ -74,7 +73,7 @@ class CausalLMModule(L.LightningModule):
         self,
         model: str | os.PathLike[str] | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         lr_decay: bool = False,
@@ -84,7 +83,8 @@ class CausalLMModule(L.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        check_values(DTYPE_NAMES, dtype=dtype)
+        # Before the hyperparameters are saved, which hold the name: configurations are text.
+        dtype = dtype_name(dtype)
         check_flags(lr_decay=lr_decay)
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
@@ -219,9 +219,8 @@ class CausalLMModule(L.LightningModule):
     def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
         """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""
         cached = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
-        dtype = next(
-            (key for key, value in DTYPES.items() if value == self.pruning_target.dtype), "auto"
-        )
+        dtype: Any = self.pruning_target.dtype
+        dtype = dtype_name(dtype) if dtype in DTYPES.values() else "auto"
         return cast(nn.Module, load_causal_lm(ModelSource(os.fspath(name), **cached), dtype))
 
     def merge(self, reprune: bool = False) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from wanda_lightning.common.dtypes import DTYPES
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
     ModelSource,
@@ -32,8 +33,6 @@ from wanda_lightning.common.model_source import (
 from wanda_lightning.common.wording import did_you_mean, quantity
 from wanda_lightning.units.configuration import register_shrunk_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPE_NAMES = ("auto", *DTYPES)
 _CHECKED = (*DTYPES.values(), torch.float64)
 _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
 _CONVERTER = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which needs memory for all weights once"

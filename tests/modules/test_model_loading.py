@@ -15,11 +15,11 @@ from support.zoo import other
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.modules import CausalLMModule, ImageClassifierModule, loading
+from wanda_lightning.modules import CausalLMModule, ImageClassifierModule, model_loading
 
 
 def model_from_config(name):
-    return loading.model_from_config(ModelSource(name))
+    return model_loading.model_from_config(ModelSource(name))
 
 
 @pytest.fixture(autouse=True)
