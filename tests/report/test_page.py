@@ -8,7 +8,7 @@ from support.reports import Page, llama_report
 
 
 def page_of(report, folder):
-    report.to_html(folder / "out" / "report.html")
+    report.save(folder / "out" / "report.html")
     page = Page(folder / "out" / "report.html")
     assert page.open == []
     assert [file.name for file in (folder / "out").iterdir()] == ["report.html"]

@@ -356,7 +356,7 @@ class PruningCallback(ZerosCallback):
             if self.report_dir is not None:
                 report.save(self.report_dir)
             if self.report_path is not None:
-                report.write(self.report_path)
+                report.save(self.report_path)
 
     @contextmanager
     def _calibration(

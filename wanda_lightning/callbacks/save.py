@@ -26,7 +26,6 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.models import is_wrapper
-from wanda_lightning.report import LEFT_OUT
 from wanda_lightning.training.held_zeros import zeros_of
 
 
@@ -231,7 +230,7 @@ class SavePretrained(Callback):
                 ),
             )
             if is_smaller:
-                report = replace(report, notes=(*report.notes, LEFT_OUT))
+                report = report.marked_as_shrunk()
             name = self.push_to_hub or folder
             on_hub = self.push_to_hub is not None
             write_card(folder, report, name=name, on_hub=on_hub, trained_steps=trainer.global_step)

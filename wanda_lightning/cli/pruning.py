@@ -43,7 +43,7 @@ from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
 from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.plan import make_plan, refuse_unprunable
-from wanda_lightning.report import LEFT_OUT, Circumstances, Continuations, Measured, PruningReport
+from wanda_lightning.report import Circumstances, Continuations, Measured, PruningReport
 from wanda_lightning.report.descriptions import METRICS, change_of, cost_of
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
@@ -85,7 +85,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
         }
         report = replace(done.report, run=run, config={**done.report.config, "command": command})
         if is_smaller:
-            report = replace(report, notes=(*report.notes, LEFT_OUT))
+            report = report.marked_as_shrunk()
         report, files = _write(report, options)
         if tasks:  # which take hours for a large model, so everything is saved before
             found = zero_shot(done.module.model, done.module.tokenizer, tasks, done.data.batch_size)
@@ -303,7 +303,7 @@ def _write(report: PruningReport, options: PruneOptions) -> tuple[PruningReport,
                 "\t".join(columns) + "\n" + "\t".join(columns.values()) + "\n", encoding="utf-8"
             )
     if results.report is not None:
-        report.write(results.report)
+        report.save(results.report)
     return report, files
 
 

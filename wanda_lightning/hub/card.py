@@ -12,7 +12,7 @@ from typing import Any
 
 from wanda_lightning.common import wording
 from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.report import LEFT_OUT, Circumstances, PruningReport, descriptions
+from wanda_lightning.report import Circumstances, PruningReport, descriptions
 from wanda_lightning.report.descriptions import METRICS, TOP1
 from wanda_lightning.report.records import as_json, from_parsed
 
@@ -54,9 +54,9 @@ def write_card(
     run = from_parsed(Circumstances, json.loads(_FOLDERS.sub("", as_json(asdict(given)))))
     run = replace(run, samples=given.samples)
     report = replace(report, run=run)
-    has_picture = find_spec("matplotlib") is not None and LEFT_OUT not in report.notes
+    has_picture = find_spec("matplotlib") is not None and not report.shrunk
     if has_picture:
-        report.to_png(folder / PICTURE_NAME)
+        report.save(folder / PICTURE_NAME)
     library, task, code = _loading(
         json.loads(config.read_bytes()) if config.exists() else {}, name, on_hub
     )
@@ -68,7 +68,7 @@ def write_card(
         pipeline_tag=task,
         tags=[
             "pruned",
-            *([] if LEFT_OUT in report.notes else ["sparse"]),
+            *([] if report.shrunk else ["sparse"]),
             "wanda_lightning",
             *filter(None, [method]),
         ],
