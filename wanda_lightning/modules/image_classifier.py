@@ -12,6 +12,7 @@ import lightning as L
 import timm
 import timm.optim
 import torch
+from timm.models import get_model_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -177,9 +178,8 @@ class ImageClassifierModule(L.LightningModule):
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
-        # Arguments that JSON cannot hold raise a TypeError.
-        json.dumps(getattr(self.model, "_model_args", {}))
-        json.dumps(fit_arguments(self.model, self._model_kwargs))
+        _, arguments = fit_arguments(self.model, self._model_kwargs)
+        json.dumps(get_model_args(self.model, arguments))  # a TypeError names what JSON cannot hold
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
