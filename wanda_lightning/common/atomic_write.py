@@ -24,7 +24,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield new
         _flush(new)
         os.replace(new, target)
-        _flush(target.parent)
+        _flush(target.parent)  # which holds the name
     finally:
         new.unlink(missing_ok=True)
 
@@ -49,6 +49,7 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
         raise
 
     try:
+        # Again: another program may have written there meanwhile.
         require_writable(path, overwrite)
         target.mkdir(exist_ok=True)
         _delete_entries(target)

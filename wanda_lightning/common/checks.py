@@ -49,24 +49,21 @@ SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
 def check(method: object, **rules: Number | tuple[object, ...]) -> None:
     """Raise a ValueError for an attribute of a method that breaks its rule."""
     for name, rule in rules.items():
-        _check_value(rule, f"{name} of {type(method).__name__}", getattr(method, name))
+        attribute = {f"{name} of {type(method).__name__}": getattr(method, name)}
+        check_values(rule, **attribute)
 
 
 def check_values(rule: Number | tuple[object, ...], **values: object) -> None:
     """Raise a ValueError that names a value which breaks the rule: a `Number`, or one of several names."""
     for name, value in values.items():
-        _check_value(rule, name, value)
-
-
-def _check_value(rule: Number | tuple[object, ...], name: str, value: object) -> None:
-    if isinstance(rule, tuple):
-        fits = value in rule
-        allowed = f"one of {', '.join(map(str, rule))}"
-    else:
-        fits = rule.accepts(value)
-        allowed = str(rule)
-    if not fits:
-        raise UserError(f"{name} must be {allowed}, but it is {shown(value)}.")
+        if isinstance(rule, Number):
+            fits = rule.accepts(value)
+            allowed = str(rule)
+        else:
+            fits = value in rule
+            allowed = f"one of {', '.join(map(str, rule))}"
+        if not fits:
+            raise UserError(f"{name} must be {allowed}, but it is {shown(value)}.")
 
 
 def check_at_least(minimum: int, **values: object) -> None:
@@ -78,6 +75,7 @@ def shown(value: object) -> str:
     """Return a wrong value for a message: a number or a text as it is written, anything else by its class."""
     if value is None or isinstance(value, str | Real):
         return repr(value)
+    # The text of a tensor or a model may fill a screen.
     return f"a {type(value).__name__}"
 
 

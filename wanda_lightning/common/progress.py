@@ -77,6 +77,7 @@ class ProgressBar:
         self._cores.check()
         self._done += steps
         self._bar.update(self._task, completed=self._done)
+        # Else `show` writes the line, with the name of the next step.
         if not self._name:
             self._line_if_due()
 
@@ -107,4 +108,5 @@ class ProgressBar:
             steps += f"/{self._total}"
         words = " ".join(filter(None, (self._title, steps, name)))
         line = f"{words} ({seconds:.0f} s{time_left})"
+        # Without breaks: in a log, a message is one line.
         self._console.print(line, highlight=False, soft_wrap=True)

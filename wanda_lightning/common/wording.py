@@ -42,10 +42,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     A known name may be longer, as `vit_tiny_patch16_224` is for `vit_tinyy`: only its start is compared.
     """
+    if not name:
+        return ""
     shortest: dict[str, str] = {}  # by start, of the length of `name`
     for candidate in sorted(known, key=lambda text: (len(text), text)):
-        start = candidate[: len(name)] if name else candidate
-        shortest.setdefault(start, candidate)
+        shortest.setdefault(candidate[: len(name)], candidate)
     starts = difflib.get_close_matches(name.lower(), shortest, n=3, cutoff=0.75)
     if not starts:
         return ""

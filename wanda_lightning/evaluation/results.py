@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.models import find_layers
@@ -41,13 +41,14 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
                 continue
             counted.add(id(parameter))
 
+            weight: Tensor = parameter
+            kinds = ["model"]
             is_quantized = name == "weight" and quantizer(module, parameter) is not None
             if is_quantized and can_be_read(module):
                 weight = read_weight(module)
-                kinds = ["model", "layers"]
-            else:
-                weight = parameter
-                kinds = ["model", "layers"] if id(parameter) in prunable else ["model"]
+                kinds.append("layers")
+            elif id(parameter) in prunable:
+                kinds.append("layers")
             for kind in kinds:
                 zeros[kind] += int((weight.detach() == 0).count_nonzero())
                 sizes[kind] += weight.numel()
@@ -123,10 +124,12 @@ def _cell(metric: str, values: Mapping[str, float], dense: float | None) -> str:
     if metric not in values:
         return ""
     value = values[metric]
-    scale = 1 if metric == "perplexity" else 100
-    cell = f"{scale * value:.2f}"
-    if metric != "perplexity":
-        cell += "%"
+    scale = 100
+    unit = "%"
+    if metric == "perplexity":
+        scale = 1
+        unit = ""
+    cell = f"{scale * value:.2f}{unit}"
     if metric + _ERROR in values:
         cell += f" ± {scale * values[metric + _ERROR]:.2f}"
     if dense is not None:

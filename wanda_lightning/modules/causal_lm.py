@@ -104,6 +104,7 @@ class CausalLMModule(L.LightningModule):
             self.tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
             loaded = load_causal_lm(source, dtype)
         else:
+            # A model among the hyperparameters would be copied, and written into each checkpoint.
             self.save_hyperparameters(ignore=["model", "tokenizer"])
             check_causal(model)
             self.tokenizer = tokenizer

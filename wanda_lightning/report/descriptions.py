@@ -66,6 +66,7 @@ METRICS = {metric.name: metric for metric in (PERPLEXITY, TOP1)}
 def title_of(report: ReportData) -> str:
     """Return the name of the model without its folder, or its size if the name is unknown."""
     name = report.run.model if report.run else ""
+    # The folders of a path say nothing about the model, but may be private.
     if name.startswith(("/", ".", "~")) or name.endswith(".gguf"):
         name = PurePath(name).name
     return name or f"A model of {abbreviated(report.parameters)} parameters"

@@ -51,7 +51,7 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _LINE = 0.065  # height of a line of text, as a fraction of axes with lines
 
 _GROUP = re.compile(r"(^|\.)group\d+$")  # each group of a grouped convolution is a layer
-_NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")  # of a layer in a list
 
 
 class Grid:
@@ -76,9 +76,9 @@ class Grid:
 
 def layer_grid(report: ReportData, field: str) -> Grid:
     """Return the sparsity or the error of the layers of each kind in each block."""
-    layers_in_blocks = [layer for layer in report.layers if _kind_in_block(layer)]
-    cells = grouped(layers_in_blocks, lambda layer: (_kind_in_block(layer), layer.block))
-    return Grid({cell: getattr(Layers(layers), field) for cell, layers in cells.items()})
+    cells = grouped(report.layers, lambda layer: (_kind_in_block(layer), layer.block))
+    # A layer outside of all blocks has no kind, and no place in the grid.
+    return Grid({cell: getattr(Layers(layers), field) for cell, layers in cells.items() if cell[0]})
 
 
 def _kind_in_block(layer: PrunedLayer) -> str:
@@ -183,6 +183,7 @@ def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> No
     low = min(grid.known)
     high = max(grid.known)
     if high - low < least_range:
+        # Grow around the middle of the values, but not beyond 0 and 1.
         low = min(max(0.0, (low + high - least_range) / 2), 1 - least_range)
         high = low + least_range
 
@@ -263,6 +264,7 @@ def _label_lines(axes: Axes) -> None:
     lines: list[Any] = axes.get_legend_handles_labels()[0]
     lines.sort(key=lambda line: line.get_ydata()[-1])
 
+    # A label stands at the end of its line, or above the label below, and leaves room for those above it.
     lowest_free = 0.0
     for number, line in enumerate(lines, start=1):
         _, end = to_axes.transform((0, line.get_ydata()[-1]))
@@ -290,6 +292,7 @@ def to_svg(plot: Plot, width: int) -> str:
         figure = Figure((width / 72, plot.height / 72))
         plot.draw(figure.add_subplot(), width)
         figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
+        # Without the declaration of XML before the element, which must not stand inside of a page.
         _, start, content = file.getvalue().partition("<svg ")
     return f'{start}role="img" aria-label="{plot.title}" {content}'
 

@@ -75,7 +75,7 @@ class PruningReport(ReportData):
             raise UserError(
                 f"version must be at most {_VERSION}, but it is {content['version']!r}: upgrade."
             )
-        # Reports that are older than the field say it in this note only.
+        # Reports of 0.2 and before have no such field: there the note alone says it.
         content.setdefault("shrunk", _IS_SMALLER in content.get("notes", ()))
         return from_parsed(cls, content)
 
@@ -141,8 +141,6 @@ class PruningReport(ReportData):
             temporary.write_bytes(content)
 
     def _page(self) -> str:
-        plots = {plot.name: plot for plot in figures.plots_of(self)}
-        # Not before: `plots_of` says which extra is missing.
         from jinja2 import Environment, PackageLoader, StrictUndefined
 
         jinja = Environment(
@@ -159,7 +157,7 @@ class PruningReport(ReportData):
             report=self,
             run=run,
             metric=METRICS.get(run.metric),
-            plots=plots,
+            plots={plot.name: plot for plot in figures.plots_of(self)},
             figures=figures,
             descriptions=descriptions,
             wording=wording,

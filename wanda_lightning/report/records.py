@@ -51,6 +51,7 @@ def versions() -> dict[str, str]:
 
 def as_json(value: Any) -> str:
     """Return plain data as JSON, which has no NaN and no infinity: they become null."""
+    # Python writes NaN and Infinity as words, which can be replaced while they are read back.
     with_nan = json.dumps(value, default=str)
     return json.dumps(json.loads(with_nan, parse_constant=lambda _: None), indent=1)
 
