@@ -75,7 +75,7 @@ class PruningReport(ReportData):
             raise UserError(
                 f"version must be at most {_VERSION}, but it is {content['version']!r}: upgrade."
             )
-        # Reports of 0.2 and before have no such field: there the note alone says it.
+        # Older reports have no such field, but the note.
         content.setdefault("shrunk", _IS_SMALLER in content.get("notes", ()))
         return from_parsed(cls, content)
 
