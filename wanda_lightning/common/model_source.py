@@ -65,6 +65,21 @@ class ModelSource:
             arguments["pretrained_model_name_or_path"] = str(path if path.exists() else self)
         return arguments
 
+    def loaded_folder(self) -> Path:
+        """Return the folder of a model: its own, or after loading the one of a hub model in the cache."""
+        if self.path.is_dir():
+            return self.path
+        from huggingface_hub import hf_hub_download
+
+        config = hf_hub_download(
+            str(self),
+            "config.json",
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            local_files_only=True,
+        )
+        return Path(config).parent
+
 
 def load_config(source: ModelSource) -> Any:
     """Load the transformers configuration of a hub id, a local folder or a GGUF file; errors as for `reading`."""

@@ -17,7 +17,6 @@ from typing import Any
 import timm
 import torch
 import transformers
-from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -80,26 +79,12 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     if not is_gguf:
         fate += " (`prune_from_disk` and `prune --stream` copy them, except with pattern='experts')"
         if getattr(model.config, "quantization_config", None) is None:
-            files = sorted(_folder_of(source).glob("*.safetensors"))
+            files = sorted(source.loaded_folder().glob("*.safetensors"))
             check_stored_as_float(name, files, model)
             unused |= _ignored(model, _stored_dtypes(files))
     warn_of_unused(name, unused, fate)
     check_finite(model.named_parameters(), name)
     return model
-
-
-def _folder_of(source: ModelSource) -> Path:
-    """Return the folder of a model: its own, or the one of a loaded hub model in the cache."""
-    if source.path.is_dir():
-        return source.path
-    config = hf_hub_download(
-        str(source),
-        "config.json",
-        revision=source.revision,
-        cache_dir=source.cache_dir,
-        local_files_only=True,
-    )
-    return Path(config).parent
 
 
 def _ignored(model: Any, stored: Collection[str]) -> set[str]:
