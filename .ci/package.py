@@ -40,7 +40,7 @@ EXTRAS = {  # what asks for each extra
     "eval": "from wanda_lightning.evaluation import load_tasks; load_tasks(['boolq'])",
     "lora": "import wanda_lightning.lora",
     "report": "from pathlib import Path; from wanda_lightning import PruningReport; "
-    "PruningReport.from_json(Path('pruning_report.json').read_text()).to_html('report.html')",
+    "PruningReport.from_json(Path('pruning_report.json').read_text()).save('report.html')",
 }
 
 

@@ -13,8 +13,8 @@ from wanda_lightning import PruningConfig
 from wanda_lightning.cli import parse, parse_options
 from wanda_lightning.cli.commands import app
 from wanda_lightning.cli.options import Model, as_command
+from wanda_lightning.common.dtypes import DTYPE_NAMES
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.modules import loading
 
 COMMANDS = ["prune", "evaluate", "inspect", "shrink"]
 VIT = ["--model", "timm:test_vit", "--data", "digits"]
@@ -286,7 +286,7 @@ def test_results_are_labeled_with_what_was_chosen(arguments, name):
 
 
 def test_the_types_of_weights_are_those_that_can_be_loaded():
-    assert set(get_args(get_type_hints(Model)["dtype"])) == {"auto", *loading.DTYPES}
+    assert set(get_args(get_type_hints(Model)["dtype"])) == set(DTYPE_NAMES)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -23,13 +23,21 @@ def names(folder):
 
 
 def test_a_file_appears_whole(tmp_path):
-    with atomic_write(tmp_path / "new" / "a.json") as temporary:
+    file = tmp_path / "new" / "a.json"
+    with atomic_write(file) as temporary:
         temporary.write_text("1")
         assert temporary.suffix == ".json"
-        assert not (tmp_path / "new" / "a.json").exists()
-    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "new" / "a.json") as temporary:
+        assert not file.exists()
+    assert file.read_text() == "1"
+
+
+def test_an_error_leaves_the_file_as_it_was(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text("1")
+    with pytest.raises(ZeroDivisionError), atomic_write(file) as temporary:
         temporary.write_text(f"{1 / 0}")
-    assert [(f.name, f.read_text()) for f in (tmp_path / "new").iterdir()] == [("a.json", "1")]
+    assert file.read_text() == "1"
+    assert names(tmp_path) == ["a.json"]
 
 
 @pytest.mark.skipif(
@@ -42,45 +50,60 @@ def test_what_is_new_is_on_the_disk_before_what_is_old_goes(monkeypatch, tmp_pat
     for name in ("config.json", "old"):
         (model / name).touch()
     link.symlink_to(model, target_is_directory=True)
+
     steps = []
-    fsync = os.fsync
-    replace = os.replace
-    unlink = os.unlink
-    monkeypatch.setattr(
-        os, "fsync", lambda file: (steps.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
-    )
-    monkeypatch.setattr(
-        os, "replace", lambda old, new: (steps.append((str(old), str(new))), replace(old, new))
-    )
-    monkeypatch.setattr(
-        os, "unlink", lambda path, **given: (steps.append(f"delete {path}"), unlink(path, **given))
-    )
+    for name, described in (
+        ("fsync", lambda file: os.readlink(f"/proc/self/fd/{file}")),
+        ("replace", lambda old, new: (str(old), str(new))),
+        ("unlink", lambda path, **_: f"delete {path}"),
+    ):
+        monkeypatch.setattr(os, name, recorded(getattr(os, name), described, steps))
     with atomic_folder(link, overwrite=True) as new:
         (new / "config.json").touch()
-    assert (names(model), names(tmp_path), link.is_symlink()) == (
-        ["config.json"],
-        ["link", "x"],
-        True,
-    )
+
+    assert names(model) == ["config.json"]
+    assert names(tmp_path) == ["link", "x"]
+    assert link.is_symlink()
     config = str(new / "config.json")
     assert steps[:3] == [config, str(new), f"delete {model}/config.json"]
     assert steps[-3:] == [config, (config, f"{model}/config.json"), str(model)]
 
 
-@pytest.mark.parametrize("name", ["empty", "new/deep", "x" * 255, "."])
-def test_a_folder_appears_whole(tmp_path, monkeypatch, name):
+def recorded(function, described, steps):
+    """A function that notes each call of another one, and calls it."""
+
+    def call(*arguments, **options):
+        steps.append(described(*arguments, **options))
+        function(*arguments, **options)
+
+    return call
+
+
+@pytest.fixture(params=["empty", "new/deep", "x" * 255, "."])
+def place(request, tmp_path, monkeypatch):
+    """A folder that does not exist or is empty, perhaps the working directory."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / ("here" if name == "." else "."))  # which must still be there
-    with pytest.raises(ZeroDivisionError), atomic_folder(name) as temporary:
-        (temporary / "a").write_text(f"{1 / 0}")
-    assert Path(name).exists() == (name in ("empty", "."))
-    with atomic_folder(name) as temporary:
+    monkeypatch.chdir(tmp_path / "here" if request.param == "." else tmp_path)
+    return Path(request.param)
+
+
+def test_a_folder_appears_whole(place):
+    with atomic_folder(place) as temporary:
         (temporary / "a").mkdir()
         (temporary / "config.json").touch()
-        assert list_entries(Path(name)) == []
-    assert (names(Path(name)), names(Path(name) / "a")) == (["a", "config.json"], [])
-    Path("log.txt").touch()
+        assert list_entries(place) == []
+    assert names(place) == ["a", "config.json"]
+    assert names(place / "a") == []
+    Path("log.txt").touch()  # the working directory is still there
+
+
+def test_an_error_leaves_the_place_of_a_folder_as_it_was(place):
+    existed = place.exists()
+    with pytest.raises(ZeroDivisionError), atomic_folder(place) as temporary:
+        (temporary / "a").write_text(f"{1 / 0}")
+    assert place.exists() == existed
+    assert not existed or names(place) == []
 
 
 def test_nothing_is_left_on_a_full_disk(tmp_path):
@@ -97,24 +120,29 @@ def test_nothing_is_left_on_a_full_disk(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_folder_whose_place_is_taken_meanwhile_or_that_cannot_get_its_name_is_not_lost(
-    tmp_path, monkeypatch, fails
-):
-    def write():
-        with atomic_folder(place) as new:
-            made.append(new)
-            (new / "ours").touch()
-            (place / "theirs").touch() if not fails else monkeypatch.setattr(
-                os, "replace", lambda *_: os.stat("gone")
-            )
+LACKS = r"but the files that it lacks are in .*\.wanda-"
 
-    place = tmp_path / "x"
-    made = []
-    place.mkdir()
-    with pytest.raises(OSError, match=r"but the files that it lacks are in .*\.wanda-"):
-        write()
-    assert (names(made[0]), list_entries(place)) == (["ours"], [place / "theirs"] * (not fails))
+
+def test_a_folder_whose_place_is_taken_meanwhile_is_not_lost(tmp_path):
+    writing = atomic_folder(tmp_path)
+    new = writing.__enter__()
+    (new / "ours").touch()
+    (tmp_path / "theirs").touch()
+    with pytest.raises(OSError, match=LACKS):
+        writing.__exit__(None, None, None)
+    assert names(new) == ["ours"]
+    assert list_entries(tmp_path) == [tmp_path / "theirs"]
+
+
+def test_a_folder_whose_files_cannot_be_moved_is_not_lost(tmp_path, monkeypatch):
+    writing = atomic_folder(tmp_path)
+    new = writing.__enter__()
+    (new / "ours").touch()
+    monkeypatch.setattr(os, "replace", lambda *_: os.stat("gone"))
+    with pytest.raises(OSError, match=LACKS):
+        writing.__exit__(None, None, None)
+    assert names(new) == ["ours"]
+    assert list_entries(tmp_path) == []
 
 
 REFUSED = [
@@ -139,26 +167,36 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("place", "overwrite", "kind", "message"), REFUSED)
-def test_a_place_that_cannot_be_written_is_refused(
-    tmp_path, monkeypatch, place, overwrite, kind, message
-):
+@pytest.fixture
+def untouched(tmp_path, monkeypatch):
+    """A working directory with a full folder and a link to itself, which stay as they are."""
     (tmp_path / "full").mkdir()
     for file in ("full/file", "config.json"):
         (tmp_path / file).touch()
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))
+    yield
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("path", "overwrite", "kind", "message"), REFUSED)
+def test_a_place_that_cannot_be_written_is_refused(untouched, path, overwrite, kind, message):
     with pytest.raises(OSError, match=message):
-        require_writable(place, overwrite, kind)
-    for allowed in (
-        ("new/deep",),
+        require_writable(path, overwrite, kind)
+
+
+@pytest.mark.parametrize(
+    ("path", "overwrite", "kind"),
+    [
+        ("new/deep", False, "model"),
         ("full", True, "folder"),
         ("full/file", True, "file"),
         ("new", False, "file"),
-    ):
-        require_writable(*allowed)
-    assert sorted(tmp_path.rglob("*")) == before
+    ],
+)
+def test_a_place_that_can_be_written_is_accepted(untouched, path, overwrite, kind):
+    require_writable(path, overwrite, kind)
 
 
 STEPS = """

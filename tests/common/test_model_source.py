@@ -8,7 +8,7 @@ from threading import Thread
 
 import pytest
 import timm
-from huggingface_hub import constants
+from huggingface_hub import constants, is_offline_mode
 from support.modules import tiny_llama
 
 from wanda_lightning.common.model_source import ModelSource, load_config, load_tokenizer
@@ -33,6 +33,15 @@ def test_a_file_with_weights_alone(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(OSError, match=r"model\.safetensors has only weights\. Give its folder"):
         ModelSource(tmp_path / "model.safetensors").locate()
+
+
+def test_the_offline_mode_of_the_hub_is_a_constant(monkeypatch):
+    for offline in (True, False):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        assert is_offline_mode() == offline, (
+            "huggingface_hub.is_offline_mode no longer reads constants.HF_HUB_OFFLINE at each call, so "
+            "common/model_source.py must make libraries read their caches alone in another way."
+        )
 
 
 LOADERS = {

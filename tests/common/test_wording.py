@@ -29,15 +29,18 @@ def test_names_globs_and_regular_expressions(pattern, expected):
     assert [name for name in NAMES if matches(name, pattern, "skip")] == expected
 
 
-def test_patterns_of_an_option():
-    assert (check_patterns("skip", "head"), check_patterns("skip", ["head", "re:b.*"])) == (
-        ("head",),
-        ("head", "re:b.*"),
-    )
-    with pytest.raises(
-        ValueError, match=re.escape("only='re:(' must be a regular expression after 're:', but")
-    ):
+def test_a_string_is_a_single_pattern():
+    assert check_patterns("skip", "head") == ("head",)
+    assert check_patterns("skip", ["head", "re:b.*"]) == ("head", "re:b.*")
+
+
+def test_a_wrong_regular_expression_is_refused():
+    message = re.escape("only='re:(' must be a regular expression after 're:', but")
+    with pytest.raises(ValueError, match=message):
         check_patterns("only", ["head", "re:("])
+
+
+def test_a_pattern_that_matches_no_name_is_refused_with_the_nearest_one():
     refuse_unmatched(["head", "*.up"], NAMES, "skip", "module")
     with pytest.raises(
         ValueError,
@@ -46,20 +49,32 @@ def test_patterns_of_an_option():
         refuse_unmatched(["head", "blocks.0.mpl.up"], NAMES, "skip", "module")
 
 
-def test_words():
-    assert did_you_mean("wnda", ["wanda", "magnitude"]) == " Did you mean wanda?"
-    assert (
-        did_you_mean("VIT_tinyy", ["vit_tiny_r26_s32_384", "vit_tiny_p16_224"])
-        == " Did you mean vit_tiny_p16_224?"
-    )
-    assert did_you_mean("foo", ["boolq"]) == ""
-    assert [duration(seconds) for seconds in (7.25, 192, 7500)] == [
-        "7.2 s",
-        "3 min 12 s",
-        "2 h 5 min",
-    ]
-    assert (abbreviated(134_515_008), abbreviated(950), as_size(999_700_000)) == (
-        "135 million",
-        "950",
-        "1000 MB",
-    )
+@pytest.mark.parametrize(
+    ("name", "known", "suggestion"),
+    [
+        ("wnda", ["wanda", "magnitude"], " Did you mean wanda?"),
+        (
+            "VIT_tinyy",
+            ["vit_tiny_r26_s32_384", "vit_tiny_p16_224"],
+            " Did you mean vit_tiny_p16_224?",
+        ),
+        ("foo", ["boolq"], ""),
+    ],
+)
+def test_names_that_resemble_a_wrong_one(name, known, suggestion):
+    assert did_you_mean(name, known) == suggestion
+
+
+@pytest.mark.parametrize(
+    ("number", "in_words", "words"),
+    [
+        (7.25, duration, "7.2 s"),
+        (192, duration, "3 min 12 s"),
+        (7500, duration, "2 h 5 min"),
+        (950, abbreviated, "950"),
+        (134_515_008, abbreviated, "135 million"),
+        (999_700_000, as_size, "1000 MB"),
+    ],
+)
+def test_numbers_in_words(number, in_words, words):
+    assert in_words(number) == words

@@ -23,14 +23,15 @@ def test_sparsity_is_counted_by_parameter():
 
 
 def rows_of(evaluation):
+    """The cells of each row of a table, by its heading."""
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(evaluation.table())
-    lines = [
-        line.strip("│").split("│")
-        for line in console.export_text().splitlines()
-        if line.startswith("│")
-    ]
-    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+    rows = {}
+    for line in console.export_text().splitlines():
+        if line.startswith("│"):
+            heading, *cells = [cell.strip() for cell in line.strip("│").split("│")]
+            rows[heading] = cells
+    return rows
 
 
 MODELS = {
@@ -47,13 +48,16 @@ MODELS = {
 }
 
 
-def test_the_table_shows_errors_counts_and_differences_and_a_model_may_lack_a_result():
+def test_the_table_shows_errors_counts_and_differences():
     assert rows_of(Evaluation(MODELS, dense="dense")) == {
         "sparsity of prunable layers": ["0.00%", "50.00% (+50.00)"],
         "sparsity of the model": ["0.00%", "25.00% (+25.00)"],
         "a.txt perplexity (5 windows)": ["10.00", "12.50 (+2.50)"],
         "rte acc (1,277 documents)": ["50.00% ± 3.00", "25.00% ± 2.50 (-25.00)"],
     }
+
+
+def test_a_model_may_lack_a_result():
     models = {
         **MODELS,
         "other": {

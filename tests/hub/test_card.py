@@ -36,9 +36,7 @@ def pruned_llama():
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch):
     """Write something else in place of a picture, which takes 1 s to draw."""
-    monkeypatch.setattr(
-        "wanda_lightning.PruningReport.to_png", lambda report, path: path.write_bytes(b"a picture")
-    )
+    monkeypatch.setattr("wanda_lightning.PruningReport._picture", lambda report: b"a picture")
 
 
 def card_of(folder, run=RUN):
@@ -164,7 +162,7 @@ def test_a_result_that_is_not_finite_is_left_out(tmp_path):
 def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypatch, model):
     drawn = []
     monkeypatch.setattr(
-        "wanda_lightning.PruningReport.to_png", lambda report, path: drawn.append(report.run)
+        "wanda_lightning.PruningReport._picture", lambda report: drawn.append(report.run) or b""
     )
     data = {"data": "/home/me/t.txt, 4 windows", "calibration": "~/c.jsonl, 2 windows"}
     data["command"] = "wanda-lightning prune --model x --cache_dir /home/me/cache --save out/log"

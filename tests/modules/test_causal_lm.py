@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from support.callbacks import same, trainer
 from support.modules import MASKS, slow_perplexity, tiny_llama, tiny_tokenizer, windows_of_text
 from torch.utils.data import DataLoader
@@ -14,100 +15,104 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-@pytest.mark.parametrize(("batch_size", "mask"), list(zip((3, 1, 3), MASKS, strict=True)))
-def test_validate_and_test_equal_the_slow_loop(batch_size, mask):
+@pytest.fixture(scope="module", params=MASKS)
+def case(request):
+    """A module, a batch with one kind of padding, a loader of its windows, and their perplexity by a slow loop."""
     model = tiny_llama()
-    ids = windows_of_text()
-    attention_mask = MASKS[mask](ids)
+    batch = {"input_ids": windows_of_text()}
+    attention_mask = MASKS[request.param](batch["input_ids"])
+    if attention_mask is not None:
+        batch["attention_mask"] = attention_mask
+    samples = [{name: rows[w] for name, rows in batch.items()} for w in range(7)]
+    loader = DataLoader(samples, batch_size=1 if request.param == "right padding" else 3)
     with torch.no_grad():
-        expected = slow_perplexity(
-            model(ids, attention_mask=attention_mask).logits, ids, attention_mask
-        )
-    if attention_mask is None:
-        windows = [{"input_ids": row} for row in ids]
-    else:
-        windows = [
-            {"input_ids": i, "attention_mask": m} for i, m in zip(ids, attention_mask, strict=True)
-        ]
-    module = CausalLMModule(model)
-    loader = DataLoader(windows, batch_size=batch_size)
-    measured = trainer().validate(module, loader, verbose=False) + trainer().test(
-        module, loader, verbose=False
-    )
-    expected = pytest.approx(expected, rel=1e-5)
-    assert measured == [{"val_perplexity": expected}, {"test_perplexity": expected}]
+        expected = slow_perplexity(model(**batch).logits, **batch)
+    return CausalLMModule(model), batch, loader, pytest.approx(expected, rel=1e-5)
+
+
+def test_validate_and_test_equal_the_slow_loop(case):
+    module, _, loader, expected = case
+    assert trainer().validate(module, loader, verbose=False) == [{"val_perplexity": expected}]
+    assert trainer().test(module, loader, verbose=False) == [{"test_perplexity": expected}]
+    assert module.model.training
+
+
+def test_predict_returns_the_loss_of_each_window(case):
+    module, _, loader, expected = case
     losses = torch.cat(trainer().predict(module, loader))
     assert losses[~losses.isnan()].mean().exp().item() == expected
-    assert model.training
-    with torch.no_grad():  # outside the inference mode of the loops
-        module.val_perplexity.update(
-            model(ids, attention_mask=attention_mask).logits, ids, attention_mask
-        )
+
+
+def test_a_metric_can_be_updated_after_a_loop_which_runs_in_inference_mode(case):
+    module, batch, loader, expected = case
+    trainer().validate(module, loader, verbose=False)
+    with torch.no_grad():
+        module.val_perplexity.update(module(**batch).logits, **batch)
     assert module.val_perplexity.compute().item() == expected
 
 
-def test_several_dataloaders_have_a_perplexity_each():
+def loaders_of_two_texts():
+    return [DataLoader(part, batch_size=2) for part in windows_of_text().split(4)]
+
+
+@pytest.mark.parametrize(("loop", "name"), [("validate", "val_"), ("test", "test_")])
+def test_several_dataloaders_have_a_perplexity_each(loop, name):
     module = CausalLMModule(tiny_llama())
-    ids = windows_of_text()
-    loaders = [
-        DataLoader([{"input_ids": row} for row in part], batch_size=2)
-        for part in (ids[:3], ids[3:])
-    ]
-    alone = [
-        trainer().validate(module, loader, verbose=False)[0]["val_perplexity"] for loader in loaders
-    ]
-    for loop, name in (("validate", "val_perplexity"), ("test", "test_perplexity")):
-        run = trainer()
-        getattr(run, loop)(module, loaders, verbose=False)
-        measured = {key: float(value) for key, value in run.callback_metrics.items()}
-        assert measured == {name: alone[0], f"{name}/1": alone[1]}
-        assert [list(result) for result in getattr(trainer(), loop)(module, loaders)] == [
-            [name],
-            [f"{name}/1"],
-        ]
-    first, second = trainer().predict(module, loaders)
-    assert [
-        torch.cat(first).mean().exp().item(),
-        torch.cat(second).mean().exp().item(),
-    ] == pytest.approx(alone)
+    alone = []
+    for loader in loaders_of_two_texts():
+        (measured,) = getattr(trainer(), loop)(module, loader, verbose=False)
+        alone.append(measured[f"{name}perplexity"])
+
+    run = trainer()
+    first, second = getattr(run, loop)(module, loaders_of_two_texts(), verbose=False)
+    assert first == {f"{name}perplexity": alone[0]}
+    assert second == {f"{name}perplexity/1": alone[1]}
+    assert run.callback_metrics == {**first, **second}
+    losses = trainer().predict(module, loaders_of_two_texts())
+    assert [torch.cat(part).mean().exp().item() for part in losses] == pytest.approx(alone)
 
 
 def test_an_interrupted_loop_does_not_change_the_next_one():
     module = CausalLMModule(tiny_llama())
     ids = windows_of_text()
-    (expected,) = trainer().validate(module, DataLoader(ids[3:]), verbose=False)
+    whole = DataLoader(ids[3:])
+    (expected,) = trainer().validate(module, whole, verbose=False)
     bad = DataLoader([*ids[:3], torch.full_like(ids[0], 128)])
     for interrupted in (bad, [DataLoader(ids[:3]), bad]):
         with pytest.raises(ValueError, match="input_ids must be"):
             trainer().validate(module, interrupted, verbose=False)
-        (run := trainer()).validate(
-            module, [DataLoader(ids[3:]), DataLoader(ids[3:])], verbose=False
-        )
+        run = trainer()
+        run.validate(module, [whole, whole], verbose=False)
         assert {float(value) for value in run.callback_metrics.values()} == set(expected.values())
 
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_training_loss_is_the_mean_over_real_tokens(mask):
-    model = tiny_llama()
     ids = windows_of_text()
     attention_mask = MASKS[mask](ids)
-    logits = model(ids, attention_mask=attention_mask).logits
-    losses = [
-        -logits[w, t].log_softmax(-1)[ids[w, t + 1]].item()
-        for w in range(7)
-        for t in range(23)
-        if attention_mask is None or (attention_mask[w, t] and attention_mask[w, t + 1])
-    ]
-    module = CausalLMModule(model)
+    real = torch.ones_like(ids) if attention_mask is None else attention_mask
+    module = CausalLMModule(tiny_llama())
     module.log = lambda *args, **kwargs: None
+
+    log_probabilities = module(ids, attention_mask).logits.log_softmax(-1)
+    losses = []
+    for w, window in enumerate(ids):
+        for t in range(len(window) - 1):
+            if real[w, t] and real[w, t + 1]:
+                losses.append(-log_probabilities[w, t, window[t + 1]].item())
     loss = module.training_step({"input_ids": ids, "attention_mask": attention_mask}, 0)
     assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    labels = torch.full_like(ids, -100)  # of the batch
+
+
+def test_training_uses_the_labels_of_a_batch():
+    ids = windows_of_text()
+    labels = torch.full_like(ids, -100)
     labels[0, 5] = ids[0, 5]
-    loss = module.training_step(
-        {"input_ids": ids, "attention_mask": attention_mask, "labels": labels}, 0
-    )
-    assert loss.item() == pytest.approx(-logits[0, 4].log_softmax(-1)[ids[0, 5]].item(), rel=1e-5)
+    module = CausalLMModule(tiny_llama())
+    module.log = lambda *args, **kwargs: None
+    expected = -module(ids).logits[0, 4].log_softmax(-1)[ids[0, 5]].item()
+    loss = module.training_step({"input_ids": ids, "labels": labels}, 0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_calibration_runs_all_blocks_and_no_head():
@@ -126,33 +131,49 @@ def test_saves_an_ordinary_folder(tmp_path, tied):
     model = tiny_llama(tie_word_embeddings=tied)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
-    CausalLMModule(model, tiny_tokenizer()).save_pretrained(tmp_path / "new" / "model")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new" / "model")
+    folder = tmp_path / "new" / "model"
+    CausalLMModule(model, tiny_tokenizer()).save_pretrained(folder)
+
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert same(loaded, model)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
-    assert AutoTokenizer.from_pretrained(tmp_path / "new" / "model")("w3 w7").input_ids == [3, 7]
-    large = [
-        file.suffix
-        for file in (tmp_path / "new" / "model").iterdir()
-        if file.stat().st_size > 20_000
-    ]
+    assert AutoTokenizer.from_pretrained(folder)("w3 w7").input_ids == [3, 7]
+    large = [file.suffix for file in folder.iterdir() if file.stat().st_size > 20_000]
     assert large == [".safetensors"]
-    again = CausalLMModule(str(tmp_path / "new" / "model"))
+
+
+def test_loads_the_folder_that_it_saved(tmp_path):
+    CausalLMModule(tiny_llama(), tiny_tokenizer()).save_pretrained(tmp_path)
+    again = CausalLMModule(str(tmp_path))
     assert again.model.training
     assert again.tokenizer("w3 w7").input_ids == [3, 7]
 
 
-def test_overwrites_the_folder_that_it_was_loaded_from_and_converts_the_dtype(tmp_path):
-    tiny_llama().bfloat16().save_pretrained(tmp_path)
+def test_overwrites_the_folder_that_it_was_loaded_from(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
     module = CausalLMModule(str(tmp_path))
     assert module.tokenizer is None
-    assert module.model.dtype == torch.bfloat16
     with torch.no_grad():
         module.model.lm_head.weight.zero_()
     module.save_pretrained(tmp_path, overwrite=True)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
-    assert CausalLMModule(str(tmp_path), dtype="float32").model.dtype == torch.float32
-    assert CausalLMModule(tiny_llama(), dtype="float16").model.dtype == torch.float16
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16])
+def test_converts_the_dtype(tmp_path, dtype):
+    tiny_llama().bfloat16().save_pretrained(tmp_path)
+    assert CausalLMModule(tmp_path).model.dtype == torch.bfloat16
+    for model in (tmp_path, tiny_llama()):
+        module = CausalLMModule(model, dtype=dtype)
+        assert module.model.dtype == torch.float16
+        assert module.hparams.dtype == "float16"
+
+
+def test_a_dtype_in_yaml_stays_a_name():
+    parser = ArgumentParser()
+    parser.add_class_arguments(CausalLMModule, "model")
+    parsed = parser.parse_string("model: {model: folder, dtype: bfloat16}")
+    assert parsed.model.dtype == "bfloat16"
 
 
 def test_loads_from_a_checkpoint(tmp_path):
@@ -166,7 +187,8 @@ def test_loads_from_a_checkpoint(tmp_path):
     again = CausalLMModule.load_from_checkpoint(tmp_path / "last.ckpt")
     assert same(again, module)
     assert again.lr == 0.5
-    assert (
-        set(CausalLMModule(tiny_llama(), tiny_tokenizer()).hparams) & {"model", "tokenizer"}
-        == set()
-    )
+
+
+def test_objects_are_no_hyperparameters():
+    saved = CausalLMModule(tiny_llama(), tiny_tokenizer()).hparams
+    assert not {"model", "tokenizer"} & saved.keys()

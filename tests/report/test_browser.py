@@ -24,7 +24,7 @@ FOUND = BROWSER and DRIVER
 def test_a_page_in_a_browser(tmp_path):
     assert FOUND, "CI must have a browser and its driver: see .ci/browser"
     report = llama_report(30)
-    report.to_html(tmp_path / "page.html")
+    report.save(tmp_path / "page.html")
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from support.reports import llama_report
@@ -25,59 +26,117 @@ def test_experts_of_a_module_share_one_metric():
     assert len(metrics) == 2 + len(of_experts) + sum(not layer.siblings for layer in report.layers)
 
 
-def test_a_report_survives_json_also_that_of_an_older_version():
+def test_a_report_survives_json():
+    report = llama_report(1)
+    assert PruningReport.from_json(report.to_json()) == report
+    assert all(kind.__dataclass_params__.frozen for kind in (PruningReport, PrunedLayer, Permuted))
+
+
+def test_a_report_of_another_version_is_read():
     report = prune(
         ZOO["llama"].build(), ZOO["llama"].batches(), skip=["model.layers.0"], progress=False
     )
-    for each in (report, llama_report(1)):
-        assert PruningReport.from_json(each.to_json()) == each
-    assert all(kind.__dataclass_params__.frozen for kind in (PruningReport, PrunedLayer, Permuted))
-    fields = json.loads(report.to_json())
-    assert (fields.pop("version"), fields.pop("run")) == (1, None)
-    for layer in fields["layers"]:
+    assert PruningReport.from_json(report.to_json()) == report
+    content = json.loads(report.to_json())
+    assert content.pop("version") == 1
+    assert content.pop("run") is None
+    for layer in content["layers"]:
         del layer["block"]
         layer["unknown"] = "a field of a later version"
-    again = PruningReport.from_json(json.dumps(fields))
+    again = PruningReport.from_json(json.dumps(content))
+    assert str(again) == str(report)
+    assert {layer.block for layer in again.layers} == {""}
     assert all(isinstance(matrix.reason, SkipReason) for matrix in again.skipped)
-    assert (str(again), {layer.block for layer in again.layers}) == (str(report), {""})
+
+
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_an_older_report_says_in_a_note_that_hidden_units_are_left_out(shrunk):
+    report = llama_report(1)
+    if shrunk:
+        report = report.marked_as_shrunk()
+    assert report.shrunk == shrunk
+    content = json.loads(report.to_json())
+    del content["shrunk"]
+    assert PruningReport.from_json(json.dumps(content)) == report
 
 
 def small(**fields):
     layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, part=TrainedPart("mlp", 0.5, 0.25))
     skipped = SkippedMatrix("b", (3,), SkipReason.ADAPTER, "an adapter")
-    return PruningReport(
-        **{"layers": [layer], "skipped": [skipped], "parameters": 11, "zeros": 4} | fields,
-        config={},
-    )
+    report = PruningReport((layer,), (skipped,), parameters=11, zeros=4, seconds={}, config={})
+    return replace(report, **fields)
 
 
 def test_numbers_that_are_not_finite_become_null():
-    layer = PrunedLayer(
-        "a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=TrainedPart("mlp", math.nan, 0.25)
-    )
-    report = small(
-        layers=(layer,),
-        seconds={"prune": math.inf},
-        run=Circumstances(before=12.5, after=-math.inf),
-    )
-    text = report.to_json()
+    part = TrainedPart("mlp", math.nan, 0.25)
+    layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, error=math.inf, part=part)
+    run = Circumstances(before=12.5, after=-math.inf)
+    text = small(layers=(layer,), seconds={"prune": math.inf}, run=run).to_json()
     json.loads(text, parse_constant=pytest.fail)
+
     again = PruningReport.from_json(text)
     assert (again.layers[0].error, again.run.before, again.run.after) == (None, 12.5, None)
     assert math.isnan(again.layers[0].part.before)
-    of_0_2_0 = json.dumps({**json.loads(text), "run": {"before": 12.5, "after": math.inf}})
-    assert PruningReport.from_json(of_0_2_0).run.after == math.inf
     assert math.isnan(again.seconds["prune"])
 
 
-def test_what_is_not_a_report_is_refused_by_the_name_of_the_file(tmp_path):
-    report = json.loads(small(seconds={"prune": 1.5}).to_json())
-    for change, message in (
+def test_infinity_in_a_report_of_0_2_0_is_read():
+    content = json.loads(small().to_json())
+    content["run"] = {"before": 12.5, "after": math.inf}
+    assert PruningReport.from_json(json.dumps(content)).run.after == math.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"version": 2}, "at most 1"),
         ({"layers": [7]}, ""),
         ({"zeros": ...}, "'zeros'"),
-    ):
-        changed = {name: value for name, value in (report | change).items() if value is not ...}
-        (tmp_path / "pruning_report.json").write_text(json.dumps(changed))
-        with pytest.raises(ValueError, match=rf"pruning_report\.json is not a report: .*{message}"):
-            PruningReport.load(tmp_path)
+        ({"notes": 7, "shrunk": ...}, ""),
+    ],
+)
+def test_what_is_not_a_report_is_refused_by_the_name_of_the_file(tmp_path, change, message):
+    content = json.loads(small().to_json()) | change
+    content = {name: value for name, value in content.items() if value is not ...}
+    (tmp_path / "pruning_report.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"pruning_report\.json is not a report: .*{message}"):
+        PruningReport.load(tmp_path)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(PruningReport, "_page", lambda report: "a page")
+    monkeypatch.setattr(PruningReport, "_picture", lambda report: b"a picture")
+
+
+@pytest.mark.parametrize(
+    ("path", "file"),
+    [
+        ("out/a.json", "out/a.json"),
+        ("out/A.HTML", "out/A.HTML"),
+        ("a.png", "a.png"),
+        ("llama-3.1", "llama-3.1/pruning_report.json"),
+        ("folder.html", "folder.html/pruning_report.json"),
+    ],
+)
+def test_the_suffix_decides_what_is_saved(tmp_path, undrawn, path, file):
+    (tmp_path / "folder.html").mkdir()
+    report = small()
+    contents = {".json": report.to_json(), ".html": "a page", ".png": "a picture"}
+    written = report.save(tmp_path / path)
+    assert written == tmp_path / file
+    assert written.read_text() == contents[written.suffix.lower()]
+
+
+@pytest.mark.parametrize(
+    ("old", "file", "content"),
+    [
+        ("to_html", "a.htm", "a page"),
+        ("to_png", "a.picture", "a picture"),
+        ("write", "a.html", "a page"),
+    ],
+)
+def test_an_old_name_of_save_still_works_and_warns(tmp_path, undrawn, old, file, content):
+    with pytest.warns(FutureWarning, match=rf"^PruningReport\.{old}\(path\) .* use save\(path\)"):
+        getattr(small(), old)(tmp_path / file)
+    assert (tmp_path / file).read_text() == content

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from wanda_lightning import Structured, perplexity_from_disk, prune_from_disk
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.modules.loading import load_causal_lm
+from wanda_lightning.modules.model_loading import load_causal_lm
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -82,9 +82,7 @@ def shell(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     # Earlier downloads must not be found.
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path.parent / "no_cache")
-    monkeypatch.setattr(
-        "wanda_lightning.PruningReport.to_png", lambda report, path: path.write_bytes(b"a picture")
-    )
+    monkeypatch.setattr("wanda_lightning.PruningReport._picture", lambda report: b"a picture")
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("PL_SEED_WORKERS", "0")
     monkeypatch.setenv("COLUMNS", "200")

@@ -377,7 +377,7 @@ class PruningCallback(ZerosCallback):
             if self.report_dir is not None:
                 report.save(self.report_dir)
             if self.report_page is not None:
-                report.write(self.report_page)
+                report.save(self.report_page)
 
     def _hold_zeros(self, trainer: Trainer) -> None:
         """Keep the zeros of all stages so far, in the weights and in copies of them."""

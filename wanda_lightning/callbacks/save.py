@@ -26,7 +26,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.models import is_wrapper
-from wanda_lightning.report import LEFT_OUT, PruningReport
+from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import zeros_of
 
 
@@ -224,7 +224,7 @@ class SavePretrained(Callback):
             return
         report = _after_training(pruned[-1], pruning_target(trainer.lightning_module))
         if saved.is_shrunk:
-            report = replace(report, notes=(*report.notes, LEFT_OUT))
+            report = report.marked_as_shrunk()
         write_card(
             saved.folder,
             report,

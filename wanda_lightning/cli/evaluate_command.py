@@ -15,7 +15,7 @@ from wanda_lightning.common.model_source import load_tokenizer
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
-from wanda_lightning.modules.loading import check_source
+from wanda_lightning.modules.model_loading import check_source
 
 _HEADINGS = {"val_accuracy": "top-1", "val_accuracy_top5": "top-5"}
 

@@ -16,7 +16,7 @@ from wanda_lightning.common.wording import as_size, quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.prune import removal_of
 from wanda_lightning.models import Inventory, Stop, find_layers
-from wanda_lightning.modules.loading import check_source, model_from_config
+from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.coverage import low_coverage, unfit_layers
 from wanda_lightning.planning.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table

@@ -31,9 +31,9 @@ from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.prune import prune_as, removal_of
 from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
-from wanda_lightning.modules.loading import check_source, model_from_config
+from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.plan import make_plan, refuse_unprunable
-from wanda_lightning.report import LEFT_OUT, Circumstances, Continuations, Measured, PruningReport
+from wanda_lightning.report import Circumstances, Continuations, Measured, PruningReport
 from wanda_lightning.report.descriptions import METRICS, PERPLEXITY, TOP1, change_of, cost_of
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
@@ -240,7 +240,7 @@ def _report(
     command = {name: value for name, value in values.items() if value not in (None, ())}
     report = replace(done.report, run=run, config={**done.report.config, "command": command})
     if is_smaller:
-        report = replace(report, notes=(*report.notes, LEFT_OUT))
+        report = report.marked_as_shrunk()
     return report
 
 

@@ -30,7 +30,7 @@ def write_results(report: PruningReport, options: PruneOptions) -> tuple[Pruning
         report.save(folder)
         _write_log(report, folder, options.pruning.name)
     if results.report is not None:
-        report.write(results.report)
+        report.save(results.report)
     return report, files
 
 

@@ -10,9 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-TEMPORARY = (
-    ".wanda-"  # start of temporary names; a killed run may leave some, perhaps with the new model
-)
+TEMPORARY = ".wanda-"
+"""The start of temporary names. A killed run may leave some, perhaps with the new model."""
 
 
 @contextmanager
@@ -25,7 +24,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield new
         _flush(new)
         os.replace(new, target)
-        _flush(target.parent)
+        _flush(target.parent)  # which holds the name
     finally:
         new.unlink(missing_ok=True)
 
@@ -48,19 +47,29 @@ def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iter
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
     try:
+        # Again: another program may have written there meanwhile.
         require_writable(path, overwrite)
         target.mkdir(exist_ok=True)
-        for entry in sorted(
-            list_entries(target),
-            key=lambda entry: (entry.name != "config.json", entry.name[0] == "."),
-        ):
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        _delete_entries(target)
         move_entries(new, target)
     except OSError as error:
         raise OSError(
             f"{path} cannot be completed, but the files that it lacks are in {new}. {error}"
         ) from error
+
+
+def _delete_entries(folder: Path) -> None:
+    """Delete the entries of a folder, except temporary ones: `config.json` first, hidden ones last."""
+    # Without config.json, a folder with some files of a model is not a model that could be loaded.
+    entries = list_entries(folder)
+    entries.sort(key=lambda entry: (entry.name != "config.json", entry.name.startswith(".")))
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def move_entries(source: Path, target: Path) -> None:
@@ -75,12 +84,15 @@ def move_entries(source: Path, target: Path) -> None:
 
 
 def _temporary(target: Path) -> str:
-    return f"{TEMPORARY}{uuid4().hex[:8]}-{target.name[-40:]}"  # with the suffix, which some libraries read
+    # It ends like the final name, since some libraries choose the format by the suffix.
+    return f"{TEMPORARY}{uuid4().hex[:8]}-{target.name[-40:]}"
 
 
 def _flush(path: Path) -> None:
     """Write a file, or the names in a folder, from the cache of the operating system to the disk."""
-    with suppress(*[OSError] * path.is_dir()):  # some systems cannot flush a folder
+    # Some systems cannot flush a folder.
+    ignored = (OSError,) if path.is_dir() else ()
+    with suppress(*ignored):
         descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         try:
             os.fsync(descriptor)
@@ -95,11 +107,9 @@ def resolve_path(path: str | os.PathLike[str]) -> Path:
 
 def list_entries(folder: Path) -> list[Path]:
     """List a folder, if it exists, without temporary names."""
-    return [
-        each
-        for each in (folder.iterdir() if folder.is_dir() else ())
-        if not each.name.startswith(TEMPORARY)
-    ]
+    if not folder.is_dir():
+        return []
+    return [entry for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY)]
 
 
 def require_writable(
@@ -112,25 +122,26 @@ def require_writable(
     target = resolve_path(path)
     with suppress(FileNotFoundError):
         target.stat()  # fails if a name is too long, a parent is a file, or links form a loop
-    entries = list_entries(target)
-    is_file = kind == "file"
-    place = next(each for each in (target, *target.parents) if each.is_dir())
+    place = next(folder for folder in (target, *target.parents) if folder.is_dir())
     try:
         tempfile.TemporaryFile(dir=place).close()  # some reasons show only when a file is created
     except OSError as error:
         raise OSError(
             f"{path} cannot be written, since {place} takes no new files ({error.strerror}). Choose another path."
         ) from error
-    if target.exists() and target.is_dir() == is_file:
-        raise FileExistsError(
-            f"{path} must be a {'file' if is_file else 'folder'}. Choose another path."
-        )
+
+    if target.exists() and target.is_dir() == (kind == "file"):
+        expected = "file" if kind == "file" else "folder"
+        raise FileExistsError(f"{path} must be a {expected}. Choose another path.")
+    entries = list_entries(target)
     if (entries or target.is_file()) and not overwrite:
         raise FileExistsError(
             f"{path} exists and is not empty. Choose another path, or allow it with overwrite."
         )
-    here = Path.cwd().is_relative_to(target)
-    if kind == "model" and entries and (here or target / "config.json" not in entries):
+
+    # Everything in the folder of a model is deleted, so it must not be a folder with other work.
+    is_model = target / "config.json" in entries and not Path.cwd().is_relative_to(target)
+    if kind == "model" and entries and not is_model:
         raise FileExistsError(
             f"{path} must be empty or a model (with config.json, not the working directory), since it is replaced."
         )

@@ -18,7 +18,7 @@ OPENMP_WAITING = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"
 """The environment variables that say how OpenMP's threads wait: of the standard, of GCC, and of LLVM and Intel."""
 
 _AT_LEAST = 10.0  # seconds
-# Nanoseconds on a core, nanoseconds waiting for one, time slices.
+# Linux writes three numbers: nanoseconds on a core, nanoseconds waiting for one, time slices.
 _SCHEDULED = Path("/proc/thread-self/schedstat")
 
 

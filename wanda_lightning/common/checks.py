@@ -25,24 +25,22 @@ class Number:
 
     def accepts(self, value: Any) -> bool:
         """Whether a value is a number in the range."""
-        is_number = isinstance(value, Integral if self.whole else Real) and not isinstance(
-            value, bool
-        )
-        return (
-            is_number and self.above < value < self.below and self.minimum <= value <= self.maximum
-        )
+        kind = Integral if self.whole else Real
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        if not is_number:
+            return False
+        return self.above < value < self.below and self.minimum <= value <= self.maximum
 
     def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
         bounds = {
             "above": self.above,
             "of at least": self.minimum,
             "below": self.below,
             "at most": self.maximum,
         }
-        range_ = " and ".join(
-            f"{text} {bound:.10g}" for text, bound in bounds.items() if isfinite(bound)
-        )
-        return f"a {'whole ' if self.whole else ''}number {range_}".rstrip()
+        limits = [f"{word} {bound:.10g}" for word, bound in bounds.items() if isfinite(bound)]
+        return f"{kind} {' and '.join(limits)}".rstrip()
 
 
 SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
@@ -51,14 +49,20 @@ SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
 def check(method: object, **rules: Number | tuple[object, ...]) -> None:
     """Raise a ValueError for an attribute of a method that breaks its rule."""
     for name, rule in rules.items():
-        check_values(rule, **{f"{name} of {type(method).__name__}": getattr(method, name)})
+        attribute = {f"{name} of {type(method).__name__}": getattr(method, name)}
+        check_values(rule, **attribute)
 
 
 def check_values(rule: Number | tuple[object, ...], **values: object) -> None:
     """Raise a ValueError that names a value which breaks the rule: a `Number`, or one of several names."""
     for name, value in values.items():
-        if not (value in rule if isinstance(rule, tuple) else rule.accepts(value)):
-            allowed = f"one of {', '.join(map(str, rule))}" if isinstance(rule, tuple) else rule
+        if isinstance(rule, Number):
+            fits = rule.accepts(value)
+            allowed = str(rule)
+        else:
+            fits = value in rule
+            allowed = f"one of {', '.join(map(str, rule))}"
+        if not fits:
             raise UserError(f"{name} must be {allowed}, but it is {shown(value)}.")
 
 
@@ -69,11 +73,10 @@ def check_at_least(minimum: int, **values: object) -> None:
 
 def shown(value: object) -> str:
     """Return a wrong value for a message: a number or a text as it is written, anything else by its class."""
-    return (
-        repr(value)
-        if value is None or isinstance(value, str | Real)
-        else f"a {type(value).__name__}"
-    )
+    if value is None or isinstance(value, str | Real):
+        return repr(value)
+    # The text of a tensor or a model may fill a screen.
+    return f"a {type(value).__name__}"
 
 
 def check_flags(**values: object) -> None:
@@ -83,10 +86,10 @@ def check_flags(**values: object) -> None:
 
 def require_extra(extra: str, *packages: str, purpose: str) -> None:
     """Raise an ImportError that names the extra if one of its packages is missing; `purpose` is a plural subject."""
-    if missing := [name for name in packages if find_spec(name) is None]:
-        names = " and ".join(missing)
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
         raise MissingPackageError(
-            f"{purpose} need {names}: pip install '.[{extra}]' in the source folder"
+            f"{purpose} need {' and '.join(missing)}: pip install '.[{extra}]' in the source folder"
         )
 
 

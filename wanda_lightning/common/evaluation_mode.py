@@ -20,10 +20,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        for (
-            module,
-            mode,
-        ) in modes.items():  # outer modules first: an override may set the modules inside
+        # Outer modules first: an override may set the modules inside.
+        for module, mode in modes.items():
             overrides = getattr(module.train, "__func__", None) is not nn.Module.train
             if overrides and module.training != mode:
                 module.train(mode)
@@ -34,7 +32,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Draw the random numbers of the CPU and of a device from a seed; restore their states at the end."""
-    on_cpu = device.type == "cpu"
-    with torch.random.fork_rng([] if on_cpu else [device], device_type=device.type):
-        (torch.default_generator if on_cpu else torch).manual_seed(seed)  # torch seeds all devices
+    if device.type == "cpu":
+        devices = []
+        seed_generators = torch.default_generator.manual_seed
+    else:
+        devices = [device]
+        seed_generators = torch.manual_seed  # of all devices
+    with torch.random.fork_rng(devices, device_type=device.type):
+        seed_generators(seed)
         yield

@@ -8,7 +8,8 @@ from torch import Tensor
 
 def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64: `mps` and some GPUs of Intel do not."""
-    if device.type in ("cpu", "cuda"):  # not tried, since no process can fork once CUDA is in use
+    # Not tried on CUDA: once it is in use, no process can fork.
+    if device.type in ("cpu", "cuda"):
         return True
     try:
         return torch.ones((), device=device).double().dtype == torch.float64
@@ -18,4 +19,6 @@ def has_float64(device: torch.device) -> bool:
 
 def widest(tensor: Tensor) -> Tensor:
     """Return a tensor in float64, on the CPU if its device has no float64."""
-    return (tensor if has_float64(tensor.device) else tensor.cpu()).double()
+    if not has_float64(tensor.device):
+        tensor = tensor.cpu()
+    return tensor.double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -19,8 +19,7 @@ from wanda_lightning.common.wording import one_line
 class ModelSource:
     """The source of a model."""
 
-    # Hub id, folder or `.gguf` file of a language model, or `timm:NAME`.
-    name: str | os.PathLike[str]
+    name: str | os.PathLike[str]  # hub id, folder or `.gguf` file, or `timm:NAME`
     revision: str = "main"  # branch, tag or commit on the hub
     cache_dir: str | None = None  # for downloads from the hub; None for the usual one
     trust_remote_code: bool = False  # whether to run the code that comes with the model
@@ -40,12 +39,15 @@ class ModelSource:
     def hub(self) -> dict[str, Any]:
         """The arguments of `from_pretrained` for a model on the hub, except its id."""
         return {
-            name: getattr(self, name) for name in ("revision", "cache_dir", "trust_remote_code")
+            "revision": self.revision,
+            "cache_dir": self.cache_dir,
+            "trust_remote_code": self.trust_remote_code,
         }
 
     def locate(self) -> dict[str, Any]:
         """Return the arguments of `from_pretrained`; raise an OSError for a path that is not a model."""
         path = self.path
+        # An id on the hub is NAME or OWNER/NAME.
         is_path = path.is_absolute() or str(self).startswith(".") or len(path.parts) > 2
         if not path.exists() and (is_path or path.suffix in (".gguf", ".safetensors")):
             raise FileNotFoundError(f"The model {self} does not exist. Check the path.")
@@ -53,17 +55,30 @@ class ModelSource:
             raise OSError(
                 f"model must be a folder, a .gguf file or a hub id, but {self} has only weights. Give its folder."
             )
+
+        arguments = self.hub
         if path.suffix == ".gguf":
             require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
-            return {
-                "pretrained_model_name_or_path": str(path.parent),
-                "gguf_file": path.name,
-                **self.hub,
-            }
-        return {
-            "pretrained_model_name_or_path": str(path) if path.exists() else str(self),
-            **self.hub,
-        }
+            arguments["pretrained_model_name_or_path"] = str(path.parent)
+            arguments["gguf_file"] = path.name
+        else:
+            arguments["pretrained_model_name_or_path"] = str(path if path.exists() else self)
+        return arguments
+
+    def loaded_folder(self) -> Path:
+        """Return the folder of a model: its own, or after loading the one of a hub model in the cache."""
+        if self.path.is_dir():
+            return self.path
+        from huggingface_hub import hf_hub_download
+
+        config = hf_hub_download(
+            str(self),
+            "config.json",
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            local_files_only=True,
+        )
+        return Path(config).parent
 
 
 def load_config(source: ModelSource) -> Any:
@@ -75,17 +90,21 @@ def load_config(source: ModelSource) -> Any:
     with reading("configuration", source, on_hub=not folder.exists()):
         config = AutoConfig.from_pretrained(**arguments)
         for index in folder.glob("*.index.json"):
-            # For both slashes.
-            for name in map(PureWindowsPath, json.loads(index.read_bytes())["weight_map"].values()):
-                # The file could be private, and would be saved as weights.
-                if name.anchor or ".." in name.parts:
-                    raise UserError(
-                        f"{index} must name files in its folder, but it names {name.as_posix()}."
-                    )
+            _check_index(index)
     if config.model_type == "timm_wrapper":
-        named = f"local-dir:{folder}" if folder.exists() else f"hf-hub:{source}"
-        raise UserError(f"model {source} is an image classifier of timm: its name is timm:{named}.")
+        name = f"local-dir:{folder}" if folder.exists() else f"hf-hub:{source}"
+        raise UserError(f"model {source} is an image classifier of timm: its name is timm:{name}.")
     return config
+
+
+def _check_index(index: Path) -> None:
+    """Refuse an index of weights that names files outside of its folder: a private one would be saved as weights."""
+    for file in json.loads(index.read_bytes())["weight_map"].values():
+        path = PureWindowsPath(file)  # which knows both slashes
+        if path.anchor or ".." in path.parts:
+            raise UserError(
+                f"{index} must name files in its folder, but it names {path.as_posix()}."
+            )
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -108,50 +127,67 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
     If the hub does not answer, libraries read only their caches, since they would ask it again for half a minute. The
     error for a model then says first that no file or folder has this name, since a wrong path is the likelier reason.
     """
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import is_offline_mode
 
-    was_offline = constants.HF_HUB_OFFLINE
-    reasons = [] if part == "data" else ["no file or folder has this name"]
+    with _offline_if_unreachable(on_hub) as reasons:
+        try:
+            yield
+        except Exception as error:
+            # The class of torch is asked by its name, since torch is not imported for this.
+            out_of_memory = type(error).__name__ == "OutOfMemoryError"
+            if out_of_memory or isinstance(error, UserError | MemoryError):
+                raise
+            if on_hub and is_offline_mode() and part != "data":
+                reasons.insert(0, "no file or folder has this name")
+            message = f"The {part} of {str(name)!r} cannot be loaded:"
+            raise _explained(error, message, reasons) from error
+
+
+def _explained(error: Exception, message: str, reasons: Sequence[str]) -> Exception:
+    """Return an error with a message of our own; the reasons are those for an error of the file system or the hub."""
+    names = {type(error).__name__, type(error.__context__).__name__}
+    kind: type[Exception] = UserError
+    if isinstance(error, ImportError):
+        kind = MissingPackageError
+    elif names & {"JSONDecodeError", "SafetensorError"}:
+        message += " a file is damaged; download or save it again:"
+    elif not isinstance(error, OSError):
+        message += f" {type(error).__name__}:"
+    else:
+        kind = OSError
+        if reasons:
+            message += f" {', '.join(reasons)}:"
+    return kind(f"{message} {one_line(error)}")
+
+
+@contextmanager
+def _offline_if_unreachable(on_hub: bool) -> Iterator[list[str]]:
+    """Set the offline mode of huggingface_hub while the hub does not answer; yield the reasons for later errors.
+
+    It is set by an assignment to a constant, which `huggingface_hub.is_offline_mode` reads at each call. There is no
+    public way: `local_files_only=True` is not an argument of timm, and of datasets only in a part of its functions.
+    """
+    from huggingface_hub import constants, get_session, is_offline_mode
+
+    was_offline = is_offline_mode()
+    reasons = []
+    if on_hub and not was_offline:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception as error:  # libraries of the network raise errors of many kinds
+            constants.HF_HUB_OFFLINE = True
+            reasons.append("it is not in the cache")
+            reasons.append(f"and the Hugging Face hub cannot be reached ({one_line(error)})")
     try:
-        if on_hub and not was_offline:
-            try:
-                get_session().head(constants.ENDPOINT, timeout=10)
-            except Exception as error:  # libraries of the network raise errors of many kinds
-                constants.HF_HUB_OFFLINE = True
-                reasons += [
-                    "it is not in the cache",
-                    f"and the Hugging Face hub cannot be reached ({one_line(error)})",
-                ]
-        yield
-    except Exception as error:
-        # torch's.
-        if isinstance(error, UserError | MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            raise
-
-        kind: type[Exception] = OSError
-        found = ""
-        if isinstance(error, ImportError):
-            kind = MissingPackageError
-        elif {type(error).__name__, type(error.__context__).__name__} & {
-            "JSONDecodeError",
-            "SafetensorError",
-        }:
-            kind = UserError
-            found = " a file is damaged; download or save it again:"
-        elif not isinstance(error, OSError):
-            kind = UserError
-            found = f" {type(error).__name__}:"
-        elif on_hub and constants.HF_HUB_OFFLINE and reasons:
-            found = f" {', '.join(reasons)}:"
-        raise kind(
-            f"The {part} of {str(name)!r} cannot be loaded:{found} {one_line(error)}"
-        ) from error
+        yield reasons
     finally:
         constants.HF_HUB_OFFLINE = was_offline
 
 
 def timm_name(name: str | os.PathLike[str]) -> str:
     """Return the name for `timm.create_model`: without the prefix `timm:`, and a path object as `local-dir:FOLDER`."""
-    text = name.removeprefix("timm:") if isinstance(name, str) else f"local-dir:{os.fspath(name)}"
+    if not isinstance(name, str):
+        name = f"local-dir:{os.fspath(name)}"
+    text = name.removeprefix("timm:")
     folder = text.removeprefix("local-dir:")
     return text if folder == text else f"local-dir:{ModelSource(folder).path}"

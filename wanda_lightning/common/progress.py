@@ -30,15 +30,20 @@ class ProgressBar:
         self._name = ""
         self._console = Console(stderr=True)
         self._cores = CoreWatch()
-        enabled &= total != 0
-        self._prints = enabled and not self._console.is_terminal
-        self._started = self._last_line = time.monotonic()
+        self._started = time.monotonic()
+        self._last_line = self._started
+
+        shows = enabled and total != 0
+        self._prints = shows and not self._console.is_terminal
         self._bar = Progress(
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
-            *(TimeElapsedColumn(), TimeRemainingColumn()),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
             console=self._console,
             speed_estimate_period=inf,  # one step may take longer than rich's 30 s
-            disable=self._prints or not enabled,
+            disable=self._prints or not shows,
         )
         self._task = self._bar.add_task(title, total=total)
 
@@ -48,10 +53,13 @@ class ProgressBar:
 
     def __exit__(self, error_class: type[BaseException] | None, *_: object) -> None:
         if error_class is None:
-            self._bar.update(self._task, total=self._done)  # it may have needed fewer steps
+            # It may have needed fewer steps than expected.
+            self._bar.update(self._task, total=self._done)
+            if self._total is not None and self._done < self._total:
+                self._total = None
         self._bar.stop()
         if self._prints:
-            self._line("done" if error_class is None else "stopped")
+            self._print_line("done" if error_class is None else "stopped")
 
     def expect(self, total: int | None) -> None:
         """Set the number of steps."""
@@ -69,29 +77,36 @@ class ProgressBar:
         self._cores.check()
         self._done += steps
         self._bar.update(self._task, completed=self._done)
+        # Else `show` writes the line, with the name of the next step.
         if not self._name:
             self._line_if_due()
 
     def step(self, left: int | None) -> None:
         """Count one step as done, after which at most `left` steps remain; None if that is not known."""
         if left is not None:
-            steps = int(self._done) + 1 + left
-            self.expect(steps if self._total is None else min(steps, self._total))
+            total = int(self._done) + 1 + left
+            if self._total is not None:
+                total = min(total, self._total)
+            self.expect(total)
         self.advance()
 
     def _line_if_due(self) -> None:
-        if self._prints and time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._line(self._name)
+        now = time.monotonic()
+        if not self._prints or now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        time_left = ""
+        if self._total is not None and 0 < self._done < self._total:
+            seconds = (now - self._started) * (self._total - self._done) / self._done
+            time_left = f", {seconds:.0f} s left"
+        self._print_line(self._name, time_left)
 
-    def _line(self, name: str) -> None:
+    def _print_line(self, name: str, time_left: str = "") -> None:
         self._last_line = time.monotonic()
-        elapsed = self._last_line - self._started
+        seconds = self._last_line - self._started
         steps = f"{self._done:.0f}"
-        left = ""
-        # Else it needed fewer steps.
-        if self._total is not None and (name != "done" or self._done >= self._total):
+        if self._total is not None:
             steps += f"/{self._total}"
-            if 0 < self._done < self._total and name != "stopped":
-                left = f", {elapsed * (self._total - self._done) / self._done:.0f} s left"
         words = " ".join(filter(None, (self._title, steps, name)))
-        self._console.print(f"{words} ({elapsed:.0f} s{left})", highlight=False, soft_wrap=True)
+        line = f"{words} ({seconds:.0f} s{time_left})"
+        # Without breaks: in a log, a message is one line.
+        self._console.print(line, highlight=False, soft_wrap=True)

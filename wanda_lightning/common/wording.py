@@ -11,16 +11,18 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def abbreviated(number: int, names: Sequence[str] = (" billion", " million", " thousand")) -> str:
     """Return a large number with three digits, such as `135 million`."""
-    units = zip((1e9, 1e6, 1e3), names, strict=True)
-    return next(
-        (f"{float(f'{number / unit:.3g}'):g}{name}" for unit, name in units if number >= unit),
-        str(number),
-    )
+    for unit, name in zip((1e9, 1e6, 1e3), names, strict=True):
+        if number >= unit:
+            three_digits = float(f"{number / unit:.3g}")
+            return f"{three_digits:g}{name}"  # 1000, where `.3g` has 1e+03
+    return str(number)
 
 
 def as_size(size: int) -> str:
@@ -30,7 +32,9 @@ def as_size(size: int) -> str:
 
 def quantity(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, such as `1 layer` or `210 layers`."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+    if number != 1:
+        noun = plural or f"{noun}s"
+    return f"{number:,} {noun}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -38,14 +42,16 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     A known name may be longer, as `vit_tiny_patch16_224` is for `vit_tinyy`: only its start is compared.
     """
-    starts: dict[str, str] = {}
+    if not name:
+        return ""
+    shortest: dict[str, str] = {}  # by start, of the length of `name`
     for candidate in sorted(known, key=lambda text: (len(text), text)):
-        # The shortest of those that start alike.
-        starts.setdefault(candidate[: len(name) or None], candidate)
-    close = [
-        starts[start] for start in difflib.get_close_matches(name.lower(), starts, n=3, cutoff=0.75)
-    ]
-    return f" Did you mean {' or '.join(close)}?" if close else ""
+        shortest.setdefault(candidate[: len(name)], candidate)
+    starts = difflib.get_close_matches(name.lower(), shortest, n=3, cutoff=0.75)
+    if not starts:
+        return ""
+    names = " or ".join(shortest[start] for start in starts)
+    return f" Did you mean {names}?"
 
 
 def one_line(error: BaseException) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.models import find_layers
@@ -19,9 +19,9 @@ from wanda_lightning.report import versions
 from wanda_lightning.report.records import as_json
 
 Results = dict[str, dict[str, float]]
-"""Text, task or data set -> metric -> value; fractions are in [0, 1]."""
+"""By text, task or data set: values by metric; fractions are in [0, 1]."""
 
-_COUNTS = ("windows", "documents", "images")  # metrics that give the number of samples
+_COUNTS = ("windows", "documents", "images")  # metrics that are the number of samples
 _ERROR = "_stderr"  # suffix of a metric's standard error
 _SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
@@ -34,21 +34,22 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
     prunable = {id(layer.parameter) for layer in find_layers(model).layers}
     zeros = Counter[str]()
     sizes = Counter[str]()
-    seen = set[int]()
+    counted = set[int]()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            if id(parameter) in counted:  # it is tied to another one
                 continue
-            seen.add(id(parameter))
-            is_quantized = (
-                name == "weight"
-                and quantizer(module, parameter) is not None
-                and can_be_read(module)
-            )
-            weight = read_weight(module) if is_quantized else parameter
-            for kind in (
-                ("layers", "model") if is_quantized or id(parameter) in prunable else ("model",)
-            ):
+            counted.add(id(parameter))
+
+            weight: Tensor = parameter
+            kinds = ["model"]
+            is_quantized = name == "weight" and quantizer(module, parameter) is not None
+            if is_quantized and can_be_read(module):
+                weight = read_weight(module)
+                kinds.append("layers")
+            elif id(parameter) in prunable:
+                kinds.append("layers")
+            for kind in kinds:
                 zeros[kind] += int((weight.detach() == 0).count_nonzero())
                 sizes[kind] += weight.numel()
     return {kind: zeros[kind] / max(1, sizes[kind]) for kind in ("layers", "model")}
@@ -85,48 +86,52 @@ class Evaluation:
         table.add_column("")
         for name in self.models:
             table.add_column(escape(name), justify="right", overflow="fold")
-        rows = dict.fromkeys(
-            (what, metric)
-            for results in self.models.values()
-            for what in results
-            for metric in results[what]
-        )
-        for what, metric in rows:
-            if metric in _COUNTS or metric.endswith(_ERROR):
-                continue
-            found = {name: results.get(what, {}) for name, results in self.models.items()}
-            dense = found.get(self.dense or "", {}).get(metric)
-            cells = [
-                _cell(
-                    metric,
-                    values.get(metric),
-                    values.get(metric + _ERROR),
-                    None if name == self.dense else dense,
-                )
-                for name, values in found.items()
-            ]
-            table.add_row(escape(_heading(what, metric, found.values())), *cells)
+
+        for data, metric in self._rows():
+            metrics = {name: results.get(data, {}) for name, results in self.models.items()}
+            dense = metrics.get(self.dense or "", {}).get(metric)
+            cells = []
+            for name, values in metrics.items():
+                reference = None if name == self.dense else dense
+                cells.append(_cell(metric, values, reference))
+            table.add_row(escape(_heading(data, metric, metrics.values())), *cells)
         return table
 
+    def _rows(self) -> Iterable[tuple[str, str]]:
+        """Return data and metric of each row, in order of first occurrence."""
+        rows: dict[tuple[str, str], None] = {}
+        for results in self.models.values():
+            for data, metrics in results.items():
+                for metric in metrics:
+                    if metric not in _COUNTS and not metric.endswith(_ERROR):
+                        rows[data, metric] = None
+        return rows
 
-def _heading(what: str, metric: str, found: Iterable[dict[str, float]]) -> str:
+
+def _heading(data: str, metric: str, of_models: Iterable[Mapping[str, float]]) -> str:
     """Return the heading of a row, such as `rte acc (277 documents)`."""
-    counts = {
-        f"{int(values[count]):,} {count}"
-        for values in found
-        for count in _COUNTS
-        if count in values
-    }
-    return f"{what} {_SPARSITY.get(metric, metric)}" + (
-        f" ({' or '.join(sorted(counts))})" if counts else ""
-    )
+    counts = set()
+    for values in of_models:
+        counts |= {f"{int(values[name]):,} {name}" for name in _COUNTS if name in values}
+    heading = f"{data} {_SPARSITY.get(metric, metric)}"
+    if counts:
+        heading += f" ({' or '.join(sorted(counts))})"
+    return heading
 
 
-def _cell(metric: str, value: float | None, error: float | None, dense: float | None) -> str:
+def _cell(metric: str, values: Mapping[str, float], dense: float | None) -> str:
     """Format a value with its standard error and its difference to the dense model: `50.00% ± 1.25 (-12.50)`."""
-    if value is None:
+    if metric not in values:
         return ""
-    scale, unit = (1, "") if metric == "perplexity" else (100, "%")
-    uncertainty = "" if error is None else f" ± {scale * error:.2f}"
-    difference = "" if dense is None else f" ({scale * (value - dense):+.2f})"
-    return f"{scale * value:.2f}{unit}{uncertainty}{difference}"
+    value = values[metric]
+    scale = 100
+    unit = "%"
+    if metric == "perplexity":
+        scale = 1
+        unit = ""
+    cell = f"{scale * value:.2f}{unit}"
+    if metric + _ERROR in values:
+        cell += f" ± {scale * values[metric + _ERROR]:.2f}"
+    if dense is not None:
+        cell += f" ({scale * (value - dense):+.2f})"
+    return cell

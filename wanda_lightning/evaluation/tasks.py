@@ -39,15 +39,8 @@ _NOT_ON_THE_HUB = (
     "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them into "
     "files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause"
 )
-# In lm_eval.tasks.
-_FOLDERS = (
-    "arc",
-    "glue/rte",
-    "hellaswag",
-    "openbookqa",
-    "super_glue/boolq",
-    "winogrande",
-)
+# The folders of these tasks in lm_eval/tasks.
+_FOLDERS = ("arc", "glue/rte", "hellaswag", "openbookqa", "super_glue/boolq", "winogrande")
 
 
 def load_tasks(
@@ -58,9 +51,9 @@ def load_tasks(
     A folder must have a file TASK.jsonl for each task: one document in each line, with the fields in
     `PAPER_TASKS[TASK]`. Without a folder the documents come from the hub.
     """
-    names = list(
-        dict.fromkeys(one for name in asked for one in (PAPER_TASKS if name in _ALL else [name]))
-    )
+    names: dict[str, None] = {}  # as a set in order
+    for name in asked:
+        names |= dict.fromkeys(PAPER_TASKS if name in _ALL else [name])
     for name in names:
         if name not in PAPER_TASKS:
             raise UserError(
@@ -71,23 +64,28 @@ def load_tasks(
         return {}
     require_extra("eval", "lm_eval", purpose="Zero-shot tasks")
     if folder is None:
-        return _load(
-            {name: {"dataset_kwargs": {"cache_dir": cache_dir}} for name in names}, _NOT_ON_THE_HUB
-        )
+        sources = {name: {"dataset_kwargs": {"cache_dir": cache_dir}} for name in names}
+        return _load(sources, _NOT_ON_THE_HUB)
+
     files = {name: Path(folder).expanduser() / f"{name}.jsonl" for name in names}
-    if missing := [path.name for path in files.values() if not path.is_file()]:
+    missing = [path.name for path in files.values() if not path.is_file()]
+    if missing:
         raise FileNotFoundError(
             f"tasks_dir must have a file TASK.jsonl for each of {', '.join(names)}, but {folder} does not have "
             f"{', '.join(missing)}. Write one document in each line."
         )
+    # All files are read before lm-eval is imported, which takes seconds.
     documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
     tasks: dict[str, Any] = {}
     for name, path in files.items():
-        splits = dict.fromkeys(("training_split", "test_split", "fewshot_split")) | {
-            "validation_split": "validation"
+        source = {
+            "custom_dataset": lambda name=name, **_: {"validation": documents[name]},
+            "training_split": None,
+            "validation_split": "validation",
+            "test_split": None,
+            "fewshot_split": None,
         }
-        source = {"custom_dataset": lambda name=name, **_: {"validation": documents[name]}}
-        tasks |= _load({name: source | splits}, _UNFIT.format(path, name))
+        tasks |= _load({name: source}, _UNFIT.format(path, name))
         _check_answers(tasks[name], path)
     return tasks
 
@@ -110,21 +108,22 @@ def _load(overrides: Mapping[str, Mapping[str, Any]], failure: str) -> dict[str,
         manager = _task_manager()
         try:
             return dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
-        except (
-            Exception
-        ) as error:  # lm-eval runs code and templates on the documents, which may raise any class
+        except Exception as error:  # lm-eval runs code and templates on the documents
             raise UserError(f"{failure}: {one_line(error)}") from error
 
 
 def _read(path: Path, fields: Sequence[str]) -> Any:
     documents = load(str(path))
-    where = f"Each line of {path} must have {', '.join(fields)}"
-    if missing := [name for name in fields if name not in documents.column_names]:
-        raise UserError(f"{where}, but {missing[0]} is missing. Correct the file.")
+    expected = f"Each line of {path} must have {', '.join(fields)}"
+    for name in fields:
+        if name not in documents.column_names:
+            raise UserError(f"{expected}, but {name} is missing. Correct the file.")
     for number, document in enumerate(documents, start=1):
-        # The prompt would have the word None.
-        if nulls := [name for name in fields if document[name] is None]:
-            raise UserError(f"{where}, but document {number} has no {nulls[0]}. Correct the line.")
+        for name in fields:
+            if document[name] is None:  # the prompt would have the word None
+                raise UserError(
+                    f"{expected}, but document {number} has no {name}. Correct the line."
+                )
     return documents.select_columns(list(fields))
 
 
@@ -134,9 +133,9 @@ def _check_answers(task: Any, path: Path) -> None:
     for number, document in enumerate(task.eval_docs, start=1):
         try:
             choices = task.doc_to_choice(document)
-            answer = (
-                task.doc_to_text(document) if task.multiple_input else task.doc_to_target(document)
-            )
+            # In winogrande the choices are beginnings of a sentence, and the text is the number of the right one.
+            answer_of = task.doc_to_text if task.multiple_input else task.doc_to_target
+            answer = answer_of(document)
             fits = answer in choices if isinstance(answer, str) else 0 <= answer < len(choices)
         except Exception as error:
             raise UserError(f"{unfit}: document {number} raises {error!r}.") from error
@@ -181,20 +180,18 @@ def zero_shot(
                     batch_size=batch_size,
                     prefix_token_id=prefix,
                 )
-            found = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit, log_samples=False)
+            measured = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit, log_samples=False)
     finally:
         model.to(home)
+
     results: Results = {}
     for name in tasks:
-        numbers = {
-            key: value
-            for key, value in found["results"][name].items()
-            if not isinstance(value, str)
-        }
-        results[name] = {
-            key.removesuffix(",none"): float(value) for key, value in numbers.items() if "," in key
-        }
-        results[name]["documents"] = found["n-samples"][name]["effective"]
+        results[name] = {}
+        for key, value in measured["results"][name].items():
+            # A metric is METRIC,FILTER; where it has no standard error, lm-eval has the text N/A.
+            if "," in key and not isinstance(value, str):
+                results[name][key.removesuffix(",none")] = float(value)
+        results[name]["documents"] = measured["n-samples"][name]["effective"]
     if len(tasks) > 1:
         results["mean"] = _mean(list(results.values()))
     return results

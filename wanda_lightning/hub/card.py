@@ -12,7 +12,7 @@ from typing import Any
 
 from wanda_lightning.common import wording
 from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.report import LEFT_OUT, Circumstances, PruningReport, descriptions
+from wanda_lightning.report import Circumstances, PruningReport, descriptions
 from wanda_lightning.report.descriptions import METRICS, TOP1
 from wanda_lightning.report.records import as_json, from_parsed
 
@@ -53,11 +53,11 @@ def write_card(
     loading = _loading(folder / "config.json", name, on_hub)
     rows, results = _results(run)
 
-    is_smaller = LEFT_OUT in report.notes
+    is_smaller = report.shrunk
     picture = ""
     if find_spec("matplotlib") is not None and not is_smaller:
         picture = PICTURE_NAME
-        report.to_png(folder / picture)
+        report.save(folder / picture)
 
     tags = ["pruned"]
     if not is_smaller:

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
@@ -17,13 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning.common.atomic_write import atomic_folder
-from wanda_lightning.common.checks import check_flags, check_values, require_extra
+from wanda_lightning.common.checks import check_flags, require_extra
+from wanda_lightning.common.dtypes import DTYPES, dtype_name
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.models import check_tokens
-from wanda_lightning.modules.loading import (
-    DTYPE_NAMES,
-    DTYPES,
+from wanda_lightning.modules.model_loading import (
     check_causal,
     check_source,
     load_causal_lm,
@@ -37,6 +37,15 @@ from wanda_lightning.parallel import (
 )
 from wanda_lightning.units.modeling_file import write_modeling_file
 from wanda_lightning.units.shrink import Shrunk, shrunk
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """A batch of windows of tokens. All tensors have the shape (batch, tokens)."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    labels: Tensor | None
 
 
 class CausalLMModule(L.LightningModule):
@@ -53,7 +62,7 @@ class CausalLMModule(L.LightningModule):
         model: Hub id, local folder, `.gguf` file, or a loaded model.
         tokenizer: For `save_pretrained`; by default the one that belongs to a model that is given by name, if any.
         dtype: Data type of the weights: "auto" (as they are stored; a GGUF file becomes float32), "float32", "bfloat16"
-            or "float16".
+            or "float16", or the same as a `torch.dtype`.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
         lr_decay: Decay the learning rate linearly to 0 during training.
@@ -74,7 +83,7 @@ class CausalLMModule(L.LightningModule):
         self,
         model: str | os.PathLike[str] | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         lr_decay: bool = False,
@@ -84,7 +93,8 @@ class CausalLMModule(L.LightningModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        check_values(DTYPE_NAMES, dtype=dtype)
+        # Before the hyperparameters are saved, which hold the name: configurations are text.
+        dtype = dtype_name(dtype)
         check_flags(lr_decay=lr_decay)
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
@@ -94,6 +104,7 @@ class CausalLMModule(L.LightningModule):
             self.tokenizer = load_tokenizer(source) if tokenizer is None else tokenizer
             loaded = load_causal_lm(source, dtype)
         else:
+            # A model among the hyperparameters would be copied, and written into each checkpoint.
             self.save_hyperparameters(ignore=["model", "tokenizer"])
             check_causal(model)
             self.tokenizer = tokenizer
@@ -105,25 +116,28 @@ class CausalLMModule(L.LightningModule):
         self.lr_decay = lr_decay
         self.val_perplexity = WindowPerplexity()
         self.test_perplexity = WindowPerplexity()
-        self._others: dict[
-            int, WindowPerplexity
-        ] = {}  # by the number of a dataloader after the first
+        # The metrics of dataloaders after the first one, by their numbers.
+        self._others: dict[int, WindowPerplexity] = {}
 
     def configure_model(self) -> None:
         """Shard the model if the Trainer's strategy asks for it (FSDP2). A second call does nothing."""
-        if self.device_mesh is not None and not isinstance(self.model, FSDPModule):
-            blocks = [
-                module
-                for module in self.model.modules()
-                if isinstance(module, GradientCheckpointingLayer)
-            ]
-            for module in (*blocks, self.model):
-                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        # Blocks are the modules for which transformers can checkpoint gradients.
+        blocks = [
+            module
+            for module in self.model.modules()
+            if isinstance(module, GradientCheckpointingLayer)
+        ]
+        for module in (*blocks, self.model):
+            fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
     @property
     def pruning_target(self) -> nn.Module:
         """The module that the pruning callbacks prune: the transformers model, without the wrapper of peft."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if hasattr(self.model, "get_base_model"):
+            return self.model.get_base_model()
+        return self.model
 
     def forward(
         self,
@@ -139,35 +153,42 @@ class CausalLMModule(L.LightningModule):
 
     def calibration_predictions(self, batch: Any) -> Any:
         """Run the batch through the model and return its output, with `logits`."""
-        input_ids, attention_mask, _ = self._read(batch)
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        windows = self._read(batch)
+        return self.model(
+            input_ids=windows.input_ids, attention_mask=windows.attention_mask, use_cache=False
+        )
 
     def calibration_step(self, batch: Any) -> None:
         """Run the batch through all blocks; the logits are not computed."""
-        input_ids, attention_mask, _ = self._read(batch)
+        windows = self._read(batch)
         base: Any = self.pruning_target.base_model
-        base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        base(input_ids=windows.input_ids, attention_mask=windows.attention_mask, use_cache=False)
 
     def check_tokens(self, input_ids: Tensor) -> None:
         """Raise a ValueError for token ids without an embedding. On a CUDA device they would end the process."""
         check_tokens(self.model, input_ids)
 
-    def _read(self, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if not isinstance(batch, Mapping):
-            batch = {"input_ids": batch[0] if isinstance(batch, (tuple, list)) else batch}
+    def _read(self, batch: Any) -> _Windows:
+        if isinstance(batch, (tuple, list)):
+            batch = {"input_ids": batch[0]}
+        elif not isinstance(batch, Mapping):
+            batch = {"input_ids": batch}
         input_ids = batch["input_ids"]
-        # On a GPU it would wait for the device; TextDataModule checks in setup().
+        # The check would wait for a GPU, so its batches are checked by TextDataModule.setup only.
         if not isinstance(input_ids, Tensor) or input_ids.device.type == "cpu":
             self.check_tokens(input_ids)
-        return input_ids, batch.get("attention_mask"), batch.get("labels")
+        return _Windows(input_ids, batch.get("attention_mask"), batch.get("labels"))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean next-token loss over the tokens of the batch, without padding."""
-        input_ids, attention_mask, labels = self._read(batch)
+        windows = self._read(batch)
+        labels = windows.labels
         if labels is None:
-            labels = input_ids.masked_fill(~predicted_tokens(input_ids, attention_mask), -100)
-        loss: Tensor = self(input_ids, attention_mask, labels, use_cache=False).loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(input_ids))
+            predicted = predicted_tokens(windows.input_ids, windows.attention_mask)
+            labels = windows.input_ids.masked_fill(~predicted, -100)  # which the loss ignores
+        output = self(windows.input_ids, windows.attention_mask, labels, use_cache=False)
+        loss: Tensor = output.loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(windows.input_ids))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -181,30 +202,38 @@ class CausalLMModule(L.LightningModule):
     def _measure(
         self, name: str, metric: WindowPerplexity, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
-        input_ids, attention_mask, _ = self._read(batch)
+        windows = self._read(batch)
         if batch_idx == 0:  # an earlier loop may have been interrupted
             metric.reset()
             self._others[dataloader_idx] = WindowPerplexity().to(self.device)
-        metric = self._others[dataloader_idx] if dataloader_idx else metric
-        metric.update(
-            self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask
-        )
+        if dataloader_idx > 0:
+            metric = self._others[dataloader_idx]
+        logits = self(windows.input_ids, windows.attention_mask, use_cache=False).logits
+        metric.update(logits, windows.input_ids, windows.attention_mask)
+
+        # The first text has the plain name, too, which callbacks can monitor for any number of texts.
         texts = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
-        own = f"{name}/{texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx}"
-        how: dict[str, Any] = {
-            "metric_attribute": name,
-            "batch_size": len(input_ids),
-            "add_dataloader_idx": False,
-        }
-        for each in [name] * (not dataloader_idx) + [own] * bool(dataloader_idx or len(texts) > 1):
-            self.log(each, metric, prog_bar=each == name, **how)
+        names = []
+        if dataloader_idx == 0:
+            names.append(name)
+        if dataloader_idx > 0 or len(texts) > 1:
+            text = texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx
+            names.append(f"{name}/{text}")
+        for logged in names:
+            self.log(
+                logged,
+                metric,
+                prog_bar=logged == name,
+                metric_attribute=name,
+                batch_size=len(windows.input_ids),
+                add_dataloader_idx=False,
+            )
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
-        input_ids, attention_mask, _ = self._read(batch)
-        return window_losses(
-            self(input_ids, attention_mask, use_cache=False).logits, input_ids, attention_mask
-        )
+        windows = self._read(batch)
+        logits = self(windows.input_ids, windows.attention_mask, use_cache=False).logits
+        return window_losses(logits, windows.input_ids, windows.attention_mask)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over the parameters that require a gradient."""
@@ -212,17 +241,21 @@ class CausalLMModule(L.LightningModule):
         optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
         if not self.lr_decay:
             return optimizer
+
         steps = int(self.trainer.estimated_stepping_batches)
         decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
     def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
         """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""
-        cached = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
-        dtype = next(
-            (key for key, value in DTYPES.items() if value == self.pruning_target.dtype), "auto"
+        source = ModelSource(
+            os.fspath(name),
+            cache_dir=self.hparams["cache_dir"],
+            trust_remote_code=self.hparams["trust_remote_code"],
         )
-        return cast(nn.Module, load_causal_lm(ModelSource(os.fspath(name), **cached), dtype))
+        dtype: Any = self.pruning_target.dtype
+        dtype = dtype_name(dtype) if dtype in DTYPES.values() else "auto"
+        return cast(nn.Module, load_causal_lm(source, dtype))
 
     def merge(self, reprune: bool = False) -> None:
         """Merge the adapters, if there are any, into the weights; `reprune` restores zeros that plain ones fill."""
@@ -261,21 +294,24 @@ class CausalLMModule(L.LightningModule):
             ValueError: With `shrink`, if there is nothing to leave out, or if FSDP2 shards the model.
         """
         check_flags(shrink=shrink)
-        sharded = is_sharded(self.model)
+        processes = SINGLE_PROCESS
+        options = {}
+        if is_sharded(self.model):
+            if shrink:
+                raise UserError(
+                    "shrink=True needs whole layers, but FSDP2 shards the model. Save it without shrink, and use "
+                    "`wanda-lightning shrink` on the folder."
+                )
+            processes = shard_processes(self.model)
+            options["state_dict"] = gathered_state_dict(self.model)  # in every process
+
         result = None
-        if sharded and shrink:
-            raise UserError(
-                "shrink=True needs whole layers, but FSDP2 shards the model. Save it without shrink, and use "
-                "`wanda-lightning shrink` on the folder."
-            )
-        processes = shard_processes(self.model) if sharded else SINGLE_PROCESS
-        whole = {"state_dict": gathered_state_dict(self.model)} if sharded else {}
         with processes.fail_together():
             if processes.rank == 0:
                 with atomic_folder(folder, overwrite) as new:
                     with shrunk(self.model) if shrink else nullcontext() as result:
                         write_modeling_file(self.pruning_target, new)
-                        self.model.save_pretrained(new, **whole)
+                        self.model.save_pretrained(new, **options)
                     if self.tokenizer is not None:
                         self.tokenizer.save_pretrained(new)
         return result

@@ -12,6 +12,7 @@ import lightning as L
 import timm
 import timm.optim
 import torch
+from timm.models import get_model_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import Metric
@@ -20,10 +21,12 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.modules.loading import create_classifier, load_checkpoint
+from wanda_lightning.modules.model_loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.units.shrink import Shrunk, example_batch, shrunk
 from wanda_lightning.units.timm_arguments import fit_arguments, save_for_timm
+
+_ACCURACIES = {"accuracy": 1, "accuracy_top5": 5}  # by name: how many classes a model may guess
 
 
 class ImageClassifierModule(L.LightningModule):
@@ -62,9 +65,13 @@ class ImageClassifierModule(L.LightningModule):
         super().__init__()
         check_flags(pretrained=pretrained)
         self._model_kwargs = dict(model_kwargs or {})
-        checkpoint = None if checkpoint is None else os.fspath(checkpoint)
-        if isinstance(model, (str, os.PathLike)):
-            model = model if isinstance(model, str) else f"local-dir:{os.fspath(model)}"
+        # Paths become text before the hyperparameters are saved.
+        if checkpoint is not None:
+            checkpoint = os.fspath(checkpoint)
+        if isinstance(model, os.PathLike):
+            model = f"local-dir:{os.fspath(model)}"
+
+        if isinstance(model, str):
             self.save_hyperparameters()
             if num_classes is not None:
                 self._model_kwargs["num_classes"] = num_classes
@@ -80,14 +87,13 @@ class ImageClassifierModule(L.LightningModule):
         self.num_classes: int = getattr(self.model, "num_classes", num_classes) or 0
         self.lr = lr
         self.weight_decay = weight_decay
-        self.metrics = nn.ModuleDict(
-            {
-                f"{stage}_{name}": MulticlassAccuracy(self.num_classes, top_k=k, average="micro")
-                for stage in ("val", "test")
-                for name, k in (("accuracy", 1), ("accuracy_top5", 5))
-                if k == 1 or k < self.num_classes
-            }
-        )
+
+        self.metrics = nn.ModuleDict()
+        for stage in ("val", "test"):
+            for name, top_k in _ACCURACIES.items():
+                if top_k == 1 or top_k < self.num_classes:
+                    metric = MulticlassAccuracy(self.num_classes, top_k=top_k, average="micro")
+                    self.metrics[f"{stage}_{name}"] = metric
 
     @property
     def pruning_target(self) -> nn.Module:
@@ -102,6 +108,7 @@ class ImageClassifierModule(L.LightningModule):
         """Run the images of the batch through the model and return the logits."""
         return self(_read_images(batch)[0])
 
+    # The head is small, unlike the one of a language model, so nothing is gained by leaving it out.
     calibration_step = calibration_predictions
 
     def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
@@ -137,12 +144,13 @@ class ImageClassifierModule(L.LightningModule):
         logits = self(images)
         self.log(f"{stage}_loss", F.cross_entropy(logits.float(), labels), batch_size=len(images))
         for name, metric in self.metrics.items():
-            if name.startswith(f"{stage}_"):
-                assert isinstance(metric, Metric)
-                if batch_idx == 0:  # an earlier loop may have been interrupted
-                    metric.reset()
-                metric.update(logits, labels)
-                self.log(name, metric, prog_bar=True, batch_size=len(images))
+            if not name.startswith(f"{stage}_"):
+                continue
+            assert isinstance(metric, Metric)
+            if batch_idx == 0:  # an earlier loop may have been interrupted
+                metric.reset()
+            metric.update(logits, labels)
+            self.log(name, metric, prog_bar=True, batch_size=len(images))
         return logits.argmax(dim=-1)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -171,9 +179,8 @@ class ImageClassifierModule(L.LightningModule):
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
-        json.dumps(
-            [getattr(self.model, "_model_args", {}), *fit_arguments(self.model, self._model_kwargs)]
-        )
+        _, arguments = fit_arguments(self.model, self._model_kwargs)
+        json.dumps(get_model_args(self.model, arguments))  # a TypeError names what JSON cannot hold
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
@@ -198,8 +205,11 @@ class ImageClassifierModule(L.LightningModule):
         check_flags(shrink=shrink)
         self.check_saving()
         model: Any = self.model
+        labels = {}
         names = model.pretrained_cfg.get("label_names") or ()
-        labels = {"label_names": names} if len(names) == self.num_classes else {}
+        if len(names) == self.num_classes:
+            labels["label_names"] = names
+
         batch = example_batch(model, self._model_kwargs.get("img_size"))
         with (
             atomic_folder(folder, overwrite) as new,
@@ -212,8 +222,9 @@ class ImageClassifierModule(L.LightningModule):
 def _read_images(batch: Any) -> tuple[Tensor, Any]:
     """Return the images of a batch and their labels, or None without labels."""
     if isinstance(batch, Mapping):
-        return batch["image" if "image" in batch else "pixel_values"], batch.get(
-            "label", batch.get("labels")
-        )
-    images, *labels = batch if isinstance(batch, (tuple, list)) else (batch,)
-    return images, labels[0] if labels else None
+        images = batch["image"] if "image" in batch else batch["pixel_values"]
+        return images, batch.get("label", batch.get("labels"))
+    if not isinstance(batch, (tuple, list)):
+        return batch, None
+    labels = batch[1] if len(batch) > 1 else None
+    return batch[0], labels

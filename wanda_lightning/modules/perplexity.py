@@ -38,16 +38,19 @@ def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | No
     The logits have the shape (batch, tokens, vocabulary); the loss is computed in float32, or in float64 for float64.
     It is NaN for a window without predicted tokens.
     """
+    # In chunks: all logits in float32 would need twice the memory of those in bfloat16.
     size = max(1, _CHUNK // logits.shape[-1])
-    targets = input_ids.roll(
-        -1, dims=1
-    ).flatten()  # that of the last token of a window does not count
+    chunks = logits.flatten(0, 1).split(size)
+    targets = input_ids.roll(-1, dims=1).flatten()  # the last token of a window has no target
     losses = []
-    for chunk, target in zip(logits.flatten(0, 1).split(size), targets.split(size), strict=True):
+    for chunk, target in zip(chunks, targets.split(size), strict=True):
         chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
         losses.append(chunk.logsumexp(-1) - chunk.gather(-1, target[:, None])[:, 0])
-    counts = predicted_tokens(input_ids, attention_mask).roll(-1, dims=1)
-    return torch.cat(losses).view(counts.shape).where(counts, 0).sum(dim=1) / counts.sum(dim=1)
+
+    # `where`, since the loss at padding may be NaN.
+    has_target = predicted_tokens(input_ids, attention_mask).roll(-1, dims=1)
+    token_losses = torch.cat(losses).view(has_target.shape).where(has_target, 0)
+    return token_losses.sum(dim=1) / has_target.sum(dim=1)
 
 
 class WindowPerplexity(Metric):
@@ -72,7 +75,7 @@ class WindowPerplexity(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        # To which Lightning moves metrics.
+        # Lightning moves metrics to the accelerator, which may have no float64.
         device = torch.accelerator.current_accelerator(check_available=True)
         dtype = torch.float64 if device is None or has_float64(device) else torch.float32
         self.add_state("loss_sum", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
@@ -83,10 +86,11 @@ class WindowPerplexity(Metric):
     ) -> None:
         """Add windows; arguments as for `window_losses`."""
         losses = window_losses(logits, input_ids, attention_mask)
-        counts = predicted_tokens(input_ids, attention_mask).any(dim=1)
+        is_counted = predicted_tokens(input_ids, attention_mask).any(dim=1)
+        total = losses.to(self.loss_sum.dtype).where(is_counted, 0).sum()
         # Not in place: a state that was reset in inference mode cannot be modified outside of it.
-        self.loss_sum = self.loss_sum + losses.to(self.loss_sum.dtype).where(counts, 0).sum()
-        self.windows = self.windows + counts.sum()
+        self.loss_sum = self.loss_sum + total
+        self.windows = self.windows + is_counted.sum()
 
     def compute(self) -> Tensor:
         """Return `exp(loss_sum / windows)`."""

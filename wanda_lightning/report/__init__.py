@@ -1,6 +1,5 @@
 """The report of a pruning: every matrix of the model, pruned or skipped with its reason."""
 
-from wanda_lightning.report.descriptions import LEFT_OUT as LEFT_OUT
 from wanda_lightning.report.pruning_report import (
     REPORT_NAME as REPORT_NAME,
     PruningReport as PruningReport,

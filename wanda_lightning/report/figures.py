@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from math import isnan, nan
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,98 +22,122 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLORS: Mapping[str, str] = {
-    **{
-        "ink": "#1f2530",
-        "muted": "#66707d",
-        "line": "#dde2e8",
-        "surface": "#fefefd",
-        "accent": "#2c68ad",
-    },
-    **{"series-1": "#2d6ab0", "series-2": "#c8692f", "series-3": "#3a8a5a", "series-4": "#93509b"},
-    **{"series-5": "#857021", "series-6": "#2f8f9d", "series-7": "#bb4a63", "series-8": "#6c7480"},
+    "ink": "#1f2530",
+    "muted": "#66707d",
+    "line": "#dde2e8",
+    "surface": "#fefefd",
+    "accent": "#2c68ad",
+    "series-1": "#1a56d6",
+    "series-2": "#d95f02",
+    "series-3": "#12853f",
+    "series-4": "#7b1fa2",
+    "series-5": "#6b4c11",
+    "series-6": "#0894b3",
+    "series-7": "#e0218a",
+    "series-8": "#3a414c",
 }
 """The colors of the light theme, which all differ: in the page, CSS finds them in figures and replaces them."""
 INK, MUTED, LINE, SURFACE, ACCENT, *SERIES = COLORS.values()
 _STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
+# A label begins six points to the right of what it names, and may lie outside of the axes.
 _LABEL: dict[str, Any] = {
     "xytext": (6, 0),
     "textcoords": "offset points",
     "va": "center",
     "annotation_clip": False,
 }
+# Without a date, so that equal reports have equal pages.
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _LINE = 0.065  # height of a line of text, as a fraction of axes with lines
 
 _GROUP = re.compile(r"(^|\.)group\d+$")  # each group of a grouped convolution is a layer
-_NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
+_NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")  # of a layer in a list
 
 
 class Grid:
     """Values by kind of layer (rows) and block (columns), in order of first occurrence; NaN if unknown."""
 
     def __init__(self, cells: Mapping[tuple[str, str], float | None]) -> None:
-        # rows, such as `self_attn.q_proj`.
-        self.kinds = list(dict.fromkeys(kind for kind, _ in cells))
-        self.blocks = list(dict.fromkeys(block for _, block in cells))  # columns
-        found = {cell: nan if value is None else value for cell, value in cells.items()}
-        self.values = [
-            [found.get((kind, block), nan) for block in self.blocks] for kind in self.kinds
-        ]
-        self.known = [value for value in cells.values() if value is not None]
-        # The different ones as text.
-        self.shown = list(dict.fromkeys(f"{value:.1%}" for value in self.known))
+        self.kinds = list(dict.fromkeys(kind for kind, _ in cells))  # such as `self_attn.q_proj`
+        self.blocks = list(dict.fromkeys(block for _, block in cells))  # such as `model.layers.0`
+        known = {cell: value for cell, value in cells.items() if value is not None}
+        self.values: list[list[float]] = []
+        for kind in self.kinds:
+            self.values.append([known.get((kind, block), nan) for block in self.blocks])
+        self.known = list(known.values())
+        self.shown = list(dict.fromkeys(f"{value:.1%}" for value in self.known))  # different texts
         self.labels = shortest_ends([kind.replace(".*", "") for kind in self.kinds])
-        lists = [block.rpartition(".")[0] for block in self.blocks]  # such as `encoder.block`
-        # With their first columns.
-        self.stacks = {name: lists.index(name) for name in dict.fromkeys(lists)}
-        self.height = 60 + 24 * len(self.kinds)  # of a heat map, in pixels
+        # The first column of each list of blocks, such as `encoder.block`.
+        self.stacks: dict[str, int] = {}
+        for column, block in enumerate(self.blocks):
+            self.stacks.setdefault(block.rpartition(".")[0], column)
+        self.heat_map_height = 60 + 24 * len(self.kinds)  # in pixels
 
 
 def layer_grid(report: ReportData, field: str) -> Grid:
     """Return the sparsity or the error of the layers of each kind in each block."""
     cells = grouped(report.layers, lambda layer: (_kind_in_block(layer), layer.block))
+    # A layer outside of all blocks has no kind, and no place in the grid.
     return Grid({cell: getattr(Layers(layers), field) for cell, layers in cells.items() if cell[0]})
 
 
 def _kind_in_block(layer: PrunedLayer) -> str:
     """Return the name of a layer within its block; empty if it lies in no block."""
     name = layer.siblings or layer.name
-    block = f"{layer.block}."
-    return (
-        _GROUP.sub("", name.removeprefix(block)) if layer.block and name.startswith(block) else ""
-    )
+    if not layer.block or not name.startswith(f"{layer.block}."):
+        return ""
+    return _GROUP.sub("", name.removeprefix(f"{layer.block}."))
 
 
 def _kind_in_model(layer: PrunedLayer) -> str:
+    """Return the kind of a layer without numbers; of one outside of all blocks, by its whole name."""
     kind = _kind_in_block(layer) or _NUMBER.sub(r"\1*", _GROUP.sub("", layer.name))
     return kind.replace(".*", "") or kind
 
 
 def shortest_ends(names: Sequence[str]) -> list[str]:
     """Return the shortest end of each name, such as `q_proj`, that is not the end of another one."""
-    ends = {
-        name: [name.split(".", cuts)[-1] for cuts in range(name.count("."), -1, -1)]
-        for name in names
-    }
-    uses = Counter(end for each in ends.values() for end in each)
-    return [next((end for end in ends[name] if uses[end] == 1), name) for name in names]
+    uses = Counter(end for name in set(names) for end in _ends(name))
+    return [next((end for end in _ends(name) if uses[end] == 1), name) for name in names]
 
 
-def weights_by_kind(report: ReportData) -> list[tuple[str, int, int, int]]:
-    """Return (kind of matrix, zeros, other pruned weights, weights left dense), largest first."""
+def _ends(name: str) -> list[str]:
+    """Return the ends of a name, shortest first: `c`, `b.c` and `a.b.c`."""
+    return [name.split(".", cuts)[-1] for cuts in range(name.count("."), -1, -1)]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """The numbers of weights in matrices of one kind."""
+
+    name: str
+    zeros: int = 0
+    kept: int = 0  # other weights of pruned matrices
+    dense: int = 0  # weights of matrices that were not pruned
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.zeros + self.kept + self.dense
+
+
+def weights_by_kind(report: ReportData) -> list[Bar]:
+    """Return the weights of each kind of matrix, pruned or not, largest first."""
     pruned = grouped(report.layers, _kind_in_model)
-    found = []
-    for name, layers in zip(shortest_ends(list(pruned)), pruned.values(), strict=True):
-        pruned_away = sum(layer.zeros for layer in layers)
-        found.append((name, pruned_away, Layers(layers).size - pruned_away, 0))
+    bars = []
+    for name, group in zip(shortest_ends(list(pruned)), pruned.values(), strict=True):
+        layers = Layers(group)
+        bars.append(Bar(name, layers.zeros, layers.size - layers.zeros))
+
     for reason, matrices in grouped(report.skipped, lambda matrix: matrix.reason).items():
-        if reason is not SkipReason.TIED:  # its weights are those of another matrix
-            found.append(
-                (reason.value.replace("_", " "), 0, 0, sum(matrix.size for matrix in matrices))
-            )
-    if (rest := report.parameters - sum(sum(numbers) for _, *numbers in found)) > 0:
-        found.append(("norms, biases", 0, 0, rest))
-    return sorted(found, key=lambda each: -sum(each[1:]))
+        if reason is not SkipReason.TIED:  # its weights are counted with another matrix
+            size = sum(matrix.size for matrix in matrices)
+            bars.append(Bar(reason.value.replace("_", " "), dense=size))
+
+    rest = report.parameters - sum(bar.size for bar in bars)
+    if rest > 0:
+        bars.append(Bar("norms, biases", dense=rest))
+    return sorted(bars, key=lambda bar: -bar.size)
 
 
 @dataclass(frozen=True)
@@ -134,30 +157,21 @@ def plots_of(report: ReportData) -> list[Plot]:
     errors = layer_grid(report, "error")
     bars = weights_by_kind(report)
     plots = []
-    # Colors span at least 10 %, so that nearly uniform sparsities look nearly uniform.
     if len(sparsity.shown) > 1:
-        plots.append(
-            Plot(
-                "sparsity",
-                "Zeros by layer",
-                sparsity.height,
-                partial(_draw_heat_map, sparsity, 0.1),
-            )
-        )
+        # Colors span at least 10 %, so that nearly uniform sparsities look nearly uniform.
+        draw = partial(_draw_heat_map, sparsity, 0.1)
+        plots.append(Plot("sparsity", "Zeros by layer", sparsity.heat_map_height, draw))
+
     if len(errors.blocks) > 1 and errors.known:
-        many = len(errors.kinds) > len(SERIES)  # more lines than colors
-        draw = partial(_draw_heat_map, errors, 0.0) if many else partial(_draw_errors, errors)
-        plots.append(
-            Plot(
-                "error",
-                "Relative error of the layers' outputs",
-                errors.height if many else 300,
-                draw,
-            )
-        )
-    plots.append(
-        Plot("weights", "Where the zeros are", 50 + 22 * len(bars), partial(_draw_weights, bars))
-    )
+        draw = partial(_draw_errors, errors)
+        height = 300
+        if len(errors.kinds) > len(SERIES):  # more lines than colors
+            draw = partial(_draw_heat_map, errors, 0.0)
+            height = errors.heat_map_height
+        plots.append(Plot("error", "Relative error of the layers' outputs", height, draw))
+
+    draw = partial(_draw_weights, bars)
+    plots.append(Plot("weights", "Where the zeros are", 50 + 22 * len(bars), draw))
     return plots
 
 
@@ -169,94 +183,102 @@ def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> No
     low = min(grid.known)
     high = max(grid.known)
     if high - low < least_range:
+        # Grow around the middle of the values, but not beyond 0 and 1.
         low = min(max(0.0, (low + high - least_range) / 2), 1 - least_range)
         high = low + least_range
-    strengths = LinearSegmentedColormap.from_list(
-        "strengths", [to_rgba(ACCENT, 0.12), to_rgba(ACCENT, 1.0)]
-    )
-    edges = (np.arange(size + 1) - 0.5 for size in (len(grid.blocks), len(grid.kinds)))
+
+    strengths = [to_rgba(ACCENT, 0.12), to_rgba(ACCENT, 1.0)]
     axes.pcolormesh(
-        *edges,
+        np.arange(len(grid.blocks) + 1) - 0.5,
+        np.arange(len(grid.kinds) + 1) - 0.5,
         np.array(grid.values),
-        cmap=strengths,
+        cmap=LinearSegmentedColormap.from_list("strengths", strengths),
         vmin=low,
         vmax=high,
         edgecolors=SURFACE,
         linewidth=1,
     )
-    for row, values in enumerate(grid.values if width >= 26 * len(grid.blocks) else ()):
-        for column, value in enumerate(values):
-            ink = SURFACE if value - low > 0.64 * (high - low) else INK
-            text = "" if isnan(value) else f"{100 * value:.0f}"
-            axes.text(column, row + 0.02, text, color=ink, ha="center", va="center", size=10)
-    axes.set(
-        ylim=(len(grid.kinds) - 0.5, -0.5), yticks=range(len(grid.kinds)), yticklabels=grid.labels
-    )
+    if width >= 26 * len(grid.blocks):  # else the cells are too narrow for numbers
+        strong = low + 0.64 * (high - low)
+        _write_percents(grid, strong, axes)
+    rows = len(grid.kinds)
+    axes.set(ylim=(rows - 0.5, -0.5), yticks=range(rows), yticklabels=grid.labels)
     axes.spines[:].set_visible(False)
     _number_blocks(axes, grid, f"block, from {low:.1%} (pale) to {high:.1%} (strong)")
+
+
+def _write_percents(grid: Grid, strong: float, axes: Axes) -> None:
+    """Write the value of each cell, in the color of the background where the color of the cell is strong."""
+    for row, values in enumerate(grid.values):
+        for column, value in enumerate(values):
+            ink = SURFACE if value > strong else INK
+            text = "" if isnan(value) else f"{100 * value:.0f}"
+            axes.text(column, row + 0.02, text, color=ink, ha="center", va="center", size=10)
 
 
 def _number_blocks(axes: Axes, grid: Grid, label: str = "block") -> None:
     """Number the blocks, and mark where another list of blocks begins."""
     axes.locator_params(axis="x", nbins=16, integer=True)
     axes.set_xlabel(label)
-    for name, first in grid.stacks.items() if len(grid.stacks) > 1 else ():
+    if len(grid.stacks) == 1:
+        return
+    for name, first in grid.stacks.items():
         axes.axvline(first - 0.5, color=LINE, linewidth=1)
-        axes.text(
-            first - 0.45, 1.01, name, transform=axes.get_xaxis_transform(), size=10, color=MUTED
-        )
+        place = axes.get_xaxis_transform()  # the height is a fraction of the axes
+        axes.text(first - 0.45, 1.01, name, transform=place, size=10, color=MUTED)
 
 
 def _draw_errors(grid: Grid, axes: Axes, _: int) -> None:
     """Draw a line over the blocks for each kind, in percent."""
     for label, color, values in zip(grid.labels, SERIES, grid.values, strict=False):
-        known = [(block, 100 * value) for block, value in enumerate(values) if not isnan(value)]
-        axes.plot(*zip(*known, strict=True), label=label, color=color)
+        blocks = [block for block, value in enumerate(values) if not isnan(value)]
+        if blocks:
+            percents = [100 * values[block] for block in blocks]
+            axes.plot(blocks, percents, label=label, color=color)
     axes.set(ylim=(0, None))
     axes.yaxis.set_major_formatter("{x:g}%")
     _label_lines(axes)
     _number_blocks(axes, grid)
 
 
-def _draw_weights(bars: Sequence[tuple[str, int, int, int]], axes: Axes, _: int) -> None:
+def _draw_weights(bars: Sequence[Bar], axes: Axes, _: int) -> None:
     """Draw a bar for each kind of matrix: zeros, other weights of pruned layers, and weights left dense."""
-    for row, (_name, zeros, kept, dense) in enumerate(bars):
-        axes.barh(row, zeros, 0.68, color=ACCENT, linewidth=0)
-        axes.barh(row, kept, 0.68, left=zeros, color=ACCENT, alpha=0.35, linewidth=0)
-        axes.barh(row, dense, 0.68, left=zeros + kept, color=MUTED, alpha=0.3, linewidth=0)
-        size = zeros + kept + dense
-        short = abbreviated(size, (" B", " M", " K"))
-        text = f"{short} dense" if dense == size else f"{zeros / size:.1%} of {short}"
-        axes.annotate(text, (size, row), color=MUTED, size=11, **_LABEL)
-    axes.set(
-        ylim=(len(bars) - 0.4, -0.6), xlim=(0, max(sum(numbers) for _, *numbers in bars)), xticks=[]
-    )
-    axes.set_yticks(range(len(bars)), [name for name, *_ in bars])
+    for row, bar in enumerate(bars):
+        pruned = bar.zeros + bar.kept
+        axes.barh(row, bar.zeros, 0.68, color=ACCENT, linewidth=0)
+        axes.barh(row, bar.kept, 0.68, left=bar.zeros, color=ACCENT, alpha=0.35, linewidth=0)
+        axes.barh(row, bar.dense, 0.68, left=pruned, color=MUTED, alpha=0.3, linewidth=0)
+        size = abbreviated(bar.size, (" B", " M", " K"))
+        text = f"{bar.zeros / bar.size:.1%} of {size}" if pruned else f"{size} dense"
+        axes.annotate(text, (bar.size, row), color=MUTED, size=11, **_LABEL)
+    axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, max(bar.size for bar in bars)), xticks=[])
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.spines[:].set_visible(False)
 
 
 def _label_lines(axes: Axes) -> None:
     """Write the labels of lines next to their right ends, moved apart where they would overlap; add a light grid."""
     axes.grid(axis="y")
-    axes.autoscale_view()
-    to_height = axes.transData + axes.transAxes.inverted()
+    axes.autoscale_view()  # now, so that the heights of the ends are known
+    to_axes = axes.transData + axes.transAxes.inverted()
     lines: list[Any] = axes.get_legend_handles_labels()[0]
-    ends = sorted(
-        ((to_height.transform((0, line.get_ydata()[-1]))[1], line) for line in lines),
-        key=itemgetter(0),
-    )
-    place = 0.0
-    for rank, (end, line) in enumerate(ends, start=1):
-        place = min(max(place, end), 1 - _LINE * (len(ends) - rank))
+    lines.sort(key=lambda line: line.get_ydata()[-1])
+
+    # A label stands at the end of its line, or above the label below, and leaves room for those above it.
+    lowest_free = 0.0
+    for number, line in enumerate(lines, start=1):
+        _, end = to_axes.transform((0, line.get_ydata()[-1]))
+        labels_above = len(lines) - number
+        height = min(max(lowest_free, end), 1 - _LINE * labels_above)
         axes.annotate(
             line.get_label(),
-            (1, place),
+            (1, height),
             xycoords="axes fraction",
             color=line.get_color(),
             size=11,
             **_LABEL,
         )
-        place += _LINE
+        lowest_free = height + _LINE
 
 
 def to_svg(plot: Plot, width: int) -> str:
@@ -264,14 +286,13 @@ def to_svg(plot: Plot, width: int) -> str:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    # Ids of its own.
-    with (
-        mpl.rc_context({"svg.hashsalt": f"{plot.name}-{width}"}, _STYLE),
-        StringIO() as file,
-    ):
+    # The salt gives each figure of a page ids of its own, which are the same in each run.
+    salt = {"svg.hashsalt": f"{plot.name}-{width}"}
+    with mpl.rc_context(salt, _STYLE), StringIO() as file:
         figure = Figure((width / 72, plot.height / 72))
         plot.draw(figure.add_subplot(), width)
         figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
+        # Without the declaration of XML before the element, which must not stand inside of a page.
         _, start, content = file.getvalue().partition("<svg ")
     return f'{start}role="img" aria-label="{plot.title}" {content}'
 

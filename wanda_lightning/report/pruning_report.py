@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,14 +23,18 @@ from wanda_lightning.report.descriptions import METRICS
 from wanda_lightning.report.records import Circumstances, ReportData, as_json, from_parsed, grouped
 
 REPORT_NAME = "pruning_report.json"
-_VERSION = 1  # of the JSON; a report without a version is older, and has the same fields
+_VERSION = 1  # of the JSON; a report without a version is older
+_IS_SMALLER = (
+    "the hidden units that became zero are not in the saved model, "
+    "so its matrices are smaller than in this report"
+)
 
 
 @dataclass(frozen=True)
 class PruningReport(ReportData):
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
 
-    `str()` gives a table with one row for all experts of a module; `save()` writes `pruning_report.json`.
+    `str()` gives a table with one row for all experts of a module; `save()` writes JSON, a page or a picture.
     """
 
     def summary(self) -> str:
@@ -44,11 +49,14 @@ class PruningReport(ReportData):
 
     def metrics(self) -> dict[str, float]:
         """The metrics for a logger: `sparsity/model`, `sparsity/pruned_layers`, and one for each of `rows()`."""
-        return {
-            "sparsity/model": self.model_sparsity,
-            "sparsity/pruned_layers": self.sparsity,
-            **{f"sparsity/{name}": layers.sparsity for name, layers in self.rows().items()},
-        }
+        metrics = {"sparsity/model": self.model_sparsity, "sparsity/pruned_layers": self.sparsity}
+        for name, layers in self.rows().items():
+            metrics[f"sparsity/{name}"] = layers.sparsity
+        return metrics
+
+    def marked_as_shrunk(self) -> PruningReport:
+        """Return the report of a model that was saved without the hidden units that became zero."""
+        return replace(self, shrunk=True, notes=(*self.notes, _IS_SMALLER))
 
     def to_json(self) -> str:
         """The whole report as JSON."""
@@ -67,6 +75,8 @@ class PruningReport(ReportData):
             raise UserError(
                 f"version must be at most {_VERSION}, but it is {content['version']!r}: upgrade."
             )
+        # Older reports have no such field, but the note.
+        content.setdefault("shrunk", _IS_SMALLER in content.get("notes", ()))
         return from_parsed(cls, content)
 
     @classmethod
@@ -75,67 +85,113 @@ class PruningReport(ReportData):
         file = Path(path, REPORT_NAME) if Path(path).is_dir() else Path(path)
         try:
             return cls.from_json(file.read_text(encoding="utf-8"))
-        except (ValueError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not a report: {error}") from error
 
-    def to_html(self, path: str | Path) -> None:
-        """Write a page with figures and tables: one file, which needs no network. Needs the extra `report`."""
-        plots = {plot.name: plot for plot in figures.plots_of(self)}
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+    def save(self, path: str | Path) -> Path:
+        """Write the report atomically and return the path of the file.
 
-        loader = PackageLoader("wanda_lightning", "report/templates")
-        options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-        jinja = Environment(loader=loader, undefined=StrictUndefined, **options)
-        jinja.filters |= {"percent": "{:.2%}".format, "duration": wording.duration}
-        template = jinja.get_template("report.html")
-        run = self.run or Circumstances()
-        texts = {
-            "descriptions": descriptions,
-            "wording": wording,
-            "metric": METRICS.get(run.metric),
-        }
-        with atomic_write(path) as temporary:
-            temporary.write_text(
-                template.render(report=self, run=run, figures=figures, plots=plots, **texts),
-                "utf-8",
-            )
+        Args:
+            path: A file that ends with `.json` (the whole report, which `load` reads), `.html` (a page with figures and
+                tables in one file, which needs no network) or `.png` (the figures of the page). Any other path is a
+                folder, into which `pruning_report.json` is written.
+
+        Raises:
+            ImportError: For a page or a picture, if the extra `report` is not installed.
+        """
+        file = Path(path)
+        suffix = file.suffix.lower()
+        if suffix not in (".json", ".html", ".png") or file.is_dir():
+            file = file / REPORT_NAME
+            suffix = ".json"
+        self._write(file, suffix)
+        return file
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the page: the old name of `save`, for a path with any suffix."""
+        self._warn_of_old_name("to_html(path)")
+        self._write(Path(path), ".html")
 
     def to_png(self, path: str | Path) -> None:
-        """Write the figures of the page into one picture. Needs the extra `report`."""
-        title = f"{descriptions.title_of(self)}: {descriptions.method_in_words(self.config)}"
-        figure = figures.to_figure(figures.plots_of(self), title)
-        with atomic_write(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=144)
+        """Write the figures of the page: the old name of `save`, for a path with any suffix."""
+        self._warn_of_old_name("to_png(path)")
+        self._write(Path(path), ".png")
 
     def write(self, path: str | Path) -> None:
-        """Write the page (.html) or the picture of its figures (.png)."""
+        """Write the page or the picture: the old name of `save`, which refuses other suffixes."""
+        self._warn_of_old_name("write(path)")
         check_report_path(path)
-        (self.to_html if Path(path).suffix.lower() == ".html" else self.to_png)(path)
+        self.save(path)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write `pruning_report.json` into a folder, atomically, and return its path."""
-        with atomic_write(path := Path(folder) / REPORT_NAME) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-        return path
+    def _warn_of_old_name(self, call: str) -> None:
+        warnings.warn(
+            f"PruningReport.{call} will be removed: use save(path), which decides by the suffix.",
+            FutureWarning,
+            stacklevel=3,
+        )
+
+    def _write(self, file: Path, suffix: str) -> None:
+        if suffix == ".html":
+            content = self._page().encode()
+        elif suffix == ".png":
+            content = self._picture()
+        else:
+            content = self.to_json().encode()
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(content)
+
+    def _page(self) -> str:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        jinja = Environment(
+            loader=PackageLoader("wanda_lightning", "report/templates"),
+            undefined=StrictUndefined,
+            autoescape=True,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        jinja.filters["percent"] = "{:.2%}".format
+        jinja.filters["duration"] = wording.duration
+        run = self.run or Circumstances()
+        return jinja.get_template("report.html").render(
+            report=self,
+            run=run,
+            metric=METRICS.get(run.metric),
+            plots={plot.name: plot for plot in figures.plots_of(self)},
+            figures=figures,
+            descriptions=descriptions,
+            wording=wording,
+        )
+
+    def _picture(self) -> bytes:
+        title = f"{descriptions.title_of(self)}: {descriptions.method_in_words(self.config)}"
+        figure = figures.to_figure(figures.plots_of(self), title)
+        content = BytesIO()
+        figure.savefig(content, format="png", dpi=144)
+        return content.getvalue()
 
     def __str__(self) -> str:
         """The report as a table."""
         pruned = _table("Pruned layers", "layer", "shape", "target", "sparsity", "tokens", "note")
         for name, layers in self.rows().items():
-            shape = " x ".join(map(str, layers[0].shape))
-            numbers = (
+            pruned.add_row(
+                escape(name),
+                " x ".join(map(str, layers[0].shape)),
                 layers.range("target", ".2%"),
                 layers.range("sparsity", ".2%"),
                 layers.range("tokens", ","),
+                escape(layers.remarks),
             )
-            pruned.add_row(escape(name), shape, *numbers, escape(layers.remarks))
-        # `N:M:` is not an emoji.
+
+        # Without emoji, which `N:M:` would become.
         console = Console(width=140, color_system=None, highlight=False, emoji=False)
         with console.capture() as capture:
-            console.print(pruned, *([skipped_table(self.skipped)] if self.skipped else []))
-            console.print(
-                *(f"Note: {note}" for note in self.notes), self.summary(), sep="\n", markup=False
-            )
+            console.print(pruned)
+            if self.skipped:
+                console.print(skipped_table(self.skipped))
+            for note in self.notes:
+                console.print(f"Note: {note}", markup=False)
+            console.print(self.summary(), markup=False)
         return capture.get()
 
 

@@ -6,7 +6,6 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import EnumMeta
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +15,9 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from wanda_lightning.models import SkippedMatrix
 
-POOLED = "few tokens: pruned with the statistics of all experts"  # note of an expert's matrix
+POOLED = "few tokens: pruned with the statistics of all experts"
+"""The note on a matrix of an expert that received too few tokens for statistics of its own."""
+
 _Item = TypeVar("_Item")
 _LIBRARIES = (
     "wanda_lightning",
@@ -39,18 +40,20 @@ def grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, li
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and the libraries that numbers depend on."""
-    found = {"python": platform.python_version(), **dict.fromkeys(_LIBRARIES, "not installed")}
+    found = {"python": platform.python_version()}
     for library in _LIBRARIES:
-        with suppress(PackageNotFoundError):
+        try:
             found[library] = version(library)
+        except PackageNotFoundError:
+            found[library] = "not installed"
     return found
 
 
 def as_json(value: Any) -> str:
     """Return plain data as JSON, which has no NaN and no infinity: they become null."""
-    return json.dumps(
-        json.loads(json.dumps(value, default=str), parse_constant=lambda _: None), indent=1
-    )
+    # Python writes NaN and Infinity as words, which can be replaced while they are read back.
+    with_nan = json.dumps(value, default=str)
+    return json.dumps(json.loads(with_nan, parse_constant=lambda _: None), indent=1)
 
 
 def from_parsed(kind: Any, value: Any) -> Any:
@@ -58,24 +61,30 @@ def from_parsed(kind: Any, value: Any) -> Any:
 
     A null for a number that is not optional was NaN or infinity. Content of another shape is a ValueError.
     """
-    origin = get_origin(kind)
-    arguments = get_args(kind)
     try:
-        if is_dataclass(kind):
-            known = {name: each for name, each in get_type_hints(kind).items() if name in value}
-            given = {each.name for each in fields(kind)} & known.keys()
-            return kind(**{name: from_parsed(known[name], value[name]) for name in given})  # type: ignore[operator]
-        if origin is UnionType:  # with None
-            return None if value is None else from_parsed(arguments[0], value)
-        if origin in (list, tuple):
-            return origin(from_parsed(arguments[0], each) for each in value)
-        if origin in (dict, Mapping):
-            return {name: from_parsed(arguments[1], each) for name, each in value.items()}
-        if isinstance(kind, EnumMeta):
-            return kind(value)
-        return nan if kind is float and value is None else value
+        return _converted(kind, value)
     except (TypeError, AttributeError) as error:
         raise ValueError(str(error)) from error
+
+
+def _converted(kind: Any, value: Any) -> Any:
+    origin = get_origin(kind)
+    if is_dataclass(kind):
+        types = get_type_hints(kind)
+        known = [attribute.name for attribute in fields(kind) if attribute.name in value]
+        arguments = {name: _converted(types[name], value[name]) for name in known}
+        return kind(**arguments)  # type: ignore[operator]
+    if origin is UnionType and value is not None:  # the other type is None
+        return _converted(get_args(kind)[0], value)
+    if origin in (list, tuple):
+        return origin(_converted(get_args(kind)[0], item) for item in value)
+    if origin in (dict, Mapping):
+        return {name: _converted(get_args(kind)[1], item) for name, item in value.items()}
+    if isinstance(kind, EnumMeta):
+        return kind(value)
+    if kind is float and value is None:
+        return nan
+    return value
 
 
 @dataclass(frozen=True)
@@ -100,9 +109,7 @@ class PrunedLayer:
     note: str = ""
     siblings: str = ""  # for a matrix of an expert: a glob that matches this matrix of every expert of its module
     before: float = 0.0  # fraction of its weights that were zero before pruning
-    block: str = (
-        ""  # the block of the model that contains it; its own module if it lies in no block
-    )
+    block: str = ""  # the block that contains it; its own module if it lies in no block
     # The relative squared error of its outputs on the calibration tokens, before any recovery. None if the method
     # collects no Gram matrix to compute it from, or several processes hold the rows.
     error: float | None = None
@@ -122,11 +129,12 @@ class PrunedLayer:
     def remarks(self) -> str:
         """The note, and the errors of the part that was trained."""
         part = self.part
-        trained = (
-            f"error of {part.name} {part.before:.2%}, trained {part.after:.2%}" if part else ""
-        )
-        stopped = f"training stopped: {part.stopped}" if part and part.stopped else ""
-        return "; ".join(filter(None, (self.note, trained, stopped)))
+        remarks = [self.note]
+        if part:
+            remarks.append(f"error of {part.name} {part.before:.2%}, trained {part.after:.2%}")
+        if part and part.stopped:
+            remarks.append(f"training stopped: {part.stopped}")
+        return "; ".join(filter(None, remarks))
 
 
 class Layers(list[PrunedLayer]):
@@ -138,9 +146,14 @@ class Layers(list[PrunedLayer]):
         return sum(layer.size for layer in self)
 
     @property
+    def zeros(self) -> int:
+        """Number of weights that are zero."""
+        return sum(layer.zeros for layer in self)
+
+    @property
     def sparsity(self) -> float:
         """Fraction of weights that are zero."""
-        return sum(layer.zeros for layer in self) / (self.size or 1)
+        return self.zeros / (self.size or 1)
 
     @property
     def error(self) -> float | None:
@@ -153,13 +166,12 @@ class Layers(list[PrunedLayer]):
         """The remarks about the layer; for experts, all different ones with the number of their experts."""
         if not self[0].siblings:
             return self[0].remarks
-        remarks = Counter(layer.remarks for layer in self if layer.remarks)
-        return "; ".join(
-            [
-                f"{len(self)} experts",
-                *(f"{number} of them: {each}" for each, number in remarks.items()),
-            ]
-        )
+
+        words = [f"{len(self)} experts"]
+        experts = Counter(layer.remarks for layer in self if layer.remarks)
+        for remarks, number in experts.items():
+            words.append(f"{number} of them: {remarks}")
+        return "; ".join(words)
 
     def range(self, field: str, form: str) -> str:
         """Return the smallest and the largest value of a field as text, or one if they look the same."""
@@ -173,8 +185,9 @@ class Layers(list[PrunedLayer]):
 class TrainingPass:
     """The mean losses of one pass over the calibration samples."""
 
-    # Of the samples that were trained on, each before its step; None before training.
-    loss: float | None
+    loss: (
+        float | None
+    )  # of the samples that were trained on, each before its step; None before training
     held_out: float | None  # of the held-out samples after the pass; None if none are held out
 
 
@@ -206,7 +219,7 @@ class BatchNormCorrection:
 class Permuted:
     """The permutation of hidden units before pruning."""
 
-    # by layer whose inputs were permuted: the sum of Wanda's scores that the pattern keeps, before and after
+    # For each layer whose inputs were permuted: the sum of Wanda's scores that the pattern keeps, before and after.
     kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     put_back: tuple[str, ...] = ()  # blocks whose output changed: their units have the old order
     why_not: str = ""  # why no units were sought; empty if they were
@@ -234,28 +247,24 @@ class Measured:
 class Circumstances:
     """The run that pruned the model: its data and results. Unknown values are empty or None."""
 
-    command: str = (
-        ""  # the shell command that repeats it; empty for a run that was started from Python
-    )
+    command: str = ""  # the shell command that repeats it; empty for a run from Python
     model: str = ""  # name of the dense model, with the file of its weights in parentheses if the name loads no weights
     metric: str = ""  # "perplexity", or "top-1", a fraction of the images
     before: float | None = None  # result of the dense model
     after: float | None = None  # result of the pruned model
     data: str = ""  # on which both were measured
     others: tuple[Measured, ...] = ()  # results on other data
-    costs: tuple[
-        Measured, ...
-    ] = ()  # size and speed of both models; `data` says in what they are measured
+    costs: tuple[Measured, ...] = ()  # size and speed of both models; `data` is the unit
     calibration: str = ""  # the calibration data; also empty if the method reads none
-    # Of the pruned model, by task.
+    # Metrics of the pruned model, by zero-shot task.
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: tuple[Continuations, ...] = ()  # text by both models
 
     @property
     def results(self) -> tuple[Measured, ...]:
         """The results that are known, of the first data first."""
-        found = (Measured(self.data, self.before, self.after), *self.others)
-        return tuple(each for each in found if (each.before, each.after) != (None, None))
+        results = (Measured(self.data, self.before, self.after), *self.others)
+        return tuple(result for result in results if (result.before, result.after) != (None, None))
 
 
 @dataclass(frozen=True)
@@ -268,11 +277,10 @@ class ReportData:
     zeros: int  # number of zeros among them
     seconds: Mapping[str, float]  # time per stage
     config: Mapping[str, Any]  # the configuration, in full
-    notes: tuple[str, ...] = ()  # sentences about the pruning as a whole
+    notes: tuple[str, ...] = ()  # sentences for people about the pruning as a whole
+    shrunk: bool = False  # whether the saved model lacks the hidden units that became zero
     training: Training | None = None  # of the whole pruned model
-    run: Circumstances | None = (
-        None  # the run that pruned the model; None from `prune()`, which measures nothing
-    )
+    run: Circumstances | None = None  # None from `prune()`, which measures nothing
     versions: Mapping[str, str] = field(default_factory=versions)  # of Python and the libraries
 
     @property

@@ -32,13 +32,13 @@ from transformers.utils import logging
 
 from wanda_lightning.calibration.interception import weights_moved
 from wanda_lightning.common.checks import check_values
+from wanda_lightning.common.dtypes import DTYPE_NAMES
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.wording import one_line, quantity
 from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.models import Stop, find_layers, repeated_parameters
-from wanda_lightning.modules.loading import (
-    DTYPE_NAMES,
+from wanda_lightning.modules.model_loading import (
     check_complete,
     check_finite,
     check_stored_as_float,

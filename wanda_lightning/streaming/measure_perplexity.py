@@ -18,7 +18,7 @@ from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Stop, check_tokens
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.modules.loading import check_causal
+from wanda_lightning.modules.model_loading import check_causal
 from wanda_lightning.streaming.checkpoint import BlockLoader, Checkpoint
 
 AT_ONCE = 32  # batches that pass through the model together

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from wanda_lightning.common.dtypes import DTYPES
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
     ModelSource,
@@ -32,13 +33,10 @@ from wanda_lightning.common.model_source import (
 from wanda_lightning.common.wording import did_you_mean, quantity
 from wanda_lightning.units.shrunk_model import register_shrunk_model
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPE_NAMES = ("auto", *DTYPES)
 _CHECKED = (*DTYPES.values(), torch.float64)
 _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
 _CONVERTER = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which needs memory for all weights once"
-# Has causal attention, although its configuration says is_decoder=False.
-_CAUSAL = ("gpt_neox_japanese",)
+_CAUSAL = ("gpt_neox_japanese",)  # although its configuration says is_decoder=False
 
 
 def check_source(source: ModelSource, weights: bool = True) -> None:
@@ -60,42 +58,46 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     """
     check_source(source)
     name = str(source)
-    path = source.path
+    is_gguf = source.path.suffix == ".gguf"
     options = source.locate()
-    options |= {"dtype": dtype, "use_safetensors": True, "ignore_mismatched_sizes": True}
     # Before transformers 5.24 GGUF weights were always dequantized; since then, this option is needed for some models.
-    if path.suffix == ".gguf" and hasattr(transformers, "GgufConfig"):
+    if is_gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with reading("weights", source, on_hub=not path.exists()):
-        model, loaded = AutoModelForCausalLM.from_pretrained(**options, output_loading_info=True)
+    with reading("weights", source, on_hub=not source.path.exists()):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            **options,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # `check_complete` names them
+            output_loading_info=True,
+        )
+
     check_causal(model)
-    check_complete(name, loaded.get("missing_keys", ()), loaded.get("mismatched_keys", ()))
-    unused = set(loaded.get("unexpected_keys", ()))
+    check_complete(name, loaded["missing_keys"], loaded["mismatched_keys"])
+    unused = set(loaded["unexpected_keys"])
     fate = ", which `save_pretrained` leaves out"
-    if path.suffix != ".gguf":
+    if not is_gguf:
         fate += " (`prune_from_disk` and `prune --stream` copy them, except with pattern='experts')"
-    if getattr(model.config, "quantization_config", None) is None and path.suffix != ".gguf":
-        if not path.is_dir():  # where the hub's files are in the cache
-            where = {
-                "local_files_only": True,
-                "revision": source.revision,
-                "cache_dir": source.cache_dir,
-            }
-            path = Path(transformers.utils.cached_file(name, "config.json", **where)).parent
-        files = sorted(path.glob("*.safetensors"))
-        check_stored_as_float(name, files, model)
-        unused |= _ignored(model, stored_names(files))
+        if getattr(model.config, "quantization_config", None) is None:
+            files = sorted(source.loaded_folder().glob("*.safetensors"))
+            check_stored_as_float(name, files, model)
+            unused |= _ignored(model, _stored_dtypes(files))
     warn_of_unused(name, unused, fate)
     check_finite(model.named_parameters(), name)
     return model
 
 
-def _ignored(model: Any, stored: Iterable[str]) -> set[str]:
-    """Return the stored tensors that transformers leaves out without a warning, such as `mtp.*`."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    # A pattern may stand for another model of the family: `layers.46` is the last one of GLM-4.5-Air only.
-    unknown = [x for x in patterns if not any(re.search(x, name) for name in model.state_dict())]
-    return {name for name in stored if any(re.search(x, name) for x in unknown)}
+def _ignored(model: Any, stored: Collection[str]) -> set[str]:
+    """Return the stored tensors that transformers leaves out without a warning, such as `mtp.*`.
+
+    Transformers has no public name for the patterns of the tensors that it leaves out.
+    """
+    ignored = set[str]()
+    for pattern in model._keys_to_ignore_on_load_unexpected or ():
+        # A pattern may stand for another model of the family: `layers.46` is the last one of GLM-4.5-Air only.
+        if not any(re.search(pattern, name) for name in model.state_dict()):
+            ignored.update(name for name in stored if re.search(pattern, name))
+    return ignored
 
 
 def _check_decoder_only(config: Any) -> None:
@@ -151,38 +153,43 @@ def create_classifier(
 
     Raises an OSError for weights that can neither be downloaded nor found, and a ValueError for a wrong option or file.
     """
-    checked = timm_name(name)
-    folder = Path(checked.removeprefix("local-dir:")) if checked.startswith("local-dir:") else None
-    if folder is not None and pretrained:
+    full_name = timm_name(name)
+    is_folder = full_name.startswith("local-dir:")
+    folder = Path(full_name.removeprefix("local-dir:"))
+    if is_folder and pretrained:
         require_safetensors(
             folder,
             "safetensors.torch.save_file; in Python, pretrained=False starts from random ones",
         )
     register_shrunk_model()
-    if ":" not in checked:
-        _refuse_unknown(checked)
-    on_hub = folder is None and (pretrained or ":" in checked)
-    with reading("weights" if pretrained else "configuration", checked, on_hub):
-        model = timm.create_model(checked, pretrained=pretrained, **kwargs)
+    is_built_in = ":" not in full_name
+    if is_built_in:
+        _refuse_unknown(full_name)
+
+    # For a name that timm knows, the hub has only the weights.
+    on_hub = not is_folder and (pretrained or not is_built_in)
+    part = "weights" if pretrained else "configuration"
+    with reading(part, full_name, on_hub):
+        model = timm.create_model(full_name, pretrained=pretrained, **kwargs)
     if pretrained:
-        check_stored_as_float(
-            checked, [] if folder is None else folder.glob("*.safetensors"), model
-        )
-        check_finite(model.named_parameters(), checked)
+        if is_folder:
+            check_stored_as_float(full_name, folder.glob("*.safetensors"), model)
+        check_finite(model.named_parameters(), full_name)
     return model
 
 
 def _refuse_unknown(name: str) -> None:
     """Raise a ValueError with similar names for one that timm does not know, before the hub is asked for weights."""
-    is_known = timm.is_model(name)
     try:
         timm.get_pretrained_cfg(name)
-    except RuntimeError:  # of the known ones, none has this tag after the dot
+        is_known = timm.is_model(name)
+    except RuntimeError:  # no weights of this model have the tag after the dot
         is_known = False
     if not is_known:
-        near = did_you_mean(name, timm.list_pretrained() if "." in name else timm.list_models())
+        names = timm.list_pretrained() if "." in name else timm.list_models()
         raise UserError(
-            f"model must be a name that timm knows (timm.list_models), but it is {name!r}.{near}"
+            f"model must be a name that timm knows (timm.list_models), but it is {name!r}."
+            f"{did_you_mean(name, names)}"
         )
 
 
@@ -214,17 +221,17 @@ def model_from_config(source: ModelSource) -> nn.Module:
 def require_safetensors(folder: Path, converter: str = _CONVERTER) -> None:
     """Refuse a folder without weights in safetensors; `converter` makes such weights from others."""
     if not any(folder.glob("*.safetensors")):
-        found = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
+        files = ", ".join(sorted(file.name for file in folder.iterdir())) or "nothing"
         raise OSError(
             f"model must be a folder with weights in safetensors, the only format that is read, but {folder} has "
-            f"{found}. Convert a checkpoint that you trust with {converter}."
+            f"{files}. Convert a checkpoint that you trust with {converter}."
         )
 
 
 def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> None:
     """Raise a ValueError that names the first weight of a model with NaN or infinity."""
     for key, weight in parameters:
-        # quantized, for example.
+        # Others, such as quantized ones, cannot be tested.
         if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:
             continue
         # The sum is fast; only if it overflows or is NaN is each weight tested.
@@ -235,13 +242,14 @@ def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> N
             )
 
 
-def stored_names(files: Iterable[Path]) -> set[str]:
-    """Return the names of all tensors in `.safetensors` files."""
-    names = set[str]()
+def _stored_dtypes(files: Iterable[Path]) -> dict[str, str]:
+    """Return the data types of all tensors in `.safetensors` files, by name."""
+    dtypes = {}
     for path in files:
         with reading("weights", path), safe_open(path, framework="pt") as file:
-            names.update(file.keys())
-    return names
+            for key in file.keys():  # noqa: SIM118 (it is no mapping)
+                dtypes[key] = file.get_slice(key).get_dtype()
+    return dtypes
 
 
 def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
@@ -249,14 +257,12 @@ def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) ->
     parameters = {
         key for key, parameter in model.named_parameters() if parameter.is_floating_point()
     }
-    # Checkpoints of the base model lack the first part.
+    # A name may have a first part, such as `model.`, in the model or in the file only.
     parameters |= {key.partition(".")[2] for key in parameters}
-    for path in files:
-        with reading("weights", path), safe_open(path, framework="pt") as file:
-            stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-        for key, dtype in stored.items():
-            if dtype.startswith(("I", "U", "BOOL")) and {key, key.partition(".")[2]} & parameters:
-                raise UserError(
-                    f"The model {name!r} stores {key} as {dtype}: packed integers, whose scales are not known. Give "
-                    "the model in float32, bfloat16 or float16."
-                )
+    for key, dtype in _stored_dtypes(files).items():
+        is_parameter = key in parameters or key.partition(".")[2] in parameters
+        if is_parameter and dtype.startswith(("I", "U", "BOOL")):
+            raise UserError(
+                f"The model {name!r} stores {key} as {dtype}: packed integers, whose scales are not known. Give "
+                "the model in float32, bfloat16 or float16."
+            )
