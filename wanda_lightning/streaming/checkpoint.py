@@ -31,8 +31,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
 from wanda_lightning.calibration.interception import weights_moved
-from wanda_lightning.common.checks import check_values
-from wanda_lightning.common.dtypes import DTYPE_NAMES
+from wanda_lightning.common.dtypes import dtype_name
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.wording import one_line, quantity
@@ -61,8 +60,10 @@ class Checkpoint:
     loaded. A single weight of a block that is missing or not finite is refused when the block is loaded.
     """
 
-    def __init__(self, source: ModelSource, dtype: str = "auto", device: str = "cpu") -> None:
-        check_values(DTYPE_NAMES, dtype=str(dtype).removeprefix("torch."))
+    def __init__(
+        self, source: ModelSource, dtype: str | torch.dtype = "auto", device: str = "cpu"
+    ) -> None:
+        dtype = dtype_name(dtype)
         self._name = str(source)
         self.device = available_device(device)
         self.blocks: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from wanda_lightning.common.atomic_write import resolve_path
@@ -40,7 +41,7 @@ def prune_from_disk(
     batches: Iterable[Any],
     sparsity: float = 0.5,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
@@ -64,7 +65,7 @@ def prune_from_disk(
         output: A folder that is empty, does not exist, or was left by an interrupted run with the same arguments.
         batches: Calibration batches; all are kept in memory.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
-        dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype: `"auto"` as stored, or float32, bfloat16 or float16, as a name or a `torch.dtype`.
         revision: Revision of a hub model.
         cache_dir: Folder for downloads from the hub.
         trust_remote_code: Run the code that comes with a hub model.
@@ -94,7 +95,7 @@ def pruned_from_disk(
     source: ModelSource,
     output: str | os.PathLike[str],
     batches: Iterable[Any],
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     tokenizer: Any = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
     progress: bool = True,

@@ -9,6 +9,8 @@ from itertools import islice
 from math import ceil
 from typing import Any
 
+import torch
+
 from wanda_lightning.calibration.batches import to_device
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.pruning_mode import pruning_mode
@@ -28,7 +30,7 @@ def perplexity_from_disk(
     source: str | os.PathLike[str],
     batches: Iterable[Mapping[str, Any]],
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     progress: bool = True,
     device: str = "cpu",
     revision: str | None = None,
@@ -42,7 +44,7 @@ def perplexity_from_disk(
     Args:
         source: Hub id or local folder.
         batches: Batches with `input_ids` and perhaps an `attention_mask`, each (samples, tokens).
-        dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype: `"auto"` as stored, or float32, bfloat16 or float16, as a name or a `torch.dtype`.
         progress: Show a bar.
         device: Where the model computes.
         revision: Revision of a hub model.

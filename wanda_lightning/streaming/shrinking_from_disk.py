@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from wanda_lightning.calibration.pruning_mode import pruning_mode
@@ -28,7 +29,7 @@ def shrink_from_disk(
     output: str | os.PathLike[str],
     overwrite: bool = False,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     revision: str | None = None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
@@ -43,7 +44,7 @@ def shrink_from_disk(
         source: Hub id or local folder.
         output: Folder to write; it appears when it is complete.
         overwrite: Replace a folder that is not empty, with everything in it.
-        dtype: `"auto"` as stored, `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype: `"auto"` as stored, or float32, bfloat16 or float16, as a name or a `torch.dtype`.
         revision: Revision of a hub model.
         cache_dir: Folder for downloads from the hub.
         trust_remote_code: Run the code that comes with a hub model.
