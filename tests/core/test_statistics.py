@@ -158,7 +158,7 @@ def test_an_unknown_sum_is_refused():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("needs", [set(SUMS), *({name} for name in SUMS)], ids=str)
+@pytest.mark.parametrize("needs", [[*SUMS], *([name] for name in SUMS)], ids=str)
 def test_finite_notices_one_bad_number(needs, bad):
     tokens = random_tokens()
     good_inputs = InputStatistics(needs)
