@@ -20,8 +20,8 @@ from wanda_lightning.experts.mixtures import Mixture, counters_in
 from wanda_lightning.experts.saliency import ExpertSaliency
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.planning.plan import Plan
-from wanda_lightning.planning.removal import Removal, StopObserver
-from wanda_lightning.planning.run import Run
+from wanda_lightning.planning.removal import Removal
+from wanda_lightning.planning.run import Run, StopObserver
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import replace_attributes
 from wanda_lightning.units.fit_configuration import fit_configuration
