@@ -171,8 +171,15 @@ def cells_of(
         (name, goal, {**known[name], **sparsity_of(goal)})
         for name in options.methods or known
         for goal in options.goals or goals
-        if name not in (UNSTRUCTURED if ":" in goal else PERMUTED)
+        if is_for(name, goal)
     ]
+
+
+def is_for(method: str, goal: str) -> bool:
+    """Whether a method can prune to a goal."""
+    if ":" in goal:
+        return method not in UNSTRUCTURED
+    return method not in PERMUTED
 
 
 def prune_and_measure(language: LanguageModel, chosen: Choices) -> Measured:

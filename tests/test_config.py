@@ -69,10 +69,11 @@ def test_a_name_and_its_object_are_the_same(option, name):
         choices["pattern"] = "2:4"
     elif name.startswith("fisher_"):
         choices["pattern"] = "structured"
-    made = TABLES[option][name]()
-    by_name = PruningConfig.from_names(**choices | {option: name})
-    assert by_name == PruningConfig.from_names(**choices | {option: made})
-    assert getattr(by_name, option) == made
+    choices[option] = name
+    by_name = PruningConfig.from_names(**choices)
+    choices[option] = TABLES[option][name]()
+    assert by_name == PruningConfig.from_names(**choices)
+    assert getattr(by_name, option) == choices[option]
     assert by_name.shown(option) == f"{option}={name!r}"
 
 
