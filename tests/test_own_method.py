@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from user_of_types import Power
 
 from wanda_lightning import (
     Allocation,
@@ -20,15 +21,6 @@ from wanda_lightning import (
     prune,
 )
 from wanda_lightning.core.statistics import SUMS
-
-
-@dataclass(frozen=True)
-class Power(Criterion):
-    needs = frozenset({"square_sum"})
-    power: float = 0.5
-
-    def __call__(self, weight, inputs):
-        return weight.float().abs() * inputs.norm() ** self.power
 
 
 @dataclass(frozen=True)
