@@ -29,10 +29,10 @@ Score = Callable[[ExpertSaliency, Mixture], Tensor]
 
 def by_norm(_: ExpertSaliency, mixture: Mixture) -> Tensor:
     """Return the squared norm of all weights of each expert."""
-    return sum(
-        (weight.double().square().flatten(1).sum(1) for weight in mixture.experts.parameters()),
-        torch.zeros(()),
-    )
+    norms = torch.zeros(mixture.number, dtype=torch.float64)
+    for weight in mixture.experts.parameters():
+        norms += weight.double().square().flatten(1).sum(1)
+    return norms
 
 
 def at_random(seed: int) -> Score:
@@ -46,10 +46,12 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
     language = LanguageModel(options)
     runs = Runs(save, "experts")
     dense = language.model
-    planned = replace(language.planned, case={"weights": fingerprint(language.model)})
+    planned = replace(language.planned, case={"weights": fingerprint(dense)})
     runs(planned, language.measure)
 
-    def row(name: str, goal: float, score: Score = ExpertSaliency.__call__) -> None:
+    def drop_experts(name: str, goal: float, score: Score) -> None:
+        """Measure the model without experts, those with the lowest scores."""
+
         def measure() -> dict[str, float]:
             language.model = copy.deepcopy(dense)
             with patch.object(ExpertSaliency, "__call__", score):
@@ -58,36 +60,39 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
 
         runs(replace(planned, method=name, sparsity=goal, pattern="experts"), measure)
 
-    def half(name: str, windows: int, enough: int) -> None:
-        method = name.partition(",")[0]
+    def prune_half(name: str, method: str, windows: int, min_tokens: int) -> None:
+        """Measure the model with half of its weights; experts with fewer tokens share their statistics."""
         calibration = language.calibration
         if windows < options.nsamples:
             calibration = [{key: ids[:windows] for key, ids in calibration[0].items()}]
 
         def measure() -> dict[str, float]:
             language.model = copy.deepcopy(dense)
-            with patch.object(observer, "MIN_EXPERT_TOKENS", enough):
+            with patch.object(observer, "MIN_EXPERT_TOKENS", min_tokens):
                 prune(language.model, calibration, 0.5, method=method, progress=False)
             return language.measure()
 
-        data = replace(planned.calibration, windows=windows)
-        runs(
-            replace(
-                planned, method=name, sparsity=0.5, arguments={"method": method}, calibration=data
-            ),
-            measure,
+        row = replace(
+            planned,
+            method=name,
+            sparsity=0.5,
+            arguments={"method": method},
+            calibration=replace(planned.calibration, windows=windows),
         )
+        runs(row, measure)
 
     for goal in goals:
-        row("REAP", goal)
-        row("uses", goal, ExpertSaliency.tokens)
-        row("norms", goal, by_norm)
+        drop_experts("REAP", goal, ExpertSaliency.__call__)
+        drop_experts("uses", goal, ExpertSaliency.tokens)
+        drop_experts("norms", goal, by_norm)
         for seed in range(3):
-            row(f"random, seed {seed}", goal, at_random(seed))
+            drop_experts(f"random, seed {seed}", goal, at_random(seed))
+
+    enough = observer.MIN_EXPERT_TOKENS
     for method in ("wanda", "sparsegpt"):
-        half(method, options.nsamples, observer.MIN_EXPERT_TOKENS)
-        half(f"{method}, 2 windows", 2, observer.MIN_EXPERT_TOKENS)
-        half(f"{method}, 2 windows, each expert alone", 2, 1)
+        prune_half(method, method, options.nsamples, enough)
+        prune_half(f"{method}, 2 windows", method, 2, enough)
+        prune_half(f"{method}, 2 windows, each expert alone", method, 2, 1)
 
 
 if __name__ == "__main__":
