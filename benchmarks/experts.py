@@ -11,12 +11,14 @@ than 32 tokens are pruned with the statistics of all experts of their layer, or 
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import product
 from unittest.mock import patch
 
 import torch
-from measuring import LanguageModel, Text, fingerprint, run_from_shell
-from result import Runs
+from measuring import Batches, LanguageModel, Text, fingerprint, run_from_shell
+from result import Result, Runs
 from torch import Tensor
 
 from wanda_lightning import prune
@@ -49,50 +51,53 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
     planned = replace(language.planned, case={"weights": fingerprint(dense)})
     runs(planned, language.measure)
 
-    def drop_experts(name: str, goal: float, score: Score) -> None:
-        """Measure the model without experts, those with the lowest scores."""
+    def run(
+        row: Result, calibration: Batches, patched: AbstractContextManager, **choices: str
+    ) -> None:
+        """Prune a copy while something is patched."""
 
         def measure() -> dict[str, float]:
             language.model = copy.deepcopy(dense)
-            with patch.object(ExpertSaliency, "__call__", score):
-                prune(language.model, language.calibration, goal, pattern="experts", progress=False)
+            with patched:
+                prune(language.model, calibration, row.sparsity, **choices, progress=False)
             return language.measure()
 
-        runs(replace(planned, method=name, sparsity=goal, pattern="experts"), measure)
+        runs(row, measure)
 
-    def prune_half(name: str, method: str, windows: int, min_tokens: int) -> None:
-        """Measure the model with half of its weights; experts with fewer tokens share their statistics."""
-        calibration = language.calibration
-        if windows < options.nsamples:
-            calibration = [{key: ids[:windows] for key, ids in calibration[0].items()}]
+    for goal in goals:
+        scores: dict[str, Score] = {
+            "REAP": ExpertSaliency.__call__,
+            "uses": ExpertSaliency.tokens,
+            "norms": by_norm,
+        }
+        for seed in range(3):
+            scores[f"random, seed {seed}"] = at_random(seed)
+        for name, score in scores.items():
+            row = replace(planned, method=name, sparsity=goal, pattern="experts")
+            patched = patch.object(ExpertSaliency, "__call__", score)
+            run(row, language.calibration, patched, pattern="experts")
 
-        def measure() -> dict[str, float]:
-            language.model = copy.deepcopy(dense)
-            with patch.object(observer, "MIN_EXPERT_TOKENS", min_tokens):
-                prune(language.model, calibration, 0.5, method=method, progress=False)
-            return language.measure()
-
+    # Experts with fewer tokens than this are pruned with the statistics of all experts of their layer.
+    enough = observer.MIN_EXPERT_TOKENS
+    cases = (
+        ("", options.nsamples, enough),
+        (", 2 windows", 2, enough),
+        (", 2 windows, each expert alone", 2, 1),
+    )
+    for method, (case, windows, min_tokens) in product(("wanda", "sparsegpt"), cases):
         row = replace(
             planned,
-            method=name,
+            method=f"{method}{case}",
             sparsity=0.5,
             arguments={"method": method},
             calibration=replace(planned.calibration, windows=windows),
         )
-        runs(row, measure)
-
-    for goal in goals:
-        drop_experts("REAP", goal, ExpertSaliency.__call__)
-        drop_experts("uses", goal, ExpertSaliency.tokens)
-        drop_experts("norms", goal, by_norm)
-        for seed in range(3):
-            drop_experts(f"random, seed {seed}", goal, at_random(seed))
-
-    enough = observer.MIN_EXPERT_TOKENS
-    for method in ("wanda", "sparsegpt"):
-        prune_half(method, method, options.nsamples, enough)
-        prune_half(f"{method}, 2 windows", method, 2, enough)
-        prune_half(f"{method}, 2 windows, each expert alone", method, 2, 1)
+        calibration = language.calibration
+        if windows < options.nsamples:
+            calibration = [{key: ids[:windows] for key, ids in calibration[0].items()}]
+        run(
+            row, calibration, patch.object(observer, "MIN_EXPERT_TOKENS", min_tokens), method=method
+        )
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@
 `tests/support/families.py` says what is checked.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import logging
 import re
@@ -20,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers as hf
+from measuring import run_from_shell
 from support.families import ORDINARY, OWN_FILE, Result, examine
 from support.zoo import KINDS, family, matching, names
 
@@ -137,36 +135,30 @@ def _row(result: Result) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Examine the chosen families, in a process that continues after a crash, and print the summary."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by kind/name"
-    )
-    parser.add_argument(
-        "--resume", type=Path, help="JSON file of results: families in it are not examined again"
-    )
-    parser.add_argument("--write", action="store_true", help="write docs/models.md")
-    args = parser.parse_args()
+def main(*, only: Sequence[str] = ("*",), resume: Path | None = None, write: bool = False) -> None:
+    """Examine the chosen families, in a process that continues after a crash, and print the summary.
 
+    Args:
+        only: Patterns of families, by kind/name.
+        resume: JSON file of results: families in it are not examined again.
+        write: Write docs/models.md.
+    """
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
     logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    if args.resume and args.resume.exists():
-        results = json.loads(args.resume.read_text())
+    if resume and resume.exists():
+        results = json.loads(resume.read_text())
 
     def record(key: str, result: Result) -> None:
         results[key] = asdict(result)
-        if args.resume:
-            args.resume.write_text(json.dumps(results, indent=1))
+        if resume:
+            resume.write_text(json.dumps(results, indent=1))
 
     families = {f"{kind}/{name}": (kind, name) for kind in KINDS for name in names(kind)}
-    chosen = sorted(matching(families, args.only))
+    chosen = sorted(matching(families, only))
     for key in chosen:
         if key not in results:
             specimen = family(*families[key])
@@ -178,10 +170,10 @@ def main() -> None:
             print(key, result, flush=True)
 
     done = [Result(**results[key]) for key in chosen]
-    if args.write:
+    if write:
         PAGE.write_text(document(done), encoding="utf-8")
     print(share(done))
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

@@ -126,7 +126,7 @@ def grid(
 def by_goals(heading: str, results: Iterable[Result], cell: Cell) -> str:
     """Return a table with a row for each method and a column for each goal, without the dense model."""
     pruned = in_order(run for run in results if run.method != "dense")
-    cells = [(LABELS[run.method], run.goal, cell(run)) for run in pruned]
+    cells = [(label(run), run.goal, cell(run)) for run in pruned]
     return grid(heading, cells, goals_of(pruned))
 
 
@@ -151,6 +151,16 @@ ORDER = list(LABELS)
 def in_order(results: Iterable[Result]) -> list[Result]:
     """Return results in the order of `LABELS`, and of their sparsities."""
     return sorted(results, key=lambda run: (ORDER.index(run.method), by_goal(run.goal)))
+
+
+def label(result: Result) -> str:
+    """Return how the method is written."""
+    return LABELS.get(result.method, result.method)
+
+
+def label_and_goal(result: Result) -> str:
+    """Return how the method is written, and its sparsity unless it is the dense model."""
+    return label(result) if result.method == "dense" else f"{label(result)}, {result.goal}"
 
 
 def goals_of(results: Iterable[Result]) -> list[str]:
@@ -239,7 +249,7 @@ def _noted(note: str, results: Sequence[Result]) -> str:
     noted = [run for run in results if run.note == note]
     if len(noted) == len(results):
         return ""
-    names = _distinct(f"{LABELS.get(run.method, run.method)}, {run.goal}" for run in noted)
+    names = _distinct(label_and_goal(run) for run in noted)
     return f"{'; '.join(names)}: " if len(names) <= 4 else "Some runs: "
 
 
@@ -270,7 +280,7 @@ def methods() -> str:
             worse.append(f"{LABELS[method]} ({', '.join(lost)})")
 
     others = [run for run in results if run.goal not in ("dense", *goals)]
-    other = [f"{LABELS[run.method]} {perplexity(run)} at {run.goal}" for run in others]
+    other = [f"{label(run)} {perplexity(run)} at {run.goal}" for run in others]
     sentences = f"Worse than Wanda: {', '.join(worse)}. Other sparsities: {', '.join(other)}."
     headings = ("perplexity", *goals, "seconds", "peak memory above the model, MiB")
     return f"{markdown(headings, rows)}\n\n{sentences}{source(results)}"
@@ -281,7 +291,7 @@ def demo() -> str:
     results = in_order(read_table("demo"))
     cells = []
     for run in results:
-        method = LABELS[run.method]
+        method = label(run)
         cells.append((method, "sparsity", run.goal if run.sparsity else "0"))
         cells.append((method, run.case["on"], perplexity(run)))
     columns = ["sparsity", "sklearn-docs", "python-docs"]
@@ -309,7 +319,7 @@ def reference() -> str:
     beside = list(alps)
     for method, run in product(("balanced", "best", "thorough"), alps):
         beside.append(usual[method, run.goal])
-    second = grid("perplexity", [(run.goal, LABELS[run.method], perplexity(run)) for run in beside])
+    second = grid("perplexity", [(run.goal, label(run), perplexity(run)) for run in beside])
     notes = _distinct(f"- {run.code}: {run.note}" for run in (*paper, *alps))
     return "\n\n".join([first, second, "\n".join(notes)]) + source(ours)
 
@@ -458,9 +468,7 @@ def tasks() -> str:
     perplexities = {}
     accuracies = []
     for run in results:
-        row = LABELS[run.method]
-        if run.method != "dense":
-            row += f", {run.goal}"
+        row = label_and_goal(run)
         # Tasks that were measured on another day may have another last digit; the lowest is shown.
         perplexities.setdefault(row, (row, "perplexity", perplexity(run)))
         for metric in ("acc", "acc_norm"):
@@ -478,7 +486,7 @@ def streaming() -> str:
     results.sort(key=lambda run: (run.model, run.method, run.case["layers"], run.name))
     rows = []
     for run in results:
-        choices = [LABELS[run.method], run.goal]
+        choices = [label(run), run.goal]
         for name, value in run.case.items():
             if name != "layers":
                 choices.append(f"{name} {value}")
@@ -512,7 +520,7 @@ def _by_number(
     shown.sort(key=lambda run: (ORDER.index(run.method), _count(run)))
     cells = []
     for run in shown:
-        cells.append((f"{LABELS[run.method]}, {_count(run):,} {noun}", run.goal, cell(run)))
+        cells.append((f"{label(run)}, {_count(run):,} {noun}", run.goal, cell(run)))
     return grid(heading, cells, goals)
 
 
@@ -593,7 +601,7 @@ def own_text() -> str:
     cells = []
     for text, runs in (("web text", web), ("text by the dense model", own)):
         for run in in_order(runs):
-            cells.append((f"{LABELS[run.method]}, {run.goal}", text, perplexity(run)))
+            cells.append((label_and_goal(run), text, perplexity(run)))
     return grid("perplexity", cells) + source([*own, *web])
 
 
@@ -613,7 +621,7 @@ def training() -> str:
     by_text = []
     names = []
     for run in results:
-        row = LABELS[run.method]
+        row = label(run)
         if "windows" in run.case:
             row += f", {run.case['windows']} windows in {run.case['steps']} steps"
         text = run.case.get("text")
@@ -707,7 +715,7 @@ def runtimes() -> str:
 
 
 def _worth_name(result: Result) -> str:
-    name, _, details = LABELS[result.method].partition(", ")
+    name, _, details = label(result).partition(", ")
     if result.goal != "dense":
         name += f" {result.goal.removesuffix(' of units')}"
     return ", ".join(filter(None, (name, details, result.case.get("numbers"))))
