@@ -81,16 +81,11 @@ def methods() -> dict[str, Any]:
     for method, code, label in COMPARED:
         table = read_table("methods" if code == OURS else "reference")
         cells = lookup(run for run in table if run.code == code)
-        points = {}
-        seconds = []
-        for goal in GOALS:
-            if (method, goal) in cells:
-                measured = cells[method, goal].measured
-                points[goal] = round(measured["perplexity"], 2)
-                # The seconds of other implementations are of machines whose state was not recorded.
-                if code == OURS:
-                    seconds.append(round(measured["seconds"]))
-        rows.append({"label": label, "perplexity": points, "seconds": seconds})
+        runs = {goal: cells[method, goal] for goal in GOALS if (method, goal) in cells}
+        perplexities = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
+        # The seconds of other implementations are of machines whose state was not recorded.
+        seconds = [round(run.measured["seconds"]) for run in runs.values() if code == OURS]
+        rows.append({"label": label, "perplexity": perplexities, "seconds": seconds})
     return {"dense": _dense(), "rows": rows}
 
 

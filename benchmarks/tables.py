@@ -123,10 +123,15 @@ def grid(
     return markdown([heading, *headings], rows)
 
 
-def by_goals(heading: str, results: Iterable[Result], cell: Cell) -> str:
+def label(result: Result) -> str:
+    """Return how the method is written."""
+    return LABELS.get(result.method, result.method)
+
+
+def by_goals(heading: str, results: Iterable[Result], cell: Cell, row: Cell = label) -> str:
     """Return a table with a row for each method and a column for each goal, without the dense model."""
     pruned = in_order(run for run in results if run.method != "dense")
-    cells = [(label(run), run.goal, cell(run)) for run in pruned]
+    cells = [(row(run), run.goal, cell(run)) for run in pruned]
     return grid(heading, cells, goals_of(pruned))
 
 
@@ -153,11 +158,6 @@ def in_order(results: Iterable[Result]) -> list[Result]:
     return sorted(results, key=lambda run: (ORDER.index(run.method), by_goal(run.goal)))
 
 
-def label(result: Result) -> str:
-    """Return how the method is written."""
-    return LABELS.get(result.method, result.method)
-
-
 def label_and_goal(result: Result) -> str:
     """Return how the method is written, and its sparsity unless it is the dense model."""
     return label(result) if result.method == "dense" else f"{label(result)}, {result.goal}"
@@ -166,6 +166,11 @@ def label_and_goal(result: Result) -> str:
 def goals_of(results: Iterable[Result]) -> list[str]:
     """Return the sparsities that were measured: percentages, then N:M."""
     return sorted({result.goal for result in results} - {"dense"}, key=by_goal)
+
+
+def dense_of(results: Iterable[Result]) -> Result:
+    """Return the run of the dense model."""
+    return next(run for run in results if run.method == "dense")
 
 
 def number(result: Result | None, quantity: str, form: str = ".4g") -> str:
@@ -188,10 +193,12 @@ def seconds(result: Result | None) -> str:
 
 def perplexity(result: Result | None) -> str:
     """Return perplexity with four digits."""
-    if result is None:
-        return ""
-    value = result.measured["perplexity"]
-    return f"{value:.0f}" if value >= 1000 else f"{value:#.4g}"
+    is_large = result is not None and _perplexity(result) >= 1000
+    return number(result, "perplexity", ".0f" if is_large else "#.4g")
+
+
+def _perplexity(result: Result) -> float:
+    return result.measured["perplexity"]
 
 
 def with_seconds(result: Result | None) -> str:
@@ -261,7 +268,7 @@ def methods() -> str:
     """Perplexity, seconds and memory of all methods with a language model."""
     results = in_order(read_table("methods"))
     goals = ["50 %", "60 %", "70 %", "2:4"]
-    wanda = {run.goal: run.measured["perplexity"] for run in results if run.method == "wanda"}
+    wanda = {run.goal: _perplexity(run) for run in results if run.method == "wanda"}
     rows = []
     worse = []
     for method, group in groupby(results, lambda run: run.method):
@@ -272,10 +279,7 @@ def methods() -> str:
         peak = f"{max(peaks):.0f}" if any(peaks) else ""
         rows.append([LABELS[method], *cells, times, peak])
 
-        lost = []
-        for goal, run in runs.items():
-            if run.measured["perplexity"] > wanda.get(goal, math.inf):
-                lost.append(goal)
+        lost = [goal for goal, run in runs.items() if _perplexity(run) > wanda.get(goal, math.inf)]
         if lost and method != "magnitude":
             worse.append(f"{LABELS[method]} ({', '.join(lost)})")
 
@@ -316,9 +320,8 @@ def reference() -> str:
     first = markdown(("method", "sparsity", "ours", "reference code"), rows)
 
     # Without seconds: those of ALPS are of a machine whose state was not recorded.
-    beside = list(alps)
-    for method, run in product(("balanced", "best", "thorough"), alps):
-        beside.append(usual[method, run.goal])
+    presets = product(("balanced", "best", "thorough"), (run.goal for run in alps))
+    beside = [*alps, *(usual[preset] for preset in presets)]
     second = grid("perplexity", [(run.goal, label(run), perplexity(run)) for run in beside])
     notes = _distinct(f"- {run.code}: {run.note}" for run in (*paper, *alps))
     return "\n\n".join([first, second, "\n".join(notes)]) + source(ours)
@@ -356,9 +359,9 @@ def _by_model(results: Sequence[Result], cell: Cell) -> str:
     """Return one table for each trained model."""
     parts = []
     for (weights, model), group in by_model(results).items():
-        (dense,) = (run for run in group if run.method == "dense")
         name = f"`{model}` with the weights `{weights}`" if weights else f"`{model}`"
-        parts += [f"{name}, {percent(dense, 'top1')} dense:", by_goals("method", group, cell)]
+        dense = percent(dense_of(group), "top1")
+        parts += [f"{name}, {dense} dense:", by_goals("method", group, cell)]
     return "\n\n".join(parts) + source_of_data(results)
 
 
@@ -464,7 +467,7 @@ def quantization() -> str:
 
 def tasks() -> str:
     """Zero-shot accuracy beside perplexity."""
-    results = sorted(read_table("tasks"), key=lambda run: run.measured["perplexity"])
+    results = sorted(read_table("tasks"), key=_perplexity)
     perplexities = {}
     accuracies = []
     for run in results:
@@ -486,13 +489,17 @@ def streaming() -> str:
     results.sort(key=lambda run: (run.model, run.method, run.case["layers"], run.name))
     rows = []
     for run in results:
-        choices = [label(run), run.goal]
-        for name, value in run.case.items():
-            if name != "layers":
-                choices.append(f"{name} {value}")
-        peak = number(run, "peak_rss_mib", ".0f")
-        moved = [number(run, name, ".2f") for name in ("read_gb", "written_gb")]
-        rows.append([run.model, ", ".join(choices), str(run.case["layers"]), peak, *moved])
+        choices = [f"{name} {value}" for name, value in run.case.items() if name != "layers"]
+        rows.append(
+            [
+                run.model,
+                ", ".join([label_and_goal(run), *choices]),
+                str(run.case["layers"]),
+                number(run, "peak_rss_mib", ".0f"),
+                number(run, "read_gb", ".2f"),
+                number(run, "written_gb", ".2f"),
+            ]
+        )
     headings = ("model", "choices", "layers", "peak, MiB", "GB read", "GB written")
     return markdown(headings, rows) + source(results)
 
@@ -517,11 +524,8 @@ def _by_number(
     methods = {run.method for run in more if run.calibration}
     goals = goals_of(more)
     shown = [run for run in (*more, *usual) if run.method in methods and run.goal in goals]
-    shown.sort(key=lambda run: (ORDER.index(run.method), _count(run)))
-    cells = []
-    for run in shown:
-        cells.append((f"{label(run)}, {_count(run):,} {noun}", run.goal, cell(run)))
-    return grid(heading, cells, goals)
+    shown.sort(key=_count)
+    return by_goals(heading, shown, cell, lambda run: f"{label(run)}, {_count(run):,} {noun}")
 
 
 def _count(run: Result) -> int:
@@ -544,7 +548,7 @@ PAIRS = (  # methods whose accuracy is compared on the same images
 def paired_photos() -> str:
     """Differences of the accuracy between presets on the same images, each with its standard error."""
     results = [*read_table("photos"), *read_table("more_photos")]
-    dense = next(run for run in results if run.method == "dense")
+    dense = dense_of(results)
     pruned = sorted((run for run in results if run.calibration), key=_count)
     runs = {(run.method, run.goal, _count(run)): run for run in pruned}
     cells = []
@@ -559,8 +563,8 @@ def paired_photos() -> str:
 
 def _paired(*runs: Result) -> str:
     """Return the difference of two accuracies on the same images in points, and its standard error."""
-    first, second = (from_hexadecimal(run.correct, run.evaluation.windows) for run in runs)
-    differences = 100.0 * np.subtract(first, second, dtype=float)
+    correct = [from_hexadecimal(run.correct, run.evaluation.windows) for run in runs]
+    differences = 100.0 * np.subtract(*correct, dtype=float)
     return f"{differences.mean():+.1f} ({sem(differences):.1f})"
 
 
@@ -575,12 +579,9 @@ def draws() -> str:
         dict.fromkeys(run.method for run in more),
         (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs")),
     ):
-        runs = [run for run in (*usual, *more) if run.method == method]
+        runs = [run for run in (*usual, *more) if run.method == method and quantity in run.measured]
         for goal in goals:
-            values = []
-            for run in runs:
-                if run.goal in (goal, "dense") and quantity in run.measured:
-                    values.append(run.measured[quantity])
+            values = [run.measured[quantity] for run in runs if run.goal in (goal, "dense")]
             cells.append((f"{LABELS[method]}, {text}", goal, mean_and_range(values)))
     return grid("perplexity", cells, goals)
 
@@ -608,7 +609,7 @@ def own_text() -> str:
 def experts() -> str:
     """Perplexity of a small mixture without some of its experts."""
     results = read_table("experts")
-    dense = perplexity(next(run for run in results if run.method == "dense"))
+    dense = perplexity(dense_of(results))
     return by_goals(f"perplexity (dense {dense})", results, perplexity) + source(results)
 
 

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -191,10 +192,8 @@ def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
         return seconds(generate)
 
     clocks = {}
-    for size in BATCHES:
-        clocks[f"prefill_{size}"] = partial(prefill, size)
-    for size in BATCHES:
-        clocks[f"decode_{size}"] = partial(decode, size)
+    for clock, size in product((prefill, decode), BATCHES):
+        clocks[f"{clock.__name__}_{size}"] = partial(clock, size)
     return clocks
 
 
