@@ -54,14 +54,13 @@ from wanda_lightning.planning.plan import make_plan
 Choices = dict[str, Any]  # arguments of `prune`, without the sparsity
 Measured = dict[str, float]
 
-NAMED: dict[str, Choices] = {name: {"method": name} for name in (*METHODS, *PRESETS)}
 TEXT: dict[str, Choices] = {
-    **{name: NAMED[name] for name in METHODS if not name.startswith("ablate_")},
+    **{name: {"method": name} for name in METHODS if not name.startswith("ablate_")},
     "sparsegpt at layer": {"method": "sparsegpt", "sequential": "layer"},
     "variant": {"method": "wanda", "pattern": EqualShare()},
     "owl": {"method": "wanda", "allocation": OWL()},
     "fisher": {"method": "wanda", "allocation": Fisher(num_samples=8)},
-    **{name: NAMED[name] for name in PRESETS},
+    **{name: {"method": name} for name in PRESETS},
     "thorough, 3 passes": {"method": "thorough", "recovery": Distil(passes=3)},
     "admm+reconstruct": {"method": "admm", "recovery": "reconstruct"},
     "wanda+permutation": {"method": "wanda", "permutation": "assignment"},
@@ -80,14 +79,10 @@ def _biases_kept(name: str) -> Choices:
 
 
 IMAGES: dict[str, Choices] = {
-    "magnitude": NAMED["magnitude"],
-    "wanda, row": NAMED["wanda"],
+    "magnitude": TEXT["magnitude"],
+    "wanda, row": TEXT["wanda"],
     "wanda, layer": {"method": "wanda", "pattern": Unstructured("layer")},
-    "sparsegpt": NAMED["sparsegpt"],
-    "refit": NAMED["refit"],
-    "balanced": NAMED["balanced"],  # `fast` is Wanda within rows
-    "best": NAMED["best"],
-    "thorough": NAMED["thorough"],
+    **{name: TEXT[name] for name in ("sparsegpt", "refit", "balanced", "best", "thorough")},
     "refit, biases kept": _biases_kept("refit"),
     "balanced, biases kept": _biases_kept("balanced"),
     "best, biases kept": _biases_kept("best"),

@@ -6,7 +6,7 @@
 
 Prunes a language model to 50 % with Wanda. Each scheme quantizes and dequantizes every pruned matrix of a copy in
 float32. `zeros kept` is the share of the pruned weights that are still exactly zero, `new zeros` the share of the kept
-weights that became zero. Quantizers that are not installed, or do not run on this machine, are named at the end.
+weights that became zero. Quantizers that are not installed, or do not run on this machine, are named.
 """
 
 import copy
@@ -149,15 +149,13 @@ def main(options: Options) -> None:
     prune(model, language.calibration, 0.5, method="wanda", progress=False)
     pruned = replace(language.planned, method="wanda", sparsity=0.5, arguments={"method": "wanda"})
 
-    failures = []
     for (package, name), scheme in SCHEMES.items():
         planned = replace(pruned, case={"quantizer": package, "scheme": name})
         try:
             runs(planned, partial(measure, model, scheme, language.evaluation))
         except Exception as error:
             reason = " ".join(str(error).split())
-            failures.append(f"Not measured: {package} {name}: {type(error).__name__}: {reason}")
-    print("\n".join(failures))
+            print(f"Not measured: {package} {name}: {type(error).__name__}: {reason}")
 
 
 if __name__ == "__main__":
