@@ -169,7 +169,7 @@ class Comparison:
 
 def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
     """Return what is timed for a language model."""
-    filled: dict[int, Any] = {}
+    filled: dict[tuple[int, torch.dtype], Any] = {}
 
     def fill(size: int, model: Any) -> Any:
         ids = torch.randint(vocabulary, (size, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -179,10 +179,11 @@ def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
         return seconds(lambda: fill(size, model))
 
     def decode(size: int, model: Any) -> float:
-        if size not in filled:
-            # Its keys and values have the same shapes in all models.
-            filled[size] = fill(size, model)
-        cache = copy.deepcopy(filled[size])
+        # Keys and values have the same shapes in all models.
+        key = (size, model.dtype)
+        if key not in filled:
+            filled[key] = fill(size, model)
+        cache = copy.deepcopy(filled[key])
         token = torch.ones(size, 1, dtype=torch.long)
 
         def generate() -> None:
