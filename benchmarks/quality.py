@@ -154,7 +154,7 @@ def prune_cells(
         try:
             make_plan(PruningConfig.from_names(**choices), model)
         except ValueError as error:
-            print(f"{name}, {goal}: {str(error).partition(', but ')[0].partition('. ')[0]}")
+            print(f"Not measured: {name}, {goal}: {error}")
             continue
         target = sparsity_of(goal)
         arguments = {key: str(value) for key, value in choices.items() if key not in target}

@@ -154,8 +154,7 @@ def main(options: Options) -> None:
         try:
             runs(planned, partial(measure, model, scheme, language.evaluation))
         except Exception as error:
-            reason = " ".join(str(error).split())
-            print(f"Not measured: {package} {name}: {type(error).__name__}: {reason}")
+            print(f"Not measured: {package} {name}: {error!r}")
 
 
 if __name__ == "__main__":
