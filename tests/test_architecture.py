@@ -145,6 +145,23 @@ def test_no_files_import_each_other_in_a_circle():
     assert set(TopologicalSorter(imported).static_order()) == files.keys()
 
 
+# Each room exports its names from this file.
+SAME_NAMES = {"__init__"}
+
+
+def test_a_file_has_another_name_than_the_files_of_other_rooms():
+    rooms = {}
+    for file in FILES:
+        rooms.setdefault(Path(file).stem, set()).add(room_of(file))
+    twice = {name: sorted(homes) for name, homes in rooms.items() if len(homes) > 1}
+    assert twice.keys() <= SAME_NAMES, f"a name says what is inside, and in which room: {twice}"
+
+
+@pytest.mark.parametrize("flag", ["drops_experts", "prunes_units"])
+def test_no_code_asks_which_kind_of_removal_it_has(flag):
+    assert [file for file in FILES if flag in text_of(file)] == []
+
+
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
