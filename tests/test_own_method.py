@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.own_criterion import Power
 from torch import nn
 from user_of_types import Power
 

@@ -67,7 +67,7 @@ class UnitSearch:
         # Index of the right candidate for readers with the same name and shape in blocks alike.
         self._right_candidates: dict[tuple[object, ...], int] = {}
 
-    def _first_right(
+    def first_right(
         self,
         reader: Layer,
         block: Stop,
@@ -101,5 +101,5 @@ class UnitSearch:
             self._right_candidates.setdefault(key, _NONE_IS_RIGHT)
         return None
 
-    def _is_tied(self, units: HiddenUnits | RemovableUnits) -> bool:
+    def is_tied(self, units: HiddenUnits | RemovableUnits) -> bool:
         return any((slot.module, slot.name) in self._tied for slot in units.slots)
