@@ -1,7 +1,7 @@
 """Private names of other libraries: one file uses each, for a reason, and the library still has it.
 
-The table is `private_names.txt`. The scan is pragmatic: it takes `x._name`, `import _name`, the text `"_name"`, and methods
-that nothing in the package calls, unless the same file defines the name.
+The table is `private_names.txt`. The scan is pragmatic: it takes `x._name`, `import _name`, the text `"_name"`, and
+methods that nothing in the package calls, unless the same file defines the name.
 """
 
 import ast

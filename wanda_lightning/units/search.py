@@ -102,4 +102,5 @@ class UnitSearch:
         return None
 
     def is_tied(self, units: HiddenUnits | RemovableUnits) -> bool:
+        """Whether a tensor of the units shares its memory with another one."""
         return any((slot.module, slot.name) in self._tied for slot in units.slots)
