@@ -60,7 +60,7 @@ def make_report(run: Run, removal: Removal) -> PruningReport:
         notes=tuple(note.text for note in notes),
         training=run.training,
     )
-    return removal.complete(report)
+    return removal.complete(plan, report)
 
 
 def _count_parameters(run: Run) -> tuple[int, int]:

@@ -117,6 +117,6 @@ class Removal(ABC):
         limits = plan.config.allocation.limits(plan.config.sparsity)
         return {"allocation_limits": list(limits)} if limits else {}
 
-    def complete(self, report: PruningReport) -> PruningReport:
+    def complete(self, plan: Plan, report: PruningReport) -> PruningReport:
         """Return the report with what only this kind of removal knows."""
         return report
