@@ -79,6 +79,7 @@ def gradients(
             lambda _: None,
             processes,
             GradientLimit(samples, predictions),
+            {},
         )
 
 

@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.interception import Product, intercept
+from wanda_lightning.calibration.interception import Multiply, Product, intercept
 from wanda_lightning.calibration.recomputing import recomputing
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
 from wanda_lightning.models import Layer, find_predictions, fitting_mask
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import Processes
+
+Tick = Callable[[int | None], None]
 
 
 def gradient_statistics(
@@ -28,10 +29,10 @@ def gradient_statistics(
     layers: Sequence[Layer],
     blocks: Sequence[nn.Module],
     samples: Samples,
-    tick: Callable[[int | None], None] = lambda _: None,
-    processes: Processes = SINGLE_PROCESS,
-    limit: GradientLimit = GradientLimit(),
-    columns: Mapping[str, int] = MappingProxyType({}),
+    tick: Tick,
+    processes: Processes,
+    limit: GradientLimit,
+    columns: Mapping[str, int],
 ) -> dict[str, GradientStatistics]:
     """Sum squared inputs and gradients of each layer over the tokens.
 
@@ -74,7 +75,7 @@ def gradient_statistics(
 def check_predictions(layers: Sequence[Layer], sample: Sample) -> None:
     """Raise the errors of `gradient_statistics` that one forward pass of a sample shows."""
 
-    def without_sums(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+    def without_sums(products: list[Product], multiply: Multiply) -> Tensor:
         return multiply().detach().requires_grad_().clone()
 
     with torch.enable_grad(), intercept(layers, without_sums):
@@ -129,7 +130,7 @@ class _BackwardPasses:
         self._wanted = math.inf if limit.samples is None else limit.samples
         self._predictions = 0  # of one sample, as soon as one has run
 
-    def run(self, tick: Callable[[int | None], None]) -> None:
+    def run(self, tick: Tick) -> None:
         """Run all passes; `tick` gets the expected number of rounds left."""
         batches = iter(self._samples)
         done = 0
@@ -295,7 +296,7 @@ class _Sums:
         self.reached = torch.zeros(len(layers), dtype=torch.int64)  # how often, in this order
         self._indices = {layer.name: index for index, layer in enumerate(layers)}
 
-    def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+    def __call__(self, products: list[Product], multiply: Multiply) -> Tensor:
         """Return the product, whose backward pass adds to the sums."""
         if not torch.is_grad_enabled():  # no gradient reaches this product
             return multiply()
@@ -310,11 +311,9 @@ class _Sums:
     def _input(self, product: Product) -> _Input:
         layer = product.layer
         tokens = layer.tokens(product.tokens.detach()).float()
-        squares = tokens.square()
-        if self.by_layer[layer.name].units is None:
-            return _Input(product, squares, None)
         # A copy, because the model may write into its activations before the backward pass.
-        return _Input(product, squares, tokens.clone())
+        copied = None if self.by_layer[layer.name].units is None else tokens.clone()
+        return _Input(product, tokens.square(), copied)
 
     def _add(self, inputs: Sequence[_Input], gradient: Tensor) -> None:
         for entry in inputs:

@@ -54,7 +54,10 @@ class Product(NamedTuple):
         return output.select(-3, self.slot)
 
 
-OnProduct = Callable[[list[Product], Callable[[], Tensor]], Tensor]
+Multiply = Callable[[], Tensor]
+"""Computes a product."""
+
+OnProduct = Callable[[list[Product], Multiply], Tensor]
 
 _PRODUCTS_WITH_BIAS = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
 _MATMULS = {
@@ -108,7 +111,7 @@ class WeightInterceptor(TorchFunctionMode):
             return self._attend(*args, **kwargs)
         return call()
 
-    def _multiply(self, func: Any, call: Callable[[], Tensor], first: Any, second: Any) -> Tensor:
+    def _multiply(self, func: Any, call: Multiply, first: Any, second: Any) -> Tensor:
         """Compute a product, which may be one of tokens and a weight, or of a weight and tokens."""
         if not (_is_plain(first) and _is_plain(second) and second.ndim > 1):
             return call()

@@ -153,13 +153,10 @@ class Samples:
         """
         batches = iter(self._batches)
         first: list[Sample] = []
-        size = 0
-        while size < count:
-            batch = next(batches, _NONE_LEFT)
-            if batch is _NONE_LEFT:
+        for index, batch in enumerate(batches):
+            first.append(self._sample(batch, index, self._separable(batch)))
+            if sum(sample.size for sample in first) >= count:
                 break
-            first.append(self._sample(batch, len(first), self._separable(batch)))
-            size += first[-1].size
         if not isinstance(self._batches, list):
             self._batches = chain([sample.batch for sample in first], batches)
         return first
@@ -211,9 +208,6 @@ class Samples:
         forward = partial(_run, self._forward, batch, index)
         predict = partial(_run, self._predict, batch, index)
         return Sample(forward, predict, batch, token_masks(self._model, batch), size, index)
-
-
-_NONE_LEFT = object()
 
 
 def _checked(batches: object, reader: object) -> Iterable[Any]:
