@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,16 +61,14 @@ def gradient_statistics(
     ):
         passes.run(tick)
 
-    tensors = [sums.reached]
+    reached = torch.tensor([sums.reached[name] for name in sums.by_layer])
+    tensors = [reached]
     for total in sums.by_layer.values():
         tensors += _tensors(total)
     processes.all_reduce_sum(tensors)
-    _refuse_unusable(sums.by_layer, bool(sums.reached.any()))
-    return {
-        layer.name: sums.by_layer[layer.name]
-        for layer, times in zip(layers, sums.reached.tolist(), strict=True)
-        if times
-    }
+    _refuse_unusable(sums.by_layer, bool(reached.any()))
+    pairs = zip(sums.by_layer.items(), reached.tolist(), strict=True)
+    return dict(item for item, times in pairs if times)
 
 
 def check_predictions(layers: Sequence[Layer], sample: Sample) -> None:
@@ -293,8 +292,7 @@ class _Sums:
 
     def __init__(self, layers: Sequence[Layer], columns: Mapping[str, int]) -> None:
         self.by_layer = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
-        self.reached = torch.zeros(len(layers), dtype=torch.int64)  # how often, in this order
-        self._indices = {layer.name: index for index, layer in enumerate(layers)}
+        self.reached: Counter[str] = Counter()  # how often, by the name of the layer
 
     def __call__(self, products: list[Product], multiply: Multiply) -> Tensor:
         """Return the product, whose backward pass adds to the sums."""
@@ -334,7 +332,7 @@ class _Sums:
                 total.units.add_(of_units.square_().sum(dim=0))
             # The tokens of other experts are zeros.
             is_reached = layer.expert is None or bool(entry.squares.any())
-            self.reached[self._indices[layer.name]] += is_reached
+            self.reached[layer.name] += is_reached
 
 
 def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:

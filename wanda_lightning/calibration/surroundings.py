@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cuda
 
 from wanda_lightning.calibration.interception import WeightInterceptor
 from wanda_lightning.calibration.snapshot import ABSENT, Attributes, Change, Snapshot, set_or_delete
@@ -144,14 +145,14 @@ class TorchState:
     """
 
     def __init__(self) -> None:
-        devices = {"cpu"}
+        devices = ["cpu"]
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is not None:
-            devices.add(accelerator.type)
+            devices.append(accelerator.type)
         self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
         self._gradients = torch.is_grad_enabled()
-        self._autocast = [_present_autocast(device) for device in sorted(devices)]
+        self._autocast = [_present_autocast(device) for device in devices]
         self._default_device = torch.get_default_device()
         self._settings = [setting.read() for setting in _SETTINGS]
         self._functions, self._dispatch = active_modes()
@@ -239,12 +240,10 @@ class _Setting(NamedTuple):
 _SETTINGS = (
     _Setting(torch.get_default_dtype, torch.set_default_dtype),
     _Setting(_anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode)),
-    _Setting(torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    _Setting(
-        torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp
-    ),
-    _Setting(torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    _Setting(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    _Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    _Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    _Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    _Setting(cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
 )
 
 
