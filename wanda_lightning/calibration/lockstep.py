@@ -306,9 +306,7 @@ class _Batch(greenlet):
         """Run the model's forward until its end (called by `advance`)."""
         self._sample.forward()
 
-    def park(
-        self, stop: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def park(self, stop: int, forward: Forward, args: Any, kwargs: Any) -> Any:
         """Wait at a stop for the output of its module (called in the batch)."""
         if self._ended:  # the model caught `GreenletExit`, or calls a module in a `finally` block
             raise GreenletExit

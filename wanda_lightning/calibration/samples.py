@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import (
+    BatchFunction,
     batch_size,
     concatenated,
     detached,
@@ -56,8 +57,8 @@ class Samples:
         self,
         model: nn.Module,
         batches: Iterable[Any] | None,
-        forward: Callable[[Any], object] | None,
-        predict: Callable[[Any], object] | None,
+        forward: BatchFunction | None,
+        predict: BatchFunction | None,
         processes: Processes,
         reader: object,
     ) -> None:
@@ -229,12 +230,12 @@ def fit_together(samples: Sequence[Sample]) -> bool:
     return are_alike and samples[0].size == batch_size(batches[0])
 
 
-def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
+def _run(forward: BatchFunction, batch: Any, index: int) -> object:
     with naming_batch(index, batch):
         return forward(batch)
 
 
-def _on_copy(forward: Callable[[Any], object], batch: Any) -> object:
+def _on_copy(forward: BatchFunction, batch: Any) -> object:
     """Run a batch that the model may write into, or take keys from: later passes and the caller read it again."""
     return forward(clone_arguments(batch))
 
