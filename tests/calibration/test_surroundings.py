@@ -6,11 +6,14 @@ import threading
 import time
 from contextvars import ContextVar, copy_context
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.chains import through
 from support.refusals import refusal
+from support.samples import calls_of
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -107,18 +110,18 @@ def not_writing(model, x):
 SCALE = ContextVar("scale")  # without a default: reading it in another context raises LookupError
 
 
-def with_variable(model, x):
+def set_variable(model, x):
     SCALE.set(1 / deviation(x))
+
+
+def with_variable(model, x):
+    set_variable(model, x)
     return in_order(model, x)
 
 
 def with_variable_in_a_context(model, x):
     """In a context that the model enters itself."""
     return copy_context().run(with_variable, model, x)
-
-
-def set_next(_, x):
-    SCALE.set(1 / deviation(x))
 
 
 def with_next_scale(model, x):
@@ -156,13 +159,13 @@ def with_gains(model, x):
     return x
 
 
-def with_attribute(model, x):
-    model.scale = 1 / deviation(x)
-    return in_order(model, x)
-
-
 def set_attribute(model, x):
     model.scale = 1 / deviation(x)
+
+
+def with_attribute(model, x):
+    set_attribute(model, x)
+    return in_order(model, x)
 
 
 def with_attributes_of_blocks(model, x):
@@ -183,7 +186,7 @@ def in_a_loop(model, x, **scale):
 
 
 def with_attribute_in_a_loop(model, x):
-    model.scale = 1 / deviation(x)
+    set_attribute(model, x)
     return in_a_loop(model, x)
 
 
@@ -191,7 +194,7 @@ MODELS = {
     "writes into its batch": ([writing], [not_writing]),
     "own context": ([with_variable_in_a_context, lambda model, x: SCALE.get()], [with_scale]),
     "variable of a block": (
-        [with_variable, lambda model, x: SCALE.get(), set_next],
+        [with_variable, lambda model, x: SCALE.get(), set_variable],
         [with_next_scale],
     ),
     "a mode for each block": ([in_modes], [with_gains]),
@@ -290,7 +293,9 @@ def test_gradients_inside_of_a_forward(sequential):
 
     for name, layer in dense.named_modules():
         if name.startswith("blocks") and isinstance(layer, nn.Linear):
-            scores = layer.weight.abs() * norms(dense, layer).sqrt()
+            calls = calls_of(dense, [name], batches())[name]
+            square_sum = sum(x.square().sum(dim=(0, 1)) for (x,) in calls)
+            scores = layer.weight.abs() * square_sum.sqrt()
             smallest = scores.argsort(dim=1, stable=True)[:, : layer.in_features // 2]
             expected = layer.weight.detach().scatter(1, smallest, 0)
             assert torch.equal(model.get_submodule(name).weight == 0, expected == 0), name
@@ -299,21 +304,8 @@ def test_gradients_inside_of_a_forward(sequential):
             layer.load_state_dict(model.get_submodule(name).state_dict())
 
 
-def norms(model, layer):
-    """The sum of squares of what enters a layer in plain passes of the whole model."""
-    total = torch.zeros(layer.in_features)
-    hook = layer.register_forward_pre_hook(
-        lambda _, args: total.add_(args[0].detach().square().sum(dim=(0, 1)))
-    )
-    for x in batches():
-        model(x)
-    hook.remove()
-    return total
-
-
 TRANSFORMS = {
     "vmap": lambda function, x: torch.func.vmap(function)(x),
-    "jvp": lambda function, x: torch.func.jvp(function, (x,), (torch.ones_like(x),))[0],
     "grad": lambda function, x: torch.func.grad(lambda y: function(y).sum())(x),
     "dual": lambda function, x: dual(function, x),
 }
@@ -365,24 +357,18 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("sequential", ["layer", "block"])
-@pytest.mark.parametrize("places", ["all blocks", "each block", "the first two"])
+@pytest.mark.parametrize("runs", [[3], [1, 1, 1], [2]], ids=["all blocks", "each block", "two"])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_a_setting_of_the_process_is_as_before_afterwards(setting, places, sequential):
+def test_a_setting_of_the_process_is_as_before_afterwards(setting, runs, sequential):
     enter, current = SETTINGS[setting]
 
     def run(model, x):
-        if places == "all blocks":
+        remaining = iter(model.blocks)
+        for count in runs:
             with enter():
-                return in_order(model, x)
-        if places == "the first two":
-            with enter():
-                x = model.blocks[1](model.blocks[0](x))
-            return model.blocks[2](x)
-        for block in model.blocks:
-            with enter():
-                x = block(x)
-        return x
+                x = through(islice(remaining, count), x)
+        return through(remaining, x)
 
     before = current()
     prune(Net(run), batches(), progress=False, sequential=sequential)
@@ -393,7 +379,7 @@ def test_a_batch_that_waits_for_a_lock_of_another_is_reported(monkeypatch, caplo
     """It would wait forever, so the test releases the lock when the report has come."""
     monkeypatch.setattr(stall_watch, "PATIENCE", 0.2)
     monkeypatch.setattr(stall_watch.StallWatch, "reported", False)
-    lock = threading.Lock()
+    lock = threading.Semaphore()
 
     def locked(model, x):
         lock.acquire()
@@ -405,10 +391,7 @@ def test_a_batch_that_waits_for_a_lock_of_another_is_reported(monkeypatch, caplo
         deadline = time.monotonic() + 20
         while "sequential='none'" not in caplog.text and time.monotonic() < deadline:
             time.sleep(0.02)
-        for _ in range(50):
-            with contextlib.suppress(RuntimeError):
-                lock.release()
-            time.sleep(0.02)
+        lock.release(10)
 
     releasing = threading.Thread(target=release)
     with caplog.at_level(logging.WARNING):

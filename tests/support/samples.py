@@ -77,6 +77,7 @@ def gradients(
             lambda _: None,
             processes,
             GradientLimit(samples, predictions),
+            {},
         )
 
 

@@ -21,6 +21,9 @@ from wanda_lightning.models import find_predictions
 
 log = logging.getLogger(__name__)
 
+BatchFunction = Callable[[Any], object]
+"""Runs a batch through a model."""
+
 # Tensors to which transformers gives one row for each sample.
 _ONE_ROW_EACH = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "labels")
 
@@ -111,7 +114,7 @@ _CLASSES = 256  # to compare; there may be many, such as a vocabulary
 
 
 @torch.no_grad()
-def run_alone(predict: Callable[[Any], object], batch: Any) -> bool:
+def run_alone(predict: BatchFunction, batch: Any) -> bool:
     """Whether the last two samples of a batch have the same predictions alone as together, apart from rounding.
 
     Time steps do not; in a causal model, the earlier one does. True if the model has no predictions, or fails anyway.
@@ -128,7 +131,7 @@ def run_alone(predict: Callable[[Any], object], batch: Any) -> bool:
     return is_same
 
 
-def _predicts_the_same(predict: Callable[[Any], object], batch: Any) -> bool:
+def _predicts_the_same(predict: BatchFunction, batch: Any) -> bool:
     """Whether the last two samples of a batch have the same predictions alone as together."""
 
     def predictions(start: int, stop: int) -> Tensor:
@@ -146,7 +149,7 @@ def _predicts_the_same(predict: Callable[[Any], object], batch: Any) -> bool:
     return not bool((alone - together).norm() > _SAME * together.norm())
 
 
-def _fails(predict: Callable[[Any], object], batch: Any) -> bool:
+def _fails(predict: BatchFunction, batch: Any) -> bool:
     with suppress(Exception):
         predict(batch)
         return False

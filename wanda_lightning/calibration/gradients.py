@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.interception import Product, intercept
+from wanda_lightning.calibration.interception import Multiply, Product, intercept
 from wanda_lightning.calibration.recomputing import recomputing
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
 from wanda_lightning.models import Layer, find_predictions, fitting_mask
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import Processes
+
+Tick = Callable[[int | None], None]
 
 
 def gradient_statistics(
@@ -28,10 +30,10 @@ def gradient_statistics(
     layers: Sequence[Layer],
     blocks: Sequence[nn.Module],
     samples: Samples,
-    tick: Callable[[int | None], None] = lambda _: None,
-    processes: Processes = SINGLE_PROCESS,
-    limit: GradientLimit = GradientLimit(),
-    columns: Mapping[str, int] = MappingProxyType({}),
+    tick: Tick,
+    processes: Processes,
+    limit: GradientLimit,
+    columns: Mapping[str, int],
 ) -> dict[str, GradientStatistics]:
     """Sum squared inputs and gradients of each layer over the tokens.
 
@@ -59,22 +61,20 @@ def gradient_statistics(
     ):
         passes.run(tick)
 
-    tensors = [sums.reached]
+    reached = torch.tensor([sums.reached[name] for name in sums.by_layer])
+    tensors = [reached]
     for total in sums.by_layer.values():
         tensors += _tensors(total)
     processes.all_reduce_sum(tensors)
-    _refuse_unusable(sums.by_layer, bool(sums.reached.any()))
-    return {
-        layer.name: sums.by_layer[layer.name]
-        for layer, times in zip(layers, sums.reached.tolist(), strict=True)
-        if times
-    }
+    _refuse_unusable(sums.by_layer, bool(reached.any()))
+    pairs = zip(sums.by_layer.items(), reached.tolist(), strict=True)
+    return dict(item for item, times in pairs if times)
 
 
 def check_predictions(layers: Sequence[Layer], sample: Sample) -> None:
     """Raise the errors of `gradient_statistics` that one forward pass of a sample shows."""
 
-    def without_sums(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+    def without_sums(products: list[Product], multiply: Multiply) -> Tensor:
         return multiply().detach().requires_grad_().clone()
 
     with torch.enable_grad(), intercept(layers, without_sums):
@@ -129,7 +129,7 @@ class _BackwardPasses:
         self._wanted = math.inf if limit.samples is None else limit.samples
         self._predictions = 0  # of one sample, as soon as one has run
 
-    def run(self, tick: Callable[[int | None], None]) -> None:
+    def run(self, tick: Tick) -> None:
         """Run all passes; `tick` gets the expected number of rounds left."""
         batches = iter(self._samples)
         done = 0
@@ -292,10 +292,9 @@ class _Sums:
 
     def __init__(self, layers: Sequence[Layer], columns: Mapping[str, int]) -> None:
         self.by_layer = {layer.name: _zeros(layer, columns.get(layer.name)) for layer in layers}
-        self.reached = torch.zeros(len(layers), dtype=torch.int64)  # how often, in this order
-        self._indices = {layer.name: index for index, layer in enumerate(layers)}
+        self.reached: Counter[str] = Counter()  # how often, by the name of the layer
 
-    def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+    def __call__(self, products: list[Product], multiply: Multiply) -> Tensor:
         """Return the product, whose backward pass adds to the sums."""
         if not torch.is_grad_enabled():  # no gradient reaches this product
             return multiply()
@@ -310,11 +309,9 @@ class _Sums:
     def _input(self, product: Product) -> _Input:
         layer = product.layer
         tokens = layer.tokens(product.tokens.detach()).float()
-        squares = tokens.square()
-        if self.by_layer[layer.name].units is None:
-            return _Input(product, squares, None)
         # A copy, because the model may write into its activations before the backward pass.
-        return _Input(product, squares, tokens.clone())
+        copied = None if self.by_layer[layer.name].units is None else tokens.clone()
+        return _Input(product, tokens.square(), copied)
 
     def _add(self, inputs: Sequence[_Input], gradient: Tensor) -> None:
         for entry in inputs:
@@ -335,7 +332,7 @@ class _Sums:
                 total.units.add_(of_units.square_().sum(dim=0))
             # The tokens of other experts are zeros.
             is_reached = layer.expert is None or bool(entry.squares.any())
-            self.reached[self._indices[layer.name]] += is_reached
+            self.reached[layer.name] += is_reached
 
 
 def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wanda_lightning.calibration.attention import multi_head_attention
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.calibration.torch_internals import is_transformed
+from wanda_lightning.calibration.torch_internals import is_transformed, visible_attention
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import Layer
@@ -55,7 +54,10 @@ class Product(NamedTuple):
         return output.select(-3, self.slot)
 
 
-OnProduct = Callable[[list[Product], Callable[[], Tensor]], Tensor]
+Multiply = Callable[[], Tensor]
+"""Computes a product."""
+
+OnProduct = Callable[[list[Product], Multiply], Tensor]
 
 _PRODUCTS_WITH_BIAS = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.baddbmm}
 _MATMULS = {
@@ -91,13 +93,7 @@ class WeightInterceptor(TorchFunctionMode):
         """Whether any layer has a weight that can be recognized."""
         return len(self._memory) > 0
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, or `on_product` if it is a product with a layer's matrix."""
         kwargs = kwargs or {}
         call = partial(func, *args, **kwargs)
@@ -109,7 +105,7 @@ class WeightInterceptor(TorchFunctionMode):
             return self._attend(*args, **kwargs)
         return call()
 
-    def _multiply(self, func: Any, call: Callable[[], Tensor], first: Any, second: Any) -> Tensor:
+    def _multiply(self, func: Any, call: Multiply, first: Any, second: Any) -> Tensor:
         """Compute a product, which may be one of tokens and a weight, or of a weight and tokens."""
         if not (_is_plain(first) and _is_plain(second) and second.ndim > 1):
             return call()
@@ -127,7 +123,7 @@ class WeightInterceptor(TorchFunctionMode):
         self._attention = (steps, samples) if query.ndim == 3 else None
         try:
             with self:  # which is off in `__torch_function__`
-                return multi_head_attention(query, *args, **kwargs)
+                return visible_attention(query, *args, **kwargs)
         finally:
             self._attention = None
 
@@ -176,7 +172,7 @@ def _products_of_experts(tokens: Tensor, count: int, matches: Sequence[Match]) -
 _NAMES = {"weight": "mat2", "other": "mat2", "batch1": "mat1", "batch2": "mat2", "self": "input"}
 
 
-def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _factors(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return the two factors of a product, from positional or keyword arguments."""
     names = ("input", "mat1", "mat2") if func in _PRODUCTS_WITH_BIAS else ("input", "mat2")
     arguments = dict(zip(names, args, strict=False))
@@ -185,11 +181,10 @@ def _factors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     return arguments.get(names[-2]), arguments.get(names[-1])
 
 
-def _is_plain(tensor: object) -> TypeGuard[Tensor]:
+def _is_plain(tensor: Any) -> TypeGuard[Tensor]:
     """Whether it is a dense tensor with memory: not quantized, sparse, on the meta device or in a transform."""
     return (
-        isinstance(tensor, Tensor)
-        and type(tensor) in (Tensor, nn.Parameter)
+        type(tensor) in (Tensor, nn.Parameter)
         and not tensor.is_meta
         and tensor.layout is torch.strided
         and not is_transformed(tensor)
@@ -216,7 +211,7 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[None]:
         yield
 
 
-def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def input_of(args: Any, kwargs: Any) -> Tensor:
     """Return the input that a layer was called with, by position or by any keyword."""
     value = args[0] if args else next(iter(kwargs.values()))
     if not isinstance(value, Tensor):

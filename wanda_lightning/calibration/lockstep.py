@@ -10,9 +10,9 @@ own batches wait at the same stops.
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.error_notes import naming_batch
-from wanda_lightning.calibration.interception import Product, WeightInterceptor
+from wanda_lightning.calibration.interception import Multiply, Product, WeightInterceptor
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.stall_watch import StallWatch
@@ -94,20 +94,20 @@ class Passed:
         return self.again | self.late
 
 
+@dataclass(frozen=True)
 class Visits(Iterator[Visit]):
     """The visits of all stops in turn. Closing it ends all samples and restores the modules."""
 
-    def __init__(self, stops: Sequence[Stop], visits: Callable[[Passed], Generator[Visit]]) -> None:
-        self.stops = stops
-        self.passed = Passed()  # so far; complete after the last visit
-        self._visits = visits(self.passed)
+    stops: Sequence[Stop]
+    passed: Passed  # so far; complete after the last visit
+    visits: Generator[Visit]
 
     def __next__(self) -> Visit:
-        return next(self._visits)
+        return next(self.visits)
 
     def close(self) -> None:
         """End all samples, and restore the modules."""
-        self._visits.close()
+        self.visits.close()
 
 
 def lockstep(
@@ -136,7 +136,8 @@ def lockstep(
         The visits. Nothing runs before the first one is asked for. An exception, like `close`, ends all samples and
         restores the modules.
     """
-    return Visits(stops, partial(_visits, stops, samples, processes, to_end, model))
+    passed = Passed()
+    return Visits(stops, passed, _visits(stops, samples, processes, to_end, model, passed))
 
 
 def _visits(
@@ -238,7 +239,7 @@ def _parking_at_products(samples: Sequence[Sample], stops: Sequence[Stop]) -> Se
         if layer.module is stop.module and layer.expert is None
     }
 
-    def park(products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+    def park(products: list[Product], multiply: Multiply) -> Tensor:
         product = products[0]
         if product.row:
             return multiply()
@@ -284,7 +285,7 @@ class _Batch(greenlet):
         self._ended = False
         self._output: Any = None
 
-        self._outside = contextvars.copy_context()
+        self._outside = copy_context()
         # A context of its own for each batch: transformers collects router logits in context variables.
         self._own_context = self._outside.copy()
         self.gr_context = self._own_context
@@ -292,23 +293,20 @@ class _Batch(greenlet):
             self._state = TorchState()
 
     @property
-    def context(self) -> contextvars.Context:
+    def context(self) -> Context:
         """The context variables of the parked batch; a copy if the model runs its blocks in a context of its own."""
         context = self.gr_context
         assert context is not None
         if context is self._own_context:
             return context
-        return (
-            context.copy()
-        )  # Python enters a context only once, and the model has entered its own
+        # Python enters a context only once, and the model has entered its own.
+        return context.copy()
 
     def run(self) -> None:
         """Run the model's forward until its end (called by `advance`)."""
         self._sample.forward()
 
-    def park(
-        self, stop: int, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def park(self, stop: int, forward: Forward, args: Any, kwargs: Any) -> Any:
         """Wait at a stop for the output of its module (called in the batch)."""
         if self._ended:  # the model caught `GreenletExit`, or calls a module in a `finally` block
             raise GreenletExit

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.error_notes import naming_batch
-from wanda_lightning.calibration.interception import Product, input_of, intercept
+from wanda_lightning.calibration.interception import Multiply, Product, input_of, intercept
 from wanda_lightning.calibration.lockstep import Call, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
@@ -316,7 +316,7 @@ class BatchInputs:
         self._masks = sample.masks
         self._calls = 0
 
-    def __call__(self, products: list[Product], multiply: Callable[[], Tensor]) -> Tensor:
+    def __call__(self, products: list[Product], multiply: Multiply) -> Tensor:
         """Read the tokens of the products, and return the result of the multiplication."""
         self._calls += 1
         for product in products:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.backends import mha
 from torch.nn.parameter import UninitializedBuffer
 
 from wanda_lightning.calibration.snapshot import ABSENT, Snapshot, set_or_delete
@@ -136,12 +137,14 @@ def _eager_experts(model: nn.Module) -> Iterator[None]:
     ]
     # transformers 5.10 cannot tell what was set before, and no release can set a nested configuration to None again.
     before = Snapshot(vars(each.config) for each in models)
-    with ExitStack() as restored:
-        for each in models:
-            each.set_experts_implementation("eager")
-        for change in before.changes():
-            restored.callback(change.undo)
+    for each in models:
+        each.set_experts_implementation("eager")
+    changes = list(before.changes())
+    try:
         yield
+    finally:
+        for change in changes:
+            change.undo()
 
 
 class _PlainCode:
@@ -157,11 +160,11 @@ class _PlainCode:
         with self._lock:
             if self._threads == 0:
                 self._restored.callback(
-                    torch.backends.mha.set_fastpath_enabled,
-                    torch.backends.mha.get_fastpath_enabled(),
+                    mha.set_fastpath_enabled,
+                    mha.get_fastpath_enabled(),
                 )
                 # The fused encoder layer bypasses its layers.
-                torch.backends.mha.set_fastpath_enabled(False)
+                mha.set_fastpath_enabled(False)
             # Without this module nothing is compiled; compiled code would trace the interception.
             if "torch._dynamo" in sys.modules and not self._is_eager:
                 self._restored.enter_context(torch.compiler.set_stance("force_eager"))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]
     one of these holds a tensor that requires gradients.
     """
     around = modules_around(model, blocks)
-    outside = contextvars.copy_context()
+    outside = copy_context()
     with ExitStack() as restored:
         for block in blocks:
             recomputed = _Recomputed(type(block).__name__, block.forward, around, outside)
@@ -50,7 +50,7 @@ class _Recomputed:
     name: str  # of the class, for a message
     forward: Callable[..., Any]
     around: Sequence[nn.Module]  # the modules that contain the block
-    outside: contextvars.Context  # the context variables around the whole pass
+    outside: Context  # the context variables around the whole pass
     writes: bool = False  # into its arguments, or into what is around it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import (
+    BatchFunction,
     batch_size,
     concatenated,
     detached,
@@ -56,8 +57,8 @@ class Samples:
         self,
         model: nn.Module,
         batches: Iterable[Any] | None,
-        forward: Callable[[Any], object] | None,
-        predict: Callable[[Any], object] | None,
+        forward: BatchFunction | None,
+        predict: BatchFunction | None,
         processes: Processes,
         reader: object,
     ) -> None:
@@ -153,13 +154,10 @@ class Samples:
         """
         batches = iter(self._batches)
         first: list[Sample] = []
-        size = 0
-        while size < count:
-            batch = next(batches, _NONE_LEFT)
-            if batch is _NONE_LEFT:
+        for index, batch in enumerate(batches):
+            first.append(self._sample(batch, index, self._separable(batch)))
+            if sum(sample.size for sample in first) >= count:
                 break
-            first.append(self._sample(batch, len(first), self._separable(batch)))
-            size += first[-1].size
         if not isinstance(self._batches, list):
             self._batches = chain([sample.batch for sample in first], batches)
         return first
@@ -213,9 +211,6 @@ class Samples:
         return Sample(forward, predict, batch, token_masks(self._model, batch), size, index)
 
 
-_NONE_LEFT = object()
-
-
 def _checked(batches: object, reader: object) -> Iterable[Any]:
     """Return the batches; refuse what is no collection of batches, such as a single one."""
     if isinstance(batches, Iterable) and not isinstance(batches, Mapping | Tensor | str):
@@ -235,12 +230,12 @@ def fit_together(samples: Sequence[Sample]) -> bool:
     return are_alike and samples[0].size == batch_size(batches[0])
 
 
-def _run(forward: Callable[[Any], object], batch: Any, index: int) -> object:
+def _run(forward: BatchFunction, batch: Any, index: int) -> object:
     with naming_batch(index, batch):
         return forward(batch)
 
 
-def _on_copy(forward: Callable[[Any], object], batch: Any) -> object:
+def _on_copy(forward: BatchFunction, batch: Any) -> object:
     """Run a batch that the model may write into, or take keys from: later passes and the caller read it again."""
     return forward(clone_arguments(batch))
 

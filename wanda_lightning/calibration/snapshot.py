@@ -6,6 +6,9 @@ from collections.abc import Iterable, Iterator
 from operator import is_
 from typing import Any, NamedTuple
 
+Attributes = dict[str, Any]
+"""The `__dict__` of an object, or the buffers of a module."""
+
 ABSENT = object()
 """The value of an attribute that does not exist."""
 
@@ -13,7 +16,7 @@ ABSENT = object()
 class Change(NamedTuple):
     """An attribute that was set or deleted."""
 
-    attributes: dict[str, Any]  # of the object, which has it
+    attributes: Attributes  # of the object, which has it
     name: str
     former: Any
 
@@ -22,7 +25,7 @@ class Change(NamedTuple):
         set_or_delete(self.attributes, self.name, self.former)
 
 
-def set_or_delete(attributes: dict[str, Any], name: str, value: Any) -> None:
+def set_or_delete(attributes: Attributes, name: str, value: Any) -> None:
     """Set an attribute, or delete it if the value is `ABSENT`."""
     if value is ABSENT:
         attributes.pop(name, None)
@@ -33,7 +36,7 @@ def set_or_delete(attributes: dict[str, Any], name: str, value: Any) -> None:
 class Snapshot:
     """The attributes of some objects at the time of construction, given as their dictionaries."""
 
-    def __init__(self, dictionaries: Iterable[dict[str, Any]]) -> None:
+    def __init__(self, dictionaries: Iterable[Attributes]) -> None:
         self._pairs = [(attributes, dict(attributes)) for attributes in dictionaries]
 
     def items(self) -> Iterator[tuple[str, Any]]:

@@ -7,18 +7,19 @@ the batch continues or one of its modules runs.
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cuda
 
 from wanda_lightning.calibration.interception import WeightInterceptor
-from wanda_lightning.calibration.snapshot import ABSENT, Change, Snapshot, set_or_delete
+from wanda_lightning.calibration.snapshot import ABSENT, Attributes, Change, Snapshot, set_or_delete
 from wanda_lightning.calibration.torch_internals import (
     active_modes,
     inside_transform,
@@ -35,7 +36,7 @@ class Pass(Protocol):
     """A forward pass of one batch, which waits."""
 
     @property
-    def context(self) -> contextvars.Context:
+    def context(self) -> Context:
         """Its context variables, in which a function can run."""
 
 
@@ -43,7 +44,7 @@ class Pass(Protocol):
 class _WholePass:
     """Stands for the pass of a call outside of lockstep."""
 
-    context: contextvars.Context
+    context: Context
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,14 @@ class Surroundings:
 
     batch: Pass
     state: TorchState
-    outside: contextvars.Context  # the context variables around the whole pass
+    outside: Context  # the context variables around the whole pass
     attributes: ModuleAttributes
     module: nn.Module | None = None
 
     @classmethod
     def present(cls) -> Surroundings:
         """Return what surrounds this call, for a module that runs outside of lockstep."""
-        outside = contextvars.copy_context()
+        outside = copy_context()
         with torch.no_grad():
             return cls(_WholePass(outside.copy()), TorchState(), outside, ModuleAttributes(None))
 
@@ -81,13 +82,11 @@ class Surroundings:
 
     def _clone_variables(self) -> None:
         """Clone what the model has set: a module may append to a list, as in transformers for the logits of routers."""
-        for variable, value in _set_inside(contextvars.copy_context(), self.outside):
+        for variable, value in _set_inside(copy_context(), self.outside):
             variable.set(clone_arguments(value))
 
 
-def _set_inside(
-    context: contextvars.Context, outside: contextvars.Context
-) -> Iterator[tuple[contextvars.ContextVar[Any], Any]]:
+def _set_inside(context: Context, outside: Context) -> Iterator[tuple[ContextVar[Any], Any]]:
     """Yield the context variables that have another value than outside."""
     for variable, value in context.items():
         if outside.get(variable, ABSENT) is not value:
@@ -101,10 +100,10 @@ class Replay:
     whole pass.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], outside: contextvars.Context) -> None:
+    def __init__(self, modules: Sequence[nn.Module], outside: Context) -> None:
         self._outside = outside
         self._state = TorchState()
-        self._context = contextvars.copy_context()
+        self._context = copy_context()
         self._places = [vars(module) for module in modules]
         self._attributes = Snapshot(self._places)
 
@@ -146,14 +145,14 @@ class TorchState:
     """
 
     def __init__(self) -> None:
-        devices = {"cpu"}
+        devices = ["cpu"]
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator is not None:
-            devices.add(accelerator.type)
+            devices.append(accelerator.type)
         self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
         self._gradients = torch.is_grad_enabled()
-        self._autocast = [_present_autocast(device) for device in sorted(devices)]
+        self._autocast = [_present_autocast(device) for device in devices]
         self._default_device = torch.get_default_device()
         self._settings = [setting.read() for setting in _SETTINGS]
         self._functions, self._dispatch = active_modes()
@@ -241,12 +240,10 @@ class _Setting(NamedTuple):
 _SETTINGS = (
     _Setting(torch.get_default_dtype, torch.set_default_dtype),
     _Setting(_anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode)),
-    _Setting(torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    _Setting(
-        torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp
-    ),
-    _Setting(torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    _Setting(torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    _Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    _Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    _Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    _Setting(cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
 )
 
 
@@ -284,7 +281,7 @@ class ModuleAttributes:
 
     def __init__(self, model: nn.Module | None) -> None:
         # Each module with a dictionary of its attributes, or of its buffers.
-        self._places: list[tuple[nn.Module, dict[str, Any]]] = []
+        self._places: list[tuple[nn.Module, Attributes]] = []
         for module in model.modules() if model is not None else ():
             # Most modules are PyTorch's own, which set nothing in a forward pass.
             if not type(module).__module__.startswith("torch.nn."):
@@ -294,7 +291,7 @@ class ModuleAttributes:
         self._first: list[Pass] = []  # the first two batches
         self._setters: dict[_Key, Pass] = {}  # the first batch that has set an attribute
         self._own: dict[_Key, dict[Pass, Any]] = {}  # of the attributes that both have set
-        self._apart: dict[int, dict[str, Any]] = {}  # the places of these attributes
+        self._apart: dict[int, Attributes] = {}  # the places of these attributes
 
     @contextmanager
     def of(
@@ -313,15 +310,15 @@ class ModuleAttributes:
         finally:
             for change in before.changes():
                 present = change.attributes.get(change.name, ABSENT)
-                if not (_is_unloaded(change.former) or _is_unloaded(present)):
-                    self._note(batch, change)
-                    key = _Key(id(change.attributes), change.name)
-                    if not undo and key in self._own:
-                        self._own[key][batch] = present
+                if _is_unloaded(change.former) or _is_unloaded(present):
+                    continue
+                own_values = self._own_values(batch, change)
+                if own_values is not None and not undo:
+                    own_values[batch] = present
             if undo:
                 before.restore()
 
-    def _watched(self, batch: Pass, module: nn.Module | None) -> Iterable[dict[str, Any]]:
+    def _watched(self, batch: Pass, module: nn.Module | None) -> Iterable[Attributes]:
         """Return where the batch may set attributes that are kept: for all but the first two, where these have."""
         if self._places and len(self._first) < 2 and batch not in self._first:
             self._first.append(batch)
@@ -330,13 +327,15 @@ class ModuleAttributes:
         inside = {*module.modules()} if module is not None else set()
         return [attributes for owner, attributes in self._places if owner not in inside]
 
-    def _note(self, batch: Pass, change: Change) -> None:
-        """Note that a batch has set an attribute, which had the value of the batch that set it before."""
+    def _own_values(self, batch: Pass, change: Change) -> dict[Pass, Any] | None:
+        """Note that a batch has set an attribute; return the values of the batches, if two batches have set it."""
         key = _Key(id(change.attributes), change.name)
         setter = self._setters.setdefault(key, batch)
         if setter is not batch and key not in self._own:
+            # Until now, the attribute had the value of the batch that set it first.
             self._own[key] = {setter: change.former}
             self._apart[key.place] = change.attributes
+        return self._own.get(key)
 
 
 class _Key(NamedTuple):

@@ -66,12 +66,7 @@ def clone_arguments(value: Any) -> Any:
 def tensors_within(value: Any) -> list[Tensor]:
     """Return the tensors that `clone_arguments` would clone, each once, in a fixed order."""
     tensors: list[Tensor] = []
-
-    def collect(tensor: Tensor) -> Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    _Copier(collect).copy(value)
+    _Copier(tensors.append).copy(value)
     return tensors
 
 
@@ -81,7 +76,7 @@ _DEPTH = 6  # arguments, a cache, its list of layers, a layer, its entries for e
 class _Copier:
     """Copies trees that may contain objects and cycles."""
 
-    def __init__(self, clone_tensor: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, clone_tensor: Callable[[Tensor], object]) -> None:
         self._clone_tensor = clone_tensor
         self._copies: dict[int, Any] = {}  # by the identity of the original
 
@@ -90,8 +85,9 @@ class _Copier:
         if id(value) in self._copies:
             return self._copies[id(value)]
         if isinstance(value, Tensor):
-            self._copies[id(value)] = self._clone_tensor(value)
-            return self._copies[id(value)]
+            clone = self._clone_tensor(value)
+            self._copies[id(value)] = clone
+            return clone
         if depth == 0 or isinstance(value, nn.Module | type | ModuleType | FunctionType):
             return value
         if isinstance(value, tuple):
