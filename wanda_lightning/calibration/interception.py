@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from wanda_lightning.calibration.attention import multi_head_attention
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.calibration.torch_internals import is_transformed, visible_attention
+from wanda_lightning.calibration.torch_internals import is_transformed
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import Layer
@@ -123,7 +124,7 @@ class WeightInterceptor(TorchFunctionMode):
         self._attention = (steps, samples) if query.ndim == 3 else None
         try:
             with self:  # which is off in `__torch_function__`
-                return visible_attention(query, *args, **kwargs)
+                return multi_head_attention(query, *args, **kwargs)
         finally:
             self._attention = None
 
