@@ -57,14 +57,6 @@ class _Predictions:
     are_logits: bool  # of classes
 
 
-@dataclass(frozen=True)
-class _HeldOut:
-    """A sample that the correction does not see, and what the dense model predicts for it."""
-
-    sample: Sample
-    dense: _Predictions
-
-
 class BatchNormStatistics:
     """Moves the running statistics of BatchNorm layers by the change between the dense and the pruned model.
 
@@ -94,7 +86,8 @@ class BatchNormStatistics:
         self._original = [_moments_of(layer) for layer in layers]
         self._dense_sums: list[list[Tensor]] = [[] for _ in layers]  # after each call
         self._batches: list[_UsedBatch] = []
-        self._held_out: list[_HeldOut] = []
+        # Samples that the correction does not see, and what the dense model predicts for them.
+        self._held_out: dict[Sample, _Predictions] = {}
 
     def observe_dense(self) -> None:
         """Run the batches through the dense model."""
@@ -106,14 +99,14 @@ class BatchNormStatistics:
             for sample in held_out:
                 dense = _predict(sample)
                 if dense is not None:
-                    self._held_out.append(_HeldOut(sample, dense))
+                    self._held_out[sample] = dense
 
     def correct(self) -> BatchNormCorrection | None:
         """Correct the pruned model, unless that makes its predictions worse; None if there are no layers."""
         if not self._layers:
             return None
         used_here = sum(batch.used for batch in self._batches)
-        held_out_here = sum(held_out.sample.size for held_out in self._held_out)
+        held_out_here = sum(sample.size for sample in self._held_out)
         sizes = self._processes.all_gather([used_here, held_out_here])
         with ExitStack() as undo:
             for index, moments in enumerate(self._original):
@@ -208,13 +201,12 @@ class BatchNormStatistics:
         """Return the mean distance of the held-out predictions from the dense ones; None if none are held out."""
         total = torch.zeros(2, dtype=torch.float64)
         with self._processes.fail_together():
-            for held_out in self._held_out:
-                predictions = _predict(held_out.sample)
+            for sample, dense in self._held_out.items():
+                predictions = _predict(sample)
                 assert predictions is not None, "the dense model gave predictions"
-                loss = divergence if held_out.dense.are_logits else squared_error
-                distance, _ = loss(predictions.rows, held_out.dense.rows)
-                rows = len(held_out.dense.rows)
-                total += torch.tensor([float(distance), rows], dtype=torch.float64)
+                loss = divergence if dense.are_logits else squared_error
+                distance, _ = loss(predictions.rows, dense.rows)
+                total += torch.tensor([float(distance), len(dense.rows)], dtype=torch.float64)
         self._processes.all_reduce_sum([total])
         return float(total[0] / total[1]) if total[1] else None
 

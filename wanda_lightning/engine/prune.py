@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from wanda_lightning.engine.make_report import make_report
 from wanda_lightning.experts.remove_experts import RemoveExperts
 from wanda_lightning.masks.remove_weights import RemoveWeights
 from wanda_lightning.models import Layer
-from wanda_lightning.planning.plan import Plan, make_plan, refuse_unprunable
+from wanda_lightning.planning.plan import DenseStatistics, Plan, make_plan, refuse_unprunable
 from wanda_lightning.planning.removal import Removal
 from wanda_lightning.planning.run import Run, StopObserver, WeightStore
 from wanda_lightning.report import Permuted, PruningReport
@@ -234,14 +234,6 @@ def _permute(run: Run) -> Run:
         return replace(run, permuted=permute(run))
 
 
-@dataclass(frozen=True)
-class DenseStatistics:
-    """What allocations and patterns read of the dense model, by layer."""
-
-    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
-    gradients: Mapping[str, GradientStatistics] = field(default_factory=dict)
-
-
 def _allocate(run: Run, removal: Removal) -> Run:
     """Return the run with a sparsity for each layer, unless these follow from the one pass that observes all layers."""
     config = run.plan.config
@@ -314,11 +306,11 @@ def _with_sparsities(run: Run, removal: Removal, dense: DenseStatistics) -> Run:
 
         sparsities: dict[str, float] = {}
         if plan.processes.rank == 0:
-            sparsities = removal.choose_sparsities(plan, dense.inputs, dense.gradients, read)
+            sparsities = removal.choose_sparsities(plan, dense, read)
         # One process decides: numbers that differ in the last digit could give different masks.
         sparsities = plan.processes.broadcast(sparsities, 0)
 
-    selections = removal.selections(plan, sparsities, dense.gradients)
+    selections = removal.selections(plan, sparsities, dense)
     run.store.store_sparsities({name: chosen.sparsity for name, chosen in selections.items()})
     return replace(run, selections=selections)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 from torch import Tensor, nn
@@ -27,6 +27,14 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.models.layers import refuse_no_values
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
+
+
+@dataclass(frozen=True)
+class DenseStatistics:
+    """What allocations and patterns read of the dense model, by layer."""
+
+    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
+    gradients: Mapping[str, GradientStatistics] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,7 @@ class Plan:
     def dense_layers(
         self,
         layers: Iterable[Layer],
-        inputs: Mapping[str, InputStatistics] = {},
-        gradients: Mapping[str, GradientStatistics] = {},
+        dense: DenseStatistics = DenseStatistics(),
         read: Callable[[Layer], Tensor] = Layer.read,
     ) -> list[DenseLayer]:
         """Describe layers to an allocation."""
@@ -109,41 +116,11 @@ class Plan:
                 layer.size,
                 self.config.pattern.sparsity_steps(*layer.shape),
                 partial(read, layer),
-                inputs.get(layer.name, InputStatistics()),
-                gradients.get(layer.name),
+                dense.inputs.get(layer.name, InputStatistics()),
+                dense.gradients.get(layer.name),
             )
             for layer in layers
         ]
-
-    def allocated_sparsities(
-        self,
-        inputs: Mapping[str, InputStatistics],
-        gradients: Mapping[str, GradientStatistics],
-        read: Callable[[Layer], Tensor],
-    ) -> dict[str, float]:
-        """Return the sparsities that the allocation gives to the layers with all statistics that it reads.
-
-        `inputs` and `gradients` are those of the dense model, whose weights `read` returns.
-        """
-        allocation = self.config.allocation
-        layers = list(self.layers)
-        if allocation.needs:
-            layers = [
-                layer for layer in layers if layer.name in inputs and inputs[layer.name].count
-            ]
-        if allocation.reads_gradients:
-            layers = [layer for layer in layers if layer.name in gradients]
-        if not layers:
-            return {}
-
-        dense_layers = self.dense_layers(layers, inputs, gradients, read)
-        sparsities = allocation(dense_layers, self.config.sparsity)
-        if wrong := {layer.name for layer in layers} ^ sparsities.keys():
-            raise UserError(
-                f"{self.config.shown('allocation')} must return a sparsity for each layer, and for no other, "
-                f"but it did not for {', '.join(sorted(wrong))}."
-            )
-        return sparsities
 
 
 def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.observer import Observation, Observer
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, Stop
 from wanda_lightning.planning.coverage import Note, low_coverage
-from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.plan import DenseStatistics, Plan
 from wanda_lightning.planning.run import Run, StopObserver
 from wanda_lightning.report import PruningReport
 
@@ -50,17 +50,31 @@ class Removal(ABC):
         return {}
 
     def choose_sparsities(
-        self,
-        plan: Plan,
-        inputs: Mapping[str, InputStatistics],
-        gradients: Mapping[str, GradientStatistics],
-        read: Callable[[Layer], Tensor],
+        self, plan: Plan, dense: DenseStatistics, read: Callable[[Layer], Tensor]
     ) -> dict[str, float]:
-        """Return the sparsity of each layer that was measured, by the allocation, in one process for all.
+        """Return the sparsity of each layer with all statistics that the allocation reads, in one process for all.
 
-        `inputs` and `gradients` are those of the dense model, whose weights `read` returns.
+        `read` returns the weights of the dense model.
         """
-        return plan.allocated_sparsities(inputs, gradients, read)
+        allocation = plan.config.allocation
+        layers = plan.layers
+        if allocation.needs:
+            reached = {name for name, inputs in dense.inputs.items() if inputs.count}
+            layers = tuple(layer for layer in layers if layer.name in reached)
+        if allocation.reads_gradients:
+            layers = tuple(layer for layer in layers if layer.name in dense.gradients)
+        if not layers:
+            return {}
+
+        described = plan.dense_layers(layers, dense, read)
+        sparsities = allocation(described, plan.config.sparsity)
+        wrong = {layer.name for layer in layers} ^ sparsities.keys()
+        if wrong:
+            raise UserError(
+                f"{plan.config.shown('allocation')} must return a sparsity for each layer, and for no other, "
+                f"but it did not for {', '.join(sorted(wrong))}."
+            )
+        return sparsities
 
     def pattern_for(self, plan: Plan, layer: Layer, sparsity: float) -> Pattern:
         """Return the pattern of a layer with a sparsity of its own."""
@@ -70,7 +84,7 @@ class Removal(ABC):
         self,
         plan: Plan,
         sparsities: Mapping[str, float],
-        gradients: Mapping[str, GradientStatistics] = {},
+        dense: DenseStatistics = DenseStatistics(),
     ) -> dict[str, Selection]:
         """Return how the weights of each layer are selected; a layer without a sparsity of its own gets the target."""
         selections: dict[str, Selection] = {}
@@ -78,8 +92,10 @@ class Removal(ABC):
             sparsity = sparsities.get(layer.name, plan.config.sparsity)
             pattern = self.pattern_for(plan, layer, sparsity)
             selection = Selection(plan.config.criterion, pattern, sparsity)
-            if pattern.weigh_rows and layer.name in gradients:
-                selection = replace(selection, row_weights=gradients[layer.name].row_weights())
+            if pattern.weigh_rows and layer.name in dense.gradients:
+                selection = replace(
+                    selection, row_weights=dense.gradients[layer.name].row_weights()
+                )
             selections[layer.name] = selection
         return selections
 

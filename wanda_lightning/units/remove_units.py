@@ -16,12 +16,11 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import UnitLayer
 from wanda_lightning.core.patterns import Pattern, Structured
-from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.masks.remove_weights import RemoveWeights, share_of_zeros
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.models.layers import named_modules
 from wanda_lightning.planning.coverage import Note
-from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.plan import DenseStatistics, Plan
 from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PrunedLayer
 from wanda_lightning.units.block_runs import BlockRuns
@@ -64,18 +63,15 @@ class RemoveUnits(RemoveWeights):
         return {name: units.columns for name, units in self.units.items()}
 
     def choose_sparsities(
-        self,
-        plan: Plan,
-        inputs: Mapping[str, InputStatistics],
-        gradients: Mapping[str, GradientStatistics],
-        read: Callable[[Layer], Tensor],
+        self, plan: Plan, dense: DenseStatistics, read: Callable[[Layer], Tensor]
     ) -> dict[str, float]:
         """Give each layer that reads hidden units, and was measured, the fraction of them that becomes zero."""
         allocation = plan.config.allocation
         pattern = _structured(plan)
         layers: list[UnitLayer] = []
         for name, units in self.units.items():
-            scores = gradients[name].units if name in gradients else None
+            gradients = dense.gradients.get(name)
+            scores = None if gradients is None else gradients.units
             cost = self._cost_of({name: 1})
             is_measured = scores is not None or not allocation.reads_gradients
             if is_measured and cost:
