@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from wanda_lightning.callbacks.prunable_module import PrunableModule, pruning_ta
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import (
     causal_config,
@@ -41,7 +41,7 @@ _SHARE_OF_ZEROS = (
 )
 _FINGERPRINT_VALUES = 64  # of each tensor
 
-Dense = str | os.PathLike[str] | nn.Module | None
+Dense = StrPath | nn.Module | None
 
 
 class DistillFromDense(Callback):
@@ -148,11 +148,11 @@ class DistillFromDense(Callback):
 
     on_exception = on_train_end  # type: ignore[assignment]  # of any arguments
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Kwargs:
         """Return the choices and a fingerprint of the dense model, which a resumed run must not change."""
         return self._fixed_choices if self._fingerprint else {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Kwargs) -> None:
         """Refuse the state of a run with other choices or another dense model."""
         if self._teacher is not None and state_dict != self._fixed_choices:
             raise UserError(
@@ -162,7 +162,7 @@ class DistillFromDense(Callback):
             )
 
     @property
-    def _fixed_choices(self) -> dict[str, Any]:
+    def _fixed_choices(self) -> Kwargs:
         return {
             "dense": self._fingerprint,
             "weight": self.weight,
@@ -239,10 +239,10 @@ class _Comparison:
 
 
 def _by_name(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Kwargs
 ) -> Mapping[str, Any]:
     """Return the arguments of a call by name, with positional mappings unpacked."""
-    named: dict[str, Any] = dict(kwargs)
+    named: Kwargs = dict(kwargs)
     for name, value in zip(inspect.signature(forward).parameters, args, strict=False):
         if isinstance(value, Mapping):
             named |= value

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from wanda_lightning.callbacks.trainer import is_dry_run, processes_of, set_metr
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -87,12 +87,12 @@ class PruningCallback(ZerosCallback):
         num_samples: int = 128,
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
-        report_dir: str | Path | None = None,
-        report_page: str | Path | None = None,
+        report_dir: StrPath | None = None,
+        report_page: StrPath | None = None,
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
-        report: str | Path | None = None,
+        report: StrPath | None = None,
         **choices: Unpack[PruningChoices],
     ) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class PruningCallback(ZerosCallback):
                 if path is not None and trainer.is_global_zero:
                     require_writable(path, overwrite=True, kind=kind)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Kwargs) -> None:
         """Restore the state; refuse that of a run with another sparsity or pattern."""
         self._state = PruningState.from_checkpoint(
             state_dict, self._fixed_choices, type(self).__name__
@@ -227,7 +227,7 @@ class PruningCallback(ZerosCallback):
 
     on_predict_start = on_test_start
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Kwargs:
         """Return how far the model is pruned; see `PruningState`."""
         unheld_zeros = self._zeros.state_dict()["unheld_zeros"]
         return replace(self._state, unheld_zeros=unheld_zeros).to_checkpoint()

@@ -23,6 +23,7 @@ from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.models import is_wrapper
@@ -105,7 +106,7 @@ class SavePretrained(Callback):
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: StrPath,
         overwrite: bool = False,
         push_to_hub: str | None = None,
         private: bool = False,

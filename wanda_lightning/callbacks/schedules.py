@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wanda_lightning.common.checks import check_at_least
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.report import PruningReport
 
 
@@ -136,7 +137,7 @@ class PruningState:
         report: The report of the latest pruning.
     """
 
-    choices: dict[str, Any]
+    choices: Kwargs
     zeros: dict[str, int] = field(default_factory=dict)
     share: float = 0.0
     last_asked_step: int | None = None
@@ -159,7 +160,7 @@ class PruningState:
         """Whether a model with these zeros can be the pruned one: each layer has half of the recorded zeros or more."""
         return all(2 * zeros.get(name, 0) >= count for name, count in self.zeros.items())
 
-    def to_checkpoint(self) -> dict[str, Any]:
+    def to_checkpoint(self) -> Kwargs:
         """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package."""
         saved = {_NAMES_IN_CHECKPOINTS.get(name, name): value for name, value in vars(self).items()}
         if self.report is not None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from wanda_lightning.common.atomic_write import atomic_write
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.report import versions
@@ -64,14 +63,14 @@ class Evaluation:
 
     models: dict[str, Results]
     dense: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Kwargs = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_json(self) -> str:
         """Return all numbers, unrounded; those that are not finite are null."""
         return as_json(asdict(self))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: StrPath) -> None:
         """Write a JSON file atomically."""
         with atomic_write(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")

@@ -19,6 +19,7 @@ import torch
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluation_mode import evaluating
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import did_you_mean, one_line
 from wanda_lightning.data.dataset_files import load
 from wanda_lightning.evaluation.results import Results
@@ -44,8 +45,8 @@ _FOLDERS = ("arc", "glue/rte", "hellaswag", "openbookqa", "super_glue/boolq", "w
 
 
 def load_tasks(
-    asked: Sequence[str], folder: str | Path | None = None, cache_dir: str | None = None
-) -> dict[str, Any]:
+    asked: Sequence[str], folder: StrPath | None = None, cache_dir: str | None = None
+) -> Kwargs:
     """Load tasks of lm-eval by name, and refuse documents that they cannot use; `paper` or `all` stands for all seven.
 
     A folder must have a file TASK.jsonl for each task: one document in each line, with the fields in
@@ -76,7 +77,7 @@ def load_tasks(
         )
     # All files are read before lm-eval is imported, which takes seconds.
     documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
-    tasks: dict[str, Any] = {}
+    tasks: Kwargs = {}
     for name, path in files.items():
         source = {
             "custom_dataset": lambda name=name, **_: {"validation": documents[name]},
@@ -101,7 +102,7 @@ def _task_manager() -> Any:
     return tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
 
 
-def _load(overrides: Mapping[str, Mapping[str, Any]], failure: str) -> dict[str, Any]:
+def _load(overrides: Mapping[str, Mapping[str, Any]], failure: str) -> Kwargs:
     # lm-eval merges overrides into its own definition of a task only if the task is a member of a group.
     members = [{"task": name, **changes} for name, changes in overrides.items()]
     with _quiet():

@@ -12,6 +12,7 @@ from typing import Any
 
 from wanda_lightning.common import wording
 from wanda_lightning.common.atomic_write import atomic_write
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.report import Circumstances, PruningReport, descriptions
 from wanda_lightning.report.descriptions import METRICS, TOP1
 from wanda_lightning.report.records import as_json, from_parsed
@@ -24,10 +25,10 @@ _FOLDERS = re.compile(r"(?<![\w./~-])~?/(?:[^\s,'\"/]+/)*(?=[^\s,'\"/])")  # of 
 
 
 def write_card(
-    folder: str | Path,
+    folder: StrPath,
     report: PruningReport,
     *,
-    name: str | Path,
+    name: StrPath,
     on_hub: bool = False,
     trained_steps: int = 0,
 ) -> None:

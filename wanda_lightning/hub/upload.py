@@ -7,10 +7,10 @@ import re
 import shlex
 from collections.abc import Collection
 from glob import escape
-from pathlib import Path
 
 from wanda_lightning.common.atomic_write import list_entries, resolve_path
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.common.wording import one_line
 
 
@@ -37,7 +37,7 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
         )
 
 
-def upload(folder: str | Path, repo_id: str, files: Collection[str], private: bool = False) -> str:
+def upload(folder: StrPath, repo_id: str, files: Collection[str], private: bool = False) -> str:
     """Upload files of a folder to a model repository, in one commit, and return its address.
 
     A repository that does not exist is created. Weights of another model in the repository are deleted, because they
@@ -73,7 +73,7 @@ def upload(folder: str | Path, repo_id: str, files: Collection[str], private: bo
     return str(address)
 
 
-def list_files(folder: str | Path) -> list[str]:
+def list_files(folder: StrPath) -> list[str]:
     """Return the names of the files of a model in a folder, relative to it and with slashes, except hidden ones."""
     root = resolve_path(folder)
     names = []

@@ -22,6 +22,7 @@ from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.dtypes import DTYPES, dtype_name
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.model_loading import (
     check_causal,
@@ -81,13 +82,13 @@ class CausalLMModule(L.LightningModule):
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | PreTrainedModel,
+        model: StrPath | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str | torch.dtype = "auto",
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         lr_decay: bool = False,
-        lora: dict[str, Any] | None = None,
+        lora: Kwargs | None = None,
         revision: str = "main",
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
@@ -246,7 +247,7 @@ class CausalLMModule(L.LightningModule):
         decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
-    def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
+    def load_dense_model(self, name: StrPath) -> nn.Module:
         """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""
         source = ModelSource(
             os.fspath(name),
@@ -273,7 +274,7 @@ class CausalLMModule(L.LightningModule):
                 self.tokenizer.save_pretrained(folder)
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
+        self, folder: StrPath, overwrite: bool = False, shrink: bool = False
     ) -> Shrunk | None:
         """Write a Hugging Face folder with model and tokenizer atomically.
 

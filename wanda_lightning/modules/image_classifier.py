@@ -21,6 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.modules.model_loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.units.shrink import Shrunk, example_batch, shrunk
@@ -54,11 +55,11 @@ class ImageClassifierModule(L.LightningModule):
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | nn.Module,
+        model: StrPath | nn.Module,
         pretrained: bool = True,
         num_classes: int | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        model_kwargs: dict[str, Any] | None = None,
+        checkpoint: StrPath | None = None,
+        model_kwargs: Kwargs | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
     ) -> None:
@@ -111,7 +112,7 @@ class ImageClassifierModule(L.LightningModule):
     # The head is small, unlike the one of a language model, so nothing is gained by leaving it out.
     calibration_step = calibration_predictions
 
-    def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
+    def load_dense_model(self, name: StrPath) -> nn.Module:
         """Load another pretrained classifier, by any name, with the same arguments of `timm.create_model`."""
         # timm would replace a head with another number of classes by a random one.
         kwargs = {key: value for key, value in self._model_kwargs.items() if key != "num_classes"}
@@ -183,7 +184,7 @@ class ImageClassifierModule(L.LightningModule):
         json.dumps(get_model_args(self.model, arguments))  # a TypeError names what JSON cannot hold
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
+        self, folder: StrPath, overwrite: bool = False, shrink: bool = False
     ) -> Shrunk | None:
         """Write a timm folder with weights and configuration atomically. Call it in one process only.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.common.wording import abbreviated
 from wanda_lightning.models import SkipReason
 from wanda_lightning.report.records import Layers, PrunedLayer, ReportData, grouped
@@ -40,7 +41,7 @@ COLORS: Mapping[str, str] = {
 INK, MUTED, LINE, SURFACE, ACCENT, *SERIES = COLORS.values()
 _STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 # A label begins six points to the right of what it names, and may lie outside of the axes.
-_LABEL: dict[str, Any] = {
+_LABEL: Kwargs = {
     "xytext": (6, 0),
     "textcoords": "offset points",
     "va": "center",

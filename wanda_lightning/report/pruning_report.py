@@ -17,6 +17,7 @@ from wanda_lightning.common import wording
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import check_report_path
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import descriptions, figures
 from wanda_lightning.report.descriptions import METRICS
@@ -80,7 +81,7 @@ class PruningReport(ReportData):
         return from_parsed(cls, content)
 
     @classmethod
-    def load(cls, path: str | Path) -> PruningReport:
+    def load(cls, path: StrPath) -> PruningReport:
         """Read a file that `save` wrote, or the one in a folder. A ValueError names a file that is not a report."""
         file = Path(path, REPORT_NAME) if Path(path).is_dir() else Path(path)
         try:
@@ -88,7 +89,7 @@ class PruningReport(ReportData):
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not a report: {error}") from error
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: StrPath) -> Path:
         """Write the report atomically and return the path of the file.
 
         Args:
@@ -107,17 +108,17 @@ class PruningReport(ReportData):
         self._write(file, suffix)
         return file
 
-    def to_html(self, path: str | Path) -> None:
+    def to_html(self, path: StrPath) -> None:
         """Write the page: the old name of `save`, for a path with any suffix."""
         self._warn_of_old_name("to_html(path)")
         self._write(Path(path), ".html")
 
-    def to_png(self, path: str | Path) -> None:
+    def to_png(self, path: StrPath) -> None:
         """Write the figures of the page: the old name of `save`, for a path with any suffix."""
         self._warn_of_old_name("to_png(path)")
         self._write(Path(path), ".png")
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: StrPath) -> None:
         """Write the page or the picture: the old name of `save`, which refuses other suffixes."""
         self._warn_of_old_name("write(path)")
         check_report_path(path)
