@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -168,9 +167,7 @@ class PruningState:
         return saved
 
     @classmethod
-    def from_checkpoint(
-        cls, saved: Mapping[str, Any], choices: Mapping[str, Any], name: str
-    ) -> PruningState:
+    def from_checkpoint(cls, saved: Kwargs, choices: Kwargs, name: str) -> PruningState:
         """Restore the state that `to_checkpoint` returned, for a callback of the class `name` with the same choices.
 
         Training resumes without the report if it cannot be read.
@@ -188,10 +185,9 @@ class PruningState:
             setattr(state, field_name, saved.get(saved_name, default))
 
         state.report = None
-        text = saved.get("report")
-        if text:
+        if saved.get("report"):
             try:
-                state.report = PruningReport.from_json(text)
+                state.report = PruningReport.from_json(saved["report"])
             except ValueError as error:
                 rank_zero_warn(
                     f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}"

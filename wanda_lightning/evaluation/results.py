@@ -33,24 +33,21 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
     prunable = {id(layer.parameter) for layer in find_layers(model).layers}
     zeros = Counter[str]()
     sizes = Counter[str]()
-    counted = set[int]()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in counted:  # it is tied to another one
-                continue
-            counted.add(id(parameter))
-
-            weight: Tensor = parameter
-            kinds = ["model"]
-            is_quantized = name == "weight" and quantizer(module, parameter) is not None
-            if is_quantized and can_be_read(module):
-                weight = read_weight(module)
-                kinds.append("layers")
-            elif id(parameter) in prunable:
-                kinds.append("layers")
-            for kind in kinds:
-                zeros[kind] += int((weight.detach() == 0).count_nonzero())
-                sizes[kind] += weight.numel()
+    # Without weights that are tied to another one.
+    for path, parameter in model.named_parameters():
+        module_name, _, name = path.rpartition(".")
+        module = model.get_submodule(module_name)
+        weight: Tensor = parameter
+        kinds = ["model"]
+        is_quantized = name == "weight" and quantizer(module, parameter) is not None
+        if is_quantized and can_be_read(module):
+            weight = read_weight(module)
+            kinds.append("layers")
+        elif id(parameter) in prunable:
+            kinds.append("layers")
+        for kind in kinds:
+            zeros[kind] += int((weight.detach() == 0).count_nonzero())
+            sizes[kind] += weight.numel()
     return {kind: zeros[kind] / max(1, sizes[kind]) for kind in ("layers", "model")}
 
 
@@ -123,11 +120,8 @@ def _cell(metric: str, values: Mapping[str, float], dense: float | None) -> str:
     if metric not in values:
         return ""
     value = values[metric]
-    scale = 100
-    unit = "%"
-    if metric == "perplexity":
-        scale = 1
-        unit = ""
+    scale = 1 if metric == "perplexity" else 100
+    unit = "" if metric == "perplexity" else "%"
     cell = f"{scale * value:.2f}{unit}"
     if metric + _ERROR in values:
         cell += f" ± {scale * values[metric + _ERROR]:.2f}"
