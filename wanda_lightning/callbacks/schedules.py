@@ -14,6 +14,8 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.types import Kwargs
 from wanda_lightning.report import PruningReport
 
+Stages = tuple[tuple[int, float], ...]
+
 
 class Schedule(ABC):
     """The optimizer steps at which to prune, each with a share of the final sparsity.
@@ -24,7 +26,7 @@ class Schedule(ABC):
 
     @property
     @abstractmethod
-    def stages(self) -> tuple[tuple[int, float], ...]:
+    def stages(self) -> Stages:
         """All stages, in order."""
 
     def share(self, step: int) -> float | None:
@@ -57,7 +59,7 @@ class OneShot(Schedule):
     step: int = 0
 
     @property
-    def stages(self) -> tuple[tuple[int, float], ...]:
+    def stages(self) -> Stages:
         """One stage, at `step`."""
         return ((self.step, 1.0),)
 
@@ -82,7 +84,7 @@ class LinearSchedule(Schedule):
         check_at_least(self.start_step + 1, end_step=self.end_step)
 
     @property
-    def stages(self) -> tuple[tuple[int, float], ...]:
+    def stages(self) -> Stages:
         """One stage every `every` steps after `start_step`, and one at `end_step`."""
         steps = [*range(self.start_step + self.every, self.end_step, self.every), self.end_step]
         length = self.end_step - self.start_step

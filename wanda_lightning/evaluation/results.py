@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 
 from rich.markup import escape
@@ -17,15 +17,17 @@ from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.report import versions
 from wanda_lightning.report.records import as_json
 
-Results = dict[str, dict[str, float]]
-"""By text, task or data set: values by metric; fractions are in [0, 1]."""
+Metrics = dict[str, float]
+"""Values by metric; fractions are in [0, 1]."""
+Results = dict[str, Metrics]
+"""Metrics by text, task or data set."""
 
 _COUNTS = ("windows", "documents", "images")  # metrics that are the number of samples
 _ERROR = "_stderr"  # suffix of a metric's standard error
 _SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
 
-def sparsity_of(model: nn.Module) -> dict[str, float]:
+def sparsity_of(model: nn.Module) -> Metrics:
     """Return the fractions of zeros: `layers`, of the weights that can be pruned; `model`, of all parameters.
 
     Quantized weights count as if they could be pruned, and are dequantized one at a time.
@@ -104,7 +106,7 @@ class Evaluation:
         return rows
 
 
-def _heading(data: str, metric: str, of_models: Iterable[Mapping[str, float]]) -> str:
+def _heading(data: str, metric: str, of_models: Iterable[Metrics]) -> str:
     """Return the heading of a row, such as `rte acc (277 documents)`."""
     counts = set()
     for values in of_models:
@@ -115,7 +117,7 @@ def _heading(data: str, metric: str, of_models: Iterable[Mapping[str, float]]) -
     return heading
 
 
-def _cell(metric: str, values: Mapping[str, float], dense: float | None) -> str:
+def _cell(metric: str, values: Metrics, dense: float | None) -> str:
     """Format a value with its standard error and its difference to the dense model: `50.00% ± 1.25 (-12.50)`."""
     if metric not in values:
         return ""

@@ -22,7 +22,7 @@ from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import did_you_mean, one_line
 from wanda_lightning.data.dataset_files import load
-from wanda_lightning.evaluation.results import Results
+from wanda_lightning.evaluation.results import Metrics, Results
 
 # The seven tasks of Sun et al. 2024 (Table 2), with the fields of a document that lm-eval reads; see docs/tasks.md.
 PAPER_TASKS = {
@@ -96,7 +96,7 @@ def _task_manager() -> Any:
     return tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
 
 
-def _load(overrides: Mapping[str, Mapping[str, Any]], failure: str) -> Kwargs:
+def _load(overrides: Mapping[str, Kwargs], failure: str) -> Kwargs:
     # lm-eval merges overrides into its own definition of a task only if the task is a member of a group.
     members = [{"task": name, **changes} for name, changes in overrides.items()]
     with _quiet():
@@ -189,7 +189,7 @@ def zero_shot(
     return results
 
 
-def _mean(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _mean(results: Sequence[Metrics]) -> Metrics:
     """Average accuracies of independent tasks: the variances of the means add up.
 
     >>> _mean([{"acc": 0.25, "acc_stderr": 0.03}, {"acc": 0.75, "acc_stderr": 0.04}])

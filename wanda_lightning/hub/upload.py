@@ -18,16 +18,15 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
     """Refuse an upload that cannot succeed; `private` connects to the hub to refuse a public repository."""
     from huggingface_hub import HfApi, constants, get_token
 
+    expected = ""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
-        expected = "must be OWNER/NAME of a model repository"
+        expected = "OWNER/NAME of a model repository"
     elif constants.HF_HUB_OFFLINE:
-        expected = "must be left out while HF_HUB_OFFLINE is set"
+        expected = "left out while HF_HUB_OFFLINE is set"
     elif get_token() is None:
-        expected = "must be left out without a token (run hf auth login, or set HF_TOKEN)"
-    else:
-        expected = ""
+        expected = "left out without a token (run hf auth login, or set HF_TOKEN)"
     if expected:
-        raise UserError(f"push_to_hub {expected}, but it is {repo_id!r}.")
+        raise UserError(f"push_to_hub must be {expected}, but it is {repo_id!r}.")
 
     api = HfApi()
     if private and api.repo_exists(repo_id) and not api.repo_info(repo_id).private:

@@ -241,13 +241,15 @@ def _draw_weights(bars: Sequence[Bar], axes: Axes, _: int) -> None:
     """Draw a bar for each kind of matrix: zeros, other weights of pruned layers, and weights left dense."""
     for row, bar in enumerate(bars):
         pruned = bar.zeros + bar.kept
-        axes.barh(row, bar.zeros, 0.68, color=ACCENT, linewidth=0)
-        axes.barh(row, bar.kept, 0.68, left=bar.zeros, color=ACCENT, alpha=0.35, linewidth=0)
-        axes.barh(row, bar.dense, 0.68, left=pruned, color=MUTED, alpha=0.3, linewidth=0)
+        parts = ((bar.zeros, ACCENT, None), (bar.kept, ACCENT, 0.35), (bar.dense, MUTED, 0.3))
+        left = 0
+        for weights, color, alpha in parts:
+            axes.barh(row, weights, 0.68, left, color=color, alpha=alpha, linewidth=0)
+            left += weights
         size = abbreviated(bar.size, (" B", " M", " K"))
         text = f"{bar.zeros / bar.size:.1%} of {size}" if pruned else f"{size} dense"
         axes.annotate(text, (bar.size, row), color=MUTED, size=11, **_LABEL)
-    axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, max(bar.size for bar in bars)), xticks=[])
+    axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, bars[0].size), xticks=[])  # the largest
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.spines[:].set_visible(False)
 

@@ -61,11 +61,7 @@ class PruningReport(ReportData):
 
     def to_json(self) -> str:
         """The whole report as JSON."""
-        totals = {
-            "sparsity": self.sparsity,
-            "model_sparsity": self.model_sparsity,
-            "coverage": self.coverage,
-        }
+        totals = {name: getattr(self, name) for name in ("sparsity", "model_sparsity", "coverage")}
         return as_json({"version": _VERSION, **totals, **asdict(self)})
 
     @classmethod
@@ -83,7 +79,9 @@ class PruningReport(ReportData):
     @classmethod
     def load(cls, path: StrPath) -> PruningReport:
         """Read a file that `save` wrote, or the one in a folder. A ValueError names a file that is not a report."""
-        file = Path(path, REPORT_NAME) if Path(path).is_dir() else Path(path)
+        file = Path(path)
+        if file.is_dir():
+            file = file / REPORT_NAME
         try:
             return cls.from_json(file.read_text(encoding="utf-8"))
         except (ValueError, TypeError, AttributeError) as error:
@@ -151,8 +149,7 @@ class PruningReport(ReportData):
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        jinja.filters["percent"] = "{:.2%}".format
-        jinja.filters["duration"] = wording.duration
+        jinja.filters.update(percent="{:.2%}".format, duration=wording.duration)
         run = self.run or Circumstances()
         return jinja.get_template("report.html").render(
             report=self,
