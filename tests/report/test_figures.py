@@ -66,7 +66,12 @@ def test_experts_of_a_block_are_one_kind():
     assert [plot.name for plot in plots_of(report)] == ["weights"]
 
 
-@pytest.mark.parametrize("name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO))
+EACH = pytest.mark.parametrize(
+    "name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO)
+)
+
+
+@EACH
 def test_every_parameter_is_counted_once(name):
     model, report = pruned(name)
     bars = weights_by_kind(report)
@@ -75,7 +80,7 @@ def test_every_parameter_is_counted_once(name):
     assert len({bar.name for bar in bars}) == len(bars)
 
 
-@pytest.mark.parametrize("name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO))
+@EACH
 def test_every_kind_has_a_label_of_its_own(name):
     _, report = pruned(name)
     grid = Grid(report, "sparsity")

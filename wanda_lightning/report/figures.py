@@ -241,11 +241,9 @@ def _draw_weights(bars: Sequence[Bar], axes: Axes, _: int) -> None:
     """Draw a bar for each kind of matrix: zeros, other weights of pruned layers, and weights left dense."""
     for row, bar in enumerate(bars):
         pruned = bar.zeros + bar.kept
-        parts = ((bar.zeros, ACCENT, None), (bar.kept, ACCENT, 0.35), (bar.dense, MUTED, 0.3))
-        left = 0
-        for weights, color, alpha in parts:
-            axes.barh(row, weights, 0.68, left, color=color, alpha=alpha, linewidth=0)
-            left += weights
+        axes.barh(row, bar.zeros, 0.68, color=ACCENT, linewidth=0)
+        axes.barh(row, bar.kept, 0.68, bar.zeros, color=ACCENT, alpha=0.35, linewidth=0)
+        axes.barh(row, bar.dense, 0.68, pruned, color=MUTED, alpha=0.3, linewidth=0)
         size = abbreviated(bar.size, (" B", " M", " K"))
         text = f"{bar.zeros / bar.size:.1%} of {size}" if pruned else f"{size} dense"
         axes.annotate(text, (bar.size, row), color=MUTED, size=11, **_LABEL)
