@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import NoneType
@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
@@ -160,16 +161,13 @@ class CalibrationData:
 
 def _single(loaders: Any, kind: str) -> Any:
     """Return the only loader of a collection; refuse several."""
-    if isinstance(loaders, Mapping):
-        loaders = [*loaders.values()]
-    if not isinstance(loaders, list | tuple):
-        return loaders
-    if len(loaders) != 1:
+    several = CombinedLoader(loaders).flattened
+    if len(several) != 1:
         raise MisconfigurationException(
-            f"dataloader must be given, or calibration_dataloader() defined, since there are {len(loaders)} {kind} "
+            f"dataloader must be given, or calibration_dataloader() defined, since there are {len(several)} {kind} "
             "dataloaders to calibrate on."
         )
-    return loaders[0]
+    return several[0]
 
 
 def _is_divided(loader: Any) -> bool:

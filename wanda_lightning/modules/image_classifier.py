@@ -117,8 +117,9 @@ class ImageClassifierModule(L.LightningModule):
     def load_dense_model(self, name: StrPath) -> nn.Module:
         """Load another pretrained classifier, by any name, with the same arguments of `timm.create_model`."""
         # timm would replace a head with another number of classes by a random one.
-        kwargs = {key: value for key, value in self._model_kwargs.items() if key != "num_classes"}
-        return create_classifier(name, pretrained=True, kwargs=kwargs)
+        kwargs = self._model_kwargs.copy()
+        kwargs.pop("num_classes", None)
+        return create_classifier(name, True, kwargs)
 
     def on_fit_start(self) -> None:
         """Store the class names of the data in the model, so that they are saved with it."""
