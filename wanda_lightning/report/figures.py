@@ -168,9 +168,8 @@ def plots_of(report: ReportData) -> list[Plot]:
         plots.append(Plot("error", "Relative error of the layers' outputs", height, draw))
 
     bars = weights_by_kind(report)
-    draw = partial(_draw_weights, bars)
-    plots.append(Plot("weights", "Where the zeros are", 50 + 22 * len(bars), draw))
-    return plots
+    height = 50 + 22 * len(bars)
+    return [*plots, Plot("weights", "Where the zeros are", height, partial(_draw_weights, bars))]
 
 
 def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> None:
@@ -190,7 +189,7 @@ def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> No
     axes.pcolormesh(
         np.arange(-0.5, len(grid.blocks)),
         np.arange(-0.5, rows),
-        np.array(grid.values),
+        grid.values,
         cmap=LinearSegmentedColormap.from_list("strengths", strengths),
         vmin=low,
         vmax=high,
@@ -231,7 +230,7 @@ def _draw_errors(grid: Grid, axes: Axes, _: int) -> None:
         known = {block: 100 * value for block, value in enumerate(values) if not isnan(value)}
         if known:
             axes.plot(list(known), list(known.values()), label=label, color=color)
-    axes.set(ylim=(0, None))
+    axes.set_ylim(0)
     axes.yaxis.set_major_formatter("{x:g}%")
     _label_lines(axes)
     _number_blocks(axes, grid)
@@ -257,15 +256,15 @@ def _label_lines(axes: Axes) -> None:
     axes.grid(axis="y")
     axes.autoscale_view()  # now, so that the heights of the ends are known
     to_axes = axes.transData + axes.transAxes.inverted()
-    lines: list[Any] = axes.get_legend_handles_labels()[0]
+    lines: Any = axes.get_legend_handles_labels()[0]
     lines.sort(key=lambda line: line.get_ydata()[-1])
 
     # A label stands at the end of its line, or above the label below, and leaves room for those above it.
     lowest_free = 0.0
     for number, line in enumerate(lines, start=1):
         _, end = to_axes.transform((0, line.get_ydata()[-1]))
-        labels_above = len(lines) - number
-        height = min(max(lowest_free, end), 1 - _LINE * labels_above)
+        # Below the labels that follow.
+        height = min(max(lowest_free, end), 1 - _LINE * (len(lines) - number))
         axes.annotate(
             line.get_label(),
             (1, height),
