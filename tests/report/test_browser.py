@@ -37,6 +37,7 @@ def test_a_page_in_a_browser(tmp_path):
             for width in (1400, 400):
                 colors.update(look_at(driver, tmp_path / "page.html", width, theme))
         assert len(colors) == 2 * len(THEMES)
+
         names = [layer.name for layer in report.layers]
         driver.find_element(By.CSS_SELECTOR, '[aria-label="Pruned layers"] th button').click()
         assert column(driver) == sorted(names, key=lambda name: (int(name.split(".")[2]), name))
