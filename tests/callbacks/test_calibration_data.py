@@ -94,10 +94,9 @@ class TestCalibrationSource:
     )
     def test_several_loaders_are_refused(self, several):
         module = Net()
-        before = Net()
         with pytest.raises(MisconfigurationException, match="since there are 2 val dataloaders"):
             trainer(WandaPrune(num_samples=4)).validate(module, several())
-        assert same(module, before)
+        assert same(module, Net())
         trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
         assert share_of_zeros(module) == all_at(0.5)
 
@@ -258,15 +257,15 @@ def test_calibration_changes_no_batch_of_the_loop(make, loop, at_step, batches):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "size"),
+    "lengths",
     [
-        ({"pixel_values": 104, "image_grid_thw": 5, "input_ids": 4, "attention_mask": 4}, 4),
-        ({"pixel_values": 96, "input_ids": 4, "grid": 6}, 4),  # a tie
-        ({"first": 4, "second": 10}, 4),
+        {"pixel_values": 104, "image_grid_thw": 5, "input_ids": 4, "attention_mask": 4},
+        {"pixel_values": 96, "input_ids": 4, "grid": 6},  # a tie
+        {"first": 4, "second": 10},
     ],
 )
-def test_the_size_of_a_batch(lengths, size):
-    assert batch_size({name: torch.zeros(length, 3) for name, length in lengths.items()}) == size
+def test_the_size_of_a_batch(lengths):
+    assert batch_size({name: torch.zeros(length, 3) for name, length in lengths.items()}) == 4
 
 
 class BatchedStream(IterableDataset):
@@ -285,12 +284,9 @@ def test_a_loader_of_precomputed_batches():
 
 
 def test_trying_out_a_batch_at_the_start_does_not_advance_the_loader():
-    def own():
-        return loader(shuffle=True, generator=torch.Generator().manual_seed(3))
-
     module = Recorder()
-    expected = [x for x, _ in own()]
-    trainer(WandaPrune(num_samples=12, dataloader=own(), at_step=2), max_steps=3).fit(
+    expected = [x for x, _ in shuffled()]
+    trainer(WandaPrune(num_samples=12, dataloader=shuffled(), at_step=2), max_steps=3).fit(
         module, loader()
     )
     assert_same(module.seen[1:], expected)
@@ -308,17 +304,15 @@ def test_no_batch_of_a_stream_is_tried_out(data):
 @pytest.mark.filterwarnings("ignore:Your .* sampler has shuffling enabled")
 @pytest.mark.parametrize("loop", ["fit", "validate"])
 def test_a_batch_sampler_is_read_as_a_batch_size_is(loop):
-    by_size = {"batch_size": 5, "sampler": RandomSampler(SAMPLES), "drop_last": True}
+    sampler = RandomSampler(SAMPLES)
     seen = []
-    for options in (
-        by_size,
-        {"batch_sampler": BatchSampler(RandomSampler(SAMPLES), 5, drop_last=True)},
+    for data in (
+        DataLoader(SAMPLES, 5, sampler=sampler, drop_last=True),
+        DataLoader(SAMPLES, batch_sampler=BatchSampler(sampler, 5, drop_last=True)),
     ):
         L.seed_everything(3, verbose=False)
         module = Recorder()
-        getattr(trainer(WandaPrune(num_samples=12), max_epochs=1), loop)(
-            module, DataLoader(SAMPLES, **options)
-        )
+        getattr(trainer(WandaPrune(num_samples=12), max_epochs=1), loop)(module, data)
         seen.append(module.seen)
     assert_same(seen[1], [x for x, _ in seen[0]])
 
@@ -409,14 +403,12 @@ def test_fit_prunes_at_the_end_of_the_validation_loop_that_follows():
     callback = on_validation(at_step=2)
     sparsity = []
 
-    class Watch(L.Callback):
-        def on_validation_end(self, trainer, pl_module):
-            sparsity.append(share_of_zeros(pl_module)["layers.0.weight"])
+    def watch(*_):
+        sparsity.append(share_of_zeros(module)["layers.0.weight"])
 
-        def on_train_batch_end(self, *_):
-            sparsity.append(share_of_zeros(module)["layers.0.weight"])
-
-    trainer(callback, Watch(), max_epochs=2, num_sanity_val_steps=2).fit(module, loader(), loader())
+    watching = L.pytorch.callbacks.LambdaCallback(on_validation_end=watch, on_train_batch_end=watch)
+    options = {"max_epochs": 2, "num_sanity_val_steps": 2}
+    trainer(callback, watching, **options).fit(module, loader(), loader())
     # The sanity check, then three steps and a validation loop, twice.
     assert sparsity == [0, 0, 0, 0, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert module.passes == 2 + 2 * (3 + 3)
@@ -461,8 +453,8 @@ def test_convolutions_are_read_although_lightning_is_in_inference_mode(name, loo
     before = CopyBefore()
     run = trainer(before, on_validation(), max_epochs=1, num_sanity_val_steps=0)
     data = DataLoader(batches, batch_size=None)
-    loaders = {"fit": [data, data], "validate": [data]}
-    getattr(run, loop)(module, *loaders[loop])
+    loaders = [data, data] if loop == "fit" else [data]
+    getattr(run, loop)(module, *loaders)
     prune(before.copy, batches, sequential="none", keep_batch_norm=True, progress=False)
     assert same(module.pruning_target, before.copy)
     assert any(layer.ndim == 4 and (layer == 0).any() for layer in module.parameters())

@@ -55,6 +55,8 @@ class Saving(Net):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_merges_then_saves_the_trained_model(tmp_path, overwrite):
+    if overwrite:
+        (tmp_path / "config.json").write_text("{}")
     module = Saving()
     saving = SavePretrained(tmp_path, overwrite)
     trainer(PruningCallback(method="magnitude"), saving, max_steps=2).fit(module, loader())
@@ -74,13 +76,6 @@ def test_a_folder_with_a_model_is_refused_before_training(tmp_path):
     with pytest.raises(FileExistsError, match="overwrite"):
         trainer(SavePretrained(tmp_path), max_steps=1).fit(module, loader())
     assert same(module, Saving())
-
-
-def test_a_folder_with_a_model_may_be_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    module = Saving()
-    trainer(SavePretrained(tmp_path, overwrite=True), max_steps=1).fit(module, loader())
-    assert module.calls[-1][:2] == (tmp_path, True)
 
 
 @pytest.mark.parametrize("clash", ["report_dir", "default_root_dir", "another run"])
@@ -117,15 +112,7 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     trainer(pruning, saving, fast_dev_run=True).fit(
         CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2))
     )
-    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")] == [
-        "out",
-        "out/config.json",
-    ]
-
-
-class Own(nn.Sequential):
-    def __init__(self, *_):
-        super().__init__(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+    assert [file.name for file in tmp_path.rglob("*")] == ["out", "config.json"]
 
 
 def built(change=lambda model: None, **options):
@@ -143,10 +130,6 @@ def generating():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: ImageClassifierModule(Own(), num_classes=10),
-            "must be a timm model for save_pretrained, but it is a Own",
-        ),
         (lambda: built(act_layer=nn.ReLU), "type is not JSON serializable"),
         (
             lambda: built(lambda model: setattr(model, "norm", nn.LayerNorm(8))),
@@ -262,13 +245,10 @@ def test_leaves_out_hidden_units_that_are_zero(tmp_path):
 
 def test_zeros_that_cannot_be_left_out_are_saved(tmp_path):
     module = CausalLMModule(tiny_llama(), lr=0.01)
+    saving = SavePretrained(tmp_path, shrink=True)
     with pytest.warns(UserWarning, match=r"saved with its zeros\. shrink must remove something"):
-        trainer(
-            PruningCallback(method="magnitude"),
-            SavePretrained(tmp_path / "out", shrink=True),
-            max_steps=1,
-        ).fit(module, windows())
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), module.model)
+        trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(module, windows())
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
 
 
 class Worsening(Net):

@@ -310,20 +310,16 @@ def test_a_report_of_another_version_stops_nothing(tmp_path):
     saved = torch.load(tmp_path / "3.ckpt", weights_only=True)
     (own,) = [state for name, state in saved["callbacks"].items() if "Counted" in name]
     own["of_a_later_version"] = 1
-    for report, warning in (
-        (own["report"].replace('"zeros"', '"zeroes"'), "argument: .zeros."),
-        (None, None),
-    ):
-        own["report"] = report
-        torch.save(saved, tmp_path / "changed.ckpt")
-        resumed = made("adamw")
-        callback = Counted(at_step=2)
-        with pytest.warns(UserWarning, match=warning) if warning else nullcontext():
-            trainer(callback, max_steps=6).fit(
-                resumed, Resumable(), ckpt_path=tmp_path / "changed.ckpt"
-            )
-        assert (callback.pruned_at, callback.report) == ([], None)
-        assert equal(state(resumed), state(whole))
+    own["report"] = own["report"].replace('"zeros"', '"zeroes"')
+    torch.save(saved, tmp_path / "changed.ckpt")
+    resumed = made("adamw")
+    callback = Counted(at_step=2)
+    with pytest.warns(UserWarning, match="argument: .zeros."):
+        trainer(callback, max_steps=6).fit(
+            resumed, Resumable(), ckpt_path=tmp_path / "changed.ckpt"
+        )
+    assert (callback.pruned_at, callback.report) == ([], None)
+    assert equal(state(resumed), state(whole))
 
 
 class Killed(Net):

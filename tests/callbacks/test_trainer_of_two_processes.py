@@ -151,14 +151,17 @@ def test_other_strategies_are_refused_by_name(strategy, world_size):
 @pytest.mark.parametrize(
     ("world_size", "num_samples", "batch_size"), pairwise([2, 3, 5], [1, 4, 7, 10, 100], [1, 3, 4])
 )
-def test_all_processes_use_the_samples_of_one_process(world_size, num_samples, batch_size):
+def test_all_processes_use_the_samples_of_one_process(
+    monkeypatch, world_size, num_samples, batch_size
+):
+    monkeypatch.setattr("wanda_lightning.callbacks.calibration_data.run_alone", lambda *_: True)
+
     def share(rank, size):
         processes = SimpleNamespace(
             world_size=size, rank=rank, broadcast=lambda value, source: value
         )
         loader = DataLoader(torch.arange(10), batch_size=batch_size)
         data = CalibrationData(None, cases.Regression(), loader, num_samples, processes)
-        data._run_alone = lambda batch: True
         return [batch.tolist() for batch in data.batches()]
 
     whole = share(0, 1)

@@ -58,7 +58,7 @@ def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(tmp_pat
 
 FITS = '{"passage": "a", "question": "b", "label": 1}\n'
 UNFIT = [
-    ("boolq", '{"passage": "a", "question": "b", "answer": 1}', "but label is missing"),
+    ("boolq", '{"passage": "a", "question": "b", "answer": 1}', "document 1 has no label"),
     ("boolq", '{"passage": "a", "question": "b", "label": null}', "document 1 has no label"),
     (
         "boolq",

@@ -142,16 +142,10 @@ def test_saves_an_ordinary_folder(tmp_path, tied):
     assert large == [".safetensors"]
 
 
-def test_loads_the_folder_that_it_saved(tmp_path):
-    CausalLMModule(tiny_llama(), tiny_tokenizer()).save_pretrained(tmp_path)
-    again = CausalLMModule(str(tmp_path))
-    assert again.model.training
-    assert again.tokenizer("w3 w7").input_ids == [3, 7]
-
-
 def test_overwrites_the_folder_that_it_was_loaded_from(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     module = CausalLMModule(str(tmp_path))
+    assert module.model.training
     assert module.tokenizer is None
     with torch.no_grad():
         module.model.lm_head.weight.zero_()

@@ -32,13 +32,12 @@ def test_a_page_in_a_browser(tmp_path):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     try:
-        colors = [
-            look_at(driver, tmp_path / "page.html", width, theme)
-            for theme in THEMES
-            for width in (1400, 400)
-        ]
-        # Of the page, and of figures.
-        assert len({color for each in colors for color in each}) == 2 * len(THEMES)
+        colors = set()  # of the page, and of figures
+        for theme in THEMES:
+            for width in (1400, 400):
+                colors.update(look_at(driver, tmp_path / "page.html", width, theme))
+        assert len(colors) == 2 * len(THEMES)
+
         names = [layer.name for layer in report.layers]
         driver.find_element(By.CSS_SELECTOR, '[aria-label="Pruned layers"] th button').click()
         assert column(driver) == sorted(names, key=lambda name: (int(name.split(".")[2]), name))
@@ -46,9 +45,8 @@ def test_a_page_in_a_browser(tmp_path):
             By.CSS_SELECTOR, '[aria-label="Search the table: Pruned layers"]'
         )
         search.send_keys("Q_PROJ layers.1")
-        assert sorted(column(driver)) == sorted(
-            name for name in names if "q_proj" in name and "layers.1" in name
-        )
+        found = [name for name in names if "q_proj" in name and "layers.1" in name]
+        assert sorted(column(driver)) == sorted(found)
     finally:
         driver.quit()
 

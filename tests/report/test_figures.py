@@ -8,7 +8,7 @@ from support.zoo import ZOO
 
 from wanda_lightning import prune
 from wanda_lightning.report.figures import (
-    layer_grid,
+    Grid,
     plots_of,
     shortest_ends,
     to_svg,
@@ -25,8 +25,8 @@ def pruned(name, **choices):
 def test_values_by_kind_and_block():
     _, report = pruned("llama", method="sparsegpt", allocation="owl")
     by_name = {layer.name: layer for layer in report.layers}
-    sparsity = layer_grid(report, "sparsity")
-    errors = layer_grid(report, "error")
+    sparsity = Grid(report, "sparsity")
+    errors = Grid(report, "error")
     assert sparsity.blocks == errors.blocks == ["model.layers.0", "model.layers.1"]
     assert len(sparsity.kinds) * len(sparsity.blocks) == len(by_name)
     for kind, zeros, error in zip(sparsity.kinds, sparsity.values, errors.values, strict=True):
@@ -47,7 +47,7 @@ def test_the_cells_show_the_sparsities_in_percent():
 
 def test_a_second_list_of_blocks_begins_at_its_first_block():
     _, report = pruned("t5")
-    grid = layer_grid(report, "sparsity")
+    grid = Grid(report, "sparsity")
     layers_of_encoder = sum(block.startswith("encoder") for block in grid.blocks)
     assert grid.stacks == {"encoder.block": 0, "decoder.block": layers_of_encoder}
 
@@ -59,14 +59,19 @@ def test_a_label_is_the_shortest_end_that_no_other_name_has():
 
 def test_experts_of_a_block_are_one_kind():
     _, report = pruned("mixtral")
-    grid = layer_grid(report, "sparsity")
+    grid = Grid(report, "sparsity")
     experts = [layer for layer in report.layers if layer.siblings]
     kinds = {layer.siblings.removeprefix(f"{layer.block}.") for layer in experts}
     assert {kind for kind in grid.kinds if "*" in kind} == kinds
     assert [plot.name for plot in plots_of(report)] == ["weights"]
 
 
-@pytest.mark.parametrize("name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO))
+EACH = pytest.mark.parametrize(
+    "name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO)
+)
+
+
+@EACH
 def test_every_parameter_is_counted_once(name):
     model, report = pruned(name)
     bars = weights_by_kind(report)
@@ -75,10 +80,10 @@ def test_every_parameter_is_counted_once(name):
     assert len({bar.name for bar in bars}) == len(bars)
 
 
-@pytest.mark.parametrize("name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO))
+@EACH
 def test_every_kind_has_a_label_of_its_own(name):
     _, report = pruned(name)
-    grid = layer_grid(report, "sparsity")
+    grid = Grid(report, "sparsity")
     assert len(set(grid.labels)) == len(grid.kinds)
     for kind, label in zip(grid.kinds, grid.labels, strict=True):
         assert kind.replace(".*", "").endswith(label)

@@ -36,7 +36,6 @@ def test_a_report_of_another_version_is_read():
     report = prune(
         ZOO["llama"].build(), ZOO["llama"].batches(), skip=["model.layers.0"], progress=False
     )
-    assert PruningReport.from_json(report.to_json()) == report
     content = json.loads(report.to_json())
     assert content.pop("version") == 1
     assert content.pop("run") is None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import NoneType
@@ -15,6 +15,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 from torch.utils.data.distributed import DistributedSampler
@@ -25,14 +26,6 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import forward_batch
 from wanda_lightning.parallel import Processes
 from wanda_lightning.planning.plan import Plan
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A loader of calibration batches, with its name in warnings."""
-
-    loader: Any
-    name: str
 
 
 @dataclass
@@ -57,17 +50,18 @@ class CalibrationData:
 
         All processes continue with the random state of the first, so that their loaders shuffle in the same order.
         """
-        yield from self._first_samples(self._find())
+        loader, name = self._find()
+        yield from self._first_samples(loader, name)
 
     def trial_batches(self) -> Iterator[Any] | None:
         """Return the same batches from a copy of the loader, with the same errors; None for data that are used up."""
-        source = self._find()
-        dataset = getattr(source.loader, "dataset", None)
-        if isinstance(source.loader, Iterator) or isinstance(dataset, IterableDataset):
+        loader, name = self._find()
+        dataset = getattr(loader, "dataset", None)
+        if isinstance(loader, Iterator) or isinstance(dataset, IterableDataset):
             return None  # a copy would share its state
-        return self._first_samples(_Source(_independent_copy(source.loader), source.name))
+        return self._first_samples(_independent_copy(loader), name)
 
-    def _first_samples(self, source: _Source) -> Iterator[Any]:
+    def _first_samples(self, loader: Any, name: str) -> Iterator[Any]:
         if self.processes.world_size > 1:
             torch.set_rng_state(self.processes.broadcast(torch.get_rng_state(), 0))
 
@@ -75,8 +69,7 @@ class CalibrationData:
         step = self.processes.world_size
         offset = self.processes.rank
         wanted = self.num_samples
-        name = source.name
-        if step > 1 and _is_divided(source.loader):
+        if step > 1 and _is_divided(loader):
             wanted = wanted // step + (offset < wanted % step)
             step = 1
             offset = 0
@@ -85,7 +78,7 @@ class CalibrationData:
             return
 
         seen = 0
-        for index, batch in enumerate(source.loader):
+        for index, batch in enumerate(loader):
             if index % step == offset:
                 yield self._cut(batch, wanted - seen)
             seen += batch_size(batch)
@@ -97,14 +90,11 @@ class CalibrationData:
 
     def _cut(self, batch: Any, size: int) -> Any:
         """Return the first samples of a batch, or the whole batch if its samples do not run alone."""
-        if batch_size(batch) <= size or not is_even(batch) or not self._run_alone(batch):
+        if batch_size(batch) <= size or not is_even(batch):
             return batch
-        return take(batch, 0, size)
-
-    def _run_alone(self, batch: Any) -> bool:
-        """Whether the samples of a batch run alone."""
         with pruning_mode(self.module):
-            return run_alone(self.predict, batch)
+            can_cut = run_alone(self.predict, batch)
+        return take(batch, 0, size) if can_cut else batch
 
     def forward(self, batch: Any) -> object:
         """Run a batch through the module as Lightning's loops do, by its `calibration_step` if it has one."""
@@ -119,7 +109,11 @@ class CalibrationData:
     def _run(self, batch: Any, *names: str) -> object:
         """Run a batch by the first method of the module with one of these names, else by the module itself."""
         batch = self.trainer.precision_plugin.convert_input(batch)
-        batch = self._before_transfer(batch)
+        # The hook of the datamodule if it has its own, else that of the module, as in Lightning.
+        for holder in self._holders:
+            if is_overridden("on_before_batch_transfer", holder):
+                batch = holder.on_before_batch_transfer(batch, 0)
+                break
         batch = self.trainer.strategy.batch_to_device(batch)
         for name in names:
             method = getattr(self.module, name, None)
@@ -127,31 +121,24 @@ class CalibrationData:
                 return method(batch)
         return forward_batch(self.module, batch)
 
-    def _before_transfer(self, batch: Any) -> Any:
-        """Call the hook of the datamodule if it has its own, else that of the module, as Lightning does."""
-        for holder in self._holders:
-            if is_overridden("on_before_batch_transfer", holder):
-                return holder.on_before_batch_transfer(batch, 0)
-        return batch
-
     @property
     def _holders(self) -> tuple[Any, Any]:
         """The datamodule, or None, and the module, which may both have loaders and hooks."""
         return getattr(self.trainer, "datamodule", None), self.module
 
-    def _find(self) -> _Source:
-        """Return the first calibration loader that exists, in the order that `PruningCallback` documents."""
+    def _find(self) -> tuple[Any, str]:
+        """Return the first calibration loader that exists, in the order of `PruningCallback`, with a name for it."""
         if self.dataloader is not None:
-            return _Source(self.dataloader, "dataloader")
+            return self.dataloader, "dataloader"
 
         for holder in self._holders:
             make_loader = getattr(holder, "calibration_dataloader", None)
             if callable(make_loader):
-                return _Source(make_loader(), f"{type(holder).__name__}.calibration_dataloader()")
+                return make_loader(), f"{type(holder).__name__}.calibration_dataloader()"
 
         if self.trainer.train_dataloader is not None:
             loader = _single(self.trainer.train_dataloader, "train")
-            return _Source(_independent_copy(loader), "the train dataloader")
+            return _independent_copy(loader), "the train dataloader"
 
         # In an evaluation, Lightning has made no train dataloader.
         for holder in self._holders:
@@ -159,12 +146,12 @@ class CalibrationData:
                 if holder is not self.module:
                     holder.setup("fit")  # Lightning has set it up only for the evaluation
                 loader = _single(holder.train_dataloader(), "train")
-                return _Source(loader, f"{type(holder).__name__}.train_dataloader()")
+                return loader, f"{type(holder).__name__}.train_dataloader()"
 
         for kind in ("val", "test", "predict"):
             loaders = getattr(self.trainer, f"{kind}_dataloaders")
             if loaders is not None:
-                return _Source(_independent_copy(_single(loaders, kind)), f"the {kind} dataloader")
+                return _independent_copy(_single(loaders, kind)), f"the {kind} dataloader"
 
         raise MisconfigurationException(
             "dataloader must be given, or calibration_dataloader() defined, since there is no other data to calibrate "
@@ -174,16 +161,13 @@ class CalibrationData:
 
 def _single(loaders: Any, kind: str) -> Any:
     """Return the only loader of a collection; refuse several."""
-    if isinstance(loaders, Mapping):
-        loaders = [*loaders.values()]
-    if not isinstance(loaders, list | tuple):
-        return loaders
-    if len(loaders) != 1:
+    several = CombinedLoader(loaders).flattened
+    if len(several) != 1:
         raise MisconfigurationException(
-            f"dataloader must be given, or calibration_dataloader() defined, since there are {len(loaders)} {kind} "
+            f"dataloader must be given, or calibration_dataloader() defined, since there are {len(several)} {kind} "
             "dataloaders to calibrate on."
         )
-    return loaders[0]
+    return several[0]
 
 
 def _is_divided(loader: Any) -> bool:
@@ -220,10 +204,10 @@ def _independent_copy(loader: Any) -> Any:
             attributes[name] = copy.deepcopy(value, memo)
     attributes["_iterator"] = None  # the running workers, if they are persistent
 
-    batch_sampler = attributes["batch_sampler"]
+    batch_sampler = copied.batch_sampler
     if type(loader) is not DataLoader or type(batch_sampler) not in (BatchSampler, NoneType):
         return copied  # a sampler or a loader of the user may mean something else by these
-    sampler = attributes["sampler"]
+    sampler = copied.sampler
     attributes["drop_last"] = False
     if batch_sampler is not None:
         batch_sampler.drop_last = False

@@ -97,11 +97,11 @@ def refuse_training(
 
 def _end_of_training(trainer: Trainer) -> float:
     """Return the optimizer step at which training ends; infinity if no limit is known."""
-    limits: list[float] = [trainer.max_steps]
+    end: float = trainer.max_steps
     if trainer.lightning_module.automatic_optimization:
-        limits.append(trainer.estimated_stepping_batches)
+        end = trainer.estimated_stepping_batches  # at most max_steps
     # Lightning writes -1 for no limit.
-    return min((limit for limit in limits if limit != -1), default=math.inf)
+    return math.inf if end == -1 else end
 
 
 def without_permutation_in_training(config: PruningConfig, trainer: Trainer) -> PruningConfig:

@@ -6,11 +6,10 @@ import copy
 import functools
 import hashlib
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.trees import clone_arguments
-from wanda_lightning.callbacks.prunable_module import PrunableModule, pruning_target
+from wanda_lightning.callbacks.prunable_module import pruning_target
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import (
     causal_config,
@@ -41,7 +41,8 @@ _SHARE_OF_ZEROS = (
 )
 _FINGERPRINT_VALUES = 64  # of each tensor
 
-Dense = str | os.PathLike[str] | nn.Module | None
+Dense = StrPath | nn.Module | None
+Forward = Callable[..., Any]
 
 
 class DistillFromDense(Callback):
@@ -148,27 +149,21 @@ class DistillFromDense(Callback):
 
     on_exception = on_train_end  # type: ignore[assignment]  # of any arguments
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Kwargs:
         """Return the choices and a fingerprint of the dense model, which a resumed run must not change."""
-        return self._fixed_choices if self._fingerprint else {}
+        if not self._fingerprint:
+            return {}
+        options = {name: getattr(self, name) for name in ("weight", "temperature", "network")}
+        return {"dense": self._fingerprint, **options}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Kwargs) -> None:
         """Refuse the state of a run with other choices or another dense model."""
-        if self._teacher is not None and state_dict != self._fixed_choices:
+        if self._teacher is not None and state_dict != self.state_dict():
             raise UserError(
                 f"dense, weight, temperature and network must be the same as in the checkpoint, which DistillFromDense "
-                f"wrote with {state_dict}, but they are {self._fixed_choices}, where dense is a fingerprint of the "
+                f"wrote with {state_dict}, but they are {self.state_dict()}, where dense is a fingerprint of the "
                 "model. Use the same, or load only the weights in a new run."
             )
-
-    @property
-    def _fixed_choices(self) -> dict[str, Any]:
-        return {
-            "dense": self._fingerprint,
-            "weight": self.weight,
-            "temperature": self.temperature,
-            "network": self.network,
-        }
 
 
 @dataclass
@@ -181,7 +176,7 @@ class _Comparison:
     total: Tensor | float = 0.0  # a number until the first call
     count: int = 0  # of predictions
 
-    def watched(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(self, forward: Forward) -> Forward:
         """Return the forward of the network with a comparison of its output.
 
         Hooks would not do: the adapters of peft call the forward of the network past its hooks.
@@ -218,7 +213,7 @@ class _Comparison:
         # Such a power keeps the gradients as large at any temperature (Hinton et al. 2015, section 2).
         return self.total * (self.temperature**2 / max(1, self.count))  # a batch may be all padding
 
-    def _add(self, predicted: Tensor, dense: Tensor, arguments: Mapping[str, Any]) -> None:
+    def _add(self, predicted: Tensor, dense: Tensor, arguments: Kwargs) -> None:
         if predicted.shape != dense.shape:
             raise UserError(
                 f"dense must be the model from which the network was pruned, but its logits have the shape "
@@ -231,18 +226,15 @@ class _Comparison:
             )
 
         mask = fitting_mask(token_masks(self.network, arguments), "", predicted)
+        predicted = predicted.flatten(0, -2)
         counted = None if mask is None else mask.keep.flatten().to(predicted.device)
-        self.count += predicted.shape[:-1].numel() if counted is None else int(counted.sum())
-        self.total += summed_divergence(
-            predicted.flatten(0, -2), dense.flatten(0, -2), counted, self.temperature
-        )
+        self.count += len(predicted) if counted is None else int(counted.sum())
+        self.total += summed_divergence(predicted, dense.flatten(0, -2), counted, self.temperature)
 
 
-def _by_name(
-    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Mapping[str, Any]:
+def _by_name(forward: Forward, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
     """Return the arguments of a call by name, with positional mappings unpacked."""
-    named: dict[str, Any] = dict(kwargs)
+    named = dict(kwargs)
     for name, value in zip(inspect.signature(forward).parameters, args, strict=False):
         if isinstance(value, Mapping):
             named |= value
@@ -288,7 +280,8 @@ def dense_model(dense: Dense, pl_module: LightningModule, name: str | None) -> n
     elif isinstance(dense, nn.Module):
         model = dense
     else:
-        model = cast(PrunableModule, pl_module).load_dense_model(dense)
+        loader: Any = pl_module  # see `PrunableModule`
+        model = loader.load_dense_model(dense)
 
     zeros = _zeros_of_pruning(model)
     parameters = set(model.parameters())

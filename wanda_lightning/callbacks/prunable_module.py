@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any, Protocol, cast
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+
+from wanda_lightning.common.types import StrPath
 
 
 class PrunableModule(Protocol):
@@ -42,7 +43,7 @@ class PrunableModule(Protocol):
         A datamodule with it may also have `describe_calibration(num_samples)`, which returns a text for the report.
         """
 
-    def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
+    def load_dense_model(self, name: StrPath) -> nn.Module:
         """Return the dense network of this name, for `DistillFromDense(name)`."""
 
     def check_tokens(self, input_ids: Tensor) -> None:
@@ -55,7 +56,7 @@ class PrunableModule(Protocol):
         """Raise the errors of `save_pretrained`; `SavePretrained` calls it when training starts."""
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
+        self, folder: StrPath, overwrite: bool = False, shrink: bool = False
     ) -> object:
         """Write the model into a folder; required by `SavePretrained`, which calls it after training.
 

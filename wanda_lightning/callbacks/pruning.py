@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +23,7 @@ from wanda_lightning.callbacks.trainer import is_dry_run, processes_of, set_metr
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.atomic_write import require_writable
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -87,12 +87,12 @@ class PruningCallback(ZerosCallback):
         num_samples: int = 128,
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
-        report_dir: str | Path | None = None,
-        report_page: str | Path | None = None,
+        report_dir: StrPath | None = None,
+        report_page: StrPath | None = None,
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
-        report: str | Path | None = None,
+        report: StrPath | None = None,
         **choices: Unpack[PruningChoices],
     ) -> None:
         super().__init__()
@@ -152,8 +152,8 @@ class PruningCallback(ZerosCallback):
 
         If it is overridden, the schedule still gives the share of the sparsity, by default all of it.
         """
-        share = self._schedule_of(trainer).share(trainer.global_step)
-        return share is not None and share > self._state.share
+        share = self._schedule_of(trainer).share(trainer.global_step) or 0.0
+        return share > self._state.share
 
     # What Lightning calls, in the order of a run.
 
@@ -166,11 +166,10 @@ class PruningCallback(ZerosCallback):
                 if path is not None and trainer.is_global_zero:
                     require_writable(path, overwrite=True, kind=kind)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Kwargs) -> None:
         """Restore the state; refuse that of a run with another sparsity or pattern."""
-        self._state = PruningState.from_checkpoint(
-            state_dict, self._fixed_choices, type(self).__name__
-        )
+        name = type(self).__name__
+        self._state = PruningState.from_checkpoint(state_dict, self._fixed_choices, name)
         self._state_is_of_checkpoint = True
         self._zeros.load_state_dict({"layers": [], "unheld_zeros": self._state.unheld_zeros})
 
@@ -192,17 +191,14 @@ class PruningCallback(ZerosCallback):
         if self._prune_if_due(trainer):
             self._hold_zeros(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
         """Prune before `trainer.validate`, or start to collect statistics."""
         if trainer.state.fn == "validate":
             self._prune_to_evaluate(trainer)
         if self._state.awaits_validation and not trainer.sanity_checking:
-            plan = self._current_plan(trainer)
-            self._validation = ValidationStatistics(plan, self.num_samples)
+            self._validation = ValidationStatistics(self._current_plan(trainer), self.num_samples)
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
-    ) -> None:
+    def on_validation_batch_start(self, _: Any, __: Any, batch: Any, *___: Any) -> None:
         """Collect statistics while the batch runs."""
         if self._validation is not None:
             self._validation.start_batch(batch)
@@ -212,12 +208,12 @@ class PruningCallback(ZerosCallback):
         if self._validation is not None:
             self._validation.end_batch()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         """Prune with the collected statistics."""
         if self._validation is not None:
-            statistics = self._validation
+            report = prune_collected(self._validation.plan, self._validation.calibration)
             self._validation = None
-            self._publish(prune_collected(statistics.plan, statistics.calibration), trainer)
+            self._publish(report, trainer)
             if trainer.state.fn == "fit":
                 self._hold_zeros(trainer)
 
@@ -227,10 +223,10 @@ class PruningCallback(ZerosCallback):
 
     on_predict_start = on_test_start
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Kwargs:
         """Return how far the model is pruned; see `PruningState`."""
-        unheld_zeros = self._zeros.state_dict()["unheld_zeros"]
-        return replace(self._state, unheld_zeros=unheld_zeros).to_checkpoint()
+        self._state.unheld_zeros = self._zeros.state_dict()["unheld_zeros"]
+        return self._state.to_checkpoint()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks, and warn if the final sparsity was not reached."""
@@ -338,12 +334,14 @@ class PruningCallback(ZerosCallback):
     def _raise_later_errors(self, trainer: Trainer) -> None:
         """Raise the errors of a later stage before training starts, by a trial with one batch."""
         with self._calibration(trainer) as data:
-
-            def find_batches() -> Iterator[Any] | None:
-                # A validation loop brings its own batches later.
-                return None if self.calibrate_on == "validation" else data.trial_batches()
-
-            rehearse(self._plan(trainer), find_batches, data.forward, data.predict)
+            # A validation loop brings its own batches later.
+            waits = self.calibrate_on == "validation"
+            rehearse(
+                self._plan(trainer),
+                lambda: None if waits else data.trial_batches(),
+                data.forward,
+                data.predict,
+            )
 
     # Prune, publish the result, and hold the zeros.
 

@@ -32,9 +32,8 @@ def _name_of(pl_module: LightningModule) -> str:
     if not isinstance(name, str) or not hasattr(model, "pretrained_cfg"):
         return ""
 
+    weights = arguments.get("checkpoint")
+    if not weights and not arguments.get("pretrained", True):
+        weights = "not pretrained"
     timm_name = f"timm:{name.removeprefix('timm:')}"
-    if checkpoint := arguments.get("checkpoint"):
-        return f"{timm_name} ({checkpoint})"
-    if not arguments.get("pretrained", True):
-        return f"{timm_name} (not pretrained)"
-    return timm_name
+    return f"{timm_name} ({weights})" if weights else timm_name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.models import is_wrapper
@@ -105,7 +106,7 @@ class SavePretrained(Callback):
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        folder: StrPath,
         overwrite: bool = False,
         push_to_hub: str | None = None,
         private: bool = False,
@@ -160,20 +161,23 @@ class SavePretrained(Callback):
         try:
             saved = self._merge_and_save(trainer, pl_module)
             if saved is not None:
-                self._write_card(saved, trainer)
+                folder, is_shrunk = saved
+                self._write_card(folder, is_shrunk, trainer)
                 if self.push_to_hub is not None:
-                    files = list_files(saved.folder)
-                    address = upload(saved.folder, self.push_to_hub, files, self.private)
+                    files = list_files(folder)
+                    address = upload(folder, self.push_to_hub, files, self.private)
                     rank_zero_info(f"SavePretrained: uploaded to {address}")
         finally:  # also if the upload fails
             trainer.strategy.barrier("SavePretrained")
 
-    def _merge_and_save(self, trainer: Trainer, pl_module: LightningModule) -> _Saved | None:
-        """Save the model in the first process, or else at least its state dict, with an error that says so."""
+    def _merge_and_save(self, trainer: Trainer, pl_module: Any) -> tuple[Path, bool] | None:
+        """Save the model in the first process, or else at least its state dict, with an error that says so.
+
+        Return the folder, and whether hidden units were left out.
+        """
         try:
-            merge = getattr(pl_module, "merge", None)
-            if callable(merge):
-                merge()
+            if callable(getattr(pl_module, "merge", None)):
+                pl_module.merge()
             return self._save(pl_module) if trainer.is_global_zero else None
         except Exception as error:
             if not trainer.is_global_zero:
@@ -183,7 +187,7 @@ class SavePretrained(Callback):
                 f"{self._save_state(pl_module)}: load them with module.load_state_dict(torch.load(PATH))."
             ) from error
 
-    def _save(self, pl_module: Any) -> _Saved:
+    def _save(self, pl_module: Any) -> tuple[Path, bool]:
         folder = Path(self.folder)
         try:
             require_writable(folder, self.overwrite)
@@ -197,11 +201,11 @@ class SavePretrained(Callback):
             try:
                 shrunk = pl_module.save_pretrained(folder, overwrite=self.overwrite, shrink=True)
                 rank_zero_info(f"SavePretrained: {shrunk}")
-                return _Saved(folder, is_shrunk=True)
+                return folder, True
             except UserError as error:
                 rank_zero_warn(f"The model is saved with its zeros. {error}")
         pl_module.save_pretrained(folder, overwrite=self.overwrite)
-        return _Saved(folder, is_shrunk=False)
+        return folder, False
 
     def _save_state(self, pl_module: LightningModule) -> Path:
         """Write the state dict next to the folder, or else into the folder for temporary files; return where it is."""
@@ -216,30 +220,21 @@ class SavePretrained(Callback):
             torch.save(pl_module.state_dict(), path)
         return path
 
-    def _write_card(self, saved: _Saved, trainer: Trainer) -> None:
+    def _write_card(self, folder: Path, is_shrunk: bool, trainer: Trainer) -> None:
         """Write the card of a model that the latest pruning callback of the Trainer has pruned."""
-        reports = [callback.report for callback in zeros_callbacks(trainer)]
-        pruned = [report for report in reports if report is not None]
-        if not pruned:
+        reports = [callback.report for callback in zeros_callbacks(trainer) if callback.report]
+        if not reports:
             return
-        report = _after_training(pruned[-1], pruning_target(trainer.lightning_module))
-        if saved.is_shrunk:
+        report = _after_training(reports[-1], pruning_target(trainer.lightning_module))
+        if is_shrunk:
             report = report.marked_as_shrunk()
         write_card(
-            saved.folder,
+            folder,
             report,
-            name=self.push_to_hub or saved.folder,
+            name=self.push_to_hub or folder,
             on_hub=self.push_to_hub is not None,
             trained_steps=trainer.global_step,
         )
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """The folder of a saved model, and whether hidden units were left out of it."""
-
-    folder: Path
-    is_shrunk: bool
 
 
 def _after_training(report: PruningReport, model: nn.Module) -> PruningReport:
@@ -252,14 +247,13 @@ def _after_training(report: PruningReport, model: nn.Module) -> PruningReport:
         layers.append(replace(layer, sparsity=sparsity))
 
     # Also in what was not pruned: biases are often initialized to zeros, and adapters are merged by now.
-    parameters = [*model.parameters()]
-    readable = [parameter for parameter in parameters if not is_wrapper(parameter)]
-    return replace(
-        report,
-        layers=tuple(layers),
-        parameters=sum(parameter.numel() for parameter in parameters),
-        zeros=sum(int((parameter == 0).count_nonzero()) for parameter in readable),
-    )
+    size = 0
+    all_zeros = 0
+    for parameter in model.parameters():
+        size += parameter.numel()
+        if not is_wrapper(parameter):
+            all_zeros += int((parameter == 0).sum())
+    return replace(report, layers=tuple(layers), parameters=size, zeros=all_zeros)
 
 
 def _unused(path: Path, suffix: str = "") -> Path:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from wanda_lightning.common.checks import check_at_least
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.report import PruningReport
+
+Stages = tuple[tuple[int, float], ...]
 
 
 class Schedule(ABC):
@@ -24,7 +26,7 @@ class Schedule(ABC):
 
     @property
     @abstractmethod
-    def stages(self) -> tuple[tuple[int, float], ...]:
+    def stages(self) -> Stages:
         """All stages, in order."""
 
     def share(self, step: int) -> float | None:
@@ -57,7 +59,7 @@ class OneShot(Schedule):
     step: int = 0
 
     @property
-    def stages(self) -> tuple[tuple[int, float], ...]:
+    def stages(self) -> Stages:
         """One stage, at `step`."""
         return ((self.step, 1.0),)
 
@@ -82,7 +84,7 @@ class LinearSchedule(Schedule):
         check_at_least(self.start_step + 1, end_step=self.end_step)
 
     @property
-    def stages(self) -> tuple[tuple[int, float], ...]:
+    def stages(self) -> Stages:
         """One stage every `every` steps after `start_step`, and one at `end_step`."""
         steps = [*range(self.start_step + self.every, self.end_step, self.every), self.end_step]
         length = self.end_step - self.start_step
@@ -136,7 +138,7 @@ class PruningState:
         report: The report of the latest pruning.
     """
 
-    choices: dict[str, Any]
+    choices: Kwargs
     zeros: dict[str, int] = field(default_factory=dict)
     share: float = 0.0
     last_asked_step: int | None = None
@@ -159,7 +161,7 @@ class PruningState:
         """Whether a model with these zeros can be the pruned one: each layer has half of the recorded zeros or more."""
         return all(2 * zeros.get(name, 0) >= count for name, count in self.zeros.items())
 
-    def to_checkpoint(self) -> dict[str, Any]:
+    def to_checkpoint(self) -> Kwargs:
         """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package."""
         saved = {_NAMES_IN_CHECKPOINTS.get(name, name): value for name, value in vars(self).items()}
         if self.report is not None:
@@ -167,9 +169,7 @@ class PruningState:
         return saved
 
     @classmethod
-    def from_checkpoint(
-        cls, saved: Mapping[str, Any], choices: Mapping[str, Any], name: str
-    ) -> PruningState:
+    def from_checkpoint(cls, saved: Kwargs, choices: Kwargs, name: str) -> PruningState:
         """Restore the state that `to_checkpoint` returned, for a callback of the class `name` with the same choices.
 
         Training resumes without the report if it cannot be read.
@@ -187,10 +187,9 @@ class PruningState:
             setattr(state, field_name, saved.get(saved_name, default))
 
         state.report = None
-        text = saved.get("report")
-        if text:
+        if saved.get("report"):
             try:
-                state.report = PruningReport.from_json(text)
+                state.report = PruningReport.from_json(saved["report"])
             except ValueError as error:
                 rank_zero_warn(
                     f"The report that {name} saved in the checkpoint cannot be read, so it has none: {error}"

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from wanda_lightning.callbacks.prunable_module import pruning_target
 from wanda_lightning.callbacks.trainer import averaged_models, processes_of
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import HeldZeros
 
@@ -62,11 +63,11 @@ class KeepZeros(ZerosCallback):
         self._zeros.hold_all(pruning_target(pl_module), processes_of(trainer))
         self._clear_copies(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Kwargs:
         """Return the names of the layers and which of their zeros are not kept; the kept zeros are in the weights."""
         return self._zeros.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Kwargs) -> None:
         """Restore the state."""
         self._zeros.load_state_dict(state_dict)
 

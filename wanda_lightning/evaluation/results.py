@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
 from wanda_lightning.common.atomic_write import atomic_write
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.report import versions
 from wanda_lightning.report.records import as_json
 
-Results = dict[str, dict[str, float]]
-"""By text, task or data set: values by metric; fractions are in [0, 1]."""
+Metrics = dict[str, float]
+"""Values by metric; fractions are in [0, 1]."""
+Results = dict[str, Metrics]
+"""Metrics by text, task or data set."""
 
 _COUNTS = ("windows", "documents", "images")  # metrics that are the number of samples
 _ERROR = "_stderr"  # suffix of a metric's standard error
 _SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
 
-def sparsity_of(model: nn.Module) -> dict[str, float]:
+def sparsity_of(model: nn.Module) -> Metrics:
     """Return the fractions of zeros: `layers`, of the weights that can be pruned; `model`, of all parameters.
 
     Quantized weights count as if they could be pruned, and are dequantized one at a time.
@@ -34,24 +35,21 @@ def sparsity_of(model: nn.Module) -> dict[str, float]:
     prunable = {id(layer.parameter) for layer in find_layers(model).layers}
     zeros = Counter[str]()
     sizes = Counter[str]()
-    counted = set[int]()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in counted:  # it is tied to another one
-                continue
-            counted.add(id(parameter))
-
-            weight: Tensor = parameter
-            kinds = ["model"]
-            is_quantized = name == "weight" and quantizer(module, parameter) is not None
-            if is_quantized and can_be_read(module):
-                weight = read_weight(module)
-                kinds.append("layers")
-            elif id(parameter) in prunable:
-                kinds.append("layers")
-            for kind in kinds:
-                zeros[kind] += int((weight.detach() == 0).count_nonzero())
-                sizes[kind] += weight.numel()
+    # Without weights that are tied to another one.
+    for path, parameter in model.named_parameters():
+        module_name, _, name = path.rpartition(".")
+        module = model.get_submodule(module_name)
+        weight: Tensor = parameter
+        kinds = ["model"]
+        is_quantized = name == "weight" and quantizer(module, parameter) is not None
+        if is_quantized and can_be_read(module):
+            weight = read_weight(module)
+            kinds.append("layers")
+        elif id(parameter) in prunable:
+            kinds.append("layers")
+        for kind in kinds:
+            zeros[kind] += int((weight.detach() == 0).count_nonzero())
+            sizes[kind] += weight.numel()
     return {kind: zeros[kind] / max(1, sizes[kind]) for kind in ("layers", "model")}
 
 
@@ -64,14 +62,14 @@ class Evaluation:
 
     models: dict[str, Results]
     dense: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Kwargs = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_json(self) -> str:
         """Return all numbers, unrounded; those that are not finite are null."""
         return as_json(asdict(self))
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: StrPath) -> None:
         """Write a JSON file atomically."""
         with atomic_write(path) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
@@ -108,7 +106,7 @@ class Evaluation:
         return rows
 
 
-def _heading(data: str, metric: str, of_models: Iterable[Mapping[str, float]]) -> str:
+def _heading(data: str, metric: str, of_models: Iterable[Metrics]) -> str:
     """Return the heading of a row, such as `rte acc (277 documents)`."""
     counts = set()
     for values in of_models:
@@ -119,16 +117,13 @@ def _heading(data: str, metric: str, of_models: Iterable[Mapping[str, float]]) -
     return heading
 
 
-def _cell(metric: str, values: Mapping[str, float], dense: float | None) -> str:
+def _cell(metric: str, values: Metrics, dense: float | None) -> str:
     """Format a value with its standard error and its difference to the dense model: `50.00% ± 1.25 (-12.50)`."""
     if metric not in values:
         return ""
     value = values[metric]
-    scale = 100
-    unit = "%"
-    if metric == "perplexity":
-        scale = 1
-        unit = ""
+    scale = 1 if metric == "perplexity" else 100
+    unit = "" if metric == "perplexity" else "%"
     cell = f"{scale * value:.2f}{unit}"
     if metric + _ERROR in values:
         cell += f" ± {scale * values[metric + _ERROR]:.2f}"

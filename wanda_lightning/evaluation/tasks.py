@@ -19,12 +19,13 @@ import torch
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluation_mode import evaluating
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import did_you_mean, one_line
 from wanda_lightning.data.dataset_files import load
-from wanda_lightning.evaluation.results import Results
+from wanda_lightning.evaluation.results import Metrics, Results
 
 # The seven tasks of Sun et al. 2024 (Table 2), with the fields of a document that lm-eval reads; see docs/tasks.md.
-PAPER_TASKS: dict[str, tuple[str, ...]] = {
+PAPER_TASKS = {
     "boolq": ("passage", "question", "label"),
     "rte": ("sentence1", "sentence2", "label"),
     "hellaswag": ("activity_label", "ctx_a", "ctx_b", "endings", "label"),
@@ -33,7 +34,6 @@ PAPER_TASKS: dict[str, tuple[str, ...]] = {
     "arc_challenge": ("question", "choices", "answerKey"),
     "openbookqa": ("question_stem", "choices", "answerKey"),
 }
-_ALL = ("paper", "all")
 _UNFIT = "The documents in {} do not fit lm-eval's definition of {}"
 _NOT_ON_THE_HUB = (
     "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them into "
@@ -44,8 +44,8 @@ _FOLDERS = ("arc", "glue/rte", "hellaswag", "openbookqa", "super_glue/boolq", "w
 
 
 def load_tasks(
-    asked: Sequence[str], folder: str | Path | None = None, cache_dir: str | None = None
-) -> dict[str, Any]:
+    asked: Sequence[str], folder: StrPath | None = None, cache_dir: str | None = None
+) -> Kwargs:
     """Load tasks of lm-eval by name, and refuse documents that they cannot use; `paper` or `all` stands for all seven.
 
     A folder must have a file TASK.jsonl for each task: one document in each line, with the fields in
@@ -53,9 +53,8 @@ def load_tasks(
     """
     names: dict[str, None] = {}  # as a set in order
     for name in asked:
-        names |= dict.fromkeys(PAPER_TASKS if name in _ALL else [name])
-    for name in names:
-        if name not in PAPER_TASKS:
+        names |= dict.fromkeys(PAPER_TASKS if name in ("paper", "all") else [name])
+        if name not in (*PAPER_TASKS, "paper", "all"):
             raise UserError(
                 f"tasks must be among {', '.join(PAPER_TASKS)}, or paper for all of them, but one is {name!r}."
                 f"{did_you_mean(name, PAPER_TASKS)} For other tasks, run lm-eval on the model's folder."
@@ -76,15 +75,11 @@ def load_tasks(
         )
     # All files are read before lm-eval is imported, which takes seconds.
     documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
-    tasks: dict[str, Any] = {}
+    tasks: Kwargs = {}
     for name, path in files.items():
-        source = {
-            "custom_dataset": lambda name=name, **_: {"validation": documents[name]},
-            "training_split": None,
-            "validation_split": "validation",
-            "test_split": None,
-            "fewshot_split": None,
-        }
+        source: Kwargs = dict.fromkeys(("training_split", "test_split", "fewshot_split"))
+        source["validation_split"] = "validation"
+        source["custom_dataset"] = lambda name=name, **_: {"validation": documents[name]}
         tasks |= _load({name: source}, _UNFIT.format(path, name))
         _check_answers(tasks[name], path)
     return tasks
@@ -101,7 +96,7 @@ def _task_manager() -> Any:
     return tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
 
 
-def _load(overrides: Mapping[str, Mapping[str, Any]], failure: str) -> dict[str, Any]:
+def _load(overrides: Mapping[str, Kwargs], failure: str) -> Kwargs:
     # lm-eval merges overrides into its own definition of a task only if the task is a member of a group.
     members = [{"task": name, **changes} for name, changes in overrides.items()]
     with _quiet():
@@ -114,15 +109,12 @@ def _load(overrides: Mapping[str, Mapping[str, Any]], failure: str) -> dict[str,
 
 def _read(path: Path, fields: Sequence[str]) -> Any:
     documents = load(str(path))
-    expected = f"Each line of {path} must have {', '.join(fields)}"
-    for name in fields:
-        if name not in documents.column_names:
-            raise UserError(f"{expected}, but {name} is missing. Correct the file.")
     for number, document in enumerate(documents, start=1):
         for name in fields:
-            if document[name] is None:  # the prompt would have the word None
+            if document.get(name) is None:  # the prompt would have the word None
                 raise UserError(
-                    f"{expected}, but document {number} has no {name}. Correct the line."
+                    f"Each line of {path} must have {', '.join(fields)}, but document {number} has no {name}. Correct "
+                    "the file."
                 )
     return documents.select_columns(list(fields))
 
@@ -186,26 +178,27 @@ def zero_shot(
 
     results: Results = {}
     for name in tasks:
-        results[name] = {}
+        values = {}
         for key, value in measured["results"][name].items():
             # A metric is METRIC,FILTER; where it has no standard error, lm-eval has the text N/A.
             if "," in key and not isinstance(value, str):
-                results[name][key.removesuffix(",none")] = float(value)
-        results[name]["documents"] = measured["n-samples"][name]["effective"]
+                values[key.removesuffix(",none")] = float(value)
+        results[name] = {**values, "documents": measured["n-samples"][name]["effective"]}
     if len(tasks) > 1:
         results["mean"] = _mean(list(results.values()))
     return results
 
 
-def _mean(results: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _mean(results: Sequence[Metrics]) -> Metrics:
     """Average accuracies of independent tasks: the variances of the means add up.
 
     >>> _mean([{"acc": 0.25, "acc_stderr": 0.03}, {"acc": 0.75, "acc_stderr": 0.04}])
     {'acc': 0.5, 'acc_stderr': 0.025}
     """
-    mean = {"acc": sum(task["acc"] for task in results) / len(results)}
+    count = len(results)
+    mean = {"acc": sum(task["acc"] for task in results) / count}
     if all("acc_stderr" in task for task in results):
-        mean["acc_stderr"] = sum(task["acc_stderr"] ** 2 for task in results) ** 0.5 / len(results)
+        mean["acc_stderr"] = sum(task["acc_stderr"] ** 2 for task in results) ** 0.5 / count
     return mean
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from wanda_lightning.common import wording
 from wanda_lightning.common.atomic_write import atomic_write
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.report import Circumstances, PruningReport, descriptions
 from wanda_lightning.report.descriptions import METRICS, TOP1
 from wanda_lightning.report.records import as_json, from_parsed
@@ -24,10 +25,10 @@ _FOLDERS = re.compile(r"(?<![\w./~-])~?/(?:[^\s,'\"/]+/)*(?=[^\s,'\"/])")  # of 
 
 
 def write_card(
-    folder: str | Path,
+    folder: StrPath,
     report: PruningReport,
     *,
-    name: str | Path,
+    name: StrPath,
     on_hub: bool = False,
     trained_steps: int = 0,
 ) -> None:
@@ -50,23 +51,16 @@ def write_card(
     run = _without_folders(full_run)
     report = replace(report, run=run)
     base = _base_on_hub(full_run.model)
-    loading = _loading(folder / "config.json", name, on_hub)
+    library, task, code = _loading(folder / "config.json", name, on_hub)
     rows, results = _results(run)
 
-    is_smaller = report.shrunk
     picture = ""
-    if find_spec("matplotlib") is not None and not is_smaller:
+    if find_spec("matplotlib") is not None and not report.shrunk:
         picture = PICTURE_NAME
         report.save(folder / picture)
 
-    tags = ["pruned"]
-    if not is_smaller:
-        tags.append("sparse")
-    tags.append("wanda_lightning")
     method = descriptions.choices_of(report.config).partition(",")[0].lower()
-    if method:
-        tags.append(method)
-
+    tags = ["pruned", "" if report.shrunk else "sparse", "wanda_lightning", method]
     versions = [
         f"{library} {version}"
         for library, version in report.versions.items()
@@ -81,9 +75,9 @@ def write_card(
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base,
-            library_name=loading.library,
-            pipeline_tag=loading.task,
-            tags=tags,
+            library_name=library,
+            pipeline_tag=task,
+            tags=list(filter(None, tags)),
             model_name=title if results else None,
             eval_results=results or None,
         ),
@@ -93,7 +87,7 @@ def write_card(
         base=base,
         rows=rows,
         picture=picture,
-        code=loading.code,
+        code=code,
         settings=settings,
         report=report,
         run=run,
@@ -129,19 +123,14 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
     metadata = []
     for result in run.results:
         metric = METRICS[run.metric]
+        after = result.after
         name = f"{metric.title}, {result.data}" if result.data else metric.title
-        rows.append((name, metric.text(result.before), metric.text(result.after)))
-        if result.after is not None:
+        rows.append((name, metric.text(result.before), metric.text(after)))
+        if after is not None:
             data = result.data or "unknown"
+            kind = data.partition(", ")[0]
             metadata.append(
-                EvalResult(
-                    task_type=metric.task,
-                    dataset_type=data.partition(", ")[0],
-                    dataset_name=data,
-                    metric_type=metric.on_hub,
-                    metric_value=result.after,
-                    metric_name=metric.name,
-                )
+                EvalResult(metric.task, kind, data, metric.on_hub, after, metric_name=metric.name)
             )
 
     for task, scores in run.zero_shot.items():
@@ -152,23 +141,14 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
     return rows, metadata
 
 
-@dataclass(frozen=True)
-class _Loading:
-    """How a saved model is loaded: the library and the task, in the words of the hub, and the code."""
-
-    library: str | None = None
-    task: str | None = None
-    code: str = ""
-
-
-def _loading(config_file: Path, name: str, on_hub: bool) -> _Loading:
-    """Return how the model with this `config.json` is loaded."""
+def _loading(config_file: Path, name: str, on_hub: bool) -> tuple[str | None, str | None, str]:
+    """Return the library and the task, in the words of the hub, and the code that loads a model with this config."""
     config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
     if "architecture" in config:
         is_shrunk = config["architecture"] == "shrunk_model"
-        return _Loading("timm", "image-classification", _code_for_timm(name, on_hub, is_shrunk))
+        return "timm", "image-classification", _code_for_timm(name, on_hub, is_shrunk)
     if "model_type" not in config:
-        return _Loading()
+        return None, None, ""
 
     (architecture, *_) = config.get("architectures") or ["AutoModel"]
     task = None
@@ -179,7 +159,7 @@ def _loading(config_file: Path, name: str, on_hub: bool) -> _Loading:
     if "auto_map" in config:  # the folder has its own modeling file
         arguments += ", trust_remote_code=True"
     code = f"from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained({arguments})"
-    return _Loading("transformers", task, code)
+    return "transformers", task, code
 
 
 def _code_for_timm(name: str, on_hub: bool, is_shrunk: bool) -> str:

@@ -7,10 +7,10 @@ import re
 import shlex
 from collections.abc import Collection
 from glob import escape
-from pathlib import Path
 
 from wanda_lightning.common.atomic_write import list_entries, resolve_path
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.common.wording import one_line
 
 
@@ -18,16 +18,15 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
     """Refuse an upload that cannot succeed; `private` connects to the hub to refuse a public repository."""
     from huggingface_hub import HfApi, constants, get_token
 
+    expected = ""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo_id):
-        expected = "must be OWNER/NAME of a model repository"
+        expected = "OWNER/NAME of a model repository"
     elif constants.HF_HUB_OFFLINE:
-        expected = "must be left out while HF_HUB_OFFLINE is set"
+        expected = "left out while HF_HUB_OFFLINE is set"
     elif get_token() is None:
-        expected = "must be left out without a token (run hf auth login, or set HF_TOKEN)"
-    else:
-        expected = ""
+        expected = "left out without a token (run hf auth login, or set HF_TOKEN)"
     if expected:
-        raise UserError(f"push_to_hub {expected}, but it is {repo_id!r}.")
+        raise UserError(f"push_to_hub must be {expected}, but it is {repo_id!r}.")
 
     api = HfApi()
     if private and api.repo_exists(repo_id) and not api.repo_info(repo_id).private:
@@ -37,7 +36,7 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
         )
 
 
-def upload(folder: str | Path, repo_id: str, files: Collection[str], private: bool = False) -> str:
+def upload(folder: StrPath, repo_id: str, files: Collection[str], private: bool = False) -> str:
     """Upload files of a folder to a model repository, in one commit, and return its address.
 
     A repository that does not exist is created. Weights of another model in the repository are deleted, because they
@@ -73,7 +72,7 @@ def upload(folder: str | Path, repo_id: str, files: Collection[str], private: bo
     return str(address)
 
 
-def list_files(folder: str | Path) -> list[str]:
+def list_files(folder: StrPath) -> list[str]:
     """Return the names of the files of a model in a folder, relative to it and with slashes, except hidden ones."""
     root = resolve_path(folder)
     names = []

@@ -6,7 +6,6 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, cast
 
 import lightning as L
@@ -22,6 +21,7 @@ from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.dtypes import DTYPES, dtype_name
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.model_loading import (
     check_causal,
@@ -37,15 +37,6 @@ from wanda_lightning.parallel import (
 )
 from wanda_lightning.units.modeling_file import write_modeling_file
 from wanda_lightning.units.shrink import Shrunk, shrunk
-
-
-@dataclass(frozen=True)
-class _Windows:
-    """A batch of windows of tokens. All tensors have the shape (batch, tokens)."""
-
-    input_ids: Tensor
-    attention_mask: Tensor | None
-    labels: Tensor | None
 
 
 class CausalLMModule(L.LightningModule):
@@ -81,13 +72,13 @@ class CausalLMModule(L.LightningModule):
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | PreTrainedModel,
+        model: StrPath | PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str | torch.dtype = "auto",
         lr: float = 1e-4,
         weight_decay: float = 0.0,
         lr_decay: bool = False,
-        lora: dict[str, Any] | None = None,
+        lora: Kwargs | None = None,
         revision: str = "main",
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
@@ -124,13 +115,11 @@ class CausalLMModule(L.LightningModule):
         if self.device_mesh is None or isinstance(self.model, FSDPModule):
             return
         # Blocks are the modules for which transformers can checkpoint gradients.
-        blocks = [
-            module
-            for module in self.model.modules()
-            if isinstance(module, GradientCheckpointingLayer)
-        ]
-        for module in (*blocks, self.model):
-            fully_shard(module, mesh=self.device_mesh["data_parallel"])
+        mesh = self.device_mesh["data_parallel"]
+        for module in [*self.model.modules()]:
+            if isinstance(module, GradientCheckpointingLayer):
+                fully_shard(module, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     @property
     def pruning_target(self) -> nn.Module:
@@ -153,22 +142,19 @@ class CausalLMModule(L.LightningModule):
 
     def calibration_predictions(self, batch: Any) -> Any:
         """Run the batch through the model and return its output, with `logits`."""
-        windows = self._read(batch)
-        return self.model(
-            input_ids=windows.input_ids, attention_mask=windows.attention_mask, use_cache=False
-        )
+        return self.model(**self._read(batch), use_cache=False)
 
     def calibration_step(self, batch: Any) -> None:
         """Run the batch through all blocks; the logits are not computed."""
-        windows = self._read(batch)
         base: Any = self.pruning_target.base_model
-        base(input_ids=windows.input_ids, attention_mask=windows.attention_mask, use_cache=False)
+        base(**self._read(batch), use_cache=False)
 
     def check_tokens(self, input_ids: Tensor) -> None:
         """Raise a ValueError for token ids without an embedding. On a CUDA device they would end the process."""
         check_tokens(self.model, input_ids)
 
-    def _read(self, batch: Any) -> _Windows:
+    def _read(self, batch: Any) -> Kwargs:
+        """Return the `input_ids` and the `attention_mask`, perhaps None, of a batch."""
         if isinstance(batch, (tuple, list)):
             batch = {"input_ids": batch[0]}
         elif not isinstance(batch, Mapping):
@@ -177,18 +163,18 @@ class CausalLMModule(L.LightningModule):
         # The check would wait for a GPU, so its batches are checked by TextDataModule.setup only.
         if not isinstance(input_ids, Tensor) or input_ids.device.type == "cpu":
             self.check_tokens(input_ids)
-        return _Windows(input_ids, batch.get("attention_mask"), batch.get("labels"))
+        return {"input_ids": input_ids, "attention_mask": batch.get("attention_mask")}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean next-token loss over the tokens of the batch, without padding."""
         windows = self._read(batch)
-        labels = windows.labels
+        input_ids = windows["input_ids"]
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if labels is None:
-            predicted = predicted_tokens(windows.input_ids, windows.attention_mask)
-            labels = windows.input_ids.masked_fill(~predicted, -100)  # which the loss ignores
-        output = self(windows.input_ids, windows.attention_mask, labels, use_cache=False)
-        loss: Tensor = output.loss
-        self.log("train_loss", loss, prog_bar=True, batch_size=len(windows.input_ids))
+            # The loss ignores -100.
+            labels = input_ids.masked_fill(~predicted_tokens(**windows), -100)
+        loss: Tensor = self(**windows, labels=labels, use_cache=False).loss
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(input_ids))
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -208,14 +194,11 @@ class CausalLMModule(L.LightningModule):
             self._others[dataloader_idx] = WindowPerplexity().to(self.device)
         if dataloader_idx > 0:
             metric = self._others[dataloader_idx]
-        logits = self(windows.input_ids, windows.attention_mask, use_cache=False).logits
-        metric.update(logits, windows.input_ids, windows.attention_mask)
+        metric.update(self(**windows, use_cache=False).logits, **windows)
 
         # The first text has the plain name, too, which callbacks can monitor for any number of texts.
         texts = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
-        names = []
-        if dataloader_idx == 0:
-            names.append(name)
+        names = [name] if dataloader_idx == 0 else []
         if dataloader_idx > 0 or len(texts) > 1:
             text = texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx
             names.append(f"{name}/{text}")
@@ -225,15 +208,14 @@ class CausalLMModule(L.LightningModule):
                 metric,
                 prog_bar=logged == name,
                 metric_attribute=name,
-                batch_size=len(windows.input_ids),
+                batch_size=len(windows["input_ids"]),
                 add_dataloader_idx=False,
             )
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""
         windows = self._read(batch)
-        logits = self(windows.input_ids, windows.attention_mask, use_cache=False).logits
-        return window_losses(logits, windows.input_ids, windows.attention_mask)
+        return window_losses(self(**windows, use_cache=False).logits, **windows)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over the parameters that require a gradient."""
@@ -246,13 +228,10 @@ class CausalLMModule(L.LightningModule):
         decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
 
-    def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
+    def load_dense_model(self, name: StrPath) -> nn.Module:
         """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""
-        source = ModelSource(
-            os.fspath(name),
-            cache_dir=self.hparams["cache_dir"],
-            trust_remote_code=self.hparams["trust_remote_code"],
-        )
+        options = {key: self.hparams[key] for key in ("cache_dir", "trust_remote_code")}
+        source = ModelSource(os.fspath(name), **options)
         dtype: Any = self.pruning_target.dtype
         dtype = dtype_name(dtype) if dtype in DTYPES.values() else "auto"
         return cast(nn.Module, load_causal_lm(source, dtype))
@@ -273,7 +252,7 @@ class CausalLMModule(L.LightningModule):
                 self.tokenizer.save_pretrained(folder)
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
+        self, folder: StrPath, overwrite: bool = False, shrink: bool = False
     ) -> Shrunk | None:
         """Write a Hugging Face folder with model and tokenizer atomically.
 

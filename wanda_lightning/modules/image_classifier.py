@@ -15,12 +15,13 @@ import torch
 from timm.models import get_model_args
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import Metric
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.modules.model_loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.units.shrink import Shrunk, example_batch, shrunk
@@ -54,11 +55,11 @@ class ImageClassifierModule(L.LightningModule):
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | nn.Module,
+        model: StrPath | nn.Module,
         pretrained: bool = True,
         num_classes: int | None = None,
-        checkpoint: str | os.PathLike[str] | None = None,
-        model_kwargs: dict[str, Any] | None = None,
+        checkpoint: StrPath | None = None,
+        model_kwargs: Kwargs | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.05,
     ) -> None:
@@ -88,12 +89,14 @@ class ImageClassifierModule(L.LightningModule):
         self.lr = lr
         self.weight_decay = weight_decay
 
-        self.metrics = nn.ModuleDict()
-        for stage in ("val", "test"):
-            for name, top_k in _ACCURACIES.items():
-                if top_k == 1 or top_k < self.num_classes:
-                    metric = MulticlassAccuracy(self.num_classes, top_k=top_k, average="micro")
-                    self.metrics[f"{stage}_{name}"] = metric
+        accuracies: Kwargs = {}
+        for name, top_k in _ACCURACIES.items():
+            if top_k == 1 or top_k < self.num_classes:
+                accuracies[name] = MulticlassAccuracy(
+                    self.num_classes, top_k=top_k, average="micro"
+                )
+        self.val_metrics = MetricCollection(accuracies, prefix="val_", compute_groups=False)
+        self.test_metrics = self.val_metrics.clone(prefix="test_")
 
     @property
     def pruning_target(self) -> nn.Module:
@@ -111,11 +114,12 @@ class ImageClassifierModule(L.LightningModule):
     # The head is small, unlike the one of a language model, so nothing is gained by leaving it out.
     calibration_step = calibration_predictions
 
-    def load_dense_model(self, name: str | os.PathLike[str]) -> nn.Module:
+    def load_dense_model(self, name: StrPath) -> nn.Module:
         """Load another pretrained classifier, by any name, with the same arguments of `timm.create_model`."""
         # timm would replace a head with another number of classes by a random one.
-        kwargs = {key: value for key, value in self._model_kwargs.items() if key != "num_classes"}
-        return create_classifier(name, pretrained=True, kwargs=kwargs)
+        kwargs = self._model_kwargs.copy()
+        kwargs.pop("num_classes", None)
+        return create_classifier(name, True, kwargs)
 
     def on_fit_start(self) -> None:
         """Store the class names of the data in the model, so that they are saved with it."""
@@ -133,24 +137,21 @@ class ImageClassifierModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Add the images to the loss and the accuracies of the validation, and return the predicted labels."""
-        return self._measure("val", batch, batch_idx)
+        return self._measure("val_loss", self.val_metrics, batch, batch_idx)
 
     def test_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Add the images to the loss and the accuracies of the test, and return the predicted labels."""
-        return self._measure("test", batch, batch_idx)
+        return self._measure("test_loss", self.test_metrics, batch, batch_idx)
 
-    def _measure(self, stage: str, batch: Any, batch_idx: int) -> Tensor:
+    def _measure(self, loss: str, metrics: MetricCollection, batch: Any, batch_idx: int) -> Tensor:
         images, labels = _read_images(batch)
-        logits = self(images)
-        self.log(f"{stage}_loss", F.cross_entropy(logits.float(), labels), batch_size=len(images))
-        for name, metric in self.metrics.items():
-            if not name.startswith(f"{stage}_"):
-                continue
-            assert isinstance(metric, Metric)
-            if batch_idx == 0:  # an earlier loop may have been interrupted
-                metric.reset()
-            metric.update(logits, labels)
-            self.log(name, metric, prog_bar=True, batch_size=len(images))
+        size = len(images)
+        logits: Tensor = self(images)
+        self.log(loss, F.cross_entropy(logits.float(), labels), batch_size=size)
+        if batch_idx == 0:  # an earlier loop may have been interrupted
+            metrics.reset()
+        metrics.update(logits, labels)
+        self.log_dict(metrics, prog_bar=True, batch_size=size)
         return logits.argmax(dim=-1)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -183,7 +184,7 @@ class ImageClassifierModule(L.LightningModule):
         json.dumps(get_model_args(self.model, arguments))  # a TypeError names what JSON cannot hold
 
     def save_pretrained(
-        self, folder: str | os.PathLike[str], overwrite: bool = False, shrink: bool = False
+        self, folder: StrPath, overwrite: bool = False, shrink: bool = False
     ) -> Shrunk | None:
         """Write a timm folder with weights and configuration atomically. Call it in one process only.
 
@@ -205,10 +206,8 @@ class ImageClassifierModule(L.LightningModule):
         check_flags(shrink=shrink)
         self.check_saving()
         model: Any = self.model
-        labels = {}
         names = model.pretrained_cfg.get("label_names") or ()
-        if len(names) == self.num_classes:
-            labels["label_names"] = names
+        labels = {"label_names": names} if len(names) == self.num_classes else {}
 
         batch = example_batch(model, self._model_kwargs.get("img_size"))
         with (
@@ -226,5 +225,4 @@ def _read_images(batch: Any) -> tuple[Tensor, Any]:
         return images, batch.get("label", batch.get("labels"))
     if not isinstance(batch, (tuple, list)):
         return batch, None
-    labels = batch[1] if len(batch) > 1 else None
-    return batch[0], labels
+    return batch[0], batch[1] if len(batch) > 1 else None

@@ -7,7 +7,6 @@ non-finite or quantized weights raise an error.
 from __future__ import annotations
 
 import inspect
-import os
 import re
 import warnings
 from collections.abc import Collection, Iterable
@@ -30,6 +29,7 @@ from wanda_lightning.common.model_source import (
     reading,
     timm_name,
 )
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import did_you_mean, quantity
 from wanda_lightning.units.shrunk_model import register_shrunk_model
 
@@ -146,9 +146,7 @@ def warn_of_unused(name: str, unused: Collection[str], fate: str = "") -> None:
         )
 
 
-def create_classifier(
-    name: str | os.PathLike[str], pretrained: bool, kwargs: dict[str, Any]
-) -> nn.Module:
+def create_classifier(name: StrPath, pretrained: bool, kwargs: Kwargs) -> nn.Module:
     """Create an image classifier of timm, with a name that `timm_name` accepts and more arguments of `create_model`.
 
     Raises an OSError for weights that can neither be downloaded nor found, and a ValueError for a wrong option or file.
@@ -193,7 +191,7 @@ def _refuse_unknown(name: str) -> None:
         )
 
 
-def load_checkpoint(model: nn.Module, checkpoint: str | os.PathLike[str]) -> None:
+def load_checkpoint(model: nn.Module, checkpoint: StrPath) -> None:
     """Load all weights of a model from a `.safetensors` file; refuse one that is damaged or does not fit the model."""
     path = ModelSource(checkpoint).path
     if path.suffix != ".safetensors":

@@ -86,16 +86,18 @@ def change_of(metric: Metric, result: Measured) -> str:
         subject += f" on {data}"
     if amount:
         subject += f" ({amount})"
-    before = metric.text(result.before)
-    after = metric.text(result.after)
+    old = result.before
+    new = result.after
+    before = metric.text(old)
+    after = metric.text(new)
 
-    if result.before is None:
+    if old is None:
         return f"{subject} is {after} afterward."
-    if result.after is None or not isfinite(result.before + result.after):
+    if new is None or not isfinite(old + new):
         return f"{subject} is {after} afterward ({before} before)."
     if before == after:
         return f"{subject} stayed at {after}."
-    verb = "rose" if result.after > result.before else "fell"
+    verb = "rose" if new > old else "fell"
     return f"{subject} {verb} from {before} to {after}."
 
 
@@ -118,7 +120,7 @@ def limits_of(report: ReportData) -> str:
         if step < (most - least) / 2:
             at_most += layer.target > most - step
             at_least += layer.target < least + step
-    if not at_most and not at_least:
+    if at_most == at_least == 0:
         return ""
 
     return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.common.wording import abbreviated
 from wanda_lightning.models import SkipReason
 from wanda_lightning.report.records import Layers, PrunedLayer, ReportData, grouped
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS: Mapping[str, str] = {
+COLORS = {
     "ink": "#1f2530",
     "muted": "#66707d",
     "line": "#dde2e8",
@@ -40,7 +41,7 @@ COLORS: Mapping[str, str] = {
 INK, MUTED, LINE, SURFACE, ACCENT, *SERIES = COLORS.values()
 _STYLE = Path(__file__).with_name("templates") / "figures.mplstyle"
 # A label begins six points to the right of what it names, and may lie outside of the axes.
-_LABEL: dict[str, Any] = {
+_LABEL: Kwargs = {
     "xytext": (6, 0),
     "textcoords": "offset points",
     "va": "center",
@@ -49,18 +50,23 @@ _LABEL: dict[str, Any] = {
 # Without a date, so that equal reports have equal pages.
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _LINE = 0.065  # height of a line of text, as a fraction of axes with lines
+_WIDTH = 900  # of a picture, in pixels
 
 _GROUP = re.compile(r"(^|\.)group\d+$")  # each group of a grouped convolution is a layer
 _NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")  # of a layer in a list
 
 
 class Grid:
-    """Values by kind of layer (rows) and block (columns), in order of first occurrence; NaN if unknown."""
+    """The sparsity or the error of the layers by kind (rows) and block (columns), as they occur; NaN if unknown."""
 
-    def __init__(self, cells: Mapping[tuple[str, str], float | None]) -> None:
+    def __init__(self, report: ReportData, field: str) -> None:
+        # A layer outside of all blocks has no kind, and no place in the grid.
+        layers = filter(_kind_in_block, report.layers)
+        cells = grouped(layers, lambda layer: (_kind_in_block(layer), layer.block))
         self.kinds = list(dict.fromkeys(kind for kind, _ in cells))  # such as `self_attn.q_proj`
         self.blocks = list(dict.fromkeys(block for _, block in cells))  # such as `model.layers.0`
-        known = {cell: value for cell, value in cells.items() if value is not None}
+        values = {cell: getattr(Layers(layers), field) for cell, layers in cells.items()}
+        known = {cell: value for cell, value in values.items() if value is not None}
         self.values: list[list[float]] = []
         for kind in self.kinds:
             self.values.append([known.get((kind, block), nan) for block in self.blocks])
@@ -74,19 +80,11 @@ class Grid:
         self.heat_map_height = 60 + 24 * len(self.kinds)  # in pixels
 
 
-def layer_grid(report: ReportData, field: str) -> Grid:
-    """Return the sparsity or the error of the layers of each kind in each block."""
-    cells = grouped(report.layers, lambda layer: (_kind_in_block(layer), layer.block))
-    # A layer outside of all blocks has no kind, and no place in the grid.
-    return Grid({cell: getattr(Layers(layers), field) for cell, layers in cells.items() if cell[0]})
-
-
 def _kind_in_block(layer: PrunedLayer) -> str:
     """Return the name of a layer within its block; empty if it lies in no block."""
     name = layer.siblings or layer.name
-    if not layer.block or not name.startswith(f"{layer.block}."):
-        return ""
-    return _GROUP.sub("", name.removeprefix(f"{layer.block}."))
+    prefix = f"{layer.block}."
+    return _GROUP.sub("", name.removeprefix(prefix)) if name.startswith(prefix) else ""
 
 
 def _kind_in_model(layer: PrunedLayer) -> str:
@@ -125,7 +123,7 @@ def weights_by_kind(report: ReportData) -> list[Bar]:
     """Return the weights of each kind of matrix, pruned or not, largest first."""
     pruned = grouped(report.layers, _kind_in_model)
     bars = []
-    for name, group in zip(shortest_ends(list(pruned)), pruned.values(), strict=True):
+    for name, group in zip(shortest_ends([*pruned]), pruned.values(), strict=True):
         layers = Layers(group)
         bars.append(Bar(name, layers.zeros, layers.size - layers.zeros))
 
@@ -153,9 +151,8 @@ class Plot:
 def plots_of(report: ReportData) -> list[Plot]:
     """Return the figures for which the report has numbers."""
     require_extra("report", "matplotlib", purpose="Figures")
-    sparsity = layer_grid(report, "sparsity")
-    errors = layer_grid(report, "error")
-    bars = weights_by_kind(report)
+    sparsity = Grid(report, "sparsity")
+    errors = Grid(report, "error")
     plots = []
     if len(sparsity.shown) > 1:
         # Colors span at least 10 %, so that nearly uniform sparsities look nearly uniform.
@@ -170,9 +167,9 @@ def plots_of(report: ReportData) -> list[Plot]:
             height = errors.heat_map_height
         plots.append(Plot("error", "Relative error of the layers' outputs", height, draw))
 
-    draw = partial(_draw_weights, bars)
-    plots.append(Plot("weights", "Where the zeros are", 50 + 22 * len(bars), draw))
-    return plots
+    bars = weights_by_kind(report)
+    height = 50 + 22 * len(bars)
+    return [*plots, Plot("weights", "Where the zeros are", height, partial(_draw_weights, bars))]
 
 
 def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> None:
@@ -187,11 +184,12 @@ def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> No
         low = min(max(0.0, (low + high - least_range) / 2), 1 - least_range)
         high = low + least_range
 
+    rows = len(grid.kinds)
     strengths = [to_rgba(ACCENT, 0.12), to_rgba(ACCENT, 1.0)]
     axes.pcolormesh(
-        np.arange(len(grid.blocks) + 1) - 0.5,
-        np.arange(len(grid.kinds) + 1) - 0.5,
-        np.array(grid.values),
+        np.arange(-0.5, len(grid.blocks)),
+        np.arange(-0.5, rows),
+        grid.values,
         cmap=LinearSegmentedColormap.from_list("strengths", strengths),
         vmin=low,
         vmax=high,
@@ -199,9 +197,7 @@ def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> No
         linewidth=1,
     )
     if width >= 26 * len(grid.blocks):  # else the cells are too narrow for numbers
-        strong = low + 0.64 * (high - low)
-        _write_percents(grid, strong, axes)
-    rows = len(grid.kinds)
+        _write_percents(grid, low + 0.64 * (high - low), axes)
     axes.set(ylim=(rows - 0.5, -0.5), yticks=range(rows), yticklabels=grid.labels)
     axes.spines[:].set_visible(False)
     _number_blocks(axes, grid, f"block, from {low:.1%} (pale) to {high:.1%} (strong)")
@@ -231,11 +227,10 @@ def _number_blocks(axes: Axes, grid: Grid, label: str = "block") -> None:
 def _draw_errors(grid: Grid, axes: Axes, _: int) -> None:
     """Draw a line over the blocks for each kind, in percent."""
     for label, color, values in zip(grid.labels, SERIES, grid.values, strict=False):
-        blocks = [block for block, value in enumerate(values) if not isnan(value)]
-        if blocks:
-            percents = [100 * values[block] for block in blocks]
-            axes.plot(blocks, percents, label=label, color=color)
-    axes.set(ylim=(0, None))
+        known = {block: 100 * value for block, value in enumerate(values) if not isnan(value)}
+        if known:
+            axes.plot(list(known), list(known.values()), label=label, color=color)
+    axes.set_ylim(0)
     axes.yaxis.set_major_formatter("{x:g}%")
     _label_lines(axes)
     _number_blocks(axes, grid)
@@ -246,12 +241,12 @@ def _draw_weights(bars: Sequence[Bar], axes: Axes, _: int) -> None:
     for row, bar in enumerate(bars):
         pruned = bar.zeros + bar.kept
         axes.barh(row, bar.zeros, 0.68, color=ACCENT, linewidth=0)
-        axes.barh(row, bar.kept, 0.68, left=bar.zeros, color=ACCENT, alpha=0.35, linewidth=0)
-        axes.barh(row, bar.dense, 0.68, left=pruned, color=MUTED, alpha=0.3, linewidth=0)
+        axes.barh(row, bar.kept, 0.68, bar.zeros, color=ACCENT, alpha=0.35, linewidth=0)
+        axes.barh(row, bar.dense, 0.68, pruned, color=MUTED, alpha=0.3, linewidth=0)
         size = abbreviated(bar.size, (" B", " M", " K"))
         text = f"{bar.zeros / bar.size:.1%} of {size}" if pruned else f"{size} dense"
         axes.annotate(text, (bar.size, row), color=MUTED, size=11, **_LABEL)
-    axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, max(bar.size for bar in bars)), xticks=[])
+    axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, bars[0].size), xticks=[])  # the largest
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.spines[:].set_visible(False)
 
@@ -261,15 +256,15 @@ def _label_lines(axes: Axes) -> None:
     axes.grid(axis="y")
     axes.autoscale_view()  # now, so that the heights of the ends are known
     to_axes = axes.transData + axes.transAxes.inverted()
-    lines: list[Any] = axes.get_legend_handles_labels()[0]
+    lines: Any = axes.get_legend_handles_labels()[0]
     lines.sort(key=lambda line: line.get_ydata()[-1])
 
     # A label stands at the end of its line, or above the label below, and leaves room for those above it.
     lowest_free = 0.0
     for number, line in enumerate(lines, start=1):
         _, end = to_axes.transform((0, line.get_ydata()[-1]))
-        labels_above = len(lines) - number
-        height = min(max(lowest_free, end), 1 - _LINE * labels_above)
+        # Below the labels that follow.
+        height = min(max(lowest_free, end), 1 - _LINE * (len(lines) - number))
         axes.annotate(
             line.get_label(),
             (1, height),
@@ -297,17 +292,17 @@ def to_svg(plot: Plot, width: int) -> str:
     return f'{start}role="img" aria-label="{plot.title}" {content}'
 
 
-def to_figure(plots: Sequence[Plot], title: str = "", width: int = 900) -> Figure:
+def to_figure(plots: Sequence[Plot], title: str) -> Figure:
     """Return plots below each other, with their titles, as one figure of Matplotlib."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     with mpl.rc_context(fname=_STYLE):
         heights = [plot.height + 50 for plot in plots]
-        figure = Figure((width / 72, (sum(heights) + 50) / 72))
+        figure = Figure((_WIDTH / 72, (sum(heights) + 50) / 72))
         figure.suptitle(title, x=0.02, ha="left", size=14, weight="bold")
         rows = figure.subfigures(len(plots), 1, height_ratios=heights, squeeze=False)
         for plot, part in zip(plots, rows[:, 0], strict=True):
             part.suptitle(plot.title, x=0.02, ha="left", size=12)
-            plot.draw(part.add_subplot(), width)
+            plot.draw(part.add_subplot(), _WIDTH)
     return figure

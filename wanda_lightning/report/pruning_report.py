@@ -17,6 +17,7 @@ from wanda_lightning.common import wording
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import check_report_path
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import descriptions, figures
 from wanda_lightning.report.descriptions import METRICS
@@ -60,11 +61,7 @@ class PruningReport(ReportData):
 
     def to_json(self) -> str:
         """The whole report as JSON."""
-        totals = {
-            "sparsity": self.sparsity,
-            "model_sparsity": self.model_sparsity,
-            "coverage": self.coverage,
-        }
+        totals = {name: getattr(self, name) for name in ("sparsity", "model_sparsity", "coverage")}
         return as_json({"version": _VERSION, **totals, **asdict(self)})
 
     @classmethod
@@ -80,15 +77,17 @@ class PruningReport(ReportData):
         return from_parsed(cls, content)
 
     @classmethod
-    def load(cls, path: str | Path) -> PruningReport:
+    def load(cls, path: StrPath) -> PruningReport:
         """Read a file that `save` wrote, or the one in a folder. A ValueError names a file that is not a report."""
-        file = Path(path, REPORT_NAME) if Path(path).is_dir() else Path(path)
+        file = Path(path)
+        if file.is_dir():
+            file = file / REPORT_NAME
         try:
             return cls.from_json(file.read_text(encoding="utf-8"))
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is not a report: {error}") from error
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: StrPath) -> Path:
         """Write the report atomically and return the path of the file.
 
         Args:
@@ -107,17 +106,17 @@ class PruningReport(ReportData):
         self._write(file, suffix)
         return file
 
-    def to_html(self, path: str | Path) -> None:
+    def to_html(self, path: StrPath) -> None:
         """Write the page: the old name of `save`, for a path with any suffix."""
         self._warn_of_old_name("to_html(path)")
         self._write(Path(path), ".html")
 
-    def to_png(self, path: str | Path) -> None:
+    def to_png(self, path: StrPath) -> None:
         """Write the figures of the page: the old name of `save`, for a path with any suffix."""
         self._warn_of_old_name("to_png(path)")
         self._write(Path(path), ".png")
 
-    def write(self, path: str | Path) -> None:
+    def write(self, path: StrPath) -> None:
         """Write the page or the picture: the old name of `save`, which refuses other suffixes."""
         self._warn_of_old_name("write(path)")
         check_report_path(path)
@@ -150,8 +149,7 @@ class PruningReport(ReportData):
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        jinja.filters["percent"] = "{:.2%}".format
-        jinja.filters["duration"] = wording.duration
+        jinja.filters.update(percent="{:.2%}".format, duration=wording.duration)
         run = self.run or Circumstances()
         return jinja.get_template("report.html").render(
             report=self,

@@ -6,7 +6,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from enum import EnumMeta
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
@@ -70,9 +70,10 @@ def from_parsed(kind: Any, value: Any) -> Any:
 def _converted(kind: Any, value: Any) -> Any:
     origin = get_origin(kind)
     if is_dataclass(kind):
-        types = get_type_hints(kind)
-        known = [attribute.name for attribute in fields(kind) if attribute.name in value]
-        arguments = {name: _converted(types[name], value[name]) for name in known}
+        arguments = {}
+        for name, field_type in get_type_hints(kind).items():
+            if name in value:
+                arguments[name] = _converted(field_type, value[name])
         return kind(**arguments)  # type: ignore[operator]
     if origin is UnionType and value is not None:  # the other type is None
         return _converted(get_args(kind)[0], value)
@@ -132,8 +133,8 @@ class PrunedLayer:
         remarks = [self.note]
         if part:
             remarks.append(f"error of {part.name} {part.before:.2%}, trained {part.after:.2%}")
-        if part and part.stopped:
-            remarks.append(f"training stopped: {part.stopped}")
+            if part.stopped:
+                remarks.append(f"training stopped: {part.stopped}")
         return "; ".join(filter(None, remarks))
 
 
@@ -168,17 +169,16 @@ class Layers(list[PrunedLayer]):
             return self[0].remarks
 
         words = [f"{len(self)} experts"]
-        experts = Counter(layer.remarks for layer in self if layer.remarks)
-        for remarks, number in experts.items():
-            words.append(f"{number} of them: {remarks}")
+        for remarks, number in Counter(layer.remarks for layer in self).items():
+            if remarks:
+                words.append(f"{number} of them: {remarks}")
         return "; ".join(words)
 
     def range(self, field: str, form: str) -> str:
         """Return the smallest and the largest value of a field as text, or one if they look the same."""
         values = [getattr(layer, field) for layer in self]
-        low = format(min(values), form)
-        high = format(max(values), form)
-        return low if low == high else f"{low} - {high}"
+        ends = dict.fromkeys(format(end, form) for end in (min(values), max(values)))
+        return " - ".join(ends)
 
 
 @dataclass(frozen=True)
@@ -291,12 +291,12 @@ class ReportData:
     @property
     def model_sparsity(self) -> float:
         """Fraction of zeros over all parameters of the model."""
-        return self.zeros / self.parameters if self.parameters else 0.0
+        return self.zeros / (self.parameters or 1)
 
     @property
     def coverage(self) -> float:
         """Fraction of the model's parameters in pruned layers."""
-        return Layers(self.layers).size / self.parameters if self.parameters else 0.0
+        return Layers(self.layers).size / (self.parameters or 1)
 
     @property
     def total_seconds(self) -> float:
