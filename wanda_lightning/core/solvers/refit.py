@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,7 +13,7 @@ from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.solver import Solver
 from wanda_lightning.core.statistics import InputStatistics, cholesky, dampen_
-from wanda_lightning.core.types import Gram, KeepMask, Weight
+from wanda_lightning.core.types import Gram, KeepMask, Solved, Weight
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Refit(Solver):
     """
 
     needs = frozenset({"gram", "sum"})
-    fits_units: ClassVar[bool] = True
+    fits_units = True
     dampening: float = 0.1
     steps: int = 30
     intercept: bool = True
@@ -43,9 +42,7 @@ class Refit(Solver):
         check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
         check_flags(intercept=self.intercept)
 
-    def __call__(
-        self, weight: Weight, inputs: InputStatistics, selection: Selection
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> Solved:
         """Choose, then refit."""
         keep = selection.keep(weight, inputs)
         if selection.pattern.removes == "units":
