@@ -174,9 +174,7 @@ class InputStatistics:
 
     def inverse_factor(self, dampening: float) -> Gram:
         """Return what the function of this name returns for the Gram matrix, computed once."""
-        return self._once(
-            ("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening)
-        )
+        return self._once(inverse_factor, dampening)
 
     def inverse_diagonal(self, dampening: float) -> PerInput:
         """Return the diagonal of `inverse_factor`."""
@@ -184,7 +182,7 @@ class InputStatistics:
 
     def scaled_gram(self, dampening: float) -> tuple[PerInput, Gram]:
         """Return what `scaled` returns for the Gram matrix, computed once."""
-        return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
+        return self._once(scaled, dampening)
 
     def mean(self) -> PerInput:
         """Return the mean of each input over all tokens."""
@@ -192,7 +190,9 @@ class InputStatistics:
 
     def centered(self) -> InputStatistics:
         """Return the statistics with the Gram matrix of the inputs minus their means, computed once."""
-        return self._once("centered", self._center)
+        if "centered" not in self._derived:
+            self._derived["centered"] = self._center()
+        return self._derived["centered"]
 
     def _center(self) -> InputStatistics:
         gram = torch.addr(self.sums["gram"], self.sums["sum"], self.mean(), alpha=-1)
@@ -218,9 +218,10 @@ class InputStatistics:
         """Return the statistics that criteria read, for the inputs from `start` to `stop`."""
         return _ColumnStatistics(self, slice(start, stop))
 
-    def _once(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
+    def _once(self, function: Callable[[Gram, float], Derived], dampening: float) -> Derived:
+        key = (function, dampening)
         if key not in self._derived:
-            self._derived[key] = compute()
+            self._derived[key] = function(self.sums["gram"], dampening)
         return self._derived[key]
 
     def finite(self) -> Tensor:

@@ -89,8 +89,7 @@ class _KeptProduct(torch.autograd.Function):
             grads = grad.reshape(-1, grad.shape[-1])
             keep = _as_factors(weight)
             if needs_x:
-                matrix = _kept_sum(weight, left, right, keep, ctx.only_delta)
-                matrix = matrix.to(grads.dtype)
+                matrix = _kept_sum(weight, left, right, keep, ctx.only_delta).to(grads.dtype)
                 if ctx.transposed:
                     matrix = matrix.t()
                 grad_x = torch.mm(grads, matrix).view(x.shape)
@@ -99,11 +98,10 @@ class _KeptProduct(torch.autograd.Function):
                 dense = torch.mm(rows.t(), grads) if ctx.transposed else torch.mm(grads.t(), rows)
                 if needs_weight and not ctx.only_delta:
                     grad_weight = dense.to(weight.dtype, copy=True)
-                dense.mul_(keep.to(dense.dtype))
-                if needs_left:
-                    grad_left = torch.mm(dense, right.to(dense.dtype).t()).to(left.dtype)
-                if needs_right:
-                    grad_right = torch.mm(left.to(dense.dtype).t(), dense).to(right.dtype)
+                dense.mul_(keep)
+                # Autograd ignores the gradients of factors that need none, and casts them.
+                grad_left = torch.mm(dense, right.to(dense.dtype).t())
+                grad_right = torch.mm(left.to(dense.dtype).t(), dense)
             if needs_addend:
                 grad_addend = grads.sum(0) if ctx.is_bias else grad
         return grad_x, grad_weight, grad_left, grad_right, grad_addend, None, None
@@ -154,10 +152,10 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
             return False
         if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
             return False
-        for name in names:
-            dropout = self.lora_dropout[name]
-            if dropout.training and getattr(dropout, "p", 0) > 0:
-                return False
+        # Without dropout, PEFT inserts an identity.
+        dropouts = [self.lora_dropout[name] for name in names]
+        if any(drop.training and not isinstance(drop, nn.Identity) for drop in dropouts):
+            return False
         return not self.dequantizes and base.weight.dtype in (torch.float32, torch.float64)
 
     def _fused(self, x: Tensor, names: Sequence[str]) -> Tensor:

@@ -61,18 +61,15 @@ def _layers_by_input(
     """Group the layers that have the same input in every process, or are unreached together in it."""
     # For each layer, the index of the first one with the same statistics in this process.
     seen: dict[int, int] = {}
-    leaders = [
-        seen.setdefault(id(collected[layer]), index) if layer in collected else _UNREACHED
-        for index, layer in enumerate(layers)
-    ]
+    leaders = []
+    for index, layer in enumerate(layers):
+        is_reached = layer in collected
+        leaders.append(seen.setdefault(id(collected[layer]), index) if is_reached else _UNREACHED)
 
     groups: dict[tuple[int, ...], list[str]] = {}
-    by_layer = zip(*processes.all_gather(leaders), strict=True)
-    for index, (layer, in_processes) in enumerate(zip(layers, by_layer, strict=True)):
-        key = in_processes
-        if set(in_processes) == {
-            _UNREACHED
-        }:  # a layer that no batch reaches shares its input with none
-            key = (*in_processes, index)
-        groups.setdefault(key, []).append(layer)
+    by_layer = zip(layers, *processes.all_gather(leaders), strict=True)
+    for index, (layer, *in_processes) in enumerate(by_layer):
+        # A layer that no batch reaches shares its input with none.
+        own_group = index if max(in_processes) == _UNREACHED else 0
+        groups.setdefault((*in_processes, own_group), []).append(layer)
     return list(groups.values())

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.recomputing import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
-from wanda_lightning.common.checks import SEED, Number, check, check_flags
+from wanda_lightning.common.checks import SEED, Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Stop, causal_config
@@ -96,12 +96,10 @@ class Distill(Recovery):
 
     def __post_init__(self) -> None:
         count = Number(minimum=1, whole=True)
-        rules: dict[str, Any] = {"passes": count, "batch_size": count}
-        rules |= {"learning_rate": Number(above=0, maximum=1), "loss": ("kl", "mse")}
+        rules = {"passes": count, "batch_size": count, "learning_rate": Number(above=0, maximum=1)}
         given = {name: rule for name, rule in rules.items() if getattr(self, name) is not None}
-        check(self, seed=SEED, next_token=Number(minimum=0, maximum=1), **given)
-        if self.blocks is not None:
-            check_flags(blocks=self.blocks)
+        check(self, loss=("kl", "mse", None), blocks=(True, False, None), **given)
+        check(self, seed=SEED, next_token=Number(minimum=0, maximum=1))
 
     @property
     def trains_blocks(self) -> bool:
@@ -184,12 +182,8 @@ def _settings(
     # The gradients of few predictions are noisy, so such steps are smaller, and more of them are needed.
     steps = math.ceil(num_trained / batch_size)
     fullness = min(1.0, batch_size * max(1, predictions) / samples / _ENOUGH)
-    passes = min(_MOST_PASSES, max(1, round(_STEPS / (steps * fullness))))
-    return _Settings(
-        batch_size,
-        config.passes or passes,
-        config.learning_rate or 1e-3 * math.sqrt(fullness),
-    )
+    passes = config.passes or min(_MOST_PASSES, max(1, round(_STEPS / (steps * fullness))))
+    return _Settings(batch_size, passes, config.learning_rate or 1e-3 * math.sqrt(fullness))
 
 
 @dataclass(frozen=True)
@@ -261,14 +255,14 @@ class _Distillation(ModelRecovery):
         """Return the samples of this process in a batch; as one item if they have one prediction each and fit."""
         items = [item for item in batch if item is not None]
         samples = [item.sample for item in items]
-        have_one_prediction = all(len(item.target.rows) == 1 for item in items)
-        if len(items) < 2 or not have_one_prediction or not fit_together(samples):
+        targets = [item.target for item in items]
+        heads = {target.head for target in targets}
+        have_one_prediction = all(len(target.rows) == 1 for target in targets)
+        if len(items) < 2 or len(heads) > 1 or not have_one_prediction or not fit_together(samples):
             return items
-        head = items[0].target.head
-        if any(item.target.head is not head for item in items):
-            return items
-        rows = torch.cat([item.target.rows for item in items])
-        return [_Item(self.dense.data.join(samples), DenseTarget(rows, head), len(items))]
+
+        rows = torch.cat([target.rows for target in targets])
+        return [_Item(self.dense.data.join(samples), DenseTarget(rows, heads.pop()), len(items))]
 
 
 def _share_of_rate(step: int, steps: int) -> float:
@@ -282,14 +276,12 @@ def _trainable(dense: DenseModel, head: nn.Module | None) -> list[nn.Parameter]:
     pruned = {layer.parameter for layer in dense.layers}
     # The dense predictions are stored as inputs of the head, which must not change.
     fixed = set() if head is None else set(head.parameters())
-    trainable = [
-        parameter
-        for parameter in dense.model.parameters()
-        if parameter.requires_grad
-        and parameter not in fixed
-        and not isinstance(parameter, UninitializedParameter)
-        and (parameter in pruned or parameter.ndim < 2)
-    ]
+    trainable = []
+    for parameter in dense.model.parameters():
+        if isinstance(parameter, UninitializedParameter) or parameter in fixed:
+            continue
+        if parameter.requires_grad and (parameter in pruned or parameter.ndim < 2):
+            trainable.append(parameter)
     if not trainable:
         raise UserError(
             "recovery=Distill() trains the pruned layers and all vectors, but requires_grad is False for each of them. "

@@ -249,16 +249,14 @@ def _splits_exactly(part: _Part, is_mixed: bool) -> bool:
 
 def _parts(stop: Stop) -> list[_Part]:
     """Return the children of a block if they hold all its layers, otherwise the block itself; a layer has no parts."""
-    if stop.module is None or not stop.layers:
-        return []
-    if any(layer.module is stop.module for layer in stop.layers):
+    block = stop.module
+    if block is None or any(layer.module is block for layer in stop.layers):
         return []
     children = [
-        _part(name, module, stop.layers)
-        for name, module in _called_children(stop.module, stop.name)
+        _part(name, module, stop.layers) for name, module in _called_children(block, stop.name)
     ]
     if sum(len(child.layers) for child in children) < len(stop.layers):
-        return [_part(stop.name, stop.module, stop.layers)]
+        return [_part(stop.name, block, stop.layers)]
     return [child for child in children if child.layers]
 
 
