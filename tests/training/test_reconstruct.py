@@ -25,7 +25,7 @@ def parts_of(name):
     layers = {}
     with torch.no_grad():
         for stop, calls in lockstep(stops, samples_of(model, batches)):
-            recovery = Reconstruct().start(stop)
+            recovery = Reconstruct().start(stop, SINGLE_PROCESS)
             for call in recovery.record(calls):
                 call.run()
             for part in getattr(recovery, "parts", []):

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import PerInput, Score, Weight
 
@@ -134,4 +135,4 @@ def lower_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
 
 def _magnitude(weight: Weight) -> Score:
     # float32 or wider: in bfloat16, the scores of different weights would be equal.
-    return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+    return widened(weight.abs())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.float64 import widened
 
 _AT_ONCE = 2**22  # logits whose probabilities are in memory at the same time, 16 MiB in float32
 
@@ -65,12 +66,12 @@ class _SummedDivergence(torch.autograd.Function):
     ) -> Tensor:
         # Rows that do not count keep a gradient of 0.
         ctx.gradient = torch.zeros_like(predicted)
-        wide = torch.promote_types(predicted.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=predicted.device)
+        total = widened(predicted.new_zeros(()))
         at_once = max(1, _AT_ONCE // predicted.shape[-1])
         for rows in keep.nonzero().squeeze(1).split(at_once):
             loss, gradient = divergence(
-                predicted[rows].to(wide) / temperature, dense[rows].to(wide) / temperature
+                predicted[rows].to(total.dtype) / temperature,
+                dense[rows].to(total.dtype) / temperature,
             )
             total += loss
             # Summed, not averaged: divided by many rows, the gradient would be zero in float16.

@@ -11,12 +11,13 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.float64 import wide_dtype
 from wanda_lightning.models.quantized import is_quantized, read_weight
 
 
 def _as_factors(weight: Tensor) -> Tensor:
     """Return 1 where a weight is not zero, and 0 where it is, in float32 or wider."""
-    return (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
+    return (weight != 0).to(wide_dtype(weight))
 
 
 def _kept_sum(

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.parallel.processes import Processes
 
@@ -35,7 +36,7 @@ def all_reduce_statistics(
     for layers in _layers_by_input(list(tokens), collected, processes):
         first = layers[0]
         # In a dtype that is equal in all processes, and sorted, as the order of a set differs between them.
-        token = tokens[first].to(torch.promote_types(tokens[first].dtype, torch.float32))
+        token = widened(tokens[first])
         total = InputStatistics(needs)
         total.sums = {name: SUMS[name](token) for name in sorted(needs)}
         if first in collected:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from wanda_lightning.common.checks import SEED, Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Stop, causal_config
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import Processes
 from wanda_lightning.report import Training
 from wanda_lightning.training.masked_weights import MaskedWeights, hold_out
 from wanda_lightning.training.predictions import (
@@ -92,7 +92,7 @@ class Distill(Recovery):
     seed: int = 0
     blocks: bool | None = None
 
-    reads_batches: ClassVar[bool] = True
+    reads_batches = True
 
     def __post_init__(self) -> None:
         count = Number(minimum=1, whole=True)
@@ -112,7 +112,7 @@ class Distill(Recovery):
             return self
         return replace(self, blocks=is_image and sequential != "layer")
 
-    def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
+    def start(self, stop: Stop, processes: Processes) -> BlockRecovery:
         """Start to train a block."""
         return Reconstruct().start(stop, processes) if self.blocks else BlockRecovery()
 

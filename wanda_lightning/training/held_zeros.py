@@ -202,8 +202,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`; only `unheld_zeros` matter to `hold`."""
         # A KeyError if it is another dictionary.
-        required = {key: state[key] for key in ("layers", "unheld_zeros")}
-        self._loaded = state | required
+        self._loaded = state | {"layers": state["layers"], "unheld_zeros": state["unheld_zeros"]}
 
     def release(self) -> None:
         """Remove all hooks."""

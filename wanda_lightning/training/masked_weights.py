@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.common.float64 import wide_dtype, widened
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import Layer
 from wanda_lightning.parallel import Processes
@@ -58,10 +59,9 @@ class _TrainedParameter:
         self.parameter = parameter
         self.keep = torch.ones_like(parameter, dtype=torch.bool) if keep is None else keep
         self.master = parameter
-        wide = torch.promote_types(parameter.dtype, torch.float32)
         # Fused AdamW of PyTorch 2.13 ignores strides.
-        if parameter.dtype != wide or not parameter.is_contiguous():
-            self.master = parameter.detach().to(wide).contiguous()
+        if parameter.dtype != wide_dtype(parameter) or not parameter.is_contiguous():
+            self.master = widened(parameter.detach()).contiguous()
         self.keep_best()
 
     def keep_best(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ from wanda_lightning.calibration.trees import (
     tensors_of,
 )
 from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.models import Layer, Stop, fitting_mask
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import Processes
 from wanda_lightning.report import TrainedPart
 from wanda_lightning.training.masked_weights import MaskedWeights, hold_out
-from wanda_lightning.training.predictions import mixed_precision, widened, works
+from wanda_lightning.training.predictions import mixed_precision, works
 from wanda_lightning.training.recovery import BlockRecovery, Recovery
 
 _HELD_OUT = 4  # every fourth step is held out from training
@@ -49,14 +50,14 @@ class Reconstruct(Recovery):
         learning_rate: Learning rate of Adam, relative to the root mean square of the layer's kept weights.
     """
 
-    trains_blocks: ClassVar = True
+    trains_blocks = True
     epochs: int = 4
     learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
         check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
 
-    def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
+    def start(self, stop: Stop, processes: Processes) -> BlockRecovery:
         """Find the parts of the stop; a stop that is a single layer has no parts."""
         parts = _parts(stop)
         return _BlockReconstruction(self, stop, parts, processes) if parts else BlockRecovery()

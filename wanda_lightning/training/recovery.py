@@ -11,7 +11,7 @@ from torch import nn
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.models import Layer, Stop
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import Processes
 from wanda_lightning.report import TrainedPart, Training
 
 
@@ -72,7 +72,7 @@ class Recovery:
             return None
         return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
 
-    def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
+    def start(self, stop: Stop, processes: Processes) -> BlockRecovery:
         """Start the recovery at a stop that is still dense."""
         return BlockRecovery()
 

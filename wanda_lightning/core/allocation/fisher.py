@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.allocation.allocation import (
     Allocation,
     DenseLayer,
@@ -154,10 +155,9 @@ def _distribution(layer: DenseLayer) -> Tensor:
     """Return the fraction of the layer's scores that are below the end of each bin."""
     assert layer.gradients is not None, "Fisher reads gradients"
     weight = layer.read()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    scores = weight.abs().to(wide).log_().mul_(2)
-    scores += layer.gradients.inputs.to(wide).log()
-    scores += layer.gradients.row_weights().to(wide).log()[:, None]
+    scores = widened(weight.abs()).log_().mul_(2)
+    scores += layer.gradients.inputs.to(scores.dtype).log()
+    scores += layer.gradients.row_weights().to(scores.dtype).log()[:, None]
 
     bins_per_unit = (_BINS - 1) / (_HIGHEST - _LOWEST)
     bins = scores.clamp_(_LOWEST, _HIGHEST).sub_(_LOWEST).mul_(bins_per_unit).to(torch.int32)
