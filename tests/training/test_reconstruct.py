@@ -15,6 +15,7 @@ from wanda_lightning.calibration.batches import batch_size, take
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.models import find_layers
+from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.training import reconstruct
 
 

@@ -195,11 +195,12 @@ class InputStatistics:
         return self._derived["centered"]
 
     def _center(self) -> InputStatistics:
-        gram = torch.addr(self.sums["gram"], self.sums["sum"], self.mean(), alpha=-1)
+        raw = self.sums["gram"]
+        gram = torch.addr(raw, self.sums["sum"], self.mean(), alpha=-1)
 
         # Rounding errors may be left of an input that hardly varies. If nothing else is, it is constant; if they
         # could make the matrix indefinite, as much is added to the diagonal.
-        rounding = 64 * torch.finfo(gram.dtype).eps * self.sums["gram"].diagonal()
+        rounding = 64 * torch.finfo(raw.dtype).eps * raw.diagonal()
         is_constant = gram.diagonal() <= rounding / 16
         gram[is_constant] = 0
         gram[:, is_constant] = 0

@@ -100,7 +100,7 @@ class _KeptProduct(torch.autograd.Function):
                 if needs_weight and not ctx.only_delta:
                     grad_weight = dense.to(weight.dtype, copy=True)
                 dense.mul_(keep)
-                # Autograd ignores the gradients of factors that need none, and casts them.
+                # Autograd casts these, and ignores one that is not needed.
                 grad_left = torch.mm(dense, right.to(dense.dtype).t())
                 grad_right = torch.mm(left.to(dense.dtype).t(), dense)
             if needs_addend:
@@ -174,14 +174,15 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool
     ) -> Tensor:
         # Two matrices of low rank whose product is the sum of s B A, in the layout of the layer.
-        left = torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], dim=1)
-        right = torch.cat([self.lora_A[name].weight for name in names], dim=0)
-        if self.fan_in_fan_out:
-            left, right = right.t(), left.t()
+        up = torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], dim=1)
+        down = torch.cat([self.lora_A[name].weight for name in names], dim=0)
+        transposed = self.fan_in_fan_out
+        factors = [down.t(), up.t()] if transposed else [up, down]
+
         base = self.get_base_layer()
         weight = partial(read_weight, base) if self.dequantizes else base.weight
-        product: Callable[..., Tensor] = _KeptProduct.apply
-        return product(x, weight, left, right, addend, self.fan_in_fan_out, only_delta)
+        product: Tensor = _KeptProduct.apply(x, weight, *factors, addend, transposed, only_delta)  # type: ignore[no-untyped-call]
+        return product
 
     def unmerged_weight(self) -> Tensor:
         """Return the weight without adapters, dequantized if the layer is quantized."""

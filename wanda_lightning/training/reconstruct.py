@@ -28,7 +28,7 @@ from wanda_lightning.parallel import Processes
 from wanda_lightning.report import TrainedPart
 from wanda_lightning.training.masked_weights import MaskedWeights, hold_out
 from wanda_lightning.training.predictions import mixed_precision, works
-from wanda_lightning.training.recovery import BlockRecovery, Recovery
+from wanda_lightning.training.recovery import BlockRecovery, Recovery, Trained
 
 _HELD_OUT = 4  # every fourth step is held out from training
 _SAMPLES = 16  # of a batch in a step, at most
@@ -166,7 +166,7 @@ class _BlockReconstruction(BlockRecovery):
                 patches.enter_context(patched(part.module, "forward", recording))
             return call.forward(*args, **kwargs)
 
-    def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
+    def train(self, show: Callable[[str], None]) -> Iterator[Trained]:
         """Train part by part; the recorded tensors of a part are freed after its training."""
         while self.parts:
             part = self.parts.pop(0)
@@ -219,10 +219,12 @@ def _train_part(part: _Part, config: Reconstruct, processes: Processes) -> Train
 
 def _runs_by_batch(runs: Sequence[_Run], splits: bool) -> list[list[_Run]]:
     """Return the runs of each batch of this process, in pieces if it `splits` into them."""
-    last = max((run.call.sample.batch_index for run in runs), default=-1)
-    batches: list[list[_Run]] = [[] for _ in range(1 + last)]  # some may not have reached the part
+    batches: list[list[_Run]] = []
     for run in runs:
-        batches[run.call.sample.batch_index] += run.pieces() if splits else [run]
+        index = run.call.sample.batch_index
+        while index >= len(batches):  # some batches may not have reached the part
+            batches.append([])
+        batches[index] += run.pieces() if splits else [run]
     return batches
 
 

@@ -14,6 +14,8 @@ from wanda_lightning.models import Layer, Stop
 from wanda_lightning.parallel import Processes
 from wanda_lightning.report import TrainedPart, Training
 
+Trained = tuple[TrainedPart, Sequence[Layer]]
+
 
 class BlockRecovery:
     """The recovery of one block. The base class records nothing and trains nothing."""
@@ -22,7 +24,7 @@ class BlockRecovery:
         """Return calls of the dense block that record what training needs when each is run once."""
         return calls
 
-    def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
+    def train(self, show: Callable[[str], None]) -> Iterator[Trained]:
         """Train the kept weights of the pruned block; `show` the name of each part, and yield it with its layers."""
         return iter(())
 

@@ -68,7 +68,9 @@ class OWL(Allocation):
         size = total_size(layers)
         # The scores are computed twice: those of a whole block might not fit into memory.
         mean = math.fsum(float(_scores(layer).sum()) for layer in layers) / size
-        outliers = sum(int((_scores(layer) > self.m * mean).count_nonzero()) for layer in layers)
+        outliers = 0
+        for layer in layers:
+            outliers += int((_scores(layer) > self.m * mean).count_nonzero())
         return outliers / size
 
 

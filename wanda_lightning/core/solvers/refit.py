@@ -69,7 +69,8 @@ def refit_columns(
     lower, used = cholesky(gram[kept][:, kept], dampening)
     mean = gram.diagonal()[kept].mean()
     pull = torch.where(mean > 0, mean * used, 1)  # as in `dampen_`
-    target = torch.mm(gram[kept], wide.t()) + pull * wide[:, kept].t()
+    target = torch.mm(gram[kept], wide.t())
+    target += pull * wide[:, kept].t()
 
     fitted = torch.zeros_like(dense)
     fitted[:, kept] = torch.cholesky_solve(target, lower).t().to(fitted.dtype)

@@ -131,15 +131,15 @@ class SparseGPT(Solver):
                     for chooser in by_group:
                         if index % chooser.group_size == 0:
                             chooser.choose(index, index + chooser.group_size)
-                    error = errors[index - start]
-                    torch.mul(columns[index], pruned[index], out=error)
-                    right = slice(index + 1 - start, last - start)
-                    columns[index + 1 : last].addr_(factors[index - start, right], error, alpha=-1)
+                    place = index - start  # in the block
+                    error = torch.mul(columns[index], pruned[index], out=errors[place])
+                    right = slice(place + 1, last - start)
+                    columns[index + 1 : last].addr_(factors[place, right], error, alpha=-1)
 
                 few = slice(first - start, last - start)
                 right = slice(last - start, stop - start)
-                _subtract(columns[last:stop], factors[few, right], errors[few])
-            _subtract(columns[stop:], factors[:, stop - start :], errors)
+                columns[last:stop].addmm_(factors[few, right].t(), errors[few], alpha=-1)
+            columns[stop:].addmm_(factors[:, stop - start :].t(), errors, alpha=-1)
 
 
 @dataclass
@@ -186,8 +186,3 @@ def _merge_same_groups(
             rows = slice(previous_rows.start, rows.stop)
         merged.append((rows, selection))
     return merged
-
-
-def _subtract(columns: Tensor, factor: Tensor, errors: Tensor) -> None:
-    if len(columns):
-        columns.addmm_(factor.t(), errors, alpha=-1)
