@@ -128,8 +128,8 @@ def lower_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
     """
     inactive = norm == 0
     if inactive.any():
-        is_nonzero = (weight[:, inactive] != 0).to(scores.dtype)
-        scores[:, inactive] = is_nonzero * torch.finfo(scores.dtype).tiny
+        scores[:, inactive] = 0
+        scores[inactive & (weight != 0)] = torch.finfo(scores.dtype).tiny
     return scores
 
 

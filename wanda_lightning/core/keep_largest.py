@@ -82,8 +82,8 @@ def _keep_by_threshold(scores: Groups, count: int) -> KeepGroups:
     threshold, next_larger = _kth_smallest(scores, pruned)
     keep = scores > threshold
 
-    tied_groups = (threshold == next_larger).squeeze(1).nonzero().squeeze(1)
-    if len(tied_groups):
+    tied_groups = (threshold == next_larger).squeeze(1)
+    if tied_groups.any():
         tied_scores = scores[tied_groups]
         tied_threshold = threshold[tied_groups]
         is_tie = tied_scores == tied_threshold

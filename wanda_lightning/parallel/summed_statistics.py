@@ -39,9 +39,10 @@ def all_reduce_statistics(
         token = widened(tokens[first])
         total = InputStatistics(needs)
         total.sums = {name: SUMS[name](token) for name in sorted(needs)}
-        if first in collected:
-            total.count = collected[first].count
-            for name, value in collected[first].sums.items():
+        own = collected.get(first)
+        if own is not None:
+            total.count = own.count
+            for name, value in own.sums.items():
                 total.sums[name].copy_(value)
         distinct.append(total)
         totals.update(dict.fromkeys(layers, total))

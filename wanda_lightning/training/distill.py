@@ -148,15 +148,15 @@ _Items = Sequence[_Item | None]  # None for a sample of another process
 def _run_samples(dense: DenseModel, head: nn.Module | None) -> list[list[_Item]]:
     """Return the samples of each batch of this process with the predictions of the dense model."""
     batches = []
+    data = dense.data
     with (
-        ProgressBar("Predicting", dense.data.length, dense.progress) as bar,
+        ProgressBar("Predicting", data.length, dense.progress) as bar,
         recomputing(dense.model, dense.blocks),
         dense.processes.fail_together(),
     ):
-        for batch in dense.data:
-            samples = dense.data.split(batch)
-            targets = dense_targets(samples, dense.data, head)
-            batches.append([*map(_Item, samples, targets)])
+        for batch in data:
+            samples = data.split(batch)
+            batches.append([*map(_Item, samples, dense_targets(samples, data, head))])
             bar.advance()
     return batches
 
@@ -216,9 +216,8 @@ class _Distillation(ModelRecovery):
         ):
             groups = weights.groups(settings.learning_rate)
             optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, partial(_share_of_rate, steps=steps)
-            )
+            share_of_rate = partial(_share_of_rate, steps=steps)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)
 
             def steps_of(number: int) -> Iterator[_Items]:
                 for batch in self._batches(self._shuffled(number)):

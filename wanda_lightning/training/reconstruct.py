@@ -230,10 +230,10 @@ def _runs_by_batch(runs: Sequence[_Run], splits: bool) -> list[list[_Run]]:
 
 def _splits_exactly(part: _Part, is_mixed: bool) -> bool:
     """Return whether the pieces have the outputs of the whole, for one run of each shape."""
-    runs: dict[tuple[torch.Size, ...], _Run] = {}
+    runs = {}
     for run in part.runs:
-        shapes = [tensor.shape for tensor in tensors_of((run.inputs, run.output))]
-        runs[tuple(shapes)] = run
+        tensors = tensors_of((run.inputs, run.output))
+        runs[tuple(tensor.shape for tensor in tensors)] = run
 
     for run in runs.values():
         pieces = run.pieces()

@@ -163,12 +163,11 @@ class _Chooser:
         # Updates have changed weights that were zero at the start; as zeros, they score lowest.
         weight = self.columns[start:stop].mul(as_numbers(alive)).t().contiguous()
         scores = self.selection.score(weight, self.inputs.columns(start, stop))
-        if self.group_size:
-            self.pruned[start:stop] = as_numbers(~(self.selection.choose(scores).t() & alive))
-            return
+        block = None
+        if not self.group_size:
+            self._zeros_right = self._zeros_right - (~alive).sum(dim=0)
+            block = ColumnBlock(stop, len(self.columns), self._zeros_left, self._zeros_right)
 
-        self._zeros_right = self._zeros_right - (~alive).sum(dim=0)
-        block = ColumnBlock(stop, len(self.columns), self._zeros_left, self._zeros_right)
         pruned = ~(self.selection.choose(scores, block).t() & alive)
         self._zeros_left = self._zeros_left + pruned.sum(dim=0)
         self.pruned[start:stop] = as_numbers(pruned)
