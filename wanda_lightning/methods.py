@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import wanda_lightning as wl
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
 
-PATTERNS: Mapping[str, Callable[[], Pattern]] = {
+_Choice = TypeVar("_Choice")
+Table = Mapping[str, Callable[[], _Choice]]  # by name
+
+PATTERNS: Table[Pattern] = {
     "unstructured_row": lambda: wl.Unstructured(group="row"),
     "unstructured_layer": lambda: wl.Unstructured(group="layer"),
     "unstructured_layer_weighted": lambda: wl.Unstructured(group="layer", weigh_rows=None),
@@ -34,7 +37,7 @@ PATTERNS: Mapping[str, Callable[[], Pattern]] = {
     "4:8": lambda: wl.NM(n=4, m=8),
 }
 
-ALLOCATIONS: Mapping[str, Callable[[], Allocation]] = {
+ALLOCATIONS: Table[Allocation] = {
     "uniform": lambda: wl.Uniform(),
     "owl": lambda: wl.OWL(),
     "owl_layer": lambda: wl.OWL(per="layer"),
@@ -44,13 +47,13 @@ ALLOCATIONS: Mapping[str, Callable[[], Allocation]] = {
     "fisher_seconds": lambda: wl.Fisher(cost="seconds"),
 }
 
-RECOVERIES: Mapping[str, Callable[[], Recovery]] = {
+RECOVERIES: Table[Recovery] = {
     "none": lambda: wl.NoRecovery(),
     "reconstruct": lambda: wl.Reconstruct(),
     "distill": lambda: wl.Distill(),
 }
 
-PERMUTATIONS: Mapping[str, Callable[[], Permutation]] = {
+PERMUTATIONS: Table[Permutation] = {
     "none": lambda: wl.NoPermutation(),
     "assignment": lambda: wl.Assignment(),
 }
@@ -110,13 +113,13 @@ PRESETS: Mapping[str, Method] = {
     "thorough": replace(BEST, recovery=RECOVERIES["distill"]),
 }
 
-CRITERIA: Mapping[str, Callable[[], Criterion]] = {
+CRITERIA: Table[Criterion] = {
     name: method.criterion
     for name, method in METHODS.items()
     if method.criterion and method.solver is _zero_out
 } | {"saliency": _saliency}
 
-SOLVERS: Mapping[str, Callable[[], Solver]] = {"zero_out": _zero_out} | {
+SOLVERS: Table[Solver] = {"zero_out": _zero_out} | {
     name: method.solver
     for name, method in METHODS.items()
     if method.criterion is None and method.recovery is RECOVERIES["none"]

@@ -101,18 +101,16 @@ def test_patterns_without_groups_take_any_sparsity_and_width(pattern):
 
 
 @pytest.mark.parametrize(("n", "m"), N_OF_M)
-def test_n_of_m_takes_widths_of_whole_groups(n, m):
-    fitting = [d_in for d_in in range(1, 100) if NM(n, m).why_not(d_in) is None]
+def test_n_of_m_takes_widths_of_whole_groups_and_its_own_sparsity_only(n, m):
+    pattern = NM(n, m)
+    fitting = [d_in for d_in in range(1, 100) if pattern.why_not(d_in) is None]
     assert fitting == list(range(m, 100, m))
-    assert NM(n, m).why_not(m + 1) == f"input width {m + 1} is not a multiple of {m}"
+    assert pattern.why_not(m + 1) == f"input width {m + 1} is not a multiple of {m}"
 
-
-@pytest.mark.parametrize(("n", "m"), N_OF_M)
-def test_n_of_m_takes_its_own_sparsity_only(n, m):
     own = 1 - n / m
-    NM(n, m).check(own)
-    NM(n, m).check(round(own, 6))
+    pattern.check(own)
+    pattern.check(round(own, 6))
     for sparsity in (0.0, own - 0.01, own + 0.01):
         text = f"sparsity must be {own:g} .*, but it is {sparsity:g}"
         with pytest.raises(ValueError, match=text):
-            NM(n, m).check(sparsity)
+            pattern.check(sparsity)

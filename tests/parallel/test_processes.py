@@ -1,6 +1,7 @@
 """Several processes prune one model: the same masks everywhere, those of one process on all samples, and no hanging."""
 
 import re
+from functools import partial
 from itertools import cycle, product, zip_longest
 
 import pytest
@@ -32,45 +33,30 @@ def test_the_collectives(pair):
 
 
 @pytest.mark.parametrize(
-    ("who", "first", "second"),
+    ("inner", "outer", "expected"),
     [
-        ({"inner": [], "outer": []}, "fine", "fine"),
-        (
-            {"inner": [1], "outer": []},
-            ("RuntimeError", "process 1 of 2 .* KeyError: 1"),
-            ("KeyError", "1"),
-        ),
-        (
-            {"inner": [], "outer": [0]},
-            ("UserError", "bad 0"),
-            ("UserError", "process 0 of 2 .* bad 0"),
-        ),
-        ({"inner": [], "outer": [0, 1]}, ("UserError", "bad 0"), ("UserError", "bad 1")),
-        ({"inner": [0, 1], "outer": []}, ("KeyError", "0"), ("KeyError", "1")),
+        ([], [], ["fine", "fine"]),
+        ([1], [], ["'RuntimeError', .*process 1 of 2 .* KeyError: 1", "'KeyError', .*1"]),
+        ([], [0], ["'UserError', .*bad 0", "'UserError', .*process 0 of 2 .* bad 0"]),
+        ([], [0, 1], ["'UserError', .*bad 0", "'UserError', .*bad 1"]),
+        ([0, 1], [], ["'KeyError', .*0", "'KeyError', .*1"]),
     ],
 )
-def test_all_fail_together(pair, who, first, second):
-    for (outcome, in_step), expected in zip(
-        pair.run(cases.failures, who), (first, second), strict=True
-    ):
+def test_all_fail_together(pair, inner, outer, expected):
+    ended = pair.run(cases.failures, {"inner": inner, "outer": outer})
+    for (outcome, in_step), text in zip(ended, expected, strict=True):
         assert in_step == 3
-        if expected == "fine":
-            assert outcome == expected
-        else:
-            assert outcome[0] == expected[0]
-            assert re.search(expected[1], outcome[1])
+        assert re.search(text, str(outcome))
 
 
 def test_one_process_sends_nothing():
     processes = Processes()
     tensor = torch.tensor([1.0])
     processes.all_reduce_sum([tensor])
+    assert tensor.item() == 1
     with processes.fail_together():
-        assert (processes.all_reduce_min(3), processes.broadcast("mine", 0), tensor.item()) == (
-            3,
-            "mine",
-            1.0,
-        )
+        assert processes.all_reduce_min(3) == 3
+        assert processes.broadcast("mine", 0) == "mine"
     with pytest.raises(KeyError, match="mine"), processes.fail_together():
         raise KeyError("mine")
     assert (processes.world_size, processes.rank) == (1, 0)
@@ -167,19 +153,17 @@ def test_layers_whose_inputs_differ_in_one_process_are_added_up_alone(pair, shar
         getattr(model, name).register_forward_pre_hook(
             lambda _, args, name=name: expected.setdefault(name, []).append(args[0])
         )
-    for index in [*shares[0], *shares[1]]:
-        model(batches[index])
+    with torch.no_grad():
+        for index in [*shares[0], *shares[1]]:
+            model(batches[index])
     for found, found_groups, _ in pair.run(cases.statistics_of, "fork", shares):
         assert found_groups == groups
         for name, (count, sums) in found.items():
             tokens = torch.cat(expected.get(name, [torch.zeros(0, 8)]))
             assert count == len(tokens)
-            torch.testing.assert_close(
-                sums["gram"], (tokens.T @ tokens).detach(), atol=1e-4, rtol=1e-4
-            )
-            torch.testing.assert_close(
-                sums["square_sum"], tokens.square().sum(0).detach(), atol=1e-4, rtol=1e-4
-            )
+            close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+            close(sums["gram"], tokens.T @ tokens)
+            close(sums["square_sum"], tokens.square().sum(0))
 
 
 def in_turns(batches, shares):
@@ -220,10 +204,7 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
         assert torch.equal(weights[key] == 0, value == 0)
         torch.testing.assert_close(weights[key], value.detach(), rtol=1e-5, atol=1e-7)
     for one, other in zip(report.training.passes, expected.training.passes, strict=True):
-        assert (one.loss, one.held_out) == (
-            pytest.approx(other.loss),
-            pytest.approx(other.held_out),
-        )
+        assert vars(one) == pytest.approx(vars(other))
 
 
 @pytest.mark.parametrize("size", [1, 18])
@@ -241,9 +222,8 @@ def test_reconstruction_is_that_of_one_process(pair, name, shares, size):
     for key, value in model.named_parameters():
         torch.testing.assert_close(weights[key], value.detach(), rtol=1e-6, atol=1e-9)
     for one, other in zip(report.layers, expected.layers, strict=True):
-        assert (one.part.before, one.part.after) == pytest.approx(
-            (other.part.before, other.part.after)
-        )
+        assert one.part.before == pytest.approx(other.part.before)
+        assert one.part.after == pytest.approx(other.part.after)
 
 
 @pytest.mark.parametrize("samples", with_nightly([3], [3, None]))
@@ -252,13 +232,10 @@ def test_masks_with_fisher_are_those_of_one_process(pair, samples):
     (first, report), (second, _) = pair.run(cases.replicated, "llama", **choices)
     model, expected = alone("llama", **choices)
     assert_equal_everywhere(first, second)
-    assert [layer.target for layer in report.layers] == pytest.approx(
-        [layer.target for layer in expected.layers]
-    )
-    zeros = [(first[name] == 0, value == 0) for name, value in model.named_parameters()]
-    assert sum(int((one != other).sum()) for one, other in zeros) <= 1e-3 * sum(
-        one.numel() for one, _ in zeros
-    )
+    for one, other in zip(report.layers, expected.layers, strict=True):
+        assert one.target == pytest.approx(other.target)
+    differ = [(first[name] == 0) != (value == 0) for name, value in model.named_parameters()]
+    assert torch.cat([each.flatten() for each in differ]).float().mean() <= 1e-3
 
 
 @pytest.mark.parametrize(("cost", "shares"), [("macs", ((), (0, 1))), ("seconds", None)])

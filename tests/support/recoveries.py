@@ -27,6 +27,10 @@ def pruned_with_and_without(dense, batches, sparsity=0.5, recovery=None, **choic
     return start, model, report
 
 
+def assert_close_states(model, other, **tolerances):
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), **tolerances)
+
+
 def weights_of(report):
     """The names of the parameters that were pruned."""
     return {f"{layer.name}.weight" for layer in report.layers}

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.recoveries import blocks, pruned_with_and_without, some_batches
+from support.recoveries import assert_close_states, blocks, pruned_with_and_without, some_batches
 from support.refusals import refusal
 from support.samples import samples_of
 from support.zoo import ZOO
@@ -15,6 +15,7 @@ from wanda_lightning.calibration.batches import batch_size, take
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.models import find_layers
+from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.training import reconstruct
 
 
@@ -25,7 +26,7 @@ def parts_of(name):
     layers = {}
     with torch.no_grad():
         for stop, calls in lockstep(stops, samples_of(model, batches)):
-            recovery = Reconstruct().start(stop)
+            recovery = Reconstruct().start(stop, SINGLE_PROCESS)
             for call in recovery.record(calls):
                 call.run()
             for part in getattr(recovery, "parts", []):
@@ -75,10 +76,17 @@ def test_a_layer_alone_has_no_parts():
     assert not any("downsample" in part for part in parts_of("convnext"))
 
 
+def assert_trained(block, dense, start, batches, epochs):
+    """An MLP was trained as by formula on all batches, without its biases; no early stop."""
+    expected = adam(dense.mlp, start.mlp, batches, epochs, 0.001)
+    for place, weight in zip((0, 2), expected, strict=True):
+        torch.testing.assert_close(block.mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
+        assert torch.equal(block.mlp[place].bias, dense.mlp[place].bias)
+
+
 def adam(dense, start, batches, epochs, rate, eps=1e-8):
-    """The weights (and biases) of one MLP, trained by formula on all batches; no early stop."""
-    (first, first_bias), (second, second_bias) = start
-    weights = [first.clone(), second.clone()]
+    """The weights of an MLP."""
+    weights = [start[0].weight.clone(), start[2].weight.clone()]
     keep = [weight != 0 for weight in weights]
     rates = [rate * weight[weight != 0].square().mean().sqrt() for weight in weights]
     mean = [0.0, 0.0]
@@ -88,8 +96,8 @@ def adam(dense, start, batches, epochs, rate, eps=1e-8):
     for _ in range(epochs):
         for x in batches:
             step += 1
-            hidden = torch.tanh(x @ weights[0].T + first_bias)
-            gradient = 2 * (hidden @ weights[1].T + second_bias - dense(x))
+            hidden = torch.tanh(x @ weights[0].T + start[0].bias)
+            gradient = 2 * (hidden @ weights[1].T + start[2].bias - dense(x))
             # Backward through tanh.
             inner = (gradient @ weights[1]) * (1 - hidden**2)
             for index, change in enumerate((inner.T @ x, gradient.T @ hidden)):
@@ -109,23 +117,14 @@ def test_it_is_adam_on_what_the_dense_part_gave(count, epochs):
     batches = some_batches(count)
     recovery = Reconstruct(epochs=epochs, learning_rate=0.001)
     start, model, _ = pruned_with_and_without(dense, batches, recovery=recovery)
-    trained = [x for index, x in enumerate(batches) if index != 3]  # the fourth is held out
-    layers = [(start[0].mlp[place].weight, start[0].mlp[place].bias) for place in (0, 2)]
-    expected = adam(dense[0].mlp, layers, trained, epochs, 0.001)
-    for place, weight in zip((0, 2), expected, strict=True):
-        torch.testing.assert_close(model[0].mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
-        assert torch.equal(model[0].mlp[place].bias, dense[0].mlp[place].bias)
+    # The fourth batch is held out.
+    assert_trained(model[0], dense[0], start[0], batches[:3] + batches[4:], epochs)
 
     # The second block learns its own dense outputs on the outputs of the trained first block.
     inputs = [model[0](x) for x in batches]
     second = copy.deepcopy(dense[1])
     prune(second, inputs, 0.5, sequential="none", progress=False)  # the block alone, dense inside
-    layers = [(second.mlp[place].weight, second.mlp[place].bias) for place in (0, 2)]
-    expected = adam(
-        dense[1].mlp, layers, [x for i, x in enumerate(inputs) if i != 3], epochs, 0.001
-    )
-    for place, weight in zip((0, 2), expected, strict=True):
-        torch.testing.assert_close(model[1].mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
+    assert_trained(model[1], dense[1], second, inputs[:3] + inputs[4:], epochs)
 
 
 @torch.no_grad()
@@ -136,12 +135,8 @@ def test_with_statistics_of_the_dense_model_it_learns_on_what_the_trained_blocks
     start, model, report = pruned_with_and_without(
         dense, batches, recovery=recovery, sequential="none"
     )
-    for index, x in enumerate((batches, [model[0](x) for x in batches])):
-        layers = [
-            (start[index].mlp[place].weight, start[index].mlp[place].bias) for place in (0, 2)
-        ]
-        for place, weight in zip((0, 2), adam(dense[index].mlp, layers, x, 2, 0.001), strict=True):
-            torch.testing.assert_close(model[index].mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
+    assert_trained(model[0], dense[0], start[0], batches, 2)
+    assert_trained(model[1], dense[1], start[1], [model[0](x) for x in batches], 2)
     assert {layer.part.name for layer in report.layers} == {"0.mlp", "1.mlp"}
     assert {layer.tokens for layer in report.layers} == {48}
 
@@ -162,21 +157,18 @@ def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     second = prune(alone, samples, **choices)
     for one, other in zip(first.layers, second.layers, strict=True):
         assert one.part == other.part or one.part.after == pytest.approx(other.part.after)
-    torch.testing.assert_close(together.state_dict(), alone.state_dict())
+    assert_close_states(together, alone)
 
 
 @pytest.mark.parametrize(("count", "size"), [(16, 16), (17, 9), (33, 11), (64, 16)])
 def test_large_batches_have_pieces_of_about_one_size(count, size):
     x = torch.randn(4 * count, 8, generator=torch.Generator().manual_seed(1)).double()
-    results = []
-    for batches in (
-        x.split(count),
-        [piece for batch in x.split(count) for piece in batch.split(size)],
-    ):
-        model = blocks()
-        prune(model, list(batches), recovery=Reconstruct(epochs=2), progress=False)
-        results.append(model.state_dict())
-    torch.testing.assert_close(*results)
+    whole = list(x.split(count))
+    pieces = [piece for batch in whole for piece in batch.split(size)]
+    models = blocks(), blocks()
+    for model, batches in zip(models, (whole, pieces), strict=True):
+        prune(model, batches, recovery=Reconstruct(epochs=2), progress=False)
+    assert_close_states(*models)
 
 
 class MinusTheMean(nn.Module):
@@ -235,7 +227,7 @@ def test_a_batch_is_not_split_if_samples_would_have_other_outputs(monkeypatch, k
 def test_it_stops_early_and_goes_back():
     recovery = Reconstruct(epochs=50, learning_rate=100.0)
     start, model, report = pruned_with_and_without(blocks(), some_batches(8), recovery=recovery)
-    torch.testing.assert_close(model.state_dict(), start.state_dict(), rtol=0, atol=0)
+    assert_close_states(model, start, rtol=0, atol=0)
     part = report.layers[0].part
     assert part.name == "0.mlp"
     assert part.before == part.after > 0
@@ -285,19 +277,14 @@ def test_a_part_that_writes_into_its_input_reproduces_itself():
 
 
 def test_padding_teaches_nothing():
-    batches = [
-        {key: value.clone() for key, value in batch.items()}
-        for batch in ZOO["llama_padded"].batches()
-    ]
-    others = copy.deepcopy(batches)
+    padded = ZOO["llama_padded"]
+    others = copy.deepcopy(padded.batches())
     for batch in others:
         batch["input_ids"][batch["attention_mask"] == 0] = 77
-    results = []
-    for some in (batches, others):
-        model = ZOO["llama_padded"].build()
-        prune(model, some, 0.5, recovery="reconstruct", progress=False)
-        results.append(model.state_dict())
-    torch.testing.assert_close(*results)
+    models = padded.build(), padded.build()
+    for model, batches in zip(models, (padded.batches(), others), strict=True):
+        prune(model, batches, 0.5, recovery="reconstruct", progress=False)
+    assert_close_states(*models)
 
 
 class WithoutSlope(nn.Linear):

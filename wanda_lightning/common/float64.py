@@ -1,4 +1,4 @@
-"""Compute in float64 where a device has it."""
+"""Compute in float32 or wider, and in float64 where a device has it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ def has_float64(device: torch.device) -> bool:
         return torch.ones((), device=device).double().dtype == torch.float64
     except (RuntimeError, TypeError):
         return False
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Return float32, or the dtype of a tensor if that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in `wide_dtype`."""
+    return tensor.to(wide_dtype(tensor))
 
 
 def widest(tensor: Tensor) -> Tensor:

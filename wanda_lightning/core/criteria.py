@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import torch
 
 from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import PerInput, Score, Weight
 
@@ -127,11 +128,11 @@ def lower_inactive(scores: Score, weight: Weight, norm: PerInput) -> Score:
     """
     inactive = norm == 0
     if inactive.any():
-        is_nonzero = (weight[:, inactive] != 0).to(scores.dtype)
-        scores[:, inactive] = is_nonzero * torch.finfo(scores.dtype).tiny
+        scores[:, inactive] = 0
+        scores[inactive & (weight != 0)] = torch.finfo(scores.dtype).tiny
     return scores
 
 
 def _magnitude(weight: Weight) -> Score:
     # float32 or wider: in bfloat16, the scores of different weights would be equal.
-    return weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+    return widened(weight.abs())

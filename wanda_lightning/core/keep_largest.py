@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from wanda_lightning.core.types import Counts, Groups, KeepGroups
+from wanda_lightning.core.types import Counts, Groups, KeepGroups, PerGroup
 
 # Up to this size, comparing all pairs is faster than selecting in each group (measured on 4096 x 11008 scores).
 _SMALL_GROUP = 16
@@ -30,10 +29,8 @@ def keep_largest(scores: Groups, count: int) -> KeepGroups:
     scores = scores.detach()
     size = scores.shape[1]
     assert 0 <= count <= size, f"cannot keep {count} of {size}"
-    if count == size:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
+    if count in (0, size):
+        return torch.full_like(scores, count == size, dtype=torch.bool)
     if size <= _SMALL_GROUP:
         return _keep_by_comparing(scores, count)
     return _keep_by_threshold(scores, count)
@@ -47,12 +44,8 @@ def keep_largest_of_each(scores: Groups, counts: Counts) -> KeepGroups:
         tensor([[ True, False, False],
                 [ True, False,  True]])
     """
-    distinct_counts = counts.unique().tolist()
-    if len(distinct_counts) == 1:
-        return keep_largest(scores, distinct_counts[0])
-
     keep = torch.empty_like(scores, dtype=torch.bool)
-    for count in distinct_counts:
+    for count in counts.unique().tolist():
         groups = counts == count
         keep[groups] = keep_largest(scores[groups], count)
     return keep
@@ -89,8 +82,8 @@ def _keep_by_threshold(scores: Groups, count: int) -> KeepGroups:
     threshold, next_larger = _kth_smallest(scores, pruned)
     keep = scores > threshold
 
-    tied_groups = (threshold == next_larger).squeeze(1).nonzero().squeeze(1)
-    if len(tied_groups):
+    tied_groups = (threshold == next_larger).squeeze(1)
+    if tied_groups.any():
         tied_scores = scores[tied_groups]
         tied_threshold = threshold[tied_groups]
         is_tie = tied_scores == tied_threshold
@@ -99,9 +92,7 @@ def _keep_by_threshold(scores: Groups, count: int) -> KeepGroups:
     return keep
 
 
-def _kth_smallest(
-    scores: Groups, k: int
-) -> tuple[Float[Tensor, "groups 1"], Float[Tensor, "groups 1"]]:
+def _kth_smallest(scores: Groups, k: int) -> tuple[PerGroup, PerGroup]:
     """Return the k-th smallest score of each group and the next larger one."""
     if _numpy_is_faster(scores):
         values = scores.clone()

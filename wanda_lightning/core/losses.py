@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.float64 import widened
 
 _AT_ONCE = 2**22  # logits whose probabilities are in memory at the same time, 16 MiB in float32
 
@@ -53,6 +53,8 @@ def summed_divergence(
     predictions that is held. Autograd of `log_softmax` and `kl_div` would hold several. The graph can be passed
     backward only once, because the gradient is changed in place.
     """
+    if keep is None:
+        keep = torch.ones(len(predicted), dtype=torch.bool, device=predicted.device)
     total: Tensor = _SummedDivergence.apply(predicted, dense, keep, temperature)  # type: ignore[no-untyped-call]
     return total
 
@@ -60,15 +62,16 @@ def summed_divergence(
 class _SummedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, predicted: Tensor, dense: Tensor, keep: Tensor | None, temperature: float
+        ctx: Any, predicted: Tensor, dense: Tensor, keep: Tensor, temperature: float
     ) -> Tensor:
         # Rows that do not count keep a gradient of 0.
         ctx.gradient = torch.zeros_like(predicted)
-        wide = torch.promote_types(predicted.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=predicted.device)
-        for rows in _few_rows_at_a_time(predicted, keep):
+        total = widened(predicted.new_zeros(()))
+        at_once = max(1, _AT_ONCE // predicted.shape[-1])
+        for rows in keep.nonzero().squeeze(1).split(at_once):
             loss, gradient = divergence(
-                predicted[rows].to(wide) / temperature, dense[rows].to(wide) / temperature
+                predicted[rows].to(total.dtype) / temperature,
+                dense[rows].to(total.dtype) / temperature,
             )
             total += loss
             # Summed, not averaged: divided by many rows, the gradient would be zero in float16.
@@ -85,13 +88,3 @@ class _SummedDivergence(torch.autograd.Function):
         gradient = ctx.gradient
         ctx.gradient = None
         return gradient.mul_(slope), None, None, None
-
-
-def _few_rows_at_a_time(predicted: Tensor, keep: Tensor | None) -> Iterator[slice | Tensor]:
-    """Yield the indices of the rows that count, a few at a time."""
-    count = max(1, _AT_ONCE // predicted.shape[-1])
-    if keep is not None:
-        yield from keep.nonzero().squeeze(1).split(count)
-        return
-    for start in range(0, len(predicted), count):
-        yield slice(start, start + count)

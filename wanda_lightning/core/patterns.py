@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from wanda_lightning.common.checks import Number, check, check_flags
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.keep_largest import (
     keep_largest,
@@ -21,8 +21,6 @@ from wanda_lightning.core.keep_largest import (
     nondeterministic_kernels,
 )
 from wanda_lightning.core.types import Groups, KeepMask, PerRow, Score
-
-_GROUP = ("row", "layer")
 
 Removed = Literal["weights", "units", "experts"]
 
@@ -55,21 +53,18 @@ class Pattern(ABC):
             None if the model decides.
         removes: What leaves the model: single weights, whole hidden units, or whole experts.
         changes_shapes: Whether `prune` makes the tensors of the model smaller, instead of filling them with zeros.
+        why_not_passive: Why statistics from passes that run anyway do not suffice; empty if they do.
     """
 
     weigh_rows: bool | None = False
     removes: ClassVar[Removed] = "weights"
     changes_shapes: ClassVar[bool] = False
+    why_not_passive: ClassVar[str] = ""
 
     @property
     def reads_batches(self) -> bool:
         """Whether calibration batches are needed to choose what leaves, apart from the scores."""
         return self.weigh_rows is not False
-
-    @property
-    def why_not_passive(self) -> str:
-        """Why statistics from passes that run anyway do not suffice; empty if they do."""
-        return ""
 
     def sequential(self, chosen: str) -> str:
         """Return what a choice of `sequential` means for a language model: `"auto"` and `"one_pass"` are resolved."""
@@ -141,9 +136,7 @@ class Unstructured(Pattern):
     weigh_rows: bool | None = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check(self, group=_GROUP)
-        if self.weigh_rows is not None:
-            check_flags(weigh_rows=self.weigh_rows)
+        check(self, group=("row", "layer"), weigh_rows=(True, False, None))
         if self.weigh_rows is not False and self.group == "row":
             raise UserError(
                 "weigh_rows of Unstructured must be False for group='row', which compares the weights of one row only. "
@@ -311,23 +304,15 @@ class Structured(Pattern):
         columns: Columns of each unit: as many as the kernel of a convolution has positions; `prune` sets it.
     """
 
-    removes: ClassVar[Removed] = "units"
+    removes = "units"
+    why_not_passive = "runs each block with and without hidden units"
+    reads_batches = True
     multiple_of: int = 8
     columns: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
         check(self, multiple_of=at_least_1, columns=at_least_1)
-
-    @property
-    def reads_batches(self) -> bool:
-        """True: each block runs with and without hidden units."""
-        return True
-
-    @property
-    def why_not_passive(self) -> str:
-        """Each block runs more than once."""
-        return "runs each block with and without hidden units"
 
     def sequential(self, chosen: str) -> str:
         """Return `"layer"` unless the user chose otherwise.
@@ -391,18 +376,11 @@ class Experts(Pattern):
     of its gate times the norm of its output.
     """
 
-    removes: ClassVar[Removed] = "experts"
-    changes_shapes: ClassVar[bool] = True
-
-    @property
-    def reads_batches(self) -> bool:
-        """True: experts are scored by what they add for each token."""
-        return True
-
-    @property
-    def why_not_passive(self) -> str:
-        """The scores of experts are no statistics of inputs."""
-        return "needs a pass of its own"
+    removes = "experts"
+    changes_shapes = True
+    # Experts are scored by what they add for each token, which is no statistic of inputs.
+    why_not_passive = "needs a pass of its own"
+    reads_batches = True
 
     def sequential(self, chosen: str) -> str:
         """Return `"block"`, or by default `"none"`: all experts are scored in the dense model."""

@@ -79,11 +79,9 @@ class Assignment(Permutation):
             for chunk in shuffled.to(scores.device).split(_CHUNK):
                 members[chunk] = _reassigned(scores, members[chunk], pattern.group_kept, generator)
 
-        order = members.flatten()
-        original = torch.arange(len(order), device=order.device)
-        if kept_score(scores, order, pattern) > kept_score(scores, original, pattern):
-            return order
-        return original
+        original = torch.arange(scores.shape[1], device=scores.device)
+        orders = (original, members.flatten())  # the first one of equal scores
+        return max(orders, key=lambda order: kept_score(scores, order, pattern))
 
 
 def kept_score(scores: Score, order: Order, pattern: Pattern) -> float:

@@ -1,4 +1,8 @@
-"""Compare tensors that are equal up to rounding."""
+"""Compare tensors that are equal up to rounding.
+
+Two tensors are the same if most entries are close, and the norm of the difference is a few roundings. One large
+activation dominates a norm, so most entries must also be close individually.
+"""
 
 from __future__ import annotations
 
@@ -24,33 +28,36 @@ def coarsest_eps(tensors: Sequence[Tensor]) -> float:
 def all_same(
     before: Sequence[Tensor], after: Sequence[Tensor], eps: float, loosely: bool = False
 ) -> bool:
-    """Whether two lists of tensors have the same shapes and are the same (see `same`)."""
+    """Whether two lists of tensors have the same shapes and are the same.
+
+    After many blocks, entries need not be close individually (`loosely`).
+    """
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return False
-    return all(same(old, new, eps, loosely=loosely) for old, new in zip(before, after, strict=True))
+
+    pairs = zip(before, after, strict=True)
+    if loosely:
+        return all(_is_same(old, new, max(8 * eps, _CLOSE), -1.0) for old, new in pairs)
+    return all(_is_same(old, new, max(8 * eps, 1e-5), 0.5) for old, new in pairs)
 
 
-def same(
-    old: Tensor, new: Tensor, eps: float, each_column: bool = False, loosely: bool = False
-) -> bool:
-    """Whether two tensors are the same: most entries are close, and the norm of the difference is a few roundings.
+def same_columns(old: Tensor, new: Tensor, eps: float) -> bool:
+    """Whether two matrices are the same, and each column of their difference has a small norm."""
+    return _is_same(old, new, max(8 * eps, _CLOSE), 0.9, dim=0)
 
-    The norm is over the whole tensor, or over each column with `each_column`. One large activation dominates a norm, so
-    most entries must also be close individually. After many blocks they need not be (`loosely`).
-    """
+
+def _is_same(old: Tensor, new: Tensor, limit: float, share: float, dim: int | None = None) -> bool:
+    """Whether more than a share of the entries is close, and the norm of the difference is within the limit."""
     if not old.is_floating_point():
         return torch.equal(old, new)
 
     old = widest(old)
     new = widest(new)
     difference = torch.where(old == new, 0.0, old - new).abs()  # both may be infinite
-    if old.numel() and not loosely:
-        close = (difference <= _CLOSE * old.abs()).double().mean()
-        if close <= (0.9 if each_column else 0.5):
-            return False
+    close = difference <= _CLOSE * old.abs()
+    if close.double().mean() <= share:  # the mean of no entries is NaN
+        return False
 
-    dims = 0 if each_column else None
-    norm = torch.linalg.vector_norm(difference, dim=dims)
-    scale = torch.linalg.vector_norm(old, dim=dims)
-    limit = max(8 * eps, _CLOSE if each_column or loosely else 1e-5)
+    norm = torch.linalg.vector_norm(difference, dim=dim)
+    scale = torch.linalg.vector_norm(old, dim=dim)
     return bool((norm <= limit * scale).all())

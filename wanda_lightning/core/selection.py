@@ -41,33 +41,22 @@ class Selection:
             )
         return scores
 
-    def choose(self, scores: Score) -> KeepMask:
-        """Return what to keep, given the scores."""
-        keep = self.pattern(self._weigh(scores), self.sparsity)
-        return self._checked(keep, scores)
-
-    def choose_block(self, scores: Score, block: ColumnBlock) -> KeepMask:
-        """Return what to keep in a block of columns, given its scores; see `Pattern.keep_block`."""
-        keep = self.pattern.keep_block(self._weigh(scores), self.sparsity, block)
-        return self._checked(keep, scores)
-
-    def _checked(self, keep: Tensor, scores: Score) -> KeepMask:
-        """Return what the pattern keeps; refuse anything but a boolean for each score."""
+    def choose(self, scores: Score, block: ColumnBlock | None = None) -> KeepMask:
+        """Return what to keep in the layer, or in a block of its columns, given the scores; see `Pattern`."""
+        weighed = scores
+        if self.pattern.weigh_rows:
+            # Scores are roots of squared errors, hence the square root.
+            weighed = scores * self.row_weights.sqrt().to(scores)[:, None]
+        if block is None:
+            keep = self.pattern(weighed, self.sparsity)
+        else:
+            keep = self.pattern.keep_block(weighed, self.sparsity, block)
         if keep.shape != scores.shape or keep.dtype != torch.bool:
             raise UserError(
                 f"pattern={self.pattern} must return a boolean for each score, but for {tuple(scores.shape)} scores it "
                 f"returned a tensor of {keep.dtype} with the shape {tuple(keep.shape)}."
             )
         return keep
-
-    def _weigh(self, scores: Score) -> Score:
-        """Scale the scores of each row by the square root of its weight, if the pattern weighs rows.
-
-        Scores are roots of squared errors, hence the square root.
-        """
-        if not self.pattern.weigh_rows:
-            return scores
-        return scores * self.row_weights.sqrt().to(scores)[:, None]
 
     def total_error(self, errors: Tensor) -> Tensor:
         """Sum the squared errors of the rows, (d_out,), each times its weight if the pattern weighs rows."""

@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.float64 import wide_dtype, widened
 from wanda_lightning.core.types import Gram, PerInput, PerUnit, RowWeights, Tokens, Weight
 
 log = logging.getLogger(__name__)
@@ -29,16 +30,15 @@ _WIDE = 512  # a Gram matrix of at least so many inputs is computed in halves
 def sum_squares(tensor: Tensor) -> Tensor:
     """Return the sum of the squares over the first dimension, in float32 or wider."""
     # No matrix product: autocast and TF32 would round it.
-    wide = torch.promote_types(tensor.dtype, torch.float32)
     if tensor.device.type != "cpu" or not tensor.numel():
-        return tensor.to(wide).square().sum(dim=0)
+        return widened(tensor).square().sum(dim=0)
 
     # On one core, squares of 12.8 million numbers that are added up in the cache take 4 ms; written to memory first,
     # they take 29 ms.
     rows = max(1, _CHUNK * len(tensor) // tensor.numel())
-    total = torch.zeros_like(tensor[:rows], dtype=wide)
+    total = torch.zeros_like(tensor[:rows], dtype=wide_dtype(tensor))
     for chunk in tensor.split(rows):
-        wide_chunk = chunk.to(wide)
+        wide_chunk = widened(chunk)
         total[: len(chunk)].addcmul_(wide_chunk, wide_chunk)
     return total.sum(dim=0)
 
@@ -142,11 +142,11 @@ class InputStatistics:
 
     def update(self, tokens: Tokens) -> None:
         """Add a batch of tokens, one row each."""
-        if tokens.shape[0] == 0:
+        if not len(tokens):
             return
         # float32: squares of fp16 activations overflow in massive-activation channels.
-        tokens = tokens.detach().to(torch.promote_types(tokens.dtype, torch.float32))
-        self.add(tokens.shape[0], {name: SUMS[name](tokens) for name in self.needs})
+        tokens = widened(tokens.detach())
+        self.add(len(tokens), {name: SUMS[name](tokens) for name in self.needs})
 
     def merge(self, other: InputStatistics) -> None:
         """Add the sums over another set of tokens."""
@@ -174,9 +174,7 @@ class InputStatistics:
 
     def inverse_factor(self, dampening: float) -> Gram:
         """Return what the function of this name returns for the Gram matrix, computed once."""
-        return self._once(
-            ("factor", dampening), lambda: inverse_factor(self.sums["gram"], dampening)
-        )
+        return self._once(inverse_factor, dampening)
 
     def inverse_diagonal(self, dampening: float) -> PerInput:
         """Return the diagonal of `inverse_factor`."""
@@ -184,7 +182,7 @@ class InputStatistics:
 
     def scaled_gram(self, dampening: float) -> tuple[PerInput, Gram]:
         """Return what `scaled` returns for the Gram matrix, computed once."""
-        return self._once(("scaled", dampening), lambda: scaled(self.sums["gram"], dampening))
+        return self._once(scaled, dampening)
 
     def mean(self) -> PerInput:
         """Return the mean of each input over all tokens."""
@@ -192,14 +190,17 @@ class InputStatistics:
 
     def centered(self) -> InputStatistics:
         """Return the statistics with the Gram matrix of the inputs minus their means, computed once."""
-        return self._once("centered", self._center)
+        if "centered" not in self._derived:
+            self._derived["centered"] = self._center()
+        return self._derived["centered"]
 
     def _center(self) -> InputStatistics:
-        gram = torch.addr(self.sums["gram"], self.sums["sum"], self.mean(), alpha=-1)
+        raw = self.sums["gram"]
+        gram = torch.addr(raw, self.sums["sum"], self.mean(), alpha=-1)
 
         # Rounding errors may be left of an input that hardly varies. If nothing else is, it is constant; if they
         # could make the matrix indefinite, as much is added to the diagonal.
-        rounding = 64 * torch.finfo(gram.dtype).eps * self.sums["gram"].diagonal()
+        rounding = 64 * torch.finfo(raw.dtype).eps * raw.diagonal()
         is_constant = gram.diagonal() <= rounding / 16
         gram[is_constant] = 0
         gram[:, is_constant] = 0
@@ -218,22 +219,20 @@ class InputStatistics:
         """Return the statistics that criteria read, for the inputs from `start` to `stop`."""
         return _ColumnStatistics(self, slice(start, stop))
 
-    def _once(self, key: Hashable, compute: Callable[[], Derived]) -> Derived:
+    def _once(self, function: Callable[[Gram, float], Derived], dampening: float) -> Derived:
+        key = (function, dampening)
         if key not in self._derived:
-            self._derived[key] = compute()
+            self._derived[key] = function(self.sums["gram"], dampening)
         return self._derived[key]
 
     def finite(self) -> Tensor:
         """Return whether no token held NaN or infinity, as a boolean scalar on the inputs' device."""
-        if not self.sums:
-            return torch.tensor(True)
-
-        flags = []
+        result = torch.tensor(True)
         for value in self.sums.values():
             # No entry of a Gram matrix is larger than the largest one on its diagonal.
             entries = value.diagonal() if value.ndim == 2 else value
-            flags.append(entries.isfinite().all())
-        return torch.stack(flags).all()
+            result = entries.isfinite().all() & result.to(value.device)
+        return result
 
 
 class _ColumnStatistics(InputStatistics):

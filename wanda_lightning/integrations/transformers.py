@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.training.held_zeros import HeldZeros
+from wanda_lightning.training.held_zeros import HeldZeros, State
 
 
 class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -69,9 +68,7 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             saved = saved[-1]
         self._zeros.load_state_dict(_from_json(saved["attributes"]["held"]))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Remove the hooks."""
         self.release()
 
@@ -79,22 +76,21 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Remove the hooks; the zeros may then change."""
         self._zeros.release()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Return what `trainer_state.json` stores."""
         return {"args": {}, "attributes": {"held": _to_json(self._zeros.state_dict())}}
 
 
-def _to_json(state: Mapping[str, Any]) -> dict[str, Any]:
+def _to_json(state: State) -> State:
     """Return a state with lists in place of its tensors, whose dtypes say how they are packed."""
-    packed: Mapping[str, Tensor] = state["unheld_zeros"]
     unheld = {
         name: [str(values.dtype).removeprefix("torch."), values.tolist()]
-        for name, values in packed.items()
+        for name, values in state["unheld_zeros"].items()
     }
     return {**state, "unheld_zeros": unheld}
 
 
-def _from_json(state: Mapping[str, Any]) -> dict[str, Any]:
+def _from_json(state: State) -> State:
     """Return the state from which `_to_json` returned this one."""
     unheld = {
         name: torch.tensor(values, dtype=getattr(torch, dtype))

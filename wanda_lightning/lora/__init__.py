@@ -16,17 +16,15 @@ from wanda_lightning.common.checks import require_extra
 
 require_extra("lora", "peft", purpose="Adapters")
 
-from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear  # noqa: E402
-from wanda_lightning.lora.merge import merge  # noqa: E402
-from wanda_lightning.lora.register import KEEP_ZEROS_LORA, register  # noqa: E402
-from wanda_lightning.lora.tuner import KeepZerosLoraConfig, KeepZerosLoraModel  # noqa: E402
+from wanda_lightning.lora.keep_zeros_linear import KeepZerosLinear as KeepZerosLinear  # noqa: E402
+from wanda_lightning.lora.merge import merge as merge  # noqa: E402
+from wanda_lightning.lora.register import (  # noqa: E402
+    KEEP_ZEROS_LORA as KEEP_ZEROS_LORA,
+    register,
+)
+from wanda_lightning.lora.tuner import (  # noqa: E402
+    KeepZerosLoraConfig as KeepZerosLoraConfig,
+    KeepZerosLoraModel as KeepZerosLoraModel,
+)
 
 register(KeepZerosLoraConfig, KeepZerosLoraModel)
-
-__all__ = [
-    "KEEP_ZEROS_LORA",
-    "KeepZerosLinear",
-    "KeepZerosLoraConfig",
-    "KeepZerosLoraModel",
-    "merge",
-]

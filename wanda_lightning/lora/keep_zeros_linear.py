@@ -11,12 +11,13 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.float64 import wide_dtype
 from wanda_lightning.models.quantized import is_quantized, read_weight
 
 
 def _as_factors(weight: Tensor) -> Tensor:
     """Return 1 where a weight is not zero, and 0 where it is, in float32 or wider."""
-    return (weight != 0).to(torch.promote_types(weight.dtype, torch.float32))
+    return (weight != 0).to(wide_dtype(weight))
 
 
 def _kept_sum(
@@ -89,8 +90,7 @@ class _KeptProduct(torch.autograd.Function):
             grads = grad.reshape(-1, grad.shape[-1])
             keep = _as_factors(weight)
             if needs_x:
-                matrix = _kept_sum(weight, left, right, keep, ctx.only_delta)
-                matrix = matrix.to(grads.dtype)
+                matrix = _kept_sum(weight, left, right, keep, ctx.only_delta).to(grads.dtype)
                 if ctx.transposed:
                     matrix = matrix.t()
                 grad_x = torch.mm(grads, matrix).view(x.shape)
@@ -99,11 +99,10 @@ class _KeptProduct(torch.autograd.Function):
                 dense = torch.mm(rows.t(), grads) if ctx.transposed else torch.mm(grads.t(), rows)
                 if needs_weight and not ctx.only_delta:
                     grad_weight = dense.to(weight.dtype, copy=True)
-                dense.mul_(keep.to(dense.dtype))
-                if needs_left:
-                    grad_left = torch.mm(dense, right.to(dense.dtype).t()).to(left.dtype)
-                if needs_right:
-                    grad_right = torch.mm(left.to(dense.dtype).t(), dense).to(right.dtype)
+                dense.mul_(keep)
+                # Autograd casts these, and ignores one that is not needed.
+                grad_left = torch.mm(dense, right.to(dense.dtype).t())
+                grad_right = torch.mm(left.to(dense.dtype).t(), dense)
             if needs_addend:
                 grad_addend = grads.sum(0) if ctx.is_bias else grad
         return grad_x, grad_weight, grad_left, grad_right, grad_addend, None, None
@@ -154,10 +153,10 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
             return False
         if type(base).forward not in (nn.Linear.forward, Conv1D.forward):
             return False
-        for name in names:
-            dropout = self.lora_dropout[name]
-            if dropout.training and getattr(dropout, "p", 0) > 0:
-                return False
+        # Without dropout, PEFT inserts an identity.
+        dropouts = [self.lora_dropout[name] for name in names]
+        if any(drop.training and not isinstance(drop, nn.Identity) for drop in dropouts):
+            return False
         return not self.dequantizes and base.weight.dtype in (torch.float32, torch.float64)
 
     def _fused(self, x: Tensor, names: Sequence[str]) -> Tensor:
@@ -175,14 +174,15 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         self, x: Tensor, names: Sequence[str], addend: Tensor | None, *, only_delta: bool
     ) -> Tensor:
         # Two matrices of low rank whose product is the sum of s B A, in the layout of the layer.
-        left = torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], dim=1)
-        right = torch.cat([self.lora_A[name].weight for name in names], dim=0)
-        if self.fan_in_fan_out:
-            left, right = right.t(), left.t()
+        up = torch.cat([self.scaling[name] * self.lora_B[name].weight for name in names], dim=1)
+        down = torch.cat([self.lora_A[name].weight for name in names], dim=0)
+        transposed = self.fan_in_fan_out
+        factors = [down.t(), up.t()] if transposed else [up, down]
+
         base = self.get_base_layer()
         weight = partial(read_weight, base) if self.dequantizes else base.weight
-        product: Callable[..., Tensor] = _KeptProduct.apply
-        return product(x, weight, left, right, addend, self.fan_in_fan_out, only_delta)
+        product: Tensor = _KeptProduct.apply(x, weight, *factors, addend, transposed, only_delta)  # type: ignore[no-untyped-call]
+        return product
 
     def unmerged_weight(self) -> Tensor:
         """Return the weight without adapters, dequantized if the layer is quantized."""

@@ -90,16 +90,17 @@ def _packed_zeros(model: nn.Module) -> dict[str, Tensor]:
 
 def _dequantize(model: nn.Module, adapted: Mapping[str, BaseTunerLayer]) -> None:
     """Replace all quantized weights by those that `read_weight` returns, if adapters would be merged into some."""
-    quantized = {
-        name: layer for name, layer in adapted.items() if is_quantized(layer.get_base_layer())
-    }
-    for name, layer in quantized.items():
+    needed = False
+    for name, layer in adapted.items():
+        if not is_quantized(layer.get_base_layer()):
+            continue
+        needed = True
         if not isinstance(layer, KeepZerosLinear):
             raise UserError(
                 f"model must have keep-zeros adapters to be merged into quantized weights, but {name} is a "
                 f"{type(layer).__name__}. Train with KeepZerosLoraConfig, or load the model without quantization."
             )
-    if not quantized:
+    if not needed:
         return
     modules = list(model.named_modules())
     for name, module in modules:

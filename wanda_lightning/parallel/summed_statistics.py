@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.parallel.processes import Processes
 
@@ -35,12 +36,13 @@ def all_reduce_statistics(
     for layers in _layers_by_input(list(tokens), collected, processes):
         first = layers[0]
         # In a dtype that is equal in all processes, and sorted, as the order of a set differs between them.
-        token = tokens[first].to(torch.promote_types(tokens[first].dtype, torch.float32))
+        token = widened(tokens[first])
         total = InputStatistics(needs)
         total.sums = {name: SUMS[name](token) for name in sorted(needs)}
-        if first in collected:
-            total.count = collected[first].count
-            for name, value in collected[first].sums.items():
+        own = collected.get(first)
+        if own is not None:
+            total.count = own.count
+            for name, value in own.sums.items():
                 total.sums[name].copy_(value)
         distinct.append(total)
         totals.update(dict.fromkeys(layers, total))
@@ -61,18 +63,15 @@ def _layers_by_input(
     """Group the layers that have the same input in every process, or are unreached together in it."""
     # For each layer, the index of the first one with the same statistics in this process.
     seen: dict[int, int] = {}
-    leaders = [
-        seen.setdefault(id(collected[layer]), index) if layer in collected else _UNREACHED
-        for index, layer in enumerate(layers)
-    ]
+    leaders = []
+    for index, layer in enumerate(layers):
+        is_reached = layer in collected
+        leaders.append(seen.setdefault(id(collected[layer]), index) if is_reached else _UNREACHED)
 
     groups: dict[tuple[int, ...], list[str]] = {}
-    by_layer = zip(*processes.all_gather(leaders), strict=True)
-    for index, (layer, in_processes) in enumerate(zip(layers, by_layer, strict=True)):
-        key = in_processes
-        if set(in_processes) == {
-            _UNREACHED
-        }:  # a layer that no batch reaches shares its input with none
-            key = (*in_processes, index)
-        groups.setdefault(key, []).append(layer)
+    by_layer = zip(layers, *processes.all_gather(leaders), strict=True)
+    for index, (layer, *in_processes) in enumerate(by_layer):
+        # A layer that no batch reaches shares its input with none.
+        own_group = index if max(in_processes) == _UNREACHED else 0
+        groups.setdefault((*in_processes, own_group), []).append(layer)
     return list(groups.values())

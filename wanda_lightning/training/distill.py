@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,11 +16,11 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.recomputing import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
-from wanda_lightning.common.checks import SEED, Number, check, check_flags
+from wanda_lightning.common.checks import SEED, Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Stop, causal_config
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import Processes
 from wanda_lightning.report import Training
 from wanda_lightning.training.masked_weights import MaskedWeights, hold_out
 from wanda_lightning.training.predictions import (
@@ -92,16 +92,14 @@ class Distill(Recovery):
     seed: int = 0
     blocks: bool | None = None
 
-    reads_batches: ClassVar[bool] = True
+    reads_batches = True
 
     def __post_init__(self) -> None:
         count = Number(minimum=1, whole=True)
-        rules: dict[str, Any] = {"passes": count, "batch_size": count}
-        rules |= {"learning_rate": Number(above=0, maximum=1), "loss": ("kl", "mse")}
+        rules = {"passes": count, "batch_size": count, "learning_rate": Number(above=0, maximum=1)}
         given = {name: rule for name, rule in rules.items() if getattr(self, name) is not None}
-        check(self, seed=SEED, next_token=Number(minimum=0, maximum=1), **given)
-        if self.blocks is not None:
-            check_flags(blocks=self.blocks)
+        check(self, loss=("kl", "mse", None), blocks=(True, False, None), **given)
+        check(self, seed=SEED, next_token=Number(minimum=0, maximum=1))
 
     @property
     def trains_blocks(self) -> bool:
@@ -114,7 +112,7 @@ class Distill(Recovery):
             return self
         return replace(self, blocks=is_image and sequential != "layer")
 
-    def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
+    def start(self, stop: Stop, processes: Processes) -> BlockRecovery:
         """Start to train a block."""
         return Reconstruct().start(stop, processes) if self.blocks else BlockRecovery()
 
@@ -150,15 +148,15 @@ _Items = Sequence[_Item | None]  # None for a sample of another process
 def _run_samples(dense: DenseModel, head: nn.Module | None) -> list[list[_Item]]:
     """Return the samples of each batch of this process with the predictions of the dense model."""
     batches = []
+    data = dense.data
     with (
-        ProgressBar("Predicting", dense.data.length, dense.progress) as bar,
+        ProgressBar("Predicting", data.length, dense.progress) as bar,
         recomputing(dense.model, dense.blocks),
         dense.processes.fail_together(),
     ):
-        for batch in dense.data:
-            samples = dense.data.split(batch)
-            targets = dense_targets(samples, dense.data, head)
-            batches.append([*map(_Item, samples, targets)])
+        for batch in data:
+            samples = data.split(batch)
+            batches.append([*map(_Item, samples, dense_targets(samples, data, head))])
             bar.advance()
     return batches
 
@@ -184,12 +182,8 @@ def _settings(
     # The gradients of few predictions are noisy, so such steps are smaller, and more of them are needed.
     steps = math.ceil(num_trained / batch_size)
     fullness = min(1.0, batch_size * max(1, predictions) / samples / _ENOUGH)
-    passes = min(_MOST_PASSES, max(1, round(_STEPS / (steps * fullness))))
-    return _Settings(
-        batch_size,
-        config.passes or passes,
-        config.learning_rate or 1e-3 * math.sqrt(fullness),
-    )
+    passes = config.passes or min(_MOST_PASSES, max(1, round(_STEPS / (steps * fullness))))
+    return _Settings(batch_size, passes, config.learning_rate or 1e-3 * math.sqrt(fullness))
 
 
 @dataclass(frozen=True)
@@ -222,9 +216,8 @@ class _Distillation(ModelRecovery):
         ):
             groups = weights.groups(settings.learning_rate)
             optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizer, partial(_share_of_rate, steps=steps)
-            )
+            share_of_rate = partial(_share_of_rate, steps=steps)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_rate)
 
             def steps_of(number: int) -> Iterator[_Items]:
                 for batch in self._batches(self._shuffled(number)):
@@ -261,14 +254,14 @@ class _Distillation(ModelRecovery):
         """Return the samples of this process in a batch; as one item if they have one prediction each and fit."""
         items = [item for item in batch if item is not None]
         samples = [item.sample for item in items]
-        have_one_prediction = all(len(item.target.rows) == 1 for item in items)
-        if len(items) < 2 or not have_one_prediction or not fit_together(samples):
+        targets = [item.target for item in items]
+        heads = {target.head for target in targets}
+        have_one_prediction = all(len(target.rows) == 1 for target in targets)
+        if len(items) < 2 or len(heads) > 1 or not have_one_prediction or not fit_together(samples):
             return items
-        head = items[0].target.head
-        if any(item.target.head is not head for item in items):
-            return items
-        rows = torch.cat([item.target.rows for item in items])
-        return [_Item(self.dense.data.join(samples), DenseTarget(rows, head), len(items))]
+
+        rows = torch.cat([target.rows for target in targets])
+        return [_Item(self.dense.data.join(samples), DenseTarget(rows, heads.pop()), len(items))]
 
 
 def _share_of_rate(step: int, steps: int) -> float:
@@ -282,14 +275,12 @@ def _trainable(dense: DenseModel, head: nn.Module | None) -> list[nn.Parameter]:
     pruned = {layer.parameter for layer in dense.layers}
     # The dense predictions are stored as inputs of the head, which must not change.
     fixed = set() if head is None else set(head.parameters())
-    trainable = [
-        parameter
-        for parameter in dense.model.parameters()
-        if parameter.requires_grad
-        and parameter not in fixed
-        and not isinstance(parameter, UninitializedParameter)
-        and (parameter in pruned or parameter.ndim < 2)
-    ]
+    trainable = []
+    for parameter in dense.model.parameters():
+        if isinstance(parameter, UninitializedParameter) or parameter in fixed:
+            continue
+        if parameter.requires_grad and (parameter in pruned or parameter.ndim < 2):
+            trainable.append(parameter)
     if not trainable:
         raise UserError(
             "recovery=Distill() trains the pruned layers and all vectors, but requires_grad is False for each of them. "

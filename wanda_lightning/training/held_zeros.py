@@ -20,11 +20,14 @@ from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard
 
+State = dict[str, Any]  # of `HeldZeros`
+_Masks = dict[Tensor, KeepMask]  # by parameter
+
 
 def keep_zeros(
     model: nn.Module,
     *optimizers: Optimizer,
-    state: dict[str, Any] | None = None,
+    state: State | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> HeldZeros:
     """Keep every zero of a pruned model at zero from now on, in any training loop.
@@ -70,10 +73,10 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
         self._held_layers: list[tuple[Layer, Tensor]] = []
-        self._keep: dict[Tensor, KeepMask] = {}
-        self._loaded: dict[str, Any] = {}  # the state for the next `hold`
+        self._keep: _Masks = {}
+        self._loaded: State = {}  # the state for the next `hold`
         # The state at `release`.
-        self._released: dict[str, Any] = {"layers": [], "unheld_zeros": {}, "shapes": {}}
+        self._released: State = {"layers": [], "unheld_zeros": {}, "shapes": {}}
 
     @property
     def is_holding(self) -> bool:
@@ -110,9 +113,9 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         shape = [*layer.shape]
         shapes = self._loaded.get("shapes", {})  # older versions saved none
         unheld = self._loaded.get("unheld_zeros", {})
-        return shapes.get(name, shape) == shape and (
-            name not in unheld or fits(unheld[name], shape)
-        )
+        if shapes.get(name, shape) != shape:
+            return False
+        return name not in unheld or fits(unheld[name], shape)
 
     def hold(self, layers: Sequence[Layer]) -> None:
         """Hold the weights of these layers that are zero now; release all others."""
@@ -155,9 +158,10 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         Raises:
             ValueError: The model or a copy has none of the held weights. No copy has changed then.
         """
-        parameters = dict(model.named_parameters())
         held = {
-            name: self._keep[tensor] for name, tensor in parameters.items() if tensor in self._keep
+            name: self._keep[parameter]
+            for name, parameter in model.named_parameters()
+            if parameter in self._keep
         }
         for weights in [self._weights_of_copy(copy, held) for copy in copies]:
             for name, weight in weights.items():
@@ -180,7 +184,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
             )
         return weights
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Return what a resumed run must load, also after `release`: the layers, their shapes, and zeros that train on.
 
         These are weights that are zero by chance, as a packed mask (`core.masking.pack`) for each layer; sharded layers
@@ -199,11 +203,10 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 unheld[layer.name] = pack(zero)
         return {"layers": [*shapes], "unheld_zeros": unheld, "shapes": shapes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`; only `unheld_zeros` matter to `hold`."""
         # A KeyError if it is another dictionary.
-        required = {key: state[key] for key in ("layers", "unheld_zeros")}
-        self._loaded = state | required
+        self._loaded = state | {"layers": state["layers"], "unheld_zeros": state["unheld_zeros"]}
 
     def release(self) -> None:
         """Remove all hooks."""
@@ -240,13 +243,13 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
             _zero(weight, self._keep_of(weight))
 
 
-def keep_masks(layers: Iterable[Layer], other_entries: bool) -> dict[Tensor, KeepMask]:
+def keep_masks(layers: Iterable[Layer], other_entries: bool) -> _Masks:
     """Return the nonzero weights of some layers as a mask of each parameter, or of its shard in this process.
 
     A parameter may have entries that belong to none of the layers, such as those of other experts. The mask is
     `other_entries` there.
     """
-    keep: dict[Tensor, KeepMask] = {}
+    keep: _Masks = {}
     for layer in layers:
         parameter = layer.parameter
         if parameter not in keep:

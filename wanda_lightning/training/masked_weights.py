@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.common.float64 import wide_dtype, widened
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import Layer
 from wanda_lightning.parallel import Processes
@@ -25,22 +27,22 @@ SMALLEST_SCALE = 2.0**-16
 
 def hold_out(
     batches: Sequence[Sequence[_Sample]], every: int, processes: Processes
-) -> tuple[list[_Sample | None], list[_Sample | None]]:
+) -> Sequence[list[_Sample | None]]:
     """Divide the samples of all processes into those to train on, and every n-th one, which is held out.
 
     A sample of another process is None. The order depends on the batches alone: batch i of all processes precedes batch
     i + 1 of any.
     """
     # Processes may have different numbers of batches, and a batch any number of samples.
-    longest = max(number for (number,) in processes.all_gather([len(batches)]))
-    sizes = processes.all_gather([len(batch) for batch in batches] + [0] * (longest - len(batches)))
+    sizes = [len(batch) for batch in batches]
+    sizes_by_rank = [processes.broadcast(sizes, rank) for rank in range(processes.world_size)]
     samples: list[_Sample | None] = []
-    for index in range(longest):
-        for rank in range(processes.world_size):
-            if rank == processes.rank and index < len(batches):
+    for index, counts in enumerate(zip_longest(*sizes_by_rank, fillvalue=0)):
+        for rank, count in enumerate(counts):
+            if count and rank == processes.rank:
                 samples += batches[index]
             else:
-                samples += [None] * sizes[rank][index]
+                samples += [None] * count
 
     held_out = samples[every - 1 :: every]
     del samples[every - 1 :: every]
@@ -57,10 +59,9 @@ class _TrainedParameter:
         self.parameter = parameter
         self.keep = torch.ones_like(parameter, dtype=torch.bool) if keep is None else keep
         self.master = parameter
-        wide = torch.promote_types(parameter.dtype, torch.float32)
         # Fused AdamW of PyTorch 2.13 ignores strides.
-        if parameter.dtype != wide or not parameter.is_contiguous():
-            self.master = parameter.detach().to(wide).contiguous()
+        if parameter.dtype != wide_dtype(parameter) or not parameter.is_contiguous():
+            self.master = widened(parameter.detach()).contiguous()
         self.keep_best()
 
     def keep_best(self) -> None:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.losses import cross_entropy, divergence, squared_error
 from wanda_lightning.models import (
     Layer,
@@ -35,11 +36,6 @@ _MEDIA_TOKENS = [
 ]
 HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
 _ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return a tensor in float32, or in its own dtype if that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextManager[object]:
@@ -229,9 +225,7 @@ class DistillLoss:
     model: nn.Module
     kind: str | None
     next_token: float
-    causal: (
-        Any  # configuration of a causal language model of transformers; None for any other model
-    )
+    causal: Any  # configuration of a causal language model of transformers, or None
     is_mixed: bool = True  # whether the model may run in mixed precision
 
     def in_supported_precision(self, sample: Sample | None, processes: Processes) -> DistillLoss:
@@ -239,10 +233,8 @@ class DistillLoss:
 
         The code of some models sets a dtype.
         """
-        is_mixed = works(
-            lambda: sample is None or bool(self._run(sample, training=False)), processes
-        )
-        return replace(self, is_mixed=is_mixed)
+        runs = works(lambda: sample is None or bool(self._run(sample, training=False)), processes)
+        return replace(self, is_mixed=runs)
 
     def __call__(
         self, sample: Sample, target: DenseTarget, factor: float, scale: float | None
@@ -266,22 +258,22 @@ class DistillLoss:
             token_weight = self.next_token / int((tokens >= 0).sum())
 
         loss = 0.0
-        gradient = None if scale is None else torch.empty_like(rows)
+        gradient = torch.empty_like(rows)
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS_AT_ONCE):
                 part = slice(start, start + _ROWS_AT_ONCE)
                 predicted = widened(rows[part])
                 value, slopes = compare(predicted, widened(dense(part)))
-                value = value * weight
-                slopes = slopes.mul_(weight)
+                value *= weight
+                slopes *= weight
                 if tokens is not None:
                     entropy, entropy_slopes = cross_entropy(predicted, tokens[part])
-                    value = value + entropy * token_weight
-                    slopes = slopes.add_(entropy_slopes, alpha=token_weight)
+                    value += entropy * token_weight
+                    slopes.add_(entropy_slopes, alpha=token_weight)
                 loss += float(value) * factor
-                if gradient is not None and scale is not None:
+                if scale is not None:
                     gradient[part] = slopes.mul_(scale * factor)
-        if gradient is not None:
+        if scale is not None:
             rows.backward(gradient)
         return loss
 
@@ -290,7 +282,9 @@ class DistillLoss:
         if self.causal is None or not self.next_token:
             return None
         tokens = next_tokens(output, sample, self.causal)
-        return tokens if tokens is not None and (tokens >= 0).any() else None
+        if tokens is None or (tokens < 0).all():
+            return None
+        return tokens
 
     def _run(self, sample: Sample, training: bool) -> tuple[object, Tensor]:
         with torch.set_grad_enabled(training), mixed_precision(self.model, self.is_mixed):

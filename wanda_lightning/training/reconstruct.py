@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,13 @@ from wanda_lightning.calibration.trees import (
     tensors_of,
 )
 from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.models import Layer, Stop, fitting_mask
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import Processes
 from wanda_lightning.report import TrainedPart
 from wanda_lightning.training.masked_weights import MaskedWeights, hold_out
-from wanda_lightning.training.predictions import mixed_precision, widened, works
-from wanda_lightning.training.recovery import BlockRecovery, Recovery
+from wanda_lightning.training.predictions import mixed_precision, works
+from wanda_lightning.training.recovery import BlockRecovery, Recovery, Trained
 
 _HELD_OUT = 4  # every fourth step is held out from training
 _SAMPLES = 16  # of a batch in a step, at most
@@ -49,14 +50,14 @@ class Reconstruct(Recovery):
         learning_rate: Learning rate of Adam, relative to the root mean square of the layer's kept weights.
     """
 
-    trains_blocks: ClassVar = True
+    trains_blocks = True
     epochs: int = 4
     learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
         check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
 
-    def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
+    def start(self, stop: Stop, processes: Processes) -> BlockRecovery:
         """Find the parts of the stop; a stop that is a single layer has no parts."""
         parts = _parts(stop)
         return _BlockReconstruction(self, stop, parts, processes) if parts else BlockRecovery()
@@ -165,7 +166,7 @@ class _BlockReconstruction(BlockRecovery):
                 patches.enter_context(patched(part.module, "forward", recording))
             return call.forward(*args, **kwargs)
 
-    def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
+    def train(self, show: Callable[[str], None]) -> Iterator[Trained]:
         """Train part by part; the recorded tensors of a part are freed after its training."""
         while self.parts:
             part = self.parts.pop(0)
@@ -218,19 +219,21 @@ def _train_part(part: _Part, config: Reconstruct, processes: Processes) -> Train
 
 def _runs_by_batch(runs: Sequence[_Run], splits: bool) -> list[list[_Run]]:
     """Return the runs of each batch of this process, in pieces if it `splits` into them."""
-    last = max((run.call.sample.batch_index for run in runs), default=-1)
-    batches: list[list[_Run]] = [[] for _ in range(1 + last)]  # some may not have reached the part
+    batches: list[list[_Run]] = []
     for run in runs:
-        batches[run.call.sample.batch_index] += run.pieces() if splits else [run]
+        index = run.call.sample.batch_index
+        while index >= len(batches):  # some batches may not have reached the part
+            batches.append([])
+        batches[index] += run.pieces() if splits else [run]
     return batches
 
 
 def _splits_exactly(part: _Part, is_mixed: bool) -> bool:
     """Return whether the pieces have the outputs of the whole, for one run of each shape."""
-    runs: dict[tuple[torch.Size, ...], _Run] = {}
+    runs = {}
     for run in part.runs:
-        shapes = [tensor.shape for tensor in tensors_of((run.inputs, run.output))]
-        runs[tuple(shapes)] = run
+        tensors = tensors_of((run.inputs, run.output))
+        runs[tuple(tensor.shape for tensor in tensors)] = run
 
     for run in runs.values():
         pieces = run.pieces()
@@ -249,16 +252,14 @@ def _splits_exactly(part: _Part, is_mixed: bool) -> bool:
 
 def _parts(stop: Stop) -> list[_Part]:
     """Return the children of a block if they hold all its layers, otherwise the block itself; a layer has no parts."""
-    if stop.module is None or not stop.layers:
-        return []
-    if any(layer.module is stop.module for layer in stop.layers):
+    block = stop.module
+    if block is None or any(layer.module is block for layer in stop.layers):
         return []
     children = [
-        _part(name, module, stop.layers)
-        for name, module in _called_children(stop.module, stop.name)
+        _part(name, module, stop.layers) for name, module in _called_children(block, stop.name)
     ]
     if sum(len(child.layers) for child in children) < len(stop.layers):
-        return [_part(stop.name, stop.module, stop.layers)]
+        return [_part(stop.name, block, stop.layers)]
     return [child for child in children if child.layers]
 
 

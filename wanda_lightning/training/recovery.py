@@ -11,8 +11,10 @@ from torch import nn
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.models import Layer, Stop
-from wanda_lightning.parallel import SINGLE_PROCESS, Processes
+from wanda_lightning.parallel import Processes
 from wanda_lightning.report import TrainedPart, Training
+
+Trained = tuple[TrainedPart, Sequence[Layer]]
 
 
 class BlockRecovery:
@@ -22,7 +24,7 @@ class BlockRecovery:
         """Return calls of the dense block that record what training needs when each is run once."""
         return calls
 
-    def train(self, show: Callable[[str], None]) -> Iterator[tuple[TrainedPart, Sequence[Layer]]]:
+    def train(self, show: Callable[[str], None]) -> Iterator[Trained]:
         """Train the kept weights of the pruned block; `show` the name of each part, and yield it with its layers."""
         return iter(())
 
@@ -72,7 +74,7 @@ class Recovery:
             return None
         return "the recovery trains the parts of whole blocks. Use sequential='block' or 'none', or another recovery."
 
-    def start(self, stop: Stop, processes: Processes = SINGLE_PROCESS) -> BlockRecovery:
+    def start(self, stop: Stop, processes: Processes) -> BlockRecovery:
         """Start the recovery at a stop that is still dense."""
         return BlockRecovery()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.trees import tensors_within
 from wanda_lightning.common.evaluation_mode import seeded
-from wanda_lightning.core.rounding import all_same, coarsest_eps, same
+from wanda_lightning.core.rounding import all_same, coarsest_eps, same_columns
 from wanda_lightning.core.types import Units
 from wanda_lightning.models import Layer
 from wanda_lightning.units.candidates import RemovableUnits
@@ -203,6 +203,6 @@ def _reads_same(layer: Layer, columns: Tensor, before: _Record, after: _Record) 
         expected = old[:, columns.to(old.device)]
         if expected.shape != new.shape:
             return False
-        if not same(expected, new, before.eps, each_column=True):
+        if not same_columns(expected, new, before.eps):
             return False
     return True

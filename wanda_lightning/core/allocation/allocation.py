@@ -6,12 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.core.types import PerUnit, Weight
+
+Sparsities = dict[str, float]  # by the name of a layer
 
 
 @dataclass(frozen=True)
@@ -25,23 +28,23 @@ class DenseLayer:
     load: Callable[[], Weight]  # returns the weight; `read` calls it
     inputs: InputStatistics = field(default_factory=InputStatistics)  # the allocation's `needs`
     gradients: GradientStatistics | None = None  # if the allocation reads them
-    # The number of zeros, in a list since the object is frozen. Empty until the weight is read.
-    _zeros: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def read(self) -> Weight:
         """Return the weight, which is not kept in memory."""
         weight = self.load()
         # Zeros are counted now, because loading the weight again for it may mean reading a disk.
-        if not self._zeros:
-            self._zeros.append(int((weight == 0).count_nonzero()))
+        if "zeros" not in vars(self):
+            vars(self)["zeros"] = int((weight == 0).count_nonzero())
         return weight
 
-    @property
+    @cached_property
     def zeros(self) -> int:
         """Number of weights that are zero before pruning; they stay zero."""
-        if not self._zeros:
-            self.read()
-        return self._zeros[0]
+        self.read()
+        return self.zeros
+
+
+Layers = Sequence[DenseLayer]
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class UnitLayer:
     width: int  # number of units
     scores: PerUnit | None = None  # if the allocation reads gradients
     cost: float = 1.0  # cost of a unit, relative to the mean over all units of the model
+
+
+UnitLayers = Sequence[UnitLayer]
 
 
 class GradientLimit(NamedTuple):
@@ -82,7 +88,7 @@ class Allocation(ABC):
         """The number of calibration samples, over all processes, that get a backward pass."""
         return GradientLimit()
 
-    def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:  # noqa: B027  # most fit every model
+    def check(self, layers: Layers, sparsity: float) -> None:  # noqa: B027  # most fit every model
         """Raise a ValueError for layers whose names or sizes do not fit; weights are not read."""
 
     def scaled(self, fraction: float) -> Allocation:
@@ -94,12 +100,10 @@ class Allocation(ABC):
         return None
 
     @abstractmethod
-    def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
+    def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
         """Return the sparsity of each layer, by name, in [0, 1)."""
 
-    def of_units(
-        self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured
-    ) -> dict[str, float]:
+    def of_units(self, layers: UnitLayers, sparsity: float, pattern: Structured) -> Sparsities:
         """Return the fraction of the hidden units of each layer that become zero, if `fits_units`."""
         raise NotImplementedError
 
@@ -108,27 +112,25 @@ class Allocation(ABC):
 class Uniform(Allocation):
     """The same sparsity for every layer."""
 
-    fits_units: ClassVar[bool] = True
+    fits_units = True
 
-    def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
+    def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
         """Give every layer the target."""
         return {layer.name: sparsity for layer in layers}
 
-    def of_units(
-        self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured
-    ) -> dict[str, float]:
+    def of_units(self, layers: UnitLayers, sparsity: float, pattern: Structured) -> Sparsities:
         """Give all layers of a kind one fraction that leaves whole units of each, so that one number describes them.
 
         If the widths have no such fraction within 0.05 of the target, each is rounded on its own.
         """
-        widths: dict[str, list[int]] = {}
+        # A fraction that leaves whole units of the common divisor leaves whole units of its multiples.
+        divisors: dict[str, int] = {}
         for layer in layers:
-            widths.setdefault(layer.kind, []).append(layer.width)
+            divisors[layer.kind] = math.gcd(divisors.get(layer.kind, 0), layer.width)
 
-        fractions: dict[str, float] = {}
+        fractions = {}
         for layer in layers:
-            # A fraction that leaves whole units of the common divisor leaves whole units of its multiples.
-            common = math.gcd(*widths[layer.kind])
+            common = divisors[layer.kind]
             fraction = 1 - pattern.kept(common, sparsity) / common
             is_near = abs(fraction - sparsity) <= 0.05
             fractions[layer.name] = fraction if is_near else sparsity
@@ -141,11 +143,11 @@ _ROUNDING = 1e-7  # of steps
 
 
 def match_target(
-    layers: Sequence[DenseLayer],
+    layers: Layers,
     wanted: Mapping[str, float],
     sparsity: float,
     fixed: Mapping[str, float] = MappingProxyType({}),
-) -> dict[str, float]:
+) -> Sparsities:
     """Return sparsities that differ as wanted, with a weighted mean as near to the target as the steps allow.
 
     All sparsities are shifted by the same amount. Zeros stay zero, so no layer gets a sparsity below its present one.
@@ -158,18 +160,20 @@ def match_target(
     if missing <= max(map(_step_size, layers)) / 2:  # the model has enough zeros
         steps = {}
         for layer in layers:
-            fixed_steps = _whole_steps(layer, fixed.get(layer.name, 0.0))
-            steps[layer.name] = max(round(present[layer.name] * layer.sparsity_steps), fixed_steps)
+            name = layer.name
+            fixed_steps = _whole_steps(layer, fixed.get(name, 0.0))
+            steps[name] = max(round(present[name] * layer.sparsity_steps), fixed_steps)
         return _sparsities(layers, steps)
     if len(set(wanted.values())) == 1:
         return dict.fromkeys(present, sparsity)
 
-    def shifted(amount: float) -> dict[str, float]:
-        free = {name: value + amount for name, value in wanted.items()} | dict(fixed)
-        return {
-            layer.name: max(present[layer.name], min(free[layer.name], _maximum(layer)))
-            for layer in layers
-        }
+    def shifted(amount: float) -> Sparsities:
+        sparsities = {}
+        for layer in layers:
+            name = layer.name
+            free = fixed.get(name, wanted[name] + amount)
+            sparsities[name] = max(present[name], min(free, _maximum(layer)))
+        return sparsities
 
     # Bisect between all layers at their minimum and all at their maximum.
     low = -max(wanted.values())
@@ -187,9 +191,7 @@ def match_target(
     return _round(layers, shifted(amount), sparsity)
 
 
-def _round(
-    layers: Sequence[DenseLayer], sparsities: Mapping[str, float], target: float
-) -> dict[str, float]:
+def _round(layers: Layers, sparsities: Sparsities, target: float) -> Sparsities:
     """Round all sparsities down to a step of the pattern, then those with the largest remainders up to the target."""
     steps = {layer.name: _whole_steps(layer, sparsities[layer.name]) for layer in layers}
     rounded = math.fsum(steps[layer.name] * layer.size / layer.sparsity_steps for layer in layers)
@@ -215,13 +217,14 @@ def _whole_steps(layer: DenseLayer, sparsity: float) -> int:
     return int(min(sparsity, _maximum(layer)) * layer.sparsity_steps + _ROUNDING)
 
 
-def _sparsities(layers: Sequence[DenseLayer], steps: Mapping[str, int]) -> dict[str, float]:
+def _sparsities(layers: Layers, steps: dict[str, int]) -> Sparsities:
     """Return the sparsity of each layer after whole steps."""
     sparsities = {}
     for layer in layers:
-        sparsity = steps[layer.name] / layer.sparsity_steps
+        taken = steps[layer.name]
+        sparsity = taken / layer.sparsity_steps
         # Patterns round down, and 1 / 49 * 49 is less than 1 in floating point.
-        if int(layer.sparsity_steps * sparsity) != steps[layer.name]:
+        if int(layer.sparsity_steps * sparsity) != taken:
             sparsity = math.nextafter(sparsity, 1.0)
         sparsities[layer.name] = sparsity
     return sparsities
@@ -237,6 +240,6 @@ def total_size(layers: Iterable[DenseLayer]) -> int:
     return sum(layer.size for layer in layers)
 
 
-def mean_of(layers: Sequence[DenseLayer], values: Mapping[str, float]) -> float:
+def mean_of(layers: Layers, values: Mapping[str, float]) -> float:
     """Return the mean of the values, weighted by the number of weights."""
     return math.fsum(values[layer.name] * layer.size for layer in layers) / total_size(layers)

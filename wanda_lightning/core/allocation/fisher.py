@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.allocation.allocation import (
     Allocation,
     DenseLayer,
     GradientLimit,
+    Layers,
+    Sparsities,
     UnitLayer,
+    UnitLayers,
     match_target,
     mean_of,
 )
@@ -60,7 +64,7 @@ class Fisher(Allocation):
     """
 
     reads_gradients = True
-    fits_units: ClassVar[bool] = True
+    fits_units = True
     max_deviation: float = 0.15
     num_samples: int | None = None
     num_predictions: int = 0
@@ -90,11 +94,11 @@ class Fisher(Allocation):
         deviation = min(self.max_deviation, _MOST_OF_KEPT * (1 - sparsity))
         return sparsity - deviation, sparsity + deviation
 
-    def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
+    def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
         """Compare the weights of all layers."""
         distributions = {layer.name: _distribution(layer) for layer in layers}
         lowest, highest = self.limits(sparsity)
-        wanted: dict[str, float] = {}
+        wanted: Sparsities = {}
 
         # Bisect for the threshold of the whole model.
         low = 0.0
@@ -110,39 +114,36 @@ class Fisher(Allocation):
                 high = threshold
         return match_target(layers, wanted, sparsity)
 
-    def of_units(
-        self, layers: Sequence[UnitLayer], sparsity: float, pattern: Structured
-    ) -> dict[str, float]:
+    def of_units(self, layers: UnitLayers, sparsity: float, pattern: Structured) -> Sparsities:
         """Compare the units of all layers; `max_deviation` does not apply."""
         # Ranks have no ties, while many units may have the score 0.
         scores = torch.cat([_unit_scores(layer) for layer in layers])
         ranks = scores.argsort(stable=True).argsort()
         ranks_by_layer = ranks.split([layer.width for layer in layers])
-        ranks_of = {
-            layer.name: own_ranks.sort().values
-            for layer, own_ranks in zip(layers, ranks_by_layer, strict=True)
-        }
         most = max(_MOST_UNITS, (1 + sparsity) / 2)
 
-        def removed(rank: int) -> dict[str, int]:
+        def removed(rank: int) -> list[int]:
             """Return how many units of each layer become zero if those of lower ranks should."""
-            numbers = {}
-            for layer in layers:
-                lower = int(torch.searchsorted(ranks_of[layer.name], rank))
+            numbers = []
+            for layer, layer_ranks in zip(layers, ranks_by_layer, strict=True):
+                lower = int((layer_ranks < rank).count_nonzero())
                 fraction = min(lower / layer.width, most)
-                numbers[layer.name] = layer.width - pattern.kept(layer.width, fraction)
+                numbers.append(layer.width - pattern.kept(layer.width, fraction))
             return numbers
 
+        def cost_of(numbers: Iterable[int]) -> float:
+            return sum(layer.cost * number for layer, number in zip(layers, numbers, strict=True))
+
         # Costs are relative to their mean, so this is a number of units, except for errors in floating point.
-        total_cost = round(sum(layer.cost * layer.width for layer in layers), 6)
-        cost_to_remove = int(sparsity * total_cost)
-
-        def reaches_target(rank: int) -> bool:
-            numbers = removed(rank)
-            return sum(layer.cost * numbers[layer.name] for layer in layers) >= cost_to_remove
-
-        numbers = removed(bisect_left(range(len(ranks)), True, key=reaches_target))
-        return {layer.name: numbers[layer.name] / layer.width for layer in layers}
+        total_cost = round(cost_of(layer.width for layer in layers), 6)
+        cost_to_remove: float = int(sparsity * total_cost)
+        rank = bisect_left(
+            range(len(ranks)), cost_to_remove, key=lambda rank: cost_of(removed(rank))
+        )
+        return {
+            layer.name: number / layer.width
+            for layer, number in zip(layers, removed(rank), strict=True)
+        }
 
 
 def _unit_scores(layer: UnitLayer) -> Tensor:
@@ -154,10 +155,9 @@ def _distribution(layer: DenseLayer) -> Tensor:
     """Return the fraction of the layer's scores that are below the end of each bin."""
     assert layer.gradients is not None, "Fisher reads gradients"
     weight = layer.read()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    scores = weight.abs().to(wide).log_().mul_(2)
-    scores += layer.gradients.inputs.to(wide).log()
-    scores += layer.gradients.row_weights().to(wide).log()[:, None]
+    scores = widened(weight.abs()).log_().mul_(2)
+    scores += layer.gradients.inputs.to(scores.dtype).log()
+    scores += layer.gradients.row_weights().to(scores.dtype).log()[:, None]
 
     bins_per_unit = (_BINS - 1) / (_HIGHEST - _LOWEST)
     bins = scores.clamp_(_LOWEST, _HIGHEST).sub_(_LOWEST).mul_(bins_per_unit).to(torch.int32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,6 +10,8 @@ from wanda_lightning.common.checks import Number, check
 from wanda_lightning.core.allocation.allocation import (
     Allocation,
     DenseLayer,
+    Layers,
+    Sparsities,
     match_target,
     total_size,
 )
@@ -45,29 +46,31 @@ class OWL(Allocation):
         """Scale the differences between blocks."""
         return replace(self, lambda_=self.lambda_ * fraction)
 
-    def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
+    def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
         """Compare the outliers of the blocks."""
         groups: dict[str, list[DenseLayer]] = {}
         for layer in layers:
             group = layer.block if self.per == "block" else layer.name
             groups.setdefault(group, []).append(layer)
 
-        outliers = {group: self._outliers(members) for group, members in groups.items()}
-        lowest = min(outliers.values())
-        spread = max(outliers.values()) - lowest
+        outliers = [self._outliers(members) for members in groups.values()]
+        lowest = min(outliers)
+        spread = max(outliers) - lowest
         wanted = {}
-        for group, members in groups.items():
-            relative = (outliers[group] - lowest) / (spread or 1.0)
+        for members, fraction in zip(groups.values(), outliers, strict=True):
+            relative = (fraction - lowest) / (spread or 1.0)
             for layer in members:
                 wanted[layer.name] = -2 * self.lambda_ * relative
         return match_target(layers, wanted, sparsity)
 
-    def _outliers(self, layers: Sequence[DenseLayer]) -> float:
+    def _outliers(self, layers: Layers) -> float:
         """Return the fraction of scores above `m` times their mean, over all these layers."""
         size = total_size(layers)
         # The scores are computed twice: those of a whole block might not fit into memory.
         mean = math.fsum(float(_scores(layer).sum()) for layer in layers) / size
-        outliers = sum(int((_scores(layer) > self.m * mean).count_nonzero()) for layer in layers)
+        outliers = 0
+        for layer in layers:
+            outliers += int((_scores(layer) > self.m * mean).count_nonzero())
         return outliers / size
 
 

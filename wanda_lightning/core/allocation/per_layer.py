@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wanda_lightning.common.checks import Number
@@ -11,7 +11,8 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.layer_names import matches, refuse_unmatched
 from wanda_lightning.core.allocation.allocation import (
     Allocation,
-    DenseLayer,
+    Layers,
+    Sparsities,
     match_target,
     total_size,
 )
@@ -25,7 +26,7 @@ _AS_PRINTED = 1e-4  # accept a mean with the four digits that the error message 
 class _Given:
     """The layers with a given sparsity, and what remains for the others."""
 
-    sparsities: dict[str, float]  # by layer name
+    sparsities: Sparsities
     zeros: float  # number of weights that these sparsities make zero
     other_size: int  # number of weights of the other layers
 
@@ -62,7 +63,7 @@ class PerLayer(Allocation):
                 )
         object.__setattr__(self, "sparsities", pairs)
 
-    def check(self, layers: Sequence[DenseLayer], sparsity: float) -> None:
+    def check(self, layers: Layers, sparsity: float) -> None:
         """Refuse patterns that match no layer, and a target that the other layers cannot reach."""
         names = [layer.name for layer in layers]
         for pattern in dict(self.sparsities):
@@ -88,7 +89,7 @@ class PerLayer(Allocation):
             {pattern: sparsity * fraction for pattern, sparsity in dict(self.sparsities).items()}
         )
 
-    def __call__(self, layers: Sequence[DenseLayer], sparsity: float) -> dict[str, float]:
+    def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
         """Give the other layers one sparsity that makes the mean the target."""
         given = self._given(layers)
         missing = sparsity * total_size(layers) - given.zeros
@@ -96,8 +97,8 @@ class PerLayer(Allocation):
         wanted = {layer.name: given.sparsities.get(layer.name, remaining) for layer in layers}
         return match_target(layers, wanted, sparsity, fixed=given.sparsities)
 
-    def _given(self, layers: Sequence[DenseLayer]) -> _Given:
-        sparsities: dict[str, float] = {}
+    def _given(self, layers: Layers) -> _Given:
+        sparsities = {}
         # In reverse order, since the first pattern that matches a layer counts.
         for pattern, sparsity in reversed(dict(self.sparsities).items()):
             for layer in layers:

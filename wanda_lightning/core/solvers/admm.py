@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from wanda_lightning.common.checks import Number, check, check_flags
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.criteria import lower_inactive
 from wanda_lightning.core.masking import as_numbers, masked
@@ -16,7 +15,7 @@ from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.refit import refit
 from wanda_lightning.core.solvers.solver import Solver
 from wanda_lightning.core.statistics import InputStatistics, cholesky
-from wanda_lightning.core.types import Gram, KeepMask, PerInput, Score, Weight
+from wanda_lightning.core.types import Gram, KeepMask, Score, Solved, Weight
 
 _MIN_RHO = 0.001  # below, rounding may leave a Gram matrix without a Cholesky factor
 
@@ -55,8 +54,8 @@ class ADMM(Solver):
 
     def __post_init__(self) -> None:
         at_least_1 = Number(minimum=1, whole=True)
-        check(self, dampening=Number(above=0), iterations=at_least_1, refit_steps=at_least_1)
-        check_flags(intercept=self.intercept)
+        check(self, dampening=Number(above=0), intercept=(True, False))
+        check(self, iterations=at_least_1, refit_steps=at_least_1)
         if isinstance(self.rho, list):  # as a file gives it
             object.__setattr__(self, "rho", tuple(self.rho))
         is_pair = isinstance(self.rho, tuple) and len(self.rho) == 2
@@ -67,9 +66,7 @@ class ADMM(Solver):
                 f"but it is {self.rho}."
             )
 
-    def __call__(
-        self, weight: Weight, inputs: InputStatistics, selection: Selection
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> Solved:
         """Alternate, then refit."""
         # In these units, an input has norm 1 and the dense weight is `weight * scale`.
         scale, gram = inputs.scaled_gram(self.dampening)
@@ -90,8 +87,8 @@ class ADMM(Solver):
 
         # The errors are compared without the dampening, which is this fraction of each input's diagonal.
         dampened = 1 - energy / scale.square()
-        admm_error = error.squeeze(1) - _dampening_error(fitted - dense, dampened)
-        wanda_error -= _dampening_error(lost, dampened)
+        admm_error = error.squeeze(1) - (fitted - dense).square_() @ dampened
+        wanda_error -= lost.square_() @ dampened
 
         # Wanda's mask may be better where the inputs hardly correlate.
         if selection.total_error(admm_error) > selection.total_error(wanda_error):
@@ -99,9 +96,7 @@ class ADMM(Solver):
             fitted, _ = refit(dense, masked(dense, keep), keep, gram, self.refit_steps)
         return masked(fitted.div_(scale), keep).to(weight.dtype), keep
 
-    def _alternate(
-        self, dense: Weight, gram: Gram, choose: Callable[[Score], KeepMask]
-    ) -> tuple[Weight, KeepMask]:
+    def _alternate(self, dense: Weight, gram: Gram, choose: Callable[[Score], KeepMask]) -> Solved:
         """Return the last fit plus the dual variable, not masked, and the mask.
 
         The dual variable is stored divided by the rho of the iteration that computed it. `total` is the masked copy
@@ -131,8 +126,3 @@ class ADMM(Solver):
             dual = masked(total, ~keep)
             rho = used_rho * growth
         return total, keep
-
-
-def _dampening_error(difference: Weight, dampened: PerInput) -> Tensor:
-    """Return the part of each row's error that is due to the dampening; `difference` is overwritten."""
-    return difference.square_() @ dampened

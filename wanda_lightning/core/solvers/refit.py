@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_lightning.common.checks import Number, check, check_flags
+from wanda_lightning.common.checks import Number, check
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.solver import Solver
 from wanda_lightning.core.statistics import InputStatistics, cholesky, dampen_
-from wanda_lightning.core.types import Gram, KeepMask, Weight
+from wanda_lightning.core.types import Gram, KeepMask, Solved, Weight
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,16 @@ class Refit(Solver):
     """
 
     needs = frozenset({"gram", "sum"})
-    fits_units: ClassVar[bool] = True
+    fits_units = True
     dampening: float = 0.1
     steps: int = 30
     intercept: bool = True
 
     def __post_init__(self) -> None:
         check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
-        check_flags(intercept=self.intercept)
+        check(self, intercept=(True, False))
 
-    def __call__(
-        self, weight: Weight, inputs: InputStatistics, selection: Selection
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> Solved:
         """Choose, then refit."""
         keep = selection.keep(weight, inputs)
         if selection.pattern.removes == "units":
@@ -72,7 +69,8 @@ def refit_columns(
     lower, used = cholesky(gram[kept][:, kept], dampening)
     mean = gram.diagonal()[kept].mean()
     pull = torch.where(mean > 0, mean * used, 1)  # as in `dampen_`
-    target = torch.mm(gram[kept], wide.t()) + pull * wide[:, kept].t()
+    target = torch.mm(gram[kept], wide.t())
+    target += pull * wide[:, kept].t()
 
     fitted = torch.zeros_like(dense)
     fitted[:, kept] = torch.cholesky_solve(target, lower).t().to(fitted.dtype)

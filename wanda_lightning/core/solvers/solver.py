@@ -11,7 +11,7 @@ from wanda_lightning.core.criteria import Criterion, Group, Wanda
 from wanda_lightning.core.masking import masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import KeepMask, OneMask, OneWeight, Weight
+from wanda_lightning.core.types import OneSolved, OneWeight, Solved, Weight
 
 
 class Solver(ABC):
@@ -45,14 +45,12 @@ class Solver(ABC):
         return criterion.group
 
     @abstractmethod
-    def __call__(
-        self, weight: Weight, inputs: InputStatistics, selection: Selection
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> Solved:
         """Return the final weight, in the dtype of the given one, and the mask of the weights that are kept."""
 
     def solve_together(
         self, weights: Sequence[OneWeight], inputs: InputStatistics, selections: Sequence[Selection]
-    ) -> list[tuple[OneWeight, OneMask]]:
+    ) -> list[OneSolved]:
         """Solve several layers with the same inputs, such as queries, keys and values; equals a call for each."""
         return [
             self(weight, inputs, selection)
@@ -64,11 +62,9 @@ class Solver(ABC):
 class ZeroOut(Solver):
     """Set the pruned weights to zero and leave the others exactly as they are."""
 
-    fits_units: ClassVar[bool] = True
+    fits_units = True
 
-    def __call__(
-        self, weight: Weight, inputs: InputStatistics, selection: Selection
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> Solved:
         """Choose, then set to zero."""
         keep = selection.keep(weight, inputs)
         return masked(weight, keep), keep

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import lcm
@@ -18,7 +18,7 @@ from wanda_lightning.core.patterns import ColumnBlock
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.solver import Solver
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import Gram, KeepMask, OneMask, OneWeight, Weight
+from wanda_lightning.core.types import Gram, OneSolved, OneWeight, Solved, Weight
 
 # Number of columns that update each other one by one; one matrix product updates those to their right.
 _AT_ONCE = 32
@@ -64,15 +64,13 @@ class SparseGPT(Solver):
         """`Saliency` with the same dampening."""
         return Saliency(self.dampening)
 
-    def __call__(
-        self, weight: Weight, inputs: InputStatistics, selection: Selection
-    ) -> tuple[Weight, KeepMask]:
+    def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> Solved:
         """Choose and update from left to right."""
         return self.solve_together([weight], inputs, [selection])[0]
 
     def solve_together(
         self, weights: Sequence[OneWeight], inputs: InputStatistics, selections: Sequence[Selection]
-    ) -> list[tuple[OneWeight, OneMask]]:
+    ) -> list[OneSolved]:
         """Solve the rows of all layers as one matrix, since the time for a column hardly depends on their number."""
         factor = inputs.inverse_factor(self.dampening)
         # Transposed, so that each column is contiguous in memory.
@@ -82,12 +80,15 @@ class SparseGPT(Solver):
         # 1 or 0, since multiplying by booleans is many times slower.
         pruned = torch.empty_like(columns)
 
-        ends = list(accumulate(len(weight) for weight in weights))
+        ends = accumulate(len(weight) for weight in weights)
         rows_of = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
         choosers: list[_Chooser] = []
         if self.mask == "upfront":
-            for weight, rows, selection in zip(weights, rows_of, selections, strict=True):
-                pruned[:, rows] = as_numbers(~(selection.keep(weight, inputs).t() & alive[:, rows]))
+            keep = [
+                selection.keep(weight, inputs).t()
+                for weight, selection in zip(weights, selections, strict=True)
+            ]
+            pruned.copy_(as_numbers(~(torch.cat(keep, dim=1) & alive)))
         else:
             for rows, selection in _merge_same_groups(rows_of, selections):
                 choosers.append(
@@ -95,13 +96,13 @@ class SparseGPT(Solver):
                 )
         self._prune_columns(columns, pruned, factor, choosers)
 
-        keep = pruned == 0
+        kept = pruned == 0
         del pruned, choosers  # or the copies below would come on top of them
-        mask_(columns, keep)
+        mask_(columns, kept)
         solved = []
         for weight, rows in zip(weights, rows_of, strict=True):
             part = columns[:, rows].t().to(weight.dtype, memory_format=torch.contiguous_format)
-            solved.append((part, keep[:, rows].t().contiguous()))
+            solved.append((part, kept[:, rows].t().contiguous()))
         return solved
 
     def _prune_columns(
@@ -125,36 +126,20 @@ class SparseGPT(Solver):
             errors = torch.empty_like(columns[start:stop])
             for first in range(start, stop, at_once):
                 last = min(first + at_once, stop)
-                few = slice(first - start, last - start)  # in the block
-                _prune_one_by_one(
-                    columns[first:last],
-                    pruned[first:last],
-                    factors[few, few],
-                    errors[few],
-                    first,
-                    by_group,
-                )
+                # One by one, each of these columns updates those to its right.
+                for index in range(first, last):
+                    for chooser in by_group:
+                        if index % chooser.group_size == 0:
+                            chooser.choose(index, index + chooser.group_size)
+                    place = index - start  # in the block
+                    error = torch.mul(columns[index], pruned[index], out=errors[place])
+                    right = slice(place + 1, last - start)
+                    columns[index + 1 : last].addr_(factors[place, right], error, alpha=-1)
+
+                few = slice(first - start, last - start)
                 right = slice(last - start, stop - start)
-                _subtract(columns[last:stop], factors[few, right], errors[few])
-            _subtract(columns[stop:], factors[:, stop - start :], errors)
-
-
-def _prune_one_by_one(
-    columns: Tensor,
-    pruned: Tensor,
-    factors: Tensor,
-    errors: Tensor,
-    first: int,
-    choosers: Sequence[_Chooser],
-) -> None:
-    """Prune some columns from the `first` one on, each of which updates those to its right; write the `errors`."""
-    steps = zip(columns.unbind(), pruned.unbind(), factors.unbind(), errors.unbind(), strict=True)
-    for index, (column, column_pruned, column_factors, error) in enumerate(steps):
-        for chooser in choosers:
-            if index % chooser.group_size == 0:
-                chooser.choose(first + index, first + index + chooser.group_size)
-        torch.mul(column, column_pruned, out=error)
-        columns[index + 1 :].addr_(column_factors[index + 1 :], error, alpha=-1)
+                columns[last:stop].addmm_(factors[few, right].t(), errors[few], alpha=-1)
+            columns[stop:].addmm_(factors[:, stop - start :].t(), errors, alpha=-1)
 
 
 @dataclass
@@ -178,20 +163,19 @@ class _Chooser:
         # Updates have changed weights that were zero at the start; as zeros, they score lowest.
         weight = self.columns[start:stop].mul(as_numbers(alive)).t().contiguous()
         scores = self.selection.score(weight, self.inputs.columns(start, stop))
-        if self.group_size:
-            self.pruned[start:stop] = as_numbers(~(self.selection.choose(scores).t() & alive))
-            return
+        block = None
+        if not self.group_size:
+            self._zeros_right = self._zeros_right - (~alive).sum(dim=0)
+            block = ColumnBlock(stop, len(self.columns), self._zeros_left, self._zeros_right)
 
-        self._zeros_right = self._zeros_right - (~alive).sum(dim=0)
-        block = ColumnBlock(stop, len(self.columns), self._zeros_left, self._zeros_right)
-        pruned = ~(self.selection.choose_block(scores, block).t() & alive)
+        pruned = ~(self.selection.choose(scores, block).t() & alive)
         self._zeros_left = self._zeros_left + pruned.sum(dim=0)
         self.pruned[start:stop] = as_numbers(pruned)
 
 
 def _merge_same_groups(
     rows_of: Sequence[slice], selections: Sequence[Selection]
-) -> list[tuple[slice, Selection]]:
+) -> Iterable[tuple[slice, Selection]]:
     """Merge consecutive layers with the same N:M selection, since it treats each row on its own."""
     merged: list[tuple[slice, Selection]] = []
     for rows, selection in zip(rows_of, selections, strict=True):
@@ -201,8 +185,3 @@ def _merge_same_groups(
             rows = slice(previous_rows.start, rows.stop)
         merged.append((rows, selection))
     return merged
-
-
-def _subtract(columns: Tensor, factor: Tensor, errors: Tensor) -> None:
-    if len(columns):
-        columns.addmm_(factor.t(), errors, alpha=-1)
