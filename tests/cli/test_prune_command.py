@@ -300,7 +300,7 @@ def test_a_streamed_run_that_was_interrupted_goes_on(streamed_options, monkeypat
         patched.setattr("wanda_lightning.cli.prune_command.perplexity_from_disk", interrupt)
         assert run(*command) == 130
     assert not Path("out/pruning_report.json").exists()
-    monkeypatch.setattr(StreamedWeights, "stops", None)  # nothing is pruned again
+    monkeypatch.setattr(StreamedWeights, "visits", None)  # nothing is pruned again
     assert run(*command) == 0
     assert not Path("out/model/.pruning_progress.json").exists()
     assert report_in("out").sparsity == 0.5
