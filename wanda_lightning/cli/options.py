@@ -19,6 +19,7 @@ from cyclopts.validators import Number
 
 from wanda_lightning.common.checks import SEED
 from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.config import NAMES, OLD_NAMES, PruningConfig, check_pattern
 
@@ -48,15 +49,15 @@ def _whole_number(type_: Any, tokens: Iterable[Any]) -> int:
     return int(token.value)
 
 
-def _known_texts(type_: Any, texts: str | tuple[str, ...]) -> None:
+def _known_texts(type_: Any, texts: Any) -> None:
     """Refuse an unknown text. `evaluation` has several; the data module refuses `self` among them."""
-    from wanda_lightning.data import text_sources
+    from wanda_lightning.data.text_sources import SELF, check_source
 
     if isinstance(texts, str):
-        texts = (texts,)
+        texts = [texts]
     for text in texts:
-        if text != text_sources.SELF:
-            text_sources.check_source(text)
+        if text != SELF:
+            check_source(text)
 
 
 class _File(Yaml):
@@ -94,9 +95,9 @@ def read_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollectio
         _File(path, must_exist=True, use_commands_as_keys=False)(app, commands, arguments)
 
 
-def values_of(*groups: Any) -> dict[str, Any]:
+def values_of(*groups: object) -> Kwargs:
     """Return all options by name."""
-    values: dict[str, Any] = {}
+    values: Kwargs = {}
     for group in groups:
         values |= vars(group)
     return values
@@ -252,7 +253,7 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
     """The reference's name of --pattern unstructured_row and unstructured_layer."""
 
     @property
-    def choices(self) -> dict[str, Any]:
+    def choices(self) -> Kwargs:
         """The arguments of `PruningConfig.from_names`, with the pattern that the reference's flags stand for."""
         choices = {option.name: getattr(self, option.name) for option in fields(_Choices)}
         if self.use_variant:
