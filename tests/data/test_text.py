@@ -64,7 +64,7 @@ def test_drawing_tokenizes_only_what_is_drawn_and_ends_where_one_document_is_lon
 def test_calibration_on_one_text_draws_the_references_windows(tmp_path, tokenizer):
     (text,) = documents([500])
     (tmp_path / "a.txt").write_text(text)
-    docs = "\n\n".join(python_docs().calibration.values())
+    docs = "\n\n".join(python_docs()["calibration"].values())
     for source, whole in ((str(tmp_path / "a.txt"), text), ("python-docs", docs)):
         data = TextDataModule(tokenizer, source, seqlen=16, num_samples=10, seed=3)
         expected = slow_text_windows(tokenizer(whole).input_ids, 16, 10, 3)
