@@ -21,9 +21,8 @@ from wanda_lightning.planning.coverage import low_coverage, unfit_layers
 from wanda_lightning.planning.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
 
-_WINDOWS = (
-    128  # calibration windows for which the memory is estimated, as many as `prune` uses by default
-)
+# The calibration windows for which the memory is estimated, as many as `prune` uses by default.
+_WINDOWS = 128
 
 
 def inspect(config: PruningConfig, options: Model) -> None:

@@ -66,11 +66,8 @@ class _File(Yaml):
     def _load_config(self, path: Path) -> Any:
         import yaml
 
-        class Texts(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-            yaml_implicit_resolvers = {"n": [("tag:yaml.org,2002:null", re.compile("null$"))]}  # noqa: RUF012
-
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=Texts) or {}
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise CycloptsError(
                 msg=f"--config must name YAML files with options, but {path} cannot be read: {one_line(error)}"
@@ -85,7 +82,7 @@ class _File(Yaml):
                     msg=f"--config must name YAML files with options at their top level, but in {path}, {name} holds "
                     "others. Move them up."
                 )
-        return {name: value for name, value in content.items() if value is not None}
+        return {name: value for name, value in content.items() if value != "null"}
 
 
 def read_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -105,12 +102,12 @@ def values_of(*groups: object) -> Kwargs:
 
 def given_in(*groups: Any) -> set[str]:
     """Return the names of the options that differ from their defaults."""
-    names = set()
-    for group in groups:
-        for option in fields(group):
-            if getattr(group, option.name) != option.default:
-                names.add(option.name)
-    return names
+    return {
+        option.name
+        for group in groups
+        for option in fields(group)
+        if getattr(group, option.name) != option.default
+    }
 
 
 def as_command(command: str, *groups: Any, always: Collection[str] = ()) -> str:
@@ -118,16 +115,17 @@ def as_command(command: str, *groups: Any, always: Collection[str] = ()) -> str:
     words = ["wanda-lightning", command]
     shown = given_in(*groups).union(always)
     for name, value in values_of(*groups).items():
+        option = f"--{name}"
         if name not in shown:
             continue
         if value is True:
-            words.append(f"--{name}")
+            words.append(option)
         elif isinstance(value, tuple):
             # The option is repeated, since a regular expression may contain commas. An empty text stands for no names.
             for part in value or ("",):
-                words += [f"--{name}", part]
+                words += [option, part]
         else:
-            words += [f"--{name}", str(value)]
+            words += [option, str(value)]
     return shlex.join(words)
 
 
@@ -212,10 +210,7 @@ def _choices() -> Any:
     The help is the first sentence of the argument's description.
     """
     text = inspect.getdoc(PruningConfig.from_names) or ""  # none under python -OO
-    first_sentences = re.findall(
-        r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE
-    )
-    described = dict(first_sentences)
+    described = dict(re.findall(r"(?ms)^ {4}(\w+): (.+?\.)(?=\s|\Z)", text))
 
     options = []
     for name, argument in inspect.signature(PruningConfig.from_names).parameters.items():

@@ -46,9 +46,10 @@ class ModelSource:
     def locate(self) -> Kwargs:
         """Return the arguments of `from_pretrained`; raise an OSError for a path that is not a model."""
         path = self.path
+        exists = path.exists()
         # An id on the hub is NAME or OWNER/NAME.
         is_path = path.is_absolute() or str(self).startswith(".") or len(path.parts) > 2
-        if not path.exists() and (is_path or path.suffix in (".gguf", ".safetensors")):
+        if not exists and (is_path or path.suffix in (".gguf", ".safetensors")):
             raise FileNotFoundError(f"The model {self} does not exist. Check the path.")
         if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
             raise OSError(
@@ -56,7 +57,7 @@ class ModelSource:
             )
 
         arguments = self.hub
-        name = str(path if path.exists() else self)
+        name = str(path if exists else self)
         if path.suffix == ".gguf":
             require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
             name = str(path.parent)
@@ -68,16 +69,10 @@ class ModelSource:
         """Return the folder of a model: its own, or after loading the one of a hub model in the cache."""
         if self.path.is_dir():
             return self.path
-        from huggingface_hub import hf_hub_download
+        from transformers.utils import cached_file
 
-        config = hf_hub_download(
-            str(self),
-            "config.json",
-            revision=self.revision,
-            cache_dir=self.cache_dir,
-            local_files_only=True,
-        )
-        return Path(config).parent
+        options = {**self.hub, "local_files_only": True}
+        return Path(cached_file(str(self), "config.json", **options)).parent
 
 
 def load_config(source: ModelSource) -> Any:
