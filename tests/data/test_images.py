@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from support.callbacks import SaveAt, trainer
+from support.cli import save_noise
 from support.data import images_of, paint, vit
 from torch import nn
 
@@ -140,12 +141,8 @@ def test_a_model_that_does_not_fit_is_refused(model, message):
 
 
 def test_calibration_is_not_augmented_but_training_is(tmp_path):
-    rng = np.random.default_rng(0)
     for part in ("train", "val"):
-        (tmp_path / part / "noise").mkdir(parents=True)
-        Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(
-            tmp_path / part / "noise" / "0.png"
-        )
+        save_noise(tmp_path / part / "noise", 1, np.random.default_rng(0))
     data = ImageDataModule(str(tmp_path), vit())
     data.setup("fit")
     first, again = (images_of(data.calibration_dataloader())[0] for _ in range(2))
@@ -157,25 +154,18 @@ def test_calibration_is_not_augmented_but_training_is(tmp_path):
 
 
 @pytest.mark.parametrize("folder", [".", "val"])
-def test_a_folder_without_training_images_measures(imagenet, folder):
+def test_a_folder_without_training_images_measures_and_if_it_has_only_classes_calibrates(
+    imagenet, folder
+):
     shutil.rmtree(imagenet / "train")
     data = ImageDataModule(imagenet / folder, vit())
     data.setup("validate")
-    assert images_of(data.val_dataloader())[1].tolist() == [0, 0, 1, 1]
+    assert labels_of(data) == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="has only evaluation images"):
         data.train_dataloader()
-
-
-def test_a_folder_with_the_classes_alone_also_calibrates(imagenet):
-    data = ImageDataModule(imagenet / "val", vit())
-    data.setup("validate")
-    assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == [0, 0, 1, 1]
-
-
-def test_a_folder_with_evaluation_images_does_not_calibrate(imagenet):
-    shutil.rmtree(imagenet / "train")
-    data = ImageDataModule(imagenet, vit())
-    data.setup("validate")
+    if folder == "val":
+        assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == [0, 0, 1, 1]
+        return
     with pytest.raises(ValueError, match="has only evaluation images"):
         data.calibration_dataloader()
 
