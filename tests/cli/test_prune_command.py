@@ -145,11 +145,8 @@ def test_skip_dtype_and_seed(text):
 
 
 def test_a_page_changes_nothing_else(text):
-    method = ["--method", "sparsegpt", "--sparsity", "0.8"]
-    assert (
-        run(*text, *method, *["--save", "a", "--save_model", "a/model", "--report", "a.html"]) == 0
-    )
-    assert run(*text, *method, *["--save", "b", "--save_model", "b/model"]) == 0
+    for more in ("--save a --save_model a/model --report a.html", "--save b --save_model b/model"):
+        assert run(*text, "--method", "sparsegpt", "--sparsity", "0.8", *more.split()) == 0
     with_page = report_in("a").run
     without = report_in("b").run
     assert [sample.prompt for sample in with_page.samples] == list(PROMPTS)
@@ -280,7 +277,7 @@ def streamed_options(inputs, text):
 def test_a_streamed_run_measures_what_one_in_memory_does(streamed_options, inputs, capsys):
     assert run(*streamed_options, "--save", "memory") == 0
     assert f"Perplexity on {inputs}/long.txt (" in capsys.readouterr().out
-    assert run(*streamed_options, *["--stream", "--save_model", "model", "--save", "disk"]) == 0
+    assert run(*streamed_options, "--stream", "--save_model", "model", "--save", "disk") == 0
     expected = report_in("memory").run.results
     results = report_in("disk").run.results
     for result, by_memory in zip(results, expected, strict=True):

@@ -85,11 +85,8 @@ def test_prune_takes_out_the_zeros_of_an_image_classifier(sparsity, smaller, tex
 
 def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, monkeypatch):
     """If it is interrupted, the pruned model stays, and the same command goes on from there."""
-    command = [
-        *text,
-        *STRUCTURED,
-        *["--stream", "--shrink", "--save_model", "small", "--save", "out"],
-    ]
+    saving = ["--stream", "--shrink", "--save_model", "small", "--save", "out"]
+    command = [*text, *STRUCTURED, *saving]
     with monkeypatch.context() as patched:
         stop = "wanda_lightning.streaming.shrinking_from_disk.write_modeling_file"
         patched.setattr(stop, lambda *_: signal.raise_signal(signal.SIGINT))

@@ -13,20 +13,17 @@ NAMES = ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up", "blocks.0.a
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
-        ("blocks.0", ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.0.attn"]),
-        ("*.mlp", ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up"]),
-        ("*.up", ["blocks.0.mlp.up", "blocks.10.mlp.up"]),
-        ("mlp", []),
-        ("HEAD", []),
-        ("re:blocks", []),
-        (
-            "re:.*\\.\\d{1,3}\\.mlp\\.(up|down)",
-            ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up"],
-        ),
+        ("blocks.0", "blocks.0.mlp.up blocks.0.mlp.down blocks.0.attn"),
+        ("*.mlp", "blocks.0.mlp.up blocks.0.mlp.down blocks.10.mlp.up"),
+        ("*.up", "blocks.0.mlp.up blocks.10.mlp.up"),
+        ("mlp", ""),
+        ("HEAD", ""),
+        ("re:blocks", ""),
+        (r"re:.*\.\d{1,3}\.mlp\.(up|down)", "blocks.0.mlp.up blocks.0.mlp.down blocks.10.mlp.up"),
     ],
 )
 def test_names_globs_and_regular_expressions(pattern, expected):
-    assert [name for name in NAMES if matches(name, pattern, "skip")] == expected
+    assert [name for name in NAMES if matches(name, pattern, "skip")] == expected.split()
 
 
 def test_a_string_is_a_single_pattern():
