@@ -87,7 +87,7 @@ def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(
     block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     held = 2 * block + 128 * 64 * 32 * 4
     assert last.startswith(
-        f"prune --stream holds {held / 1e6:.3g} MB for a while: twice the largest block "
+        f"prune --stream holds {held / 1e6:.1f} MB for a while: twice the largest block "
     )
 
 

@@ -11,8 +11,21 @@ from pathlib import Path
 from cyclopts import App, Parameter
 
 import wanda_lightning
-from wanda_lightning.cli import options
-from wanda_lightning.cli.options import given_in, read_files, values_of
+from wanda_lightning.cli.options import (
+    Data,
+    File,
+    Folder,
+    Measurements,
+    Model,
+    Models,
+    PruneOptions,
+    Pruning,
+    Results,
+    Session,
+    given_in,
+    read_files,
+    values_of,
+)
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.types import Kwargs
 from wanda_lightning.config import PruningConfig
@@ -40,25 +53,25 @@ app = App(
 
 @app.command
 def prune(
-    model: options.Model,
-    pruning: options.Pruning = options.Pruning(),
-    data: options.Data = options.Data(),
-    results: options.Results = options.Results(),
-    session: options.Session = options.Session(),
+    model: Model,
+    pruning: Pruning = Pruning(),
+    data: Data = Data(),
+    results: Results = Results(),
+    session: Session = Session(),
 ) -> None:
     """Prune a language model or an image classifier, and measure it before and after."""
     _refuse(model, pruning, data, results)
     config = PruningConfig.from_names(**pruning.choices)  # which imports torch
     from wanda_lightning.cli import prune_command
 
-    prune_command.prune(config, options.PruneOptions(model, pruning, data, results))
+    prune_command.prune(config, PruneOptions(model, pruning, data, results))
 
 
 @app.command
 def shrink(
-    model: options.Model,
-    results: options.Folder = options.Folder(),
-    session: options.Session = options.Session(),
+    model: Model,
+    results: Folder = Folder(),
+    session: Session = Session(),
 ) -> None:
     """Take out the hidden units that are zero, as prune --pattern structured leaves them, and save the rest.
 
@@ -72,10 +85,10 @@ def shrink(
 
 @app.command
 def evaluate(
-    models: options.Models,
-    data: options.Measurements = options.Measurements(),
-    results: options.File = options.File(),
-    session: options.Session = options.Session(),
+    models: Models,
+    data: Measurements = Measurements(),
+    results: File = File(),
+    session: Session = Session(),
 ) -> None:
     """Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity."""
     _refuse(models, data, results)
@@ -90,9 +103,9 @@ def evaluate(
 
 @app.command
 def inspect(
-    model: options.Model,
-    pruning: options.Pruning = options.Pruning(),
-    session: options.Session = options.Session(),
+    model: Model,
+    pruning: Pruning = Pruning(),
+    session: Session = Session(),
 ) -> None:
     """Show what prune would prune, what not, and why. No weight is loaded."""
     _refuse(model)
@@ -113,7 +126,7 @@ def _run_lightning() -> None:
     """
 
 
-def _refuse(models: options.Model, *groups: object) -> None:
+def _refuse(models: Model, *groups: object) -> None:
     """Refuse options that would be ignored, models and images that do not exist, and places that cannot be written.
 
     Contradictions between choices are refused by `PruningConfig`, and unknown texts where options are read.
@@ -130,7 +143,7 @@ def _refuse(models: options.Model, *groups: object) -> None:
     _refuse_places(models, values)
 
 
-def _ignored(models: options.Model, values: Kwargs) -> Iterator[tuple[str, str]]:
+def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
     """Yield the cases that apply, in words, each with the options that would be ignored."""
     if models.is_image:
         yield (
@@ -166,7 +179,7 @@ def _ignored(models: options.Model, values: Kwargs) -> Iterator[tuple[str, str]]
         yield "a command that writes nothing", "overwrite"
 
 
-def _refuse_missing(models: options.Model, values: Kwargs) -> None:
+def _refuse_missing(models: Model, values: Kwargs) -> None:
     """Refuse a wrong path of a model or of images before libraries are imported."""
     if len({name.startswith("timm:") for name in models.all}) != 1:
         raise UserError("--model must name language models, or image classifiers.")
@@ -179,7 +192,7 @@ def _refuse_missing(models: options.Model, values: Kwargs) -> None:
         check_source(values["data"] or "")
 
 
-def _refuse_places(models: options.Model, values: Kwargs) -> None:
+def _refuse_places(models: Model, values: Kwargs) -> None:
     """Refuse files, folders and repositories that cannot be written or must not be replaced."""
     from wanda_lightning.common.atomic_write import require_writable, resolve_path
     from wanda_lightning.common.checks import check_report_path
@@ -195,7 +208,7 @@ def _refuse_places(models: options.Model, values: Kwargs) -> None:
     save = values.get("save")
     # A streamed run that continues may find its model in this folder, so `prune` itself checks it.
     if save and not stream:
-        kind = "file" if isinstance(models, options.Models) else "folder"
+        kind = "file" if isinstance(models, Models) else "folder"
         require_writable(save, overwrite, kind)
 
     folder = values.get("save_model")
