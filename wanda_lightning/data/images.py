@@ -69,6 +69,7 @@ class ImageDataModule(L.LightningDataModule):
             1, batch_size=batch_size, num_samples=num_samples, image_size=image_size or 1
         )
         check_values(SEED, seed=seed)
+        check_at_least(0, num_workers=num_workers)
         self.data = os.fspath(data)
         check_source(self.data)
         self.model = model
