@@ -27,7 +27,7 @@ SEQLEN = 256
 
 def texts(files: list[str]) -> tuple[str, str]:
     """Return the text for training and the text that is held out."""
-    training = [*python_docs().calibration.values()]
+    training = [*python_docs()["calibration"].values()]
     heldout = []
     modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     for number, module in enumerate(modules, start=1):

@@ -55,8 +55,9 @@ def stored(tmp_path_factory):
 @pytest.fixture
 def side_by_side(stored):
     """The options of a fast run on two language models."""
-    text = ["--evaluation", stored / "text.txt", "--limit", "5", "--seqlen", SEQLEN]
-    return ["evaluate", "--model", stored / "pruned", "--dense", stored / "dense", *text]
+    return f"""
+    evaluate --model {stored}/pruned --dense {stored}/dense --evaluation {stored}/text.txt --limit 5 --seqlen {SEQLEN}
+    """.split()
 
 
 def test_models_side_by_side(stored, side_by_side, tmp_path, capsys):
@@ -66,8 +67,8 @@ def test_models_side_by_side(stored, side_by_side, tmp_path, capsys):
     pruned = f"{stored}/pruned"
     texts = [str(stored / "text.txt"), str(stored / "other.txt")]
     models = ["--model", f"{pruned},copy", "--evaluation", ",".join(texts)]
-    tasks = ["--tasks", "arc_easy,boolq", "--tasks_dir", "mine", "--batch_size", "3"]
-    assert run(*side_by_side, *models, *tasks, "--save", "out/results.json") == 0
+    more = "--tasks arc_easy,boolq --tasks_dir mine --batch_size 3 --save out/results.json"
+    assert run(*side_by_side, *models, *more.split()) == 0
 
     written = json.loads(Path("out/results.json").read_text())
     assert list(written["models"]) == [dense, pruned, "copy"]
@@ -115,15 +116,10 @@ def test_zeros_of_a_model_quantized_by_torchao(stored):
 
     method = TorchAoConfig(Int8WeightOnlyConfig())
     model = AutoModelForCausalLM.from_pretrained(stored / "pruned", quantization_config=method)
-    zeros = 0
-    size = 0
-    for name, module in model.named_modules():
-        if name.endswith("proj"):
-            weight = module.weight.dequantize()
-            zeros += int((weight == 0).sum())
-            size += weight.numel()
-    assert zeros >= 1024
-    assert sparsity_of(model)["layers"] == zeros / size
+    layers = [module for name, module in model.named_modules() if name.endswith("proj")]
+    zeros = torch.cat([layer.weight.dequantize().flatten() == 0 for layer in layers])
+    assert zeros.sum() >= 1024
+    assert sparsity_of(model)["layers"] == int(zeros.sum()) / len(zeros)
 
 
 @torch.no_grad()
@@ -143,14 +139,14 @@ def accuracies_of_images(model, images):
 
 
 def test_image_classifiers_side_by_side(stored, capsys):
-    models = []
-    for seed in (1, 2):
-        models.append(timm.create_model(f"local-dir:{stored}/vit{seed}", pretrained=True))
+    names = [f"local-dir:{stored}/vit{seed}" for seed in (1, 2)]
+    models = [timm.create_model(name, pretrained=True) for name in names]
     save_file(models[1].state_dict(), "weights.safetensors")
-    name = f"timm:local-dir:{stored}/vit1"
-    weights = ["--checkpoint", "weights.safetensors", "--dense", name]
-    options = ["--data", stored / "images", "--batch_size", "5", "--save", "results.json"]
-    assert run("evaluate", "--model", name, *weights, *options) == 0
+    name = f"timm:{names[0]}"
+    options = (
+        f"--model {name} --dense {name} --checkpoint weights.safetensors --data {stored}/images"
+    )
+    assert run("evaluate", *options.split(), "--batch_size", 5, "--save", "results.json") == 0
     assert "top-5" in capsys.readouterr().out
     found = json.loads(Path("results.json").read_text())["models"]
     assert list(found) == [name, f"{name} weights.safetensors"]
@@ -159,26 +155,19 @@ def test_image_classifiers_side_by_side(stored, capsys):
         assert results["sparsity"] == {"layers": 0.0, "model": sparsity_of(model)["model"]}
 
 
-REFUSED = [
-    (["--tasks", "rte,boolq", "--tasks_dir", "{}"], "does not have rte.jsonl, boolq.jsonl"),
-    (
-        ["--tasks", "boolq"],
-        "cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR",
-    ),
-    (["--dense", "{}/images"], "key in its config.json"),
-    (["--model", "other"], "but other splits"),
-    (["--model", "mute"], "tokenizer must be given"),
-    (
-        ["--model", "bin"],
-        "the only format that is read, but bin has config.json, pytorch_model.bin. Convert a ",
-    ),
-]
+# Options, and what is said about them.
+REFUSED = """
+--tasks rte,boolq --tasks_dir INPUTS -> does not have rte.jsonl, boolq.jsonl
+--tasks boolq -> cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR
+--dense INPUTS/images -> key in its config.json
+--model other -> but other splits
+--model mute -> tokenizer must be given
+--model bin -> the only format that is read, but bin has config.json, pytorch_model.bin. Convert a
+"""
 
 
-@pytest.mark.parametrize(("more", "message"), REFUSED)
-def test_refused_before_anything_is_measured(
-    stored, side_by_side, refused, monkeypatch, more, message
-):
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_refused_before_anything_is_measured(stored, side_by_side, refused, monkeypatch, case):
     for function in ("measure", "zero_shot"):
         monkeypatch.setattr(f"wanda_lightning.cli.evaluate_command.{function}", None)
     for name in ("other", "mute"):
@@ -186,19 +175,17 @@ def test_refused_before_anything_is_measured(
     byte_tokenizer().save_pretrained("other")
     tiny_llama(0).config.save_pretrained("bin")
     Path("bin/pytorch_model.bin").touch()
-    options = [option.replace("{}", str(stored)) for option in more]
-    refused(*side_by_side, *options, message=message)
+    options, message = case.replace("INPUTS", str(stored)).split(" -> ")
+    refused(*side_by_side, *options.split(), message=message)
 
 
 @pytest.fixture
 def prune_and_ask(stored):
     """The options of a fast pruning, after which the paper's tasks are measured."""
-    text = stored / "text.txt"
-    sizes = ["--num_samples", "4", "--seqlen", SEQLEN, "--limit", "2"]
-    data = ["--calibration", text, "--evaluation", text, *sizes]
-    tasks = ["--eval_zero_shot", "--tasks_dir", stored / "tasks"]
-    saving = ["--save", "log", "--save_model", "model"]
-    return ["prune", "--model", stored / "dense", *data, *tasks, *saving]
+    return f"""
+    prune --model {stored}/dense --calibration {stored}/text.txt --evaluation {stored}/text.txt --num_samples 4
+    --seqlen {SEQLEN} --limit 2 --eval_zero_shot --tasks_dir {stored}/tasks --save log --save_model model
+    """.split()
 
 
 def test_all_is_saved_before_the_tasks(prune_and_ask, monkeypatch):

@@ -87,26 +87,22 @@ def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(
     block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
     held = 2 * block + 128 * 64 * 32 * 4
     assert last.startswith(
-        f"prune --stream holds {held / 1e6:.3g} MB for a while: twice the largest block "
+        f"prune --stream holds {held / 1e6:.1f} MB for a while: twice the largest block "
     )
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--pattern", "3:6"], "pattern=NM(n=3, m=6) fits none of the 14 layers"),
-        (["--skip", "model"], "model has nothing to prune"),
-        (
-            ["--model", "gone"],
-            "configuration of 'gone' cannot be loaded: no file or folder has this name: ",
-        ),
-        (["--model", "t5"], "model must be a decoder, but t5 is an encoder-decoder."),
-        (
-            ["--model", "timm:test_vit", "--pattern", "experts"],
-            "pattern='experts' needs a mixture of experts",
-        ),
-    ],
-)
-def test_inspect_refuses(inputs, refused, more, message):
+# Options, and what is said about them.
+REFUSED = """
+--pattern 3:6 -> pattern=NM(n=3, m=6) fits none of the 14 layers
+--skip model -> model has nothing to prune
+--model gone -> configuration of 'gone' cannot be loaded: no file or folder has this name:
+--model t5 -> model must be a decoder, but t5 is an encoder-decoder.
+--model timm:test_vit --pattern experts -> pattern='experts' needs a mixture of experts
+"""
+
+
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_inspect_refuses(inputs, refused, case):
     T5Config(num_layers=1).save_pretrained("t5")
-    refused("inspect", "--model", inputs / "llama", *more, message=message)
+    options, message = case.split(" -> ")
+    refused("inspect", "--model", inputs / "llama", *options.split(), message=message)

@@ -72,10 +72,11 @@ def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, refused, ca
 )
 def test_prune_takes_out_the_zeros_of_an_image_classifier(sparsity, smaller, text, inputs, capsys):
     data = ["--data", inputs / "images"]
-    weights = ["--checkpoint", inputs / "test_convnext.safetensors", "--num_samples", "4"]
-    saving = ["--shrink", "--save_model", "small"]
-    pattern = ["--pattern", "structured", "--sparsity", sparsity]
-    assert run("prune", "--model", "timm:test_convnext", *data, *weights, *pattern, *saving) == 0
+    options = f"""
+    prune --model timm:test_convnext --checkpoint {inputs}/test_convnext.safetensors --num_samples 4
+    --pattern structured --sparsity {sparsity} --shrink --save_model small
+    """
+    assert run(*options.split(), *data) == 0
     assert text in capsys.readouterr().out
     assert Path("small/modeling_shrunk.py").exists() == smaller
     assert ("\nimport modeling_shrunk\n" in Path("small/README.md").read_text()) == smaller
@@ -84,14 +85,15 @@ def test_prune_takes_out_the_zeros_of_an_image_classifier(sparsity, smaller, tex
 
 def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, monkeypatch):
     """If it is interrupted, the pruned model stays, and the same command goes on from there."""
-    command = [*text, *STRUCTURED, "--stream", "--shrink", "--save_model", "small", "--save", "out"]
+    saving = ["--stream", "--shrink", "--save_model", "small", "--save", "out"]
+    command = [*text, *STRUCTURED, *saving]
     with monkeypatch.context() as patched:
         stop = "wanda_lightning.streaming.shrinking_from_disk.write_modeling_file"
         patched.setattr(stop, lambda *_: signal.raise_signal(signal.SIGINT))
         assert run(*command) != 0
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small"}
     assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 64
-    monkeypatch.setattr(StreamedWeights, "stops", None)  # nothing is pruned again
+    monkeypatch.setattr(StreamedWeights, "visits", None)  # nothing is pruned again
     assert run(*command) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small", "out"}
     torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)

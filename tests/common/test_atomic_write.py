@@ -120,51 +120,32 @@ def test_nothing_is_left_on_a_full_disk(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-LACKS = r"but the files that it lacks are in .*\.wanda-"
-
-
-def test_a_folder_whose_place_is_taken_meanwhile_is_not_lost(tmp_path):
+@pytest.mark.parametrize("theirs", [["theirs"], []], ids=["taken", "cannot be moved"])
+def test_a_folder_that_cannot_be_completed_is_not_lost(tmp_path, monkeypatch, theirs):
+    """Its place is taken meanwhile, or its files cannot be moved."""
     writing = atomic_folder(tmp_path)
     new = writing.__enter__()
     (new / "ours").touch()
-    (tmp_path / "theirs").touch()
-    with pytest.raises(OSError, match=LACKS):
-        writing.__exit__(None, None, None)
-    assert names(new) == ["ours"]
-    assert list_entries(tmp_path) == [tmp_path / "theirs"]
-
-
-def test_a_folder_whose_files_cannot_be_moved_is_not_lost(tmp_path, monkeypatch):
-    writing = atomic_folder(tmp_path)
-    new = writing.__enter__()
-    (new / "ours").touch()
+    for name in theirs:
+        (tmp_path / name).touch()
     monkeypatch.setattr(os, "replace", lambda *_: os.stat("gone"))
-    with pytest.raises(OSError, match=LACKS):
+    with pytest.raises(OSError, match=r"but the files that it lacks are in .*\.wanda-"):
         writing.__exit__(None, None, None)
     assert names(new) == ["ours"]
-    assert list_entries(tmp_path) == []
+    assert [entry.name for entry in list_entries(tmp_path)] == theirs
 
 
-REFUSED = [
-    ("full", True, "model", "full must be empty or a model"),
-    ("full", False, "folder", "full exists and is not empty.* overwrite"),
-    ("full/file", False, "file", "file exists"),
-    ("full/file", True, "model", "file must be a folder"),
-    (
-        ".",
-        True,
-        "model",
-        r"\. must be empty or a model \(with config.json, not the working directory",
-    ),
-    ("full/file/x", True, "file", "Not a directory"),
-    ("loop/x", True, "model", "symbolic links"),
-    (
-        "/proc/x/a.html",
-        True,
-        "file",
-        r"^/proc/x/a\.html cannot be written, since /.* takes no new files",
-    ),
-]
+# A path, a kind, whether it may replace, and what is said about it.
+REFUSED = r"""
+full model overwrite: full must be empty or a model
+full folder new: full exists and is not empty.* overwrite
+full/file file new: file exists
+full/file model overwrite: file must be a folder
+. model overwrite: \. must be empty or a model \(with config.json, not the working directory
+full/file/x file overwrite: Not a directory
+loop/x model overwrite: symbolic links
+/proc/x/a.html file overwrite: ^/proc/x/a\.html cannot be written, since /.* takes no new files
+"""
 
 
 @pytest.fixture
@@ -180,23 +161,19 @@ def untouched(tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("path", "overwrite", "kind", "message"), REFUSED)
-def test_a_place_that_cannot_be_written_is_refused(untouched, path, overwrite, kind, message):
+@pytest.mark.parametrize("case", REFUSED.strip().splitlines())
+def test_a_place_that_cannot_be_written_is_refused(untouched, case):
+    place, message = case.split(": ")
+    path, kind, mode = place.split()
     with pytest.raises(OSError, match=message):
-        require_writable(path, overwrite, kind)
+        require_writable(path, mode == "overwrite", kind)
 
 
-@pytest.mark.parametrize(
-    ("path", "overwrite", "kind"),
-    [
-        ("new/deep", False, "model"),
-        ("full", True, "folder"),
-        ("full/file", True, "file"),
-        ("new", False, "file"),
-    ],
-)
-def test_a_place_that_can_be_written_is_accepted(untouched, path, overwrite, kind):
-    require_writable(path, overwrite, kind)
+def test_a_place_that_can_be_written_is_accepted(untouched):
+    require_writable("new/deep")
+    require_writable("new", kind="file")
+    require_writable("full", overwrite=True, kind="folder")
+    require_writable("full/file", overwrite=True, kind="file")
 
 
 STEPS = """
@@ -221,6 +198,10 @@ with atomic_folder(folder, overwrite=True) as new:
 """
 
 
+def texts(paths):
+    return {path.name: path.read_text() for path in paths if path.is_file()}
+
+
 @pytest.mark.parametrize("old", [{}, {"config.json": "old", "model.safetensors": "old"}])
 def test_a_run_that_is_killed_at_any_step_loses_no_model(tmp_path, old):
     """There is no half of a model that could be loaded: if there is a `config.json`, all else is there."""
@@ -233,13 +214,9 @@ def test_a_run_that_is_killed_at_any_step_loses_no_model(tmp_path, old):
         ended = subprocess.run(
             [sys.executable, "-c", STEPS, folder, str(step)], capture_output=True, text=True
         )
-        found = {file.name: file.read_text() for file in folder.iterdir() if file.is_file()}
+        found = texts(folder.iterdir())
         assert "config.json" not in found or found in (old, whole)
-        new = {
-            file.name: "new"
-            for file in folder.rglob("*")
-            if file.is_file() and file.read_text() == "new"
-        }
+        new = {name: text for name, text in texts(folder.rglob("*")).items() if text == "new"}
         assert (bool(old) and found == old) or new == whole
         if ended.returncode == 0:
             break

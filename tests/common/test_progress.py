@@ -31,7 +31,7 @@ def test_lines_where_there_is_no_terminal(capsys, clock, monkeypatch, name):
 def test_the_last_line_of_a_task_that_needed_fewer_steps(capsys, clock):
     with ProgressBar("Pruning", 4) as bar:
         bar.advance(2)
-    assert lines(capsys) == ["Pruning 2 done (0 s)"]
+    assert lines(capsys) == ["Pruning 2/2 done (0 s)"]
 
 
 def test_the_last_line_of_a_task_that_failed(capsys, clock):

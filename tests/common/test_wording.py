@@ -5,7 +5,7 @@ import re
 import pytest
 
 from wanda_lightning.common.layer_names import check_patterns, matches, refuse_unmatched
-from wanda_lightning.common.wording import abbreviated, as_size, did_you_mean, duration
+from wanda_lightning.common.wording import abbreviated, did_you_mean, duration
 
 NAMES = ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up", "blocks.0.attn", "head"]
 
@@ -13,20 +13,17 @@ NAMES = ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up", "blocks.0.a
 @pytest.mark.parametrize(
     ("pattern", "expected"),
     [
-        ("blocks.0", ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.0.attn"]),
-        ("*.mlp", ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up"]),
-        ("*.up", ["blocks.0.mlp.up", "blocks.10.mlp.up"]),
-        ("mlp", []),
-        ("HEAD", []),
-        ("re:blocks", []),
-        (
-            "re:.*\\.\\d{1,3}\\.mlp\\.(up|down)",
-            ["blocks.0.mlp.up", "blocks.0.mlp.down", "blocks.10.mlp.up"],
-        ),
+        ("blocks.0", "blocks.0.mlp.up blocks.0.mlp.down blocks.0.attn"),
+        ("*.mlp", "blocks.0.mlp.up blocks.0.mlp.down blocks.10.mlp.up"),
+        ("*.up", "blocks.0.mlp.up blocks.10.mlp.up"),
+        ("mlp", ""),
+        ("HEAD", ""),
+        ("re:blocks", ""),
+        (r"re:.*\.\d{1,3}\.mlp\.(up|down)", "blocks.0.mlp.up blocks.0.mlp.down blocks.10.mlp.up"),
     ],
 )
 def test_names_globs_and_regular_expressions(pattern, expected):
-    assert [name for name in NAMES if matches(name, pattern, "skip")] == expected
+    assert [name for name in NAMES if matches(name, pattern, "skip")] == expected.split()
 
 
 def test_a_string_is_a_single_pattern():
@@ -73,7 +70,7 @@ def test_names_that_resemble_a_wrong_one(name, known, suggestion):
         (7500, duration, "2 h 5 min"),
         (950, abbreviated, "950"),
         (134_515_008, abbreviated, "135 million"),
-        (999_700_000, as_size, "1000 MB"),
+        (999_700_000, abbreviated, "1000 million"),
     ],
 )
 def test_numbers_in_words(number, in_words, words):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from support.data import images_of, paint, vit
+from support.data import images_of, opened, paint, vit
 
 from wanda_lightning import ImageDataModule
 
@@ -15,8 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*and the model has .* outputs")
 
 
 def test_digits_are_split_by_class_into_disjoint_parts():
-    data = ImageDataModule("digits", vit())
-    data.setup("fit")
+    data = opened("digits", vit())
     train, train_labels = images_of(data.calibration_dataloader())
     evaluation, labels = images_of(data.val_dataloader())
     assert (len(train), len(evaluation)) == (1437, 360)
@@ -31,8 +30,7 @@ def test_digits_are_split_by_class_into_disjoint_parts():
 
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_a_folder_in_the_manner_of_imagenet(imagenet, in_chans):
-    data = ImageDataModule(str(imagenet), vit(in_chans), batch_size=3, num_samples=5)
-    data.setup("fit")
+    data = opened(str(imagenet), vit(in_chans), batch_size=3, num_samples=5)
     assert data.class_names == ("blue", "green")
     images, labels = images_of(data.val_dataloader())
     assert images.shape == (4, in_chans, 16, 16)
@@ -80,8 +78,7 @@ def test_evaluation_may_lack_classes(imagenet):
     paint(imagenet / "train" / "azure", (128, 255), 1)
     (imagenet / "val" / "azure").mkdir()
     shutil.rmtree(imagenet / "val" / "blue")
-    data = ImageDataModule(str(imagenet), vit())
-    data.setup("fit")
+    data = opened(str(imagenet), vit())
     assert data.class_names == ("azure", "blue", "green")
     assert images_of(data.val_dataloader())[1].tolist() == [2, 2]
     assert sorted(images_of(data.train_dataloader())[1].tolist()) == [0] + [1] * 4 + [2] * 4
@@ -90,8 +87,7 @@ def test_evaluation_may_lack_classes(imagenet):
 def test_a_broken_image_is_named(imagenet):
     path = imagenet / "val" / "green" / "1.png"
     path.write_bytes(path.read_bytes()[:60])
-    data = ImageDataModule(str(imagenet), vit())
-    data.setup("validate")
+    data = opened(str(imagenet), vit())
     with pytest.raises(
         ValueError, match=r"The image .*val/green/1\.png cannot be read: (OSError|SyntaxError)"
     ):

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from support.callbacks import SaveAt, trainer
-from support.data import images_of, paint, vit
+from support.cli import save_noise
+from support.data import images_of, opened, paint, vit
 from torch import nn
 
 from wanda_lightning import ImageClassifierModule, ImageDataModule
@@ -26,8 +27,7 @@ pytestmark = [
 @pytest.mark.parametrize("in_chans", [1, 3])
 def test_digits_are_resized_whole_and_normalized_for_the_model(in_chans):
     model = vit(in_chans)
-    data = ImageDataModule("digits", model, batch_size=7)
-    data.setup("validate")
+    data = opened("digits", model, batch_size=7)
     images, labels = next(iter(data.val_dataloader()))
     assert images.shape == (7, in_chans, 16, 16)
     assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
@@ -43,8 +43,7 @@ def test_digits_are_resized_whole_and_normalized_for_the_model(in_chans):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_calibration_images_are_a_seeded_choice_of_training_images(seed):
-    data = ImageDataModule("digits", vit(), num_samples=64, seed=seed)
-    data.setup("validate")
+    data = opened("digits", vit(), num_samples=64, seed=seed)
     images, labels = images_of(data.calibration_dataloader())
     train = torch.stack([image for image, _ in data.train_dataloader().dataset])
     order = torch.randperm(240, generator=torch.Generator().manual_seed(seed))
@@ -63,8 +62,7 @@ def test_images_before_setup_are_an_error():
 def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
     loaded = []
     for seed in (0, 0, 1):
-        data = ImageDataModule("digits", vit(), seed=seed)
-        data.setup("fit")
+        data = opened("digits", vit(), seed=seed)
         loaded.append(images_of(data.train_dataloader())[0])
     first, again, other = loaded
     assert torch.equal(first, again)
@@ -140,14 +138,9 @@ def test_a_model_that_does_not_fit_is_refused(model, message):
 
 
 def test_calibration_is_not_augmented_but_training_is(tmp_path):
-    rng = np.random.default_rng(0)
     for part in ("train", "val"):
-        (tmp_path / part / "noise").mkdir(parents=True)
-        Image.fromarray(rng.integers(0, 255, (20, 20, 3), np.uint8)).save(
-            tmp_path / part / "noise" / "0.png"
-        )
-    data = ImageDataModule(str(tmp_path), vit())
-    data.setup("fit")
+        save_noise(tmp_path / part / "noise", 1, np.random.default_rng(0))
+    data = opened(str(tmp_path), vit())
     first, again = (images_of(data.calibration_dataloader())[0] for _ in range(2))
     assert torch.equal(first, again)
     torch.manual_seed(0)
@@ -157,25 +150,17 @@ def test_calibration_is_not_augmented_but_training_is(tmp_path):
 
 
 @pytest.mark.parametrize("folder", [".", "val"])
-def test_a_folder_without_training_images_measures(imagenet, folder):
+def test_a_folder_without_training_images_measures_and_if_it_has_only_classes_calibrates(
+    imagenet, folder
+):
     shutil.rmtree(imagenet / "train")
-    data = ImageDataModule(imagenet / folder, vit())
-    data.setup("validate")
-    assert images_of(data.val_dataloader())[1].tolist() == [0, 0, 1, 1]
+    data = opened(imagenet / folder, vit())
+    assert labels_of(data) == [0, 0, 1, 1]
     with pytest.raises(ValueError, match="has only evaluation images"):
         data.train_dataloader()
-
-
-def test_a_folder_with_the_classes_alone_also_calibrates(imagenet):
-    data = ImageDataModule(imagenet / "val", vit())
-    data.setup("validate")
-    assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == [0, 0, 1, 1]
-
-
-def test_a_folder_with_evaluation_images_does_not_calibrate(imagenet):
-    shutil.rmtree(imagenet / "train")
-    data = ImageDataModule(imagenet, vit())
-    data.setup("validate")
+    if folder == "val":
+        assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == [0, 0, 1, 1]
+        return
     with pytest.raises(ValueError, match="has only evaluation images"):
         data.calibration_dataloader()
 
@@ -186,12 +171,6 @@ def named_vit(*names):
     return model
 
 
-def data_of(folder, model):
-    data = ImageDataModule(folder, model)
-    data.setup("fit")
-    return data
-
-
 def labels_of(data):
     return images_of(data.val_dataloader())[1].tolist()
 
@@ -199,7 +178,7 @@ def labels_of(data):
 @pytest.mark.filterwarnings("error")
 def test_class_folders_are_the_outputs_with_their_names(imagenet):
     model = named_vit("red", "green", "azure", "blue")
-    data = data_of(imagenet, model)
+    data = opened(imagenet, model)
     assert data.class_names == ("red", "green", "azure", "blue")
     assert labels_of(data) == [3, 3, 1, 1]
     assert sorted(images_of(data.train_dataloader())[1].tolist()) == [1] * 4 + [3] * 4
@@ -212,7 +191,7 @@ def test_class_folders_are_the_outputs_with_their_names(imagenet):
 def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
     for name in ("n01443537", "n15075141"):  # the second and the last of the 1000
         paint(tmp_path / name, (0, 0), 1)
-    assert labels_of(data_of(tmp_path, vit(num_classes=1000))) == [1, 999]
+    assert labels_of(opened(tmp_path, vit(num_classes=1000))) == [1, 999]
 
 
 @pytest.mark.filterwarnings("default:.*and the model has .* outputs")
@@ -234,14 +213,14 @@ def test_class_folders_of_imagenet_are_its_outputs(tmp_path):
     ],
 )
 def test_an_assumed_class_order_warns(imagenet, model, said, recwarn):
-    assert labels_of(data_of(imagenet / "val", model)) == [0, 0, 1, 1]
+    assert labels_of(opened(imagenet / "val", model)) == [0, 0, 1, 1]
     (message,) = (str(each.message) for each in recwarn if "outputs" in str(each.message))
     assert said in message
 
 
 @pytest.mark.filterwarnings("error")
 def test_as_many_classes_as_outputs_without_names_do_not_warn(imagenet):
-    assert labels_of(data_of(imagenet / "val", vit(num_classes=2))) == [0, 0, 1, 1]
+    assert labels_of(opened(imagenet / "val", vit(num_classes=2))) == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "timm:convnext_atto.d2_in1k"])

@@ -24,7 +24,8 @@ def test_named_texts_are_read_as_the_reference_reads_them(monkeypatch, tokenizer
     asked = []
 
     def load_dataset(source, config=None, *, split, data_files=None, cache_dir=None, **options):
-        asked.append((source, config, split, data_files, cache_dir))
+        assert cache_dir == "cache"
+        asked.append((source, config, split, data_files))
         return datasets.Dataset.from_dict({"text": first if split == "train" else second})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -37,15 +38,15 @@ def test_named_texts_are_read_as_the_reference_reads_them(monkeypatch, tokenizer
         train = {"train": "en/c4-train.00000-of-01024.json.gz"}
         validation = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
         calls = [
-            ("allenai/c4", None, "train", train, "cache"),
-            ("allenai/c4", None, "validation", validation, "cache"),
+            ("allenai/c4", None, "train", train),
+            ("allenai/c4", None, "validation", validation),
         ]
     else:
         expected = slow_text_windows(tokenizer(" ".join(first)).input_ids, 30, 4, 0)
         text = "\n\n".join(second)
         calls = [
-            ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None, "cache"),
-            ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None, "cache"),
+            ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None),
+            ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None),
         ]
     assert torch.equal(data.calibration_windows, expected)
     ids = tokenizer(text).input_ids
@@ -70,15 +71,16 @@ def test_several_texts_are_measured_one_by_one(tokenizer):
 def test_python_docs_has_two_parts_without_a_common_paragraph():
     from pydoc_data.topics import topics
 
-    calibration, evaluation = python_docs()
+    calibration, evaluation = python_docs().values()
     assert {**calibration, **evaluation} == topics
     assert not calibration.keys() & evaluation.keys()
     share = sum(map(len, evaluation.values())) / sum(map(len, topics.values()))
     assert 0.25 < share < 0.35
-    paragraphs = []
-    for part in (calibration, evaluation):
-        paragraphs.append(set(map(str.strip, "\n\n".join(part.values()).split("\n\n"))))
-    assert all(len(paragraph) < 80 for paragraph in paragraphs[0] & paragraphs[1])
+    first, second = (
+        {paragraph.strip() for text in part.values() for paragraph in text.split("\n\n")}
+        for part in (calibration, evaluation)
+    )
+    assert all(len(paragraph) < 80 for paragraph in first & second)
 
 
 def test_files_keep_their_characters(tmp_path, tokenizer):

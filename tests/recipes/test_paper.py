@@ -39,22 +39,23 @@ def launch(monkeypatch):
     monkeypatch.setattr(sweep, "launch", in_this_process)
 
 
+FAMILY = """
+options: {nsamples: 2, seqlen: 32, limit: 3, calibration: INPUTS/long.txt, eval: INPUTS/other.txt}
+models: {1B: INPUTS/llama}
+cells:
+  magnitude_50: {prune_method: magnitude}
+  wanda_2to4: {sparsity_type: "2:4"}
+source: Nobody 2024
+published: {dense: {1B: 111.5}, wanda_2to4: {1B: 222.25}}
+"""
+
+
 @pytest.fixture
 def family(inputs, tmp_path):
     """A family whose options run as they are; `change` edits it."""
 
     def write(change=lambda content: None):
-        texts = {"calibration": f"{inputs}/long.txt", "eval": f"{inputs}/other.txt"}
-        content = {
-            "options": {"nsamples": 2, "seqlen": 32, "limit": 3, **texts},
-            "models": {"1B": str(inputs / "llama")},
-            "cells": {
-                "magnitude_50": {"prune_method": "magnitude"},
-                "wanda_2to4": {"sparsity_type": "2:4"},
-            },
-            "source": "Nobody 2024",
-            "published": {"dense": {"1B": 111.5}, "wanda_2to4": {"1B": 222.25}},
-        }
+        content = yaml.safe_load(FAMILY.replace("INPUTS", str(inputs)))
         change(content)
         path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump(content, sort_keys=False))

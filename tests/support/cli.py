@@ -134,17 +134,10 @@ def save_noise(folder, count, rng):
 @pytest.fixture
 def text(inputs):
     """The options of a fast run on the language model."""
-    sizes = [
-        "--num_samples",
-        "4",
-        "--seqlen",
-        SEQLEN,
-        "--limit",
-        "6",
-        "--calibration",
-        inputs / "long.txt",
-    ]
-    return ["prune", "--model", inputs / "llama", *sizes, "--evaluation", inputs / "other.txt"]
+    return f"""
+    prune --model {inputs}/llama --num_samples 4 --seqlen {SEQLEN} --limit 6 --calibration {inputs}/long.txt
+    --evaluation {inputs}/other.txt
+    """.split()
 
 
 @pytest.fixture
@@ -157,8 +150,9 @@ def pruned(text):
 @pytest.fixture
 def images(inputs):
     """The options of a fast run on the image classifier."""
-    weights = ["--model", "timm:test_vit", "--checkpoint", inputs / "test_vit.safetensors"]
-    return ["prune", *weights, "--data", inputs / "images", "--num_samples", "6"]
+    return f"""
+    prune --model timm:test_vit --checkpoint {inputs}/test_vit.safetensors --data {inputs}/images --num_samples 6
+    """.split()
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from support.zoo import tokenizer_of_bytes
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from wanda_lightning import ImageDataModule
+
 BOS = 256
 
 
@@ -47,6 +49,13 @@ def write_parquet(path, **columns):
 
 def ids_of(loader):
     return torch.cat([batch["input_ids"] for batch in loader])
+
+
+def opened(*arguments, **options):
+    """A data module whose images are open."""
+    data = ImageDataModule(*arguments, **options)
+    data.setup()
+    return data
 
 
 def vit(in_chans=3, **options):

@@ -6,7 +6,6 @@ Neither torch nor a model library is imported before the options are known, so t
 from __future__ import annotations
 
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -14,13 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-from cyclopts import CycloptsError, UnknownOptionError, UnusedCliTokensError, ValidationError
+from cyclopts import CycloptsError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
 from wanda_lightning.cli.options import values_of
 from wanda_lightning.common.busy_machine import OPENMP_WAITING
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.wording import did_you_mean
+from wanda_lightning.common.types import Kwargs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,19 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_options(command: str, arguments: Sequence[str]) -> dict[str, Any]:
+def parse_options(command: str, arguments: Sequence[str]) -> Kwargs:
     """Return the options of a command by name; raise a `UserError`."""
     _, groups = parse([command, *arguments])
     groups.pop("session", None)
     return values_of(*groups.values())
 
 
-def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]]:
+def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], Kwargs]:
     """Return the function of a command, and its groups of options by name; raise a `UserError`."""
     try:
         function, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
     except CycloptsError as error:
-        raise UserError(_message(error)) from error
+        error.verbose = False  # the message without the place in this package
+        raise UserError(str(error)) from error
 
     bound.apply_defaults()
     for name, value in values_of(*filter(is_dataclass, bound.arguments.values())).items():
@@ -71,39 +71,16 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], dict[str, Any]
     return function, bound.arguments
 
 
-def _message(error: CycloptsError) -> str:
-    """Return the message of an error of cyclopts, in other words where its own would not help."""
-    if isinstance(error, UnusedCliTokensError):
-        unused = ", ".join(map(repr, error.unused_tokens or ()))
-        return f"model must be given once, but there is also {unused}."
-
-    if isinstance(error, UnknownOptionError):
-        option = (error.token.keyword or error.token.value).partition("=")[0]
-        if re.match("-[^-]", option):  # cyclopts takes -model for the flags -m, -o, -d and so on
-            known: list[str] = []
-            for argument in error.argument_collection:
-                if argument.parse:
-                    known += argument.names
-            return f"Unknown option: {option}.{did_you_mean(f'-{option}', known)}"
-
-    error.verbose = False  # the message without the place in this package
-    names = getattr(error.argument, "value", None)
-    if isinstance(error, ValidationError) and isinstance(names, tuple):
-        error.value = ",".join(names)  # as they are typed
-    return str(error)
-
-
 def _run(arguments: list[str]) -> None:
     """Run a command, or print its options as a file; run the help or the version, which have no session."""
     function, groups = parse(arguments)
     session = groups.pop("session", None)
-    if session is not None:
-        if session.print_config:
-            import yaml
+    if session is not None and session.print_config:
+        import yaml
 
-            print(yaml.safe_dump(values_of(*groups.values()), sort_keys=False), end="")
-            return
-        set_up_warnings()
+        print(yaml.safe_dump(values_of(*groups.values()), sort_keys=False), end="")
+        return
+    set_up_warnings()
     function(**groups)
 
 
@@ -112,8 +89,7 @@ def _run_lightning(arguments: list[str]) -> None:
 
     set_up_warnings()
     # LightningCLI reads sys.argv, and so do the processes that its strategies start.
-    words = [word for word in arguments if word != "--debug"]
-    sys.argv[1:] = ["--help" if word == "--help_all" else word for word in words]
+    sys.argv[1:] = [word.replace("--help_all", "--help") for word in arguments if word != "--debug"]
     run()
 
 
@@ -127,8 +103,8 @@ def set_up_warnings() -> None:
         "ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning
     )
     # torchao, if it is installed, warns about kernels for other devices.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _one_line(message: Any, *_: object, **__: object) -> str:
@@ -157,7 +133,7 @@ def explain(error: BaseException, debug: bool) -> int:
     if debug or not (refusal or out_of_memory):
         traceback.print_exception(error)
 
-    if refusal is not None:
+    if refusal:
         message = str(refusal) or type(refusal).__name__
     elif out_of_memory:
         # The other lines of torch's message describe its allocator.
@@ -169,7 +145,7 @@ def explain(error: BaseException, debug: bool) -> int:
         message = "internal error. Please open an issue with the command and the lines above."
     print(f"wanda-lightning: error: {message}", file=sys.stderr)
 
-    if refusal is None:
+    if not refusal:
         return 1
     if not debug:  # else they are in the traceback
         for note in getattr(error, "__notes__", ()):

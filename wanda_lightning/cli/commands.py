@@ -7,18 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from cyclopts import App, Parameter
 
 import wanda_lightning
-from wanda_lightning.cli import options
-from wanda_lightning.cli.options import given_in, read_files, values_of
+from wanda_lightning.cli.options import (
+    Data,
+    File,
+    Folder,
+    Measurements,
+    Model,
+    Models,
+    PruneOptions,
+    Pruning,
+    Results,
+    Session,
+    given_in,
+    read_files,
+    values_of,
+)
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.config import PruningConfig
 
 
-def _shown_default(value: Any) -> str | None:
+def _shown_default(value: object) -> str | None:
     """Return a default as it is typed; None for what help does not show."""
     if not value:
         return None
@@ -40,25 +53,25 @@ app = App(
 
 @app.command
 def prune(
-    model: options.Model,
-    pruning: options.Pruning = options.Pruning(),
-    data: options.Data = options.Data(),
-    results: options.Results = options.Results(),
-    session: options.Session = options.Session(),
+    model: Model,
+    pruning: Pruning = Pruning(),
+    data: Data = Data(),
+    results: Results = Results(),
+    session: Session = Session(),
 ) -> None:
     """Prune a language model or an image classifier, and measure it before and after."""
     _refuse(model, pruning, data, results)
     config = PruningConfig.from_names(**pruning.choices)  # which imports torch
     from wanda_lightning.cli import prune_command
 
-    prune_command.prune(config, options.PruneOptions(model, pruning, data, results))
+    prune_command.prune(config, PruneOptions(model, pruning, data, results))
 
 
 @app.command
 def shrink(
-    model: options.Model,
-    results: options.Folder = options.Folder(),
-    session: options.Session = options.Session(),
+    model: Model,
+    results: Folder = Folder(),
+    session: Session = Session(),
 ) -> None:
     """Take out the hidden units that are zero, as prune --pattern structured leaves them, and save the rest.
 
@@ -72,10 +85,10 @@ def shrink(
 
 @app.command
 def evaluate(
-    models: options.Models,
-    data: options.Measurements = options.Measurements(),
-    results: options.File = options.File(),
-    session: options.Session = options.Session(),
+    models: Models,
+    data: Measurements = Measurements(),
+    results: File = File(),
+    session: Session = Session(),
 ) -> None:
     """Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity."""
     _refuse(models, data, results)
@@ -90,9 +103,9 @@ def evaluate(
 
 @app.command
 def inspect(
-    model: options.Model,
-    pruning: options.Pruning = options.Pruning(),
-    session: options.Session = options.Session(),
+    model: Model,
+    pruning: Pruning = Pruning(),
+    session: Session = Session(),
 ) -> None:
     """Show what prune would prune, what not, and why. No weight is loaded."""
     _refuse(model)
@@ -113,7 +126,7 @@ def _run_lightning() -> None:
     """
 
 
-def _refuse(models: options.Model, *groups: Any) -> None:
+def _refuse(models: Model, *groups: object) -> None:
     """Refuse options that would be ignored, models and images that do not exist, and places that cannot be written.
 
     Contradictions between choices are refused by `PruningConfig`, and unknown texts where options are read.
@@ -130,16 +143,16 @@ def _refuse(models: options.Model, *groups: Any) -> None:
     _refuse_places(models, values)
 
 
-def _ignored(models: options.Model, values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
     """Yield the cases that apply, in words, each with the options that would be ignored."""
     if models.is_image:
-        names = (
+        yield (
+            "an image classifier",
             "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration "
-            "eval_zero_shot"
+            "eval_zero_shot",
         )
         if values.get("evaluation"):  # an empty one says that nothing is measured
-            names += " evaluation"
-        yield "an image classifier", names
+            yield "an image classifier", "evaluation"
     else:
         yield "a language model", "data checkpoint"
     if all(Path(name).expanduser().exists() for name in models.all):
@@ -156,30 +169,30 @@ def _ignored(models: options.Model, values: dict[str, Any]) -> Iterator[tuple[st
         yield "a command without --save_model", "push_to_hub shrink stream"
     if pattern != "structured":
         yield f"--pattern {pattern}", "shrink"
-    if not values.get("stream"):
-        yield "pruning without --stream, which uses a GPU if there is one", "device"
-    elif values.get("calibration") == "self":
-        yield "--stream", "eval_zero_shot calibration"
-    else:
+    if values.get("stream"):
         yield "--stream", "eval_zero_shot"
+        if values.get("calibration") == "self":
+            yield "--stream", "calibration"
+    else:
+        yield "pruning without --stream, which uses a GPU if there is one", "device"
     if not any(values.get(name) for name in ("save", "save_model", "report")):
         yield "a command that writes nothing", "overwrite"
 
 
-def _refuse_missing(models: options.Model, values: dict[str, Any]) -> None:
+def _refuse_missing(models: Model, values: Kwargs) -> None:
     """Refuse a wrong path of a model or of images before libraries are imported."""
-    from wanda_lightning.data import image_sources
-
     if len({name.startswith("timm:") for name in models.all}) != 1:
         raise UserError("--model must name language models, or image classifiers.")
     if not models.is_image:
         for name in models.all:
             models.source(name).locate()
     elif "data" in values:
-        image_sources.check_source(values["data"] or "")
+        from wanda_lightning.data.image_sources import check_source
+
+        check_source(values["data"] or "")
 
 
-def _refuse_places(models: options.Model, values: dict[str, Any]) -> None:
+def _refuse_places(models: Model, values: Kwargs) -> None:
     """Refuse files, folders and repositories that cannot be written or must not be replaced."""
     from wanda_lightning.common.atomic_write import require_writable, resolve_path
     from wanda_lightning.common.checks import check_report_path
@@ -187,20 +200,26 @@ def _refuse_places(models: options.Model, values: dict[str, Any]) -> None:
 
     overwrite = values.get("overwrite", False)
     stream = values.get("stream", False)
-    if report := values.get("report"):
+    report = values.get("report")
+    if report:
         check_report_path(report)
         require_writable(report, overwrite, "file")
-    # A streamed run that continues may find its model in this folder, so `prune` itself checks it.
-    if values.get("save") and not stream:
-        kind = "file" if isinstance(models, options.Models) else "folder"
-        require_writable(values["save"], overwrite, kind)
 
-    if folder := values.get("save_model"):
+    save = values.get("save")
+    # A streamed run that continues may find its model in this folder, so `prune` itself checks it.
+    if save and not stream:
+        kind = "file" if isinstance(models, Models) else "folder"
+        require_writable(save, overwrite, kind)
+
+    folder = values.get("save_model")
+    if folder:
         require_writable(folder, overwrite or stream, "folder" if stream else "model")
         model = Path(models.model.removeprefix("timm:local-dir:")).expanduser()
         if model.exists() and resolve_path(model).is_relative_to(resolve_path(folder)):
             raise UserError(
                 f"--save_model {folder} would replace --model {model}. Choose another folder."
             )
-    if repository := values.get("push_to_hub"):
+
+    repository = values.get("push_to_hub")
+    if repository:
         refuse_upload(repository, values["private"])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from wanda_lightning.cli.measure import logged_results, measure
-from wanda_lightning.cli.model_and_data import AnyData, data_for, load
+from wanda_lightning.cli.model_and_data import data_for, load
 from wanda_lightning.cli.options import File, Measurements, Models, values_of
 from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_tokenizer
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
@@ -26,7 +29,7 @@ class _Prepared:
 
     name: str
     classifier: Any
-    data: AnyData | None  # None: neither perplexity nor accuracy is measured
+    data: Any  # None: neither perplexity nor accuracy is measured
 
 
 def evaluate(models: Models, data: Measurements, results: File) -> None:
@@ -34,10 +37,12 @@ def evaluate(models: Models, data: Measurements, results: File) -> None:
     options = values_of(models, data, results)
     options = {name: value for name, value in options.items() if value is not None}
     evaluation = Evaluation(_measure_each(models, data), models.dense, options)
-    if results.save is not None:
+    table = evaluation.table()
+    if results.save is None:
+        print_table(table)
+    else:
         evaluation.save(results.save)
-    print_table(evaluation.table())
-    if results.save is not None:
+        print_table(table)
         print_line(f"The numbers are in {results.save}.")
 
 
@@ -61,15 +66,14 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
 
 def _prepare(models: Models, data: Measurements) -> dict[str, _Prepared]:
     """Read the data of each model, the dense one first; refuse language models that split the text differently."""
-    checkpoints = models.checkpoint or [None] * len(models.model)
-    sources: list[tuple[str, str | None]] = list(zip(models.model, checkpoints, strict=True))
+    sources = list(zip_longest(models.model, models.checkpoint))
     if models.dense:
         sources.insert(0, (models.dense, None))
 
     prepared: dict[str, _Prepared] = {}
     for name, checkpoint in sources:
         # One model may be given with several weights, which the name of the file distinguishes.
-        title = f"{name} {checkpoint}" if checkpoint else name
+        title = " ".join(filter(None, (name, checkpoint)))
         classifier = None
         source = None
         if models.is_image:
@@ -92,9 +96,7 @@ def _refuse_other_tokens(texts: TextDataModule, first: Any, name: str) -> None:
             )
 
 
-def _measure_one(
-    models: Models, data: Measurements, tasks: dict[str, Any], prepared: _Prepared
-) -> Results:
+def _measure_one(models: Models, data: Measurements, tasks: Kwargs, prepared: _Prepared) -> Results:
     """Load a language model; measure sparsity, perplexity or accuracy, and the tasks."""
     module = prepared.classifier or load(models, prepared.name)
     results: Results = {"sparsity": sparsity_of(module.model)}
@@ -107,16 +109,16 @@ def _measure_one(
     return results
 
 
-def _results(metrics: dict[str, float], data: AnyData) -> Results:
+def _results(metrics: Mapping[str, float], data: Any) -> Results:
     """Return the metrics of each data set, with the number of windows or images."""
+    results = {}
     if isinstance(data, ImageDataModule):
+        images: Any = data.val_dataloader().dataset
         accuracies = {
             heading: metrics[name] for name, heading in _HEADINGS.items() if name in metrics
         }
-        images = len(data.val_dataloader().dataset)  # type: ignore[arg-type]
-        return {data.data: {**accuracies, "images": images}}
-
-    results = {}
-    for text, name in zip(data.evaluations, logged_results(data), strict=True):
-        results[text] = {"perplexity": metrics[name], "windows": len(data.windows_of(text))}
+        results[data.data] = {**accuracies, "images": len(images)}
+    else:
+        for text, name in zip(data.evaluations, logged_results(data), strict=True):
+            results[text] = {"perplexity": metrics[name], "windows": len(data.windows_of(text))}
     return results

@@ -6,13 +6,14 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.cli.model_and_data import window_length
 from wanda_lightning.cli.options import Model
 from wanda_lightning.cli.printing import print_line, print_table
-from wanda_lightning.common.wording import as_size, quantity
+from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.prune import removal_of
 from wanda_lightning.models import Inventory, Stop, find_layers
@@ -21,9 +22,8 @@ from wanda_lightning.planning.coverage import low_coverage, unfit_layers
 from wanda_lightning.planning.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
 
-_WINDOWS = (
-    128  # calibration windows for which the memory is estimated, as many as `prune` uses by default
-)
+# The calibration windows for which the memory is estimated, as many as `prune` uses by default.
+_WINDOWS = 128
 
 
 def inspect(config: PruningConfig, options: Model) -> None:
@@ -78,8 +78,8 @@ def _memory(model: Any, inventory: Inventory, options: Model) -> str:
     width = model.get_input_embeddings().weight.shape[-1]
     inputs = dtype.itemsize * _WINDOWS * seqlen * width
     return (
-        f"prune --stream holds {as_size(2 * largest + inputs)} for a while: twice the largest block "
-        f"({as_size(largest)}), and the inputs of a block for {_WINDOWS} windows of {seqlen} tokens."
+        f"prune --stream holds {decimal(2 * largest + inputs)} for a while: twice the largest block "
+        f"({decimal(largest)}), and the inputs of a block for {_WINDOWS} windows of {seqlen} tokens."
     )
 
 

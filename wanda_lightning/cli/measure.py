@@ -28,7 +28,7 @@ class BatchClock(L.Callback):
     _size = 0
 
     def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, *indices: int
+        self, trainer: Any, pl_module: Any, batch: Any, *indices: int
     ) -> None:
         """Time the previous batch."""
         # The CPU only queues what an accelerator computes.
@@ -44,7 +44,7 @@ class BatchClock(L.Callback):
 def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
     """Run one validation loop, and return its metrics, with the `speed` if there are two batches or more."""
     # Lightning would describe the hardware.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel("WARNING")
     clock = BatchClock()
     with ProgressBar("Measuring", None) as bar:
         progress = LambdaCallback(
@@ -71,6 +71,10 @@ def logged_results(data: AnyData) -> dict[str, str]:
     """Describe each data set, by the name under which a Trainer logs the result on it."""
     if isinstance(data, ImageDataModule):
         return {TOP1.logged[0]: data.describe_evaluation()}
-    first = PERPLEXITY.logged[0]
-    names = [first, *(f"{first}/{text}" for text in data.evaluations[1:])]
-    return {name: data.describe_evaluation(number) for number, name in enumerate(names)}
+    descriptions = {}
+    name = PERPLEXITY.logged[0]
+    for number, text in enumerate(data.evaluations):
+        if number:
+            name = f"{PERPLEXITY.logged[0]}/{text}"
+        descriptions[name] = data.describe_evaluation(number)
+    return descriptions

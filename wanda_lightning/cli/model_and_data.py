@@ -51,17 +51,14 @@ def data_for(
 
 def window_length(options: Model | Models, asked: int | None) -> int:
     """Return the number of tokens in a window: `asked` if it fits all models, else what fits them, at most 2048."""
-    contexts = []
+    length = asked or _PAPER_SEQLEN
     for name in options.all:
         config = load_config(options.source(name)).get_text_config()
         # 0 or missing: the model has no largest position, so any window fits.
-        contexts.append(getattr(config, "max_position_embeddings", 0) or asked or _PAPER_SEQLEN)
-    context = min(contexts)
-
-    if asked is None:
-        return min(_PAPER_SEQLEN, context)
-    if asked > context:
-        raise UserError(
-            f"--seqlen must be at most {context}, the model's context, but it is {asked}."
-        )
-    return asked
+        context = getattr(config, "max_position_embeddings", 0) or length
+        if asked and asked > context:
+            raise UserError(
+                f"--seqlen must be at most {context}, the model's context, but it is {asked}."
+            )
+        length = min(length, context)
+    return length

@@ -19,6 +19,7 @@ from cyclopts.validators import Number
 
 from wanda_lightning.common.checks import SEED
 from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.config import NAMES, OLD_NAMES, PruningConfig, check_pattern
 
@@ -48,15 +49,15 @@ def _whole_number(type_: Any, tokens: Iterable[Any]) -> int:
     return int(token.value)
 
 
-def _known_texts(type_: Any, texts: str | tuple[str, ...]) -> None:
+def _known_texts(type_: Any, texts: Any) -> None:
     """Refuse an unknown text. `evaluation` has several; the data module refuses `self` among them."""
-    from wanda_lightning.data import text_sources
+    from wanda_lightning.data.text_sources import SELF, check_source
 
     if isinstance(texts, str):
-        texts = (texts,)
+        texts = [texts]
     for text in texts:
-        if text != text_sources.SELF:
-            text_sources.check_source(text)
+        if text != SELF:
+            check_source(text)
 
 
 class _File(Yaml):
@@ -65,11 +66,8 @@ class _File(Yaml):
     def _load_config(self, path: Path) -> Any:
         import yaml
 
-        class Texts(yaml.SafeLoader):  # type: ignore[misc]  # PyYAML has no types
-            yaml_implicit_resolvers = {"n": [("tag:yaml.org,2002:null", re.compile("null$"))]}  # noqa: RUF012
-
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=Texts) or {}
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise CycloptsError(
                 msg=f"--config must name YAML files with options, but {path} cannot be read: {one_line(error)}"
@@ -84,7 +82,7 @@ class _File(Yaml):
                     msg=f"--config must name YAML files with options at their top level, but in {path}, {name} holds "
                     "others. Move them up."
                 )
-        return {name: value for name, value in content.items() if value is not None}
+        return {name: value for name, value in content.items() if value != "null"}
 
 
 def read_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -94,9 +92,9 @@ def read_files(app: App, commands: tuple[str, ...], arguments: ArgumentCollectio
         _File(path, must_exist=True, use_commands_as_keys=False)(app, commands, arguments)
 
 
-def values_of(*groups: Any) -> dict[str, Any]:
+def values_of(*groups: object) -> Kwargs:
     """Return all options by name."""
-    values: dict[str, Any] = {}
+    values: Kwargs = {}
     for group in groups:
         values |= vars(group)
     return values
@@ -104,12 +102,12 @@ def values_of(*groups: Any) -> dict[str, Any]:
 
 def given_in(*groups: Any) -> set[str]:
     """Return the names of the options that differ from their defaults."""
-    names = set()
-    for group in groups:
-        for option in fields(group):
-            if getattr(group, option.name) != option.default:
-                names.add(option.name)
-    return names
+    return {
+        option.name
+        for group in groups
+        for option in fields(group)
+        if getattr(group, option.name) != option.default
+    }
 
 
 def as_command(command: str, *groups: Any, always: Collection[str] = ()) -> str:
@@ -117,16 +115,17 @@ def as_command(command: str, *groups: Any, always: Collection[str] = ()) -> str:
     words = ["wanda-lightning", command]
     shown = given_in(*groups).union(always)
     for name, value in values_of(*groups).items():
+        option = f"--{name}"
         if name not in shown:
             continue
         if value is True:
-            words.append(f"--{name}")
+            words.append(option)
         elif isinstance(value, tuple):
             # The option is repeated, since a regular expression may contain commas. An empty text stands for no names.
             for part in value or ("",):
-                words += [f"--{name}", part]
+                words += [option, part]
         else:
-            words += [f"--{name}", str(value)]
+            words += [option, str(value)]
     return shlex.join(words)
 
 
@@ -211,10 +210,7 @@ def _choices() -> Any:
     The help is the first sentence of the argument's description.
     """
     text = inspect.getdoc(PruningConfig.from_names) or ""  # none under python -OO
-    first_sentences = re.findall(
-        r"^ {4}(\w+): (.+?\.)(?=\s|\Z)", text, flags=re.DOTALL | re.MULTILINE
-    )
-    described = dict(first_sentences)
+    described = dict(re.findall(r"(?ms)^ {4}(\w+): (.+?\.)(?=\s|\Z)", text))
 
     options = []
     for name, argument in inspect.signature(PruningConfig.from_names).parameters.items():
@@ -252,7 +248,7 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
     """The reference's name of --pattern unstructured_row and unstructured_layer."""
 
     @property
-    def choices(self) -> dict[str, Any]:
+    def choices(self) -> Kwargs:
         """The arguments of `PruningConfig.from_names`, with the pattern that the reference's flags stand for."""
         choices = {option.name: getattr(self, option.name) for option in fields(_Choices)}
         if self.use_variant:

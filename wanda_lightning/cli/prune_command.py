@@ -6,9 +6,9 @@ Everything is on disk before a word is printed.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from wanda_lightning.cli.sample_text import PROMPTS, continuations
 from wanda_lightning.cli.saving import upload_saved, write_results
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.own_text import sample_windows
@@ -46,8 +47,8 @@ _MIB = 2**20
 class _Measurement:
     """The metrics of one model, and its continuations of the prompts; empty if they were not asked for."""
 
-    metrics: Mapping[str, float]
-    texts: Sequence[str] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,6 @@ class _Pruned:
     save: Callable[[bool], object]  # True leaves out the hidden units that are zero
 
 
-@dataclass(frozen=True)
-class _Saved:
-    """How the model was saved, and a line to print about it."""
-
-    is_smaller: bool = False  # the hidden units that are zero were left out
-    line: str = ""
-
-
 def prune(config: PruningConfig, options: PruneOptions) -> None:
     """Prune a model, measure it before and after, and save what was asked for."""
     data = options.data
@@ -81,10 +74,10 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
 
     pruning = _prune_from_disk if results.stream else _prune_in_memory
     with pruning(config, options) as done:
-        saved = _save(done, results)
-        run = _circumstances(done, config, options, saved.is_smaller)
-        report = _report(done, run, options, saved.is_smaller)
-        report, files = write_results(report, options)
+        report, sentence = _save(done, results)
+        run = _circumstances(done, config, options, report.shrunk)
+        described = {**report.config, "command": _given_values(options)}
+        report, files = write_results(replace(report, run=run, config=described), options)
         if tasks:
             # They take hours for a large model, so everything is saved before, too.
             module = done.module
@@ -92,7 +85,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
             run = replace(run, zero_shot=accuracies)
             report, _ = write_results(replace(report, run=run), options)
 
-    for line in _summary(report, saved, results):
+    for line in _summary(report, run, sentence, results):
         print_line(line)
     if tasks:
         print_table(Evaluation({f"{options.model.model}, pruned": accuracies}).table())
@@ -103,14 +96,15 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
 def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
     """Prune a whole model; measure it before and after on the accelerator, if there is one."""
     model, _, data, results = options
+    name = model.model
     _keep_freed_memory()
     if model.is_image:
-        module = load(model, model.model, data.checkpoint)
-        source = data_for(model, data, model.model, module)
+        module = load(model, name, data.checkpoint)
+        source = data_for(model, data, name, module)
     else:
-        check_source(model.source(model.model))
-        source = data_for(model, data, model.model)
-        module = load(model, model.model)  # after the data, since it may be large
+        check_source(model.source(name))
+        source = data_for(model, data, name)
+        module = load(model, name)  # after the data, since it may be large
 
     # Refuse what cannot be pruned, and a text that is too short, before the model is measured.
     plan = make_plan(config, module.model)
@@ -120,14 +114,13 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     def measurement() -> _Measurement:
-        metrics = {}
+        measured = _Measurement()
         if data.evaluation:
-            metrics = measure(module, source)
+            measured.metrics.update(measure(module, source))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
-        texts = []
         if results.report and not model.is_image:
-            texts = continuations(module.model, module.tokenizer)
-        return _Measurement(metrics, texts)
+            measured.texts.extend(continuations(module.model, module.tokenizer))
+        return measured
 
     def on_device(batch: Any) -> Any:
         return module.transfer_batch_to_device(batch, device, 0)
@@ -165,17 +158,16 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     batches = source.calibration_dataloader()
 
     def measurement(path: str, dtype: str = "auto") -> _Measurement:
-        if not data.evaluation:
-            return _Measurement({})
-        loaders = source.val_dataloader()
-        if not isinstance(loaders, list):
-            loaders = [loaders]
-        perplexities = {}
-        for name, loader in zip(logged_results(source), loaders, strict=True):
-            perplexities[name] = perplexity_from_disk(
-                path, loader, dtype=dtype, device=results.device, **hub.hub
-            )
-        return _Measurement(perplexities)
+        measured = _Measurement()
+        if data.evaluation:
+            loaders = source.val_dataloader()
+            if not isinstance(loaders, list):
+                loaders = [loaders]
+            for name, loader in zip(logged_results(source), loaders, strict=True):
+                measured.metrics[name] = perplexity_from_disk(
+                    path, loader, dtype=dtype, device=results.device, **hub.hub
+                )
+        return measured
 
     def save(shrink: bool) -> object:
         # The pruned model is in its folder already.
@@ -218,30 +210,27 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _save(done: _Pruned, results: Results) -> _Saved:
-    """Save the model, if it is to be saved: smaller if that was asked for and is possible, else with its zeros."""
-    if results.save_model is None:
-        return _Saved()
-    line = ""
+def _save(done: _Pruned, results: Results) -> tuple[PruningReport, str]:
+    """Save the model, if it is to be saved: smaller if that was asked for and is possible, else with its zeros.
+
+    Return the report of the saved model, and a sentence to print about it.
+    """
+    sentence = ""
     if results.shrink:
         try:
-            return _Saved(is_smaller=True, line=str(done.save(True)))
+            sentence = str(done.save(True))
+            return done.report.marked_as_shrunk(), sentence
         except UserError as error:  # pruning may have taken hours
-            line = f"Note: the model is saved with its zeros. {error}"
-    done.save(False)
-    return _Saved(line=line)
+            sentence = f"Note: the model is saved with its zeros. {error}"
+    if results.save_model is not None:
+        done.save(False)
+    return done.report, sentence
 
 
-def _report(
-    done: _Pruned, run: Circumstances, options: PruneOptions, is_smaller: bool
-) -> PruningReport:
-    """Add the run, the options of the command and, for a smaller model, a note."""
+def _given_values(options: PruneOptions) -> Kwargs:
+    """Return the options of the command that have a value."""
     values = values_of(*options)
-    command = {name: value for name, value in values.items() if value not in (None, ())}
-    report = replace(done.report, run=run, config={**done.report.config, "command": command})
-    if is_smaller:
-        report = report.marked_as_shrunk()
-    return report
+    return {name: value for name, value in values.items() if value not in (None, ())}
 
 
 def _circumstances(
@@ -270,7 +259,7 @@ def _circumstances(
         Measured(description, done.dense.metrics[name], done.pruned.metrics[name])
         for name, description in logged_results(done.data).items()
     )
-    metric = TOP1 if isinstance(done.data, ImageDataModule) else PERPLEXITY
+    metric = TOP1 if options.model.is_image else PERPLEXITY
     return replace(run, metric=metric.name, **vars(first), others=tuple(others))
 
 
@@ -278,6 +267,7 @@ def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measure
     """Return the size and the speed of both models; the size after pruning is that of the saved files, if any."""
     if done.module is None:  # it was never in memory
         return ()
+    before = done.dense.metrics
     dense = sum(parameter.nbytes for parameter in done.module.model.parameters()) / _MIB
     pruned = dense
     if folder is not None:
@@ -286,19 +276,19 @@ def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measure
     costs = [Measured("MiB of weights", dense, pruned)]
 
     # The model that was measured has its zeros, so the speed of a smaller one is not known.
-    if "speed" in done.dense.metrics and not is_smaller:
+    if "speed" in before and not is_smaller:
         unit = "images" if isinstance(done.data, ImageDataModule) else "tokens"
-        before = done.dense.metrics["speed"]
-        costs.append(Measured(f"{unit} per second", before, done.pruned.metrics["speed"]))
+        costs.append(Measured(f"{unit} per second", before["speed"], done.pruned.metrics["speed"]))
     return tuple(costs)
 
 
-def _summary(report: PruningReport, saved: _Saved, results: Results) -> Iterator[str]:
+def _summary(
+    report: PruningReport, run: Circumstances, sentence: str, results: Results
+) -> Iterator[str]:
     """Yield the lines that a run prints at its end."""
     yield report.summary()
-    if saved.line:
-        yield saved.line
-    run = report.run or Circumstances()
+    if sentence:
+        yield sentence
     for result in run.results:
         yield change_of(METRICS[run.metric], result)
     for cost in run.costs:
@@ -306,13 +296,11 @@ def _summary(report: PruningReport, saved: _Saved, results: Results) -> Iterator
     for note in report.notes:
         yield f"Note: {note}"
 
-    places = {
-        "model is": results.save_model,
-        "results are": results.save,
-        "report is": results.report,
-    }
-    for content, place in places.items():
-        if place:
-            yield f"The {content} in {place}."
-    if not any(places.values()):
+    if results.save_model:
+        yield f"The model is in {results.save_model}."
+    if results.save:
+        yield f"The results are in {results.save}."
+    if results.report:
+        yield f"The report is in {results.report}."
+    if not (results.save_model or results.save or results.report):
         yield "Nothing was saved. To save the model, add --save_model DIR; for the report, --save DIR."

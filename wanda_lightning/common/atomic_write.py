@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
+from wanda_lightning.common.types import StrPath
+
 TEMPORARY = ".wanda-"
 """The start of temporary names. A killed run may leave some, perhaps with the new model."""
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: StrPath) -> Iterator[Path]:
     """Yield a temporary path to write to; the file replaces `path` if the body ends without an error."""
     target = resolve_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +32,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: StrPath, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill; its files replace those in `path` if the body ends without an error.
 
     They are on the disk before the first old one is deleted. If they cannot be moved, or the place is taken meanwhile,
@@ -90,17 +92,18 @@ def _temporary(target: Path) -> str:
 
 def _flush(path: Path) -> None:
     """Write a file, or the names in a folder, from the cache of the operating system to the disk."""
-    # Some systems cannot flush a folder.
-    ignored = (OSError,) if path.is_dir() else ()
-    with suppress(*ignored):
+    try:
         descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError:
+        if not path.is_dir():  # some systems cannot flush a folder
+            raise
 
 
-def resolve_path(path: str | os.PathLike[str]) -> Path:
+def resolve_path(path: StrPath) -> Path:
     """Return the absolute path, without symbolic links and `~`."""
     return Path(os.path.realpath(os.path.expanduser(path)))
 
@@ -112,9 +115,7 @@ def list_entries(folder: Path) -> list[Path]:
     return [entry for entry in folder.iterdir() if not entry.name.startswith(TEMPORARY)]
 
 
-def require_writable(
-    path: str | os.PathLike[str], overwrite: bool = False, kind: str = "model"
-) -> None:
+def require_writable(path: StrPath, overwrite: bool = False, kind: str = "model") -> None:
     """Raise an OSError for a place where a "model", files of a "folder", or a "file" cannot be written.
 
     A place that is taken needs `overwrite`. Even then, a model replaces nothing but a model.
@@ -130,8 +131,9 @@ def require_writable(
             f"{path} cannot be written, since {place} takes no new files ({error.strerror}). Choose another path."
         ) from error
 
-    if target.exists() and target.is_dir() == (kind == "file"):
-        expected = "file" if kind == "file" else "folder"
+    expects_file = kind == "file"
+    if target.exists() and target.is_dir() == expects_file:
+        expected = "file" if expects_file else "folder"
         raise FileExistsError(f"{path} must be a {expected}. Choose another path.")
     entries = list_entries(target)
     if (entries or target.is_file()) and not overwrite:

@@ -6,63 +6,60 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from math import inf, isfinite
 from numbers import Integral, Real
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from wanda_lightning.common.errors import MissingPackageError, UserError
+from wanda_lightning.common.types import StrPath
 
 
 @dataclass(frozen=True)
 class Number:
     """A finite number in a range: `above` and `below` exclude the bound, `minimum` and `maximum` include it."""
 
-    above: int | float = -inf
-    minimum: int | float = -inf
-    below: int | float = inf
-    maximum: int | float = inf
+    above: float = -inf
+    minimum: float = -inf
+    below: float = inf
+    maximum: float = inf
     whole: bool = False
 
-    def accepts(self, value: Any) -> bool:
-        """Whether a value is a number in the range."""
+    def __contains__(self, value: Any) -> bool:
         kind = Integral if self.whole else Real
         is_number = isinstance(value, kind) and not isinstance(value, bool)
-        if not is_number:
-            return False
-        return self.above < value < self.below and self.minimum <= value <= self.maximum
+        return (
+            is_number and self.above < value < self.below and self.minimum <= value <= self.maximum
+        )
 
     def __str__(self) -> str:
         kind = "a whole number" if self.whole else "a number"
-        bounds = {
-            "above": self.above,
-            "of at least": self.minimum,
-            "below": self.below,
-            "at most": self.maximum,
-        }
-        limits = [f"{word} {bound:.10g}" for word, bound in bounds.items() if isfinite(bound)]
+        words = ("above", "of at least", "below", "at most")
+        bounds = (self.above, self.minimum, self.below, self.maximum)
+        limits = [
+            f"{word} {bound:.10g}"
+            for word, bound in zip(words, bounds, strict=True)
+            if isfinite(bound)
+        ]
         return f"{kind} {' and '.join(limits)}".rstrip()
 
 
+Rule = Number | tuple[object, ...]
 SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
 
 
-def check(method: object, **rules: Number | tuple[object, ...]) -> None:
+def check(method: object, **rules: Rule) -> None:
     """Raise a ValueError for an attribute of a method that breaks its rule."""
     for name, rule in rules.items():
         attribute = {f"{name} of {type(method).__name__}": getattr(method, name)}
         check_values(rule, **attribute)
 
 
-def check_values(rule: Number | tuple[object, ...], **values: object) -> None:
+def check_values(rule: Rule, **values: object) -> None:
     """Raise a ValueError that names a value which breaks the rule: a `Number`, or one of several names."""
+    allowed = str(rule)
+    if isinstance(rule, tuple):
+        allowed = f"one of {', '.join(map(str, rule))}"
     for name, value in values.items():
-        if isinstance(rule, Number):
-            fits = rule.accepts(value)
-            allowed = str(rule)
-        else:
-            fits = value in rule
-            allowed = f"one of {', '.join(map(str, rule))}"
-        if not fits:
+        if value not in rule:
             raise UserError(f"{name} must be {allowed}, but it is {shown(value)}.")
 
 
@@ -93,7 +90,7 @@ def require_extra(extra: str, *packages: str, purpose: str) -> None:
         )
 
 
-def check_report_path(path: str | PathLike[str], option: str = "report") -> None:
+def check_report_path(path: StrPath, option: str = "report") -> None:
     """Raise an error for the path of a report that cannot be written; it names the option with the path."""
     if Path(path).suffix.lower() not in (".html", ".png"):
         raise UserError(f"{option} must end with .html or .png, but it is {str(path)!r}.")

@@ -15,6 +15,6 @@ def dtype_name(dtype: str | torch.dtype) -> str:
 
     Raises a ValueError for anything that is not in `DTYPE_NAMES`.
     """
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    name = str(dtype).removeprefix("torch.")
     check_values(DTYPE_NAMES, dtype=name)
     return name

@@ -12,6 +12,7 @@ from typing import Any
 
 from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.errors import MissingPackageError, UserError
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import one_line
 
 
@@ -19,7 +20,7 @@ from wanda_lightning.common.wording import one_line
 class ModelSource:
     """The source of a model."""
 
-    name: str | os.PathLike[str]  # hub id, folder or `.gguf` file, or `timm:NAME`
+    name: StrPath  # hub id, folder or `.gguf` file, or `timm:NAME`
     revision: str = "main"  # branch, tag or commit on the hub
     cache_dir: str | None = None  # for downloads from the hub; None for the usual one
     trust_remote_code: bool = False  # whether to run the code that comes with the model
@@ -36,20 +37,19 @@ class ModelSource:
         return Path(os.path.expanduser(self.name))  # Path.expanduser refuses ~ of an unknown user
 
     @property
-    def hub(self) -> dict[str, Any]:
+    def hub(self) -> Kwargs:
         """The arguments of `from_pretrained` for a model on the hub, except its id."""
-        return {
-            "revision": self.revision,
-            "cache_dir": self.cache_dir,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        arguments = dict(vars(self))
+        del arguments["name"]
+        return arguments
 
-    def locate(self) -> dict[str, Any]:
+    def locate(self) -> Kwargs:
         """Return the arguments of `from_pretrained`; raise an OSError for a path that is not a model."""
         path = self.path
+        exists = path.exists()
         # An id on the hub is NAME or OWNER/NAME.
         is_path = path.is_absolute() or str(self).startswith(".") or len(path.parts) > 2
-        if not path.exists() and (is_path or path.suffix in (".gguf", ".safetensors")):
+        if not exists and (is_path or path.suffix in (".gguf", ".safetensors")):
             raise FileNotFoundError(f"The model {self} does not exist. Check the path.")
         if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".pth"):
             raise OSError(
@@ -57,28 +57,22 @@ class ModelSource:
             )
 
         arguments = self.hub
+        name = str(path if exists else self)
         if path.suffix == ".gguf":
             require_extra("demo", "gguf", "accelerate", purpose="GGUF files")
-            arguments["pretrained_model_name_or_path"] = str(path.parent)
+            name = str(path.parent)
             arguments["gguf_file"] = path.name
-        else:
-            arguments["pretrained_model_name_or_path"] = str(path if path.exists() else self)
+        arguments["pretrained_model_name_or_path"] = name
         return arguments
 
     def loaded_folder(self) -> Path:
         """Return the folder of a model: its own, or after loading the one of a hub model in the cache."""
         if self.path.is_dir():
             return self.path
-        from huggingface_hub import hf_hub_download
+        from transformers.utils import cached_file
 
-        config = hf_hub_download(
-            str(self),
-            "config.json",
-            revision=self.revision,
-            cache_dir=self.cache_dir,
-            local_files_only=True,
-        )
-        return Path(config).parent
+        options = {**self.hub, "local_files_only": True}
+        return Path(cached_file(str(self), "config.json", **options)).parent
 
 
 def load_config(source: ModelSource) -> Any:
@@ -184,7 +178,7 @@ def _offline_if_unreachable(on_hub: bool) -> Iterator[list[str]]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-def timm_name(name: str | os.PathLike[str]) -> str:
+def timm_name(name: StrPath) -> str:
     """Return the name for `timm.create_model`: without the prefix `timm:`, and a path object as `local-dir:FOLDER`."""
     if not isinstance(name, str):
         name = f"local-dir:{os.fspath(name)}"

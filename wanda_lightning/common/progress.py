@@ -25,8 +25,6 @@ class ProgressBar:
 
     def __init__(self, title: str, total: int | None, enabled: bool = True) -> None:
         self._title = title
-        self._total = total
-        self._done = 0.0
         self._name = ""
         self._console = Console(stderr=True)
         self._cores = CoreWatch()
@@ -34,7 +32,8 @@ class ProgressBar:
         self._last_line = self._started
 
         shows = enabled and total != 0
-        self._prints = shows and not self._console.is_terminal
+        is_terminal = self._console.is_terminal
+        self._prints = shows and not is_terminal
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -43,40 +42,39 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=self._console,
             speed_estimate_period=inf,  # one step may take longer than rich's 30 s
-            disable=self._prints or not shows,
+            disable=not (shows and is_terminal),
         )
-        self._task = self._bar.add_task(title, total=total)
+        self._bar.add_task(title, total=total)
+        self._task = self._bar.tasks[0]
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
         return self
 
-    def __exit__(self, error_class: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error_class: object, *_: object) -> None:
+        ending = "stopped"
         if error_class is None:
+            ending = "done"
             # It may have needed fewer steps than expected.
-            self._bar.update(self._task, total=self._done)
-            if self._total is not None and self._done < self._total:
-                self._total = None
+            self.expect(self._task.completed)
         self._bar.stop()
         if self._prints:
-            self._print_line("done" if error_class is None else "stopped")
+            self._print_line(ending)
 
-    def expect(self, total: int | None) -> None:
+    def expect(self, total: float | None) -> None:
         """Set the number of steps."""
-        self._total = total
-        self._bar.update(self._task, total=total)
+        self._bar.update(self._task.id, total=total)
 
     def show(self, name: str) -> None:
         """Show the name of the next step."""
         self._name = name
-        self._bar.update(self._task, description=f"{self._title} {name}")
+        self._bar.update(self._task.id, description=f"{self._title} {name}")
         self._line_if_due()
 
     def advance(self, steps: float = 1) -> None:
         """Count steps as done."""
         self._cores.check()
-        self._done += steps
-        self._bar.update(self._task, completed=self._done)
+        self._bar.advance(self._task.id, steps)
         # Else `show` writes the line, with the name of the next step.
         if not self._name:
             self._line_if_due()
@@ -84,10 +82,8 @@ class ProgressBar:
     def step(self, left: int | None) -> None:
         """Count one step as done, after which at most `left` steps remain; None if that is not known."""
         if left is not None:
-            total = int(self._done) + 1 + left
-            if self._total is not None:
-                total = min(total, self._total)
-            self.expect(total)
+            total = self._task.completed + 1 + left
+            self.expect(min(total, self._task.total or total))
         self.advance()
 
     def _line_if_due(self) -> None:
@@ -95,17 +91,18 @@ class ProgressBar:
         if not self._prints or now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         time_left = ""
-        if self._total is not None and 0 < self._done < self._total:
-            seconds = (now - self._started) * (self._total - self._done) / self._done
+        left = self._task.remaining
+        if left and self._task.completed:
+            seconds = (now - self._started) * left / self._task.completed
             time_left = f", {seconds:.0f} s left"
         self._print_line(self._name, time_left)
 
     def _print_line(self, name: str, time_left: str = "") -> None:
         self._last_line = time.monotonic()
         seconds = self._last_line - self._started
-        steps = f"{self._done:.0f}"
-        if self._total is not None:
-            steps += f"/{self._total}"
+        steps = f"{self._task.completed:.0f}"
+        if self._task.total is not None:
+            steps += f"/{self._task.total:.0f}"
         words = " ".join(filter(None, (self._title, steps, name)))
         line = f"{words} ({seconds:.0f} s{time_left})"
         # Without breaks: in a log, a message is one line.

@@ -1,4 +1,4 @@
-"""Short names of types that signatures repeat."""
+"""Types that every room uses."""
 
 from __future__ import annotations
 
@@ -6,4 +6,7 @@ import os
 from typing import Any
 
 Kwargs = dict[str, Any]
+"""Values by name, such as the arguments of a function."""
+
 StrPath = str | os.PathLike[str]
+"""A path as text or as an object."""

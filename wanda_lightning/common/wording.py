@@ -25,11 +25,6 @@ def abbreviated(number: int, names: Sequence[str] = (" billion", " million", " t
     return str(number)
 
 
-def as_size(size: int) -> str:
-    """Return a number of bytes in words, such as `98.8 MB`."""
-    return abbreviated(size, (" GB", " MB", " KB")) if size >= 1000 else f"{size} bytes"
-
-
 def quantity(number: int, noun: str, plural: str = "") -> str:
     """Return a number with its noun, such as `1 layer` or `210 layers`."""
     if number != 1:
@@ -44,9 +39,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     if not name:
         return ""
-    shortest: dict[str, str] = {}  # by start, of the length of `name`
-    for candidate in sorted(known, key=lambda text: (len(text), text)):
-        shortest.setdefault(candidate[: len(name)], candidate)
+    longest_first = sorted(known, key=lambda text: (len(text), text), reverse=True)
+    shortest = {candidate[: len(name)]: candidate for candidate in longest_first}
     starts = difflib.get_close_matches(name.lower(), shortest, n=3, cutoff=0.75)
     if not starts:
         return ""

@@ -185,7 +185,7 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         # So that messages can show the sparsity.
         allowed = Number(minimum=1, maximum=10**6, whole=True)
-        if not allowed.accepts(self.n) or not allowed.accepts(self.m) or self.n >= self.m:
+        if self.n not in allowed or self.m not in allowed or self.n >= self.m:
             raise UserError(
                 "pattern N:M keeps N of every M weights and must have whole numbers with 1 <= N < M <= 1000000, but "
                 f"it is {self.n!r}:{self.m!r}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ class Images(Sequence[tuple[Any, int]]):
     A sample has a PIL image or its path, and a label; the transform gets PIL images.
     """
 
-    samples: Sequence[tuple[Any, int]]
-    transform: Callable[[Any], Any] | None = None
+    samples: Sequence[Any]
+    transform: Any = None  # a function of an image
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -79,9 +79,7 @@ def open_source(data: str, model_classes: Sequence[str] = ()) -> ImageSource:
     If all class folders have names that are among `model_classes`, the model's classes by output, their labels are the
     outputs.
     """
-    if data == "digits":
-        return _digits()
-    return _from_folder(Path(data).expanduser(), model_classes)
+    return _digits() if data == "digits" else _from_folder(Path(data).expanduser(), model_classes)
 
 
 def _digits() -> ImageSource:
@@ -114,7 +112,7 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> ImageSource:
             f"data must have images to measure on, but the classes in {evaluation.root} have none."
         )
 
-    folders = evaluation.classes if train is None else train.classes
+    folders = (train or evaluation).classes
     named_by_model = {*folders} <= {*model_classes}
     classes = tuple(model_classes if named_by_model else folders)
     unknown = sorted({*evaluation.classes} - {*classes})
@@ -128,7 +126,7 @@ def _from_folder(root: Path, model_classes: Sequence[str]) -> ImageSource:
         return Images([(path, labels[i]) for path, i in folder.samples])
 
     return ImageSource(
-        train=None if train is None else labeled(train),
+        train=labeled(train) if train else None,
         evaluation=labeled(evaluation),
         class_names=classes,
         sorted_by_name=not named_by_model,

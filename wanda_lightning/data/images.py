@@ -17,9 +17,12 @@ from torch.utils.data import DataLoader, Subset
 from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.data.image_sources import Images, ImageSource, check_source, open_source
 from wanda_lightning.data.loaders import ResumableLoader, silence_worker_advice
+
+Batches = DataLoader[Any]
 
 
 class ImageDataModule(L.LightningDataModule):
@@ -53,7 +56,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        data: str | os.PathLike[str],
+        data: StrPath,
         model: str | nn.Module | None = None,
         batch_size: int = 64,
         num_samples: int = 4096,
@@ -75,14 +78,14 @@ class ImageDataModule(L.LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.image_size = image_size
-        self.preprocessing: dict[str, Any] = {}
+        self.preprocessing: Kwargs = {}
         self._source: ImageSource | None = None
         self._model_classes: tuple[str, ...] = ()
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, by label; available after `setup`."""
-        return self._opened().class_names
+        return self._opened.class_names
 
     @property
     def num_classes(self) -> int:
@@ -116,25 +119,27 @@ class ImageDataModule(L.LightningDataModule):
     def _check_classes(self, outputs: Any, source: ImageSource) -> None:
         """Raise an error if the model has too few outputs; warn if its outputs may be other classes."""
         classes = source.class_names
+        count = len(classes)
         if not isinstance(outputs, int) or outputs < 1:
             return
-        if outputs < len(classes):
+        if outputs < count:
             raise UserError(
-                f"data must have at most as many classes as the model has outputs, but {self.data} has {len(classes)} "
-                f"and the model {outputs}. Build the model with num_classes={len(classes)}."
+                f"data must have at most as many classes as the model has outputs, but {self.data} has {count} "
+                f"and the model {outputs}. Build the model with num_classes={count}."
             )
 
         reason = ""
         if source.sorted_by_name and len(self._model_classes) == outputs:
             unnamed = [name for name in classes if name not in self._model_classes]
             reason = f", and its classes have other names than {unnamed[0]!r}"
-        if reason or outputs > len(classes):
+        if reason or outputs > count:
             rank_zero_warn(
-                f"{self.data} has {len(classes)} classes, and the model has {outputs} outputs{reason}. Class i, "
+                f"{self.data} has {count} classes, and the model has {outputs} outputs{reason}. Class i, "
                 f"counted from {classes[0]!r} = 0, is compared with output i of the model: the accuracy is valid only "
                 "if the model was trained on these classes in this order."
             )
 
+    @property
     def _opened(self) -> ImageSource:
         if self._source is None:
             raise UserError("setup() opens the images, but it was not called. Call it first.")
@@ -163,25 +168,25 @@ class ImageDataModule(L.LightningDataModule):
 
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number of images, and the seed that drew them."""
-        count = min(num_samples, self.num_samples, len(self._opened().calibration or ()))
+        count = min(num_samples, self.num_samples, len(self._opened.calibration or ()))
         return f"{self.data}, {quantity(count, 'image')}, seed {self.seed}"
 
     def describe_evaluation(self) -> str:
         """Return the source and its number of images."""
-        return f"{self.data}, {quantity(len(self._opened().evaluation), 'image')}"
+        return f"{self.data}, {quantity(len(self._opened.evaluation), 'image')}"
 
-    def calibration_dataloader(self) -> DataLoader[Any]:
+    def calibration_dataloader(self) -> Batches:
         """Return the first `num_samples` images of a seeded permutation, preprocessed as for evaluation."""
-        images = self._prepare(self._opened().calibration)
+        images = self._prepare(self._opened.calibration)
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))
         return self._loader(Subset(images, order[: self.num_samples].tolist()))
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def train_dataloader(self) -> Batches:
         """Return the training images, augmented, and shuffled anew in each epoch."""
         # Without persistent workers: those that outlive an epoch would augment with other random numbers than the new
         # ones of a resumed run.
         return ResumableLoader(
-            self._prepare(self._opened().train, augment=True),
+            self._prepare(self._opened.train, augment=True),
             self.batch_size,
             shuffle=True,
             generator=torch.Generator().manual_seed(self.seed),
@@ -190,13 +195,13 @@ class ImageDataModule(L.LightningDataModule):
             seed=self.seed,
         )
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_dataloader(self) -> Batches:
         """Return the evaluation images, in their order."""
-        return self._loader(self._prepare(self._opened().evaluation))
+        return self._loader(self._prepare(self._opened.evaluation))
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, dataset: Any) -> DataLoader[Any]:
+    def _loader(self, dataset: Any) -> Batches:
         return DataLoader(
             dataset,
             self.batch_size,
@@ -205,7 +210,7 @@ class ImageDataModule(L.LightningDataModule):
         )
 
 
-def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> dict[str, Any]:
+def resolve_preprocessing(model: str | nn.Module, image_size: int | None = None) -> Kwargs:
     """Return the preprocessing of a timm model, as arguments of `timm.data.create_transform`.
 
     timm's configuration describes the pretrained weights, but the model may have been built with other arguments, so

@@ -10,6 +10,8 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from wanda_lightning.common.types import Kwargs
+
 
 class ResumableLoader(DataLoader[Any]):
     """A shuffled loader whose run may be resumed in the middle of an epoch, so that no batch comes twice.
@@ -27,16 +29,17 @@ class ResumableLoader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batches of an epoch, or those that are left of it."""
         skip = 0
-        if self.trainer is not None and self.trainer.training:
-            self.generator.manual_seed(self.seed + self.trainer.current_epoch)
-            skip = self.trainer.fit_loop.batch_idx + 1
+        trainer = self.trainer
+        if trainer is not None and trainer.training:
+            self.generator.manual_seed(self.seed + trainer.current_epoch)
+            skip = trainer.fit_loop.batch_idx + 1
         yield from islice(super().__iter__(), skip, None)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Kwargs:
         """Return nothing: the method tells Lightning that the loader can be resumed."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Kwargs) -> None:
         """Do nothing: the Trainer restores its progress itself."""
 
 

@@ -6,7 +6,6 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
+from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.data.loaders import ResumableLoader, silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows
@@ -30,6 +30,9 @@ from wanda_lightning.data.text_sources import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Tokens = Sequence[int]
+Batches = DataLoader[dict[str, Tensor]]
 
 _C4_EVALUATION_WINDOWS = 256
 _SAMPLE = (
@@ -79,11 +82,11 @@ class TextDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        tokenizer: StrPath | PreTrainedTokenizerBase | None = None,
         # Any: also lists and a datasets.Dataset. In a list of strings, jsonargparse would replace names of files by
         # their contents.
-        calibration: str | Any = "python-docs",
-        evaluation: str | Any = "python-docs",
+        calibration: Any = "python-docs",
+        evaluation: Any = "python-docs",
         seqlen: int = 2048,
         num_samples: int = 128,
         batch_size: int = 4,
@@ -107,7 +110,7 @@ class TextDataModule(L.LightningDataModule):
         self._given_tokenizer = tokenizer
 
         self.calibration, self._calibration_source = named(calibration, "calibration")
-        self._evaluation_sources: dict[str, Any] = {}
+        self._evaluation_sources: Kwargs = {}
         if not isinstance(evaluation, list | tuple):
             evaluation = [evaluation]
         for text in evaluation:
@@ -240,11 +243,11 @@ class TextDataModule(L.LightningDataModule):
         name = self.evaluations[number]
         return f"{name}, {quantity(len(self.windows_of(name)), 'window')} of {self.seqlen:,} tokens"
 
-    def calibration_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def calibration_dataloader(self) -> Batches:
         """Return the calibration windows, in the order in which they were drawn."""
         return self._loader(self._check_tokens(self.calibration_windows))
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
+    def train_dataloader(self) -> Batches:
         """Return the training windows, shuffled anew in each epoch."""
         return ResumableLoader(
             _rows(self.train_windows),
@@ -255,14 +258,14 @@ class TextDataModule(L.LightningDataModule):
             seed=self.seed,
         )
 
-    def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[DataLoader[dict[str, Tensor]]]:
+    def val_dataloader(self) -> Batches | list[Batches]:
         """Return the evaluation windows, in the order of the text; a list of dataloaders for several texts."""
         loaders = [self._loader(self.windows_of(source)) for source in self.evaluations]
         return loaders if len(loaders) > 1 else loaders[0]
 
     test_dataloader = predict_dataloader = val_dataloader
 
-    def _loader(self, windows: Tensor) -> DataLoader[dict[str, Tensor]]:
+    def _loader(self, windows: Tensor) -> Batches:
         return DataLoader(_rows(windows), batch_size=self.batch_size)
 
 
@@ -272,9 +275,7 @@ def _rows(windows: Tensor) -> Any:
     return [{"input_ids": window} for window in windows]
 
 
-def draw_from_text(
-    ids: Sequence[int], seqlen: int, num_samples: int, seed: int, source: str
-) -> Tensor:
+def draw_from_text(ids: Tokens, seqlen: int, num_samples: int, seed: int, source: str) -> Tensor:
     """Draw windows that start anywhere in one text, as token ids of shape (num_samples, seqlen).
 
     `random.Random(seed)` draws the same windows as the reference code does for WikiText-2. Errors name the `source`.
@@ -285,7 +286,7 @@ def draw_from_text(
     return torch.tensor(windows, dtype=torch.long)
 
 
-def _refuse_short(ids: Sequence[int], seqlen: int, needed: int, source: str) -> None:
+def _refuse_short(ids: Tokens, seqlen: int, needed: int, source: str) -> None:
     if len(ids) < needed:
         raise UserError(
             f"seqlen={seqlen} needs a text of at least {needed} tokens, but {source} has {len(ids)}. Choose a "
@@ -293,7 +294,7 @@ def _refuse_short(ids: Sequence[int], seqlen: int, needed: int, source: str) -> 
         )
 
 
-def _draw_window(ids: Sequence[int], seqlen: int, rng: random.Random) -> Sequence[int]:
+def _draw_window(ids: Tokens, seqlen: int, rng: random.Random) -> Tokens:
     """Draw a window that does not end with the last token, as in the reference code."""
     start = rng.randint(0, len(ids) - seqlen - 1)
     return ids[start : start + seqlen]
@@ -301,7 +302,7 @@ def _draw_window(ids: Sequence[int], seqlen: int, rng: random.Random) -> Sequenc
 
 def draw_from_documents(
     documents: Sequence[str],
-    tokenize: Callable[[str], Sequence[int]],
+    tokenize: Callable[[str], Tokens],
     seqlen: int,
     num_samples: int,
     seed: int,
@@ -314,7 +315,7 @@ def draw_from_documents(
     """
     rng = random.Random(seed)
     lengths: dict[int, int] = {}  # in tokens, of the documents that were drawn and are too short
-    windows: list[Sequence[int]] = []
+    windows: list[Tokens] = []
     while len(windows) < num_samples:
         # The reference code would draw forever.
         if len(lengths) == len(documents):
@@ -335,7 +336,7 @@ def draw_from_documents(
     return torch.tensor(windows, dtype=torch.long)
 
 
-def cut(ids: Sequence[int], seqlen: int, limit: int | None, source: str) -> Tensor:
+def cut(ids: Tokens, seqlen: int, limit: int | None, source: str) -> Tensor:
     """Cut a text into adjacent windows for perplexity, at most `limit`, and drop the rest at the end.
 
     >>> cut([1, 2, 3, 4, 5, 6, 7], seqlen=3, limit=None, source="a.txt")

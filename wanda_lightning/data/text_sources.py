@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
@@ -42,8 +42,7 @@ def check_source(source: str, option: str = "text") -> None:
         raise UserError(
             f"{option} must be an existing file, but there is no {source}. Check the path."
         )
-    is_file = has_extension and path.is_file()
-    if not (source in _NAMES or is_file or is_hub_id(source)):
+    if not (source in _NAMES or has_extension or is_hub_id(source)):
         raise UserError(
             f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), an existing file "
             f"that ends in {', '.join(EXTENSIONS)}, or a list of documents, but it is {source!r:.80}."
@@ -111,24 +110,23 @@ def _content(source: Any, purpose: str, cache_dir: str | None) -> str | Sequence
     if not isinstance(source, str):
         return documents_in(source, _IN_MEMORY)
     if source == "python-docs":
-        return "\n\n".join(getattr(python_docs(), purpose).values())
+        return "\n\n".join(python_docs()[purpose].values())
     if source == "sklearn-docs":
         return sklearn_docs()
     if source == "wikitext2":
+        name = "wikitext-2-raw-v1"
         split = _WIKITEXT2_SPLIT[purpose]
-        data = load("Salesforce/wikitext", "wikitext-2-raw-v1", split=split, cache_dir=cache_dir)
-        return data["text"]
+        return load("Salesforce/wikitext", name, split=split, cache_dir=cache_dir)["text"]
     if source == "c4":
         split = _C4_SPLIT[purpose]
-        data = load(
+        return load(
             "allenai/c4",
             split=split,
             cache_dir=cache_dir,
             data_files={split: _C4_FILE[split]},
             # Else datasets raises ExpectedMoreSplits, since one file is not all of C4.
             verification_mode="no_checks",
-        )
-        return data["text"]
+        )["text"]
 
     data = load(source, cache_dir=cache_dir)
     if Path(source).suffix in EXTENSIONS:
@@ -138,15 +136,8 @@ def _content(source: Any, purpose: str, cache_dir: str | None) -> str | Sequence
     return documents_in(data[[*usual, *data][0]], f"The data set {source}")
 
 
-class PythonDocs(NamedTuple):
-    """Topics of Python's language reference, with their text by name."""
-
-    calibration: dict[str, str]
-    evaluation: dict[str, str]
-
-
-def python_docs() -> PythonDocs:
-    """Divide the topics of Python's language reference (`help("topics")`) for calibration and evaluation.
+def python_docs() -> dict[str, dict[str, str]]:
+    """Divide the topics of Python's language reference (`help("topics")`) into "calibration" and "evaluation".
 
     The reference has about 465 kB in 79 topics. Calibration gets 70 % of the characters, and one version of Python
     always gives the same split. Many topics quote others ("specialnames" contains "customization"), so topics that
@@ -154,51 +145,35 @@ def python_docs() -> PythonDocs:
     """
     from pydoc_data.topics import topics
 
-    def size(names: Sequence[str]) -> int:
+    def size(names: list[str]) -> int:
         return sum(len(topics[name]) for name in names)
 
-    calibration: list[str] = []
-    evaluation: list[str] = []
+    parts: dict[str, list[str]] = {"calibration": [], "evaluation": []}
     # The largest group first, so that the small ones at the end even the sizes out.
     for group in sorted(_quoting_groups(topics), key=lambda names: (-size(names), names)):
         # Add to the part that is further behind its fraction.
-        evaluated = size(evaluation) * (1 - _EVALUATION_FRACTION)
-        is_behind = evaluated < size(calibration) * _EVALUATION_FRACTION
-        part = evaluation if is_behind else calibration
-        part.extend(group)
-    return PythonDocs(
-        {name: topics[name] for name in sorted(calibration)},
-        {name: topics[name] for name in sorted(evaluation)},
-    )
+        evaluated = size(parts["evaluation"]) * (1 - _EVALUATION_FRACTION)
+        is_behind = evaluated < size(parts["calibration"]) * _EVALUATION_FRACTION
+        parts["evaluation" if is_behind else "calibration"] += group
+    return {part: {name: topics[name] for name in sorted(names)} for part, names in parts.items()}
 
 
 def sklearn_docs() -> str:
     """Return the descriptions of scikit-learn's data sets: 14 texts with 43 kB, unrelated to Python's reference."""
-    texts = {}
-    for file in files("sklearn.datasets.descr").iterdir():
-        if file.name.endswith(".rst"):
-            texts[file.name] = file.read_text(encoding="utf-8")
-    return "\n\n".join(texts[name] for name in sorted(texts))
-
-
-class _Group(NamedTuple):
-    """Topics that quote each other, and all their paragraphs."""
-
-    names: list[str]
-    paragraphs: set[str]
+    descriptions = Path(str(files("sklearn.datasets.descr"))).glob("*.rst")
+    return "\n\n".join(path.read_text(encoding="utf-8") for path in sorted(descriptions))
 
 
 def _quoting_groups(topics: Mapping[str, str]) -> list[list[str]]:
     """Group the topics that share a paragraph, directly or through others."""
-    groups: list[_Group] = []
+    groups: dict[tuple[str, ...], set[str]] = {}  # the paragraphs of each group
     for name in sorted(topics):
-        paragraphs = map(str.strip, topics[name].split("\n\n"))
-        merged = _Group([name], {text for text in paragraphs if len(text) >= _QUOTATION})
-        disjoint = []
-        for group in groups:
-            if merged.paragraphs.isdisjoint(group.paragraphs):
-                disjoint.append(group)
-            else:
-                merged = _Group(group.names + merged.names, group.paragraphs | merged.paragraphs)
-        groups = [*disjoint, merged]
-    return [sorted(group.names) for group in groups]
+        names = [name]
+        split = map(str.strip, topics[name].split("\n\n"))
+        paragraphs = {paragraph for paragraph in split if len(paragraph) >= _QUOTATION}
+        for others in list(groups):
+            if not paragraphs.isdisjoint(groups[others]):
+                names.extend(others)
+                paragraphs |= groups.pop(others)
+        groups[tuple(names)] = paragraphs
+    return [sorted(names) for names in groups]

@@ -57,7 +57,7 @@ class PerLayer(Allocation):
                 f"sparsities of PerLayer must map names of layers to sparsities, but they are {self.sparsities!r}."
             ) from error
         for pattern, sparsity in pairs:
-            if not _SPARSITY.accepts(sparsity):
+            if sparsity not in _SPARSITY:
                 raise UserError(
                     f"sparsity of {pattern!r} in PerLayer must be {_SPARSITY}, but it is {sparsity!r}."
                 )

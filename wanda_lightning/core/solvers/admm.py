@@ -59,7 +59,7 @@ class ADMM(Solver):
         if isinstance(self.rho, list):  # as a file gives it
             object.__setattr__(self, "rho", tuple(self.rho))
         is_pair = isinstance(self.rho, tuple) and len(self.rho) == 2
-        in_range = is_pair and all(map(Number(minimum=_MIN_RHO).accepts, self.rho))
+        in_range = is_pair and all(rho in Number(minimum=_MIN_RHO) for rho in self.rho)
         if not in_range or self.rho[0] > self.rho[1]:
             raise UserError(
                 f"rho of ADMM must be two numbers of at least {_MIN_RHO}, the first and a last that is not smaller, "
