@@ -177,9 +177,7 @@ class BatchNormStatistics:
         used = 0
         size = 1
 
-        def hook(
-            index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> None:
+        def hook(index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
             inputs = input_of(args, kwargs)
             # Held-out samples come last. A layer may get several rows for each sample.
             on_input(index, calls[index], inputs[: len(inputs) * used // size])

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.calibration.batches import BatchFunction
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
 from wanda_lightning.calibration.observer import Observation, Observer, PassiveCalibration
@@ -53,7 +54,7 @@ def prune(
     batches: Iterable[Any] | None = None,
     sparsity: float = 0.5,
     *,
-    forward: Callable[[Any], object] | None = None,
+    forward: BatchFunction | None = None,
     progress: bool = True,
     **choices: Unpack[PruningChoices],
 ) -> PruningReport:
@@ -97,8 +98,8 @@ def prune_as(
     plan: Plan,
     batches: Iterable[Any] | None = None,
     *,
-    forward: Callable[[Any], object] | None = None,
-    predict: Callable[[Any], object] | None = None,
+    forward: BatchFunction | None = None,
+    predict: BatchFunction | None = None,
     progress: bool = True,
     store: WeightStore = WeightStore(),
 ) -> PruningReport:
@@ -147,8 +148,8 @@ def prune_as(
 def rehearse(
     plan: Plan,
     find_batches: Callable[[], Iterable[Any] | None],
-    forward: Callable[[Any], object],
-    predict: Callable[[Any], object],
+    forward: BatchFunction,
+    predict: BatchFunction,
 ) -> None:
     """Raise the errors of a later `prune_as` that the weights or one forward pass of the first batch show.
 

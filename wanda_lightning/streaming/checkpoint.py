@@ -34,6 +34,7 @@ from wanda_lightning.calibration.interception import weights_moved
 from wanda_lightning.common.dtypes import dtype_name
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.common.wording import one_line, quantity
 from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.models import Stop, find_layers, repeated_parameters
@@ -405,7 +406,7 @@ class _TensorInFile:
             return file.get_slice(self._key)[index].clone()
 
 
-def _stamp(path: str | os.PathLike[str]) -> tuple[int, int]:
+def _stamp(path: StrPath) -> tuple[int, int]:
     """Return the size and the time of the last change, in ns; zeros if the file does not exist."""
     try:
         status = os.stat(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from wanda_lightning.common.atomic_write import (
 )
 from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import PrunedLayer
@@ -123,9 +123,7 @@ class OutputFolder(Shards):
     any other folder is refused.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], made_with: Mapping[str, Any], parts: Sequence[str]
-    ) -> None:
+    def __init__(self, folder: StrPath, made_with: Mapping[str, Any], parts: Sequence[str]) -> None:
         super().__init__(resolve_path(folder), parts)
         self._file = self.folder / PROGRESS_NAME
         self.progress = _Progress(
@@ -197,7 +195,7 @@ class OutputFolder(Shards):
         self._file.unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
 
 
-def require_resumable(path: str | os.PathLike[str]) -> None:
+def require_resumable(path: StrPath) -> None:
     """Raise an OSError for a folder that is neither empty nor left by an interrupted run."""
     require_writable(path, overwrite=True, kind="folder")
     target = resolve_path(path)
