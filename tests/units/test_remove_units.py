@@ -275,7 +275,7 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
         hook.remove()
     model.zero_grad()
     with pruning_mode(model):
-        columns = {name: units.columns for name, units in own.removal.units.items()}
+        columns = {name: units.columns_per_unit for name, units in own.removal.units.items()}
         got = gradient_statistics(
             model, own.plan.layers, own.plan.blocks, own.samples, columns=columns
         )

@@ -47,7 +47,7 @@ def fit_settings(
     settings: Settings = ()
     wrong = wrong_with(settings)
     while wrong:
-        better: list[tuple[Settings, Mapping[str, WrongShape]]] = []
+        better = []
         for option in options(settings, changed_sizes(wrong)):
             candidate = (*settings, option)
             try:
@@ -105,9 +105,7 @@ def differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
     built_modules = dict(built.named_modules())
     numbers = {}
     for name, module in model.named_modules():
-        if name not in built_modules:
-            continue
-        before = vars(built_modules[name])
+        before = vars(built_modules.get(name, module))
         widths = {
             key: now
             for key, now in vars(module).items()

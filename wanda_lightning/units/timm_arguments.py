@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -19,7 +20,6 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.units.fit_settings import (
     NUMBERS,
     SHAPES,
-    Settings,
     changed_sizes,
     differences,
     fit_settings,
@@ -40,6 +40,9 @@ from typing import Any
 import timm
 import torch
 from torch import nn
+
+Shapes = dict[str, list[int]]
+Numbers = dict[str, dict[str, int]]
 
 
 {functions}
@@ -80,26 +83,24 @@ def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[s
         known.pop(key, None)
     base = known.pop(_BASE, None)
     name = base or model.pretrained_cfg["architecture"]
-    family = type(model)
     try:
-        built, _ = _build(family, name, known)
+        built = _build(name, known)
     except Exception:  # timm cannot build it without its shapes, either: nothing is known about it
         if base:
             raise
         return name, dict(arguments)
 
-    def built_with(settings: Settings) -> nn.Module:
-        return _build(family, name, {**known, **dict(settings)})[0]
-
-    def options(settings: Settings, sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
-        _, all_arguments = _build(family, name, {**known, **dict(settings)})
-        return _scaled_arguments(all_arguments, sizes)
-
     # If equal widths became different ones, no argument gives them.
     sizes = changed_sizes(wrong_shapes(model, built))
     is_even = len(sizes) == len({old for old, _ in sizes})
     if base is None and is_even:
-        settings, wrong = fit_settings(model, built_with, options)
+        settings, wrong = fit_settings(
+            model,
+            lambda settings: _build(name, known | dict(settings)),
+            lambda settings, sizes: _scaled_arguments(
+                _all_arguments(type(model), name, known | dict(settings)), sizes
+            ),
+        )
         if not wrong:
             return name, {**arguments, **dict(settings)}
 
@@ -135,7 +136,7 @@ def _scaled_arguments(
     for key, value in arguments.items():
         for ratio in ratios:
             scaled = _scaled(value, ratio)
-            if scaled is not None and scaled != value:
+            if scaled not in (None, value):
                 yield key, scaled
 
 
@@ -153,28 +154,26 @@ def _scaled(value: Any, ratio: float) -> Any:
     return number
 
 
-def _build(
-    family: Any, name: str, arguments: Mapping[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a model on the meta device; return it, and all arguments that its class got, with defaults."""
+def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     import timm
 
+    with torch.device("meta"):
+        return timm.create_model(name, **arguments)
+
+
+def _all_arguments(family: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all arguments that the class of a model gets from timm, with defaults."""
     settings: dict[str, Any] = {}
     original = family.__init__
 
     # timm adds arguments of its own to those of the caller, and only the class sees all.
-    def recording(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(original).bind(self, *args, **kwargs)
+    def recording(*args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         settings.update(bound.arguments)
-        original(self, *args, **kwargs)
+        original(*args, **kwargs)
 
-    try:
-        family.__init__ = recording
-        with torch.device("meta"):
-            built = timm.create_model(name, **arguments)
-    finally:
-        family.__init__ = original
-    settings.pop("self", None)
-    settings |= settings.pop("kwargs", {})
-    return built, settings
+    with patch.object(family, "__init__", recording):
+        _build(name, arguments)
+    del settings["self"]
+    return settings | settings.pop("kwargs", {})
