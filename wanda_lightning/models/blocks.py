@@ -12,25 +12,20 @@ from wanda_lightning.models.layers import Layer
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
-def blocks_of_transformers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the blocks among some modules that transformers marks by a base class, by name."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, GradientCheckpointingLayer)
-    }
-
-
 def find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> list[str]:
     """Return the names of the blocks, given all modules by name and the layers to prune. No block lies inside another.
 
     The blocks of transformers have a base class of their own. Elsewhere a block is a member of a list or sequence that
     contains at least two layers and no smaller such member: a stage that consists of blocks is not a block.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layer_count = _count_layers(layers)
-    marked = [name for name in blocks_of_transformers(modules) if layer_count[name]]
+    marked = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, GradientCheckpointingLayer) and layer_count[name]
+    ]
 
     # Lists inside the blocks of transformers, for example of experts, hold no blocks.
     inside_marked = tuple(f"{name}." for name in marked)

@@ -70,20 +70,20 @@ def default_reasons(modules: Mapping[str, nn.Module]) -> dict[str, Reason]:
     """Return the reasons to skip the weights of modules by default, by module name."""
     heads: set[nn.Module] = set()
     timm_stems: set[str] = set()
-    adapters: tuple[str, ...] = ()
+    adapters = []
     for name, module in modules.items():
         heads |= _heads(module)
         timm_stems.update(_timm_stems(name, module, modules))
         # Layers of peft name their adapters.
         inside = getattr(type(module), "adapter_layer_names", ())
-        adapters += tuple(f"{name}.{adapter}." for adapter in inside)
+        adapters += [f"{name}.{adapter}." for adapter in inside]
     routing = routers(modules)
     raw = _first_convolutions(modules)
 
     def reason_for(name: str, module: nn.Module) -> Reason | None:
         if module in heads:
             return Reason(SkipReason.OUTPUT_HEAD, "output head")
-        if name.startswith(adapters):
+        if name.startswith(tuple(adapters)):
             return Reason(SkipReason.ADAPTER, "adapter: trained, not pruned")
         if module in routing:
             return Reason(SkipReason.ROUTER, "router")
@@ -98,7 +98,7 @@ def default_reasons(modules: Mapping[str, nn.Module]) -> dict[str, Reason]:
         return None
 
     reasons = {name: reason_for(name, module) for name, module in modules.items()}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _first_convolutions(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
@@ -121,12 +121,12 @@ def _heads(module: nn.Module) -> set[nn.Module]:
     get_classifier = _method(module, "get_classifier")
     if callable(get_classifier):
         classifier = get_classifier()
-        tops.extend(classifier if isinstance(classifier, tuple | list) else [classifier])
+        tops += classifier if isinstance(classifier, tuple | list) else [classifier]
 
     # A model of transformers with a head: whatever lies beside its body belongs to the head.
     body = module.base_model if hasattr(type(module), "base_model") else None
     if tops and isinstance(body, nn.Module) and body is not module:
-        tops.extend(child for child in module.children() if child is not body)
+        tops += [child for child in module.children() if child is not body]
     return {inner for top in tops if isinstance(top, nn.Module) for inner in top.modules()}
 
 
