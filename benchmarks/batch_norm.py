@@ -28,15 +28,13 @@ from torch.nn import functional as F
 from wanda_lightning import prune
 from wanda_lightning.methods import PRESETS, SEQUENTIAL_CHOICES
 
-METHODS: dict[str, dict[str, Any]] = {
-    "magnitude": {"method": "magnitude"},
-    **{
-        f"{method}_{name}": {"method": method, "sequential": name}
-        for method in ("wanda", "sparsegpt")
-        for name in SEQUENTIAL_CHOICES[::-1]
-    },
-    **{name: {"method": name} for name in PRESETS if name != "fast"},  # it is `wanda_none`
-}
+METHODS: dict[str, dict[str, Any]] = {"magnitude": {"method": "magnitude"}}
+for method, sequential in product(("wanda", "sparsegpt"), reversed(SEQUENTIAL_CHOICES)):
+    METHODS[f"{method}_{sequential}"] = {"method": method, "sequential": sequential}
+for preset in PRESETS:
+    if preset != "fast":  # it is `wanda_none`
+        METHODS[preset] = {"method": preset}
+
 MODELS: dict[str, dict[str, Any]] = {
     "resnet": {"model_name": "resnet18", "channels": (16, 32, 64, 128)},
     "efficientnet": {"model_name": "test_efficientnet"},
@@ -46,16 +44,16 @@ MODELS: dict[str, dict[str, Any]] = {
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return normalized images of 32 x 32 pixels and their labels, for training and for evaluation."""
     scans = load_digits()
+    # Pixels are from 0 to 16. The factor makes them whole numbers up to 255, as in an image file.
     pixels = torch.from_numpy((scans.images * (255 / 16)).round()).float()[:, None] / 255
-    images = (
-        F.interpolate(pixels, size=(32, 32), mode="bicubic", align_corners=False) - 0.3
-    ) / 0.37
+    images = F.interpolate(pixels, size=(32, 32), mode="bicubic", align_corners=False)
+    images = (images - 0.3) / 0.37
     labels = torch.from_numpy(scans.target)
-    parts = train_test_split(
+
+    training, evaluation = train_test_split(
         range(len(labels)), test_size=0.2, random_state=0, stratify=scans.target
     )
-    training, evaluation = ((images[part], labels[part]) for part in parts)
-    return training, evaluation
+    return (images[training], labels[training]), (images[evaluation], labels[evaluation])
 
 
 def train(
@@ -67,10 +65,13 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
     steps = len(inputs) // batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * steps)
+
     for _ in range(epochs):
-        for chosen in torch.randperm(len(inputs))[: steps * batch_size].split(batch_size):
-            shifted = torch.roll(inputs[chosen], torch.randint(-3, 4, (2,)).tolist(), (2, 3))
-            F.cross_entropy(model(shifted), labels[chosen]).backward()
+        order = torch.randperm(len(inputs))[: steps * batch_size]  # without the last, smaller batch
+        for batch in order.split(batch_size):
+            shift = torch.randint(-3, 4, (2,)).tolist()
+            shifted = torch.roll(inputs[batch], shift, (2, 3))
+            F.cross_entropy(model(shifted), labels[batch]).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -84,13 +85,13 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 
 def measure(
-    dense: nn.Module, batches: list[Tensor], evaluation: tuple[Tensor, Tensor], chosen: dict
+    dense: nn.Module, batches: list[Tensor], evaluation: tuple[Tensor, Tensor], choices: dict
 ) -> dict:
     """Prune two copies and return their accuracy, without and with the correction."""
     measured = {}
-    for name, keep in (("top1_uncorrected", True), ("top1", False)):
+    for name, keep_batch_norm in (("top1_uncorrected", True), ("top1", False)):
         model = copy.deepcopy(dense)
-        prune(model, batches, **chosen, keep_batch_norm=keep, progress=False)
+        prune(model, batches, **choices, keep_batch_norm=keep_batch_norm, progress=False)
         measured[name] = accuracy(model, *evaluation)
     return measured
 
@@ -110,17 +111,20 @@ def main(
     batches = list(training[0][order[:256]].split(64))
 
     runs = Runs(save, "batch_norm")
-    top1 = accuracy(dense, *evaluation)
-    case = {"weights": fingerprint(dense)}
     trained = Result(
-        model=model, method="dense", case=case, evaluation=Samples("digits", len(evaluation[0]))
+        model=model,
+        method="dense",
+        case={"weights": fingerprint(dense)},
+        evaluation=Samples("digits", len(evaluation[0])),
     )
-    runs(trained, lambda: {"top1": top1})
+    runs(trained, lambda: {"top1": accuracy(dense, *evaluation)})
+
     calibrated = replace(trained, calibration=Samples("digits", 256))
     for method, goal in product(methods, goals):
-        planned = replace(calibrated, method=method, **sparsity_of(goal), arguments=METHODS[method])
-        chosen = {**METHODS[method], **sparsity_of(goal)}
-        runs(planned, partial(measure, dense, batches, evaluation, chosen))
+        choices = METHODS[method]
+        planned = replace(calibrated, method=method, **sparsity_of(goal), arguments=choices)
+        choices = choices | sparsity_of(goal)
+        runs(planned, partial(measure, dense, batches, evaluation, choices))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,14 @@ than 32 tokens are pruned with the statistics of all experts of their layer, or 
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import product
 from unittest.mock import patch
 
 import torch
-from measuring import LanguageModel, Text, fingerprint, run_from_shell
-from result import Runs
+from measuring import Batches, LanguageModel, Text, fingerprint, run_from_shell
+from result import Result, Runs
 from torch import Tensor
 
 from wanda_lightning import prune
@@ -29,10 +31,10 @@ Score = Callable[[ExpertSaliency, Mixture], Tensor]
 
 def by_norm(_: ExpertSaliency, mixture: Mixture) -> Tensor:
     """Return the squared norm of all weights of each expert."""
-    return sum(
-        (weight.double().square().flatten(1).sum(1) for weight in mixture.experts.parameters()),
-        torch.zeros(()),
-    )
+    norms = torch.zeros(mixture.number, dtype=torch.float64)
+    for weight in mixture.experts.parameters():
+        norms += weight.double().square().flatten(1).sum(1)
+    return norms
 
 
 def at_random(seed: int) -> Score:
@@ -46,48 +48,56 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
     language = LanguageModel(options)
     runs = Runs(save, "experts")
     dense = language.model
-    planned = replace(language.planned, case={"weights": fingerprint(language.model)})
+    planned = replace(language.planned, case={"weights": fingerprint(dense)})
     runs(planned, language.measure)
 
-    def row(name: str, goal: float, score: Score = ExpertSaliency.__call__) -> None:
+    def run(
+        row: Result, calibration: Batches, patched: AbstractContextManager, **choices: str
+    ) -> None:
+        """Prune a copy while something is patched."""
+
         def measure() -> dict[str, float]:
             language.model = copy.deepcopy(dense)
-            with patch.object(ExpertSaliency, "__call__", score):
-                prune(language.model, language.calibration, goal, pattern="experts", progress=False)
+            with patched:
+                prune(language.model, calibration, row.sparsity, **choices, progress=False)
             return language.measure()
 
-        runs(replace(planned, method=name, sparsity=goal, pattern="experts"), measure)
+        runs(row, measure)
 
-    def half(name: str, windows: int, enough: int) -> None:
-        method = name.partition(",")[0]
+    for goal in goals:
+        scores: dict[str, Score] = {
+            "REAP": ExpertSaliency.__call__,
+            "uses": ExpertSaliency.tokens,
+            "norms": by_norm,
+        }
+        for seed in range(3):
+            scores[f"random, seed {seed}"] = at_random(seed)
+        for name, score in scores.items():
+            row = replace(planned, method=name, sparsity=goal, pattern="experts")
+            patched = patch.object(ExpertSaliency, "__call__", score)
+            run(row, language.calibration, patched, pattern="experts")
+
+    # Experts with fewer tokens than this are pruned with the statistics of all experts of their layer.
+    enough = observer.MIN_EXPERT_TOKENS
+    cases = (
+        ("", options.nsamples, enough),
+        (", 2 windows", 2, enough),
+        (", 2 windows, each expert alone", 2, 1),
+    )
+    for method, (case, windows, min_tokens) in product(("wanda", "sparsegpt"), cases):
+        row = replace(
+            planned,
+            method=f"{method}{case}",
+            sparsity=0.5,
+            arguments={"method": method},
+            calibration=replace(planned.calibration, windows=windows),
+        )
         calibration = language.calibration
         if windows < options.nsamples:
             calibration = [{key: ids[:windows] for key, ids in calibration[0].items()}]
-
-        def measure() -> dict[str, float]:
-            language.model = copy.deepcopy(dense)
-            with patch.object(observer, "MIN_EXPERT_TOKENS", enough):
-                prune(language.model, calibration, 0.5, method=method, progress=False)
-            return language.measure()
-
-        data = replace(planned.calibration, windows=windows)
-        runs(
-            replace(
-                planned, method=name, sparsity=0.5, arguments={"method": method}, calibration=data
-            ),
-            measure,
+        run(
+            row, calibration, patch.object(observer, "MIN_EXPERT_TOKENS", min_tokens), method=method
         )
-
-    for goal in goals:
-        row("REAP", goal)
-        row("uses", goal, ExpertSaliency.tokens)
-        row("norms", goal, by_norm)
-        for seed in range(3):
-            row(f"random, seed {seed}", goal, at_random(seed))
-    for method in ("wanda", "sparsegpt"):
-        half(method, options.nsamples, observer.MIN_EXPERT_TOKENS)
-        half(f"{method}, 2 windows", 2, observer.MIN_EXPERT_TOKENS)
-        half(f"{method}, 2 windows, each expert alone", 2, 1)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,6 @@
 `tests/support/families.py` says what is checked.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import logging
 import re
@@ -20,12 +17,36 @@ from typing import Any
 
 import torch
 import transformers as hf
+from measuring import run_from_shell
 from support.families import ORDINARY, OWN_FILE, Result, examine
 from support.zoo import KINDS, family, matching, names
 
 from wanda_lightning.report import versions
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+SUMMARY = (
+    "",
+    "models",
+    "pass",
+    "fail",
+    "cannot be built here",
+    "median coverage",
+    "coverage below 80 %",
+    "hidden units found",
+    "taken out",
+    "folder loaded",
+    "of these with a modeling file",
+)
+COLUMNS = (
+    "family",
+    "class",
+    "coverage",
+    "left dense",
+    "slow",
+    "units taken out",
+    "parameters",
+    "folder",
+)
 
 
 def table(*rows: Sequence[object]) -> list[str]:
@@ -37,123 +58,122 @@ def table(*rows: Sequence[object]) -> list[str]:
 
 def document(results: Sequence[Result]) -> str:
     """Return the text of docs/models.md, with the introduction that it has."""
-    used = {name: version.partition("+")[0] for name, version in versions().items()}
-    kinds = {kind: [result for result in results if result.kind == kind] for kind in KINDS}
-    kinds = {kind: own for kind, own in kinds.items() if own}
-    head = (
-        "",
-        "models",
-        "pass",
-        "fail",
-        "cannot be built here",
-        "median coverage",
-        "coverage below 80 %",
-    )
-    head += ("hidden units found", "taken out", "folder loaded", "of these with a modeling file")
-    summary = table(head, *((KINDS[kind], *_summary(own)) for kind, own in kinds.items()))
-    by = f"torch {used['torch']}, transformers {used['transformers']} and timm {used['timm']}"
-    introduction = PAGE.read_text(encoding="utf-8").partition("\n|")[0]
-    introduction = re.sub(
-        "(?<=wrote this page with ).*(?=\\.$)", by, introduction, flags=re.MULTILINE
-    )
-    lines = [introduction, *summary, "", share(results)]
-    for kind, own in kinds.items():
-        own.sort(key=lambda result: result.name)
+    kinds: dict[str, list[Result]] = {}
+    for kind in KINDS:
+        members = [result for result in results if result.kind == kind]
+        if members:
+            kinds[kind] = sorted(members, key=lambda result: result.name)
+
+    summary = table(SUMMARY, *((KINDS[kind], *_summary(kinds[kind])) for kind in kinds))
+    lines = [_introduction(), *summary, "", share(results)]
+    for kind, members in kinds.items():
+        passed = []
+        others = []
+        for result in members:
+            if result.status == "passes":
+                passed.append(_row(result))
+            else:
+                others.append((result.name, result.model, result.status, result.cause))
+
         lines += ["", f"## {KINDS[kind]}", ""]
-        if bad := [(r.name, r.model, r.status, r.cause) for r in own if r.status != "passes"]:
-            lines += [*table(("family", "class", "", "cause"), *bad), ""]
-        columns = (
-            "family",
-            "class",
-            "coverage",
-            "left dense",
-            "slow",
-            "units taken out",
-            "parameters",
-            "folder",
-        )
-        lines += table(columns, *(_row(result) for result in own if result.status == "passes"))
+        if others:
+            lines += [*table(("family", "class", "", "cause"), *others), ""]
+        lines += table(COLUMNS, *passed)
     return "\n".join(lines) + "\n"
+
+
+def _introduction() -> str:
+    """Return the page above its first table, with the versions that are installed."""
+    used = {name: version.partition("+")[0] for name, version in versions().items()}
+    by = f"torch {used['torch']}, transformers {used['transformers']} and timm {used['timm']}"
+    text = PAGE.read_text(encoding="utf-8").partition("\n|")[0]
+    return re.sub("(?<=wrote this page with ).*(?=\\.$)", by, text, flags=re.MULTILINE)
 
 
 def share(results: Sequence[Result]) -> str:
     """Return the summary sentences."""
     total, passed, _, absent, *_, found, removed, loaded, _ = _summary(results)
-    passes = f"{passed} of {total - absent} models that can be built pass: {passed / max(1, total - absent):.1%}."
-    each = [
-        f"{verb} for {n} ({n / total:.1%})"
-        for verb, n in (("found", found), ("taken out", removed))
-    ]
-    share = f"{loaded} ({loaded / total:.1%})"
-    return f"{passes}\nOf {total} models, hidden units are {', '.join(each)}, loaded for {share}."
+    built = total - absent
+    return (
+        f"{passed} of {built} models that can be built pass: {passed / max(1, built):.1%}.\n"
+        f"Of {total} models, hidden units are found for {found} ({found / total:.1%}), "
+        f"taken out for {removed} ({removed / total:.1%}), loaded for {loaded} ({loaded / total:.1%})."
+    )
 
 
 def _summary(results: Sequence[Result]) -> list[Any]:
-    counts = Counter(result.status for result in results)
-    coverages = sorted(result.coverage for result in results if result.status == "passes")
-    median = f"{coverages[len(coverages) // 2]:.0%}" if coverages else ""
-    each = [counts[status] for status in ("passes", "fails", "cannot be built here")]
+    """Return the cells of `SUMMARY` after the first."""
+    statuses = Counter(result.status for result in results)
     folders = Counter(result.folder for result in results)
-    units = [sum(r.width > 0 for r in results), sum(0 < r.zero == r.removed for r in results)]
-    units += [folders[ORDINARY] + folders[OWN_FILE], folders[OWN_FILE]]
-    return [len(results), *each, median, sum(coverage < 0.8 for coverage in coverages), *units]
+    coverages = sorted(result.coverage for result in results if result.status == "passes")
+    return [
+        len(results),
+        statuses["passes"],
+        statuses["fails"],
+        statuses["cannot be built here"],
+        f"{coverages[len(coverages) // 2]:.0%}" if coverages else "",
+        sum(coverage < 0.8 for coverage in coverages),
+        sum(result.width > 0 for result in results),
+        sum(0 < result.zero == result.removed for result in results),
+        folders[ORDINARY] + folders[OWN_FILE],
+        folders[OWN_FILE],
+    ]
 
 
 def _row(result: Result) -> list[str]:
-    left = "; ".join(
-        f"{part:.0%} {reason}" for reason, part in [*result.left_out.items()][:2] if part > 0.005
-    )
-    units = f"{result.removed} of {result.width}" if result.width else ""
-    shown = [
+    """Return the cells of `COLUMNS`."""
+    reasons = [*result.left_out.items()][:2]
+    return [
+        result.name,
+        result.model,
         f"{result.coverage:.0%}",
-        left,
+        "; ".join(f"{part:.0%} {reason}" for reason, part in reasons if part > 0.005),
         result.slow,
-        units,
+        f"{result.removed} of {result.width}" if result.width else "",
         f"-{result.smaller:.0%}" if result.removed else "",
+        result.folder,
     ]
-    return [result.name, result.model, *shown, result.folder]
 
 
-def main() -> None:
-    """Examine the chosen families, in a process that continues after a crash, and print the summary."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=["*"], metavar="GLOB", help="which families, by kind/name"
-    )
-    parser.add_argument(
-        "--resume", type=Path, help="JSON file of results: families in it are not examined again"
-    )
-    parser.add_argument("--write", action="store_true", help="write docs/models.md")
-    args = parser.parse_args()
+def main(*, only: Sequence[str] = ("*",), resume: Path | None = None, write: bool = False) -> None:
+    """Examine the chosen families, in a process that continues after a crash, and print the summary.
+
+    Args:
+        only: Patterns of families, by kind/name.
+        resume: JSON file of results: families in it are not examined again.
+        write: Write docs/models.md.
+    """
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
     hf.logging.disable_progress_bar()
     logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    results: dict[str, Any] = (
-        json.loads(args.resume.read_text()) if args.resume and args.resume.exists() else {}
-    )
-    every = {f"{kind}/{name}": (kind, name) for kind in KINDS for name in names(kind)}
-    chosen = {key: every[key] for key in sorted(matching(every, args.only))}
+    results: dict[str, Any] = {}
+    if resume and resume.exists():
+        results = json.loads(resume.read_text())
 
     def record(key: str, result: Result) -> None:
         results[key] = asdict(result)
-        if args.resume:
-            args.resume.write_text(json.dumps(results, indent=1))
+        if resume:
+            resume.write_text(json.dumps(results, indent=1))
 
-    for key in [key for key in chosen if key not in results]:
-        of = family(*chosen[key])
-        # If the process crashes, this stays, and the next run continues with the next family.
-        record(key, Result(of.kind, of.name, of.model, "the process crashed"))
-        record(key, result := examine(of))
-        print(key, result, flush=True)
+    families = {f"{kind}/{name}": (kind, name) for kind in KINDS for name in names(kind)}
+    chosen = sorted(matching(families, only))
+    for key in chosen:
+        if key not in results:
+            specimen = family(*families[key])
+            # If the process crashes, this stays, and the next run continues with the next family.
+            crashed = Result(specimen.kind, specimen.name, specimen.model, "the process crashed")
+            record(key, crashed)
+            result = examine(specimen)
+            record(key, result)
+            print(key, result, flush=True)
+
     done = [Result(**results[key]) for key in chosen]
-    if args.write:
+    if write:
         PAGE.write_text(document(done), encoding="utf-8")
     print(share(done))
 
 
 if __name__ == "__main__":
-    main()
+    run_from_shell(main)

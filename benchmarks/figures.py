@@ -51,7 +51,10 @@ ALPS = "ALPS"
 Point = Sequence[Any]  # seconds, perplexity, name
 PRESETS = ("thorough", "best", "balanced", "fast")
 COMPARED = (  # method, whose implementation, label
-    *((name, OURS, name) for name in PRESETS),
+    ("thorough", OURS, "thorough"),
+    ("best", OURS, "best"),
+    ("balanced", OURS, "balanced"),
+    ("fast", OURS, "fast"),
     ("alps", ALPS, "ALPS, authors' code"),
     ("sparsegpt", REFERENCE, "SparseGPT, reference code"),
     ("sparsegpt", OURS, "SparseGPT, ours"),
@@ -60,22 +63,29 @@ COMPARED = (  # method, whose implementation, label
 )
 
 
+# Where a name may stand beside its point: shift in points, and horizontal and vertical alignment.
+SIDES = [
+    (9, 0, "left", "center"),
+    (-9, 0, "right", "center"),
+    (0, 7, "center", "bottom"),
+    (0, -7, "center", "top"),
+]
+for shift in (9, -9, 16, -16, 26):
+    SIDES += [(8, shift, "left", "center"), (-8, shift, "right", "center")]
+SIDES += [(0, -18, "center", "top"), (0, 18, "center", "bottom"), (0, -30, "center", "top")]
+
+
 def methods() -> dict[str, Any]:
     """Perplexity at each sparsity and seconds of pruning, for the presets and for other methods."""
     rows = []
     for method, code, label in COMPARED:
-        found = lookup(
-            run
-            for run in read_table("methods" if code == OURS else "reference")
-            if run.code == code
-        )
-        runs = {goal: found[method, goal] for goal in GOALS if (method, goal) in found}
-        points = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
+        table = read_table("methods" if code == OURS else "reference")
+        cells = lookup(run for run in table if run.code == code)
+        runs = {goal: cells[method, goal] for goal in GOALS if (method, goal) in cells}
+        perplexities = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
         # The seconds of other implementations are of machines whose state was not recorded.
-        times = [run.measured["seconds"] for run in runs.values() if code == OURS]
-        rows.append(
-            {"label": label, "perplexity": points, "seconds": [round(each) for each in times]}
-        )
+        seconds = [round(run.measured["seconds"]) for run in runs.values() if code == OURS]
+        rows.append({"label": label, "perplexity": perplexities, "seconds": seconds})
     return {"dense": _dense(), "rows": rows}
 
 
@@ -89,36 +99,38 @@ def draw_methods(data: Mapping[str, Any]) -> "Figure":
 
     figure, axes = plt.subplots(figsize=(9, 4.3), layout="constrained")
     rows = data["rows"]
-    for height, row in zip(range(len(rows), 0, -1), rows, strict=True):
+    heights = range(len(rows), 0, -1)
+    beside = {"xycoords": ("axes fraction", "data"), "va": "center"}
+    marks = {}
+    for height, row in zip(heights, rows, strict=True):
         values = row["perplexity"].values()
         axes.plot([min(values), max(values)], [height, height], color=GRID, linewidth=2, zorder=1)
         for goal, value in row["perplexity"].items():
             color, marker = GOALS[goal]
-            axes.scatter(value, height, s=46, color=color, marker=marker, zorder=2, label=goal)
-        times = {min(row["seconds"]), max(row["seconds"])} if row["seconds"] else ()
-        shown = " to ".join(map(str, sorted(times))) + " s" if times else "not compared"
-        beside = {"xycoords": ("axes fraction", "data"), "va": "center"}
-        axes.annotate(shown, (1.02, height), **beside, color=INK if times else FAINT)
-    axes.annotate("time to prune", (1.02, len(rows) + 0.8), **beside, color=FAINT)
-    axes.plot([data["dense"]] * 2, [0, len(rows) + 0.5], color=FAINT, linewidth=1, linestyle="--")
-    axes.annotate(
-        f"dense {data['dense']}",
-        (data["dense"], len(rows) + 0.8),
-        va="center",
-        ha="center",
-        color=FAINT,
-    )
-    axes.set_yticks(range(len(rows), 0, -1), [row["label"] for row in rows])
+            marks[goal] = axes.scatter(value, height, s=46, color=color, marker=marker, zorder=2)
+
+        seconds = row["seconds"]
+        if seconds:
+            ends = sorted({min(seconds), max(seconds)})
+            axes.annotate(f"{' to '.join(map(str, ends))} s", (1.02, height), **beside, color=INK)
+        else:
+            axes.annotate("not compared", (1.02, height), **beside, color=FAINT)
+
+    top = len(rows) + 0.8
+    axes.annotate("time to prune", (1.02, top), **beside, color=FAINT)
+    dense = data["dense"]
+    axes.plot([dense, dense], [0, len(rows) + 0.5], color=FAINT, linewidth=1, linestyle="--")
+    axes.annotate(f"dense {dense}", (dense, top), va="center", ha="center", color=FAINT)
+
+    axes.set_yticks(heights, [row["label"] for row in rows])
     for text in axes.get_yticklabels()[: len(PRESETS)]:
         text.set_fontweight("bold")
     axes.set(xlabel="perplexity, logarithmic: lower is better", ylim=(0.4, len(rows) + 1.1))
     _logarithmic(axes, "x")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(
-        [handles[goal] for goal in GOALS], GOALS, title="sparsity", loc=(0.72, 0.42), frameon=False
-    )
+    handles = [marks[goal] for goal in GOALS]
+    axes.legend(handles, GOALS, title="sparsity", loc=(0.72, 0.42), frameon=False)
     return figure
 
 
@@ -127,7 +139,7 @@ def _logarithmic(axes: "Axes", *names: str) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     for name in names:
-        axes.set(**{f"{name}scale": "log"})
+        getattr(axes, f"set_{name}scale")("log")
         axis = getattr(axes, f"{name}axis")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -140,15 +152,12 @@ def _logarithmic(axes: "Axes", *names: str) -> None:
 def frontier() -> dict[str, Any]:
     """Seconds and perplexity of all methods but magnitude, fastest first, for each goal."""
     panels: dict[str, list[list[Any]]] = {}
-    for goal in ("50 %", "60 %", "2:4"):
-        own = [
-            run
-            for run in read_table("methods")
-            if run.goal == goal and run.method != "magnitude" and "seconds" in run.measured
-        ]
-        points = [
-            (run.measured["seconds"], run.measured["perplexity"], _short(run.method)) for run in own
-        ]
+    for goal in GOALS:
+        points = []
+        for run in read_table("methods"):
+            if run.goal == goal and run.method != "magnitude" and "seconds" in run.measured:
+                name = _short(run.method)
+                points.append((run.measured["seconds"], run.measured["perplexity"], name))
         panels[goal] = [[round(x, 1), round(y, 2), name] for x, y, name in sorted(points)]
     return {"dense": _dense(), "panels": panels}
 
@@ -172,15 +181,16 @@ def draw_frontier(data: Mapping[str, Any]) -> "Figure":
     )
     for panel, (goal, points) in zip(panels, data["panels"].items(), strict=True):
         best = _best(points)
-        panel.plot(
-            *zip(*((x, y) for x, y, _ in best), strict=True), color=BLUE, linewidth=1.5, zorder=1
-        )
-        for x, y, name in points:
-            panel.scatter(x, y, s=30, color=BLUE if [x, y, name] in best else FAINT, zorder=2)
-        panel.axhline(data["dense"], color=FAINT, linewidth=1, linestyle="--")
-        panel.annotate(
-            "dense", (1, data["dense"]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-        )
+        seconds, perplexities, _ = zip(*best, strict=True)
+        panel.plot(seconds, perplexities, color=BLUE, linewidth=1.5, zorder=1)
+        for point in points:
+            color = BLUE if point in best else FAINT
+            panel.scatter(point[0], point[1], s=30, color=color, zorder=2)
+
+        dense = data["dense"]
+        panel.axhline(dense, color=FAINT, linewidth=1, linestyle="--")
+        corner = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
+        panel.annotate("dense", (1, dense), **corner)
         panel.set(title=f"{goal} zeros" if "%" in goal else goal, ylabel="perplexity")
         panel.margins(x=0.12, y=0.12)
         _logarithmic(panel, "x", "y")
@@ -204,29 +214,17 @@ def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
     """Write a name beside each point, where it covers no point, no other name and not the line of the best."""
     from matplotlib.transforms import Bbox
 
-    pixels, line = (
-        panel.transData.transform([point[:2] for point in chosen])
-        for chosen in (points, _best(points))
-    )
-    between = [a + (b - a) * step / 50 for a, b in pairwise(line) for step in range(51)]
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in pixels]
-    taken += [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in between]
-    sides = [
-        (9, 0, "left", "center"),
-        (-9, 0, "right", "center"),
-        (0, 7, "center", "bottom"),
-        (0, -7, "center", "top"),
-    ]
-    sides += [
-        (x, y, side, "center")
-        for y in (9, -9, 16, -16, 26)
-        for x, side in ((8, "left"), (-8, "right"))
-    ]
-    sides += [
-        (0, y, "center", vertical) for y, vertical in ((-18, "top"), (18, "bottom"), (-30, "top"))
-    ]
+    def in_pixels(points: Sequence[Point]) -> Any:
+        return panel.transData.transform([point[:2] for point in points])
+
+    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in in_pixels(points)]
+    for start, end in pairwise(in_pixels(_best(points))):
+        for step in range(51):
+            x, y = start + (end - start) * step / 50
+            taken.append(Bbox.from_bounds(x - 1, y - 1, 2, 2))
+
     for x, y, name in points:
-        for dx, dy, horizontal, vertical in sides:
+        for dx, dy, horizontal, vertical in SIDES:
             style = {"ha": horizontal, "va": vertical, "fontsize": 9}
             text = panel.annotate(
                 name, (x, y), xytext=(dx, dy), textcoords="offset points", **style
@@ -235,13 +233,14 @@ def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
             if not any(box.overlaps(other) for other in taken):
                 taken.append(box)
                 break
-            if (dx, dy, horizontal, vertical) != sides[-1]:
+            # The last side stays even if it covers something.
+            if (dx, dy, horizontal, vertical) != SIDES[-1]:
                 text.remove()
 
 
-FIGURES: Mapping[
-    str, tuple[Callable[[], dict[str, Any]], Callable[[Mapping[str, Any]], "Figure"]]
-] = {
+Collect = Callable[[], dict[str, Any]]
+Draw = Callable[[Mapping[str, Any]], "Figure"]
+FIGURES: Mapping[str, tuple[Collect, Draw]] = {
     "methods": (methods, draw_methods),
     "frontier": (frontier, draw_frontier),
 }

@@ -51,10 +51,16 @@ def compare(
 ) -> dict[str, float]:
     """Return the ratio of the times of a step that keeps zeros and one that does not, and their peak memory."""
     without, kept = medians(plain, keeping, runs=runs)
-    ours, theirs = (
-        statistics.median(cost_of(each).peak_mib for _ in range(3)) for each in (keeping, plain)
-    )
-    return {"ratio": kept / without, "peak_mib": ours, "plain_peak_mib": theirs}
+    return {
+        "ratio": kept / without,
+        "peak_mib": median_peak(keeping),
+        "plain_peak_mib": median_peak(plain),
+    }
+
+
+def median_peak(step: Callable[[], object]) -> float:
+    """Return the median of the peak memory of three steps."""
+    return statistics.median(cost_of(step).peak_mib for _ in range(3))
 
 
 def main(*, model: str, runs: int = 5, save: str | None = None) -> None:
@@ -63,23 +69,30 @@ def main(*, model: str, runs: int = 5, save: str | None = None) -> None:
     pruned = CausalLMModule(model, dtype="float32").model.train()
     record = Runs(save, "keeping_zeros")
     prune(pruned, None, 0.5, criterion=Magnitude(), progress=False)
-    (batch,) = random_windows(
-        pruned.config.get_text_config().vocab_size, *WINDOWS, batch_size=WINDOWS[0]
-    )
+    vocabulary = pruned.config.get_text_config().vocab_size
+    (batch,) = random_windows(vocabulary, *WINDOWS, batch_size=WINDOWS[0])
     ids = batch["input_ids"]
-    own = {"method": "KeepZeros", "arguments": {"method": "magnitude"}}
-    planned = Result(
-        model=Path(model).name, sparsity=0.5, calibration=Samples("random tokens", *WINDOWS), **own
-    )
 
-    clocks = [clock(copy.deepcopy(pruned), ids, keeping) for keeping in (False, True)]
-    record.save(planned, compare(*clocks, runs))
-    for name, chosen in ADAPTERS.items():
-        arguments = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **chosen}
-        configs = (config(**arguments) for config in (LoraConfig, KeepZerosLoraConfig))
-        clocks = [clock(get_peft_model(copy.deepcopy(pruned), config), ids) for config in configs]
-        adapted = replace(planned, method="KeepZerosLoraConfig", case={"adapters": name})
-        record.save(adapted, compare(*clocks, runs))
+    planned = Result(
+        model=Path(model).name,
+        method="KeepZeros",
+        sparsity=0.5,
+        arguments={"method": "magnitude"},
+        calibration=Samples("random tokens", *WINDOWS),
+    )
+    plain = clock(copy.deepcopy(pruned), ids)
+    keeping = clock(copy.deepcopy(pruned), ids, keeping=True)
+    record.save(planned, compare(plain, keeping, runs))
+
+    def adapted(config: type[LoraConfig], choices: dict[str, object]) -> Callable[[], float]:
+        adapters = config(r=8, lora_alpha=16, task_type="CAUSAL_LM", **choices)
+        return clock(get_peft_model(copy.deepcopy(pruned), adapters), ids)
+
+    for name, choices in ADAPTERS.items():
+        row = replace(planned, method="KeepZerosLoraConfig", case={"adapters": name})
+        plain = adapted(LoraConfig, choices)
+        keeping = adapted(KeepZerosLoraConfig, choices)
+        record.save(row, compare(plain, keeping, runs))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,13 @@ from wanda_lightning import CausalLMModule, prune, prune_from_disk
 from wanda_lightning.models import find_layers
 
 SMALL = (8, 512)  # windows and tokens for the masks
+# Methods and `sequential` of the runs in memory, the most important first.
+MEMORY = (
+    ("wanda", "layer"),
+    ("wanda", "block"),
+    ("balanced", "layer"),
+    ("sparsegpt", "layer"),
+)
 Measured = dict[str, float]
 
 
@@ -58,11 +65,13 @@ def pruned(options: Options, method: str, dtype: str, device: str) -> tuple[Tens
 
 def against_cpu(options: Options, method: str, dtype: str) -> Measured:
     """Compare masks and errors with those of the CPU."""
-    (cpu, plain), (own, errors) = (
-        pruned(options, method, dtype, device) for device in ("cpu", options.device)
-    )
-    known = {"output_error": fmean(errors), "plain_output_error": fmean(plain)} if errors else {}
-    return {"mask_difference": int((cpu != own).sum()) / len(cpu), **known}
+    masks_cpu, errors_cpu = pruned(options, method, dtype, "cpu")
+    masks, errors = pruned(options, method, dtype, options.device)
+    measured = {"mask_difference": int((masks_cpu != masks).sum()) / len(masks_cpu)}
+    if errors:
+        measured["output_error"] = fmean(errors)
+        measured["plain_output_error"] = fmean(errors_cpu)
+    return measured
 
 
 class Large:
@@ -106,9 +115,8 @@ class Large:
             output = Path(folder) / "pruned"
             self.build().save_pretrained(dense)
             arguments = {**choices, "device": self.options.device, "progress": False}
-            return self.measured(
-                lambda: prune_from_disk(dense, output, self.batches, 0.5, **arguments)
-            )
+            step = partial(prune_from_disk, dense, output, self.batches, 0.5, **arguments)
+            return self.measured(step)
 
 
 def main(options: Options) -> None:
@@ -116,10 +124,10 @@ def main(options: Options) -> None:
     runs = Runs(options.save, "gpu")
     until = time.monotonic() + 60 * options.minutes
     large = Large(options)
-    tokens = Samples("random tokens", options.samples, options.seqlen)
-    few = Samples("random tokens", *SMALL)
     passes = Result(
-        model=f"random Llama {options.shape}", method="forward pass", calibration=tokens
+        model=f"random Llama {options.shape}",
+        method="forward pass",
+        calibration=Samples("random tokens", options.samples, options.seqlen),
     )
     planned = replace(passes, sparsity=0.5)
 
@@ -136,20 +144,15 @@ def main(options: Options) -> None:
                 model=Path(options.model).name,
                 method=method,
                 case={"dtype": dtype},
-                calibration=few,
+                calibration=Samples("random tokens", *SMALL),
             )
             run(row, partial(against_cpu, options, method, dtype))
 
     masks("wanda", "balanced")
     run(passes, large.forward)
-    for method, order in (
-        ("wanda", "layer"),
-        ("wanda", "block"),
-        ("balanced", "layer"),
-        ("sparsegpt", "layer"),
-    ):
-        case = {"sequential": order}
-        run(replace(planned, method=method, case=case), partial(large.prune, method=method, **case))
+    for method, sequential in MEMORY:
+        row = replace(planned, method=method, case={"sequential": sequential})
+        run(row, partial(large.prune, method=method, sequential=sequential))
     disk = replace(planned, method="wanda", case={"source": "disk"})
     run(disk, partial(large.from_disk, method="wanda", sequential="layer"))
     run(replace(planned, method="best"), partial(large.prune, method="best"))

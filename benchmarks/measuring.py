@@ -89,24 +89,26 @@ class LanguageModel:
         module = CausalLMModule(options.model, dtype="float32")
         self.tokenizer = module.tokenizer
         self.model = module.model.eval()
-        # The second is only read if it is used.
+
+        # The second text is only read if it is used.
         texts = list(dict.fromkeys((options.eval, SECOND_TEXT)))
         sizes = {"seqlen": options.seqlen, "num_samples": options.nsamples, "limit": options.limit}
         self.data = TextDataModule(
             self.tokenizer, options.calibration, texts, **sizes, seed=draw, train_samples=more
         )
-        if options.calibration == SELF:  # no Trainer runs the model
+        name = Path(options.calibration).name
+        if options.calibration == SELF:
+            # No Trainer runs the model, so that the data module has no windows of its own.
+            name = OWN_TEXT
             windows = sample_windows(self.model, self.tokenizer, options.nsamples, options.seqlen)
         else:
             windows = self.data.calibration_windows
-        self.calibration, self.evaluation = (
-            in_batches(windows),
-            in_batches(self.data.evaluation_windows),
-        )
+        self.calibration = in_batches(windows)
+        self.evaluation = in_batches(self.data.evaluation_windows)
         self._texts = {"perplexity": self.evaluation}
         if draw:
             self._texts["perplexity_second"] = in_batches(self.data.windows_of(SECOND_TEXT))
-        name = OWN_TEXT if options.calibration == SELF else Path(options.calibration).name
+
         self.planned = Result(
             model=Path(options.model).name,
             method="dense",
@@ -135,9 +137,11 @@ class Photos:
         self.calibration = [pixels for pixels, _ in images.calibration_dataloader()]
         self.evaluation = list(images.val_dataloader())
         self.labels = torch.cat([labels for _, labels in self.evaluation])
-        used, held_out = (Samples(Path(data).name, number) for number in (count, len(self.labels)))
         self.planned = Result(
-            model=Path(folder).name, method="dense", calibration=used, evaluation=held_out
+            model=Path(folder).name,
+            method="dense",
+            calibration=Samples(Path(data).name, count),
+            evaluation=Samples(Path(data).name, len(self.labels)),
         )
 
 
@@ -218,6 +222,7 @@ def cost_of(step: Callable[[], Any], device: str | torch.device = "cpu") -> Cost
     records it.
     """
     gc.collect()
+
     on_accelerator = torch.device(device).type != "cpu"
     if on_accelerator:
         torch.accelerator.synchronize()
@@ -229,13 +234,14 @@ def cost_of(step: Callable[[], Any], device: str | torch.device = "cpu") -> Cost
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         start = psutil.Process().memory_info().rss
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+
     started = timer()
     result = step()
     duration = timer() - started
+
     if on_accelerator:
         peak = torch.accelerator.max_memory_allocated()
     else:
-        peak = 1024 * int(
-            re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]
-        )
+        status = Path("/proc/self/status").read_text()
+        peak = 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
     return Cost(result, duration, start / MIB, (peak - start) / MIB)

@@ -25,7 +25,9 @@ from wanda_lightning.common.atomic_write import atomic_write
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PART = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)
+REFERENCE = "locuslab/wanda"
 GOALS = ("50 %", "60 %", "2:4")
+IMAGE_MODEL = "efficientnet_lite0"
 CHOICES = ("criterion", "solver", "allocation", "recovery", "permutation")
 PRESETS = {
     "fast": ("Wanda in one pass", "a first look, or at most 50 %"),
@@ -41,22 +43,25 @@ PRESETS = {
 
 def claims() -> str:
     """What the package is good for, each with its number."""
-    theirs = {(r.method, r.goal, r.code): r for r in read_table("reference")}
+    theirs = {(run.method, run.goal, run.code): run for run in read_table("reference")}
     ours = lookup(read_table("methods"))
-    reference = "locuslab/wanda"
     alps = theirs["alps", "50 %", "ALPS"]
     best = ours["best", "50 %"]
-    same = perplexity(theirs["wanda", "50 %", reference])
+    same = perplexity(theirs["wanda", "50 %", REFERENCE])
     if perplexity(ours["wanda", "50 %"]) != same:
         raise ValueError(f"The claim that both codes have the perplexity {same} must be changed.")
+
     differences = []
     for (method, goal, code), run in theirs.items():
-        if code == reference:
-            own = theirs.get((method, goal, OURS)) or ours[method, goal]
-            differences.append(abs(run.measured["perplexity"] / own.measured["perplexity"] - 1))
+        if code == REFERENCE:
+            # Some of our runs repeat the exact setting of the reference; the usual table has the others.
+            beside = theirs.get((method, goal, OURS)) or ours[method, goal]
+            differences.append(abs(run.measured["perplexity"] / beside.measured["perplexity"] - 1))
+
     photos = read_table("photos")
     (count,) = {run.calibration.windows for run in photos if run.calibration}
     top1 = {key: percent(run, "top1", 1) for key, run in lookup(photos).items()}
+
     lines = (
         "**Wanda gives the same masks as [the reference](https://github.com/locuslab/wanda)**, bit for bit, on the "
         f"tiny random models of the tests, and the same perplexity, {same} at 50 %. At 2:4 and with other methods, "
@@ -97,27 +102,27 @@ def which() -> str:
         times = sorted(run.measured["seconds"] for run in runs)
         cells = [*map(perplexity, runs), f"{times[0]:.0f} to {times[-1]:.0f}"]
         rows.append([f"`{preset}`", does, when, *cells])
-    return markdown(("preset", "what it does", "when", *GOALS, "seconds"), rows).replace(
-        "---: | ---:", "--- | ---", 1
-    )
+    table = markdown(("preset", "what it does", "when", *GOALS, "seconds"), rows)
+    return table.replace("---: | ---:", "--- | ---", 1)  # two columns of text
 
 
 def zeros() -> str:
     """What zeros are not good for."""
     ours: Lookup = lookup(read_table("methods"))
-    runs = list(tables.read_worth())
-    zipped = {(r.model[:7], r.method, r.goal): number(r, "zstd_mib", ".1f") for r in runs}
-    (whole,) = {
-        number(r, "weights_mib", ".1f")
-        for r in runs
-        if (r.model, r.method) == ("efficientnet_lite0", "dense")
-    }
+    language: dict[tuple[str, str], str] = {}
+    images: dict[tuple[str, str], str] = {}
+    for run in tables.read_worth():
+        zipped = images if run.model == IMAGE_MODEL else language
+        zipped[run.method, run.goal] = number(run, "zstd_mib", ".1f")
+        if run.model == IMAGE_MODEL and run.method == "dense":
+            whole = number(run, "weights_mib", ".1f")
+
     lines = (
         "**Smaller files**: a safetensors file stores zeros like other numbers. `zstd -3` shrinks EfficientNet-Lite0 "
-        f"from {whole} to {zipped['efficie', 'best', '50 %']} MiB after `best` at 50 %, and to "
-        f"{zipped['efficie', 'dense', 'dense']} MiB without zeros. But SmolLM2, whose weights come from a 4-bit file, "
-        f"is larger under `zstd -3` after `best` than the dense model: {zipped['SmolLM2', 'best', '50 %']} and "
-        f"{zipped['SmolLM2', 'dense', 'dense']} MiB.",
+        f"from {whole} to {images['best', '50 %']} MiB after `best` at 50 %, and to "
+        f"{images['dense', 'dense']} MiB without zeros. But SmolLM2, whose weights come from a 4-bit file, "
+        f"is larger under `zstd -3` after `best` than the dense model: {language['best', '50 %']} and "
+        f"{language['dense', 'dense']} MiB.",
         "**Speed**: dense kernels multiply by zeros, too, and no maintained runtime for x86 CPUs skips scattered "
         "zeros. On ARM and in WebAssembly, XNNPACK skips those of 1x1 convolutions from two thirds of zeros on ([which "
         "runtimes do](docs/questions.md#the-pruned-model-is-not-faster)). On NVIDIA GPUs, 2:4 on sparse tensor cores "
@@ -135,18 +140,16 @@ def worth_short() -> str:
         ("structured", "structured, fisher", "structured, longer"), "25 % of units"
     )
     chosen = {"dense": "dense", "int8": "dense", **units}
-    runs = [
-        r
-        for r in tables.read_worth()
-        if "perplexity" in r.measured and chosen.get(r.method) == r.goal
-    ]
+    runs = []
+    for run in tables.read_worth():
+        if "perplexity" in run.measured and chosen.get(run.method) == run.goal:
+            runs.append(run)
     if len(runs) < len(chosen):
         raise ValueError(
             f"The table needs the runs {list(chosen)}, but there are {[run.method for run in runs]}."
         )
-    return tables.worth_table(
-        runs, ("perplexity", "weights_mib", "zstd_mib", "prefill_32", "decode_1")
-    )
+    columns = ("perplexity", "weights_mib", "zstd_mib", "prefill_32", "decode_1")
+    return tables.worth_table(runs, columns)
 
 
 def demo_table() -> str:
@@ -156,15 +159,16 @@ def demo_table() -> str:
 
 def training_costs() -> str:
     """What keeping zeros costs, and what training a pruned model gains."""
-    (cost,) = (r for r in read_table("keeping_zeros") if r.method == "KeepZeros")
+    (cost,) = (run for run in read_table("keeping_zeros") if run.method == "KeepZeros")
     if cost.measured["ratio"] > 1.02:
         raise ValueError(
             f"The claim that keeping zeros takes no time must be changed: {number(cost, 'ratio')}."
         )
-    tuned = {r.method: r for r in read_table("finetuning") if r.goal == "50 %"}
+
+    tuned = {run.method: run for run in read_table("finetuning") if run.goal == "50 %"}
     full = tuned["full"]
     lora = tuned["keep-zeros-lora"]
-    (steps,) = {re.search(r"--steps (\d+)", r.command)[1] for r in tuned.values()}
+    (steps,) = {re.search(r"--steps (\d+)", run.command)[1] for run in tuned.values()}
     return (
         "Keeping zeros takes no measurable time in a training step, and one byte of memory per weight for the masks. "
         f"On SmolLM2-135M-Instruct at 50 %, {steps} steps lower the perplexity from "
@@ -176,9 +180,9 @@ def training_costs() -> str:
 
 def adapters() -> str:
     """What adapters that keep zeros cost in a training step."""
-    runs = {r.case.get("adapters", "").partition(",")[0]: r for r in read_table("keeping_zeros")}
-    few = runs["q_proj"]
-    every = runs["all-linear"]
+    runs = {run.case.get("adapters", ""): run for run in read_table("keeping_zeros")}
+    few = runs["q_proj, v_proj, dropout 0.05"]
+    every = runs["all-linear, no dropout"]
     return (
         f"A training step takes {number(few, 'ratio', '.2f')} times as long as with PEFT's LoRA on `q_proj` and "
         f"`v_proj`, and {number(every, 'ratio', '.2f')} times on all linear layers "
@@ -194,8 +198,8 @@ def measured(*names: str) -> str:
         cells = [tables.with_seconds(ours.get((name, goal))) for goal in GOALS]
         if not any(cells):
             raise ValueError(f"benchmarks/results/methods has no run of {name!r}.")
-        chosen = name in methods.METHODS or name in methods.PRESETS
-        rows.append([f"`{name}`" if chosen else tables.LABELS[name], *cells])
+        is_name = name in methods.METHODS or name in methods.PRESETS
+        rows.append([f"`{name}`" if is_name else tables.LABELS[name], *cells])
     return markdown(("perplexity, seconds", *GOALS), rows)
 
 
@@ -203,21 +207,17 @@ def choices(table: str) -> str:
     """What the names in a table of methods stand for."""
     rows = []
     for name, method in getattr(methods, table).items():
-        made = {part: make() for part in CHOICES if (make := getattr(method, part))}
+        made = {part: getattr(method, part)() for part in CHOICES if getattr(method, part)}
         shown = {part: _short(made[part]) if part in made else "its own" for part in CHOICES}
-        also = ", ".join(filter(None, (shown.pop("permutation"), shown.pop("recovery"))))
-        group = method.group or made["solver"].group(
-            made.get("criterion", made["solver"].own_criterion)
-        )
-        rows.append(
-            [
-                f"`{name}`",
-                *shown.values(),
-                also,
-                group.replace("_", ", rows "),
-                f"`{method.sequential}`",
-            ]
-        )
+        also = ", ".join(filter(None, (shown["permutation"], shown["recovery"])))
+
+        group = method.group
+        if not group:
+            solver = made["solver"]
+            group = solver.group(made.get("criterion", solver.own_criterion))
+        cells = [shown["criterion"], shown["solver"], shown["allocation"], also]
+        within = group.replace("_", ", rows ")
+        rows.append([f"`{name}`", *cells, within, f"`{method.sequential}`"])
     headings = ("name", "criterion", "solver", "allocation", "also", "within", "sequential")
     return markdown(headings, rows, "---")
 
@@ -228,44 +228,43 @@ def _short(choice: Any) -> str:
     if name.startswith("No"):
         return ""
     usual = type(choice)()
-    given = {each.name: getattr(choice, each.name) for each in fields(choice)}
-    shown = [f"{key}={value!r}" for key, value in given.items() if value != getattr(usual, key)]
-    return f"`{name}({', '.join(shown)})`" if shown else f"`{name}`"
+    arguments = []
+    for field in fields(choice):
+        value = getattr(choice, field.name)
+        if value != getattr(usual, field.name):
+            arguments.append(f"{field.name}={value!r}")
+    return f"`{name}({', '.join(arguments)})`" if arguments else f"`{name}`"
 
 
 def card(name: str) -> str:
     """How an object of a class is made, and what it does."""
-    parameters = inspect.signature(getattr(wanda_lightning, name)).parameters.values()
-    arguments = [
-        each.name if each.default is each.empty else f"{each.name}={each.default!r}"
-        for each in parameters
-    ]
-    return textwrap.fill(
-        f"`{name}({', '.join(arguments)})`: {_summary(name)}", 132, break_long_words=False
-    )
+    arguments = []
+    for parameter in inspect.signature(getattr(wanda_lightning, name)).parameters.values():
+        is_required = parameter.default is parameter.empty
+        default = "" if is_required else f"={parameter.default!r}"
+        arguments.append(f"{parameter.name}{default}")
+    text = f"`{name}({', '.join(arguments)})`: {_summary(name)}"
+    return textwrap.fill(text, 132, break_long_words=False)
 
 
 def names(*listed: str) -> str:
     """List public names with their members and summaries, which docs/conf.py replaces by whole docstrings."""
     rows = []
-    for name, *members in (each.split(":") for each in listed):
-        rows.append(
-            [
-                f"`wanda_lightning.{name}`",
-                " ".join(f"`{member}`" for member in members),
-                _summary(name),
-            ]
-        )
+    for text in listed:
+        name, *members = text.split(":")
+        shown = " ".join(f"`{member}`" for member in members)
+        rows.append([f"`wanda_lightning.{name}`", shown, _summary(name)])
     return markdown(("name", "members", "what it is"), rows, "---")
 
 
 def _summary(name: str) -> str:
-    room, _, own = name.rpartition(".")
-    found = getattr(importlib.import_module(f"wanda_lightning.{room}".rstrip(".")), own)
-    return " ".join((inspect.getdoc(found) or "").split("\n\n")[0].split())
+    """Return the first paragraph of the docstring, in one line."""
+    module, _, public = f"wanda_lightning.{name}".rpartition(".")
+    docstring = inspect.getdoc(getattr(importlib.import_module(module), public)) or ""
+    return " ".join(docstring.split("\n\n")[0].split())
 
 
-OWN = (
+FUNCTIONS = (
     claims,
     which,
     zeros,
@@ -278,24 +277,28 @@ OWN = (
     card,
     names,
 )
-PARTS: Mapping[str, Callable[..., str]] = {part.__name__: part for part in OWN} | tables.FRAGMENTS
+PARTS: Mapping[str, Callable[..., str]] = {
+    function.__name__: function for function in FUNCTIONS
+} | tables.FRAGMENTS
 
 
 def fill(text: str) -> str:
     """Return a page with its parts written anew."""
 
-    def part(found: re.Match[str]) -> str:
-        name, *arguments = found[2].split()
-        return f"{found[1]}{PARTS[name](*arguments)}\n{found[3]}"
+    def write(part: re.Match[str]) -> str:
+        start, heading, end = part.groups()
+        name, *arguments = heading.split()
+        return f"{start}{PARTS[name](*arguments)}\n{end}"
 
-    return PART.sub(part, text)
+    return PART.sub(write, text)
 
 
 def main() -> None:
     """Write all pages."""
     for file in FILES:
         text = file.read_text(encoding="utf-8")
-        if (new := fill(text)) != text:
+        new = fill(text)
+        if new != text:
             with atomic_write(file) as temporary:
                 temporary.write_text(new, encoding="utf-8")
 

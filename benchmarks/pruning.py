@@ -27,9 +27,8 @@ def main(
     calibration = Samples("random tokens", nsamples, seqlen)
     planned = Result(model=Path(model).name, method="forward pass", calibration=calibration)
     language = CausalLMModule(model, dtype="float32").model.eval()
-    batches = random_windows(
-        language.config.get_text_config().vocab_size, nsamples, seqlen, batch_size=4
-    )
+    vocabulary = language.config.get_text_config().vocab_size
+    batches = random_windows(vocabulary, nsamples, seqlen, batch_size=4)
     dense = copy.deepcopy(language.state_dict())
 
     def call(batch: dict[str, torch.Tensor]) -> object:
@@ -39,21 +38,21 @@ def main(
         with torch.no_grad():
             return seconds(lambda: [call(batch) for batch in batches])
 
-    def pruning(sequential: str) -> float:
+    def pruning(**choices: str) -> float:
         language.load_state_dict(dense)
-        return seconds(
-            lambda: prune(
-                language, batches, 0.5, sequential=sequential, forward=call, progress=False
-            )
-        )
+        step = partial(prune, language, batches, 0.5, **choices, forward=call, progress=False)
+        return seconds(step)
 
     record.save(planned, {"peak_mib": cost_of(forward).peak_mib})
     for sequential, passes in (("block", 2), ("layer", 1), ("none", 1)):
-        plain, ours = medians(forward, partial(pruning, sequential), runs=runs)
-        choice = {"sequential": sequential}
-        peak = cost_of(partial(pruning, sequential)).peak_mib
-        own = replace(planned, method="wanda", sparsity=0.5, case=choice, arguments=choice)
-        record.save(own, {"ratio": ours / (passes * plain), "peak_mib": peak})
+        choices = {"sequential": sequential}
+        pruning_time = partial(pruning, **choices)
+        plain, ours = medians(forward, pruning_time, runs=runs)
+        peak = cost_of(pruning_time).peak_mib
+        row = replace(planned, method="wanda", sparsity=0.5, case=choices, arguments=choices)
+        record.save(row, {"ratio": ours / (passes * plain), "peak_mib": peak})
+
+    # How long the choice of the weights takes, beside their scores.
     weight = torch.randn(4096, 11008)
     norm = torch.rand(11008)
     scores = weight.abs() * norm

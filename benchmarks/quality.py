@@ -70,24 +70,26 @@ TEXT: dict[str, Choices] = {
 }
 UNSTRUCTURED = ("variant", "owl", "fisher", "best-row_weights", "best+row_weights")  # not for N:M
 PERMUTED = ("wanda+permutation", "balanced+permutation", "best-permutation")  # only for N:M
-BIASES_KEPT = {  # methods whose solver would fit biases, with `intercept=False`
-    f"{name}, biases kept": {"method": name, "solver": replace(method.solver(), intercept=False)}
-    for name, method in {**METHODS, **PRESETS}.items()
-    if name in ("refit", "balanced", "best")
-}
+
+
+def _biases_kept(name: str) -> Choices:
+    """Return a method whose solver would fit biases, without that."""
+    method = METHODS[name] if name in METHODS else PRESETS[name]
+    return {"method": name, "solver": replace(method.solver(), intercept=False)}
+
+
 IMAGES: dict[str, Choices] = {
-    "magnitude": {"method": "magnitude"},
-    "wanda, row": {"method": "wanda"},
+    "magnitude": TEXT["magnitude"],
+    "wanda, row": TEXT["wanda"],
     "wanda, layer": {"method": "wanda", "pattern": Unstructured("layer")},
-    "sparsegpt": {"method": "sparsegpt"},
-    "refit": {"method": "refit"},
-    **{name: {"method": name} for name in PRESETS if name != "fast"},  # it is Wanda within rows
-    **BIASES_KEPT,
+    **{name: TEXT[name] for name in ("sparsegpt", "refit", "balanced", "best", "thorough")},
+    "refit, biases kept": _biases_kept("refit"),
+    "balanced, biases kept": _biases_kept("balanced"),
+    "best, biases kept": _biases_kept("best"),
     "best+row_weights": {"method": "best", "pattern": Unstructured("layer", weigh_rows=True)},
-    **{
-        f"{name} at layer": {"method": name, "sequential": "layer"}
-        for name in ("wanda", "balanced", "best")
-    },
+    "wanda at layer": {"method": "wanda", "sequential": "layer"},
+    "balanced at layer": {"method": "balanced", "sequential": "layer"},
+    "best at layer": {"method": "best", "sequential": "layer"},
     "best+distil at layer": {
         "method": "best",
         "recovery": Distill(blocks=False),
@@ -103,13 +105,11 @@ GOALS = {
 PHOTOS = {
     name: IMAGES[name] for name in ("wanda, row", "sparsegpt", "balanced", "best", "thorough")
 }
-PHOTOS |= {
-    name: choices for name, choices in IMAGES.items() if name.startswith("best+") or " at " in name
-}
-PHOTOS |= {
-    "best-permutation": TEXT["best-permutation"],
-    "best-permutation at layer": {**TEXT["best-permutation"], "sequential": "layer"},
-}
+for name, choices in IMAGES.items():
+    if name.startswith("best+") or " at " in name:
+        PHOTOS[name] = choices
+PHOTOS["best-permutation"] = TEXT["best-permutation"]
+PHOTOS["best-permutation at layer"] = {**TEXT["best-permutation"], "sequential": "layer"}
 WINDOWS = 16  # for calibration, in the table of all methods
 CALIBRATION_PHOTOS = 512  # likewise
 
@@ -149,18 +149,17 @@ def prune_cells(
 ) -> None:
     """Measure all cells, each from the dense weights, but those whose choices the model refuses."""
     dense = copy.deepcopy(model.state_dict())
-    for name, goal, chosen in cells:
+    for name, goal, choices in cells:
         model.load_state_dict(dense)
         try:
-            make_plan(PruningConfig.from_names(**chosen), model)
+            make_plan(PruningConfig.from_names(**choices), model)
         except ValueError as error:
-            print(f"{name}, {goal}: {str(error).partition(', but ')[0].partition('. ')[0]}")
+            print(f"Not measured: {name}, {goal}: {error}")
             continue
-        given = {key: str(value) for key, value in chosen.items() if key not in sparsity_of(goal)}
-        runs(
-            replace(planned, method=name, **sparsity_of(goal), arguments=given),
-            partial(measure, chosen),
-        )
+        target = sparsity_of(goal)
+        arguments = {key: str(value) for key, value in choices.items() if key not in target}
+        row = replace(planned, method=name, **target, arguments=arguments)
+        runs(row, partial(measure, choices))
 
 
 def cells_of(
@@ -171,33 +170,50 @@ def cells_of(
         (name, goal, {**known[name], **sparsity_of(goal)})
         for name in options.methods or known
         for goal in options.goals or goals
-        if name not in (UNSTRUCTURED if ":" in goal else PERMUTED)
+        if is_for(name, goal)
     ]
 
 
-def prune_and_measure(language: LanguageModel, chosen: Choices) -> Measured:
+def is_for(method: str, goal: str) -> bool:
+    """Whether a method can prune to a goal."""
+    if ":" in goal:
+        return method not in UNSTRUCTURED
+    return method not in PERMUTED
+
+
+def prune_and_measure(language: LanguageModel, choices: Choices) -> Measured:
     """Return one cell of the table of a language model."""
-    cost = cost_of(lambda: prune(language.model, language.calibration, **chosen, progress=False))
-    costs = {"seconds": cost.seconds, "peak_mib": cost.peak_mib}
-    return {**language.measure(), **costs, "sparsity": cost.result.sparsity}
+    cost = cost_of(lambda: prune(language.model, language.calibration, **choices, progress=False))
+    return {
+        **language.measure(),
+        "seconds": cost.seconds,
+        "peak_mib": cost.peak_mib,
+        "sparsity": cost.result.sparsity,
+    }
 
 
 def measure_text(options: Options) -> None:
     """Measure all methods with a language model."""
     options = replace(options, nsamples=options.nsamples or WINDOWS)
-    own = options.calibration == SELF
-    more = options.nsamples != WINDOWS
-    if options.draw and (own or more):
-        raise ValueError(f"--draw needs a calibration text and {WINDOWS} windows.")
+    table = "methods"
+    case: dict[str, Any] = {}
+    if options.calibration == SELF:
+        table = "own_text"
+        case["calibration"] = SELF
+    if options.nsamples != WINDOWS:
+        table = "windows" if table == "methods" else table
+        case["windows"] = options.nsamples
+    if options.draw:
+        if case:
+            raise ValueError(f"--draw needs a calibration text and {WINDOWS} windows.")
+        table = "draws"
+        case["draw"] = options.draw
+
     cells = cells_of(options, TEXT, GOALS["text"])
     language = LanguageModel(options, options.draw)
-    runs = Runs(
-        options.save,
-        "own_text" if own else "draws" if options.draw else "windows" if more else "methods",
-    )
+    runs = Runs(options.save, table)
     runs(replace(language.planned, calibration=None), language.measure)
-    case = {"calibration": own and SELF, "windows": more and options.nsamples, "draw": options.draw}
-    planned = replace(language.planned, case={name: value for name, value in case.items() if value})
+    planned = replace(language.planned, case=case)
     prune_cells(language.model, cells, planned, runs, partial(prune_and_measure, language))
 
 
@@ -215,21 +231,21 @@ def measure_images(options: Options) -> None:
         runs(trained, lambda top1=accuracy: {"top1": top1})
         expected = outputs(module.eval(), data.val_dataloader())
         planned = replace(trained, calibration=Samples("digits", data.num_samples))
-        prune_cells(
-            module.model,
-            cells,
-            planned,
-            runs,
-            partial(_prune_digits, demo.run, module, data, expected),
-        )
+        measure = partial(_prune_digits, demo.run, module, data, expected)
+        prune_cells(module.model, cells, planned, runs, measure)
 
 
 def _prune_digits(
-    run: Callable[..., float], module: Any, data: Any, expected: Tensor, chosen: Choices
+    run: Callable[..., float], module: Any, data: Any, expected: Tensor, choices: Choices
 ) -> Measured:
-    top1 = run(module, data, PruningCallback(**chosen, num_samples=data.num_samples))
-    found = outputs(module.eval(), data.val_dataloader())
-    return {"top1": top1, "divergence": float(divergence(found, expected)[0]) / len(expected)}
+    top1 = run(module, data, PruningCallback(**choices, num_samples=data.num_samples))
+    logits = outputs(module.eval(), data.val_dataloader())
+    return {"top1": top1, "divergence": mean_divergence(logits, expected)}
+
+
+def mean_divergence(logits: Tensor, expected: Tensor) -> float:
+    """Return the mean KL divergence from the predictions of the dense model."""
+    return float(divergence(logits, expected)[0]) / len(expected)
 
 
 def measure_photos(options: Options) -> None:
@@ -237,8 +253,12 @@ def measure_photos(options: Options) -> None:
     count = options.nsamples or CALIBRATION_PHOTOS
     cells = cells_of(options, PHOTOS, GOALS["photos"])
     photos = Photos(options.photos, options.data, count)
-    usual = count == CALIBRATION_PHOTOS
-    runs = Runs(options.save, "photos" if usual else "more_photos")
+    planned = photos.planned
+    table = "photos"
+    if count != CALIBRATION_PHOTOS:
+        table = "more_photos"
+        planned = replace(planned, case={"images": count})
+    runs = Runs(options.save, table)
     model = photos.model
     expected = outputs(model, photos.evaluation)
 
@@ -246,28 +266,24 @@ def measure_photos(options: Options) -> None:
         correct = (logits.argmax(dim=1) == photos.labels).tolist()
         return {"top1": sum(correct) / len(correct), "correct": to_hexadecimal(correct)}
 
-    def measure(chosen: Choices) -> dict[str, Any]:
-        duration = seconds(lambda: prune(model, photos.calibration, **chosen, progress=False))
-        found = outputs(model, photos.evaluation)
-        differs = float(divergence(found, expected)[0]) / len(found)
-        return {**scored(found), "divergence": differs, "seconds": duration}
+    def measure(choices: Choices) -> dict[str, Any]:
+        duration = seconds(lambda: prune(model, photos.calibration, **choices, progress=False))
+        logits = outputs(model, photos.evaluation)
+        differs = mean_divergence(logits, expected)
+        return {**scored(logits), "divergence": differs, "seconds": duration}
 
     runs(replace(photos.planned, calibration=None), lambda: scored(expected))
-    prune_cells(
-        model,
-        cells,
-        replace(photos.planned, case={} if usual else {"images": count}),
-        runs,
-        measure,
-    )
+    prune_cells(model, cells, planned, runs, measure)
 
 
 def main(options: Options = Options()) -> None:
     """Measure the missing cells."""
-    measure = (
-        measure_images if options.images else measure_photos if options.photos else measure_text
-    )
-    measure(options)
+    if options.images:
+        measure_images(options)
+    elif options.photos:
+        measure_photos(options)
+    else:
+        measure_text(options)
 
 
 if __name__ == "__main__":

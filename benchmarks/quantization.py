@@ -6,7 +6,7 @@
 
 Prunes a language model to 50 % with Wanda. Each scheme quantizes and dequantizes every pruned matrix of a copy in
 float32. `zeros kept` is the share of the pruned weights that are still exactly zero, `new zeros` the share of the kept
-weights that became zero. Quantizers that are not installed, or do not run on this machine, are named at the end.
+weights that became zero. Quantizers that are not installed, or do not run on this machine, are named.
 """
 
 import copy
@@ -34,9 +34,8 @@ def torchao(config: Callable[[Any], Any], weight: Tensor) -> Tensor:
     """Quantize the weight of a linear layer by a configuration of torchao."""
     import torchao.quantization as quantization
 
-    layer = nn.Linear(
-        weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype
-    )
+    d_out, d_in = weight.shape
+    layer = nn.Linear(d_in, d_out, bias=False, device=weight.device, dtype=weight.dtype)
     layer.weight.data = weight.clone()
     quantization.quantize_(layer, config(quantization))
     return layer.weight.dequantize()
@@ -52,9 +51,8 @@ def bitsandbytes_4bit(kind: str, weight: Tensor) -> Tensor:
     """Quantize to NF4 or FP4, in blocks of 64 weights."""
     from bitsandbytes import functional
 
-    return functional.dequantize_4bit(
-        *functional.quantize_4bit(weight, quant_type=kind, blocksize=64)
-    )
+    quantized, state = functional.quantize_4bit(weight, quant_type=kind, blocksize=64)
+    return functional.dequantize_4bit(quantized, state)
 
 
 def bitsandbytes_8bit(weight: Tensor) -> Tensor:
@@ -62,9 +60,8 @@ def bitsandbytes_8bit(weight: Tensor) -> Tensor:
     from bitsandbytes.nn import Int8Params
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    quantized = Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False).to(
-        weight.device
-    )
+    quantized = Int8Params(weight.half(), requires_grad=False, has_fp16_weights=False)
+    quantized = quantized.to(weight.device)
     return dequantize_bnb_weight(quantized, state=SimpleNamespace(SCB=quantized.SCB))
 
 
@@ -99,32 +96,32 @@ SCHEMES: dict[tuple[str, str], Scheme] = {
     ("bitsandbytes", "int8"): bitsandbytes_8bit,
     ("bitsandbytes", "nf4"): partial(bitsandbytes_4bit, "nf4"),
     ("bitsandbytes", "fp4"): partial(bitsandbytes_4bit, "fp4"),
-    **{
-        ("gguf", name): partial(gguf_type, name)
-        for name in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1")
-    },
     ("compressed_tensors", "int8"): partial(compressed_tensors, 8, True),
     ("compressed_tensors", "int4 symmetric"): partial(compressed_tensors, 4, True),
     ("compressed_tensors", "int4 asymmetric"): partial(compressed_tensors, 4, False),
 }
+for name in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"):
+    SCHEMES["gguf", name] = partial(gguf_type, name)
 
 
 @torch.no_grad()
 def quantize(pruned: nn.Module, scheme: Scheme) -> tuple[nn.Module, float, float]:
     """Return a quantized copy, the share of zeros that it kept, and the share of other weights that became zero."""
     model = copy.deepcopy(pruned)
-    zeros = kept = others = new = 0
+    before = []
+    after = []
     for layer in find_layers(model).layers:
         weight = layer.read().float()
-        back = scheme(weight).float()
-        zero = weight == 0
-        is_zero = back == 0
-        zeros = zeros + int(zero.sum())
-        others = others + int((~zero).sum())
-        kept = kept + int((zero & is_zero).sum())
-        new = new + int((~zero & is_zero).sum())
-        layer.write(back)
-    return model, kept / zeros, new / others
+        quantized = scheme(weight).float()
+        before.append((weight == 0).flatten())
+        after.append((quantized == 0).flatten())
+        layer.write(quantized)
+
+    was_zero = torch.cat(before)
+    is_zero = torch.cat(after)
+    kept = int(is_zero[was_zero].sum()) / int(was_zero.sum())
+    new = int(is_zero[~was_zero].sum()) / int((~was_zero).sum())
+    return model, kept, new
 
 
 def measure(pruned: nn.Module, scheme: Scheme, batches: Batches) -> dict[str, float]:
@@ -148,19 +145,16 @@ def main(options: Options) -> None:
     language = LanguageModel(options)
     runs = Runs(options.save, "quantization")
     model = language.model
-    failures = []
     runs(replace(language.planned, calibration=None), language.measure)
     prune(model, language.calibration, 0.5, method="wanda", progress=False)
     pruned = replace(language.planned, method="wanda", sparsity=0.5, arguments={"method": "wanda"})
+
     for (package, name), scheme in SCHEMES.items():
         planned = replace(pruned, case={"quantizer": package, "scheme": name})
         try:
             runs(planned, partial(measure, model, scheme, language.evaluation))
         except Exception as error:
-            failures.append(
-                f"Not measured: {package} {name}: {type(error).__name__}: {' '.join(str(error).split())}"
-            )
-    print("\n".join(failures))
+            print(f"Not measured: {package} {name}: {error!r}")
 
 
 if __name__ == "__main__":

@@ -51,15 +51,12 @@ QUANTITIES: Mapping[str, str] = {
     "new_zeros": "fraction of the kept weights that became zero",
     "weights_mib": "bytes of all weights, or of the files that a program reads, in MiB",
     "zstd_mib": "weights_mib after zstd -3",
-    **{
-        f"{what}_{size}": f"{text} per second with a batch of {size} / those of the dense float32 model"
-        for what, text in (
-            ("prefill", "tokens of a prompt"),
-            ("decode", "generated tokens"),
-            ("images", "images"),
-        )
-        for size in (1, 32)
-    },
+    "prefill_1": "tokens of a prompt per second with a batch of 1 / those of the dense float32 model",
+    "prefill_32": "tokens of a prompt per second with a batch of 32 / those of the dense float32 model",
+    "decode_1": "generated tokens per second with a batch of 1 / those of the dense float32 model",
+    "decode_32": "generated tokens per second with a batch of 32 / those of the dense float32 model",
+    "images_1": "images per second with a batch of 1 / those of the dense float32 model",
+    "images_32": "images per second with a batch of 32 / those of the dense float32 model",
 }
 """What `measured` may hold."""
 
@@ -116,14 +113,13 @@ class Result:
     note: str | None = None
 
     def __post_init__(self) -> None:
-        if unknown := self.measured.keys() - QUANTITIES.keys():
+        unknown = self.measured.keys() - QUANTITIES.keys()
+        if unknown:
             raise ValueError(
                 f"measured must have names from QUANTITIES, but {min(unknown)!r} is not one of them."
             )
-        if not (
-            0 <= self.sparsity < 1
-            and re.fullmatch(r"(un)?structured|experts|\d+:\d+", self.pattern)
-        ):
+        is_pattern = re.fullmatch(r"(un)?structured|experts|\d+:\d+", self.pattern)
+        if not (0 <= self.sparsity < 1 and is_pattern):
             raise ValueError(
                 "sparsity must be in [0, 1) and pattern be 'unstructured', 'structured', 'experts' or N:M, "
                 f"but they are {self.sparsity} and {self.pattern!r}."
@@ -134,31 +130,31 @@ class Result:
         """Column of the table: `50 %`, `25 % of units`, `25 % of experts`, `2:4`, or `dense`."""
         if ":" in self.pattern:
             return self.pattern
-        of_what = {"structured": " of units", "experts": " of experts"}.get(self.pattern, "")
-        return f"{100 * self.sparsity:g} %{of_what}" if self.sparsity else "dense"
+        if not self.sparsity:
+            return "dense"
+        parts = {"structured": " of units", "experts": " of experts"}.get(self.pattern, "")
+        return f"{100 * self.sparsity:g} %{parts}"
 
     @property
     def name(self) -> str:
         """Name of the file, without the ending."""
-        code = "" if self.code == OURS else self.code
-        parts = (
-            self.model,
-            code,
-            self.method,
-            "" if self.method == "dense" else self.goal,
-            *self.case.values(),
-        )
-        return "-".join(
-            filter(None, (re.sub(r"[^\w.+]+", "-", str(part)).strip("-") for part in parts))
-        ).lower()
+        parts = [self.model]
+        if self.code != OURS:
+            parts.append(self.code)
+        parts.append(self.method)
+        if self.method != "dense":
+            parts.append(self.goal)
+        parts += map(str, self.case.values())
+
+        words = [re.sub(r"[^\w.+]+", "-", part).strip("-") for part in parts]
+        return "-".join(filter(None, words)).lower()
 
     def save(self, folder: Path) -> None:
         """Write the file into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
         with atomic_write(folder / f"{self.name}.json") as new:
-            new.write_text(
-                json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            new.write_text(f"{text}\n", encoding="utf-8")
 
 
 def read(file: Path) -> Result:
@@ -207,24 +203,22 @@ class Runs:
         file = self.folder and self.folder / f"{planned.name}.json"
         if not (file and file.exists()):
             return None
-        found = read(file)
-        data, asked = ((run.calibration, run.evaluation) for run in (found, planned))
-        if data != asked:
+        saved = read(file)
+        used = (saved.calibration, saved.evaluation)
+        asked = (planned.calibration, planned.evaluation)
+        if used != asked:
             raise ValueError(
-                f"--save must name a folder with runs on the same data, but {file} has {data} instead of {asked}. "
+                f"--save must name a folder with runs on the same data, but {file} has {used} instead of {asked}. "
                 "Use those options, or another folder."
             )
-        return found if found.arguments == planned.arguments else None
+        return saved if saved.arguments == planned.arguments else None
 
     def save(self, planned: Result, measured: Mapping[str, Any]) -> Result:
         """Return the run with its numbers, and with `correct` if it is among them, after printing and saving it."""
         numbers = dict(measured)
         result = replace(planned, correct=numbers.pop("correct", None), measured=numbers, **here())
-        print(
-            f"{result.name}:",
-            ", ".join(f"{key} {number:.4g}" for key, number in numbers.items()),
-            flush=True,
-        )
+        shown = ", ".join(f"{key} {number:.4g}" for key, number in numbers.items())
+        print(f"{result.name}: {shown}", flush=True)
         if self.folder:
             result.save(self.folder)
         return result
@@ -232,7 +226,9 @@ class Runs:
 
 def to_hexadecimal(bits: Sequence[bool]) -> str:
     """Return bits as hexadecimal digits, the first of which may stand for fewer than four bits."""
-    return f"{sum(bit << index for index, bit in enumerate(reversed(bits))):0{-(-len(bits) // 4)}x}"
+    number = sum(bit << place for place, bit in enumerate(reversed(bits)))
+    digits = -(-len(bits) // 4)
+    return f"{number:0{digits}x}"
 
 
 def from_hexadecimal(digits: str, count: int) -> list[bool]:
@@ -242,17 +238,20 @@ def from_hexadecimal(digits: str, count: int) -> list[bool]:
 
 def here() -> dict[str, Any]:
     """Return the fields that describe this process: machine, versions, command and date."""
-    saved = sys.argv.index("--save") if "--save" in sys.argv else len(sys.argv)
-    given = sys.argv[1:saved] + sys.argv[saved + 2 :]
-    arguments = (Path(each).name if each.startswith(("/", "~")) else each for each in given)
+    arguments = sys.argv[1:]
+    if "--save" in arguments:
+        start = arguments.index("--save")
+        del arguments[start : start + 2]
+    words = [Path(word).name if word.startswith(("/", "~")) else word for word in arguments]
+
     # A clone need not be installed.
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    ours = re.findall(r'^version = "(.+)"$', project, re.MULTILINE)[0]
+    ours = re.search(r'^version = "(.+)"$', project, re.MULTILINE)[1]
     others = {name: metadata.version(name) for name in PACKAGES}
     return {
         "machine": machine(),
         "versions": {"python": platform.python_version(), OURS: ours, **others},
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]),
         "date": date.today().isoformat(),
     }
 
@@ -261,16 +260,19 @@ def machine() -> str:
     """Return the processor with its number of cores, and the GPU if there is one."""
     import torch
 
+    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    names = (
-        re.findall(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)
-        if cpuinfo.exists()
-        else []
-    )
-    cores = f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
-    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is None:
+    if cpuinfo.exists():
+        match = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE)
+        name = match[1] if match else name
+    cores = f"{os.cpu_count()} cores of {name}"
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
         return cores
-    return f"{cores}, {getattr(torch.get_device_module(accelerator), 'get_device_name', lambda: accelerator.type)()}"
+    device = torch.get_device_module(accelerator)
+    has_name = hasattr(device, "get_device_name")
+    return f"{cores}, {device.get_device_name() if has_name else accelerator.type}"
 
 
 def sparsity_of(goal: str) -> dict[str, Any]:

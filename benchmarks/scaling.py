@@ -8,6 +8,7 @@ Seconds are those of the processor, in one thread. Memory is what is needed beyo
 """
 
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -57,9 +58,8 @@ def run(method: str, model: Any, batches: Batches) -> float:
 
     started = time.process_time()
     if method in METHODS:
-        prune(
-            model, batches, 0.5, method=method, sequential="layer", forward=forward, progress=False
-        )
+        choices = {"method": method, "sequential": "layer"}
+        prune(model, batches, 0.5, **choices, forward=forward, progress=False)
     else:
         with torch.no_grad():
             for batch in batches:
@@ -71,19 +71,21 @@ def main(*, save: str | None = None) -> None:
     """Measure each size with each method."""
     runs = Runs(save, "scaling")
     for size, values in SIZES.items():
-        for name, value in product(SCALED, values):
-            sizes = {**DEFAULTS, **({"blocks": 1} if size == "width" else {}), size: value}
-            shape = {key: str(each) for key, each in sizes.items()}
+        for method, value in product(SCALED, values):
+            sizes = {**DEFAULTS, size: value}
+            if size == "width":
+                sizes["blocks"] = 1
             planned = Result(
                 model="random Llama",
-                method=name,
-                sparsity=0.5 if name in METHODS else 0.0,
+                method=method,
                 case={"by": size, "value": value},
-                arguments=({"method": name, "sequential": "layer"} if name in METHODS else {})
-                | shape,
+                arguments={name: str(number) for name, number in sizes.items()},
                 calibration=Samples("random tokens", sizes["windows"], LENGTH),
             )
-            runs(planned, partial(in_new_process, measure, name, sizes))
+            if method in METHODS:
+                choices = {"method": method, "sequential": "layer"}
+                planned = replace(planned, sparsity=0.5, arguments=choices | planned.arguments)
+            runs(planned, partial(in_new_process, measure, method, sizes))
 
 
 if __name__ == "__main__":

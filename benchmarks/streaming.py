@@ -42,30 +42,29 @@ def build(folder: Path, config: LlamaConfig) -> None:
     """Write a random model, one file for each block."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
+    parts: dict[str, dict[str, torch.Size]] = {}
     for name, tensor in model.state_dict().items():
-        parts.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "", {})[name] = (
-            tensor
-        )
+        block = ".".join(name.split(".")[:3]) if ".layers." in name else ""
+        parts.setdefault(block, {})[name] = tensor.shape
+
+    generator = torch.Generator().manual_seed(0)
     index = {}
     folder.mkdir(parents=True)
-    for number, tensors in enumerate(parts.values(), 1):
+    for number, shapes in enumerate(parts.values(), 1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        values = {
-            name: torch.ones(tensor.shape, dtype=torch.bfloat16) for name, tensor in tensors.items()
-        }
-        for value in values.values():
-            if value.ndim > 1:
-                value.normal_(0, 0.02, generator=generator)
-        save_file(values, folder / file, metadata={"format": "pt"})
-        index |= dict.fromkeys(values, file)
+        weights = {}
+        for name, shape in shapes.items():
+            weights[name] = torch.ones(shape, dtype=torch.bfloat16)
+            if len(shape) > 1:
+                weights[name].normal_(0, 0.02, generator=generator)
+        save_file(weights, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(weights, file)
+
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index})
-    )
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 @Parameter(name="*")
@@ -93,13 +92,22 @@ def stream(
     shutil.rmtree(output, ignore_errors=True)
     cost = cost_of(lambda: prune_from_disk(folder, output, samples, 0.5, **choices, progress=False))
     moved = psutil.Process().io_counters()
-    bytes_ = {"read_gb": moved.read_chars / 1e9, "written_gb": moved.write_chars / 1e9}
-    return {"seconds": cost.seconds, "peak_rss_mib": cost.start_mib + cost.peak_mib, **bytes_}
+    return {
+        "seconds": cost.seconds,
+        "peak_rss_mib": cost.start_mib + cost.peak_mib,
+        "read_gb": moved.read_chars / 1e9,
+        "written_gb": moved.write_chars / 1e9,
+    }
 
 
 def main(command: Literal["memory"], folder: Path, /, *, options: Options) -> None:
     """Prune in a new process for each run; models are written to a folder unless they are there."""
-    others = {name: given for name in OTHERS if (given := getattr(options, name)) is not None}
+    choices = {"sequential": options.sequential}
+    for name in OTHERS:
+        value = getattr(options, name)
+        if value is not None:
+            choices[name] = value
+
     for layers in options.layers:
         source = folder / f"{options.shape}-{layers or 'all'}"
         config = llama(*SHAPES[options.shape])
@@ -107,13 +115,9 @@ def main(command: Literal["memory"], folder: Path, /, *, options: Options) -> No
         if not source.exists():
             build(source, config)
         samples = random_windows(config.vocab_size, options.samples, options.length)
+
         for method in options.method:
-            own = {
-                "solver" if method == "admm" else "method": method,
-                "sequential": options.sequential,
-                **others,
-            }
-            case = {"layers": config.num_hidden_layers, "sequential": options.sequential, **others}
+            case = {"layers": config.num_hidden_layers, **choices}
             planned = Result(
                 model=f"random Llama {options.shape}",
                 method=method,
@@ -122,7 +126,8 @@ def main(command: Literal["memory"], folder: Path, /, *, options: Options) -> No
                 case=case,
                 calibration=Samples("random tokens", options.samples, options.length),
             )
-            numbers = in_new_process(stream, source, folder / "pruned", samples, own)
+            arguments = {"solver" if method == "admm" else "method": method, **choices}
+            numbers = in_new_process(stream, source, folder / "pruned", samples, arguments)
             Runs(options.save, "streaming_memory").save(planned, numbers)
 
 

@@ -8,22 +8,27 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from statistics import linear_regression, mean
 
 import numpy as np
-import pandas as pd
 from result import OURS, Result, Samples, from_hexadecimal, read_table
 from scipy.stats import sem
 
 ROOT = Path(__file__).parents[1]
 LABELS: Mapping[str, str] = {
-    **{name: name for name in ("dense", "bfloat16", "int8", "int4", "magnitude")},
+    "dense": "dense",
+    "bfloat16": "bfloat16",
+    "int8": "int8",
+    "int4": "int4",
+    "magnitude": "magnitude",
     "REAP": "REAP",
     "uses": "number of routed tokens",
     "norms": "norm of the weights",
-    **{f"random, seed {seed}": f"at random, seed {seed}" for seed in range(3)},
+    "random, seed 0": "at random, seed 0",
+    "random, seed 1": "at random, seed 1",
+    "random, seed 2": "at random, seed 2",
     "wanda": "Wanda",
     "wanda, row": "Wanda, within a row",
     "wanda, layer": "Wanda, within a layer",
@@ -32,20 +37,19 @@ LABELS: Mapping[str, str] = {
     "owl": "Wanda with `OWL`",
     "fisher": "Wanda with `Fisher`",
     "wanda+permutation": "Wanda with a permutation",
-    **{f"wanda_{name}": f'Wanda, `sequential="{name}"`' for name in ("none", "block", "layer")},
+    "wanda_none": 'Wanda, `sequential="none"`',
+    "wanda_block": 'Wanda, `sequential="block"`',
+    "wanda_layer": 'Wanda, `sequential="layer"`',
     "fast": "`fast`",
-    **{
-        f"wanda{more}": f"Wanda{more}" for more in (", 2 windows", ", 2 windows, each expert alone")
-    },
-    **{
-        f"sparsegpt{more}": f"`SparseGPT`{more}"
-        for more in ("", ", 2 windows", ", 2 windows, each expert alone")
-    },
+    "wanda, 2 windows": "Wanda, 2 windows",
+    "wanda, 2 windows, each expert alone": "Wanda, 2 windows, each expert alone",
+    "sparsegpt": "`SparseGPT`",
+    "sparsegpt, 2 windows": "`SparseGPT`, 2 windows",
+    "sparsegpt, 2 windows, each expert alone": "`SparseGPT`, 2 windows, each expert alone",
     "sparsegpt at layer": '`SparseGPT`, `sequential="layer"`',
-    **{
-        f"sparsegpt_{name}": f'`SparseGPT`, `sequential="{name}"`'
-        for name in ("none", "block", "layer")
-    },
+    "sparsegpt_none": '`SparseGPT`, `sequential="none"`',
+    "sparsegpt_block": '`SparseGPT`, `sequential="block"`',
+    "sparsegpt_layer": '`SparseGPT`, `sequential="layer"`',
     "refit": "`Refit`",
     "refit, biases kept": "`Refit`, biases kept",
     "alps": "ALPS",
@@ -90,10 +94,11 @@ Cell = Callable[[Result], str]
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---:") -> str:
     """Return a table; `align` is that of all columns but the first."""
-    lines = [headings, ["---", *[align] * (len(headings) - 1)], *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
+    lines = []
+    for row in (headings, ["---"] + [align] * (len(headings) - 1), *rows):
+        cells = [cell.replace("|", "\\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def grid(
@@ -104,18 +109,30 @@ def grid(
     Raises:
         ValueError: Two different cells have the same place.
     """
-    data = pd.DataFrame(cells, columns=["row", "column", "cell"]).drop_duplicates()
-    table = data.pivot(index="row", columns="column", values="cell")
-    table = table.reindex(
-        index=data["row"].unique(), columns=columns or data["column"].unique()
-    ).fillna("")
-    return markdown([heading, *table.columns], table.reset_index().to_numpy().tolist())
+    table: dict[str, dict[str, str]] = {}
+    seen: dict[str, None] = {}
+    for row, column, cell in cells:
+        seen[column] = None
+        if table.setdefault(row, {}).setdefault(column, cell) != cell:
+            raise ValueError(
+                f"{row}, {column}: a table cannot show both {table[row][column]} and {cell}."
+            )
+
+    headings = list(columns or seen)
+    rows = [[row, *(own.get(column, "") for column in headings)] for row, own in table.items()]
+    return markdown([heading, *headings], rows)
 
 
-def by_goals(heading: str, results: Iterable[Result], cell: Cell) -> str:
+def label(result: Result) -> str:
+    """Return how the method is written."""
+    return LABELS.get(result.method, result.method)
+
+
+def by_goals(heading: str, results: Iterable[Result], cell: Cell, row: Cell = label) -> str:
     """Return a table with a row for each method and a column for each goal, without the dense model."""
-    pruned = in_order(result for result in results if result.method != "dense")
-    return grid(heading, [(LABELS[r.method], r.goal, cell(r)) for r in pruned], goals_of(pruned))
+    pruned = in_order(run for run in results if run.method != "dense")
+    cells = [(row(run), run.goal, cell(run)) for run in pruned]
+    return grid(heading, cells, goals_of(pruned))
 
 
 def lookup(results: Iterable[Result]) -> Lookup:
@@ -124,17 +141,26 @@ def lookup(results: Iterable[Result]) -> Lookup:
     Raises:
         ValueError: Two of them have the same method and goal.
     """
-    pairs = [((result.method, result.goal), result) for result in results]
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError(
-            f"A table must have one run in each cell, but has {sorted(key for key, _ in pairs)}."
-        )
-    return found
+    table: dict[tuple[str, str], Result] = {}
+    for result in results:
+        key = (result.method, result.goal)
+        if key in table:
+            raise ValueError(f"A table must have one run in each cell, but has two of {key}.")
+        table[key] = result
+    return table
+
+
+ORDER = list(LABELS)
 
 
 def in_order(results: Iterable[Result]) -> list[Result]:
     """Return results in the order of `LABELS`, and of their sparsities."""
-    return sorted(results, key=lambda r: (list(LABELS).index(r.method), by_goal(r.goal)))
+    return sorted(results, key=lambda run: (ORDER.index(run.method), by_goal(run.goal)))
+
+
+def label_and_goal(result: Result) -> str:
+    """Return how the method is written, and its sparsity unless it is the dense model."""
+    return label(result) if result.method == "dense" else f"{label(result)}, {result.goal}"
 
 
 def goals_of(results: Iterable[Result]) -> list[str]:
@@ -142,10 +168,16 @@ def goals_of(results: Iterable[Result]) -> list[str]:
     return sorted({result.goal for result in results} - {"dense"}, key=by_goal)
 
 
-def number(result: Result | None, quantity: str, form: str = ".4g", scale: float = 1) -> str:
+def dense_of(results: Iterable[Result]) -> Result:
+    """Return the run of the dense model."""
+    return next(run for run in results if run.method == "dense")
+
+
+def number(result: Result | None, quantity: str, form: str = ".4g") -> str:
     """Return a measured number, or an empty string if it was not measured."""
-    measured = result.measured.get(quantity) if result else None
-    return "" if measured is None else f"{scale * measured:{form}}"
+    if result is None or quantity not in result.measured:
+        return ""
+    return f"{result.measured[quantity]:{form}}"
 
 
 def percent(result: Result | None, quantity: str, digits: int = 2) -> str:
@@ -155,26 +187,24 @@ def percent(result: Result | None, quantity: str, digits: int = 2) -> str:
 
 def seconds(result: Result | None) -> str:
     """Return measured seconds, with one decimal below ten."""
-    measured = result.measured.get("seconds") if result else None
-    return "" if measured is None else f"{measured:.{0 if measured >= 10 else 1}f}"
+    is_long = result is not None and result.measured.get("seconds", 0) >= 10
+    return number(result, "seconds", ".0f" if is_long else ".1f")
 
 
 def perplexity(result: Result | None) -> str:
     """Return perplexity with four digits."""
-    return (
-        ""
-        if result is None
-        else f"{_perplexity(result):{'.0f' if _perplexity(result) >= 1000 else '#.4g'}}"
-    )
-
-
-def with_seconds(result: Result | None) -> str:
-    """Return perplexity, and seconds if they were measured."""
-    return perplexity(result) + (f", {taken} s" if (taken := seconds(result)) else "")
+    is_large = result is not None and _perplexity(result) >= 1000
+    return number(result, "perplexity", ".0f" if is_large else "#.4g")
 
 
 def _perplexity(result: Result) -> float:
     return result.measured["perplexity"]
+
+
+def with_seconds(result: Result | None) -> str:
+    """Return perplexity, and seconds if they were measured."""
+    duration = seconds(result)
+    return f"{perplexity(result)}, {duration} s" if duration else perplexity(result)
 
 
 def by_goal(goal: str) -> tuple[bool, str]:
@@ -184,10 +214,12 @@ def by_goal(goal: str) -> tuple[bool, str]:
 
 def samples(data: Samples) -> str:
     """Describe calibration or evaluation data."""
-    if not data.length:
-        return f"{data.windows} {'' if data.data in ('digits', 'random images') else 'images of '}{data.data}"
-    tokens = data.data if data.data == "random tokens" else f"tokens of {data.data}"
-    return f"{data.windows} windows of {data.length} {tokens}"
+    if data.length:
+        tokens = data.data if data.data == "random tokens" else f"tokens of {data.data}"
+        return f"{data.windows} windows of {data.length} {tokens}"
+    if data.data in ("digits", "random images"):
+        return f"{data.windows} {data.data}"
+    return f"{data.windows} images of {data.data}"
 
 
 USUAL = {  # docs/measured.md says it once
@@ -196,28 +228,36 @@ USUAL = {  # docs/measured.md says it once
 }
 
 
-def source(results: Sequence[Result], data: bool = True, notes: bool = True) -> str:
+def source(results: Sequence[Result]) -> str:
     """Describe the data, unless they are the usual ones, and the notes of all results; begin with an empty line."""
-    named = []
-    for name, usual in USUAL.items() if data else ():
-        used = _distinct(samples(own) for result in results if (own := getattr(result, name)))
-        if used not in ([], [usual]):
-            named.append(f"{name.capitalize()}: {'; '.join(used)}.")
-    noted = [
-        f"- {_noted(note, results)}{note}"
-        for note in _distinct(result.note for result in results)
-        if notes
-    ]
-    return "".join(f"\n\n{part}" for part in (" ".join(named), "\n".join(noted)) if part)
+    return source_of_data(results) + source_of_notes(results)
+
+
+def source_of_data(results: Sequence[Result]) -> str:
+    """Describe the data, unless they are the usual ones; begin with an empty line."""
+    sentences = []
+    for name, usual in USUAL.items():
+        used = [getattr(result, name) for result in results]
+        described = _distinct(samples(data) for data in used if data)
+        if described not in ([], [usual]):
+            sentences.append(f"{name.capitalize()}: {'; '.join(described)}.")
+    return f"\n\n{' '.join(sentences)}" if sentences else ""
+
+
+def source_of_notes(results: Sequence[Result]) -> str:
+    """List the notes of all results; begin with an empty line."""
+    notes = _distinct(result.note for result in results)
+    lines = [f"- {_noted(note, results)}{note}" for note in notes]
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 def _noted(note: str, results: Sequence[Result]) -> str:
     """Name the runs that have a note, unless these are all or many."""
-    noted = [result for result in results if result.note == note]
+    noted = [run for run in results if run.note == note]
     if len(noted) == len(results):
         return ""
-    names = {f"{LABELS.get(result.method, result.method)}, {result.goal}": None for result in noted}
-    return f"{'; '.join(names) if len(names) <= 4 else 'Some runs'}: "
+    names = _distinct(label_and_goal(run) for run in noted)
+    return f"{'; '.join(names)}: " if len(names) <= 4 else "Some runs: "
 
 
 def _distinct(values: Iterable[str | None]) -> list[str]:
@@ -228,76 +268,72 @@ def methods() -> str:
     """Perplexity, seconds and memory of all methods with a language model."""
     results = in_order(read_table("methods"))
     goals = ["50 %", "60 %", "70 %", "2:4"]
+    wanda = {run.goal: _perplexity(run) for run in results if run.method == "wanda"}
     rows = []
     worse = []
-    wanda = {result.goal: _perplexity(result) for result in results if result.method == "wanda"}
-    for method, group in groupby(results, lambda result: result.method):
+    for method, group in groupby(results, lambda run: run.method):
         runs = {run.goal: run for run in group if run.goal in ("dense", *goals)}
         cells = [perplexity(runs.get("dense", runs.get(goal))) for goal in goals]
-        peaks = [run.measured["peak_mib"] for run in runs.values() if "peak_mib" in run.measured]
         times = ", ".join(filter(None, map(seconds, runs.values())))
-        rows.append([LABELS[method], *cells, times, f"{max(peaks):.0f}" if peaks else ""])
+        peaks = [run.measured.get("peak_mib", 0) for run in runs.values()]
+        peak = f"{max(peaks):.0f}" if any(peaks) else ""
+        rows.append([LABELS[method], *cells, times, peak])
+
         lost = [goal for goal, run in runs.items() if _perplexity(run) > wanda.get(goal, math.inf)]
         if lost and method != "magnitude":
             worse.append(f"{LABELS[method]} ({', '.join(lost)})")
-    other = [
-        f"{LABELS[r.method]} {perplexity(r)} at {r.goal}"
-        for r in results
-        if r.goal not in ("dense", *goals)
-    ]
+
+    others = [run for run in results if run.goal not in ("dense", *goals)]
+    other = [f"{label(run)} {perplexity(run)} at {run.goal}" for run in others]
     sentences = f"Worse than Wanda: {', '.join(worse)}. Other sparsities: {', '.join(other)}."
     headings = ("perplexity", *goals, "seconds", "peak memory above the model, MiB")
-    return "\n\n".join([markdown(headings, rows), sentences]) + source(results)
+    return f"{markdown(headings, rows)}\n\n{sentences}{source(results)}"
 
 
 def demo() -> str:
     """Perplexity in `make demo` on two texts."""
     results = in_order(read_table("demo"))
-    cells = [(LABELS[r.method], "sparsity", r.goal if r.sparsity else "0") for r in results]
-    cells += [(LABELS[r.method], r.case["on"], perplexity(r)) for r in results]
-    # sklearn-docs first.
-    columns = [
-        "sparsity",
-        *sorted({r.case["on"] for r in results}, reverse=True),
-    ]
+    cells = []
+    for run in results:
+        method = label(run)
+        cells.append((method, "sparsity", run.goal if run.sparsity else "0"))
+        cells.append((method, run.case["on"], perplexity(run)))
+    columns = ["sparsity", "sklearn-docs", "python-docs"]
     return grid("method", cells, columns) + source(results)
 
 
 def reference() -> str:
     """Our perplexity beside that of other implementations."""
     results = in_order(read_table("reference"))
-    more = lookup(read_table("methods"))
-    ours = lookup(result for result in results if result.code == OURS)
-    paper, alps = (
-        [result for result in results if result.code == code] for code in ("locuslab/wanda", "ALPS")
-    )
+    usual = lookup(read_table("methods"))
+    ours = [run for run in results if run.code == OURS]
+    paper = [run for run in results if run.code == "locuslab/wanda"]
+    alps = [run for run in results if run.code == "ALPS"]
+
+    same_setting = lookup(ours)
     rows = []
     for theirs in paper:
-        own = ours.get((theirs.method, theirs.goal)) or more[theirs.method, theirs.goal]
-        rows.append(
-            [
-                LABELS[theirs.method],
-                theirs.goal.replace("dense", ""),
-                perplexity(own),
-                perplexity(theirs),
-            ]
-        )
+        key = (theirs.method, theirs.goal)
+        own = same_setting.get(key) or usual[key]
+        goal = theirs.goal.replace("dense", "")
+        rows.append([LABELS[theirs.method], goal, perplexity(own), perplexity(theirs)])
     first = markdown(("method", "sparsity", "ours", "reference code"), rows)
-    beside = [
-        *alps,
-        *(more[method, r.goal] for method in ("balanced", "best", "thorough") for r in alps),
-    ]
+
     # Without seconds: those of ALPS are of a machine whose state was not recorded.
-    second = grid("perplexity", [(r.goal, LABELS[r.method], perplexity(r)) for r in beside])
-    notes = _distinct(f"- {result.code}: {result.note}" for result in (*paper, *alps))
-    return "\n\n".join([first, second, "\n".join(notes)]) + source(list(ours.values()))
+    presets = product(("balanced", "best", "thorough"), (run.goal for run in alps))
+    beside = [*alps, *(usual[preset] for preset in presets)]
+    second = grid("perplexity", [(run.goal, label(run), perplexity(run)) for run in beside])
+    notes = _distinct(f"- {run.code}: {run.note}" for run in (*paper, *alps))
+    return "\n\n".join([first, second, "\n".join(notes)]) + source(ours)
 
 
 def images() -> str:
     """Accuracy of classifiers that were trained on digits, and the divergence from the dense predictions."""
-    return _by_model(
-        read_table("images"), lambda r: f"{percent(r, 'top1')} ({number(r, 'divergence', '#.2g')})"
-    )
+
+    def cell(run: Result) -> str:
+        return f"{percent(run, 'top1')} ({number(run, 'divergence', '#.2g')})"
+
+    return _by_model(read_table("images"), cell)
 
 
 def photos() -> str:
@@ -311,20 +347,22 @@ def _accuracy_and_divergence(result: Result) -> str:
 
 def batch_norm() -> str:
     """Accuracy without and with the correction of BatchNorm statistics."""
-    results = read_table("batch_norm")
-    return _by_model(
-        results, lambda r: f"{100 * r.measured['top1_uncorrected']:.1f} -> {percent(r, 'top1', 1)}"
-    )
+
+    def cell(run: Result) -> str:
+        before = percent(run, "top1_uncorrected", 1).removesuffix(" %")
+        return f"{before} -> {percent(run, 'top1', 1)}"
+
+    return _by_model(read_table("batch_norm"), cell)
 
 
 def _by_model(results: Sequence[Result], cell: Cell) -> str:
     """Return one table for each trained model."""
     parts = []
     for (weights, model), group in by_model(results).items():
-        which = f"`{model}`" + f" with the weights `{weights}`" * bool(weights)
-        (dense,) = (result for result in group if result.method == "dense")
-        parts += [f"{which}, {percent(dense, 'top1')} dense:", by_goals("method", group, cell)]
-    return "\n\n".join(parts) + source(results, notes=False)
+        name = f"`{model}` with the weights `{weights}`" if weights else f"`{model}`"
+        dense = percent(dense_of(group), "top1")
+        parts += [f"{name}, {dense} dense:", by_goals("method", group, cell)]
+    return "\n\n".join(parts) + source_of_data(results)
 
 
 def by_model(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
@@ -348,8 +386,9 @@ def costs() -> str:
     rows = []
     for result in results:
         name = result.method
-        if order := result.case.get("sequential"):
-            name = f'Wanda, `sequential="{order}"` / {passes[order]}'
+        sequential = result.case.get("sequential")
+        if sequential:
+            name = f'Wanda, `sequential="{sequential}"` / {passes[sequential]}'
         elif name == "2:4 mask":
             name = f"2:4 mask of a {result.model} / `w.abs().mul_(s)`"
         rows.append([name, number(result, "ratio", ".2f"), number(result, "peak_mib", ".0f")])
@@ -358,36 +397,37 @@ def costs() -> str:
 
 def scaling() -> str:
     """Processor seconds and peak memory by windows, blocks and width, with exponents."""
-    results = read_table("scaling")
+    results = sorted(read_table("scaling"), key=lambda run: run.case["value"])
     parts = []
     for size in ("windows", "blocks", "width"):
-        runs = sorted(
-            (run for run in results if run.case["by"] == size), key=lambda run: run.case["value"]
-        )
+        runs = [run for run in results if run.case["by"] == size]
+        sizes = sorted({run.case["value"] for run in runs})
         for quantity, name, form in (
             ("processor_seconds", "seconds", ".2f"),
             ("peak_mib", "MiB", ".0f"),
         ):
             rows = []
             for method in SCALED:
-                xs, ys = zip(
-                    *[(r.case["value"], r.measured[quantity]) for r in runs if r.method == method],
-                    strict=True,
-                )
-                # Not -0.0.
-                slope = round(linear_regression(*map(np.log, (xs[-3:], ys[-3:]))).slope, 2) or 0.0
-                rows.append(
-                    [LABELS.get(method, method), *(f"{y:{form}}" for y in ys), f"{slope:.2f}"]
-                )
-            parts.append(markdown((f"{name} by {size}", *map(str, xs), "exponent"), rows))
-    return "\n\n".join(parts) + source(results, data=False)
+                costs = [run.measured[quantity] for run in runs if run.method == method]
+                cells = [f"{cost:{form}}" for cost in costs]
+                rows.append([LABELS.get(method, method), *cells, exponent(sizes, costs)])
+            parts.append(markdown((f"{name} by {size}", *map(str, sizes), "exponent"), rows))
+    return "\n\n".join(parts) + source_of_notes(results)
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> str:
+    """Return the exponent of the growth, from the three largest sizes."""
+    slope = linear_regression(np.log(sizes[-3:]), np.log(costs[-3:])).slope
+    return f"{round(slope, 2) or 0.0:.2f}"  # not -0.00
 
 
 def finetuning() -> str:
     """Perplexity before and after fine-tuning."""
-    results = sorted(read_table("finetuning"), key=lambda r: (by_goal(r.goal), r.method == "full"))
-    cells = [(f"Wanda, {r.goal}", "pruned", number(r, "perplexity_before")) for r in results]
-    cells += [(f"Wanda, {r.goal}", f"then `{r.method}`", perplexity(r)) for r in results]
+    results = read_table("finetuning")
+    results.sort(key=lambda run: (by_goal(run.goal), run.method == "full"))
+    cells = [(f"Wanda, {run.goal}", "pruned", number(run, "perplexity_before")) for run in results]
+    for run in results:
+        cells.append((f"Wanda, {run.goal}", f"then `{run.method}`", perplexity(run)))
     return grid("perplexity", cells) + source(results)
 
 
@@ -395,77 +435,86 @@ def keeping_zeros() -> str:
     """Cost of keeping zeros in a training step."""
     results = read_table("keeping_zeros")
     rows = []
-    for result in results:
-        adapters = result.case.get("adapters")
-        name = f"`{result.method}` / {f'LoRA: {adapters}' if adapters else 'without: AdamW, all weights'}"
-        memory = f"{number(result, 'peak_mib', '.0f')} / {number(result, 'plain_peak_mib', '.0f')}"
-        rows.append([name, number(result, "ratio", ".2f"), memory])
+    for run in results:
+        adapters = run.case.get("adapters")
+        beside = f"LoRA: {adapters}" if adapters else "without: AdamW, all weights"
+        memory = f"{number(run, 'peak_mib', '.0f')} / {number(run, 'plain_peak_mib', '.0f')}"
+        rows.append([f"`{run.method}` / {beside}", number(run, "ratio", ".2f"), memory])
     return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + source(results)
 
 
 def quantization() -> str:
     """Zeros that quantizers keep."""
     order = ("none", "torchao", "bitsandbytes", "gguf", "compressed_tensors")
+
+    def key(run: Result) -> tuple[float, int, str]:
+        quantizer = run.case.get("quantizer", "none")
+        return run.sparsity, order.index(quantizer), run.case.get("scheme", "none")
+
+    results = sorted(read_table("quantization"), key=key)
     rows = []
-    none = {"quantizer": "none", "scheme": "none"}
-    runs = [(result, none | result.case) for result in read_table("quantization")]
-    runs.sort(key=lambda run: (run[0].sparsity, order.index(run[1]["quantizer"]), run[1]["scheme"]))
-    for result, case in runs:
-        unquantized = ["", f"none, {'pruned' if result.sparsity else 'dense'}"]
-        shares = [number(result, name, ".3g", 100) for name in ("zeros_kept", "new_zeros")]
-        named = unquantized if case == none else [*case.values()]
-        rows.append(
-            [*named, *(f"{share} %" if share else "" for share in shares), perplexity(result)]
-        )
+    for run in results:
+        cells = list(run.case.values())
+        if run.case.get("quantizer", "none") == "none":
+            cells = ["", "none, pruned" if run.sparsity else "none, dense"]
+        for quantity in ("zeros_kept", "new_zeros"):
+            share = run.measured.get(quantity)
+            cells.append("" if share is None else f"{100 * share:.3g} %")
+        rows.append([*cells, perplexity(run)])
     headings = ("quantizer", "scheme", "zeros kept", "new zeros", "perplexity")
-    return markdown(headings, rows) + source([result for result, _ in runs])
+    return markdown(headings, rows) + source(results)
 
 
 def tasks() -> str:
     """Zero-shot accuracy beside perplexity."""
     results = sorted(read_table("tasks"), key=_perplexity)
-    cells = {}
-    for r in results:
-        row = LABELS[r.method] + ("" if r.method == "dense" else f", {r.goal}")
-        cells.setdefault((row, "perplexity"), perplexity(r))
-        for metric in {"acc", "acc_norm"} & r.measured.keys():
-            shown = f"{100 * r.measured[metric]:.1f} ± {100 * r.measured[f'{metric}_error']:.1f} %"
-            cells[row, f"{r.case['task']}, {metric}"] = shown
-    columns = ["perplexity", *sorted({column for _, column in cells} - {"perplexity"})]
-    return grid("", [(*place, cell) for place, cell in cells.items()], columns) + source(results)
+    perplexities = {}
+    accuracies = []
+    for run in results:
+        row = label_and_goal(run)
+        # Tasks that were measured on another day may have another last digit; the lowest is shown.
+        perplexities.setdefault(row, (row, "perplexity", perplexity(run)))
+        for metric in ("acc", "acc_norm"):
+            if metric in run.measured:
+                error = percent(run, f"{metric}_error", 1)
+                shown = f"{percent(run, metric, 1).removesuffix(' %')} ± {error}"
+                accuracies.append((row, f"{run.case['task']}, {metric}", shown))
+    columns = ["perplexity", *sorted({column for _, column, _ in accuracies})]
+    return grid("", [*perplexities.values(), *accuracies], columns) + source(results)
 
 
 def streaming() -> str:
     """Memory of pruning from disk."""
-    results = sorted(
-        read_table("streaming_memory"), key=lambda r: (r.model, r.method, r.case["layers"], r.name)
-    )
+    results = read_table("streaming_memory")
+    results.sort(key=lambda run: (run.model, run.method, run.case["layers"], run.name))
     rows = []
-    for result in results:
-        case = {key: value for key, value in result.case.items() if key != "layers"}
-        choices = ", ".join(
-            [LABELS[result.method], result.goal, *(f"{key} {value}" for key, value in case.items())]
+    for run in results:
+        choices = [f"{name} {value}" for name, value in run.case.items() if name != "layers"]
+        rows.append(
+            [
+                run.model,
+                ", ".join([label_and_goal(run), *choices]),
+                str(run.case["layers"]),
+                number(run, "peak_rss_mib", ".0f"),
+                number(run, "read_gb", ".2f"),
+                number(run, "written_gb", ".2f"),
+            ]
         )
-        gigabytes = [number(result, name, ".2f") for name in ("read_gb", "written_gb")]
-        peak = number(result, "peak_rss_mib", ".0f")
-        rows.append([result.model, choices, str(result.case["layers"]), peak, *gigabytes])
     headings = ("model", "choices", "layers", "peak, MiB", "GB read", "GB written")
     return markdown(headings, rows) + source(results)
 
 
 def windows() -> str:
     """Perplexity by the number of calibration windows."""
-    return _by_number(
-        "perplexity", "windows", read_table("windows"), read_table("methods"), perplexity
-    )
+    runs = read_table("windows")
+    return _by_number("perplexity", "windows", runs, read_table("methods"), perplexity)
 
 
 def more_photos() -> str:
     """Accuracy and divergence of classifiers with their weights, by the number of calibration images."""
-    more = [run for run in read_table("more_photos") if " at layer" not in run.method]
-    return _by_number(
-        "accuracy (divergence)", "images", more, read_table("photos"), _accuracy_and_divergence
-    )
+    runs = [run for run in read_table("more_photos") if " at layer" not in run.method]
+    heading = "accuracy (divergence)"
+    return _by_number(heading, "images", runs, read_table("photos"), _accuracy_and_divergence)
 
 
 def _by_number(
@@ -474,12 +523,9 @@ def _by_number(
     """Return a table by method and number of calibration samples."""
     methods = {run.method for run in more if run.calibration}
     goals = goals_of(more)
-    used = [run for run in (*more, *usual) if run.method in methods and run.goal in goals]
-    ordered = sorted(used, key=lambda run: (list(LABELS).index(run.method), _count(run)))
-    cells = [
-        (f"{LABELS[run.method]}, {_count(run):,} {noun}", run.goal, cell(run)) for run in ordered
-    ]
-    return grid(heading, cells, goals)
+    shown = [run for run in (*more, *usual) if run.method in methods and run.goal in goals]
+    shown.sort(key=_count)
+    return by_goals(heading, shown, cell, lambda run: f"{label(run)}, {_count(run):,} {noun}")
 
 
 def _count(run: Result) -> int:
@@ -487,34 +533,38 @@ def _count(run: Result) -> int:
     return run.calibration.windows or 0
 
 
+PAIRS = (  # methods whose accuracy is compared on the same images
+    ("balanced", "sparsegpt"),
+    ("best", "balanced"),
+    ("thorough", "best"),
+    ("balanced", "balanced at layer"),
+    ("best", "best at layer"),
+    ("thorough", "best+distil at layer"),
+    ("best", "dense"),
+    ("thorough", "dense"),
+)
+
+
 def paired_photos() -> str:
     """Differences of the accuracy between presets on the same images, each with its standard error."""
     results = [*read_table("photos"), *read_table("more_photos")]
-    (dense,) = {run.correct: run for run in results if run.method == "dense"}.values()
-    found = {(run.method, run.goal, _count(run)): run for run in results if run.calibration}
-    steps = [("balanced", "sparsegpt"), ("best", "balanced"), ("thorough", "best")]
-    others = [(name, f"{name} at layer") for name in ("balanced", "best")] + [
-        ("thorough", "best+distil at layer")
-    ]
+    dense = dense_of(results)
+    pruned = sorted((run for run in results if run.calibration), key=_count)
+    runs = {(run.method, run.goal, _count(run)): run for run in pruned}
     cells = []
-    for method, other in [*steps, *others, ("best", "dense"), ("thorough", "dense")]:
-        for (name, goal, count), run in sorted(found.items(), key=lambda item: item[0][2]):
-            beside = dense if other == "dense" else found.get((other, goal, count))
-            if name == method and beside:
-                cells.append(
-                    (
-                        f"{LABELS[method]} - {LABELS[other]}, {count:,} images",
-                        goal,
-                        _paired(run, beside),
-                    )
-                )
-    return grid("points of accuracy (standard error)", cells, goals_of(found.values()))
+    for method, other in PAIRS:
+        for run in pruned:
+            beside = dense if other == "dense" else runs.get((other, run.goal, _count(run)))
+            if run.method == method and beside:
+                row = f"{LABELS[method]} - {LABELS[other]}, {_count(run):,} images"
+                cells.append((row, run.goal, _paired(run, beside)))
+    return grid("points of accuracy (standard error)", cells, goals_of(pruned))
 
 
 def _paired(*runs: Result) -> str:
     """Return the difference of two accuracies on the same images in points, and its standard error."""
-    first, second = (from_hexadecimal(run.correct, run.evaluation.windows) for run in runs)
-    differences = 100.0 * np.subtract(first, second, dtype=float)
+    correct = [from_hexadecimal(run.correct, run.evaluation.windows) for run in runs]
+    differences = 100.0 * np.subtract(*correct, dtype=float)
     return f"{differences.mean():+.1f} ({sem(differences):.1f})"
 
 
@@ -522,20 +572,17 @@ def draws() -> str:
     """Mean perplexity over draws of the calibration windows, with the lowest and the highest, on two texts."""
     more = in_order(read_table("draws"))
     drawn = {(run.method, run.goal) for run in more}
-    runs = [*(run for run in read_table("methods") if (run.method, run.goal) in drawn), *more]
+    usual = [run for run in read_table("methods") if (run.method, run.goal) in drawn]
     goals = goals_of(more)
     cells = []
-    for method in dict.fromkeys(run.method for run in more):
-        for quantity, text in (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs")):
-            for goal in goals:
-                own = [
-                    run.measured.get(quantity)
-                    for run in runs
-                    if run.method == method and run.goal in (goal, "dense")
-                ]
-                cells.append(
-                    (f"{LABELS[method]}, {text}", goal, mean_and_range([*filter(None, own)]))
-                )
+    for method, (quantity, text) in product(
+        dict.fromkeys(run.method for run in more),
+        (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs")),
+    ):
+        runs = [run for run in (*usual, *more) if run.method == method and quantity in run.measured]
+        for goal in goals:
+            values = [run.measured[quantity] for run in runs if run.goal in (goal, "dense")]
+            cells.append((f"{LABELS[method]}, {text}", goal, mean_and_range(values)))
     return grid("perplexity", cells, goals)
 
 
@@ -549,73 +596,66 @@ def mean_and_range(values: Sequence[float]) -> str:
 
 def own_text() -> str:
     """Perplexity after calibration with web text, and with text that the dense model writes."""
-    results = [r for r in read_table("own_text") if r.method != "dense"]
-    goals = {(result.method, result.goal) for result in results}
-    web = [result for result in read_table("methods") if (result.method, result.goal) in goals]
-    texts = (("web text", web), ("text by the dense model", results))
-    cells = [
-        (f"{LABELS[r.method]}, {r.goal}", text, perplexity(r))
-        for text, runs in texts
-        for r in in_order(runs)
-    ]
-    return grid("perplexity", cells) + source([*results, *web])
+    own = [run for run in read_table("own_text") if run.method != "dense"]
+    goals = {(run.method, run.goal) for run in own}
+    web = [run for run in read_table("methods") if (run.method, run.goal) in goals]
+    cells = []
+    for text, runs in (("web text", web), ("text by the dense model", own)):
+        for run in in_order(runs):
+            cells.append((label_and_goal(run), text, perplexity(run)))
+    return grid("perplexity", cells) + source([*own, *web])
 
 
 def experts() -> str:
     """Perplexity of a small mixture without some of its experts."""
     results = read_table("experts")
-    dense = perplexity(next(result for result in results if result.method == "dense"))
+    dense = perplexity(dense_of(results))
     return by_goals(f"perplexity (dense {dense})", results, perplexity) + source(results)
 
 
 def training() -> str:
     """Perplexity and seconds of models that are trained on after pruning."""
-
-    def row(result: Result) -> str:
-        windows, steps = (result.case.get(name, 0) for name in ("windows", "steps"))
-        return LABELS[result.method] + (f", {windows} windows in {steps} steps" if windows else "")
-
-    results = sorted(
-        read_table("training"), key=lambda r: (r.case.get("windows", 0), r.case.get("steps", 0))
-    )
-    usual = [result for result in results if result.case.get("text") in (None, "both")]
-    first = grid(
-        "perplexity, seconds of training",
-        [(row(r), r.goal, with_seconds(r)) for r in usual],
-        goals_of(usual),
-    )
+    results = read_table("training")
+    results.sort(key=lambda run: (run.case.get("windows", 0), run.case.get("steps", 0)))
     texts = {"web": "web text", "own": "text by the dense model"}
-    second = grid(
-        "perplexity by training text",
-        [
-            (f"{row(r)}, {r.goal}", texts[r.case["text"]], perplexity(r))
-            for r in results
-            if r.case.get("text") in texts
-        ],
-        [*texts.values()],
-    )
-    names = _distinct(
-        result.calibration.data for result in results if result.case.get("text") == "both"
-    )
-    return "\n\n".join(
-        [first, f"Trained on windows of 512 tokens of {'; '.join(names)}.", second]
-    ) + source(results, data=False)
+    usual = []
+    by_text = []
+    names = []
+    for run in results:
+        row = label(run)
+        if "windows" in run.case:
+            row += f", {run.case['windows']} windows in {run.case['steps']} steps"
+        text = run.case.get("text")
+        if text in texts:
+            by_text.append((f"{row}, {run.goal}", texts[text], perplexity(run)))
+        else:
+            usual.append((row, run.goal, with_seconds(run)))
+        if text == "both":
+            names.append(run.calibration.data)
+
+    goals = sorted({goal for _, goal, _ in usual}, key=by_goal)
+    first = grid("perplexity, seconds of training", usual, goals)
+    trained_on = f"Trained on windows of 512 tokens of {'; '.join(_distinct(names))}."
+    second = grid("perplexity by training text", by_text, list(texts.values()))
+    return f"{first}\n\n{trained_on}\n\n{second}{source_of_notes(results)}"
+
+
+def _column(heading: str, quantity: str, form: str) -> tuple[str, Cell]:
+    return heading, partial(number, quantity=quantity, form=form)
 
 
 WORTH: Mapping[str, tuple[str, Cell]] = {
     "perplexity": ("perplexity", perplexity),
-    "top1": ("accuracy", lambda result: percent(result, "top1", 1)),
-    "weights_mib": ("MiB", lambda result: number(result, "weights_mib", ".1f")),
-    "zstd_mib": ("MiB after `zstd -3`", lambda result: number(result, "zstd_mib", ".1f")),
-    **{
-        f"{what}_{size}": (
-            f"{what}, batch {size}",
-            partial(number, quantity=f"{what}_{size}", form=".2f"),
-        )
-        for what in ("prefill", "decode", "images")
-        for size in (1, 32)
-    },
-    "peak_mib": ("activations, MiB", lambda result: number(result, "peak_mib", ".0f")),
+    "top1": ("accuracy", partial(percent, quantity="top1", digits=1)),
+    "weights_mib": _column("MiB", "weights_mib", ".1f"),
+    "zstd_mib": _column("MiB after `zstd -3`", "zstd_mib", ".1f"),
+    "prefill_1": _column("prefill, batch 1", "prefill_1", ".2f"),
+    "prefill_32": _column("prefill, batch 32", "prefill_32", ".2f"),
+    "decode_1": _column("decode, batch 1", "decode_1", ".2f"),
+    "decode_32": _column("decode, batch 32", "decode_32", ".2f"),
+    "images_1": _column("images, batch 1", "images_1", ".2f"),
+    "images_32": _column("images, batch 32", "images_32", ".2f"),
+    "peak_mib": _column("activations, MiB", "peak_mib", ".0f"),
     "seconds": ("seconds to make", seconds),
 }
 """Columns of the comparison of what makes a model smaller or faster: headings and cells."""
@@ -623,36 +663,33 @@ WORTH: Mapping[str, tuple[str, Cell]] = {
 
 def worth() -> str:
     """Quality, size and speed of fewer bits, scattered zeros and fewer units."""
-    groups = by_model(read_worth())
-    return "\n\n".join(
-        f"`{model}`:\n\n{worth_table(group, list(WORTH))}{source(group)}"
-        for (_, model), group in groups.items()
-    )
+    parts = []
+    for (_, model), runs in by_model(read_worth()).items():
+        parts.append(f"`{model}`:\n\n{worth_table(runs, list(WORTH))}{source(runs)}")
+    return "\n\n".join(parts)
 
 
 def read_worth() -> list[Result]:
     """Return the runs of the comparison; those whose quality another table has get its perplexity and seconds."""
     usual = lookup(read_table("methods"))
     results = []
-    for result in read_table("worth"):
-        if not result.measured.keys() & {"perplexity", "top1"}:
-            quality = {
-                name: usual[result.method, result.goal].measured[name]
-                for name in ("perplexity", "seconds")
-            }
-            result = replace(result, measured=result.measured | quality)
-        results.append(result)
+    for run in read_table("worth"):
+        if not run.measured.keys() & {"perplexity", "top1"}:
+            measured = usual[run.method, run.goal].measured
+            quality = {name: measured[name] for name in ("perplexity", "seconds")}
+            run = replace(run, measured=run.measured | quality)
+        results.append(run)
     return results
 
 
 def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
     """Return the rows of one model, with the columns that were measured."""
-    shown = [WORTH[name] for name in columns if any(name in result.measured for result in results)]
-    ordered = sorted(in_order(results), key=lambda result: result.pattern == "structured")
+    measured = {name for run in results for name in run.measured}
+    shown = [WORTH[name] for name in columns if name in measured]
     rows = []
-    for result in ordered:
-        cells = [cell(result) for _, cell in shown]
-        rows.append([_worth_name(result), _fewer_parameters(result, results), *cells])
+    for run in sorted(in_order(results), key=lambda run: run.pattern == "structured"):
+        cells = [cell(run) for _, cell in shown]
+        rows.append([_worth_name(run), _fewer_parameters(run, results), *cells])
     return markdown(("", "fewer parameters", *(heading for heading, _ in shown)), rows)
 
 
@@ -660,43 +697,53 @@ def _fewer_parameters(result: Result, results: Sequence[Result]) -> str:
     """Return the share of the parameters that left with hidden units: that of the bytes in float32."""
     if result.pattern != "structured":
         return ""
-
-    def size(method: str, goal: str) -> float:
-        (mib,) = {
-            run.measured["weights_mib"]
-            for run in results
-            if (run.method, run.goal, run.case.get("numbers", "float32"))
-            == (method, goal, "float32")
-        }
-        return mib
-
-    left = size(result.method.removesuffix(", int8"), result.goal) / size("dense", "dense")
+    sizes = {}
+    for run in results:
+        if run.case.get("numbers", "float32") == "float32":
+            sizes[run.method, run.goal] = run.measured["weights_mib"]
+    left = sizes[result.method.removesuffix(", int8"), result.goal] / sizes["dense", "dense"]
     return f"{1 - left:.0%}".replace("%", " %")
 
 
 def runtimes() -> str:
     """Quality, size and speed of fewer bits and fewer units, in programs that run models on a CPU."""
-    runs = sorted(
-        read_table("runtimes"),
-        key=lambda r: (r.model, r.case["program"], -r.measured["weights_mib"]),
-    )
-    groups = groupby(runs, lambda r: f"`{r.model}` in {r.case['program']}")
-    return "\n\n".join(
-        f"{name}:\n\n{worth_table(list(group), list(WORTH))}" for name, group in groups
-    )
+    runs = read_table("runtimes")
+    runs.sort(key=lambda run: (run.model, run.case["program"], -run.measured["weights_mib"]))
+    parts = []
+    for name, group in groupby(runs, lambda run: f"`{run.model}` in {run.case['program']}"):
+        parts.append(f"{name}:\n\n{worth_table(list(group), list(WORTH))}")
+    return "\n\n".join(parts)
 
 
 def _worth_name(result: Result) -> str:
-    goal = "" if result.goal == "dense" else f" {result.goal.removesuffix(' of units')}"
-    name, _, more = LABELS[result.method].partition(", ")
-    return ", ".join(filter(None, (f"{name}{goal}", more, result.case.get("numbers"))))
+    name, _, details = label(result).partition(", ")
+    if result.goal != "dense":
+        name += f" {result.goal.removesuffix(' of units')}"
+    return ", ".join(filter(None, (name, details, result.case.get("numbers"))))
 
 
-FRAGMENTS: Mapping[str, Callable[[], str]] = {
-    table.__name__: table
-    for table in (
-        *(methods, demo, reference, images, photos, batch_norm, costs, scaling, finetuning),
-        *(keeping_zeros, quantization, tasks, streaming, windows, more_photos, paired_photos),
-        *(draws, own_text, experts, training, worth, runtimes),
-    )
-}
+_TABLES = (
+    methods,
+    demo,
+    reference,
+    images,
+    photos,
+    batch_norm,
+    costs,
+    scaling,
+    finetuning,
+    keeping_zeros,
+    quantization,
+    tasks,
+    streaming,
+    windows,
+    more_photos,
+    paired_photos,
+    draws,
+    own_text,
+    experts,
+    training,
+    worth,
+    runtimes,
+)
+FRAGMENTS: Mapping[str, Callable[[], str]] = {table.__name__: table for table in _TABLES}

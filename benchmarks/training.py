@@ -64,10 +64,10 @@ class Options:
 
 def training_windows(options: Options, dense: CausalLMModule) -> Tensor:
     """Return the windows to train on, shuffled."""
-    web = TextDataModule(
-        dense.tokenizer, evaluation=str(options.train), seqlen=SEQLEN
-    ).evaluation_windows
-    parts = [web] if options.text != "own" else []
+    parts = []
+    if options.text != "own":
+        web = TextDataModule(dense.tokenizer, evaluation=str(options.train), seqlen=SEQLEN)
+        parts.append(web.evaluation_windows)
     if options.text != "web":
         if not options.own_file.exists():
             own = sample_windows(dense.model, dense.tokenizer, options.own, SEQLEN, seed=100)
@@ -78,6 +78,7 @@ def training_windows(options: Options, dense: CausalLMModule) -> Tensor:
                 f"--own_file {options.own_file} has {len(own)} windows. Ask for as many with --own, or name a new file."
             )
         parts.append(own)
+
     windows = torch.cat(parts)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     repeated = order.repeat(-(-options.windows // len(order)))[: options.windows]
@@ -104,12 +105,14 @@ def train(
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader([{"input_ids": window} for window in windows]))
-    shares = [
-        ((layer.weight == 0).sum().item(), layer.size) for layer in find_layers(module.model).layers
-    ]
-    zeros, sizes = map(
-        sum, zip(*[(zeros, size) for zeros, size in shares if 0 < zeros < size], strict=True)
-    )
+
+    zeros = 0
+    sizes = 0
+    for layer in find_layers(module.model).layers:
+        count = int((layer.weight == 0).sum())
+        if 0 < count < layer.size:  # it was pruned
+            zeros += count
+            sizes += layer.size
     numbers = {
         "seconds": timer.time_elapsed("train"),
         "trained_tokens": windows.numel(),
@@ -141,13 +144,16 @@ def main(options: Options) -> None:
     runs = Runs(options.save, "training")
     start = runs(planned, lambda: measured(CausalLMModule(options.start, dtype="float32").model))
     print(f"{options.goal}: {start.measured['perplexity']:.2f} at the start", flush=True)
-    own = {} if options.text == "web" else {"own": str(options.own)}
+
+    arguments = {"lr": str(LR), "accumulate": str(options.accumulate)}
+    if options.text != "web":
+        arguments["own"] = str(options.own)
     steps = math.ceil(len(windows) / options.accumulate)
     planned = replace(
         planned,
         method="fixed",
         case={"windows": len(windows), "steps": steps, "text": options.text},
-        arguments={"lr": str(LR), "accumulate": str(options.accumulate), **own},
+        arguments=arguments,
         calibration=Samples(TEXTS[options.text].format(options.train.name), len(windows), SEQLEN),
     )
     runs(planned, trained)

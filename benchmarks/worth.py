@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -70,8 +71,11 @@ def quantized(model: nn.Module, bits: int) -> nn.Module:
     """Return the model with the weights of linear layers in a few bits, as users of torchao make it."""
     import torchao.quantization as quantization
 
-    int4 = quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32))
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig() if bits == 8 else int4)
+    if bits == 8:
+        config = quantization.Int8WeightOnlyConfig()
+    else:
+        config = quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32))
+    quantization.quantize_(model, config)
     return model
 
 
@@ -100,13 +104,13 @@ def by_optipfair(batches: Batches | None, training: Batches, goal: str, model: A
     import optipfair
 
     dense = copy.deepcopy(model)
+    percentage = float(goal)
     optipfair.prune_model(
-        model, pruning_percentage=float(goal), dataloader=batches, show_progress=False
+        model, pruning_percentage=percentage, dataloader=batches, show_progress=False
     )
     if training:
-        shuffled = DataLoader(
-            training, batch_size=None, shuffle=True, generator=torch.Generator().manual_seed(0)
-        )
+        order = torch.Generator().manual_seed(0)
+        shuffled = DataLoader(training, batch_size=None, shuffle=True, generator=order)
         optipfair.distill_model(model, dense, shuffled, show_progress=False)
     return model
 
@@ -115,21 +119,24 @@ def size_of(model: nn.Module) -> Measured:
     """Return the bytes of all weights, in MiB, and how many `zstd -3` leaves."""
     from zstandard import ZstdCompressor
 
-    seen: dict[int, Tensor] = {}
+    parts: dict[int, Tensor] = {}  # by their memory, so that shared weights count once
     for tensor in (*model.parameters(), *model.buffers()):
-        # A quantized weight consists of several tensors.
-        inner = getattr(tensor, "__tensor_flatten__", None)
-        parts = [getattr(tensor, name) for name in inner()[0]] if inner else [tensor]
-        seen |= {
-            part.untyped_storage().data_ptr(): part.detach() for part in parts if part is not None
-        }
-    data = [
-        part.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        for part in seen.values()
-        if part.numel()
-    ]
-    left = sum(len(ZstdCompressor(level=3).compress(each)) for each in data)
-    return {"weights_mib": sum(map(len, data)) / MIB, "zstd_mib": left / MIB}
+        inner = [tensor]
+        if hasattr(tensor, "__tensor_flatten__"):  # a quantized weight consists of several tensors
+            names, _ = tensor.__tensor_flatten__()
+            inner = [getattr(tensor, name) for name in names]
+        for part in inner:
+            if part is not None:
+                parts[part.untyped_storage().data_ptr()] = part.detach()
+
+    size = 0
+    left = 0
+    for part in parts.values():
+        if part.numel():
+            data = part.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            size += len(data)
+            left += len(ZstdCompressor(level=3).compress(data))
+    return {"weights_mib": size / MIB, "zstd_mib": left / MIB}
 
 
 @dataclass(frozen=True)
@@ -150,16 +157,19 @@ class Comparison:
         model = made.result.eval()
         with torch.no_grad():
             measured = {"seconds": made.seconds, **self.quality(model), **size_of(model)}
-            for name, clock in self.clocks.items() if self.rounds else ():
-                dense, own = medians(
-                    partial(clock, self.dense), partial(clock, model), runs=self.rounds
-                )
-                measured |= {name: dense / own, "peak_mib": cost_of(partial(clock, model)).peak_mib}
+            if not self.rounds:
+                return measured
+            for name, clock in self.clocks.items():
+                step = partial(clock, model)
+                dense, changed = medians(partial(clock, self.dense), step, runs=self.rounds)
+                measured[name] = dense / changed
+                measured["peak_mib"] = cost_of(step).peak_mib
         return measured
 
 
 def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
     """Return what is timed for a language model."""
+    filled: dict[tuple[int, torch.dtype], Any] = {}
 
     def fill(size: int, model: Any) -> Any:
         ids = torch.randint(vocabulary, (size, PROMPT), generator=torch.Generator().manual_seed(0))
@@ -169,10 +179,11 @@ def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
         return seconds(lambda: fill(size, model))
 
     def decode(size: int, model: Any) -> float:
-        if size not in filled:
-            # Its keys and values have the same shapes in all models.
-            filled[size] = fill(size, model)
-        cache = copy.deepcopy(filled[size])
+        # Keys and values have the same shapes in all models.
+        key = (size, model.dtype)
+        if key not in filled:
+            filled[key] = fill(size, model)
+        cache = copy.deepcopy(filled[key])
         token = torch.ones(size, 1, dtype=torch.long)
 
         def generate() -> None:
@@ -181,12 +192,10 @@ def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
 
         return seconds(generate)
 
-    filled: dict[int, Any] = {}
-    return {
-        f"{clock.__name__}_{size}": partial(clock, size)
-        for clock in (prefill, decode)
-        for size in BATCHES
-    }
+    clocks = {}
+    for clock, size in product((prefill, decode), BATCHES):
+        clocks[f"{clock.__name__}_{size}"] = partial(clock, size)
+    return clocks
 
 
 def image_clocks(shape: tuple[int, ...]) -> dict[str, Callable[[nn.Module], float]]:
@@ -211,11 +220,11 @@ def rows_of_units(
     base: Result, method: str, change: Callable[..., nn.Module], widths: Sequence[str]
 ) -> Rows:
     """Return a row for each percentage of hidden units that are taken out."""
-    planned = [
-        replace(base, method=method, sparsity=float(goal) / 100, pattern="structured")
-        for goal in widths
-    ]
-    return [(run, partial(change, goal)) for run, goal in zip(planned, widths, strict=True)]
+    rows = []
+    for goal in widths:
+        row = replace(base, method=method, sparsity=float(goal) / 100, pattern="structured")
+        rows.append((row, partial(change, goal)))
+    return rows
 
 
 def common_rows(base: Result, batches: Any) -> Rows:
@@ -226,45 +235,49 @@ def common_rows(base: Result, batches: Any) -> Rows:
         return model
 
     narrow = partial(narrower, batches)
-    return [
+    by_loss = partial(narrow, allocation=BY_LOSS)
+    rows: Rows = [
         (base, lambda model: model),
         (replace(base, method="bfloat16"), lambda model: model.bfloat16()),
         (replace(base, method="int8"), partial(quantized, bits=8)),
         (replace(base, method="int4"), partial(quantized, bits=4)),
         *rows_of_units(base, "structured", narrow, WIDTHS),
-        *rows_of_units(base, "structured, fisher", partial(narrow, allocation=BY_LOSS), WIDTHS[:2]),
+        *rows_of_units(base, "structured, fisher", by_loss, WIDTHS[:2]),
         *rows_of_units(base, "structured, int8", partial(narrow, bits=8), ["25"]),
-        *(
-            (replace(base, method=method, **sparsity_of(goal)), partial(scattered, method, goal))
-            for method, goal in SCATTERED
-        ),
     ]
+    for method, goal in SCATTERED:
+        row = replace(base, method=method, **sparsity_of(goal))
+        rows.append((row, partial(scattered, method, goal)))
+    return rows
 
 
 def text(options: Options) -> tuple[Comparison, Rows]:
     """Prepare a language model."""
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=DISTIL)
     base = language.planned
-    chosen = {"allocation": BY_LOSS, "recovery": Distill(passes=2, learning_rate=1e-3)}
-    priced = partial(narrower, language.calibration, allocation=replace(BY_LOSS, cost="seconds"))
-    longer = replace(base, calibration=replace(base.calibration, windows=DISTIL))
-    peer = partial(by_peer, language.calibration[0])
-    many, single = (in_batches(language.data.train_windows, size) for size in (4, 1))
-    distilled = partial(narrower, many, **chosen)
-    other, other_longer = (replace(each, code="OptiPFair") for each in (base, longer))
-    rows = [
-        *common_rows(base, language.calibration),
-        *rows_of_units(base, "structured, fisher seconds", priced, WIDTHS[:2]),
-        *rows_of_units(replace(base, code="Torch-Pruning"), "GroupMagnitude", peer, WIDTHS[:2]),
-        *rows_of_units(other, "PPM", partial(by_optipfair, None, []), WIDTHS[:2]),
-        *rows_of_units(
-            other, "hybrid PPM", partial(by_optipfair, language.calibration, []), WIDTHS[:2]
-        ),
-        *rows_of_units(
-            other_longer, "hybrid PPM, distilled", partial(by_optipfair, many, single), WIDTHS[:2]
-        ),
-        *rows_of_units(longer, "structured, distilled", distilled, WIDTHS[:2]),
-    ]
+    batches = language.calibration
+    rows = common_rows(base, batches)
+
+    def add(planned: Result, method: str, change: Callable[..., nn.Module]) -> None:
+        rows.extend(rows_of_units(planned, method, change, WIDTHS[:2]))
+
+    by_seconds = replace(BY_LOSS, cost="seconds")
+    add(base, "structured, fisher seconds", partial(narrower, batches, allocation=by_seconds))
+    peer = partial(by_peer, batches[0])
+    add(replace(base, code="Torch-Pruning"), "GroupMagnitude", peer)
+    other = replace(base, code="OptiPFair")
+    add(other, "PPM", partial(by_optipfair, None, []))
+    add(other, "hybrid PPM", partial(by_optipfair, batches, []))
+
+    # With more windows, and trained after the units have left.
+    many = in_batches(language.data.train_windows, 4)
+    single = in_batches(language.data.train_windows, 1)
+    windows = replace(base.calibration, windows=DISTIL)
+    trained = partial(by_optipfair, many, single)
+    add(replace(other, calibration=windows), "hybrid PPM, distilled", trained)
+    recovery = Distill(passes=2, learning_rate=1e-3)
+    distilled = partial(narrower, many, allocation=BY_LOSS, recovery=recovery)
+    add(replace(base, calibration=windows), "structured, distilled", distilled)
 
     def quality(model: nn.Module) -> Measured:
         return {"perplexity": perplexity(model, language.evaluation)}
@@ -285,9 +298,8 @@ def photos(options: Options) -> tuple[Comparison, Rows]:
     for cost, widths in {"parameters": ["25"], "macs": ["25"], "seconds": ["25", "35"]}.items():
         priced = partial(narrower, images.calibration, allocation=Fisher(cost=cost))
         rows += rows_of_units(images.planned, f"structured, fisher {cost}", priced, widths)
-    return Comparison(
-        images.model, image_clocks(tuple(images.calibration[0].shape[1:])), quality, options.runs
-    ), rows
+    clocks = image_clocks(tuple(images.calibration[0].shape[1:]))
+    return Comparison(images.model, clocks, quality, options.runs), rows
 
 
 def main(options: Options = Options()) -> None:

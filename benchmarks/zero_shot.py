@@ -28,12 +28,14 @@ class Options(CellOptions):
     goals: Sequence[str] = ("50", "2:4")
 
 
-def accuracies(found: dict[str, float]) -> Measured:
+def accuracies(metrics: dict[str, float]) -> Measured:
     """Return acc and, if the task has it, acc_norm, each with its standard error."""
-    metrics = [metric for metric in ("acc", "acc_norm") if metric in found]
-    return {metric: found[metric] for metric in metrics} | {
-        f"{m}_error": found[f"{m}_stderr"] for m in metrics
-    }
+    measured = {}
+    for metric in ("acc", "acc_norm"):
+        if metric in metrics:
+            measured[metric] = metrics[metric]
+            measured[f"{metric}_error"] = metrics[f"{metric}_stderr"]
+    return measured
 
 
 def main(options: Options) -> None:
@@ -50,18 +52,17 @@ def main(options: Options) -> None:
 
     def record(planned: Result, measure: Callable[[], Measured]) -> None:
         """Save a run for each task, measured together unless all are saved: perplexity, and accuracy."""
-        each = {name: replace(planned, case={"task": name}) for name in tasks}
-        if all(runs.saved(run) for run in each.values()):
+        rows = {name: replace(planned, case={"task": name}) for name in tasks}
+        if all(runs.saved(row) for row in rows.values()):
             return
         measured = measure()
-        found = zero_shot(language.model, language.tokenizer, tasks)
-        for name, run in each.items():
-            runs.save(run, {**measured, **accuracies(found[name])})
+        metrics = zero_shot(language.model, language.tokenizer, tasks)
+        for name, row in rows.items():
+            runs.save(row, {**measured, **accuracies(metrics[name])})
 
     record(replace(language.planned, calibration=None), language.measure)
-    prune_cells(
-        language.model, cells, language.planned, record, partial(prune_and_measure, language)
-    )
+    measure = partial(prune_and_measure, language)
+    prune_cells(language.model, cells, language.planned, record, measure)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Which room may import which, for every file of the package: the table is the one in CONTRIBUTING.md."""
 
 import ast
-import itertools
 import re
 import sys
 from graphlib import TopologicalSorter
@@ -25,12 +24,9 @@ class Room(NamedTuple):
 
 def rows_of(text, heading):
     """The cells of the first table whose first column has this heading."""
-    lines = text.splitlines()
-    start = next(
-        index for index, line in enumerate(lines) if re.match(rf"\|\s*{heading}\s*\|", line)
-    )
-    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]):
-        yield [cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
+    (table,) = re.findall(rf"^\| *{heading} *\|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)[:1]
+    for line in table.splitlines():
+        yield [cell.strip() for cell in line.strip("| ").split("|")]
 
 
 def read_table(text):
@@ -55,31 +51,44 @@ def room_of(file):
     return Path(file).parts[1].removesuffix(".py")
 
 
+class Import(NamedTuple):
+    """A room or library that is imported, and whether only functions or type checkers do so."""
+
+    name: str
+    is_late: bool
+
+
+def runs_late(node):
+    """Whether what is below a node does not run when the file is imported."""
+    if isinstance(node, ast.If):
+        return getattr(node.test, "id", "") == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+
+
+def imported_modules(node, package):
+    """The modules or names that a statement imports; `package` is the path of the file's folder."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = package[: len(package) - node.level + 1] if node.level else []
+    module = ".".join(filter(None, (*base, node.module)))
+    return [f"{module}.{alias.name}" for alias in node.names]
+
+
 def imports(source, package):
-    """The rooms and libraries that a file imports, each with whether only functions or type checkers import it."""
     tree = ast.parse(source)
-    late = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        or (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING")
-        for inner in ast.walk(node)
-    }
+    late = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names = [f"{module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            parts = name.split(".")
-            yield (
-                (parts[1] if parts[0] == PACKAGE and len(parts) > 1 else parts[0]),
-                id(node) in late,
-            )
+        if runs_late(node):
+            late.update(map(id, ast.walk(node)))
+
+    for node in ast.walk(tree):
+        for module in imported_modules(node, package):
+            name, *inner = module.split(".")
+            if name == PACKAGE and inner:
+                name = inner[0]
+            yield Import(name, id(node) in late)
 
 
 def violations(file, source):
@@ -89,17 +98,22 @@ def violations(file, source):
     for name, is_late in imports(source, list(Path(file).parent.parts)):
         if name in sys.stdlib_module_names or name in (room, *allowed.anywhere):
             continue
-        if not (is_late and name in allowed.in_functions):
-            yield f"{file}: {room} must not import {name}{'' if is_late else ' outside of functions'}"
+        if not is_late:
+            yield f"{file}: {room} must not import {name} outside of functions"
+        elif name not in allowed.in_functions:
+            yield f"{file}: {room} must not import {name}"
+
+
+def text_of(file):
+    return (ROOT / file).read_text(encoding="utf-8")
 
 
 def test_imports_follow_the_table():
-    files = [file for file in FILES if room_of(file) not in ("__init__", "__main__")]
-    assert [
-        found
-        for file in files
-        for found in violations(file, (ROOT / file).read_text(encoding="utf-8"))
-    ] == []
+    wrong = []
+    for file in FILES:
+        if room_of(file) not in ("__init__", "__main__"):
+            wrong += violations(file, text_of(file))
+    assert wrong == []
 
 
 def test_every_room_is_in_the_table_and_nothing_else():
@@ -115,24 +129,37 @@ def test_what_the_table_allows_points_downwards():
 
 
 def test_no_files_import_each_other_in_a_circle():
-    modules = {
-        ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__"): ROOT / file
-        for file in FILES
-    }
+    files = {}
+    for file in FILES:
+        files[file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")] = file
+
     imported = {}
-    for module, file in modules.items():
-        nodes = [
-            node
-            for node in ast.walk(ast.parse(file.read_text("utf-8")))
-            if isinstance(node, ast.ImportFrom)
-        ]
-        names = [
-            (node.module, f"{node.module}.{alias.name}") for node in nodes for alias in node.names
-        ]
-        imported[module] = {
-            full if full in modules else base for base, full in names
-        } & modules.keys()
-    assert set(TopologicalSorter(imported).static_order()) == modules.keys()
+    for module, file in files.items():
+        imported[module] = set()
+        for node in ast.walk(ast.parse(text_of(file))):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}"
+                    imported[module].add(name if name in files else node.module)
+        imported[module] &= files.keys()
+    assert set(TopologicalSorter(imported).static_order()) == files.keys()
+
+
+# Each room exports its names from this file.
+SAME_NAMES = {"__init__"}
+
+
+def test_a_file_has_another_name_than_the_files_of_other_rooms():
+    rooms = {}
+    for file in FILES:
+        rooms.setdefault(Path(file).stem, set()).add(room_of(file))
+    twice = {name: sorted(homes) for name, homes in rooms.items() if len(homes) > 1}
+    assert twice.keys() <= SAME_NAMES, f"a name says what is inside, and in which room: {twice}"
+
+
+@pytest.mark.parametrize("flag", ["drops_experts", "prunes_units"])
+def test_no_code_asks_which_kind_of_removal_it_has(flag):
+    assert [file for file in FILES if flag in text_of(file)] == []
 
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -44,8 +44,19 @@ TABLES = {
 
 
 def test_the_defaults_are_wanda():
-    methods = Wanda(), Unstructured("row"), Uniform(), ZeroOut(), NoRecovery(), NoPermutation()
-    expected = PruningConfig(0.5, *methods, "auto", (), (), False)
+    expected = PruningConfig(
+        sparsity=0.5,
+        criterion=Wanda(),
+        pattern=Unstructured("row"),
+        allocation=Uniform(),
+        solver=ZeroOut(),
+        recovery=NoRecovery(),
+        permutation=NoPermutation(),
+        sequential="auto",
+        skip=(),
+        only=(),
+        keep_batch_norm=False,
+    )
     assert PruningConfig.from_names() == PruningConfig.from_names(method="wanda") == expected
 
 
@@ -53,36 +64,47 @@ def test_the_defaults_are_wanda():
     ("option", "name"), [(option, name) for option, table in TABLES.items() for name in table]
 )
 def test_a_name_and_its_object_are_the_same(option, name):
-    sparsity = {"2:4": 0.5, "4:8": 0.5}.get(name, 0.3)
-    made = TABLES[option][name]()
-    pattern = {"pattern": "2:4"} if name == "assignment" else {}
-    pattern = {"pattern": "structured"} if name.startswith("fisher_") else pattern
-    by_name = PruningConfig.from_names(0.5 if pattern else sparsity, **pattern, **{option: name})
-    assert by_name == PruningConfig.from_names(by_name.sparsity, **pattern, **{option: made})
-    assert getattr(by_name, option) == made
+    choices = {"sparsity": 0.5}
+    if name == "assignment":
+        choices["pattern"] = "2:4"
+    elif name.startswith("fisher_"):
+        choices["pattern"] = "structured"
+    choices[option] = name
+    by_name = PruningConfig.from_names(**choices)
+    choices[option] = TABLES[option][name]()
+    assert by_name == PruningConfig.from_names(**choices)
+    assert getattr(by_name, option) == choices[option]
     assert by_name.shown(option) == f"{option}={name!r}"
 
 
-def test_the_solver_brings_its_criterion_unless_one_is_given():
-    assert PruningConfig.from_names(solver=SparseGPT(0.1)).criterion == Saliency(0.1)
-    assert PruningConfig.from_names(solver="sparsegpt", criterion="wanda").criterion == Wanda()
-    assert PruningConfig.from_names(method="magnitude", solver="refit").criterion == Wanda()
-    assert PruningConfig.from_names(method="magnitude").criterion == Magnitude()
-    for option, name in (("criterion", "magnitude"), ("solver", "sparsegpt")):
-        assert PruningConfig.from_names(**{option: name}) == PruningConfig.from_names(method=name)
+@pytest.mark.parametrize(
+    ("choices", "criterion"),
+    [
+        ({"solver": SparseGPT(0.1)}, Saliency(0.1)),
+        ({"solver": "sparsegpt", "criterion": "wanda"}, Wanda()),
+        ({"method": "magnitude", "solver": "refit"}, Wanda()),
+        ({"method": "magnitude"}, Magnitude()),
+    ],
+)
+def test_the_solver_brings_its_criterion_unless_one_is_given(choices, criterion):
+    assert PruningConfig.from_names(**choices).criterion == criterion
+
+
+@pytest.mark.parametrize("choices", [{"criterion": "magnitude"}, {"solver": "sparsegpt"}])
+def test_a_method_is_its_criterion_or_its_solver(choices):
+    (name,) = choices.values()
+    assert PruningConfig.from_names(**choices) == PruningConfig.from_names(method=name)
 
 
 def test_choices_replace_those_of_the_method():
-    config = PruningConfig.from_names(
-        0.6, method="best", solver=ADMM(iterations=2), allocation="owl", skip="lm_head"
-    )
-    assert (config.solver, config.allocation, config.sequential) == (
-        ADMM(iterations=2),
-        OWL(),
-        "one_pass",
-    )
-    assert config.skip == ("lm_head",)
+    config = PruningConfig.from_names(method="best", solver=ADMM(iterations=2), allocation="owl")
+    assert (config.solver, config.allocation) == (ADMM(iterations=2), OWL())
+    assert config.sequential == "one_pass"  # as in the preset
     assert PruningConfig.from_names(method="admm", recovery="reconstruct").recovery == Reconstruct()
+
+
+def test_one_name_to_skip_is_a_list_of_one():
+    assert PruningConfig.from_names(skip="lm_head").skip == ("lm_head",)
 
 
 @pytest.mark.parametrize(
@@ -141,37 +163,35 @@ def test_the_description_is_plain_data():
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_recognized_by_its_choices(name, pattern):
+def test_a_preset_has_its_name(name, pattern):
     assert PruningConfig.from_names(method=name, pattern=pattern).preset == name
     assert PruningConfig.from_names(method=name, pattern=pattern, allocation="owl").preset == ""
-    assert PruningConfig.from_names(pattern=pattern).preset == ""
-    assert (
-        PruningConfig.from_names(criterion="wanda", sequential="one_pass", pattern=pattern).preset
-        == "fast"
-    )
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_a_preset_is_recognized_by_its_choices(pattern):
+    choices = {"criterion": "wanda", "pattern": pattern}
+    assert PruningConfig.from_names(**choices, sequential="one_pass").preset == "fast"
+    assert PruningConfig.from_names(**choices).preset == ""
 
 
 def test_typed_choices_are_the_arguments():
-    arguments = {
-        name: each.annotation
-        for name, each in inspect.signature(PruningConfig.from_names).parameters.items()
-    }
-    found = {
-        name: annotation.__forward_arg__
-        for name, annotation in PruningChoices.__annotations__.items()
-    }
-    assert found == {
-        name: annotation for name, annotation in arguments.items() if name != "sparsity"
-    }
+    arguments = inspect.get_annotations(PruningConfig.from_names)
+    del arguments["sparsity"], arguments["return"]
+    typed = inspect.get_annotations(PruningChoices)
+    assert {name: hint.__forward_arg__ for name, hint in typed.items()} == arguments
 
 
-def test_an_unknown_choice_is_named():
-    for start in (
+@pytest.mark.parametrize(
+    "start",
+    [
         lambda **choices: wl.prune(torch.nn.Linear(2, 2), [], **choices),
         lambda **choices: wl.WandaPrune(0.5, **choices),
         lambda **choices: wl.prune_from_disk("model", "out", [], **choices),
-    ):
-        with pytest.raises(
-            ValueError, match=r"^patern is no choice of pruning\. Did you mean pattern\?$"
-        ):
-            start(patern="2:4")
+    ],
+    ids=["prune", "WandaPrune", "prune_from_disk"],
+)
+def test_an_unknown_choice_is_named(start):
+    message = r"^patern is no choice of pruning\. Did you mean pattern\?$"
+    with pytest.raises(ValueError, match=message):
+        start(patern="2:4")

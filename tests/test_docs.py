@@ -6,6 +6,7 @@ The blocks run with smaller models and data. `SMALLER` is all that is replaced.
 import re
 import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,6 @@ SMALLER = {
     '"embed_dim": 96, "depth": 4': '"embed_dim": 32, "depth": 2',
     "max_epochs=30": "max_epochs=1, limit_train_batches=1",
 }
-
-
 ROOT = DOCS.parent
 MARKDOWN = [*DOCS.glob("*.md"), *ROOT.glob("*.md"), *(ROOT / ".github").glob("*.md")]
 
@@ -50,8 +49,12 @@ MARKDOWN = [*DOCS.glob("*.md"), *ROOT.glob("*.md"), *(ROOT / ".github").glob("*.
 def blocks(page, language):
     """Return the line and the text of each block in a language."""
     text = page.read_text(encoding="utf-8")
-    found = re.finditer(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    return [(text[: match.start(1)].count("\n"), match[1]) for match in found]
+    matches = re.finditer(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [(text[: match.start(1)].count("\n"), match[1]) for match in matches]
+
+
+def pages_with(language):
+    return [page for page in PAGES if blocks(page, language)]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +73,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.stem)
 def test_the_python_on_a_page_runs(page, folder, tmp_path, monkeypatch, few_digits):
     shutil.copytree(folder, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
@@ -82,57 +83,54 @@ def test_the_python_on_a_page_runs(page, folder, tmp_path, monkeypatch, few_digi
     for line, block in blocks(page, "python"):
         for large, small in SMALLER.items():
             block = block.replace(large, small)
+        # The empty lines give a traceback the line numbers of the page.
         exec(compile("\n" * line + block, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page, "bash")], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", pages_with("bash"), ids=lambda page: page.stem)
 def test_the_commands_on_a_page_have_these_options(page):
     for _, block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if (
-                words[:1] == ["wanda-lightning"]
-                and words[1] not in LIGHTNING
-                and "--help" not in words
-            ):
-                parse_options(words[1], words[2:])
+            if words[:1] != ["wanda-lightning"] or "--help" in words:
+                continue
+            command, *options = words[1:]
+            if command not in LIGHTNING:
+                parse_options(command, options)
 
 
 def tokens(page: Path) -> list[Token]:
     """Return what GitHub's Markdown has on a page."""
-    parsed = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
-    return [
-        each
-        for token in parsed.parse(page.read_text(encoding="utf-8"))
-        for each in (token, *(token.children or ()))
-    ]
+    parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    flat = []
+    for token in parser.parse(page.read_text(encoding="utf-8")):
+        flat += [token, *(token.children or ())]
+    return flat
 
 
 def anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
-    found = tokens(page)
-    titles = [
-        found[index + 1].content
-        for index, token in enumerate(found)
-        if token.type == "heading_open"
-    ]
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    anchors = set()
+    for token, title in pairwise(tokens(page)):
+        if token.type == "heading_open":
+            anchors.add(re.sub(r"[^\w\- ]", "", title.content.lower()).replace(" ", "-"))
+    return anchors
 
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.stem)
 def test_the_links_of_a_page_lead_to_files_and_headings(page):
     for token in tokens(page):
         target = str(token.attrs.get("href") or token.attrs.get("src") or "")
-        if target and "://" not in target and not target.startswith("mailto:"):
-            path, _, heading = target.partition("#")
-            file = page.parent / path if path else page
-            assert file.exists(), target
-            assert not heading or heading in anchors(file), target
+        if not target or "://" in target or target.startswith("mailto:"):
+            continue
+        path, _, heading = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        if heading:
+            assert heading in anchors(file), target
 
 
 def test_every_public_name_is_described():
     described = (DOCS / "api.md").read_text(encoding="utf-8")
-    found = re.findall(r"^\| `wanda_lightning\.(\w+)`", described, flags=re.MULTILINE)
-    assert sorted(found) == sorted(wanda_lightning.__all__)
+    names = re.findall(r"^\| `wanda_lightning\.(\w+)`", described, flags=re.MULTILINE)
+    assert sorted(names) == sorted(wanda_lightning.__all__)

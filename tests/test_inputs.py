@@ -80,18 +80,22 @@ def test_a_wrong_type_is_named(call, message):
         call()
 
 
-def test_batches_of_another_dtype():
-    def forward(batch):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return model(batch)
-
+def test_batches_of_another_dtype_prune_nothing():
     model = net()
     before = model[0].weight.clone()
     with pytest.raises(RuntimeError, match="dtype"):
         prune(model, [torch.ones(2, 8, dtype=torch.float16)], progress=False)
     assert torch.equal(model[0].weight, before)
+
+
+def test_batches_of_another_dtype_in_a_forward_with_autocast():
+    def forward(batch):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(batch)
+
+    model = net()
     prune(model, [torch.randn(9, 8).bfloat16()], forward=forward, progress=False)
-    assert (model[0].weight == 0).sum() == (model[0].weight.numel() // 2)
+    assert (model[0].weight == 0).sum() == model[0].weight.numel() // 2
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -101,18 +105,28 @@ def test_layers_without_elements_are_skipped():
     assert [skipped.detail for skipped in report.skipped] == ["has no elements"]
 
 
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    save_llama(folder)
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("token", [VOCABULARY, -1])
-def test_tokens_without_an_embedding(tmp_path, token):
-    save_llama(tmp_path / "llama")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "llama")
-    wrong = [{"input_ids": torch.full((2, 8), token)}]
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, batch, _: prune(model, [batch], progress=False),
+        lambda model, batch, _: CausalLMModule(model).training_step(batch, 0),
+        lambda model, batch, _: CausalLMModule(model).validation_step([batch["input_ids"]], 0),
+        lambda model, batch, _: perplexity_from_disk(model.name_or_path, [batch], progress=False),
+        lambda model, batch, output: prune_from_disk(
+            model.name_or_path, output, [batch], progress=False
+        ),
+    ],
+    ids=["prune", "training", "validation", "perplexity_from_disk", "prune_from_disk"],
+)
+def test_tokens_without_an_embedding(llama, tmp_path, call, token):
     message = f"input_ids must be from 0 to {VOCABULARY - 1}, .* but one is {token}"
-    for call in (
-        lambda: prune(model, wrong, progress=False),
-        lambda: CausalLMModule(model).training_step(wrong[0], 0),
-        lambda: CausalLMModule(model).validation_step([wrong[0]["input_ids"]], 0),
-        lambda: perplexity_from_disk(tmp_path / "llama", wrong, progress=False),
-        lambda: prune_from_disk(tmp_path / "llama", tmp_path / "out", wrong, progress=False),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    with pytest.raises(ValueError, match=message):
+        call(llama, {"input_ids": torch.full((2, 8), token)}, tmp_path / "out")

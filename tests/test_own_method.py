@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.own_criterion import Power
 from torch import nn
+from user_of_types import Power
 
 from wanda_lightning import (
     Allocation,
@@ -47,9 +47,8 @@ class Slope(Allocation):
     slope: float = 0.2
 
     def __call__(self, layers, sparsity):
-        return match_target(
-            layers, {layer.name: self.slope * i for i, layer in enumerate(layers)}, sparsity
-        )
+        wanted = {layer.name: self.slope * place for place, layer in enumerate(layers)}
+        return match_target(layers, wanted, sparsity)
 
 
 @pytest.fixture
@@ -60,9 +59,8 @@ def model():
 
 @pytest.fixture
 def batch():
-    return torch.randn(50, 16, generator=torch.Generator().manual_seed(1)) * torch.linspace(
-        0.1, 3, 16
-    )
+    tokens = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    return tokens * torch.linspace(0.1, 3, 16)
 
 
 def without_smallest(weight, scores):
@@ -85,17 +83,15 @@ def test_a_pattern(model, batch):
     weight = model[0].weight.detach().clone()
     prune(model, [batch], criterion="magnitude", pattern=Columns(), progress=False)
     smallest = weight.abs().sum(dim=0).argsort()[:8]
-    assert (
-        sorted(smallest.tolist()) == (model[0].weight == 0).all(dim=0).nonzero().flatten().tolist()
-    )
+    empty = (model[0].weight == 0).all(dim=0).nonzero().flatten()
+    assert sorted(smallest.tolist()) == empty.tolist()
 
 
 def test_a_solver(model, batch):
     weight = model[0].weight.detach().clone()
     prune(model, [batch], solver=Half(), progress=False)
-    assert torch.equal(
-        model[0].weight, without_smallest(weight, weight.abs() * batch.norm(dim=0)) / 2
-    )
+    scores = weight.abs() * batch.norm(dim=0)
+    assert torch.equal(model[0].weight, without_smallest(weight, scores) / 2)
 
 
 def test_an_allocation(model, batch):
@@ -136,7 +132,9 @@ class WrongPattern(Pattern):
 
     def __call__(self, scores, sparsity):
         keep = scores > scores.median()
-        return keep.float() if self.mistake == "dtype" else keep[0]
+        if self.mistake == "dtype":
+            return keep.float()
+        return keep[0]
 
     def keep_block(self, scores, sparsity, block):
         return (scores > 1).byte()
@@ -222,15 +220,12 @@ def test_a_class_without_a_dataclass_is_refused_since_the_report_would_lack_its_
 
 
 def test_a_class_in_the_place_of_an_object_is_told_so():
-    with pytest.raises(
-        ValueError, match=r"criterion must be of class Criterion .* Give an object: Wanda\(\.\.\.\)"
-    ):
+    message = r"criterion must be of class Criterion .* Give an object: Wanda\(\.\.\.\)"
+    with pytest.raises(ValueError, match=message):
         PruningConfig.from_names(criterion=Wanda)
 
 
 def test_the_page_lists_all_statistics():
-    page = Path(__file__).parents[1] / "docs/own_method.md"
-    listed = re.findall(
-        r'^\| `"(\w+)"` \| .*`inputs', page.read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
+    page = (Path(__file__).parents[1] / "docs/own_method.md").read_text(encoding="utf-8")
+    listed = re.findall(r'^\| `"(\w+)"` \| .*`inputs', page, flags=re.MULTILINE)
     assert sorted(listed) == sorted(SUMS)

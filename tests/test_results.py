@@ -20,48 +20,51 @@ import quality  # noqa: E402
 import tables  # noqa: E402
 from result import FOLDER, OURS, read_table  # noqa: E402
 
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+VERSIONS = re.findall(
+    r"(?:^## |During development the version number was )(\d+\.\d+\.\d+)", CHANGELOG, re.MULTILINE
+)
+TABLES = sorted(folder.name for folder in FOLDER.iterdir())
 DESCRIPTION = ".//{http://purl.org/dc/elements/1.1/}description"
 
 
-@pytest.mark.parametrize("table", sorted(folder.name for folder in FOLDER.iterdir()))
+@pytest.mark.parametrize("table", TABLES)
 def test_every_run_says_when_and_how_it_was_made(table):
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    versions = {*re.findall(r"^## (\d+\.\d+\.\d+) - ", changelog, re.MULTILINE)}
-    versions |= {
-        *re.findall(r"During development the version number was (\d+\.\d+\.\d+)", changelog)
-    }
-    assert len(versions) >= 2
-    runs = read_table(table)
-    assert {file.name for file in (FOLDER / table).iterdir()} == {
-        f"{run.name}.json" for run in runs if run.measured
-    }
-    for run in runs:
+    for run in read_table(table):
         assert date.fromisoformat(run.date), run.name
-        if run.code in (OURS, "plain") or run.command:  # a script of this repository
-            assert run.versions[OURS] in versions, run.name
-            program, script, *_ = shlex.split(run.command.removeprefix("OMP_NUM_THREADS=1 "))
-            assert program in ("make", "wanda-lightning") or (ROOT / script).is_file(), run.command
-        else:
+        if run.code not in (OURS, "plain") and not run.command:  # not a script of this repository
             assert run.note, run.name
+            continue
+        assert run.versions[OURS] in VERSIONS, run.name
+        program, script, *_ = shlex.split(run.command.removeprefix("OMP_NUM_THREADS=1 "))
+        assert program in ("make", "wanda-lightning") or (ROOT / script).is_file(), run.command
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_file_has_the_name_and_the_numbers_of_its_run(table):
+    names = [f"{run.name}.json" for run in read_table(table) if run.measured]
+    assert sorted(names) == sorted(file.name for file in (FOLDER / table).iterdir())
 
 
 @pytest.mark.parametrize("table", ["methods", "tasks", "own_text"])
 def test_the_benchmark_of_all_methods_can_repeat_the_runs(table):
-    can = {"dense"} | quality.TEXT.keys()
     for run in read_table(table):
-        assert run.method in can, run.name
-        if run.method in quality.TEXT:
-            assert run.method not in (
-                quality.UNSTRUCTURED if ":" in run.goal else quality.PERMUTED
-            ), run.name
+        if run.method != "dense":
+            assert run.method in quality.TEXT, run.name
+            assert quality.is_for(run.method, run.goal), run.name
 
 
-def test_the_pages_have_the_numbers_of_the_runs_and_the_options_of_the_package():
-    texts = {file: file.read_text(encoding="utf-8") for file in pages.FILES}
-    used = {part.split()[0] for text in texts.values() for _, part, _ in pages.PART.findall(text)}
+@pytest.mark.parametrize("page", pages.FILES, ids=lambda page: page.stem)
+def test_a_page_has_the_numbers_of_the_runs_and_the_options_of_the_package(page):
+    text = page.read_text(encoding="utf-8")
+    assert pages.fill(text) == text, "out of date: make results"
+
+
+def test_the_pages_use_every_part():
+    used = set()
+    for page in pages.FILES:
+        used.update(part.split()[0] for _, part, _ in pages.PART.findall(page.read_text("utf-8")))
     assert used == set(pages.PARTS)
-    for file, text in texts.items():
-        assert pages.fill(text) == text, f"{file.name} is out of date: make results"
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)
@@ -75,29 +78,24 @@ def test_a_figure_shows_the_runs_and_can_be_drawn(name, tmp_path):
     draw(collect()).savefig(tmp_path / "figure.svg")
 
 
+def cells_of(text):
+    """The cells of each row in tables of Markdown."""
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
 def test_the_table_of_all_methods_has_the_numbers_of_the_files():
-    head, *rows = [
-        line.split(" | ") for line in tables.methods().splitlines() if line.startswith("| ")
-    ]
-    cells = {
-        (row[0].removeprefix("| "), goal): cell
-        for row in rows
-        for goal, cell in zip(head, row, strict=False)
-    }
+    head, *rows = cells_of(tables.methods())
+    shown = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     runs = [run for run in read_table("methods") if run.goal in head]
     assert len(runs) > 30
     for run in runs:
-        shown = float(cells[tables.LABELS[run.method], run.goal])
-        assert shown == pytest.approx(run.measured["perplexity"], rel=1e-3)
+        cell = shown[tables.LABELS[run.method]][run.goal]
+        assert float(cell) == pytest.approx(run.measured["perplexity"], rel=1e-3)
 
 
 def test_what_pays_says_it_in_short_cells():
     page = (ROOT / "docs" / "worth.md").read_text(encoding="utf-8")
-    cells = [
-        cell
-        for line in page.splitlines()
-        if line.startswith("| ")
-        for cell in line.strip("| ").split(" | ")
-    ]
+    cells = [cell for row in cells_of(page) for cell in row]
     assert len(cells) > 100
     assert [cell for cell in cells if len(cell.split()) > 30] == []

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         WandaPrune as WandaPrune,
     )
     from wanda_lightning.callbacks.prunable_module import PrunableModule as PrunableModule
+    from wanda_lightning.common.errors import UserError as UserError
     from wanda_lightning.config import PruningConfig as PruningConfig
     from wanda_lightning.core.allocation import (
         OWL as OWL,
@@ -88,6 +89,7 @@ _HOMES = {
         "PruningCallback SavePretrained Schedule WandaPrune"
     ),
     "callbacks.prunable_module": "PrunableModule",
+    "common.errors": "UserError",
     "config": "PruningConfig",
     "core.allocation": "Allocation DenseLayer Fisher OWL PerLayer Uniform match_target",
     "core.criteria": "Criterion Magnitude RIA Wanda",

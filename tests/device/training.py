@@ -52,16 +52,16 @@ def test_zeros_are_kept_in_plain_loops(optimizer, moves):
     """The model may also move after the call of `keep_zeros`, as Fabric and accelerate move it."""
     models = []
     for device in DEVICES:
-        model = ZOO["llama"].build().to(device if moves == "before" else "cpu")
+        model = ZOO["llama"].build()
+        if moves == "before":
+            model.to(device)
         prune(model, method="magnitude", progress=False)
         zeros = {name: (p == 0).cpu() for name, p in model.named_parameters() if p.ndim > 1}
         updates = optimizer(model.parameters())
         with keep_zeros(model, updates):
             train(model.to(device), updates, device, clip=1.0)
-        assert all(
-            torch.equal(zero, (model.get_parameter(name) == 0).cpu())
-            for name, zero in zeros.items()
-        )
+        for name, zero in zeros.items():
+            assert torch.equal(zero, (model.get_parameter(name) == 0).cpu()), name
         models.append(model)
     assert_equal(*models)
 
@@ -88,9 +88,8 @@ def test_adapters_merge(monkeypatch, build):
         monkeypatch.setattr(lora, "TOKENS", lora.TOKENS.to(device))
         base = build()
         zeros = lora.zeros_of(base)
-        model = get_peft_model(base, lora.config(target_modules="all-linear", lora_dropout=0.3)).to(
-            device
-        )
+        config = lora.config(target_modules="all-linear", lora_dropout=0.3)
+        model = get_peft_model(base, config).to(device)
         torch.manual_seed(0)
         lora.train(model)
         merged.append(merge(model))
@@ -129,13 +128,13 @@ def trainers(callbacks, **options):
         place = WhereItRan()
         made = trainer(*callbacks(), place, **options)
         if device != "cpu":
-            strategy = SingleDeviceStrategy(torch.device(device), accelerator=Remote())
-            quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
             made = L.Trainer(
-                strategy=strategy,
+                strategy=SingleDeviceStrategy(torch.device(device), accelerator=Remote()),
                 callbacks=made.callbacks,
                 enable_checkpointing=False,
-                **quiet,
+                enable_model_summary=False,
+                enable_progress_bar=False,
+                logger=False,
                 **options,
             )
         yield made
@@ -154,16 +153,21 @@ FITS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "make"),
-    [*((name, Net) for name in FITS), ("wanda", partial(Net, ADAMW)), ("wanda", Manual)],
+    ("callbacks", "make"),
+    [
+        *((callbacks, Net) for callbacks in FITS.values()),
+        (FITS["wanda"], partial(Net, ADAMW)),
+        (FITS["wanda"], Manual),
+    ],
+    ids=[*FITS, "AdamW", "manual optimization"],
 )
-def test_fit(name, make):
+def test_fit(callbacks, make):
     nets = []
-    for device, made in zip(DEVICES, trainers(FITS[name], max_epochs=2), strict=True):
+    for device, made in zip(DEVICES, trainers(callbacks, max_epochs=2), strict=True):
         torch.manual_seed(0)
-        nets.append(make())
-        made.fit(nets[-1], loader(24), loader(8))
-        nets[-1].to(device)  # Lightning moves it to the CPU at the end
+        net = make()
+        made.fit(net, loader(24), loader(8))
+        nets.append(net.to(device))  # Lightning has moved it to the CPU at the end
     assert_equal(*nets)
 
 
@@ -183,17 +187,17 @@ def test_distillation_in_bfloat16(monkeypatch, supported):
 def test_perplexity(monkeypatch, has_float64):
     monkeypatch.setattr(support.remote, "HAS_FLOAT64", has_float64)
     windows = DataLoader([{"input_ids": ids} for ids in modules.windows_of_text()], 3)
-    found = [
+    cpu, other = (
         made.validate(CausalLMModule(modules.tiny_llama()), windows, verbose=False)
         for made in trainers(list)
-    ]
-    assert found[0] == found[1]
+    )
+    assert cpu == other
 
 
 def test_text_that_the_model_writes():
     special = SimpleNamespace(bos_token_id=5, eos_token_id=7)
-    texts = [
-        sample_windows(modules.tiny_llama().to(d), special, 5, 12, seed=3, progress=False)
-        for d in DEVICES
-    ]
+    texts = []
+    for device in DEVICES:
+        model = modules.tiny_llama().to(device)
+        texts.append(sample_windows(model, special, 5, 12, seed=3, progress=False))
     assert torch.equal(*texts)

@@ -10,12 +10,10 @@ from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import GradientLimit
-from wanda_lightning.engine.prune import removal_of
 from wanda_lightning.models import token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.planning.plan import make_plan
-from wanda_lightning.planning.run import Run
-from wanda_lightning.planning.weight_store import WeightStore
+from wanda_lightning.planning.run import Run, WeightStore
 
 
 def samples_of(model, batches, forward=None):
@@ -48,7 +46,7 @@ def calls_of(model, names, batches):
 def run_of(model, batches, processes=SINGLE_PROCESS, **choices):
     plan = make_plan(PruningConfig.from_names(**choices), model)
     samples = Samples(model, batches, lambda batch: run(model, batch), None, processes, "the test")
-    return Run(plan, samples, WeightStore(), removal_of(plan.config.pattern))
+    return Run(plan, samples, WeightStore())
 
 
 def split(batches, size):

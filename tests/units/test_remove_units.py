@@ -3,6 +3,7 @@
 import copy
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.core.allocation import Uniform, UnitLayer
 from wanda_lightning.models import SkipReason
+from wanda_lightning.units.remove_units import RemoveUnits
 
 EACH_OF_4 = Structured(multiple_of=4)
 
@@ -90,9 +92,10 @@ READERS = {
 
 
 def coupled_run(model, batches, **choices):
-    """A run after the search for units."""
-    run = run_of(model, batches, pattern=EACH_OF_4, **choices)
-    return run.removal.find(run)
+    """The plan and the samples after the search for units, and what has found them."""
+    removal = RemoveUnits()
+    run = removal.find(run_of(model, batches, pattern=EACH_OF_4, **choices))
+    return SimpleNamespace(plan=run.plan, samples=run.samples, removal=removal)
 
 
 def units_in(model, batches):
@@ -336,7 +339,9 @@ def test_what_a_unit_costs_is_that_of_its_rows_and_columns(cost, per_unit):
     run = run_of(
         model, random(1, 16, 8, 8), sparsity=0.5, pattern=EACH_OF_4, allocation=Fisher(cost=cost)
     )
-    assert tuple(run.removal.find(run).removal.costs.values()) == per_unit
+    removal = RemoveUnits()
+    removal.find(run)
+    assert tuple(removal.costs.values()) == per_unit
 
 
 def test_a_slow_block_loses_more_units():

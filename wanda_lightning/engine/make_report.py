@@ -16,18 +16,19 @@ from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import SkippedMatrix, SkipReason, is_wrapper
 from wanda_lightning.planning.coverage import Note, unfit_layers
 from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.removal import Removal
 from wanda_lightning.planning.run import Run, unreached
 from wanda_lightning.report import PruningReport
 
 log = logging.getLogger(__name__)
 
 
-def make_report(run: Run) -> PruningReport:
+def make_report(run: Run, removal: Removal) -> PruningReport:
     """Return the report of a run that has pruned all stops, and log its warnings."""
     started = time.perf_counter()
     plan = run.plan
     pruned = run.done.layers
-    dense = _left_dense(run)
+    dense = _left_dense(run, removal)
     if not pruned and plan.config.sparsity > 0:
         only_zeros = any(matrix.reason == SkipReason.INACTIVE for matrix in dense.values())
         inputs = "only zeros" if only_zeros else "no token except padding"
@@ -36,7 +37,7 @@ def make_report(run: Run) -> PruningReport:
             "pruned. Check that the batches hold more than padding or zeros, and that forward= runs the model."
         )
 
-    notes = _notes_on(run, dense)
+    notes = _notes_on(run, removal, dense)
     for note in notes:
         if note.is_warning and plan.processes.rank == 0:
             log.warning(note.text)
@@ -45,7 +46,7 @@ def make_report(run: Run) -> PruningReport:
         "preset": plan.preset,
         **plan.config.describe(),
         "calibration_batches": run.samples.total,
-        **run.removal.settings(plan),
+        **removal.settings(plan),
     }
     parameters, zeros = _count_parameters(run)
     run.clock["report"] = time.perf_counter() - started
@@ -59,7 +60,7 @@ def make_report(run: Run) -> PruningReport:
         notes=tuple(note.text for note in notes),
         training=run.training,
     )
-    return run.removal.complete(report)
+    return removal.complete(plan, report)
 
 
 def _count_parameters(run: Run) -> tuple[int, int]:
@@ -75,14 +76,14 @@ def _count_parameters(run: Run) -> tuple[int, int]:
     return number, zeros
 
 
-def _left_dense(run: Run) -> dict[str, SkippedMatrix]:
+def _left_dense(run: Run, removal: Removal) -> dict[str, SkippedMatrix]:
     """Return the layers of the plan that were not pruned, in model order, and what stays dense with them."""
     done = run.done
     dense: dict[str, SkippedMatrix] = {}
     for layer in run.plan.layers:
         if layer.name not in done.layers:
             dense[layer.name] = done.skipped.get(layer.name) or unreached(layer)
-    all_dense = run.removal.left_dense(dense)
+    all_dense = removal.left_dense(dense)
     return {
         name: all_dense[name]
         for name in run.plan.inventory.blocks
@@ -90,16 +91,16 @@ def _left_dense(run: Run) -> dict[str, SkippedMatrix]:
     }
 
 
-def _notes_on(run: Run, dense: Mapping[str, SkippedMatrix]) -> list[Note]:
+def _notes_on(run: Run, removal: Removal, dense: Mapping[str, SkippedMatrix]) -> list[Note]:
     on_coverage = (
         unfit_layers(run.plan.inventory),
-        run.removal.coverage(run.plan.inventory, dense),
+        removal.coverage(run.plan.inventory, dense),
     )
     return [
-        *_on_layers(run, dense),
+        *_on_layers(run, removal, dense),
         *[note for note in on_coverage if note is not None],
         *_on_targets(run),
-        *run.removal.notes(run),
+        *removal.notes(run),
         *_on_permutation(run),
         *_on_batch_norm(run),
         *_on_training(run),
@@ -113,7 +114,7 @@ _LEFT_DENSE = (
 )
 
 
-def _on_layers(run: Run, dense: Mapping[str, SkippedMatrix]) -> Iterator[Note]:
+def _on_layers(run: Run, removal: Removal, dense: Mapping[str, SkippedMatrix]) -> Iterator[Note]:
     for reason, why in _LEFT_DENSE:
         names = [name for name, matrix in dense.items() if matrix.reason is reason]
         if names:
@@ -123,9 +124,9 @@ def _on_layers(run: Run, dense: Mapping[str, SkippedMatrix]) -> Iterator[Note]:
     if rare_experts:
         rarest = min(rare_experts, key=lambda name: run.done.layers[name].tokens)
         yield Note(
-            f"{_layers(rare_experts, run.removal.expert_noun)} received fewer than "
+            f"{_layers(rare_experts, removal.expert_noun)} received fewer than "
             f"{observer.MIN_EXPERT_TOKENS} tokens, {rarest} fewest: {run.done.layers[rarest].tokens}. "
-            f"They are {run.removal.fate_of_rare_experts}: give more calibration samples"
+            f"They are {removal.fate_of_rare_experts}: give more calibration samples"
         )
     if run.plan.observed and run.plan.config.sequential != "none":
         yield from _on_passed(run)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +28,8 @@ from wanda_lightning.experts.remove_experts import RemoveExperts
 from wanda_lightning.masks.remove_weights import RemoveWeights
 from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import Plan, make_plan, refuse_unprunable
-from wanda_lightning.planning.removal import Removal, StopObserver
-from wanda_lightning.planning.run import Run
-from wanda_lightning.planning.weight_store import WeightStore
+from wanda_lightning.planning.removal import Removal
+from wanda_lightning.planning.run import Run, StopObserver, WeightStore
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 from wanda_lightning.training.predictions import predictions_of
@@ -124,7 +124,7 @@ def prune_as(
         )
         removal = removal_of(plan.config.pattern)
         shows_bars = progress and plan.processes.rank == 0
-        run = Run(plan, samples, store, removal, shows_bars, not_corrected=not_corrected)
+        run = Run(plan, samples, store, shows_bars, not_corrected=not_corrected)
         _read_all_if_needed(run)
     run.clock["prepare"] = time.perf_counter() - started
 
@@ -133,15 +133,15 @@ def prune_as(
     statistics = BatchNormStatistics(batch_norms, samples, plan.processes)
     with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(plan.model):
         statistics.observe_dense()
-    run = _allocate(run)  # the sparsity of each layer
+    run = _allocate(run, removal)  # the sparsity of each layer
     recovery = _start_recovery(run, plan.layers)
-    run = _prune_stops(run)
+    run = _prune_stops(run, removal)
     with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(plan.model, batch_norms):
         run = replace(run, batch_norm=statistics.correct())
     with run.clock.timed("recover", recovery is not None), pruning_mode(plan.model):
         if recovery is not None:
             run = replace(run, training=recovery.train())
-    return make_report(run)
+    return make_report(run, removal)
 
 
 def rehearse(
@@ -187,7 +187,7 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
     not_corrected = _ONE_LOOP if has_batch_norms else ""
     samples = Samples(plan.model, None, None, None, plan.processes, None)
     removal = removal_of(plan.config.pattern)
-    run = Run(plan, samples, WeightStore(), removal, permuted=permuted, not_corrected=not_corrected)
+    run = Run(plan, samples, WeightStore(), permuted=permuted, not_corrected=not_corrected)
     with (
         run.clock.timed("prune"),
         torch.inference_mode(False),
@@ -197,10 +197,10 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
         with plan.processes.fail_together():
             refuse_unprunable(plan.layers)
         observation, samples.total = passive.finish()
-        run = _with_sparsities(run, DenseStatistics(observation.inputs))
+        run = _with_sparsities(run, removal, DenseStatistics(observation.inputs))
         removal.prune(run, plan.whole_model, observation)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
-    return make_report(run)
+    return make_report(run, removal)
 
 
 def _batch_norms_to_correct(plan: Plan, batches: object) -> tuple[list[nn.Module], str]:
@@ -242,27 +242,31 @@ class DenseStatistics:
     gradients: Mapping[str, GradientStatistics] = field(default_factory=dict)
 
 
-def _allocate(run: Run) -> Run:
+def _allocate(run: Run, removal: Removal) -> Run:
     """Return the run with a sparsity for each layer, unless these follow from the one pass that observes all layers."""
     config = run.plan.config
     if run.plan.is_one_pass and not config.reads_gradients:
         return run
     is_reported = bool(config.allocation.needs or config.reads_gradients)
     with run.clock.timed("allocate", is_reported):
-        return _resumed(run) or _with_sparsities(run, _observe_dense_model(run))
+        resumed = _resumed(run, removal)
+        if resumed is not None:
+            return resumed
+        dense = _observe_dense_model(run, removal.unit_columns)
+        return _with_sparsities(run, removal, dense)
 
 
-def _resumed(run: Run) -> Run | None:
+def _resumed(run: Run, removal: Removal) -> Run | None:
     """Return the run with the sparsities that an interrupted run has chosen; None if there are none."""
     with run.plan.processes.fail_together():
         sparsities = run.store.stored_sparsities()
     if not sparsities:
         return None
     run.samples.count()
-    return replace(run, selections=run.removal.selections(run.plan, sparsities))
+    return replace(run, selections=removal.selections(run.plan, sparsities))
 
 
-def _observe_dense_model(run: Run) -> DenseStatistics:
+def _observe_dense_model(run: Run, unit_columns: Mapping[str, int]) -> DenseStatistics:
     """Collect the input statistics and the gradients that allocation and pattern read."""
     plan = run.plan
     config = plan.config
@@ -285,18 +289,18 @@ def _observe_dense_model(run: Run) -> DenseStatistics:
                 bar.step,
                 plan.processes,
                 config.allocation.gradient_limit,
-                run.removal.unit_columns,
+                unit_columns,
             )
         run.samples.refuse_if_empty()
     return DenseStatistics(inputs, gradients)
 
 
-def _with_sparsities(run: Run, dense: DenseStatistics) -> Run:
+def _with_sparsities(run: Run, removal: Removal, dense: DenseStatistics) -> Run:
     """Return the run with a sparsity for each layer, the same in all processes."""
     plan = run.plan
     allocation = plan.config.allocation
     reads_weights = bool(allocation.needs or allocation.reads_gradients)
-    shows_bar = run.progress and reads_weights and not run.removal.unit_columns
+    shows_bar = run.progress and reads_weights and not removal.unit_columns
     with (
         run.store.dense_reader() as read_dense,
         ProgressBar("Allocating", None, shows_bar) as bar,
@@ -310,11 +314,11 @@ def _with_sparsities(run: Run, dense: DenseStatistics) -> Run:
 
         sparsities: dict[str, float] = {}
         if plan.processes.rank == 0:
-            sparsities = run.removal.choose_sparsities(plan, dense.inputs, dense.gradients, read)
+            sparsities = removal.choose_sparsities(plan, dense.inputs, dense.gradients, read)
         # One process decides: numbers that differ in the last digit could give different masks.
         sparsities = plan.processes.broadcast(sparsities, 0)
 
-    selections = run.removal.selections(plan, sparsities, dense.gradients)
+    selections = removal.selections(plan, sparsities, dense.gradients)
     run.store.store_sparsities({name: chosen.sparsity for name, chosen in selections.items()})
     return replace(run, selections=selections)
 
@@ -332,7 +336,7 @@ def _start_recovery(run: Run, layers: tuple[Layer, ...]) -> ModelRecovery | None
         return plan.config.recovery.run_dense_model(dense)
 
 
-def _prune_stops(run: Run) -> Run:
+def _prune_stops(run: Run, removal: Removal) -> Run:
     """Observe, prune and recover each stop in turn."""
     with (
         run.clock.timed("prune"),
@@ -340,11 +344,12 @@ def _prune_stops(run: Run) -> Run:
         note_on_error(run.describe_progress, log.error),
     ):
         run = replace(run, buffers=buffers)
-        observer = run.removal.observer(run.plan)
-        run, dense_observation = _observe_in_one_pass(run, observer)
+        observer = removal.observer(run.plan)
+        run, dense_observation = _observe_in_one_pass(run, removal, observer)
+        restore = partial(removal.restore, run)
         with (
             ProgressBar("Pruning", None, run.progress) as bar,
-            closing(run.store.visits(run, bar)) as visits,
+            closing(run.store.visits(run, bar, restore)) as visits,
         ):
             for visit in visits:
                 bar.show(visit.stop.name)
@@ -356,16 +361,18 @@ def _prune_stops(run: Run) -> Run:
                     observation = dense_observation
                     for call in calls:  # which only record
                         call.run(on_copies=True)
-                run.removal.prune(run, visit.stop, observation)
+                removal.prune(run, visit.stop, observation)
                 _train_block(run, recovery, bar)
-            run.removal.refuse_unreached(run)
+            removal.refuse_unreached(run)
             run.store.finish(run)
     torch.clear_autocast_cache()  # it holds casts of the dense weights
-    run.removal.finish(run)
+    removal.finish(run)
     return run
 
 
-def _observe_in_one_pass(run: Run, observer: StopObserver) -> tuple[Run, Observation | None]:
+def _observe_in_one_pass(
+    run: Run, removal: Removal, observer: StopObserver
+) -> tuple[Run, Observation | None]:
     """Return what all stops are pruned with; None if each stop is observed when it is reached.
 
     The sparsities of the layers follow from it, if they are not known yet.
@@ -377,7 +384,8 @@ def _observe_in_one_pass(run: Run, observer: StopObserver) -> tuple[Run, Observa
     with ProgressBar("Observing", None, run.progress) as bar:
         observation = run.store.observe_dense(run, observer, bar)
     if not run.selections:
-        run = _resumed(run) or _with_sparsities(run, DenseStatistics(observation.inputs))
+        dense = DenseStatistics(observation.inputs)
+        run = _resumed(run, removal) or _with_sparsities(run, removal, dense)
     return run, observation
 
 

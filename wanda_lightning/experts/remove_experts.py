@@ -20,8 +20,8 @@ from wanda_lightning.experts.mixtures import Mixture, counters_in
 from wanda_lightning.experts.saliency import ExpertSaliency
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.planning.plan import Plan
-from wanda_lightning.planning.removal import Removal, StopObserver
-from wanda_lightning.planning.run import Run
+from wanda_lightning.planning.removal import Removal
+from wanda_lightning.planning.run import Run, StopObserver
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import replace_attributes
 from wanda_lightning.units.fit_configuration import fit_configuration
@@ -44,7 +44,6 @@ class RemoveExperts(Removal):
         self._complete: dict[nn.Module, Mixture] = {}
         self._saliency = ExpertSaliency([])
         self._dense_parameters = 0
-        self._model: nn.Module | None = None
 
     def check(self, config: PruningConfig, model: nn.Module, inventory: Inventory) -> None:
         """Refuse a model without mixtures of experts, or with some that cannot lose as many experts."""
@@ -62,7 +61,6 @@ class RemoveExperts(Removal):
 
         self._complete = {mixture.experts: mixture for mixture in self._mixtures}
         self._saliency = ExpertSaliency(self._mixtures, plan.processes)
-        self._model = plan.model
         self._dense_parameters = _parameters(plan.model)
         for layer in plan.layers:
             if layer.module not in self._complete or layer.expert is None:
@@ -111,10 +109,9 @@ class RemoveExperts(Removal):
         """Declare how many experts are left, in the modules and in the configuration."""
         _declare(run.plan.config, run.plan.model, self._mixtures)
 
-    def complete(self, report: PruningReport) -> PruningReport:
+    def complete(self, plan: Plan, report: PruningReport) -> PruningReport:
         """Count the parameters that are gone as zeros, and say so."""
-        assert self._model is not None
-        zeros = self._dense_parameters - _parameters(self._model)
+        zeros = self._dense_parameters - _parameters(plan.model)
         before = self._mixtures[0].number
         gone = before - len(self._mixtures[0].slots[-1].tensor)
         note = (

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.observer import Observation, Observer
-from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.selection import Selection
@@ -19,26 +17,8 @@ from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, Stop
 from wanda_lightning.planning.coverage import Note, low_coverage
 from wanda_lightning.planning.plan import Plan
+from wanda_lightning.planning.run import Run, StopObserver
 from wanda_lightning.report import PruningReport
-
-if TYPE_CHECKING:
-    from wanda_lightning.planning.run import Run
-
-
-class StopObserver(Protocol):
-    """Measures what a removal needs while samples run; `Observer` is the one for input statistics."""
-
-    def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
-        """Run the calls that wait at a stop, on copies, and return what they show."""
-
-    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
-        """Run all samples through the model; `tick` follows each."""
-
-    def watched(self, stop: Stop, call: Call) -> Call:
-        """Return a call that also measures when it runs."""
-
-    def finish(self, stop: Stop) -> Observation:
-        """Return what the calls that were `watched` have shown, over all processes."""
 
 
 class Removal(ABC):
@@ -137,6 +117,6 @@ class Removal(ABC):
         limits = plan.config.allocation.limits(plan.config.sparsity)
         return {"allocation_limits": list(limits)} if limits else {}
 
-    def complete(self, report: PruningReport) -> PruningReport:
+    def complete(self, plan: Plan, report: PruningReport) -> PruningReport:
         """Return the report with what only this kind of removal knows."""
         return report

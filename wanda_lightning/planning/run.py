@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from wanda_lightning.calibration.lockstep import Passed
+from torch import Tensor
+
+from wanda_lightning.calibration.lockstep import Call, Passed, Visit, Visits, lockstep
+from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.calibration.pruning_mode import RestoredBuffers
 from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.models import Layer, SkippedMatrix, SkipReason
-from wanda_lightning.planning.plan import Plan
-from wanda_lightning.planning.removal import Removal
-from wanda_lightning.planning.weight_store import WeightStore
+from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.planning.plan import Plan, refuse_unprunable
 from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
 
 
@@ -54,7 +57,6 @@ class Run:
     plan: Plan
     samples: Samples
     store: WeightStore
-    removal: Removal
     progress: bool = False  # whether to show bars
     buffers: RestoredBuffers | None = None  # while stops are pruned
     clock: Clock = field(default_factory=Clock)
@@ -72,6 +74,94 @@ class Run:
             return ""
         pruned = quantity(len(self.done.layers), "layer is", "layers are")
         return f"{pruned} already pruned; the others are dense. {self.store.advice}"
+
+
+class StopObserver(Protocol):
+    """Measures what a removal needs while samples run; `Observer` is the one for input statistics."""
+
+    def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
+        """Run the calls that wait at a stop, on copies, and return what they show."""
+
+    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
+        """Run all samples through the model; `tick` follows each."""
+
+    def watched(self, stop: Stop, call: Call) -> Call:
+        """Return a call that also measures when it runs."""
+
+    def finish(self, stop: Stop) -> Observation:
+        """Return what the calls that were `watched` have shown, over all processes."""
+
+
+class WeightStore:
+    """All weights stay in memory."""
+
+    zeros: int = 0  # among the weights that are not in memory
+    advice: str = "Reload the model before you try again."  # if pruning fails halfway
+
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Refuse weights that are in memory and cannot be pruned."""
+        refuse_unprunable(layers)
+
+    # The dense model, before anything is pruned
+
+    def dense_visits(self, visits: Visits) -> Iterator[Visit]:
+        """Yield the visits, each with the dense weights of its stop in memory."""
+        yield from visits
+
+    @contextmanager
+    def dense_reader(self) -> Iterator[Callable[[Layer], Tensor]]:
+        """Return a function that returns the dense weight of a layer, called in model order."""
+        yield Layer.read
+
+    def observe_dense(self, run: Run, observer: StopObserver, bar: ProgressBar) -> Observation:
+        """Observe all layers in one pass of all samples through the dense model."""
+        bar.expect(run.samples.length)
+        return observer.whole_model(run.plan.whole_model, run.samples, bar.advance)
+
+    def change_when_loaded(self, block: str, change: Callable[[], None]) -> None:
+        """Apply `change` again whenever the dense weights of a block are loaded; they have seen it once."""
+
+    def undo_change(self, change: Callable[[], None]) -> None:
+        """Call `change`, which takes back a change of the dense weights of a block after their visit."""
+        change()
+
+    # Sparsities that an interrupted run has chosen
+
+    def stored_sparsities(self) -> Mapping[str, float]:
+        """Return the sparsities that an earlier run has chosen; empty if there are none."""
+        return {}
+
+    def store_sparsities(self, sparsities: Mapping[str, float]) -> None:
+        """Store the sparsities for a later run that continues this one."""
+
+    # The model while it is pruned
+
+    def visits(
+        self, run: Run, bar: ProgressBar, restore: Callable[[Sequence[Layer]], None]
+    ) -> Generator[Visit]:
+        """Yield each stop before it is pruned, with the calls that wait there; these then run through what is pruned.
+
+        No sample waits there if nothing is left to observe or to record. `restore` gives layers the shapes that they
+        have after pruning: an interrupted run has pruned and written them.
+        """
+        plan = run.plan
+        bar.expect(len(plan.stops))
+        waits = plan.config.recovery.trains_blocks or not plan.is_one_pass
+        if not (plan.observed and waits):
+            for stop in plan.stops:
+                yield Visit(stop, [])
+                bar.advance()
+            return
+
+        samples = run.samples.in_memory()
+        with closing(lockstep(plan.stops, samples, plan.processes, model=plan.model)) as visits:
+            run.done.passed = visits.passed
+            for visit in visits:
+                yield visit
+                bar.advance()
+
+    def finish(self, run: Run) -> None:
+        """Write what is left, after the last stop."""
 
 
 def unreached(layer: Layer) -> SkippedMatrix:

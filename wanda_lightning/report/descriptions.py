@@ -74,8 +74,8 @@ def title_of(report: ReportData) -> str:
 
 def fate(report: ReportData) -> str:
     """Return what has become of the pruned weights in the saved model."""
-    drops_experts = choice_of(report.config, "pattern") == "Experts"
-    return "were taken out" if drops_experts or report.shrunk else "are zero"
+    is_smaller = choice_of(report.config, "pattern") == "Experts"
+    return "were taken out" if is_smaller or report.shrunk else "are zero"
 
 
 def change_of(metric: Metric, result: Measured) -> str:

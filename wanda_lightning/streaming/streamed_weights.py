@@ -14,9 +14,7 @@ from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import refuse_unprunable
-from wanda_lightning.planning.removal import StopObserver
-from wanda_lightning.planning.run import Run
-from wanda_lightning.planning.weight_store import WeightStore
+from wanda_lightning.planning.run import Run, StopObserver, WeightStore
 from wanda_lightning.streaming.checkpoint import RESIDENT, BlockLoader, Checkpoint, Keys
 from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
 
@@ -107,14 +105,16 @@ class StreamedWeights(WeightStore):
 
     # The model while it is pruned
 
-    def visits(self, run: Run, bar: ProgressBar) -> Generator[Visit]:
+    def visits(
+        self, run: Run, bar: ProgressBar, restore: Callable[[Sequence[Layer]], None]
+    ) -> Generator[Visit]:
         """Yield the stops that no earlier run has pruned, with their weights in memory.
 
         A block is written and freed when all batches have left it.
         """
-        self._restore_written(run)
+        self._restore_written(run, restore)
         ahead = {stop.name: self._checkpoint.part_of(stop.name) for stop in run.plan.stops}
-        with closing(super().visits(run, bar)) as visits:
+        with closing(super().visits(run, bar, restore)) as visits:
             for visit in visits:
                 block = ahead.pop(visit.stop.name)
                 # A batch may be parked ahead, in a block that is loaded.
@@ -194,7 +194,7 @@ class StreamedWeights(WeightStore):
         )
         self._output.save(part, self._checkpoint.as_stored(part), record)
 
-    def _restore_written(self, run: Run) -> None:
+    def _restore_written(self, run: Run, restore: Callable[[Sequence[Layer]], None]) -> None:
         """Copy what an earlier run did to the blocks that it has written into the run, and give these their shapes."""
         stops = {stop.name: stop for stop in run.plan.blocks_and_layers}
         for block in self._checkpoint.blocks:
@@ -206,5 +206,5 @@ class StreamedWeights(WeightStore):
             run.done.few_tokens.update(record.few_tokens)
             run.done.zero_units.update(record.zero_units)
             if block in stops:
-                run.removal.restore(run, stops[block].layers)
+                restore(stops[block].layers)
                 self._checkpoint.unload(block)

@@ -106,7 +106,7 @@ class _PermutationSearch(UnitSearch):
         # All are found before the first one is permuted.
         readable = []
         for layer in filter(is_pointwise, block.layers):
-            units = self._first_right(layer, block, runs, _candidates, self._is_right)
+            units = self.first_right(layer, block, runs, _candidates, self._is_right)
             if units is not None:
                 readable.append(units)
 
@@ -142,7 +142,7 @@ class _PermutationSearch(UnitSearch):
         """Whether a random order of the units permutes what the reader receives, and changes nothing else."""
         heads, _, size = units.columns.shape
         groups_fit_heads = size % self._plan.config.pattern.group_size == 0
-        if self._is_tied(units) or not groups_fit_heads:
+        if self.is_tied(units) or not groups_fit_heads:
             return False
 
         generator = torch.Generator().manual_seed(0)

@@ -216,7 +216,7 @@ class _RemovalSearch(UnitSearch):
             for layer in block.layers:
                 if layer.expert is not None or layer.group is not None:
                     continue
-                units = self._first_right(layer, block, runs, removable_units, self._is_right)
+                units = self.first_right(layer, block, runs, removable_units, self._is_right)
                 if units is not None:
                     writers = tuple(self._layer_of[writer.module] for writer in units.writers)
                     self.units[layer.name] = replace(units, writers=writers)
@@ -229,7 +229,7 @@ class _RemovalSearch(UnitSearch):
         """
         are_pruned = {writer.module for writer in units.writers} <= self._layer_of.keys()
         is_skipped = any(slot.module in self._skipped_by_user for slot in units.slots)
-        are_shared = self._is_tied(units) or units.lines & self._used_lines
+        are_shared = self.is_tied(units) or units.lines & self._used_lines
         if not are_pruned or is_skipped or are_shared:
             return None
         if units.width < 2:

@@ -64,7 +64,7 @@ class UnitSearch:
         # Index of the right candidate for readers with the same name and shape in blocks alike.
         self._right_candidates: dict[tuple[object, ...], int] = {}
 
-    def _first_right(
+    def first_right(
         self,
         reader: Layer,
         block: Stop,
@@ -98,5 +98,6 @@ class UnitSearch:
             self._right_candidates.setdefault(key, _NONE_IS_RIGHT)
         return None
 
-    def _is_tied(self, units: HiddenUnits) -> bool:
+    def is_tied(self, units: HiddenUnits) -> bool:
+        """Whether a tensor of the units shares its memory with another one."""
         return any((slot.module, slot.name) in self._tied for slot in units.slots)

@@ -1,0 +1,141 @@
+"""All public names with their signatures, in a file, so that a review sees each change of them.
+
+    python tests/test_public_interface.py     (writes tests/public_interface.txt)
+
+The signatures are those of the source, as text: they look the same under every version of Python and of the libraries.
+"""
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import wanda_lightning
+
+FILE = Path(__file__).with_name("public_interface.txt")
+SHOWN_DECORATORS = ("classmethod", "staticmethod", "property", "cached_property", "dataclass")
+SHOWN_METHODS = ("__init__", "__call__")  # besides those without an underscore
+
+
+def interface() -> str:
+    """Return the text of the file: one paragraph for each public name."""
+    paragraphs = []
+    for name in wanda_lightning.__all__:
+        public = getattr(wanda_lightning, name)
+        if public.__name__ != name:
+            lines = [f"{name} = {public.__name__}"]
+        elif inspect.isclass(public):
+            lines = lines_of_class(public)
+        else:
+            lines = [line for definition in definitions(public) for line in lines_of(definition)]
+        paragraphs.append("\n".join(lines))
+    return "\n\n".join(paragraphs) + "\n"
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(Path(sys.modules[module].__file__).read_text(encoding="utf-8"))
+
+
+def definitions(public: Any) -> list[Any]:
+    """Return where a class or function is defined; functions with `@overload` are defined several times."""
+    body = tree_of(public.__module__).body
+    return [node for node in body if getattr(node, "name", "") == public.__name__]
+
+
+def lines_of_class(public: type) -> list[str]:
+    """Return the head of a class, and its members with those that it inherits from classes of the package."""
+    (definition,) = definitions(public)
+    head = f"class {public.__name__}"
+    if definition.bases:
+        head += f"({', '.join(map(ast.unparse, definition.bases))})"
+    lines = [*decorators(definition), head]
+    known: set[str] = set()
+    for owner in public.__mro__:
+        if owner.__module__.partition(".")[0] == "wanda_lightning":
+            (definition,) = definitions(owner)
+            members = dict(members_of(definition))
+            for name, member in members.items():
+                if name not in known:
+                    lines += [f"    {line}" for line in member]
+            known |= members.keys()
+    return lines
+
+
+def members_of(definition: ast.ClassDef) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name and the lines of each public field and method of a class."""
+    for node in definition.body:
+        if isinstance(node, ast.FunctionDef):
+            name = node.name
+            lines = lines_of(node)
+        elif isinstance(node, ast.AnnAssign | ast.Assign):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            name = ast.unparse(target)
+            lines = [ast.unparse(node)]
+        else:
+            continue
+        if name in SHOWN_METHODS or not name.startswith("_"):
+            yield name, lines
+
+
+def lines_of(function: ast.FunctionDef) -> list[str]:
+    """Return a signature: on one line if it fits, or with a line for each parameter."""
+    parameters = parameters_of(function.args)
+    returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+    line = f"{function.name}({', '.join(parameters)}){returns}"
+    if len(line) <= 90:
+        lines = [line]
+    else:
+        indented = [f"    {parameter}," for parameter in parameters]
+        lines = [f"{function.name}(", *indented, f"){returns}"]
+    return [*decorators(function), *lines]
+
+
+def parameters_of(arguments: ast.arguments) -> list[str]:
+    """Return each parameter with its annotation and its default."""
+    positional = [*arguments.posonlyargs, *arguments.args]
+    pairs = zip_longest(reversed(positional), reversed(arguments.defaults))
+    parameters = [parameter(*pair) for pair in pairs][::-1]
+    if arguments.posonlyargs:
+        parameters.insert(len(arguments.posonlyargs), "/")
+
+    if arguments.vararg:
+        parameters.append(f"*{ast.unparse(arguments.vararg)}")
+    elif arguments.kwonlyargs:
+        parameters.append("*")
+    for keyword, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        parameters.append(parameter(keyword, default))
+    if arguments.kwarg:
+        parameters.append(f"**{ast.unparse(arguments.kwarg)}")
+    return parameters
+
+
+def parameter(argument: ast.arg, default: ast.expr | None) -> str:
+    text = ast.unparse(argument)
+    return text if default is None else f"{text} = {ast.unparse(default)}"
+
+
+def decorators(definition: Any) -> list[str]:
+    shown = [f"@{ast.unparse(decorator)}" for decorator in definition.decorator_list]
+    return [text for text in shown if text.partition("(")[0].removeprefix("@") in SHOWN_DECORATORS]
+
+
+def test_a_change_of_the_public_interface_is_seen_in_review():
+    assert interface() == FILE.read_text(encoding="utf-8"), (
+        "if that is meant, say it in CHANGELOG.md and run: python tests/test_public_interface.py"
+    )
+
+
+def test_a_signature_has_every_kind_of_parameter():
+    source = "def f(a, b: int, /, c: str = 'x', *d: int, e, g: float = 0.5, **h: Any) -> None: ..."
+    (function,) = ast.parse(source).body
+    (line,) = lines_of(function)
+    assert line == ("f(a, b: int, /, c: str = 'x', *d: int, e, g: float = 0.5, **h: Any) -> None")
+
+
+if __name__ == "__main__":
+    FILE.write_text(interface(), encoding="utf-8")
