@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +17,7 @@ from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.planning.plan import make_plan
@@ -29,15 +29,12 @@ from wanda_lightning.streaming.streamed_weights import StreamedWeights
 log = logging.getLogger(__name__)
 
 # To the weights: where they are, and what has written them.
-_UNRELATED = (
-    "_name_or_path",
-    "transformers_version",
-)
+_UNRELATED = ("_name_or_path", "transformers_version")
 
 
 def prune_from_disk(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    source: StrPath,
+    output: StrPath,
     batches: Iterable[Any],
     sparsity: float = 0.5,
     *,
@@ -93,7 +90,7 @@ def prune_from_disk(
 def pruned_from_disk(
     config: PruningConfig,
     source: ModelSource,
-    output: str | os.PathLike[str],
+    output: StrPath,
     batches: Iterable[Any],
     dtype: str | torch.dtype = "auto",
     tokenizer: Any = None,

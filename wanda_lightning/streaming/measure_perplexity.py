@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
@@ -18,6 +17,7 @@ from wanda_lightning.calibration.samples import Sample, length_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.models import Stop, check_tokens
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.model_loading import check_causal
@@ -27,7 +27,7 @@ AT_ONCE = 32  # batches that pass through the model together
 
 
 def perplexity_from_disk(
-    source: str | os.PathLike[str],
+    source: StrPath,
     batches: Iterable[Mapping[str, Any]],
     *,
     dtype: str | torch.dtype = "auto",
@@ -65,8 +65,6 @@ def perplexity_from_disk(
         batch = to_device(batch, checkpoint.device)
         input_ids = batch["input_ids"]
         mask = batch.get("attention_mask")
-        if mask is not None:
-            mask = mask.to(checkpoint.device)
         output = checkpoint.model(input_ids, attention_mask=mask, use_cache=False)
         metric.update(output.logits, input_ids, mask)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from wanda_lightning.common.atomic_write import (
 )
 from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import PrunedLayer
@@ -100,9 +100,8 @@ class Shards:
         checkpoint.save_configuration(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(index, indent=2) + "\n"
+        (temporary / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         move_entries(temporary, self.folder)
 
 
@@ -123,9 +122,7 @@ class OutputFolder(Shards):
     any other folder is refused.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], made_with: Mapping[str, Any], parts: Sequence[str]
-    ) -> None:
+    def __init__(self, folder: StrPath, made_with: Mapping[str, Any], parts: Sequence[str]) -> None:
         super().__init__(resolve_path(folder), parts)
         self._file = self.folder / PROGRESS_NAME
         self.progress = _Progress(
@@ -197,7 +194,7 @@ class OutputFolder(Shards):
         self._file.unlink(missing_ok=True)  # `shrink_from_disk` may have replaced the folder
 
 
-def require_resumable(path: str | os.PathLike[str]) -> None:
+def require_resumable(path: StrPath) -> None:
     """Raise an OSError for a folder that is neither empty nor left by an interrupted run."""
     require_writable(path, overwrite=True, kind="folder")
     target = resolve_path(path)
@@ -212,10 +209,7 @@ def fingerprint(values: Any) -> str:
 
     def content(tensor: Tensor) -> tuple[Any, ...]:
         octets = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        return (
-            tensor.dtype,
-            tuple(tensor.shape),
-            hashlib.sha256(octets.numpy().tobytes()).hexdigest(),
-        )
+        content_hash = hashlib.sha256(octets.numpy().tobytes()).hexdigest()
+        return tensor.dtype, tuple(tensor.shape), content_hash
 
     return hashlib.sha256(repr(map_tensors(content, values)).encode()).hexdigest()

@@ -15,6 +15,7 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
+from wanda_lightning.common.types import StrPath
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import Shards
 from wanda_lightning.units.fit_configuration import fit_configuration
@@ -25,8 +26,8 @@ log = logging.getLogger(__name__)
 
 
 def shrink_from_disk(
-    source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    source: StrPath,
+    output: StrPath,
     overwrite: bool = False,
     *,
     dtype: str | torch.dtype = "auto",
@@ -63,9 +64,9 @@ def shrink_from_disk(
         result = _shrink_parts(checkpoint, shards)
         result.refuse_if_unchanged()
         result.misfit, _ = fit_configuration(checkpoint.model)
-        if note := checkpoint.leave_out():
-            log.warning(note)
-            result.note = note
+        result.note = checkpoint.leave_out()
+        if result.note:
+            log.warning(result.note)
         write_modeling_file(checkpoint.model, folder)
         shards.write_rest(checkpoint, load_tokenizer(where))
     return result
@@ -74,9 +75,8 @@ def shrink_from_disk(
 def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     """Run a small batch through the model, and write each part when it is shrunk."""
     model: Any = checkpoint.model
-    size = sum(parameter.numel() for parameter in model.parameters())
-    result = Shrunk()
-    result.parameters = size, size
+    size = model.num_parameters()
+    result = Shrunk(parameters=(size, size))
 
     def save(part: str) -> None:
         shards.save(part, checkpoint.as_stored(part))
@@ -109,8 +109,9 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
             )
             hooks.callback(block.register_forward_hook(partial(leave, name)).remove)
         model(**example_batch(model))
+    # The batch does not reach the others.
     for name in checkpoint.blocks:
-        if name not in shards.written:  # the batch does not reach it
+        if name not in shards.written:
             checkpoint.load(name)
             save(name)
             checkpoint.unload(name)

@@ -1,0 +1,16 @@
+"""Types that every room uses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+Kwargs = dict[str, Any]
+"""Values by name, such as the arguments of a function."""
+
+StrPath = str | os.PathLike[str]
+"""A path as text or as an object."""
+
+Forward = Callable[[Any], object]
+"""What runs a model on one batch."""
