@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from wanda_lightning.models.expert_stacks import Modules
 from wanda_lightning.models.layers import Layer
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
-def find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> list[str]:
+def find_blocks(modules: Modules, layers: Iterable[Layer]) -> list[str]:
     """Return the names of the blocks, given all modules by name and the layers to prune. No block lies inside another.
 
     The blocks of transformers have a base class of their own. Elsewhere a block is a member of a list or sequence that
@@ -52,7 +53,7 @@ def _count_layers(layers: Iterable[Layer]) -> Counter[str]:
     return count
 
 
-def _members_of_lists(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+def _members_of_lists(modules: Modules) -> Iterator[str]:
     """Yield the names of the members of lists and sequences, except for experts and for lists in lists."""
     for name, container in modules.items():
         # Torchvision's `IntermediateLayerGetter` is a dictionary whose members run in order.

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import sum_squares
-from wanda_lightning.models.expert_stacks import siblings_of, stacked_experts
+from wanda_lightning.models.expert_stacks import Modules, siblings_of, stacked_experts
 from wanda_lightning.models.quantized import is_packed, quantizer
 from wanda_lightning.parallel import first_index, local
 
@@ -281,7 +281,7 @@ def layers_of(
     name: str,
     module: nn.Module,
     parameter_name: str,
-    modules: Mapping[str, nn.Module],
+    modules: Modules,
     by_columns: Mapping[type[nn.Module], bool],
 ) -> list[Layer]:
     """Return the layers that a parameter holds: none, a single one, or one for each expert or group."""

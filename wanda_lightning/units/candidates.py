@@ -102,6 +102,9 @@ class Slot:
         return self.index[..., units.cpu()].flatten().sort().values.to(self.tensor.device)
 
 
+Slots = tuple[Slot, ...]
+
+
 def replace_attributes(values: Iterable[Change]) -> Callable[[], None]:
     """Set attributes of modules one after the other, and return a function that undoes it."""
     before = []
@@ -122,7 +125,7 @@ class HiddenUnits:
 
     reader: Layer
     width: int  # number of units
-    slots: tuple[Slot, ...]
+    slots: Slots
     writers: tuple[
         Layer, ...
     ] = ()  # and other layers that read the units on their way to the reader
@@ -144,7 +147,7 @@ class HiddenUnits:
         return {slot.line for slot in self.slots}
 
     @property
-    def sides(self) -> tuple[Slot, ...]:
+    def sides(self) -> Slots:
         """The matrices that write or read the units; the last is the reader's.
 
         A unit with zeros in all of them can be taken out. What lies in between, such as biases and depthwise
@@ -261,7 +264,7 @@ def _whole_layers(scope: nn.Module, reader: Layer) -> list[Layer]:
     return [layer for layer in layers if layer and layer.module is not reader.module]
 
 
-def _written_units(width: int, layers: Sequence[Layer]) -> Iterator[tuple[Slot, ...]]:
+def _written_units(width: int, layers: Sequence[Layer]) -> Iterator[Slots]:
     """Propose rows of hidden units without heads: of one layer or, with a gate, of two or twice as many of one."""
     writers = [layer for layer in layers if layer.shape[0] == width]
     if writers:
@@ -275,9 +278,7 @@ def _written_units(width: int, layers: Sequence[Layer]) -> Iterator[tuple[Slot, 
             yield _rows(layer, rows.reshape(1, width, 2).transpose(1, 2))
 
 
-def _values_of_heads(
-    d_in: int, layers: Sequence[Layer], block: nn.Module
-) -> Iterator[tuple[Slot, ...]]:
+def _values_of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[Slots]:
     """Propose rows of attention heads' values, written by a layer of their own or together with queries and keys."""
     for size in _attributes(block, _HEAD_SIZES):
         if size < 2 or d_in % size:
@@ -302,7 +303,7 @@ def _numbers_of_kv_heads(heads: int, heads_written: int, block: nn.Module) -> li
     return list(dict.fromkeys(number for number in numbers if number > 0 and heads % number == 0))
 
 
-def _rows(layer: Layer, unit_index: Tensor | None = None) -> tuple[Slot, ...]:
+def _rows(layer: Layer, unit_index: Tensor | None = None) -> Slots:
     """Return the rows of a layer, and the entries of its bias."""
     slots = [Slot(layer.module, "weight", 0 if layer.kind.rows_first else 1, unit_index)]
     if isinstance(getattr(layer.module, "bias", None), Tensor):
@@ -351,9 +352,7 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
             yield HiddenUnits(reader, width, slots, others, parents)
 
 
-def _removable_slots(
-    reader: Layer, scope: nn.Module, layers: Sequence[Layer]
-) -> Iterator[tuple[Slot, ...]]:
+def _removable_slots(reader: Layer, scope: nn.Module, layers: Sequence[Layer]) -> Iterator[Slots]:
     """Yield the tensors that may hold the units: the rows that write them, others in between, the reader's columns."""
     width = reader.width
     position = {module: number for number, module in enumerate(scope.modules())}
@@ -380,9 +379,7 @@ def _removable_slots(
             yield (*rows, *others, columns_of(reader))
 
 
-def _remoteness(
-    rows: Sequence[Slot], position: Mapping[nn.Module, int], end: int
-) -> tuple[int, bool, int]:
+def _remoteness(rows: Slots, position: Mapping[nn.Module, int], end: int) -> tuple[int, bool, int]:
     """Order proposals for the writers of units: the fewest first, then the nearest before the reader at `end`.
 
     More writers than needed fit, too, if parts of a model are alike, but then all lose the units that one loses.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from wanda_lightning.units.candidates import Change, replace_attributes
 from wanda_lightning.units.fit_settings import (
     NUMBERS,
     SHAPES,
+    Setting,
     Settings,
+    Sizes,
     changed_sizes,
     differences,
     fit_settings,
@@ -97,9 +99,7 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
     return ""
 
 
-def _resized_attributes(
-    config: Any, sizes: Iterable[tuple[int, int]]
-) -> Iterator[tuple[_Path, Any]]:
+def _resized_attributes(config: Any, sizes: Sizes) -> Iterator[Setting]:
     """Yield attributes that may hold an old size, with the new one; None stands for a width derived from another."""
     for path, value in _attributes(config):
         for old, new in sizes:
@@ -109,7 +109,7 @@ def _resized_attributes(
                 yield path, type(value)(new if number == old else number for number in value)
 
 
-def _keep_if_same(config: Any, setting: tuple[_Path, Any], is_same: Callable[[], bool]) -> bool:
+def _keep_if_same(config: Any, setting: Setting, is_same: Callable[[], bool]) -> bool:
     """Set an attribute in the model's configuration; put it back if the model then computes otherwise."""
     owner = _owner(config, setting[0])
     old = dict(vars(owner))
@@ -123,7 +123,7 @@ def _keep_if_same(config: Any, setting: tuple[_Path, Any], is_same: Callable[[],
     return same
 
 
-def _attributes(config: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
+def _attributes(config: Any, path: _Path = ()) -> Iterator[Setting]:
     for name, value in vars(config).items():
         if _is_configuration(value):
             yield from _attributes(value, (*path, name))

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-Settings = tuple[tuple[Any, Any], ...]  # names and values, set one after the other
+Setting = tuple[Any, Any]  # a name and a value
+Settings = tuple[Setting, ...]  # set one after the other
 Sizes = dict[tuple[int, int], None]  # an ordered set of old and new sizes of dimensions
 
 # Attributes of a configuration, and arguments of `shrunk_model`: shapes and widths that no other says.
@@ -30,7 +31,7 @@ class WrongShape(NamedTuple):
 def fit_settings(
     model: nn.Module,
     built_with: Callable[[Settings], nn.Module],
-    options: Callable[[Settings, Iterable[tuple[int, int]]], Iterable[tuple[Any, Any]]],
+    options: Callable[[Settings, Sizes], Iterable[Setting]],
     is_right: Callable[[Settings], bool] = lambda settings: True,
 ) -> tuple[Settings, Mapping[str, WrongShape]]:
     """Change one setting after another, each time the one with which most tensors get the shapes of a model.

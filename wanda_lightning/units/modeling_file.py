@@ -98,6 +98,7 @@ def source_of(*functions: Callable[..., Any]) -> str:
 
 Shapes = dict[str, list[int]]  # by tensor
 Numbers = dict[str, dict[str, int]]  # widths, by module and attribute
+Tensors = dict[str, torch.Tensor]
 
 
 def reshape(model: nn.Module, shapes: Shapes, numbers: Numbers) -> None:

@@ -6,7 +6,7 @@ was: the block runs on a small batch before and after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +21,7 @@ from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Forward
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.models import (
     Layer,
@@ -84,9 +85,7 @@ class Shrunk:
         return text
 
 
-def shrink(
-    model: nn.Module, batch: Any = None, forward: Callable[[Any], object] | None = None
-) -> Shrunk:
+def shrink(model: nn.Module, batch: Any = None, forward: Forward | None = None) -> Shrunk:
     """Take out, in place, the hidden units that are zero on both sides, as `pattern="structured"` leaves them.
 
     The model computes the same, to rounding, with fewer parameters; this is checked with one batch for each layer.
@@ -121,9 +120,7 @@ def shrunk(model: nn.Module, batch: Any = None) -> Iterator[Shrunk]:
         yield result
 
 
-def _take_out(
-    undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[Any], object] | None
-) -> Shrunk:
+def _take_out(undo: ExitStack, model: nn.Module, batch: Any, forward: Forward | None) -> Shrunk:
     if is_sharded(model):
         raise UserError(
             "shrink needs whole layers, but the model is sharded. Shrink it later, in one process."
@@ -179,7 +176,7 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _sample(model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> Sample:
+def _sample(model: nn.Module, batch: Any, forward: Forward | None) -> Sample:
     if batch is None:
         batch = example_batch(model)
     if batch is None:

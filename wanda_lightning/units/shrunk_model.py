@@ -1,7 +1,7 @@
 """`shrunk_model`, with which timm builds and loads a model whose widths no arguments of timm give.
 
 The functions are copied into the file of a saved folder, which must work without this package. So they use no other
-names than each other's, `Any`, `Shapes`, `Numbers`, timm and torch.
+names than each other's, `Any`, timm, torch and three names of types.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanda_lightning.units.modeling_file import Numbers, Shapes, reshape, resized
+from wanda_lightning.units.modeling_file import Numbers, Shapes, Tensors, reshape, resized
 
 
 def shrunk_model(
@@ -72,13 +72,13 @@ def dense_shapes(name: str, config: dict[str, Any], saved: dict[str, Any]) -> Sh
     return {key: list(tensor.shape) for key, tensor in dense.state_dict().items()}
 
 
-def read_tensors(config: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]:
+def read_tensors(config: dict[str, Any], cache_dir: Any) -> Tensors:
     """Read the file of a model, wherever timm finds it."""
     import timm
 
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: Tensors = {}
 
-    def collect(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    def collect(state: Tensors, model: nn.Module) -> Tensors:
         # `load_pretrained` loads what a filter returns into the model, but here the file is only read.
         tensors.update(state)
         return {}
@@ -89,7 +89,7 @@ def read_tensors(config: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tens
     return tensors
 
 
-def add_zero_units(tensors: dict[str, torch.Tensor], shapes: Shapes, sizes: Shapes) -> None:
+def add_zero_units(tensors: Tensors, shapes: Shapes, sizes: Shapes) -> None:
     """Add the units that were taken out, as zeros, to the tensors; `sizes` are the shapes with all units."""
     for name, shape in shapes.items():
         stored = list(tensors[name].shape)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,9 +17,12 @@ import torch
 from torch import nn
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.units.fit_settings import (
     NUMBERS,
     SHAPES,
+    Setting,
+    Sizes,
     changed_sizes,
     differences,
     fit_settings,
@@ -43,6 +46,7 @@ from torch import nn
 
 Shapes = dict[str, list[int]]
 Numbers = dict[str, dict[str, int]]
+Tensors = dict[str, torch.Tensor]
 
 
 {functions}
@@ -51,9 +55,7 @@ register_shrunk_model()
 '''
 
 
-def save_for_timm(
-    model: Any, arguments: Mapping[str, Any], labels: Mapping[str, Any], folder: Path
-) -> None:
+def save_for_timm(model: Any, arguments: Kwargs, labels: Kwargs, folder: Path) -> None:
     """Write a folder that timm loads, with a file of its own if no arguments of timm give the model's shapes.
 
     `arguments` are those of `timm.create_model` beside the name; `labels` go into the configuration.
@@ -70,7 +72,7 @@ def save_for_timm(
         (folder / f"{FILE_NAME}.py").write_text(text, encoding="utf-8")
 
 
-def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def fit_arguments(model: Any, arguments: Kwargs) -> tuple[str, Kwargs]:
     """Return the name and the arguments with which `timm.create_model` builds a model with the shapes of this one.
 
     Each number among the arguments of the model's class, such as `mlp_ratio`, is scaled as the widths were. If none
@@ -124,13 +126,10 @@ def _refuse_other_modules(model: nn.Module, built: nn.Module, name: str) -> None
             )
 
 
-def _scaled_arguments(
-    arguments: Mapping[str, Any], sizes: Iterable[tuple[int, int]]
-) -> Iterator[tuple[str, Any]]:
+def _scaled_arguments(arguments: Kwargs, sizes: Sizes) -> Iterator[Setting]:
     """Yield arguments of which one number, or all numbers in a list, are scaled as a size was."""
-    sizes = sorted(sizes)
     # A width is often int(channels * ratio): half a unit more protects it against rounding.
-    ratios = [(new + extra) / old for extra in (0, 0.5) for old, new in sizes]
+    ratios = [(new + extra) / old for extra in (0, 0.5) for old, new in sorted(sizes)]
     ratios = list(dict.fromkeys(ratios))
     ratios += [1 / ratio for ratio in ratios]
     for key, value in arguments.items():
@@ -154,16 +153,16 @@ def _scaled(value: Any, ratio: float) -> Any:
     return number
 
 
-def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build(name: str, arguments: Kwargs) -> nn.Module:
     import timm
 
     with torch.device("meta"):
         return timm.create_model(name, **arguments)
 
 
-def _all_arguments(family: Any, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _all_arguments(family: Any, name: str, arguments: Kwargs) -> Kwargs:
     """Return all arguments that the class of a model gets from timm, with defaults."""
-    settings: dict[str, Any] = {}
+    settings: Kwargs = {}
     original = family.__init__
 
     # timm adds arguments of its own to those of the caller, and only the class sees all.
