@@ -155,9 +155,8 @@ class BlockRuns:
             if tensors:
                 inputs.setdefault(module, []).append(tensors[0].clone())
 
-        buffers_before: list[tuple[Tensor, Tensor]] = []
-        if not self._whole:
-            buffers_before = [(buffer, buffer.clone()) for buffer in self._block.buffers()]
+        buffers = () if self._whole else self._block.buffers()
+        buffers_before = [(buffer, buffer.clone()) for buffer in buffers]
         device = next((p.device for p in self._block.parameters()), torch.device("cpu"))
         with seeded(0, device), ExitStack() as hooks:  # some models draw numbers in evaluation, too
             for module in watched:

@@ -74,15 +74,12 @@ def wrong_shapes(
 ) -> dict[str, WrongShape]:
     """Return the tensors with other shapes than in `model`, among some names; by default among those of `built`."""
     built_shapes = _shapes_of(built)
-    if names is None:
-        names = built_shapes.keys()
-
-    wrong = {}
-    for name, right in _shapes_of(model).items():
-        shape = built_shapes.get(name)
-        if name in names and shape != right:
-            wrong[name] = WrongShape(shape or (), right)
-    return wrong
+    names = built_shapes.keys() if names is None else names
+    return {
+        name: WrongShape(built_shapes.get(name, ()), right)
+        for name, right in _shapes_of(model).items()
+        if name in names and built_shapes.get(name) != right
+    }
 
 
 def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -31,7 +31,7 @@ from wanda_lightning.models import (
     reads_images,
     tied_tensors,
 )
-from wanda_lightning.models.layers import named_modules, refuse_no_values
+from wanda_lightning.models.layers import named_modules
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.units.block_runs import BlockRuns
 from wanda_lightning.units.candidates import HiddenUnits, Line, removable_units
@@ -242,9 +242,7 @@ class _EmptyUnits:
                 yield layer, block
 
     def finds_any(self) -> bool:
-        """Whether any layer has a candidate; refuses a layer without values."""
-        for layer, _ in self._layers():
-            refuse_no_values(layer)
+        """Whether any layer has a candidate."""
         return any(any(self._candidates(layer, block)) for layer, block in self._layers())
 
     def count_left(self) -> int:
