@@ -157,8 +157,10 @@ class BlockRuns:
 
         buffers = () if self._whole else self._block.buffers()
         buffers_before = [(buffer, buffer.clone()) for buffer in buffers]
-        device = next((p.device for p in self._block.parameters()), torch.device("cpu"))
-        with seeded(0, device), ExitStack() as hooks:  # some models draw numbers in evaluation, too
+        with (
+            seeded(0, device_of(self._block)),
+            ExitStack() as hooks,
+        ):  # some models draw numbers in evaluation, too
             for module in watched:
                 handle = module.register_forward_pre_hook(enter, with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -179,6 +181,11 @@ class BlockRuns:
         )
         record.eps = coarsest_eps([*record.results, *record.buffers, *chain(*inputs.values())])
         return output, record
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of the first parameter; the CPU for a module without parameters."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
 def _has_matrix(module: nn.Module) -> bool:

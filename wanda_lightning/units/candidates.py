@@ -160,7 +160,7 @@ class HiddenUnits:
         )
 
     @property
-    def inner(self) -> frozenset[nn.Module]:
+    def inner(self) -> set[nn.Module]:
         """The modules with a matrix that the units enter on their way to the reader."""
         entered = set()
         for slot in self.slots[:-1]:
@@ -168,7 +168,7 @@ class HiddenUnits:
                 layer = whole_layer(slot.module)
                 if layer is None or slot.line == columns_of(layer).line:
                     entered.add(slot.module)
-        return frozenset(entered)
+        return entered
 
     def source(self, orders: Orders) -> Tensor:
         """Return, for each column of the reader, the column that it was before `permute`."""

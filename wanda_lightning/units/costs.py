@@ -23,7 +23,10 @@ from wanda_lightning.units.candidates import Slot, UnitsByReader
 _RUNS = 7  # of each block, after one that warms up
 
 
-def unit_costs(run: Run, units: UnitsByReader) -> dict[str, float]:
+_Costs = dict[str, float]  # of one unit, by the layer that reads it
+
+
+def unit_costs(run: Run, units: UnitsByReader) -> _Costs:
     """Return what a hidden unit costs, by the layer that reads it, as the allocation asks; empty if all cost 1.
 
     The parameters and multiply-adds are those of all tensors with entries for the unit. The seconds of a block are the
@@ -50,7 +53,7 @@ def unit_costs(run: Run, units: UnitsByReader) -> dict[str, float]:
     return processes.broadcast(costs, measuring_rank)
 
 
-def _sums(units: UnitsByReader, entry_cost: Callable[[Slot], float]) -> dict[str, float]:
+def _sums(units: UnitsByReader, entry_cost: Callable[[Slot], float]) -> _Costs:
     """Return the cost of one unit, by reader, from the cost of an entry of each tensor."""
     costs = {}
     for name, removable in units.items():
@@ -99,7 +102,7 @@ def _positions(units: UnitsByReader, batches: Sequence[Sample]) -> dict[nn.Modul
     return positions
 
 
-def _seconds(run: Run, units: UnitsByReader, batches: Sequence[Sample]) -> dict[str, float]:
+def _seconds(run: Run, units: UnitsByReader, batches: Sequence[Sample]) -> _Costs:
     """Return the seconds of each block for each of its units; empty if the model has no blocks."""
     plan = run.plan
     costs = {}

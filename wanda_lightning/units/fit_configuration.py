@@ -27,11 +27,12 @@ from wanda_lightning.units.fit_settings import (
 )
 from wanda_lightning.units.modeling_file import family_of
 
+_IsSame = Callable[[], bool]
 _Path = tuple[str, ...]  # of an attribute in a configuration, which may hold other configurations
 
 
 def fit_configuration(
-    model: nn.Module, is_same: Callable[[], bool] = lambda: True
+    model: nn.Module, is_same: _IsSame = lambda: True
 ) -> tuple[str, Callable[[], None]]:
     """Adapt the configuration of each model of transformers that a model is or contains.
 
@@ -63,7 +64,7 @@ def _copied_configurations(model: Any) -> Iterator[Change]:
                 yield module, name, copies[id(value)]
 
 
-def _fit(model: Any, is_same: Callable[[], bool]) -> str:
+def _fit(model: Any, is_same: _IsSame) -> str:
     """Change the configuration of a model so that it gives its shapes; return why it cannot, or an empty text."""
     family = family_of(model)
     config = model.config
@@ -109,7 +110,7 @@ def _resized_attributes(config: Any, sizes: Sizes) -> Iterator[Setting]:
                 yield path, type(value)(new if number == old else number for number in value)
 
 
-def _keep_if_same(config: Any, setting: Setting, is_same: Callable[[], bool]) -> bool:
+def _keep_if_same(config: Any, setting: Setting, is_same: _IsSame) -> bool:
     """Set an attribute in the model's configuration; put it back if the model then computes otherwise."""
     owner = _owner(config, setting[0])
     old = dict(vars(owner))

@@ -29,6 +29,8 @@ from wanda_lightning.units.candidates import HiddenUnits, Line, UnitsByReader, r
 from wanda_lightning.units.costs import unit_costs
 from wanda_lightning.units.search import UnitSearch, visit_dense_blocks
 
+_Skipped = Mapping[str, SkippedMatrix]
+
 
 class RemoveUnits(RemoveWeights):
     """Hidden units become zero: the columns of the layer that reads them, and the rows of the layers that write them.
@@ -126,18 +128,17 @@ class RemoveUnits(RemoveWeights):
             )
             records[name] = replace(known, sparsity=share_of_zeros(writer.read()))
 
-    def left_dense(self, dense: Mapping[str, SkippedMatrix]) -> Mapping[str, SkippedMatrix]:
+    def left_dense(self, dense: _Skipped) -> _Skipped:
         """Add what writes the hidden units that dense layers read."""
         left = dict(dense)
         for name, units in self.units.items():
-            if name not in dense:
-                continue
-            for writer in units.writers:
-                skipped = replace(dense[name], name=writer.name, shape=writer.stored_shape)
-                left.setdefault(writer.name, skipped)
+            if name in dense:
+                for writer in units.writers:
+                    skipped = replace(dense[name], name=writer.name, shape=writer.stored_shape)
+                    left.setdefault(writer.name, skipped)
         return left
 
-    def coverage(self, inventory: Inventory, dense: Mapping[str, SkippedMatrix]) -> Note | None:
+    def coverage(self, inventory: Inventory, dense: _Skipped) -> Note | None:
         """Return None: that other layers stay dense is what the user asked for."""
         return None
 
@@ -181,7 +182,7 @@ def _structured(plan: Plan) -> Structured:
     return pattern
 
 
-def _find_units(run: Run) -> dict[str, HiddenUnits]:
+def _find_units(run: Run) -> UnitsByReader:
     """Return the hidden units that can be taken out, by the layer that reads them."""
     blocks = run.plan.block_stops or (_one_block(run.plan),)
     search = _RemovalSearch(run.plan)
@@ -269,7 +270,7 @@ def _one_block(plan: Plan) -> Stop:
     return Stop(name, modules[name], plan.layers)
 
 
-def _wide_enough(plan: Plan, units: UnitsByReader) -> dict[str, HiddenUnits]:
+def _wide_enough(plan: Plan, units: UnitsByReader) -> UnitsByReader:
     """Return the units of layers that have more than the pattern keeps at least; refuse a model without any."""
     pattern = _structured(plan)
     name = plan.config.shown("pattern")

@@ -33,7 +33,7 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.models.layers import named_modules
 from wanda_lightning.parallel import is_sharded
-from wanda_lightning.units.block_runs import BlockRuns
+from wanda_lightning.units.block_runs import BlockRuns, device_of
 from wanda_lightning.units.candidates import HiddenUnits, Line, removable_units
 from wanda_lightning.units.fit_configuration import fit_configuration
 
@@ -296,7 +296,7 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
 
 def _transformers_batch(model: Any, config: Any) -> dict[str, Tensor]:
     if not reads_images(model):
-        return to_device(model.dummy_inputs, _device(model))
+        return to_device(model.dummy_inputs, device_of(model))
     config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", 224)
     if not isinstance(size, list | tuple):
@@ -316,8 +316,4 @@ def _noise(model: nn.Module, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, *shape, generator=generator, dtype=torch.float32)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return noise.to(_device(model), dtype)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return noise.to(device_of(model), dtype)
