@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, strategies as st
 from lightning.pytorch.plugins.precision import HalfPrecision
+from support.disk import same
 from support.zoo import seeded
 from timm.layers import Conv2dSame, Linear as TimmLinear
 from torch import nn
@@ -197,6 +198,10 @@ class ByHand(nn.Linear):
         return y.to(x.dtype)
 
 
+def names_in(*modules):
+    return [layer.name for layer in find_layers(nn.Sequential(*modules)).layers]
+
+
 BIAS = pytest.mark.parametrize("bias", [True, False])
 KIND = pytest.mark.parametrize("kind", [TimmLinear, FalconLinear, ByHand])
 
@@ -208,12 +213,12 @@ def test_a_forward_of_its_own_that_is_a_linear_layer_is_found(kind, bias):
     module = kind(12, 8, bias=bias)
     before = copy.deepcopy(module.state_dict())
     with torch.autocast("cpu", dtype=torch.bfloat16), HalfPrecision("bf16-true").forward_context():
-        assert [layer.name for layer in find_layers(nn.Sequential(module)).layers] == ["0"]
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+        assert names_in(module) == ["0"]
+    assert same(module.state_dict(), before)
     assert module.in_features == 12
     with torch.device("meta"):
         abstract = kind(12, 8, bias=bias)
-    assert [layer.name for layer in find_layers(nn.Sequential(abstract)).layers] == ["0"]
+    assert names_in(abstract) == ["0"]
 
 
 @BIAS
@@ -226,8 +231,7 @@ def test_a_forward_of_its_own_that_is_a_linear_layer_is_pruned_as_one(kind, bias
     batches = [torch.randn(4, 6, generator=torch.Generator().manual_seed(2))]
     for pruned in (model, plain):
         prune(pruned, batches, 0.5, sequential="none", progress=False)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, plain.state_dict()[name])
+    assert same(model.state_dict(), plain.state_dict())
 
 
 class Counting(nn.Linear):
@@ -253,7 +257,7 @@ def test_trying_out_a_forward_changes_nothing_in_the_module():
     model = nn.Sequential(nn.Linear(6, 12), module)
     before = copy.deepcopy(model.state_dict())
     for _ in range(2):
-        assert [layer.name for layer in find_layers(model).layers] == ["0", "1"]
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert names_in(*model) == ["0", "1"]
+    assert same(model.state_dict(), before)
     assert module.history == []
     assert (module.in_features, module.out_features) == (12, 8)

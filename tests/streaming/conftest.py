@@ -3,11 +3,9 @@
 from functools import cache
 
 import pytest
-from support.disk import CHOICES, batches, save_llama
+from support.disk import CHOICES, batches, save_llama, stream
 from support.experts import build
 from transformers import LlamaForCausalLM
-
-from wanda_lightning import prune_from_disk
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +30,15 @@ def streamed(source_for, tmp_path_factory):
     @cache
     def prune_once(name):
         folder = tmp_path_factory.mktemp("streamed") / "out"
-        return prune_from_disk(
-            source_for(name), folder, batches(), 0.5, progress=False, **CHOICES[name]
-        ), folder
+        return stream(source_for(name), folder, batches(), **CHOICES[name]), folder
 
     return prune_once
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A folder that does not exist yet."""
+    return tmp_path / "out"
 
 
 @pytest.fixture

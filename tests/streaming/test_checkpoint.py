@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.disk import add_predictions, batches
+from support.disk import add_predictions, batches, stream
 from support.zoo import causal
 from transformers import LlamaForCausalLM
 
-from wanda_lightning import Structured, perplexity_from_disk, prune_from_disk
+from wanda_lightning import Structured, perplexity_from_disk
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.modules.model_loading import load_causal_lm
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -41,33 +41,33 @@ NO_GRADIENTS = {"allocation": "uniform", "pattern": "unstructured_layer"}
         ({"pattern": Structured(64)}, "multiple_of=64 of .* leaves no unit to remove"),
     ],
 )
-def test_choices_that_cannot_be_used_from_disk(source_for, tmp_path, choices, message):
+def test_choices_that_cannot_be_used_from_disk(source_for, out, choices, message):
     source = source_for(str(choices))
     with pytest.raises(ValueError, match=message):
-        prune_from_disk(source, tmp_path / "out", batches(), **choices, progress=False)
-    assert not (tmp_path / "out").exists()
+        stream(source, out, batches(), **choices)
+    assert not (out).exists()
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "nonsense"])
-def test_devices_that_cannot_be_used_are_refused(source, tmp_path, device):
+def test_devices_that_cannot_be_used_are_refused(source, out, device):
     message = f"device must be one .* but '{device}' is not: "
     with pytest.raises(ValueError, match=message):
-        prune_from_disk(source, tmp_path / "out", batches(), device=device, progress=False)
+        stream(source, out, batches(), device=device)
     with pytest.raises(ValueError, match=message):
         perplexity_from_disk(source, batches(), device=device)
-    assert not (tmp_path / "out").exists()
+    assert not (out).exists()
 
 
 def test_bad_places_are_refused(source, tmp_path):
     for place in (source, source / "out"):
         with pytest.raises(ValueError, match="output must lie outside of the source"):
-            prune_from_disk(source, place, batches())
+            stream(source, place, batches())
     (tmp_path / "file").touch()
     with pytest.raises(FileExistsError, match="not empty"):
-        prune_from_disk(source, tmp_path, batches(), progress=False)
+        stream(source, tmp_path, batches())
 
 
-def test_a_changed_source_is_refused(copied, tmp_path, monkeypatch):
+def test_a_changed_source_is_refused(copied, out, monkeypatch):
     load = Checkpoint.load
 
     def touching(self, part, *args):
@@ -78,7 +78,7 @@ def test_a_changed_source_is_refused(copied, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Checkpoint, "load", touching)
     with pytest.raises(OSError, match="must not change while the model is pruned"):
-        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+        stream(copied, out, batches())
 
 
 UP_PROJ = "model.layers.3.mlp.up_proj.weight"
@@ -90,27 +90,27 @@ def file_of_up_proj(copied):
     return next(path for path in copied.glob("*.safetensors") if UP_PROJ in load_file(path))
 
 
-def test_a_damaged_file_is_refused(copied, file_of_up_proj, tmp_path):
+def test_a_damaged_file_is_refused(copied, file_of_up_proj, out):
     content = file_of_up_proj.read_bytes()
     file_of_up_proj.write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match="a file is damaged"):
-        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+        stream(copied, out, batches())
 
 
-def test_a_missing_weight_is_refused(copied, file_of_up_proj, tmp_path):
+def test_a_missing_weight_is_refused(copied, file_of_up_proj, out):
     tensors = {key: tensor.clone() for key, tensor in load_file(file_of_up_proj).items()}
     del tensors[UP_PROJ]
     save_file(tensors, file_of_up_proj, metadata={"format": "pt"})
     message = f"no weights for 1 parameters .*{re.escape(UP_PROJ)}"
     with pytest.raises(ValueError, match=message):
-        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+        stream(copied, out, batches())
 
 
-def test_a_missing_file_is_refused(copied, file_of_up_proj, tmp_path):
+def test_a_missing_file_is_refused(copied, file_of_up_proj, out):
     file_of_up_proj.unlink()
     with pytest.raises((OSError, ValueError)):
-        prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
-    assert not (tmp_path / "out").exists()
+        stream(copied, out, batches())
+    assert not (out).exists()
 
 
 def test_tensors_without_a_place_are_counted_and_missing_ones_refused(copied):
@@ -148,7 +148,7 @@ def test_layers_that_transformers_ignores_in_another_size_of_a_family_are_no_rea
         load_causal_lm(ModelSource(tmp_path), "auto")
 
 
-def test_weights_in_other_formats_are_refused(copied, tmp_path):
+def test_weights_in_other_formats_are_refused(copied, out):
     torch.save(LlamaForCausalLM.from_pretrained(copied).state_dict(), copied / "pytorch_model.bin")
     for file in copied.glob("*.safetensors*"):
         file.unlink()
@@ -159,12 +159,12 @@ def test_weights_in_other_formats_are_refused(copied, tmp_path):
         with pytest.raises(
             OSError, match=rf"weights in safetensors, .* has config\.json, {expected}"
         ):
-            prune_from_disk(copied, tmp_path / "out", batches(), progress=False)
+            stream(copied, out, batches())
         (copied / "pytorch_model.bin").unlink(missing_ok=True)
     for name in ("timm:test_vit", "model.gguf"):
         with pytest.raises(ValueError, match="only Hugging Face models in safetensors"):
-            prune_from_disk(name, tmp_path / "out", batches())
-    assert not (tmp_path / "out").exists()
+            stream(name, out, batches())
+    assert not (out).exists()
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_weights_in_other_formats_are_refused(copied, tmp_path):
         ),
     ],
 )
-def test_weights_that_cannot_be_used_are_refused(copied, tmp_path, key, change, message):
+def test_weights_that_cannot_be_used_are_refused(copied, out, key, change, message):
     for file in copied.glob("*.safetensors"):
         tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
         if key in tensors:
             save_file({**tensors, key: change(tensors[key])}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
-        prune_from_disk(copied, tmp_path / "out", batches(), method="wanda", progress=False)
+        stream(copied, out, batches(), method="wanda")

@@ -9,11 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 from support import forks
-from support.disk import CHOICES, add_predictions, batches, contents, interrupted, same, weights
+from support.disk import (
+    CHOICES,
+    add_predictions,
+    batches,
+    contents,
+    interrupted,
+    same,
+    stream,
+    weights,
+)
 from support.pairwise import with_nightly
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning import prune_from_disk
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -22,7 +30,7 @@ from wanda_lightning.streaming.output_folder import PROGRESS_NAME, OutputFolder,
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-WANDA = {"method": "wanda", "progress": False}
+WANDA = {"method": "wanda"}
 
 
 def prune_until_killed(source, folder, after, name):
@@ -36,7 +44,7 @@ def prune_until_killed(source, folder, after, name):
 
     OutputFolder.save = save_or_kill
     OutputFolder.forget = kill
-    prune_from_disk(source, folder, batches(), 0.5, progress=False, **CHOICES[name])
+    stream(source, folder, batches(), **CHOICES[name])
 
 
 @pytest.mark.parametrize("name", ["owl_layer", "experts", "experts_block"])
@@ -49,7 +57,7 @@ def test_a_killed_run_continues_where_it_was(source_for, streamed, tmp_path, nam
         )
         assert (out / "config.json").exists() == (after == 5)
         assert len(json.loads((out / PROGRESS_NAME).read_text())["written"]) == after
-    report = prune_from_disk(source_for(name), out, batches(), 0.5, progress=False, **CHOICES[name])
+    report = stream(source_for(name), out, batches(), **CHOICES[name])
     assert contents(out) == contents(whole)
     assert replace(report, seconds={}) == replace(expected, seconds={})
 
@@ -67,7 +75,7 @@ def test_a_killed_run_continues_where_it_was(source_for, streamed, tmp_path, nam
     ),
 )
 def test_a_continued_run_does_not_allocate_again(
-    source_for, streamed, tmp_path, monkeypatch, name, passes, repeated
+    source_for, streamed, out, monkeypatch, name, passes, repeated
 ):
     source = source_for(name)
     loads = []
@@ -79,19 +87,17 @@ def test_a_continued_run_does_not_allocate_again(
 
     expected, whole = streamed(name)
     monkeypatch.setattr(Checkpoint, "load", counting)
-    interrupted(source, tmp_path / "out", monkeypatch, at="model.layers.2", **CHOICES[name])
+    interrupted(source, out, monkeypatch, at="model.layers.2", **CHOICES[name])
     blocks = [f"model.layers.{index}" for index in range(4)]
     assert [loads.count((block, True)) for block in blocks[:3]] == [passes] * 3
     loads.clear()
-    report = prune_from_disk(
-        source, tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name]
-    )
+    report = stream(source, out, batches(), **CHOICES[name])
     assert loads[1:] == [(block, True) for block in blocks] * repeated + [
         (b, i > 1) for i, b in enumerate(blocks)
     ]
     assert (report.layers, report.config) == (expected.layers, expected.config)
     assert len({layer.target for layer in report.layers}) > 1 or "allocation" not in CHOICES[name]
-    assert contents(tmp_path / "out") == contents(whole)
+    assert contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -99,11 +105,11 @@ def test_a_run_that_was_interrupted_while_it_copied_tensors_continues(
     copied, tmp_path, monkeypatch, number
 ):
     predictions = add_predictions(copied)
-    expected = prune_from_disk(copied, tmp_path / "whole", batches(), **WANDA)
+    expected = stream(copied, tmp_path / "whole", batches(), **WANDA)
     part = f"copied from {sorted(copied.glob('*.safetensors'))[-number].name}"
     interrupted(copied, tmp_path / "out", monkeypatch, at=part, method="wanda")
     assert not (tmp_path / "out/config.json").exists()
-    report = prune_from_disk(copied, tmp_path / "out", batches(), **WANDA)
+    report = stream(copied, tmp_path / "out", batches(), **WANDA)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert predictions.keys() < weights(tmp_path / "out").keys()
     assert report.notes == expected.notes
@@ -123,14 +129,14 @@ def test_a_run_that_ended_before_its_report_was_used_gives_it_again(
     shutil.copytree(tmp_path, left)
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "as_stored", None)  # nothing is pruned again
-        assert prune_from_disk(source, *arguments, **WANDA) == first
+        assert stream(source, *arguments, **WANDA) == first
     assert not (tmp_path / PROGRESS_NAME).exists()
     next(left.glob("model-00003-*.safetensors")).unlink()  # a block that is missing is pruned again
-    assert prune_from_disk(source, left, batches(), **WANDA).layers == first.layers
+    assert stream(source, left, batches(), **WANDA).layers == first.layers
     assert same(weights(left), weights(streamed("wanda")[1]))
 
 
-def test_a_block_that_cannot_be_written_is_an_error(source, tmp_path, monkeypatch):
+def test_a_block_that_cannot_be_written_is_an_error(source, out, monkeypatch):
     save = OutputFolder.save
     calls = []
 
@@ -143,9 +149,9 @@ def test_a_block_that_cannot_be_written_is_an_error(source, tmp_path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(OutputFolder, "save", failing)
         with pytest.raises(OSError, match="no space left") as caught:
-            prune_from_disk(source, tmp_path / "out", batches(), 0.5, **WANDA)
+            stream(source, out, batches(), **WANDA)
     assert any("start again with the same choices" in note for note in caught.value.__notes__)
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (out / "config.json").exists()
 
 
 def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
@@ -168,13 +174,13 @@ def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
         with pytest.raises(
             ValueError, match=f"begun with other choices, data or weights: {message}. Use the same"
         ):
-            prune_from_disk(**arguments)
+            stream(**arguments)
         assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "out" / ".wanda-left").mkdir()  # of a run that was killed while it finished
     whole = tmp_path / "out" / ".wanda-whole"  # of one that was killed while it replaced the folder
     whole.mkdir()
     (whole / "model.safetensors").touch()
-    prune_from_disk(source, tmp_path / "out", batches(), 0.5, **WANDA)
+    stream(source, tmp_path / "out", batches(), **WANDA)
     assert list((tmp_path / "out").glob(".wanda-*")) == [whole]
 
 
@@ -188,16 +194,16 @@ def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
         ),
     ],
 )
-def test_a_damaged_record_is_refused_and_left(source, tmp_path, monkeypatch, damage, message):
-    interrupted(source, tmp_path / "out", monkeypatch, at="model.layers.2", method="magnitude")
-    file = tmp_path / "out" / PROGRESS_NAME
+def test_a_damaged_record_is_refused_and_left(source, out, monkeypatch, damage, message):
+    interrupted(source, out, monkeypatch, at="model.layers.2", method="magnitude")
+    file = out / PROGRESS_NAME
     file.write_text(damage(file.read_text()))
-    before = contents(tmp_path / "out")
+    before = contents(out)
     with pytest.raises(
         ValueError, match=rf"json is not the record of an interrupted run.*({message}).* begin anew"
     ):
-        prune_from_disk(source, tmp_path / "out", batches(), method="magnitude", progress=False)
-    assert contents(tmp_path / "out") == before
+        stream(source, out, batches(), method="magnitude")
+    assert contents(out) == before
 
 
 def test_parts_that_are_missing_are_written_again(source_for, streamed, tmp_path, monkeypatch):
@@ -206,7 +212,7 @@ def test_parts_that_are_missing_are_written_again(source_for, streamed, tmp_path
         interrupted(source_for(name), out, monkeypatch, **CHOICES[name])
         sorted(out.glob("*.safetensors"))[3].unlink()
         (out / ".wanda-00000000-0.safetensors").write_bytes(b"half")  # of a killed run
-        prune_from_disk(source_for(name), out, batches(), progress=False, **CHOICES[name])
+        stream(source_for(name), out, batches(), **CHOICES[name])
         assert contents(out) == contents(streamed(name)[1])
 
 
@@ -222,12 +228,10 @@ def test_two_runs_do_not_mix_their_parts(tmp_path):
         second.save("b", {"y": torch.zeros(1)}, PartRecord())
 
 
-def test_batches_that_could_not_run_refuse_no_others(source, streamed, tmp_path):
+def test_batches_that_could_not_run_refuse_no_others(source, streamed, out):
     """Also if the sparsities were known, and stored, before the first batch ran."""
-    choices = {"progress": False, **CHOICES["per_layer"]}
+    choices = CHOICES["per_layer"]
     with pytest.raises(Exception, match="input_ids must be from 0 to 63"):
-        prune_from_disk(
-            source, tmp_path / "out", [{"input_ids": torch.full((1, 8), 99)}], **choices
-        )
-    prune_from_disk(source, tmp_path / "out", batches(), **choices)
-    assert contents(tmp_path / "out") == contents(streamed("per_layer")[1])
+        stream(source, out, [{"input_ids": torch.full((1, 8), 99)}], **choices)
+    stream(source, out, batches(), **choices)
+    assert contents(out) == contents(streamed("per_layer")[1])

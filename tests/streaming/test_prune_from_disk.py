@@ -8,7 +8,16 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.disk import CHOICES, add_predictions, batches, count_blocks, in_memory, same, weights
+from support.disk import (
+    CHOICES,
+    add_predictions,
+    batches,
+    count_blocks,
+    in_memory,
+    same,
+    stream,
+    weights,
+)
 from support.pairwise import with_nightly
 from support.zoo import causal, names, other
 from transformers import (
@@ -18,7 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from wanda_lightning import OWL, perplexity_from_disk, prune, prune_from_disk
+from wanda_lightning import OWL, perplexity_from_disk, prune
 from wanda_lightning.common import progress
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.modules import WindowPerplexity
@@ -86,7 +95,7 @@ def test_families_are_converted_as_transformers_does(tmp_path, name, choices):
     samples = family.batches()
     choices = {"method": "wanda", **FAMILY_CHOICES[choices]}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, **choices)
-    prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
+    stream(tmp_path / "source", tmp_path / "disk", samples, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
 
 
@@ -98,9 +107,7 @@ def test_families_that_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=message):  # of every auto class
         AutoModelForCausalLM.from_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
-        prune_from_disk(
-            tmp_path / "source", tmp_path / "disk", family.batches(), 0.5, progress=False
-        )
+        stream(tmp_path / "source", tmp_path / "disk", family.batches(), 0.5)
 
 
 def test_an_encoder_decoder(tmp_path):
@@ -109,7 +116,7 @@ def test_an_encoder_decoder(tmp_path):
     samples = family.batches()
     choices = {"method": "wanda", "allocation": "owl"}
     in_memory(tmp_path / "source", tmp_path / "memory", samples, AutoModelForSeq2SeqLM, **choices)
-    prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, **choices)
+    stream(tmp_path / "source", tmp_path / "disk", samples, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
 
 
@@ -129,9 +136,7 @@ def test_what_transformers_does_not_load_is_copied(tmp_path, caplog, size):
     predictions = qwen3_next(tmp_path / "source", size)
     samples = causal("qwen3_next").batches()
     in_memory(tmp_path / "source", tmp_path / "memory", samples, method="wanda")
-    report = prune_from_disk(
-        tmp_path / "source", tmp_path / "disk", samples, 0.5, progress=False, method="wanda"
-    )
+    report = stream(tmp_path / "source", tmp_path / "disk", samples, method="wanda")
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory") | predictions)
     listed = json.loads((tmp_path / "disk/model.safetensors.index.json").read_text())["weight_map"]
     assert all(name in load_file(tmp_path / "disk" / listed[name]) for name in predictions)
@@ -145,8 +150,8 @@ def test_what_transformers_does_not_load_is_copied(tmp_path, caplog, size):
 def test_what_may_not_fit_fewer_experts_is_left_out(tmp_path, caplog, sequential):
     predictions = qwen3_next(tmp_path / "source")
     samples = causal("qwen3_next").batches()
-    choices = {"pattern": "experts", "sequential": sequential, "progress": False}
-    report = prune_from_disk(tmp_path / "source", tmp_path / "disk", samples, 0.5, **choices)
+    choices = {"pattern": "experts", "sequential": sequential}
+    report = stream(tmp_path / "source", tmp_path / "disk", samples, **choices)
     assert not predictions.keys() & weights(tmp_path / "disk").keys()
     assert json.loads((tmp_path / "disk/config.json").read_text())["num_nextn_predict_layers"] == 0
     note = "transformers does not load 2 stored tensors, mtp.fc.weight first: left out"
@@ -167,21 +172,19 @@ def routed(model, batch):
 
 def test_batches_may_take_different_routes(source, tmp_path):
     samples = [{**batch, "first": first} for batch, first in zip(batches(), (1, 0, 2), strict=True)]
-    choices = {"progress": False, **CHOICES["owl"]}
+    choices = CHOICES["owl"]
     model = AutoModelForCausalLM.from_pretrained(source)
-    expected = prune(model, samples, 0.5, forward=partial(routed, model), **choices)
+    expected = prune(model, samples, 0.5, forward=partial(routed, model), progress=False, **choices)
     model.save_pretrained(tmp_path / "memory")
-    report = prune_from_disk(source, tmp_path / "disk", samples, 0.5, forward=routed, **choices)
+    report = stream(source, tmp_path / "disk", samples, forward=routed, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
     assert report.layers == expected.layers
 
 
 @pytest.mark.parametrize(("name", "most"), [("owl", 2), ("experts", 1), ("experts_block", 2)])
-def test_few_blocks_are_in_memory(source_for, tmp_path, monkeypatch, name, most):
+def test_few_blocks_are_in_memory(source_for, out, monkeypatch, name, most):
     loaded, counts = count_blocks(monkeypatch)
-    prune_from_disk(
-        source_for(name), tmp_path / "out", batches(), 0.5, progress=False, **CHOICES[name]
-    )
+    stream(source_for(name), out, batches(), **CHOICES[name])
     assert max(counts) == most
     assert loaded == {""}
 

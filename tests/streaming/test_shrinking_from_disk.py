@@ -1,11 +1,12 @@
 """A model that is shrunk block by block equals the one that is shrunk in memory."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 import transformers as hf
-from support.disk import add_predictions, count_blocks, weights
+from support.disk import add_predictions, count_blocks, same, weights
 from support.tiny import tiny
 from support.zoo import causal, seeded
 from transformers import AutoModelForCausalLM
@@ -21,18 +22,22 @@ MODELS = {
 IDS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
 
 
+prune_units = partial(wl.prune, pattern="structured", progress=False)
+
+
+def prune_llama(folder):
+    """Save a model with zero units."""
+    model = MODELS["llama"]()
+    model.config.num_nextn_predict_layers = 1
+    prune_units(model, [{"input_ids": IDS}])
+    model.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
     model = MODELS[name]()
-    wl.prune(
-        model,
-        [{"input_ids": IDS}],
-        0.4,
-        pattern="structured",
-        allocation=allocation,
-        progress=False,
-    )
+    prune_units(model, [{"input_ids": IDS}], 0.4, allocation=allocation)
     model.save_pretrained(tmp_path / "zeros")
     report = wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
     with torch.no_grad():
@@ -43,19 +48,14 @@ def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
         tmp_path / "small", trust_remote_code=True, output_loading_info=True
     )
     assert not any(loaded.values())
-    assert all(
-        torch.equal(value, model.state_dict()[key]) for key, value in small.state_dict().items()
-    )
+    assert same(small.state_dict(), model.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The model .* has no place")
 def test_what_may_not_fit_is_left_out(tmp_path, caplog):
-    model = MODELS["llama"]()
-    model.config.num_nextn_predict_layers = 1
-    wl.prune(model, [{"input_ids": IDS}], 0.5, pattern="structured", progress=False)
-    model.save_pretrained(tmp_path / "zeros")
+    prune_llama(tmp_path / "zeros")
     predictions = add_predictions(tmp_path / "zeros")
     report = wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
     assert not predictions.keys() & weights(tmp_path / "small").keys()
@@ -66,9 +66,7 @@ def test_what_may_not_fit_is_left_out(tmp_path, caplog):
 
 
 def test_only_one_block_is_in_memory(tmp_path, monkeypatch):
-    model = MODELS["llama"]()
-    wl.prune(model, [{"input_ids": IDS}], 0.5, pattern="structured", progress=False)
-    model.save_pretrained(tmp_path / "zeros")
+    prune_llama(tmp_path / "zeros")
     _, counts = count_blocks(monkeypatch)
     wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
     assert max(counts) == 1

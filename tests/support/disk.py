@@ -1,6 +1,7 @@
 """A tiny language model in files, and ways to prune it from there."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -101,6 +102,9 @@ def in_memory(source, folder, samples, auto_class=AutoModelForCausalLM, **choice
     return report
 
 
+stream = partial(prune_from_disk, progress=False)
+
+
 def same(first, second):
     """Whether two sets of tensors are equal, bit for bit: 0.0 is not -0.0."""
     pairs = [(first[key], second[key]) for key in first.keys() & second.keys()]
@@ -148,4 +152,4 @@ def interrupted(source, folder, monkeypatch, at=None, **choices):
         patched.setattr(OutputFolder, "save", save_others)
         patched.setattr(OutputFolder, "finish", stop)
         with pytest.raises(KeyboardInterrupt):
-            prune_from_disk(source, folder, batches(), 0.5, progress=False, **choices)
+            stream(source, folder, batches(), **choices)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support.disk import same
 from support.pairwise import with_nightly
 from support.tiny import VOCABULARY
 from support.zoo import causal, number_of_weights, seeded
@@ -34,6 +35,10 @@ EVERY_LANGUAGE_MODEL = pytest.mark.parametrize(
 IDS = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
 
 
+assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
+prune_units = partial(wl.prune, pattern="structured", progress=False)
+
+
 @pytest.fixture(scope="module")
 def shrunk_language_model(tmp_path_factory):
     """Prune and shrink a model; return it with its zeros, the report and the folder. Each is pruned once."""
@@ -42,8 +47,7 @@ def shrunk_language_model(tmp_path_factory):
     def save(name):
         model = causal(name.partition(" ")[0]).build()
         allocation = "fisher" if "loss" in name else "uniform"
-        choices = {"pattern": "structured", "allocation": allocation, "progress": False}
-        wl.prune(model, [{"input_ids": IDS}], 0.4, **choices)
+        prune_units(model, [{"input_ids": IDS}], 0.4, allocation=allocation)
         config = model.config.to_dict()
         state = copy.deepcopy(model.state_dict())
         folder = tmp_path_factory.mktemp("shrunk") / "out"
@@ -51,7 +55,7 @@ def shrunk_language_model(tmp_path_factory):
 
         # The module keeps its zeros and its configuration.
         assert model.config.to_dict() == config
-        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+        assert same(model.state_dict(), state)
         return model, report, folder
 
     return save
@@ -65,7 +69,7 @@ def assert_loads_without_this_package(folder, name, model):
     assert not any("wanda_lightning" in path.read_text() for path in files)
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=needs_file).eval()
     assert loaded.generate(IDS[:, :3], max_new_tokens=3, do_sample=False).shape[1] == 6
-    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert_close(loaded(IDS).logits, model(IDS).logits)
 
 
 @EVERY_LANGUAGE_MODEL
@@ -147,8 +151,8 @@ def image_folders(tmp_path_factory):
         images = torch.randn(4, 3, specimen.size, specimen.size)
         folder = tmp_path_factory.mktemp("images") / name
         module = wl.ImageClassifierModule(model, model_kwargs=specimen.kwargs).eval()
-        choices = {"pattern": "structured", "allocation": specimen.allocation, "progress": False}
-        wl.prune(model, [(images, torch.arange(4))], 0.4, **choices)
+        batches = [(images, torch.arange(4))]
+        prune_units(model, batches, 0.4, allocation=specimen.allocation)
         module.save_pretrained(folder, shrink=True)
         torch.save(images, folder / "images.pt")
         modules[folder] = module
@@ -170,7 +174,7 @@ def test_image_models_load_without_this_package(image_folders):
         images = torch.load(folder / "images.pt")
         loaded = wl.ImageClassifierModule(folder).eval()
         for logits in (torch.load(folder / "logits.pt"), loaded(images)):
-            torch.testing.assert_close(logits, module(images), rtol=1e-4, atol=1e-5)
+            assert_close(logits, module(images))
 
 
 def test_loaded_image_models_can_be_saved_and_become_smaller_again(image_folders, tmp_path):
@@ -183,10 +187,10 @@ def test_loaded_image_models_can_be_saved_and_become_smaller_again(image_folders
             (folder / "config.json").read_text()
         )
 
-        wl.prune(again.model, [images], 0.5, pattern="structured", progress=False)
+        prune_units(again.model, [images])
         again.save_pretrained(out / "smaller", shrink=True)
         smaller = wl.ImageClassifierModule(out / "smaller").eval()
-        torch.testing.assert_close(smaller(images), again(images), rtol=1e-4, atol=1e-5)
+        assert_close(smaller(images), again(images))
         assert number_of_weights(smaller) < number_of_weights(again) < number_of_weights(module)
 
 
@@ -216,8 +220,7 @@ def dense_and_shrunk(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         module = wl.ImageClassifierModule(model, model_kwargs=kwargs).eval()
         # The layers get different widths.
-        choices = {"pattern": "structured", "allocation": "fisher", "progress": False}
-        wl.prune(model, [(images, torch.arange(4))], 0.4, **choices)
+        prune_units(model, [(images, torch.arange(4))], 0.4, allocation="fisher")
         module.save_pretrained(folder / "dense")
         module.save_pretrained(folder / "shrunk", shrink=True)
         assert (folder / "shrunk/modeling_shrunk.py").exists()
@@ -236,7 +239,7 @@ def test_timm_adapts_a_folder_as_that_of_the_dense_model(dense_and_shrunk, name,
     size = arguments.get("img_size", 32)
     images = torch.randn(2, arguments.get("in_chans", 3), size, size)
     with torch.no_grad():
-        torch.testing.assert_close(smaller(images), dense(images), rtol=1e-4, atol=1e-5)
+        assert_close(smaller(images), dense(images))
     assert number_of_weights(smaller) < number_of_weights(dense)
     described = {"architecture": "shrunk_model", "file": str(dense_and_shrunk(name)[1])}
     assert smaller.pretrained_cfg == {**dense.pretrained_cfg, **described}

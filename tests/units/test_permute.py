@@ -10,6 +10,7 @@ import timm
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADAMW, Net, loader, trainer
+from support.disk import same
 from support.pair_cases import replicated
 from support.pairwise import spread
 from support.samples import run_of
@@ -56,7 +57,7 @@ def prune_permuted(model, batches, **choices):
 
 
 def unchanged(model, dense):
-    return all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
+    return same(model.state_dict(), dense)
 
 
 @torch.no_grad()

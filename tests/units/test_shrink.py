@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from peft import LoraConfig, get_peft_model
+from support.disk import same
 from support.mlps import MIXING, Mlp
 from support.tiny import tiny
 from support.zoo import ZOO
@@ -191,7 +192,7 @@ def test_whole_units_are_taken_out_once_and_other_zeros_stay(make, layers, text)
     assert text in str(report)
     assert not shrunk(model, X).layers
     if not layers and make is not quantized:  # torchao compares no tensors
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert same(model.state_dict(), before)
 
 
 def test_layers_that_the_batch_does_not_reach_stay():
@@ -231,7 +232,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
     monkeypatch.setattr(BlockRuns, "same_after", interrupted)
     with pytest.raises(KeyboardInterrupt):
         wl.shrink(model, images)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert same(model.state_dict(), before)
 
 
 def test_adapters_are_refused():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -17,7 +16,7 @@ from wanda_lightning.core.types import Units
 from wanda_lightning.models import own_tensors
 from wanda_lightning.models.expert_stacks import routers, stacked_experts
 from wanda_lightning.models.layers import named_modules
-from wanda_lightning.units.candidates import Slot, replace_attributes
+from wanda_lightning.units.candidates import Change, Slot, replace_attributes
 
 # Names of attributes with the number of experts.
 _NUMBER = re.compile(r"(\w+_)?(n|num)_(?!shared)(\w+_)?experts")
@@ -41,7 +40,7 @@ class Mixture:
 
     def take(self, keep: Units) -> Callable[[], None]:
         """Take all other experts out, in place, and return a function that undoes it."""
-        changes: list[tuple[nn.Module, str, Any]] = []
+        changes: list[Change] = []
         for slot in self.slots:
             changes.append((slot.module, slot.name, slot.taken(keep)))
         for module, name in self.counters:
@@ -50,7 +49,7 @@ class Mixture:
 
     def drop_data(self) -> Callable[[], None]:
         """Move the tensors to the meta device, and return a function that undoes it."""
-        changes: list[tuple[nn.Module, str, Any]] = []
+        changes: list[Change] = []
         for slot in self.slots:
             empty = slot.like(slot.tensor.detach().to("meta"))
             changes.append((slot.module, slot.name, empty))

@@ -10,7 +10,7 @@ from wanda_lightning.models.inventory import (
 from wanda_lightning.models.layers import (
     Layer as Layer,
     adapted_module as adapted_module,
-    is_plain as is_plain,
+    is_pointwise as is_pointwise,
 )
 from wanda_lightning.models.padding import (
     TokenMask as TokenMask,

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from wanda_lightning.models.expert_stacks import Modules
 from wanda_lightning.models.layers import Layer
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
-def blocks_of_transformers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the blocks among some modules that transformers marks by a base class, by name."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return {
-        name: module
-        for name, module in modules.items()
-        if isinstance(module, GradientCheckpointingLayer)
-    }
-
-
-def find_blocks(modules: Mapping[str, nn.Module], layers: Iterable[Layer]) -> list[str]:
+def find_blocks(modules: Modules, layers: Iterable[Layer]) -> list[str]:
     """Return the names of the blocks, given all modules by name and the layers to prune. No block lies inside another.
 
     The blocks of transformers have a base class of their own. Elsewhere a block is a member of a list or sequence that
     contains at least two layers and no smaller such member: a stage that consists of blocks is not a block.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     layer_count = _count_layers(layers)
-    marked = [name for name in blocks_of_transformers(modules) if layer_count[name]]
+    marked = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, GradientCheckpointingLayer) and layer_count[name]
+    ]
 
     # Lists inside the blocks of transformers, for example of experts, hold no blocks.
     inside_marked = tuple(f"{name}." for name in marked)
@@ -57,7 +53,7 @@ def _count_layers(layers: Iterable[Layer]) -> Counter[str]:
     return count
 
 
-def _members_of_lists(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+def _members_of_lists(modules: Modules) -> Iterator[str]:
     """Yield the names of the members of lists and sequences, except for experts and for lists in lists."""
     for name, container in modules.items():
         # Torchvision's `IntermediateLayerGetter` is a dictionary whose members run in order.

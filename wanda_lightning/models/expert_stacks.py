@@ -8,10 +8,13 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+Modules = Mapping[str, nn.Module]
+"""Modules of a model by name."""
+
 _EXPERT_LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
-def siblings_of(name: str, modules: Mapping[str, nn.Module]) -> str:
+def siblings_of(name: str, modules: Modules) -> str:
     """Return a glob that matches this layer in every expert of its list; `""` if it is in no list of experts."""
     components = name.split(".")
     for end in range(1, len(components) - 1):
@@ -58,7 +61,7 @@ _EXIT = re.compile(r"(^|_)(down|out|output|w2|fc2|wo)(_|$)")
 _HIDDEN_SIZES = ("hidden_size", "hidden_dim", "d_model")
 
 
-def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module], bool]:
+def stored_by_columns(modules: Modules) -> dict[type[nn.Module], bool]:
     """Return for each class of stacked experts whether it stores the matrices as (d_in, d_out).
 
     A square matrix does not show its layout, so all modules of a class vote. A class without an unambiguous vote is
@@ -74,7 +77,7 @@ def stored_by_columns(modules: Mapping[str, nn.Module]) -> dict[type[nn.Module],
 
 
 def _is_by_columns(
-    module: nn.Module, module_name: str, parameter_name: str, modules: Mapping[str, nn.Module]
+    module: nn.Module, module_name: str, parameter_name: str, modules: Modules
 ) -> bool | None:
     """Return whether a parameter holds matrices (d_in, d_out); None if nothing shows it."""
     declared = getattr(module, "is_transposed", None)
@@ -94,9 +97,7 @@ def _is_by_columns(
     return None
 
 
-def _hidden_size(
-    module: nn.Module, module_name: str, modules: Mapping[str, nn.Module]
-) -> int | None:
+def _hidden_size(module: nn.Module, module_name: str, modules: Modules) -> int | None:
     """Return the width of the hidden states that the module declares, or the config of the module or one around it."""
     declaring: list[object] = [module]
     components = module_name.split(".")
@@ -112,7 +113,7 @@ def _hidden_size(
     return None
 
 
-def routers(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
+def routers(modules: Modules) -> set[nn.Module]:
     """Return the modules that route tokens to experts: siblings of the experts with a router's name or shape."""
     routing: set[nn.Module] = set()
     for module in modules.values():

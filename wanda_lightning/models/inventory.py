@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -60,9 +61,9 @@ def group_by_stop(
 ) -> tuple[Stop, ...]:
     """Group layers into stops, in the order of the layers. `stop_of` holds the module of each layer's stop, by name."""
     modules = named_modules(model)
-    members: dict[str, list[Layer]] = {}
+    members = defaultdict[str, list[Layer]](list)
     for layer in layers:
-        members.setdefault(stop_of[layer.name], []).append(layer)
+        members[stop_of[layer.name]].append(layer)
     return tuple(
         Stop(name, modules.get(name, model), tuple(inside)) for name, inside in members.items()
     )
@@ -126,7 +127,8 @@ class _Finder:
         self._by_columns = stored_by_columns(self.modules)
         # A model that is itself a layer has no name; its layer is called like its parameter.
         self._module_names = {module: name or "weight" for name, module in self.modules.items()}
-        self._aliases: dict[str, list[str]] = {}  # the other names of each tied matrix
+        # The other names of each tied matrix.
+        self._aliases = defaultdict[str, list[str]](list)
         # The name of the matrix that owns each parameter, by the parameter's id. Embeddings come first: a weight that
         # is tied to one is not pruned, even if the layer comes before the embedding.
         self._owners: dict[int, str] = {}
@@ -181,11 +183,11 @@ class _Finder:
 
     def _note_aliases(self, owner: str, name: str, layers: Iterable[Layer]) -> None:
         """Note that a matrix has a second name, and so do its experts or groups."""
-        self._aliases.setdefault(owner, []).append(name)
+        self._aliases[owner].append(name)
         for layer in layers:
             suffix = layer.name.removeprefix(name)
             if suffix:
-                self._aliases.setdefault(owner + suffix, []).append(layer.name)
+                self._aliases[owner + suffix].append(layer.name)
 
     def _skip(self, name: str, tensor: Tensor, reason: SkipReason, detail: str) -> None:
         self.skipped.append(SkippedMatrix(name, tuple(tensor.shape), reason, detail))
@@ -194,9 +196,10 @@ class _Finder:
         """Skip layers that share their parameter with a module that is skipped by default, such as the output head."""
 
         def tied(layer: Layer) -> str | None:
-            for alias in self._aliases.get(layer.name, ()):
-                if alias in self._default_reasons:
-                    return f"tied to {alias}: {self._default_reasons[alias].detail}"
+            for alias in self._aliases[layer.name]:
+                reason = self._default_reasons.get(alias)
+                if reason:
+                    return f"tied to {alias}: {reason.detail}"
             return None
 
         self.skip(SkipReason.TIED, tied)
@@ -208,7 +211,7 @@ class _Finder:
         refuse_unmatched(only, names, "only", "matrix")
 
         def by_user(matrix: Layer | SkippedMatrix) -> str | None:
-            names = (matrix.name, *self._aliases.get(matrix.name, ()))
+            names = (matrix.name, *self._aliases[matrix.name])
             for pattern in skip:
                 if any(matches(name, pattern, "skip") for name in names):
                     return f"skip={pattern!r}"
@@ -250,7 +253,6 @@ class _Finder:
         """Group the layers into stops."""
         if sequential == "none":
             return (Stop("", None, tuple(self.layers)),) if self.layers else ()
-        if sequential == "block":
-            return group_by_stop(self.layers, blocks, self.model)
         # Experts or groups of one parameter form one stop: batches can stop only at their module.
-        return group_by_stop(self.layers, self._module_of_each_layer(), self.model)
+        stop_of = blocks if sequential == "block" else self._module_of_each_layer()
+        return group_by_stop(self.layers, stop_of, self.model)

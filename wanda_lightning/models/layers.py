@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.statistics import sum_squares
-from wanda_lightning.models.expert_stacks import siblings_of, stacked_experts
+from wanda_lightning.models.expert_stacks import Modules, siblings_of, stacked_experts
 from wanda_lightning.models.quantized import is_packed, quantizer
 from wanda_lightning.parallel import first_index, local
 
@@ -194,9 +194,7 @@ class Layer:
     @property
     def parameter(self) -> Tensor:
         """The parameter in its own shape, with all experts or groups."""
-        weight = getattr(self.module, self.parameter_name)
-        assert isinstance(weight, Tensor)
-        return weight
+        return getattr(self.module, self.parameter_name)
 
     def own(self, tensor: Tensor) -> Tensor:
         """Return what belongs to this layer in a tensor with the shape of its parameter, or of this process's shard.
@@ -209,16 +207,12 @@ class Layer:
         whole = self.parameter
         # Where the tensor starts in the parameter, if it is a shard.
         offset = first_index(whole) if len(tensor) < len(whole) else 0
-        if self.expert is not None:
-            index = self.expert - offset
-            is_inside = 0 <= index < len(tensor)
-            return tensor[index] if is_inside else tensor[:0].flatten(0, 1)
-
-        assert self.group is not None
-        group, groups = self.group
-        size = len(whole) // groups
-        start = group * size - offset
-        return tensor[max(0, start) : max(0, start + size)]
+        # An expert is a group of one matrix.
+        index, number = self.group or (self.expert or 0, len(whole))
+        size = len(whole) // number
+        start = index * size - offset
+        own = tensor[max(0, start) : max(0, start + size)]
+        return own if self.expert is None else own.flatten(0, 1)
 
     @property
     def weight(self) -> Tensor:
@@ -239,15 +233,18 @@ class Layer:
         if isinstance(bias, DTensor) != isinstance(self.parameter, DTensor):
             return None
 
-        shape = self.own(torch.empty(bias.shape, device="meta")).shape
-        if tuple(shape) != self.shape[:1]:
+        if self._own_shape(bias) != self.shape[:1]:
             return None
         return self.own(local(bias.detach()))
+
+    def _own_shape(self, parameter: Tensor) -> tuple[int, ...]:
+        """Return the shape that `own` would return, unsharded."""
+        return tuple(self.own(torch.empty(parameter.shape, device="meta")).shape)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """The shape of the weight in its own layout, unsharded."""
-        return tuple(self.own(torch.empty(self.parameter.shape, device="meta")).shape)
+        return self._own_shape(self.parameter)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -266,6 +263,12 @@ class Layer:
         return math.prod(self.stored_shape)
 
 
+def all_finite(weight: Tensor) -> bool:
+    """Whether none of the numbers is NaN or infinite."""
+    # The sum takes one fast pass. It may overflow, so only the slow check of each number decides.
+    return bool(weight.sum().isfinite() or weight.isfinite().all())
+
+
 def refuse_no_values(layer: Layer) -> None:
     """Refuse a layer on the meta device."""
     if layer.parameter.is_meta:
@@ -278,7 +281,7 @@ def layers_of(
     name: str,
     module: nn.Module,
     parameter_name: str,
-    modules: Mapping[str, nn.Module],
+    modules: Modules,
     by_columns: Mapping[type[nn.Module], bool],
 ) -> list[Layer]:
     """Return the layers that a parameter holds: none, a single one, or one for each expert or group."""
@@ -331,7 +334,7 @@ def is_whole(layer: Layer) -> bool:
     return is_ordinary and not quantizer(layer.module, weight)
 
 
-def is_plain(layer: Layer) -> bool:
+def is_pointwise(layer: Layer) -> bool:
     """Whether a layer is one matrix of ordinary numbers, maybe as a convolution with a kernel of size 1."""
     return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import starmap
 from typing import Any
 
 import torch
@@ -54,14 +55,13 @@ def quantizer(module: nn.Module, parameter: Tensor | None = None) -> str | None:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether a module's own parameters or buffers hold quantized weights, or a quantization library defines it."""
-    if quantizer(module) is not None:
+    if quantizer(module):
         return True
 
     for parameter in module.parameters(recurse=False):
         if is_packed(parameter) or quantizer(module, parameter):
             return True
-    buffers = module.named_buffers(recurse=False)
-    return any(is_packed_weight(name, buffer) for name, buffer in buffers)
+    return any(starmap(is_packed_weight, module.named_buffers(recurse=False)))
 
 
 def can_be_read(module: nn.Module) -> bool:

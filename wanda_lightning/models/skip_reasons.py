@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wanda_lightning.models.expert_stacks import routers, stacked_experts
+from wanda_lightning.models.expert_stacks import Modules, routers, stacked_experts
 from wanda_lightning.models.layers import layer_kinds
 from wanda_lightning.models.quantized import quantizer
 from wanda_lightning.models.task import own_head
@@ -66,24 +66,24 @@ class Reason(NamedTuple):
     detail: str
 
 
-def default_reasons(modules: Mapping[str, nn.Module]) -> dict[str, Reason]:
+def default_reasons(modules: Modules) -> dict[str, Reason]:
     """Return the reasons to skip the weights of modules by default, by module name."""
-    heads: set[nn.Module] = set()
-    timm_stems: set[str] = set()
-    adapters: tuple[str, ...] = ()
+    heads = set()
+    timm_stems: list[str] = []
+    adapters = []
     for name, module in modules.items():
-        heads |= _heads(module)
-        timm_stems.update(_timm_stems(name, module, modules))
+        heads.update(_heads(module))
+        timm_stems += _timm_stems(name, module, modules)
         # Layers of peft name their adapters.
         inside = getattr(type(module), "adapter_layer_names", ())
-        adapters += tuple(f"{name}.{adapter}." for adapter in inside)
+        adapters += [f"{name}.{adapter}." for adapter in inside]
     routing = routers(modules)
     raw = _first_convolutions(modules)
 
     def reason_for(name: str, module: nn.Module) -> Reason | None:
         if module in heads:
             return Reason(SkipReason.OUTPUT_HEAD, "output head")
-        if name.startswith(adapters):
+        if name.startswith(tuple(adapters)):
             return Reason(SkipReason.ADAPTER, "adapter: trained, not pruned")
         if module in routing:
             return Reason(SkipReason.ROUTER, "router")
@@ -98,10 +98,10 @@ def default_reasons(modules: Mapping[str, nn.Module]) -> dict[str, Reason]:
         return None
 
     reasons = {name: reason_for(name, module) for name, module in modules.items()}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _first_convolutions(modules: Mapping[str, nn.Module]) -> set[nn.Module]:
+def _first_convolutions(modules: Modules) -> set[nn.Module]:
     """Return the first convolution of each kind if it reads the raw image or signal."""
     first = set[nn.Module]()
     for kind in _CONVOLUTIONS:
@@ -121,12 +121,12 @@ def _heads(module: nn.Module) -> set[nn.Module]:
     get_classifier = _method(module, "get_classifier")
     if callable(get_classifier):
         classifier = get_classifier()
-        tops.extend(classifier if isinstance(classifier, tuple | list) else [classifier])
+        tops += classifier if isinstance(classifier, tuple | list) else [classifier]
 
     # A model of transformers with a head: whatever lies beside its body belongs to the head.
     body = module.base_model if hasattr(type(module), "base_model") else None
     if tops and isinstance(body, nn.Module) and body is not module:
-        tops.extend(child for child in module.children() if child is not body)
+        tops += [child for child in module.children() if child is not body]
     return {inner for top in tops if isinstance(top, nn.Module) for inner in top.modules()}
 
 
@@ -135,9 +135,7 @@ def _method(module: nn.Module, name: str) -> Callable[..., Any] | None:
     return getattr(module, name) if hasattr(type(module), name) else None
 
 
-def _timm_stems(
-    model_name: str, model: nn.Module, modules: Mapping[str, nn.Module]
-) -> Iterator[str]:
+def _timm_stems(model_name: str, model: nn.Module, modules: Modules) -> Iterator[str]:
     """Yield the names of the modules in the stem of a model of timm, which declares them by regular expressions."""
     group_matcher = _method(model, "group_matcher")
     if not callable(group_matcher):

@@ -31,6 +31,7 @@ from wanda_lightning.common.model_source import (
 )
 from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import did_you_mean, quantity
+from wanda_lightning.models.layers import all_finite
 from wanda_lightning.units.shrunk_model import register_shrunk_model
 
 _CHECKED = (*DTYPES.values(), torch.float64)
@@ -232,8 +233,7 @@ def check_finite(parameters: Iterable[tuple[str, nn.Parameter]], name: str) -> N
         # Others, such as quantized ones, cannot be tested.
         if weight.is_meta or type(weight) is not nn.Parameter or weight.dtype not in _CHECKED:
             continue
-        # The sum is fast; only if it overflows or is NaN is each weight tested.
-        if not weight.sum().isfinite() and not weight.isfinite().all():
+        if not all_finite(weight):
             raise UserError(
                 f"The model {name!r} cannot be used: the weight of {key.removesuffix('.weight')} holds NaN or infinity "
                 f"in {str(weight.dtype)[6:]}. Check the checkpoint, or load it in a wider dtype, such as bfloat16."

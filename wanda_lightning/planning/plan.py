@@ -25,7 +25,7 @@ from wanda_lightning.models import (
     reads_images,
     tied_tensors,
 )
-from wanda_lightning.models.layers import refuse_no_values
+from wanda_lightning.models.layers import all_finite, refuse_no_values
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 
 
@@ -242,8 +242,7 @@ def _why_unprunable(layer: Layer) -> str:
     if any(step == 0 and size > 1 for step, size in dimensions):
         return "was made by expand() and repeats the same numbers. Replace it by nn.Parameter(weight.clone())."
 
-    # The sum takes one fast pass. It may overflow, so only the slow check of each weight decides.
-    if not (layer.weight.sum().isfinite() or layer.weight.isfinite().all()):
+    if not all_finite(layer.weight):
         return (
             "has weights that are NaN or infinite. Check the checkpoint. If its weights overflowed in the "
             "conversion to float16, load it in float32 or bfloat16."

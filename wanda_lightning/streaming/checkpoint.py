@@ -7,14 +7,15 @@ that everything else (configuration, dtypes, buffers, tied weights) stays its ow
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
@@ -34,7 +35,6 @@ from wanda_lightning.calibration.interception import weights_moved
 from wanda_lightning.common.dtypes import dtype_name
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
-from wanda_lightning.common.types import StrPath
 from wanda_lightning.common.wording import one_line, quantity
 from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.models import Stop, find_layers, repeated_parameters
@@ -75,15 +75,15 @@ class Checkpoint:
         config = self._read_config(source)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
-        original = PreTrainedModel._load_pretrained_model
-        with reading("weights", source), _quiet():
-            try:
-                PreTrainedModel._load_pretrained_model = staticmethod(self._load_resident)
-                self.model, loaded = auto_class.from_pretrained(
-                    **source.locate(), dtype=dtype, use_safetensors=True, output_loading_info=True
-                )
-            finally:
-                PreTrainedModel._load_pretrained_model = original
+        load = staticmethod(self._load_resident)
+        with (
+            reading("weights", source),
+            _quiet(),
+            patch.object(PreTrainedModel, "_load_pretrained_model", load),
+        ):
+            self.model, loaded = auto_class.from_pretrained(
+                **source.locate(), dtype=dtype, use_safetensors=True, output_loading_info=True
+            )
 
         # Transformers computes some buffers on the CPU instead of loading them.
         for module in self.model.modules():
@@ -112,11 +112,8 @@ class Checkpoint:
     def _check(self, loaded: Mapping[str, Any]) -> None:
         """Refuse a model with weights that are missing, damaged, or shared by two parts."""
         # Weights of blocks, too: otherwise the error would come when batches arrive there.
-        missing = {
-            name
-            for name, _ in self.model.named_parameters()
-            if self.part_of(name) not in self._keys
-        }
+        names = [name for name, _ in self.model.named_parameters()]
+        missing = {name for name in names if self.part_of(name) not in self._keys}
         missing.update(loaded["missing_keys"])
         check_complete(self._name, missing, loaded["mismatched_keys"])
         warn_of_unused(self._name, loaded["unexpected_keys"])
@@ -140,7 +137,7 @@ class Checkpoint:
         """Replacement of `PreTrainedModel._load_pretrained_model`: load only the weights outside of the blocks."""
         self.model = model
         self._load_config = replace(load_config, device_map={"": self.device})
-        self.files = {Path(file): _stamp(file) for file in files}
+        self.files = {path: _stamp(path) for path in map(Path, files)}
         self.blocks = tuple(stop.name for stop in find_layers(model).stops if stop.is_block)
         unexpected = self._sort_keys()
         loaded = self.load(RESIDENT)
@@ -185,10 +182,8 @@ class Checkpoint:
 
     def part_of(self, name: str) -> str:
         """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
-        for block in self.blocks:
-            if f"{name}.".startswith(f"{block}."):
-                return block
-        return RESIDENT
+        inside = (block for block in self.blocks if f"{name}.".startswith(f"{block}."))
+        return next(inside, RESIDENT)
 
     def parameters(self, part: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a part by name."""
@@ -226,7 +221,7 @@ class Checkpoint:
         for path in paths:
             if _stamp(path) != self.files[path]:
                 raise OSError(
-                    f"{path} must not change while the model is pruned, but it was written or removed meanwhile. "
+                    f"{path} must not change while the model is pruned, but it was written meanwhile. "
                     "Start again with the model that you want."
                 )
 
@@ -238,7 +233,7 @@ class Checkpoint:
 
     def note_on_not_loaded(self, fate: str) -> str:
         """Say what happens to the tensors that transformers does not load; empty if there are none."""
-        names = [name for names in self.not_loaded.values() for name in names]
+        names = list(chain(*self.not_loaded.values()))
         if not names:
             return ""
         return f"transformers does not load {quantity(len(names), 'stored tensor')}, {min(names)} first: {fate}"
@@ -267,13 +262,11 @@ class Checkpoint:
         for path, module in block.named_modules():
             prefix = f"{path}." if path else ""
             for name, parameter in list(module.named_parameters(recurse=False)):
-                empty = nn.Parameter(
-                    placeholder(parameter, self.device), requires_grad=parameter.requires_grad
-                )
-                module.register_parameter(name, empty)
+                empty = placeholder(parameter, self.device)
+                setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if prefix + name in in_checkpoint:
-                    module.register_buffer(name, placeholder(buffer, self.device))
+                    setattr(module, name, placeholder(buffer, self.device))
         self._conversions.pop(part, None)
         weights_moved()
 
@@ -281,13 +274,12 @@ class Checkpoint:
         """Return a loaded part on the CPU, under the names and in the layout of the checkpoint."""
         # The steps of `save_pretrained`, for some of the tensors.
         model: Any = self.model
+        ignored = model._keys_to_ignore_on_save or ()
         tensors = {
             name: tensor
             for name, tensor in model.state_dict().items()
-            if self.part_of(name) == part
+            if self.part_of(name) == part and name not in ignored
         }
-        for name in model._keys_to_ignore_on_save or ():
-            tensors.pop(name, None)
         tensors = remove_tied_weights_from_state_dict(tensors, model)
         model._weight_conversions = self._conversions[part]
         reverted = revert_weight_conversion(model, tensors)
@@ -406,12 +398,9 @@ class _TensorInFile:
             return file.get_slice(self._key)[index].clone()
 
 
-def _stamp(path: StrPath) -> tuple[int, int]:
-    """Return the size and the time of the last change, in ns; zeros if the file does not exist."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return 0, 0
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return the size and the time of the last change, in ns."""
+    status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,10 +28,7 @@ from wanda_lightning.streaming.streamed_weights import StreamedWeights
 log = logging.getLogger(__name__)
 
 # To the weights: where they are, and what has written them.
-_UNRELATED = (
-    "_name_or_path",
-    "transformers_version",
-)
+_UNRELATED = ("_name_or_path", "transformers_version")
 
 
 def prune_from_disk(
@@ -117,15 +113,16 @@ def pruned_from_disk(
     plan = make_plan(config, checkpoint.model, by_block=True)
 
     # Such as layers for multi-token prediction, which may not fit a model with other shapes.
-    copied: dict[str, Path] = {}
-    if not config.pattern.changes_shapes:
+    changes_shapes = config.pattern.changes_shapes
+    copied = {}
+    if not changes_shapes:
         copied = {f"copied from {path.name}": path for path in checkpoint.not_loaded}
 
     parts = [RESIDENT, *checkpoint.blocks, *copied]
     folder = OutputFolder(output, _what_determines(config, checkpoint, batches), parts)
     finished_report = folder.progress.report
     # The configuration of a model with other shapes is adapted while it is pruned.
-    if not finished_report or config.pattern.changes_shapes:
+    if not finished_report or changes_shapes:
         weights = StreamedWeights(checkpoint, folder)
         forward_batch = None if forward is None else partial(forward, checkpoint.model)
         with weights.blocks.loading():

@@ -65,8 +65,6 @@ def perplexity_from_disk(
         batch = to_device(batch, checkpoint.device)
         input_ids = batch["input_ids"]
         mask = batch.get("attention_mask")
-        if mask is not None:
-            mask = mask.to(checkpoint.device)
         output = checkpoint.model(input_ids, attention_mask=mask, use_cache=False)
         metric.update(output.logits, input_ids, mask)
 

@@ -100,9 +100,8 @@ class Shards:
         checkpoint.save_configuration(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        (temporary / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(index, indent=2) + "\n"
+        (temporary / "model.safetensors.index.json").write_text(text, encoding="utf-8")
         move_entries(temporary, self.folder)
 
 
@@ -210,10 +209,7 @@ def fingerprint(values: Any) -> str:
 
     def content(tensor: Tensor) -> tuple[Any, ...]:
         octets = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        return (
-            tensor.dtype,
-            tuple(tensor.shape),
-            hashlib.sha256(octets.numpy().tobytes()).hexdigest(),
-        )
+        content_hash = hashlib.sha256(octets.numpy().tobytes()).hexdigest()
+        return tensor.dtype, tuple(tensor.shape), content_hash
 
     return hashlib.sha256(repr(map_tensors(content, values)).encode()).hexdigest()

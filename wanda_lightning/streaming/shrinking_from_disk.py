@@ -64,9 +64,9 @@ def shrink_from_disk(
         result = _shrink_parts(checkpoint, shards)
         result.refuse_if_unchanged()
         result.misfit, _ = fit_configuration(checkpoint.model)
-        if note := checkpoint.leave_out():
-            log.warning(note)
-            result.note = note
+        result.note = checkpoint.leave_out()
+        if result.note:
+            log.warning(result.note)
         write_modeling_file(checkpoint.model, folder)
         shards.write_rest(checkpoint, load_tokenizer(where))
     return result
@@ -75,9 +75,8 @@ def shrink_from_disk(
 def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     """Run a small batch through the model, and write each part when it is shrunk."""
     model: Any = checkpoint.model
-    size = sum(parameter.numel() for parameter in model.parameters())
-    result = Shrunk()
-    result.parameters = size, size
+    size = model.num_parameters()
+    result = Shrunk(parameters=(size, size))
 
     def save(part: str) -> None:
         shards.save(part, checkpoint.as_stored(part))
@@ -110,8 +109,9 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
             )
             hooks.callback(block.register_forward_hook(partial(leave, name)).remove)
         model(**example_batch(model))
+    # The batch does not reach the others.
     for name in checkpoint.blocks:
-        if name not in shards.written:  # the batch does not reach it
+        if name not in shards.written:
             checkpoint.load(name)
             save(name)
             checkpoint.unload(name)

@@ -119,12 +119,10 @@ class StreamedWeights(WeightStore):
                 block = ahead.pop(visit.stop.name)
                 # A batch may be parked ahead, in a block that is loaded.
                 self._store_all_but({block, *ahead.values()}, run)
+                self._load(block)
                 if block == RESIDENT or block not in self._output.written:
-                    self._load(block)
                     refuse_unprunable(visit.stop.layers)
                     yield visit
-                else:
-                    self._load(block)
 
     def finish(self, run: Run) -> None:
         """Write the remaining blocks, and the weights outside of all blocks."""
@@ -178,18 +176,16 @@ class StreamedWeights(WeightStore):
 
     def _write(self, part: str, run: Run) -> None:
         def of_part(records: Mapping[str, _Value]) -> dict[str, _Value]:
-            return {
-                name: record
-                for name, record in records.items()
-                if self._checkpoint.part_of(name) == part
-            }
+            part_of = self._checkpoint.part_of
+            return {name: record for name, record in records.items() if part_of(name) == part}
 
         weights = self._checkpoint.parameters(part).values()
+        done = run.done
         record = PartRecord(
-            layers=list(of_part(run.done.layers).values()),
-            skipped=list(of_part(run.done.skipped).values()),
-            few_tokens=of_part(run.done.few_tokens),
-            zero_units=of_part(run.done.zero_units),
+            layers=list(of_part(done.layers).values()),
+            skipped=list(of_part(done.skipped).values()),
+            few_tokens=of_part(done.few_tokens),
+            zero_units=of_part(done.zero_units),
             zeros=sum(int((weight == 0).count_nonzero()) for weight in weights),
         )
         self._output.save(part, self._checkpoint.as_stored(part), record)
@@ -201,10 +197,11 @@ class StreamedWeights(WeightStore):
             record = self._output.written.get(block)
             if record is None:
                 continue
-            run.done.layers.update({layer.name: layer for layer in record.layers})
-            run.done.skipped.update({matrix.name: matrix for matrix in record.skipped})
-            run.done.few_tokens.update(record.few_tokens)
-            run.done.zero_units.update(record.zero_units)
+            done = run.done
+            done.layers.update({layer.name: layer for layer in record.layers})
+            done.skipped.update({matrix.name: matrix for matrix in record.skipped})
+            done.few_tokens.update(record.few_tokens)
+            done.zero_units.update(record.zero_units)
             if block in stops:
                 restore(stops[block].layers)
                 self._checkpoint.unload(block)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,9 +16,9 @@ from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.trees import tensors_within
 from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.core.rounding import all_same, coarsest_eps, same_columns
-from wanda_lightning.core.types import Units
+from wanda_lightning.core.types import Orders, Units
 from wanda_lightning.models import Layer
-from wanda_lightning.units.candidates import RemovableUnits
+from wanda_lightning.units.candidates import HiddenUnits
 
 
 @dataclass
@@ -67,42 +67,37 @@ class BlockRuns:
 
     def reads_alone(self, module: nn.Module) -> bool:
         """Whether the first call reaches a module, and no other module with a matrix gets the same input."""
-        inputs = self._records[0].inputs
-        if module not in inputs:
+        inputs = dict(self._records[0].inputs)
+        own_inputs = inputs.pop(module, None)
+        if own_inputs is None:
             return False
-        for other, other_inputs in inputs.items():
-            if other is module:
-                continue
-            for x in inputs[module]:
-                if any(x.shape == y.shape and torch.equal(x, y) for y in other_inputs):
-                    return False
-        return True
+        others = list(chain(*inputs.values()))
+        return not any(x.shape == y.shape and torch.equal(x, y) for x in own_inputs for y in others)
 
-    def is_permuted(self, layer: Layer, source: Tensor, inner: Set[nn.Module]) -> bool:
-        """Run the first call, and return whether a layer reads its inputs in another order, and nothing else changed.
+    def is_permuted(self, units: HiddenUnits, orders: Orders) -> bool:
+        """Run the first call, and return whether the reader gets its units in other orders, and nothing else changed.
 
-        `source` is the old position of each input. The inputs of the `inner` modules may change, too.
+        The inputs of modules between writers and reader may change, too.
         """
         before = self._records[0]
         after = self._run_again(0, self._matrices)
         if not self._same_results(before, after) or before.inputs.keys() != after.inputs.keys():
             return False
-        for module in before.inputs.keys() - {layer.module, *inner}:
+        for module in before.inputs.keys() - {units.reader.module, *units.inner}:
             if not all_same(before.inputs[module], after.inputs[module], before.eps):
                 return False
-        return _reads_same(layer, source, before, after)
+        return _reads_same(units.reader, units.source(orders), before, after)
 
     def same_results(self) -> bool:
         """Run all calls, and return whether the block gives the same results as at first, to rounding."""
         # All of them, also after a difference: equally many runs in each process.
         again = [self._run_again(index) for index in range(len(self._records))]
-        pairs = zip(self._records, again, strict=True)
-        return all(self._same_results(before, after) for before, after in pairs)
+        return all(map(self._same_results, self._records, again))
 
     def same_after(
         self,
         change: Callable[[], object],
-        units: RemovableUnits | None = None,
+        units: HiddenUnits | None = None,
         keep: Units | None = None,
     ) -> bool:
         """Run the first call, take something out of the block, and run it again: whether it computes the same.
@@ -111,11 +106,10 @@ class BlockRuns:
         must be the same, too, since a residual stream or a small scale could hide a difference from the results. A
         block whose shapes no longer fit raises whatever its model raises; it does not compute the same.
         """
-        watched: list[nn.Module] = []
-        columns = None
+        watched = []
         if units is not None and keep is not None:
             watched = [layer.module for layer in (units.reader, *units.writers)]
-            columns = keep.repeat(units.columns)  # before there are fewer
+            columns = keep.repeat(units.columns_per_unit)  # before there are fewer
 
         before = self._run_again(0, watched)
         change()
@@ -130,7 +124,7 @@ class BlockRuns:
         is_reached = all(module in before.inputs for module in watched)
         if not is_reached or not self._same_results(before, after):
             return False
-        return units is None or columns is None or _reads_same(units.reader, columns, before, after)
+        return units is None or _reads_same(units.reader, columns, before, after)
 
     def _same_results(self, before: _Record, after: _Record) -> bool:
         return all_same(
@@ -145,8 +139,7 @@ class BlockRuns:
         records: list[_Record] = []
 
         def run(*args: Any, **kwargs: Any) -> None:
-            _, record = self._run(call, args, kwargs, watched)
-            records.append(record)
+            records.append(self._run(call, args, kwargs, watched)[1])
 
         replace(call, forward=run).run(on_copies=True)
         return records[0]
@@ -162,11 +155,12 @@ class BlockRuns:
             if tensors:
                 inputs.setdefault(module, []).append(tensors[0].clone())
 
-        buffers_before: list[tuple[Tensor, Tensor]] = []
-        if not self._whole:
-            buffers_before = [(buffer, buffer.clone()) for buffer in self._block.buffers()]
-        device = next((p.device for p in self._block.parameters()), torch.device("cpu"))
-        with seeded(0, device), ExitStack() as hooks:  # some models draw numbers in evaluation, too
+        buffers = () if self._whole else self._block.buffers()
+        buffers_before = [(buffer, buffer.clone()) for buffer in buffers]
+        with (
+            seeded(0, device_of(self._block)),
+            ExitStack() as hooks,
+        ):  # some models draw numbers in evaluation, too
             for module in watched:
                 handle = module.register_forward_pre_hook(enter, with_kwargs=True)
                 hooks.callback(handle.remove)
@@ -189,20 +183,26 @@ class BlockRuns:
         return output, record
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of the first parameter; the CPU for a module without parameters."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
 def _has_matrix(module: nn.Module) -> bool:
     return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
 
 def _reads_same(layer: Layer, columns: Tensor, before: _Record, after: _Record) -> bool:
     """Whether a layer reads the given columns of what it has read before."""
-    tokens_before = [layer.tokens(x) for x in before.inputs.get(layer.module, ())]
-    tokens_after = [layer.tokens(x) for x in after.inputs.get(layer.module, ())]
-    if len(tokens_before) != len(tokens_after):
+    inputs_before = before.inputs.get(layer.module, [])
+    inputs_after = after.inputs.get(layer.module, [])
+    if len(inputs_before) != len(inputs_after):
         return False
-    for old, new in zip(tokens_before, tokens_after, strict=True):
-        expected = old[:, columns.to(old.device)]
-        if expected.shape != new.shape:
+    for old, new in zip(inputs_before, inputs_after, strict=True):
+        expected = layer.tokens(old)[:, columns.to(old.device)]
+        tokens = layer.tokens(new)
+        if expected.shape != tokens.shape:
             return False
-        if not same_columns(expected, new, before.eps):
+        if not same_columns(expected, tokens, before.eps):
             return False
     return True

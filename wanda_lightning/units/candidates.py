@@ -8,7 +8,7 @@ of model families is needed: a block must compute the same with units that are z
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from wanda_lightning.core.types import Orders, Units
 from wanda_lightning.models import own_tensors
-from wanda_lightning.models.layers import Layer, adapted_module, is_plain, is_whole, whole_layer
+from wanda_lightning.models.layers import Layer, adapted_module, is_pointwise, is_whole, whole_layer
 
 _HEAD_SIZES = (
     "head_dim",
@@ -36,6 +36,10 @@ _VECTORS = frozenset({"num_features", "num_channels", "groups"}) | _INPUTS | _OU
 _AROUND = frozenset({"intermediate_size", "ffn_dim", "hidden_features", "inner_dim"})
 
 
+Change = tuple[nn.Module, str, Any]  # an attribute of a module, and its new value
+Line = tuple[nn.Module, str, int]  # a tensor of a module, and a dimension
+
+
 @dataclass(frozen=True, eq=False)
 class Slot:
     """The entries of a tensor that belong to hidden units."""
@@ -48,9 +52,7 @@ class Slot:
     @property
     def tensor(self) -> Tensor:
         """The parameter or buffer."""
-        tensor = getattr(self.module, self.name)
-        assert isinstance(tensor, Tensor)
-        return tensor
+        return getattr(self.module, self.name)
 
     @property
     def index(self) -> Tensor:
@@ -60,7 +62,7 @@ class Slot:
         return self.unit_index
 
     @property
-    def line(self) -> tuple[nn.Module, str, int]:
+    def line(self) -> Line:
         """The tensor and the dimension."""
         return self.module, self.name, self.dim
 
@@ -81,9 +83,9 @@ class Slot:
 
     def zeros(self) -> Units:
         """Return which units have only zeros here."""
-        entries = self.tensor.detach().movedim(self.dim, 0)
-        is_zero = (entries.reshape(len(entries), -1) == 0).all(dim=1)
-        return is_zero.cpu()[self.index].flatten(0, 1).all(dim=0)
+        is_zero = (self.tensor == 0).movedim(self.dim, 0)
+        is_zero = is_zero.reshape(len(is_zero), -1).all(dim=1)
+        return is_zero.cpu()[self.index].all(dim=(0, 1))
 
     def taken(self, units: Units) -> Tensor:
         """Return the tensor without the other units."""
@@ -100,7 +102,10 @@ class Slot:
         return self.index[..., units.cpu()].flatten().sort().values.to(self.tensor.device)
 
 
-def replace_attributes(values: Iterable[tuple[nn.Module, str, Any]]) -> Callable[[], None]:
+Slots = tuple[Slot, ...]
+
+
+def replace_attributes(values: Iterable[Change]) -> Callable[[], None]:
     """Set attributes of modules one after the other, and return a function that undoes it."""
     before = []
     for module, name, value in values:
@@ -112,144 +117,6 @@ def replace_attributes(values: Iterable[tuple[nn.Module, str, Any]]) -> Callable
 
 @dataclass(frozen=True)
 class HiddenUnits:
-    """Hidden units, where they are written and where they are read."""
-
-    reader: Layer
-    # Rows of the writers, other parameters with one value for each unit, and the columns of the reader.
-    slots: tuple[Slot, ...]
-    # That the units enter on their way, such as depthwise convolutions.
-    inner: frozenset[nn.Module] = frozenset()
-
-    def permute(self, orders: Orders) -> None:
-        """Permute the units of each head, in place; units stay within their head."""
-        for slot in self.slots:
-            tensor = slot.tensor.detach()
-            tensor.copy_(tensor.index_select(slot.dim, slot.source(orders).to(tensor.device)))
-        torch.clear_autocast_cache()  # it holds casts of the weights in their old order
-
-    @property
-    def columns(self) -> Tensor:
-        """The columns of the reader, (heads, copies, units)."""
-        return self.slots[-1].index
-
-    def source(self, orders: Orders) -> Tensor:
-        """Return, for each column of the reader, the column that it was before `permute`."""
-        return self.slots[-1].source(orders)
-
-
-def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
-    """Yield candidates for the hidden units that a plain layer reads, the likeliest first.
-
-    Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
-    the block has adapters: they were trained for this order and width.
-    """
-    if adapted_module(block) is not None:
-        return
-    d_in = reader.shape[1]
-    # Such as the weight of a norm between writer and reader.
-    vectors = [
-        (module, name)
-        for module in parent.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.shape == (d_in,) and name != "bias"
-    ]
-    proposed: set[object] = set()
-    for scope in dict.fromkeys((parent, block)):
-        layers = [layer for layer in whole_layers(scope, reader) if is_plain(layer)]
-        for written in (*written_units(d_in, layers), *_values_of_heads(d_in, layers, block)):
-            key = tuple(slot.key for slot in written.rows)
-            if key in proposed:
-                continue
-            proposed.add(key)
-            read = columns_of(reader, written.columns)
-            yield HiddenUnits(reader, (*written.rows, read))
-            if vectors:
-                extra = [Slot(module, name, 0, written.columns) for module, name in vectors]
-                yield HiddenUnits(reader, (*written.rows, *extra, read))
-
-
-def whole_layers(scope: nn.Module, reader: Layer) -> list[Layer]:
-    """Return the modules that are whole layers, but not the reader."""
-    return [
-        layer
-        for module in scope.modules()
-        if (layer := whole_layer(module)) and module is not reader.module
-    ]
-
-
-@dataclass(frozen=True)
-class WrittenUnits:
-    """Rows that write hidden units, and the columns of the layer that would read them, as `Slot.index`."""
-
-    rows: tuple[Slot, ...]
-    columns: Tensor | None = None  # None if each column is a unit
-
-
-def written_units(width: int, layers: Sequence[Layer]) -> Iterator[WrittenUnits]:
-    """Propose hidden units without heads, written by one layer or, with a gate, by two or one with twice the rows."""
-    writers = [layer for layer in layers if layer.shape[0] == width]
-    if writers:
-        together = [slot for layer in writers for slot in _rows(layer)]
-        yield WrittenUnits(tuple(together))
-    if len(writers) > 1:
-        for layer in writers:
-            yield WrittenUnits(_rows(layer))
-    for layer in layers:
-        if layer.shape[0] == 2 * width:
-            rows = torch.arange(2 * width)
-            yield WrittenUnits(_rows(layer, rows.reshape(1, 2, width)))
-            yield WrittenUnits(_rows(layer, rows.reshape(1, width, 2).transpose(1, 2)))
-
-
-def _values_of_heads(
-    d_in: int, layers: Sequence[Layer], block: nn.Module
-) -> Iterator[WrittenUnits]:
-    """Propose the values of attention heads, written by a layer of their own or together with queries and keys."""
-    for size in _attributes(block, _HEAD_SIZES):
-        if size < 2 or d_in % size:
-            continue
-        heads = d_in // size
-        for layer in layers:
-            d_out = layer.shape[0]
-            for kv_heads in _numbers_of_kv_heads(heads, d_out // size, block):
-                if d_out < kv_heads * size:
-                    continue
-                columns = torch.arange(d_in).reshape(kv_heads, -1, size)
-                last_rows = torch.arange(d_out - kv_heads * size, d_out)
-                yield WrittenUnits(_rows(layer, last_rows.reshape(kv_heads, 1, size)), columns)
-                # Each head's queries and keys, then its values.
-                if d_out % kv_heads == 0 and d_out > kv_heads * size:
-                    rows_by_head = torch.arange(d_out).reshape(kv_heads, 1, -1)
-                    yield WrittenUnits(_rows(layer, rows_by_head[..., -size:]), columns)
-
-
-def _numbers_of_kv_heads(heads: int, heads_written: int, block: nn.Module) -> list[int]:
-    """Return how many heads may share their values: those of a layer alone, all, or those of a fused layer."""
-    numbers = [heads_written, heads, (heads_written - heads) // 2, *_attributes(block, _KV_HEADS)]
-    return list(dict.fromkeys(number for number in numbers if number > 0 and heads % number == 0))
-
-
-def _rows(layer: Layer, unit_index: Tensor | None = None) -> tuple[Slot, ...]:
-    """Return the rows of a layer, and the entries of its bias."""
-    slots = [Slot(layer.module, "weight", 0 if layer.kind.rows_first else 1, unit_index)]
-    if isinstance(getattr(layer.module, "bias", None), Tensor):
-        slots.append(Slot(layer.module, "bias", 0, unit_index))
-    return tuple(slots)
-
-
-def columns_of(layer: Layer, unit_index: Tensor | None = None) -> Slot:
-    """Return the columns of a layer: its input channels."""
-    return Slot(layer.module, "weight", 1 if layer.kind.rows_first else 0, unit_index)
-
-
-def _attributes(block: nn.Module, names: Sequence[str]) -> list[int]:
-    """Return the whole numbers that modules of a block store under one of the names."""
-    values = [getattr(module, name, None) for module in block.modules() for name in names]
-    return list(dict.fromkeys(value for value in values if type(value) is int))
-
-
-@dataclass(frozen=True)
-class RemovableUnits:
     """Hidden units that one layer reads, and every tensor with an entry, a row or a column for each of them.
 
     The reader's own columns are the last slot. Tensors between writers and reader, such as depthwise convolutions and
@@ -257,23 +124,30 @@ class RemovableUnits:
     """
 
     reader: Layer
-    writers: tuple[Layer, ...]  # and other layers that read the units on their way to the reader
     width: int  # number of units
-    slots: tuple[Slot, ...]
+    slots: Slots
+    writers: tuple[
+        Layer, ...
+    ] = ()  # and other layers that read the units on their way to the reader
     parents: tuple[nn.Module, ...] = ()  # modules whose attributes may hold the width
 
     @property
-    def columns(self) -> int:
+    def columns(self) -> Tensor:
+        """The columns of the reader, (heads, copies, units)."""
+        return self.slots[-1].index
+
+    @property
+    def columns_per_unit(self) -> int:
         """Number of columns of the reader's matrix for each unit: the positions of its kernel."""
         return self.reader.shape[1] // self.width
 
     @property
-    def lines(self) -> set[tuple[nn.Module, str, int]]:
+    def lines(self) -> set[Line]:
         """The tensors, each with the dimension along which the units lie."""
         return {slot.line for slot in self.slots}
 
     @property
-    def sides(self) -> tuple[Slot, ...]:
+    def sides(self) -> Slots:
         """The matrices that write or read the units; the last is the reader's.
 
         A unit with zeros in all of them can be taken out. What lies in between, such as biases and depthwise
@@ -286,15 +160,26 @@ class RemovableUnits:
         )
 
     @property
-    def inner(self) -> frozenset[nn.Module]:
+    def inner(self) -> set[nn.Module]:
         """The modules with a matrix that the units enter on their way to the reader."""
-        entered: set[nn.Module] = set()
+        entered = set()
         for slot in self.slots[:-1]:
             if slot.tensor.ndim > 1:
                 layer = whole_layer(slot.module)
                 if layer is None or slot.line == columns_of(layer).line:
                     entered.add(slot.module)
-        return frozenset(entered)
+        return entered
+
+    def source(self, orders: Orders) -> Tensor:
+        """Return, for each column of the reader, the column that it was before `permute`."""
+        return self.slots[-1].source(orders)
+
+    def permute(self, orders: Orders) -> None:
+        """Permute the units of each head, in place; units stay within their head."""
+        for slot in self.slots:
+            tensor = slot.tensor.detach()
+            tensor.copy_(tensor.index_select(slot.dim, slot.source(orders).to(tensor.device)))
+        torch.clear_autocast_cache()  # it holds casts of the weights in their old order
 
     def zero(self, units: Units) -> None:
         """Set all parameters of some units to zero; running statistics stay."""
@@ -310,11 +195,13 @@ class RemovableUnits:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Undo `zero` and `take` at the end of this block, in which the modules have copies of the tensors."""
-        with ExitStack() as stack:
-            stack.callback(self.take(torch.ones(self.width, dtype=torch.bool)))
+        undo = self.take(torch.ones(self.width, dtype=torch.bool))
+        try:
             yield
+        finally:
+            undo()
 
-    def _without(self, units: Units) -> Iterator[tuple[nn.Module, str, Any]]:
+    def _without(self, units: Units) -> Iterator[Change]:
         """Yield new tensors and widths, each after the one before is set: a tensor may have two slots."""
         number = int(units.sum())
         for slot in self.slots:
@@ -334,9 +221,108 @@ class RemovableUnits:
             yield from _resized(parent, _AROUND, 2 * self.width, 2 * number)
 
 
-def _resized(
-    module: nn.Module, names: frozenset[str], before: int, after: int
-) -> list[tuple[nn.Module, str, int]]:
+UnitsByReader = Mapping[str, HiddenUnits]
+
+
+def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
+    """Yield candidates for the hidden units that a plain layer reads, the likeliest first.
+
+    Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
+    the block has adapters: they were trained for this order and width.
+    """
+    if adapted_module(block) is not None:
+        return
+    d_in = reader.shape[1]
+    # Such as the weight of a norm between writer and reader.
+    vectors = [
+        (module, name)
+        for module in parent.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.shape == (d_in,) and name != "bias"
+    ]
+    proposed = set()
+    for scope in dict.fromkeys((parent, block)):
+        layers = [layer for layer in _whole_layers(scope, reader) if is_pointwise(layer)]
+        for rows in (*_written_units(d_in, layers), *_values_of_heads(d_in, layers, block)):
+            key = tuple(slot.key for slot in rows)
+            if key in proposed:
+                continue
+            proposed.add(key)
+            # Query heads that share their values read copies of them.
+            heads, _, size = rows[0].index.shape
+            columns = torch.arange(d_in).reshape(heads, -1, size)
+            read = columns_of(reader, columns)
+            yield HiddenUnits(reader, d_in, (*rows, read))
+            if vectors:
+                extra = (Slot(*vector, 0, columns) for vector in vectors)
+                yield HiddenUnits(reader, d_in, (*rows, *extra, read))
+
+
+def _whole_layers(scope: nn.Module, reader: Layer) -> list[Layer]:
+    """Return the modules that are whole layers, but not the reader."""
+    layers = map(whole_layer, scope.modules())
+    return [layer for layer in layers if layer and layer.module is not reader.module]
+
+
+def _written_units(width: int, layers: Sequence[Layer]) -> Iterator[Slots]:
+    """Propose rows of hidden units without heads: of one layer or, with a gate, of two or twice as many of one."""
+    writers = [layer for layer in layers if layer.shape[0] == width]
+    if writers:
+        yield tuple(slot for layer in writers for slot in _rows(layer))
+    if len(writers) > 1:
+        yield from map(_rows, writers)
+    for layer in layers:
+        if layer.shape[0] == 2 * width:
+            rows = torch.arange(2 * width)
+            yield _rows(layer, rows.reshape(1, 2, width))
+            yield _rows(layer, rows.reshape(1, width, 2).transpose(1, 2))
+
+
+def _values_of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[Slots]:
+    """Propose rows of attention heads' values, written by a layer of their own or together with queries and keys."""
+    for size in _attributes(block, _HEAD_SIZES):
+        if size < 2 or d_in % size:
+            continue
+        heads = d_in // size
+        for layer in layers:
+            d_out = layer.shape[0]
+            for kv_heads in _numbers_of_kv_heads(heads, d_out // size, block):
+                values = kv_heads * size
+                if d_out < values:
+                    continue
+                rows = torch.arange(d_out)
+                yield _rows(layer, rows[-values:].reshape(kv_heads, 1, size))
+                # Each head's queries and keys, then its values.
+                if d_out % kv_heads == 0 and d_out > values:
+                    yield _rows(layer, rows.reshape(kv_heads, 1, -1)[..., -size:])
+
+
+def _numbers_of_kv_heads(heads: int, heads_written: int, block: nn.Module) -> list[int]:
+    """Return how many heads may share their values: those of a layer alone, all, or those of a fused layer."""
+    numbers = [heads_written, heads, (heads_written - heads) // 2, *_attributes(block, _KV_HEADS)]
+    return list(dict.fromkeys(number for number in numbers if number > 0 and heads % number == 0))
+
+
+def _rows(layer: Layer, unit_index: Tensor | None = None) -> Slots:
+    """Return the rows of a layer, and the entries of its bias."""
+    slots = [Slot(layer.module, "weight", 0 if layer.kind.rows_first else 1, unit_index)]
+    if isinstance(getattr(layer.module, "bias", None), Tensor):
+        slots.append(Slot(layer.module, "bias", 0, unit_index))
+    return tuple(slots)
+
+
+def columns_of(layer: Layer, unit_index: Tensor | None = None) -> Slot:
+    """Return the columns of a layer: its input channels."""
+    return Slot(layer.module, "weight", 1 if layer.kind.rows_first else 0, unit_index)
+
+
+def _attributes(block: nn.Module, names: Sequence[str]) -> list[int]:
+    """Return the whole numbers that modules of a block store under one of the names."""
+    values = [getattr(module, name, None) for module in block.modules() for name in names]
+    return list(dict.fromkeys(value for value in values if type(value) is int))
+
+
+def _resized(module: nn.Module, names: frozenset[str], before: int, after: int) -> list[Change]:
     return [
         (module, name, after)
         for name in names & vars(module).keys()
@@ -344,7 +330,7 @@ def _resized(
     ]
 
 
-def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[RemovableUnits]:
+def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
     """Yield candidates for the hidden units that a layer reads, the likeliest first.
 
     They are sought as `hidden_units` seeks them, but may have anything between writers and reader.
@@ -352,9 +338,9 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
     if adapted_module(block) is not None or not is_whole(reader):
         return
     width = reader.width
-    proposed: set[object] = set()
+    proposed = set()
     for scope in dict.fromkeys((parent, block)):
-        layers = whole_layers(scope, reader)
+        layers = _whole_layers(scope, reader)
         parents = tuple(dict.fromkeys((parent, scope)))
         for slots in _removable_slots(reader, scope, layers):
             key = tuple(slot.key for slot in slots)
@@ -363,24 +349,21 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
             proposed.add(key)
             modules = {slot.module for slot in slots}
             others = tuple(layer for layer in layers if layer.module in modules)
-            yield RemovableUnits(reader, others, width, slots, parents)
+            yield HiddenUnits(reader, width, slots, others, parents)
 
 
-def _removable_slots(
-    reader: Layer, scope: nn.Module, layers: Sequence[Layer]
-) -> Iterator[tuple[Slot, ...]]:
+def _removable_slots(reader: Layer, scope: nn.Module, layers: Sequence[Layer]) -> Iterator[Slots]:
     """Yield the tensors that may hold the units: the rows that write them, others in between, the reader's columns."""
     width = reader.width
     position = {module: number for number, module in enumerate(scope.modules())}
     end = position.get(reader.module, len(position))
-    vectors = [*_carried(scope, width)]
+    vectors = list(_carried(scope, width))
     # The largest layer is the reader: its weights say which units matter, not those of a squeeze-and-excitation.
     readers = [
         columns_of(layer) for layer in layers if layer.width == width and layer.size <= reader.size
     ]
     likeliest_first = sorted(
-        (written.rows for written in written_units(width, layers)),
-        key=partial(_remoteness, position=position, end=end),
+        _written_units(width, layers), key=partial(_remoteness, position=position, end=end)
     )
     for rows in likeliest_first:
         first = min(position[slot.module] for slot in rows)
@@ -388,17 +371,15 @@ def _removable_slots(
         readers_between = [slot for slot in readers if first < position[slot.module] < end]
         for others in (
             vectors_between,
-            [*vectors_between, *readers_between],
+            vectors_between + readers_between,
             vectors,
-            [*vectors, *readers],
+            vectors + readers,
             [],
         ):
             yield (*rows, *others, columns_of(reader))
 
 
-def _remoteness(
-    rows: Sequence[Slot], position: Mapping[nn.Module, int], end: int
-) -> tuple[int, bool, int]:
+def _remoteness(rows: Slots, position: Mapping[nn.Module, int], end: int) -> tuple[int, bool, int]:
     """Order proposals for the writers of units: the fewest first, then the nearest before the reader at `end`.
 
     More writers than needed fit, too, if parts of a model are alike, but then all lose the units that one loses.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
@@ -17,12 +18,15 @@ from wanda_lightning.calibration.trees import tensors_within
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models.layers import whole_layer
 from wanda_lightning.planning.run import Run
-from wanda_lightning.units.candidates import RemovableUnits, Slot
+from wanda_lightning.units.candidates import Slot, UnitsByReader
 
 _RUNS = 7  # of each block, after one that warms up
 
 
-def unit_costs(run: Run, units: Mapping[str, RemovableUnits]) -> dict[str, float]:
+_Costs = dict[str, float]  # of one unit, by the layer that reads it
+
+
+def unit_costs(run: Run, units: UnitsByReader) -> _Costs:
     """Return what a hidden unit costs, by the layer that reads it, as the allocation asks; empty if all cost 1.
 
     The parameters and multiply-adds are those of all tensors with entries for the unit. The seconds of a block are the
@@ -44,39 +48,28 @@ def unit_costs(run: Run, units: Mapping[str, RemovableUnits]) -> dict[str, float
         costs = _seconds(run, units, batches)
     else:
         with processes.fail_together():
-            costs = _multiply_adds(units, batches) if cost == "macs" else _parameters(units)
+            entry_cost = _multiply_adds(units, batches) if cost == "macs" else _is_parameter
+            costs = _sums(units, entry_cost)
     return processes.broadcast(costs, measuring_rank)
 
 
-def _parameters(units: Mapping[str, RemovableUnits]) -> dict[str, float]:
-    """Return the number of parameters of one unit, by reader."""
-    return {
-        name: sum(
-            _entries(slot)
-            for slot in _distinct_slots(removable)
-            if isinstance(slot.tensor, nn.Parameter)
-        )
-        for name, removable in units.items()
-    }
+def _sums(units: UnitsByReader, entry_cost: Callable[[Slot], float]) -> _Costs:
+    """Return the cost of one unit, by reader, from the cost of an entry of each tensor."""
+    costs = {}
+    for name, removable in units.items():
+        slots = {slot.key: slot for slot in removable.slots}.values()
+        costs[name] = sum(_entries(slot) * entry_cost(slot) for slot in slots)
+    return costs
 
 
-def _multiply_adds(
-    units: Mapping[str, RemovableUnits], batches: Sequence[Sample]
-) -> dict[str, float]:
-    """Return the multiply-adds of one unit, by reader: its entries in matrices, at each position of a batch."""
+def _is_parameter(slot: Slot) -> bool:
+    return isinstance(slot.tensor, nn.Parameter)
+
+
+def _multiply_adds(units: UnitsByReader, batches: Sequence[Sample]) -> Callable[[Slot], float]:
+    """Return a function for the multiply-adds of an entry: each entry of a matrix has one at each position."""
     positions = _positions(units, batches)
-    return {
-        name: sum(
-            _entries(slot) * positions.get(slot.module, 0.0)
-            for slot in _distinct_slots(removable)
-            if slot.tensor.ndim > 1
-        )
-        for name, removable in units.items()
-    }
-
-
-def _distinct_slots(units: RemovableUnits) -> Sequence[Slot]:
-    return list({slot.key: slot for slot in units.slots}.values())
+    return lambda slot: positions[slot.module] if slot.tensor.ndim > 1 else 0.0
 
 
 def _entries(slot: Slot) -> float:
@@ -85,19 +78,15 @@ def _entries(slot: Slot) -> float:
     return slot.tensor.numel() / slot.tensor.shape[slot.dim] * lines_of_unit
 
 
-def _positions(
-    units: Mapping[str, RemovableUnits], batches: Sequence[Sample]
-) -> dict[nn.Module, float]:
+def _positions(units: UnitsByReader, batches: Sequence[Sample]) -> dict[nn.Module, float]:
     """Return at how many positions of the batch each module with a matrix of units computes an output."""
-    positions: dict[nn.Module, float] = {}
+    positions = defaultdict[nn.Module, float](float)
 
     def count(module: Any, args: object, output: object) -> None:
         layer = whole_layer(module)
-        channels = (
-            layer.shape[0] if layer else len(module.weight)
-        )  # no layer: a depthwise convolution
-        outputs = tensors_within(output)[0]
-        positions[module] = positions.get(module, 0.0) + outputs.numel() / channels
+        # Otherwise it is a depthwise convolution.
+        channels = layer.shape[0] if layer else len(module.weight)
+        positions[module] += tensors_within(output)[0].numel() / channels
 
     modules = {
         slot.module
@@ -113,12 +102,10 @@ def _positions(
     return positions
 
 
-def _seconds(
-    run: Run, units: Mapping[str, RemovableUnits], batches: Sequence[Sample]
-) -> dict[str, float]:
+def _seconds(run: Run, units: UnitsByReader, batches: Sequence[Sample]) -> _Costs:
     """Return the seconds of each block for each of its units; empty if the model has no blocks."""
     plan = run.plan
-    costs: dict[str, float] = {}
+    costs = {}
     with (
         ProgressBar("Timing blocks", len(plan.block_stops), run.progress) as bar,
         closing(lockstep(plan.block_stops, batches, plan.processes, model=plan.model)) as visits,
@@ -136,7 +123,7 @@ def _seconds(
 
 def _seconds_of(call: Call, device: torch.device) -> float:
     """Return the shortest time of several runs of a call: other programs only make it longer."""
-    times: list[float] = []
+    times = []
 
     def wait() -> None:
         if device.type != "cpu":

@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from wanda_lightning.units.candidates import replace_attributes
+from wanda_lightning.units.candidates import Change, replace_attributes
 from wanda_lightning.units.fit_settings import (
     NUMBERS,
     SHAPES,
+    Setting,
     Settings,
+    Sizes,
     changed_sizes,
     differences,
     fit_settings,
 )
 from wanda_lightning.units.modeling_file import family_of
 
+_IsSame = Callable[[], bool]
 _Path = tuple[str, ...]  # of an attribute in a configuration, which may hold other configurations
 
 
 def fit_configuration(
-    model: nn.Module, is_same: Callable[[], bool] = lambda: True
+    model: nn.Module, is_same: _IsSame = lambda: True
 ) -> tuple[str, Callable[[], None]]:
     """Adapt the configuration of each model of transformers that a model is or contains.
 
@@ -51,7 +54,7 @@ def fit_configuration(
     return "; ".join(filter(None, misfits)), undo
 
 
-def _copied_configurations(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
+def _copied_configurations(model: Any) -> Iterator[Change]:
     """Yield the attributes of modules that hold the configuration of a model or a part of it, each with a copy."""
     copies: dict[int, Any] = {}  # by the id of the original
     copy.deepcopy(model.config, copies)
@@ -61,7 +64,7 @@ def _copied_configurations(model: Any) -> Iterator[tuple[nn.Module, str, Any]]:
                 yield module, name, copies[id(value)]
 
 
-def _fit(model: Any, is_same: Callable[[], bool]) -> str:
+def _fit(model: Any, is_same: _IsSame) -> str:
     """Change the configuration of a model so that it gives its shapes; return why it cannot, or an empty text."""
     family = family_of(model)
     config = model.config
@@ -70,22 +73,21 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
     # The model reads `config`, in which `_keep_if_same` sets one attribute after the other.
     before = copy.deepcopy(config)
 
+    def changed(settings: Settings) -> Any:
+        return _changed(copy.deepcopy(before), settings)
+
     def built_with(settings: Settings) -> nn.Module:
         from transformers.initialization import no_init_weights
 
         with torch.device("meta"), no_init_weights():
-            built: nn.Module = family(_changed(copy.deepcopy(before), settings))
-        return built
+            return family(changed(settings))
 
-    def options(
-        settings: Settings, sizes: Iterable[tuple[int, int]]
-    ) -> Iterator[tuple[_Path, Any]]:
-        return _resized_attributes(_changed(copy.deepcopy(before), settings), sizes)
-
-    def changes_nothing(settings: Settings) -> bool:
-        return _keep_if_same(config, settings[-1], is_same)
-
-    settings, wrong = fit_settings(model, built_with, options, changes_nothing)
+    settings, wrong = fit_settings(
+        model,
+        built_with,
+        options=lambda settings, sizes: _resized_attributes(changed(settings), sizes),
+        is_right=lambda settings: _keep_if_same(config, settings[-1], is_same),
+    )
     if wrong:
         vars(config).update(differences(model, built_with(settings)))
         new_sizes = sorted({new for _, new in changed_sizes(wrong)})
@@ -98,19 +100,17 @@ def _fit(model: Any, is_same: Callable[[], bool]) -> str:
     return ""
 
 
-def _resized_attributes(
-    config: Any, sizes: Iterable[tuple[int, int]]
-) -> Iterator[tuple[_Path, Any]]:
+def _resized_attributes(config: Any, sizes: Sizes) -> Iterator[Setting]:
     """Yield attributes that may hold an old size, with the new one; None stands for a width derived from another."""
     for path, value in _attributes(config):
         for old, new in sizes:
-            if (type(value) is int and value == old) or value is None:
+            if value is None or (type(value) is int and value == old):
                 yield path, new
             elif isinstance(value, list | tuple) and old in value:
                 yield path, type(value)(new if number == old else number for number in value)
 
 
-def _keep_if_same(config: Any, setting: tuple[_Path, Any], is_same: Callable[[], bool]) -> bool:
+def _keep_if_same(config: Any, setting: Setting, is_same: _IsSame) -> bool:
     """Set an attribute in the model's configuration; put it back if the model then computes otherwise."""
     owner = _owner(config, setting[0])
     old = dict(vars(owner))
@@ -124,7 +124,7 @@ def _keep_if_same(config: Any, setting: tuple[_Path, Any], is_same: Callable[[],
     return same
 
 
-def _attributes(config: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
+def _attributes(config: Any, path: _Path = ()) -> Iterator[Setting]:
     for name, value in vars(config).items():
         if _is_configuration(value):
             yield from _attributes(value, (*path, name))

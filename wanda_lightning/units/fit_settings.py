@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-Settings = tuple[tuple[Any, Any], ...]  # names and values, set one after the other
+Setting = tuple[Any, Any]  # a name and a value
+Settings = tuple[Setting, ...]  # set one after the other
 Sizes = dict[tuple[int, int], None]  # an ordered set of old and new sizes of dimensions
 
 # Attributes of a configuration, and arguments of `shrunk_model`: shapes and widths that no other says.
@@ -30,7 +31,7 @@ class WrongShape(NamedTuple):
 def fit_settings(
     model: nn.Module,
     built_with: Callable[[Settings], nn.Module],
-    options: Callable[[Settings, Iterable[tuple[int, int]]], Iterable[tuple[Any, Any]]],
+    options: Callable[[Settings, Sizes], Iterable[Setting]],
     is_right: Callable[[Settings], bool] = lambda settings: True,
 ) -> tuple[Settings, Mapping[str, WrongShape]]:
     """Change one setting after another, each time the one with which most tensors get the shapes of a model.
@@ -47,7 +48,7 @@ def fit_settings(
     settings: Settings = ()
     wrong = wrong_with(settings)
     while wrong:
-        better: list[tuple[Settings, Mapping[str, WrongShape]]] = []
+        better = []
         for option in options(settings, changed_sizes(wrong)):
             candidate = (*settings, option)
             try:
@@ -73,15 +74,12 @@ def wrong_shapes(
 ) -> dict[str, WrongShape]:
     """Return the tensors with other shapes than in `model`, among some names; by default among those of `built`."""
     built_shapes = _shapes_of(built)
-    if names is None:
-        names = built_shapes.keys()
-
-    wrong = {}
-    for name, right in _shapes_of(model).items():
-        shape = built_shapes.get(name)
-        if name in names and shape != right:
-            wrong[name] = WrongShape(shape or (), right)
-    return wrong
+    names = built_shapes.keys() if names is None else names
+    return {
+        name: WrongShape(built_shapes.get(name, ()), right)
+        for name, right in _shapes_of(model).items()
+        if name in names and built_shapes.get(name) != right
+    }
 
 
 def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -105,9 +103,7 @@ def differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
     built_modules = dict(built.named_modules())
     numbers = {}
     for name, module in model.named_modules():
-        if name not in built_modules:
-            continue
-        before = vars(built_modules[name])
+        before = vars(built_modules.get(name, module))
         widths = {
             key: now
             for key, now in vars(module).items()

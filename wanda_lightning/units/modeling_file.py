@@ -25,6 +25,9 @@ import torch
 from torch import nn
 from {module} import {family} as Family
 
+Shapes = dict[str, list[int]]
+Numbers = dict[str, dict[str, int]]
+
 
 {reshape}
 
@@ -93,9 +96,12 @@ def source_of(*functions: Callable[..., Any]) -> str:
 # ---- copied into files, which must work without this package
 
 
-def reshape(
-    model: nn.Module, shapes: dict[str, list[int]], numbers: dict[str, dict[str, int]]
-) -> None:
+Shapes = dict[str, list[int]]  # by tensor
+Numbers = dict[str, dict[str, int]]  # widths, by module and attribute
+Tensors = dict[str, torch.Tensor]
+
+
+def reshape(model: nn.Module, shapes: Shapes, numbers: Numbers) -> None:
     """Give tensors other shapes, with what fits of their entries, and modules other widths."""
     for full_name, shape in shapes.items():
         module_name, _, name = full_name.rpartition(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +16,7 @@ from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.core.types import Orders
-from wanda_lightning.models import Layer, Stop, is_plain
+from wanda_lightning.models import Layer, Stop, is_pointwise
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.run import Run
 from wanda_lightning.report import Permuted
@@ -46,7 +46,7 @@ def permute(run: Run) -> Permuted:
         )
         for stop in plan.block_stops:
             if stop.name in called_again:
-                search.put_back(stop.name, run.store.undo_change)
+                run.store.undo_change(search.give_up(stop.name))
             else:
                 repeat = partial(_apply, search.reorderings.get(stop.name, ()))
                 run.store.change_when_loaded(stop.name, repeat)
@@ -60,20 +60,15 @@ class _Reordering:
     units: HiddenUnits
     orders: Orders
 
-    def apply(self) -> None:
-        self.units.permute(self.orders)
-
-    def inverse(self) -> _Reordering:
-        return _Reordering(self.units, self.orders.argsort(dim=1))
-
 
 def _apply(reorderings: Iterable[_Reordering]) -> None:
     for reordering in reorderings:
-        reordering.apply()
+        reordering.units.permute(reordering.orders)
 
 
-def _at_once(change: Callable[[], None]) -> None:
-    change()
+def _undo(reorderings: Sequence[_Reordering]) -> None:
+    for reordering in reversed(reorderings):
+        reordering.units.permute(reordering.orders.argsort(dim=1))
 
 
 class _PermutationSearch(UnitSearch):
@@ -102,15 +97,15 @@ class _PermutationSearch(UnitSearch):
             _apply(reorderings)
             self.reorderings[block.name] = reorderings
             if not self._plan.processes.all_agree(runs.same_results()):
-                self.put_back(block.name)
+                self.give_up(block.name)()
 
     def _find(
         self, block: Stop, runs: BlockRuns, inputs: Mapping[str, InputStatistics]
     ) -> Iterator[_Reordering]:
         """Yield the hidden units of a block that can be permuted, with another order for them."""
         # All are found before the first one is permuted.
-        readable: list[HiddenUnits] = []
-        for layer in filter(is_plain, block.layers):
+        readable = []
+        for layer in filter(is_pointwise, block.layers):
             units = self.first_right(layer, block, runs, _candidates, self._is_right)
             if units is not None:
                 readable.append(units)
@@ -134,14 +129,14 @@ class _PermutationSearch(UnitSearch):
                 )
                 yield _Reordering(units, orders)
 
-    def put_back(self, block: str, undo: Callable[[Callable[[], None]], None] = _at_once) -> None:
-        """Put the hidden units of a block back into their order by `undo`, and report it."""
+    def give_up(self, block: str) -> Callable[[], None]:
+        """Report that the hidden units of a block are put back into their order, and return what does so."""
         reorderings = self.reorderings.pop(block, [])
-        undo(partial(_apply, [reordering.inverse() for reordering in reversed(reorderings)]))
         for reordering in reorderings:
             del self.kept_scores[reordering.units.reader.name]
         if reorderings:
             self.put_back_blocks.append(block)
+        return partial(_undo, reorderings)
 
     def _is_right(self, units: HiddenUnits, runs: BlockRuns) -> bool:
         """Whether a random order of the units permutes what the reader receives, and changes nothing else."""
@@ -152,19 +147,15 @@ class _PermutationSearch(UnitSearch):
 
         generator = torch.Generator().manual_seed(0)
         orders = torch.stack([torch.randperm(size, generator=generator) for _ in range(heads)])
-        reordering = _Reordering(units, orders)
-        reordering.apply()
+        units.permute(orders)
         try:
-            is_permuted = runs.is_empty or runs.is_permuted(
-                units.reader, units.source(orders), units.inner
-            )
+            is_permuted = runs.is_empty or runs.is_permuted(units, orders)
         finally:
-            reordering.inverse().apply()
+            units.permute(orders.argsort(dim=1))
         return self._plan.processes.all_agree(is_permuted)
 
 
 def _candidates(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
     """Yield candidates for the hidden units that a plain layer reads, at last with depthwise layers in between."""
     yield from hidden_units(reader, parent, block)
-    for units in removable_units(reader, parent, block):
-        yield HiddenUnits(reader, units.slots, units.inner)
+    yield from removable_units(reader, parent, block)

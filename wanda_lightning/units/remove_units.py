@@ -24,9 +24,11 @@ from wanda_lightning.planning.plan import DenseStatistics, Plan
 from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PrunedLayer
 from wanda_lightning.units.block_runs import BlockRuns
-from wanda_lightning.units.candidates import RemovableUnits, removable_units
+from wanda_lightning.units.candidates import HiddenUnits, Line, UnitsByReader, removable_units
 from wanda_lightning.units.costs import unit_costs
 from wanda_lightning.units.search import UnitSearch, visit_dense_blocks
+
+_Skipped = Mapping[str, SkippedMatrix]
 
 
 class RemoveUnits(RemoveWeights):
@@ -40,7 +42,7 @@ class RemoveUnits(RemoveWeights):
     )
 
     def __init__(self) -> None:
-        self.units: Mapping[str, RemovableUnits] = {}  # by reader
+        self.units: UnitsByReader = {}  # by reader
         # The cost of one unit, by reader, for `Fisher(cost=...)`; empty if all cost the same.
         self.costs: Mapping[str, float] = {}
 
@@ -60,7 +62,7 @@ class RemoveUnits(RemoveWeights):
     @property
     def unit_columns(self) -> Mapping[str, int]:
         """Columns of each hidden unit, by the layer that reads it."""
-        return {name: units.columns for name, units in self.units.items()}
+        return {name: units.columns_per_unit for name, units in self.units.items()}
 
     def choose_sparsities(
         self, plan: Plan, dense: DenseStatistics, read: Callable[[Layer], Tensor]
@@ -68,7 +70,7 @@ class RemoveUnits(RemoveWeights):
         """Give each layer that reads hidden units, and was measured, the fraction of them that becomes zero."""
         allocation = plan.config.allocation
         pattern = _structured(plan)
-        layers: list[UnitLayer] = []
+        layers = []
         for name, units in self.units.items():
             gradients = dense.gradients.get(name)
             scores = None if gradients is None else gradients.units
@@ -92,68 +94,68 @@ class RemoveUnits(RemoveWeights):
 
     def pattern_for(self, plan: Plan, layer: Layer, sparsity: float) -> Pattern:
         """Return the pattern of a reader, which may have several columns for each unit."""
-        return replace(_structured(plan), columns=self.units[layer.name].columns)
+        return replace(_structured(plan), columns=self.units[layer.name].columns_per_unit)
 
     def after_write(self, run: Run, record: PrunedLayer) -> None:
         """Set to zero what writes the units that a layer no longer reads, and record the writers."""
         units = self.units[record.name]
+        records = run.done.layers
         before = {writer.name: share_of_zeros(writer.read()) for writer in units.writers}
         zeros = units.slots[-1].zeros()
         units.zero(zeros)
         number = int(zeros.sum())
         run.done.zero_units[record.name] = number
 
-        notes = [record.note] if record.note else []
-        notes.append(f"{number:,} of {units.width:,} hidden units are zero")
-        run.done.layers[record.name] = replace(record, note="; ".join(notes))
+        note = f"{number:,} of {units.width:,} hidden units are zero"
+        if record.note:
+            note = f"{record.note}; {note}"
+        records[record.name] = replace(record, note=note)
         for writer in units.writers:
-            sparsity = share_of_zeros(writer.read())
+            name = writer.name
             # A layer between two others reads units and writes units.
-            writer_record = run.done.layers.get(writer.name)
-            if writer_record is None:
-                writer_record = PrunedLayer(
-                    name=writer.name,
-                    shape=writer.shape,
-                    target=record.target,
-                    sparsity=sparsity,
-                    tokens=record.tokens,
-                    before=before[writer.name],
-                    block=run.plan.inventory.blocks[writer.name],
-                )
-            run.done.layers[writer.name] = replace(writer_record, sparsity=sparsity)
+            known = records.get(name) or PrunedLayer(
+                name=name,
+                shape=writer.shape,
+                target=record.target,
+                sparsity=0.0,
+                tokens=record.tokens,
+                before=before[name],
+                block=run.plan.inventory.blocks[name],
+            )
+            records[name] = replace(known, sparsity=share_of_zeros(writer.read()))
 
-    def left_dense(self, dense: Mapping[str, SkippedMatrix]) -> Mapping[str, SkippedMatrix]:
+    def left_dense(self, dense: _Skipped) -> _Skipped:
         """Add what writes the hidden units that dense layers read."""
         left = dict(dense)
         for name, units in self.units.items():
-            if name not in dense:
-                continue
-            for writer in units.writers:
-                skipped = replace(dense[name], name=writer.name, shape=writer.stored_shape)
-                left.setdefault(writer.name, skipped)
+            if name in dense:
+                for writer in units.writers:
+                    skipped = replace(dense[name], name=writer.name, shape=writer.stored_shape)
+                    left.setdefault(writer.name, skipped)
         return left
 
-    def coverage(self, inventory: Inventory, dense: Mapping[str, SkippedMatrix]) -> Note | None:
+    def coverage(self, inventory: Inventory, dense: _Skipped) -> Note | None:
         """Return None: that other layers stay dense is what the user asked for."""
         return None
 
     def notes(self, run: Run) -> Iterator[Note]:
         """Yield how many hidden units are zero, and what share of the cost they have."""
-        if not run.plan.config.sparsity:
+        config = run.plan.config
+        if not config.sparsity:
             return
         number = sum(run.done.zero_units.values())
         widths = {name: units.width for name, units in self.units.items()}
         width = sum(widths.values())
         if not number:
             yield Note(
-                f"none of {width:,} hidden units is zero, because sparsity={run.plan.config.sparsity:g} rounds to no "
+                f"none of {width:,} hidden units is zero, because sparsity={config.sparsity:g} rounds to no "
                 "unit of any layer: use a smaller multiple_of, or a higher sparsity"
             )
             return
         share_of_cost = ""
         if self.costs:
             share = self._cost_of(run.done.zero_units) / self._cost_of(widths)
-            share_of_cost = f", {share:.1%} of the {run.plan.config.allocation.cost} of all"
+            share_of_cost = f", {share:.1%} of the {config.allocation.cost} of all"
         yield Note(
             f"{number:,} of {width:,} hidden units are zero{share_of_cost}; shrink() takes them out",
             is_warning=False,
@@ -166,7 +168,7 @@ class RemoveUnits(RemoveWeights):
     def _cost_of(self, numbers: Mapping[str, int]) -> float:
         """Return what numbers of units cost, by reader; 0 for layers that the measured batch did not reach."""
         if not self.costs:
-            return sum(map(float, numbers.values()))
+            return float(sum(numbers.values()))
         return sum(number * self.costs.get(name, 0.0) for name, number in numbers.items())
 
 
@@ -176,7 +178,7 @@ def _structured(plan: Plan) -> Structured:
     return pattern
 
 
-def _find_units(run: Run) -> dict[str, RemovableUnits]:
+def _find_units(run: Run) -> UnitsByReader:
     """Return the hidden units that can be taken out, by the layer that reads them."""
     blocks = run.plan.block_stops or (_one_block(run.plan),)
     search = _RemovalSearch(run.plan)
@@ -193,12 +195,12 @@ class _RemovalSearch(UnitSearch):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, _likeness)
-        self.units: dict[str, RemovableUnits] = {}  # by reader
+        self.units: dict[str, HiddenUnits] = {}  # by reader
         self._layer_of = {layer.module: layer for layer in plan.layers}
         skipped_by_user = plan.inventory.skipped_for(SkipReason.USER)
         self._skipped_by_user = {self._modules.get(matrix.name) for matrix in skipped_by_user}
         # A matrix has one set of rows and one of columns.
-        self._used_lines: set[tuple[nn.Module, str, int]] = set()
+        self._used_lines: set[Line] = set()
 
     def search_block(self, visit: Visit) -> None:
         """Find the units that layers of this block read."""
@@ -217,14 +219,14 @@ class _RemovalSearch(UnitSearch):
                     self.units[layer.name] = replace(units, writers=writers)
                     self._used_lines |= units.lines
 
-    def _is_right(self, units: RemovableUnits, runs: BlockRuns) -> bool | None:
+    def _is_right(self, units: HiddenUnits, runs: BlockRuns) -> bool | None:
         """Whether the block computes the same with a random half of the units at zero as without them.
 
         None if its tensors belong to other units or modules, too, or the user has skipped one of its layers.
         """
-        are_pruned = all(writer.module in self._layer_of for writer in units.writers)
+        are_pruned = {writer.module for writer in units.writers} <= self._layer_of.keys()
         is_skipped = any(slot.module in self._skipped_by_user for slot in units.slots)
-        are_shared = self.is_tied(units) or bool(units.lines & self._used_lines)
+        are_shared = self.is_tied(units) or units.lines & self._used_lines
         if not are_pruned or is_skipped or are_shared:
             return None
         if units.width < 2:
@@ -264,7 +266,7 @@ def _one_block(plan: Plan) -> Stop:
     return Stop(name, modules[name], plan.layers)
 
 
-def _wide_enough(plan: Plan, units: Mapping[str, RemovableUnits]) -> dict[str, RemovableUnits]:
+def _wide_enough(plan: Plan, units: UnitsByReader) -> UnitsByReader:
     """Return the units of layers that have more than the pattern keeps at least; refuse a model without any."""
     pattern = _structured(plan)
     name = plan.config.shown("pattern")
@@ -279,21 +281,21 @@ def _wide_enough(plan: Plan, units: Mapping[str, RemovableUnits]) -> dict[str, R
     return {reader: found for reader, found in units.items() if found.width > pattern.multiple_of}
 
 
-def _narrowed(plan: Plan, units: Mapping[str, RemovableUnits]) -> Plan:
+def _narrowed(plan: Plan, units: UnitsByReader) -> Plan:
     """Return a plan that observes and prunes the readers only; layers that neither read nor write units stay dense."""
     detail = "no hidden units that could be taken out were found at its inputs or outputs"
-    written = {writer.name for found in units.values() for writer in found.writers}
-    skipped = list(plan.inventory.skipped)
-    for layer in plan.layers:
-        if layer.name not in units and layer.name not in written:
-            skipped.append(
-                SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail)
-            )
-
-    stops: list[Stop] = []
+    used = {writer.name for found in units.values() for writer in found.writers} | units.keys()
+    skipped = [
+        SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail)
+        for layer in plan.layers
+        if layer.name not in used
+    ]
+    stops = []
     for stop in plan.stops:
         readers = tuple(layer for layer in stop.layers if layer.name in units)
         if readers:
             stops.append(replace(stop, layers=readers))
-    inventory = replace(plan.inventory, stops=tuple(stops), skipped=tuple(skipped))
+    inventory = replace(
+        plan.inventory, stops=tuple(stops), skipped=(*plan.inventory.skipped, *skipped)
+    )
     return replace(plan, inventory=inventory)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import TypeVar
 
 from torch import nn
 
@@ -19,9 +18,7 @@ from wanda_lightning.models.layers import named_modules
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.run import Run
 from wanda_lightning.units.block_runs import BlockRuns
-from wanda_lightning.units.candidates import HiddenUnits, RemovableUnits
-
-_Units = TypeVar("_Units", HiddenUnits, RemovableUnits)
+from wanda_lightning.units.candidates import HiddenUnits
 
 _NONE_IS_RIGHT = -1
 
@@ -72,9 +69,9 @@ class UnitSearch:
         reader: Layer,
         block: Stop,
         runs: BlockRuns,
-        candidates: Callable[[Layer, nn.Module, nn.Module], Iterator[_Units]],
-        is_right: Callable[[_Units, BlockRuns], bool | None],
-    ) -> _Units | None:
+        candidates: Callable[[Layer, nn.Module, nn.Module], Iterator[HiddenUnits]],
+        is_right: Callable[[HiddenUnits, BlockRuns], bool | None],
+    ) -> HiddenUnits | None:
         """Return the hidden units of a reader: the first candidate that is right, if any.
 
         For a candidate that may be right in a later block, `is_right` returns None.
@@ -101,6 +98,6 @@ class UnitSearch:
             self._right_candidates.setdefault(key, _NONE_IS_RIGHT)
         return None
 
-    def is_tied(self, units: HiddenUnits | RemovableUnits) -> bool:
+    def is_tied(self, units: HiddenUnits) -> bool:
         """Whether a tensor of the units shares its memory with another one."""
         return any((slot.module, slot.name) in self._tied for slot in units.slots)

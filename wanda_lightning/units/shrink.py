@@ -6,16 +6,17 @@ was: the block runs on a small batch before and after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batches import to_device
+from wanda_lightning.calibration.batches import BatchFunction, to_device
 from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
@@ -29,10 +30,10 @@ from wanda_lightning.models import (
     reads_images,
     tied_tensors,
 )
-from wanda_lightning.models.layers import named_modules, refuse_no_values
+from wanda_lightning.models.layers import named_modules
 from wanda_lightning.parallel import is_sharded
-from wanda_lightning.units.block_runs import BlockRuns
-from wanda_lightning.units.candidates import RemovableUnits, removable_units
+from wanda_lightning.units.block_runs import BlockRuns, device_of
+from wanda_lightning.units.candidates import HiddenUnits, Line, removable_units
 from wanda_lightning.units.fit_configuration import fit_configuration
 
 
@@ -64,8 +65,9 @@ class Shrunk:
         text = "Nothing can be removed: no hidden unit is zero on both sides."
         if self.layers:
             before, after = self.parameters
+            units = sum(number for number, _ in self.layers.values())
             text = (
-                f"Took out {self.units:,} of {sum(b for b, _ in self.layers.values()):,} hidden units in "
+                f"Took out {self.units:,} of {units:,} hidden units in "
                 f"{quantity(len(self.layers), 'layer')}; {after:,} of {before:,} parameters are left."
             )
         if self.unproven:
@@ -82,9 +84,7 @@ class Shrunk:
         return text
 
 
-def shrink(
-    model: nn.Module, batch: Any = None, forward: Callable[[Any], object] | None = None
-) -> Shrunk:
+def shrink(model: nn.Module, batch: Any = None, forward: BatchFunction | None = None) -> Shrunk:
     """Take out, in place, the hidden units that are zero on both sides, as `pattern="structured"` leaves them.
 
     The model computes the same, to rounding, with fewer parameters; this is checked with one batch for each layer.
@@ -120,7 +120,7 @@ def shrunk(model: nn.Module, batch: Any = None) -> Iterator[Shrunk]:
 
 
 def _take_out(
-    undo: ExitStack, model: nn.Module, batch: Any, forward: Callable[[Any], object] | None
+    undo: ExitStack, model: nn.Module, batch: Any, forward: BatchFunction | None
 ) -> Shrunk:
     if is_sharded(model):
         raise UserError(
@@ -177,7 +177,7 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _sample(model: nn.Module, batch: Any, forward: Callable[[Any], object] | None) -> Sample:
+def _sample(model: nn.Module, batch: Any, forward: BatchFunction | None) -> Sample:
     if batch is None:
         batch = example_batch(model)
     if batch is None:
@@ -187,11 +187,6 @@ def _sample(model: nn.Module, batch: Any, forward: Callable[[Any], object] | Non
         )
     run = partial(forward or partial(forward_batch, model), batch)
     return Sample(run, run)
-
-
-def _take(undo: ExitStack, units: RemovableUnits, keep: Tensor) -> None:
-    """Take out the other units, and let `undo` put them back."""
-    undo.callback(units.take(keep))
 
 
 class _EmptyUnits:
@@ -208,7 +203,7 @@ class _EmptyUnits:
         self._tied = tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
         # A matrix has one set of rows and one of columns.
-        self._used_lines: set[tuple[nn.Module, str, int]] = set()
+        self._used_lines: set[Line] = set()
 
     def take_out(self, block: Stop, runs: BlockRuns) -> None:
         """Take out the units that layers of a block read and that are zero on both sides."""
@@ -220,16 +215,15 @@ class _EmptyUnits:
                     self._note_taken(reader, units, empty)
                     break
 
-    def _can_leave(self, units: RemovableUnits, empty: Tensor, runs: BlockRuns) -> bool:
+    def _can_leave(self, units: HiddenUnits, empty: Tensor, runs: BlockRuns) -> bool:
         """Take units out if the block then computes the same; otherwise put them back."""
         with ExitStack() as undo:
-            take = partial(_take, undo, units, ~empty)
-            if not runs.same_after(take, units, ~empty):
+            if not runs.same_after(lambda: undo.callback(units.take(~empty)), units, ~empty):
                 return False
             self._undo.enter_context(undo.pop_all())
         return True
 
-    def _note_taken(self, reader: Layer, units: RemovableUnits, empty: Tensor) -> None:
+    def _note_taken(self, reader: Layer, units: HiddenUnits, empty: Tensor) -> None:
         self.result.layers[reader.name] = units.width, int((~empty).sum())
         self._used_lines |= units.lines
         modules = {slot.module for slot in units.slots}
@@ -239,11 +233,8 @@ class _EmptyUnits:
     @property
     def rest(self) -> Stop:
         """The layers outside of these blocks, with the model around them."""
-        layers: list[Layer] = []
-        for stop in self._stops:
-            if stop not in self.blocks:
-                layers += stop.layers
-        return Stop("", self._model, tuple(layers))
+        others = [stop.layers for stop in self._stops if stop not in self.blocks]
+        return Stop("", self._model, tuple(chain(*others)))
 
     def _layers(self) -> Iterator[tuple[Layer, Stop]]:
         """Yield all layers, each with its block."""
@@ -252,21 +243,18 @@ class _EmptyUnits:
                 yield layer, block
 
     def finds_any(self) -> bool:
-        """Whether any layer has a candidate; refuses a layer without values."""
-        for layer, _ in self._layers():
-            refuse_no_values(layer)
+        """Whether any layer has a candidate."""
         return any(any(self._candidates(layer, block)) for layer, block in self._layers())
 
     def count_left(self) -> int:
         """Return how many units stay although they are zero on both sides."""
         number = 0
         for layer, block in self._layers():
-            for _, empty in self._candidates(layer, block):
-                number += int(empty.sum())
-                break
+            _, empty = next(self._candidates(layer, block), (None, torch.zeros(0)))
+            number += int(empty.sum())
         return number
 
-    def _candidates(self, reader: Layer, block: Stop) -> Iterator[tuple[RemovableUnits, Tensor]]:
+    def _candidates(self, reader: Layer, block: Stop) -> Iterator[tuple[HiddenUnits, Tensor]]:
         """Yield candidates, and which of their units are zero on both sides."""
         if reader.expert is not None or reader.width < 2:  # a layer keeps one unit
             return
@@ -276,10 +264,12 @@ class _EmptyUnits:
             is_tied = any((slot.module, slot.name) in self._tied for slot in units.slots)
             if is_tied or self._used_lines & units.lines:
                 continue
+            zeros = []
             for slot in units.sides:
                 if slot.key not in self._zeros:
                     self._zeros[slot.key] = slot.zeros()
-            empty = torch.stack([self._zeros[slot.key] for slot in units.sides]).all(dim=0)
+                zeros.append(self._zeros[slot.key])
+            empty = torch.stack(zeros).all(dim=0)
             if empty.any():
                 yield units, empty
 
@@ -297,12 +287,9 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
         return None
 
     channels, *size = settings["input_size"]
-    if isinstance(image_size, int):
-        size = [image_size, image_size]
-    elif image_size:
-        size = [*image_size]
-    else:
-        size = next(_built_for(model), size)
+    size = image_size or next(_built_for(model), size)
+    if isinstance(size, int):
+        size = (size, size)
     # Built with `in_chans`; a multiple of the channels may be whole pixels that the model puts side by side first.
     stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels)
     return _noise(model, stem if stem % channels else channels, *size)
@@ -310,7 +297,7 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
 
 def _transformers_batch(model: Any, config: Any) -> dict[str, Tensor]:
     if not reads_images(model):
-        return to_device(model.dummy_inputs, _device(model))
+        return to_device(model.dummy_inputs, device_of(model))
     config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", 224)
     if not isinstance(size, list | tuple):
@@ -318,20 +305,16 @@ def _transformers_batch(model: Any, config: Any) -> dict[str, Tensor]:
     return {"pixel_values": _noise(model, getattr(config, "num_channels", 3), *size)}
 
 
-def _built_for(model: nn.Module) -> Iterator[list[int]]:
+def _built_for(model: nn.Module) -> Iterator[tuple[int, ...]]:
     """Yield the sizes of images that parts of a model of timm were built for."""
     for module in model.modules():
         size = getattr(module, "img_size", None)
         if isinstance(size, tuple):
-            yield [*size]
+            yield size
 
 
 def _noise(model: nn.Module, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, *shape, generator=generator, dtype=torch.float32)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return noise.to(_device(model), dtype)
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
+    return noise.to(device_of(model), dtype)

@@ -1,7 +1,7 @@
 """`shrunk_model`, with which timm builds and loads a model whose widths no arguments of timm give.
 
 The functions are copied into the file of a saved folder, which must work without this package. So they use no other
-names than each other's, `Any`, timm and torch.
+names than each other's, `Any`, timm, torch and three names of types.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanda_lightning.units.modeling_file import reshape, resized
+from wanda_lightning.units.modeling_file import Numbers, Shapes, Tensors, reshape, resized
 
 
 def shrunk_model(
     shrunk_from: str,
-    shrunk_shapes: dict[str, list[int]],
-    shrunk_numbers: dict[str, dict[str, int]],
+    shrunk_shapes: Shapes,
+    shrunk_numbers: Numbers,
     pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
@@ -45,22 +45,23 @@ def shrunk_model(
     source = dict(config)
     if pretrained:
         tensors = read_tensors(config, kwargs.get("cache_dir"))
-        source["source"] = ""
-        source["state_dict"] = add_zero_units(tensors, shrunk_shapes, sizes)
+        add_zero_units(tensors, shrunk_shapes, sizes)
+        source.update(source="", state_dict=tensors)
     model = timm.create_model(shrunk_from, pretrained, pretrained_cfg=source, **kwargs)
 
     take_units(model, sizes, shrunk_shapes, shrunk_numbers)
     if kwargs.get("features_only"):
         channels, *size = config["input_size"]
         size = kwargs.get("img_size", size)
-        size = [size, size] if isinstance(size, int) else size
+        if isinstance(size, int):
+            size = [size, size]
         count_channels(model, torch.zeros(1, kwargs.get("in_chans", channels), *size))
     correct_labels(model, config.get("source"))
     model._model_args = {**getattr(model, "_model_args", {}), **shrunk_arguments}
     return model
 
 
-def dense_shapes(name: str, config: dict[str, Any], saved: dict[str, Any]) -> dict[str, list[int]]:
+def dense_shapes(name: str, config: dict[str, Any], saved: dict[str, Any]) -> Shapes:
     """Return the shapes of all tensors of a model of timm with all units, as saved: never those of its features."""
     import timm
 
@@ -71,13 +72,13 @@ def dense_shapes(name: str, config: dict[str, Any], saved: dict[str, Any]) -> di
     return {key: list(tensor.shape) for key, tensor in dense.state_dict().items()}
 
 
-def read_tensors(config: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tensor]:
+def read_tensors(config: dict[str, Any], cache_dir: Any) -> Tensors:
     """Read the file of a model, wherever timm finds it."""
     import timm
 
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: Tensors = {}
 
-    def collect(state: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    def collect(state: Tensors, model: nn.Module) -> Tensors:
         # `load_pretrained` loads what a filter returns into the model, but here the file is only read.
         tensors.update(state)
         return {}
@@ -88,33 +89,29 @@ def read_tensors(config: dict[str, Any], cache_dir: Any) -> dict[str, torch.Tens
     return tensors
 
 
-def add_zero_units(
-    tensors: dict[str, torch.Tensor], shapes: dict[str, list[int]], sizes: dict[str, list[int]]
-) -> dict[str, torch.Tensor]:
-    """Return the tensors with all units, those that were taken out as zeros; `sizes` are the shapes with all units."""
-    full = dict(tensors)
+def add_zero_units(tensors: Tensors, shapes: Shapes, sizes: Shapes) -> None:
+    """Add the units that were taken out, as zeros, to the tensors; `sizes` are the shapes with all units."""
     for name, shape in shapes.items():
-        if list(tensors[name].shape) != shape:
-            raise RuntimeError(
-                f"{name} must have the shape {shape}, but has {list(tensors[name].shape)} in the file."
-            )
-        full[name] = resized(tensors[name], sizes[name])
-    return full
+        stored = list(tensors[name].shape)
+        if stored != shape:
+            raise RuntimeError(f"{name} must have the shape {shape}, but has {stored} in the file.")
+        tensors[name] = resized(tensors[name], sizes[name])
 
 
 def take_units(
     model: nn.Module,
-    sizes: dict[str, list[int]],
-    shapes: dict[str, list[int]],
-    numbers: dict[str, dict[str, int]],
+    sizes: Shapes,
+    shapes: Shapes,
+    numbers: Numbers,
 ) -> None:
     """Take units out of a model, or of the features of one; `sizes` are the shapes with all units, as saved."""
     # With `features_only`, some layers are missing, and others are called `layer1_0` or `model.layer1.0`.
     named = {**dict(model.named_modules()), **model.state_dict()}
     children = [name for name, _ in model.named_children()]
     prefix = f"{children[0]}." if len(children) == 1 else ""
-    new_names = {name.removeprefix(prefix).replace(".", "_"): name for name in named}
-    new_names |= {name.replace(".", "_"): name for name in named}
+    new_names: dict[str, str] = {}
+    for start in (prefix, ""):
+        new_names |= {name.removeprefix(start).replace(".", "_"): name for name in named}
 
     new_shapes = {}
     for name, shape in shapes.items():
@@ -142,12 +139,12 @@ def count_channels(model: Any, image: torch.Tensor) -> None:
         features = model.eval()(image.to(parameter.device, parameter.dtype))
     model.train(training)
 
-    features = list(features.values()) if isinstance(features, dict) else features
-    channels_last = str(getattr(model, "output_fmt", "")).endswith("C")
+    if isinstance(features, dict):
+        features = features.values()
+    channels_dim = -1 if str(getattr(model, "output_fmt", "")).endswith("C") else 1
     for index, feature in zip(model.feature_info.out_indices, features, strict=True):
         if feature.ndim == 4:  # tokens of a transformer keep their width
-            channels = feature.shape[-1 if channels_last else 1]
-            model.feature_info.info[index]["num_chs"] = channels
+            model.feature_info.info[index]["num_chs"] = feature.shape[channels_dim]
 
 
 def correct_labels(model: nn.Module, source: Any) -> None:

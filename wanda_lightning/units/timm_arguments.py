@@ -8,18 +8,21 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.units.fit_settings import (
     NUMBERS,
     SHAPES,
-    Settings,
+    Setting,
+    Sizes,
     changed_sizes,
     differences,
     fit_settings,
@@ -41,6 +44,10 @@ import timm
 import torch
 from torch import nn
 
+Shapes = dict[str, list[int]]
+Numbers = dict[str, dict[str, int]]
+Tensors = dict[str, torch.Tensor]
+
 
 {functions}
 
@@ -48,9 +55,7 @@ register_shrunk_model()
 '''
 
 
-def save_for_timm(
-    model: Any, arguments: Mapping[str, Any], labels: Mapping[str, Any], folder: Path
-) -> None:
+def save_for_timm(model: Any, arguments: Kwargs, labels: Kwargs, folder: Path) -> None:
     """Write a folder that timm loads, with a file of its own if no arguments of timm give the model's shapes.
 
     `arguments` are those of `timm.create_model` beside the name; `labels` go into the configuration.
@@ -67,7 +72,7 @@ def save_for_timm(
         (folder / f"{FILE_NAME}.py").write_text(text, encoding="utf-8")
 
 
-def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def fit_arguments(model: Any, arguments: Kwargs) -> tuple[str, Kwargs]:
     """Return the name and the arguments with which `timm.create_model` builds a model with the shapes of this one.
 
     Each number among the arguments of the model's class, such as `mlp_ratio`, is scaled as the widths were. If none
@@ -80,26 +85,24 @@ def fit_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[str, dict[s
         known.pop(key, None)
     base = known.pop(_BASE, None)
     name = base or model.pretrained_cfg["architecture"]
-    family = type(model)
     try:
-        built, _ = _build(family, name, known)
+        built = _build(name, known)
     except Exception:  # timm cannot build it without its shapes, either: nothing is known about it
         if base:
             raise
         return name, dict(arguments)
 
-    def built_with(settings: Settings) -> nn.Module:
-        return _build(family, name, {**known, **dict(settings)})[0]
-
-    def options(settings: Settings, sizes: Iterable[tuple[int, int]]) -> Iterator[tuple[str, Any]]:
-        _, all_arguments = _build(family, name, {**known, **dict(settings)})
-        return _scaled_arguments(all_arguments, sizes)
-
     # If equal widths became different ones, no argument gives them.
     sizes = changed_sizes(wrong_shapes(model, built))
     is_even = len(sizes) == len({old for old, _ in sizes})
     if base is None and is_even:
-        settings, wrong = fit_settings(model, built_with, options)
+        settings, wrong = fit_settings(
+            model,
+            lambda settings: _build(name, known | dict(settings)),
+            lambda settings, sizes: _scaled_arguments(
+                _all_arguments(type(model), name, known | dict(settings)), sizes
+            ),
+        )
         if not wrong:
             return name, {**arguments, **dict(settings)}
 
@@ -123,19 +126,16 @@ def _refuse_other_modules(model: nn.Module, built: nn.Module, name: str) -> None
             )
 
 
-def _scaled_arguments(
-    arguments: Mapping[str, Any], sizes: Iterable[tuple[int, int]]
-) -> Iterator[tuple[str, Any]]:
+def _scaled_arguments(arguments: Kwargs, sizes: Sizes) -> Iterator[Setting]:
     """Yield arguments of which one number, or all numbers in a list, are scaled as a size was."""
-    sizes = sorted(sizes)
     # A width is often int(channels * ratio): half a unit more protects it against rounding.
-    ratios = [(new + extra) / old for extra in (0, 0.5) for old, new in sizes]
+    ratios = [(new + extra) / old for extra in (0, 0.5) for old, new in sorted(sizes)]
     ratios = list(dict.fromkeys(ratios))
     ratios += [1 / ratio for ratio in ratios]
     for key, value in arguments.items():
         for ratio in ratios:
             scaled = _scaled(value, ratio)
-            if scaled is not None and scaled != value:
+            if scaled not in (None, value):
                 yield key, scaled
 
 
@@ -153,28 +153,26 @@ def _scaled(value: Any, ratio: float) -> Any:
     return number
 
 
-def _build(
-    family: Any, name: str, arguments: Mapping[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Build a model on the meta device; return it, and all arguments that its class got, with defaults."""
+def _build(name: str, arguments: Kwargs) -> nn.Module:
     import timm
 
-    settings: dict[str, Any] = {}
+    with torch.device("meta"):
+        return timm.create_model(name, **arguments)
+
+
+def _all_arguments(family: Any, name: str, arguments: Kwargs) -> Kwargs:
+    """Return all arguments that the class of a model gets from timm, with defaults."""
+    settings: Kwargs = {}
     original = family.__init__
 
     # timm adds arguments of its own to those of the caller, and only the class sees all.
-    def recording(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(original).bind(self, *args, **kwargs)
+    def recording(*args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(original).bind(*args, **kwargs)
         bound.apply_defaults()
         settings.update(bound.arguments)
-        original(self, *args, **kwargs)
+        original(*args, **kwargs)
 
-    try:
-        family.__init__ = recording
-        with torch.device("meta"):
-            built = timm.create_model(name, **arguments)
-    finally:
-        family.__init__ = original
-    settings.pop("self", None)
-    settings |= settings.pop("kwargs", {})
-    return built, settings
+    with patch.object(family, "__init__", recording):
+        _build(name, arguments)
+    del settings["self"]
+    return settings | settings.pop("kwargs", {})
