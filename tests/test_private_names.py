@@ -8,7 +8,6 @@ import ast
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ class Use(NamedTuple):
     purpose: str
 
 
-def read_table() -> dict[str, Use]:
+def read_table():
     """The rows of `private_names.txt`, by name."""
     table = {}
     text = Path(__file__).with_name("private_names.txt").read_text(encoding="utf-8")
@@ -43,11 +42,11 @@ PUBLIC = {"_asdict", "_current_frames", "_fields", "_make", "_name_", "_replace"
 TEXTS = {"_stderr", "_token_id"}  # ends of names
 
 
-def is_private(name: str) -> bool:
+def is_private(name):
     return bool(re.fullmatch(r"_[^\W_]\w*", name)) and name not in PUBLIC | TEXTS
 
 
-def names_in(tree: ast.AST) -> Iterator[str]:
+def names_in(tree):
     """The parts of imported names, and texts that are not a part of an f-string."""
     formatted = set()
     for node in ast.walk(tree):
@@ -65,17 +64,17 @@ def names_in(tree: ast.AST) -> Iterator[str]:
                 yield from node.module.split(".")
 
 
-def attributes_in(tree: ast.AST) -> Iterator[ast.Attribute]:
+def attributes_in(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             yield node
 
 
-def is_of_super(attribute: ast.Attribute) -> bool:
+def is_of_super(attribute):
     return isinstance(attribute.value, ast.Call) and ast.unparse(attribute.value.func) == "super"
 
 
-def methods_in(tree: ast.AST) -> set[str]:
+def methods_in(tree):
     methods = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
@@ -83,7 +82,7 @@ def methods_in(tree: ast.AST) -> set[str]:
     return methods
 
 
-def members_in(tree: ast.AST) -> set[str]:
+def members_in(tree):
     """The methods, annotated fields and attributes of the classes in a file."""
     members = methods_in(tree)
     for node in ast.walk(tree):
@@ -95,7 +94,7 @@ def members_in(tree: ast.AST) -> set[str]:
     return members
 
 
-def defined_in(tree: ast.AST) -> set[str]:
+def defined_in(tree):
     defined = members_in(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -105,7 +104,7 @@ def defined_in(tree: ast.AST) -> set[str]:
     return defined
 
 
-def foreign_names(tree: ast.AST, inherited: Set[str] = frozenset()) -> set[str]:
+def foreign_names(tree, inherited=frozenset()):
     """The private names that a file reads or imports, but does not define.
 
     `self` may also have what classes in other files define: `inherited`.
@@ -123,7 +122,7 @@ def foreign_names(tree: ast.AST, inherited: Set[str] = frozenset()) -> set[str]:
     return {name for name in names if is_private(name)}
 
 
-def used_in(folder: Path) -> dict[str, list[str]]:
+def used_in(folder):
     """The files that use each private name of another library."""
     trees = {}
     for file in sorted(folder.rglob("*.py")):
@@ -134,7 +133,7 @@ def used_in(folder: Path) -> dict[str, list[str]]:
         members |= members_in(tree)
         called |= methods_in(tree) & {attribute.attr for attribute in attributes_in(tree)}
 
-    files: dict[str, list[str]] = {}
+    files = {}
     for file, tree in trees.items():
         # Nothing in the package calls it, so a library does: it replaces a method there.
         replaced = {name for name in methods_in(tree) - called if is_private(name)}
