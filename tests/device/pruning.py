@@ -9,10 +9,11 @@ TF32, and several accelerators.
 import pytest
 import torch
 from support.disk import CHOICES, batches, same as same_weights, save_llama, weights
+from support.quiet import prune
 from support.remote import DEVICES, assert_equal, on
 from support.zoo import ZOO
 
-from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune, prune_from_disk, shrink
+from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune_from_disk, shrink
 from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.methods import METHODS, PRESETS, SEQUENTIAL_CHOICES
 
@@ -26,7 +27,7 @@ def on_both(specimen, **choices):
     reports = []
     for device in DEVICES:
         models.append(ZOO[specimen].build().to(device))
-        reports.append(prune(models[-1], ZOO[specimen].batches(), progress=False, **choices))
+        reports.append(prune(models[-1], ZOO[specimen].batches(), **choices))
     assert_equal(*models)
     assert (reports[0].layers, reports[0].notes) == (reports[1].layers, reports[1].notes)
     return models[1], " ".join(reports[1].notes)
@@ -110,7 +111,7 @@ def test_masks_of_a_large_matrix(pattern):
 def test_structured():
     models = [ZOO["llama"].build().to(device) for device in DEVICES]
     for model in models:
-        prune(model, ZOO["llama"].batches(), method="best", pattern="structured", progress=False)
+        prune(model, ZOO["llama"].batches(), method="best", pattern="structured")
         shrink(model)
     assert_equal(*models)
     assert models[1].model.layers[0].mlp.up_proj.weight.shape[0] < 64
@@ -123,7 +124,7 @@ def test_batches_of_the_other_device(method):
 
     def pruned(model_device, batch_device):
         model = specimen.build().to(model_device)
-        prune(model, on(batch_device, specimen.batches()), method=method, progress=False)
+        prune(model, on(batch_device, specimen.batches()), method=method)
         return model
 
     usual = pruned("cpu", "cpu")
@@ -162,7 +163,7 @@ CASES = {
 def test_a_model_on_two_devices(choices):
     models = ZOO["llama"].build(), spread(ZOO["llama"].build())
     for model in models:
-        prune(model, ZOO["llama"].batches(), progress=False, **choices)
+        prune(model, ZOO["llama"].batches(), **choices)
     assert_equal(*models)
     assert len({parameter.device for parameter in models[1].parameters()}) == 2
 
@@ -175,7 +176,7 @@ def test_errors_say_where_an_activation_is_not_finite():
             model.model.layers[0].self_attn.v_proj.weight[3].mul_(1e30)
         expected = r"o_proj holds NaN or infinity.* in calibration batch"
         with pytest.raises(ValueError, match=expected) as caught:
-            prune(model, ZOO["llama_left_padded"].batches(), progress=False)
+            prune(model, ZOO["llama_left_padded"].batches())
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 

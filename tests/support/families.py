@@ -26,13 +26,14 @@ from pathlib import Path
 import timm
 import torch
 import transformers as hf
+from support.quiet import prune
 from support.zoo import CannotBuild, double, matrices, outputs, without_cache
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wanda_lightning import ImageClassifierModule, Structured, prune, shrink
+from wanda_lightning import ImageClassifierModule, Structured, shrink
 from wanda_lightning.models import find_layers
 from wanda_lightning.units.modeling_file import auto_classes, write_modeling_file
 
@@ -94,7 +95,6 @@ def check(family, slowly=True, ways=None):
             pattern=pattern,
             sequential=sequential,
             keep_batch_norm=True,
-            progress=False,
         )
         _verify(model, dense, report, pattern)
         finite = all(_finite(_outputs(model, batch)) for batch in family.batches())
@@ -225,7 +225,7 @@ def _compare(dense, batches):
 
     dtype = next(model.parameters()).dtype
     slow = copy.deepcopy(model)
-    prune(model, batches, 0.5, sequential="block", progress=False)
+    prune(model, batches, 0.5, sequential="block")
     slow_prune(slow, batches)
 
     zeros = 0
@@ -411,7 +411,7 @@ def check_units(family, result=None):
     is_timm = family.kind == "timm"
     try:
         pattern = Structured(multiple_of=8 if is_timm else 1)  # the models of transformers are tiny
-        report = prune(model, batches, 0.25, pattern=pattern, progress=False)
+        report = prune(model, batches, 0.25, pattern=pattern)
     except ValueError as error:
         if "finds no hidden units" not in str(error):
             raise
