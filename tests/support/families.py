@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import re
-import signal
 import tempfile
 import traceback
 from collections import Counter
@@ -42,7 +41,6 @@ SEQUENTIAL = ("block", "layer", "none")
 PATTERNS = ("unstructured", "2:4")
 ORDINARY = "ordinary"
 OWN_FILE = "with a modeling file"
-_MINUTES = 10  # of processor time for a family
 _outputs = torch.no_grad()(outputs)
 
 
@@ -496,28 +494,3 @@ def first_line(error):
     line = f"{Path(where.filename).name}:{where.lineno}"
     message = text[0][:300] if text else "without a message"
     return f"{type(error).__name__}: {message} ({line})"
-
-
-def examine(family):
-    """Call both checks, and return errors as results."""
-    result = Result(family.kind, family.name, family.model)
-    try:
-        result = check(family)
-        signal.signal(signal.SIGPROF, _out_of_time)
-        signal.setitimer(signal.ITIMER_PROF, 60 * _MINUTES)
-        check_units(family, result)
-    except CannotBuild as error:
-        result.cause = str(error)
-        result.status = "cannot be built here"
-    except Exception as error:
-        if result.status == "passes":
-            result.folder = first_line(error)
-        else:
-            result.cause = first_line(error)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    return result
-
-
-def _out_of_time(*_):
-    raise TimeoutError(f"not finished in {_MINUTES} minutes of processor time")
