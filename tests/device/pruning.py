@@ -21,16 +21,21 @@ from wanda_lightning.methods import METHODS, PRESETS, SEQUENTIAL_CHOICES
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def on_both(specimen, **choices):
+@pytest.fixture
+def on_both(no_float64):
     """Prune the same model on the CPU and on the device."""
-    models = []
-    reports = []
-    for device in DEVICES:
-        models.append(ZOO[specimen].build().to(device))
-        reports.append(prune(models[-1], ZOO[specimen].batches(), **choices))
-    assert_equal(*models)
-    assert (reports[0].layers, reports[0].notes) == (reports[1].layers, reports[1].notes)
-    return models[1], " ".join(reports[1].notes)
+
+    def pruned(specimen, **choices):
+        models = []
+        reports = []
+        for device in DEVICES:
+            models.append(ZOO[specimen].build().to(device))
+            reports.append(prune(models[-1], ZOO[specimen].batches(), **choices))
+        assert_equal(*models)
+        assert (reports[0].layers, reports[0].notes) == (reports[1].layers, reports[1].notes)
+        return models[1], " ".join(reports[1].notes)
+
+    return pruned
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -45,27 +50,23 @@ def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
     assert seeds == ([] if device == "cpu" else [3])
 
 
-@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize("method", [*METHODS, *PRESETS])
-def test_methods(method):
+def test_methods(on_both, method):
     on_both("llama", method=method)
 
 
-@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize("specimen", ["vit", "convnext"])
 @pytest.mark.parametrize("method", ["best", "ria"])
-def test_images(specimen, method):
+def test_images(on_both, specimen, method):
     on_both(specimen, method=method)
 
 
-@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize("specimen", ["llama_left_padded", "mixtral_padded"])
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_padding(specimen, sequential):
+def test_padding(on_both, specimen, sequential):
     on_both(specimen, sequential=sequential)
 
 
-@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize(
     "choices",
     [
@@ -76,24 +77,21 @@ def test_padding(specimen, sequential):
     ],
     ids=str,
 )
-def test_choices(choices):
+def test_choices(on_both, choices):
     on_both("llama", **choices)
 
 
-@pytest.mark.usefixtures("no_float64")
-def test_a_permutation_is_in_the_notes():
+def test_a_permutation_is_in_the_notes(on_both):
     _, notes = on_both("llama", method="ria", pattern="2:4", permutation="assignment")
     assert "permuted" in notes
 
 
-@pytest.mark.usefixtures("no_float64")
-def test_batch_norm_is_corrected():
+def test_batch_norm_is_corrected(on_both):
     _, notes = on_both("resnet18")
     assert "BatchNorm" in notes
 
 
-@pytest.mark.usefixtures("no_float64")
-def test_experts_leave():
+def test_experts_leave(on_both):
     model, _ = on_both("qwen3_moe", pattern="experts")
     assert model.config.num_experts == 2
 
