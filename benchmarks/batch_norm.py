@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Literal
 
 import timm
 import torch
@@ -22,26 +22,25 @@ from measuring import fingerprint, run_from_shell
 from result import Result, Runs, Samples, sparsity_of
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wanda_lightning import prune
 from wanda_lightning.methods import PRESETS, SEQUENTIAL_CHOICES
 
-METHODS: dict[str, dict[str, Any]] = {"magnitude": {"method": "magnitude"}}
+METHODS = {"magnitude": {"method": "magnitude"}}
 for method, sequential in product(("wanda", "sparsegpt"), reversed(SEQUENTIAL_CHOICES)):
     METHODS[f"{method}_{sequential}"] = {"method": method, "sequential": sequential}
 for preset in PRESETS:
     if preset != "fast":  # it is `wanda_none`
         METHODS[preset] = {"method": preset}
 
-MODELS: dict[str, dict[str, Any]] = {
+MODELS = {
     "resnet": {"model_name": "resnet18", "channels": (16, 32, 64, 128)},
     "efficientnet": {"model_name": "test_efficientnet"},
 }
 
 
-def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def digits():
     """Return normalized images of 32 x 32 pixels and their labels, for training and for evaluation."""
     scans = load_digits()
     # Pixels are from 0 to 16. The factor makes them whole numbers up to 255, as in an image file.
@@ -56,9 +55,7 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[training], labels[training]), (images[evaluation], labels[evaluation])
 
 
-def train(
-    name: str, inputs: Tensor, labels: Tensor, epochs: int, batch_size: int = 64
-) -> nn.Module:
+def train(name, inputs, labels, epochs, batch_size=64):
     """Train one of the models on randomly shifted images."""
     torch.manual_seed(0)
     model = timm.create_model(**MODELS[name], in_chans=1, num_classes=10)
@@ -79,14 +76,12 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+def accuracy(model, inputs, labels):
     """Return the fraction of images that a model classifies correctly."""
     return float((model(inputs).argmax(dim=1) == labels).float().mean())
 
 
-def measure(
-    dense: nn.Module, batches: list[Tensor], evaluation: tuple[Tensor, Tensor], choices: dict
-) -> dict:
+def measure(dense, batches, evaluation, choices):
     """Prune two copies and return their accuracy, without and with the correction."""
     measured = {}
     for name, keep_batch_norm in (("top1_uncorrected", True), ("top1", False)):

@@ -10,26 +10,20 @@ than 32 tokens are pruned with the statistics of all experts of their layer, or 
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
 from unittest.mock import patch
 
 import torch
-from measuring import Batches, LanguageModel, Text, fingerprint, run_from_shell
-from result import Result, Runs
-from torch import Tensor
+from measuring import LanguageModel, Text, fingerprint, run_from_shell
+from result import Runs
 
 from wanda_lightning import prune
 from wanda_lightning.calibration import observer
-from wanda_lightning.experts.mixtures import Mixture
 from wanda_lightning.experts.saliency import ExpertSaliency
 
-Score = Callable[[ExpertSaliency, Mixture], Tensor]
 
-
-def by_norm(_: ExpertSaliency, mixture: Mixture) -> Tensor:
+def by_norm(_, mixture):
     """Return the squared norm of all weights of each expert."""
     norms = torch.zeros(mixture.number, dtype=torch.float64)
     for weight in mixture.experts.parameters():
@@ -37,7 +31,7 @@ def by_norm(_: ExpertSaliency, mixture: Mixture) -> Tensor:
     return norms
 
 
-def at_random(seed: int) -> Score:
+def at_random(seed):
     """Return a random score."""
     generator = torch.Generator().manual_seed(seed)
     return lambda _, mixture: torch.rand(mixture.number, generator=generator, dtype=torch.float64)
@@ -51,12 +45,10 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
     planned = replace(language.planned, case={"weights": fingerprint(dense)})
     runs(planned, language.measure)
 
-    def run(
-        row: Result, calibration: Batches, patched: AbstractContextManager, **choices: str
-    ) -> None:
+    def run(row, calibration, patched, **choices):
         """Prune a copy while something is patched."""
 
-        def measure() -> dict[str, float]:
+        def measure():
             language.model = copy.deepcopy(dense)
             with patched:
                 prune(language.model, calibration, row.sparsity, **choices, progress=False)
@@ -65,7 +57,7 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
         runs(row, measure)
 
     for goal in goals:
-        scores: dict[str, Score] = {
+        scores = {
             "REAP": ExpertSaliency.__call__,
             "uses": ExpertSaliency.tokens,
             "norms": by_norm,

@@ -8,21 +8,22 @@
 import json
 import logging
 import re
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers as hf
 from measuring import run_from_shell
-from support.families import ORDINARY, OWN_FILE, Result, examine
-from support.zoo import KINDS, family, matching, names
+from support.families import ORDINARY, OWN_FILE, Result, check, check_units, first_line
+from support.zoo import KINDS, CannotBuild, family, matching, names
 
 from wanda_lightning.report import versions
 
+MINUTES = 10  # of processor time for a family
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 SUMMARY = (
     "",
@@ -49,16 +50,16 @@ COLUMNS = (
 )
 
 
-def table(*rows: Sequence[object]) -> list[str]:
+def table(*rows):
     """Return the lines of a table of Markdown; the first row is its head."""
     texts = [[str(cell).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
     texts.insert(1, ["---"] * len(texts[0]))
     return [f"| {' | '.join(row)} |" for row in texts]
 
 
-def document(results: Sequence[Result]) -> str:
+def document(results):
     """Return the text of docs/models.md, with the introduction that it has."""
-    kinds: dict[str, list[Result]] = {}
+    kinds = {}
     for kind in KINDS:
         members = [result for result in results if result.kind == kind]
         if members:
@@ -82,7 +83,7 @@ def document(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _introduction() -> str:
+def _introduction():
     """Return the page above its first table, with the versions that are installed."""
     used = {name: version.partition("+")[0] for name, version in versions().items()}
     by = f"torch {used['torch']}, transformers {used['transformers']} and timm {used['timm']}"
@@ -90,7 +91,7 @@ def _introduction() -> str:
     return re.sub("(?<=wrote this page with ).*(?=\\.$)", by, text, flags=re.MULTILINE)
 
 
-def share(results: Sequence[Result]) -> str:
+def share(results):
     """Return the summary sentences."""
     total, passed, _, absent, *_, found, removed, loaded, _ = _summary(results)
     built = total - absent
@@ -101,7 +102,7 @@ def share(results: Sequence[Result]) -> str:
     )
 
 
-def _summary(results: Sequence[Result]) -> list[Any]:
+def _summary(results):
     """Return the cells of `SUMMARY` after the first."""
     statuses = Counter(result.status for result in results)
     folders = Counter(result.folder for result in results)
@@ -120,7 +121,7 @@ def _summary(results: Sequence[Result]) -> list[Any]:
     ]
 
 
-def _row(result: Result) -> list[str]:
+def _row(result):
     """Return the cells of `COLUMNS`."""
     reasons = [*result.left_out.items()][:2]
     return [
@@ -133,6 +134,31 @@ def _row(result: Result) -> list[str]:
         f"-{result.smaller:.0%}" if result.removed else "",
         result.folder,
     ]
+
+
+def examine(family):
+    """Call both checks, and return errors as results."""
+    result = Result(family.kind, family.name, family.model)
+    try:
+        result = check(family)
+        signal.signal(signal.SIGPROF, _out_of_time)
+        signal.setitimer(signal.ITIMER_PROF, 60 * MINUTES)
+        check_units(family, result)
+    except CannotBuild as error:
+        result.cause = str(error)
+        result.status = "cannot be built here"
+    except Exception as error:
+        if result.status == "passes":
+            result.folder = first_line(error)
+        else:
+            result.cause = first_line(error)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return result
+
+
+def _out_of_time(*_):
+    raise TimeoutError(f"not finished in {MINUTES} minutes of processor time")
 
 
 def main(*, only: Sequence[str] = ("*",), resume: Path | None = None, write: bool = False) -> None:
@@ -148,11 +174,11 @@ def main(*, only: Sequence[str] = ("*",), resume: Path | None = None, write: boo
     hf.logging.disable_progress_bar()
     logging.getLogger("wanda_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    results: dict[str, Any] = {}
+    results = {}
     if resume and resume.exists():
         results = json.loads(resume.read_text())
 
-    def record(key: str, result: Result) -> None:
+    def record(key, result):
         results[key] = asdict(result)
         if resume:
             resume.write_text(json.dumps(results, indent=1))

@@ -8,9 +8,8 @@ first as its description, so that a test compares it with the runs without drawi
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from result import OURS, read_table
 from tables import LABELS, ROOT, lookup
@@ -19,8 +18,7 @@ from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import require_extra
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 INK = "#1f2328"
 FAINT = "#6e7781"
@@ -48,7 +46,6 @@ STYLE = {
 GOALS = {"50 %": (BLUE, "o"), "60 %": (ORANGE, "s"), "2:4": (GREEN, "D")}
 REFERENCE = "locuslab/wanda"
 ALPS = "ALPS"
-Point = Sequence[Any]  # seconds, perplexity, name
 PRESETS = ("thorough", "best", "balanced", "fast")
 COMPARED = (  # method, whose implementation, label
     ("thorough", OURS, "thorough"),
@@ -75,7 +72,7 @@ for shift in (9, -9, 16, -16, 26):
 SIDES += [(0, -18, "center", "top"), (0, 18, "center", "bottom"), (0, -30, "center", "top")]
 
 
-def methods() -> dict[str, Any]:
+def methods():
     """Perplexity at each sparsity and seconds of pruning, for the presets and for other methods."""
     rows = []
     for method, code, label in COMPARED:
@@ -89,11 +86,11 @@ def methods() -> dict[str, Any]:
     return {"dense": _dense(), "rows": rows}
 
 
-def _dense() -> float:
+def _dense():
     return round(lookup(read_table("methods"))["dense", "dense"].measured["perplexity"], 2)
 
 
-def draw_methods(data: Mapping[str, Any]) -> "Figure":
+def draw_methods(data):
     """Draw one line for each method, with a mark for each sparsity."""
     import matplotlib.pyplot as plt
 
@@ -134,7 +131,7 @@ def draw_methods(data: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def _logarithmic(axes: "Axes", *names: str) -> None:
+def _logarithmic(axes, *names):
     """Give axes logarithmic scales with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -149,9 +146,9 @@ def _logarithmic(axes: "Axes", *names: str) -> None:
     axes.set_axisbelow(True)
 
 
-def frontier() -> dict[str, Any]:
+def frontier():
     """Seconds and perplexity of all methods but magnitude, fastest first, for each goal."""
-    panels: dict[str, list[list[Any]]] = {}
+    panels = {}
     for goal in GOALS:
         points = []
         for run in read_table("methods"):
@@ -162,7 +159,7 @@ def frontier() -> dict[str, Any]:
     return {"dense": _dense(), "panels": panels}
 
 
-def _short(method: str) -> str:
+def _short(method):
     """Return the name of a method without Markdown."""
     return (
         LABELS[method]
@@ -172,7 +169,7 @@ def _short(method: str) -> str:
     )
 
 
-def draw_frontier(data: Mapping[str, Any]) -> "Figure":
+def draw_frontier(data):
     """Draw one panel for each goal. A line joins the methods that no faster method equals in perplexity."""
     import matplotlib.pyplot as plt
 
@@ -201,7 +198,7 @@ def draw_frontier(data: Mapping[str, Any]) -> "Figure":
     return figure
 
 
-def _best(points: Sequence[Point]) -> list[Point]:
+def _best(points):
     """Return the points that no faster point equals in perplexity. The fastest point comes first."""
     return [
         point
@@ -210,11 +207,11 @@ def _best(points: Sequence[Point]) -> list[Point]:
     ]
 
 
-def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
+def _name_points(panel, points):
     """Write a name beside each point, where it covers no point, no other name and not the line of the best."""
     from matplotlib.transforms import Bbox
 
-    def in_pixels(points: Sequence[Point]) -> Any:
+    def in_pixels(points):
         return panel.transData.transform([point[:2] for point in points])
 
     taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in in_pixels(points)]
@@ -238,9 +235,7 @@ def _name_points(panel: "Axes", points: Sequence[Point]) -> None:
                 text.remove()
 
 
-Collect = Callable[[], dict[str, Any]]
-Draw = Callable[[Mapping[str, Any]], "Figure"]
-FIGURES: Mapping[str, tuple[Collect, Draw]] = {
+FIGURES = {
     "methods": (methods, draw_methods),
     "frontier": (frontier, draw_frontier),
 }

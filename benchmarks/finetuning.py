@@ -9,7 +9,6 @@ model and the moments: activations, gradients and, with KeepZeros, its masks (on
 
 import copy
 import statistics
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ import torch
 from measuring import cost_of, medians, random_windows, run_from_shell, seconds
 from peft import LoraConfig, get_peft_model
 from result import Result, Runs, Samples
-from torch import Tensor, nn
 
 from wanda_lightning import CausalLMModule, Magnitude, keep_zeros, prune
 from wanda_lightning.lora import KeepZerosLoraConfig
@@ -30,25 +28,23 @@ ADAPTERS = {
 WINDOWS = (4, 512)  # windows in a step, and their tokens
 
 
-def clock(model: nn.Module, ids: Tensor, keeping: bool = False) -> Callable[[], float]:
+def clock(model, ids, keeping=False):
     """Return a clock for one step of AdamW on the trainable parameters."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
-    def step() -> None:
+    def step():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def timed() -> float:
+    def timed():
         with keep_zeros(model) if keeping else nullcontext():
             return seconds(step)
 
     return timed
 
 
-def compare(
-    plain: Callable[[], float], keeping: Callable[[], float], runs: int
-) -> dict[str, float]:
+def compare(plain, keeping, runs):
     """Return the ratio of the times of a step that keeps zeros and one that does not, and their peak memory."""
     without, kept = medians(plain, keeping, runs=runs)
     return {
@@ -58,7 +54,7 @@ def compare(
     }
 
 
-def median_peak(step: Callable[[], object]) -> float:
+def median_peak(step):
     """Return the median of the peak memory of three steps."""
     return statistics.median(cost_of(step).peak_mib for _ in range(3))
 
@@ -84,7 +80,7 @@ def main(*, model: str, runs: int = 5, save: str | None = None) -> None:
     keeping = clock(copy.deepcopy(pruned), ids, keeping=True)
     record.save(planned, compare(plain, keeping, runs))
 
-    def adapted(config: type[LoraConfig], choices: dict[str, object]) -> Callable[[], float]:
+    def adapted(config, choices):
         adapters = config(r=8, lora_alpha=16, task_type="CAUSAL_LM", **choices)
         return clock(get_peft_model(copy.deepcopy(pruned), adapters), ids)
 

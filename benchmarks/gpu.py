@@ -10,20 +10,18 @@ after `--minutes`, and the same command again measures what is missing.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from cyclopts import Parameter
 from measuring import SHAPES, cost_of, llama, random_model, random_windows, run_from_shell
 from result import Result, Runs, Samples
-from torch import Tensor
 
 from wanda_lightning import CausalLMModule, prune, prune_from_disk
 from wanda_lightning.models import find_layers
@@ -36,7 +34,6 @@ MEMORY = (
     ("balanced", "layer"),
     ("sparsegpt", "layer"),
 )
-Measured = dict[str, float]
 
 
 @Parameter(name="*")
@@ -54,7 +51,7 @@ class Options:
     save: str | None = None
 
 
-def pruned(options: Options, method: str, dtype: str, device: str) -> tuple[Tensor, list[float]]:
+def pruned(options, method, dtype, device):
     """Return the masks of all layers of `--model`, and the errors of the layers' outputs that are known."""
     model = CausalLMModule(options.model, dtype=dtype).model.eval().to(device)
     windows = random_windows(model.config.get_text_config().vocab_size, *SMALL)
@@ -63,7 +60,7 @@ def pruned(options: Options, method: str, dtype: str, device: str) -> tuple[Tens
     return masks, [layer.error for layer in report.layers if layer.error is not None]
 
 
-def against_cpu(options: Options, method: str, dtype: str) -> Measured:
+def against_cpu(options, method, dtype):
     """Compare masks and errors with those of the CPU."""
     masks_cpu, errors_cpu = pruned(options, method, dtype, "cpu")
     masks, errors = pruned(options, method, dtype, options.device)
@@ -77,38 +74,38 @@ def against_cpu(options: Options, method: str, dtype: str) -> Measured:
 class Large:
     """The random model, and its calibration windows."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options):
         self.options = options
         self.config = llama(*SHAPES[options.shape])
         self.batches = random_windows(self.config.vocab_size, options.samples, options.seqlen)
 
-    def build(self) -> Any:
+    def build(self):
         """Build the model on the device."""
         return random_model(self.config, torch.bfloat16, self.options.device)
 
-    def measured(self, step: Callable[[], object]) -> Measured:
+    def measured(self, step):
         """Return the seconds and the peak memory."""
         cost = cost_of(step, self.options.device)
         return {"seconds": cost.seconds, "device_mib": cost.start_mib + cost.peak_mib}
 
     @torch.no_grad()
-    def forward(self) -> Measured:
+    def forward(self):
         """Run all windows through the blocks, after a warm-up with one."""
         body = self.build().base_model
 
-        def run(count: int) -> None:
+        def run(count):
             for batch in self.batches[:count]:
                 body(batch["input_ids"].to(body.device), use_cache=False)
 
         run(1)
         return self.measured(lambda: run(len(self.batches)))
 
-    def prune(self, **choices: str) -> Measured:
+    def prune(self, **choices):
         """Prune in memory."""
         model = self.build()
         return self.measured(lambda: prune(model, self.batches, 0.5, **choices, progress=False))
 
-    def from_disk(self, **choices: str) -> Measured:
+    def from_disk(self, **choices):
         """Write the dense model, which is not timed, and prune it from disk."""
         with TemporaryDirectory(dir=self.options.folder) as folder:
             dense = Path(folder) / "dense"
@@ -131,13 +128,13 @@ def main(options: Options) -> None:
     )
     planned = replace(passes, sparsity=0.5)
 
-    def run(row: Result, measure: Callable[[], Measured]) -> None:
+    def run(row, measure):
         if time.monotonic() < until:
             runs(row, measure)
         else:
             print(f"not measured: {row.name}")
 
-    def masks(*methods: str) -> None:
+    def masks(*methods):
         for method, dtype in product(methods, ("float32", "bfloat16")):
             row = replace(
                 planned,

@@ -6,7 +6,6 @@ import hashlib
 import multiprocessing
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import psutil
 import torch
 from cyclopts import App, Parameter
 from result import Result, Samples
-from torch import Tensor, nn
 from torch.utils.benchmark import timer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -46,10 +44,8 @@ SHAPES = {
     "narrow": (512, 2048, 8, 8, 8),
 }
 
-Batches = list[dict[str, Tensor]]
 
-
-def run_from_shell(main: Callable[..., None]) -> None:
+def run_from_shell(main):
     """Call a function with its parameters as options, such as `--batch_size 4`, or `--goals 50 2:4` for a list."""
     names = Parameter(consume_multiple=True, negative=(), name_transform=str)
     app = App(
@@ -85,7 +81,7 @@ class LanguageModel:
         more: Number of windows in `data.train_windows`, of which the calibration windows are the first.
     """
 
-    def __init__(self, options: Text, draw: int = 0, more: int | None = None) -> None:
+    def __init__(self, options, draw=0, more=None):
         module = CausalLMModule(options.model, dtype="float32")
         self.tokenizer = module.tokenizer
         self.model = module.model.eval()
@@ -116,12 +112,12 @@ class LanguageModel:
             evaluation=Samples(Path(options.eval).name, options.limit, options.seqlen),
         )
 
-    def measure(self) -> dict[str, float]:
+    def measure(self):
         """Return the perplexity of the model in its present state on each text."""
         return {name: perplexity(self.model, windows) for name, windows in self._texts.items()}
 
 
-def in_batches(windows: Tensor, size: int = 4) -> Batches:
+def in_batches(windows, size=4):
     """Return windows in batches."""
     return [{"input_ids": part} for part in windows.split(size)]
 
@@ -129,7 +125,7 @@ def in_batches(windows: Tensor, size: int = 4) -> Batches:
 class Photos:
     """A timm model with its weights, images in the layout of ImageNet, and a result as in `LanguageModel`."""
 
-    def __init__(self, folder: str, data: str, count: int) -> None:
+    def __init__(self, folder, data, count):
         module = ImageClassifierModule(f"timm:local-dir:{folder}")
         images = ImageDataModule(data, module, num_samples=count)
         images.setup("validate")
@@ -146,33 +142,33 @@ class Photos:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+def outputs(model, batches):
     """Return the logits of all images in the dtype of the model, 16 at a time."""
     dtype = next(model.parameters()).dtype
     return torch.cat([model(part.to(dtype)) for images, _ in batches for part in images.split(16)])
 
 
-def seconds(step: Callable[[], object]) -> float:
+def seconds(step):
     """Return how long a step takes, with all kernels that it starts on an accelerator."""
     started = timer()
     step()
     return timer() - started
 
 
-def medians(*clocks: Callable[[], float], runs: int) -> list[float]:
+def medians(*clocks, runs):
     """Return the median of each clock. The clocks run alternately, after a warm-up of one run each."""
     _, *rounds = [[clock() for clock in clocks] for _ in range(1 + runs)]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
-def in_new_process(function: Callable[..., Any], *arguments: object) -> Any:
+def in_new_process(function, *arguments):
     """Call a function in a process of its own, whose memory nothing else has used."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+def perplexity(model, batches):
     """Return the perplexity over the windows of all batches."""
     metric = WindowPerplexity()
     for batch in batches:
@@ -180,27 +176,25 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> flo
     return float(metric.compute())
 
 
-def fingerprint(module: nn.Module) -> str:
+def fingerprint(module):
     """Return a short hash of all weights, since another machine or number of threads trains another model."""
     weights = b"".join(tensor.detach().numpy().tobytes() for tensor in module.state_dict().values())
     return hashlib.sha256(weights).hexdigest()[:6]
 
 
-def llama(*shape: int, vocabulary: int = 32000) -> LlamaConfig:
+def llama(*shape, vocabulary=32000):
     """Return the configuration of a Llama with the numbers of `SIZES`."""
     return LlamaConfig(**dict(zip(SIZES, shape, strict=True)), vocab_size=vocabulary)
 
 
-def random_model(
-    config: LlamaConfig, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> Any:
+def random_model(config, dtype=torch.float32, device="cpu"):
     """Build a random model on a device; another device draws other weights."""
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def random_windows(vocabulary: int, samples: int, length: int, batch_size: int = 1) -> Batches:
+def random_windows(vocabulary, samples, length, batch_size=1):
     """Return windows of random tokens in batches."""
     ids = torch.randint(vocabulary, (samples, length), generator=torch.Generator().manual_seed(0))
     return in_batches(ids, batch_size)
@@ -215,7 +209,7 @@ class Cost(NamedTuple):
     peak_mib: float
 
 
-def cost_of(step: Callable[[], Any], device: str | torch.device = "cpu") -> Cost:
+def cost_of(step, device="cpu"):
     """Measure a step.
 
     Its memory is what an accelerator has allocated for tensors, or the resident memory of this process as Linux

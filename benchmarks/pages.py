@@ -10,14 +10,11 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Mapping
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
 import tables
 from result import OURS, read_table
-from tables import ROOT, Lookup, lookup, markdown, number, percent, perplexity
+from tables import ROOT, lookup, markdown, number, percent, perplexity
 
 import wanda_lightning
 from wanda_lightning import methods
@@ -41,7 +38,7 @@ PRESETS = {
 """What each preset does, and when to choose it."""
 
 
-def claims() -> str:
+def claims():
     """What the package is good for, each with its number."""
     theirs = {(run.method, run.goal, run.code): run for run in read_table("reference")}
     ours = lookup(read_table("methods"))
@@ -79,7 +76,7 @@ def claims() -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def families(page: Path = ROOT / "docs" / "models.md") -> str:
+def families(page=ROOT / "docs" / "models.md"):
     """Return how many models were checked, and how many pass, from the page that benchmarks/families.py writes."""
     text = page.read_text(encoding="utf-8")
     (passed,) = re.findall(r"^(\d+ of \d+) models that can be built pass", text, re.M)
@@ -93,7 +90,7 @@ def families(page: Path = ROOT / "docs" / "models.md") -> str:
     )
 
 
-def which() -> str:
+def which():
     """The presets: what they do, when to choose them, what they give and cost."""
     ours = lookup(read_table("methods"))
     rows = []
@@ -106,11 +103,11 @@ def which() -> str:
     return table.replace("---: | ---:", "--- | ---", 1)  # two columns of text
 
 
-def zeros() -> str:
+def zeros():
     """What zeros are not good for."""
-    ours: Lookup = lookup(read_table("methods"))
-    language: dict[tuple[str, str], str] = {}
-    images: dict[tuple[str, str], str] = {}
+    ours = lookup(read_table("methods"))
+    language = {}
+    images = {}
     for run in tables.read_worth():
         zipped = images if run.model == IMAGE_MODEL else language
         zipped[run.method, run.goal] = number(run, "zstd_mib", ".1f")
@@ -134,7 +131,7 @@ def zeros() -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def worth_short() -> str:
+def worth_short():
     """The rows of the comparison of size and speed that a reader of the front page needs."""
     units = dict.fromkeys(
         ("structured", "structured, fisher", "structured, longer"), "25 % of units"
@@ -152,12 +149,12 @@ def worth_short() -> str:
     return tables.worth_table(runs, columns)
 
 
-def demo_table() -> str:
+def demo_table():
     """The table of `make demo`, without its source."""
     return tables.demo().partition("\n\n")[0]
 
 
-def training_costs() -> str:
+def training_costs():
     """What keeping zeros costs, and what training a pruned model gains."""
     (cost,) = (run for run in read_table("keeping_zeros") if run.method == "KeepZeros")
     if cost.measured["ratio"] > 1.02:
@@ -178,7 +175,7 @@ def training_costs() -> str:
     )
 
 
-def adapters() -> str:
+def adapters():
     """What adapters that keep zeros cost in a training step."""
     runs = {run.case.get("adapters", ""): run for run in read_table("keeping_zeros")}
     few = runs["q_proj, v_proj, dropout 0.05"]
@@ -190,7 +187,7 @@ def adapters() -> str:
     )
 
 
-def measured(*names: str) -> str:
+def measured(*names):
     """Perplexity and seconds of methods."""
     ours = lookup(read_table("methods"))
     rows = []
@@ -203,7 +200,7 @@ def measured(*names: str) -> str:
     return markdown(("perplexity, seconds", *GOALS), rows)
 
 
-def choices(table: str) -> str:
+def choices(table):
     """What the names in a table of methods stand for."""
     rows = []
     for name, method in getattr(methods, table).items():
@@ -222,7 +219,7 @@ def choices(table: str) -> str:
     return markdown(headings, rows, "---")
 
 
-def _short(choice: Any) -> str:
+def _short(choice):
     """Return a choice with the hyperparameters that are not the defaults of its class; nothing if it does nothing."""
     name = type(choice).__name__
     if name.startswith("No"):
@@ -236,7 +233,7 @@ def _short(choice: Any) -> str:
     return f"`{name}({', '.join(arguments)})`" if arguments else f"`{name}`"
 
 
-def card(name: str) -> str:
+def card(name):
     """How an object of a class is made, and what it does."""
     arguments = []
     for parameter in inspect.signature(getattr(wanda_lightning, name)).parameters.values():
@@ -247,7 +244,7 @@ def card(name: str) -> str:
     return textwrap.fill(text, 132, break_long_words=False)
 
 
-def names(*listed: str) -> str:
+def names(*listed):
     """List public names with their members and summaries, which docs/conf.py replaces by whole docstrings."""
     rows = []
     for text in listed:
@@ -257,7 +254,7 @@ def names(*listed: str) -> str:
     return markdown(("name", "members", "what it is"), rows, "---")
 
 
-def _summary(name: str) -> str:
+def _summary(name):
     """Return the first paragraph of the docstring, in one line."""
     module, _, public = f"wanda_lightning.{name}".rpartition(".")
     docstring = inspect.getdoc(getattr(importlib.import_module(module), public)) or ""
@@ -277,15 +274,13 @@ FUNCTIONS = (
     card,
     names,
 )
-PARTS: Mapping[str, Callable[..., str]] = {
-    function.__name__: function for function in FUNCTIONS
-} | tables.FRAGMENTS
+PARTS = {function.__name__: function for function in FUNCTIONS} | tables.FRAGMENTS
 
 
-def fill(text: str) -> str:
+def fill(text):
     """Return a page with its parts written anew."""
 
-    def write(part: re.Match[str]) -> str:
+    def write(part):
         start, heading, end = part.groups()
         name, *arguments = heading.split()
         return f"{start}{PARTS[name](*arguments)}\n{end}"

@@ -31,14 +31,14 @@ def main(
     batches = random_windows(vocabulary, nsamples, seqlen, batch_size=4)
     dense = copy.deepcopy(language.state_dict())
 
-    def call(batch: dict[str, torch.Tensor]) -> object:
+    def call(batch):
         return language.base_model(**batch, use_cache=False)
 
-    def forward() -> float:
+    def forward():
         with torch.no_grad():
             return seconds(lambda: [call(batch) for batch in batches])
 
-    def pruning(**choices: str) -> float:
+    def pruning(**choices):
         language.load_state_dict(dense)
         step = partial(prune, language, batches, 0.5, **choices, forward=call, progress=False)
         return seconds(step)
@@ -57,10 +57,10 @@ def main(
     norm = torch.rand(11008)
     scores = weight.abs() * norm
 
-    def score() -> None:
+    def score():
         weight.abs().mul_(norm)
 
-    def mask() -> None:
+    def mask():
         NM(2, 4)(scores, 0.5)
 
     plain, ours = medians(partial(seconds, score), partial(seconds, mask), runs=max(runs, 5))

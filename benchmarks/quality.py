@@ -16,11 +16,10 @@ the calibration windows with another seed, measures on a second text as well, an
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from cyclopts import Parameter
 from measuring import (
@@ -34,7 +33,6 @@ from measuring import (
     seconds,
 )
 from result import Result, Runs, Samples, sparsity_of, to_hexadecimal
-from torch import Tensor, nn
 
 from wanda_lightning import (
     OWL,
@@ -51,10 +49,7 @@ from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.planning.plan import make_plan
 
-Choices = dict[str, Any]  # arguments of `prune`, without the sparsity
-Measured = dict[str, float]
-
-TEXT: dict[str, Choices] = {
+TEXT = {
     **{name: {"method": name} for name in METHODS if not name.startswith("ablate_")},
     "sparsegpt at layer": {"method": "sparsegpt", "sequential": "layer"},
     "variant": {"method": "wanda", "pattern": EqualShare()},
@@ -72,13 +67,13 @@ UNSTRUCTURED = ("variant", "owl", "fisher", "best-row_weights", "best+row_weight
 PERMUTED = ("wanda+permutation", "balanced+permutation", "best-permutation")  # only for N:M
 
 
-def _biases_kept(name: str) -> Choices:
+def _biases_kept(name):
     """Return a method whose solver would fit biases, without that."""
     method = METHODS[name] if name in METHODS else PRESETS[name]
     return {"method": name, "solver": replace(method.solver(), intercept=False)}
 
 
-IMAGES: dict[str, Choices] = {
+IMAGES = {
     "magnitude": TEXT["magnitude"],
     "wanda, row": TEXT["wanda"],
     "wanda, layer": {"method": "wanda", "pattern": Unstructured("layer")},
@@ -141,12 +136,12 @@ class Options(CellOptions):
 
 
 def prune_cells(
-    model: nn.Module,
-    cells: Iterable[tuple[str, str, Choices]],
-    planned: Result,
-    runs: Callable[[Result, Callable[[], Mapping[str, Any]]], object],
-    measure: Callable[[Choices], Mapping[str, Any]],
-) -> None:
+    model,
+    cells,
+    planned,
+    runs,
+    measure,
+):
     """Measure all cells, each from the dense weights, but those whose choices the model refuses."""
     dense = copy.deepcopy(model.state_dict())
     for name, goal, choices in cells:
@@ -162,9 +157,7 @@ def prune_cells(
         runs(row, partial(measure, choices))
 
 
-def cells_of(
-    options: CellOptions, known: Mapping[str, Choices], goals: Sequence[str]
-) -> list[tuple[str, str, Choices]]:
+def cells_of(options, known, goals):
     """Return each method and goal with the arguments of `prune`, without those that a method is not for."""
     return [
         (name, goal, {**known[name], **sparsity_of(goal)})
@@ -174,14 +167,14 @@ def cells_of(
     ]
 
 
-def is_for(method: str, goal: str) -> bool:
+def is_for(method, goal):
     """Whether a method can prune to a goal."""
     if ":" in goal:
         return method not in UNSTRUCTURED
     return method not in PERMUTED
 
 
-def prune_and_measure(language: LanguageModel, choices: Choices) -> Measured:
+def prune_and_measure(language, choices):
     """Return one cell of the table of a language model."""
     cost = cost_of(lambda: prune(language.model, language.calibration, **choices, progress=False))
     return {
@@ -192,11 +185,11 @@ def prune_and_measure(language: LanguageModel, choices: Choices) -> Measured:
     }
 
 
-def measure_text(options: Options) -> None:
+def measure_text(options):
     """Measure all methods with a language model."""
     options = replace(options, nsamples=options.nsamples or WINDOWS)
     table = "methods"
-    case: dict[str, Any] = {}
+    case = {}
     if options.calibration == SELF:
         table = "own_text"
         case["calibration"] = SELF
@@ -217,7 +210,7 @@ def measure_text(options: Options) -> None:
     prune_cells(language.model, cells, planned, runs, partial(prune_and_measure, language))
 
 
-def measure_images(options: Options) -> None:
+def measure_images(options):
     """Measure all methods with a ViT and a ConvNeXt that are trained on digits."""
     sys.path.append(str(Path(__file__).resolve().parents[1]))
     from recipes.vision import demo
@@ -235,20 +228,18 @@ def measure_images(options: Options) -> None:
         prune_cells(module.model, cells, planned, runs, measure)
 
 
-def _prune_digits(
-    run: Callable[..., float], module: Any, data: Any, expected: Tensor, choices: Choices
-) -> Measured:
+def _prune_digits(run, module, data, expected, choices):
     top1 = run(module, data, PruningCallback(**choices, num_samples=data.num_samples))
     logits = outputs(module.eval(), data.val_dataloader())
     return {"top1": top1, "divergence": mean_divergence(logits, expected)}
 
 
-def mean_divergence(logits: Tensor, expected: Tensor) -> float:
+def mean_divergence(logits, expected):
     """Return the mean KL divergence from the predictions of the dense model."""
     return float(divergence(logits, expected)[0]) / len(expected)
 
 
-def measure_photos(options: Options) -> None:
+def measure_photos(options):
     """Measure presets with a classifier and its weights, on images in the layout of ImageNet."""
     count = options.nsamples or CALIBRATION_PHOTOS
     cells = cells_of(options, PHOTOS, GOALS["photos"])
@@ -262,11 +253,11 @@ def measure_photos(options: Options) -> None:
     model = photos.model
     expected = outputs(model, photos.evaluation)
 
-    def scored(logits: Tensor) -> dict[str, Any]:
+    def scored(logits):
         correct = (logits.argmax(dim=1) == photos.labels).tolist()
         return {"top1": sum(correct) / len(correct), "correct": to_hexadecimal(correct)}
 
-    def measure(choices: Choices) -> dict[str, Any]:
+    def measure(choices):
         duration = seconds(lambda: prune(model, photos.calibration, **choices, progress=False))
         logits = outputs(model, photos.evaluation)
         differs = mean_divergence(logits, expected)

@@ -10,27 +10,24 @@ weights that became zero. Quantizers that are not installed, or do not run on th
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import torch
-from measuring import Batches, LanguageModel, Text, perplexity, run_from_shell
+from measuring import LanguageModel, Text, perplexity, run_from_shell
 from result import Runs
-from torch import Tensor, nn
+from torch import nn
 
 from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
-Scheme = Callable[[Tensor], Tensor]
 """Quantizes and dequantizes a matrix (d_out, d_in)."""
 
 GROUP = 32
 
 
-def torchao(config: Callable[[Any], Any], weight: Tensor) -> Tensor:
+def torchao(config, weight):
     """Quantize the weight of a linear layer by a configuration of torchao."""
     import torchao.quantization as quantization
 
@@ -41,13 +38,13 @@ def torchao(config: Callable[[Any], Any], weight: Tensor) -> Tensor:
     return layer.weight.dequantize()
 
 
-def int4(mapping: str, quantization: Any) -> Any:
+def int4(mapping, quantization):
     """Return torchao's configuration for groups of inputs, with an integer zero point if the mapping is asymmetric."""
     groups = quantization.PerGroup(GROUP)
     return quantization.IntxWeightOnlyConfig(torch.int4, groups, quantization.MappingType[mapping])
 
 
-def bitsandbytes_4bit(kind: str, weight: Tensor) -> Tensor:
+def bitsandbytes_4bit(kind, weight):
     """Quantize to NF4 or FP4, in blocks of 64 weights."""
     from bitsandbytes import functional
 
@@ -55,7 +52,7 @@ def bitsandbytes_4bit(kind: str, weight: Tensor) -> Tensor:
     return functional.dequantize_4bit(quantized, state)
 
 
-def bitsandbytes_8bit(weight: Tensor) -> Tensor:
+def bitsandbytes_8bit(weight):
     """Quantize as `Linear8bitLt` does: each row by its largest weight."""
     from bitsandbytes.nn import Int8Params
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
@@ -65,7 +62,7 @@ def bitsandbytes_8bit(weight: Tensor) -> Tensor:
     return dequantize_bnb_weight(quantized, state=SimpleNamespace(SCB=quantized.SCB))
 
 
-def gguf_type(name: str, weight: Tensor) -> Tensor:
+def gguf_type(name, weight):
     """Quantize to a type of GGUF files."""
     import gguf
 
@@ -73,7 +70,7 @@ def gguf_type(name: str, weight: Tensor) -> Tensor:
     return torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), qtype), qtype))
 
 
-def compressed_tensors(bits: int, symmetric: bool, weight: Tensor) -> Tensor:
+def compressed_tensors(bits, symmetric, weight):
     """Round to nearest as llm-compressor does by default: int8 per row, int4 in groups of inputs."""
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
@@ -87,7 +84,7 @@ def compressed_tensors(bits: int, symmetric: bool, weight: Tensor) -> Tensor:
     return fake_quantize(weight, scale, zero_point, args)
 
 
-SCHEMES: dict[tuple[str, str], Scheme] = {
+SCHEMES = {
     ("none", "none"): lambda weight: weight,
     ("torchao", "int8 weight-only"): partial(torchao, lambda q: q.Int8WeightOnlyConfig()),
     ("torchao", "int4 symmetric"): partial(torchao, partial(int4, "SYMMETRIC")),
@@ -105,7 +102,7 @@ for name in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"):
 
 
 @torch.no_grad()
-def quantize(pruned: nn.Module, scheme: Scheme) -> tuple[nn.Module, float, float]:
+def quantize(pruned, scheme):
     """Return a quantized copy, the share of zeros that it kept, and the share of other weights that became zero."""
     model = copy.deepcopy(pruned)
     before = []
@@ -124,7 +121,7 @@ def quantize(pruned: nn.Module, scheme: Scheme) -> tuple[nn.Module, float, float
     return model, kept, new
 
 
-def measure(pruned: nn.Module, scheme: Scheme, batches: Batches) -> dict[str, float]:
+def measure(pruned, scheme, batches):
     """Return what quantization does to zeros and perplexity."""
     quantized, kept, new = quantize(pruned, scheme)
     return {"zeros_kept": kept, "new_zeros": new, "perplexity": perplexity(quantized, batches)}

@@ -10,7 +10,6 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib import metadata
@@ -22,7 +21,7 @@ from wanda_lightning.common.atomic_write import atomic_write
 FOLDER = Path(__file__).parent / "results"
 OURS = "wanda_lightning"
 PACKAGES = ("lightning", "timm", "torch", "transformers")
-QUANTITIES: Mapping[str, str] = {
+QUANTITIES = {
     "perplexity": "on the evaluation windows",
     "perplexity_second": "on as many windows of a second text",
     "perplexity_before": "the same before fine-tuning",
@@ -112,7 +111,7 @@ class Result:
     date: str | None = None
     note: str | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         unknown = self.measured.keys() - QUANTITIES.keys()
         if unknown:
             raise ValueError(
@@ -126,7 +125,7 @@ class Result:
             )
 
     @property
-    def goal(self) -> str:
+    def goal(self):
         """Column of the table: `50 %`, `25 % of units`, `25 % of experts`, `2:4`, or `dense`."""
         if ":" in self.pattern:
             return self.pattern
@@ -136,7 +135,7 @@ class Result:
         return f"{100 * self.sparsity:g} %{parts}"
 
     @property
-    def name(self) -> str:
+    def name(self):
         """Name of the file, without the ending."""
         parts = [self.model]
         if self.code != OURS:
@@ -149,7 +148,7 @@ class Result:
         words = [re.sub(r"[^\w.+]+", "-", part).strip("-") for part in parts]
         return "-".join(filter(None, words)).lower()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder):
         """Write the file into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
@@ -157,7 +156,7 @@ class Result:
             new.write_text(f"{text}\n", encoding="utf-8")
 
 
-def read(file: Path) -> Result:
+def read(file):
     """Read one run.
 
     Raises:
@@ -174,7 +173,7 @@ def read(file: Path) -> Result:
         ) from error
 
 
-def read_table(table: str, folder: Path = FOLDER) -> list[Result]:
+def read_table(table, folder=FOLDER):
     """Return all runs of a table, in the order of their file names."""
     return [read(file) for file in sorted((folder / table).glob("*.json"))]
 
@@ -187,14 +186,14 @@ class Runs:
         table: The subfolder.
     """
 
-    def __init__(self, folder: str | None, table: str) -> None:
+    def __init__(self, folder, table):
         self.folder = Path(folder) / table if folder else None
 
-    def __call__(self, planned: Result, measure: Callable[[], Mapping[str, Any]]) -> Result:
+    def __call__(self, planned, measure):
         """Return the saved run, or measure and save it."""
         return self.saved(planned) or self.save(planned, measure())
 
-    def saved(self, planned: Result) -> Result | None:
+    def saved(self, planned):
         """Return the saved run, or None if there is none that was made with the same arguments.
 
         Raises:
@@ -213,7 +212,7 @@ class Runs:
             )
         return saved if saved.arguments == planned.arguments else None
 
-    def save(self, planned: Result, measured: Mapping[str, Any]) -> Result:
+    def save(self, planned, measured):
         """Return the run with its numbers, and with `correct` if it is among them, after printing and saving it."""
         numbers = dict(measured)
         result = replace(planned, correct=numbers.pop("correct", None), measured=numbers, **here())
@@ -224,19 +223,19 @@ class Runs:
         return result
 
 
-def to_hexadecimal(bits: Sequence[bool]) -> str:
+def to_hexadecimal(bits):
     """Return bits as hexadecimal digits, the first of which may stand for fewer than four bits."""
     number = sum(bit << place for place, bit in enumerate(reversed(bits)))
     digits = -(-len(bits) // 4)
     return f"{number:0{digits}x}"
 
 
-def from_hexadecimal(digits: str, count: int) -> list[bool]:
+def from_hexadecimal(digits, count):
     """Return the bits of `to_hexadecimal`."""
     return [digit == "1" for digit in f"{int(digits, 16):0{count}b}"]
 
 
-def here() -> dict[str, Any]:
+def here():
     """Return the fields that describe this process: machine, versions, command and date."""
     arguments = sys.argv[1:]
     if "--save" in arguments:
@@ -256,7 +255,7 @@ def here() -> dict[str, Any]:
     }
 
 
-def machine() -> str:
+def machine():
     """Return the processor with its number of cores, and the GPU if there is one."""
     import torch
 
@@ -275,7 +274,7 @@ def machine() -> str:
     return f"{cores}, {device.get_device_name() if has_name else accelerator.type}"
 
 
-def sparsity_of(goal: str) -> dict[str, Any]:
+def sparsity_of(goal):
     """Return the sparsity of a goal, which is a percentage such as `50` or N:M, and the pattern if it is N:M."""
     if ":" not in goal:
         return {"sparsity": float(goal) / 100}

@@ -38,7 +38,7 @@ from onnxruntime.quantization import (
 from result import Result, Runs
 from torch import Tensor, nn
 from transformers import DynamicCache
-from worth import BATCHES, NEW, PROMPT, Change, Measured, Rows, narrower, rows_of_units
+from worth import BATCHES, NEW, PROMPT, Measured, Rows, narrower, rows_of_units
 
 from wanda_lightning import Fisher
 from wanda_lightning.modules import WindowPerplexity
@@ -52,7 +52,7 @@ Run = Callable[..., Any]
 class WithCache(nn.Sequential):
     """A causal language model whose cache is a list of tensors: keys and values of each layer."""
 
-    def forward(self, ids: Tensor, kept: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, ids, kept, past):
         """Return the logits at the positions `kept`, and the cache with the new tokens."""
         size, new = ids.shape
         known = past[0].shape[2]
@@ -71,11 +71,11 @@ class WithCache(nn.Sequential):
         return output.logits, cache
 
 
-def to_onnx(model: Any, file: Path) -> None:
+def to_onnx(model, file):
     """Write float32 for any number of images, or of sequences, tokens and cached tokens."""
     if hasattr(model, "pretrained_cfg"):
         example = (torch.zeros(2, *model.pretrained_cfg["input_size"]),)
-        sizes: Any = ({0: "batch"},)
+        sizes = ({0: "batch"},)
     else:
         # 7 tokens after 5 in the cache, with the logits of 3: numbers that are not equal by chance.
         config = model.config
@@ -87,7 +87,7 @@ def to_onnx(model: Any, file: Path) -> None:
     torch.onnx.export(model, example, file, dynamo=True, dynamic_shapes=sizes)
 
 
-def to_gguf(template: Path, model: Any, file: Path) -> None:
+def to_gguf(template, model, file):
     """Write a Llama in float32 with the tokenizer of a .gguf file; as `deci` if layers differ in width."""
     widths = [layer.mlp.gate_proj.out_features for layer in model.model.layers]
     family = "llama" if len(set(widths)) == 1 else "deci"
@@ -116,7 +116,7 @@ def to_gguf(template: Path, model: Any, file: Path) -> None:
     writer.close()
 
 
-def convert_gguf(numbers: str, dense: Path, file: Path, _: Sequence[Tensor]) -> None:
+def convert_gguf(numbers, dense, file, _):
     """Write a .gguf file; llama.cpp takes other blocks for rows that do not fit those of `numbers`."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{numbers}")
@@ -125,7 +125,7 @@ def convert_gguf(numbers: str, dense: Path, file: Path, _: Sequence[Tensor]) -> 
     )
 
 
-def convert_onnx(numbers: str, dense: Path, file: Path, images: Sequence[Tensor]) -> None:
+def convert_onnx(numbers, dense, file, images):
     """Write an .onnx file in int8."""
     model = onnx.load(dense)
     graph = model.graph
@@ -158,7 +158,7 @@ def convert_onnx(numbers: str, dense: Path, file: Path, images: Sequence[Tensor]
         quantize_static(model, file, reader, per_channel=True, reduce_range=True)
 
 
-def convert_openvino(numbers: str, dense: Path, file: Path, images: Sequence[Tensor]) -> None:
+def convert_openvino(numbers, dense, file, images):
     """Write an .xml file, and a .bin file with its weights."""
     model = openvino.Core().read_model(dense)
     if numbers == "int8, static":
@@ -169,7 +169,7 @@ def convert_openvino(numbers: str, dense: Path, file: Path, images: Sequence[Ten
     openvino.save_model(model, file, compress_to_fp16=False)
 
 
-def open_onnx(file: Path) -> Run:
+def open_onnx(file):
     """Load an .onnx file."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = THREADS
@@ -179,7 +179,7 @@ def open_onnx(file: Path) -> Run:
     shape = inputs[-1].shape
     to_value = onnxruntime.OrtValue.ortvalue_from_numpy
 
-    def run(batch: Any, past: Any = None, *kept: Any) -> Any:
+    def run(batch, past=None, *kept):
         if not past:
             none = np.zeros((len(batch), shape[1], 0, shape[3]), np.float32)
             past = [to_value(none) for _ in inputs[2:]]
@@ -190,13 +190,13 @@ def open_onnx(file: Path) -> Run:
     return run
 
 
-def open_openvino(file: Path) -> Run:
+def open_openvino(file):
     """Load an .xml file."""
     choices = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(file, "CPU", choices)
     heads, width = (compiled.inputs[-1].partial_shape[axis].get_length() for axis in (1, 3))
 
-    def run(batch: Any, past: Any = None, *kept: Any) -> Any:
+    def run(batch, past=None, *kept):
         if not past:
             none = np.zeros((len(batch), heads, 0, width), np.float32)
             past = [openvino.Tensor(none) for _ in compiled.inputs[2:]]
@@ -207,7 +207,7 @@ def open_openvino(file: Path) -> Run:
     return run
 
 
-def open_gguf(file: Path) -> Run:
+def open_gguf(file):
     """Load a .gguf file. The cache is in the context; what `Run` returns is the number of its tokens."""
     parameters = llama_cpp.llama_model_default_params()
     model = llama_cpp.llama_model_load_from_file(str(file).encode(), parameters)
@@ -219,7 +219,7 @@ def open_gguf(file: Path) -> Run:
     context = llama_cpp.llama_init_from_model(model, choices)
     words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 
-    def run(ids: Any, past: int | None, kept: Any) -> Any:
+    def run(ids, past, kept):
         size, new = ids.shape
         start = past or 0
         llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), -1, start, -1)
@@ -246,7 +246,7 @@ def open_gguf(file: Path) -> Run:
     return run
 
 
-PROGRAMS: Mapping[str, tuple[str, Callable[..., None], Callable[[Path], Run]]] = {
+PROGRAMS = {
     "onnxruntime": (".onnx", convert_onnx, open_onnx),
     "openvino": (".xml", convert_openvino, open_openvino),
     "llama.cpp": (".gguf", convert_gguf, open_gguf),
@@ -265,7 +265,7 @@ class Kind(NamedTuple):
     images: Sequence[Tensor] = ()
 
 
-def text(options: worth.Options) -> Kind:
+def text(options):
     """Prepare a language model."""
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16))
     base = language.planned
@@ -274,19 +274,19 @@ def text(options: worth.Options) -> Kind:
     units = rows_of_units(base, "structured", narrow, ["25"])
     units += rows_of_units(base, "structured, fisher", by_loss, ["25"])
 
-    def quality(run: Run) -> Measured:
+    def quality(run):
         metric = WindowPerplexity()
         for window in language.data.evaluation_windows.split(1):
             logits, _ = run(window.numpy(), None, np.arange(window.shape[1]))
             metric.update(torch.tensor(logits), window)
         return {"perplexity": float(metric.compute())}
 
-    def clock(size: int, run: Run) -> Measured:
+    def clock(size, run):
         vocabulary = language.model.config.vocab_size
         ids = np.random.default_rng(0).integers(vocabulary, size=(size, PROMPT))
-        cache: Any = None
+        cache = None
 
-        def add(ids: Any) -> None:
+        def add(ids):
             nonlocal cache
             _, cache = run(ids, cache, np.array([ids.shape[1] - 1]))
 
@@ -302,18 +302,18 @@ def text(options: worth.Options) -> Kind:
     return Kind(language.model, base, units, numbers, quality, clock)
 
 
-def photos(options: worth.Options) -> Kind:
+def photos(options):
     """Prepare an image classifier."""
     images = Photos(options.images, options.data, options.nsamples or 128)
     narrow = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
     units = rows_of_units(images.planned, "structured, fisher seconds", narrow, ["25", "35"])
 
-    def quality(run: Run) -> Measured:
+    def quality(run):
         predicted = [run(pixels.numpy())[0].argmax(axis=1) for pixels, _ in images.evaluation]
         correct = np.concatenate(predicted) == images.labels.numpy()
         return {"top1": float(correct.mean())}
 
-    def clock(size: int, run: Run) -> Measured:
+    def clock(size, run):
         shape = (size, *images.calibration[0].shape[1:])
         pixels = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         return {f"images_{size}": seconds(lambda: run(pixels))}
@@ -325,7 +325,7 @@ def photos(options: worth.Options) -> Kind:
     return Kind(images.model, images.planned, units, numbers, quality, clock, images.calibration)
 
 
-def file_of(planned: Result, change: Change, kind: Kind, options: worth.Options) -> Path:
+def file_of(planned, change, kind, options):
     """Return the file that a program reads, after writing it if there is none."""
     program, numbers = planned.case.values()
     ending, convert, _ = PROGRAMS[program]
@@ -350,9 +350,9 @@ def file_of(planned: Result, change: Change, kind: Kind, options: worth.Options)
     return file
 
 
-def measure(program: str, kind: Kind, options: worth.Options) -> None:
+def measure(program, kind, options):
     """Measure all models in one program; the first is the dense one in float32."""
-    models: Rows = [(kind.planned, lambda model: model), *kind.units]
+    models = [(kind.planned, lambda model: model), *kind.units]
     planned = []
     files = []
     for (model, change), numbers in product(models, kind.numbers[program]):
@@ -363,7 +363,7 @@ def measure(program: str, kind: Kind, options: worth.Options) -> None:
     loaded = [load(file) for file in files]
 
     # The models take turns, so that another program on the machine slows all of them.
-    times: list[list[Measured]] = [[] for _ in loaded]
+    times = [[] for _ in loaded]
     for size, rounds in ((1, 5 * options.runs), (32, options.runs)):
         for _, (own, run) in product(range(rounds), zip(times, loaded, strict=True)):
             own.append(kind.clock(size, run))

@@ -11,11 +11,9 @@ import time
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 from measuring import (
-    Batches,
     cost_of,
     in_new_process,
     llama,
@@ -35,7 +33,7 @@ VOCABULARY = 1024
 METHODS = SCALED[1:]
 
 
-def measure(method: str, sizes: dict[str, int]) -> dict[str, float]:
+def measure(method, sizes):
     """Return the processor's seconds and the peak memory of a process that has done nothing else."""
     torch.set_num_threads(1)
     run(method, *build(4, 1, 128))  # what the first run loads does not count
@@ -43,17 +41,17 @@ def measure(method: str, sizes: dict[str, int]) -> dict[str, float]:
     return {"processor_seconds": cost.result, "peak_mib": cost.peak_mib}
 
 
-def build(windows: int, blocks: int, width: int) -> tuple[Any, Batches]:
+def build(windows, blocks, width):
     """Return a random model and its windows, in batches of four."""
     heads = width // 64
     config = llama(width, 11 * heads * 16, blocks, heads, heads, vocabulary=VOCABULARY)
     return random_model(config), random_windows(VOCABULARY, windows, LENGTH, batch_size=4)
 
 
-def run(method: str, model: Any, batches: Batches) -> float:
+def run(method, model, batches):
     """Prune, or run a plain forward pass, without logits. Return the processor's seconds."""
 
-    def forward(batch: dict[str, Any]) -> None:
+    def forward(batch):
         model.model(**batch, use_cache=False)
 
     started = time.process_time()

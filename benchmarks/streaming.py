@@ -22,7 +22,6 @@ import torch
 from cyclopts import Parameter
 from measuring import (
     SHAPES,
-    Batches,
     cost_of,
     in_new_process,
     llama,
@@ -31,18 +30,18 @@ from measuring import (
 )
 from result import Result, Runs, Samples
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from wanda_lightning import prune_from_disk
 
 OTHERS = ("pattern", "permutation", "recovery")  # choices besides the method
 
 
-def build(folder: Path, config: LlamaConfig) -> None:
+def build(folder, config):
     """Write a random model, one file for each block."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    parts: dict[str, dict[str, torch.Size]] = {}
+    parts = {}
     for name, tensor in model.state_dict().items():
         block = ".".join(name.split(".")[:3]) if ".layers." in name else ""
         parts.setdefault(block, {})[name] = tensor.shape
@@ -85,9 +84,7 @@ class Options:
     save: str | None = None
 
 
-def stream(
-    folder: Path, output: Path, samples: Batches, choices: dict[str, str]
-) -> dict[str, float]:
+def stream(folder, output, samples, choices):
     """Prune from disk; return the seconds, the peak memory, and the bytes read and written."""
     shutil.rmtree(output, ignore_errors=True)
     cost = cost_of(lambda: prune_from_disk(folder, output, samples, 0.5, **choices, progress=False))

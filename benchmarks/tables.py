@@ -5,7 +5,6 @@ pages that ask for it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby, product
@@ -13,11 +12,11 @@ from pathlib import Path
 from statistics import linear_regression, mean
 
 import numpy as np
-from result import OURS, Result, Samples, from_hexadecimal, read_table
+from result import OURS, from_hexadecimal, read_table
 from scipy.stats import sem
 
 ROOT = Path(__file__).parents[1]
-LABELS: Mapping[str, str] = {
+LABELS = {
     "dense": "dense",
     "bfloat16": "bfloat16",
     "int8": "int8",
@@ -88,11 +87,9 @@ LABELS: Mapping[str, str] = {
 """How a method is written. Tables list methods in this order."""
 
 SCALED = ("forward pass", "wanda", "sparsegpt", "admm")
-Lookup = Mapping[tuple[str, str], Result]
-Cell = Callable[[Result], str]
 
 
-def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---:") -> str:
+def markdown(headings, rows, align="---:"):
     """Return a table; `align` is that of all columns but the first."""
     lines = []
     for row in (headings, ["---"] + [align] * (len(headings) - 1), *rows):
@@ -101,16 +98,14 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]], align: str 
     return "\n".join(lines)
 
 
-def grid(
-    heading: str, cells: Iterable[tuple[str, str, str]], columns: Sequence[str] | None = None
-) -> str:
+def grid(heading, cells, columns=None):
     """Return a table of cells, each with its row and column, in the order of their first appearance.
 
     Raises:
         ValueError: Two different cells have the same place.
     """
-    table: dict[str, dict[str, str]] = {}
-    seen: dict[str, None] = {}
+    table = {}
+    seen = {}
     for row, column, cell in cells:
         seen[column] = None
         if table.setdefault(row, {}).setdefault(column, cell) != cell:
@@ -123,25 +118,25 @@ def grid(
     return markdown([heading, *headings], rows)
 
 
-def label(result: Result) -> str:
+def label(result):
     """Return how the method is written."""
     return LABELS.get(result.method, result.method)
 
 
-def by_goals(heading: str, results: Iterable[Result], cell: Cell, row: Cell = label) -> str:
+def by_goals(heading, results, cell, row=label):
     """Return a table with a row for each method and a column for each goal, without the dense model."""
     pruned = in_order(run for run in results if run.method != "dense")
     cells = [(row(run), run.goal, cell(run)) for run in pruned]
     return grid(heading, cells, goals_of(pruned))
 
 
-def lookup(results: Iterable[Result]) -> Lookup:
+def lookup(results):
     """Return results by method and goal.
 
     Raises:
         ValueError: Two of them have the same method and goal.
     """
-    table: dict[tuple[str, str], Result] = {}
+    table = {}
     for result in results:
         key = (result.method, result.goal)
         if key in table:
@@ -153,66 +148,66 @@ def lookup(results: Iterable[Result]) -> Lookup:
 ORDER = list(LABELS)
 
 
-def in_order(results: Iterable[Result]) -> list[Result]:
+def in_order(results):
     """Return results in the order of `LABELS`, and of their sparsities."""
     return sorted(results, key=lambda run: (ORDER.index(run.method), by_goal(run.goal)))
 
 
-def label_and_goal(result: Result) -> str:
+def label_and_goal(result):
     """Return how the method is written, and its sparsity unless it is the dense model."""
     return label(result) if result.method == "dense" else f"{label(result)}, {result.goal}"
 
 
-def goals_of(results: Iterable[Result]) -> list[str]:
+def goals_of(results):
     """Return the sparsities that were measured: percentages, then N:M."""
     return sorted({result.goal for result in results} - {"dense"}, key=by_goal)
 
 
-def dense_of(results: Iterable[Result]) -> Result:
+def dense_of(results):
     """Return the run of the dense model."""
     return next(run for run in results if run.method == "dense")
 
 
-def number(result: Result | None, quantity: str, form: str = ".4g") -> str:
+def number(result, quantity, form=".4g"):
     """Return a measured number, or an empty string if it was not measured."""
     if result is None or quantity not in result.measured:
         return ""
     return f"{result.measured[quantity]:{form}}"
 
 
-def percent(result: Result | None, quantity: str, digits: int = 2) -> str:
+def percent(result, quantity, digits=2):
     """Return a measured fraction in percent."""
     return number(result, quantity, f".{digits}%").replace("%", " %")
 
 
-def seconds(result: Result | None) -> str:
+def seconds(result):
     """Return measured seconds, with one decimal below ten."""
     is_long = result is not None and result.measured.get("seconds", 0) >= 10
     return number(result, "seconds", ".0f" if is_long else ".1f")
 
 
-def perplexity(result: Result | None) -> str:
+def perplexity(result):
     """Return perplexity with four digits."""
     is_large = result is not None and _perplexity(result) >= 1000
     return number(result, "perplexity", ".0f" if is_large else "#.4g")
 
 
-def _perplexity(result: Result) -> float:
+def _perplexity(result):
     return result.measured["perplexity"]
 
 
-def with_seconds(result: Result | None) -> str:
+def with_seconds(result):
     """Return perplexity, and seconds if they were measured."""
     duration = seconds(result)
     return f"{perplexity(result)}, {duration} s" if duration else perplexity(result)
 
 
-def by_goal(goal: str) -> tuple[bool, str]:
+def by_goal(goal):
     """Order percentages before N:M."""
     return ":" in goal, goal
 
 
-def samples(data: Samples) -> str:
+def samples(data):
     """Describe calibration or evaluation data."""
     if data.length:
         tokens = data.data if data.data == "random tokens" else f"tokens of {data.data}"
@@ -228,12 +223,12 @@ USUAL = {  # docs/measured.md says it once
 }
 
 
-def source(results: Sequence[Result]) -> str:
+def source(results):
     """Describe the data, unless they are the usual ones, and the notes of all results; begin with an empty line."""
     return source_of_data(results) + source_of_notes(results)
 
 
-def source_of_data(results: Sequence[Result]) -> str:
+def source_of_data(results):
     """Describe the data, unless they are the usual ones; begin with an empty line."""
     sentences = []
     for name, usual in USUAL.items():
@@ -244,14 +239,14 @@ def source_of_data(results: Sequence[Result]) -> str:
     return f"\n\n{' '.join(sentences)}" if sentences else ""
 
 
-def source_of_notes(results: Sequence[Result]) -> str:
+def source_of_notes(results):
     """List the notes of all results; begin with an empty line."""
     notes = _distinct(result.note for result in results)
     lines = [f"- {_noted(note, results)}{note}" for note in notes]
     return "\n\n" + "\n".join(lines) if lines else ""
 
 
-def _noted(note: str, results: Sequence[Result]) -> str:
+def _noted(note, results):
     """Name the runs that have a note, unless these are all or many."""
     noted = [run for run in results if run.note == note]
     if len(noted) == len(results):
@@ -260,11 +255,11 @@ def _noted(note: str, results: Sequence[Result]) -> str:
     return f"{'; '.join(names)}: " if len(names) <= 4 else "Some runs: "
 
 
-def _distinct(values: Iterable[str | None]) -> list[str]:
+def _distinct(values):
     return list(dict.fromkeys(filter(None, values)))
 
 
-def methods() -> str:
+def methods():
     """Perplexity, seconds and memory of all methods with a language model."""
     results = in_order(read_table("methods"))
     goals = ["50 %", "60 %", "70 %", "2:4"]
@@ -290,7 +285,7 @@ def methods() -> str:
     return f"{markdown(headings, rows)}\n\n{sentences}{source(results)}"
 
 
-def demo() -> str:
+def demo():
     """Perplexity in `make demo` on two texts."""
     results = in_order(read_table("demo"))
     cells = []
@@ -302,7 +297,7 @@ def demo() -> str:
     return grid("method", cells, columns) + source(results)
 
 
-def reference() -> str:
+def reference():
     """Our perplexity beside that of other implementations."""
     results = in_order(read_table("reference"))
     usual = lookup(read_table("methods"))
@@ -327,35 +322,35 @@ def reference() -> str:
     return "\n\n".join([first, second, "\n".join(notes)]) + source(ours)
 
 
-def images() -> str:
+def images():
     """Accuracy of classifiers that were trained on digits, and the divergence from the dense predictions."""
 
-    def cell(run: Result) -> str:
+    def cell(run):
         return f"{percent(run, 'top1')} ({number(run, 'divergence', '#.2g')})"
 
     return _by_model(read_table("images"), cell)
 
 
-def photos() -> str:
+def photos():
     """Accuracy of classifiers with their weights, and the divergence from the dense predictions."""
     return _by_model(read_table("photos"), _accuracy_and_divergence)
 
 
-def _accuracy_and_divergence(result: Result) -> str:
+def _accuracy_and_divergence(result):
     return f"{percent(result, 'top1', 1)} ({number(result, 'divergence', '.3f')})"
 
 
-def batch_norm() -> str:
+def batch_norm():
     """Accuracy without and with the correction of BatchNorm statistics."""
 
-    def cell(run: Result) -> str:
+    def cell(run):
         before = percent(run, "top1_uncorrected", 1).removesuffix(" %")
         return f"{before} -> {percent(run, 'top1', 1)}"
 
     return _by_model(read_table("batch_norm"), cell)
 
 
-def _by_model(results: Sequence[Result], cell: Cell) -> str:
+def _by_model(results, cell):
     """Return one table for each trained model."""
     parts = []
     for (weights, model), group in by_model(results).items():
@@ -365,17 +360,17 @@ def _by_model(results: Sequence[Result], cell: Cell) -> str:
     return "\n\n".join(parts) + source_of_data(results)
 
 
-def by_model(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+def by_model(results):
     """Return the results of each model by its weights and its name, first by the weights, longer names first."""
 
-    def key(result: Result) -> tuple[str, int, str]:
+    def key(result):
         return result.case.get("weights", ""), -len(result.model), result.model
 
     groups = groupby(sorted(results, key=key), key)
     return {(weights, model): list(group) for (weights, _, model), group in groups}
 
 
-def costs() -> str:
+def costs():
     """Cost of pruning as ratios to forward passes."""
     results = read_table("costs")
     passes = {
@@ -395,7 +390,7 @@ def costs() -> str:
     return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + source(results)
 
 
-def scaling() -> str:
+def scaling():
     """Processor seconds and peak memory by windows, blocks and width, with exponents."""
     results = sorted(read_table("scaling"), key=lambda run: run.case["value"])
     parts = []
@@ -415,13 +410,13 @@ def scaling() -> str:
     return "\n\n".join(parts) + source_of_notes(results)
 
 
-def exponent(sizes: Sequence[float], costs: Sequence[float]) -> str:
+def exponent(sizes, costs):
     """Return the exponent of the growth, from the three largest sizes."""
     slope = linear_regression(np.log(sizes[-3:]), np.log(costs[-3:])).slope
     return f"{round(slope, 2) or 0.0:.2f}"  # not -0.00
 
 
-def finetuning() -> str:
+def finetuning():
     """Perplexity before and after fine-tuning."""
     results = read_table("finetuning")
     results.sort(key=lambda run: (by_goal(run.goal), run.method == "full"))
@@ -431,7 +426,7 @@ def finetuning() -> str:
     return grid("perplexity", cells) + source(results)
 
 
-def keeping_zeros() -> str:
+def keeping_zeros():
     """Cost of keeping zeros in a training step."""
     results = read_table("keeping_zeros")
     rows = []
@@ -443,11 +438,11 @@ def keeping_zeros() -> str:
     return markdown(("", "time, as a ratio", "peak memory, MiB"), rows) + source(results)
 
 
-def quantization() -> str:
+def quantization():
     """Zeros that quantizers keep."""
     order = ("none", "torchao", "bitsandbytes", "gguf", "compressed_tensors")
 
-    def key(run: Result) -> tuple[float, int, str]:
+    def key(run):
         quantizer = run.case.get("quantizer", "none")
         return run.sparsity, order.index(quantizer), run.case.get("scheme", "none")
 
@@ -465,7 +460,7 @@ def quantization() -> str:
     return markdown(headings, rows) + source(results)
 
 
-def tasks() -> str:
+def tasks():
     """Zero-shot accuracy beside perplexity."""
     results = sorted(read_table("tasks"), key=_perplexity)
     perplexities = {}
@@ -483,7 +478,7 @@ def tasks() -> str:
     return grid("", [*perplexities.values(), *accuracies], columns) + source(results)
 
 
-def streaming() -> str:
+def streaming():
     """Memory of pruning from disk."""
     results = read_table("streaming_memory")
     results.sort(key=lambda run: (run.model, run.method, run.case["layers"], run.name))
@@ -504,22 +499,20 @@ def streaming() -> str:
     return markdown(headings, rows) + source(results)
 
 
-def windows() -> str:
+def windows():
     """Perplexity by the number of calibration windows."""
     runs = read_table("windows")
     return _by_number("perplexity", "windows", runs, read_table("methods"), perplexity)
 
 
-def more_photos() -> str:
+def more_photos():
     """Accuracy and divergence of classifiers with their weights, by the number of calibration images."""
     runs = [run for run in read_table("more_photos") if " at layer" not in run.method]
     heading = "accuracy (divergence)"
     return _by_number(heading, "images", runs, read_table("photos"), _accuracy_and_divergence)
 
 
-def _by_number(
-    heading: str, noun: str, more: Sequence[Result], usual: Sequence[Result], cell: Cell
-) -> str:
+def _by_number(heading, noun, more, usual, cell):
     """Return a table by method and number of calibration samples."""
     methods = {run.method for run in more if run.calibration}
     goals = goals_of(more)
@@ -528,7 +521,7 @@ def _by_number(
     return by_goals(heading, shown, cell, lambda run: f"{label(run)}, {_count(run):,} {noun}")
 
 
-def _count(run: Result) -> int:
+def _count(run):
     assert run.calibration
     return run.calibration.windows or 0
 
@@ -545,7 +538,7 @@ PAIRS = (  # methods whose accuracy is compared on the same images
 )
 
 
-def paired_photos() -> str:
+def paired_photos():
     """Differences of the accuracy between presets on the same images, each with its standard error."""
     results = [*read_table("photos"), *read_table("more_photos")]
     dense = dense_of(results)
@@ -561,14 +554,14 @@ def paired_photos() -> str:
     return grid("points of accuracy (standard error)", cells, goals_of(pruned))
 
 
-def _paired(*runs: Result) -> str:
+def _paired(*runs):
     """Return the difference of two accuracies on the same images in points, and its standard error."""
     correct = [from_hexadecimal(run.correct, run.evaluation.windows) for run in runs]
     differences = 100.0 * np.subtract(*correct, dtype=float)
     return f"{differences.mean():+.1f} ({sem(differences):.1f})"
 
 
-def draws() -> str:
+def draws():
     """Mean perplexity over draws of the calibration windows, with the lowest and the highest, on two texts."""
     more = in_order(read_table("draws"))
     drawn = {(run.method, run.goal) for run in more}
@@ -586,7 +579,7 @@ def draws() -> str:
     return grid("perplexity", cells, goals)
 
 
-def mean_and_range(values: Sequence[float]) -> str:
+def mean_and_range(values):
     """Return the mean, with the lowest and the highest value unless all look the same."""
     if not values:
         return ""
@@ -594,7 +587,7 @@ def mean_and_range(values: Sequence[float]) -> str:
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
-def own_text() -> str:
+def own_text():
     """Perplexity after calibration with web text, and with text that the dense model writes."""
     own = [run for run in read_table("own_text") if run.method != "dense"]
     goals = {(run.method, run.goal) for run in own}
@@ -606,14 +599,14 @@ def own_text() -> str:
     return grid("perplexity", cells) + source([*own, *web])
 
 
-def experts() -> str:
+def experts():
     """Perplexity of a small mixture without some of its experts."""
     results = read_table("experts")
     dense = perplexity(dense_of(results))
     return by_goals(f"perplexity (dense {dense})", results, perplexity) + source(results)
 
 
-def training() -> str:
+def training():
     """Perplexity and seconds of models that are trained on after pruning."""
     results = read_table("training")
     results.sort(key=lambda run: (run.case.get("windows", 0), run.case.get("steps", 0)))
@@ -640,11 +633,11 @@ def training() -> str:
     return f"{first}\n\n{trained_on}\n\n{second}{source_of_notes(results)}"
 
 
-def _column(heading: str, quantity: str, form: str) -> tuple[str, Cell]:
+def _column(heading, quantity, form):
     return heading, partial(number, quantity=quantity, form=form)
 
 
-WORTH: Mapping[str, tuple[str, Cell]] = {
+WORTH = {
     "perplexity": ("perplexity", perplexity),
     "top1": ("accuracy", partial(percent, quantity="top1", digits=1)),
     "weights_mib": _column("MiB", "weights_mib", ".1f"),
@@ -661,7 +654,7 @@ WORTH: Mapping[str, tuple[str, Cell]] = {
 """Columns of the comparison of what makes a model smaller or faster: headings and cells."""
 
 
-def worth() -> str:
+def worth():
     """Quality, size and speed of fewer bits, scattered zeros and fewer units."""
     parts = []
     for (_, model), runs in by_model(read_worth()).items():
@@ -669,7 +662,7 @@ def worth() -> str:
     return "\n\n".join(parts)
 
 
-def read_worth() -> list[Result]:
+def read_worth():
     """Return the runs of the comparison; those whose quality another table has get its perplexity and seconds."""
     usual = lookup(read_table("methods"))
     results = []
@@ -682,7 +675,7 @@ def read_worth() -> list[Result]:
     return results
 
 
-def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
+def worth_table(results, columns):
     """Return the rows of one model, with the columns that were measured."""
     measured = {name for run in results for name in run.measured}
     shown = [WORTH[name] for name in columns if name in measured]
@@ -693,7 +686,7 @@ def worth_table(results: Sequence[Result], columns: Sequence[str]) -> str:
     return markdown(("", "fewer parameters", *(heading for heading, _ in shown)), rows)
 
 
-def _fewer_parameters(result: Result, results: Sequence[Result]) -> str:
+def _fewer_parameters(result, results):
     """Return the share of the parameters that left with hidden units: that of the bytes in float32."""
     if result.pattern != "structured":
         return ""
@@ -705,7 +698,7 @@ def _fewer_parameters(result: Result, results: Sequence[Result]) -> str:
     return f"{1 - left:.0%}".replace("%", " %")
 
 
-def runtimes() -> str:
+def runtimes():
     """Quality, size and speed of fewer bits and fewer units, in programs that run models on a CPU."""
     runs = read_table("runtimes")
     runs.sort(key=lambda run: (run.model, run.case["program"], -run.measured["weights_mib"]))
@@ -715,7 +708,7 @@ def runtimes() -> str:
     return "\n\n".join(parts)
 
 
-def _worth_name(result: Result) -> str:
+def _worth_name(result):
     name, _, details = label(result).partition(", ")
     if result.goal != "dense":
         name += f" {result.goal.removesuffix(' of units')}"
@@ -746,4 +739,4 @@ _TABLES = (
     worth,
     runtimes,
 )
-FRAGMENTS: Mapping[str, Callable[[], str]] = {table.__name__: table for table in _TABLES}
+FRAGMENTS = {table.__name__: table for table in _TABLES}

@@ -19,7 +19,6 @@ from cyclopts import Parameter
 from lightning.pytorch.callbacks import Timer
 from measuring import in_batches, perplexity, run_from_shell
 from result import Result, Runs, Samples, sparsity_of
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from wanda_lightning import (
@@ -62,7 +61,7 @@ class Options:
     save: str | None = None
 
 
-def training_windows(options: Options, dense: CausalLMModule) -> Tensor:
+def training_windows(options, dense):
     """Return the windows to train on, shuffled."""
     parts = []
     if options.text != "own":
@@ -85,9 +84,7 @@ def training_windows(options: Options, dense: CausalLMModule) -> Tensor:
     return windows[repeated]
 
 
-def train(
-    options: Options, dense: CausalLMModule, windows: Tensor
-) -> tuple[nn.Module, dict[str, float]]:
+def train(options, dense, windows):
     """Train one row, and return the model with its numbers."""
     L.seed_everything(0, verbose=False)
     module = CausalLMModule(options.start, dtype="float32", lr=LR, lr_decay=True)
@@ -134,10 +131,10 @@ def main(options: Options) -> None:
         evaluation=Samples(options.eval.name, len(evaluated), SEQLEN),
     )
 
-    def measured(model: nn.Module) -> dict[str, float]:
+    def measured(model):
         return {"perplexity": perplexity(model.eval(), in_batches(evaluated))}
 
-    def trained() -> dict[str, float]:
+    def trained():
         model, numbers = train(options, dense, windows)
         return {**measured(model), **numbers}
 

@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
 
 import torch
 from measuring import (
     MIB,
-    Batches,
     LanguageModel,
     Photos,
     Text,
@@ -33,7 +31,7 @@ from measuring import (
     seconds,
 )
 from result import Result, Runs, sparsity_of
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from wanda_lightning import Distill, Fisher, prune, shrink
@@ -67,7 +65,7 @@ class Options(Text):
     save: str | None = None
 
 
-def quantized(model: nn.Module, bits: int) -> nn.Module:
+def quantized(model, bits):
     """Return the model with the weights of linear layers in a few bits, as users of torchao make it."""
     import torchao.quantization as quantization
 
@@ -79,7 +77,7 @@ def quantized(model: nn.Module, bits: int) -> nn.Module:
     return model
 
 
-def by_peer(batch: Mapping[str, Tensor], goal: str, model: Any) -> nn.Module:
+def by_peer(batch, goal, model):
     """Return the model without the units that Torch-Pruning takes out of its MLPs, as in its example for LLMs."""
     import torch_pruning
 
@@ -99,7 +97,7 @@ def by_peer(batch: Mapping[str, Tensor], goal: str, model: Any) -> nn.Module:
     return model
 
 
-def by_optipfair(batches: Batches | None, training: Batches, goal: str, model: Any) -> nn.Module:
+def by_optipfair(batches, training, goal, model):
     """Return the model without the units that OptiPFair takes out, by its defaults, then trained by its defaults."""
     import optipfair
 
@@ -115,11 +113,11 @@ def by_optipfair(batches: Batches | None, training: Batches, goal: str, model: A
     return model
 
 
-def size_of(model: nn.Module) -> Measured:
+def size_of(model):
     """Return the bytes of all weights, in MiB, and how many `zstd -3` leaves."""
     from zstandard import ZstdCompressor
 
-    parts: dict[int, Tensor] = {}  # by their memory, so that shared weights count once
+    parts = {}  # by their memory, so that shared weights count once
     for tensor in (*model.parameters(), *model.buffers()):
         inner = [tensor]
         if hasattr(tensor, "__tensor_flatten__"):  # a quantized weight consists of several tensors
@@ -151,7 +149,7 @@ class Comparison:
     quality: Callable[[nn.Module], Measured]
     rounds: int
 
-    def __call__(self, change: Change) -> Measured:
+    def __call__(self, change):
         """Return quality, bytes, speeds relative to the dense model, memory, and seconds to make the model."""
         made = cost_of(lambda: change(copy.deepcopy(self.dense)))
         model = made.result.eval()
@@ -167,18 +165,18 @@ class Comparison:
         return measured
 
 
-def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
+def text_clocks(vocabulary):
     """Return what is timed for a language model."""
-    filled: dict[tuple[int, torch.dtype], Any] = {}
+    filled = {}
 
-    def fill(size: int, model: Any) -> Any:
+    def fill(size, model):
         ids = torch.randint(vocabulary, (size, PROMPT), generator=torch.Generator().manual_seed(0))
         return model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
 
-    def prefill(size: int, model: nn.Module) -> float:
+    def prefill(size, model):
         return seconds(lambda: fill(size, model))
 
-    def decode(size: int, model: Any) -> float:
+    def decode(size, model):
         # Keys and values have the same shapes in all models.
         key = (size, model.dtype)
         if key not in filled:
@@ -186,7 +184,7 @@ def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
         cache = copy.deepcopy(filled[key])
         token = torch.ones(size, 1, dtype=torch.long)
 
-        def generate() -> None:
+        def generate():
             for _ in range(NEW):
                 model(input_ids=token, cache=cache)
 
@@ -198,10 +196,10 @@ def text_clocks(vocabulary: int) -> dict[str, Callable[[nn.Module], float]]:
     return clocks
 
 
-def image_clocks(shape: tuple[int, ...]) -> dict[str, Callable[[nn.Module], float]]:
+def image_clocks(shape):
     """Return what is timed for an image classifier."""
 
-    def run(size: int, model: nn.Module) -> float:
+    def run(size, model):
         images = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
         images = images.to(next(model.parameters()).dtype)
         return seconds(lambda: model(images))
@@ -209,16 +207,14 @@ def image_clocks(shape: tuple[int, ...]) -> dict[str, Callable[[nn.Module], floa
     return {f"images_{size}": partial(run, size) for size in BATCHES}
 
 
-def narrower(batches: Any, goal: str, model: nn.Module, bits: int = 0, **choices: Any) -> nn.Module:
+def narrower(batches, goal, model, bits=0, **choices):
     """Return the model without a percentage of its hidden units, and with fewer bits if they are given."""
     prune(model, batches, float(goal) / 100, pattern="structured", **choices, progress=False)
     shrink(model)
     return quantized(model, bits) if bits else model
 
 
-def rows_of_units(
-    base: Result, method: str, change: Callable[..., nn.Module], widths: Sequence[str]
-) -> Rows:
+def rows_of_units(base, method, change, widths):
     """Return a row for each percentage of hidden units that are taken out."""
     rows = []
     for goal in widths:
@@ -227,16 +223,16 @@ def rows_of_units(
     return rows
 
 
-def common_rows(base: Result, batches: Any) -> Rows:
+def common_rows(base, batches):
     """Return the rows that all models have."""
 
-    def scattered(method: str, goal: str, model: nn.Module) -> nn.Module:
+    def scattered(method, goal, model):
         prune(model, batches, **sparsity_of(goal), method=method, progress=False)
         return model
 
     narrow = partial(narrower, batches)
     by_loss = partial(narrow, allocation=BY_LOSS)
-    rows: Rows = [
+    rows = [
         (base, lambda model: model),
         (replace(base, method="bfloat16"), lambda model: model.bfloat16()),
         (replace(base, method="int8"), partial(quantized, bits=8)),
@@ -251,14 +247,14 @@ def common_rows(base: Result, batches: Any) -> Rows:
     return rows
 
 
-def text(options: Options) -> tuple[Comparison, Rows]:
+def text(options):
     """Prepare a language model."""
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=DISTIL)
     base = language.planned
     batches = language.calibration
     rows = common_rows(base, batches)
 
-    def add(planned: Result, method: str, change: Callable[..., nn.Module]) -> None:
+    def add(planned, method, change):
         rows.extend(rows_of_units(planned, method, change, WIDTHS[:2]))
 
     by_seconds = replace(BY_LOSS, cost="seconds")
@@ -279,18 +275,18 @@ def text(options: Options) -> tuple[Comparison, Rows]:
     distilled = partial(narrower, many, allocation=BY_LOSS, recovery=recovery)
     add(replace(base, calibration=windows), "structured, distilled", distilled)
 
-    def quality(model: nn.Module) -> Measured:
+    def quality(model):
         return {"perplexity": perplexity(model, language.evaluation)}
 
     clocks = text_clocks(language.model.config.get_text_config().vocab_size)
     return Comparison(language.model, clocks, quality, options.runs), rows
 
 
-def photos(options: Options) -> tuple[Comparison, Rows]:
+def photos(options):
     """Prepare a classifier with its weights, such as EfficientNet-Lite0, and images in the layout of ImageNet."""
     images = Photos(options.images, options.data, options.nsamples or 128)
 
-    def quality(model: nn.Module) -> Measured:
+    def quality(model):
         correct = outputs(model, images.evaluation).argmax(dim=1) == images.labels
         return {"top1": int(correct.sum()) / len(correct)}
 

@@ -7,14 +7,14 @@
 quality.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from measuring import LanguageModel, run_from_shell
-from quality import TEXT, CellOptions, Measured, cells_of, prune_and_measure, prune_cells
-from result import Result, Runs
+from quality import TEXT, CellOptions, cells_of, prune_and_measure, prune_cells
+from result import Runs
 
 from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
 
@@ -28,7 +28,7 @@ class Options(CellOptions):
     goals: Sequence[str] = ("50", "2:4")
 
 
-def accuracies(metrics: dict[str, float]) -> Measured:
+def accuracies(metrics):
     """Return acc and, if the task has it, acc_norm, each with its standard error."""
     measured = {}
     for metric in ("acc", "acc_norm"):
@@ -50,7 +50,7 @@ def main(options: Options) -> None:
     cells = cells_of(options, TEXT, ())
     language = LanguageModel(options)
 
-    def record(planned: Result, measure: Callable[[], Measured]) -> None:
+    def record(planned, measure):
         """Save a run for each task, measured together unless all are saved: perplexity, and accuracy."""
         rows = {name: replace(planned, case={"task": name}) for name in tasks}
         if all(runs.saved(row) for row in rows.values()):

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+import yaml
 
 import wanda_lightning as wl
 from wanda_lightning import (
@@ -107,51 +108,33 @@ def test_one_name_to_skip_is_a_list_of_one():
     assert PruningConfig.from_names(skip="lm_head").skip == ("lm_head",)
 
 
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        ({"sparsity": 1.0}, r"sparsity must be .* at least 0 and below 1, but it is 1\.0"),
-        ({"sparsity": 50}, r"sparsity \(0\.5 for 50 %\) must be .* but it is 50\."),
-        (
-            {"criterion": "wnda"},
-            "criterion must be one of wanda, .* but it is 'wnda'. Did you mean wanda?",
-        ),
-        (
-            {"criterion": Wanda},
-            "criterion must be of class Criterion or one of wanda, .*, but it is <class",
-        ),
-        (
-            {"pattern": "2;4"},
-            "pattern must be one of unstructured_row, .* 4:8, unstructured, but it is '2;4'",
-        ),
-        ({"method": "bets"}, "method must be one of .* but it is 'bets'. Did you mean best"),
-        (
-            {"sequential": "model"},
-            "sequential must be one of block, layer, none, auto, one_pass, but it is 'model'",
-        ),
-        ({"skip": ["re:("]}, r"skip=.* must be a regular expression after"),
-        (
-            {"sparsity": 0.4, "pattern": "2:4"},
-            "sparsity must be 0.5 for the pattern 2:4, but it is 0.4",
-        ),
-        (
-            {"solver": "admm", "criterion": "ria"},
-            "solver='admm', because the solver scores the weights",
-        ),
-        (
-            {"solver": "sparsegpt", "criterion": "ria"},
-            "solver='sparsegpt', because the one compares whole rows",
-        ),
-        (
-            {"recovery": "reconstruct", "sequential": "layer"},
-            "sequential='layer', because the recovery",
-        ),
-        ({"permutation": "assignment"}, "pattern='unstructured_row', because this pattern"),
-    ],
-)
+# What is chosen, and what the sentence says.
+REFUSED = r"""
+- [{sparsity: 1.0}, 'sparsity must be .* at least 0 and below 1, but it is 1\.0']
+- [{sparsity: 50}, 'sparsity \(0\.5 for 50 %\) must be .* but it is 50\.']
+- [{criterion: wnda}, "criterion must be one of wanda, .* but it is 'wnda'. Did you mean wanda?"]
+- [{pattern: 2;4}, "must be one of unstructured_row, .* 4:8, unstructured, but it is '2;4'"]
+- [{method: bets}, "method must be one of .* but it is 'bets'. Did you mean best"]
+- [{sequential: model}, "must be one of block, layer, none, auto, one_pass, but it is 'model'"]
+- [{skip: ['re:(']}, 'skip=.* must be a regular expression after']
+- [{sparsity: 0.4, pattern: '2:4'}, 'sparsity must be 0.5 for the pattern 2:4, but it is 0.4']
+- [{solver: admm, criterion: ria}, "solver='admm', because the solver scores the weights"]
+- [{solver: sparsegpt, criterion: ria}, "solver='sparsegpt', because the one compares whole rows"]
+- [{recovery: reconstruct, sequential: layer}, "sequential='layer', because the recovery"]
+- [{permutation: assignment}, "pattern='unstructured_row', because this pattern"]
+"""
+
+
+@pytest.mark.parametrize(("choices", "message"), yaml.safe_load(REFUSED))
 def test_what_is_refused(choices, message):
     with pytest.raises(ValueError, match=message):
         PruningConfig.from_names(**choices)
+
+
+def test_a_class_in_the_place_of_an_object_is_told_so():
+    message = r"criterion must be of class Criterion or .*, but it is <class.* Wanda\(\.\.\.\)"
+    with pytest.raises(ValueError, match=message):
+        PruningConfig.from_names(criterion=Wanda)
 
 
 def test_the_description_is_plain_data():

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
 from support.data import few_digits as few_digits
 from support.zoo import save_llama_of_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,7 +98,7 @@ def test_the_commands_on_a_page_have_these_options(page):
                 parse_options(command, options)
 
 
-def tokens(page: Path) -> list[Token]:
+def tokens(page):
     """Return what GitHub's Markdown has on a page."""
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     flat = []
@@ -108,7 +107,7 @@ def tokens(page: Path) -> list[Token]:
     return flat
 
 
-def anchors(page: Path) -> set[str]:
+def anchors(page):
     """Return the anchors that GitHub gives to the headings of a page."""
     anchors = set()
     for token, title in pairwise(tokens(page)):

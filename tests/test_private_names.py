@@ -8,7 +8,6 @@ import ast
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +24,7 @@ class Use(NamedTuple):
     purpose: str
 
 
-def read_table() -> dict[str, Use]:
+def read_table():
     """The rows of `private_names.txt`, by name."""
     table = {}
     text = Path(__file__).with_name("private_names.txt").read_text(encoding="utf-8")
@@ -43,87 +42,72 @@ PUBLIC = {"_asdict", "_current_frames", "_fields", "_make", "_name_", "_replace"
 TEXTS = {"_stderr", "_token_id"}  # ends of names
 
 
-def is_private(name: str) -> bool:
+def is_private(name):
     return bool(re.fullmatch(r"_[^\W_]\w*", name)) and name not in PUBLIC | TEXTS
 
 
-def names_in(tree: ast.AST) -> Iterator[str]:
+def nodes(tree, *kinds):
+    return [node for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def names_in(tree):
     """The parts of imported names, and texts that are not a part of an f-string."""
-    formatted = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.JoinedStr):
-            formatted.update(map(id, node.values))
+    formatted = {id(part) for text in nodes(tree, ast.JoinedStr) for part in text.values}
+    for constant in nodes(tree, ast.Constant):
+        if isinstance(constant.value, str) and id(constant) not in formatted:
+            yield constant.value
 
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in formatted:
-                yield node.value
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            for alias in node.names:
-                yield from alias.name.split(".")
-            if isinstance(node, ast.ImportFrom) and node.module:
-                yield from node.module.split(".")
+    for node in nodes(tree, ast.Import, ast.ImportFrom):
+        module = getattr(node, "module", None) or ""
+        for name in (module, *(alias.name for alias in node.names)):
+            yield from name.split(".")
 
 
-def attributes_in(tree: ast.AST) -> Iterator[ast.Attribute]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            yield node
-
-
-def is_of_super(attribute: ast.Attribute) -> bool:
-    return isinstance(attribute.value, ast.Call) and ast.unparse(attribute.value.func) == "super"
-
-
-def methods_in(tree: ast.AST) -> set[str]:
+def methods_in(tree):
     methods = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            methods.update(inner.name for inner in node.body if isinstance(inner, ast.FunctionDef))
+    for node in nodes(tree, ast.ClassDef):
+        methods.update(inner.name for inner in node.body if isinstance(inner, ast.FunctionDef))
     return methods
 
 
-def members_in(tree: ast.AST) -> set[str]:
+def members_in(tree):
     """The methods, annotated fields and attributes of the classes in a file."""
     members = methods_in(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+    for node in nodes(tree, ast.AnnAssign):
+        if isinstance(node.target, ast.Name):
             members.add(node.target.id)
-    for attribute in attributes_in(tree):
+    for attribute in nodes(tree, ast.Attribute):
         if isinstance(attribute.ctx, ast.Store) and ast.unparse(attribute.value) == "self":
             members.add(attribute.attr)
     return members
 
 
-def defined_in(tree: ast.AST) -> set[str]:
-    defined = members_in(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            defined.add(node.id)
-    return defined
+def defined_in(tree):
+    defined = {node.name for node in nodes(tree, ast.FunctionDef, ast.ClassDef)}
+    stored = {node.id for node in nodes(tree, ast.Name) if isinstance(node.ctx, ast.Store)}
+    return defined | stored | members_in(tree)
 
 
-def foreign_names(tree: ast.AST, inherited: Set[str] = frozenset()) -> set[str]:
+def foreign_names(tree, inherited=frozenset()):
     """The private names that a file reads or imports, but does not define.
 
     `self` may also have what classes in other files define: `inherited`.
     """
     names = set(names_in(tree)) - defined_in(tree)
     members = members_in(tree)
-    for attribute in attributes_in(tree):
+    for attribute in nodes(tree, ast.Attribute):
+        owner = ast.unparse(attribute.value)
         known = members
-        if is_of_super(attribute):
+        if owner.startswith("super("):
             known = set()
-        elif ast.unparse(attribute.value) == "self":
+        elif owner == "self":
             known = members | inherited
         if attribute.attr not in known:
             names.add(attribute.attr)
     return {name for name in names if is_private(name)}
 
 
-def used_in(folder: Path) -> dict[str, list[str]]:
+def used_in(folder):
     """The files that use each private name of another library."""
     trees = {}
     for file in sorted(folder.rglob("*.py")):
@@ -132,9 +116,9 @@ def used_in(folder: Path) -> dict[str, list[str]]:
     called = set()
     for tree in trees.values():
         members |= members_in(tree)
-        called |= methods_in(tree) & {attribute.attr for attribute in attributes_in(tree)}
+        called |= methods_in(tree) & {node.attr for node in nodes(tree, ast.Attribute)}
 
-    files: dict[str, list[str]] = {}
+    files = {}
     for file, tree in trees.items():
         # Nothing in the package calls it, so a library does: it replaces a method there.
         replaced = {name for name in methods_in(tree) - called if is_private(name)}

@@ -8,11 +8,9 @@ The signatures are those of the source, as text: they look the same under every 
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import wanda_lightning
 
@@ -21,7 +19,7 @@ SHOWN_DECORATORS = ("classmethod", "staticmethod", "property", "cached_property"
 SHOWN_METHODS = ("__init__", "__call__")  # besides those without an underscore
 
 
-def interface() -> str:
+def interface():
     """Return the text of the file: one paragraph for each public name."""
     paragraphs = []
     for name in wanda_lightning.__all__:
@@ -37,24 +35,24 @@ def interface() -> str:
 
 
 @cache
-def tree_of(module: str) -> ast.Module:
+def tree_of(module):
     return ast.parse(Path(sys.modules[module].__file__).read_text(encoding="utf-8"))
 
 
-def definitions(public: Any) -> list[Any]:
+def definitions(public):
     """Return where a class or function is defined; functions with `@overload` are defined several times."""
     body = tree_of(public.__module__).body
     return [node for node in body if getattr(node, "name", "") == public.__name__]
 
 
-def lines_of_class(public: type) -> list[str]:
+def lines_of_class(public):
     """Return the head of a class, and its members with those that it inherits from classes of the package."""
     (definition,) = definitions(public)
     head = f"class {public.__name__}"
     if definition.bases:
         head += f"({', '.join(map(ast.unparse, definition.bases))})"
     lines = [*decorators(definition), head]
-    known: set[str] = set()
+    known = set()
     for owner in public.__mro__:
         if owner.__module__.partition(".")[0] == "wanda_lightning":
             (definition,) = definitions(owner)
@@ -66,7 +64,7 @@ def lines_of_class(public: type) -> list[str]:
     return lines
 
 
-def members_of(definition: ast.ClassDef) -> Iterator[tuple[str, list[str]]]:
+def members_of(definition):
     """Yield the name and the lines of each public field and method of a class."""
     for node in definition.body:
         if isinstance(node, ast.FunctionDef):
@@ -82,7 +80,7 @@ def members_of(definition: ast.ClassDef) -> Iterator[tuple[str, list[str]]]:
             yield name, lines
 
 
-def lines_of(function: ast.FunctionDef) -> list[str]:
+def lines_of(function):
     """Return a signature: on one line if it fits, or with a line for each parameter."""
     parameters = parameters_of(function.args)
     returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
@@ -95,7 +93,7 @@ def lines_of(function: ast.FunctionDef) -> list[str]:
     return [*decorators(function), *lines]
 
 
-def parameters_of(arguments: ast.arguments) -> list[str]:
+def parameters_of(arguments):
     """Return each parameter with its annotation and its default."""
     positional = [*arguments.posonlyargs, *arguments.args]
     pairs = zip_longest(reversed(positional), reversed(arguments.defaults))
@@ -114,12 +112,12 @@ def parameters_of(arguments: ast.arguments) -> list[str]:
     return parameters
 
 
-def parameter(argument: ast.arg, default: ast.expr | None) -> str:
+def parameter(argument, default):
     text = ast.unparse(argument)
     return text if default is None else f"{text} = {ast.unparse(default)}"
 
 
-def decorators(definition: Any) -> list[str]:
+def decorators(definition):
     shown = [f"@{ast.unparse(decorator)}" for decorator in definition.decorator_list]
     return [text for text in shown if text.partition("(")[0].removeprefix("@") in SHOWN_DECORATORS]
 

@@ -9,10 +9,11 @@ TF32, and several accelerators.
 import pytest
 import torch
 from support.disk import CHOICES, batches, same as same_weights, save_llama, weights
+from support.quiet import prune
 from support.remote import DEVICES, assert_equal, on
 from support.zoo import ZOO
 
-from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune, prune_from_disk, shrink
+from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune_from_disk, shrink
 from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.methods import METHODS, PRESETS, SEQUENTIAL_CHOICES
 
@@ -20,16 +21,21 @@ from wanda_lightning.methods import METHODS, PRESETS, SEQUENTIAL_CHOICES
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def on_both(specimen, **choices):
+@pytest.fixture
+def on_both(no_float64):
     """Prune the same model on the CPU and on the device."""
-    models = []
-    reports = []
-    for device in DEVICES:
-        models.append(ZOO[specimen].build().to(device))
-        reports.append(prune(models[-1], ZOO[specimen].batches(), progress=False, **choices))
-    assert_equal(*models)
-    assert (reports[0].layers, reports[0].notes) == (reports[1].layers, reports[1].notes)
-    return models[1], " ".join(reports[1].notes)
+
+    def pruned(specimen, **choices):
+        models = []
+        reports = []
+        for device in DEVICES:
+            models.append(ZOO[specimen].build().to(device))
+            reports.append(prune(models[-1], ZOO[specimen].batches(), **choices))
+        assert_equal(*models)
+        assert (reports[0].layers, reports[0].notes) == (reports[1].layers, reports[1].notes)
+        return models[1], " ".join(reports[1].notes)
+
+    return pruned
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -44,27 +50,23 @@ def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
     assert seeds == ([] if device == "cpu" else [3])
 
 
-@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize("method", [*METHODS, *PRESETS])
-def test_methods(method):
+def test_methods(on_both, method):
     on_both("llama", method=method)
 
 
-@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize("specimen", ["vit", "convnext"])
 @pytest.mark.parametrize("method", ["best", "ria"])
-def test_images(specimen, method):
+def test_images(on_both, specimen, method):
     on_both(specimen, method=method)
 
 
-@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize("specimen", ["llama_left_padded", "mixtral_padded"])
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_padding(specimen, sequential):
+def test_padding(on_both, specimen, sequential):
     on_both(specimen, sequential=sequential)
 
 
-@pytest.mark.usefixtures("no_float64")
 @pytest.mark.parametrize(
     "choices",
     [
@@ -75,24 +77,21 @@ def test_padding(specimen, sequential):
     ],
     ids=str,
 )
-def test_choices(choices):
+def test_choices(on_both, choices):
     on_both("llama", **choices)
 
 
-@pytest.mark.usefixtures("no_float64")
-def test_a_permutation_is_in_the_notes():
+def test_a_permutation_is_in_the_notes(on_both):
     _, notes = on_both("llama", method="ria", pattern="2:4", permutation="assignment")
     assert "permuted" in notes
 
 
-@pytest.mark.usefixtures("no_float64")
-def test_batch_norm_is_corrected():
+def test_batch_norm_is_corrected(on_both):
     _, notes = on_both("resnet18")
     assert "BatchNorm" in notes
 
 
-@pytest.mark.usefixtures("no_float64")
-def test_experts_leave():
+def test_experts_leave(on_both):
     model, _ = on_both("qwen3_moe", pattern="experts")
     assert model.config.num_experts == 2
 
@@ -110,7 +109,7 @@ def test_masks_of_a_large_matrix(pattern):
 def test_structured():
     models = [ZOO["llama"].build().to(device) for device in DEVICES]
     for model in models:
-        prune(model, ZOO["llama"].batches(), method="best", pattern="structured", progress=False)
+        prune(model, ZOO["llama"].batches(), method="best", pattern="structured")
         shrink(model)
     assert_equal(*models)
     assert models[1].model.layers[0].mlp.up_proj.weight.shape[0] < 64
@@ -123,7 +122,7 @@ def test_batches_of_the_other_device(method):
 
     def pruned(model_device, batch_device):
         model = specimen.build().to(model_device)
-        prune(model, on(batch_device, specimen.batches()), method=method, progress=False)
+        prune(model, on(batch_device, specimen.batches()), method=method)
         return model
 
     usual = pruned("cpu", "cpu")
@@ -162,7 +161,7 @@ CASES = {
 def test_a_model_on_two_devices(choices):
     models = ZOO["llama"].build(), spread(ZOO["llama"].build())
     for model in models:
-        prune(model, ZOO["llama"].batches(), progress=False, **choices)
+        prune(model, ZOO["llama"].batches(), **choices)
     assert_equal(*models)
     assert len({parameter.device for parameter in models[1].parameters()}) == 2
 
@@ -175,7 +174,7 @@ def test_errors_say_where_an_activation_is_not_finite():
             model.model.layers[0].self_attn.v_proj.weight[3].mul_(1e30)
         expected = r"o_proj holds NaN or infinity.* in calibration batch"
         with pytest.raises(ValueError, match=expected) as caught:
-            prune(model, ZOO["llama_left_padded"].batches(), progress=False)
+            prune(model, ZOO["llama_left_padded"].batches())
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 

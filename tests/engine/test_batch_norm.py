@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.detectors import retinanet, scenes
 from support.pair_cases import prune_batch_norms
+from support.quiet import prune
 from support.refusals import state_of
 from support.samples import calls_of
 from support.zoo import ZOO, run, seeded
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 from torchvision.ops import FrozenBatchNorm2d, Permute
 
-from wanda_lightning import Distill, prune
+from wanda_lightning import Distill
 from wanda_lightning.engine import batch_norm
 from wanda_lightning.engine.batch_norm import batch_norm_layers
 
@@ -73,8 +74,8 @@ def both(dense, batches, sparsity=0.5, **choices):
     """Prune without and with the correction."""
     without = copy.deepcopy(dense)
     corrected = copy.deepcopy(dense)
-    prune(without, batches, sparsity, keep_batch_norm=True, progress=False, **choices)
-    report = prune(corrected, batches, sparsity, progress=False, **choices)
+    prune(without, batches, sparsity, keep_batch_norm=True, **choices)
+    report = prune(corrected, batches, sparsity, **choices)
     return without, corrected, report
 
 
@@ -102,13 +103,12 @@ def notes(report):
 
 def one_layer(norm, dims=0):
     """A pruned matrix, whose output a BatchNorm layer normalizes as (tokens, channels), or with places behind those."""
-    places = (
-        [Permute([0, 2, 1]), nn.Unflatten(2, (5, *[1] * (dims - 1)))]
-        if dims
-        else [nn.Flatten(0, 1)]
-    )
+    if dims == 0:
+        return nn.Sequential(nn.Linear(6, 8), nn.Flatten(0, 1), norm, nn.Linear(8, 3))
+    places = nn.Unflatten(2, (5, *[1] * (dims - 1)))
+    to_channels = Permute([0, 2, 1])
     return nn.Sequential(
-        nn.Linear(6, 8), *places, norm, nn.Flatten(1), nn.Linear(40 if dims else 8, 3)
+        nn.Linear(6, 8), to_channels, places, norm, nn.Flatten(1), nn.Linear(40, 3)
     )
 
 
@@ -128,7 +128,6 @@ def warmed(model):
 
 
 LINEAR = {"only": ["0"]}
-TWICE = {"only": ["1.0"], "sequential": "none"}
 MAGNITUDE = {"method": "magnitude"}
 CASES = [
     (ZOO["resnet18"].build, images(2, 0, 3), MAGNITUDE),
@@ -139,14 +138,18 @@ CASES = [
         (partial(seeded, partial(retinanet, kind)), scenes(2, 3), MAGNITUDE)
         for kind in (nn.BatchNorm2d, FrozenBatchNorm2d)
     ),
-    (lambda: one_layer(nn.BatchNorm1d(8)), vectors(3, 4), LINEAR),
-    (lambda: one_layer(nn.BatchNorm1d(8, momentum=None), 1), vectors(3, 4), LINEAR),
-    (lambda: one_layer(nn.BatchNorm2d(8, affine=False), 2), vectors(3, 4), LINEAR),
-    (lambda: one_layer(nn.BatchNorm3d(8), 3), vectors(3, 4), LINEAR),
-    (lambda: one_layer(nn.SyncBatchNorm(8), 2), vectors(3, 4), LINEAR),
-    (lambda: one_layer(BatchNormAct2d(8), 2), vectors(3, 4), LINEAR),
-    (twice, vectors(3, 4), TWICE),
+    (twice, vectors(3, 4), {"only": ["1.0"], "sequential": "none"}),
 ]
+# A layer, and the number of its dimensions behind the channels.
+LAYERS = [
+    (nn.BatchNorm1d(8), 0),
+    (nn.BatchNorm1d(8, momentum=None), 1),
+    (nn.BatchNorm2d(8, affine=False), 2),
+    (nn.BatchNorm3d(8), 3),
+    (nn.SyncBatchNorm(8), 2),
+    (BatchNormAct2d(8), 2),
+]
+CASES += [(partial(one_layer, *row), vectors(3, 4), LINEAR) for row in LAYERS]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,7 @@ CASES = [
             for case, at_once in zip(CASES, cycle([batch_norm._AT_ONCE, 1, 5000]))
         ),
         (
-            lambda: one_layer(nn.BatchNorm1d(8)),
+            partial(one_layer, *LAYERS[0]),
             vectors(3, 4),
             LINEAR,
             torch.bfloat16,
@@ -190,9 +193,7 @@ def test_nothing_changes_where_nothing_is_pruned(dtype):
         dense, [x.to(dtype) for x in images(4, 5)], **MAGNITUDE, only=["layer3.*", "layer4.*"]
     )
     first = changed(dense, corrected).index(True)
-    assert [x for x, _ in dense.named_modules() if "bn" in x or "downsample.1" in x][
-        first
-    ] == "layer3.0.bn1"
+    assert list(batch_norm_layers(dense))[first] is dense.layer3[0].bn1
 
 
 def distances(dense, models, samples):
@@ -267,13 +268,13 @@ def unread():
     ],
 )
 def test_magnitude_reads_the_batches_only_for_it(make, batches, choices, said):
-    found = notes(prune(make(), batches(), **MAGNITUDE, **choices, progress=False))
+    found = notes(prune(make(), batches(), **MAGNITUDE, **choices))
     assert [text in note for text, note in zip(said, found, strict=True)] == [True] * len(said)
 
 
 def test_outputs_that_are_no_predictions():
     model = resnet()
-    report = prune(model, images(8), forward=lambda x: [model(x), None][1], progress=False)
+    report = prune(model, images(8), forward=lambda x: [model(x), None][1])
     assert (
         "corrected on 7 samples; no predictions of held-out samples to compare" in notes(report)[0]
     )
@@ -285,7 +286,7 @@ def test_a_generator_gives_its_first_batches_to_the_other_passes_too():
     models = [resnet(), resnet()]
     batches = images(2, 2, 2)
     for model, given in zip(models, (iter(batches), batches), strict=True):
-        report = prune(model, given, 0.5, sequential="none", progress=False)
+        report = prune(model, given, 0.5, sequential="none")
         assert report.config["calibration_batches"] == 3
     same(models[0].state_dict(), models[1].state_dict())
 
@@ -306,7 +307,7 @@ def test_an_error_restores_the_statistics(last, text):
         return model(x)
 
     with pytest.raises(KeyError) as caught:
-        prune(model, images(2, 3), **MAGNITUDE, forward=forward, progress=False)
+        prune(model, images(2, 3), **MAGNITUDE, forward=forward)
     assert text in caught.value.__notes__[-1]
     same(statistics(model), statistics(dense))
     assert state_of(model) == state_of(dense)
@@ -317,7 +318,7 @@ def test_processes_add_their_sums(pair):
     one, other = pair.run(prune_batch_norms, batches, shares=((0, 2), (1,)))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
     alone = resnet()
-    prune(alone, batches, **MAGNITUDE, only=["layer4.*"], progress=False)
+    prune(alone, batches, **MAGNITUDE, only=["layer4.*"])
     first = changed(alone, resnet()).index(True)
     # Later layers see inputs that the batches of one process have corrected.
     alone = [x.running_mean for x in batch_norm_layers(alone)]
@@ -330,10 +331,8 @@ def test_distillation_starts_from_the_corrected_statistics_and_leaves_them():
     batches = images(5, 5, 6)
     corrected = copy.deepcopy(dense)
     distilled = copy.deepcopy(dense).train()
-    prune(corrected, batches, 0.5, progress=False)
-    report = prune(
-        distilled, batches, 0.5, recovery=Distill(passes=1, blocks=False), progress=False
-    )
+    prune(corrected, batches, 0.5)
+    report = prune(distilled, batches, 0.5, recovery=Distill(passes=1, blocks=False))
     same(statistics(corrected), statistics(distilled))
     assert distilled.training
     assert not torch.equal(distilled.bn1.weight, corrected.bn1.weight)

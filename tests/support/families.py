@@ -13,28 +13,27 @@ from __future__ import annotations
 
 import copy
 import re
-import signal
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 import transformers as hf
-from support.zoo import CannotBuild, Family, double, matrices, outputs, without_cache
+from support.quiet import prune
+from support.zoo import CannotBuild, double, matrices, outputs, without_cache
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wanda_lightning import ImageClassifierModule, Structured, prune, shrink
-from wanda_lightning.models import Stop, find_layers
+from wanda_lightning import ImageClassifierModule, Structured, shrink
+from wanda_lightning.models import find_layers
 from wanda_lightning.units.modeling_file import auto_classes, write_modeling_file
 
 aten = torch.ops.aten
@@ -42,7 +41,6 @@ SEQUENTIAL = ("block", "layer", "none")
 PATTERNS = ("unstructured", "2:4")
 ORDINARY = "ordinary"
 OWN_FILE = "with a modeling file"
-_MINUTES = 10  # of processor time for a family
 _outputs = torch.no_grad()(outputs)
 
 
@@ -77,9 +75,7 @@ def _floating_point(output):
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def check(
-    family: Family, slowly: bool = True, ways: Sequence[tuple[str, str]] | None = None
-) -> Result:
+def check(family, slowly=True, ways=None):
     """Prune a model in every way, or in some, and check the result by assertions."""
     result = Result(family.kind, family.name, family.model)
     dense = _build(family)
@@ -97,7 +93,6 @@ def check(
             pattern=pattern,
             sequential=sequential,
             keep_batch_norm=True,
-            progress=False,
         )
         _verify(model, dense, report, pattern)
         finite = all(_finite(_outputs(model, batch)) for batch in family.batches())
@@ -163,7 +158,7 @@ def _coverage(model, report, batches):
 
     pruned = sum(layer.size for layer in report.layers if counts(layer.name))
     parameters = matrices(model, experts=False)
-    left: Counter[str] = Counter()  # sizes by reason
+    left = Counter()  # sizes by reason
     for matrix in report.skipped:
         if matrix.name in parameters and not matrix.detail.startswith(_OUTSIDE):
             left[matrix.detail] += parameters[matrix.name].numel() * counts(matrix.name)
@@ -228,11 +223,11 @@ def _compare(dense, batches):
 
     dtype = next(model.parameters()).dtype
     slow = copy.deepcopy(model)
-    prune(model, batches, 0.5, sequential="block", progress=False)
+    prune(model, batches, 0.5, sequential="block")
     slow_prune(slow, batches)
 
     zeros = 0
-    differing: dict[str, int] = {}
+    differing = {}
     for (name, weight), expected in zip(model.named_parameters(), slow.parameters(), strict=True):
         zeros += int((weight == 0).sum())
         different = int(((weight == 0) != (expected == 0)).sum())
@@ -245,16 +240,14 @@ def _compare(dense, batches):
     return str(dtype).removeprefix("torch.")
 
 
-def slow_prune(
-    model: nn.Module, batches: list[Any], sequential: str = "block", sparsity: float = 0.5
-) -> None:
+def slow_prune(model, batches, sequential="block", sparsity=0.5):
     """Prune with Wanda, stop by stop, in plain code.
 
     For each stop, every batch runs through the model as pruned so far, up to the first end of that stop. The inputs of
     a weight are read where PyTorch multiplies, below all modules. Padding is found in the products with as many tokens
     as the `attention_mask` has, so not in those of experts.
     """
-    stops: Sequence[Stop] = find_layers(model, sequential).stops
+    stops = find_layers(model, sequential).stops
     if sequential != "none":
         stops = _in_order(model, stops, batches)
     for stop in stops:
@@ -315,17 +308,15 @@ class _InputSquares:
     """
 
     def __init__(self, layers, enough=32):
-        self.tokens: Tensor | None = None  # which tokens of the batch are no padding
+        self.tokens = None  # which tokens of the batch are no padding
         self._enough = enough
         self._all = layers
         # By the address of the parameter: one of its experts stands for all.
         self._layers = {layer.parameter.data_ptr(): layer for layer in layers}
         # By the address of the parameter and the number of the expert.
-        self._sums: dict[tuple[int, int], Tensor] = {}
-        self._counts: Counter[tuple[int, int]] = Counter()
-        self._is_transposed: dict[
-            int, bool
-        ] = {}  # by the address: whether PyTorch multiplies by the weight as stored
+        self._sums = {}
+        self._counts = Counter()
+        self._is_transposed = {}  # by the address: whether PyTorch multiplies by the weight as stored
 
     def on_product(self, weight, x):
         start = weight.untyped_storage().data_ptr()
@@ -392,7 +383,7 @@ def _in_order(model, stops, batches):
 
     routes = []  # for each batch, the indices of its stops in the order in which it reaches them
     for batch in batches:
-        route: dict[int, None] = {}
+        route = {}
 
         def on_product(weight, _, route=route):
             start = weight.untyped_storage().data_ptr()
@@ -403,14 +394,14 @@ def _in_order(model, stops, batches):
             _outputs(model, batch)
         routes.append(list(route))
 
-    order: list[int] = []
+    order = []
     while any(routes):
         order.append(min(route[0] for route in routes if route))
         routes = [[index for index in route if index != order[-1]] for route in routes]
     return [stops[index] for index in order]
 
 
-def check_units(family: Family, result: Result | None = None) -> Result:
+def check_units(family, result=None):
     """Prune, shrink, save and load the model of a family; raise an error if its outputs change."""
     result = result or Result(family.kind, family.name, family.model)
     model = _build(family)
@@ -418,7 +409,7 @@ def check_units(family: Family, result: Result | None = None) -> Result:
     is_timm = family.kind == "timm"
     try:
         pattern = Structured(multiple_of=8 if is_timm else 1)  # the models of transformers are tiny
-        report = prune(model, batches, 0.25, pattern=pattern, progress=False)
+        report = prune(model, batches, 0.25, pattern=pattern)
     except ValueError as error:
         if "finds no hidden units" not in str(error):
             raise
@@ -497,34 +488,9 @@ def _timm_folder(family, model, folder):
     return loaded, OWN_FILE if list(folder.glob("modeling_*.py")) else ORDINARY
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error):
     text = str(error).strip().splitlines()
     where = traceback.extract_tb(error.__traceback__)[-1]
     line = f"{Path(where.filename).name}:{where.lineno}"
     message = text[0][:300] if text else "without a message"
     return f"{type(error).__name__}: {message} ({line})"
-
-
-def examine(family: Family) -> Result:
-    """Call both checks, and return errors as results."""
-    result = Result(family.kind, family.name, family.model)
-    try:
-        result = check(family)
-        signal.signal(signal.SIGPROF, _out_of_time)
-        signal.setitimer(signal.ITIMER_PROF, 60 * _MINUTES)
-        check_units(family, result)
-    except CannotBuild as error:
-        result.cause = str(error)
-        result.status = "cannot be built here"
-    except Exception as error:
-        if result.status == "passes":
-            result.folder = first_line(error)
-        else:
-            result.cause = first_line(error)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    return result
-
-
-def _out_of_time(*_):
-    raise TimeoutError(f"not finished in {_MINUTES} minutes of processor time")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import time
 from functools import partial
+from operator import attrgetter
 from unittest import mock
 
 import lightning as L
@@ -485,22 +486,15 @@ def assert_same_weights(weights, expected, tolerance=1e-3):
 
 
 def assert_same_report(report, expected):
-    def plain(layers):
-        return [
-            (layer.name, layer.shape, layer.tokens, layer.note, layer.target) for layer in layers
-        ]
-
-    assert plain(report.layers) == plain(expected.layers)
-    assert [layer.zeros for layer in report.layers] == [layer.zeros for layer in expected.layers]
+    plain = attrgetter("name", "shape", "tokens", "note", "target", "zeros")
+    assert [*map(plain, report.layers)] == [*map(plain, expected.layers)]
     for layer, other in zip(report.layers, expected.layers, strict=True):
         if other.error is None:
             assert layer.error is None, layer.name
         else:
             assert layer.error == pytest.approx(other.error, rel=1e-3), layer.name
-    assert report.skipped == expected.skipped
-    assert (report.parameters, report.zeros) == (expected.parameters, expected.zeros)
-    assert report.config == expected.config
-    assert report.notes == expected.notes
+    rest = attrgetter("skipped", "parameters", "zeros", "config", "notes")
+    assert rest(report) == rest(expected)
 
 
 def assert_equal_everywhere(first, second):

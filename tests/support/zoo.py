@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,13 +29,12 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 TOKENS = 24
 IMAGE = 32
 PATCH = 8
-Batch = Callable[[Any, int, Generator], Any]  # of a configuration, and a number of samples
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Family(Specimen):
     arguments: Callable[[], dict[str, Any]] = dict
 
 
-def outputs(model: nn.Module, batch: Any) -> Any:
+def outputs(model, batch):
     """Run the forward pass that `prune` runs for such a batch."""
     if isinstance(batch, Mapping):
         return model(**batch)
@@ -72,7 +71,7 @@ def outputs(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def run(model: nn.Module, batch: Any) -> Tensor:
+def run(model, batch):
     """Return the main output of a model for a batch. The caller decides whether gradients are recorded."""
     if isinstance(batch, Mapping) and hasattr(getattr(model, "config", None), "use_cache"):
         batch = {**batch, "use_cache": False}
@@ -80,7 +79,7 @@ def run(model: nn.Module, batch: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def matrices(model: nn.Module, experts: bool = True) -> dict[str, nn.Parameter]:
+def matrices(model, experts=True):
     """Return every parameter with two or more dimensions by name: once per module that shares it, once per expert."""
     by_name = {}
     for module_name, module in model.named_modules():
@@ -93,22 +92,22 @@ def matrices(model: nn.Module, experts: bool = True) -> dict[str, nn.Parameter]:
     return by_name
 
 
-def is_experts(module: nn.Module) -> bool:
+def is_experts(module):
     """Tell whether a module holds experts; in transformers 5.2, some have another name."""
     return type(module).__name__.endswith(("Experts", "NaiveMoe"))
 
 
-def matching(names: Iterable[str], globs: Iterable[str]) -> set[str]:
+def matching(names, globs):
     """Return the names that at least one glob matches."""
     globs = tuple(globs)
     return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
 
 
-def double(x: Tensor) -> Tensor:
+def double(x):
     return x.double() if x.is_floating_point() else x
 
 
-def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+def seeded(make):
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would reseed the accelerators too.
         torch.default_generator.manual_seed(0)
@@ -277,7 +276,7 @@ _OTHERS = {
     """,
     _waves: "Wav2Vec2ForCTC HubertForCTC WavLMForCTC",
 }
-_BATCHES: dict[str, Batch] = {
+_BATCHES = {
     "musicgen": _codebooks,
     "musicgen_melody": _codebooks,
     "gemma4_assistant": _from_a_target,
@@ -291,13 +290,13 @@ class CannotBuild(Exception):
     """The installed versions cannot build the model, or its plain forward pass fails."""
 
 
-def names(kind: str) -> list[str]:
+def names(kind):
     """Return the names of all families of a kind."""
     others = [name for name in _BATCHES if hasattr(hf, name)]
     return {"causal": list(_causal()), "other": others, "timm": sorted(_modules_of_timm())}[kind]
 
 
-def family(kind: str, name: str) -> Family:
+def family(kind, name):
     """Return a model of a family. Nothing is built yet."""
     if kind == "timm":
         return of_timm(min(_modules_of_timm()[name], key=_size))
@@ -316,7 +315,7 @@ def _causal():
     return first
 
 
-def causal(name: str) -> Family:
+def causal(name):
     """Return a language model that reads only text."""
     config_class, model_class = _causal()[name]
 
@@ -335,7 +334,7 @@ def causal(name: str) -> Family:
     return _of_transformers("causal", name, model_class, configure)
 
 
-def other(name: str) -> Family:
+def other(name):
     """Return a model of another class of transformers."""
     model_class = getattr(hf, name)
     return _of_transformers("other", name, model_class, partial(tiny, model_class.config_class))
@@ -354,11 +353,11 @@ def _of_transformers(kind, name, model_class, configure):
     return Family(partial(seeded, make), batches, kind=kind, name=name, model=model_class.__name__)
 
 
-def number_of_weights(model: nn.Module) -> int:
+def number_of_weights(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def without_cache(model: nn.Module) -> nn.Module:
+def without_cache(model):
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "use_cache"):
             module.config.use_cache = False
@@ -368,13 +367,13 @@ def without_cache(model: nn.Module) -> nn.Module:
 @cache
 def _modules_of_timm():
     """Return the names of timm's models by the module that builds them."""
-    modules: dict[str, list[str]] = {}
+    modules = {}
     for name in timm.list_models():
         modules.setdefault(timm.models._registry._model_to_module[name], []).append(name)
     return modules
 
 
-def of_timm(name: str) -> Family:
+def of_timm(name):
     """Return a model of timm with as few blocks and with images as small as it accepts."""
     usual = timm.get_pretrained_cfg(name).input_size[-1]
 
@@ -542,16 +541,16 @@ class _TorchTransformer(nn.Module):
         return self.head(self.encoder(x))
 
 
-def tokenizer_of_bytes(reverse: bool = False, others: Mapping[str, int] = {}) -> Tokenizer:
+def tokenizer_of_bytes(reverse=False, others=()):
     """One token for each byte, in the order of their characters or in reverse; and other tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)
     vocabulary = {character: index for index, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **others}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | dict(others), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return tokenizer
 
 
-def save_llama_of_bytes(folder: Any) -> None:
+def save_llama_of_bytes(folder):
     """Save a tiny Llama and a tokenizer whose tokens are bytes as a Hugging Face folder."""
     hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer_of_bytes()).save_pretrained(folder)
     special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
@@ -623,7 +622,7 @@ _SWIN = {
 }
 _FEW = {"moe_intermediate_size": 16}
 
-ZOO: dict[str, Specimen] = {
+ZOO = {
     "llama": _text_model(hf.LlamaForCausalLM),
     "llama_padded": _text_model(hf.LlamaForCausalLM, batch=_padded_text),
     "llama_left_padded": _text_model(hf.LlamaForCausalLM, batch=_LEFT),
