@@ -8,7 +8,9 @@ import torch
 from support.pairwise import pairwise
 from torch.nn import functional as F
 
-from wanda_lightning.calibration.attention import multi_head_attention
+from wanda_lightning.calibration import attention
+from wanda_lightning.calibration.attention import arguments_of, multi_head_attention
+from wanda_lightning.calibration.interception import WeightInterceptor
 
 WIDTH = 16
 HEADS = 2
@@ -21,8 +23,6 @@ OPTIONS = {
     "padding": (None, "bool", "float"),
     "weights": ("mean", "each head", None),
     "is_causal": (True, False),
-    "extra": (None, "bias_k and bias_v", "static_k", "static_v"),
-    "add_zero": (True, False),
     "training": (True, False),
 }
 
@@ -50,7 +50,7 @@ def projections(inputs, have_own_weights):
     return arguments
 
 
-def arguments_of(inputs, options):
+def options_of(inputs, options):
     """The arguments for some options, without the weights of query, key and value."""
     query, key, value = inputs
     samples = query.shape[1] if query.ndim == 3 else 1
@@ -63,9 +63,6 @@ def arguments_of(inputs, options):
     }
     padding_shape = (*query.shape[1:-1], keys)
     paddings = {None: None, "bool": hidden(*padding_shape), "float": torch.randn(padding_shape)}
-    extra = options["extra"]
-    has_bias = extra == "bias_k and bias_v"
-    static = torch.randn(samples * HEADS, keys, WIDTH // HEADS)
     return {
         "query": query,
         "key": key,
@@ -73,9 +70,9 @@ def arguments_of(inputs, options):
         "embed_dim_to_check": WIDTH,
         "num_heads": HEADS,
         "in_proj_bias": torch.randn(3 * WIDTH) if options["bias"] else None,
-        "bias_k": torch.randn(1, 1, WIDTH) if has_bias else None,
-        "bias_v": torch.randn(1, 1, WIDTH) if has_bias else None,
-        "add_zero_attn": options["add_zero"],
+        "bias_k": None,
+        "bias_v": None,
+        "add_zero_attn": False,
         "dropout_p": 0.5,
         "out_proj_weight": torch.randn(WIDTH, WIDTH),
         "out_proj_bias": torch.randn(WIDTH) if options["bias"] else None,
@@ -83,8 +80,6 @@ def arguments_of(inputs, options):
         "key_padding_mask": paddings[options["padding"]],
         "need_weights": options["weights"] is not None,
         "attn_mask": masks[options["mask"]],
-        "static_k": static if extra == "static_k" else None,
-        "static_v": static if extra == "static_v" else None,
         "average_attn_weights": options["weights"] == "mean",
         "is_causal": options["is_causal"],
     }
@@ -107,24 +102,29 @@ def test_results_have_the_bits_of_pytorch(kind, batch, combine):
         if not is_allowed(*combination):
             continue
         options = dict(zip(OPTIONS, combination, strict=True))
-        arguments = arguments_of(inputs, options) | projections(
+        arguments = options_of(inputs, options) | projections(
             inputs, have_own_weights=kind == "weights of their own"
         )
-        results = []
-        for function in (F.multi_head_attention_forward, multi_head_attention):
-            torch.manual_seed(1)  # dropout
-            results.append(function(**arguments))
+        torch.manual_seed(1)  # dropout
+        results = [F.multi_head_attention_forward(**arguments)]
+        torch.manual_seed(1)
+        results.append(multi_head_attention(**arguments_of((), arguments)))
         torch.testing.assert_close(*results, rtol=0, atol=0, msg=f"differs with {options}")
 
 
+def test_keys_of_no_token_are_left_to_pytorch():
+    module = torch.nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True)
+    x = torch.randn(3, 2, 8)
+    expected, _ = module(x, x, x)
+    with WeightInterceptor([], lambda products, multiply: multiply()):
+        actual, _ = module(x, x, x)
+    assert torch.equal(actual, expected)
+
+
 def test_pytorch_has_the_same_parameters():
-    theirs = inspect.signature(F.multi_head_attention_forward).parameters
-    ours = inspect.signature(multi_head_attention).parameters
-    defaults = [
-        {name: parameter.default for name, parameter in parameters.items()}
-        for parameters in (theirs, ours)
-    ]
-    assert defaults[0] == defaults[1], (
+    theirs = inspect.signature(F.multi_head_attention_forward).parameters.keys()
+    ours = inspect.signature(multi_head_attention).parameters.keys()
+    assert theirs == {*ours, *attention._FURTHER_KEYS, "embed_dim_to_check"}, (
         "torch.nn.functional.multi_head_attention_forward has other parameters than "
         "calibration/attention.py, which computes the same: add them there"
     )

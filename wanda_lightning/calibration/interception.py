@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wanda_lightning.calibration.attention import multi_head_attention
+from wanda_lightning.calibration.attention import arguments_of, multi_head_attention
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.torch_internals import is_transformed
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.types import Kwargs
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import Layer
 
@@ -103,7 +104,9 @@ class WeightInterceptor(TorchFunctionMode):
         if func in PRODUCTS:
             return self._multiply(func, call, *_factors(func, args, kwargs))
         if func is F.multi_head_attention_forward:
-            return self._attend(*args, **kwargs)
+            arguments = arguments_of(args, kwargs)
+            if arguments is not None:
+                return self._attend(arguments)
         return call()
 
     def _multiply(self, func: Any, call: Multiply, first: Any, second: Any) -> Tensor:
@@ -118,13 +121,14 @@ class WeightInterceptor(TorchFunctionMode):
             products = [product._replace(left=True) for product in transposed]
         return self._on_product(products, call) if products else call()
 
-    def _attend(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _attend(self, arguments: Kwargs) -> Any:
         """Run attention so that this mode sees the products with its four weights."""
+        query = arguments["query"]
         steps, samples, *_ = query.shape
         self._attention = (steps, samples) if query.ndim == 3 else None
         try:
             with self:  # which is off in `__torch_function__`
-                return multi_head_attention(query, *args, **kwargs)
+                return multi_head_attention(**arguments)
         finally:
             self._attention = None
 
