@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ctypes
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from support.refusals import bits
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import (
@@ -63,7 +63,7 @@ HAS_FLOAT64 = True  # a test may take it away, as from `mps`
 _AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
 
 
-def connect() -> torch.device:
+def connect():
     """Register the device in this process and return it."""
     if not _libraries:
         _setup_privateuseone_for_python_backend("remote", backend_module=_Module())
@@ -91,13 +91,13 @@ def connect() -> torch.device:
 class _Module(_DummyBackendModule):
     """What PyTorch looks up as `torch.remote`; random numbers are those of the CPU."""
 
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+    def get_amp_supported_dtype(self):
         return [torch.bfloat16]
 
-    def get_rng_state(self, device: Any = None) -> Tensor:
+    def get_rng_state(self, device=None):
         return torch.get_rng_state()
 
-    def set_rng_state(self, state: Tensor, device: Any = None) -> None:
+    def set_rng_state(self, state, device=None):
         torch.set_rng_state(state)
 
 
@@ -106,24 +106,24 @@ class _Generator(torch._C.Generator):
 
     addresses: ClassVar[set[int]] = set()  # kernels get another object of Python
 
-    def __new__(cls, device: Any = "cpu") -> torch._C.Generator:
+    def __new__(cls, device="cpu"):
         is_remote = torch.device(device).type == "remote"
         made = super().__new__(cls if is_remote else torch._C.Generator)
         (cls.addresses.add if is_remote else cls.addresses.discard)(made._cdata)
         return made
 
     @property
-    def device(self) -> torch.device:
+    def device(self):
         return torch.device("remote", 0)
 
 
-def _clone_storage(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+def _clone_storage(storage):
     """Clone a storage by a tensor: the device has no allocator for storages."""
     tensor = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return tensor.clone().untyped_storage()
 
 
-def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
+def _run(op, *args, **kwargs):
     """Run the CPU's kernel on the memory of the arguments."""
     with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         name = op._schema.name.removeprefix("aten::")
@@ -156,7 +156,7 @@ def _run(op: Any, *args: Any, **kwargs: Any) -> Any:
         return _wrap(result, pairs)
 
 
-def _refuse_mixed(op: Any, name: str, first: Any, local: list[Tensor]) -> None:
+def _refuse_mixed(op, name, first, local):
     into_local = any(first is tensor for tensor in local)
     if name in _INDEXED and not into_local:
         return
@@ -170,7 +170,7 @@ def _refuse_mixed(op: Any, name: str, first: Any, local: list[Tensor]) -> None:
         )
 
 
-def _localize(value: Any, pairs: list[tuple[Tensor, Tensor]], others: list[Tensor]) -> Any:
+def _localize(value, pairs, others):
     """Return an argument for the CPU's kernel; collect its tensors."""
     if isinstance(value, Tensor):
         if value.device.type != "remote":
@@ -187,7 +187,7 @@ def _localize(value: Any, pairs: list[tuple[Tensor, Tensor]], others: list[Tenso
     return value
 
 
-def _wrap(value: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
+def _wrap(value, pairs):
     """Return the result of the CPU's kernel on the device; of an operator in place, its argument."""
     if isinstance(value, Tensor):
         if value.dtype == torch.float64 and not HAS_FLOAT64:
@@ -201,7 +201,7 @@ def _wrap(value: Any, pairs: list[tuple[Tensor, Tensor]]) -> Any:
     return value
 
 
-def _moved(tensor: Tensor, kind: int) -> Tensor:
+def _moved(tensor, kind):
     """Return a tensor of another kind of device on the same memory, which it keeps alive."""
     if tensor.is_conj() or tensor.is_neg():
         toggle = torch._conj if tensor.is_conj() else torch._neg_view
@@ -219,7 +219,7 @@ _pointer.restype = ctypes.c_void_p
 _pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
-def _convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> Any:
+def _convolution_backward(gradient, x, weight, *rest):
     bias_sizes = [gradient.shape[1]] if rest[-1][2] else None
     return _aten.convolution_backward(gradient, x, weight, bias_sizes, *rest)
 
@@ -231,12 +231,12 @@ _REPLACED = {
 }
 
 
-def on(device: str, value: Any) -> Any:
+def on(device, value):
     """Move all tensors of a batch."""
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), value)
 
 
-def assert_equal(on_cpu: nn.Module, on_device: nn.Module) -> None:
+def assert_equal(on_cpu, on_device):
     """Weights and buffers are equal to the bit; those of a model that is not spread are on one device."""
     expected = on_cpu.state_dict()
     found = on_device.state_dict()

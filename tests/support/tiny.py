@@ -220,7 +220,7 @@ MORE: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
+def tiny(config_class, **more):
     """Return the smallest configuration of a class with at least two layers and with every kind of its layers."""
     settings = {**MORE.get(config_class.model_type, {}), **more}
     # What the class needs to make a configuration that can be shrunk.
@@ -230,7 +230,7 @@ def tiny(config_class: type[PreTrainedConfig], **more: Any) -> PreTrainedConfig:
     return config_class(**small)
 
 
-def on_meta(name: str) -> Any:
+def on_meta(name):
     """Return the smallest model of a class of transformers, without weights."""
     model_class = getattr(hf, name)
     with torch.device("meta"):

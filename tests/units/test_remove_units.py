@@ -23,8 +23,9 @@ from wanda_lightning import Fisher, Structured, prune
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.trees import map_tensors
-from wanda_lightning.core.allocation import Uniform, UnitLayer
+from wanda_lightning.core.allocation import GradientLimit, Uniform, UnitLayer
 from wanda_lightning.models import SkipReason
+from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.units.remove_units import RemoveUnits
 
 EACH_OF_4 = Structured(multiple_of=4)
@@ -279,9 +280,15 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
         hook.remove()
     model.zero_grad()
     with pruning_mode(model):
-        columns = {name: units.columns_per_unit for name, units in own.removal.units.items()}
         got = gradient_statistics(
-            model, own.plan.layers, own.plan.blocks, own.samples, columns=columns
+            model,
+            own.plan.layers,
+            own.plan.blocks,
+            own.samples,
+            lambda _: None,
+            SINGLE_PROCESS,
+            GradientLimit(),
+            own.removal.unit_columns,
         )
     for reader, value in expected.items():
         torch.testing.assert_close(got[reader].units, value, rtol=1e-3, atol=1e-9)

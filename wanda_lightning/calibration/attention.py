@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wanda_lightning.common.types import Kwargs
+from wanda_lightning.common.aliases import Kwargs
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _FURTHER_KEYS = ("bias_k", "bias_v", "add_zero_attn", "static_k", "static_v")

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from wanda_lightning.calibration.attention import arguments_of, multi_head_attention
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.torch_internals import is_transformed
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import Kwargs
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import Layer
 

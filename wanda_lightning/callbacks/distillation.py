@@ -22,9 +22,9 @@ from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.callbacks.prunable_module import pruning_target
 from wanda_lightning.callbacks.trainer import processes_of
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import (
     causal_config,

@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from wanda_lightning.common.types import StrPath
+from wanda_lightning.common.aliases import StrPath
 
 
 class PrunableModule(Protocol):

@@ -22,8 +22,8 @@ from wanda_lightning.callbacks.schedules import OneShot, PruningState, Schedule,
 from wanda_lightning.callbacks.trainer import is_dry_run, processes_of, set_metrics, shows_progress
 from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import require_writable
-from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS

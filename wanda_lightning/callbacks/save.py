@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from wanda_lightning.callbacks.prunable_module import pruning_target
 from wanda_lightning.callbacks.trainer import is_dry_run, processes_of
 from wanda_lightning.callbacks.zeros import zeros_callbacks
+from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import StrPath
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.models import is_wrapper

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.checks import check_at_least
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import Kwargs
 from wanda_lightning.report import PruningReport
 
 Stages = tuple[tuple[int, float], ...]

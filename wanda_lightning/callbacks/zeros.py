@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from wanda_lightning.callbacks.prunable_module import pruning_target
 from wanda_lightning.callbacks.trainer import averaged_models, processes_of
-from wanda_lightning.common.types import Kwargs
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import HeldZeros
 

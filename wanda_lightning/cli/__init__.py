@@ -17,9 +17,9 @@ from cyclopts import CycloptsError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
 from wanda_lightning.cli.options import values_of
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.busy_machine import OPENMP_WAITING
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import Kwargs
 
 
 def main(argv: Sequence[str] | None = None) -> int:

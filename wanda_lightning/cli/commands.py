@@ -26,8 +26,8 @@ from wanda_lightning.cli.options import (
     read_files,
     values_of,
 )
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import Kwargs
 from wanda_lightning.config import PruningConfig
 
 

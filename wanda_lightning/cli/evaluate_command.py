@@ -12,9 +12,9 @@ from wanda_lightning.cli.measure import logged_results, measure
 from wanda_lightning.cli.model_and_data import data_for, load
 from wanda_lightning.cli.options import File, Measurements, Models, values_of
 from wanda_lightning.cli.printing import print_line, print_table
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_tokenizer
-from wanda_lightning.common.types import Kwargs
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot

@@ -17,9 +17,9 @@ from cyclopts import App, ArgumentCollection, CycloptsError, Group, Parameter
 from cyclopts.config import Yaml
 from cyclopts.validators import Number
 
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.checks import SEED
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.common.types import Kwargs
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.config import NAMES, OLD_NAMES, PruningConfig, check_pattern
 

@@ -23,9 +23,9 @@ from wanda_lightning.cli.options import PruneOptions, Results, as_command, value
 from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.cli.sample_text import PROMPTS, continuations
 from wanda_lightning.cli.saving import upload_saved, write_results
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import Kwargs
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.own_text import sample_windows

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from wanda_lightning.common.types import StrPath
+from wanda_lightning.common.aliases import StrPath
 
 TEMPORARY = ".wanda-"
 """The start of temporary names. A killed run may leave some, perhaps with the new model."""

@@ -9,8 +9,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.errors import MissingPackageError, UserError
-from wanda_lightning.common.types import StrPath
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.errors import MissingPackageError, UserError
-from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import one_line
 
 

@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
-from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.data.image_sources import Images, ImageSource, check_source, open_source
 from wanda_lightning.data.loaders import ResumableLoader, silence_worker_advice

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.types import Kwargs
+from wanda_lightning.common.aliases import Kwargs
 
 
 class ResumableLoader(DataLoader[Any]):

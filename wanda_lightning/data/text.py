@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.data.loaders import ResumableLoader, silence_worker_advice
 from wanda_lightning.data.own_text import sample_windows

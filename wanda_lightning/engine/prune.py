@@ -119,7 +119,11 @@ def prune_as(
     started = time.perf_counter()
     with plan.processes.fail_together():
         store.check(plan.layers)
-        batch_norms, not_corrected = _batch_norms_to_correct(plan, batches)
+        batch_norms = _batch_norms(plan)
+        not_corrected = ""
+        if batch_norms and batches is None:
+            batch_norms = []
+            not_corrected = "no calibration batches were given"
         samples = Samples(
             plan.model, batches, forward, predict, plan.processes, _data_reader(plan, batch_norms)
         )
@@ -158,8 +162,7 @@ def rehearse(
     config = plan.config
     with plan.processes.fail_together():
         refuse_unprunable(plan.layers)
-        batch_norms = [] if config.keep_batch_norm else batch_norm_layers(plan.model)
-        reader = _data_reader(plan, batch_norms)
+        reader = _data_reader(plan, _batch_norms(plan))
         batches = find_batches() if reader else None
     if batches is None:
         return
@@ -184,8 +187,7 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
         ValueError: Before any weight is written, if there was no batch or an activation is NaN or infinite.
     """
     permuted = Permuted(why_not=_ONE_LOOP) if plan.config.permutation.reads_batches else None
-    has_batch_norms = not plan.config.keep_batch_norm and batch_norm_layers(plan.model)
-    not_corrected = _ONE_LOOP if has_batch_norms else ""
+    not_corrected = _ONE_LOOP if _batch_norms(plan) else ""
     samples = Samples(plan.model, None, None, None, plan.processes, None)
     removal = removal_of(plan.config.pattern)
     run = Run(plan, samples, WeightStore(), permuted=permuted, not_corrected=not_corrected)
@@ -204,12 +206,9 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
     return make_report(run, removal)
 
 
-def _batch_norms_to_correct(plan: Plan, batches: object) -> tuple[list[nn.Module], str]:
-    """Return the BatchNorm layers whose statistics change, and why others do not, if they should."""
-    batch_norms = [] if plan.config.keep_batch_norm else batch_norm_layers(plan.model)
-    if batch_norms and batches is None:
-        return [], "no calibration batches were given"
-    return batch_norms, ""
+def _batch_norms(plan: Plan) -> list[nn.Module]:
+    """Return the BatchNorm layers whose statistics should change."""
+    return [] if plan.config.keep_batch_norm else batch_norm_layers(plan.model)
 
 
 def _data_reader(plan: Plan, batch_norms: list[nn.Module]) -> str | None:

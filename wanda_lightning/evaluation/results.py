@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.report import versions

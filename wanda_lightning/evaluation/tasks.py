@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluation_mode import evaluating
-from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import did_you_mean, one_line
 from wanda_lightning.data.dataset_files import load
 from wanda_lightning.evaluation.results import Metrics, Results

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from wanda_lightning.common import wording
+from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.common.types import StrPath
 from wanda_lightning.report import Circumstances, PruningReport, descriptions
 from wanda_lightning.report.descriptions import METRICS, TOP1
 from wanda_lightning.report.records import as_json, from_parsed

@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Collection
 from glob import escape
 
+from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import list_entries, resolve_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import StrPath
 from wanda_lightning.common.wording import one_line
 
 

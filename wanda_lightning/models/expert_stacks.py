@@ -37,9 +37,8 @@ def stacked_experts(module: nn.Module) -> set[str]:
 
     return {
         name
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-        and not isinstance(parameter, UninitializedParameter)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+        if not isinstance(parameter, UninitializedParameter)
         and parameter.ndim == 3
         and len(parameter) in numbers
     }

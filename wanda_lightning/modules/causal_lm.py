@@ -16,12 +16,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.dtypes import DTYPES, dtype_name
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.model_loading import (
     check_causal,

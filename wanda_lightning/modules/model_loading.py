@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.dtypes import DTYPES
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
@@ -29,7 +30,6 @@ from wanda_lightning.common.model_source import (
     reading,
     timm_name,
 )
-from wanda_lightning.common.types import Kwargs, StrPath
 from wanda_lightning.common.wording import did_you_mean, quantity
 from wanda_lightning.models.layers import all_finite
 from wanda_lightning.units.shrunk_model import register_shrunk_model

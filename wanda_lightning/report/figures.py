@@ -12,8 +12,8 @@ from math import isnan, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.checks import require_extra
-from wanda_lightning.common.types import Kwargs
 from wanda_lightning.common.wording import abbreviated
 from wanda_lightning.models import SkipReason
 from wanda_lightning.report.records import Layers, PrunedLayer, ReportData, grouped

@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from wanda_lightning.common import wording
+from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import check_report_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import StrPath
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import descriptions, figures
 from wanda_lightning.report.descriptions import METRICS

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.common.types import StrPath
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.planning.plan import make_plan

@@ -14,10 +14,10 @@ from wanda_lightning.calibration.batches import to_device
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, length_of
+from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.types import StrPath
 from wanda_lightning.models import Stop, check_tokens
 from wanda_lightning.modules import WindowPerplexity
 from wanda_lightning.modules.model_loading import check_causal

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanda_lightning.calibration.trees import map_tensors
+from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import (
     TEMPORARY,
     atomic_write,
@@ -26,7 +27,6 @@ from wanda_lightning.common.atomic_write import (
 )
 from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import StrPath
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import PrunedLayer

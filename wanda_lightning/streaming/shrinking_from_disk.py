@@ -13,9 +13,9 @@ from torch import nn
 
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.trees import clone_arguments
+from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.common.types import StrPath
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import Shards
 from wanda_lightning.units.fit_configuration import fit_configuration

@@ -16,8 +16,8 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.types import Kwargs
 from wanda_lightning.units.fit_settings import (
     NUMBERS,
     SHAPES,
