@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from wanda_lightning.calibration import interception
+from wanda_lightning.calibration.interception import WeightInterceptor
 from wanda_lightning.calibration.torch_internals import (
     active_modes,
     inside_transform,
@@ -14,6 +17,7 @@ from wanda_lightning.calibration.torch_internals import (
     is_persistent,
     is_transformed,
     set_active_modes,
+    visible_attention,
     write_count,
 )
 
@@ -64,3 +68,32 @@ def test_modes_are_left_and_entered_again():
         assert active_modes() == [[], []], "PyTorch pops modes in another way"
         set_active_modes(modes)
         assert active_modes() == modes, "PyTorch pushes modes in another way"
+
+
+def test_a_mode_sees_the_products_in_attention_whose_result_is_the_same():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2, kdim=7, vdim=6, add_bias_kv=True)
+    inputs = torch.randn(5, 3, 8), torch.randn(4, 3, 7), torch.randn(4, 3, 6)
+    seen = []
+
+    class Seeing(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.multi_head_attention_forward:
+                with self:
+                    return visible_attention(*args, **kwargs)
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Seeing():
+        results = attention(*inputs)
+    assert seen.count(F.linear) == 4, "torch.nn.functional has another way to look for modes"
+    torch.testing.assert_close(results, attention(*inputs), rtol=0, atol=0)
+
+
+def test_attention_that_hides_its_products_is_an_error(monkeypatch):
+    attention = nn.MultiheadAttention(8, 2)
+    x = torch.randn(3, 2, 8)
+    monkeypatch.setattr(interception, "visible_attention", lambda *args, **kwargs: (args[0], None))
+    interceptor = WeightInterceptor([], lambda products, multiply: multiply())
+    with pytest.raises(AssertionError, match="hides the products in its attention"), interceptor:
+        attention(x, x, x)

@@ -19,10 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from wanda_lightning.calibration.attention import arguments_of, multi_head_attention
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.calibration.torch_internals import is_transformed
-from wanda_lightning.common.aliases import Kwargs
+from wanda_lightning.calibration.torch_internals import is_transformed, visible_attention
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import Layer
@@ -88,6 +86,7 @@ class WeightInterceptor(TorchFunctionMode):
         self._on_product = on_product
         self._memory = WeightMemory(layers)
         self._in_a_forward = False  # of a layer, which is one product as a whole
+        self._products_seen = 0
         self._attention: tuple[int, int] | None = None  # steps and samples of what attention gets
 
     @property
@@ -104,13 +103,12 @@ class WeightInterceptor(TorchFunctionMode):
         if func in PRODUCTS:
             return self._multiply(func, call, *_factors(func, args, kwargs))
         if func is F.multi_head_attention_forward:
-            arguments = arguments_of(args, kwargs)
-            if arguments is not None:
-                return self._attend(arguments)
+            return self._attend(*args, **kwargs)
         return call()
 
     def _multiply(self, func: Any, call: Multiply, first: Any, second: Any) -> Tensor:
         """Compute a product, which may be one of tokens and a weight, or of a weight and tokens."""
+        self._products_seen += 1
         if not (_is_plain(first) and _is_plain(second) and second.ndim > 1):
             return call()
         # `F.linear` takes the weight as (rows, inputs); the others take it as a right factor (inputs, rows).
@@ -121,16 +119,19 @@ class WeightInterceptor(TorchFunctionMode):
             products = [product._replace(left=True) for product in transposed]
         return self._on_product(products, call) if products else call()
 
-    def _attend(self, arguments: Kwargs) -> Any:
-        """Run attention so that this mode sees the products with its four weights."""
-        query = arguments["query"]
+    def _attend(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run attention so that this mode sees the products with its weights."""
         steps, samples, *_ = query.shape
         self._attention = (steps, samples) if query.ndim == 3 else None
+        seen_before = self._products_seen
         try:
             with self:  # which is off in `__torch_function__`
-                return multi_head_attention(**arguments)
+                results = visible_attention(query, *args, **kwargs)
         finally:
             self._attention = None
+        # Otherwise, a layer would stay dense without a reason.
+        assert self._products_seen > seen_before, "PyTorch hides the products in its attention"
+        return results
 
     def by_forward(
         self, layers: Sequence[Layer], forward: Callable[..., Tensor], *args: Any, **kwargs: Any

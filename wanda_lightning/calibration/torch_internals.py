@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn, overrides
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
@@ -56,3 +58,15 @@ def set_active_modes(modes: Sequence[Sequence[Any]]) -> None:
                 module._pop_mode()
             for mode in wanted:
                 module._push_mode(mode)
+
+
+def visible_attention(*args: Any, **kwargs: Any) -> Any:
+    """Call `F.multi_head_attention_forward` so that the active torch-function mode sees each product in it.
+
+    That function passes itself to the mode as a whole, and PyTorch turns the mode off while it runs. The same code does
+    not if its `has_torch_function` finds no mode.
+    """
+    attention = F.multi_head_attention_forward
+    names = vars(F) | {"has_torch_function": lambda tensors: False}
+    visible = FunctionType(attention.__code__, names, argdefs=attention.__defaults__)
+    return visible(*args, **kwargs)
