@@ -87,7 +87,9 @@ class WeightInterceptor(TorchFunctionMode):
         self._memory = WeightMemory(layers)
         self._in_a_forward = False  # of a layer, which is one product as a whole
         self._products_seen = 0
-        self._attention: tuple[int, int] | None = None  # steps and samples of what attention gets
+        self._steps_and_samples: tuple[int, int] | None = (
+            None  # steps and samples of what attention gets
+        )
 
     @property
     def watches(self) -> bool:
@@ -121,14 +123,15 @@ class WeightInterceptor(TorchFunctionMode):
 
     def _attend(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run attention so that this mode sees the products with its weights."""
+        # The query is (steps, samples, features), or (steps, features) without a batch.
         steps, samples, *_ = query.shape
-        self._attention = (steps, samples) if query.ndim == 3 else None
+        self._steps_and_samples = (steps, samples) if query.ndim == 3 else None
         seen_before = self._products_seen
         try:
-            with self:  # which is off in `__torch_function__`
+            with self:  # PyTorch turns a mode off inside its `__torch_function__`
                 results = visible_attention(query, *args, **kwargs)
         finally:
-            self._attention = None
+            self._steps_and_samples = None
         # Otherwise, a layer would stay dense without a reason.
         assert self._products_seen > seen_before, "PyTorch hides the products in its attention"
         return results
@@ -155,7 +158,7 @@ class WeightInterceptor(TorchFunctionMode):
             return _products_of_experts(tokens, len(weight), matches)
 
         product = Product(matches[0].layer, tokens, row=matches[0].row)
-        order = self._attention
+        order = self._steps_and_samples
         if order and tokens.ndim == 2 and len(tokens) == math.prod(order):
             # Samples first, as in padding masks.
             samples = tokens.unflatten(0, order).transpose(0, 1)

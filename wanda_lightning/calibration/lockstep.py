@@ -231,7 +231,7 @@ def _parking(stops: Sequence[Stop]) -> Iterator[None]:
 
 
 def _parking_at_products(samples: Sequence[Sample], stops: Sequence[Stop]) -> Sequence[Sample]:
-    """Park samples also where a model multiplies by the weight of a layer at a stop outside of its forward."""
+    """Also park samples where a model reads the weight of a layer directly instead of calling the layer."""
     index_of = {
         layer: index
         for index, stop in enumerate(stops)
@@ -241,8 +241,9 @@ def _parking_at_products(samples: Sequence[Sample], stops: Sequence[Stop]) -> Se
 
     def park(products: list[Product], multiply: Multiply) -> Tensor:
         product = products[0]
-        if product.row:
+        if product.row:  # a later piece of the matrix: the sample has waited at the first
             return multiply()
+        # The tokens are passed only so that the visit sees them as the layer's input.
         return _park(index_of[product.layer], lambda tokens: multiply(), product.tokens)
 
     def watched(forward: Callable[[], object]) -> object:

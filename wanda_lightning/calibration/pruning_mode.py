@@ -22,9 +22,10 @@ from wanda_lightning.core.placeholders import is_unloaded
 
 @contextmanager
 def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
-    """Set an attribute in the `__dict__` of one module in this block.
+    """Set an attribute of one module inside the `with` statement.
 
-    No hook of `nn.Module` can delay, replace or skip a forward, and `nn.Module.__setattr__` would register a module.
+    A `forward` is patched rather than hooked, because no hook can delay, replace or skip it. `__dict__` is used because
+    `nn.Module.__setattr__` would register a module as a child.
     """
     attributes = module.__dict__
     before = attributes.get(name, ABSENT)
@@ -94,14 +95,14 @@ class RestoredBuffers:
 def _saved_buffers(module: nn.Module) -> list[_SavedBuffer]:
     """Return a module's own buffers that a forward may write into, and pruning does not, with their present values.
 
-    Weights and biases are pruned, or quantized and large. A buffer outside the state dict is a cache: an attribute that
-    cannot be restored may describe it.
+    Weights and biases are pruned, or quantized and large. Buffers outside the state dict are left alone: they are
+    caches, and attributes that cannot be restored may describe them.
     """
     saved = []
     for name, buffer in module.named_buffers(recurse=False):
         is_loaded = not (isinstance(buffer, UninitializedBuffer) or is_unloaded(buffer))
         if is_loaded and is_persistent(module, name) and not name.endswith(("weight", "bias")):
-            # Outside of inference mode, PyTorch refuses to write into its tensors.
+            # No copy of an inference tensor: outside inference mode, nothing can write into it.
             values = buffer if buffer.is_inference() else buffer.clone()
             saved.append(_SavedBuffer(name, buffer, values, write_count(buffer)))
     return saved

@@ -28,11 +28,14 @@ def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]
     """Recompute the blocks in every backward pass inside this `with` block; without gradients nothing changes.
 
     Only the inputs of each block are stored until then (Chen et al. 2016, arXiv 1604.06174). A block may take and
-    return any nested structure of tensors. The second run must compute the same as the first, so it has the modes,
-    context variables and attributes of the modules around the block that the first run had. A block keeps its
-    activations if it writes into its arguments, or receives an object with tensors, which another block may write, such
-    as a key-value cache. It also keeps them if it sets a context variable, or an attribute of a module around it, or if
-    one of these holds a tensor that requires gradients.
+    return any nested structure of tensors. The second run sees the same modes, context variables and attributes of the
+    modules around the block as the first.
+
+    A block is not recomputed if it
+
+    - writes into its arguments, or receives an object with tensors, such as a key-value cache;
+    - sets a context variable, or an attribute of a module around it;
+    - could read a tensor that requires gradients from such a variable or attribute.
     """
     around = modules_around(model, blocks)
     outside = copy_context()

@@ -17,7 +17,7 @@ _CLOSE = 1e-4  # relative; 16-bit numbers that are this close are equal
 
 
 def coarsest_eps(tensors: Sequence[Tensor]) -> float:
-    """Return the precision of the coarsest dtype, including that of autocast."""
+    """Return the largest machine epsilon of the tensors' dtypes, and of autocast on their devices."""
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     for device in {tensor.device.type for tensor in tensors}:
         if torch.is_autocast_enabled(device):

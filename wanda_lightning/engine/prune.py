@@ -235,12 +235,13 @@ def _permute(run: Run) -> Run:
 
 
 def _allocate(run: Run, removal: Removal) -> Run:
-    """Return the run with a sparsity for each layer, unless these follow from the one pass that observes all layers."""
+    """Return the run with a sparsity for each layer."""
     config = run.plan.config
     if run.plan.is_one_pass and not config.reads_gradients:
+        # The one pass that observes all layers comes first; the sparsities are chosen after it.
         return run
     is_reported = bool(config.allocation.needs or config.reads_gradients)
-    with run.clock.timed("allocate", is_reported):
+    with run.clock.timed("allocate", is_reported=is_reported):
         resumed = _resumed(run, removal)
         if resumed is not None:
             return resumed

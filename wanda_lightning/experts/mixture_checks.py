@@ -76,7 +76,7 @@ def _why_not(
     return ""
 
 
-def refuse_wrong(
+def refuse_if_it_differs(
     config: PruningConfig,
     mixture: Mixture,
     saliency: ExpertSaliency,
@@ -86,9 +86,10 @@ def refuse_wrong(
     """Refuse a mixture that does not compute the same without experts as with these experts unroutable."""
     kept = int(keep.sum())
     is_same = True  # for a process without a batch
-    call = saliency.first_calls.pop(mixture.name, None)
+    call = saliency.first_calls.pop(mixture.name, None)  # it holds activations
     if call is not None:
         is_same = _computes_same(mixture, call, keep)
+        # A token cannot choose more experts than there are.
         is_same = is_same and saliency.experts_per_token[mixture.name] <= kept
     if not processes.all_agree(is_same):
         raise UserError(

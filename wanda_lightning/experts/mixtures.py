@@ -116,7 +116,7 @@ def _groups(routing: Sequence[nn.Module], number: int) -> int:
 
 
 def counters_in(module: nn.Module, number: int) -> list[tuple[nn.Module, str]]:
-    """Return the attributes that hold a number of experts, of a module and all modules inside."""
+    """Return the attributes of a module and its submodules that hold this number of experts."""
     return [
         (part, key)
         for part in module.modules()

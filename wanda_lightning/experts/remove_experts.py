@@ -15,7 +15,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.types import Units
-from wanda_lightning.experts.mixture_checks import find_mixtures, refuse_wrong
+from wanda_lightning.experts.mixture_checks import find_mixtures, refuse_if_it_differs
 from wanda_lightning.experts.mixtures import Mixture, counters_in
 from wanda_lightning.experts.saliency import ExpertSaliency
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Stop
@@ -86,7 +86,9 @@ class RemoveExperts(Removal):
 
         # All are checked before the first one changes.
         for mixture in mixtures:
-            refuse_wrong(run.plan.config, mixture, self._saliency, keep[mixture.name], processes)
+            refuse_if_it_differs(
+                run.plan.config, mixture, self._saliency, keep[mixture.name], processes
+            )
         for mixture in mixtures:
             self._record(run, mixture, keep[mixture.name])
             assert run.buffers is not None

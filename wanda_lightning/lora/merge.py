@@ -1,4 +1,4 @@
-"""Merge adapters into the weights and check every zero."""
+"""Merge adapters into the weights and check every zero. `KeepZerosLinear` masks what it merges."""
 
 import warnings
 from collections.abc import Mapping

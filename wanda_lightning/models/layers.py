@@ -339,7 +339,7 @@ def is_pointwise(layer: Layer) -> bool:
     return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])
 
 
-# What every linear layer has beside its weight, such as its dictionaries of hooks. It never depends on the class.
+# The attributes that every `nn.Linear` has, such as its dictionaries of hooks. They need no copy; the excluded three do.
 _OF_LINEAR = vars(nn.Linear(1, 1, device="meta")).keys() - {"_buffers", "_modules", "_parameters"}
 # What a forward may write into.
 _MUTABLE = (Tensor, nn.Module, dict, list, set, deque)
@@ -358,6 +358,8 @@ def computes_linear(module: nn.Linear) -> bool:
     # Neither the constructor nor hooks run.
     copied: nn.Linear = object.__new__(type(module))
     vars(copied).update(vars(module), in_features=3, out_features=2)
+    # As the memo of `deepcopy`, this puts the small tensors wherever the copied containers, such as the dictionary of
+    # parameters, hold the real ones.
     replaced = {id(module.weight): weight, id(module.bias): bias}
     try:
         for name, value in vars(module).items():

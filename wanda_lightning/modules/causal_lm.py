@@ -166,7 +166,7 @@ class CausalLMModule(L.LightningModule):
         return {"input_ids": input_ids, "attention_mask": batch.get("attention_mask")}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Return the mean next-token loss over the tokens of the batch, without padding."""
+        """Return the mean next-token loss. Without `labels` in the batch, all tokens except padding are predicted."""
         windows = self._read(batch)
         input_ids = windows["input_ids"]
         labels = batch.get("labels") if isinstance(batch, Mapping) else None

@@ -15,7 +15,7 @@ _UNREACHED = -1  # no batch of a process reached the layer
 
 
 def all_reduce_statistics(
-    tokens: Mapping[str, Tensor],
+    zero_tokens: Mapping[str, Tensor],
     collected: Mapping[str, InputStatistics],
     padding_counted: Collection[str],
     needs: frozenset[str],
@@ -23,7 +23,7 @@ def all_reduce_statistics(
 ) -> tuple[dict[str, InputStatistics], set[str]]:
     """Sum the statistics of some layers over all processes, in one object for each distinct input.
 
-    `tokens` holds a token (1, d_in) for each layer. `collected` are the statistics of this process, and
+    `zero_tokens` holds a token (1, d_in) for each layer. `collected` are the statistics of this process, and
     `padding_counted` names the layers whose statistics include padding. The layout of the message does not depend on
     which layers the batches of a process reached, since all processes must send messages of the same layout.
 
@@ -33,10 +33,10 @@ def all_reduce_statistics(
     """
     totals: dict[str, InputStatistics] = {}
     distinct: list[InputStatistics] = []
-    for layers in _layers_by_input(list(tokens), collected, processes):
+    for layers in _layers_by_input(list(zero_tokens), collected, processes):
         first = layers[0]
         # In a dtype that is equal in all processes, and sorted, as the order of a set differs between them.
-        token = widened(tokens[first])
+        token = widened(zero_tokens[first])
         total = InputStatistics(needs)
         total.sums = {name: SUMS[name](token) for name in sorted(needs)}
         own = collected.get(first)
@@ -48,13 +48,13 @@ def all_reduce_statistics(
         totals.update(dict.fromkeys(layers, total))
 
     counts = torch.tensor([total.count for total in distinct], dtype=torch.int64)
-    padded = torch.tensor([name in padding_counted for name in tokens], dtype=torch.int64)
+    padded = torch.tensor([name in padding_counted for name in zero_tokens], dtype=torch.int64)
     sums = [value for total in distinct for value in total.sums.values()]
     processes.all_reduce_sum([counts, padded, *sums])
 
     for total, count in zip(distinct, counts.tolist(), strict=True):
         total.count = count
-    return totals, {name for name, times in zip(tokens, padded.tolist(), strict=True) if times}
+    return totals, {name for name, times in zip(zero_tokens, padded.tolist(), strict=True) if times}
 
 
 def _layers_by_input(

@@ -139,15 +139,15 @@ class WeightStore:
     def visits(
         self, run: Run, bar: ProgressBar, restore: Callable[[Sequence[Layer]], None]
     ) -> Generator[Visit]:
-        """Yield each stop before it is pruned, with the calls that wait there; these then run through what is pruned.
+        """Yield each stop before it is pruned, with the calls that wait there. Once it is pruned, they run through it.
 
         No sample waits there if nothing is left to observe or to record. `restore` gives layers the shapes that they
         have after pruning: an interrupted run has pruned and written them.
         """
         plan = run.plan
         bar.expect(len(plan.stops))
-        waits = plan.config.recovery.trains_blocks or not plan.is_one_pass
-        if not (plan.observed and waits):
+        needs_calls = plan.config.recovery.trains_blocks or not plan.is_one_pass
+        if not (plan.observed and needs_calls):
             for stop in plan.stops:
                 yield Visit(stop, [])
                 bar.advance()

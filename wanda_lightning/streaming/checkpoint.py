@@ -307,9 +307,9 @@ class BlockLoader:
         self._checkpoint = checkpoint
         self._written = written
         self._prepare = prepare
-        self.loaded: list[str] = []  # in the order in which they were called
+        self.loaded: list[str] = []  # in the order of loading
         self._latest = ""  # the block of the latest call of `load_only`
-        self._visited: set[str] = set()
+        self._to_visit: set[str] = set()  # blocks left to `load_only`
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -323,17 +323,17 @@ class BlockLoader:
             yield
 
     def _load_before_forward(self, block: str, *_: object) -> None:
-        if block not in self._visited:
+        if block not in self._to_visit:
             self.load(block)
 
     @contextmanager
     def visiting(self, stops: Iterable[Stop]) -> Iterator[None]:
         """Leave the blocks at which calls wait to `load_only` in this block, so that one is in memory at a time."""
-        self._visited = {stop.name for stop in stops}
+        self._to_visit = {stop.name for stop in stops}
         try:
             yield
         finally:
-            self._visited = set()
+            self._to_visit = set()
 
     @torch.no_grad()
     def load(self, block: str) -> None:
@@ -348,7 +348,7 @@ class BlockLoader:
 
     def load_only(self, block: str) -> None:
         """Load a block, and free all others."""
-        self._visited.discard(block)  # a model may call it again, after its visit
+        self._to_visit.discard(block)  # a model may call it again, after its visit
         if block == self._latest:  # batches may already have called another block
             return
         for loaded in list(self.loaded):

@@ -121,7 +121,7 @@ def pruned_from_disk(
     parts = [RESIDENT, *checkpoint.blocks, *copied]
     folder = OutputFolder(output, _what_determines(config, checkpoint, batches), parts)
     finished_report = folder.progress.report
-    # The configuration of a model with other shapes is adapted while it is pruned.
+    # A finished run is repeated if shapes change, since that adapts the configuration; its report is replaced below.
     if not finished_report or changes_shapes:
         weights = StreamedWeights(checkpoint, folder)
         forward_batch = None if forward is None else partial(forward, checkpoint.model)

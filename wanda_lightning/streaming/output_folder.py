@@ -166,6 +166,7 @@ class OutputFolder(Shards):
         self, part: str, tensors: Mapping[str, Tensor], record: PartRecord = PartRecord()
     ) -> None:
         """Write a part and its record; refuse to mix the parts of two runs."""
+        # Checked at each write, because another run may have begun in the same folder since this one.
         if self._file.is_file():
             stored = json.loads(self._file.read_text(encoding="utf-8"))
             is_of_another = stored["written"] and stored["made_with"] != self.progress.made_with

@@ -265,7 +265,10 @@ def _whole_layers(scope: nn.Module, reader: Layer) -> list[Layer]:
 
 
 def _written_units(width: int, layers: Sequence[Layer]) -> Iterator[Slots]:
-    """Propose rows of hidden units without heads: of one layer or, with a gate, of two or twice as many of one."""
+    """Propose rows of hidden units without heads: all layers of this width together, each alone, halves of a wider one.
+
+    A gated MLP writes its units by two layers, or by one fused layer that is twice as wide.
+    """
     writers = [layer for layer in layers if layer.shape[0] == width]
     if writers:
         yield tuple(slot for layer in writers for slot in _rows(layer))
@@ -356,9 +359,9 @@ def _removable_slots(reader: Layer, scope: nn.Module, layers: Sequence[Layer]) -
     """Yield the tensors that may hold the units: the rows that write them, others in between, the reader's columns."""
     width = reader.width
     position = {module: number for number, module in enumerate(scope.modules())}
-    end = position.get(reader.module, len(position))
+    end = position.get(reader.module, len(position))  # a reader outside of the scope comes last
     vectors = list(_carried(scope, width))
-    # The largest layer is the reader: its weights say which units matter, not those of a squeeze-and-excitation.
+    # Smaller ones only: the weights of the largest say which units matter, not those of a squeeze-and-excitation.
     readers = [
         columns_of(layer) for layer in layers if layer.width == width and layer.size <= reader.size
     ]
@@ -369,6 +372,8 @@ def _removable_slots(reader: Layer, scope: nn.Module, layers: Sequence[Layer]) -
         first = min(position[slot.module] for slot in rows)
         vectors_between = [slot for slot in vectors if first < position[slot.module] < end]
         readers_between = [slot for slot in readers if first < position[slot.module] < end]
+        # First only what lies between writers and reader, then anything in the scope, since modules may be registered in
+        # another order; last, nothing else.
         for others in (
             vectors_between,
             vectors_between + readers_between,

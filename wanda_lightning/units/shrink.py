@@ -159,11 +159,12 @@ def _take_out_of_blocks(search: _EmptyUnits, model: nn.Module, sample: Sample) -
     whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
     recorded = [replace(sample, forward=call.forward) for call in whole.recording()]
 
-    # A block that is called again may be used in another way then: it belongs to the rest.
-    visits = lockstep(search.blocks, recorded, to_end=True, model=model)
-    for _ in visits:
+    # One full pass records the whole model's run and finds the blocks that it calls again. These may be used in another
+    # way then, so they belong to the rest.
+    full_pass = lockstep(search.blocks, recorded, to_end=True, model=model)
+    for _ in full_pass:
         pass
-    called_again = visits.passed.again
+    called_again = full_pass.passed.again
     search.blocks = [block for block in search.blocks if block.name not in called_again]
 
     with closing(lockstep(search.blocks, [sample], model=model)) as visits:

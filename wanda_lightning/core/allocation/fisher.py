@@ -120,21 +120,21 @@ class Fisher(Allocation):
         scores = torch.cat([_unit_scores(layer) for layer in layers])
         ranks = scores.argsort(stable=True).argsort()
         ranks_by_layer = ranks.split([layer.width for layer in layers])
-        most = max(_MOST_UNITS, (1 + sparsity) / 2)
+        largest_fraction = max(_MOST_UNITS, (1 + sparsity) / 2)
 
         def removed(rank: int) -> list[int]:
-            """Return how many units of each layer become zero if those of lower ranks should."""
+            """Return how many units of each layer become zero if the threshold is `rank`, as the pattern rounds it."""
             numbers = []
             for layer, layer_ranks in zip(layers, ranks_by_layer, strict=True):
                 lower = int((layer_ranks < rank).count_nonzero())
-                fraction = min(lower / layer.width, most)
+                fraction = min(lower / layer.width, largest_fraction)
                 numbers.append(layer.width - pattern.kept(layer.width, fraction))
             return numbers
 
         def cost_of(numbers: Iterable[int]) -> float:
             return sum(layer.cost * number for layer, number in zip(layers, numbers, strict=True))
 
-        # Costs are relative to their mean, so this is a number of units, except for errors in floating point.
+        # Costs are relative to their mean, so their total is the number of units; `round` removes rounding errors.
         total_cost = round(cost_of(layer.width for layer in layers), 6)
         cost_to_remove: float = int(sparsity * total_cost)
         rank = bisect_left(

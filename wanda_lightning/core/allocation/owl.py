@@ -47,17 +47,18 @@ class OWL(Allocation):
         return replace(self, lambda_=self.lambda_ * fraction)
 
     def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
-        """Compare the outliers of the blocks."""
+        """Give less sparsity to blocks with more outliers."""
         groups: dict[str, list[DenseLayer]] = {}
         for layer in layers:
             group = layer.block if self.per == "block" else layer.name
             groups.setdefault(group, []).append(layer)
 
-        outliers = [self._outliers(members) for members in groups.values()]
-        lowest = min(outliers)
-        spread = max(outliers) - lowest
+        fractions = [self._outliers(members) for members in groups.values()]
+        lowest = min(fractions)
+        spread = max(fractions) - lowest
+        # Minus the D of the class: `match_target` shifts all by one amount, which subtracts the mean.
         wanted = {}
-        for members, fraction in zip(groups.values(), outliers, strict=True):
+        for members, fraction in zip(groups.values(), fractions, strict=True):
             relative = (fraction - lowest) / (spread or 1.0)
             for layer in members:
                 wanted[layer.name] = -2 * self.lambda_ * relative
