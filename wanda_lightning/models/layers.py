@@ -339,7 +339,7 @@ def is_pointwise(layer: Layer) -> bool:
     return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])
 
 
-# The attributes that every `nn.Linear` has, such as its dictionaries of hooks. They need no copy; the excluded three do.
+# Attributes that every `nn.Linear` has, such as its dictionaries of hooks. They need no copy; the excluded three do.
 _OF_LINEAR = vars(nn.Linear(1, 1, device="meta")).keys() - {"_buffers", "_modules", "_parameters"}
 # What a forward may write into.
 _MUTABLE = (Tensor, nn.Module, dict, list, set, deque)

@@ -191,7 +191,7 @@ def _train_part(part: _Part, config: Reconstruct, processes: Processes) -> Train
         return None
 
     def losses(runs: _Runs, scale: float | None) -> Iterator[float]:
-        """Yield the squared error of each run of this process. With a scale, also add its gradients, times the scale."""
+        """Yield the squared error of each run of this process. With a scale, also add its gradients times the scale."""
         for run in filter(None, runs):
             with torch.set_grad_enabled(scale is not None):
                 output = part.output(run, is_mixed, training=scale is not None)

@@ -372,8 +372,8 @@ def _removable_slots(reader: Layer, scope: nn.Module, layers: Sequence[Layer]) -
         first = min(position[slot.module] for slot in rows)
         vectors_between = [slot for slot in vectors if first < position[slot.module] < end]
         readers_between = [slot for slot in readers if first < position[slot.module] < end]
-        # First only what lies between writers and reader, then anything in the scope, since modules may be registered in
-        # another order; last, nothing else.
+        # First only what lies between writers and reader, then anything in the scope, since modules may be registered
+        # in another order; last, nothing else.
         for others in (
             vectors_between,
             vectors_between + readers_between,
