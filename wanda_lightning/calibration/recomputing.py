@@ -69,13 +69,13 @@ class _Recomputed:
             return self.forward(*args, **kwargs)
         # Another block may write into them before the second run.
         arguments = clone_arguments(arguments)
-        empty_output: Any = None
+        output_structure: Any = None
 
         def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-            nonlocal empty_output
+            nonlocal output_structure
             clones = [tensor.clone() for tensor in tensors]
             output = self._run(replay, filled(clone_arguments(arguments), clones))
-            outputs, empty_output = take_out_tensors(output)
+            outputs, output_structure = take_out_tensors(output)
             if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in outputs):
                 outputs = [_attached(tensor, anchor) for tensor in outputs]
             return tuple(outputs)
@@ -86,7 +86,7 @@ class _Recomputed:
         outputs = checkpoint(run, anchor, *tensors, use_reentrant=True)
         if self.writes:
             return self.forward(*args, **kwargs)
-        return filled(empty_output, outputs)
+        return filled(output_structure, outputs)
 
     def _run(self, replay: Replay, arguments: Any) -> Any:
         """Run the forward, and note whether it writes into its arguments or into what is around it."""

@@ -133,7 +133,7 @@ def _on_layers(run: Run, removal: Removal, dense: Mapping[str, SkippedMatrix]) -
 
 
 def _on_passed(run: Run) -> Iterator[Note]:
-    """Name the layers whose statistics leave out calls, because a batch did not wait at their stop."""
+    """Name the layers whose statistics leave out calls, since a batch reached their stop again or too late."""
     called_again = _shared_outside(run.plan)
     called_late: set[str] = set()
     for stop in run.plan.stops:

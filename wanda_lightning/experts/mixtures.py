@@ -57,7 +57,7 @@ class Mixture:
 
 
 def mixtures(model: nn.Module) -> Iterator[Mixture]:
-    """Yield the mixtures of experts in a model, in model order; experts that are modules of their own are none."""
+    """Yield the mixtures whose experts are stacked in one parameter, in model order; lists of modules are left out."""
     modules = named_modules(model)
     for prefix, experts in modules.items():
         stacked = stacked_experts(experts)

@@ -239,9 +239,9 @@ class Checkpoint:
         return f"transformers does not load {quantity(len(names), 'stored tensor')}, {min(names)} first: {fate}"
 
     def leave_out(self) -> str:
-        """Adapt the configuration to a model without the tensors that transformers does not load; return a note.
+        """Set the numbers of multi-token prediction layers to 0; return a note, empty if there are no such tensors.
 
-        They may be layers for multi-token prediction, built from the configuration, which has changed.
+        transformers does not load their tensors, which may not fit the changed configuration any more.
         """
         if not self.not_loaded:
             return ""

@@ -113,12 +113,15 @@ class StreamedWeights(WeightStore):
         A block is written and freed when all batches have left it.
         """
         self._restore_written(run, restore)
-        ahead = {stop.name: self._checkpoint.part_of(stop.name) for stop in run.plan.stops}
+        block_of_remaining = {
+            stop.name: self._checkpoint.part_of(stop.name) for stop in run.plan.stops
+        }
         with closing(super().visits(run, bar, restore)) as visits:
             for visit in visits:
-                block = ahead.pop(visit.stop.name)
-                # A batch may be parked ahead, in a block that is loaded.
-                self._store_all_but({block, *ahead.values()}, run)
+                block = block_of_remaining.pop(visit.stop.name)
+                # Keep the blocks with stops still to come: some batches may already wait there.
+                self._store_all_but({block, *block_of_remaining.values()}, run)
+                # Batches also run through a block that is written already, but it is not pruned again.
                 self._load(block)
                 if block == RESIDENT or block not in self._output.written:
                     refuse_unprunable(visit.stop.layers)

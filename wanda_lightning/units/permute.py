@@ -46,7 +46,7 @@ def permute(run: Run) -> Permuted:
         )
         for stop in plan.block_stops:
             if stop.name in called_again:
-                run.store.undo_change(search.give_up(stop.name))
+                run.store.undo_change(search.withdraw(stop.name))
             else:
                 repeat = partial(_apply, search.reorderings.get(stop.name, ()))
                 run.store.change_when_loaded(stop.name, repeat)
@@ -97,7 +97,7 @@ class _PermutationSearch(UnitSearch):
             _apply(reorderings)
             self.reorderings[block.name] = reorderings
             if not self._plan.processes.all_agree(runs.same_results()):
-                self.give_up(block.name)()
+                self.withdraw(block.name)()
 
     def _find(
         self, block: Stop, runs: BlockRuns, inputs: Mapping[str, InputStatistics]
@@ -129,8 +129,11 @@ class _PermutationSearch(UnitSearch):
                 )
                 yield _Reordering(units, orders)
 
-    def give_up(self, block: str) -> Callable[[], None]:
-        """Report that the hidden units of a block are put back into their order, and return what does so."""
+    def withdraw(self, block: str) -> Callable[[], None]:
+        """Record that the units of a block go back into their old order, and return the function that puts them back.
+
+        The caller may drop it: weights on disk are read again instead.
+        """
         reorderings = self.reorderings.pop(block, [])
         for reordering in reorderings:
             del self.kept_scores[reordering.units.reader.name]

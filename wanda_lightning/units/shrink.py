@@ -212,13 +212,14 @@ class _EmptyUnits:
             for units, empty in self._candidates(reader, block):
                 if empty.all():
                     empty[0] = False  # a layer without inputs is no layer
-                if self._can_leave(units, empty, runs):
+                if self._take_if_same(units, empty, runs):
                     self._note_taken(reader, units, empty)
                     break
 
-    def _can_leave(self, units: HiddenUnits, empty: Tensor, runs: BlockRuns) -> bool:
-        """Take units out if the block then computes the same; otherwise put them back."""
+    def _take_if_same(self, units: HiddenUnits, empty: Tensor, runs: BlockRuns) -> bool:
+        """Take units out; put them back and return False if the block then computes something else."""
         with ExitStack() as undo:
+            # `take` changes the block at once and returns its undo; on success the search keeps it.
             if not runs.same_after(lambda: undo.callback(units.take(~empty)), units, ~empty):
                 return False
             self._undo.enter_context(undo.pop_all())

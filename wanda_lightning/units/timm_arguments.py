@@ -175,4 +175,5 @@ def _all_arguments(family: Any, name: str, arguments: Kwargs) -> Kwargs:
     with patch.object(family, "__init__", recording):
         _build(name, arguments)
     del settings["self"]
-    return settings | settings.pop("kwargs", {})
+    further = settings.pop("kwargs", {})
+    return settings | further
