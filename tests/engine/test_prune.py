@@ -417,3 +417,11 @@ def test_zeros_of_some_experts_are_held_in_training():
         second[2][tuple((second[2] != 0).nonzero()[0])] = 0
     assert held.state_dict()["unheld_zeros"].keys() == {"model.layers.1.mlp.experts.down_proj.2"}
     held.release()
+
+
+def test_one_pass_keeps_the_sparsities_that_gradients_gave():
+    specimen = ZOO["vit"]
+    report = prune(
+        specimen.build(), specimen.batches(), 0.5, allocation="fisher", sequential="none"
+    )
+    assert len({layer.target for layer in report.layers}) > 1
