@@ -2,7 +2,7 @@
 
 import copy
 from functools import partial
-from itertools import cycle
+from itertools import cycle, repeat
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def one_layer(norm, dims=0):
     """A pruned matrix, whose output a BatchNorm layer normalizes as (tokens, channels), or with places behind those."""
     if dims == 0:
         return nn.Sequential(nn.Linear(6, 8), nn.Flatten(0, 1), norm, nn.Linear(8, 3))
-    places = nn.Unflatten(2, (5, *[1] * (dims - 1)))
+    places = nn.Unflatten(2, (5, *repeat(1, dims - 1)))
     to_channels = Permute([0, 2, 1])
     return nn.Sequential(
         nn.Linear(6, 8), to_channels, places, norm, nn.Flatten(1), nn.Linear(40, 3)

@@ -12,6 +12,7 @@ from support.quiet import prune
 from support.zoo import ZOO, seeded
 from torch import nn
 
+from wanda_lightning.common.wording import quantity
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 
 
@@ -113,7 +114,7 @@ def test_the_report_says_that_the_statistics_are_those_of_the_first_call(
 ):
     report = prune(build(), vectors(), sequential=sequential, skip=["head"])
     more = sum(number > 1 for number in calls)
-    start = f"the model calls {more} layer{'s' * (more > 1)} more than once, blocks.0.up first, but"
+    start = f"the model calls {quantity(more, 'layer')} more than once, blocks.0.up first, but"
     assert sum(note.startswith(start) for note in report.notes) == noted
     if noted:  # only the first call counts
         calls = [1] * len(calls)

@@ -169,7 +169,11 @@ def assert_statistics(case):
 
 # PyTorch pads an image by itself where the two sides differ, and says so.
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@given(st.data(), cases(*DTYPES, *[torch.float64] * 3), st.sampled_from(SEQUENTIAL_CHOICES))
+@given(
+    st.data(),
+    cases(*DTYPES, torch.float64, torch.float64, torch.float64),
+    st.sampled_from(SEQUENTIAL_CHOICES),
+)
 def test_statistics_and_masks_are_those_of_a_slow_loop_and_counts_are_exact(data, case, sequential):
     assert_statistics(case)
     dense = case.matrices()

@@ -214,9 +214,8 @@ BEFORE_AN_EXPERT_LEAVES = [
     ],
 )
 def test_what_cannot_lose_experts_is_refused(make, batches, choices, message):
-    assert re.search(
-        message, refusal(make(), batches, **{"sparsity": 0.25, "pattern": "experts", **choices})
-    )
+    choices = {"sparsity": 0.25, "pattern": "experts", **choices}
+    assert re.search(message, refusal(make(), batches, **choices))
 
 
 def test_logits_that_tie_in_16_bits_refuse_no_mixture():

@@ -121,7 +121,8 @@ def test_batches_are_read_once(option, name, sequential):
     kept = []
     for batches in (ZOO["llama"].batches(), iter(ZOO["llama"].batches())):
         model = LLAMA()
-        report = prune(model, batches, sequential=sequential, **{option: name})
+        choices = {option: name}
+        report = prune(model, batches, sequential=sequential, **choices)
         assert report.config["calibration_batches"] == len(ZOO["llama"].batches())
         kept.append(model.state_dict())
     torch.testing.assert_close(*kept, rtol=0, atol=0)

@@ -49,11 +49,13 @@ PERMUTED = {"method": "wanda", "pattern": "2:4", "permutation": "assignment"}
 
 def permute_model(model, batches, **choices):
     """Permute in place; return what was permuted."""
-    return permute(run_of(model, batches, **{**PERMUTED, **choices}))
+    choices = PERMUTED | choices
+    return permute(run_of(model, batches, **choices))
 
 
 def prune_permuted(model, batches, **choices):
-    return prune(model, batches, 0.5, progress=False, **{**PERMUTED, **choices})
+    choices = PERMUTED | choices
+    return prune(model, batches, 0.5, progress=False, **choices)
 
 
 def unchanged(model, dense):

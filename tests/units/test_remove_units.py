@@ -77,7 +77,8 @@ def specimen(name):
 
 
 def prune_units(model, batches, **choices):
-    return prune(model, batches, 0.5, progress=False, **{"pattern": EACH_OF_4, **choices})
+    choices.setdefault("pattern", EACH_OF_4)
+    return prune(model, batches, 0.5, progress=False, **choices)
 
 
 READERS = {
@@ -483,4 +484,5 @@ LLAMA = ZOO["llama"].build
 )
 def test_what_does_not_fit_is_refused(make, choices, text):
     batches = vectors() if make is apart else ZOO["llama"].batches()
-    assert text in refusal(make(), batches, **{"pattern": "structured", **choices})
+    choices = {"pattern": "structured", **choices}
+    assert text in refusal(make(), batches, **choices)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from types import NoneType
 from typing import Any
 
@@ -255,7 +256,7 @@ def _sums(inputs: Tensor) -> Tensor:
 
     positions = [0, *range(2, inputs.ndim)]
     mean = inputs.mean(positions, dtype=torch.promote_types(inputs.dtype, torch.float32))
-    center = mean.reshape(-1, *[1] * (inputs.ndim - 2))
+    center = mean.reshape(-1, *repeat(1, inputs.ndim - 2))
     # On a CPU, torch.var_mean takes five times as long as these parts.
     parts = inputs.split(max(1, _AT_ONCE * len(inputs) // inputs.numel()))
     deviations = torch.stack([(part - center).square().sum(positions) for part in parts])
