@@ -1,4 +1,4 @@
-"""What a batch consists of: how many samples it has, and how it is split, joined and moved.
+"""Count the samples of a batch, split it, join batches, and move them to a device.
 
 A batch is a tensor, or a nesting of mappings, lists and tuples with tensors and other values.
 """

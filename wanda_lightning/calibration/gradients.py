@@ -280,7 +280,7 @@ class _WithGradient(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Input:
-    """What the backward pass needs of the tokens that enter a layer."""
+    """The tokens that enter a layer, as the backward pass needs them."""
 
     product: Product
     squares: Tensor

@@ -145,7 +145,7 @@ class Observer:
 
 @dataclass(frozen=True)
 class _LayerObservation:
-    """What was observed at the last stop that is a layer; nothing if the last stop was none."""
+    """The observation at the last stop, if that was a layer; otherwise it is empty."""
 
     layers: Sequence[Layer] = ()  # one, or all groups of a convolution
     identities: Sequence[Identity] = ()  # of the inputs in this process, by batch and then by layer

@@ -1,4 +1,4 @@
-"""What surrounds the forward pass of one batch, while other batches and the scheduler run in turn.
+"""Keep apart what surrounds the forward passes of batches that run in turn.
 
 A plain forward pass has PyTorch's state, the context variables and the attributes of the modules to itself. In lockstep
 many passes share them, and neither PyTorch nor greenlet switches them. So this file restores each batch's own whenever
@@ -49,7 +49,7 @@ class _WholePass:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What surrounds a module that a batch calls: PyTorch's state, the context variables, the attributes of modules."""
+    """The surroundings of a call of a module: PyTorch's state, context variables, and attributes of modules."""
 
     batch: Pass
     state: TorchState

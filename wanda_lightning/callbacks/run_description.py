@@ -1,4 +1,4 @@
-"""What the report of a callback says about its run: the names of the model and of the calibration data."""
+"""Describe the run of a callback for its report: the names of the model and of the calibration data."""
 
 from __future__ import annotations
 

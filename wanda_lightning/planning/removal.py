@@ -22,7 +22,10 @@ from wanda_lightning.report import PruningReport
 
 
 class Removal(ABC):
-    """What leaves a model, and how. Each run has an object of its own, whose methods `prune_as` calls in this order."""
+    """Removes weights, hidden units or experts from a model. Each run has an object of its own.
+
+    The methods stand in the order in which `prune_as` calls them; commands also call `check` before anything runs.
+    """
 
     # How the report names an expert that got few tokens, and says what follows for it.
     expert_noun: ClassVar[str] = "expert layer"
