@@ -123,6 +123,7 @@ class PruningConfig:
             base = methods.Method()  # presets choose how weights are pruned
 
         chosen_solver: Solver = _resolve("solver", solver, base.solver)
+        # A solver that is given scores as in its own paper, whatever the method is.
         usual_criterion = base.criterion if solver is None else None
         if usual_criterion is None:
             usual_criterion = lambda: chosen_solver.own_criterion  # noqa: E731
@@ -157,6 +158,7 @@ class PruningConfig:
         _named("sequential", self.sequential)
         check_flags(keep_batch_norm=self.keep_batch_norm)
         self.pattern.check(self.sparsity)
+        # The first is enough: its advice may resolve the others.
         for option, other, reason in self._contradictions():
             raise UserError(
                 f"{self.shown(option)} cannot be combined with {self.shown(other)}, because {reason}"
@@ -220,6 +222,7 @@ class PruningConfig:
     @property
     def preset(self) -> str:
         """Name of the preset with exactly these choices; empty if there is none."""
+        # Presets choose the groups of `unstructured` themselves; other patterns are the user's.
         is_free = self.pattern.fixed_sparsity is None and self.pattern.removes != "units"
         pattern = "unstructured" if is_free else self.pattern
         choices = [option for option in NAMES if option != "method"]

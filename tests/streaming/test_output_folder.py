@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk
 from wanda_lightning.streaming.output_folder import PROGRESS_NAME, OutputFolder, PartRecord
@@ -98,6 +99,25 @@ def test_a_continued_run_does_not_allocate_again(
     assert (report.layers, report.config) == (expected.layers, expected.config)
     assert len({layer.target for layer in report.layers}) > 1 or "allocation" not in CHOICES[name]
     assert contents(out) == contents(whole)
+
+
+def test_a_continued_run_has_no_written_block_in_memory(source_for, out, monkeypatch):
+    """Taking experts out of weights that are not in memory makes tensors that are."""
+    source = source_for("experts_block")
+    interrupted(source, out, monkeypatch, at="model.layers.3", **CHOICES["experts_block"])
+    in_memory = []
+    load = Checkpoint.load
+
+    def listing(self, part, *args):
+        weights_now = self.model.named_parameters()
+        in_memory.append({self.part_of(k) for k, weight in weights_now if not is_unloaded(weight)})
+        return load(self, part, *args)
+
+    monkeypatch.setattr(Checkpoint, "load", listing)
+    stream(source, out, batches(), **CHOICES["experts_block"])
+    # The first is the load of what lies outside of the blocks; the model is on the meta device then.
+    assert all(len(parts - {""}) <= 1 for parts in in_memory[1:])
+    assert len(in_memory) > 4
 
 
 @pytest.mark.parametrize("number", [0, 1])

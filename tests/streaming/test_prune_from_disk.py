@@ -160,23 +160,33 @@ def test_what_may_not_fit_fewer_experts_is_left_out(tmp_path, caplog, sequential
     assert note in caplog.text
 
 
-def routed(model, batch):
+def routed(model, batch, end=None):
     """Run the blocks from number `batch["first"]` on."""
     inner = model.model
     states = inner.embed_tokens(batch["input_ids"])
     rotary = inner.rotary_emb(states, position_ids=torch.arange(states.shape[1])[None])
-    for layer in inner.layers[batch["first"] :]:
+    for layer in inner.layers[batch["first"] : end]:
         states = layer(states, position_embeddings=rotary)
     return states
 
 
-def test_batches_may_take_different_routes(source, tmp_path):
+def repeated(model, batch):
+    """Run the first blocks twice, as a model that shares blocks does."""
+    return routed(model, {**batch, "input_ids": model.lm_head(routed(model, batch, 2)).argmax(-1)})
+
+
+@pytest.mark.parametrize(
+    ("forward", "name"), [(routed, "owl"), (repeated, "permutation for wanda")]
+)
+def test_batches_may_take_different_routes(source, tmp_path, forward, name):
     samples = [{**batch, "first": first} for batch, first in zip(batches(), (1, 0, 2), strict=True)]
-    choices = CHOICES["owl"]
+    choices = CHOICES[name]
     model = AutoModelForCausalLM.from_pretrained(source)
-    expected = prune(model, samples, 0.5, forward=partial(routed, model), progress=False, **choices)
+    expected = prune(
+        model, samples, 0.5, forward=partial(forward, model), progress=False, **choices
+    )
     model.save_pretrained(tmp_path / "memory")
-    report = stream(source, tmp_path / "disk", samples, forward=routed, **choices)
+    report = stream(source, tmp_path / "disk", samples, forward=forward, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))
     assert report.layers == expected.layers
 

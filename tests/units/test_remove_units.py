@@ -106,48 +106,110 @@ def units_in(model, batches):
     return coupled_run(model, batches).removal.units
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_zeros_fill_the_units_and_nothing_else_changes(name):
-    """The report says so, and the model computes the same without the units."""
-    (model, batches), (other, _) = specimen(name), specimen(name)
+@pytest.fixture(scope="module", params=READERS)
+def pruned(request):
+    """A model whose units were pruned, what was found before, and the zero units of each reader."""
+    model, batches = specimen(request.param)
     found = coupled_run(model, batches)
-    expected = units_in(other, batches)
     dense = copy.deepcopy(model)
-    inside = {
-        layer: layer.removeprefix(f"{block}.")
-        for layer, block in found.plan.inventory.blocks.items()
-    }
-    assert found.removal.units.keys() == {
-        layer for layer, short in inside.items() if short in READERS[name]
-    }
     report = prune_units(model, batches, solver="zero_out", keep_batch_norm=True)
-    records = {layer.name: layer for layer in report.layers}
-    numbers = {}
-    for reader, units in found.removal.units.items():
-        zero = units.slots[-1].zeros()
-        numbers[reader] = int(zero.sum())
-        assert numbers[reader] == units.width - reference.kept_units(units.width, 0.5, 4)
-        assert records[reader].target == pytest.approx(numbers[reader] / units.width)
-        assert f"{numbers[reader]} of {units.width} hidden units are zero" in records[reader].note
-        expected[reader].zero(zero)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, other.state_dict()[key])
-        assert "running" not in key or torch.equal(value, dense.state_dict()[key])
-    for layer in report.layers:
-        zero = model.get_submodule(layer.name).weight == 0
-        assert layer.sparsity == pytest.approx(float(zero.float().mean()), abs=1e-9)
-    parameters = model.named_parameters(remove_duplicate=False)
+    units = found.removal.units
+    return SimpleNamespace(
+        name=request.param,
+        model=model,
+        batches=batches,
+        dense=dense,
+        report=report,
+        blocks=found.plan.inventory.blocks,
+        units=units,
+        zero={reader: each.slots[-1].zeros() for reader, each in units.items()},
+        outputs=run(model, batches[0]).detach(),
+    )
+
+
+def test_the_layers_that_read_hidden_units_are_found(pruned):
+    expected = {
+        layer
+        for layer, block in pruned.blocks.items()
+        if layer.removeprefix(f"{block}.") in READERS[pruned.name]
+    }
+    assert pruned.units.keys() == expected
+
+
+def test_half_of_the_units_become_zero(pruned):
+    for reader, units in pruned.units.items():
+        kept = reference.kept_units(units.width, 0.5, EACH_OF_4.multiple_of)
+        assert int(pruned.zero[reader].sum()) == units.width - kept
+
+
+def test_nothing_but_the_units_changes(pruned):
+    expected, batches = specimen(pruned.name)
+    for reader, units in units_in(expected, batches).items():
+        units.zero(pruned.zero[reader])
+    assert same(pruned.model.state_dict(), expected.state_dict())
+
+
+def test_running_statistics_stay(pruned):
+    dense = pruned.dense.state_dict()
+    for key, value in pruned.model.state_dict().items():
+        assert "running" not in key or torch.equal(value, dense[key])
+
+
+def test_the_outputs_are_those_of_the_model_without_the_units(pruned):
+    assert not torch.allclose(pruned.outputs, run(pruned.dense, pruned.batches[0]), atol=1e-3)
+    smaller = copy.deepcopy(pruned.model)
+    for reader, units in units_in(smaller, pruned.batches).items():
+        units.take(~pruned.zero[reader])
+    outputs = run(smaller, pruned.batches[0]).detach()
+    torch.testing.assert_close(outputs, pruned.outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_report_has_the_sparsity_of_each_layer(pruned):
+    records = {layer.name: layer for layer in pruned.report.layers}
+    for name, record in records.items():
+        zero = pruned.model.get_submodule(name).weight == 0
+        assert record.sparsity == pytest.approx(float(zero.float().mean()), abs=1e-9)
+    for reader, units in pruned.units.items():
+        number = int(pruned.zero[reader].sum())
+        assert records[reader].target == pytest.approx(number / units.width)
+        assert f"{number} of {units.width} hidden units are zero" in records[reader].note
+
+
+def test_the_report_lists_all_matrices(pruned):
+    report = pruned.report
+    parameters = pruned.model.named_parameters(remove_duplicate=False)
     matrices = sorted(matrix.name for matrix in (*report.layers, *report.skipped))
     assert matrices == sorted(key.removesuffix(".weight") for key, p in parameters if p.ndim > 1)
-    outputs = run(model, batches[0]).detach()
-    assert not torch.allclose(outputs, run(dense, batches[0]), atol=1e-3)
-    for units in found.removal.units.values():
-        units.take(~units.slots[-1].zeros())
-    torch.testing.assert_close(run(model, batches[0]).detach(), outputs, rtol=1e-4, atol=1e-4)
-    width = sum(units.width for units in expected.values())
-    text = f"{sum(numbers.values())} of {width} hidden units are zero; shrink()"
-    assert sum(text in note for note in report.notes) == 1
-    assert text in str(report)
+
+
+def test_the_report_names_the_number_of_units_once(pruned):
+    number = sum(int(zero.sum()) for zero in pruned.zero.values())
+    width = sum(units.width for units in pruned.units.values())
+    text = f"{number} of {width} hidden units are zero; shrink()"
+    assert sum(text in note for note in pruned.report.notes) == 1
+    assert text in str(pruned.report)
+
+
+class TwoReaders(nn.Module):
+    """Two layers that read the same units."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+        self.other = nn.Linear(64, 32)
+
+    def forward(self, x):
+        units = self.up(x)
+        return x + self.down(units.relu()) * self.other(units.sigmoid())
+
+
+def test_units_that_two_layers_read_are_found_once():
+    """Otherwise Fisher and the costs would count them twice."""
+    model = chain(lambda: [TwoReaders(), TwoReaders()])
+    found = units_in(model, vectors())
+    assert list(found) == ["0.down", "1.down"]
+    assert {slot.module for slot in found["0.down"].slots} == set(model[0].children())
 
 
 class Centered(nn.Module):

@@ -32,6 +32,7 @@ from wanda_lightning.calibration.surroundings import (
     TorchState,
     refuse_transforms,
 )
+from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
@@ -223,7 +224,7 @@ def _parking(stops: Sequence[Stop]) -> Iterator[None]:
             module = stop.module
             assert module is not None
             # It would bypass the forward.
-            restored.enter_context(patched(module, "_compiled_call_impl", None))
+            restored.enter_context(patched(module, COMPILED_CALL, None))
             restored.enter_context(
                 patched(module, "forward", partial(_park, index, module.forward))
             )

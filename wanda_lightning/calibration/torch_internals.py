@@ -15,6 +15,14 @@ from torch import Tensor, nn, overrides
 from torch.autograd import forward_ad
 from torch.utils import _python_dispatch
 
+# Where `Module.compile` keeps the code that a call runs instead of `forward`.
+COMPILED_CALL = "_compiled_call_impl"
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `Module.compile` was called."""
+    return getattr(module, COMPILED_CALL) is not None
+
 
 def write_count(tensor: Tensor) -> int:
     """Return how often a tensor was written to; always 0 for a tensor of inference mode, which does not count it."""

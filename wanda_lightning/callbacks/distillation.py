@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.pruning_mode import patched
+from wanda_lightning.calibration.torch_internals import is_compiled
 from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.callbacks.prunable_module import pruning_target
 from wanda_lightning.callbacks.trainer import processes_of
@@ -103,7 +104,7 @@ class DistillFromDense(Callback):
                 "automatic_optimization=True."
             )
         # Neither library has a public way to ask whether a module is compiled.
-        if pl_module._compiler_ctx is not None or network._compiled_call_impl is not None:
+        if pl_module._compiler_ctx is not None or is_compiled(network):
             raise MisconfigurationException(
                 f"DistillFromDense watches the calls of the network, which the compiled code of {name} hides. Wrap the "
                 "network alone, as in module.model = torch.compile(module.model)."

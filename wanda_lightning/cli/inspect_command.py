@@ -69,11 +69,12 @@ def _memory(model: Any, inventory: Inventory, options: Model) -> str:
 
     largest = 0
     for name in {*inventory.blocks.values()}:
-        if name:
+        if name:  # layers outside of the blocks have an empty one
             block = model.get_submodule(name)
             weights = sum(parameter.numel() for parameter in block.parameters())
             largest = max(largest, weights * dtype.itemsize)
 
+    # What waits at a block between two visits: its inputs, for all windows.
     seqlen = window_length(options, None)
     width = model.get_input_embeddings().weight.shape[-1]
     inputs = dtype.itemsize * _WINDOWS * seqlen * width

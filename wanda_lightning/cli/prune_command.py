@@ -111,6 +111,7 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     refuse_unprunable(plan.layers)
     removal_of(config.pattern).check(config, module.model, plan.inventory)
     batches = _calibration(config, module, source)
+    # The Trainer of a measurement chooses the same one.
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     def measurement() -> _Measurement:

@@ -138,7 +138,11 @@ def reading(part: str, name: object, on_hub: bool = False) -> Iterator[None]:
 
 
 def _explained(error: Exception, message: str, reasons: Sequence[str]) -> Exception:
-    """Return an error with a message of our own; the reasons are those for an error of the file system or the hub."""
+    """Return an error that says what was read, followed by the error's own message.
+
+    `reasons` say why the hub or the network, whose errors are OSErrors, may have failed.
+    """
+    # Libraries wrap these errors in their own; their classes need not be importable here.
     names = {type(error).__name__, type(error.__context__).__name__}
     kind: type[Exception] = UserError
     if isinstance(error, ImportError):
@@ -146,6 +150,7 @@ def _explained(error: Exception, message: str, reasons: Sequence[str]) -> Except
     elif names & {"JSONDecodeError", "SafetensorError"}:
         message += " a file is damaged; download or save it again:"
     elif not isinstance(error, OSError):
+        # The message of a KeyError, for one, is only the key.
         message += f" {type(error).__name__}:"
     else:
         kind = OSError

@@ -69,8 +69,9 @@ def _count_parameters(run: Run) -> tuple[int, int]:
     zeros = run.store.zeros
     for parameter in run.plan.model.parameters():
         if isinstance(parameter, UninitializedParameter):
-            continue
+            continue  # of a lazy module that no batch has called
         number += parameter.numel()
+        # The zeros of blocks on disk are known from when they were written.
         if not is_wrapper(parameter) and not is_unloaded(parameter):
             zeros += int((parameter.detach() == 0).count_nonzero())
     return number, zeros
@@ -278,7 +279,7 @@ def _on_training(run: Run) -> Iterator[Note]:
     text = f"{training.recovery} trained on {quantity(training.trained, 'sample')}"
     losses = [one_pass.held_out for one_pass in training.passes if one_pass.held_out is not None]
     if losses:
-        best = losses.index(min(losses))
+        best = losses.index(min(losses))  # number 0 is before the training
         held_out = quantity(training.held_out, "held-out sample")
         shown = ", ".join(f"{loss:.4g}" for loss in losses)
         kept = f"of pass {best}" if best else "from before the training"

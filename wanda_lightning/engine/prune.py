@@ -117,6 +117,7 @@ def prune_as(
         store: Where the weights are.
     """
     started = time.perf_counter()
+    # What is refused is refused here, before the model runs.
     with plan.processes.fail_together():
         store.check(plan.layers)
         batch_norms = _batch_norms(plan)
@@ -186,6 +187,7 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
     Raises:
         ValueError: Before any weight is written, if there was no batch or an activation is NaN or infinite.
     """
+    # The report says what could not be done, instead of a refusal: the loop has ended.
     permuted = Permuted(why_not=_ONE_LOOP) if plan.config.permutation.reads_batches else None
     not_corrected = _ONE_LOOP if _batch_norms(plan) else ""
     samples = Samples(plan.model, None, None, None, plan.processes, None)
@@ -349,6 +351,7 @@ def _prune_stops(run: Run, removal: Removal) -> Run:
                 recovery = run.plan.config.recovery.start(visit.stop, run.plan.processes)
                 calls = recovery.record(visit.calls)
                 if dense_observation is None:
+                    # The calls run here, with what was pruned before this stop.
                     observation = observer(visit.stop, calls)
                 else:
                     observation = dense_observation

@@ -55,6 +55,7 @@ def write_card(
     rows, results = _results(run)
 
     picture = ""
+    # The picture shows zeros, which are gone from a smaller model.
     if find_spec("matplotlib") is not None and not report.shrunk:
         picture = PICTURE_NAME
         report.save(folder / picture)
@@ -128,7 +129,7 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
         rows.append((name, metric.text(result.before), metric.text(after)))
         if after is not None:
             data = result.data or "unknown"
-            kind = data.partition(", ")[0]
+            kind = data.partition(", ")[0]  # what follows describes the part and the windows
             metadata.append(
                 EvalResult(metric.task, kind, data, metric.on_hub, after, metric_name=metric.name)
             )

@@ -23,7 +23,7 @@ def refuse_upload(repo_id: str, private: bool = False) -> None:
         expected = "OWNER/NAME of a model repository"
     elif constants.HF_HUB_OFFLINE:
         expected = "left out while HF_HUB_OFFLINE is set"
-    elif get_token() is None:
+    elif get_token() is None:  # of the environment or of an earlier login
         expected = "left out without a token (run hf auth login, or set HF_TOKEN)"
     if expected:
         raise UserError(f"push_to_hub must be {expected}, but it is {repo_id!r}.")
@@ -46,6 +46,7 @@ def upload(folder: StrPath, repo_id: str, files: Collection[str], private: bool 
 
     api = HfApi(library_name="wanda_lightning")
     try:
+        # `None` makes the repository as the organization's settings say.
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
         refuse_upload(address.repo_id, private)
         api.upload_folder(

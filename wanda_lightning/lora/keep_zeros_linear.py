@@ -143,12 +143,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         """Whether one product may replace the layer's: no dropout, no hooks, no quantization, no half precision."""
         base = self.base_layer
         # torch has no public way to ask for hooks, which only `base(x)` calls.
-        hooks = (
-            base._forward_hooks,
-            base._forward_pre_hooks,
-            base._backward_hooks,
-            base._backward_pre_hooks,
-        )
+        hooks = (value for name, value in vars(base).items() if name.endswith("hooks"))
         if any(hooks) or "forward" in vars(base):
             return False
         if type(base).forward not in (nn.Linear.forward, Conv1D.forward):

@@ -31,6 +31,7 @@ class RemoveWeights(Removal):
             previous = InputStatistics()
             for layers in _groups_to_solve(reached, observation.inputs, run.plan):
                 inputs = observation.inputs.get(layers[0].name, InputStatistics())
+                # Groups with one input follow each other: only then are its factors needed again.
                 if inputs is not previous:
                     previous.forget_derived()
                 previous = inputs
@@ -77,6 +78,7 @@ def _groups_to_solve(
     Each expert is a group of its own, since a hundred of them may share pooled statistics. Groups with one input follow
     each other, so that what is derived from its statistics is computed once.
     """
+    # Statistics compare by identity; a layer without any is alone.
     by_input: dict[object, dict[tuple[str, bool], list[Layer]]] = {}
     for layer in layers:
         groups = by_input.setdefault(inputs.get(layer.name, layer.name), {})

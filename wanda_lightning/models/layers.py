@@ -339,8 +339,6 @@ def is_pointwise(layer: Layer) -> bool:
     return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])
 
 
-# Attributes that every `nn.Linear` has, such as its dictionaries of hooks. They need no copy; the excluded three do.
-_OF_LINEAR = vars(nn.Linear(1, 1, device="meta")).keys() - {"_buffers", "_modules", "_parameters"}
 # What a forward may write into.
 _MUTABLE = (Tensor, nn.Module, dict, list, set, deque)
 
@@ -363,7 +361,8 @@ def computes_linear(module: nn.Linear) -> bool:
     replaced = {id(module.weight): weight, id(module.bias): bias}
     try:
         for name, value in vars(module).items():
-            if name not in _OF_LINEAR and isinstance(value, _MUTABLE):
+            # Hooks do not run, and perhaps cannot be copied.
+            if not name.endswith("hooks") and isinstance(value, _MUTABLE):
                 vars(copied)[name] = copy.deepcopy(value, dict(replaced))
         with torch.autocast("cpu", enabled=False):
             output = type(module).forward(copied, x)

@@ -207,4 +207,5 @@ class StreamedWeights(WeightStore):
             done.zero_units.update(record.zero_units)
             if block in stops:
                 restore(stops[block].layers)
+                # The smaller weights are copies in full size of what is not in memory.
                 self._checkpoint.unload(block)

@@ -172,6 +172,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
     ) -> Mapping[str, nn.Parameter]:
         """Return the weights of a copy, or of its attribute `module`, whose zeros are held in the original."""
         weights: dict[str, nn.Parameter] = {}
+        # Averages such as `AveragedModel` wrap a copy. The one with more of the names is the copy itself.
         for module in (copy, getattr(copy, "module", None)):
             if isinstance(module, nn.Module):
                 parameters = dict(module.named_parameters())

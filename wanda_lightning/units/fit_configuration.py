@@ -70,7 +70,8 @@ def _fit(model: Any, is_same: _IsSame) -> str:
     config = model.config
     for name in (SHAPES, NUMBERS):
         vars(config).pop(name, None)
-    # The model reads `config`, in which `_keep_if_same` sets one attribute after the other.
+    # Candidates are built from this copy. The model itself reads `config`, in which `_keep_if_same` sets one attribute
+    # after the other, and keeps those with which the model still computes the same.
     before = copy.deepcopy(config)
 
     def changed(settings: Settings) -> Any:
@@ -89,6 +90,7 @@ def _fit(model: Any, is_same: _IsSame) -> str:
         is_right=lambda settings: _keep_if_same(config, settings[-1], is_same),
     )
     if wrong:
+        # Record the shapes themselves, for a file of code beside the weights.
         vars(config).update(differences(model, built_with(settings)))
         new_sizes = sorted({new for _, new in changed_sizes(wrong)})
         shown = ", ".join(map(str, new_sizes[:8]))

@@ -199,7 +199,7 @@ class _RemovalSearch(UnitSearch):
         self._layer_of = {layer.module: layer for layer in plan.layers}
         skipped_by_user = plan.inventory.skipped_for(SkipReason.USER)
         self._skipped_by_user = {self._modules.get(matrix.name) for matrix in skipped_by_user}
-        # A matrix has one set of rows and one of columns.
+        # The same units may be found again, by another layer that reads them.
         self._used_lines: set[Line] = set()
 
     def search_block(self, visit: Visit) -> None:

@@ -33,7 +33,7 @@ from wanda_lightning.models import (
 from wanda_lightning.models.layers import named_modules
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.units.block_runs import BlockRuns, device_of
-from wanda_lightning.units.candidates import HiddenUnits, Line, removable_units
+from wanda_lightning.units.candidates import HiddenUnits, removable_units
 from wanda_lightning.units.fit_configuration import fit_configuration
 
 
@@ -203,8 +203,6 @@ class _EmptyUnits:
         self._modules = named_modules(model)
         self._tied = tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
-        # A matrix has one set of rows and one of columns.
-        self._used_lines: set[Line] = set()
 
     def take_out(self, block: Stop, runs: BlockRuns) -> None:
         """Take out the units that layers of a block read and that are zero on both sides."""
@@ -227,7 +225,6 @@ class _EmptyUnits:
 
     def _note_taken(self, reader: Layer, units: HiddenUnits, empty: Tensor) -> None:
         self.result.layers[reader.name] = units.width, int((~empty).sum())
-        self._used_lines |= units.lines
         modules = {slot.module for slot in units.slots}
         self.changed |= modules
         self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in modules}
@@ -263,8 +260,7 @@ class _EmptyUnits:
         assert block.module is not None
         parent = self._modules[reader.name.rpartition(".")[0]]
         for units in removable_units(reader, parent, block.module):
-            is_tied = any((slot.module, slot.name) in self._tied for slot in units.slots)
-            if is_tied or self._used_lines & units.lines:
+            if any((slot.module, slot.name) in self._tied for slot in units.slots):
                 continue
             zeros = []
             for slot in units.sides:

@@ -79,7 +79,9 @@ def fit_arguments(model: Any, arguments: Kwargs) -> tuple[str, Kwargs]:
     give the shapes, the name is `shrunk_model`, and its arguments are the shapes. `arguments` are those of
     `timm.create_model` beside the name. Raises a ValueError for a model with other modules.
     """
-    known = {**getattr(model, "_model_args", {}), "num_classes": model.num_classes, **arguments}
+    from timm.models import get_model_args
+
+    known = {**get_model_args(model), **arguments}
     # The model may have been loaded from a folder of a `shrunk_model`.
     for key in (SHAPES, NUMBERS):
         known.pop(key, None)
