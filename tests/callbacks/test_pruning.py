@@ -210,58 +210,82 @@ def adamw():
     return Net(ADAMW)
 
 
-@pytest.mark.parametrize(
-    ("make", "accumulate", "when", "stages", "sparsity"),
-    [
-        (adamw, 1, {"at_step": 7}, {7: 1.0}, 0.5),  # in the second epoch
-        # Six batches an epoch: the last step accumulates two.
-        (Net, 4, {"at_step": 2}, {2: 1.0}, 0.5),
-        (Manual, 1, {"at_step": 4}, {4: 1.0}, 0.5),
-        (TwoOptimizers, 1, {"at_step": 6}, {6: 1.0}, 0.5),
-        (
-            adamw,
-            2,
-            {"schedule": CubicSchedule(2, 8, every=2)},
-            {4: 19 / 27, 6: 26 / 27, 8: 1.0},
-            0.7,
-        ),
-        (
-            adamw,
-            2,
-            {"schedule": LinearSchedule(1, 9, every=2)},
-            {3: 0.25, 5: 0.5, 7: 0.75, 9: 1.0},
-            0.5,
-        ),
-        (adamw, 2, {"schedule": Steps((0, 0.25), (5, 0.25), (9, 1.0))}, {0: 0.25, 9: 1.0}, 0.7),
-    ],
-)
-def test_each_stage_does_what_prune_does_and_zeros_stay(make, accumulate, when, stages, sparsity):
+# How the module is made, batches that are accumulated, when to prune, the fraction of the sparsity after each stage by
+# optimizer step, and the sparsity.
+STAGES = [
+    (adamw, 1, {"at_step": 7}, {7: 1.0}, 0.5),  # in the second epoch
+    # Six batches an epoch: the last step accumulates two.
+    (Net, 4, {"at_step": 2}, {2: 1.0}, 0.5),
+    (Manual, 1, {"at_step": 4}, {4: 1.0}, 0.5),
+    (TwoOptimizers, 1, {"at_step": 6}, {6: 1.0}, 0.5),
+    (adamw, 2, {"schedule": CubicSchedule(2, 8, every=2)}, {4: 19 / 27, 6: 26 / 27, 8: 1.0}, 0.7),
+    (
+        adamw,
+        2,
+        {"schedule": LinearSchedule(1, 9, every=2)},
+        {3: 0.25, 5: 0.5, 7: 0.75, 9: 1.0},
+        0.5,
+    ),
+    (adamw, 2, {"schedule": Steps((0, 0.25), (5, 0.25), (9, 1.0))}, {0: 0.25, 9: 1.0}, 0.7),
+]
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def fits(request):
+    """A dense fit, and one that prunes: the weights before and after the callback by step."""
+    make, accumulate, when, stages, sparsity = request.param
     dense = Notes()
     before = Notes()
     after = Notes()
-    module = make()
     options = {"max_epochs": 4, "max_steps": 12, "accumulate_grad_batches": accumulate}
     trainer(dense, **options).fit(make(), loader(24))
-    reached = stages.get(0, 0.0) * sparsity
-    previous = zeros(pruned_by_hand(module.state_dict(), reached))
-    trainer(before, WandaPrune(sparsity, num_samples=24, **when), after, **options).fit(
-        module, loader(24)
+    module = make()
+    start = copy.deepcopy(module.state_dict())
+    callback = WandaPrune(sparsity, num_samples=24, **when)
+    trainer(before, callback, after, **options).fit(module, loader(24))
+    reached = {step: share * sparsity for step, share in stages.items()}
+    return SimpleNamespace(
+        dense=dense.at,
+        before=before.at,
+        after={0: pruned_by_hand(start, reached.get(0, 0.0)).state_dict(), **after.at},
+        reached=reached,
+        module=module,
     )
-    assert before.at.keys() == dense.at.keys()
-    for step, weights in after.at.items():
-        assert step > min(stages) or step == 0 or equal(before.at[step], dense.at[step])
-        if step in stages:
-            reached = stages[step] * sparsity
-            assert equal(weights, pruned_by_hand(before.at[step], reached).state_dict())
+
+
+def test_training_is_that_of_the_dense_run_until_the_first_stage(fits):
+    assert fits.before.keys() == fits.dense.keys()
+    for step, weights in fits.before.items():
+        if 0 < step <= min(fits.reached):  # a stage at 0 is done before the first batch
+            assert equal(weights, fits.dense[step])
+
+
+def test_each_stage_does_what_prune_does(fits):
+    for step in fits.reached.keys() & fits.before.keys():
+        expected = pruned_by_hand(fits.before[step], fits.reached[step])
+        assert equal(fits.after[step], expected.state_dict())
+
+
+def test_each_row_has_the_zeros_of_its_stage(fits):
+    for step, weights in fits.after.items():
+        sparsity = max((s for at, s in fits.reached.items() if at <= step), default=0)
+        for where in zeros_in(weights).values():
+            assert set(where.sum(dim=1).tolist()) == {int(where.shape[1] * sparsity)}
+
+
+def test_zeros_stay_and_others_come_only_with_a_stage(fits):
+    previous = zeros_in(fits.after[0])
+    for step, weights in fits.after.items():
         now = zeros_in(weights)
         for name, where in now.items():
-            assert where.sum(dim=1).tolist() == [int(where.shape[1] * reached)] * len(where)
-            assert not (previous[name] & ~where).any(), f"{name} revived weights at step {step}"
-            assert step in stages or torch.equal(previous[name], where)
+            assert not (previous[name] & ~where).any(), f"{name} revived weights at {step}"
+            assert step in fits.reached or torch.equal(previous[name], where)
         previous = now
-    assert reached == sparsity
-    assert equal(zeros(module), previous)
-    assert not equal(module.state_dict(), after.at[max(stages)])
+    assert equal(zeros(fits.module), previous)
+
+
+def test_the_kept_weights_train_on(fits):
+    assert not equal(fits.module.state_dict(), fits.after[max(fits.reached)])
 
 
 class Asked(WandaPrune):

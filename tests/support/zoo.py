@@ -23,6 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from support.mlps import Mlp
 from support.tiny import HEAD, ROPE, VOCABULARY, tiny
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -415,16 +416,6 @@ def _fewer_blocks(name):
     return {}
 
 
-class _Mlp(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(32, 64)
-        self.down = nn.Linear(64, 32)
-
-    def forward(self, x):
-        return x + self.down(F.relu(self.up(x)))
-
-
 class _Blocks(nn.Module):
     """Blocks that run one after another."""
 
@@ -439,7 +430,7 @@ class _Blocks(nn.Module):
         return self.head(x)
 
 
-class _KeywordMlp(_Mlp):
+class _KeywordMlp(Mlp):
     def forward(self, *, hidden, extra):
         hidden = super().forward(hidden + extra)
         return hidden, hidden.mean(dim=1, keepdim=True)
@@ -454,8 +445,8 @@ class _KeywordsOnly(_Blocks):
 
 
 def _block_twice():
-    shared = _Mlp()
-    return _Blocks(_Mlp(), shared, _Mlp(), shared)
+    shared = Mlp()
+    return _Blocks(Mlp(), shared, Mlp(), shared)
 
 
 def _plain_mlp():
@@ -487,7 +478,7 @@ class _Tied(nn.Module):
         return self.third(F.relu(self.second(F.relu(self.first(x)))))
 
 
-class _InplaceMlp(_Mlp):
+class _InplaceMlp(Mlp):
     def forward(self, x):
         return super().forward(x.relu_()) - 0.5
 
@@ -515,7 +506,7 @@ class _ExpertList(nn.Module):
     def __init__(self):
         super().__init__()
         self.gate = nn.Linear(32, 4)
-        self.experts = nn.ModuleList(_Mlp() for _ in range(4))
+        self.experts = nn.ModuleList(Mlp() for _ in range(4))
 
     def forward(self, x):
         tokens = x.flatten(0, -2)
@@ -696,12 +687,12 @@ ZOO = {
     ),
     "block_twice": _odd(_block_twice),
     "plain_mlp": _odd(_plain_mlp, blocks=()),
-    "unreached": _odd(lambda: _Unreached(_Mlp(), _Mlp(), _Mlp()), uncalled=("blocks.1.*",)),
-    "routed": _odd(lambda: _Routed(_Mlp(), _Mlp(), _Mlp(), _Mlp()), _routed_vectors),
+    "unreached": _odd(lambda: _Unreached(Mlp(), Mlp(), Mlp()), uncalled=("blocks.1.*",)),
+    "routed": _odd(lambda: _Routed(Mlp(), Mlp(), Mlp(), Mlp()), _routed_vectors),
     "expert_list": _odd(lambda: _Blocks(_ExpertList(), _ExpertList()), dense=("*.gate",)),
     "tied": _odd(_Tied, dense=("second",), blocks=()),
     "inplace": _odd(lambda: _Inplace(_InplaceMlp(), _InplaceMlp())),
-    "autocast_inside": _odd(lambda: _AutocastInside(_Mlp(), _Mlp(), _Mlp(), _Mlp())),
+    "autocast_inside": _odd(lambda: _AutocastInside(Mlp(), Mlp(), Mlp(), Mlp())),
     "torch_transformer": _odd(
         _TorchTransformer, dense=("*.in_proj_weight",), blocks=("encoder.layers.[0-9]",)
     ),
