@@ -175,7 +175,7 @@ def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypat
 
 def test_names_are_no_markup(tmp_path):
     text = card_of(tmp_path / "a_b_c", replace(RUN, data="a|b_c, <i>", model="x*y*z")).text
-    text = text.replace(f'"{tmp_path}/a_b_c"', "")
+    text = text.replace(f"{tmp_path}/a_b_c", "")
     for raw in ("a|b_c", "<i>", "x*y", "a_b_c\n"):
         assert raw not in text
 

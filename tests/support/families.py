@@ -34,7 +34,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning import ImageClassifierModule, Structured, shrink
 from wanda_lightning.models import find_layers
-from wanda_lightning.units.modeling_file import auto_classes, write_modeling_file
+from wanda_lightning.units.fit_configuration import auto_classes, refuse_unloadable
 
 aten = torch.ops.aten
 SEQUENTIAL = ("block", "layer", "none")
@@ -465,17 +465,55 @@ def _assert_same(model, batches, expected, wide):
 
 
 def _transformers_folder(model, folder):
-    folder.mkdir()
-    write_modeling_file(model, folder)
+    refuse_unloadable(model)
     model.save_pretrained(folder)
     own_file = bool(list(folder.glob("modeling_*.py")))
-    classes = auto_classes(type(model), model.config)
-    assert classes or not own_file, (
-        f"no AutoModel class loads {type(model).__name__}, and its folder has a file"
-    )
-    auto = getattr(hf, classes[0]) if classes else type(model)
+    own = _dense_class(model)
+    classes = auto_classes(own, model.config)
+    fitting = [getattr(hf, auto) for auto, name in classes.items() if name == own.__name__]
+    auto = (fitting or [type(model)])[0]
     loaded = auto.from_pretrained(folder, trust_remote_code=own_file, dtype=torch.float32)
     return without_cache(loaded).eval(), OWN_FILE if own_file else ORDINARY
+
+
+def _dense_class(model):
+    return getattr(type(model), "shrunk_family", type(model))
+
+
+def check_uneven(family):
+    """Take units out of all blocks but the last; return whether vLLM and SGLang can build the model of the folder.
+
+    None if the folder needs no file, since the family has a setting for these layers. Raises an error unless
+    transformers builds the model, also without its head and without weights as they do, and its outputs stay the same.
+    """
+    model = _build(family)
+    batches = family.batches()
+    *_, last = [stop.name for stop in find_layers(model).stops if stop.is_block]
+    prune(model, batches, 0.25, pattern=Structured(multiple_of=1), skip=[f"{last}.*"])
+    expected = [_floats(copy.deepcopy(model), batch, False) for batch in batches]
+    shrink(model, batches[0])
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / re.sub(r"\W", "_", family.name)
+        loaded, form = _transformers_folder(model, path)
+        if form == ORDINARY:
+            return None
+        _assert_same(loaded, batches, expected, False)
+        config = hf.AutoConfig.from_pretrained(path, trust_remote_code=True)
+        (architecture,) = config.architectures
+        assert not hasattr(hf, architecture)
+        with torch.device("meta"):
+            base = hf.AutoModel.from_config(config, trust_remote_code=True)
+
+    saved = loaded.state_dict()
+    compared = 0
+    for name, tensor in base.state_dict().items():
+        stored = saved.get(name, saved.get(f"{base.base_model_prefix}.{name}"))
+        if stored is not None:  # it may have a pooler that the head does not use
+            assert tensor.shape == stored.shape
+            compared += 1
+    assert compared > len(config.shrunk_shapes)
+    return base.is_backend_compatible()
 
 
 def _timm_folder(family, model, folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,6 +53,9 @@ def write_card(
     report = replace(report, run=run)
     base = _base_on_hub(full_run.model)
     library, task, code = _loading(folder / "config.json", name, on_hub)
+    served = [name]
+    if "trust_remote_code" in code:
+        served.append("--trust-remote-code")
     rows, results = _results(run)
 
     picture = ""
@@ -89,6 +93,8 @@ def write_card(
         rows=rows,
         picture=picture,
         code=code,
+        task=task,
+        serve=shlex.join(served),
         settings=settings,
         report=report,
         run=run,
@@ -154,11 +160,15 @@ def _loading(config_file: Path, name: str, on_hub: bool) -> tuple[str | None, st
     (architecture, *_) = config.get("architectures") or ["AutoModel"]
     task = None
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        architecture = "AutoModelForCausalLM"
         task = "text-generation"
     arguments = json.dumps(name)
     if "auto_map" in config:  # the folder has its own modeling file
         arguments += ", trust_remote_code=True"
+        for auto, own_class in config["auto_map"].items():
+            if own_class.endswith(f".{architecture}"):
+                architecture = auto
+    elif task:
+        architecture = "AutoModelForCausalLM"
     code = f"from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained({arguments})"
     return "transformers", task, code
 

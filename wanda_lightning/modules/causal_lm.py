@@ -35,7 +35,7 @@ from wanda_lightning.parallel import (
     is_sharded,
     shard_processes,
 )
-from wanda_lightning.units.modeling_file import write_modeling_file
+from wanda_lightning.units.fit_configuration import refuse_unloadable
 from wanda_lightning.units.shrink import Shrunk, shrunk
 
 
@@ -289,7 +289,7 @@ class CausalLMModule(L.LightningModule):
             if processes.rank == 0:
                 with atomic_folder(folder, overwrite) as new:
                     with shrunk(self.model) if shrink else nullcontext() as result:
-                        write_modeling_file(self.pruning_target, new)
+                        refuse_unloadable(self.pruning_target)
                         self.model.save_pretrained(new, **options)
                     if self.tokenizer is not None:
                         self.tokenizer.save_pretrained(new)

@@ -18,8 +18,7 @@ from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.output_folder import Shards
-from wanda_lightning.units.fit_configuration import fit_configuration
-from wanda_lightning.units.modeling_file import write_modeling_file
+from wanda_lightning.units.fit_configuration import fit_configuration, refuse_unloadable
 from wanda_lightning.units.shrink import Shrunk, example_batch, shrink
 
 log = logging.getLogger(__name__)
@@ -67,7 +66,7 @@ def shrink_from_disk(
         result.note = checkpoint.leave_out()
         if result.note:
             log.warning(result.note)
-        write_modeling_file(checkpoint.model, folder)
+        refuse_unloadable(checkpoint.model)
         shards.write_rest(checkpoint, load_tokenizer(where))
     return result
 

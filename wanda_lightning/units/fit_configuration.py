@@ -1,7 +1,7 @@
 """Adapt the configuration of a model of transformers from which hidden units were taken out.
 
-If no attributes of the configuration give the shapes of the model, it gets the shapes themselves, which the file of
-`modeling_file.py` reads.
+If no attributes of the configuration give the shapes of the model, it gets the shapes themselves, and the model a class
+of `modeling_shrunk.py`, which reads them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.units import modeling_shrunk
 from wanda_lightning.units.candidates import Change, replace_attributes
 from wanda_lightning.units.fit_settings import (
     NUMBERS,
@@ -25,7 +27,6 @@ from wanda_lightning.units.fit_settings import (
     differences,
     fit_settings,
 )
-from wanda_lightning.units.modeling_file import family_of
 
 _IsSame = Callable[[], bool]
 _Path = tuple[str, ...]  # of an attribute in a configuration, which may hold other configurations
@@ -34,7 +35,7 @@ _Path = tuple[str, ...]  # of an attribute in a configuration, which may hold ot
 def fit_configuration(
     model: nn.Module, is_same: _IsSame = lambda: True
 ) -> tuple[str, Callable[[], None]]:
-    """Adapt the configuration of each model of transformers that a model is or contains.
+    """Adapt the configuration of each model of transformers that a model is or contains, and its class if necessary.
 
     The model gets a configuration of its own, since another model may have been built from the old one. An attribute
     that has a width by chance stays: `is_same` returns whether the model still computes the same.
@@ -47,10 +48,15 @@ def fit_configuration(
     inner = {other for outer in models for other in outer.modules() if other is not outer}
     outermost = [module for module in models if module not in inner]
 
-    undo = replace_attributes(
-        [attribute for module in outermost for attribute in _copied_configurations(module)]
-    )
-    misfits = [_fit(module, is_same) for module in outermost]
+    misfits = []
+
+    def changes() -> Iterator[Change]:
+        for module in outermost:
+            yield from list(_copied_configurations(module))
+            misfits.append(_fit(module, is_same))
+            yield module, "__class__", _fitting_class(module)
+
+    undo = replace_attributes(changes())
     return "; ".join(filter(None, misfits)), undo
 
 
@@ -66,7 +72,7 @@ def _copied_configurations(model: Any) -> Iterator[Change]:
 
 def _fit(model: Any, is_same: _IsSame) -> str:
     """Change the configuration of a model so that it gives its shapes; return why it cannot, or an empty text."""
-    family = family_of(model)
+    family = _family_of(model)
     config = model.config
     for name in (SHAPES, NUMBERS):
         vars(config).pop(name, None)
@@ -94,12 +100,80 @@ def _fit(model: Any, is_same: _IsSame) -> str:
         vars(config).update(differences(model, built_with(settings)))
         new_sizes = sorted({new for _, new in changed_sizes(wrong)})
         shown = ", ".join(map(str, new_sizes[:8]))
-        return f"no configuration of {family.__name__} gives the new numbers ({shown})"
+        why = f"no configuration of {family.__name__} gives the new numbers ({shown})"
+        if not family.is_backend_compatible():
+            why += ", and vLLM and SGLang cannot serve it, because this class computes attention in its own way"
+        return why
 
     # The modeling file with which the model was loaded is no longer needed.
     if family is not type(model) and getattr(config, "auto_map", None):
         del config.auto_map
     return ""
+
+
+def _family_of(model: Any) -> Any:
+    """Return the class of a model, or the one from which a modeling file has made it."""
+    return getattr(type(model), "shrunk_family", type(model))
+
+
+def _fitting_class(model: Any) -> type:
+    """Return the class that builds the model from its configuration, and name it there if it is not of transformers."""
+    family = _family_of(model)
+    config = model.config
+    if SHAPES not in vars(config):
+        return family
+    if not family.__module__.startswith("transformers."):
+        return type(model)  # `refuse_unloadable` refuses to save it
+
+    names = auto_classes(family, config)
+    if family.__name__ not in names.values():
+        return type(model)  # here, too
+
+    file = modeling_shrunk.__name__.rpartition(".")[2]
+    config.auto_map = {
+        auto: f"{file}.{modeling_shrunk.PREFIX}{name}" for auto, name in names.items()
+    }
+    fitting = getattr(modeling_shrunk, modeling_shrunk.PREFIX + family.__name__)
+    # From now on, `save_pretrained` writes the file of the class, too.
+    fitting.register_for_auto_class(next(a for a, name in names.items() if name == family.__name__))
+    return fitting
+
+
+def auto_classes(family: Any, config: Any) -> dict[str, str]:
+    """Return the class of transformers that each Auto class, such as AutoModel, loads for a configuration.
+
+    Where there is a choice, it is `family`.
+    """
+    from transformers.models.auto import modeling_auto
+
+    names = {}
+    for auto_name, auto in vars(modeling_auto).items():
+        # `AutoModel` and its kin; other names there are tables and functions.
+        mapping = getattr(auto, "_model_mapping", None)
+        if not auto_name.startswith("AutoModel") or mapping is None:
+            continue
+        classes = mapping.get(type(config), ())
+        if not isinstance(classes, list | tuple):
+            classes = [classes]
+        if classes:
+            chosen = family if family in classes else classes[0]
+            names[auto_name] = chosen.__name__
+    return names
+
+
+def refuse_unloadable(model: nn.Module) -> None:
+    """Refuse to save a model that nothing could load: it needs a class of its own, but has one of another library."""
+    config = getattr(model, "config", None)
+    if config is None or SHAPES not in vars(config):
+        return
+    family = type(model)
+    if not hasattr(family, "shrunk_family"):
+        raise UserError(
+            f"The model has widths that no configuration of {family.__name__} gives, and a modeling file can be "
+            "written only for classes of transformers that an Auto class loads, but this one is from "
+            f"{family.__module__}. Use the model in memory, export it (torch.export, ONNX), or prune with "
+            "allocation='uniform'."
+        )
 
 
 def _resized_attributes(config: Any, sizes: Sizes) -> Iterator[Setting]:

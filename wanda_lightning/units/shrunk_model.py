@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanda_lightning.units.modeling_file import Numbers, Shapes, Tensors, reshape, resized
+from wanda_lightning.units.modeling_shrunk import Numbers, Shapes, Tensors, reshape, resized
 
 
 def shrunk_model(

@@ -28,7 +28,7 @@ from wanda_lightning.units.fit_settings import (
     fit_settings,
     wrong_shapes,
 )
-from wanda_lightning.units.modeling_file import FILE_NAME, reshape, source_of
+from wanda_lightning.units.modeling_shrunk import reshape
 from wanda_lightning.units.shrunk_model import COPIED_FUNCTIONS, shrunk_model
 
 _BASE = "shrunk_from"  # the argument of `shrunk_model` that names a model of timm
@@ -68,8 +68,10 @@ def save_for_timm(model: Any, arguments: Kwargs, labels: Kwargs, folder: Path) -
         model, str(folder), model_config=config, model_args=arguments, safe_serialization=True
     )
     if name == shrunk_model.__name__:
-        text = _TEMPLATE.format(functions=source_of(*COPIED_FUNCTIONS))
-        (folder / f"{FILE_NAME}.py").write_text(text, encoding="utf-8")
+        # The functions use no other names of this package.
+        functions = "\n\n".join(inspect.getsource(function) for function in COPIED_FUNCTIONS)
+        text = _TEMPLATE.format(functions=functions)
+        (folder / "modeling_shrunk.py").write_text(text, encoding="utf-8")
 
 
 def fit_arguments(model: Any, arguments: Kwargs) -> tuple[str, Kwargs]:
