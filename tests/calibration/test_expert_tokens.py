@@ -10,7 +10,7 @@ from support import reference
 from support.experts import SPECIMENS, Stack, double, experts_of, observed, routed_tokens, starved
 from support.pairwise import spread
 from support.samples import calls_of
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,7 +39,7 @@ def by_hand(model, batches):
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_statistics_are_of_the_tokens_routed_to_each_expert(name):
     model = double(name)
-    batches = ZOO["mixtral"].batches()
+    batches = batches_of("mixtral")
     expected = by_hand(model, batches)
     statistics = observed(model, batches)
     assert statistics.keys() >= expected.keys()
@@ -150,10 +150,10 @@ def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
 @pytest.mark.parametrize("used", [2, 4])
 def test_padding_that_counts_is_noted(set_minimum, used):
     set_minimum(0)
-    model = ZOO["mixtral"].build()
+    model = model_of("mixtral")
     for layer in model.model.layers:
         layer.mlp.gate.top_k = used
-    report = prune(model, ZOO["llama_padded"].batches(), progress=False)
+    report = prune(model, batches_of("llama_padded"), progress=False)
     assert {layer.note.partition(":")[0] for layer in report.layers if layer.siblings} == {
         "padding counted"
     }
@@ -167,7 +167,7 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum,
     set_minimum(minimum)
     model = starved()
     dense = copy.deepcopy(model)
-    batches = ZOO["mixtral"].batches()
+    batches = batches_of("mixtral")
     report = prune(model, batches, sequential=sequential, progress=False)
     counts = {layer.name: layer.tokens for layer in report.layers if layer.siblings}
     assert len(counts) == 16
@@ -199,8 +199,8 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum,
 
 def test_experts_in_a_list_help_each_other(set_minimum):
     set_minimum(1)
-    model = ZOO["expert_list"].build()
-    batches = ZOO["expert_list"].batches()
+    model = model_of("expert_list")
+    batches = batches_of("expert_list")
     with torch.no_grad():
         model.blocks[0].gate.bias[1] = -100
     dense = copy.deepcopy(model)

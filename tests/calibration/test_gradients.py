@@ -6,7 +6,7 @@ from support.chains import overrides
 from support.pairwise import spread, with_nightly
 from support.refusals import refusal
 from support.samples import drawn, gradients, split
-from support.zoo import ZOO
+from support.zoo import ZOO, batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -86,8 +86,8 @@ SAMPLED = [
 
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
 def test_recomputed_blocks_give_the_same_sums(name):
-    model = ZOO[name].build().double()
-    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, ZOO[name].batches())
+    model = model_of(name).double()
+    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, batches_of(name))
     expected = gradients(model, batches, recomputed=False)
     random = torch.get_rng_state()
     assert any(sums.rows.any() for sums in expected.values())
@@ -114,8 +114,8 @@ def test_a_convolution_has_a_gradient_at_each_position_and_classes_are_in_dimens
 
 @pytest.mark.parametrize("name", ["llama_padded", "llama_left_padded"])
 def test_padding_does_not_count(name):
-    model = ZOO[name].build()
-    batch = ZOO[name].batches()[0]
+    model = model_of(name)
+    batch = batches_of(name)[0]
     other = batch["input_ids"].where(batch["attention_mask"].bool(), 7)
     torch.testing.assert_close(
         measured(model, [batch]), measured(model, [batch | {"input_ids": other}])
@@ -123,11 +123,11 @@ def test_padding_does_not_count(name):
 
 
 def test_only_the_first_samples_go_backward():
-    batches = ZOO["llama"].batches()
+    batches = batches_of("llama")
 
     def targets(batches, samples):
         allocation = Fisher(num_samples=samples)
-        report = prune(ZOO["llama"].build(), batches, 0.5, allocation=allocation, progress=False)
+        report = prune(model_of("llama"), batches, 0.5, allocation=allocation, progress=False)
         return [layer.target for layer in report.layers]
 
     first = targets(batches, len(batches[0]["input_ids"]))
@@ -147,9 +147,9 @@ def test_the_bar_expects_the_batches_that_go_backward(capsys):
 )
 def test_the_size_of_the_batches_does_not_matter(name, samples):
     """Also where the limit lies inside a batch; a draw depends on the sample alone."""
-    batches = split(ZOO[name].batches(), 8)
+    batches = split(batches_of(name), 8)
     sums = [
-        measured(ZOO[name].build().double(), split(batches, size), samples=samples)
+        measured(model_of(name).double(), split(batches, size), samples=samples)
         for size in (1, 2, 4, 8)
     ]
     for other in sums[1:]:
@@ -158,8 +158,8 @@ def test_the_size_of_the_batches_does_not_matter(name, samples):
 
 @pytest.mark.parametrize("sizes", [(1, 8), (9,), (4, 5), (3, 3, 3)], ids=str)
 def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(sizes):
-    model = ZOO["vit"].build()
-    images = torch.cat([batch for batch, _ in ZOO["vit"].batches()] * 2)[:9]
+    model = model_of("vit")
+    images = torch.cat([batch for batch, _ in batches_of("vit")] * 2)[:9]
     alone = measured(model, [images[:1]])
     runs = []
     trained = torch.is_grad_enabled  # the trial of two samples has no gradients
@@ -192,8 +192,8 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
     ],
 )
 def test_without_predictions_it_is_refused(change, message):
-    model = ZOO["plain_mlp"].build()
-    batches = ZOO["plain_mlp"].batches()
+    model = model_of("plain_mlp")
+    batches = batches_of("plain_mlp")
     assert message in refusal(
         model, batches, allocation="fisher", forward=lambda x: change(model(x))
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.pairwise import pairwise, with_nightly
 from support.samples import samples_of
-from support.zoo import ZOO
+from support.zoo import model_of
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -244,7 +244,7 @@ def test_products_with_all_inputs_are_intercepted_in_every_way_to_pass_them(mult
         torch.testing.assert_close(result.reshape(X.shape), F.linear(X, W))
 
 
-TRANSFORMER = ZOO["torch_transformer"].build()
+TRANSFORMER = model_of("torch_transformer")
 
 
 class Text(type(TRANSFORMER)):

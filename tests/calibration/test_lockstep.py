@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.chains import WIDTH, Chain, Mlp, hooks, overrides, route, through, travel, vectors
 from support.samples import run_of, samples_of
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
@@ -135,16 +135,16 @@ def test_no_gradients_inside_and_the_callers_mode_outside(outer):
 def test_batches_and_models_of_inference_mode(sequential):
     """Inside inference mode a model may write into its inputs; outside it could not."""
 
-    class Inference(type(ZOO["inplace"].build())):
+    class Inference(type(model_of("inplace"))):
         @torch.inference_mode()
         def forward(self, x):
             return super().forward(x)
 
-    expected, decorated, given = (ZOO["inplace"].build() for _ in range(3))
+    expected, decorated, given = (model_of("inplace") for _ in range(3))
     decorated.__class__ = Inference
     for model in (expected, decorated, given):
         with torch.inference_mode(model is given):
-            prune(model, ZOO["inplace"].batches(), sequential=sequential, progress=False)
+            prune(model, batches_of("inplace"), sequential=sequential, progress=False)
         torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 

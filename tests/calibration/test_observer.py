@@ -8,7 +8,7 @@ import torch
 from support.chains import Chain, Mlp, travel, vectors
 from support.pairwise import spread, with_nightly
 from support.samples import calls_of, run_of
-from support.zoo import ZOO, seeded
+from support.zoo import ZOO, batches_of, model_of, seeded
 from torch import nn
 
 from wanda_lightning import NM, OWL, RIA, Unstructured, prune
@@ -59,9 +59,9 @@ SAMPLED = [
 
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
 def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(name):
-    model = ZOO[name].build()
+    model = model_of(name)
     observer = Observer(NEEDS)
-    own = run_of(model, ZOO[name].batches())
+    own = run_of(model, batches_of(name))
     with pruning_mode(model):
         expected = observer.whole_model(own.plan.whole_model, own.samples, lambda: None).inputs
         for visit in lockstep(own.plan.blocks_and_layers, own.samples.in_memory(), to_end=True):

@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 import torch
 from support.tiny import on_meta
-from support.zoo import ZOO
+from support.zoo import model_of
 from torch import nn
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -101,7 +101,7 @@ def test_nested_configurations_are_as_before():
 
 
 def test_key_value_caches_are_off():
-    model = ZOO["llama"].build()
+    model = model_of("llama")
     with calibration_mode(model):
         assert model(torch.ones(1, 2, dtype=torch.long)).past_key_values is None
     assert model(torch.ones(1, 2, dtype=torch.long)).past_key_values is not None
@@ -120,7 +120,7 @@ def test_experts_are_multiplied_one_at_a_time(model_class, monkeypatch):
         return tokens
 
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "at_once", multiply_at_once)
-    model = model_class(ZOO["qwen3_moe"].build().config)
+    model = model_class(model_of("qwen3_moe").config)
     model.set_experts_implementation("at_once")
     ids = torch.ones(1, 2, dtype=torch.long)
     with calibration_mode(model):

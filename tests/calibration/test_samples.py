@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.chains import Chain, Mlp
 from support.refusals import refusal
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -20,7 +20,7 @@ from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 X8 = torch.ones(2, 8)
-PADDING = [{key: 0 * value for key, value in ZOO["llama_padded"].batches()[0].items()}]
+PADDING = [{key: 0 * value for key, value in batches_of("llama_padded")[0].items()}]
 
 
 def mlp(bias=True):
@@ -65,7 +65,7 @@ def mlp(bias=True):
     ],
 )
 def test_batches_that_say_nothing_of_the_layers_are_refused(batches, choices, message, sequential):
-    model = ZOO["llama"].build() if batches is PADDING else mlp(bias=False)
+    model = model_of("llama") if batches is PADDING else mlp(bias=False)
     assert message in refusal(model, batches, sequential=sequential, **choices)
 
 

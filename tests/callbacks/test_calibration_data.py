@@ -21,7 +21,7 @@ from support.callbacks import (
     tagged,
     trainer,
 )
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 
@@ -158,7 +158,7 @@ class Text(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.pruning_target = ZOO["llama"].build()
+        self.pruning_target = model_of("llama")
 
     def forward(self, input_ids):
         return self.pruning_target(input_ids)
@@ -178,7 +178,7 @@ class Text(L.LightningModule):
 def test_any_precision_prunes_like_prune(precision, dtype, autocast):
     batches = [{"input_ids": torch.randint(128, (2, 16))} for _ in range(4)]
     module = Text()
-    model = ZOO["llama"].build().to(dtype)
+    model = model_of("llama").to(dtype)
     callback = PruningCallback(0.5, method="thorough", dataloader=batches, num_samples=8)
     trainer(callback, precision=precision).test(module, loader(), verbose=False)
     with autocast:
@@ -426,7 +426,7 @@ class OfZoo(L.LightningModule):
 
     def __init__(self, name):
         super().__init__()
-        self.pruning_target = ZOO[name].build().train()
+        self.pruning_target = model_of(name).train()
 
     def validation_step(self, batch, batch_idx):
         self.pruning_target(batch[0])
@@ -449,7 +449,7 @@ class CopyBefore(L.Callback):
 @pytest.mark.parametrize(("name", "loop"), [("convnext_conv_mlp", "validate"), ("resnet18", "fit")])
 def test_convolutions_are_read_although_lightning_is_in_inference_mode(name, loop):
     module = OfZoo(name)
-    batches = ZOO[name].batches()
+    batches = batches_of(name)
     before = CopyBefore()
     run = trainer(before, on_validation(), max_epochs=1, num_sanity_val_steps=0)
     data = DataLoader(batches, batch_size=None)

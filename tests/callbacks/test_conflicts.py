@@ -17,7 +17,7 @@ from support.callbacks import (
     share_of_zeros,
     trainer,
 )
-from support.zoo import ZOO
+from support.zoo import model_of
 
 from wanda_lightning import CubicSchedule, LinearSchedule, OneShot, PruningCallback, WandaPrune
 
@@ -220,7 +220,7 @@ def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):
 class Routed(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = ZOO["mixtral"].build().train()
+        self.net = model_of("mixtral").train()
 
     def forward(self, ids):
         return self.net(ids).logits

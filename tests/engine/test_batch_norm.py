@@ -11,7 +11,7 @@ from support.pair_cases import prune_batch_norms
 from support.quiet import prune
 from support.refusals import state_of
 from support.samples import calls_of
-from support.zoo import ZOO, run, seeded
+from support.zoo import ZOO, model_of, run, seeded
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
@@ -81,7 +81,7 @@ def both(dense, batches, sparsity=0.5, **choices):
 
 def resnet():
     """A model in float64, in which rounding does not grow from layer to layer."""
-    return ZOO["resnet18"].build().double()
+    return model_of("resnet18").double()
 
 
 def random(shape, sizes):

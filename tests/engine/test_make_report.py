@@ -9,7 +9,7 @@ from support import mlps
 from support.chains import WIDTH, Chain, Looped, Mlp, through, vectors
 from support.pairwise import spread
 from support.quiet import prune
-from support.zoo import ZOO, seeded
+from support.zoo import batches_of, model_of, seeded
 from torch import nn
 
 from wanda_lightning.common.wording import quantity
@@ -34,7 +34,7 @@ COVERED = """
 
 @pytest.mark.parametrize(("name", "choices", "text"), yaml.safe_load(COVERED))
 def test_low_coverage_is_said(name, choices, text, caplog):
-    report = prune(ZOO[name].build(), ZOO[name].batches(), **choices)
+    report = prune(model_of(name), batches_of(name), **choices)
     notes = coverage_notes(report)
     assert len(notes) == (text is not None)
     for note in notes:

@@ -10,7 +10,7 @@ from support.pairwise import with_nightly
 from support.quiet import prune
 from support.refusals import state_of
 from support.samples import run_of
-from support.zoo import ZOO, double, matching, matrices, run
+from support.zoo import ZOO, batches_of, double, matching, matrices, model_of, run
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -95,9 +95,9 @@ def test_equals_the_slow_procedure(name, sequential):
 @pytest.mark.parametrize("name", ["llama_padded", "resnet18"])
 def test_passes_that_run_anyway_prune_like_one_pass(name):
     """Without a correction of BatchNorm layers, as the batches of a validation loop run only once."""
-    model = ZOO[name].build()
+    model = model_of(name)
     expected = copy.deepcopy(model)
-    batches = ZOO[name].batches()
+    batches = batches_of(name)
     plan = run_of(model, batches, sequential="none").plan
     passive = PassiveCalibration(model, plan.whole_model, plan.observed, SINGLE_PROCESS)
     for batch in batches:
@@ -116,7 +116,7 @@ def test_passes_that_run_anyway_prune_like_one_pass(name):
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5)])
 def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, sparsity, sequential):
     """After ReLU, few tokens leave some columns without input, and after pruning they are other ones."""
-    model = ZOO["block_twice"].build()
+    model = model_of("block_twice")
     inactive = []
     model.blocks[0].down.register_forward_pre_hook(
         lambda _, args: inactive.append((args[0] == 0).all(dim=(0, 1)))
@@ -132,14 +132,14 @@ def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, spa
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
 def test_the_model_is_left_as_it_was(allocation, sequential):
-    model = ZOO["llama"].build().train()
+    model = model_of("llama").train()
     model.model.layers[0].eval()
     model.model.layers[1].requires_grad_(False)
     before = state_of(model)
     dense = copy.deepcopy(model.state_dict())
     prune(
         model,
-        ZOO["llama"].batches(),
+        batches_of("llama"),
         0.0,
         allocation=allocation,
         sequential=sequential,
@@ -163,7 +163,7 @@ LABELS = IDS.where(torch.tensor([[16], [5]]) > IDS, -100)
     ],
 )
 def test_padding_of_a_decoder_does_not_count(decoder, tokens):
-    report = prune(ZOO["t5"].build(), [ZOO["t5"].batches()[0] | decoder])
+    report = prune(model_of("t5"), [batches_of("t5")[0] | decoder])
     found = {layer.name: layer.tokens for layer in report.layers}
     assert found["encoder.block.0.layer.0.SelfAttention.q"] == 24 + 10
     assert found["decoder.block.0.layer.1.EncDecAttention.k"] == 24 + 10
@@ -173,16 +173,16 @@ def test_padding_of_a_decoder_does_not_count(decoder, tokens):
 def test_autocast_of_the_caller_reaches_the_batches():
     """Scores come from bfloat16 activations, and the cast of a dense weight is not used after it was pruned."""
     seen = []
-    model = ZOO["llama"].build()
+    model = model_of("llama")
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].dtype)
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        prune(model, ZOO["llama"].batches(), 0.5)
-        inside = run(model, ZOO["llama"].batches()[0])
+        prune(model, batches_of("llama"), 0.5)
+        inside = run(model, batches_of("llama")[0])
     assert set(seen) == {torch.bfloat16}
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        assert torch.equal(inside, run(model, ZOO["llama"].batches()[0]))
+        assert torch.equal(inside, run(model, batches_of("llama")[0]))
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
@@ -360,13 +360,13 @@ def test_autocast_does_not_round_the_bias():
 
 def mixture(skip=(), **choices):
     """A pruned mixture, and the report."""
-    model = ZOO["mixtral"].build()
-    return model, prune(model, ZOO["mixtral"].batches() * 2, skip=skip, **choices)
+    model = model_of("mixtral")
+    return model, prune(model, batches_of("mixtral") * 2, skip=skip, **choices)
 
 
 def test_reconstruct_trains_experts_but_those_left_dense():
     skip = ["*.0.mlp.experts.down_proj.1"]
-    dense = ZOO["mixtral"].build()
+    dense = model_of("mixtral")
     (model, report), (masks_alone, _) = mixture(skip, recovery=Reconstruct()), mixture(skip)
     experts, other, dense = (
         each.model.layers[0].mlp.experts for each in (model, masks_alone, dense)
@@ -408,7 +408,7 @@ def test_zeros_of_some_experts_are_held_in_training():
     zero = {name: p == 0 for name, p in model.named_parameters() if "experts" in name}
     held.hold([layer for layer in find_layers(model).layers if layer.name in names])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    run(model, ZOO["mixtral"].batches()[0]).square().mean().backward()
+    run(model, batches_of("mixtral")[0]).square().mean().backward()
     optimizer.step()
     zero["model.layers.0.mlp.experts.down_proj"][1] = False
     for name, expected in zero.items():

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.utils.prune
 from peft import LoraConfig, get_peft_model
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -131,11 +131,11 @@ def test_quantized_layers_are_refused_by_name(name):
 
 
 def test_of_a_layer_with_adapters_the_base_is_pruned():
-    model = ZOO["llama"].build()
+    model = model_of("llama")
     plain = copy.deepcopy(model)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
-    report = prune(adapted, ZOO["llama"].batches(), progress=False)
-    prune(plain, ZOO["llama"].batches(), progress=False)
+    report = prune(adapted, batches_of("llama"), progress=False)
+    prune(plain, batches_of("llama"), progress=False)
     assert sum(layer.name.endswith(".base_layer") for layer in report.layers) == 4
     reasons = {matrix.name: matrix.detail for matrix in report.skipped if "lora_" in matrix.name}
     assert list(reasons.values()) == ["adapter: trained, not pruned"] * 8

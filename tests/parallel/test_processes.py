@@ -15,7 +15,7 @@ from support.pair_cases import (
 )
 from support.pairwise import pairwise, spread, with_nightly
 from support.samples import gradients, split
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 
 from wanda_lightning import Distill, Fisher, Magnitude, Reconstruct, Structured, prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
@@ -180,8 +180,8 @@ UNEVEN = None, ((0, 1, 2), ()), ((0,), (1, 2))
 )
 def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples):
     """The labels are those of one process."""
-    model = ZOO[name].build().double()
-    expected = gradients(model, in_turns(split(ZOO[name].batches(), 1), shares), samples)
+    model = model_of(name).double()
+    expected = gradients(model, in_turns(split(batches_of(name), 1), shares), samples)
     for sums in pair.run(cases.fisher_of, name, shares, samples):
         assert sums.keys() == expected.keys()
         for layer, values in expected.items():
@@ -192,8 +192,8 @@ def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples)
 @pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
 def test_distillation_is_that_of_one_process(pair, name, shares):
     """The same steps on the same samples, whichever process runs them."""
-    model = ZOO[name].build().double()
-    turns = in_turns(split(ZOO[name].batches(), 2), shares)
+    model = model_of(name).double()
+    turns = in_turns(split(batches_of(name), 2), shares)
     recovery = Distill(passes=2, batch_size=2)
     expected = prune(model, turns, recovery=recovery, progress=False)
     (weights, report), (others, _) = pair.run(
@@ -211,8 +211,8 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
 @pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
 def test_reconstruction_is_that_of_one_process(pair, name, shares, size):
     """The same steps on the same batches, whichever process runs them; a batch of 18 has two steps."""
-    model = ZOO[name].build().double()
-    turns = in_turns(split(ZOO[name].batches() * size, size), shares)
+    model = model_of(name).double()
+    turns = in_turns(split(batches_of(name) * size, size), shares)
     choices = {"method": "magnitude", "recovery": Reconstruct(epochs=2)}
     expected = prune(model, turns, progress=False, **choices)
     (weights, report), (others, _) = pair.run(

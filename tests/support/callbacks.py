@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.connectors import callback_connector
 from support import forks
-from support.zoo import ZOO
+from support.zoo import model_of
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
@@ -34,7 +34,7 @@ class Net(L.LightningModule):
 
     def __init__(self, optimizer=SGD):
         super().__init__()
-        self.layers = ZOO["plain_mlp"].build().train()
+        self.layers = model_of("plain_mlp").train()
         self.optimizer = optimizer
 
     def forward(self, x):

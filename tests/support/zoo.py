@@ -697,3 +697,13 @@ ZOO = {
         _TorchTransformer, dense=("*.in_proj_weight",), blocks=("encoder.layers.[0-9]",)
     ),
 }
+
+
+def model_of(name):
+    """Build a model of the zoo."""
+    return ZOO[name].build()
+
+
+def batches_of(name):
+    """Return the calibration batches of a model of the zoo."""
+    return ZOO[name].batches()

@@ -12,11 +12,11 @@ from support.pairwise import spread
 from support.recoveries import (
     assert_close_states,
     pruned_with_and_without,
-    some_batches as batches_of,
+    some_batches as batches_of_size,
     weights_of,
 )
 from support.refusals import refusal
-from support.zoo import ZOO
+from support.zoo import ZOO, batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,7 +41,7 @@ def classifier(dtype=torch.float64):
     return Classifier().to(dtype)
 
 
-some_batches = partial(batches_of, size=1)
+some_batches = partial(batches_of_size, size=1)
 
 
 def divergence(model, dense, x):
@@ -117,8 +117,8 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share)
         kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
         return share * entropy + (1 - share) * kl
 
-    dense = ZOO[name].build().double()
-    samples = [{key: value[:1] for key, value in batch.items()} for batch in ZOO[name].batches()]
+    dense = model_of(name).double()
+    samples = [{key: value[:1] for key, value in batch.items()} for batch in batches_of(name)]
     config = Distill(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
     expected, model, report = pruned_with_and_without(dense, samples, recovery=config)
     adamw_by_hand(expected, dense, weights_of(report), samples, config, loss_of)
@@ -193,7 +193,7 @@ def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatc
         {"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)
     ]
     recovery = Distill(passes=1, batch_size=batch_size)
-    report = prune(ZOO["llama"].build(), batches, 0.5, recovery=recovery, progress=False)
+    report = prune(model_of("llama"), batches, 0.5, recovery=recovery, progress=False)
     assert len(taken) == steps
     assert f"learning_rate={1e-3 * math.sqrt(count / 512)}," in report.training.recovery
 
@@ -255,9 +255,9 @@ def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
 def test_a_model_may_be_called_with_a_key_value_cache():
     models = []
     for use_cache in (False, True):
-        model = ZOO["llama"].build().double()
+        model = model_of("llama").double()
         forward = partial(called_with, use_cache, model)
-        batches = ZOO["llama"].batches()
+        batches = batches_of("llama")
         prune(model, batches, recovery=Distill(passes=1), forward=forward, progress=False)
         models.append(model)
     assert_close_states(*models)
@@ -384,9 +384,9 @@ def test_the_report_keeps_the_losses():
 @pytest.mark.parametrize("name", ["llama", "convnext"])
 def test_blocks_are_trained_as_by_reconstruct_before(name):
     choices = {"method": "balanced", "sequential": "block", "progress": False}
-    first = ZOO[name].build()
-    both = ZOO[name].build()
-    batches = ZOO[name].batches()
+    first = model_of(name)
+    both = model_of(name)
+    batches = batches_of(name)
     blocks = prune(first, batches, 0.6, recovery="reconstruct", **choices)
     report = prune(
         both, batches, 0.6, recovery=Distill(passes=2, batch_size=1, blocks=True), **choices
@@ -464,9 +464,9 @@ def test_impossible_classes_do_not_count():
 def test_batches_on_a_graph(method, own_forward):
     models = []
     for on_graph in (True, False):
-        model = ZOO["llama"].build()
+        model = model_of("llama")
         embed = copy.deepcopy(model.get_input_embeddings()).requires_grad_(on_graph)
-        batches = [{"inputs_embeds": embed(batch["input_ids"])} for batch in ZOO["llama"].batches()]
+        batches = [{"inputs_embeds": embed(batch["input_ids"])} for batch in batches_of("llama")]
         forward = partial(lambda model, batch: model(**batch), model) if own_forward else None
         prune(model, batches, 0.5, method=method, forward=forward, progress=False)
         models.append(model)
@@ -475,7 +475,7 @@ def test_batches_on_a_graph(method, own_forward):
 
 
 def padded():
-    batches = [dict(batch) for batch in ZOO["llama_padded"].batches()]
+    batches = [dict(batch) for batch in batches_of("llama_padded")]
     batches[0]["attention_mask"] = batches[0]["attention_mask"].clone()
     batches[0]["attention_mask"][0] = 0
     return batches

@@ -7,7 +7,7 @@ import torch
 from support.recoveries import assert_close_states, blocks, pruned_with_and_without, some_batches
 from support.refusals import refusal
 from support.samples import samples_of
-from support.zoo import ZOO
+from support.zoo import ZOO, batches_of, model_of
 from torch import nn
 
 from wanda_lightning import PruningReport, Reconstruct, prune
@@ -20,8 +20,8 @@ from wanda_lightning.training import reconstruct
 
 
 def parts_of(name):
-    model = ZOO[name].build()
-    batches = ZOO[name].batches()
+    model = model_of(name)
+    batches = batches_of(name)
     stops = find_layers(model).stops
     layers = {}
     with torch.no_grad():
@@ -148,9 +148,9 @@ def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     monkeypatch.setattr(reconstruct, "_SAMPLES", 1)
     choices = {"sparsity": 0.5, "recovery": Reconstruct(epochs=2), "sequential": "block"}
     choices |= {"keep_batch_norm": True, "progress": False}
-    together = ZOO[name].build().double()
-    alone = ZOO[name].build().double()
-    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, ZOO[name].batches())
+    together = model_of(name).double()
+    alone = model_of(name).double()
+    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, batches_of(name))
     samples = [take(batch, n, n + 1) for batch in batches for n in range(batch_size(batch))]
     assert len(samples) > len(batches)
     first = prune(together, batches, **choices)

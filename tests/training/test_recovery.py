@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.pairwise import with_nightly
 from support.recoveries import IntoItsDtype, blocks, pruned_with_and_without, some_batches
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
 
 import wanda_lightning as wl
@@ -23,8 +23,8 @@ MORE = [("distill", name, "zero_out") for name in ("llama", "gemma2", "gpt2", "g
 @pytest.mark.parametrize(("recovery", "name", "solver"), with_nightly(SAMPLE, MORE))
 def test_only_kept_weights_move_and_nothing_is_left_behind(recovery, name, solver):
     """And in the whole model, with `Distill`, vectors."""
-    dense = ZOO[name].build()
-    batches = ZOO[name].batches() * 2
+    dense = model_of(name)
+    batches = batches_of(name) * 2
     hooks = sum(len(module._forward_hooks) for module in dense.modules())
     start, model, report = pruned_with_and_without(
         dense, batches, recovery=RECOVERIES[recovery], solver=solver

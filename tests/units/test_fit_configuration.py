@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as hf
 from support.tiny import tiny
-from support.zoo import ZOO
+from support.zoo import model_of
 from torch import nn
 
 from wanda_lightning.units.fit_configuration import fit_configuration
@@ -42,7 +42,7 @@ def assert_fits(model_class, old, new):
     ],
 )
 def test_the_attributes_with_the_shapes_change(changes):
-    old = ZOO["mixtral"].build().config
+    old = model_of("mixtral").config
     new = copy.deepcopy(old)
     new.update(changes)
     assert_fits(hf.MixtralForCausalLM, old, new)
@@ -56,7 +56,7 @@ def test_an_attribute_of_a_configuration_inside_another_changes():
 
 
 def test_shapes_that_no_attribute_gives():
-    model = ZOO["mixtral"].build()
+    model = model_of("mixtral")
     before = model.config.to_dict()
     model.model.layers[0].mlp.gate.weight = nn.Parameter(torch.zeros(3, 32))
     misfit, undo = fit_configuration(model)

@@ -14,7 +14,7 @@ from support.disk import same
 from support.pair_cases import replicated
 from support.pairwise import spread
 from support.samples import run_of
-from support.zoo import ZOO, run, seeded
+from support.zoo import ZOO, batches_of, model_of, run, seeded
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,7 +70,7 @@ def outputs(model, batches):
 def specimen(name):
     """A model and its batches; "efficientnet" has squeeze-and-excitation."""
     if name in ZOO:
-        return ZOO[name].build(), ZOO[name].batches()
+        return model_of(name), batches_of(name)
     return seeded(lambda: timm.create_model("test_efficientnet", num_classes=7)), [
         torch.randn(2, 3, 64, 64)
     ]
@@ -99,8 +99,8 @@ def test_the_model_computes_the_same(name, dtype):
 
 
 def test_it_is_pruned_as_a_model_that_was_permuted_before():
-    model = ZOO["llama"].build()
-    batches = ZOO["llama"].batches()
+    model = model_of("llama")
+    batches = batches_of("llama")
     expected = copy.deepcopy(model)
     permute_model(expected, batches)
     prune(expected, batches, 0.5, method="wanda", pattern="2:4", progress=False)
@@ -121,8 +121,8 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
 
 
 def test_heads_that_a_group_does_not_fit_into_stay():
-    model = ZOO["llama"].build()
-    batches = ZOO["llama"].batches()
+    model = model_of("llama")
+    batches = batches_of("llama")
     done = permute_model(model, batches, pattern="8:16")
     assert {layer.rpartition(".")[2] for layer in done.kept} == {"down_proj"}
 
@@ -254,7 +254,7 @@ def tied():
 
 def adapted():
     options = {"target_modules": ["up_proj", "o_proj"], "init_lora_weights": False}
-    return peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**options))
+    return peft.get_peft_model(model_of("llama"), peft.LoraConfig(**options))
 
 
 @pytest.mark.parametrize(("make", "batches"), [(tied, images), (adapted, ZOO["llama"].batches)])
@@ -276,13 +276,13 @@ def test_no_batches_and_bad_batches():
 
 
 def test_two_processes_permute_alike(pair):
-    batches = ZOO["llama"].batches()
+    batches = batches_of("llama")
     choices = {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"}
     for shares in (None, [[0, 1], []]):
         (weights, report), (others, _) = pair.run(replicated, "llama", shares, **choices)
         assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
         assert any("the inputs of 4 layers are permuted" in note for note in report.notes)
-    model = ZOO["llama"].build()
+    model = model_of("llama")
     prune_permuted(model, batches, method="magnitude")
     assert all(
         torch.equal(weights[name], parameter) for name, parameter in model.named_parameters()

@@ -14,7 +14,7 @@ from support.disk import same
 from support.mlps import MIXING, Mlp
 from support.refusals import refusal
 from support.samples import calls_of, drawn, run_of, split
-from support.zoo import ZOO, causal, run, seeded
+from support.zoo import ZOO, batches_of, causal, model_of, run, seeded
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
@@ -495,7 +495,7 @@ def test_layers_whose_units_are_never_written_name_their_writers_too():
 
 
 def adapted():
-    return get_peft_model(ZOO["llama"].build(), LoraConfig(target_modules=["up_proj"], r=2))
+    return get_peft_model(model_of("llama"), LoraConfig(target_modules=["up_proj"], r=2))
 
 
 def apart():
@@ -541,6 +541,6 @@ LLAMA = ZOO["llama"].build
     ],
 )
 def test_what_does_not_fit_is_refused(make, choices, text):
-    batches = vectors() if make is apart else ZOO["llama"].batches()
+    batches = vectors() if make is apart else batches_of("llama")
     choices = {"pattern": "structured", **choices}
     assert text in refusal(make(), batches, **choices)

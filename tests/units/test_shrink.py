@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from support.disk import same
 from support.mlps import MIXING, Mlp
 from support.tiny import tiny
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
 
 import wanda_lightning as wl
@@ -196,10 +196,10 @@ def test_whole_units_are_taken_out_once_and_other_zeros_stay(make, layers, text)
 
 
 def test_layers_that_the_batch_does_not_reach_stay():
-    model = ZOO["unreached"].build()
+    model = model_of("unreached")
     for block in model.blocks:
         zero(block, slice(0, 6))
-    report = wl.shrink(model, ZOO["unreached"].batches()[0])
+    report = wl.shrink(model, batches_of("unreached")[0])
     assert list(report.layers) == ["blocks.0.down", "blocks.2.down"]
     assert report.unproven == 6
 
@@ -236,7 +236,7 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
 
 
 def test_adapters_are_refused():
-    model = get_peft_model(ZOO["llama"].build(), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(model_of("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"shrink would break adapters.*Merge them first"):
         wl.shrink(model)
 
