@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.layers import rng
 from support.quiet import prune
 from torch import nn
 from user_of_types import Power
@@ -58,7 +59,7 @@ def model():
 
 @pytest.fixture
 def batch():
-    tokens = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randn(50, 16, generator=rng(1))
     return tokens * torch.linspace(0.1, 3, 16)
 
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from support import reference
 from support.experts import SPECIMENS, Stack, double, experts_of, observed, routed_tokens, starved
+from support.layers import rng
 from support.pairwise import spread
+from support.quiet import prune
 from support.samples import calls_of
 from support.zoo import batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 
@@ -89,9 +90,7 @@ def by_copies(up, down, x):
     return torch.bmm(down[chosen], torch.bmm(up[chosen], x[:, :, None]).relu())[:, :, 0]
 
 
-BATCHES = [
-    torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)).double() for seed in range(3)
-]
+BATCHES = [torch.randn(40, 32, generator=rng(seed)).double() for seed in range(3)]
 
 
 def remote(formula):
@@ -115,7 +114,7 @@ def test_other_formulas(formula, allocation, set_minimum):
     set_minimum(0)
     model = remote(formula)
     dense = remote(formula)
-    report = prune(model, BATCHES, sequential="none", allocation=allocation, progress=False)
+    report = prune(model, BATCHES, sequential="none", allocation=allocation)
     layers = [layer for layer in report.layers if layer.siblings]
 
     # By halves, each expert gets every fourth token; else all of them.
@@ -128,7 +127,7 @@ def test_other_formulas(formula, allocation, set_minimum):
 
 def test_the_fisher_information_of_pieces_is_that_of_the_whole():
     models = remote(by_halves), remote(FORMULAS["whole"])
-    reports = [prune(model, BATCHES, 0.5, allocation="fisher", progress=False) for model in models]
+    reports = [prune(model, BATCHES, 0.5, allocation="fisher") for model in models]
     targets, others = ([layer.target for layer in report.layers] for report in reports)
     assert targets == others
     assert len(set(targets)) > 1
@@ -137,7 +136,7 @@ def test_the_fisher_information_of_pieces_is_that_of_the_whole():
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
     model = remote(by_copies)
-    report = prune(model, BATCHES, sequential=sequential, progress=False)
+    report = prune(model, BATCHES, sequential=sequential)
     assert [layer.name for layer in report.layers] == ["1"]
     reason = "no calibration token was observed in any expert of the module"
     assert [matrix.detail for matrix in report.skipped] == [reason] * 8
@@ -153,7 +152,7 @@ def test_padding_that_counts_is_noted(set_minimum, used):
     model = model_of("mixtral")
     for layer in model.model.layers:
         layer.mlp.gate.top_k = used
-    report = prune(model, batches_of("llama_padded"), progress=False)
+    report = prune(model, batches_of("llama_padded"))
     assert {layer.note.partition(":")[0] for layer in report.layers if layer.siblings} == {
         "padding counted"
     }
@@ -168,7 +167,7 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum,
     model = starved()
     dense = copy.deepcopy(model)
     batches = batches_of("mixtral")
-    report = prune(model, batches, sequential=sequential, progress=False)
+    report = prune(model, batches, sequential=sequential)
     counts = {layer.name: layer.tokens for layer in report.layers if layer.siblings}
     assert len(counts) == 16
     assert counts["model.layers.0.mlp.experts.gate_up_proj.2"] == 0
@@ -204,7 +203,7 @@ def test_experts_in_a_list_help_each_other(set_minimum):
     with torch.no_grad():
         model.blocks[0].gate.bias[1] = -100
     dense = copy.deepcopy(model)
-    report = prune(model, batches, progress=False)
+    report = prune(model, batches)
 
     few = "few tokens: pruned with the statistics of all experts"
     helped = {layer.name: layer.tokens for layer in report.layers if few in layer.note}

@@ -4,13 +4,14 @@ import pytest
 import torch
 from support.chains import overrides
 from support.pairwise import spread, with_nightly
+from support.quiet import prune
 from support.refusals import refusal
 from support.samples import drawn, gradients, split
 from support.zoo import ZOO, batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Fisher, prune
+from wanda_lightning import Fisher
 from wanda_lightning.calibration.trees import map_tensors
 
 
@@ -127,7 +128,7 @@ def test_only_the_first_samples_go_backward():
 
     def targets(batches, samples):
         allocation = Fisher(num_samples=samples)
-        report = prune(model_of("llama"), batches, 0.5, allocation=allocation, progress=False)
+        report = prune(model_of("llama"), batches, 0.5, allocation=allocation)
         return [layer.target for layer in report.layers]
 
     first = targets(batches, len(batches[0]["input_ids"]))

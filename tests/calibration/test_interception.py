@@ -8,14 +8,16 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from support.layers import rng
 from support.pairwise import pairwise, with_nightly
+from support.quiet import prune
 from support.samples import samples_of
 from support.zoo import model_of
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT, prune
+from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT
 from wanda_lightning.calibration.interception import WeightInterceptor, WeightMemory
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
@@ -119,7 +121,7 @@ def build(formula):
 
 
 def vectors():
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     return [torch.randn(n, 5, WIDTH, generator=generator).double() for n in (2, 1, 3)]
 
 
@@ -161,7 +163,7 @@ def test_a_layer_alone_outside_of_blocks():
             return super().forward(x[:1], x, x)[0]
 
     model = nn.Sequential(*build(fused), Pooled(8, HEADS)).double().eval()
-    report = prune(model, vectors(), 0.5, progress=False)
+    report = prune(model, vectors(), 0.5)
     assert {layer.name: layer.tokens for layer in report.layers}["3.out_proj"] == 15
 
 
@@ -265,7 +267,7 @@ def test_padding_inside_of_attention_is_left_out(sequential, lengths):
         model = copy.deepcopy(TRANSFORMER)
         model.__class__ = Text
         batch = {"x": x + noise * torch.randn_like(x) * ~mask[..., None], "attention_mask": mask}
-        report = prune(model, [batch], 0.5, progress=False, sequential=sequential)
+        report = prune(model, [batch], 0.5, sequential=sequential)
         assert {(layer.tokens, "padding" in layer.note) for layer in report.layers} == {
             (sum(lengths), False)
         }

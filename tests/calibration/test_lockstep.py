@@ -12,12 +12,12 @@ from functools import partial
 import pytest
 import torch
 from support.chains import WIDTH, Chain, Mlp, hooks, overrides, route, through, travel, vectors
+from support.quiet import prune
 from support.samples import run_of, samples_of
 from support.zoo import batches_of, model_of
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from wanda_lightning import prune
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
@@ -105,7 +105,7 @@ def test_the_activations_of_one_unit_are_held(way):
                 visit.continue_by(partial(observer.watched, visit.stop))
         assert observer.finish(own.plan.whole_model).inputs
     else:
-        prune(model, vectors(4), sequential=way, skip=["head"], progress=False)
+        prune(model, vectors(4), sequential=way, skip=["head"])
     assert most == 4 + 1
     assert len(alive) == 0
 
@@ -144,7 +144,7 @@ def test_batches_and_models_of_inference_mode(sequential):
     decorated.__class__ = Inference
     for model in (expected, decorated, given):
         with torch.inference_mode(model is given):
-            prune(model, batches_of("inplace"), sequential=sequential, progress=False)
+            prune(model, batches_of("inplace"), sequential=sequential)
         torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
@@ -183,7 +183,7 @@ def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
     within, around = {"glue": (None, explode), "stop": (explode, lambda index: None)}[place]
     model = Chain(Mlp(), Mlp(before=within), Mlp(), glue=around).train()
     with pytest.raises(type(error)) as caught:
-        prune(model, vectors(), sequential=sequential, skip=["head"], progress=False)
+        prune(model, vectors(), sequential=sequential, skip=["head"])
     assert caught.value is error
     assert "explode" in {frame.name for frame in traceback.extract_tb(caught.tb)}
     assert overrides(model) == hooks(model) == []
@@ -237,7 +237,7 @@ def test_ctrl_c_ends_at_once(place, sequential, seconds):
     model.glue = nap if place == "glue" else model.glue
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        prune(model, vectors(40), sequential=sequential, skip=["head"], progress=False)
+        prune(model, vectors(40), sequential=sequential, skip=["head"])
     timer.join()
     assert time.monotonic() - started < 10
     assert overrides(model) == hooks(model) == []

@@ -7,11 +7,12 @@ import pytest
 import torch
 from support.chains import Chain, Mlp, travel, vectors
 from support.pairwise import spread, with_nightly
+from support.quiet import prune
 from support.samples import calls_of, run_of
 from support.zoo import ZOO, batches_of, model_of, seeded
 from torch import nn
 
-from wanda_lightning import NM, OWL, RIA, Unstructured, prune
+from wanda_lightning import NM, OWL, RIA, Unstructured
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.pruning_mode import pruning_mode
@@ -99,7 +100,7 @@ def test_a_tensor_that_the_model_changes_between_two_layers_is_two_inputs(sequen
         for in_place in (True, False)
     ]
     for model in models:
-        prune(model, vectors(), sequential=sequential, progress=False)
+        prune(model, vectors(), sequential=sequential)
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
 
 
@@ -149,9 +150,7 @@ CHOOSERS = {
 @pytest.mark.parametrize("name", CHOOSERS)
 def test_inputs_that_are_never_active_go_first(name, pattern):
     model = build()
-    report = prune(
-        model, vectors(), 0.5, pattern=pattern, skip=["head"], **CHOOSERS[name], progress=False
-    )
+    report = prune(model, vectors(), 0.5, pattern=pattern, skip=["head"], **CHOOSERS[name])
     kept = model.blocks[0].down.weight != 0
     assert not kept[:, list(DEAD)].any()
     if name != "owl":
@@ -162,7 +161,7 @@ def test_inputs_that_are_never_active_go_first(name, pattern):
 def test_inactive_inputs_are_counted_over_all_batches():
     model = build()
     calls = calls_of(model, LAYERS, vectors())
-    report = prune(model, vectors(), skip=["head"], sequential="none", progress=False)
+    report = prune(model, vectors(), skip=["head"], sequential="none")
     inactive = {
         name: int((torch.cat([x.flatten(0, 1) for (x,) in calls[name]]) == 0).all(dim=0).sum())
         for name in LAYERS
@@ -184,9 +183,7 @@ def test_inactive_inputs_are_counted_over_all_batches():
 def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
     model = build()
     batch = {"x": vectors()[0], "attention_mask": mask}
-    report = prune(
-        model, [batch], forward=lambda batch: model(batch["x"][:, first:]), progress=False
-    )
+    report = prune(model, [batch], forward=lambda batch: model(batch["x"][:, first:]))
     assert {layer.tokens for layer in report.layers} == {tokens}
     assert report.layers[1].note.endswith(f" inputs never active{note}")
 
@@ -200,9 +197,7 @@ def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
 def test_a_layer_whose_inputs_are_all_zero_stays_dense(sequential, solver, caplog):
     model = build(dead=range(16))
     before = model.blocks[0].down.weight.clone()
-    report = prune(
-        model, vectors(), solver=solver, sequential=sequential, skip=["head"], progress=False
-    )
+    report = prune(model, vectors(), solver=solver, sequential=sequential, skip=["head"])
     assert torch.equal(model.blocks[0].down.weight, before)
     assert ("blocks.0.down", "all its inputs were zero") in {
         (m.name, m.detail) for m in report.skipped
@@ -217,7 +212,7 @@ def test_a_group_whose_inputs_are_all_zero_stays_dense():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2))
     for parameter in model[0].parameters():
         parameter.data[4:] = 0
-    report = prune(model, [torch.randn(2, 3, 5, 5)], progress=False)
+    report = prune(model, [torch.randn(2, 3, 5, 5)])
     assert [layer.name for layer in report.layers] == ["1.group0"]
     assert {m.name: m.shape for m in report.skipped if "zero" in m.detail} == {
         "1.group1": (4, 4, 3, 3)

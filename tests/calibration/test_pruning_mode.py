@@ -5,13 +5,13 @@ from contextlib import suppress
 
 import pytest
 import torch
+from support.quiet import prune
 from support.tiny import on_meta
 from support.zoo import model_of
 from torch import nn
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from wanda_lightning import prune
 from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.common.evaluation_mode import evaluating
 
@@ -158,7 +158,7 @@ def test_buffers_of_the_state_dict_are_as_before(method):
     plain = copy.deepcopy(model.layers)
     calls = model.calls
     for each in (model, plain):
-        prune(each, batches, 0.5, method=method, progress=False)
+        prune(each, batches, 0.5, method=method)
     assert model.calls is calls
     assert (model.calls, model.more_calls) == (0, 0)
     assert len(model.cache)

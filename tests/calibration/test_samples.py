@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.chains import Chain, Mlp
+from support.layers import rng
+from support.quiet import prune
 from support.refusals import refusal
 from support.zoo import batches_of, model_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from wanda_lightning import prune
 from wanda_lightning.calibration.batches import batch_size, is_even
 from wanda_lightning.calibration.samples import Samples, fit_together, forward_batch
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
@@ -92,7 +93,7 @@ def test_an_error_names_the_batch_and_the_unit(sequential, samples, place):
     with pytest.raises(
         (RuntimeError, ValueError), match=r"three is too many|and the layer takes 8 features"
     ) as caught:
-        prune(model, [X8, torch.ones(shape)], sequential=sequential, progress=False)
+        prune(model, [X8, torch.ones(shape)], sequential=sequential)
     notes = " ".join(caught.value.__notes__)
     assert (
         f"This happened in {place}calibration batch 1 (counted from 0), with shapes {shape}."
@@ -180,7 +181,7 @@ def over_time(hidden, x):
     return ATTENTION(x, x, x, attn_mask=hidden(torch.ones(len(x), len(x), dtype=torch.bool)))[0]
 
 
-X3 = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+X3 = torch.randn(3, 4, 8, generator=rng())
 
 
 # Functions whose samples have the same results alone, or no predictions, or that fail anyway.

@@ -21,11 +21,13 @@ from support.callbacks import (
     tagged,
     trainer,
 )
+from support.layers import rng
+from support.quiet import prune
 from support.zoo import batches_of, model_of
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 
-from wanda_lightning import PruningCallback, WandaPrune, prune
+from wanda_lightning import PruningCallback, WandaPrune
 from wanda_lightning.calibration.batches import batch_size
 
 
@@ -182,7 +184,7 @@ def test_any_precision_prunes_like_prune(precision, dtype, autocast):
     callback = PruningCallback(0.5, method="thorough", dataloader=batches, num_samples=8)
     trainer(callback, precision=precision).test(module, loader(), verbose=False)
     with autocast:
-        report = prune(model, batches, 0.5, method="thorough", progress=False)
+        report = prune(model, batches, 0.5, method="thorough")
     assert callback.report.training == report.training
     assert equal(dict(module.pruning_target.state_dict()), dict(model.state_dict()))
 
@@ -213,8 +215,8 @@ class Listed(DataLoader):
     """A subclass with another constructor and a random state."""
 
     def __init__(self, dataset, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.jitter = torch.Generator().manual_seed(seed)
+        generator = rng(seed)
+        self.jitter = rng(seed)
         super().__init__(dataset, batch_size=4, shuffle=True, generator=generator)
 
     def __iter__(self):
@@ -223,9 +225,7 @@ class Listed(DataLoader):
 
 
 def shuffled():
-    return DataLoader(
-        samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3)
-    )
+    return DataLoader(samples(), batch_size=4, shuffle=True, generator=rng(3))
 
 
 def with_a_worker():
@@ -336,7 +336,7 @@ def on_validation(**options):
 def by_hand(module, count):
     expected = Net()
     expected.load_state_dict(module.state_dict())
-    prune(expected, list(loader(count)), sequential="none", progress=False)
+    prune(expected, list(loader(count)), sequential="none")
     return expected
 
 
@@ -385,7 +385,7 @@ def test_an_input_that_is_changed_in_place_is_another_input():
     module = Branches()
     batches = DataLoader(torch.randn(12, 8) - torch.linspace(-2, 2, 8), batch_size=4)
     expected = Branches()
-    prune(expected, list(batches), 0.5, sequential="none", progress=False)
+    prune(expected, list(batches), 0.5, sequential="none")
     trainer(on_validation()).validate(module, batches, verbose=False)
     assert same(module, expected)
 
@@ -455,7 +455,7 @@ def test_convolutions_are_read_although_lightning_is_in_inference_mode(name, loo
     data = DataLoader(batches, batch_size=None)
     loaders = [data, data] if loop == "fit" else [data]
     getattr(run, loop)(module, *loaders)
-    prune(before.copy, batches, sequential="none", keep_batch_norm=True, progress=False)
+    prune(before.copy, batches, sequential="none", keep_batch_norm=True)
     assert same(module.pruning_target, before.copy)
     assert any(layer.ndim == 4 and (layer == 0).any() for layer in module.parameters())
     assert not any(parameter.is_inference() for parameter in module.parameters())

@@ -24,13 +24,15 @@ from support.callbacks import (
     trainer,
     zeros,
 )
+from support.layers import rng
 from support.modules import tiny_llama, tiny_vit
+from support.quiet import prune
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, WandaPrune, prune
+from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, WandaPrune
 from wanda_lightning.callbacks.distillation import dense_model
 
 
@@ -49,9 +51,7 @@ class Dense(Net):
         super().__init__()
         with torch.no_grad():
             for weight in self.parameters():
-                weight.add_(
-                    torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)) * 0.1
-                )
+                weight.add_(torch.randn(weight.shape, generator=rng(5)) * 0.1)
 
 
 class ByHand(Net):
@@ -97,7 +97,7 @@ def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, ac
     dense = Dense()
     by_hand = ByHand(copy.deepcopy(dense), weight, temperature)
     for network in (module, by_hand):
-        prune(network, criterion="magnitude", progress=False)
+        prune(network, criterion="magnitude")
     callbacks = KeepZeros(), DistillFromDense(dense, weight, temperature), Losses()
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
     trainer(*callbacks, max_epochs=2, **options).fit(module, loader(24))
@@ -118,7 +118,7 @@ def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
     module = Net()
     by_hand = ByHand(Net(), 0.5, 1.0)
     trainer(WandaPrune(num_samples=12), DistillFromDense(), max_epochs=2).fit(module, loader())
-    prune(by_hand, [batch[0] for batch in loader()], progress=False)
+    prune(by_hand, [batch[0] for batch in loader()])
     train_by_hand(by_hand, [*loader()] * 2, SGD(by_hand.parameters()), 1, None)
     assert_close(module, by_hand)
     assert share_of_zeros(module) == all_at(0.5)
@@ -198,13 +198,13 @@ def test_two_processes_train_like_one(pair, strategy):
         torch.testing.assert_close(first[name], weight)
 
 
-IDS = torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(128, (4, 24), generator=rng(1))
 MASK = (torch.arange(24) < torch.tensor([24, 9, 2, 0])[:, None]).long()
 
 
 def language_model(**lora):
     model = tiny_llama()
-    prune(model, None, 0.5, criterion="magnitude", progress=False)
+    prune(model, None, 0.5, criterion="magnitude")
     return CausalLMModule(model, lr=1e-2, lora=lora or None)
 
 
@@ -262,8 +262,8 @@ def test_an_image_classifier(tmp_path):
     dense = tiny_vit()
     losses = Losses()
     dense.save_pretrained(tmp_path / "dense")
-    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    prune(module, criterion="magnitude", progress=False)
+    images = torch.randn(8, 3, 32, 32, generator=rng())
+    prune(module, criterion="magnitude")
     expected = divergence(copy.deepcopy(module).eval()(images), dense.eval()(images)).item()
     batches = DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None)
     callback = DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0)
@@ -357,7 +357,7 @@ class Detached(Net):
 
 def pruned_net():
     module = Net()
-    prune(module, criterion="magnitude", only=[LAYERS[1]], progress=False)
+    prune(module, criterion="magnitude", only=[LAYERS[1]])
     return module
 
 

@@ -29,11 +29,12 @@ from support.held_zeros import (
     precision_of,
 )
 from support.pairwise import pairwise, with_nightly
+from support.quiet import prune
 from timm.optim import Lion
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wanda_lightning import KeepZeros, PruningCallback, WandaPrune, prune
+from wanda_lightning import KeepZeros, PruningCallback, WandaPrune
 
 CLIPPING = {
     None: {},
@@ -51,7 +52,7 @@ def prune_at(at_step, module, **options):
     """A callback that prunes at a step, or for None `KeepZeros` for a module that is pruned already."""
     if at_step is not None:
         return WandaPrune(0.5, at_step=at_step, **options)
-    prune(module, criterion="magnitude", progress=False)
+    prune(module, criterion="magnitude")
     return KeepZeros()
 
 
@@ -250,7 +251,7 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
     module = Counting(optimizer)
     by_hand = Net()
     to_quarters(by_hand)
-    prune(by_hand, criterion="magnitude", pattern="unstructured", progress=False)
+    prune(by_hand, criterion="magnitude", pattern="unstructured")
     pruned = zeros(by_hand)
     if callback == "prune":
         to_quarters(module)
@@ -282,7 +283,7 @@ def test_a_layer_of_all_zeros_trains(callback):
     nn.init.zeros_(module.layers[4].weight)
     keeping = WandaPrune(num_samples=12)
     if callback == "keep":
-        prune(module, criterion="magnitude", skip=["layers.4"], progress=False)
+        prune(module, criterion="magnitude", skip=["layers.4"])
         keeping = KeepZeros()
     trainer(keeping, max_steps=6).fit(module, loader())
     shares = share_of_zeros(module)
@@ -295,9 +296,9 @@ def test_neither_layers_nor_zeros_by_chance_of_one_model_affect_another():
     first = Net(partial(Lion, lr=0.25, betas=(0.0, 0.0)))
     second = LooksAtZeros(ADAMW)
     to_quarters(first)
-    prune(first, criterion="magnitude", skip=["layers.4"], progress=False)
+    prune(first, criterion="magnitude", skip=["layers.4"])
     trainer(callback, max_steps=1).fit(first, loader())
     assert share_of_zeros(first)["layers.0.weight"] > 0.5
-    prune(second, criterion="magnitude", progress=False)
+    prune(second, criterion="magnitude")
     trainer(callback, max_steps=4).fit(second, loader())
     assert share_of_zeros(second) == all_at(0.5)

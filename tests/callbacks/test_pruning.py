@@ -35,15 +35,10 @@ from support.callbacks import (
     zeros_in,
 )
 from support.held_zeros import OPTIMIZERS, LooksAtZeros, Witness
+from support.layers import rng
+from support.quiet import prune
 
-from wanda_lightning import (
-    CubicSchedule,
-    KeepZeros,
-    LinearSchedule,
-    PruningCallback,
-    WandaPrune,
-    prune,
-)
+from wanda_lightning import CubicSchedule, KeepZeros, LinearSchedule, PruningCallback, WandaPrune
 from wanda_lightning.callbacks.schedules import PruningState
 
 
@@ -54,7 +49,7 @@ def measuring(request):
     """A loop that measures a model, which a callback prunes first, and the same model pruned by hand."""
     loop, sequential = request.param
     by_hand = Net()
-    prune(by_hand, list(loader()), 0.5, sequential=sequential, progress=False)
+    prune(by_hand, list(loader()), 0.5, sequential=sequential)
     callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
     module = Net()
     measured = getattr(trainer(callback), loop)(module, loader())
@@ -110,7 +105,7 @@ class TestMeasuring:
         module = Net()
         by_hand = Net()
         module.calibration_step = lambda batch: pytest.fail("a batch was read")
-        prune(by_hand, criterion="magnitude", pattern="unstructured_layer", progress=False)
+        prune(by_hand, criterion="magnitude", pattern="unstructured_layer")
         trainer(PruningCallback(method="magnitude")).validate(module, loader())
         assert same(module, by_hand)
 
@@ -165,7 +160,7 @@ class TestTraining:
 
         module = Broken()
         if isinstance(callback, KeepZeros):
-            prune(module, criterion="magnitude", progress=False)
+            prune(module, criterion="magnitude")
         with pytest.raises(RuntimeError, match="out of paper"):
             trainer(callback, max_epochs=1).fit(module, loader())
         assert hooks_of(module, module.used_optimizer) == []
@@ -411,9 +406,7 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
         with torch.no_grad():
             for name in LAYERS:
                 weight = module.get_submodule(name).weight
-                weight.mul_(
-                    torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) >= share
-                )
+                weight.mul_(torch.rand(weight.shape, generator=rng()) >= share)
         getattr(trainer(callback, max_steps=4), loop)(module, loader())
         assert share_of_zeros(module) == all_at(sparsity)
 

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from support.callbacks import Net, loader, same, trainer
+from support.layers import rng
 from support.modules import tiny_llama, tiny_tokenizer
 from support.reports import Page
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from wanda_lightning.report import REPORT_NAME, Circumstances
 
 @pytest.fixture
 def text(tmp_path):
-    words = torch.randint(128, (400,), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(128, (400,), generator=rng())
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in words))
     file = f"{tmp_path}/text.txt"
     return TextDataModule(

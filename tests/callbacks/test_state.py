@@ -27,10 +27,11 @@ from support.callbacks import (
     trainer,
     zeros,
 )
+from support.quiet import prune
 from timm.optim import Lion
 from torch import nn
 
-from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrune, prune
+from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrune
 
 
 @pytest.fixture
@@ -235,7 +236,7 @@ def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path):
 
 def pruned_elsewhere(optimizer, skip=()):
     module = made(optimizer)
-    prune(module, criterion="magnitude", pattern="unstructured", skip=skip, progress=False)
+    prune(module, criterion="magnitude", pattern="unstructured", skip=skip)
     return module
 
 
@@ -259,7 +260,7 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, make):
         to_quarters(module)
         module.breaks = breaks
         if make is KeepZeros:
-            prune(module, criterion="magnitude", pattern="unstructured", progress=False)
+            prune(module, criterion="magnitude", pattern="unstructured")
         fit = trainer(make(), max_steps=8)
         with pytest.raises(RuntimeError, match="out of paper") if breaks else nullcontext():
             fit.fit(module, batches, ckpt_path=path)

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from support.layers import DTYPES, seeded
+from support.layers import DTYPES, rng
 
 from wanda_lightning.core.masking import as_numbers, fits, mask_, masked, pack, unpack
 
@@ -37,7 +37,7 @@ def test_flags_as_numbers_are_a_view():
 @pytest.mark.parametrize("fraction", [0.0, 0.001, 0.02, 0.3, 1.0])
 @pytest.mark.parametrize("shape", [(0, 4), (1,), (7,), (8,), (3, 5), (64, 64), (2, 100, 33)])
 def test_flags_are_packed_into_bits_or_indices_and_unpacked(shape, fraction):
-    flags = torch.rand(shape, generator=seeded()) < fraction
+    flags = torch.rand(shape, generator=rng()) < fraction
     bits = torch.from_numpy(np.packbits(flags.numpy()))
     packed = pack(flags)
     assert torch.equal(unpack(packed, shape), flags)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from support.layers import DTYPES, random_layer, seeded, solve
+from support.layers import DTYPES, random_layer, rng, solve
 from support.pairwise import pairwise
 
 from wanda_lightning.core.solvers import SparseGPT
@@ -25,12 +25,12 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def random_tokens():
-    return torch.randn(24, 6, generator=seeded())
+    return torch.randn(24, 6, generator=rng())
 
 
 def integer_tokens(seed, count):
     """Their squares add up without rounding, so the order of a sum cannot matter."""
-    generator = seeded(seed)
+    generator = rng(seed)
     return torch.randint(-20, 21, (count, 6), generator=generator).float()
 
 
@@ -54,7 +54,7 @@ def assert_same(some, other):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squares_are_summed_over_the_first_dimension_in_any_layout(shape, dtype):
     """Integers below 8: their squares add up without rounding."""
-    integers = torch.randint(-7, 8, shape, generator=seeded())
+    integers = torch.randint(-7, 8, shape, generator=rng())
     expected = (integers.numpy() ** 2).sum(axis=0)
     channels_last = integers.movedim(1, -1).contiguous().movedim(-1, 1)
     strided = integers.repeat_interleave(2, dim=0)[::2]
@@ -66,7 +66,7 @@ def test_squares_are_summed_over_the_first_dimension_in_any_layout(shape, dtype)
 
 @pytest.mark.parametrize("width", [1, 511, 512, 513, 1100])  # made of halves from 512 on
 def test_a_wide_gram_matrix_is_that_of_one_product(width):
-    tokens = torch.randn(30, width, dtype=torch.float64, generator=seeded())
+    tokens = torch.randn(30, width, dtype=torch.float64, generator=rng())
     gram = statistics(tokens).sums["gram"]
     np.testing.assert_allclose(gram.numpy(), tokens.numpy().T @ tokens.numpy(), rtol=0, atol=1e-12)
 

@@ -9,6 +9,7 @@ TF32, and several accelerators.
 import pytest
 import torch
 from support.disk import CHOICES, batches, same as same_weights, save_llama, weights
+from support.layers import rng
 from support.quiet import prune
 from support.remote import DEVICES, assert_equal, on
 from support.zoo import ZOO, batches_of, model_of
@@ -45,7 +46,7 @@ def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
     monkeypatch.setattr(torch.remote, "manual_seed_all", seeds.append)
     with seeded(3, torch.device(device)):
         drawn = torch.rand(4)
-    assert torch.equal(drawn, torch.rand(4, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(drawn, torch.rand(4, generator=rng(3)))
     assert torch.equal(torch.get_rng_state(), before)
     assert seeds == ([] if device == "cpu" else [3])
 
@@ -101,7 +102,7 @@ def test_experts_leave(on_both):
 )
 def test_masks_of_a_large_matrix(pattern):
     """Many and large groups are compared in other ways than few and small ones, and on a CPU by NumPy."""
-    scores = torch.randint(50_000, (32, 8192), generator=torch.Generator().manual_seed(0)).float()
+    scores = torch.randint(50_000, (32, 8192), generator=rng()).float()
     assert torch.equal(pattern(scores.to("remote"), 0.5).cpu(), pattern(scores, 0.5))
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from peft import get_peft_model
 from support import lora, modules
 from support.callbacks import ADAMW, SGD, Manual, Net, loader, trainer
+from support.quiet import prune
 from support.remote import DEVICES, assert_equal, on
 from support.zoo import batches_of, model_of
 from torch.utils.data import DataLoader
@@ -28,7 +29,6 @@ from wanda_lightning import (
     PruningCallback,
     WandaPrune,
     keep_zeros,
-    prune,
     sample_windows,
 )
 from wanda_lightning.lora import merge
@@ -55,7 +55,7 @@ def test_zeros_are_kept_in_plain_loops(optimizer, moves):
         model = model_of("llama")
         if moves == "before":
             model.to(device)
-        prune(model, method="magnitude", progress=False)
+        prune(model, method="magnitude")
         zeros = {name: (p == 0).cpu() for name, p in model.named_parameters() if p.ndim > 1}
         updates = optimizer(model.parameters())
         with keep_zeros(model, updates):
@@ -69,7 +69,7 @@ def test_zeros_are_kept_in_plain_loops(optimizer, moves):
 def test_a_run_resumes():
     models = [model_of("llama").to(device) for device in DEVICES]
     for model, device in zip(models, DEVICES, strict=True):
-        prune(model, method="magnitude", progress=False)
+        prune(model, method="magnitude")
         updates = SGD(model.parameters())
         weight = model.model.layers[0].mlp.up_proj.weight
         with keep_zeros(model, updates) as held:

@@ -7,6 +7,7 @@ from itertools import cycle, repeat
 import pytest
 import torch
 from support.detectors import retinanet, scenes
+from support.layers import rng
 from support.pair_cases import prune_batch_norms
 from support.quiet import prune
 from support.refusals import state_of
@@ -85,7 +86,7 @@ def resnet():
 
 
 def random(shape, sizes):
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     return [torch.randn(size, *shape, generator=generator).double() for size in sizes]
 
 

@@ -7,6 +7,7 @@ import torch
 import yaml
 from support import mlps
 from support.chains import WIDTH, Chain, Looped, Mlp, through, vectors
+from support.layers import rng
 from support.pairwise import spread
 from support.quiet import prune
 from support.zoo import batches_of, model_of, seeded
@@ -52,7 +53,7 @@ def uneven():
 
 MISFITS = ["0.up", "1.up", "2.up", "3"]
 SAID = "the pattern does not fit 4 layers, 3 largest (input width 6 is not a multiple of 4): left dense"
-ROWS = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(2, 8, 6, generator=rng(1))
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import assume, given, strategies as st
 from support import reference
+from support.layers import rng
+from support.quiet import prune
 from support.samples import samples_of
 from timm.layers import Conv2dSame
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import NM, Unstructured, prune
+from wanda_lightning import NM, Unstructured
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import forward_batch
@@ -54,7 +56,7 @@ class Case:
 
 def seeded(module, seed):
     """The generator that the weights came from."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = rng(seed)
     for parameter in module.parameters():
         nn.init.normal_(parameter, generator=generator)
     return generator
@@ -178,9 +180,7 @@ def test_statistics_and_masks_are_those_of_a_slow_loop_and_counts_are_exact(data
     assert_statistics(case)
     dense = case.matrices()
     pattern, sparsity = data.draw(patterns(next(iter(dense.values())).shape[1]))
-    report = prune(
-        case.model, case.batches, sparsity, pattern=pattern, sequential=sequential, progress=False
-    )
+    report = prune(case.model, case.batches, sparsity, pattern=pattern, sequential=sequential)
     pruned = {layer.name: layer for layer in report.layers}
     assert pruned.keys() == {name for name, tokens in case.tokens.items() if tokens.any()}
     for name, layer in pruned.items():

@@ -6,6 +6,7 @@ from itertools import cycle, product
 import pytest
 import torch
 from support.families import slow_prune
+from support.layers import rng
 from support.pairwise import with_nightly
 from support.quiet import prune
 from support.refusals import state_of
@@ -123,7 +124,7 @@ def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, spa
     )
     for _ in range(2):
         before = copy.deepcopy(model.state_dict())
-        few = [torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))]
+        few = [torch.randn(1, 2, 32, generator=rng())]
         prune(model, few, sparsity, pattern=pattern, sequential=sequential)
     assert (inactive[-1] & ~inactive[0]).any()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
@@ -266,7 +267,7 @@ def test_the_report_says_where_tokens_are_few():
 
 # ---- biases that are fitted together with the weights
 
-RANDOM = torch.Generator().manual_seed(0)
+RANDOM = rng()
 # Means are not zero.
 CORRELATED = torch.randn(200, 16, generator=RANDOM) @ torch.randn(16, 16, generator=RANDOM) + 3
 

@@ -8,11 +8,13 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADVICE, trainer
 from support.detectors import batches_for, build, class_logits, scenes
+from support.layers import rng
 from support.pairwise import with_nightly
+from support.quiet import prune
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from wanda_lightning import WandaPrune, prune
+from wanda_lightning import WandaPrune
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.training.held_zeros import zeros_of
 
@@ -42,7 +44,7 @@ def test_every_method_prunes_as_asked(method, name):
         if method in READ_PREDICTIONS and name == "retinanet"
         else {}
     )
-    report = prune(model, batches, 0.5, method=method, progress=False, **choices)
+    report = prune(model, batches, 0.5, method=method, **choices)
     assert not [
         matrix.name for matrix in report.skipped if matrix.reason.name in ("UNREACHED", "INACTIVE")
     ]
@@ -58,7 +60,7 @@ def test_every_method_prunes_as_asked(method, name):
 def test_images_in_a_list_and_in_a_tensor_give_the_same_masks():
     """Of equal sizes; a list is no tensor with one row for each channel."""
     pruned = []
-    images = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(3)).double()
+    images = torch.rand(3, 3, 48, 48, generator=rng(3)).double()
     for batch in ((tuple(images), [{}] * 3), {"images": list(images)}, (images,)):
         model = build("retinanet").double()
         logits = class_logits(model)

@@ -4,20 +4,21 @@ import json
 
 import pytest
 import torch
+from support.layers import rng
 from support.modules import tiny_llama
+from support.quiet import prune
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from wanda_lightning import prune
 from wanda_lightning.integrations.transformers import KeepZerosCallback
 
-IDS = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(64, (16, 12), generator=rng())
 WINDOWS = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
 
 def pruned_llama():
     model = tiny_llama()
-    prune(model, method="magnitude", progress=False)
+    prune(model, method="magnitude")
     return model
 
 

@@ -9,13 +9,14 @@ import torch
 from hypothesis import assume, given, strategies as st
 from lightning.pytorch.plugins.precision import HalfPrecision
 from support.disk import same
+from support.layers import rng
+from support.quiet import prune
 from support.zoo import seeded
 from timm.layers import Conv2dSame, Linear as TimmLinear
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
@@ -178,7 +179,7 @@ def test_padding_does_not_count_along_one_dimension():
 
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     batch = {"x": torch.randn(2, 16, 5).double(), "attention_mask": mask}
-    report = prune(seeded(Text).double(), [batch], progress=False)
+    report = prune(seeded(Text).double(), [batch])
     note = "padding counted: the attention_mask does not show which inputs are padding"
     assert [(layer.tokens, layer.note) for layer in report.layers] == [(7, ""), (6, note)]
 
@@ -228,9 +229,9 @@ def test_a_forward_of_its_own_that_is_a_linear_layer_is_pruned_as_one(kind, bias
     plain = copy.deepcopy(model)
     plain[1] = nn.Linear(12, 8, bias=bias)
     plain[1].load_state_dict(model[1].state_dict())
-    batches = [torch.randn(4, 6, generator=torch.Generator().manual_seed(2))]
+    batches = [torch.randn(4, 6, generator=rng(2))]
     for pruned in (model, plain):
-        prune(pruned, batches, 0.5, sequential="none", progress=False)
+        prune(pruned, batches, 0.5, sequential="none")
     assert same(model.state_dict(), plain.state_dict())
 
 

@@ -14,10 +14,11 @@ from support.pair_cases import (
     assert_same_weights,
 )
 from support.pairwise import pairwise, spread, with_nightly
+from support.quiet import prune
 from support.samples import gradients, split
 from support.zoo import batches_of, model_of
 
-from wanda_lightning import Distill, Fisher, Magnitude, Reconstruct, Structured, prune
+from wanda_lightning import Distill, Fisher, Magnitude, Reconstruct, Structured
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import Processes
 
@@ -195,7 +196,7 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
     model = model_of(name).double()
     turns = in_turns(split(batches_of(name), 2), shares)
     recovery = Distill(passes=2, batch_size=2)
-    expected = prune(model, turns, recovery=recovery, progress=False)
+    expected = prune(model, turns, recovery=recovery)
     (weights, report), (others, _) = pair.run(
         cases.replicated, name, shares, 2, wide=True, recovery=recovery
     )
@@ -214,7 +215,7 @@ def test_reconstruction_is_that_of_one_process(pair, name, shares, size):
     model = model_of(name).double()
     turns = in_turns(split(batches_of(name) * size, size), shares)
     choices = {"method": "magnitude", "recovery": Reconstruct(epochs=2)}
-    expected = prune(model, turns, progress=False, **choices)
+    expected = prune(model, turns, **choices)
     (weights, report), (others, _) = pair.run(
         cases.replicated, name, shares, size, size, wide=True, **choices
     )

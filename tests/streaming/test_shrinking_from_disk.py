@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers as hf
 from support.disk import add_predictions, count_blocks, same, weights
+from support.layers import rng
+from support.quiet import prune
 from support.tiny import tiny
 from support.zoo import causal, seeded
 from transformers import AutoModelForCausalLM
@@ -19,7 +21,7 @@ MODELS = {
         lambda: hf.LlamaForCausalLM(tiny(hf.LlamaConfig, tie_word_embeddings=True))
     ),
 }
-IDS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(64, (4, 16), generator=rng())
 
 
 prune_units = partial(wl.prune, pattern="structured", progress=False)
@@ -74,7 +76,7 @@ def test_only_one_block_is_in_memory(tmp_path, monkeypatch):
 
 def test_scattered_zeros_leave_no_folder(tmp_path):
     model = MODELS["llama"]()
-    wl.prune(model, sparsity=0.5, method="magnitude", progress=False)
+    prune(model, sparsity=0.5, method="magnitude")
     model.save_pretrained(tmp_path / "zeros")
     with pytest.raises(ValueError, match="Nothing can be removed"):
         wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")

@@ -8,13 +8,15 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.connectors import callback_connector
 from support import forks
+from support.layers import rng
+from support.quiet import prune
 from support.zoo import model_of
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from wanda_lightning import Schedule, prune
+from wanda_lightning import Schedule
 
 # Starts of Lightning's advice that does not fit: workers would only slow down these tests, and some only train, for a
 # few steps.
@@ -62,7 +64,7 @@ class Net(L.LightningModule):
 
 
 def samples(count=12, seed=0, shift=0.0):
-    random = torch.Generator().manual_seed(seed)
+    random = rng(seed)
     return TensorDataset(
         torch.randn(count, 32, generator=random) + shift,
         torch.randint(16, (count,), generator=random),
@@ -191,7 +193,7 @@ class TwoOptimizers(Net):
 def pruned_by_hand(weights, sparsity, **options):
     module = Net()
     module.load_state_dict(weights)
-    prune(module, list(loader(24)), sparsity, progress=False, **options)
+    prune(module, list(loader(24)), sparsity, **options)
     return module
 
 

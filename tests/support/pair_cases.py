@@ -12,7 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.callbacks import trainer as callbacks_trainer
+from support.layers import rng
 from support.mlps import Mlp
+from support.quiet import prune
 from support.samples import gradients, samples_of, split
 from support.zoo import batches_of, model_of, run
 from torch import distributed as dist, nn
@@ -193,7 +195,7 @@ def statistics_of(rank, name, shares=None):
 
 def fork_batches():
     """The first two share the input of both layers, the third and fourth do not, the fifth reaches only the last."""
-    generator = torch.Generator().manual_seed(0)
+    generator = rng()
     return [
         torch.randn(4, 8, generator=generator) * 0.1 + mean for mean in (-0.5, -0.5, 0.5, 0.5, 2.0)
     ]
@@ -330,7 +332,7 @@ class Regression(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
 
 
-SAMPLES = torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
+SAMPLES = torch.randn(16, 16, generator=rng(2))
 
 
 def strategy_named(name):
@@ -384,7 +386,7 @@ def distill(rank, strategy):
     with torch.no_grad():
         for weight in dense.parameters():
             weight.mul_(1.5)
-    wl.prune(module, criterion="magnitude", progress=False)
+    prune(module, criterion="magnitude")
 
     batches = SAMPLES.view(4, 4, 16)
     devices = 1
@@ -468,7 +470,7 @@ def prune_batch_norms(rank, batches, shares):
 def alone(name, **choices):
     """Prune a specimen in one process; return the model and the report."""
     model = model_of(name)
-    return model, wl.prune(model, batches_of(name), progress=False, **choices)
+    return model, prune(model, batches_of(name), **choices)
 
 
 def assert_same_weights(weights, expected, tolerance=1e-3):

@@ -3,9 +3,9 @@
 import copy
 
 import torch
+from support.layers import rng
+from support.quiet import prune
 from torch import nn
-
-from wanda_lightning import prune
 
 
 class IntoItsDtype(nn.Linear):
@@ -22,8 +22,8 @@ def pruned_with_and_without(dense, batches, sparsity=0.5, recovery=None, **choic
     """The model that is pruned without the recovery, the one with it, and its report."""
     start = copy.deepcopy(dense)
     model = copy.deepcopy(dense)
-    prune(start, batches, sparsity, progress=False, **choices)
-    report = prune(model, batches, sparsity, recovery=recovery, progress=False, **choices)
+    prune(start, batches, sparsity, **choices)
+    report = prune(model, batches, sparsity, recovery=recovery, **choices)
     return start, model, report
 
 
@@ -51,5 +51,5 @@ def blocks(dtype=torch.float64):
 
 
 def some_batches(count, dtype=torch.float64, size=16):
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     return [torch.randn(size, 8, generator=generator).to(dtype) for _ in range(count)]

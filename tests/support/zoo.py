@@ -23,6 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from support.layers import rng
 from support.mlps import Mlp
 from support.tiny import HEAD, ROPE, VOCABULARY, tiny
 from timm.models.convnext import ConvNeXt
@@ -136,7 +137,7 @@ def _enliven(model):
 
 
 def _batches(batch, config=lambda: None, sizes=(2, 3)):
-    random = torch.Generator().manual_seed(1)
+    random = rng(1)
     built = config()
     return [batch(built, samples, random) for samples in sizes]
 

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.layers import rng
 from support.pairwise import spread
+from support.quiet import prune
 from support.recoveries import (
     assert_close_states,
     pruned_with_and_without,
@@ -20,7 +22,7 @@ from support.zoo import ZOO, batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Distill, PruningReport, prune
+from wanda_lightning import Distill, PruningReport
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.training import masked_weights
 from wanda_lightning.training.predictions import DenseTarget, next_tokens
@@ -63,7 +65,7 @@ def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
     steps = math.ceil(len(batches) / config.batch_size) * config.passes
     step = 0
     for number in range(1, config.passes + 1):
-        generator = torch.Generator().manual_seed(config.seed + number)
+        generator = rng(config.seed + number)
         order = torch.randperm(len(batches), generator=generator)
         for chosen in order.split(config.batch_size):
             loss = sum(loss_of(model, dense, batches[index]) for index in chosen) / len(chosen)
@@ -96,7 +98,7 @@ def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
 
 
 def test_of_fewer_than_eight_samples_none_is_held_out():
-    report = prune(classifier(), some_batches(7), recovery=Distill(passes=1), progress=False)
+    report = prune(classifier(), some_batches(7), recovery=Distill(passes=1))
     assert (report.training.trained, report.training.held_out) == (7, 0)
     assert "too few samples to hold any out" in report.notes[-1]
 
@@ -142,9 +144,7 @@ def test_tokens_that_stand_for_images_and_audio_are_not_learned():
 def test_more_samples_need_fewer_passes(monkeypatch, count, enough, passes):
     """But not if a step has few predictions, as with images."""
     monkeypatch.setattr("wanda_lightning.training.distill._ENOUGH", enough)
-    report = prune(
-        classifier(), some_batches(count), 0.5, recovery=Distill(batch_size=1), progress=False
-    )
+    report = prune(classifier(), some_batches(count), 0.5, recovery=Distill(batch_size=1))
     assert len(report.training.passes) == 1 + passes
     assert f"passes={passes}," in report.training.recovery
 
@@ -161,7 +161,7 @@ def test_samples_with_one_prediction_run_together(size):
         return model(x)
 
     batches = some_batches(80 // size, size=size)
-    prune(model, batches, recovery=Distill(passes=1), forward=forward, progress=False)
+    prune(model, batches, recovery=Distill(passes=1), forward=forward)
     assert sizes == [1] + [8] * 8 + [6]  # the first shows whether there are gradients
 
 
@@ -188,12 +188,12 @@ def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatc
     step = torch.optim.AdamW.step
     taken = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: taken.append(step(*args)))
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     batches = [
         {"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)
     ]
     recovery = Distill(passes=1, batch_size=batch_size)
-    report = prune(model_of("llama"), batches, 0.5, recovery=recovery, progress=False)
+    report = prune(model_of("llama"), batches, 0.5, recovery=recovery)
     assert len(taken) == steps
     assert f"learning_rate={1e-3 * math.sqrt(count / 512)}," in report.training.recovery
 
@@ -217,7 +217,7 @@ def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(
         return next(following)
 
     monkeypatch.setattr(masked_weights.MaskedWeights, "evaluate", evaluate)
-    report = prune(model, some_batches(8), 0.5, recovery=Distill(passes=3), progress=False)
+    report = prune(model, some_batches(8), 0.5, recovery=Distill(passes=3))
     assert [each.held_out for each in report.training.passes] == losses
     assert note in report.notes[-1]
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights[best], strict=True))
@@ -233,7 +233,7 @@ def test_weights_may_have_any_layout():
     model.body[0].weight = nn.Parameter(first.t().contiguous().t())
     model.body[3].weight = nn.Parameter(second.repeat(1, 2)[:, : second.shape[1]])
     for pruned in (model, expected):
-        prune(pruned, batches, 0.5, recovery=Distill(passes=2), progress=False)
+        prune(pruned, batches, 0.5, recovery=Distill(passes=2))
     assert_close_states(model, expected)
     for name, weight in model.named_parameters():
         assert torch.equal(weight == 0, expected.get_parameter(name) == 0)
@@ -258,7 +258,7 @@ def test_a_model_may_be_called_with_a_key_value_cache():
         model = model_of("llama").double()
         forward = partial(called_with, use_cache, model)
         batches = batches_of("llama")
-        prune(model, batches, recovery=Distill(passes=1), forward=forward, progress=False)
+        prune(model, batches, recovery=Distill(passes=1), forward=forward)
         models.append(model)
     assert_close_states(*models)
 
@@ -276,8 +276,8 @@ def test_frozen_parameters_and_gradients_are_left_alone():
     gradient = torch.ones_like(model.body[3].weight)
     model.body[3].weight.grad = gradient
     start = copy.deepcopy(model)
-    prune(start, batches, 0.5, progress=False)
-    prune(model, batches, 0.5, recovery="distill", progress=False)
+    prune(start, batches, 0.5)
+    prune(model, batches, 0.5, recovery="distill")
     assert torch.equal(model.body[0].weight, start.body[0].weight)
     assert not torch.equal(model.body[3].weight, start.body[3].weight)
     assert model.body[3].weight.grad is gradient
@@ -317,14 +317,9 @@ def test_the_classes_of_a_segmentation_are_in_dimension_1():
             logits = self.layers(x)
             return {"logits": logits.flatten(2).mT if self.flat else logits}
 
-    batches = [
-        torch.randn(2, 3, 2, 6, generator=torch.Generator().manual_seed(i)).double()
-        for i in range(4)
-    ]
+    batches = [torch.randn(2, 3, 2, 6, generator=rng(i)).double() for i in range(4)]
     models = Segmentation(flat=True), Segmentation(flat=False)
-    reports = [
-        prune(model, batches, 0.5, recovery=Distill(passes=2), progress=False) for model in models
-    ]
+    reports = [prune(model, batches, 0.5, recovery=Distill(passes=2)) for model in models]
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
     losses = [[each.loss for each in report.training.passes[1:]] for report in reports]
     assert losses[0] == pytest.approx(losses[1])
@@ -337,7 +332,7 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
     model = copy.deepcopy(dense)
     start = copy.deepcopy(dense)
     step = torch.optim.AdamW.step
-    prune(start, batches, 0.5, progress=False)
+    prune(start, batches, 0.5)
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
@@ -347,7 +342,7 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
-        prune(model, batches, 0.5, recovery=Distill(passes=3, batch_size=1), progress=False)
+        prune(model, batches, 0.5, recovery=Distill(passes=3, batch_size=1))
     assert caught.value.__notes__[0].startswith("The model is pruned. It holds the best weights")
     assert caught.value.__notes__[0] in caplog.text
     assert torch.equal(model.body[0].weight == 0, start.body[0].weight == 0)
@@ -373,7 +368,7 @@ def test_a_loss_that_is_not_finite_stops():
 
 
 def test_the_report_keeps_the_losses():
-    report = prune(classifier(), some_batches(16), 0.5, recovery="distill", progress=False)
+    report = prune(classifier(), some_batches(16), 0.5, recovery="distill")
     text = report.to_json()
     assert PruningReport.from_json(text) == report
     first = json.loads(text)["training"]["passes"][0]
@@ -413,7 +408,7 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
     model = copy.deepcopy(dense)
     target = nn.Sequential(model) if wrapped else model
     recovery = Distill(passes=1, learning_rate=0.1)
-    prune(target, batches, 0.5, skip="*head", recovery=recovery, progress=False)
+    prune(target, batches, 0.5, skip="*head", recovery=recovery)
     assert torch.equal(model.head.bias, dense.head.bias)
     assert not torch.equal(model.body[0].bias, dense.body[0].bias)
 
@@ -455,7 +450,7 @@ def test_impossible_classes_do_not_count():
     plain = classifier()
     plain.load_state_dict(model.state_dict())
     for each in (model, plain):
-        prune(each, batches, 0.5, recovery="distill", progress=False)
+        prune(each, batches, 0.5, recovery="distill")
     assert_close_states(model, plain)
 
 
@@ -468,7 +463,7 @@ def test_batches_on_a_graph(method, own_forward):
         embed = copy.deepcopy(model.get_input_embeddings()).requires_grad_(on_graph)
         batches = [{"inputs_embeds": embed(batch["input_ids"])} for batch in batches_of("llama")]
         forward = partial(lambda model, batch: model(**batch), model) if own_forward else None
-        prune(model, batches, 0.5, method=method, forward=forward, progress=False)
+        prune(model, batches, 0.5, method=method, forward=forward)
         models.append(model)
         assert embed.weight.grad is None
     assert_close_states(*models, rtol=0, atol=0)
@@ -503,7 +498,7 @@ def of_inference_mode():
 def test_odd_batches(make, batches, trained):
     model = make()
     with torch.inference_mode():
-        report = prune(model, batches, 0.5, recovery=Distill(passes=1), progress=False)
+        report = prune(model, batches, 0.5, recovery=Distill(passes=1))
     assert report.training.trained == trained
     assert math.isfinite(report.training.passes[1].loss)
 

@@ -11,15 +11,16 @@ from lightning.fabric import Fabric
 from support.callbacks import ADAMW, Net, loader, same, train_by_hand, zeros
 from support.held_zeros import OPTIMIZERS
 from support.pairwise import pairwise
+from support.quiet import prune
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from wanda_lightning import keep_zeros, prune
+from wanda_lightning import keep_zeros
 
 
 def pruned_net():
     torch.manual_seed(0)
     module = Net()
-    prune(module, method="magnitude", progress=False)
+    prune(module, method="magnitude")
     return module
 
 
@@ -68,7 +69,7 @@ def test_moments_from_before_pruning_are_cleared():
     module = Net()
     optimizer = ADAMW(module.parameters())
     train(module, loader(24), optimizer)
-    prune(module, method="magnitude", progress=False)
+    prune(module, method="magnitude")
     with keep_zeros(module, optimizer):
         for name, weight in module.named_parameters():
             if weight.ndim == 2:
@@ -118,7 +119,7 @@ def test_a_copy_of_another_model_is_refused():
 
 def linear(width):
     model = torch.nn.Sequential(torch.nn.Linear(8, width))
-    prune(model, method="magnitude", progress=False)
+    prune(model, method="magnitude")
     return model
 
 

@@ -11,14 +11,16 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADAMW, Net, loader, trainer
 from support.disk import same
+from support.layers import rng
 from support.pair_cases import replicated
 from support.pairwise import spread
+from support.quiet import prune
 from support.samples import run_of
 from support.zoo import ZOO, batches_of, model_of, run, seeded
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import PruningCallback, WandaPrune, prune
+from wanda_lightning import PruningCallback, WandaPrune
 from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.models import find_layers
 from wanda_lightning.units.permute import permute
@@ -55,7 +57,7 @@ def permute_model(model, batches, **choices):
 
 def prune_permuted(model, batches, **choices):
     choices = PERMUTED | choices
-    return prune(model, batches, 0.5, progress=False, **choices)
+    return prune(model, batches, 0.5, **choices)
 
 
 def unchanged(model, dense):
@@ -103,7 +105,7 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
     batches = batches_of("llama")
     expected = copy.deepcopy(model)
     permute_model(expected, batches)
-    prune(expected, batches, 0.5, method="wanda", pattern="2:4", progress=False)
+    prune(expected, batches, 0.5, method="wanda", pattern="2:4")
     report = prune_permuted(model, batches)
     assert unchanged(model, expected.state_dict())
     assert report.config["permutation"] == {"name": "Assignment", "iterations": 8}
@@ -205,7 +207,7 @@ MOVED_BACK = {
 
 
 def images(dtype=torch.float32):
-    draw = torch.Generator().manual_seed(0)
+    draw = rng()
     return [torch.randn(2, 5, 16, generator=draw).to(dtype) for _ in range(3)]
 
 

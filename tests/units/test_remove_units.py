@@ -11,7 +11,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support import reference
 from support.disk import same
+from support.layers import rng
 from support.mlps import MIXING, Mlp
+from support.quiet import prune
 from support.refusals import refusal
 from support.samples import calls_of, drawn, run_of, split
 from support.zoo import ZOO, batches_of, causal, model_of, run, seeded
@@ -19,7 +21,7 @@ from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import Fisher, Structured, prune
+from wanda_lightning import Fisher, Structured
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.trees import map_tensors
@@ -59,7 +61,7 @@ def chain(make):
 
 
 def random(*shape):
-    return [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    return [torch.randn(shape, generator=rng(seed)) for seed in range(3)]
 
 
 vectors = partial(random, 4, 32)
@@ -78,7 +80,7 @@ def specimen(name):
 
 def prune_units(model, batches, **choices):
     choices.setdefault("pattern", EACH_OF_4)
-    return prune(model, batches, 0.5, progress=False, **choices)
+    return prune(model, batches, 0.5, **choices)
 
 
 READERS = {
@@ -357,9 +359,7 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
 @pytest.mark.parametrize("zeros", [0, 50])
 def test_fisher_meets_the_target_within_one_multiple(sparsity, zeros):
     """Also if many units, such as dead ones, have the same score."""
-    scores = torch.rand(4, 96, generator=torch.Generator().manual_seed(1)) * torch.tensor(
-        [[1], [2], [3], [4]]
-    )
+    scores = torch.rand(4, 96, generator=rng(1)) * torch.tensor([[1], [2], [3], [4]])
     scores[:2, :zeros] = 0
     layers = [UnitLayer(f"layer.{n}", "*", len(each), each) for n, each in enumerate(scores)]
     shares = Fisher().of_units(layers, sparsity, Structured(8)).values()
@@ -372,7 +372,7 @@ def test_fisher_meets_the_target_within_one_multiple(sparsity, zeros):
 
 def test_fisher_takes_the_units_with_the_smallest_scores_for_their_costs():
     """One at a time, until they cost a share of all: the plainest way to say it."""
-    scores = torch.rand(3, 40, generator=torch.Generator().manual_seed(1))
+    scores = torch.rand(3, 40, generator=rng(1))
     costs = torch.tensor([0.25, 0.75, 2.0])
     layers = [
         UnitLayer(f"layer.{n}", "*", 40, each, float(costs[n])) for n, each in enumerate(scores)
@@ -411,9 +411,7 @@ def test_what_a_unit_costs_is_that_of_its_rows_and_columns(cost, per_unit):
 def test_a_slow_block_loses_more_units():
     model = chain(lambda: (Mlp(), Mlp(), Mlp()))
     model[1].between.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-    report = prune(
-        model, vectors(), 0.4, pattern=EACH_OF_4, allocation="fisher_seconds", progress=False
-    )
+    report = prune(model, vectors(), 0.4, pattern=EACH_OF_4, allocation="fisher_seconds")
     zeros = [int((block.down.weight == 0).all(dim=0).sum()) for block in model[:3]]
     assert zeros[1] > max(zeros[0], zeros[2])
     assert max(report.config["unit_costs"], key=report.config["unit_costs"].get) == "1.down"
@@ -473,7 +471,7 @@ def test_recoveries_keep_the_units_at_zero(recovery):
 
 
 def test_a_sparsity_that_rounds_to_no_unit_is_named(caplog):
-    report = prune(*specimen("llama"), 0.05, pattern="structured", progress=False)
+    report = prune(*specimen("llama"), 0.05, pattern="structured")
     text = "none of 128 hidden units is zero, because sparsity=0.05 rounds to no unit of any layer"
     assert any(note.startswith(text) for note in report.notes)
     assert text in caplog.text

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from support.disk import same
+from support.layers import rng
 from support.mlps import MIXING, Mlp
+from support.quiet import prune
 from support.tiny import tiny
 from support.zoo import batches_of, model_of
 from torch import nn
@@ -35,7 +37,7 @@ def pruned_image_model(name, in_chans=3):
     architecture, kwargs = IMAGES[name]
     model = timm.create_model(architecture, num_classes=10, in_chans=in_chans, **kwargs).eval()
     images = torch.randn(4, in_chans, 32, 32)
-    wl.prune(model, [images], 0.5, pattern="structured", progress=False)
+    prune(model, [images], 0.5, pattern="structured")
     return model, images
 
 
@@ -106,7 +108,7 @@ def zero(block, units, readers=("down",), writers=("up",)):
         getattr(block, name).weight[units] = 0
 
 
-X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+X = torch.randn(5, 8, generator=rng(1))
 
 
 def with_zeros(make=small, units=slice(0, 6), **choices):

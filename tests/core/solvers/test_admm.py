@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import reference
-from support.layers import correlated_layer, output_error, random_layer, seeded, solve
+from support.layers import correlated_layer, output_error, random_layer, rng, solve
 from support.reference import assert_keeps
 
 from wanda_lightning.core.patterns import NM, Unstructured
@@ -51,7 +51,7 @@ def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
 
 def test_wandas_mask_is_used_if_inputs_do_not_correlate():
     weight, _ = random_layer(torch.float64, shape=(6, 32))
-    random = torch.randn(64, 32, generator=seeded()).double()
+    random = torch.randn(64, 32, generator=rng()).double()
     uncorrelated = torch.linalg.qr(random).Q
     tokens = uncorrelated * torch.logspace(-2, 1, 32, dtype=torch.float64)
     tokens[0] += 1e-3  # inputs that correlate a little mislead ADMM
