@@ -1,6 +1,6 @@
 """Tokens of experts: by hand, whatever formula multiplies them; experts with few are pruned by what all saw."""
 
-import copy
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from support.samples import calls_of
 from support.zoo import batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
@@ -48,8 +49,8 @@ def test_statistics_are_of_the_tokens_routed_to_each_expert(name):
     for expert, tokens in expected.items():
         sums = statistics[expert].sums
         assert statistics[expert].count == len(tokens), expert
-        torch.testing.assert_close(sums["square_sum"], tokens.square().sum(0))
-        torch.testing.assert_close(sums["gram"], tokens.T @ tokens)
+        assert_close(sums["square_sum"], tokens.square().sum(0))
+        assert_close(sums["gram"], tokens.T @ tokens)
     unreached = statistics.keys() - expected.keys()
     assert not any(statistics[expert].count for expert in unreached)
 
@@ -165,7 +166,7 @@ def test_padding_that_counts_is_noted(set_minimum, used):
 def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum, set_minimum):
     set_minimum(minimum)
     model = starved()
-    dense = copy.deepcopy(model)
+    dense = deepcopy(model)
     batches = batches_of("mixtral")
     report = prune(model, batches, sequential=sequential)
     counts = {layer.name: layer.tokens for layer in report.layers if layer.siblings}
@@ -202,7 +203,7 @@ def test_experts_in_a_list_help_each_other(set_minimum):
     batches = batches_of("expert_list")
     with torch.no_grad():
         model.blocks[0].gate.bias[1] = -100
-    dense = copy.deepcopy(model)
+    dense = deepcopy(model)
     report = prune(model, batches)
 
     few = "few tokens: pruned with the statistics of all experts"

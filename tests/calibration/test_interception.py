@@ -8,13 +8,14 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from support.layers import rng
+from support.layers import assert_same, rng
 from support.pairwise import pairwise, with_nightly
 from support.quiet import prune
 from support.samples import samples_of
 from support.zoo import model_of
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT
@@ -142,7 +143,7 @@ CHOICES = {
 )
 def test_pruned_as_if_called(pair, choices, sequential):
     called, past = (build(formula) for formula in PAIRS[pair])
-    options = {"sequential": sequential, "progress": False} | CHOICES[choices]
+    options = {"sequential": sequential} | CHOICES[choices]
     report, expected = (prune(model, vectors(), 0.5, **options) for model in (past, called))
     assert [matrix.name for matrix in report.skipped] == [
         matrix.name for matrix in expected.skipped
@@ -151,8 +152,8 @@ def test_pruned_as_if_called(pair, choices, sequential):
         assert (one.name, one.tokens, one.note) == (other.name, other.tokens, other.note)
         assert math.isclose(one.target, other.target, abs_tol=1e-9)
     masks = ({name: p != 0 for name, p in model.named_parameters()} for model in (called, past))
-    torch.testing.assert_close(*masks)
-    torch.testing.assert_close(called.state_dict(), past.state_dict(), rtol=0, atol=1e-9)
+    assert_close(*masks)
+    assert_close(called.state_dict(), past.state_dict(), rtol=0, atol=1e-9)
 
 
 def test_a_layer_alone_outside_of_blocks():
@@ -243,7 +244,7 @@ def test_products_with_all_inputs_are_intercepted_in_every_way_to_pass_them(mult
         assert found == []
     else:
         assert torch.equal(torch.cat(found).reshape(X.shape), X)
-        torch.testing.assert_close(result.reshape(X.shape), F.linear(X, W))
+        assert_close(result.reshape(X.shape), F.linear(X, W))
 
 
 TRANSFORMER = model_of("torch_transformer")
@@ -259,7 +260,6 @@ class Text(type(TRANSFORMER)):
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 @pytest.mark.parametrize("lengths", [(5, 2), (5, 5, 5, 5, 1)])
 def test_padding_inside_of_attention_is_left_out(sequential, lengths):
-    torch.manual_seed(0)
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     x = torch.randn(*mask.shape, 32)
     weights = []
@@ -272,7 +272,7 @@ def test_padding_inside_of_attention_is_left_out(sequential, lengths):
             (sum(lengths), False)
         }
         weights.append(model.state_dict())
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert_same(*weights)
 
 
 def test_a_weight_that_is_freed_does_not_stay_in_memory():

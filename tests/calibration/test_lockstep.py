@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from support.chains import WIDTH, Chain, Mlp, hooks, overrides, route, through, travel, vectors
+from support.layers import assert_same
 from support.quiet import prune
 from support.samples import run_of, samples_of
 from support.zoo import batches_of, model_of
@@ -145,7 +146,7 @@ def test_batches_and_models_of_inference_mode(sequential):
     for model in (expected, decorated, given):
         with torch.inference_mode(model is given):
             prune(model, batches_of("inplace"), sequential=sequential)
-        torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+        assert_same(model, expected)
 
 
 def test_a_forward_of_the_instance_is_used_and_comes_back():

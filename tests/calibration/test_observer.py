@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from support.chains import Chain, Mlp, travel, vectors
+from support.layers import assert_same
 from support.pairwise import spread, with_nightly
 from support.quiet import prune
 from support.samples import calls_of, run_of
@@ -101,7 +102,7 @@ def test_a_tensor_that_the_model_changes_between_two_layers_is_two_inputs(sequen
     ]
     for model in models:
         prune(model, vectors(), sequential=sequential)
-    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+    assert_same(*models)
 
 
 @torch.inference_mode()
@@ -118,7 +119,7 @@ def test_a_tensor_of_inference_mode_is_a_new_input_in_each_layer():
         found.append(
             {name: each.sums for name, each in observer.finish(own.plan.whole_model).inputs.items()}
         )
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert_same(*found)
 
 
 # ---- inputs that are never active

@@ -124,7 +124,7 @@ def test_a_stream_of_unknown_length_is_read_and_counted(capsys):
     streamed = DataLoader(Stream(), batch_size=2)
     held = [*DataLoader(Stream(), batch_size=2)]
     for batches in (streamed, held):
-        assert prune(mlp(), batches, 0.5).layers[0].tokens == 4
+        assert prune(mlp(), batches, 0.5, progress=True).layers[0].tokens == 4
         assert ("Reading batches 2" in capsys.readouterr().err) == (batches is streamed)
 
 

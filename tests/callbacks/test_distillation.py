@@ -1,6 +1,6 @@
 """Distillation while training, against the loss written out with `kl_div` and a loop by hand."""
 
-import copy
+from copy import deepcopy
 
 import lightning as L
 import pytest
@@ -95,7 +95,7 @@ def assert_close(a, b):
 def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, accumulate, clip):
     module = Net()
     dense = Dense()
-    by_hand = ByHand(copy.deepcopy(dense), weight, temperature)
+    by_hand = ByHand(deepcopy(dense), weight, temperature)
     for network in (module, by_hand):
         prune(network, criterion="magnitude")
     callbacks = KeepZeros(), DistillFromDense(dense, weight, temperature), Losses()
@@ -135,7 +135,7 @@ def test_the_dense_model_is_in_no_checkpoint(tmp_path):
 
 def test_the_dense_model_is_not_trained():
     dense = Dense()
-    before = copy.deepcopy(dense.state_dict())
+    before = deepcopy(dense.state_dict())
     trainer(DistillFromDense(dense), max_steps=2).fit(Net(ADAMW), loader())
     assert equal(before, dense.state_dict())
     assert not any(weight.requires_grad or weight.grad is not None for weight in dense.parameters())
@@ -146,7 +146,7 @@ def test_precisions(precision, tolerance):
     module = Net(ADAMW)
     dense = Dense()
     losses = Losses()
-    expected = ByHand(copy.deepcopy(dense), 0.5, 1.0)
+    expected = ByHand(deepcopy(dense), 0.5, 1.0)
     inputs = next(iter(loader()))[0]
     first = divergence(expected(inputs), dense(inputs)).item()
     trainer(DistillFromDense(dense), losses, precision=precision, max_steps=3).fit(module, loader())
@@ -232,7 +232,7 @@ def test_a_language_model_is_compared_without_padding(padding, temperature):
 def test_adapters_learn_from_the_dense_model(keep_zeros):
     module = language_model(r=4, target_modules=["q_proj", "v_proj"], keep_zeros=keep_zeros)
     losses = Losses()
-    base = copy.deepcopy(module.pruning_target.state_dict())
+    base = deepcopy(module.pruning_target.state_dict())
     batches = DataLoader([IDS] * 10, batch_size=None)
     trainer(DistillFromDense(tiny_llama(), weight=1.0), losses, max_steps=10).fit(module, batches)
     start = divergence(language_model()(IDS).logits, tiny_llama()(IDS).logits).item()
@@ -264,7 +264,7 @@ def test_an_image_classifier(tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     images = torch.randn(8, 3, 32, 32, generator=rng())
     prune(module, criterion="magnitude")
-    expected = divergence(copy.deepcopy(module).eval()(images), dense.eval()(images)).item()
+    expected = divergence(deepcopy(module).eval()(images), dense.eval()(images)).item()
     batches = DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None)
     callback = DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0)
     trainer(KeepZeros(), callback, losses, max_steps=2).fit(module, batches)
@@ -407,7 +407,7 @@ class Later(Net):
 )
 def test_what_cannot_be_distilled_is_refused_before_a_weight_changes(make, choices, error, message):
     module = make()
-    before = copy.deepcopy(module.state_dict())
+    before = deepcopy(module.state_dict())
     with pytest.raises(error, match=message):
         trainer(DistillFromDense(**choices), max_steps=3).fit(module, loader())
     assert not before or equal(before, module.state_dict())
@@ -427,7 +427,7 @@ def test_a_given_model_that_is_trained_itself_is_refused():
     module = Net()
     for dense in (module, module.layers):
         with pytest.raises(
-            ValueError, match=r"layers.0.weight of Net belongs to it, too.*copy.deepcopy"
+            ValueError, match=r"layers.0.weight of Net belongs to it, too.*deepcopy"
         ):
             trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
 

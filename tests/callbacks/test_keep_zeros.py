@@ -70,7 +70,6 @@ FEW = ("momentum", "adamw_fused", "amsgrad", "noisy")
 def test_exactly_the_pruned_weights_are_zero_after_every_step(
     optimizer, precision, accumulate, clip, at_step
 ):
-    torch.manual_seed(0)
     module = LooksAtZeros(OPTIMIZERS[optimizer], from_step=at_step or 0)
     callback = prune_at(at_step, module, num_samples=24)
     options = {

@@ -1,12 +1,12 @@
 """PruningCallback in the loops of Lightning, against `prune` and training loops by hand."""
 
-import copy
 import csv
 import itertools
 import os
 import pickle
 import signal
 import threading
+from copy import deepcopy
 from types import SimpleNamespace
 
 import lightning as L
@@ -35,7 +35,7 @@ from support.callbacks import (
     zeros_in,
 )
 from support.held_zeros import OPTIMIZERS, LooksAtZeros, Witness
-from support.layers import rng
+from support.layers import assert_same, rng
 from support.quiet import prune
 
 from wanda_lightning import CubicSchedule, KeepZeros, LinearSchedule, PruningCallback, WandaPrune
@@ -64,7 +64,7 @@ class TestMeasuring:
 
     def test_the_pruned_model_is_measured(self, measuring):
         expected = getattr(trainer(), measuring.loop)(measuring.by_hand, loader())
-        torch.testing.assert_close(measuring.measured, expected, rtol=0, atol=0)
+        assert_same(measuring.measured, expected)
 
     def test_the_report_has_all_layers_and_counts_their_samples(self, measuring):
         tokens = {layer.name: layer.tokens for layer in measuring.callback.report.layers}
@@ -93,7 +93,7 @@ class TestMeasuring:
         with torch.no_grad():
             module.layers[0].weight[0].fill_(1)
         report = callback.report
-        before = copy.deepcopy(module)
+        before = deepcopy(module)
         for loop in ("validate", "test", "predict"):
             getattr(trainer(callback), loop)(module, loader())
         assert same(module, before)
@@ -142,7 +142,7 @@ class TestTraining:
         class Grown(Net):
             def on_train_batch_end(self, *_):
                 if self.global_step == 2:
-                    self.layers[2] = copy.deepcopy(self.layers[2])
+                    self.layers[2] = deepcopy(self.layers[2])
                     self.layers.append(torch.nn.Linear(16, 16))
 
         module = Grown()
@@ -198,7 +198,7 @@ def test_measuring_before_training_warns_and_sees_the_dense_model(loop, when):
         measured = getattr(trainer(callback), loop)(module, loader())
     assert same(module, dense)
     assert callback.report is None
-    torch.testing.assert_close(measured, getattr(trainer(), loop)(dense, loader()), rtol=0, atol=0)
+    assert_same(measured, getattr(trainer(), loop)(dense, loader()))
 
 
 def adamw():
@@ -235,7 +235,7 @@ def fits(request):
     options = {"max_epochs": 4, "max_steps": 12, "accumulate_grad_batches": accumulate}
     trainer(dense, **options).fit(make(), loader(24))
     module = make()
-    start = copy.deepcopy(module.state_dict())
+    start = deepcopy(module.state_dict())
     callback = WandaPrune(sparsity, num_samples=24, **when)
     trainer(before, callback, after, **options).fit(module, loader(24))
     reached = {step: share * sparsity for step, share in stages.items()}
@@ -394,7 +394,7 @@ def test_weights_that_became_nan_in_training_are_refused_before_one_is_pruned():
 def test_a_callback_can_be_copied_and_pickled():
     callback = WandaPrune(num_samples=12)
     trainer(callback).validate(Net(), loader())
-    assert copy.deepcopy(callback).report == callback.report
+    assert deepcopy(callback).report == callback.report
     assert pickle.loads(pickle.dumps(callback)).report == callback.report
 
 

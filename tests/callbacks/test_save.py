@@ -24,6 +24,7 @@ from support.callbacks import (
 from support.hub import hub as hub
 from support.modules import VIT, tiny_llama, windows_of_text
 from torch import nn
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -237,9 +238,7 @@ def test_leaves_out_hidden_units_that_are_zero(tmp_path):
     # The one in memory keeps its zeros.
     assert module.model.model.layers[0].mlp.up_proj.out_features == width
     with torch.no_grad():
-        torch.testing.assert_close(
-            small(ids).logits, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-5
-        )
+        assert_close(small(ids).logits, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
     assert "not in the saved model" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from support.layers import DTYPES, rng
+from torch.testing import assert_close
 
 from wanda_lightning.core.masking import as_numbers, fits, mask_, masked, pack, unpack
 
 VALUES = [1.5, -0.0, float("nan"), float("nan"), float("inf"), -float("inf"), -3.25, 6e-8]
 KEEP = torch.tensor([True, False] * 4)
 
-assert_same = partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+assert_same = partial(assert_close, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,7 @@ import torch
 import yaml
 from support import mlps
 from support.chains import WIDTH, Chain, Looped, Mlp, through, vectors
-from support.layers import rng
+from support.layers import assert_same, rng
 from support.pairwise import spread
 from support.quiet import prune
 from support.zoo import batches_of, model_of, seeded
@@ -74,7 +74,7 @@ def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
     assert coverage_notes(report)[0].startswith("only 35% of the weights")
     assert [record.getMessage() for record in caplog.records] == [*report.notes]
     prune(other, ROWS.split(1), pattern="2:4", skip=MISFITS, **choices)
-    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert_same(model, other)
 
 
 def test_zeros_from_before_count_toward_the_target():

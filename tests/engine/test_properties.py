@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, strategies as st
+from numpy.testing import assert_allclose
 from support import reference
 from support.layers import rng
 from support.quiet import prune
@@ -163,10 +164,10 @@ def assert_statistics(case):
         assert {value.dtype for value in sums.values()} == {wide}
         rtol = 1e-12 if case.dtype == torch.float64 else 1e-5
         scale = max(np.abs(gram).max(), 1e-30)
-        np.testing.assert_allclose(
+        assert_allclose(
             reference.array(sums["square_sum"]), reference.square_sum(tokens), rtol=rtol
         )
-        np.testing.assert_allclose(reference.array(sums["gram"]) / scale, gram / scale, atol=rtol)
+        assert_allclose(reference.array(sums["gram"]) / scale, gram / scale, atol=rtol)
 
 
 # PyTorch pads an image by itself where the two sides differ, and says so.

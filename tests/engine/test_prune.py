@@ -1,18 +1,19 @@
 """`prune` on every model of the zoo: nothing left out, and what a slow, independent procedure gives."""
 
-import copy
+from copy import deepcopy
 from itertools import cycle, product
 
 import pytest
 import torch
 from support.families import slow_prune
-from support.layers import rng
+from support.layers import assert_same, rng
 from support.pairwise import with_nightly
 from support.quiet import prune
 from support.refusals import state_of
 from support.samples import run_of
 from support.zoo import ZOO, batches_of, double, matching, matrices, model_of, run
 from torch import nn
+from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
 from wanda_lightning import ADMM, Reconstruct, Refit, SparseGPT, Structured
@@ -81,7 +82,7 @@ def test_equals_the_slow_procedure(name, sequential):
     if name not in NOT_SLOWLY:
         model = model.double()
         batches = tree_map_only(torch.Tensor, double, batches)
-    slow = copy.deepcopy(model)
+    slow = deepcopy(model)
     if hasattr(slow, "set_experts_implementation"):
         # Grouped products are not intercepted, and have no float64.
         slow.set_experts_implementation("eager")
@@ -90,14 +91,14 @@ def test_equals_the_slow_procedure(name, sequential):
     assert_complete(report, model, specimen, dense=dict(slow.named_parameters()))
     if name not in NOT_SLOWLY:
         slow_prune(slow, batches, sequential)
-        torch.testing.assert_close(model.state_dict(), slow.state_dict(), rtol=0, atol=0)
+        assert_same(model, slow)
 
 
 @pytest.mark.parametrize("name", ["llama_padded", "resnet18"])
 def test_passes_that_run_anyway_prune_like_one_pass(name):
     """Without a correction of BatchNorm layers, as the batches of a validation loop run only once."""
     model = model_of(name)
-    expected = copy.deepcopy(model)
+    expected = deepcopy(model)
     batches = batches_of(name)
     plan = run_of(model, batches, sequential="none").plan
     passive = PassiveCalibration(model, plan.whole_model, plan.observed, SINGLE_PROCESS)
@@ -106,7 +107,7 @@ def test_passes_that_run_anyway_prune_like_one_pass(name):
             run(model, batch)
     report = prune_collected(plan, passive)
     prune(expected, batches, sequential="none", keep_batch_norm=True)
-    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert_same(model, expected)
     assert any("run only once" in note for note in report.notes) == (name == "resnet18")
 
 
@@ -123,7 +124,7 @@ def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, spa
         lambda _, args: inactive.append((args[0] == 0).all(dim=(0, 1)))
     )
     for _ in range(2):
-        before = copy.deepcopy(model.state_dict())
+        before = deepcopy(model.state_dict())
         few = [torch.randn(1, 2, 32, generator=rng())]
         prune(model, few, sparsity, pattern=pattern, sequential=sequential)
     assert (inactive[-1] & ~inactive[0]).any()
@@ -137,7 +138,7 @@ def test_the_model_is_left_as_it_was(allocation, sequential):
     model.model.layers[0].eval()
     model.model.layers[1].requires_grad_(False)
     before = state_of(model)
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     prune(
         model,
         batches_of("llama"),
@@ -148,7 +149,7 @@ def test_the_model_is_left_as_it_was(allocation, sequential):
     assert state_of(model) == before
     assert model.config.use_cache
     assert torch.is_grad_enabled()
-    torch.testing.assert_close(model.state_dict(), dense, rtol=0, atol=0)
+    assert_same(model.state_dict(), dense)
 
 
 IDS = torch.arange(16).repeat(2, 1)  # starts with T5's padding, which also starts a sentence
@@ -219,10 +220,9 @@ class Parallel(nn.Module):
 
 @pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda"])
 def test_the_error_of_each_layer_is_that_of_its_outputs(method):
-    torch.manual_seed(0)
     model = Parallel()
     batches = torch.randn(4, 20, 16)
-    dense = copy.deepcopy(model)
+    dense = deepcopy(model)
     report = prune(model, list(batches), 0.5, method=method, sequential="none")
     inner = (dense.q(batches) * dense.k(batches) + dense.v(batches)).detach()
     inputs = dict.fromkeys(("q", "k", "v"), batches) | {"out": inner}
@@ -253,12 +253,12 @@ def test_not_all_layers_with_one_input_are_held_at_once(monkeypatch):
         prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", sequential="none")
         results.append(blocks.state_dict())
     assert sizes == [3, 1, 2, 1, 1, 1, 1, 1, 1]
-    torch.testing.assert_close(results[1:], results[:1] * 2)
+    assert_close(results[1:], results[:1] * 2)
 
 
 def test_the_report_says_where_tokens_are_few():
     model = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 8))
-    dense = copy.deepcopy(model)
+    dense = deepcopy(model)
     report = prune(model, [torch.randn(16, 32)], solver="refit")
     note = "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs"
     assert note in "".join(report.notes)
@@ -290,12 +290,11 @@ def test_the_outputs_are_nearer_with_a_fitted_bias_which_large_means_do_not_ruin
     make, offset, most, solver
 ):
     """The centered Gram matrix may be a small difference of large numbers in float32."""
-    torch.manual_seed(0)
     inputs = torch.randn(4096, 16) + offset * torch.randn(16) if offset else CORRELATED
     dense = make()
     errors = []
     for intercept in (False, True):
-        model = copy.deepcopy(dense)
+        model = deepcopy(dense)
         report = prune(model, [inputs], 0.75, solver=solver(intercept=intercept))
         errors.append((dense(inputs) - model(inputs)).square().mean().item())
         assert report.sparsity == 0.75
@@ -304,7 +303,7 @@ def test_the_outputs_are_nearer_with_a_fitted_bias_which_large_means_do_not_ruin
 
 def test_columns_and_bias_are_the_least_squares_solution():
     dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), layer(24))
-    model = copy.deepcopy(dense)
+    model = deepcopy(dense)
     prune(
         model,
         [CORRELATED],
@@ -317,7 +316,7 @@ def test_columns_and_bias_are_the_least_squares_solution():
     assert kept.sum() == 12
     inputs = torch.cat([hidden[:, kept], torch.ones(len(hidden), 1)], dim=1).double()
     expected = torch.linalg.lstsq(inputs, dense(CORRELATED).double(), driver="gelsd").solution
-    torch.testing.assert_close(model(CORRELATED).double(), inputs @ expected, rtol=1e-3, atol=1e-3)
+    assert_close(model(CORRELATED).double(), inputs @ expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_bias_that_other_layers_use_stays():
@@ -331,7 +330,6 @@ def test_a_bias_that_other_layers_use_stays():
 @pytest.mark.parametrize("method", ["admm", "refit"])
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_layer_whose_inputs_never_change_is_pruned(method, value):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
     tokens = torch.full((64, 8), value)
     expected = model(tokens)
@@ -345,12 +343,12 @@ def test_autocast_of_the_caller_does_not_round_what_the_solver_computes():
     with torch.autocast("cpu", torch.bfloat16):
         prune(models[0], [CORRELATED], 0.5, solver=ADMM())
     prune(models[1], [CORRELATED], 0.5, solver=ADMM())
-    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+    assert_same(*models)
 
 
 def test_autocast_does_not_round_the_bias():
     dense = layer()
-    model = copy.deepcopy(dense)
+    model = deepcopy(dense)
     with torch.autocast("cpu", torch.bfloat16):
         prune(model, [CORRELATED], 0.5, solver=ADMM())
     assert (model(CORRELATED) - dense(CORRELATED)).mean(0).abs().max() < 1e-4

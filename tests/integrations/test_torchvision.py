@@ -64,7 +64,7 @@ def test_images_in_a_list_and_in_a_tensor_give_the_same_masks():
     for batch in ((tuple(images), [{}] * 3), {"images": list(images)}, (images,)):
         model = build("retinanet").double()
         logits = class_logits(model)
-        choices = {"allocation": "fisher", "keep_batch_norm": True, "progress": False}
+        choices = {"allocation": "fisher", "keep_batch_norm": True}
         forward = (
             (lambda batch, of=logits: of(tuple(batch.values())))
             if isinstance(batch, dict)

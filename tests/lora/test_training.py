@@ -1,6 +1,6 @@
 """Adapters of a CausalLMModule, trained in a Trainer."""
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
@@ -29,10 +29,10 @@ def fit(module, *callbacks, max_epochs=3):
 
 def test_prune_then_train_adapters_then_save(tmp_path):
     dense = llama(sparsity=0)
-    module = CausalLMModule(copy.deepcopy(dense), lr=1e-2, lora=ADAPTERS)
+    module = CausalLMModule(deepcopy(dense), lr=1e-2, lora=ADAPTERS)
     pruning = WandaPrune(0.5, num_samples=8, skip=["model.layers.0.mlp", "*.1.mlp.up_proj"])
     fit(module, pruning, SavePretrained(tmp_path / "out"))
-    by_hand = copy.deepcopy(dense)
+    by_hand = deepcopy(dense)
     batches = list(DataLoader(TOKENS.repeat(4, 1), batch_size=2))
     skip = ["model.layers.0.mlp", "model.layers.1.mlp.up_proj"]
     report = prune(by_hand, [{"input_ids": batch} for batch in batches], skip=skip)

@@ -17,6 +17,7 @@ from support.pairwise import pairwise, spread, with_nightly
 from support.quiet import prune
 from support.samples import gradients, split
 from support.zoo import batches_of, model_of
+from torch.testing import assert_close
 
 from wanda_lightning import Distill, Fisher, Magnitude, Reconstruct, Structured
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
@@ -162,7 +163,7 @@ def test_layers_whose_inputs_differ_in_one_process_are_added_up_alone(pair, shar
         for name, (count, sums) in found.items():
             tokens = torch.cat(expected.get(name, [torch.zeros(0, 8)]))
             assert count == len(tokens)
-            close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+            close = partial(assert_close, atol=1e-4, rtol=1e-4)
             close(sums["gram"], tokens.T @ tokens)
             close(sums["square_sum"], tokens.square().sum(0))
 
@@ -187,7 +188,7 @@ def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples)
         assert sums.keys() == expected.keys()
         for layer, values in expected.items():
             for found, value in zip(sums[layer], values, strict=True):
-                torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-12)
+                assert_close(found, value, rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
@@ -203,7 +204,7 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
     assert_equal_everywhere(weights, others)
     for key, value in model.named_parameters():
         assert torch.equal(weights[key] == 0, value == 0)
-        torch.testing.assert_close(weights[key], value.detach(), rtol=1e-5, atol=1e-7)
+        assert_close(weights[key], value.detach(), rtol=1e-5, atol=1e-7)
     for one, other in zip(report.training.passes, expected.training.passes, strict=True):
         assert vars(one) == pytest.approx(vars(other))
 
@@ -221,7 +222,7 @@ def test_reconstruction_is_that_of_one_process(pair, name, shares, size):
     )
     assert_equal_everywhere(weights, others)
     for key, value in model.named_parameters():
-        torch.testing.assert_close(weights[key], value.detach(), rtol=1e-6, atol=1e-9)
+        assert_close(weights[key], value.detach(), rtol=1e-6, atol=1e-9)
     for one, other in zip(report.layers, expected.layers, strict=True):
         assert one.part.before == pytest.approx(other.part.before)
         assert one.part.after == pytest.approx(other.part.after)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from support.chains import Chain, Mlp, vectors
+from support.layers import assert_same
 from support.pairwise import spread
 from support.quiet import prune
 from support.refusals import Untouched, refusal
@@ -125,7 +126,7 @@ def test_batches_are_read_once(option, name, sequential):
         report = prune(model, batches, sequential=sequential, **choices)
         assert report.config["calibration_batches"] == len(batches_of("llama"))
         kept.append(model.state_dict())
-    torch.testing.assert_close(*kept, rtol=0, atol=0)
+    assert_same(*kept)
 
 
 @EVERY_GRANULARITY

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.testing import assert_close
 
 from wanda_lightning.core.allocation import DenseLayer
 from wanda_lightning.core.patterns import Unstructured
@@ -17,6 +19,14 @@ WIDE = (12, 300)  # more than two of SparseGPT's blocks of columns
 def rng(seed=0):
     """A generator of random numbers."""
     return torch.Generator().manual_seed(seed)
+
+
+def assert_same(first, second):
+    """Tensors, nested states, or the states of two models are equal."""
+    if isinstance(first, nn.Module):
+        first = first.state_dict()
+        second = second.state_dict()
+    assert_close(first, second, rtol=0, atol=0)
 
 
 def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):

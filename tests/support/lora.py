@@ -7,6 +7,7 @@ from support.modules import tiny_llama
 from support.quiet import prune
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
@@ -88,7 +89,7 @@ def relative(a, b):
 
 
 def assert_zeros(model, zeros):
-    torch.testing.assert_close(zeros_of(model), zeros)
+    assert_close(zeros_of(model), zeros)
 
 
 def reference(layer, x, *, dropout_seed=None, names=("default",)):

@@ -1,14 +1,14 @@
 """Training the whole pruned model toward the dense predictions, against AdamW written out by hand."""
 
-import copy
 import json
 import math
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support.layers import rng
+from support.layers import assert_same, rng
 from support.pairwise import spread
 from support.quiet import prune
 from support.recoveries import (
@@ -21,6 +21,7 @@ from support.refusals import refusal
 from support.zoo import ZOO, batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from wanda_lightning import Distill, PruningReport
 from wanda_lightning.calibration.samples import Sample
@@ -227,7 +228,7 @@ def test_weights_may_have_any_layout():
     """Fused AdamW ignores strides."""
     model = classifier(torch.float32)
     batches = some_batches(4, dtype=torch.float32)
-    expected = copy.deepcopy(model)
+    expected = deepcopy(model)
     first = model.body[0].weight.detach()
     second = model.body[3].weight.detach()
     model.body[0].weight = nn.Parameter(first.t().contiguous().t())
@@ -275,7 +276,7 @@ def test_frozen_parameters_and_gradients_are_left_alone():
     model.body[0].requires_grad_(False)
     gradient = torch.ones_like(model.body[3].weight)
     model.body[3].weight.grad = gradient
-    start = copy.deepcopy(model)
+    start = deepcopy(model)
     prune(start, batches, 0.5)
     prune(model, batches, 0.5, recovery="distill")
     assert torch.equal(model.body[0].weight, start.body[0].weight)
@@ -290,7 +291,6 @@ def test_other_outputs_are_compared_by_their_squared_error():
         def forward(self, x):
             return super().forward(x)[:, None].expand(-1, 3, -1) * 2
 
-    torch.manual_seed(0)
     dense = Regressor().double()
     batches = some_batches(2, size=3)
     start, model, report = pruned_with_and_without(
@@ -320,7 +320,7 @@ def test_the_classes_of_a_segmentation_are_in_dimension_1():
     batches = [torch.randn(2, 3, 2, 6, generator=rng(i)).double() for i in range(4)]
     models = Segmentation(flat=True), Segmentation(flat=False)
     reports = [prune(model, batches, 0.5, recovery=Distill(passes=2)) for model in models]
-    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
+    assert_close(models[0].state_dict(), models[1].state_dict())
     losses = [[each.loss for each in report.training.passes[1:]] for report in reports]
     assert losses[0] == pytest.approx(losses[1])
 
@@ -329,8 +329,8 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
     dense = classifier()
     batches = some_batches(16)
     calls = []
-    model = copy.deepcopy(dense)
-    start = copy.deepcopy(dense)
+    model = deepcopy(dense)
+    start = deepcopy(dense)
     step = torch.optim.AdamW.step
     prune(start, batches, 0.5)
 
@@ -359,12 +359,11 @@ def test_a_loss_that_is_not_finite_stops():
             logits = super().forward(x)
             return logits * math.inf if torch.is_grad_enabled() and bool((x > 2).any()) else logits
 
-    torch.manual_seed(0)
     batches = some_batches(16)
     batches[3][0, 0] = 3.0
     start, model, report = pruned_with_and_without(Fragile().double(), batches, recovery="distill")
     assert "was not finite, so training stopped" in report.training.stopped
-    assert_close_states(model, start, rtol=0, atol=0)
+    assert_same(model, start)
 
 
 def test_the_report_keeps_the_losses():
@@ -378,7 +377,7 @@ def test_the_report_keeps_the_losses():
 
 @pytest.mark.parametrize("name", ["llama", "convnext"])
 def test_blocks_are_trained_as_by_reconstruct_before(name):
-    choices = {"method": "balanced", "sequential": "block", "progress": False}
+    choices = {"method": "balanced", "sequential": "block"}
     first = model_of(name)
     both = model_of(name)
     batches = batches_of(name)
@@ -402,10 +401,9 @@ class Headed(Classifier):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
-    torch.manual_seed(0)
     dense = Headed().double()
     batches = some_batches(4)
-    model = copy.deepcopy(dense)
+    model = deepcopy(dense)
     target = nn.Sequential(model) if wrapped else model
     recovery = Distill(passes=1, learning_rate=0.1)
     prune(target, batches, 0.5, skip="*head", recovery=recovery)
@@ -444,7 +442,6 @@ def test_impossible_classes_do_not_count():
         def forward(self, x):
             return torch.cat([super().forward(x), torch.full((len(x), 1), -math.inf)], dim=1)
 
-    torch.manual_seed(0)
     model = Masked().double()
     batches = some_batches(4)
     plain = classifier()
@@ -460,13 +457,13 @@ def test_batches_on_a_graph(method, own_forward):
     models = []
     for on_graph in (True, False):
         model = model_of("llama")
-        embed = copy.deepcopy(model.get_input_embeddings()).requires_grad_(on_graph)
+        embed = deepcopy(model.get_input_embeddings()).requires_grad_(on_graph)
         batches = [{"inputs_embeds": embed(batch["input_ids"])} for batch in batches_of("llama")]
         forward = partial(lambda model, batch: model(**batch), model) if own_forward else None
         prune(model, batches, 0.5, method=method, forward=forward)
         models.append(model)
         assert embed.weight.grad is None
-    assert_close_states(*models, rtol=0, atol=0)
+    assert_same(*models)
 
 
 def padded():
@@ -508,4 +505,4 @@ def test_a_sparsity_of_0_trains_nothing():
         classifier(), some_batches(4), 0.0, recovery="distill"
     )
     assert report.training is None
-    assert_close_states(model, start, rtol=0, atol=0)
+    assert_same(model, start)

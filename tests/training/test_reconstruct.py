@@ -1,16 +1,17 @@
 """Training the parts of a pruned block, against Adam written out by hand."""
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
-from support.layers import rng
+from support.layers import assert_same, rng
 from support.quiet import prune
 from support.recoveries import assert_close_states, blocks, pruned_with_and_without, some_batches
 from support.refusals import refusal
 from support.samples import samples_of
 from support.zoo import ZOO, batches_of, model_of
 from torch import nn
+from torch.testing import assert_close
 
 from wanda_lightning import PruningReport, Reconstruct
 from wanda_lightning.calibration.batches import batch_size, take
@@ -82,7 +83,7 @@ def assert_trained(block, dense, start, batches, epochs):
     """An MLP was trained as by formula on all batches, without its biases; no early stop."""
     expected = adam(dense.mlp, start.mlp, batches, epochs, 0.001)
     for place, weight in zip((0, 2), expected, strict=True):
-        torch.testing.assert_close(block.mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
+        assert_close(block.mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
         assert torch.equal(block.mlp[place].bias, dense.mlp[place].bias)
 
 
@@ -124,7 +125,7 @@ def test_it_is_adam_on_what_the_dense_part_gave(count, epochs):
 
     # The second block learns its own dense outputs on the outputs of the trained first block.
     inputs = [model[0](x) for x in batches]
-    second = copy.deepcopy(dense[1])
+    second = deepcopy(dense[1])
     prune(second, inputs, 0.5, sequential="none")  # the block alone, dense inside
     assert_trained(model[1], dense[1], second, inputs[:3] + inputs[4:], epochs)
 
@@ -148,8 +149,7 @@ def test_with_statistics_of_the_dense_model_it_learns_on_what_the_trained_blocks
 )
 def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     monkeypatch.setattr(reconstruct, "_SAMPLES", 1)
-    choices = {"sparsity": 0.5, "recovery": Reconstruct(epochs=2), "sequential": "block"}
-    choices |= {"keep_batch_norm": True, "progress": False}
+    choices = {"recovery": Reconstruct(epochs=2), "sequential": "block", "keep_batch_norm": True}
     together = model_of(name).double()
     alone = model_of(name).double()
     batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, batches_of(name))
@@ -223,13 +223,13 @@ def test_a_batch_is_not_split_if_samples_would_have_other_outputs(monkeypatch, k
         report = prune(model, batches, recovery="reconstruct")
         assert any(layer.part.after < layer.part.before for layer in report.layers)
         results.append(model.state_dict())
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert_same(*results)
 
 
 def test_it_stops_early_and_goes_back():
     recovery = Reconstruct(epochs=50, learning_rate=100.0)
     start, model, report = pruned_with_and_without(blocks(), some_batches(8), recovery=recovery)
-    assert_close_states(model, start, rtol=0, atol=0)
+    assert_same(model, start)
     part = report.layers[0].part
     assert part.name == "0.mlp"
     assert part.before == part.after > 0
@@ -280,7 +280,7 @@ def test_a_part_that_writes_into_its_input_reproduces_itself():
 
 def test_padding_teaches_nothing():
     padded = ZOO["llama_padded"]
-    others = copy.deepcopy(padded.batches())
+    others = deepcopy(padded.batches())
     for batch in others:
         batch["input_ids"][batch["attention_mask"] == 0] = 77
     models = padded.build(), padded.build()

@@ -1,6 +1,6 @@
 """Attributes of a configuration are found by the shapes that they give."""
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from wanda_lightning.units.fit_configuration import fit_configuration
 def reshaped(model_class, config, new):
     """A model with the shapes of `new`, but with the other configuration."""
     with torch.device("meta"):
-        model = model_class(copy.deepcopy(new))
+        model = model_class(deepcopy(new))
     for module in model.modules():
         if hasattr(module, "config"):
             module.config = config
@@ -43,14 +43,14 @@ def assert_fits(model_class, old, new):
 )
 def test_the_attributes_with_the_shapes_change(changes):
     old = model_of("mixtral").config
-    new = copy.deepcopy(old)
+    new = deepcopy(old)
     new.update(changes)
     assert_fits(hf.MixtralForCausalLM, old, new)
 
 
 def test_an_attribute_of_a_configuration_inside_another_changes():
     old = tiny(hf.Qwen3VLMoeConfig)
-    new = copy.deepcopy(old)
+    new = deepcopy(old)
     new.text_config.num_experts = 3
     assert_fits(hf.Qwen3VLMoeForConditionalGeneration, old, new)
 

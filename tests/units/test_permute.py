@@ -1,7 +1,7 @@
 """Permuted models compute the same, in every family, and what cannot be permuted stays as it is."""
 
-import copy
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 
 import peft
@@ -85,7 +85,7 @@ def test_the_model_computes_the_same(name, dtype):
     model = model.to(dtype)
     batches = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
     before = outputs(model, batches)
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     blocks = find_layers(model).blocks
     done = permute_model(model, batches)
     inside = {layer.removeprefix(f"{blocks[layer]}.") for layer in done.kept}
@@ -103,7 +103,7 @@ def test_the_model_computes_the_same(name, dtype):
 def test_it_is_pruned_as_a_model_that_was_permuted_before():
     model = model_of("llama")
     batches = batches_of("llama")
-    expected = copy.deepcopy(model)
+    expected = deepcopy(model)
     permute_model(expected, batches)
     prune(expected, batches, 0.5, method="wanda", pattern="2:4")
     report = prune_permuted(model, batches)
@@ -216,7 +216,7 @@ def images(dtype=torch.float32):
 )
 def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
     model = FIXED[kind]().to(dtype)
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     skip = ["*.gate"] if kind == "read by another" else []
     assert permute_model(model, images(dtype), skip=skip).kept == {}
     assert unchanged(model, dense)
@@ -229,7 +229,7 @@ def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
 @pytest.mark.parametrize("kind", MOVED_BACK)
 def test_units_are_put_back_if_another_call_uses_them_in_another_way(kind, caplog):
     model = MOVED_BACK[kind]()
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     batches = (
         images()
         if kind == "called again"
@@ -262,7 +262,7 @@ def adapted():
 @pytest.mark.parametrize(("make", "batches"), [(tied, images), (adapted, ZOO["llama"].batches)])
 def test_tied_blocks_and_adapters_keep_their_order(make, batches):
     model = make()
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     with model.disable_adapter() if make is adapted else nullcontext():
         assert permute_model(model, batches()).kept == {}
     assert unchanged(model, dense)

@@ -1,7 +1,7 @@
 """Structured zeros fill whole hidden units, in every architecture, and what is no unit of its own stays dense."""
 
-import copy
 import time
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,6 +20,7 @@ from support.zoo import ZOO, batches_of, causal, model_of, run, seeded
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from wanda_lightning import Fisher, Structured
 from wanda_lightning.calibration.gradients import gradient_statistics
@@ -113,7 +114,7 @@ def pruned(request):
     """A model whose units were pruned, what was found before, and the zero units of each reader."""
     model, batches = specimen(request.param)
     found = coupled_run(model, batches)
-    dense = copy.deepcopy(model)
+    dense = deepcopy(model)
     report = prune_units(model, batches, solver="zero_out", keep_batch_norm=True)
     units = found.removal.units
     return SimpleNamespace(
@@ -153,11 +154,11 @@ def test_nothing_but_the_units_changes(pruned):
 
 def test_the_outputs_are_those_of_the_model_without_the_units(pruned):
     assert not torch.allclose(pruned.outputs, run(pruned.dense, pruned.batches[0]), atol=1e-3)
-    smaller = copy.deepcopy(pruned.model)
+    smaller = deepcopy(pruned.model)
     for reader, units in units_in(smaller, pruned.batches).items():
         units.take(~pruned.zero[reader])
     outputs = run(smaller, pruned.batches[0]).detach()
-    torch.testing.assert_close(outputs, pruned.outputs, rtol=1e-4, atol=1e-4)
+    assert_close(outputs, pruned.outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_report_has_the_sparsity_of_each_layer(pruned):
@@ -267,7 +268,7 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
 def test_other_dtypes(name, dtype):
     model, batches = specimen(name)
     rounded = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
-    found = units_in(copy.deepcopy(model).to(dtype), rounded)
+    found = units_in(deepcopy(model).to(dtype), rounded)
     assert list(found) == list(units_in(model, batches)) != []
 
 
@@ -290,7 +291,7 @@ def test_a_skipped_layer_among_writers_reader_and_between_leaves_the_units_of_it
 ):
     model, batches = specimen(name)
     block = model.get_submodule(skip if name == "mobile" else "model.layers.0.mlp")
-    dense = copy.deepcopy(block.state_dict())
+    dense = deepcopy(block.state_dict())
     found = units_in(model, batches)
     layers = {layer.name for layer in prune_units(model, batches, skip=[skip]).layers}
     assert same(block.state_dict(), dense)
@@ -352,7 +353,7 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
             own.removal.unit_columns,
         )
     for reader, value in expected.items():
-        torch.testing.assert_close(got[reader].units, value, rtol=1e-3, atol=1e-9)
+        assert_close(got[reader].units, value, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.3, 0.5, 0.7])
@@ -450,7 +451,7 @@ def test_uniform_gives_one_ratio_to_all_layers_of_a_kind(widths, sparsity, kept)
 def test_pruning_twice_changes_nothing(name, method):
     model, batches = specimen(name)
     prune_units(model, batches, method=method, keep_batch_norm=True)
-    once = copy.deepcopy(model.state_dict())
+    once = deepcopy(model.state_dict())
     prune_units(model, batches, method=method, keep_batch_norm=True)
     assert same(model.state_dict(), once)
 

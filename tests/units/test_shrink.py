@@ -1,6 +1,6 @@
 """Taking out units: the outputs stay, and whatever would change them stays, too."""
 
-import copy
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -16,6 +16,7 @@ from support.quiet import prune
 from support.tiny import tiny
 from support.zoo import batches_of, model_of
 from torch import nn
+from torch.testing import assert_close
 
 import wanda_lightning as wl
 from wanda_lightning.units.block_runs import BlockRuns
@@ -45,7 +46,7 @@ def shrunk(model, batch):
     """The report of a shrinking that leaves the outputs as they were."""
     expected = model(batch).detach()
     report = wl.shrink(model, batch)
-    torch.testing.assert_close(model(batch).detach(), expected, rtol=1e-3, atol=1e-4)
+    assert_close(model(batch).detach(), expected, rtol=1e-3, atol=1e-4)
     return report
 
 
@@ -188,7 +189,7 @@ NOTHING = "Nothing can be removed: no hidden unit is zero on both sides."
 )
 def test_whole_units_are_taken_out_once_and_other_zeros_stay(make, layers, text):
     model = make()
-    before = copy.deepcopy(model.state_dict())
+    before = deepcopy(model.state_dict())
     report = shrunk(model, X)
     assert report.layers == layers
     assert text in str(report)
@@ -221,7 +222,7 @@ def test_a_model_for_images_with_other_channels_needs_no_batch(channels):
 
 def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
     model, images = pruned_image_model("convnext")
-    before = copy.deepcopy(model.state_dict())
+    before = deepcopy(model.state_dict())
     calls = []
 
     def interrupted(runs, change, units, keep):
@@ -245,7 +246,6 @@ def test_adapters_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_and_the_configuration_which_other_models_keep(dtype):
-    torch.manual_seed(0)
     config = tiny(hf.LlamaConfig, initializer_range=0.3)
     model, other = (hf.LlamaForCausalLM(config).to(dtype) for _ in range(2))
     for layer in model.model.layers:
@@ -253,6 +253,6 @@ def test_16_bits_and_the_configuration_which_other_models_keep(dtype):
     ids = torch.randint(64, (2, 9))
     expected = model(ids).logits.detach()
     assert wl.shrink(model).units == 44
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0.1, atol=0.1)
+    assert_close(model(ids).logits, expected, rtol=0.1, atol=0.1)
     assert model.config.intermediate_size == model.model.config.intermediate_size == 42
     assert other.config.intermediate_size == config.intermediate_size == 64

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from support import reference
 from support.layers import correlated_layer, output_error, random_layer, rng, solve
 from support.reference import assert_keeps
@@ -65,4 +66,4 @@ def test_the_weights_are_the_least_squares_of_the_mask():
     weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
     pruned, keep = solve(ADMM(dampening=0.05, refit_steps=200), weight, tokens)
     expected = reference.least_squares(weight.numpy(), tokens.numpy(), 0.05, keep.numpy())
-    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+    assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
