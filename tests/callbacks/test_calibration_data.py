@@ -14,12 +14,14 @@ from support.callbacks import (
     Resumable,
     all_at,
     equal,
+    fit_module,
     loader,
     same,
     samples,
     share_of_zeros,
     tagged,
     trainer,
+    validate_module,
 )
 from support.layers import rng
 from support.quiet import prune
@@ -106,7 +108,7 @@ class TestCalibrationSource:
     def test_samples_are_counted_and_the_last_batch_is_cut(self, sequential):
         module = Recorder()
         callback = WandaPrune(num_samples=6, sequential=sequential, dataloader=list(loader(12)))
-        trainer(callback).validate(module, loader())
+        validate_module(module, callback)
         assert [len(x) for x, _ in module.seen] == [4, 2]
         assert [len(labels) for _, labels in module.seen] == [4, 2]
         assert torch.equal(torch.cat([x for x, _ in module.seen]), samples(12).tensors[0][:6])
@@ -116,14 +118,14 @@ class TestCalibrationSource:
     def test_a_batch_of_time_steps_is_not_cut(self):
         module = Recorder()
         module.forward = lambda x: module.layers(x.cumsum(0))
-        trainer(WandaPrune(num_samples=6, dataloader=list(loader(12)))).validate(module, loader())
+        validate_module(module, WandaPrune(num_samples=6, dataloader=list(loader(12))))
         assert [len(x) for x, _ in module.seen] == [4, 4]
 
     def test_fewer_samples_than_asked(self):
         module = Net()
         callback = WandaPrune(num_samples=100)
         with pytest.warns(UserWarning, match=r"num_samples is 100, but .* has only 12\."):
-            trainer(callback).validate(module, loader())
+            validate_module(module, callback)
         assert {layer.tokens for layer in callback.report.layers} == {12}
 
 
@@ -286,18 +288,14 @@ def test_a_loader_of_precomputed_batches():
 def test_trying_out_a_batch_at_the_start_does_not_advance_the_loader():
     module = Recorder()
     expected = [x for x, _ in shuffled()]
-    trainer(WandaPrune(num_samples=12, dataloader=shuffled(), at_step=2), max_steps=3).fit(
-        module, loader()
-    )
+    fit_module(module, WandaPrune(num_samples=12, dataloader=shuffled(), at_step=2), max_steps=3)
     assert_same(module.seen[1:], expected)
 
 
 @pytest.mark.parametrize("data", [iter(loader()), DataLoader(BatchedStream(), batch_size=None)])
 def test_no_batch_of_a_stream_is_tried_out(data):
     module = Recorder()
-    trainer(WandaPrune(num_samples=12, dataloader=data, at_step=2), max_steps=3).fit(
-        module, loader()
-    )
+    fit_module(module, WandaPrune(num_samples=12, dataloader=data, at_step=2), max_steps=3)
     assert_same(module.seen, [x for x, _ in loader()])
 
 
@@ -344,9 +342,9 @@ def by_hand(module, count):
 def test_validate_measures_the_dense_model_and_prunes_by_what_it_saw(method):
     module = Counting()
     callback = PruningCallback(0.5, method=method, calibrate_on="validation")
-    dense = trainer().validate(Net(), loader(), verbose=False)
+    dense = validate_module(Net())
     expected = by_hand(module, 12)
-    assert trainer(callback).validate(module, loader(), verbose=False) == dense
+    assert validate_module(module, callback) == dense
     assert module.passes == 3
     assert same(module, expected)
     assert callback.report.layers[0].tokens == 12
@@ -356,9 +354,9 @@ def test_the_next_validate_measures_the_pruned_model():
     module = Net()
     callback = on_validation()
     expected = by_hand(module, 12)
-    trainer(callback).validate(module, loader(), verbose=False)
-    measured = trainer(callback).validate(module, loader(), verbose=False)
-    assert measured == trainer().validate(expected, loader(), verbose=False)
+    validate_module(module, callback)
+    measured = validate_module(module, callback)
+    assert measured == validate_module(expected)
     assert same(module, expected)
 
 
@@ -394,7 +392,7 @@ def test_only_whole_batches_of_num_samples_count():
     module = Net()
     callback = on_validation(num_samples=5)
     expected = by_hand(module, 8)
-    trainer(callback).validate(module, loader(), verbose=False)
+    validate_module(module, callback)
     assert same(module, expected)
 
 

@@ -12,6 +12,7 @@ from support.callbacks import (
     Steps,
     TwoOptimizers,
     all_at,
+    fit_module,
     loader,
     same,
     share_of_zeros,
@@ -102,7 +103,7 @@ def test_a_stage_after_the_end_of_training_is_refused_at_the_start(make, when, o
 )
 def test_a_stage_at_the_end_of_training_prunes(make, at_step, options):
     module = make()
-    trainer(WandaPrune(num_samples=24, at_step=at_step), **options).fit(module, loader(24))
+    fit_module(module, WandaPrune(num_samples=24, at_step=at_step), count=24, **options)
     assert share_of_zeros(module) == all_at(0.5)
 
 
@@ -177,7 +178,7 @@ def test_data_that_a_later_stage_cannot_use_is_refused_at_the_start(make, option
     with pytest.raises(
         (ValueError, TypeError, NotImplementedError, MisconfigurationException), match=message
     ):
-        trainer(callback, max_steps=6).fit(make(), loader())
+        fit_module(make(), callback, max_steps=6)
 
 
 @pytest.mark.parametrize(

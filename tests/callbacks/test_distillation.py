@@ -16,6 +16,7 @@ from support.callbacks import (
     SaveAt,
     all_at,
     equal,
+    fit_module,
     hooks_of,
     loader,
     same,
@@ -100,7 +101,7 @@ def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, ac
         prune(network, criterion="magnitude")
     callbacks = KeepZeros(), DistillFromDense(dense, weight, temperature), Losses()
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
-    trainer(*callbacks, max_epochs=2, **options).fit(module, loader(24))
+    fit_module(module, *callbacks, count=24, max_epochs=2, **options)
     batches = [*loader(24)]
     pruned = zeros(by_hand)
     first = divergence(
@@ -117,7 +118,7 @@ def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, ac
 def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
     module = Net()
     by_hand = ByHand(Net(), 0.5, 1.0)
-    trainer(WandaPrune(num_samples=12), DistillFromDense(), max_epochs=2).fit(module, loader())
+    fit_module(module, WandaPrune(num_samples=12), DistillFromDense(), max_epochs=2)
     prune(by_hand, [batch[0] for batch in loader()])
     train_by_hand(by_hand, [*loader()] * 2, SGD(by_hand.parameters()), 1, None)
     assert_close(module, by_hand)
@@ -126,7 +127,7 @@ def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
 
 def test_the_dense_model_is_in_no_checkpoint(tmp_path):
     module = Net(ADAMW)
-    trainer(DistillFromDense(Dense()), SaveAt(tmp_path, 2), max_steps=2).fit(module, loader())
+    fit_module(module, DistillFromDense(Dense()), SaveAt(tmp_path, 2), max_steps=2)
     saved = torch.load(tmp_path / "2.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == Net().state_dict().keys()
     trained = saved["optimizer_states"][0]["param_groups"][0]["params"]
@@ -136,7 +137,7 @@ def test_the_dense_model_is_in_no_checkpoint(tmp_path):
 def test_the_dense_model_is_not_trained():
     dense = Dense()
     before = deepcopy(dense.state_dict())
-    trainer(DistillFromDense(dense), max_steps=2).fit(Net(ADAMW), loader())
+    fit_module(Net(ADAMW), DistillFromDense(dense), max_steps=2)
     assert equal(before, dense.state_dict())
     assert not any(weight.requires_grad or weight.grad is not None for weight in dense.parameters())
 
@@ -149,7 +150,7 @@ def test_precisions(precision, tolerance):
     expected = ByHand(deepcopy(dense), 0.5, 1.0)
     inputs = next(iter(loader()))[0]
     first = divergence(expected(inputs), dense(inputs)).item()
-    trainer(DistillFromDense(dense), losses, precision=precision, max_steps=3).fit(module, loader())
+    fit_module(module, DistillFromDense(dense), losses, precision=precision, max_steps=3)
     assert losses.logged[0] == pytest.approx(first, rel=tolerance, abs=1e-6)
     assert {weight.dtype for weight in dense.parameters()} == {
         weight.dtype for weight in module.parameters()
@@ -172,7 +173,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dense):
 
 
 def test_a_resumed_run_with_other_choices_is_refused(tmp_path):
-    trainer(DistillFromDense(Dense()), SaveAt(tmp_path, 3), max_steps=3).fit(Net(), loader())
+    fit_module(Net(), DistillFromDense(Dense()), SaveAt(tmp_path, 3), max_steps=3)
     other = Dense()
     with torch.no_grad():
         other.layers[2].bias += 1e-3
@@ -286,7 +287,7 @@ def test_a_part_of_a_module_and_a_training_step_that_returns_a_dictionary():
     whole = Net()
     parts = Parts()
     for module, network in ((whole, None), (parts, "layers")):
-        trainer(DistillFromDense(Dense(), network=network), max_steps=3).fit(module, loader())
+        fit_module(module, DistillFromDense(Dense(), network=network), max_steps=3)
     assert same(whole, parts)
 
 
@@ -319,7 +320,7 @@ COMPILES = pytest.mark.skipif(
 def test_other_ways_to_run_a_network(make):
     results = []
     for module in (Net(), make()):
-        trainer(WandaPrune(num_samples=12), DistillFromDense(), max_steps=3).fit(module, loader())
+        fit_module(module, WandaPrune(num_samples=12), DistillFromDense(), max_steps=3)
         results.append([*module.parameters()])
     torch.testing.assert_close(*results)
 
@@ -330,7 +331,7 @@ def test_code_that_is_compiled_with_the_training_step_is_refused():
     in_place.compile(backend="eager")
     for module in (in_place, torch.compile(Net(), backend="eager")):
         with pytest.raises(MisconfigurationException, match="the compiled code of Net hides"):
-            trainer(DistillFromDense(), max_steps=1).fit(module, loader())
+            fit_module(module, DistillFromDense(), max_steps=1)
 
 
 class NeverCalls(Net):
@@ -409,7 +410,7 @@ def test_what_cannot_be_distilled_is_refused_before_a_weight_changes(make, choic
     module = make()
     before = deepcopy(module.state_dict())
     with pytest.raises(error, match=message):
-        trainer(DistillFromDense(**choices), max_steps=3).fit(module, loader())
+        fit_module(module, DistillFromDense(**choices), max_steps=3)
     assert not before or equal(before, module.state_dict())
     assert "training_step" not in vars(module)
     assert all("forward" not in vars(part) for part in module.modules())
@@ -420,7 +421,7 @@ def test_a_given_model_that_was_pruned_is_warned_of():
         UserWarning,
         match=r"dense should be the model before pruning, but 50% of .* layers.2 are zero",
     ):
-        trainer(DistillFromDense(pruned_net()), max_steps=1).fit(Net(), loader())
+        fit_module(Net(), DistillFromDense(pruned_net()), max_steps=1)
 
 
 def test_a_given_model_that_is_trained_itself_is_refused():
@@ -429,7 +430,7 @@ def test_a_given_model_that_is_trained_itself_is_refused():
         with pytest.raises(
             ValueError, match=r"layers.0.weight of Net belongs to it, too.*deepcopy"
         ):
-            trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
+            fit_module(module, DistillFromDense(dense), max_steps=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])

@@ -10,6 +10,7 @@ from support.callbacks import (
     ADAMW,
     Net,
     all_at,
+    fit_module,
     hooks_of,
     loader,
     same,
@@ -78,7 +79,7 @@ def test_exactly_the_pruned_weights_are_zero_after_every_step(
         **CLIPPING[clip],
         **precision_of(precision),
     }
-    trainer(Witness(), callback, **options).fit(module, loader(24))
+    fit_module(module, Witness(), callback, count=24, **options)
     assert hooks_of(module, module.used_optimizer) == []
     assert {round(where.float().mean().item(), 3) for where in module.pruned.values()} == {0.5}
     assert module.looks >= 4 * (8 - module.from_step)
@@ -152,7 +153,7 @@ def test_other_ways_to_run_and_to_train_a_model(make, optimizer, at_step, option
     module = make(optimizer, from_step=at_step)
     callback = WandaPrune(num_samples=24, at_step=at_step)
     options = {"max_steps": 8} | options
-    trainer(Witness(), callback, **options).fit(module, loader(24))
+    fit_module(module, Witness(), callback, count=24, **options)
     assert share_of_zeros(module) == all_at(0.5)
     assert module.looks >= 2 * (8 - at_step)
     assert all(share > 0.5 for share in module.trained().values())
@@ -218,9 +219,7 @@ def test_averages_hold_the_zeros(kind, at_step, order, make):
 @pytest.mark.parametrize("kind", ["ema of late start", "swa"])
 def test_averages_that_are_pruned_after_the_last_step(kind):
     module = Net(ADAMW)
-    trainer(AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4).fit(
-        module, loader()
-    )
+    fit_module(module, AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4)
     assert share_of_zeros(module) == all_at(0.5)
 
 
@@ -259,7 +258,7 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
         module.load_state_dict(by_hand.state_dict())
         keeping = KeepZeros()
     train_by_hand(by_hand, list(loader(24)) * 2, optimizer(by_hand.parameters()), 1, None)
-    trainer(keeping, max_epochs=2).fit(module, loader(24))
+    fit_module(module, keeping, count=24, max_epochs=2)
     assert min(module.died, module.moved) > 1000
     assert same(module, by_hand)
     assert all((where | ~pruned[name]).all() for name, where in zeros(module).items())
@@ -271,8 +270,8 @@ def test_keep_zeros_on_a_dense_model_warns():
     with pytest.warns(
         UserWarning, match="No zeros were found in any prunable layer, so none are kept"
     ):
-        trainer(KeepZeros(), max_steps=2).fit(module, loader())
-    trainer(max_steps=2).fit(alone, loader())
+        fit_module(module, KeepZeros(), max_steps=2)
+    fit_module(alone, max_steps=2)
     assert same(module, alone)
 
 
@@ -284,7 +283,7 @@ def test_a_layer_of_all_zeros_trains(callback):
     if callback == "keep":
         prune(module, criterion="magnitude", skip=["layers.4"])
         keeping = KeepZeros()
-    trainer(keeping, max_steps=6).fit(module, loader())
+    fit_module(module, keeping, max_steps=6)
     shares = share_of_zeros(module)
     assert shares.pop("layers.4.weight") < 0.25  # dead units have no gradient
     assert set(shares.values()) == {0.5}
@@ -296,8 +295,8 @@ def test_neither_layers_nor_zeros_by_chance_of_one_model_affect_another():
     second = LooksAtZeros(ADAMW)
     to_quarters(first)
     prune(first, criterion="magnitude", skip=["layers.4"])
-    trainer(callback, max_steps=1).fit(first, loader())
+    fit_module(first, callback, max_steps=1)
     assert share_of_zeros(first)["layers.0.weight"] > 0.5
     prune(second, criterion="magnitude")
-    trainer(callback, max_steps=4).fit(second, loader())
+    fit_module(second, callback, max_steps=4)
     assert share_of_zeros(second) == all_at(0.5)

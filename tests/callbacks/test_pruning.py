@@ -25,12 +25,14 @@ from support.callbacks import (
     TwoOptimizers,
     all_at,
     equal,
+    fit_module,
     hooks_of,
     loader,
     pruned_by_hand,
     same,
     share_of_zeros,
     trainer,
+    validate_module,
     zeros,
     zeros_in,
 )
@@ -81,7 +83,7 @@ class TestMeasuring:
 
         module = Wrapper()
         callback = WandaPrune(num_samples=12, skip=["2"])
-        trainer(callback).validate(module, loader())
+        validate_module(module, callback)
         assert [layer.name for layer in callback.report.layers] == ["0", "4"]
         assert share_of_zeros(module) == {**all_at(0.5), "layers.2.weight": 0.0}
 
@@ -97,7 +99,7 @@ class TestMeasuring:
         for loop in ("validate", "test", "predict"):
             getattr(trainer(callback), loop)(module, loader())
         assert same(module, before)
-        trainer(callback, max_steps=5).fit(module, loader())
+        fit_module(module, callback, max_steps=5)
         assert equal(zeros(module), zeros(before))
         assert callback.report is report
 
@@ -106,7 +108,7 @@ class TestMeasuring:
         by_hand = Net()
         module.calibration_step = lambda batch: pytest.fail("a batch was read")
         prune(by_hand, criterion="magnitude", pattern="unstructured_layer")
-        trainer(PruningCallback(method="magnitude")).validate(module, loader())
+        validate_module(module, PruningCallback(method="magnitude"))
         assert same(module, by_hand)
 
 
@@ -146,7 +148,7 @@ class TestTraining:
                     self.layers.append(torch.nn.Linear(16, 16))
 
         module = Grown()
-        trainer(WandaPrune(num_samples=12, at_step=4), max_epochs=2).fit(module, loader())
+        fit_module(module, WandaPrune(num_samples=12, at_step=4), max_epochs=2)
         assert share_of_zeros(module) == {**all_at(0.5), "layers.5.weight": 0.5}
 
     @pytest.mark.parametrize(
@@ -162,7 +164,7 @@ class TestTraining:
         if isinstance(callback, KeepZeros):
             prune(module, criterion="magnitude")
         with pytest.raises(RuntimeError, match="out of paper"):
-            trainer(callback, max_epochs=1).fit(module, loader())
+            fit_module(module, callback, max_epochs=1)
         assert hooks_of(module, module.used_optimizer) == []
 
     @pytest.mark.parametrize(("calibrate_on", "at_step"), [("train", 0), ("own", 0), ("train", 4)])
@@ -233,11 +235,11 @@ def fits(request):
     before = Notes()
     after = Notes()
     options = {"max_epochs": 4, "max_steps": 12, "accumulate_grad_batches": accumulate}
-    trainer(dense, **options).fit(make(), loader(24))
+    fit_module(make(), dense, count=24, **options)
     module = make()
     start = deepcopy(module.state_dict())
     callback = WandaPrune(sparsity, num_samples=24, **when)
-    trainer(before, callback, after, **options).fit(module, loader(24))
+    fit_module(module, before, callback, after, count=24, **options)
     reached = {step: share * sparsity for step, share in stages.items()}
     return SimpleNamespace(
         dense=dense.at,
@@ -314,7 +316,7 @@ class TestShouldPrune:
     def test_the_schedule_still_gives_the_sparsity(self):
         callback = Asked(3, sparsity=0.5, schedule=LinearSchedule(0, 4, every=1))
         after = Notes()
-        trainer(callback, after, max_steps=6).fit(Net(), loader(24))
+        fit_module(Net(), callback, after, count=24, max_steps=6)
         shares = {
             step: round(zeros_in(w)["layers.0.weight"].float().mean().item(), 3)
             for step, w in after.at.items()
@@ -327,8 +329,8 @@ class TestShouldPrune:
         with pytest.warns(
             UserWarning, match="to sparsity 0 instead of 0.5, because training ended at .* step 3"
         ):
-            trainer(Asked(100), max_steps=3).fit(module, loader())
-        trainer(max_steps=3).fit(dense, loader())
+            fit_module(module, Asked(100), max_steps=3)
+        fit_module(dense, max_steps=3)
         assert same(module, dense)
 
 
@@ -345,7 +347,7 @@ def test_hidden_units_are_pruned_in_stages_and_stay_zero(optimizer):
     callback = WandaPrune(
         0.5, pattern="structured", num_samples=24, schedule=CubicSchedule(0, 8, every=2)
     )
-    trainer(callback, units, max_steps=12).fit(module, loader(24))
+    fit_module(module, callback, units, count=24, max_steps=12)
     numbers = [int(inner.sum()) for inner, _ in at]
     assert numbers[-1] == 32
     assert len(set(numbers)) > 2  # 64 * 0.5 * (1 - 0.75^3, ...) to multiples of 8
@@ -373,7 +375,7 @@ def test_ctrl_c_while_pruning_leaves_no_hooks():
     module = Interrupting()
     try:
         with pytest.raises(SystemExit) as stop:
-            trainer(WandaPrune(num_samples=12)).validate(module, loader())
+            validate_module(module, WandaPrune(num_samples=12))
     finally:
         signal.signal(signal.SIGINT, handler)
     assert isinstance(stop.value.__context__, KeyboardInterrupt)
@@ -387,13 +389,13 @@ def test_weights_that_became_nan_in_training_are_refused_before_one_is_pruned():
         module.layers[0].weight.data[0].fill_(torch.nan)[0]
     )
     with pytest.raises(ValueError, match=r"layers.0 has weights that are NaN or infinite"):
-        trainer(WandaPrune(num_samples=12, at_step=3), max_steps=5).fit(module, loader())
+        fit_module(module, WandaPrune(num_samples=12, at_step=3), max_steps=5)
     assert share_of_zeros(module) == all_at(0.0)
 
 
 def test_a_callback_can_be_copied_and_pickled():
     callback = WandaPrune(num_samples=12)
-    trainer(callback).validate(Net(), loader())
+    validate_module(Net(), callback)
     assert deepcopy(callback).report == callback.report
     assert pickle.loads(pickle.dumps(callback)).report == callback.report
 
@@ -415,7 +417,7 @@ def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
     module = LooksAtZeros(OPTIMIZERS["momentum"], from_step=5)
     first = PruningCallback(0.25, method="magnitude")
     second = WandaPrune(0.5, num_samples=24, at_step=5)
-    trainer(Witness(), first, second, max_steps=12).fit(module, loader(24))
+    fit_module(module, Witness(), first, second, count=24, max_steps=12)
     assert share_of_zeros(module) == all_at(0.5)
 
 

@@ -6,7 +6,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
-from support.callbacks import Net, loader, same, trainer
+from support.callbacks import Net, fit_module, loader, same, trainer
 from support.layers import rng
 from support.modules import tiny_llama, tiny_tokenizer
 from support.reports import Page
@@ -121,6 +121,6 @@ def test_what_cannot_be_written_is_refused(tmp_path, option, place):
     options = {option: tmp_path / place}
     callback = WandaPrune(num_samples=12, at_step=2, **options)
     with pytest.raises(OSError, match="file"):
-        trainer(callback, max_steps=3).fit(module, loader())
+        fit_module(module, callback, max_steps=3)
     assert same(module, Net())
     assert (tmp_path / "file").read_text() == "mine"

@@ -14,6 +14,7 @@ from support.callbacks import (
     Resumable,
     SaveAt,
     equal,
+    fit_module,
     killed_and_resumed,
     loader,
     same,
@@ -60,7 +61,7 @@ def test_merges_then_saves_the_trained_model(tmp_path, overwrite):
         (tmp_path / "config.json").write_text("{}")
     module = Saving()
     saving = SavePretrained(tmp_path, overwrite)
-    trainer(PruningCallback(method="magnitude"), saving, max_steps=2).fit(module, loader())
+    fit_module(module, PruningCallback(method="magnitude"), saving, max_steps=2)
     assert module.calls == ["merge", (tmp_path, overwrite, 0.5)]
 
 
@@ -75,7 +76,7 @@ def test_a_folder_with_a_model_is_refused_before_training(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     module = Saving()
     with pytest.raises(FileExistsError, match="overwrite"):
-        trainer(SavePretrained(tmp_path), max_steps=1).fit(module, loader())
+        fit_module(module, SavePretrained(tmp_path), max_steps=1)
     assert same(module, Saving())
 
 
@@ -148,8 +149,8 @@ def test_a_model_that_cannot_be_written_is_refused_before_training(tmp_path, mak
     module = make()
     module.training_step = lambda batch, batch_idx: pytest.fail("training has begun")
     with pytest.raises((ValueError, TypeError, MisconfigurationException), match=message):
-        trainer(SavePretrained(tmp_path / "out", shrink=isinstance(module, Net)), max_steps=1).fit(
-            module, loader()
+        fit_module(
+            module, SavePretrained(tmp_path / "out", shrink=isinstance(module, Net)), max_steps=1
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -164,7 +165,7 @@ def test_a_trained_model_that_cannot_be_saved_is_not_lost(tmp_path, failing):
     setattr(module, failing, fail)
     (tmp_path / "out-state.pt").touch()
     with pytest.raises(OSError, match=rf"RuntimeError: out of ink.*{tmp_path}/out-state-2\.pt"):
-        trainer(SavePretrained(tmp_path / "out"), max_steps=2).fit(module, loader())
+        fit_module(module, SavePretrained(tmp_path / "out"), max_steps=2)
     again = Net()
     again.load_state_dict(torch.load(tmp_path / "out-state-2.pt"))
     assert same(again, module)
@@ -312,7 +313,7 @@ def test_a_run_that_is_resumed_after_pruning_compares_at_once(tmp_path):
 
 def test_a_model_that_was_pruned_earlier(tmp_path):
     module = Worsening()
-    trainer(prune_at(), max_steps=1).fit(module, loader())
+    fit_module(module, prune_at(), max_steps=1)
     best = BestAfterPruning("loss", dirpath=tmp_path)
     trainer(KeepZeros(), best, max_epochs=2, enable_checkpointing=True).fit(
         module, loader(), loader()

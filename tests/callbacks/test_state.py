@@ -18,6 +18,7 @@ from support.callbacks import (
     SaveAt,
     all_at,
     equal,
+    fit_module,
     killed_and_resumed,
     loader,
     same,
@@ -294,9 +295,7 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, make):
 )
 def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, second, message):
     module = made("adamw")
-    trainer(WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2).fit(
-        module, loader()
-    )
+    fit_module(module, WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2)
     callback = WandaPrune(num_samples=12, **second)
     run = getattr(trainer(callback, max_steps=4), loop)
     with pytest.raises(ValueError, match=f"WandaPrune wrote with .*{message}"):

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from support.callbacks import ADVICE, trainer
+from support.callbacks import ADVICE, fit_module, validate_module
 from support.detectors import batches_for, build, class_logits, scenes
 from support.layers import rng
 from support.pairwise import with_nightly
@@ -114,9 +114,7 @@ def test_a_callback_prunes_a_detector_in_training_beside_an_average(order):
     module = Module()
     pruning = WandaPrune(0.5, num_samples=4, at_step=2)
     averaging = EMAWeightAveraging(decay=0.5)
-    trainer(*[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0).fit(
-        module, loader()
-    )
+    fit_module(module, *[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0)
     # A trial of one batch, once for the statistics, and twice for BatchNorm.
     assert module.calibrated == 2 + 4 * 3
     assert sum(zeros_of(module).values()) == sum(layer.zeros for layer in pruning.report.layers)
@@ -127,5 +125,5 @@ def test_a_module_says_how_a_detector_predicts():
     module = Module()
     module.calibration_predictions = class_logits(module.net)
     callback = WandaPrune(0.5, num_samples=4, allocation="fisher", keep_batch_norm=True)
-    trainer(callback).validate(module, loader(), verbose=False)
+    validate_module(module, callback)
     assert len({round(layer.target, 3) for layer in callback.report.layers}) > 1

@@ -90,6 +90,14 @@ def trainer(*callbacks, **kwargs):
     return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
 
 
+def fit_module(module, *callbacks, count=12, **options):
+    trainer(*callbacks, **options).fit(module, loader(count))
+
+
+def validate_module(module, *callbacks):
+    return trainer(*callbacks).validate(module, loader(), verbose=False)
+
+
 def zeros(module):
     return zeros_in(dict(module.named_parameters()))
 
