@@ -11,8 +11,9 @@ from itertools import islice
 import pytest
 import torch
 import torch.nn.functional as F
+from support.callbacks import zeros
 from support.chains import through
-from support.layers import rng
+from support.layers import assert_same, rng
 from support.quiet import prune
 from support.refusals import refusal
 from support.samples import calls_of
@@ -236,14 +237,8 @@ def test_what_surrounds_the_blocks_of_a_batch_is_its_own(name, choices, caplog):
     with caplog.at_level(logging.WARNING):
         prune(model, given, **CHOICES[choices])
     prune(twin, batches(), **CHOICES[choices])
-
-    differing = 0
-    for (_, weight), (_, expected) in zip(
-        model.named_parameters(), twin.named_parameters(), strict=True
-    ):
-        differing += int(((weight == 0) != (expected == 0)).sum())
-    assert differing == 0
-    assert all(map(torch.equal, given, batches()))
+    assert_same(zeros(model), zeros(twin))
+    assert_same(given, batches())
     assert "each batch runs whole" not in caplog.text
 
 
@@ -329,8 +324,7 @@ def test_a_transform_around_the_blocks_is_refused_where_it_cannot_work(transform
         twin = Net(lambda model, x: in_order(model, x))
         prune(model, batches(), skip=["head"], **CHOICES[choices])
         prune(twin, batches(), skip=["head"], **CHOICES[choices])
-        for weight, expected in zip(model.parameters(), twin.parameters(), strict=True):
-            assert torch.equal(weight, expected)
+        assert_same(model, twin)
         return
     message = refusal(model, batches(), **CHOICES[choices])
     assert "torch.func" in message

@@ -29,6 +29,7 @@ from support.held_zeros import (
     of_the_shape,
     precision_of,
 )
+from support.layers import assert_same
 from support.pairwise import pairwise, with_nightly
 from support.quiet import prune
 from timm.optim import Lion
@@ -211,7 +212,7 @@ def test_averages_hold_the_zeros(kind, at_step, order, make):
     assert last.looks > 0
     assert last.validated
     for seen in (*last.validated, zeros(module)):
-        assert all(torch.equal(seen[name], where) for name, where in module.pruned.items())
+        assert_same(seen, module.pruned)
     average = averages(averaging)
     assert all(torch.equal(weight, average[name]) for name, weight in module.named_parameters())
 

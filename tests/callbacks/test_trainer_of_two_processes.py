@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file
 from support import pair_cases as cases
+from support.layers import assert_same
 from support.pair_cases import (
     alone,
     assert_equal_everywhere,
@@ -32,8 +33,7 @@ def test_a_given_loader_is_divided(pair, num_samples):
     (batches, weights, report), (others, other_weights, _) = pair.run(cases.fit, num_samples, True)
     samples = cases.SAMPLES[:num_samples]
     own = [list(samples.split(3))[rank::2] for rank in (0, 1)]
-    assert all(map(torch.equal, batches, own[0]))
-    assert all(map(torch.equal, others, own[1]))
+    assert_same([batches, others], own)
     module = cases.Regression()
     expected = prune(module, list(samples.split(3)))
     assert_equal_everywhere(weights, other_weights)

@@ -317,7 +317,7 @@ def test_an_error_restores_the_statistics(last, text):
 def test_processes_add_their_sums(pair):
     batches = images(2, 3, 2)
     one, other = pair.run(prune_batch_norms, batches, shares=((0, 2), (1,)))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert_same(one, other)
     alone = resnet()
     prune(alone, batches, **MAGNITUDE, only=["layer4.*"])
     first = changed(alone, resnet()).index(True)

@@ -6,9 +6,9 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from support.callbacks import ADVICE, fit_module, validate_module
+from support.callbacks import ADVICE, trainer
 from support.detectors import batches_for, build, class_logits, scenes
-from support.layers import rng
+from support.layers import assert_same, rng
 from support.pairwise import with_nightly
 from support.quiet import prune
 from torch.utils._pytree import tree_leaves
@@ -72,11 +72,7 @@ def test_images_in_a_list_and_in_a_tensor_give_the_same_masks():
         )
         prune(model, [batch], 0.5, forward=forward, **choices)
         pruned.append(model.state_dict())
-    assert all(
-        torch.equal(weight, other[name])
-        for other in pruned[1:]
-        for name, weight in pruned[0].items()
-    )
+    assert_same(pruned[1:], pruned[:1] * 2)
 
 
 class Module(L.LightningModule):
@@ -114,7 +110,8 @@ def test_a_callback_prunes_a_detector_in_training_beside_an_average(order):
     module = Module()
     pruning = WandaPrune(0.5, num_samples=4, at_step=2)
     averaging = EMAWeightAveraging(decay=0.5)
-    fit_module(module, *[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0)
+    run = trainer(*[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0)
+    run.fit(module, loader())
     # A trial of one batch, once for the statistics, and twice for BatchNorm.
     assert module.calibrated == 2 + 4 * 3
     assert sum(zeros_of(module).values()) == sum(layer.zeros for layer in pruning.report.layers)
@@ -125,5 +122,5 @@ def test_a_module_says_how_a_detector_predicts():
     module = Module()
     module.calibration_predictions = class_logits(module.net)
     callback = WandaPrune(0.5, num_samples=4, allocation="fisher", keep_batch_norm=True)
-    validate_module(module, callback)
+    trainer(callback).validate(module, loader(), verbose=False)
     assert len({round(layer.target, 3) for layer in callback.report.layers}) > 1

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.utils.prune
 from peft import LoraConfig, get_peft_model
+from support.layers import assert_same
 from support.quiet import prune
 from support.zoo import batches_of, model_of
 from torch import nn
@@ -140,9 +141,7 @@ def test_of_a_layer_with_adapters_the_base_is_pruned():
     reasons = {matrix.name: matrix.detail for matrix in report.skipped if "lora_" in matrix.name}
     assert list(reasons.values()) == ["adapter: trained, not pruned"] * 8
     merged = adapted.merge_and_unload()  # B is zero still
-    assert all(
-        torch.equal(merged.get_parameter(name), weight) for name, weight in plain.named_parameters()
-    )
+    assert_same(merged.state_dict(), plain.state_dict())
 
 
 def test_tensor_parallelism_is_refused(tmp_path):

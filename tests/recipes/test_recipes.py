@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from support.cli import IGNORED_WARNINGS, run
+from support.layers import assert_same
 from timm.models import save_for_hf
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -196,5 +197,5 @@ def test_a_smaller_model_is_trained_longer_and_a_lost_step_repeated(inputs, monk
         AutoModelForCausalLM.from_pretrained(f"out/{name}", trust_remote_code=True).state_dict()
         for name in ("first", "again", "pruned")
     )
-    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    assert_same(first, again)
     assert not any(torch.equal(weight, pruned[name]) for name, weight in first.items())

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.callbacks import zeros
 from support.layers import assert_same, rng
 from support.pairwise import spread
 from support.quiet import prune
@@ -221,7 +222,7 @@ def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(
     report = prune(model, some_batches(8), 0.5, recovery=Distill(passes=3))
     assert [each.held_out for each in report.training.passes] == losses
     assert note in report.notes[-1]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights[best], strict=True))
+    assert_same([*model.parameters()], weights[best])
 
 
 def test_weights_may_have_any_layout():
@@ -236,8 +237,7 @@ def test_weights_may_have_any_layout():
     for pruned in (model, expected):
         prune(pruned, batches, 0.5, recovery=Distill(passes=2))
     assert_close_states(model, expected)
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight == 0, expected.get_parameter(name) == 0)
+    assert_same(zeros(model), zeros(expected))
 
 
 def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
@@ -387,8 +387,7 @@ def test_blocks_are_trained_as_by_reconstruct_before(name):
     )
     assert [layer.part for layer in report.layers] == [layer.part for layer in blocks.layers]
     assert any(layer.part and layer.part.after < layer.part.before for layer in report.layers)
-    for weight in weights_of(report):
-        assert torch.equal(first.get_parameter(weight) == 0, both.get_parameter(weight) == 0)
+    assert_same(zeros(first), zeros(both))
     assert report.training.passes[-1].loss < report.training.passes[1].loss
 
 

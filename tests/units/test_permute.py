@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADAMW, Net, loader, trainer
 from support.disk import same
-from support.layers import rng
+from support.layers import assert_same, rng
 from support.pair_cases import replicated
 from support.pairwise import spread
 from support.quiet import prune
@@ -282,13 +282,11 @@ def test_two_processes_permute_alike(pair):
     choices = {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"}
     for shares in (None, [[0, 1], []]):
         (weights, report), (others, _) = pair.run(replicated, "llama", shares, **choices)
-        assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+        assert_same(weights, others)
         assert any("the inputs of 4 layers are permuted" in note for note in report.notes)
     model = model_of("llama")
     prune_permuted(model, batches, method="magnitude")
-    assert all(
-        torch.equal(weights[name], parameter) for name, parameter in model.named_parameters()
-    )
+    assert_same(weights, dict(model.named_parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
