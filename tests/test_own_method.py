@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.layers import rng
+from support.mlps import relu_mlp
 from support.quiet import prune
-from torch import nn
 from user_of_types import Power
 
 from wanda_lightning import (
@@ -54,7 +54,7 @@ class Slope(Allocation):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16))
+    return relu_mlp(16, 12, 16)
 
 
 @pytest.fixture

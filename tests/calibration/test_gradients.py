@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.chains import overrides
+from support.mlps import relu_mlp
 from support.pairwise import spread, with_nightly
 from support.quiet import prune
 from support.refusals import refusal
@@ -134,7 +135,7 @@ def test_only_the_first_samples_go_backward():
 
 
 def test_the_bar_expects_the_batches_that_go_backward(capsys):
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = relu_mlp(8, 8, 4)
     batches = [torch.randn(2, 8) for _ in range(6)]
     prune(model, batches, 0.5, allocation=Fisher(num_samples=3), progress=True)
     assert "Backward pass 2/2 done" in capsys.readouterr().err

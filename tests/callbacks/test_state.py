@@ -28,6 +28,7 @@ from support.callbacks import (
     trainer,
     zeros,
 )
+from support.mlps import relu_mlp
 from support.quiet import prune
 from timm.optim import Lion
 from torch import nn
@@ -51,9 +52,7 @@ class TestCheckpoints:
     def test_the_weights_load_into_plain_modules(self, gradual):
         weights = gradual.saved[3]["state_dict"]
         assert weights.keys() == Net().state_dict().keys()
-        plain = nn.Sequential(
-            nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)
-        )
+        plain = relu_mlp(32, 64, 64, 16)
         plain.load_state_dict(
             {key.removeprefix("layers."): value for key, value in weights.items()}
         )

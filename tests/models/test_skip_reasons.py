@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.utils.prune
 from peft import LoraConfig, get_peft_model
 from support.layers import assert_same
+from support.mlps import relu_mlp
 from support.quiet import prune
 from support.zoo import batches_of, model_of
 from torch import nn
@@ -147,7 +148,7 @@ def test_of_a_layer_with_adapters_the_base_is_pruned():
 def test_tensor_parallelism_is_refused(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        model = relu_mlp(8, 16, 8)
         parallelize_module(
             model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel(), "2": RowwiseParallel()}
         )

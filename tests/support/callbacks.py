@@ -90,12 +90,14 @@ def trainer(*callbacks, **kwargs):
     return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
 
 
-def fit_module(module, *callbacks, count=12, **options):
-    trainer(*callbacks, **options).fit(module, loader(count))
+def run_loop(loop, module, *callbacks, count=12, ckpt_path=None, **options):
+    """Run `fit`, `validate`, `test` or `predict`, and return what the Trainer returns."""
+    run = getattr(trainer(*callbacks, **options), loop)
+    return run(module, loader(count), ckpt_path=ckpt_path)
 
 
-def validate_module(module, *callbacks):
-    return trainer(*callbacks).validate(module, loader(), verbose=False)
+fit_module = partial(run_loop, "fit")
+validate_module = partial(run_loop, "validate")
 
 
 def zeros(module):

@@ -94,7 +94,7 @@ def check(family, slowly=True, ways=None):
             sequential=sequential,
             keep_batch_norm=True,
         )
-        _verify(model, dense, report, pattern)
+        verify(model, dense, report, pattern)
         finite = all(_finite(_outputs(model, batch)) for batch in family.batches())
         assert finite, f"not finite: {pattern}"
         if (sequential, pattern) == ("block", "unstructured"):
@@ -117,7 +117,7 @@ def _build(family):
     return model
 
 
-def _verify(model, dense, report, pattern):
+def verify(model, dense, report, pattern):
     """Check that each matrix is pruned or skipped, and that nothing but the pruned weights has changed."""
     layers = {layer.name: layer for layer in find_layers(model).layers}
     pruned = {layer.name: layers[layer.name] for layer in report.layers}

@@ -11,7 +11,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from support.disk import same
 from support.layers import rng
-from support.mlps import MIXING, Mlp
+from support.mlps import MIXING, Mlp, relu_mlp
 from support.quiet import prune
 from support.tiny import tiny
 from support.zoo import batches_of, model_of
@@ -134,9 +134,7 @@ def shared():
 
 def without_blocks():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
-    )
+    model = relu_mlp(8, 16, 16, 3)
     with torch.no_grad():
         model[0].weight[:4] = model[2].weight[:, :4] = 0
         model[2].weight[9:] = model[4].weight[:, 9:] = 0
