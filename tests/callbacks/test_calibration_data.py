@@ -16,6 +16,7 @@ from support.callbacks import (
     equal,
     fit_module,
     loader,
+    run_loop,
     same,
     samples,
     share_of_zeros,
@@ -99,9 +100,9 @@ class TestCalibrationSource:
     def test_several_loaders_are_refused(self, several):
         module = Net()
         with pytest.raises(MisconfigurationException, match="since there are 2 val dataloaders"):
-            trainer(WandaPrune(num_samples=4)).validate(module, several())
+            validate_module(module, WandaPrune(num_samples=4), data=several())
         assert same(module, Net())
-        trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
+        validate_module(module, WandaPrune(num_samples=4, dataloader=tagged(1)), data=several())
         assert share_of_zeros(module) == all_at(0.5)
 
     @pytest.mark.parametrize("sequential", ["layer", "none"])
@@ -153,7 +154,7 @@ class ShiftedData(Shifted, Data):
 )
 def test_transfer_hooks_are_applied(make, data):
     module = make()
-    trainer(WandaPrune(num_samples=4)).validate(module, data)
+    validate_module(module, WandaPrune(num_samples=4), data=data)
     assert tags_of(module.seen) == [30]
 
 
@@ -184,7 +185,7 @@ def test_any_precision_prunes_like_prune(precision, dtype, autocast):
     module = Text()
     model = model_of("llama").to(dtype)
     callback = PruningCallback(0.5, method="thorough", dataloader=batches, num_samples=8)
-    trainer(callback, precision=precision).test(module, loader(), verbose=False)
+    run_loop("test", module, callback, precision=precision)
     with autocast:
         report = prune(model, batches, 0.5, method="thorough")
     assert callback.report.training == report.training
@@ -245,10 +246,10 @@ SHUFFLED = "ignore:Your `val_dataloader`'s sampler has shuffling enabled"
 )
 def test_calibration_changes_no_batch_of_the_loop(make, loop, at_step, batches):
     alone = Recorder()
-    getattr(trainer(max_epochs=2), loop)(alone, make())
+    run_loop(loop, alone, data=make(), max_epochs=2)
     calibrating = Recorder()
     callback = WandaPrune(num_samples=4, at_step=at_step)
-    getattr(trainer(callback, max_epochs=2), loop)(calibrating, make())
+    run_loop(loop, calibrating, callback, data=make(), max_epochs=2)
     assert len(alone.trained) == batches
     assert_same(calibrating.trained, alone.trained)
 
@@ -272,8 +273,11 @@ class BatchedStream(IterableDataset):
 
 def test_a_loader_of_precomputed_batches():
     module = Recorder()
-    trainer(WandaPrune(num_samples=10), max_epochs=1).fit(
-        module, DataLoader(BatchedStream(), batch_size=None)
+    fit_module(
+        module,
+        WandaPrune(num_samples=10),
+        data=DataLoader(BatchedStream(), batch_size=None),
+        max_epochs=1,
     )
     batches = [*loader()]
     assert_same(module.seen, [*batches[:2], [x[:2] for x in batches[2]]])
@@ -304,7 +308,7 @@ def test_a_batch_sampler_is_read_as_a_batch_size_is(loop):
     ):
         L.seed_everything(3, verbose=False)
         module = Recorder()
-        getattr(trainer(WandaPrune(num_samples=12), max_epochs=1), loop)(module, data)
+        run_loop(loop, module, WandaPrune(num_samples=12), data=data, max_epochs=1)
         seen.append(module.seen)
     assert_same(*seen)
 
@@ -378,7 +382,7 @@ def test_an_input_that_is_changed_in_place_is_another_input():
     batches = DataLoader(torch.randn(12, 8) - torch.linspace(-2, 2, 8), batch_size=4)
     expected = Branches()
     prune(expected, list(batches), 0.5, sequential="none")
-    trainer(on_validation()).validate(module, batches, verbose=False)
+    validate_module(module, on_validation(), data=batches)
     assert same(module, expected)
 
 

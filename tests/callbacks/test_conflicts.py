@@ -17,6 +17,7 @@ from support.callbacks import (
     same,
     share_of_zeros,
     trainer,
+    validate_module,
 )
 from support.zoo import model_of
 
@@ -246,11 +247,11 @@ def test_experts_are_dropped_before_an_evaluation_but_not_in_training():
     with pytest.raises(
         MisconfigurationException, match=r"pattern='experts' replaces parameters .* before training"
     ):
-        trainer(callback, max_epochs=1).fit(module, data)
+        fit_module(module, callback, data=data, max_epochs=1)
     assert same(module, Routed())
     for _ in range(2):  # not a second time
-        trainer(callback).validate(module, data, verbose=False)
+        validate_module(module, callback, data=data)
         assert [len(layer.mlp.gate.weight) for layer in module.net.model.layers] == [2, 2]
     before = module.net.model.layers[0].mlp.gate.weight.clone()
-    trainer(callback, max_epochs=1).fit(module, data)
+    fit_module(module, callback, data=data, max_epochs=1)
     assert not torch.equal(module.net.model.layers[0].mlp.gate.weight, before)

@@ -22,7 +22,7 @@ from support.callbacks import (
     same,
     share_of_zeros,
     train_by_hand,
-    trainer,
+    validate_module,
     zeros,
 )
 from support.layers import assert_same, rng
@@ -162,9 +162,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dense):
     def fit(steps, path=None):
         callbacks = WandaPrune(num_samples=12), DistillFromDense(dense and dense(), temperature=2.0)
         module = Net(ADAMW)
-        trainer(*callbacks, SaveAt(tmp_path, 3), max_steps=steps).fit(
-            module, loader(), ckpt_path=path
-        )
+        fit_module(module, *callbacks, SaveAt(tmp_path, 3), max_steps=steps, ckpt_path=path)
         return module
 
     whole = fit(6)
@@ -184,11 +182,9 @@ def test_a_resumed_run_with_other_choices_is_refused(tmp_path):
     ):
         module = Net()
         with pytest.raises(ValueError, match="must be the same as in the checkpoint"):
-            trainer(callback, max_steps=6).fit(module, loader(), ckpt_path=tmp_path / "3.ckpt")
+            fit_module(module, callback, max_steps=6, ckpt_path=tmp_path / "3.ckpt")
         assert "training_step" not in vars(module)
-    trainer(DistillFromDense(Dense(), weight=0.4)).validate(
-        Net(), loader(), ckpt_path=tmp_path / "3.ckpt"
-    )
+    validate_module(Net(), DistillFromDense(Dense(), weight=0.4), ckpt_path=tmp_path / "3.ckpt")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.nightly)])
@@ -222,7 +218,7 @@ def test_a_language_model_is_compared_without_padding(padding, temperature):
     with torch.no_grad():
         predicted, dense = (model(IDS, mask).logits for model in (module, tiny_llama()))
     callbacks = KeepZeros(), DistillFromDense(tiny_llama(), 0.3, temperature), losses
-    trainer(*callbacks, max_steps=1).fit(module, DataLoader([batch], batch_size=None))
+    fit_module(module, *callbacks, data=DataLoader([batch], batch_size=None), max_steps=1)
     assert losses.logged == [
         pytest.approx(divergence(predicted, dense, temperature, keep).item(), rel=1e-4)
     ]
@@ -234,7 +230,9 @@ def test_adapters_learn_from_the_dense_model(keep_zeros):
     losses = Losses()
     base = deepcopy(module.pruning_target.state_dict())
     batches = DataLoader([IDS] * 10, batch_size=None)
-    trainer(DistillFromDense(tiny_llama(), weight=1.0), losses, max_steps=10).fit(module, batches)
+    fit_module(
+        module, DistillFromDense(tiny_llama(), weight=1.0), losses, data=batches, max_steps=10
+    )
     start = divergence(language_model()(IDS).logits, tiny_llama()(IDS).logits).item()
     assert losses.logged[0] == pytest.approx(start, rel=1e-4)
     assert losses.logged[-1] < 0.9 * start
@@ -248,8 +246,12 @@ def test_a_dense_language_model_by_name(tmp_path):
     modules = [language_model() for _ in range(3)]
     denses = tmp_path / "dense", tiny_llama(), CausalLMModule(tiny_llama())
     for module, dense in zip(modules, denses, strict=True):
-        trainer(KeepZeros(), DistillFromDense(dense), max_steps=2).fit(
-            module, DataLoader([IDS] * 2, batch_size=None)
+        fit_module(
+            module,
+            KeepZeros(),
+            DistillFromDense(dense),
+            data=DataLoader([IDS] * 2, batch_size=None),
+            max_steps=2,
         )
     by_name, given, from_module = modules
     assert same(by_name, given)
@@ -266,7 +268,7 @@ def test_an_image_classifier(tmp_path):
     expected = divergence(deepcopy(module).eval()(images), dense.eval()(images)).item()
     batches = DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None)
     callback = DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0)
-    trainer(KeepZeros(), callback, losses, max_steps=2).fit(module, batches)
+    fit_module(module, KeepZeros(), callback, losses, data=batches, max_steps=2)
     assert losses.logged[0] == pytest.approx(expected, rel=1e-4)
     assert losses.logged[1] < losses.logged[0]
 

@@ -29,6 +29,7 @@ from support.callbacks import (
     hooks_of,
     loader,
     pruned_by_hand,
+    run_loop,
     same,
     share_of_zeros,
     trainer,
@@ -54,7 +55,7 @@ def measuring(request):
     prune(by_hand, list(loader()), 0.5, sequential=sequential)
     callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
     module = Net()
-    measured = getattr(trainer(callback), loop)(module, loader())
+    measured = run_loop(loop, module, callback)
     return SimpleNamespace(
         loop=loop, module=module, by_hand=by_hand, callback=callback, measured=measured
     )
@@ -65,7 +66,7 @@ class TestMeasuring:
         assert same(measuring.module, measuring.by_hand)
 
     def test_the_pruned_model_is_measured(self, measuring):
-        expected = getattr(trainer(), measuring.loop)(measuring.by_hand, loader())
+        expected = run_loop(measuring.loop, measuring.by_hand)
         assert_same(measuring.measured, expected)
 
     def test_the_report_has_all_layers_and_counts_their_samples(self, measuring):
@@ -91,13 +92,13 @@ class TestMeasuring:
     def test_it_prunes_once(self, first, when):
         module = Net()
         callback = WandaPrune(num_samples=12, **when)
-        getattr(trainer(callback, max_steps=5), first)(module, loader())
+        run_loop(first, module, callback, max_steps=5)
         with torch.no_grad():
             module.layers[0].weight[0].fill_(1)
         report = callback.report
         before = deepcopy(module)
         for loop in ("validate", "test", "predict"):
-            getattr(trainer(callback), loop)(module, loader())
+            run_loop(loop, module, callback)
         assert same(module, before)
         fit_module(module, callback, max_steps=5)
         assert equal(zeros(module), zeros(before))
@@ -177,7 +178,7 @@ class TestTraining:
             callbacks = []
             if prunes:
                 callbacks.append(WandaPrune(num_samples=12, dataloader=own, at_step=at_step))
-            trainer(*callbacks, max_epochs=2).fit(module, loader(shuffle=True))
+            fit_module(module, *callbacks, data=loader(shuffle=True), max_epochs=2)
             diaries.append(module)
         without, with_pruning = diaries
         assert len(without.steps) == 6
@@ -197,10 +198,10 @@ def test_measuring_before_training_warns_and_sees_the_dense_model(loop, when):
     with pytest.warns(
         UserWarning, match=r"prunes during training, by .*, so the model evaluated now is dense"
     ):
-        measured = getattr(trainer(callback), loop)(module, loader())
+        measured = run_loop(loop, module, callback)
     assert same(module, dense)
     assert callback.report is None
-    assert_same(measured, getattr(trainer(), loop)(dense, loader()))
+    assert_same(measured, run_loop(loop, dense))
 
 
 def adamw():
@@ -409,7 +410,7 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
             for name in LAYERS:
                 weight = module.get_submodule(name).weight
                 weight.mul_(torch.rand(weight.shape, generator=rng()) >= share)
-        getattr(trainer(callback, max_steps=4), loop)(module, loader())
+        run_loop(loop, module, callback, max_steps=4)
         assert share_of_zeros(module) == all_at(sparsity)
 
 

@@ -17,6 +17,7 @@ from support.callbacks import (
     fit_module,
     killed_and_resumed,
     loader,
+    run_loop,
     same,
     share_of_zeros,
     state,
@@ -68,7 +69,7 @@ def test_merges_then_saves_the_trained_model(tmp_path, overwrite):
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
 def test_a_loop_that_trains_nothing_saves_nothing(tmp_path, loop):
     module = Saving()
-    getattr(trainer(SavePretrained(tmp_path / "out")), loop)(module, loader())
+    run_loop(loop, module, SavePretrained(tmp_path / "out"))
     assert module.calls == []
 
 
@@ -111,8 +112,12 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     )
     # There is no token to push with.
     saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")
-    trainer(pruning, saving, fast_dev_run=True).fit(
-        CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2))
+    fit_module(
+        CausalLMModule(tiny_llama()),
+        pruning,
+        saving,
+        data=DataLoader(windows_of_text(2)),
+        fast_dev_run=True,
     )
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "config.json"]
 
@@ -175,7 +180,7 @@ def test_a_trained_model_that_cannot_be_saved_is_not_lost(tmp_path, failing):
 def card_after(tmp_path, *callbacks):
     module = CausalLMModule(tiny_llama(), lr=0.1)
     saving = SavePretrained(tmp_path / "out")
-    trainer(*callbacks, saving, max_steps=2).fit(module, DataLoader(windows_of_text(2)))
+    fit_module(module, *callbacks, saving, data=DataLoader(windows_of_text(2)), max_steps=2)
     path = tmp_path / "out/README.md"
     return module, path.read_text() if path.exists() else None
 
@@ -206,7 +211,7 @@ def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
     assert not first_block.mlp.fc1.bias.any()  # zero before training, but not after it
     pruning = PruningCallback(method="magnitude", keep_zeros=keep_zeros)
     images = DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2)
-    trainer(pruning, SavePretrained(tmp_path / "out"), max_steps=2).fit(module, images)
+    fit_module(module, pruning, SavePretrained(tmp_path / "out"), data=images, max_steps=2)
     saved = load_file(tmp_path / "out/model.safetensors").values()
     share = sum(int((tensor == 0).sum()) for tensor in saved) / sum(map(torch.numel, saved))
     assert f"which is {share:.2%} of all" in (tmp_path / "out/README.md").read_text()
@@ -214,8 +219,12 @@ def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
 
 def test_the_folder_is_pushed_to_the_hub(tmp_path, hub):
     saving = SavePretrained(tmp_path / "out", push_to_hub="us/tiny")
-    trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(
-        CausalLMModule(tiny_llama()), DataLoader(windows_of_text(1))
+    fit_module(
+        CausalLMModule(tiny_llama()),
+        PruningCallback(method="magnitude"),
+        saving,
+        data=DataLoader(windows_of_text(1)),
+        max_steps=1,
     )
     assert hub.repositories == {
         "us/tiny": {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -229,8 +238,8 @@ def windows():
 def test_leaves_out_hidden_units_that_are_zero(tmp_path):
     module = CausalLMModule(tiny_llama(), lr=0.01)
     pruning = WandaPrune(0.5, pattern="structured", num_samples=4)
-    trainer(pruning, SavePretrained(tmp_path / "out", shrink=True), max_steps=2).fit(
-        module, windows()
+    fit_module(
+        module, pruning, SavePretrained(tmp_path / "out", shrink=True), data=windows(), max_steps=2
     )
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = windows_of_text()
@@ -247,7 +256,7 @@ def test_zeros_that_cannot_be_left_out_are_saved(tmp_path):
     module = CausalLMModule(tiny_llama(), lr=0.01)
     saving = SavePretrained(tmp_path, shrink=True)
     with pytest.warns(UserWarning, match=r"saved with its zeros\. shrink must remove something"):
-        trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(module, windows())
+        fit_module(module, PruningCallback(method="magnitude"), saving, data=windows(), max_steps=1)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
 
 

@@ -90,10 +90,10 @@ def trainer(*callbacks, **kwargs):
     return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
 
 
-def run_loop(loop, module, *callbacks, count=12, ckpt_path=None, **options):
+def run_loop(loop, module, *callbacks, count=12, data=None, ckpt_path=None, **options):
     """Run `fit`, `validate`, `test` or `predict`, and return what the Trainer returns."""
     run = getattr(trainer(*callbacks, **options), loop)
-    return run(module, loader(count), ckpt_path=ckpt_path)
+    return run(module, loader(count) if data is None else data, ckpt_path=ckpt_path)
 
 
 fit_module = partial(run_loop, "fit")
