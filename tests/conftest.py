@@ -4,6 +4,7 @@ import gc
 import signal
 
 import pytest
+import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 from support.pair import Pair
@@ -31,6 +32,12 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     """Leave the imported libraries out of garbage collections, each of which would take 0.5 s."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers():
+    """Start each test with the same random numbers."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from support.quiet import prune
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from wanda_lightning import EqualShare, Magnitude, Unstructured, Wanda, prune
+from wanda_lightning import EqualShare, Magnitude, Unstructured, Wanda
 from wanda_lightning.config import resolve_pattern
 from wanda_lightning.core.solvers import SparseGPT
 from wanda_lightning.core.statistics import InputStatistics
@@ -103,7 +104,7 @@ def masks(name, run, model):
 def prune_language_model(model, sparsity, **choices):
     """Prune with the reference's samples; return the report, and the mean size of the logits for the first one."""
     samples = tensors("calibration")["input_ids"][:8].split(1)
-    report = prune(model, samples, sparsity, progress=False, **choices)
+    report = prune(model, samples, sparsity, **choices)
     with torch.no_grad():
         logits = model(samples[0], use_cache=False).logits
     return report, logits.abs().mean().item()
@@ -204,7 +205,6 @@ def test_image_classifiers(name, run):
         sequential="none",
         # The reference leaves these dense.
         skip=["*.downsample.*"] if name == "convnext" else [],
-        progress=False,
     )
 
     check_masks(name, run, model, allow_one_more=group == "layer")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.disk import VOCABULARY, save_llama
+from support.mlps import relu_mlp
 from support.modules import tiny_llama
 from support.quiet import prune
 from torch import nn
@@ -13,7 +14,7 @@ from wanda_lightning import CausalLMModule, perplexity_from_disk, prune_from_dis
 
 
 def net():
-    return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    return relu_mlp(8, 8, 4)
 
 
 # What is called, and what the sentence says.

@@ -4,9 +4,10 @@ import pytest
 import torch
 from support.callbacks import Net, loader, trainer
 from support.pairwise import spread, with_nightly
+from support.quiet import prune
 from support.zoo import ZOO
 
-from wanda_lightning import PruningCallback, PruningConfig, Unstructured, prune
+from wanda_lightning import PruningCallback, PruningConfig, Unstructured
 from wanda_lightning.methods import METHODS, PATTERNS, PRESETS
 
 pytestmark = [
@@ -25,7 +26,6 @@ def pruned(name, method, pattern, sparsity=0.5):
         sparsity,
         method=method,
         pattern=pattern,
-        progress=False,
     )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.layers import rng
+from support.mlps import relu_mlp
 from support.quiet import prune
-from torch import nn
 from user_of_types import Power
 
 from wanda_lightning import (
@@ -53,12 +54,12 @@ class Slope(Allocation):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 16))
+    return relu_mlp(16, 12, 16)
 
 
 @pytest.fixture
 def batch():
-    tokens = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randn(50, 16, generator=rng(1))
     return tokens * torch.linspace(0.1, 3, 16)
 
 

@@ -1,6 +1,6 @@
 """Tokens of experts: by hand, whatever formula multiplies them; experts with few are pruned by what all saw."""
 
-import copy
+from copy import deepcopy
 from functools import partial
 
 import numpy as np
@@ -8,13 +8,15 @@ import pytest
 import torch
 from support import reference
 from support.experts import SPECIMENS, Stack, double, experts_of, observed, routed_tokens, starved
+from support.layers import rng
 from support.pairwise import spread
+from support.quiet import prune
 from support.samples import calls_of
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
-from wanda_lightning import prune
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 
@@ -39,7 +41,7 @@ def by_hand(model, batches):
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_statistics_are_of_the_tokens_routed_to_each_expert(name):
     model = double(name)
-    batches = ZOO["mixtral"].batches()
+    batches = batches_of("mixtral")
     expected = by_hand(model, batches)
     statistics = observed(model, batches)
     assert statistics.keys() >= expected.keys()
@@ -47,8 +49,8 @@ def test_statistics_are_of_the_tokens_routed_to_each_expert(name):
     for expert, tokens in expected.items():
         sums = statistics[expert].sums
         assert statistics[expert].count == len(tokens), expert
-        torch.testing.assert_close(sums["square_sum"], tokens.square().sum(0))
-        torch.testing.assert_close(sums["gram"], tokens.T @ tokens)
+        assert_close(sums["square_sum"], tokens.square().sum(0))
+        assert_close(sums["gram"], tokens.T @ tokens)
     unreached = statistics.keys() - expected.keys()
     assert not any(statistics[expert].count for expert in unreached)
 
@@ -89,9 +91,7 @@ def by_copies(up, down, x):
     return torch.bmm(down[chosen], torch.bmm(up[chosen], x[:, :, None]).relu())[:, :, 0]
 
 
-BATCHES = [
-    torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)).double() for seed in range(3)
-]
+BATCHES = [torch.randn(40, 32, generator=rng(seed)).double() for seed in range(3)]
 
 
 def remote(formula):
@@ -115,7 +115,7 @@ def test_other_formulas(formula, allocation, set_minimum):
     set_minimum(0)
     model = remote(formula)
     dense = remote(formula)
-    report = prune(model, BATCHES, sequential="none", allocation=allocation, progress=False)
+    report = prune(model, BATCHES, sequential="none", allocation=allocation)
     layers = [layer for layer in report.layers if layer.siblings]
 
     # By halves, each expert gets every fourth token; else all of them.
@@ -128,7 +128,7 @@ def test_other_formulas(formula, allocation, set_minimum):
 
 def test_the_fisher_information_of_pieces_is_that_of_the_whole():
     models = remote(by_halves), remote(FORMULAS["whole"])
-    reports = [prune(model, BATCHES, 0.5, allocation="fisher", progress=False) for model in models]
+    reports = [prune(model, BATCHES, 0.5, allocation="fisher") for model in models]
     targets, others = ([layer.target for layer in report.layers] for report in reports)
     assert targets == others
     assert len(set(targets)) > 1
@@ -137,7 +137,7 @@ def test_the_fisher_information_of_pieces_is_that_of_the_whole():
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
     model = remote(by_copies)
-    report = prune(model, BATCHES, sequential=sequential, progress=False)
+    report = prune(model, BATCHES, sequential=sequential)
     assert [layer.name for layer in report.layers] == ["1"]
     reason = "no calibration token was observed in any expert of the module"
     assert [matrix.detail for matrix in report.skipped] == [reason] * 8
@@ -150,10 +150,10 @@ def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
 @pytest.mark.parametrize("used", [2, 4])
 def test_padding_that_counts_is_noted(set_minimum, used):
     set_minimum(0)
-    model = ZOO["mixtral"].build()
+    model = model_of("mixtral")
     for layer in model.model.layers:
         layer.mlp.gate.top_k = used
-    report = prune(model, ZOO["llama_padded"].batches(), progress=False)
+    report = prune(model, batches_of("llama_padded"))
     assert {layer.note.partition(":")[0] for layer in report.layers if layer.siblings} == {
         "padding counted"
     }
@@ -166,9 +166,9 @@ def test_padding_that_counts_is_noted(set_minimum, used):
 def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum, set_minimum):
     set_minimum(minimum)
     model = starved()
-    dense = copy.deepcopy(model)
-    batches = ZOO["mixtral"].batches()
-    report = prune(model, batches, sequential=sequential, progress=False)
+    dense = deepcopy(model)
+    batches = batches_of("mixtral")
+    report = prune(model, batches, sequential=sequential)
     counts = {layer.name: layer.tokens for layer in report.layers if layer.siblings}
     assert len(counts) == 16
     assert counts["model.layers.0.mlp.experts.gate_up_proj.2"] == 0
@@ -199,12 +199,12 @@ def test_experts_with_few_tokens_are_pruned_by_what_all_saw(sequential, minimum,
 
 def test_experts_in_a_list_help_each_other(set_minimum):
     set_minimum(1)
-    model = ZOO["expert_list"].build()
-    batches = ZOO["expert_list"].batches()
+    model = model_of("expert_list")
+    batches = batches_of("expert_list")
     with torch.no_grad():
         model.blocks[0].gate.bias[1] = -100
-    dense = copy.deepcopy(model)
-    report = prune(model, batches, progress=False)
+    dense = deepcopy(model)
+    report = prune(model, batches)
 
     few = "few tokens: pruned with the statistics of all experts"
     helped = {layer.name: layer.tokens for layer in report.layers if few in layer.note}

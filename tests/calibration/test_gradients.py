@@ -3,14 +3,17 @@
 import pytest
 import torch
 from support.chains import overrides
+from support.mlps import relu_mlp
 from support.pairwise import spread, with_nightly
+from support.quiet import prune
 from support.refusals import refusal
 from support.samples import drawn, gradients, split
-from support.zoo import ZOO
+from support.zoo import ZOO, batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
-from wanda_lightning import Fisher, prune
+from wanda_lightning import Fisher
 from wanda_lightning.calibration.trees import map_tensors
 
 
@@ -45,7 +48,6 @@ class Residual(nn.Module):
 
 
 def test_the_sums_are_those_of_autograd():
-    torch.manual_seed(0)
     model = Residual()
     batches = [torch.randn(3, 5), torch.randn(6, 5)]
     expected = {"first": torch.zeros(5), "second": torch.zeros(5)}
@@ -64,9 +66,9 @@ def test_the_sums_are_those_of_autograd():
     sums = gradients(model, batches)
     assert sums.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(sums[name].inputs, value)
-        torch.testing.assert_close(sums[name].rows, rows[name])
-        torch.testing.assert_close(sums[name].row_weights(), rows[name] / rows[name].mean())
+        assert_close(sums[name].inputs, value)
+        assert_close(sums[name].rows, rows[name])
+        assert_close(sums[name].row_weights(), rows[name] / rows[name].mean())
 
 
 SAMPLED = [
@@ -86,18 +88,17 @@ SAMPLED = [
 
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
 def test_recomputed_blocks_give_the_same_sums(name):
-    model = ZOO[name].build().double()
-    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, ZOO[name].batches())
+    model = model_of(name).double()
+    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, batches_of(name))
     expected = gradients(model, batches, recomputed=False)
     random = torch.get_rng_state()
     assert any(sums.rows.any() for sums in expected.values())
-    torch.testing.assert_close(gradients(model, batches), expected=expected, rtol=1e-4, atol=1e-12)
+    assert_close(gradients(model, batches), expected=expected, rtol=1e-4, atol=1e-12)
     assert torch.equal(torch.get_rng_state(), random)
     assert not overrides(model)
 
 
 def test_a_convolution_has_a_gradient_at_each_position_and_classes_are_in_dimension_1():
-    torch.manual_seed(0)
     stem = nn.Conv2d(3, 4, 1)
     conv = nn.Conv2d(4, 6, 3, stride=2)
     head = nn.Conv2d(6, 5, 1)
@@ -109,25 +110,23 @@ def test_a_convolution_has_a_gradient_at_each_position_and_classes_are_in_dimens
     g = gradient(logits.flatten(0, 1), labels, output).flatten(2)  # (images, channels, places)
     expected = (F.unfold(seen, 3, stride=2).square() * g.square().mean(1, keepdim=True)).sum((0, 2))
     found = measured(nn.Sequential(stem, conv, nn.ReLU(), head), [x])["1"]
-    torch.testing.assert_close(found, expected.view(4, 9).T.flatten(), rtol=1e-4, atol=1e-8)
+    assert_close(found, expected.view(4, 9).T.flatten(), rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["llama_padded", "llama_left_padded"])
 def test_padding_does_not_count(name):
-    model = ZOO[name].build()
-    batch = ZOO[name].batches()[0]
+    model = model_of(name)
+    batch = batches_of(name)[0]
     other = batch["input_ids"].where(batch["attention_mask"].bool(), 7)
-    torch.testing.assert_close(
-        measured(model, [batch]), measured(model, [batch | {"input_ids": other}])
-    )
+    assert_close(measured(model, [batch]), measured(model, [batch | {"input_ids": other}]))
 
 
 def test_only_the_first_samples_go_backward():
-    batches = ZOO["llama"].batches()
+    batches = batches_of("llama")
 
     def targets(batches, samples):
         allocation = Fisher(num_samples=samples)
-        report = prune(ZOO["llama"].build(), batches, 0.5, allocation=allocation, progress=False)
+        report = prune(model_of("llama"), batches, 0.5, allocation=allocation)
         return [layer.target for layer in report.layers]
 
     first = targets(batches, len(batches[0]["input_ids"]))
@@ -136,9 +135,9 @@ def test_only_the_first_samples_go_backward():
 
 
 def test_the_bar_expects_the_batches_that_go_backward(capsys):
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = relu_mlp(8, 8, 4)
     batches = [torch.randn(2, 8) for _ in range(6)]
-    prune(model, batches, 0.5, allocation=Fisher(num_samples=3))
+    prune(model, batches, 0.5, allocation=Fisher(num_samples=3), progress=True)
     assert "Backward pass 2/2 done" in capsys.readouterr().err
 
 
@@ -147,19 +146,19 @@ def test_the_bar_expects_the_batches_that_go_backward(capsys):
 )
 def test_the_size_of_the_batches_does_not_matter(name, samples):
     """Also where the limit lies inside a batch; a draw depends on the sample alone."""
-    batches = split(ZOO[name].batches(), 8)
+    batches = split(batches_of(name), 8)
     sums = [
-        measured(ZOO[name].build().double(), split(batches, size), samples=samples)
+        measured(model_of(name).double(), split(batches, size), samples=samples)
         for size in (1, 2, 4, 8)
     ]
     for other in sums[1:]:
-        torch.testing.assert_close(other, sums[0], rtol=1e-4, atol=1e-12)
+        assert_close(other, sums[0], rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (9,), (4, 5), (3, 3, 3)], ids=str)
 def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(sizes):
-    model = ZOO["vit"].build()
-    images = torch.cat([batch for batch, _ in ZOO["vit"].batches()] * 2)[:9]
+    model = model_of("vit")
+    images = torch.cat([batch for batch, _ in batches_of("vit")] * 2)[:9]
     alone = measured(model, [images[:1]])
     runs = []
     trained = torch.is_grad_enabled  # the trial of two samples has no gradients
@@ -167,7 +166,7 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
         lambda _, args: runs.append(len(args[0])) if trained() else None
     )
     batches = list(images.split(sizes))
-    torch.testing.assert_close(measured(model, batches, samples=1), alone, rtol=1e-4, atol=1e-7)
+    assert_close(measured(model, batches, samples=1), alone, rtol=1e-4, atol=1e-7)
     runs.clear()
     some = measured(model, batches, samples=2, predictions=6)
     six = measured(model, batches, samples=6)
@@ -175,8 +174,8 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
     assert sum(runs) == 6 + 6 + 9
     assert runs[0] == 1
     handle.remove()
-    torch.testing.assert_close(every, measured(model, [images]), rtol=1e-4, atol=1e-7)
-    torch.testing.assert_close(some, six, rtol=1e-4, atol=1e-7)
+    assert_close(every, measured(model, [images]), rtol=1e-4, atol=1e-7)
+    assert_close(some, six, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +191,8 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
     ],
 )
 def test_without_predictions_it_is_refused(change, message):
-    model = ZOO["plain_mlp"].build()
-    batches = ZOO["plain_mlp"].batches()
+    model = model_of("plain_mlp")
+    batches = batches_of("plain_mlp")
     assert message in refusal(
         model, batches, allocation="fisher", forward=lambda x: change(model(x))
     )

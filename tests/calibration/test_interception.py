@@ -8,14 +8,17 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from support.layers import assert_same, rng
 from support.pairwise import pairwise, with_nightly
+from support.quiet import prune
 from support.samples import samples_of
-from support.zoo import ZOO
+from support.zoo import model_of
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT, prune
+from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT
 from wanda_lightning.calibration.interception import WeightInterceptor, WeightMemory
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
@@ -119,7 +122,7 @@ def build(formula):
 
 
 def vectors():
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     return [torch.randn(n, 5, WIDTH, generator=generator).double() for n in (2, 1, 3)]
 
 
@@ -140,7 +143,7 @@ CHOICES = {
 )
 def test_pruned_as_if_called(pair, choices, sequential):
     called, past = (build(formula) for formula in PAIRS[pair])
-    options = {"sequential": sequential, "progress": False} | CHOICES[choices]
+    options = {"sequential": sequential} | CHOICES[choices]
     report, expected = (prune(model, vectors(), 0.5, **options) for model in (past, called))
     assert [matrix.name for matrix in report.skipped] == [
         matrix.name for matrix in expected.skipped
@@ -149,8 +152,8 @@ def test_pruned_as_if_called(pair, choices, sequential):
         assert (one.name, one.tokens, one.note) == (other.name, other.tokens, other.note)
         assert math.isclose(one.target, other.target, abs_tol=1e-9)
     masks = ({name: p != 0 for name, p in model.named_parameters()} for model in (called, past))
-    torch.testing.assert_close(*masks)
-    torch.testing.assert_close(called.state_dict(), past.state_dict(), rtol=0, atol=1e-9)
+    assert_close(*masks)
+    assert_close(called.state_dict(), past.state_dict(), rtol=0, atol=1e-9)
 
 
 def test_a_layer_alone_outside_of_blocks():
@@ -161,7 +164,7 @@ def test_a_layer_alone_outside_of_blocks():
             return super().forward(x[:1], x, x)[0]
 
     model = nn.Sequential(*build(fused), Pooled(8, HEADS)).double().eval()
-    report = prune(model, vectors(), 0.5, progress=False)
+    report = prune(model, vectors(), 0.5)
     assert {layer.name: layer.tokens for layer in report.layers}["3.out_proj"] == 15
 
 
@@ -241,10 +244,10 @@ def test_products_with_all_inputs_are_intercepted_in_every_way_to_pass_them(mult
         assert found == []
     else:
         assert torch.equal(torch.cat(found).reshape(X.shape), X)
-        torch.testing.assert_close(result.reshape(X.shape), F.linear(X, W))
+        assert_close(result.reshape(X.shape), F.linear(X, W))
 
 
-TRANSFORMER = ZOO["torch_transformer"].build()
+TRANSFORMER = model_of("torch_transformer")
 
 
 class Text(type(TRANSFORMER)):
@@ -257,7 +260,6 @@ class Text(type(TRANSFORMER)):
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 @pytest.mark.parametrize("lengths", [(5, 2), (5, 5, 5, 5, 1)])
 def test_padding_inside_of_attention_is_left_out(sequential, lengths):
-    torch.manual_seed(0)
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     x = torch.randn(*mask.shape, 32)
     weights = []
@@ -265,12 +267,12 @@ def test_padding_inside_of_attention_is_left_out(sequential, lengths):
         model = copy.deepcopy(TRANSFORMER)
         model.__class__ = Text
         batch = {"x": x + noise * torch.randn_like(x) * ~mask[..., None], "attention_mask": mask}
-        report = prune(model, [batch], 0.5, progress=False, sequential=sequential)
+        report = prune(model, [batch], 0.5, sequential=sequential)
         assert {(layer.tokens, "padding" in layer.note) for layer in report.layers} == {
             (sum(lengths), False)
         }
         weights.append(model.state_dict())
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    assert_same(*weights)
 
 
 def test_a_weight_that_is_freed_does_not_stay_in_memory():

@@ -12,12 +12,13 @@ from functools import partial
 import pytest
 import torch
 from support.chains import WIDTH, Chain, Mlp, hooks, overrides, route, through, travel, vectors
+from support.layers import assert_same
+from support.quiet import prune
 from support.samples import run_of, samples_of
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from wanda_lightning import prune
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
@@ -105,7 +106,7 @@ def test_the_activations_of_one_unit_are_held(way):
                 visit.continue_by(partial(observer.watched, visit.stop))
         assert observer.finish(own.plan.whole_model).inputs
     else:
-        prune(model, vectors(4), sequential=way, skip=["head"], progress=False)
+        prune(model, vectors(4), sequential=way, skip=["head"])
     assert most == 4 + 1
     assert len(alive) == 0
 
@@ -135,17 +136,17 @@ def test_no_gradients_inside_and_the_callers_mode_outside(outer):
 def test_batches_and_models_of_inference_mode(sequential):
     """Inside inference mode a model may write into its inputs; outside it could not."""
 
-    class Inference(type(ZOO["inplace"].build())):
+    class Inference(type(model_of("inplace"))):
         @torch.inference_mode()
         def forward(self, x):
             return super().forward(x)
 
-    expected, decorated, given = (ZOO["inplace"].build() for _ in range(3))
+    expected, decorated, given = (model_of("inplace") for _ in range(3))
     decorated.__class__ = Inference
     for model in (expected, decorated, given):
         with torch.inference_mode(model is given):
-            prune(model, ZOO["inplace"].batches(), sequential=sequential, progress=False)
-        torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+            prune(model, batches_of("inplace"), sequential=sequential)
+        assert_same(model, expected)
 
 
 def test_a_forward_of_the_instance_is_used_and_comes_back():
@@ -183,7 +184,7 @@ def test_an_error_leaves_prune_and_nothing_behind(place, sequential, error):
     within, around = {"glue": (None, explode), "stop": (explode, lambda index: None)}[place]
     model = Chain(Mlp(), Mlp(before=within), Mlp(), glue=around).train()
     with pytest.raises(type(error)) as caught:
-        prune(model, vectors(), sequential=sequential, skip=["head"], progress=False)
+        prune(model, vectors(), sequential=sequential, skip=["head"])
     assert caught.value is error
     assert "explode" in {frame.name for frame in traceback.extract_tb(caught.tb)}
     assert overrides(model) == hooks(model) == []
@@ -237,7 +238,7 @@ def test_ctrl_c_ends_at_once(place, sequential, seconds):
     model.glue = nap if place == "glue" else model.glue
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        prune(model, vectors(40), sequential=sequential, skip=["head"], progress=False)
+        prune(model, vectors(40), sequential=sequential, skip=["head"])
     timer.join()
     assert time.monotonic() - started < 10
     assert overrides(model) == hooks(model) == []

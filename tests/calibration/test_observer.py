@@ -6,12 +6,14 @@ from functools import partial
 import pytest
 import torch
 from support.chains import Chain, Mlp, travel, vectors
+from support.layers import assert_same
 from support.pairwise import spread, with_nightly
+from support.quiet import prune
 from support.samples import calls_of, run_of
-from support.zoo import ZOO, seeded
+from support.zoo import ZOO, batches_of, model_of, seeded
 from torch import nn
 
-from wanda_lightning import NM, OWL, RIA, Unstructured, prune
+from wanda_lightning import NM, OWL, RIA, Unstructured
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.pruning_mode import pruning_mode
@@ -59,9 +61,9 @@ SAMPLED = [
 
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
 def test_the_dense_model_side_by_side_has_the_sums_of_one_batch_after_another(name):
-    model = ZOO[name].build()
+    model = model_of(name)
     observer = Observer(NEEDS)
-    own = run_of(model, ZOO[name].batches())
+    own = run_of(model, batches_of(name))
     with pruning_mode(model):
         expected = observer.whole_model(own.plan.whole_model, own.samples, lambda: None).inputs
         for visit in lockstep(own.plan.blocks_and_layers, own.samples.in_memory(), to_end=True):
@@ -99,8 +101,8 @@ def test_a_tensor_that_the_model_changes_between_two_layers_is_two_inputs(sequen
         for in_place in (True, False)
     ]
     for model in models:
-        prune(model, vectors(), sequential=sequential, progress=False)
-    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+        prune(model, vectors(), sequential=sequential)
+    assert_same(*models)
 
 
 @torch.inference_mode()
@@ -117,7 +119,7 @@ def test_a_tensor_of_inference_mode_is_a_new_input_in_each_layer():
         found.append(
             {name: each.sums for name, each in observer.finish(own.plan.whole_model).inputs.items()}
         )
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert_same(*found)
 
 
 # ---- inputs that are never active
@@ -149,9 +151,7 @@ CHOOSERS = {
 @pytest.mark.parametrize("name", CHOOSERS)
 def test_inputs_that_are_never_active_go_first(name, pattern):
     model = build()
-    report = prune(
-        model, vectors(), 0.5, pattern=pattern, skip=["head"], **CHOOSERS[name], progress=False
-    )
+    report = prune(model, vectors(), 0.5, pattern=pattern, skip=["head"], **CHOOSERS[name])
     kept = model.blocks[0].down.weight != 0
     assert not kept[:, list(DEAD)].any()
     if name != "owl":
@@ -162,7 +162,7 @@ def test_inputs_that_are_never_active_go_first(name, pattern):
 def test_inactive_inputs_are_counted_over_all_batches():
     model = build()
     calls = calls_of(model, LAYERS, vectors())
-    report = prune(model, vectors(), skip=["head"], sequential="none", progress=False)
+    report = prune(model, vectors(), skip=["head"], sequential="none")
     inactive = {
         name: int((torch.cat([x.flatten(0, 1) for (x,) in calls[name]]) == 0).all(dim=0).sum())
         for name in LAYERS
@@ -184,9 +184,7 @@ def test_inactive_inputs_are_counted_over_all_batches():
 def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
     model = build()
     batch = {"x": vectors()[0], "attention_mask": mask}
-    report = prune(
-        model, [batch], forward=lambda batch: model(batch["x"][:, first:]), progress=False
-    )
+    report = prune(model, [batch], forward=lambda batch: model(batch["x"][:, first:]))
     assert {layer.tokens for layer in report.layers} == {tokens}
     assert report.layers[1].note.endswith(f" inputs never active{note}")
 
@@ -200,9 +198,7 @@ def test_a_mask_leaves_out_its_zeros_where_it_fits(first, mask, tokens, note):
 def test_a_layer_whose_inputs_are_all_zero_stays_dense(sequential, solver, caplog):
     model = build(dead=range(16))
     before = model.blocks[0].down.weight.clone()
-    report = prune(
-        model, vectors(), solver=solver, sequential=sequential, skip=["head"], progress=False
-    )
+    report = prune(model, vectors(), solver=solver, sequential=sequential, skip=["head"])
     assert torch.equal(model.blocks[0].down.weight, before)
     assert ("blocks.0.down", "all its inputs were zero") in {
         (m.name, m.detail) for m in report.skipped
@@ -217,7 +213,7 @@ def test_a_group_whose_inputs_are_all_zero_stays_dense():
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=2))
     for parameter in model[0].parameters():
         parameter.data[4:] = 0
-    report = prune(model, [torch.randn(2, 3, 5, 5)], progress=False)
+    report = prune(model, [torch.randn(2, 3, 5, 5)])
     assert [layer.name for layer in report.layers] == ["1.group0"]
     assert {m.name: m.shape for m in report.skipped if "zero" in m.detail} == {
         "1.group1": (4, 4, 3, 3)

@@ -1,17 +1,18 @@
 """Each module has its mode back after calibration, by its own `train` where it overrides that."""
 
-import copy
 from contextlib import suppress
+from copy import deepcopy
 
 import pytest
 import torch
+from support.layers import assert_same
+from support.quiet import prune
 from support.tiny import on_meta
-from support.zoo import ZOO
+from support.zoo import model_of
 from torch import nn
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from wanda_lightning import prune
 from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.common.evaluation_mode import evaluating
 
@@ -75,13 +76,13 @@ def test_merged_weights_are_as_before_and_those_that_were_merged_are_not_touched
         ]
 
     before = state()
-    weights = copy.deepcopy(model.state_dict())
+    weights = deepcopy(model.state_dict())
     for module in merging:
         module.calls.clear()
     with context(model):
         assert state() == ([False] * len(before[0]), [True] * 3)
     assert state() == before
-    torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+    assert_same(model.state_dict(), weights)
     assert not model[3][1].merged or set(model[3][1].calls) <= {False}
 
 
@@ -101,7 +102,7 @@ def test_nested_configurations_are_as_before():
 
 
 def test_key_value_caches_are_off():
-    model = ZOO["llama"].build()
+    model = model_of("llama")
     with calibration_mode(model):
         assert model(torch.ones(1, 2, dtype=torch.long)).past_key_values is None
     assert model(torch.ones(1, 2, dtype=torch.long)).past_key_values is not None
@@ -120,7 +121,7 @@ def test_experts_are_multiplied_one_at_a_time(model_class, monkeypatch):
         return tokens
 
     monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "at_once", multiply_at_once)
-    model = model_class(ZOO["qwen3_moe"].build().config)
+    model = model_class(model_of("qwen3_moe").config)
     model.set_experts_implementation("at_once")
     ids = torch.ones(1, 2, dtype=torch.long)
     with calibration_mode(model):
@@ -152,17 +153,16 @@ class Counting(nn.Module):
 
 @pytest.mark.parametrize("method", ["wanda", "thorough"])
 def test_buffers_of_the_state_dict_are_as_before(method):
-    torch.manual_seed(0)
     model = Counting().eval()
     batches = list(torch.randn(4, 16, 8))
-    plain = copy.deepcopy(model.layers)
+    plain = deepcopy(model.layers)
     calls = model.calls
     for each in (model, plain):
-        prune(each, batches, 0.5, method=method, progress=False)
+        prune(each, batches, 0.5, method=method)
     assert model.calls is calls
     assert (model.calls, model.more_calls) == (0, 0)
     assert len(model.cache)
-    torch.testing.assert_close(model.layers.state_dict(), plain.state_dict(), rtol=0, atol=0)
+    assert_same(model.layers, plain)
 
 
 def test_threads_that_overlap_leave_the_fast_path_as_it_was():

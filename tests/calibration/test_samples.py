@@ -8,19 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.chains import Chain, Mlp
+from support.layers import rng
+from support.quiet import prune
 from support.refusals import refusal
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from wanda_lightning import prune
 from wanda_lightning.calibration.batches import batch_size, is_even
 from wanda_lightning.calibration.samples import Samples, fit_together, forward_batch
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import SINGLE_PROCESS
 
 X8 = torch.ones(2, 8)
-PADDING = [{key: 0 * value for key, value in ZOO["llama_padded"].batches()[0].items()}]
+PADDING = [{key: 0 * value for key, value in batches_of("llama_padded")[0].items()}]
 
 
 def mlp(bias=True):
@@ -65,7 +66,7 @@ def mlp(bias=True):
     ],
 )
 def test_batches_that_say_nothing_of_the_layers_are_refused(batches, choices, message, sequential):
-    model = ZOO["llama"].build() if batches is PADDING else mlp(bias=False)
+    model = model_of("llama") if batches is PADDING else mlp(bias=False)
     assert message in refusal(model, batches, sequential=sequential, **choices)
 
 
@@ -92,7 +93,7 @@ def test_an_error_names_the_batch_and_the_unit(sequential, samples, place):
     with pytest.raises(
         (RuntimeError, ValueError), match=r"three is too many|and the layer takes 8 features"
     ) as caught:
-        prune(model, [X8, torch.ones(shape)], sequential=sequential, progress=False)
+        prune(model, [X8, torch.ones(shape)], sequential=sequential)
     notes = " ".join(caught.value.__notes__)
     assert (
         f"This happened in {place}calibration batch 1 (counted from 0), with shapes {shape}."
@@ -123,7 +124,7 @@ def test_a_stream_of_unknown_length_is_read_and_counted(capsys):
     streamed = DataLoader(Stream(), batch_size=2)
     held = [*DataLoader(Stream(), batch_size=2)]
     for batches in (streamed, held):
-        assert prune(mlp(), batches, 0.5).layers[0].tokens == 4
+        assert prune(mlp(), batches, 0.5, progress=True).layers[0].tokens == 4
         assert ("Reading batches 2" in capsys.readouterr().err) == (batches is streamed)
 
 
@@ -180,7 +181,7 @@ def over_time(hidden, x):
     return ATTENTION(x, x, x, attn_mask=hidden(torch.ones(len(x), len(x), dtype=torch.bool)))[0]
 
 
-X3 = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+X3 = torch.randn(3, 4, 8, generator=rng())
 
 
 # Functions whose samples have the same results alone, or no predictions, or that fail anyway.

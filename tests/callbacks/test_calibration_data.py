@@ -14,18 +14,23 @@ from support.callbacks import (
     Resumable,
     all_at,
     equal,
+    fit_module,
     loader,
+    run_loop,
     same,
     samples,
     share_of_zeros,
     tagged,
     trainer,
+    validate_module,
 )
-from support.zoo import ZOO
+from support.layers import assert_same, rng
+from support.quiet import prune
+from support.zoo import batches_of, model_of
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler
 
-from wanda_lightning import PruningCallback, WandaPrune, prune
+from wanda_lightning import PruningCallback, WandaPrune
 from wanda_lightning.calibration.batches import batch_size
 
 
@@ -95,16 +100,16 @@ class TestCalibrationSource:
     def test_several_loaders_are_refused(self, several):
         module = Net()
         with pytest.raises(MisconfigurationException, match="since there are 2 val dataloaders"):
-            trainer(WandaPrune(num_samples=4)).validate(module, several())
+            validate_module(module, WandaPrune(num_samples=4), data=several())
         assert same(module, Net())
-        trainer(WandaPrune(num_samples=4, dataloader=tagged(1))).validate(module, several())
+        validate_module(module, WandaPrune(num_samples=4, dataloader=tagged(1)), data=several())
         assert share_of_zeros(module) == all_at(0.5)
 
     @pytest.mark.parametrize("sequential", ["layer", "none"])
     def test_samples_are_counted_and_the_last_batch_is_cut(self, sequential):
         module = Recorder()
         callback = WandaPrune(num_samples=6, sequential=sequential, dataloader=list(loader(12)))
-        trainer(callback).validate(module, loader())
+        validate_module(module, callback)
         assert [len(x) for x, _ in module.seen] == [4, 2]
         assert [len(labels) for _, labels in module.seen] == [4, 2]
         assert torch.equal(torch.cat([x for x, _ in module.seen]), samples(12).tensors[0][:6])
@@ -114,14 +119,14 @@ class TestCalibrationSource:
     def test_a_batch_of_time_steps_is_not_cut(self):
         module = Recorder()
         module.forward = lambda x: module.layers(x.cumsum(0))
-        trainer(WandaPrune(num_samples=6, dataloader=list(loader(12)))).validate(module, loader())
+        validate_module(module, WandaPrune(num_samples=6, dataloader=list(loader(12))))
         assert [len(x) for x, _ in module.seen] == [4, 4]
 
     def test_fewer_samples_than_asked(self):
         module = Net()
         callback = WandaPrune(num_samples=100)
         with pytest.warns(UserWarning, match=r"num_samples is 100, but .* has only 12\."):
-            trainer(callback).validate(module, loader())
+            validate_module(module, callback)
         assert {layer.tokens for layer in callback.report.layers} == {12}
 
 
@@ -149,7 +154,7 @@ class ShiftedData(Shifted, Data):
 )
 def test_transfer_hooks_are_applied(make, data):
     module = make()
-    trainer(WandaPrune(num_samples=4)).validate(module, data)
+    validate_module(module, WandaPrune(num_samples=4), data=data)
     assert tags_of(module.seen) == [30]
 
 
@@ -158,7 +163,7 @@ class Text(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.pruning_target = ZOO["llama"].build()
+        self.pruning_target = model_of("llama")
 
     def forward(self, input_ids):
         return self.pruning_target(input_ids)
@@ -178,21 +183,16 @@ class Text(L.LightningModule):
 def test_any_precision_prunes_like_prune(precision, dtype, autocast):
     batches = [{"input_ids": torch.randint(128, (2, 16))} for _ in range(4)]
     module = Text()
-    model = ZOO["llama"].build().to(dtype)
+    model = model_of("llama").to(dtype)
     callback = PruningCallback(0.5, method="thorough", dataloader=batches, num_samples=8)
-    trainer(callback, precision=precision).test(module, loader(), verbose=False)
+    run_loop("test", module, callback, precision=precision)
     with autocast:
-        report = prune(model, batches, 0.5, method="thorough", progress=False)
+        report = prune(model, batches, 0.5, method="thorough")
     assert callback.report.training == report.training
     assert equal(dict(module.pruning_target.state_dict()), dict(model.state_dict()))
 
 
 SAMPLES = samples()
-
-
-def assert_same(batches, expected):
-    assert len(batches) == len(expected)
-    assert all(torch.equal(batch[0], x) for batch, x in zip(batches, expected, strict=True))
 
 
 class Turning(Sampler):
@@ -213,19 +213,17 @@ class Listed(DataLoader):
     """A subclass with another constructor and a random state."""
 
     def __init__(self, dataset, seed):
-        generator = torch.Generator().manual_seed(seed)
-        self.jitter = torch.Generator().manual_seed(seed)
+        generator = rng(seed)
+        self.jitter = rng(seed)
         super().__init__(dataset, batch_size=4, shuffle=True, generator=generator)
 
     def __iter__(self):
         for x, y in super().__iter__():
-            yield x + torch.rand(x.shape, generator=self.jitter), y
+            yield [x + torch.rand(x.shape, generator=self.jitter), y]
 
 
 def shuffled():
-    return DataLoader(
-        samples(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(3)
-    )
+    return DataLoader(samples(), batch_size=4, shuffle=True, generator=rng(3))
 
 
 def with_a_worker():
@@ -248,12 +246,12 @@ SHUFFLED = "ignore:Your `val_dataloader`'s sampler has shuffling enabled"
 )
 def test_calibration_changes_no_batch_of_the_loop(make, loop, at_step, batches):
     alone = Recorder()
-    getattr(trainer(max_epochs=2), loop)(alone, make())
+    run_loop(loop, alone, data=make(), max_epochs=2)
     calibrating = Recorder()
     callback = WandaPrune(num_samples=4, at_step=at_step)
-    getattr(trainer(callback, max_epochs=2), loop)(calibrating, make())
+    run_loop(loop, calibrating, callback, data=make(), max_epochs=2)
     assert len(alone.trained) == batches
-    assert_same(calibrating.trained, [x for x, _ in alone.trained])
+    assert_same(calibrating.trained, alone.trained)
 
 
 @pytest.mark.parametrize(
@@ -275,30 +273,28 @@ class BatchedStream(IterableDataset):
 
 def test_a_loader_of_precomputed_batches():
     module = Recorder()
-    trainer(WandaPrune(num_samples=10), max_epochs=1).fit(
-        module, DataLoader(BatchedStream(), batch_size=None)
+    fit_module(
+        module,
+        WandaPrune(num_samples=10),
+        data=DataLoader(BatchedStream(), batch_size=None),
+        max_epochs=1,
     )
-    x = SAMPLES.tensors[0]
-    assert_same(module.seen, [*x[:8].split(4), x[8:10]])
-    assert_same(module.trained, x.split(4))
+    batches = [*loader()]
+    assert_same(module.seen, [*batches[:2], [x[:2] for x in batches[2]]])
+    assert_same(module.trained, batches)
 
 
 def test_trying_out_a_batch_at_the_start_does_not_advance_the_loader():
     module = Recorder()
-    expected = [x for x, _ in shuffled()]
-    trainer(WandaPrune(num_samples=12, dataloader=shuffled(), at_step=2), max_steps=3).fit(
-        module, loader()
-    )
-    assert_same(module.seen[1:], expected)
+    fit_module(module, WandaPrune(num_samples=12, dataloader=shuffled(), at_step=2), max_steps=3)
+    assert_same(module.seen[1:], [*shuffled()])
 
 
 @pytest.mark.parametrize("data", [iter(loader()), DataLoader(BatchedStream(), batch_size=None)])
 def test_no_batch_of_a_stream_is_tried_out(data):
     module = Recorder()
-    trainer(WandaPrune(num_samples=12, dataloader=data, at_step=2), max_steps=3).fit(
-        module, loader()
-    )
-    assert_same(module.seen, [x for x, _ in loader()])
+    fit_module(module, WandaPrune(num_samples=12, dataloader=data, at_step=2), max_steps=3)
+    assert_same(module.seen, [*loader()])
 
 
 @pytest.mark.filterwarnings("ignore:Your .* sampler has shuffling enabled")
@@ -312,9 +308,9 @@ def test_a_batch_sampler_is_read_as_a_batch_size_is(loop):
     ):
         L.seed_everything(3, verbose=False)
         module = Recorder()
-        getattr(trainer(WandaPrune(num_samples=12), max_epochs=1), loop)(module, data)
+        run_loop(loop, module, WandaPrune(num_samples=12), data=data, max_epochs=1)
         seen.append(module.seen)
-    assert_same(seen[1], [x for x, _ in seen[0]])
+    assert_same(*seen)
 
 
 class Counting(Net):
@@ -336,7 +332,7 @@ def on_validation(**options):
 def by_hand(module, count):
     expected = Net()
     expected.load_state_dict(module.state_dict())
-    prune(expected, list(loader(count)), sequential="none", progress=False)
+    prune(expected, list(loader(count)), sequential="none")
     return expected
 
 
@@ -344,9 +340,9 @@ def by_hand(module, count):
 def test_validate_measures_the_dense_model_and_prunes_by_what_it_saw(method):
     module = Counting()
     callback = PruningCallback(0.5, method=method, calibrate_on="validation")
-    dense = trainer().validate(Net(), loader(), verbose=False)
+    dense = validate_module(Net())
     expected = by_hand(module, 12)
-    assert trainer(callback).validate(module, loader(), verbose=False) == dense
+    assert validate_module(module, callback) == dense
     assert module.passes == 3
     assert same(module, expected)
     assert callback.report.layers[0].tokens == 12
@@ -356,9 +352,9 @@ def test_the_next_validate_measures_the_pruned_model():
     module = Net()
     callback = on_validation()
     expected = by_hand(module, 12)
-    trainer(callback).validate(module, loader(), verbose=False)
-    measured = trainer(callback).validate(module, loader(), verbose=False)
-    assert measured == trainer().validate(expected, loader(), verbose=False)
+    validate_module(module, callback)
+    measured = validate_module(module, callback)
+    assert measured == validate_module(expected)
     assert same(module, expected)
 
 
@@ -385,8 +381,8 @@ def test_an_input_that_is_changed_in_place_is_another_input():
     module = Branches()
     batches = DataLoader(torch.randn(12, 8) - torch.linspace(-2, 2, 8), batch_size=4)
     expected = Branches()
-    prune(expected, list(batches), 0.5, sequential="none", progress=False)
-    trainer(on_validation()).validate(module, batches, verbose=False)
+    prune(expected, list(batches), 0.5, sequential="none")
+    validate_module(module, on_validation(), data=batches)
     assert same(module, expected)
 
 
@@ -394,7 +390,7 @@ def test_only_whole_batches_of_num_samples_count():
     module = Net()
     callback = on_validation(num_samples=5)
     expected = by_hand(module, 8)
-    trainer(callback).validate(module, loader(), verbose=False)
+    validate_module(module, callback)
     assert same(module, expected)
 
 
@@ -426,7 +422,7 @@ class OfZoo(L.LightningModule):
 
     def __init__(self, name):
         super().__init__()
-        self.pruning_target = ZOO[name].build().train()
+        self.pruning_target = model_of(name).train()
 
     def validation_step(self, batch, batch_idx):
         self.pruning_target(batch[0])
@@ -449,13 +445,13 @@ class CopyBefore(L.Callback):
 @pytest.mark.parametrize(("name", "loop"), [("convnext_conv_mlp", "validate"), ("resnet18", "fit")])
 def test_convolutions_are_read_although_lightning_is_in_inference_mode(name, loop):
     module = OfZoo(name)
-    batches = ZOO[name].batches()
+    batches = batches_of(name)
     before = CopyBefore()
     run = trainer(before, on_validation(), max_epochs=1, num_sanity_val_steps=0)
     data = DataLoader(batches, batch_size=None)
     loaders = [data, data] if loop == "fit" else [data]
     getattr(run, loop)(module, *loaders)
-    prune(before.copy, batches, sequential="none", keep_batch_norm=True, progress=False)
+    prune(before.copy, batches, sequential="none", keep_batch_norm=True)
     assert same(module.pruning_target, before.copy)
     assert any(layer.ndim == 4 and (layer == 0).any() for layer in module.parameters())
     assert not any(parameter.is_inference() for parameter in module.parameters())

@@ -12,12 +12,14 @@ from support.callbacks import (
     Steps,
     TwoOptimizers,
     all_at,
+    fit_module,
     loader,
     same,
     share_of_zeros,
     trainer,
+    validate_module,
 )
-from support.zoo import ZOO
+from support.zoo import model_of
 
 from wanda_lightning import CubicSchedule, LinearSchedule, OneShot, PruningCallback, WandaPrune
 
@@ -102,7 +104,7 @@ def test_a_stage_after_the_end_of_training_is_refused_at_the_start(make, when, o
 )
 def test_a_stage_at_the_end_of_training_prunes(make, at_step, options):
     module = make()
-    trainer(WandaPrune(num_samples=24, at_step=at_step), **options).fit(module, loader(24))
+    fit_module(module, WandaPrune(num_samples=24, at_step=at_step), count=24, **options)
     assert share_of_zeros(module) == all_at(0.5)
 
 
@@ -177,7 +179,7 @@ def test_data_that_a_later_stage_cannot_use_is_refused_at_the_start(make, option
     with pytest.raises(
         (ValueError, TypeError, NotImplementedError, MisconfigurationException), match=message
     ):
-        trainer(callback, max_steps=6).fit(make(), loader())
+        fit_module(make(), callback, max_steps=6)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):
 class Routed(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = ZOO["mixtral"].build().train()
+        self.net = model_of("mixtral").train()
 
     def forward(self, ids):
         return self.net(ids).logits
@@ -245,11 +247,11 @@ def test_experts_are_dropped_before_an_evaluation_but_not_in_training():
     with pytest.raises(
         MisconfigurationException, match=r"pattern='experts' replaces parameters .* before training"
     ):
-        trainer(callback, max_epochs=1).fit(module, data)
+        fit_module(module, callback, data=data, max_epochs=1)
     assert same(module, Routed())
     for _ in range(2):  # not a second time
-        trainer(callback).validate(module, data, verbose=False)
+        validate_module(module, callback, data=data)
         assert [len(layer.mlp.gate.weight) for layer in module.net.model.layers] == [2, 2]
     before = module.net.model.layers[0].mlp.gate.weight.clone()
-    trainer(callback, max_epochs=1).fit(module, data)
+    fit_module(module, callback, data=data, max_epochs=1)
     assert not torch.equal(module.net.model.layers[0].mlp.gate.weight, before)

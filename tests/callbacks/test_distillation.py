@@ -1,6 +1,6 @@
 """Distillation while training, against the loss written out with `kl_div` and a loop by hand."""
 
-import copy
+from copy import deepcopy
 
 import lightning as L
 import pytest
@@ -16,21 +16,24 @@ from support.callbacks import (
     SaveAt,
     all_at,
     equal,
+    fit_module,
     hooks_of,
     loader,
     same,
     share_of_zeros,
     train_by_hand,
-    trainer,
+    validate_module,
     zeros,
 )
+from support.layers import assert_same, rng
 from support.modules import tiny_llama, tiny_vit
+from support.quiet import prune
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, WandaPrune, prune
+from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, WandaPrune
 from wanda_lightning.callbacks.distillation import dense_model
 
 
@@ -49,9 +52,7 @@ class Dense(Net):
         super().__init__()
         with torch.no_grad():
             for weight in self.parameters():
-                weight.add_(
-                    torch.randn(weight.shape, generator=torch.Generator().manual_seed(5)) * 0.1
-                )
+                weight.add_(torch.randn(weight.shape, generator=rng(5)) * 0.1)
 
 
 class ByHand(Net):
@@ -95,12 +96,12 @@ def assert_close(a, b):
 def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, accumulate, clip):
     module = Net()
     dense = Dense()
-    by_hand = ByHand(copy.deepcopy(dense), weight, temperature)
+    by_hand = ByHand(deepcopy(dense), weight, temperature)
     for network in (module, by_hand):
-        prune(network, criterion="magnitude", progress=False)
+        prune(network, criterion="magnitude")
     callbacks = KeepZeros(), DistillFromDense(dense, weight, temperature), Losses()
     options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
-    trainer(*callbacks, max_epochs=2, **options).fit(module, loader(24))
+    fit_module(module, *callbacks, count=24, max_epochs=2, **options)
     batches = [*loader(24)]
     pruned = zeros(by_hand)
     first = divergence(
@@ -117,8 +118,8 @@ def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, ac
 def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
     module = Net()
     by_hand = ByHand(Net(), 0.5, 1.0)
-    trainer(WandaPrune(num_samples=12), DistillFromDense(), max_epochs=2).fit(module, loader())
-    prune(by_hand, [batch[0] for batch in loader()], progress=False)
+    fit_module(module, WandaPrune(num_samples=12), DistillFromDense(), max_epochs=2)
+    prune(by_hand, [batch[0] for batch in loader()])
     train_by_hand(by_hand, [*loader()] * 2, SGD(by_hand.parameters()), 1, None)
     assert_close(module, by_hand)
     assert share_of_zeros(module) == all_at(0.5)
@@ -126,7 +127,7 @@ def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
 
 def test_the_dense_model_is_in_no_checkpoint(tmp_path):
     module = Net(ADAMW)
-    trainer(DistillFromDense(Dense()), SaveAt(tmp_path, 2), max_steps=2).fit(module, loader())
+    fit_module(module, DistillFromDense(Dense()), SaveAt(tmp_path, 2), max_steps=2)
     saved = torch.load(tmp_path / "2.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == Net().state_dict().keys()
     trained = saved["optimizer_states"][0]["param_groups"][0]["params"]
@@ -135,8 +136,8 @@ def test_the_dense_model_is_in_no_checkpoint(tmp_path):
 
 def test_the_dense_model_is_not_trained():
     dense = Dense()
-    before = copy.deepcopy(dense.state_dict())
-    trainer(DistillFromDense(dense), max_steps=2).fit(Net(ADAMW), loader())
+    before = deepcopy(dense.state_dict())
+    fit_module(Net(ADAMW), DistillFromDense(dense), max_steps=2)
     assert equal(before, dense.state_dict())
     assert not any(weight.requires_grad or weight.grad is not None for weight in dense.parameters())
 
@@ -146,10 +147,10 @@ def test_precisions(precision, tolerance):
     module = Net(ADAMW)
     dense = Dense()
     losses = Losses()
-    expected = ByHand(copy.deepcopy(dense), 0.5, 1.0)
+    expected = ByHand(deepcopy(dense), 0.5, 1.0)
     inputs = next(iter(loader()))[0]
     first = divergence(expected(inputs), dense(inputs)).item()
-    trainer(DistillFromDense(dense), losses, precision=precision, max_steps=3).fit(module, loader())
+    fit_module(module, DistillFromDense(dense), losses, precision=precision, max_steps=3)
     assert losses.logged[0] == pytest.approx(first, rel=tolerance, abs=1e-6)
     assert {weight.dtype for weight in dense.parameters()} == {
         weight.dtype for weight in module.parameters()
@@ -161,9 +162,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dense):
     def fit(steps, path=None):
         callbacks = WandaPrune(num_samples=12), DistillFromDense(dense and dense(), temperature=2.0)
         module = Net(ADAMW)
-        trainer(*callbacks, SaveAt(tmp_path, 3), max_steps=steps).fit(
-            module, loader(), ckpt_path=path
-        )
+        fit_module(module, *callbacks, SaveAt(tmp_path, 3), max_steps=steps, ckpt_path=path)
         return module
 
     whole = fit(6)
@@ -172,7 +171,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dense):
 
 
 def test_a_resumed_run_with_other_choices_is_refused(tmp_path):
-    trainer(DistillFromDense(Dense()), SaveAt(tmp_path, 3), max_steps=3).fit(Net(), loader())
+    fit_module(Net(), DistillFromDense(Dense()), SaveAt(tmp_path, 3), max_steps=3)
     other = Dense()
     with torch.no_grad():
         other.layers[2].bias += 1e-3
@@ -183,28 +182,25 @@ def test_a_resumed_run_with_other_choices_is_refused(tmp_path):
     ):
         module = Net()
         with pytest.raises(ValueError, match="must be the same as in the checkpoint"):
-            trainer(callback, max_steps=6).fit(module, loader(), ckpt_path=tmp_path / "3.ckpt")
+            fit_module(module, callback, max_steps=6, ckpt_path=tmp_path / "3.ckpt")
         assert "training_step" not in vars(module)
-    trainer(DistillFromDense(Dense(), weight=0.4)).validate(
-        Net(), loader(), ckpt_path=tmp_path / "3.ckpt"
-    )
+    validate_module(Net(), DistillFromDense(Dense(), weight=0.4), ckpt_path=tmp_path / "3.ckpt")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.nightly)])
 def test_two_processes_train_like_one(pair, strategy):
     first, second = pair.run(cases.distill, strategy)
-    for name, weight in cases.distill(None, "auto").items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], weight)
+    assert_same(first, second)
+    torch.testing.assert_close(first, cases.distill(None, "auto"))
 
 
-IDS = torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(1))
+IDS = torch.randint(128, (4, 24), generator=rng(1))
 MASK = (torch.arange(24) < torch.tensor([24, 9, 2, 0])[:, None]).long()
 
 
 def language_model(**lora):
     model = tiny_llama()
-    prune(model, None, 0.5, criterion="magnitude", progress=False)
+    prune(model, None, 0.5, criterion="magnitude")
     return CausalLMModule(model, lr=1e-2, lora=lora or None)
 
 
@@ -222,7 +218,7 @@ def test_a_language_model_is_compared_without_padding(padding, temperature):
     with torch.no_grad():
         predicted, dense = (model(IDS, mask).logits for model in (module, tiny_llama()))
     callbacks = KeepZeros(), DistillFromDense(tiny_llama(), 0.3, temperature), losses
-    trainer(*callbacks, max_steps=1).fit(module, DataLoader([batch], batch_size=None))
+    fit_module(module, *callbacks, data=DataLoader([batch], batch_size=None), max_steps=1)
     assert losses.logged == [
         pytest.approx(divergence(predicted, dense, temperature, keep).item(), rel=1e-4)
     ]
@@ -232,16 +228,17 @@ def test_a_language_model_is_compared_without_padding(padding, temperature):
 def test_adapters_learn_from_the_dense_model(keep_zeros):
     module = language_model(r=4, target_modules=["q_proj", "v_proj"], keep_zeros=keep_zeros)
     losses = Losses()
-    base = copy.deepcopy(module.pruning_target.state_dict())
+    base = deepcopy(module.pruning_target.state_dict())
     batches = DataLoader([IDS] * 10, batch_size=None)
-    trainer(DistillFromDense(tiny_llama(), weight=1.0), losses, max_steps=10).fit(module, batches)
+    fit_module(
+        module, DistillFromDense(tiny_llama(), weight=1.0), losses, data=batches, max_steps=10
+    )
     start = divergence(language_model()(IDS).logits, tiny_llama()(IDS).logits).item()
     assert losses.logged[0] == pytest.approx(start, rel=1e-4)
     assert losses.logged[-1] < 0.9 * start
     after = module.pruning_target.state_dict()
-    assert all(
-        torch.equal(value, after[name]) for name, value in base.items() if "lora_" not in name
-    )
+    learned = [name for name, value in base.items() if not torch.equal(value, after[name])]
+    assert all("lora_" in name for name in learned)
 
 
 def test_a_dense_language_model_by_name(tmp_path):
@@ -249,8 +246,12 @@ def test_a_dense_language_model_by_name(tmp_path):
     modules = [language_model() for _ in range(3)]
     denses = tmp_path / "dense", tiny_llama(), CausalLMModule(tiny_llama())
     for module, dense in zip(modules, denses, strict=True):
-        trainer(KeepZeros(), DistillFromDense(dense), max_steps=2).fit(
-            module, DataLoader([IDS] * 2, batch_size=None)
+        fit_module(
+            module,
+            KeepZeros(),
+            DistillFromDense(dense),
+            data=DataLoader([IDS] * 2, batch_size=None),
+            max_steps=2,
         )
     by_name, given, from_module = modules
     assert same(by_name, given)
@@ -262,12 +263,12 @@ def test_an_image_classifier(tmp_path):
     dense = tiny_vit()
     losses = Losses()
     dense.save_pretrained(tmp_path / "dense")
-    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    prune(module, criterion="magnitude", progress=False)
-    expected = divergence(copy.deepcopy(module).eval()(images), dense.eval()(images)).item()
+    images = torch.randn(8, 3, 32, 32, generator=rng())
+    prune(module, criterion="magnitude")
+    expected = divergence(deepcopy(module).eval()(images), dense.eval()(images)).item()
     batches = DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None)
     callback = DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0)
-    trainer(KeepZeros(), callback, losses, max_steps=2).fit(module, batches)
+    fit_module(module, KeepZeros(), callback, losses, data=batches, max_steps=2)
     assert losses.logged[0] == pytest.approx(expected, rel=1e-4)
     assert losses.logged[1] < losses.logged[0]
 
@@ -286,7 +287,7 @@ def test_a_part_of_a_module_and_a_training_step_that_returns_a_dictionary():
     whole = Net()
     parts = Parts()
     for module, network in ((whole, None), (parts, "layers")):
-        trainer(DistillFromDense(Dense(), network=network), max_steps=3).fit(module, loader())
+        fit_module(module, DistillFromDense(Dense(), network=network), max_steps=3)
     assert same(whole, parts)
 
 
@@ -319,7 +320,7 @@ COMPILES = pytest.mark.skipif(
 def test_other_ways_to_run_a_network(make):
     results = []
     for module in (Net(), make()):
-        trainer(WandaPrune(num_samples=12), DistillFromDense(), max_steps=3).fit(module, loader())
+        fit_module(module, WandaPrune(num_samples=12), DistillFromDense(), max_steps=3)
         results.append([*module.parameters()])
     torch.testing.assert_close(*results)
 
@@ -330,7 +331,7 @@ def test_code_that_is_compiled_with_the_training_step_is_refused():
     in_place.compile(backend="eager")
     for module in (in_place, torch.compile(Net(), backend="eager")):
         with pytest.raises(MisconfigurationException, match="the compiled code of Net hides"):
-            trainer(DistillFromDense(), max_steps=1).fit(module, loader())
+            fit_module(module, DistillFromDense(), max_steps=1)
 
 
 class NeverCalls(Net):
@@ -357,7 +358,7 @@ class Detached(Net):
 
 def pruned_net():
     module = Net()
-    prune(module, criterion="magnitude", only=[LAYERS[1]], progress=False)
+    prune(module, criterion="magnitude", only=[LAYERS[1]])
     return module
 
 
@@ -407,9 +408,9 @@ class Later(Net):
 )
 def test_what_cannot_be_distilled_is_refused_before_a_weight_changes(make, choices, error, message):
     module = make()
-    before = copy.deepcopy(module.state_dict())
+    before = deepcopy(module.state_dict())
     with pytest.raises(error, match=message):
-        trainer(DistillFromDense(**choices), max_steps=3).fit(module, loader())
+        fit_module(module, DistillFromDense(**choices), max_steps=3)
     assert not before or equal(before, module.state_dict())
     assert "training_step" not in vars(module)
     assert all("forward" not in vars(part) for part in module.modules())
@@ -420,16 +421,16 @@ def test_a_given_model_that_was_pruned_is_warned_of():
         UserWarning,
         match=r"dense should be the model before pruning, but 50% of .* layers.2 are zero",
     ):
-        trainer(DistillFromDense(pruned_net()), max_steps=1).fit(Net(), loader())
+        fit_module(Net(), DistillFromDense(pruned_net()), max_steps=1)
 
 
 def test_a_given_model_that_is_trained_itself_is_refused():
     module = Net()
     for dense in (module, module.layers):
         with pytest.raises(
-            ValueError, match=r"layers.0.weight of Net belongs to it, too.*copy.deepcopy"
+            ValueError, match=r"layers.0.weight of Net belongs to it, too.*deepcopy"
         ):
-            trainer(DistillFromDense(dense), max_steps=1).fit(module, loader())
+            fit_module(module, DistillFromDense(dense), max_steps=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8])

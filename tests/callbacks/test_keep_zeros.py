@@ -10,6 +10,7 @@ from support.callbacks import (
     ADAMW,
     Net,
     all_at,
+    fit_module,
     hooks_of,
     loader,
     same,
@@ -28,12 +29,14 @@ from support.held_zeros import (
     of_the_shape,
     precision_of,
 )
+from support.layers import assert_same
 from support.pairwise import pairwise, with_nightly
+from support.quiet import prune
 from timm.optim import Lion
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wanda_lightning import KeepZeros, PruningCallback, WandaPrune, prune
+from wanda_lightning import KeepZeros, PruningCallback, WandaPrune
 
 CLIPPING = {
     None: {},
@@ -51,7 +54,7 @@ def prune_at(at_step, module, **options):
     """A callback that prunes at a step, or for None `KeepZeros` for a module that is pruned already."""
     if at_step is not None:
         return WandaPrune(0.5, at_step=at_step, **options)
-    prune(module, criterion="magnitude", progress=False)
+    prune(module, criterion="magnitude")
     return KeepZeros()
 
 
@@ -69,7 +72,6 @@ FEW = ("momentum", "adamw_fused", "amsgrad", "noisy")
 def test_exactly_the_pruned_weights_are_zero_after_every_step(
     optimizer, precision, accumulate, clip, at_step
 ):
-    torch.manual_seed(0)
     module = LooksAtZeros(OPTIMIZERS[optimizer], from_step=at_step or 0)
     callback = prune_at(at_step, module, num_samples=24)
     options = {
@@ -78,7 +80,7 @@ def test_exactly_the_pruned_weights_are_zero_after_every_step(
         **CLIPPING[clip],
         **precision_of(precision),
     }
-    trainer(Witness(), callback, **options).fit(module, loader(24))
+    fit_module(module, Witness(), callback, count=24, **options)
     assert hooks_of(module, module.used_optimizer) == []
     assert {round(where.float().mean().item(), 3) for where in module.pruned.values()} == {0.5}
     assert module.looks >= 4 * (8 - module.from_step)
@@ -152,7 +154,7 @@ def test_other_ways_to_run_and_to_train_a_model(make, optimizer, at_step, option
     module = make(optimizer, from_step=at_step)
     callback = WandaPrune(num_samples=24, at_step=at_step)
     options = {"max_steps": 8} | options
-    trainer(Witness(), callback, **options).fit(module, loader(24))
+    fit_module(module, Witness(), callback, count=24, **options)
     assert share_of_zeros(module) == all_at(0.5)
     assert module.looks >= 2 * (8 - at_step)
     assert all(share > 0.5 for share in module.trained().values())
@@ -210,7 +212,7 @@ def test_averages_hold_the_zeros(kind, at_step, order, make):
     assert last.looks > 0
     assert last.validated
     for seen in (*last.validated, zeros(module)):
-        assert all(torch.equal(seen[name], where) for name, where in module.pruned.items())
+        assert_same(seen, module.pruned)
     average = averages(averaging)
     assert all(torch.equal(weight, average[name]) for name, weight in module.named_parameters())
 
@@ -218,9 +220,7 @@ def test_averages_hold_the_zeros(kind, at_step, order, make):
 @pytest.mark.parametrize("kind", ["ema of late start", "swa"])
 def test_averages_that_are_pruned_after_the_last_step(kind):
     module = Net(ADAMW)
-    trainer(AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4).fit(
-        module, loader()
-    )
+    fit_module(module, AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4)
     assert share_of_zeros(module) == all_at(0.5)
 
 
@@ -250,7 +250,7 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
     module = Counting(optimizer)
     by_hand = Net()
     to_quarters(by_hand)
-    prune(by_hand, criterion="magnitude", pattern="unstructured", progress=False)
+    prune(by_hand, criterion="magnitude", pattern="unstructured")
     pruned = zeros(by_hand)
     if callback == "prune":
         to_quarters(module)
@@ -259,7 +259,7 @@ def test_a_weight_that_becomes_zero_by_chance_keeps_training(callback):
         module.load_state_dict(by_hand.state_dict())
         keeping = KeepZeros()
     train_by_hand(by_hand, list(loader(24)) * 2, optimizer(by_hand.parameters()), 1, None)
-    trainer(keeping, max_epochs=2).fit(module, loader(24))
+    fit_module(module, keeping, count=24, max_epochs=2)
     assert min(module.died, module.moved) > 1000
     assert same(module, by_hand)
     assert all((where | ~pruned[name]).all() for name, where in zeros(module).items())
@@ -271,8 +271,8 @@ def test_keep_zeros_on_a_dense_model_warns():
     with pytest.warns(
         UserWarning, match="No zeros were found in any prunable layer, so none are kept"
     ):
-        trainer(KeepZeros(), max_steps=2).fit(module, loader())
-    trainer(max_steps=2).fit(alone, loader())
+        fit_module(module, KeepZeros(), max_steps=2)
+    fit_module(alone, max_steps=2)
     assert same(module, alone)
 
 
@@ -282,9 +282,9 @@ def test_a_layer_of_all_zeros_trains(callback):
     nn.init.zeros_(module.layers[4].weight)
     keeping = WandaPrune(num_samples=12)
     if callback == "keep":
-        prune(module, criterion="magnitude", skip=["layers.4"], progress=False)
+        prune(module, criterion="magnitude", skip=["layers.4"])
         keeping = KeepZeros()
-    trainer(keeping, max_steps=6).fit(module, loader())
+    fit_module(module, keeping, max_steps=6)
     shares = share_of_zeros(module)
     assert shares.pop("layers.4.weight") < 0.25  # dead units have no gradient
     assert set(shares.values()) == {0.5}
@@ -295,9 +295,9 @@ def test_neither_layers_nor_zeros_by_chance_of_one_model_affect_another():
     first = Net(partial(Lion, lr=0.25, betas=(0.0, 0.0)))
     second = LooksAtZeros(ADAMW)
     to_quarters(first)
-    prune(first, criterion="magnitude", skip=["layers.4"], progress=False)
-    trainer(callback, max_steps=1).fit(first, loader())
+    prune(first, criterion="magnitude", skip=["layers.4"])
+    fit_module(first, callback, max_steps=1)
     assert share_of_zeros(first)["layers.0.weight"] > 0.5
-    prune(second, criterion="magnitude", progress=False)
-    trainer(callback, max_steps=4).fit(second, loader())
+    prune(second, criterion="magnitude")
+    fit_module(second, callback, max_steps=4)
     assert share_of_zeros(second) == all_at(0.5)

@@ -1,12 +1,12 @@
 """PruningCallback in the loops of Lightning, against `prune` and training loops by hand."""
 
-import copy
 import csv
 import itertools
 import os
 import pickle
 import signal
 import threading
+from copy import deepcopy
 from types import SimpleNamespace
 
 import lightning as L
@@ -25,25 +25,23 @@ from support.callbacks import (
     TwoOptimizers,
     all_at,
     equal,
+    fit_module,
     hooks_of,
     loader,
     pruned_by_hand,
+    run_loop,
     same,
     share_of_zeros,
     trainer,
+    validate_module,
     zeros,
     zeros_in,
 )
 from support.held_zeros import OPTIMIZERS, LooksAtZeros, Witness
+from support.layers import assert_same, rng
+from support.quiet import prune
 
-from wanda_lightning import (
-    CubicSchedule,
-    KeepZeros,
-    LinearSchedule,
-    PruningCallback,
-    WandaPrune,
-    prune,
-)
+from wanda_lightning import CubicSchedule, KeepZeros, LinearSchedule, PruningCallback, WandaPrune
 from wanda_lightning.callbacks.schedules import PruningState
 
 
@@ -54,10 +52,10 @@ def measuring(request):
     """A loop that measures a model, which a callback prunes first, and the same model pruned by hand."""
     loop, sequential = request.param
     by_hand = Net()
-    prune(by_hand, list(loader()), 0.5, sequential=sequential, progress=False)
+    prune(by_hand, list(loader()), 0.5, sequential=sequential)
     callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
     module = Net()
-    measured = getattr(trainer(callback), loop)(module, loader())
+    measured = run_loop(loop, module, callback)
     return SimpleNamespace(
         loop=loop, module=module, by_hand=by_hand, callback=callback, measured=measured
     )
@@ -68,8 +66,8 @@ class TestMeasuring:
         assert same(measuring.module, measuring.by_hand)
 
     def test_the_pruned_model_is_measured(self, measuring):
-        expected = getattr(trainer(), measuring.loop)(measuring.by_hand, loader())
-        torch.testing.assert_close(measuring.measured, expected, rtol=0, atol=0)
+        expected = run_loop(measuring.loop, measuring.by_hand)
+        assert_same(measuring.measured, expected)
 
     def test_the_report_has_all_layers_and_counts_their_samples(self, measuring):
         tokens = {layer.name: layer.tokens for layer in measuring.callback.report.layers}
@@ -86,7 +84,7 @@ class TestMeasuring:
 
         module = Wrapper()
         callback = WandaPrune(num_samples=12, skip=["2"])
-        trainer(callback).validate(module, loader())
+        validate_module(module, callback)
         assert [layer.name for layer in callback.report.layers] == ["0", "4"]
         assert share_of_zeros(module) == {**all_at(0.5), "layers.2.weight": 0.0}
 
@@ -94,15 +92,15 @@ class TestMeasuring:
     def test_it_prunes_once(self, first, when):
         module = Net()
         callback = WandaPrune(num_samples=12, **when)
-        getattr(trainer(callback, max_steps=5), first)(module, loader())
+        run_loop(first, module, callback, max_steps=5)
         with torch.no_grad():
             module.layers[0].weight[0].fill_(1)
         report = callback.report
-        before = copy.deepcopy(module)
+        before = deepcopy(module)
         for loop in ("validate", "test", "predict"):
-            getattr(trainer(callback), loop)(module, loader())
+            run_loop(loop, module, callback)
         assert same(module, before)
-        trainer(callback, max_steps=5).fit(module, loader())
+        fit_module(module, callback, max_steps=5)
         assert equal(zeros(module), zeros(before))
         assert callback.report is report
 
@@ -110,8 +108,8 @@ class TestMeasuring:
         module = Net()
         by_hand = Net()
         module.calibration_step = lambda batch: pytest.fail("a batch was read")
-        prune(by_hand, criterion="magnitude", pattern="unstructured_layer", progress=False)
-        trainer(PruningCallback(method="magnitude")).validate(module, loader())
+        prune(by_hand, criterion="magnitude", pattern="unstructured_layer")
+        validate_module(module, PruningCallback(method="magnitude"))
         assert same(module, by_hand)
 
 
@@ -147,11 +145,11 @@ class TestTraining:
         class Grown(Net):
             def on_train_batch_end(self, *_):
                 if self.global_step == 2:
-                    self.layers[2] = copy.deepcopy(self.layers[2])
+                    self.layers[2] = deepcopy(self.layers[2])
                     self.layers.append(torch.nn.Linear(16, 16))
 
         module = Grown()
-        trainer(WandaPrune(num_samples=12, at_step=4), max_epochs=2).fit(module, loader())
+        fit_module(module, WandaPrune(num_samples=12, at_step=4), max_epochs=2)
         assert share_of_zeros(module) == {**all_at(0.5), "layers.5.weight": 0.5}
 
     @pytest.mark.parametrize(
@@ -165,9 +163,9 @@ class TestTraining:
 
         module = Broken()
         if isinstance(callback, KeepZeros):
-            prune(module, criterion="magnitude", progress=False)
+            prune(module, criterion="magnitude")
         with pytest.raises(RuntimeError, match="out of paper"):
-            trainer(callback, max_epochs=1).fit(module, loader())
+            fit_module(module, callback, max_epochs=1)
         assert hooks_of(module, module.used_optimizer) == []
 
     @pytest.mark.parametrize(("calibrate_on", "at_step"), [("train", 0), ("own", 0), ("train", 4)])
@@ -180,7 +178,7 @@ class TestTraining:
             callbacks = []
             if prunes:
                 callbacks.append(WandaPrune(num_samples=12, dataloader=own, at_step=at_step))
-            trainer(*callbacks, max_epochs=2).fit(module, loader(shuffle=True))
+            fit_module(module, *callbacks, data=loader(shuffle=True), max_epochs=2)
             diaries.append(module)
         without, with_pruning = diaries
         assert len(without.steps) == 6
@@ -200,10 +198,10 @@ def test_measuring_before_training_warns_and_sees_the_dense_model(loop, when):
     with pytest.warns(
         UserWarning, match=r"prunes during training, by .*, so the model evaluated now is dense"
     ):
-        measured = getattr(trainer(callback), loop)(module, loader())
+        measured = run_loop(loop, module, callback)
     assert same(module, dense)
     assert callback.report is None
-    torch.testing.assert_close(measured, getattr(trainer(), loop)(dense, loader()), rtol=0, atol=0)
+    assert_same(measured, run_loop(loop, dense))
 
 
 def adamw():
@@ -238,11 +236,11 @@ def fits(request):
     before = Notes()
     after = Notes()
     options = {"max_epochs": 4, "max_steps": 12, "accumulate_grad_batches": accumulate}
-    trainer(dense, **options).fit(make(), loader(24))
+    fit_module(make(), dense, count=24, **options)
     module = make()
-    start = copy.deepcopy(module.state_dict())
+    start = deepcopy(module.state_dict())
     callback = WandaPrune(sparsity, num_samples=24, **when)
-    trainer(before, callback, after, **options).fit(module, loader(24))
+    fit_module(module, before, callback, after, count=24, **options)
     reached = {step: share * sparsity for step, share in stages.items()}
     return SimpleNamespace(
         dense=dense.at,
@@ -319,7 +317,7 @@ class TestShouldPrune:
     def test_the_schedule_still_gives_the_sparsity(self):
         callback = Asked(3, sparsity=0.5, schedule=LinearSchedule(0, 4, every=1))
         after = Notes()
-        trainer(callback, after, max_steps=6).fit(Net(), loader(24))
+        fit_module(Net(), callback, after, count=24, max_steps=6)
         shares = {
             step: round(zeros_in(w)["layers.0.weight"].float().mean().item(), 3)
             for step, w in after.at.items()
@@ -332,8 +330,8 @@ class TestShouldPrune:
         with pytest.warns(
             UserWarning, match="to sparsity 0 instead of 0.5, because training ended at .* step 3"
         ):
-            trainer(Asked(100), max_steps=3).fit(module, loader())
-        trainer(max_steps=3).fit(dense, loader())
+            fit_module(module, Asked(100), max_steps=3)
+        fit_module(dense, max_steps=3)
         assert same(module, dense)
 
 
@@ -350,7 +348,7 @@ def test_hidden_units_are_pruned_in_stages_and_stay_zero(optimizer):
     callback = WandaPrune(
         0.5, pattern="structured", num_samples=24, schedule=CubicSchedule(0, 8, every=2)
     )
-    trainer(callback, units, max_steps=12).fit(module, loader(24))
+    fit_module(module, callback, units, count=24, max_steps=12)
     numbers = [int(inner.sum()) for inner, _ in at]
     assert numbers[-1] == 32
     assert len(set(numbers)) > 2  # 64 * 0.5 * (1 - 0.75^3, ...) to multiples of 8
@@ -378,7 +376,7 @@ def test_ctrl_c_while_pruning_leaves_no_hooks():
     module = Interrupting()
     try:
         with pytest.raises(SystemExit) as stop:
-            trainer(WandaPrune(num_samples=12)).validate(module, loader())
+            validate_module(module, WandaPrune(num_samples=12))
     finally:
         signal.signal(signal.SIGINT, handler)
     assert isinstance(stop.value.__context__, KeyboardInterrupt)
@@ -392,14 +390,14 @@ def test_weights_that_became_nan_in_training_are_refused_before_one_is_pruned():
         module.layers[0].weight.data[0].fill_(torch.nan)[0]
     )
     with pytest.raises(ValueError, match=r"layers.0 has weights that are NaN or infinite"):
-        trainer(WandaPrune(num_samples=12, at_step=3), max_steps=5).fit(module, loader())
+        fit_module(module, WandaPrune(num_samples=12, at_step=3), max_steps=5)
     assert share_of_zeros(module) == all_at(0.0)
 
 
 def test_a_callback_can_be_copied_and_pickled():
     callback = WandaPrune(num_samples=12)
-    trainer(callback).validate(Net(), loader())
-    assert copy.deepcopy(callback).report == callback.report
+    validate_module(Net(), callback)
+    assert deepcopy(callback).report == callback.report
     assert pickle.loads(pickle.dumps(callback)).report == callback.report
 
 
@@ -411,10 +409,8 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
         with torch.no_grad():
             for name in LAYERS:
                 weight = module.get_submodule(name).weight
-                weight.mul_(
-                    torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) >= share
-                )
-        getattr(trainer(callback, max_steps=4), loop)(module, loader())
+                weight.mul_(torch.rand(weight.shape, generator=rng()) >= share)
+        run_loop(loop, module, callback, max_steps=4)
         assert share_of_zeros(module) == all_at(sparsity)
 
 
@@ -422,7 +418,7 @@ def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
     module = LooksAtZeros(OPTIMIZERS["momentum"], from_step=5)
     first = PruningCallback(0.25, method="magnitude")
     second = WandaPrune(0.5, num_samples=24, at_step=5)
-    trainer(Witness(), first, second, max_steps=12).fit(module, loader(24))
+    fit_module(module, Witness(), first, second, count=24, max_steps=12)
     assert share_of_zeros(module) == all_at(0.5)
 
 

@@ -6,7 +6,8 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
-from support.callbacks import Net, loader, same, trainer
+from support.callbacks import Net, fit_module, loader, same, trainer
+from support.layers import rng
 from support.modules import tiny_llama, tiny_tokenizer
 from support.reports import Page
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from wanda_lightning.report import REPORT_NAME, Circumstances
 
 @pytest.fixture
 def text(tmp_path):
-    words = torch.randint(128, (400,), generator=torch.Generator().manual_seed(0))
+    words = torch.randint(128, (400,), generator=rng())
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in words))
     file = f"{tmp_path}/text.txt"
     return TextDataModule(
@@ -120,6 +121,6 @@ def test_what_cannot_be_written_is_refused(tmp_path, option, place):
     options = {option: tmp_path / place}
     callback = WandaPrune(num_samples=12, at_step=2, **options)
     with pytest.raises(OSError, match="file"):
-        trainer(callback, max_steps=3).fit(module, loader())
+        fit_module(module, callback, max_steps=3)
     assert same(module, Net())
     assert (tmp_path / "file").read_text() == "mine"

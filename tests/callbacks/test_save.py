@@ -14,8 +14,10 @@ from support.callbacks import (
     Resumable,
     SaveAt,
     equal,
+    fit_module,
     killed_and_resumed,
     loader,
+    run_loop,
     same,
     share_of_zeros,
     state,
@@ -24,6 +26,7 @@ from support.callbacks import (
 from support.hub import hub as hub
 from support.modules import VIT, tiny_llama, windows_of_text
 from torch import nn
+from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -59,14 +62,14 @@ def test_merges_then_saves_the_trained_model(tmp_path, overwrite):
         (tmp_path / "config.json").write_text("{}")
     module = Saving()
     saving = SavePretrained(tmp_path, overwrite)
-    trainer(PruningCallback(method="magnitude"), saving, max_steps=2).fit(module, loader())
+    fit_module(module, PruningCallback(method="magnitude"), saving, max_steps=2)
     assert module.calls == ["merge", (tmp_path, overwrite, 0.5)]
 
 
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
 def test_a_loop_that_trains_nothing_saves_nothing(tmp_path, loop):
     module = Saving()
-    getattr(trainer(SavePretrained(tmp_path / "out")), loop)(module, loader())
+    run_loop(loop, module, SavePretrained(tmp_path / "out"))
     assert module.calls == []
 
 
@@ -74,7 +77,7 @@ def test_a_folder_with_a_model_is_refused_before_training(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     module = Saving()
     with pytest.raises(FileExistsError, match="overwrite"):
-        trainer(SavePretrained(tmp_path), max_steps=1).fit(module, loader())
+        fit_module(module, SavePretrained(tmp_path), max_steps=1)
     assert same(module, Saving())
 
 
@@ -109,8 +112,12 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     )
     # There is no token to push with.
     saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")
-    trainer(pruning, saving, fast_dev_run=True).fit(
-        CausalLMModule(tiny_llama()), DataLoader(windows_of_text(2))
+    fit_module(
+        CausalLMModule(tiny_llama()),
+        pruning,
+        saving,
+        data=DataLoader(windows_of_text(2)),
+        fast_dev_run=True,
     )
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "config.json"]
 
@@ -147,8 +154,8 @@ def test_a_model_that_cannot_be_written_is_refused_before_training(tmp_path, mak
     module = make()
     module.training_step = lambda batch, batch_idx: pytest.fail("training has begun")
     with pytest.raises((ValueError, TypeError, MisconfigurationException), match=message):
-        trainer(SavePretrained(tmp_path / "out", shrink=isinstance(module, Net)), max_steps=1).fit(
-            module, loader()
+        fit_module(
+            module, SavePretrained(tmp_path / "out", shrink=isinstance(module, Net)), max_steps=1
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -163,7 +170,7 @@ def test_a_trained_model_that_cannot_be_saved_is_not_lost(tmp_path, failing):
     setattr(module, failing, fail)
     (tmp_path / "out-state.pt").touch()
     with pytest.raises(OSError, match=rf"RuntimeError: out of ink.*{tmp_path}/out-state-2\.pt"):
-        trainer(SavePretrained(tmp_path / "out"), max_steps=2).fit(module, loader())
+        fit_module(module, SavePretrained(tmp_path / "out"), max_steps=2)
     again = Net()
     again.load_state_dict(torch.load(tmp_path / "out-state-2.pt"))
     assert same(again, module)
@@ -173,7 +180,7 @@ def test_a_trained_model_that_cannot_be_saved_is_not_lost(tmp_path, failing):
 def card_after(tmp_path, *callbacks):
     module = CausalLMModule(tiny_llama(), lr=0.1)
     saving = SavePretrained(tmp_path / "out")
-    trainer(*callbacks, saving, max_steps=2).fit(module, DataLoader(windows_of_text(2)))
+    fit_module(module, *callbacks, saving, data=DataLoader(windows_of_text(2)), max_steps=2)
     path = tmp_path / "out/README.md"
     return module, path.read_text() if path.exists() else None
 
@@ -204,7 +211,7 @@ def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
     assert not first_block.mlp.fc1.bias.any()  # zero before training, but not after it
     pruning = PruningCallback(method="magnitude", keep_zeros=keep_zeros)
     images = DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2)
-    trainer(pruning, SavePretrained(tmp_path / "out"), max_steps=2).fit(module, images)
+    fit_module(module, pruning, SavePretrained(tmp_path / "out"), data=images, max_steps=2)
     saved = load_file(tmp_path / "out/model.safetensors").values()
     share = sum(int((tensor == 0).sum()) for tensor in saved) / sum(map(torch.numel, saved))
     assert f"which is {share:.2%} of all" in (tmp_path / "out/README.md").read_text()
@@ -212,8 +219,12 @@ def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
 
 def test_the_folder_is_pushed_to_the_hub(tmp_path, hub):
     saving = SavePretrained(tmp_path / "out", push_to_hub="us/tiny")
-    trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(
-        CausalLMModule(tiny_llama()), DataLoader(windows_of_text(1))
+    fit_module(
+        CausalLMModule(tiny_llama()),
+        PruningCallback(method="magnitude"),
+        saving,
+        data=DataLoader(windows_of_text(1)),
+        max_steps=1,
     )
     assert hub.repositories == {
         "us/tiny": {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -227,8 +238,8 @@ def windows():
 def test_leaves_out_hidden_units_that_are_zero(tmp_path):
     module = CausalLMModule(tiny_llama(), lr=0.01)
     pruning = WandaPrune(0.5, pattern="structured", num_samples=4)
-    trainer(pruning, SavePretrained(tmp_path / "out", shrink=True), max_steps=2).fit(
-        module, windows()
+    fit_module(
+        module, pruning, SavePretrained(tmp_path / "out", shrink=True), data=windows(), max_steps=2
     )
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     ids = windows_of_text()
@@ -237,9 +248,7 @@ def test_leaves_out_hidden_units_that_are_zero(tmp_path):
     # The one in memory keeps its zeros.
     assert module.model.model.layers[0].mlp.up_proj.out_features == width
     with torch.no_grad():
-        torch.testing.assert_close(
-            small(ids).logits, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-5
-        )
+        assert_close(small(ids).logits, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
     assert "not in the saved model" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -247,7 +256,7 @@ def test_zeros_that_cannot_be_left_out_are_saved(tmp_path):
     module = CausalLMModule(tiny_llama(), lr=0.01)
     saving = SavePretrained(tmp_path, shrink=True)
     with pytest.warns(UserWarning, match=r"saved with its zeros\. shrink must remove something"):
-        trainer(PruningCallback(method="magnitude"), saving, max_steps=1).fit(module, windows())
+        fit_module(module, PruningCallback(method="magnitude"), saving, data=windows(), max_steps=1)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
 
 
@@ -313,7 +322,7 @@ def test_a_run_that_is_resumed_after_pruning_compares_at_once(tmp_path):
 
 def test_a_model_that_was_pruned_earlier(tmp_path):
     module = Worsening()
-    trainer(prune_at(), max_steps=1).fit(module, loader())
+    fit_module(module, prune_at(), max_steps=1)
     best = BestAfterPruning("loss", dirpath=tmp_path)
     trainer(KeepZeros(), best, max_epochs=2, enable_checkpointing=True).fit(
         module, loader(), loader()

@@ -18,8 +18,10 @@ from support.callbacks import (
     SaveAt,
     all_at,
     equal,
+    fit_module,
     killed_and_resumed,
     loader,
+    run_loop,
     same,
     share_of_zeros,
     state,
@@ -27,10 +29,12 @@ from support.callbacks import (
     trainer,
     zeros,
 )
+from support.mlps import relu_mlp
+from support.quiet import prune
 from timm.optim import Lion
 from torch import nn
 
-from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrune, prune
+from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrune
 
 
 @pytest.fixture
@@ -38,8 +42,13 @@ def gradual(tmp_path):
     """A module and its callback after three steps, with an average, and the checkpoints of steps 2 and 3."""
     module = made("sign")
     callback = Counted(at_step=2)
-    trainer(callback, EMAWeightAveraging(), SaveAt(tmp_path, 2, 3), max_steps=3).fit(
-        module, Resumable()
+    fit_module(
+        module,
+        callback,
+        EMAWeightAveraging(),
+        SaveAt(tmp_path, 2, 3),
+        data=Resumable(),
+        max_steps=3,
     )
     saved = {step: torch.load(tmp_path / f"{step}.ckpt", weights_only=True) for step in (2, 3)}
     return SimpleNamespace(module=module, callback=callback, saved=saved)
@@ -49,9 +58,7 @@ class TestCheckpoints:
     def test_the_weights_load_into_plain_modules(self, gradual):
         weights = gradual.saved[3]["state_dict"]
         assert weights.keys() == Net().state_dict().keys()
-        plain = nn.Sequential(
-            nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)
-        )
+        plain = relu_mlp(32, 64, 64, 16)
         plain.load_state_dict(
             {key.removeprefix("layers."): value for key, value in weights.items()}
         )
@@ -82,9 +89,7 @@ class TestCheckpoints:
         fit.fit(module, loader())
         fit.save_checkpoint(tmp_path / "pruned.ckpt")
         loaded = Net()
-        trainer(WandaPrune(num_samples=12)).test(
-            loaded, loader(), ckpt_path=tmp_path / "pruned.ckpt"
-        )
+        run_loop("test", loaded, WandaPrune(num_samples=12), ckpt_path=tmp_path / "pruned.ckpt")
         assert same(loaded, module)
 
     def test_a_dense_checkpoint_is_pruned_when_training_goes_on(self, tmp_path):
@@ -93,7 +98,7 @@ class TestCheckpoints:
         fit.save_checkpoint(tmp_path / "dense.ckpt")
         module = Net(ADAMW)
         callback = WandaPrune(num_samples=12)
-        trainer(callback, max_epochs=2).fit(module, loader(), ckpt_path=tmp_path / "dense.ckpt")
+        fit_module(module, callback, max_epochs=2, ckpt_path=tmp_path / "dense.ckpt")
         # Although the moments that were loaded are not zero there.
         assert share_of_zeros(module) == all_at(0.5)
 
@@ -170,8 +175,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
     whole = made(optimizer)
     callback = Counted(**choices)
     saves = (2, 6, 8)  # of six batches an epoch
-    trainer(*callbacks_of(options, callback), SaveAt(tmp_path, *saves), **steps).fit(
-        whole, Resumable()
+    fit_module(
+        whole, *callbacks_of(options, callback), SaveAt(tmp_path, *saves), data=Resumable(), **steps
     )
     assert callback.pruned_at == pruned_at
     assert when == "not kept" or all(where.float().mean() >= 0.5 for where in zeros(whole).values())
@@ -179,7 +184,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
         resumed = made(optimizer)
         again = Counted(**choices)
         path = tmp_path / f"{step}.ckpt"
-        trainer(*callbacks_of(options, again), **steps).fit(resumed, Resumable(), ckpt_path=path)
+        fit_module(
+            resumed, *callbacks_of(options, again), data=Resumable(), **steps, ckpt_path=path
+        )
         assert again.pruned_at == [at for at in pruned_at if at > step]
         assert again.report.layers == callback.report.layers
         # To the last field, from the checkpoint.
@@ -190,12 +197,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
 def test_a_checkpoint_written_by_another_callback_right_before_pruning(tmp_path):
     whole = made("adamw")
     resumed = made("adamw")
-    trainer(SaveAt(tmp_path, 5), Counted(at_step=5), max_steps=8).fit(whole, Resumable())
+    fit_module(whole, SaveAt(tmp_path, 5), Counted(at_step=5), data=Resumable(), max_steps=8)
     assert not any(
         (torch.load(tmp_path / "5.ckpt")["state_dict"][name] == 0).any() for name in all_at(0.5)
     )
     callback = Counted(at_step=5)
-    trainer(callback, max_steps=8).fit(resumed, Resumable(), ckpt_path=tmp_path / "5.ckpt")
+    fit_module(resumed, callback, data=Resumable(), max_steps=8, ckpt_path=tmp_path / "5.ckpt")
     assert callback.pruned_at == [5]
     assert equal(state(resumed), state(whole))
 
@@ -204,10 +211,10 @@ def test_the_same_callback_goes_back_to_an_earlier_checkpoint(tmp_path):
     whole = made("sign")
     resumed = made("sign")
     callback = Counted(at_step=5)
-    trainer(callback, SaveAt(tmp_path, 3, 7), max_steps=10).fit(whole, Resumable())
+    fit_module(whole, callback, SaveAt(tmp_path, 3, 7), data=Resumable(), max_steps=10)
     for step, pruned_at in ((7, [5]), (3, [5, 5]), (7, [5, 5])):
-        trainer(callback, max_steps=10).fit(
-            resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt"
+        fit_module(
+            resumed, callback, data=Resumable(), max_steps=10, ckpt_path=tmp_path / f"{step}.ckpt"
         )
         assert callback.pruned_at == pruned_at
         assert equal(state(resumed), state(whole))
@@ -219,13 +226,18 @@ def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path):
         return first, Counted(0.25, at_step=6, skip=["layers.2", "layers.4"])
 
     whole = made("adamw")
-    trainer(*both(), SaveAt(tmp_path, 2, 4, 6, 8), max_steps=10).fit(whole, Resumable())
+    fit_module(whole, *both(), SaveAt(tmp_path, 2, 4, 6, 8), data=Resumable(), max_steps=10)
     assert share_of_zeros(whole) == {**all_at(0.5), "layers.0.weight": 0.25}
     for step in (2, 4, 6, 8):
         resumed = made("adamw")
         first, second = both()
-        trainer(second, first, max_steps=10).fit(
-            resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt"
+        fit_module(
+            resumed,
+            second,
+            first,
+            data=Resumable(),
+            max_steps=10,
+            ckpt_path=tmp_path / f"{step}.ckpt",
         )
         assert first.pruned_at == [at for at in [3] if at > step]
         # The reports are of the checkpoint, or of a pruning.
@@ -235,7 +247,7 @@ def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path):
 
 def pruned_elsewhere(optimizer, skip=()):
     module = made(optimizer)
-    prune(module, criterion="magnitude", pattern="unstructured", skip=skip, progress=False)
+    prune(module, criterion="magnitude", pattern="unstructured", skip=skip)
     return module
 
 
@@ -259,7 +271,7 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, make):
         to_quarters(module)
         module.breaks = breaks
         if make is KeepZeros:
-            prune(module, criterion="magnitude", pattern="unstructured", progress=False)
+            prune(module, criterion="magnitude", pattern="unstructured")
         fit = trainer(make(), max_steps=8)
         with pytest.raises(RuntimeError, match="out of paper") if breaks else nullcontext():
             fit.fit(module, batches, ckpt_path=path)
@@ -293,9 +305,7 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, make):
 )
 def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, second, message):
     module = made("adamw")
-    trainer(WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2).fit(
-        module, loader()
-    )
+    fit_module(module, WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2)
     callback = WandaPrune(num_samples=12, **second)
     run = getattr(trainer(callback, max_steps=4), loop)
     with pytest.raises(ValueError, match=f"WandaPrune wrote with .*{message}"):
@@ -306,7 +316,7 @@ def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, seco
 def test_a_report_of_another_version_stops_nothing(tmp_path):
     """Training resumes without it."""
     whole = made("adamw")
-    trainer(Counted(at_step=2), SaveAt(tmp_path, 3), max_steps=6).fit(whole, Resumable())
+    fit_module(whole, Counted(at_step=2), SaveAt(tmp_path, 3), data=Resumable(), max_steps=6)
     saved = torch.load(tmp_path / "3.ckpt", weights_only=True)
     (own,) = [state for name, state in saved["callbacks"].items() if "Counted" in name]
     own["of_a_later_version"] = 1
@@ -315,8 +325,8 @@ def test_a_report_of_another_version_stops_nothing(tmp_path):
     resumed = made("adamw")
     callback = Counted(at_step=2)
     with pytest.warns(UserWarning, match="argument: .zeros."):
-        trainer(callback, max_steps=6).fit(
-            resumed, Resumable(), ckpt_path=tmp_path / "changed.ckpt"
+        fit_module(
+            resumed, callback, data=Resumable(), max_steps=6, ckpt_path=tmp_path / "changed.ckpt"
         )
     assert (callback.pruned_at, callback.report) == ([], None)
     assert equal(state(resumed), state(whole))
@@ -372,11 +382,15 @@ def test_keep_zeros_alone(tmp_path, optimizer, dead):
     resumed = made(optimizer)
     for name in dead:
         nn.init.zeros_(whole.get_submodule(name).weight)
-    trainer(KeepZeros(), SaveAt(tmp_path, 1, 7), max_steps=10).fit(whole, Resumable())
+    fit_module(whole, KeepZeros(), SaveAt(tmp_path, 1, 7), data=Resumable(), max_steps=10)
     assert (torch.load(tmp_path / "1.ckpt")["state_dict"]["layers.4.weight"] == 0).any()
     for step in (1, 7):
-        trainer(KeepZeros(), max_steps=10).fit(
-            resumed, Resumable(), ckpt_path=tmp_path / f"{step}.ckpt"
+        fit_module(
+            resumed,
+            KeepZeros(),
+            data=Resumable(),
+            max_steps=10,
+            ckpt_path=tmp_path / f"{step}.ckpt",
         )
         assert equal(state(resumed), state(whole))
 
@@ -388,5 +402,5 @@ def test_keep_zeros_from_a_checkpoint_of_a_run_that_only_measured(tmp_path):
     measured.validate(module, loader(), verbose=False)
     measured.save_checkpoint(tmp_path / "pruned.ckpt")
     resumed = made("adamw")
-    trainer(KeepZeros(), max_steps=3).fit(resumed, loader(), ckpt_path=tmp_path / "pruned.ckpt")
+    fit_module(resumed, KeepZeros(), max_steps=3, ckpt_path=tmp_path / "pruned.ckpt")
     assert share_of_zeros(resumed) == all_at(0.5)

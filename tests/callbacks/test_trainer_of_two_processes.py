@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 from safetensors.torch import load_file
 from support import pair_cases as cases
+from support.layers import assert_same
 from support.pair_cases import (
     alone,
     assert_equal_everywhere,
@@ -16,10 +17,11 @@ from support.pair_cases import (
     assert_same_weights,
 )
 from support.pairwise import pairwise
+from support.quiet import prune
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning import KeepZeros, WandaPrune, prune
+from wanda_lightning import KeepZeros, WandaPrune
 from wanda_lightning.callbacks.calibration_data import CalibrationData
 from wanda_lightning.callbacks.trainer import processes_of
 
@@ -31,10 +33,9 @@ def test_a_given_loader_is_divided(pair, num_samples):
     (batches, weights, report), (others, other_weights, _) = pair.run(cases.fit, num_samples, True)
     samples = cases.SAMPLES[:num_samples]
     own = [list(samples.split(3))[rank::2] for rank in (0, 1)]
-    assert all(map(torch.equal, batches, own[0]))
-    assert all(map(torch.equal, others, own[1]))
+    assert_same([batches, others], own)
     module = cases.Regression()
-    expected = prune(module, list(samples.split(3)), progress=False)
+    expected = prune(module, list(samples.split(3)))
     assert_equal_everywhere(weights, other_weights)
     assert_same_weights(weights, dict(module.named_parameters()))
     assert_same_report(report, expected)
@@ -83,7 +84,7 @@ def test_the_callback_prunes_and_keeps_the_zeros(pair):
         cases.fit_with, "ddp", partial(WandaPrune, num_samples=16, dataloader=loader)
     )
     module = cases.Regression()
-    expected = prune(module, list(cases.SAMPLES.split(2)), progress=False)
+    expected = prune(module, list(cases.SAMPLES.split(2)))
     for pruned, trained, report in results:
         assert_same_weights(pruned, dict(module.named_parameters()))
         assert_same_report(report, expected)

@@ -36,7 +36,7 @@ def stored(tmp_path_factory):
         tiny_tokenizer().save_pretrained(folder / name)
     write_tasks(folder / "tasks")
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng()
     for name in ("text.txt", "other.txt"):
         words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(500)]
         (folder / name).write_text(" ".join(words))

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from support.cli import IGNORED_WARNINGS, run
 from support.gguf import write_gguf
-from support.zoo import ZOO
+from support.zoo import model_of
 from transformers import AutoModelForCausalLM, T5Config
 
 from wanda_lightning.cli import inspect_command
@@ -49,7 +49,7 @@ def test_inspect_allocates_no_weights(capsys, monkeypatch, name, expected):
 
     monkeypatch.setattr(inspect_command, "model_from_config", model_from_config)
     write_gguf("tiny.gguf")
-    ZOO["mixtral"].build().config.save_pretrained("experts")
+    model_of("mixtral").config.save_pretrained("experts")
     assert run("inspect", "--model", name) == 0
     assert all(parameter.is_meta for parameter in built[0].parameters())
     out = " ".join(capsys.readouterr().out.split())

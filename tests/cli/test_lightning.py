@@ -9,6 +9,7 @@ import torch
 import yaml
 from support import own_criterion
 from support.cli import IGNORED_WARNINGS, SEQLEN, run
+from support.layers import assert_same
 
 from wanda_lightning import CausalLMModule, ImageClassifierModule, PruningReport
 
@@ -126,7 +127,7 @@ def test_checkpoints_of_fit_are_loaded(write, model, module, monitor):
     saved = torch.load("best/last.ckpt", weights_only=True)
     assert saved["hyper_parameters"]["_class_path"] == f"wanda_lightning.{module.__name__}"
     loaded = module.load_from_checkpoint("best/last.ckpt").state_dict()
-    assert all(torch.equal(weight, loaded[name]) for name, weight in saved["state_dict"].items())
+    assert_same(loaded, saved["state_dict"])
 
     goes_on = ["--config", recipe, "--ckpt_path", "best/last.ckpt"]
     assert run("validate", *goes_on) == 0

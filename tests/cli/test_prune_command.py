@@ -26,6 +26,7 @@ from support.cli import (
     zeros_by_layer,
 )
 from support.hub import hub as hub
+from support.layers import assert_same
 from support.reports import Page
 from transformers import AutoModelForCausalLM
 
@@ -154,7 +155,7 @@ def test_a_page_changes_nothing_else(text):
     assert replace(with_page, samples=(), command=without.command, costs=without.costs) == without
     weights = load_file("a/model/model.safetensors")
     others = load_file("b/model/model.safetensors")
-    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+    assert_same(weights, others)
     sentence = r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\."
     assert re.search(sentence, Page(Path("a.html")).text)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from support.cli import IGNORED_WARNINGS, everything_in, run
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
@@ -40,7 +41,7 @@ def test_shrinks_a_language_model(structured, capsys, stream):
     assert run("shrink", "--model", structured, "--save_model", "small", *stream) == 0
     assert capsys.readouterr().out == f"{TOOK}\nThe model is in small.\n"
     assert json.loads(Path("small/config.json").read_text())["intermediate_size"] == 32
-    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+    assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
     assert everything_in(Path("small"))["tokenizer.json"] == before["tokenizer.json"]
     assert everything_in(Path(structured)) == before
 
@@ -96,7 +97,7 @@ def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, mon
     monkeypatch.setattr(StreamedWeights, "visits", None)  # nothing is pruned again
     assert run(*command) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small", "out"}
-    torch.testing.assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
+    assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
     assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 32
     card = ModelCard.load("small/README.md")
     assert "not in the saved model" in card.text

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from support.layers import allocate, dense_layer, seeded
+from support.layers import allocate, dense_layer, rng
 
 from wanda_lightning.core.allocation import OWL, DenseLayer, Fisher, PerLayer, match_target
 from wanda_lightning.core.patterns import NM, Unstructured
@@ -37,7 +37,7 @@ def test_outliers_get_at_most_what_a_layer_can_have(layers_with_outliers):
 )
 def test_weights_that_matter_less_get_more_sparsity(sparsity, deviation):
     """Above 60 %, the differences are limited by what is kept."""
-    weight = torch.randn(8, 100, generator=seeded())
+    weight = torch.randn(8, 100, generator=rng())
     tokens = torch.ones(1, 100)
     layers = [
         ("a", "a", weight * 0.1, tokens),
@@ -51,7 +51,7 @@ def test_weights_that_matter_less_get_more_sparsity(sparsity, deviation):
 
 def test_the_score_of_a_weight_is_its_square_times_input_and_row():
     """Layers whose rows differ get the fractions of their scores, written out, below the median of all scores."""
-    generator = seeded()
+    generator = rng()
     layers = []
     scores = []
     for name in ("a", "b"):
@@ -72,7 +72,7 @@ NAMES = ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down", "last"]
 
 
 def plain_layers():
-    generator = seeded()
+    generator = rng()
     return [(name, name, torch.randn(4, 100, generator=generator), None) for name in NAMES]
 
 
@@ -153,7 +153,7 @@ def test_mixed_n_of_m_has_the_mean_of_n_of_m(seed, heights, n):
         dense_layer(name, name, torch.ones(d_out, 16), None, pattern)
         for name, d_out in zip(names, heights, strict=True)
     ]
-    drawn = torch.rand(len(heights), generator=seeded(seed))
+    drawn = torch.rand(len(heights), generator=rng(seed))
     wanted = dict(zip(names, drawn.tolist(), strict=True))
     sparsities = match_target(layers, wanted, pattern.sparsity)
 

@@ -5,15 +5,16 @@ import dataclasses
 import sys
 
 import jaxtyping
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from numpy.testing import assert_allclose
 from support import reference
 from support.layers import (
     DTYPES,
     WIDE,
     allocate,
+    assert_same,
     mean_of,
     random_layer,
     random_layers,
@@ -21,6 +22,7 @@ from support.layers import (
     statistics,
 )
 from support.pairwise import pairwise
+from torch.testing import assert_close
 
 from wanda_lightning.core.allocation import OWL, Allocation, Fisher, PerLayer, Uniform
 from wanda_lightning.core.criteria import RIA, Criterion, Saliency
@@ -104,7 +106,7 @@ def test_scores_are_those_of_a_loop(criterion, dtype):
     scores = criterion_object(weight, statistics(tokens, criterion_object))
     assert scores.dtype == torch.promote_types(dtype, torch.float32)
     expected = reference.SCORES[criterion](reference.array(weight), reference.array(tokens))
-    np.testing.assert_allclose(reference.array(scores), expected, rtol=1e-5)
+    assert_allclose(reference.array(scores), expected, rtol=1e-5)
     assert torch.equal(weight, before)
 
 
@@ -157,8 +159,7 @@ def test_pruning_changes_no_argument(case):
     pruned, _ = case.solve()
     assert torch.equal(case.weight, before.weight)
     assert pruned.data_ptr() != case.weight.data_ptr()
-    for name, value in before.inputs.sums.items():
-        assert torch.equal(case.inputs.sums[name], value)
+    assert_same(case.inputs.sums, before.inputs.sums)
 
 
 @EVERY_CASE
@@ -193,7 +194,7 @@ def test_pruning_twice_changes_nothing(criterion, pattern, solver):
     once, keep_once = case.solve()
     twice, keep_twice = dataclasses.replace(case, weight=once).solve()
     assert torch.equal(keep_twice, keep_once)
-    torch.testing.assert_close(twice, once, rtol=0 if case.solver == ZeroOut() else 1e-4, atol=0)
+    assert_close(twice, once, rtol=0 if case.solver == ZeroOut() else 1e-4, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, together, s
         alone, keep_alone = solver(layer, inputs, selection)
         assert pruned.dtype == layer.dtype
         assert torch.equal(keep, keep_alone)
-        torch.testing.assert_close(pruned, alone, rtol=1e-6, atol=1e-9)
+        assert_close(pruned, alone, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from support import reference
-from support.layers import seeded
+from support.layers import rng
 from support.reference import assert_keeps
 
 from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each
 
 
 def integers(groups, size, levels):
-    generator = seeded(size)
+    generator = rng(size)
     return torch.randint(0, levels, (groups, size), generator=generator)
 
 

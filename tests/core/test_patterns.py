@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings, strategies as st
 from support import reference
-from support.layers import seeded
+from support.layers import rng
 from support.reference import assert_keeps
 
 from wanda_lightning.core.patterns import NM, EqualShare, Unstructured
@@ -23,13 +23,13 @@ def score_matrices(draw, multiple_of=1, multiples=40):
     rows = draw(st.integers(1, 6))
     d_in = multiple_of * draw(st.integers(1, multiples))
     levels = draw(st.sampled_from([1, 3, 10_000]))
-    generator = seeded(draw(st.integers(0, 2**32 - 1)))
+    generator = rng(draw(st.integers(0, 2**32 - 1)))
     return torch.randint(0, levels, (rows, d_in), generator=generator).float()
 
 
 def distinct_scores(rows, d_in):
     """The numbers 1 ... rows * d_in in random order."""
-    order = torch.randperm(rows * d_in, generator=seeded())
+    order = torch.randperm(rows * d_in, generator=rng())
     return (1 + order).reshape(rows, d_in)
 
 
@@ -63,7 +63,7 @@ def test_equal_share_is_the_bisection(shape, sparsity):
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
 def test_equal_share_leaves_a_pruned_matrix_as_it_is(sparsity):
     # A thousandth is 4 weights of a row.
-    scores = torch.rand(4, 4096, generator=seeded())
+    scores = torch.rand(4, 4096, generator=rng())
     keep = EqualShare()(scores, sparsity)
     assert torch.equal(EqualShare()(scores * keep, sparsity), keep)
 

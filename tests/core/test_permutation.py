@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from support.layers import seeded
+from support.layers import rng
 
 from wanda_lightning import NM, Assignment, EqualShare, NoPermutation, Unstructured
 from wanda_lightning.core import permutation
@@ -12,7 +12,7 @@ from wanda_lightning.core.permutation import kept_score
 
 
 def random_scores(d_out, d_in):
-    generator = seeded()
+    generator = rng()
     column_scale = torch.rand(d_in, generator=generator)
     return torch.rand(d_out, d_in, generator=generator) * column_scale
 

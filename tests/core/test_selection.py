@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import reference
-from support.layers import random_layer, seeded, statistics
+from support.layers import random_layer, rng, statistics
 from support.reference import assert_keeps
 
 from wanda_lightning.core.criteria import Wanda
@@ -15,7 +15,7 @@ WEIGHED = Unstructured("layer", weigh_rows=True)
 
 
 def some_row_weights():
-    rows = torch.rand(16, generator=seeded(3))
+    rows = torch.rand(16, generator=rng(3))
     rows[2] = 0
     return rows / rows.mean()
 

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from support.layers import DTYPES, random_layer, seeded, solve
+from numpy.testing import assert_allclose
+from support.layers import DTYPES, random_layer, rng, solve
 from support.pairwise import pairwise
+from torch.testing import assert_close
 
 from wanda_lightning.core.solvers import SparseGPT
 from wanda_lightning.core.statistics import (
@@ -25,12 +27,12 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def random_tokens():
-    return torch.randn(24, 6, generator=seeded())
+    return torch.randn(24, 6, generator=rng())
 
 
 def integer_tokens(seed, count):
     """Their squares add up without rounding, so the order of a sum cannot matter."""
-    generator = seeded(seed)
+    generator = rng(seed)
     return torch.randint(-20, 21, (count, 6), generator=generator).float()
 
 
@@ -45,7 +47,7 @@ def assert_same(some, other):
     assert some.count == other.count
     assert some.sums.keys() == other.sums.keys()
     for name in some.sums:
-        torch.testing.assert_close(some.sums[name], other.sums[name], rtol=0, atol=0)
+        assert_close(some.sums[name], other.sums[name], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def assert_same(some, other):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squares_are_summed_over_the_first_dimension_in_any_layout(shape, dtype):
     """Integers below 8: their squares add up without rounding."""
-    integers = torch.randint(-7, 8, shape, generator=seeded())
+    integers = torch.randint(-7, 8, shape, generator=rng())
     expected = (integers.numpy() ** 2).sum(axis=0)
     channels_last = integers.movedim(1, -1).contiguous().movedim(-1, 1)
     strided = integers.repeat_interleave(2, dim=0)[::2]
@@ -66,9 +68,9 @@ def test_squares_are_summed_over_the_first_dimension_in_any_layout(shape, dtype)
 
 @pytest.mark.parametrize("width", [1, 511, 512, 513, 1100])  # made of halves from 512 on
 def test_a_wide_gram_matrix_is_that_of_one_product(width):
-    tokens = torch.randn(30, width, dtype=torch.float64, generator=seeded())
+    tokens = torch.randn(30, width, dtype=torch.float64, generator=rng())
     gram = statistics(tokens).sums["gram"]
-    np.testing.assert_allclose(gram.numpy(), tokens.numpy().T @ tokens.numpy(), rtol=0, atol=1e-12)
+    assert_allclose(gram.numpy(), tokens.numpy().T @ tokens.numpy(), rtol=0, atol=1e-12)
 
 
 BACKENDS = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
@@ -188,7 +190,7 @@ def dampened(gram):
 
 
 def test_the_diagonal_is_dampened_by_a_fraction_of_its_mean(gram, dampened):
-    np.testing.assert_allclose(dampen_(gram, 0.1).numpy(), dampened)
+    assert_allclose(dampen_(gram, 0.1).numpy(), dampened)
 
 
 def test_without_active_inputs_all_are_dampened_the_same():
@@ -198,26 +200,26 @@ def test_without_active_inputs_all_are_dampened_the_same():
 def test_the_cholesky_factor_is_that_of_numpy(gram, dampened):
     lower, used = cholesky(gram, 0.1)
     assert used == 0.1
-    np.testing.assert_allclose(lower.numpy(), np.linalg.cholesky(dampened))
+    assert_allclose(lower.numpy(), np.linalg.cholesky(dampened))
 
 
 def test_the_inverse_factor_is_upper_triangular_and_one_of_the_inverse(gram, dampened):
     upper = inverse_factor(gram, 0.1).numpy()
     assert not np.tril(upper, -1).any()
-    np.testing.assert_allclose(upper.T @ upper, np.linalg.inv(dampened), rtol=1e-9, atol=1e-12)
+    assert_allclose(upper.T @ upper, np.linalg.inv(dampened), rtol=1e-9, atol=1e-12)
 
 
 def test_a_scaled_matrix_has_a_diagonal_of_1(gram, dampened):
     scale, correlations = scaled(gram, 0.1)
-    np.testing.assert_allclose(np.outer(scale, scale) * correlations.numpy(), dampened)
-    np.testing.assert_allclose(correlations.diagonal(), 1)
+    assert_allclose(np.outer(scale, scale) * correlations.numpy(), dampened)
+    assert_allclose(correlations.diagonal(), 1)
 
 
 def test_an_indefinite_matrix_is_dampened_until_it_is_definite():
     gram = torch.diag(torch.tensor([5.0, 5.0, -1.0]))
     lower, used = cholesky(gram, 0.01)
     assert used == 1
-    torch.testing.assert_close(lower @ lower.t(), dampen_(gram.clone(), 1.0))
+    assert_close(lower @ lower.t(), dampen_(gram.clone(), 1.0))
 
 
 def test_too_few_tokens_are_dampened(caplog):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from support.data import images_of, opened, paint, vit
+from torch.testing import assert_close
 
 from wanda_lightning import ImageDataModule
 
@@ -39,7 +40,7 @@ def test_a_folder_in_the_manner_of_imagenet(imagenet, in_chans):
     if in_chans == 1:  # ITU-R 601
         colours = [[round(0.587 * green + 0.114 * blue)] for _, green, blue in colours]
     expected = torch.tensor(colours)[:, :, None, None] / 255 * 2 - 1
-    torch.testing.assert_close(images, expected.expand_as(images), atol=0.01, rtol=0)
+    assert_close(images, expected.expand_as(images), atol=0.01, rtol=0)
     assert images_of(data.calibration_dataloader())[0].shape[0] == 5
     train, labels = images_of(data.train_dataloader())
     assert train.shape == (8, in_chans, 16, 16)

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from support.callbacks import SaveAt, trainer
 from support.cli import save_noise
 from support.data import images_of, opened, paint, vit
+from support.layers import rng
 from torch import nn
 
 from wanda_lightning import ImageClassifierModule, ImageDataModule
@@ -46,7 +47,7 @@ def test_calibration_images_are_a_seeded_choice_of_training_images(seed):
     data = opened("digits", vit(), num_samples=64, seed=seed)
     images, labels = images_of(data.calibration_dataloader())
     train = torch.stack([image for image, _ in data.train_dataloader().dataset])
-    order = torch.randperm(240, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(240, generator=rng(seed))
     assert torch.equal(images, train[order[:64]])
     assert len(labels.unique()) == 10
     assert data.describe_calibration(1) == f"digits, 1 image, seed {seed}"
@@ -139,7 +140,7 @@ def test_a_model_that_does_not_fit_is_refused(model, message):
 
 def test_calibration_is_not_augmented_but_training_is(tmp_path):
     for part in ("train", "val"):
-        save_noise(tmp_path / part / "noise", 1, np.random.default_rng(0))
+        save_noise(tmp_path / part / "noise", 1, np.random.default_rng())
     data = opened(str(tmp_path), vit())
     first, again = (images_of(data.calibration_dataloader())[0] for _ in range(2))
     assert torch.equal(first, again)

@@ -9,9 +9,10 @@ TF32, and several accelerators.
 import pytest
 import torch
 from support.disk import CHOICES, batches, same as same_weights, save_llama, weights
+from support.layers import rng
 from support.quiet import prune
 from support.remote import DEVICES, assert_equal, on
-from support.zoo import ZOO
+from support.zoo import ZOO, batches_of, model_of
 
 from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune_from_disk, shrink
 from wanda_lightning.common.evaluation_mode import seeded
@@ -29,8 +30,8 @@ def on_both(no_float64):
         models = []
         reports = []
         for device in DEVICES:
-            models.append(ZOO[specimen].build().to(device))
-            reports.append(prune(models[-1], ZOO[specimen].batches(), **choices))
+            models.append(model_of(specimen).to(device))
+            reports.append(prune(models[-1], batches_of(specimen), **choices))
         assert_equal(*models)
         assert (reports[0].layers, reports[0].notes) == (reports[1].layers, reports[1].notes)
         return models[1], " ".join(reports[1].notes)
@@ -45,7 +46,7 @@ def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
     monkeypatch.setattr(torch.remote, "manual_seed_all", seeds.append)
     with seeded(3, torch.device(device)):
         drawn = torch.rand(4)
-    assert torch.equal(drawn, torch.rand(4, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(drawn, torch.rand(4, generator=rng(3)))
     assert torch.equal(torch.get_rng_state(), before)
     assert seeds == ([] if device == "cpu" else [3])
 
@@ -101,15 +102,15 @@ def test_experts_leave(on_both):
 )
 def test_masks_of_a_large_matrix(pattern):
     """Many and large groups are compared in other ways than few and small ones, and on a CPU by NumPy."""
-    scores = torch.randint(50_000, (32, 8192), generator=torch.Generator().manual_seed(0)).float()
+    scores = torch.randint(50_000, (32, 8192), generator=rng()).float()
     assert torch.equal(pattern(scores.to("remote"), 0.5).cpu(), pattern(scores, 0.5))
 
 
 @pytest.mark.usefixtures("no_float64")
 def test_structured():
-    models = [ZOO["llama"].build().to(device) for device in DEVICES]
+    models = [model_of("llama").to(device) for device in DEVICES]
     for model in models:
-        prune(model, ZOO["llama"].batches(), method="best", pattern="structured")
+        prune(model, batches_of("llama"), method="best", pattern="structured")
         shrink(model)
     assert_equal(*models)
     assert models[1].model.layers[0].mlp.up_proj.weight.shape[0] < 64
@@ -159,9 +160,9 @@ CASES = {
 
 @pytest.mark.parametrize("choices", CASES.values(), ids=CASES)
 def test_a_model_on_two_devices(choices):
-    models = ZOO["llama"].build(), spread(ZOO["llama"].build())
+    models = model_of("llama"), spread(model_of("llama"))
     for model in models:
-        prune(model, ZOO["llama"].batches(), **choices)
+        prune(model, batches_of("llama"), **choices)
     assert_equal(*models)
     assert len({parameter.device for parameter in models[1].parameters()}) == 2
 
@@ -169,12 +170,12 @@ def test_a_model_on_two_devices(choices):
 def test_errors_say_where_an_activation_is_not_finite():
     messages = []
     for device in DEVICES:
-        model = ZOO["llama_left_padded"].build().to(device)
+        model = model_of("llama_left_padded").to(device)
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.weight[3].mul_(1e30)
         expected = r"o_proj holds NaN or infinity.* in calibration batch"
         with pytest.raises(ValueError, match=expected) as caught:
-            prune(model, ZOO["llama_left_padded"].batches())
+            prune(model, batches_of("llama_left_padded"))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 

@@ -16,8 +16,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from peft import get_peft_model
 from support import lora, modules
 from support.callbacks import ADAMW, SGD, Manual, Net, loader, trainer
+from support.quiet import prune
 from support.remote import DEVICES, assert_equal, on
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch.utils.data import DataLoader
 
 from wanda_lightning import (
@@ -28,7 +29,6 @@ from wanda_lightning import (
     PruningCallback,
     WandaPrune,
     keep_zeros,
-    prune,
     sample_windows,
 )
 from wanda_lightning.lora import merge
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def train(model, optimizer, device, clip=None):
-    for batch in on(device, ZOO["llama"].batches() * 2):
+    for batch in on(device, batches_of("llama") * 2):
         model(**batch, labels=batch["input_ids"]).loss.backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -52,10 +52,10 @@ def test_zeros_are_kept_in_plain_loops(optimizer, moves):
     """The model may also move after the call of `keep_zeros`, as Fabric and accelerate move it."""
     models = []
     for device in DEVICES:
-        model = ZOO["llama"].build()
+        model = model_of("llama")
         if moves == "before":
             model.to(device)
-        prune(model, method="magnitude", progress=False)
+        prune(model, method="magnitude")
         zeros = {name: (p == 0).cpu() for name, p in model.named_parameters() if p.ndim > 1}
         updates = optimizer(model.parameters())
         with keep_zeros(model, updates):
@@ -67,9 +67,9 @@ def test_zeros_are_kept_in_plain_loops(optimizer, moves):
 
 
 def test_a_run_resumes():
-    models = [ZOO["llama"].build().to(device) for device in DEVICES]
+    models = [model_of("llama").to(device) for device in DEVICES]
     for model, device in zip(models, DEVICES, strict=True):
-        prune(model, method="magnitude", progress=False)
+        prune(model, method="magnitude")
         updates = SGD(model.parameters())
         weight = model.model.layers[0].mlp.up_proj.weight
         with keep_zeros(model, updates) as held:

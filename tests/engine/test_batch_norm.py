@@ -1,20 +1,22 @@
 """The correction of BatchNorm statistics, against a slow version that keeps all inputs of all layers."""
 
-import copy
+from copy import deepcopy
 from functools import partial
 from itertools import cycle, repeat
 
 import pytest
 import torch
 from support.detectors import retinanet, scenes
+from support.layers import assert_same, rng
 from support.pair_cases import prune_batch_norms
 from support.quiet import prune
 from support.refusals import state_of
 from support.samples import calls_of
-from support.zoo import ZOO, run, seeded
+from support.zoo import ZOO, model_of, run, seeded
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 from torchvision.ops import FrozenBatchNorm2d, Permute
 
@@ -28,8 +30,7 @@ def statistics(model):
     return [(x.running_mean.double(), x.running_var.double()) for x in batch_norm_layers(model)]
 
 
-close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-6)
-same = partial(torch.testing.assert_close, rtol=0, atol=0)
+close = partial(assert_close, rtol=1e-5, atol=1e-6)
 
 
 def moments(inputs):
@@ -41,7 +42,7 @@ def moments(inputs):
 @torch.no_grad()
 def slow(dense, pruned, batches):
     """The statistics of the pruned model, which has those of the dense one, after the correction of a copy."""
-    model = copy.deepcopy(pruned)
+    model = deepcopy(pruned)
     layers = set(batch_norm_layers(dense))
     layers = {name: layer for name, layer in dense.named_modules() if layer in layers}
     before = calls_of(dense, layers, batches)
@@ -72,8 +73,8 @@ def changed(model, other):
 
 def both(dense, batches, sparsity=0.5, **choices):
     """Prune without and with the correction."""
-    without = copy.deepcopy(dense)
-    corrected = copy.deepcopy(dense)
+    without = deepcopy(dense)
+    corrected = deepcopy(dense)
     prune(without, batches, sparsity, keep_batch_norm=True, **choices)
     report = prune(corrected, batches, sparsity, **choices)
     return without, corrected, report
@@ -81,11 +82,11 @@ def both(dense, batches, sparsity=0.5, **choices):
 
 def resnet():
     """A model in float64, in which rounding does not grow from layer to layer."""
-    return ZOO["resnet18"].build().double()
+    return model_of("resnet18").double()
 
 
 def random(shape, sizes):
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     return [torch.randn(size, *shape, generator=generator).double() for size in sizes]
 
 
@@ -176,7 +177,7 @@ def test_it_equals_the_slow_version(make, batches, choices, dtype, at_once, monk
     )
     without, corrected, report = both(dense, batches, **choices)
     assert all(map(torch.equal, without.parameters(), corrected.parameters()))
-    same(statistics(without), statistics(dense))
+    assert_same(statistics(without), statistics(dense))
     assert any(changed(corrected, dense))
     rtol = 1e-5 if dtype == torch.float64 else 2**-7
     close(statistics(corrected), slow(dense, without, batches), rtol=rtol)
@@ -225,7 +226,7 @@ def test_a_correction_that_hurts_is_undone(monkeypatch):
     )
     dense = resnet()
     _, corrected, report = both(dense, images(8), **MAGNITUDE)
-    same(statistics(corrected), statistics(dense))
+    assert_same(statistics(corrected), statistics(dense))
     assert (
         "keep their statistics instead of a correction, which would change the distance"
         in notes(report)[0]
@@ -288,7 +289,7 @@ def test_a_generator_gives_its_first_batches_to_the_other_passes_too():
     for model, given in zip(models, (iter(batches), batches), strict=True):
         report = prune(model, given, 0.5, sequential="none")
         assert report.config["calibration_batches"] == 3
-    same(models[0].state_dict(), models[1].state_dict())
+    assert_same(*models)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +298,7 @@ def test_a_generator_gives_its_first_batches_to_the_other_passes_too():
 def test_an_error_restores_the_statistics(last, text):
     """After 3 passes to try two samples, 2 dense batches, and 2 pruned ones."""
     dense = resnet()
-    model = copy.deepcopy(dense)
+    model = deepcopy(dense)
     calls = []
 
     def forward(x):
@@ -309,31 +310,31 @@ def test_an_error_restores_the_statistics(last, text):
     with pytest.raises(KeyError) as caught:
         prune(model, images(2, 3), **MAGNITUDE, forward=forward)
     assert text in caught.value.__notes__[-1]
-    same(statistics(model), statistics(dense))
+    assert_same(statistics(model), statistics(dense))
     assert state_of(model) == state_of(dense)
 
 
 def test_processes_add_their_sums(pair):
     batches = images(2, 3, 2)
     one, other = pair.run(prune_batch_norms, batches, shares=((0, 2), (1,)))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert_same(one, other)
     alone = resnet()
     prune(alone, batches, **MAGNITUDE, only=["layer4.*"])
     first = changed(alone, resnet()).index(True)
     # Later layers see inputs that the batches of one process have corrected.
     alone = [x.running_mean for x in batch_norm_layers(alone)]
-    torch.testing.assert_close(one[first], alone[first])
-    torch.testing.assert_close(one, alone, rtol=0.1, atol=0.02)
+    assert_close(one[first], alone[first])
+    assert_close(one, alone, rtol=0.1, atol=0.02)
 
 
 def test_distillation_starts_from_the_corrected_statistics_and_leaves_them():
     dense = resnet()
     batches = images(5, 5, 6)
-    corrected = copy.deepcopy(dense)
-    distilled = copy.deepcopy(dense).train()
+    corrected = deepcopy(dense)
+    distilled = deepcopy(dense).train()
     prune(corrected, batches, 0.5)
     report = prune(distilled, batches, 0.5, recovery=Distill(passes=1, blocks=False))
-    same(statistics(corrected), statistics(distilled))
+    assert_same(statistics(corrected), statistics(distilled))
     assert distilled.training
     assert not torch.equal(distilled.bn1.weight, corrected.bn1.weight)
     (before,) = distances(dense, [corrected], [torch.cat(batches)[index] for index in (7, 15)])

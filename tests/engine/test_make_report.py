@@ -7,9 +7,10 @@ import torch
 import yaml
 from support import mlps
 from support.chains import WIDTH, Chain, Looped, Mlp, through, vectors
+from support.layers import assert_same, rng
 from support.pairwise import spread
 from support.quiet import prune
-from support.zoo import ZOO, seeded
+from support.zoo import batches_of, model_of, seeded
 from torch import nn
 
 from wanda_lightning.common.wording import quantity
@@ -34,7 +35,7 @@ COVERED = """
 
 @pytest.mark.parametrize(("name", "choices", "text"), yaml.safe_load(COVERED))
 def test_low_coverage_is_said(name, choices, text, caplog):
-    report = prune(ZOO[name].build(), ZOO[name].batches(), **choices)
+    report = prune(model_of(name), batches_of(name), **choices)
     notes = coverage_notes(report)
     assert len(notes) == (text is not None)
     for note in notes:
@@ -52,7 +53,7 @@ def uneven():
 
 MISFITS = ["0.up", "1.up", "2.up", "3"]
 SAID = "the pattern does not fit 4 layers, 3 largest (input width 6 is not a multiple of 4): left dense"
-ROWS = torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1))
+ROWS = torch.randn(2, 8, 6, generator=rng(1))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
     assert coverage_notes(report)[0].startswith("only 35% of the weights")
     assert [record.getMessage() for record in caplog.records] == [*report.notes]
     prune(other, ROWS.split(1), pattern="2:4", skip=MISFITS, **choices)
-    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert_same(model, other)
 
 
 def test_zeros_from_before_count_toward_the_target():

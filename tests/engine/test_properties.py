@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, strategies as st
+from numpy.testing import assert_allclose
 from support import reference
+from support.layers import rng
+from support.quiet import prune
 from support.samples import samples_of
 from timm.layers import Conv2dSame
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import NM, Unstructured, prune
+from wanda_lightning import NM, Unstructured
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import forward_batch
@@ -54,7 +57,7 @@ class Case:
 
 def seeded(module, seed):
     """The generator that the weights came from."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = rng(seed)
     for parameter in module.parameters():
         nn.init.normal_(parameter, generator=generator)
     return generator
@@ -161,10 +164,10 @@ def assert_statistics(case):
         assert {value.dtype for value in sums.values()} == {wide}
         rtol = 1e-12 if case.dtype == torch.float64 else 1e-5
         scale = max(np.abs(gram).max(), 1e-30)
-        np.testing.assert_allclose(
+        assert_allclose(
             reference.array(sums["square_sum"]), reference.square_sum(tokens), rtol=rtol
         )
-        np.testing.assert_allclose(reference.array(sums["gram"]) / scale, gram / scale, atol=rtol)
+        assert_allclose(reference.array(sums["gram"]) / scale, gram / scale, atol=rtol)
 
 
 # PyTorch pads an image by itself where the two sides differ, and says so.
@@ -178,9 +181,7 @@ def test_statistics_and_masks_are_those_of_a_slow_loop_and_counts_are_exact(data
     assert_statistics(case)
     dense = case.matrices()
     pattern, sparsity = data.draw(patterns(next(iter(dense.values())).shape[1]))
-    report = prune(
-        case.model, case.batches, sparsity, pattern=pattern, sequential=sequential, progress=False
-    )
+    report = prune(case.model, case.batches, sparsity, pattern=pattern, sequential=sequential)
     pruned = {layer.name: layer for layer in report.layers}
     assert pruned.keys() == {name for name, tokens in case.tokens.items() if tokens.any()}
     for name, layer in pruned.items():

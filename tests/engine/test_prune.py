@@ -1,17 +1,20 @@
 """`prune` on every model of the zoo: nothing left out, and what a slow, independent procedure gives."""
 
-import copy
+from copy import deepcopy
 from itertools import cycle, product
 
 import pytest
 import torch
-from support.families import slow_prune
+from support.families import slow_prune, verify
+from support.layers import assert_same, rng
+from support.mlps import relu_mlp
 from support.pairwise import with_nightly
 from support.quiet import prune
 from support.refusals import state_of
 from support.samples import run_of
-from support.zoo import ZOO, double, matching, matrices, run
+from support.zoo import ZOO, batches_of, double, matching, matrices, model_of, run
 from torch import nn
+from torch.testing import assert_close
 from torch.utils._pytree import tree_map_only
 
 from wanda_lightning import ADMM, Reconstruct, Refit, SparseGPT, Structured
@@ -26,25 +29,19 @@ from wanda_lightning.training.held_zeros import HeldZeros, zeros_of
 
 
 def assert_complete(report, model, specimen, dense):
-    """Every matrix is pruned to one half of each row, or skipped for a reason; the kept weights are those of before."""
+    """Every matrix is pruned to one half of each row, or skipped as expected; the report counts right."""
+    verify(model, dense, report, "unstructured")
     everything = matrices(model)
     skipped = matching(everything, specimen.dense) | matching(everything, specimen.uncalled)
     assert {layer.name for layer in report.layers} == everything.keys() - skipped - tied(everything)
     assert {matrix.name for matrix in report.skipped} >= skipped
-    assert all(matrix.detail for matrix in report.skipped)
-    found = {layer.name: layer.read() for layer in find_layers(model).layers}
     for layer in report.layers:
-        weight = found[layer.name]
-        assert (weight == 0).sum(dim=1).eq(int(weight.shape[1] * 0.5)).all(), layer.name
-        assert layer.sparsity == pytest.approx(0.5, abs=0.5 / weight.shape[1])
+        assert layer.sparsity == pytest.approx(0.5, abs=0.5 / layer.shape[1])
         assert layer.tokens > 0 or layer.note.startswith("few tokens")
-    for key, value in model.named_parameters():
-        kept = value != 0
-        assert torch.equal(value[kept], dense[key][kept]), key
     parameters = nn.utils.parameters_to_vector(model.parameters())
     assert report.parameters == len(parameters)
     assert report.zeros == (parameters == 0).sum()
-    inside = sum(found[layer.name].numel() for layer in report.layers)
+    inside = sum(layer.size for layer in report.layers)
     assert report.coverage == pytest.approx(inside / report.parameters)
 
 
@@ -80,24 +77,24 @@ def test_equals_the_slow_procedure(name, sequential):
     if name not in NOT_SLOWLY:
         model = model.double()
         batches = tree_map_only(torch.Tensor, double, batches)
-    slow = copy.deepcopy(model)
+    slow = deepcopy(model)
     if hasattr(slow, "set_experts_implementation"):
         # Grouped products are not intercepted, and have no float64.
         slow.set_experts_implementation("eager")
 
     report = prune(model, batches, 0.5, sequential=sequential, keep_batch_norm=True)
-    assert_complete(report, model, specimen, dense=dict(slow.named_parameters()))
+    assert_complete(report, model, specimen, dense=slow)
     if name not in NOT_SLOWLY:
         slow_prune(slow, batches, sequential)
-        torch.testing.assert_close(model.state_dict(), slow.state_dict(), rtol=0, atol=0)
+        assert_same(model, slow)
 
 
 @pytest.mark.parametrize("name", ["llama_padded", "resnet18"])
 def test_passes_that_run_anyway_prune_like_one_pass(name):
     """Without a correction of BatchNorm layers, as the batches of a validation loop run only once."""
-    model = ZOO[name].build()
-    expected = copy.deepcopy(model)
-    batches = ZOO[name].batches()
+    model = model_of(name)
+    expected = deepcopy(model)
+    batches = batches_of(name)
     plan = run_of(model, batches, sequential="none").plan
     passive = PassiveCalibration(model, plan.whole_model, plan.observed, SINGLE_PROCESS)
     for batch in batches:
@@ -105,7 +102,7 @@ def test_passes_that_run_anyway_prune_like_one_pass(name):
             run(model, batch)
     report = prune_collected(plan, passive)
     prune(expected, batches, sequential="none", keep_batch_norm=True)
-    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert_same(model, expected)
     assert any("run only once" in note for note in report.notes) == (name == "resnet18")
 
 
@@ -116,30 +113,32 @@ def test_passes_that_run_anyway_prune_like_one_pass(name):
 @pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.7), ("2:4", 0.5)])
 def test_pruning_twice_changes_nothing_where_inputs_become_inactive(pattern, sparsity, sequential):
     """After ReLU, few tokens leave some columns without input, and after pruning they are other ones."""
-    model = ZOO["block_twice"].build()
+    model = model_of("block_twice")
     inactive = []
+    for block in model.blocks:
+        block.between = nn.ReLU()
     model.blocks[0].down.register_forward_pre_hook(
         lambda _, args: inactive.append((args[0] == 0).all(dim=(0, 1)))
     )
     for _ in range(2):
-        before = copy.deepcopy(model.state_dict())
-        few = [torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0))]
+        before = deepcopy(model.state_dict())
+        few = [torch.randn(1, 2, 32, generator=rng())]
         prune(model, few, sparsity, pattern=pattern, sequential=sequential)
     assert (inactive[-1] & ~inactive[0]).any()
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert_same(model.state_dict(), before)
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
 def test_the_model_is_left_as_it_was(allocation, sequential):
-    model = ZOO["llama"].build().train()
+    model = model_of("llama").train()
     model.model.layers[0].eval()
     model.model.layers[1].requires_grad_(False)
     before = state_of(model)
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     prune(
         model,
-        ZOO["llama"].batches(),
+        batches_of("llama"),
         0.0,
         allocation=allocation,
         sequential=sequential,
@@ -147,7 +146,7 @@ def test_the_model_is_left_as_it_was(allocation, sequential):
     assert state_of(model) == before
     assert model.config.use_cache
     assert torch.is_grad_enabled()
-    torch.testing.assert_close(model.state_dict(), dense, rtol=0, atol=0)
+    assert_same(model.state_dict(), dense)
 
 
 IDS = torch.arange(16).repeat(2, 1)  # starts with T5's padding, which also starts a sentence
@@ -163,7 +162,7 @@ LABELS = IDS.where(torch.tensor([[16], [5]]) > IDS, -100)
     ],
 )
 def test_padding_of_a_decoder_does_not_count(decoder, tokens):
-    report = prune(ZOO["t5"].build(), [ZOO["t5"].batches()[0] | decoder])
+    report = prune(model_of("t5"), [batches_of("t5")[0] | decoder])
     found = {layer.name: layer.tokens for layer in report.layers}
     assert found["encoder.block.0.layer.0.SelfAttention.q"] == 24 + 10
     assert found["decoder.block.0.layer.1.EncDecAttention.k"] == 24 + 10
@@ -173,16 +172,16 @@ def test_padding_of_a_decoder_does_not_count(decoder, tokens):
 def test_autocast_of_the_caller_reaches_the_batches():
     """Scores come from bfloat16 activations, and the cast of a dense weight is not used after it was pruned."""
     seen = []
-    model = ZOO["llama"].build()
+    model = model_of("llama")
     model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
         lambda module, args: seen.append(args[0].dtype)
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        prune(model, ZOO["llama"].batches(), 0.5)
-        inside = run(model, ZOO["llama"].batches()[0])
+        prune(model, batches_of("llama"), 0.5)
+        inside = run(model, batches_of("llama")[0])
     assert set(seen) == {torch.bfloat16}
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        assert torch.equal(inside, run(model, ZOO["llama"].batches()[0]))
+        assert torch.equal(inside, run(model, batches_of("llama")[0]))
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
@@ -218,10 +217,9 @@ class Parallel(nn.Module):
 
 @pytest.mark.parametrize("method", ["sparsegpt", "admm", "wanda"])
 def test_the_error_of_each_layer_is_that_of_its_outputs(method):
-    torch.manual_seed(0)
     model = Parallel()
     batches = torch.randn(4, 20, 16)
-    dense = copy.deepcopy(model)
+    dense = deepcopy(model)
     report = prune(model, list(batches), 0.5, method=method, sequential="none")
     inner = (dense.q(batches) * dense.k(batches) + dense.v(batches)).detach()
     inputs = dict.fromkeys(("q", "k", "v"), batches) | {"out": inner}
@@ -252,12 +250,12 @@ def test_not_all_layers_with_one_input_are_held_at_once(monkeypatch):
         prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", sequential="none")
         results.append(blocks.state_dict())
     assert sizes == [3, 1, 2, 1, 1, 1, 1, 1, 1]
-    torch.testing.assert_close(results[1:], results[:1] * 2)
+    assert_close(results[1:], results[:1] * 2)
 
 
 def test_the_report_says_where_tokens_are_few():
-    model = nn.Sequential(nn.Linear(32, 8), nn.ReLU(), nn.Linear(8, 8))
-    dense = copy.deepcopy(model)
+    model = relu_mlp(32, 8, 8)
+    dense = deepcopy(model)
     report = prune(model, [torch.randn(16, 32)], solver="refit")
     note = "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs"
     assert note in "".join(report.notes)
@@ -266,7 +264,7 @@ def test_the_report_says_where_tokens_are_few():
 
 # ---- biases that are fitted together with the weights
 
-RANDOM = torch.Generator().manual_seed(0)
+RANDOM = rng()
 # Means are not zero.
 CORRELATED = torch.randn(200, 16, generator=RANDOM) @ torch.randn(16, 16, generator=RANDOM) + 3
 
@@ -289,12 +287,11 @@ def test_the_outputs_are_nearer_with_a_fitted_bias_which_large_means_do_not_ruin
     make, offset, most, solver
 ):
     """The centered Gram matrix may be a small difference of large numbers in float32."""
-    torch.manual_seed(0)
     inputs = torch.randn(4096, 16) + offset * torch.randn(16) if offset else CORRELATED
     dense = make()
     errors = []
     for intercept in (False, True):
-        model = copy.deepcopy(dense)
+        model = deepcopy(dense)
         report = prune(model, [inputs], 0.75, solver=solver(intercept=intercept))
         errors.append((dense(inputs) - model(inputs)).square().mean().item())
         assert report.sparsity == 0.75
@@ -303,7 +300,7 @@ def test_the_outputs_are_nearer_with_a_fitted_bias_which_large_means_do_not_ruin
 
 def test_columns_and_bias_are_the_least_squares_solution():
     dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), layer(24))
-    model = copy.deepcopy(dense)
+    model = deepcopy(dense)
     prune(
         model,
         [CORRELATED],
@@ -316,11 +313,11 @@ def test_columns_and_bias_are_the_least_squares_solution():
     assert kept.sum() == 12
     inputs = torch.cat([hidden[:, kept], torch.ones(len(hidden), 1)], dim=1).double()
     expected = torch.linalg.lstsq(inputs, dense(CORRELATED).double(), driver="gelsd").solution
-    torch.testing.assert_close(model(CORRELATED).double(), inputs @ expected, rtol=1e-3, atol=1e-3)
+    assert_close(model(CORRELATED).double(), inputs @ expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_bias_that_other_layers_use_stays():
-    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    model = relu_mlp(16, 16, 16)
     model[2].bias = model[0].bias
     before = model[0].bias.clone()
     prune(model, [CORRELATED], 0.5, solver=ADMM())
@@ -330,8 +327,7 @@ def test_a_bias_that_other_layers_use_stays():
 @pytest.mark.parametrize("method", ["admm", "refit"])
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_a_layer_whose_inputs_never_change_is_pruned(method, value):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = relu_mlp(8, 16, 8, 4)
     tokens = torch.full((64, 8), value)
     expected = model(tokens)
     prune(model, [tokens], 0.5, method=method)
@@ -344,12 +340,12 @@ def test_autocast_of_the_caller_does_not_round_what_the_solver_computes():
     with torch.autocast("cpu", torch.bfloat16):
         prune(models[0], [CORRELATED], 0.5, solver=ADMM())
     prune(models[1], [CORRELATED], 0.5, solver=ADMM())
-    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+    assert_same(*models)
 
 
 def test_autocast_does_not_round_the_bias():
     dense = layer()
-    model = copy.deepcopy(dense)
+    model = deepcopy(dense)
     with torch.autocast("cpu", torch.bfloat16):
         prune(model, [CORRELATED], 0.5, solver=ADMM())
     assert (model(CORRELATED) - dense(CORRELATED)).mean(0).abs().max() < 1e-4
@@ -360,13 +356,13 @@ def test_autocast_does_not_round_the_bias():
 
 def mixture(skip=(), **choices):
     """A pruned mixture, and the report."""
-    model = ZOO["mixtral"].build()
-    return model, prune(model, ZOO["mixtral"].batches() * 2, skip=skip, **choices)
+    model = model_of("mixtral")
+    return model, prune(model, batches_of("mixtral") * 2, skip=skip, **choices)
 
 
 def test_reconstruct_trains_experts_but_those_left_dense():
     skip = ["*.0.mlp.experts.down_proj.1"]
-    dense = ZOO["mixtral"].build()
+    dense = model_of("mixtral")
     (model, report), (masks_alone, _) = mixture(skip, recovery=Reconstruct()), mixture(skip)
     experts, other, dense = (
         each.model.layers[0].mlp.experts for each in (model, masks_alone, dense)
@@ -408,7 +404,7 @@ def test_zeros_of_some_experts_are_held_in_training():
     zero = {name: p == 0 for name, p in model.named_parameters() if "experts" in name}
     held.hold([layer for layer in find_layers(model).layers if layer.name in names])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
-    run(model, ZOO["mixtral"].batches()[0]).square().mean().backward()
+    run(model, batches_of("mixtral")[0]).square().mean().backward()
     optimizer.step()
     zero["model.layers.0.mlp.experts.down_proj"][1] = False
     for name, expected in zero.items():

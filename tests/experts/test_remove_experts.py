@@ -1,19 +1,19 @@
 """Whole experts leave a mixture; what is left equals the model in which they cannot be chosen."""
 
-import copy
 import re
+from copy import deepcopy
 from functools import partial
 
 import peft
 import pytest
 import torch
-from support.disk import same, weights
+from support.disk import same, stream, weights
 from support.experts import NUMBERS, build, cannot_be_chosen, slow_saliency, starved
 from support.quiet import prune
 from support.refusals import Untouched, refusal
 from support.zoo import ZOO, family, names, number_of_weights, run, seeded
+from torch.testing import assert_close
 
-from wanda_lightning import prune_from_disk
 from wanda_lightning.experts.mixtures import mixtures
 
 BATCHES = ZOO["mixtral_padded"].batches
@@ -43,7 +43,7 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
 ):
     model = build(name)
     batches = BATCHES()
-    dense = copy.deepcopy(model)
+    dense = deepcopy(model)
     saliency = slow_saliency(name, model, batches)
     report = prune(model, batches, sparsity, pattern="experts", sequential=sequential)
     dropped = dropped_in(report)
@@ -69,7 +69,7 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
     with cannot_be_chosen(dense, dropped):
         expected = logits(dense, batches)
     after = logits(model, batches)
-    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)
+    assert_close(after, expected, rtol=1e-4, atol=1e-5)
     assert not any(map(torch.allclose, logits(dense, batches), after))
     assert report.parameters == number_of_weights(dense)
     assert report.zeros == report.parameters - number_of_weights(model)
@@ -230,7 +230,7 @@ def test_a_pass_leaves_no_trace_in_buffers(sequential):
         module.calls.add_(1)
 
     model = MIXTRAL()
-    choices = {"pattern": "experts", "sequential": sequential, "progress": False}
+    choices = {"pattern": "experts", "sequential": sequential}
     mixture = model.model.layers[0].mlp
     mixture.register_buffer("calls", torch.arange(8.0))
     mixture.register_forward_pre_hook(count)
@@ -265,10 +265,10 @@ def test_families(tmp_path):
         if not any(".experts" in key for key, _ in model.named_modules()):
             continue
         if any(found.groups > 1 for found in mixtures(model)):
-            config = copy.deepcopy(model.config)
+            config = deepcopy(model.config)
             vars(config).update(dict.fromkeys({*NUMBERS.values()} & vars(config).keys(), 8))
             model = seeded(partial(type(model), config))
-        dense = copy.deepcopy(model)
+        dense = deepcopy(model)
         try:
             prune(model, batches, 0.25, pattern="experts")
         except ValueError:
@@ -279,11 +279,11 @@ def test_families(tmp_path):
             source = tmp_path / f"{name} dense"
             disk = tmp_path / f"{name} disk"
             dense.save_pretrained(source)
-            prune_from_disk(source, disk, batches, 0.25, pattern="experts", progress=False)
+            stream(source, disk, batches, 0.25, pattern="experts")
             assert same(weights(disk), weights(tmp_path / name)), name
         loaded = type(model).from_pretrained(tmp_path / name).eval()
         with torch.no_grad():
-            torch.testing.assert_close(loaded(**batches[0])[0], model.eval()(**batches[0])[0])
+            assert_close(loaded(**batches[0])[0], model.eval()(**batches[0])[0])
         passed.add(name)
     assert refused == OTHERS
     assert len(passed) == 57

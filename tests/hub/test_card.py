@@ -9,8 +9,9 @@ import timm
 from huggingface_hub import EvalResult, ModelCard
 from support.callbacks import same
 from support.modules import tiny_llama, tiny_tokenizer
+from support.quiet import prune
 
-from wanda_lightning import CausalLMModule, prune
+from wanda_lightning import CausalLMModule
 from wanda_lightning.hub.card import PICTURE_NAME, write_card
 from wanda_lightning.report import Circumstances, Continuations, Measured
 
@@ -30,7 +31,7 @@ RUN = Circumstances(
 @cache
 def pruned_llama():
     model = tiny_llama()
-    return model, prune(model, None, 0.5, criterion="magnitude", progress=False)
+    return model, prune(model, None, 0.5, criterion="magnitude")
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +108,7 @@ def test_the_code_of_the_card_loads_the_model(tmp_path, library):
     model, report = pruned_llama()
     if library == "timm":
         model = timm.create_model("test_vit")
-        report = prune(model, None, 0.5, criterion="magnitude", progress=False)
+        report = prune(model, None, 0.5, criterion="magnitude")
         timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     else:
         model.save_pretrained(tmp_path)

@@ -8,11 +8,13 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADVICE, trainer
 from support.detectors import batches_for, build, class_logits, scenes
+from support.layers import assert_same, rng
 from support.pairwise import with_nightly
+from support.quiet import prune
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from wanda_lightning import WandaPrune, prune
+from wanda_lightning import WandaPrune
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.training.held_zeros import zeros_of
 
@@ -42,7 +44,7 @@ def test_every_method_prunes_as_asked(method, name):
         if method in READ_PREDICTIONS and name == "retinanet"
         else {}
     )
-    report = prune(model, batches, 0.5, method=method, progress=False, **choices)
+    report = prune(model, batches, 0.5, method=method, **choices)
     assert not [
         matrix.name for matrix in report.skipped if matrix.reason.name in ("UNREACHED", "INACTIVE")
     ]
@@ -58,11 +60,11 @@ def test_every_method_prunes_as_asked(method, name):
 def test_images_in_a_list_and_in_a_tensor_give_the_same_masks():
     """Of equal sizes; a list is no tensor with one row for each channel."""
     pruned = []
-    images = torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(3)).double()
+    images = torch.rand(3, 3, 48, 48, generator=rng(3)).double()
     for batch in ((tuple(images), [{}] * 3), {"images": list(images)}, (images,)):
         model = build("retinanet").double()
         logits = class_logits(model)
-        choices = {"allocation": "fisher", "keep_batch_norm": True, "progress": False}
+        choices = {"allocation": "fisher", "keep_batch_norm": True}
         forward = (
             (lambda batch, of=logits: of(tuple(batch.values())))
             if isinstance(batch, dict)
@@ -70,11 +72,7 @@ def test_images_in_a_list_and_in_a_tensor_give_the_same_masks():
         )
         prune(model, [batch], 0.5, forward=forward, **choices)
         pruned.append(model.state_dict())
-    assert all(
-        torch.equal(weight, other[name])
-        for other in pruned[1:]
-        for name, weight in pruned[0].items()
-    )
+    assert_same(pruned[1:], pruned[:1] * 2)
 
 
 class Module(L.LightningModule):
@@ -112,9 +110,8 @@ def test_a_callback_prunes_a_detector_in_training_beside_an_average(order):
     module = Module()
     pruning = WandaPrune(0.5, num_samples=4, at_step=2)
     averaging = EMAWeightAveraging(decay=0.5)
-    trainer(*[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0).fit(
-        module, loader()
-    )
+    run = trainer(*[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0)
+    run.fit(module, loader())
     # A trial of one batch, once for the statistics, and twice for BatchNorm.
     assert module.calibrated == 2 + 4 * 3
     assert sum(zeros_of(module).values()) == sum(layer.zeros for layer in pruning.report.layers)

@@ -4,20 +4,21 @@ import json
 
 import pytest
 import torch
+from support.layers import assert_same, rng
 from support.modules import tiny_llama
+from support.quiet import prune
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from wanda_lightning import prune
 from wanda_lightning.integrations.transformers import KeepZerosCallback
 
-IDS = torch.randint(64, (16, 12), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(64, (16, 12), generator=rng())
 WINDOWS = [{"input_ids": ids, "labels": ids} for ids in IDS]
 
 
 def pruned_llama():
     model = tiny_llama()
-    prune(model, method="magnitude", progress=False)
+    prune(model, method="magnitude")
     return model
 
 
@@ -54,8 +55,7 @@ class Looks(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.looks += 1
-        for name, where in zeros(model).items():
-            assert torch.equal(where, self.pruned[name]), name
+        assert_same(zeros(model), self.pruned)
 
 
 def trained(folder, *callbacks, model=None, **options):
@@ -119,9 +119,8 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(restore, tmp_path):
         again, arguments(tmp_path, **options), train_dataset=WINDOWS, callbacks=callbacks
     )
     trainer.train(resume_from_checkpoint=str(checkpoint))
-    for name, weight in whole.named_parameters():
-        assert torch.equal(weight, again.get_parameter(name)), name
-    assert all(torch.equal(where, before[name]) for name, where in zeros(again).items())
+    assert_same(again, whole)
+    assert_same(zeros(again), before)
 
 
 def test_a_run_that_began_without_it_can_go_on_with_it(tmp_path):

@@ -6,9 +6,9 @@ import itertools
 import pytest
 import torch
 from support.pairwise import with_nightly
+from support.quiet import prune
 from support.zoo import other
 
-from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
 # Models of transformers warn about their own arguments.
@@ -53,7 +53,7 @@ def test_images_reach_the_statistics(name, method):
         model.requires_grad_(False)
         model.model.language_model.requires_grad_(True)
         dense = copy.deepcopy(model)
-        report = prune(model, change(batches), 0.5, method=method, only=[LANGUAGE], progress=False)
+        report = prune(model, change(batches), 0.5, method=method, only=[LANGUAGE])
         assert_half_of_the_language_model(model, dense, report)
         if method == "wanda":
             assert {layer.tokens for layer in report.layers} == {

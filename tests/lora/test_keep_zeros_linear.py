@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from support.layers import assert_same
 from support.lora import (
     TARGETS,
     assert_zeros,
@@ -22,6 +23,7 @@ from support.lora import (
     zeros_of,
 )
 from torch import nn
+from torch.testing import assert_close
 
 from wanda_lightning.lora import KeepZerosLoraConfig, merge
 
@@ -105,15 +107,14 @@ def test_options_of_lora_work_as_in_plain_lora_on_a_dense_layer():
         "lora_bias": True,
         "target_modules": ["0"],
     }
-    torch.manual_seed(0)
     dense = nn.Linear(24, 40)
     plain = randomize(get_peft_model(nn.Sequential(dense), LoraConfig(**options)))
     x = torch.randn(7, 24)
     expected = plain(x)
     plain.unload()
     model = randomize(get_peft_model(nn.Sequential(dense), KeepZerosLoraConfig(**options)))
-    torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(merge(model)(x), expected)
+    assert_close(model(x), expected)
+    assert_close(merge(model)(x), expected)
 
 
 def test_adapters_switch_add_up_and_disable():
@@ -125,10 +126,10 @@ def test_adapters_switch_add_up_and_disable():
     x = torch.randn(5, 32)
     for names in (("other",), ("default", "other")):
         model.base_model.set_adapter([*names])
-        torch.testing.assert_close(layer(x), reference(layer, x, names=names))
+        assert_close(layer(x), reference(layer, x, names=names))
     both = logits(model)
     with model.disable_adapter():
-        torch.testing.assert_close(logits(model), base)
+        assert_close(logits(model), base)
     assert torch.equal(logits(model), both)
     zeros = zeros_of(llama())
     merged = merge(model)
@@ -154,7 +155,7 @@ def test_merge_adapter_and_back_restores_every_bit(dtype):
     assert bool((layer.weight[layer.unmerged_weight() == 0] == 0).all())
     assert relative(logits(model), adapted) < (1e-5 if dtype == torch.float32 else 0.02)
     model.unmerge_adapter()
-    torch.testing.assert_close(dict(model.named_parameters()), before, rtol=0, atol=0)
+    assert_same(dict(model.named_parameters()), before)
     assert torch.equal(logits(model), adapted)
 
 
@@ -217,4 +218,4 @@ def test_reprune_puts_the_zeros_back(merges):
         model.merge_adapter()  # the zeros are those from before
     merged = merge(model, reprune=True)
     assert_zeros(merged, zeros)
-    torch.testing.assert_close(merged.model.layers[0].self_attn.q_proj.weight, expected)
+    assert_close(merged.model.layers[0].self_attn.q_proj.weight, expected)

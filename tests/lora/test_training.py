@@ -1,15 +1,16 @@
 """Adapters of a CausalLMModule, trained in a Trainer."""
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
 from support.callbacks import trainer
 from support.lora import TARGETS, TOKENS, assert_zeros, llama, zeros_of
+from support.quiet import prune
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from wanda_lightning import CausalLMModule, SavePretrained, WandaPrune, prune
+from wanda_lightning import CausalLMModule, SavePretrained, WandaPrune
 from wanda_lightning.lora import KeepZerosLinear
 
 pytestmark = pytest.mark.filterwarnings(
@@ -28,13 +29,13 @@ def fit(module, *callbacks, max_epochs=3):
 
 def test_prune_then_train_adapters_then_save(tmp_path):
     dense = llama(sparsity=0)
-    module = CausalLMModule(copy.deepcopy(dense), lr=1e-2, lora=ADAPTERS)
+    module = CausalLMModule(deepcopy(dense), lr=1e-2, lora=ADAPTERS)
     pruning = WandaPrune(0.5, num_samples=8, skip=["model.layers.0.mlp", "*.1.mlp.up_proj"])
     fit(module, pruning, SavePretrained(tmp_path / "out"))
-    by_hand = copy.deepcopy(dense)
+    by_hand = deepcopy(dense)
     batches = list(DataLoader(TOKENS.repeat(4, 1), batch_size=2))
     skip = ["model.layers.0.mlp", "model.layers.1.mlp.up_proj"]
-    report = prune(by_hand, [{"input_ids": batch} for batch in batches], skip=skip, progress=False)
+    report = prune(by_hand, [{"input_ids": batch} for batch in batches], skip=skip)
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert_zeros(saved, zeros_of(by_hand))
     assert pruning.report.sparsity == report.sparsity

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import tiny
 from support.experts import BY_COLUMNS, SPECIMENS, Stack, experts_of, jetmoe, reasons
-from support.zoo import ZOO
+from support.zoo import model_of
 from torch import nn
 
 from wanda_lightning.models import find_layers
@@ -12,7 +12,7 @@ from wanda_lightning.models import find_layers
 
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_each_expert_is_a_layer_that_lies_in_its_parameter(name):
-    model = ZOO[name].build()
+    model = model_of(name)
     layers = [layer for layer in find_layers(model).layers if layer.expert is not None]
     assert len(layers) == 2 * 4 * len(experts_of(model))
     for layer in layers:
@@ -25,7 +25,7 @@ def test_each_expert_is_a_layer_that_lies_in_its_parameter(name):
 
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_the_input_of_an_expert_are_its_columns(name):
-    model = ZOO[name].build()
+    model = model_of(name)
     hidden = model.config.hidden_size
     for layer in find_layers(model).layers:
         if layer.expert is not None:
@@ -35,7 +35,7 @@ def test_the_input_of_an_expert_are_its_columns(name):
 
 @pytest.mark.parametrize("name", SPECIMENS)
 def test_an_expert_is_written_alone(name):
-    for layer in find_layers(ZOO[name].build()).layers:
+    for layer in find_layers(model_of(name)).layers:
         if layer.expert is not None:
             expected = layer.parameter.detach().clone()
             expected[layer.expert] = 0
@@ -106,7 +106,7 @@ def test_only_what_declares_itself_is_taken_for_experts(stack, expected):
 
 
 def test_skip_names_experts_one_by_one_or_together():
-    model = ZOO["mixtral"].build()
+    model = model_of("mixtral")
     whole = "*.experts.gate_up_proj"
     one = "model.layers.1.mlp.experts.down_proj.2"
     found = reasons(model, skip=[whole, one])

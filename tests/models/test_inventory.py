@@ -9,7 +9,7 @@ import torch
 from support.detectors import build
 from support.experts import reasons
 from support.tiny import on_meta
-from support.zoo import ZOO, matching, matrices
+from support.zoo import ZOO, matching, matrices, model_of
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
@@ -40,7 +40,7 @@ OF_TIMM = [
 def built(name):
     """A model for tests that do not change it."""
     if name in ZOO:
-        return ZOO[name].build()
+        return model_of(name)
     if name in OF_TRANSFORMERS:
         return on_meta(name)
     with torch.device("meta"):
@@ -156,7 +156,7 @@ def test_a_model_inside_another_is_found_the_same(name):
 @pytest.mark.parametrize("name", ["llama", "vit", "convnext", "plain_mlp", "tied"])
 def test_a_compiled_model_is_found_the_same(name):
     """With the names that it has without `torch.compile`."""
-    model = torch.compile(ZOO[name].build(), backend="eager")
+    model = torch.compile(model_of(name), backend="eager")
     for sequential in SEQUENTIAL_CHOICES:
         alone = found_in(name, sequential)
         found = find_layers(model, sequential)

@@ -1,7 +1,7 @@
 """Every layer type as a matrix product; grouped convolutions; subclasses of Linear with a forward of their own."""
 
-import copy
 import itertools
+from copy import deepcopy
 from unittest import mock
 
 import pytest
@@ -9,13 +9,15 @@ import torch
 from hypothesis import assume, given, strategies as st
 from lightning.pytorch.plugins.precision import HalfPrecision
 from support.disk import same
+from support.layers import rng
+from support.quiet import prune
 from support.zoo import seeded
 from timm.layers import Conv2dSame, Linear as TimmLinear
 from torch import nn
+from torch.testing import assert_close
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
@@ -44,7 +46,7 @@ def assert_is_a_product(layer, x):
         if bias is not None:
             kernel_dimensions = [1] * (layer.module.weight.ndim - 2)
             product += layer.outputs(bias.view(-1, *kernel_dimensions))
-    torch.testing.assert_close(product, expected, rtol=1e-10, atol=1e-10)
+    assert_close(product, expected, rtol=1e-10, atol=1e-10)
 
 
 def assert_round_trip(layer):
@@ -120,7 +122,7 @@ def test_a_convolution_is_a_product_of_its_tokens(case, at_once):
         tokens = layer.tokens(images)
         with mock.patch("wanda_lightning.models.layers._CHUNK_NUMBERS", at_once):
             assert torch.equal(torch.cat(list(layer.token_chunks(images))), tokens)
-        torch.testing.assert_close(layer.squares(images).sum(dim=0), tokens.square().sum(dim=0))
+        assert_close(layer.squares(images).sum(dim=0), tokens.square().sum(dim=0))
         assert len(layer.squares(images)) * len(images) == len(tokens)
         assert_round_trip(layer)
 
@@ -178,7 +180,7 @@ def test_padding_does_not_count_along_one_dimension():
 
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     batch = {"x": torch.randn(2, 16, 5).double(), "attention_mask": mask}
-    report = prune(seeded(Text).double(), [batch], progress=False)
+    report = prune(seeded(Text).double(), [batch])
     note = "padding counted: the attention_mask does not show which inputs are padding"
     assert [(layer.tokens, layer.note) for layer in report.layers] == [(7, ""), (6, note)]
 
@@ -211,7 +213,7 @@ KIND = pytest.mark.parametrize("kind", [TimmLinear, FalconLinear, ByHand])
 def test_a_forward_of_its_own_that_is_a_linear_layer_is_found(kind, bias):
     """Also on the meta device, and while other dtypes are the default."""
     module = kind(12, 8, bias=bias)
-    before = copy.deepcopy(module.state_dict())
+    before = deepcopy(module.state_dict())
     with torch.autocast("cpu", dtype=torch.bfloat16), HalfPrecision("bf16-true").forward_context():
         assert names_in(module) == ["0"]
     assert same(module.state_dict(), before)
@@ -225,12 +227,12 @@ def test_a_forward_of_its_own_that_is_a_linear_layer_is_found(kind, bias):
 @KIND
 def test_a_forward_of_its_own_that_is_a_linear_layer_is_pruned_as_one(kind, bias):
     model = nn.Sequential(nn.Linear(6, 12), kind(12, 8, bias=bias), nn.Linear(8, 4))
-    plain = copy.deepcopy(model)
+    plain = deepcopy(model)
     plain[1] = nn.Linear(12, 8, bias=bias)
     plain[1].load_state_dict(model[1].state_dict())
-    batches = [torch.randn(4, 6, generator=torch.Generator().manual_seed(2))]
+    batches = [torch.randn(4, 6, generator=rng(2))]
     for pruned in (model, plain):
-        prune(pruned, batches, 0.5, sequential="none", progress=False)
+        prune(pruned, batches, 0.5, sequential="none")
     assert same(model.state_dict(), plain.state_dict())
 
 
@@ -255,7 +257,7 @@ class Counting(nn.Linear):
 def test_trying_out_a_forward_changes_nothing_in_the_module():
     module = Counting(12, 8)
     model = nn.Sequential(nn.Linear(6, 12), module)
-    before = copy.deepcopy(model.state_dict())
+    before = deepcopy(model.state_dict())
     for _ in range(2):
         assert names_in(*model) == ["0", "1"]
     assert same(model.state_dict(), before)

@@ -7,13 +7,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.utils.prune
 from peft import LoraConfig, get_peft_model
-from support.zoo import ZOO
+from support.layers import assert_same
+from support.mlps import relu_mlp
+from support.quiet import prune
+from support.zoo import batches_of, model_of
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.utils import parametrizations
 
-from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import is_quantized
 
@@ -119,40 +121,38 @@ def test_quantized_layers_are_refused_by_name(name):
     assert [is_quantized(module) for module in model.values()] == [False, True]
     before = model["plain"].weight.clone()
     with pytest.raises(ValueError, match="1 matrix that cannot be pruned in place") as caught:
-        prune(model, [torch.randn(2, 16)], progress=False)
+        prune(model, [torch.randn(2, 16)])
     assert f"{matrix} first: {reason}" in str(caught.value)
     assert f"dense with skip=['{matrix}']" in str(caught.value)
     assert torch.equal(model["plain"].weight, before)
     for choice in ({"skip": ["q"]}, {"only": ["plain"]}):
-        report = prune(model, None, criterion="magnitude", **choice, progress=False)
+        report = prune(model, None, criterion="magnitude", **choice)
         assert [layer.name for layer in report.layers] == ["plain"]
         assert matrix in [matrix.name for matrix in report.skipped]
         assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_of_a_layer_with_adapters_the_base_is_pruned():
-    model = ZOO["llama"].build()
+    model = model_of("llama")
     plain = copy.deepcopy(model)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
-    report = prune(adapted, ZOO["llama"].batches(), progress=False)
-    prune(plain, ZOO["llama"].batches(), progress=False)
+    report = prune(adapted, batches_of("llama"))
+    prune(plain, batches_of("llama"))
     assert sum(layer.name.endswith(".base_layer") for layer in report.layers) == 4
     reasons = {matrix.name: matrix.detail for matrix in report.skipped if "lora_" in matrix.name}
     assert list(reasons.values()) == ["adapter: trained, not pruned"] * 8
     merged = adapted.merge_and_unload()  # B is zero still
-    assert all(
-        torch.equal(merged.get_parameter(name), weight) for name, weight in plain.named_parameters()
-    )
+    assert_same(merged.state_dict(), plain.state_dict())
 
 
 def test_tensor_parallelism_is_refused(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
-        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        model = relu_mlp(8, 16, 8)
         parallelize_module(
             model, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel(), "2": RowwiseParallel()}
         )
         with pytest.raises(ValueError, match="FSDP or tensor parallelism shards it"):
-            prune(model, [torch.randn(2, 8)], progress=False)
+            prune(model, [torch.randn(2, 8)])
     finally:
         dist.destroy_process_group()

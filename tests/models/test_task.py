@@ -5,8 +5,9 @@ import re
 import pytest
 import timm
 import torch
+from support.layers import assert_same
 from support.tiny import on_meta
-from support.zoo import ZOO
+from support.zoo import model_of
 from torch import nn
 
 from wanda_lightning import ImageClassifierModule
@@ -36,7 +37,7 @@ OF_THE_ZOO = {
 OTHERS = {
     "efficientnet": (lambda: timm.create_model("test_efficientnet"), True),
     "timm in our module": (lambda: ImageClassifierModule("test_vit", pretrained=False), True),
-    "compiled": (lambda: torch.compile(ZOO["vit"].build(), backend="eager"), True),
+    "compiled": (lambda: torch.compile(model_of("vit"), backend="eager"), True),
     "images and text": (
         lambda: nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Embedding(4, 8), nn.Linear(8, 8)]),
         False,
@@ -46,7 +47,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OF_THE_ZOO)
 def test_image_models_are_recognized(name):
-    assert reads_images(ZOO[name].build()) is OF_THE_ZOO[name]
+    assert reads_images(model_of(name)) is OF_THE_ZOO[name]
 
 
 @pytest.mark.parametrize("name", OF_TRANSFORMERS)
@@ -119,7 +120,7 @@ def test_a_mask_is_longer_than_the_tokens_after_a_cache():
 
 @pytest.mark.parametrize("compiled", ["model", "encoder"])
 def test_the_encoder_of_a_compiled_model_is_found_under_its_own_name(compiled):
-    model = ZOO["t5"].build()
+    model = model_of("t5")
     batch = {"input_ids": IDS, "attention_mask": RIGHT, "labels": IDS.clone().fill_diagonal_(-100)}
     expected = token_masks(model, batch)
     assert [mask.inside for mask in token_masks(model, {**batch, "labels": None})] == ["encoder"]
@@ -129,5 +130,4 @@ def test_the_encoder_of_a_compiled_model_is_found_under_its_own_name(compiled):
         model = torch.compile(model, backend="eager")
     masks = token_masks(model, batch)
     assert [mask.inside for mask in masks] == [mask.inside for mask in expected] == ["encoder", ""]
-    for mask, other in zip(masks, expected, strict=True):
-        assert torch.equal(mask.keep, other.keep)
+    assert_same([mask.keep for mask in masks], [mask.keep for mask in expected])

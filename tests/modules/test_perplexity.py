@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.layers import rng
 from support.modules import MASKS, slow_perplexity, windows_of_text
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,7 +23,7 @@ def measured(logits, ids, attention_mask):
 def test_equals_the_slow_loop_in_one_batch_or_several(mask, dtype, rel, monkeypatch):
     monkeypatch.setattr("wanda_lightning.modules.perplexity._CHUNK", 5 * 128)
     ids = windows_of_text()
-    generator = torch.Generator().manual_seed(2)
+    generator = rng(2)
     logits = (3 * torch.randn(*ids.shape, 128, generator=generator)).to(dtype)
     attention_mask = MASKS[mask](ids)
     expected = pytest.approx(slow_perplexity(logits, ids, attention_mask), rel=rel)

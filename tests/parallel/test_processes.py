@@ -14,10 +14,12 @@ from support.pair_cases import (
     assert_same_weights,
 )
 from support.pairwise import pairwise, spread, with_nightly
+from support.quiet import prune
 from support.samples import gradients, split
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
+from torch.testing import assert_close
 
-from wanda_lightning import Distill, Fisher, Magnitude, Reconstruct, Structured, prune
+from wanda_lightning import Distill, Fisher, Magnitude, Reconstruct, Structured
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import Processes
 
@@ -161,7 +163,7 @@ def test_layers_whose_inputs_differ_in_one_process_are_added_up_alone(pair, shar
         for name, (count, sums) in found.items():
             tokens = torch.cat(expected.get(name, [torch.zeros(0, 8)]))
             assert count == len(tokens)
-            close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+            close = partial(assert_close, atol=1e-4, rtol=1e-4)
             close(sums["gram"], tokens.T @ tokens)
             close(sums["square_sum"], tokens.square().sum(0))
 
@@ -180,29 +182,29 @@ UNEVEN = None, ((0, 1, 2), ()), ((0,), (1, 2))
 )
 def test_fisher_counts_the_samples_of_all_processes(pair, name, shares, samples):
     """The labels are those of one process."""
-    model = ZOO[name].build().double()
-    expected = gradients(model, in_turns(split(ZOO[name].batches(), 1), shares), samples)
+    model = model_of(name).double()
+    expected = gradients(model, in_turns(split(batches_of(name), 1), shares), samples)
     for sums in pair.run(cases.fisher_of, name, shares, samples):
         assert sums.keys() == expected.keys()
         for layer, values in expected.items():
             for found, value in zip(sums[layer], values, strict=True):
-                torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-12)
+                assert_close(found, value, rtol=1e-4, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
 def test_distillation_is_that_of_one_process(pair, name, shares):
     """The same steps on the same samples, whichever process runs them."""
-    model = ZOO[name].build().double()
-    turns = in_turns(split(ZOO[name].batches(), 2), shares)
+    model = model_of(name).double()
+    turns = in_turns(split(batches_of(name), 2), shares)
     recovery = Distill(passes=2, batch_size=2)
-    expected = prune(model, turns, recovery=recovery, progress=False)
+    expected = prune(model, turns, recovery=recovery)
     (weights, report), (others, _) = pair.run(
         cases.replicated, name, shares, 2, wide=True, recovery=recovery
     )
     assert_equal_everywhere(weights, others)
     for key, value in model.named_parameters():
         assert torch.equal(weights[key] == 0, value == 0)
-        torch.testing.assert_close(weights[key], value.detach(), rtol=1e-5, atol=1e-7)
+        assert_close(weights[key], value.detach(), rtol=1e-5, atol=1e-7)
     for one, other in zip(report.training.passes, expected.training.passes, strict=True):
         assert vars(one) == pytest.approx(vars(other))
 
@@ -211,16 +213,16 @@ def test_distillation_is_that_of_one_process(pair, name, shares):
 @pytest.mark.parametrize(("name", "shares"), spread(["llama_padded", "mixtral"], UNEVEN))
 def test_reconstruction_is_that_of_one_process(pair, name, shares, size):
     """The same steps on the same batches, whichever process runs them; a batch of 18 has two steps."""
-    model = ZOO[name].build().double()
-    turns = in_turns(split(ZOO[name].batches() * size, size), shares)
+    model = model_of(name).double()
+    turns = in_turns(split(batches_of(name) * size, size), shares)
     choices = {"method": "magnitude", "recovery": Reconstruct(epochs=2)}
-    expected = prune(model, turns, progress=False, **choices)
+    expected = prune(model, turns, **choices)
     (weights, report), (others, _) = pair.run(
         cases.replicated, name, shares, size, size, wide=True, **choices
     )
     assert_equal_everywhere(weights, others)
     for key, value in model.named_parameters():
-        torch.testing.assert_close(weights[key], value.detach(), rtol=1e-6, atol=1e-9)
+        assert_close(weights[key], value.detach(), rtol=1e-6, atol=1e-9)
     for one, other in zip(report.layers, expected.layers, strict=True):
         assert one.part.before == pytest.approx(other.part.before)
         assert one.part.after == pytest.approx(other.part.after)

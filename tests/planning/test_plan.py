@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 from support.chains import Chain, Mlp, vectors
+from support.layers import assert_same
 from support.pairwise import spread
 from support.quiet import prune
 from support.refusals import Untouched, refusal
-from support.zoo import ZOO, seeded
+from support.zoo import ZOO, batches_of, model_of, seeded
 from torch import nn
 
 from wanda_lightning import NM, OWL, Distill, Fisher, PerLayer, PruningConfig, Unstructured
@@ -63,7 +64,7 @@ def test_choices_that_depend_on_the_model(names, choices, option, expected):
     chosen = {name: NAMED.get(choice, choice) for name, choice in choices.items()}
     config = PruningConfig.from_names(**chosen)
     for name in names.split():
-        plan = make_plan(config, ZOO[name].build())
+        plan = make_plan(config, model_of(name))
         assert getattr(plan.config, option) == NAMED.get(expected, expected)
         assert plan.preset == choices.get("method") or choices.keys() != {"method"}
 
@@ -119,13 +120,13 @@ def test_mixed_n_of_m(model_name, allocation):
 def test_batches_are_read_once(option, name, sequential):
     """A generator is as good as a list, though most of these choices need a pass more."""
     kept = []
-    for batches in (ZOO["llama"].batches(), iter(ZOO["llama"].batches())):
+    for batches in (batches_of("llama"), iter(batches_of("llama"))):
         model = LLAMA()
         choices = {option: name}
         report = prune(model, batches, sequential=sequential, **choices)
-        assert report.config["calibration_batches"] == len(ZOO["llama"].batches())
+        assert report.config["calibration_batches"] == len(batches_of("llama"))
         kept.append(model.state_dict())
-    torch.testing.assert_close(*kept, rtol=0, atol=0)
+    assert_same(*kept)
 
 
 @EVERY_GRANULARITY
@@ -142,8 +143,8 @@ def test_how_often_each_layer_runs(criterion, allocation, passes, sequential):
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     options = {"allocation": allocation, "sequential": sequential}
-    prune(model, ZOO["llama"].batches(), criterion=criterion, **options)
-    assert len(calls) == passes[sequential] * len(ZOO["llama"].batches())
+    prune(model, batches_of("llama"), criterion=criterion, **options)
+    assert len(calls) == passes[sequential] * len(batches_of("llama"))
 
 
 # ---- what is impossible

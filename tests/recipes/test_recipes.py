@@ -13,6 +13,8 @@ import timm
 import torch
 import yaml
 from support.cli import IGNORED_WARNINGS, run
+from support.layers import assert_same
+from support.mlps import relu_mlp
 from timm.models import save_for_hf
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -156,7 +158,7 @@ def test_pytorch_compresses_weights_of_this_shape():
 
 def test_pytorchs_format_for_2to4_holds_every_pruned_weight():
     """Its kernels need a GPU, but what converts to CUTLASS's format and back is written in PyTorch."""
-    model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    model = relu_mlp(64, 32, 8)
     prune(model, [torch.randn(64, 64)], 0.5, pattern="2:4", progress=False)
     (layer,) = runpy.run_path(str(SPEED_2TO4))["layers_2to4"](model)
     values, places = sparse_semi_structured_from_dense_cutlass(layer.weight.half())
@@ -196,5 +198,5 @@ def test_a_smaller_model_is_trained_longer_and_a_lost_step_repeated(inputs, monk
         AutoModelForCausalLM.from_pretrained(f"out/{name}", trust_remote_code=True).state_dict()
         for name in ("first", "again", "pruned")
     )
-    assert all(torch.equal(weight, again[name]) for name, weight in first.items())
+    assert_same(first, again)
     assert not any(torch.equal(weight, pruned[name]) for name, weight in first.items())

@@ -58,7 +58,6 @@ def test_methods_in_words(choices, words):
     ],
 )
 def test_the_limits_of_an_allocation_are_named_if_layers_reached_them(max_deviation, expected):
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
     with torch.no_grad():
         model[

@@ -4,9 +4,9 @@ from functools import cache
 
 import pytest
 from support.pairwise import with_nightly
-from support.zoo import ZOO
+from support.quiet import prune
+from support.zoo import ZOO, batches_of, model_of
 
-from wanda_lightning import prune
 from wanda_lightning.report.figures import (
     Grid,
     plots_of,
@@ -18,8 +18,8 @@ from wanda_lightning.report.figures import (
 
 @cache
 def pruned(name, **choices):
-    model = ZOO[name].build()
-    return model, prune(model, ZOO[name].batches(), 0.5, progress=False, **choices)
+    model = model_of(name)
+    return model, prune(model, batches_of(name), 0.5, **choices)
 
 
 def test_values_by_kind_and_block():

@@ -5,16 +5,17 @@ import math
 from dataclasses import replace
 
 import pytest
+from support.quiet import prune
 from support.reports import llama_report
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 
-from wanda_lightning import PruningReport, prune
+from wanda_lightning import PruningReport
 from wanda_lightning.models import SkippedMatrix, SkipReason
 from wanda_lightning.report import Circumstances, Permuted, PrunedLayer, TrainedPart
 
 
 def test_experts_of_a_module_share_one_metric():
-    report = prune(ZOO["mixtral"].build(), ZOO["mixtral"].batches(), 0.5, progress=False)
+    report = prune(model_of("mixtral"), batches_of("mixtral"), 0.5)
     experts = [layer for layer in report.layers if layer.siblings]
     metrics = report.metrics()
     of_experts = {name: value for name, value in metrics.items() if ".experts." in name}
@@ -33,9 +34,7 @@ def test_a_report_survives_json():
 
 
 def test_a_report_of_another_version_is_read():
-    report = prune(
-        ZOO["llama"].build(), ZOO["llama"].batches(), skip=["model.layers.0"], progress=False
-    )
+    report = prune(model_of("llama"), batches_of("llama"), skip=["model.layers.0"])
     content = json.loads(report.to_json())
     assert content.pop("version") == 1
     assert content.pop("run") is None

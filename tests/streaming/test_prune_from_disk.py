@@ -19,6 +19,7 @@ from support.disk import (
     weights,
 )
 from support.pairwise import with_nightly
+from support.quiet import prune
 from support.zoo import causal, names, other
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from wanda_lightning import OWL, perplexity_from_disk, prune
+from wanda_lightning import OWL, perplexity_from_disk
 from wanda_lightning.common import progress
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.modules import WindowPerplexity
@@ -182,9 +183,7 @@ def test_batches_may_take_different_routes(source, tmp_path, forward, name):
     samples = [{**batch, "first": first} for batch, first in zip(batches(), (1, 0, 2), strict=True)]
     choices = CHOICES[name]
     model = AutoModelForCausalLM.from_pretrained(source)
-    expected = prune(
-        model, samples, 0.5, forward=partial(forward, model), progress=False, **choices
-    )
+    expected = prune(model, samples, 0.5, forward=partial(forward, model), **choices)
     model.save_pretrained(tmp_path / "memory")
     report = stream(source, tmp_path / "disk", samples, forward=forward, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))

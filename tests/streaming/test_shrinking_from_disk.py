@@ -7,8 +7,11 @@ import pytest
 import torch
 import transformers as hf
 from support.disk import add_predictions, count_blocks, same, weights
+from support.layers import rng
+from support.quiet import prune
 from support.tiny import tiny
 from support.zoo import causal, seeded
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import wanda_lightning as wl
@@ -19,7 +22,7 @@ MODELS = {
         lambda: hf.LlamaForCausalLM(tiny(hf.LlamaConfig, tie_word_embeddings=True))
     ),
 }
-IDS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(64, (4, 16), generator=rng())
 
 
 prune_units = partial(wl.prune, pattern="structured", progress=False)
@@ -50,7 +53,7 @@ def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
     assert not any(loaded.values())
     assert same(small.state_dict(), model.state_dict())
     with torch.no_grad():
-        torch.testing.assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The model .* has no place")
@@ -74,7 +77,7 @@ def test_only_one_block_is_in_memory(tmp_path, monkeypatch):
 
 def test_scattered_zeros_leave_no_folder(tmp_path):
     model = MODELS["llama"]()
-    wl.prune(model, sparsity=0.5, method="magnitude", progress=False)
+    prune(model, sparsity=0.5, method="magnitude")
     model.save_pretrained(tmp_path / "zeros")
     with pytest.raises(ValueError, match="Nothing can be removed"):
         wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")

@@ -8,13 +8,15 @@ import lightning as L
 import torch
 from lightning.pytorch.trainer.connectors import callback_connector
 from support import forks
-from support.zoo import ZOO
+from support.layers import rng
+from support.quiet import prune
+from support.zoo import model_of
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from wanda_lightning import Schedule, prune
+from wanda_lightning import Schedule
 
 # Starts of Lightning's advice that does not fit: workers would only slow down these tests, and some only train, for a
 # few steps.
@@ -34,7 +36,7 @@ class Net(L.LightningModule):
 
     def __init__(self, optimizer=SGD):
         super().__init__()
-        self.layers = ZOO["plain_mlp"].build().train()
+        self.layers = model_of("plain_mlp").train()
         self.optimizer = optimizer
 
     def forward(self, x):
@@ -62,7 +64,7 @@ class Net(L.LightningModule):
 
 
 def samples(count=12, seed=0, shift=0.0):
-    random = torch.Generator().manual_seed(seed)
+    random = rng(seed)
     return TensorDataset(
         torch.randn(count, 32, generator=random) + shift,
         torch.randint(16, (count,), generator=random),
@@ -86,6 +88,16 @@ def trainer(*callbacks, **kwargs):
         **kwargs,
     }
     return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
+
+
+def run_loop(loop, module, *callbacks, count=12, data=None, ckpt_path=None, **options):
+    """Run `fit`, `validate`, `test` or `predict`, and return what the Trainer returns."""
+    run = getattr(trainer(*callbacks, **options), loop)
+    return run(module, loader(count) if data is None else data, ckpt_path=ckpt_path)
+
+
+fit_module = partial(run_loop, "fit")
+validate_module = partial(run_loop, "validate")
 
 
 def zeros(module):
@@ -191,7 +203,7 @@ class TwoOptimizers(Net):
 def pruned_by_hand(weights, sparsity, **options):
     module = Net()
     module.load_state_dict(weights)
-    prune(module, list(loader(24)), sparsity, progress=False, **options)
+    prune(module, list(loader(24)), sparsity, **options)
     return module
 
 

@@ -4,6 +4,7 @@ from contextlib import closing
 
 import torch
 import torch.nn.functional as F
+from support.layers import rng
 from support.samples import samples_of
 from torch import nn
 
@@ -65,7 +66,7 @@ class Looped(nn.Module):
 
 def vectors(count=3):
     """Batches of two and three samples in turn."""
-    generator = torch.Generator().manual_seed(0)
+    generator = rng()
     return [torch.randn(2 + index % 2, 3, WIDTH, generator=generator) for index in range(count)]
 
 

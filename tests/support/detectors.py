@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from support.layers import rng
 from support.zoo import seeded
 from torch import nn
 from torchvision.models import detection, mobilenet_v2
@@ -81,7 +82,7 @@ def build(name):
 
 def scenes(*sizes):
     """Batches of images of different sizes, each with one box, as torchvision's `tuple(zip(*samples))` makes them."""
-    random = torch.Generator().manual_seed(1)
+    random = rng(1)
     box = {"boxes": torch.tensor([[8.0, 8.0, 48.0, 40.0]]), "labels": torch.tensor([1])}
     batches = []
     for size in sizes:
@@ -94,7 +95,7 @@ def scenes(*sizes):
 def batches_for(name, *sizes):
     if name != "lraspp":
         return scenes(*sizes)
-    random = torch.Generator().manual_seed(1)
+    random = rng(1)
     return [(torch.rand(size, 3, 64, 64, generator=random),) for size in sizes]
 
 

@@ -6,10 +6,12 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.layers import rng
+from support.quiet import prune
 from support.refusals import bits
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from wanda_lightning import OWL, PerLayer, Reconstruct, prune, prune_from_disk
+from wanda_lightning import OWL, PerLayer, Reconstruct, prune_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.output_folder import OutputFolder
 
@@ -42,7 +44,7 @@ CHOICES = {
 
 
 def batches(count=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = rng(seed)
     return [
         {"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)} for _ in range(count)
     ]
@@ -97,7 +99,7 @@ def contents(folder):
 def in_memory(source, folder, samples, auto_class=AutoModelForCausalLM, **choices):
     """Prune a model in memory and save it; return the report."""
     model = auto_class.from_pretrained(source)
-    report = prune(model, samples, 0.5, progress=False, **choices)
+    report = prune(model, samples, 0.5, **choices)
     model.save_pretrained(folder)
     return report
 

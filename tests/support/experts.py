@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from support.samples import calls_of, samples_of
 from support.tiny import tiny
-from support.zoo import ZOO, is_experts, seeded
+from support.zoo import is_experts, model_of, seeded
 from torch import nn
 
 from wanda_lightning.calibration.lockstep import whole_model_calls
@@ -63,14 +63,14 @@ def observed(model, batches):
 
 
 def double(name, implementation="batched_mm"):
-    model = ZOO[name].build().double()
+    model = model_of(name).double()
     model.config._experts_implementation = implementation  # grouped_mm takes no float64
     return model
 
 
 def starved():
     """A Mixtral that routes no token to expert number 2 of its first block."""
-    model = ZOO["mixtral"].build()
+    model = model_of("mixtral")
     gate = model.model.layers[0].mlp.gate
     gate.register_forward_pre_hook(lambda _, args: (args[0].abs(),))
     with torch.no_grad():
@@ -112,7 +112,7 @@ def routed_tokens(module, x, *routing):
 
 def build(name, experts=8, **more):
     """A model of the zoo with another number of experts, and with biases where the router has any."""
-    model = ZOO[name].build()
+    model = model_of(name)
     config = copy.deepcopy(model.config)
     for key, value in {NUMBERS[name]: experts, **more}.items():
         setattr(config, key, value)

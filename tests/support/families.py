@@ -11,13 +11,13 @@ rounding, and the saved folder must load with transformers or timm and give thes
 
 from __future__ import annotations
 
-import copy
 import re
 import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -85,7 +85,7 @@ def check(family, slowly=True, ways=None):
         ways = list(product(SEQUENTIAL if family.kind == "timm" else SEQUENTIAL[:2], PATTERNS))
 
     for sequential, pattern in ways:
-        model = copy.deepcopy(dense)
+        model = deepcopy(dense)
         report = prune(
             model,
             family.batches(),
@@ -94,7 +94,7 @@ def check(family, slowly=True, ways=None):
             sequential=sequential,
             keep_batch_norm=True,
         )
-        _verify(model, dense, report, pattern)
+        verify(model, dense, report, pattern)
         finite = all(_finite(_outputs(model, batch)) for batch in family.batches())
         assert finite, f"not finite: {pattern}"
         if (sequential, pattern) == ("block", "unstructured"):
@@ -117,7 +117,7 @@ def _build(family):
     return model
 
 
-def _verify(model, dense, report, pattern):
+def verify(model, dense, report, pattern):
     """Check that each matrix is pruned or skipped, and that nothing but the pruned weights has changed."""
     layers = {layer.name: layer for layer in find_layers(model).layers}
     pruned = {layer.name: layers[layer.name] for layer in report.layers}
@@ -207,11 +207,11 @@ def _blocks(model, idle):
 
 def _compare(dense, batches):
     """Return the dtype in which the masks for sequential="block" equal those of the slow procedure."""
-    model = copy.deepcopy(dense)
+    model = deepcopy(dense)
     if hasattr(model, "set_experts_implementation"):
         # Grouped products are not intercepted, and have no float64.
         model.set_experts_implementation("eager")
-    narrow = copy.deepcopy(model)
+    narrow = deepcopy(model)
     wide_batches = tree_map_only(Tensor, double, batches)
     try:
         model.double()
@@ -222,7 +222,7 @@ def _compare(dense, batches):
         model = narrow
 
     dtype = next(model.parameters()).dtype
-    slow = copy.deepcopy(model)
+    slow = deepcopy(model)
     prune(model, batches, 0.5, sequential="block")
     slow_prune(slow, batches)
 
@@ -421,7 +421,7 @@ def check_units(family, result=None):
             result.zero += int(note[1].replace(",", ""))
             result.width += int(note[2].replace(",", ""))
 
-    zeros = copy.deepcopy(model)
+    zeros = deepcopy(model)
     expected = [_floats(zeros, batch, is_timm) for batch in batches]
     taken = shrink(model, batches[0])
     before, after = taken.parameters
@@ -445,9 +445,9 @@ def check_units(family, result=None):
 
 def _floats(model, batch, wide):
     """Return the floating-point outputs, in float64 if `wide`: deep random networks amplify the errors of float32."""
-    batch = copy.deepcopy(batch)  # a model may write into its input
+    batch = deepcopy(batch)  # a model may write into its input
     if wide:
-        model = copy.deepcopy(model).double()
+        model = deepcopy(model).double()
         batch = tree_map_only(Tensor, double, batch)
     torch.manual_seed(0)
     return _floating_point(_outputs(model, batch))

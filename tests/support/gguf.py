@@ -48,7 +48,7 @@ def write_gguf(path, sparsity=0.0, qtype=None):
     for name, value in SETTINGS.items():
         getattr(writer, f"add_{name}")(value)
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng()
     tensors = {
         name: rng.standard_normal(shape, dtype=np.float32) for name, shape in _shapes().items()
     }

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 import torch
+from torch import nn
+from torch.testing import assert_close
 
 from wanda_lightning.core.allocation import DenseLayer
 from wanda_lightning.core.patterns import Unstructured
@@ -14,14 +16,22 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WIDE = (12, 300)  # more than two of SparseGPT's blocks of columns
 
 
-def seeded(seed=0):
+def rng(seed=0):
     """A generator of random numbers."""
     return torch.Generator().manual_seed(seed)
 
 
+def assert_same(first, second):
+    """Tensors, nested states, or the states of two models are equal."""
+    if isinstance(first, nn.Module):
+        first = first.state_dict()
+        second = second.state_dict()
+    assert_close(first, second, rtol=0, atol=0)
+
+
 def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
     """A weight and the tokens that enter it, some columns a hundred times larger than others."""
-    generator = seeded(seed)
+    generator = rng(seed)
     scale = 10 ** (2 * torch.rand(shape[1], generator=generator) - 1)
     weight = torch.randn(*shape, generator=generator)
     inputs = torch.randn(tokens, shape[1], generator=generator) * scale
@@ -30,7 +40,7 @@ def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
 
 def correlated_layer(seed, dtype=torch.float32, shape=(24, 96), tokens=600):
     """A layer with correlated inputs, where the kept weights can compensate for the pruned ones."""
-    generator = seeded(seed)
+    generator = rng(seed)
     weight, tokens = random_layer(dtype, seed=seed, shape=shape, tokens=tokens)
     return weight, tokens @ torch.randn(shape[1], shape[1], generator=generator).to(dtype) / 10
 
@@ -86,7 +96,7 @@ class NamedLayer(NamedTuple):
 
 def random_layers(seed=0, shapes=((6, 24), (24, 6)), blocks=4):
     """Layers whose weights differ in their tails from block to block."""
-    generator = seeded(seed)
+    generator = rng(seed)
     layers = []
     for block in range(blocks):
         for index, shape in enumerate(shapes):

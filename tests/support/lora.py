@@ -2,16 +2,18 @@
 
 import torch
 from peft import get_peft_model
+from support.layers import rng
 from support.modules import tiny_llama
+from support.quiet import prune
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import prune
 from wanda_lightning.lora import KeepZerosLoraConfig
 
-TOKENS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(0, 64, (2, 12), generator=rng(1))
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -38,7 +40,7 @@ def gpt2(sparsity=0.5):
 
 def pruned(model, sparsity):
     if sparsity:
-        prune(model, None, sparsity, criterion="magnitude", progress=False)
+        prune(model, None, sparsity, criterion="magnitude")
     return model
 
 
@@ -56,7 +58,7 @@ def zeros_of(model):
 
 def randomize(model, seed=0):
     """Adapters that do something: B starts at zero."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = rng(seed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2
@@ -87,7 +89,7 @@ def relative(a, b):
 
 
 def assert_zeros(model, zeros):
-    torch.testing.assert_close(zeros_of(model), zeros)
+    assert_close(zeros_of(model), zeros)
 
 
 def reference(layer, x, *, dropout_seed=None, names=("default",)):

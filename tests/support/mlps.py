@@ -1,6 +1,7 @@
 """Residual MLPs whose hidden units are apart from each other, unless something between the layers mixes them."""
 
 from functools import partial
+from itertools import pairwise
 
 from torch import nn
 from torch.nn import functional as F
@@ -11,6 +12,14 @@ MIXING = {
     "Softmax": lambda width: nn.Softmax(-1),
 }
 """Layers, by their width, whose outputs depend on all inputs."""
+
+
+def relu_mlp(*widths):
+    """Linear layers of some widths, with a ReLU between any two."""
+    layers = []
+    for d_in, d_out in pairwise(widths):
+        layers += [nn.Linear(d_in, d_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class Mlp(nn.Module):

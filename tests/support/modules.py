@@ -3,6 +3,7 @@
 import math
 
 import torch
+from support.layers import rng
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -62,7 +63,7 @@ def slow_perplexity(logits, input_ids, attention_mask=None):
 
 
 def windows_of_text(count=7, tokens=24):
-    return torch.randint(128, (count, tokens), generator=torch.Generator().manual_seed(1))
+    return torch.randint(128, (count, tokens), generator=rng(1))
 
 
 MASKS = {

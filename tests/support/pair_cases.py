@@ -12,9 +12,11 @@ import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from support.callbacks import trainer as callbacks_trainer
+from support.layers import rng
 from support.mlps import Mlp
+from support.quiet import prune
 from support.samples import gradients, samples_of, split
-from support.zoo import ZOO, run
+from support.zoo import batches_of, model_of, run
 from torch import distributed as dist, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -147,10 +149,10 @@ def failures(rank, who):
 
 def replicated(rank, name, shares=None, size=None, times=1, wide=False, **choices):
     """Prune a specimen that both processes have, maybe in float64, and with batches of another size."""
-    model = ZOO[name].build()
+    model = model_of(name)
     if wide:
         model = model.double()
-    batches = ZOO[name].batches() * times
+    batches = batches_of(name) * times
     if size is not None:
         batches = split(batches, size)
     return whole_after(model, iter(share_of(batches, rank, shares)), **choices)
@@ -175,7 +177,7 @@ def statistics_of(rank, name, shares=None):
     if name == "fork":
         model, batches = Fork(), fork_batches()
     else:
-        model, batches = ZOO[name].build(), ZOO[name].batches()
+        model, batches = model_of(name), batches_of(name)
     processes = both()
     sent = counted(processes)
     observer = Observer(frozenset(SUMS), processes)
@@ -193,7 +195,7 @@ def statistics_of(rank, name, shares=None):
 
 def fork_batches():
     """The first two share the input of both layers, the third and fourth do not, the fifth reaches only the last."""
-    generator = torch.Generator().manual_seed(0)
+    generator = rng()
     return [
         torch.randn(4, 8, generator=generator) * 0.1 + mean for mean in (-0.5, -0.5, 0.5, 0.5, 2.0)
     ]
@@ -201,23 +203,23 @@ def fork_batches():
 
 def fisher_of(rank, name, shares, samples):
     """The Fisher sums of both processes."""
-    model = ZOO[name].build().double()
-    batches = share_of(split(ZOO[name].batches(), 1), rank, shares)
+    model = model_of(name).double()
+    batches = share_of(split(batches_of(name), 1), rank, shares)
     return gradients(model, batches, samples, processes=both())
 
 
 def progress(rank):
-    plan = make_plan(PruningConfig.from_names(), ZOO["plain_mlp"].build(), both())
+    plan = make_plan(PruningConfig.from_names(), model_of("plain_mlp"), both())
     with contextlib.redirect_stderr(io.StringIO()) as shown:
-        prune_as(plan, ZOO["plain_mlp"].batches()[rank::2], progress=True)
+        prune_as(plan, batches_of("plain_mlp")[rank::2], progress=True)
     return shown.getvalue()
 
 
 def spoilt(rank, sequential, spoil):
     """Prune where one process has something wrong; the error, and whether the weights are as before."""
     name = "llama" if spoil in ("mask", "training") else "plain_mlp"
-    model = ZOO[name].build()
-    batches = ZOO[name].batches()[rank::2]
+    model = model_of(name)
+    batches = batches_of(name)[rank::2]
     forward = None
     recovery = None
     if spoil == "mask":
@@ -262,8 +264,8 @@ Block = partial(Mlp, size=16, width=24)
 
 def prune_shards(rank, folder):
     """Why a model is not pruned that FSDP2 shards, and which was just gathered, or a block of it."""
-    model = shard(ZOO["llama"].build())
-    batches = ZOO["llama"].batches()
+    model = shard(model_of("llama"))
+    batches = batches_of("llama")
     with torch.no_grad():
         run(model, batches[0])
     refusal = attempt(lambda: prune_both(model, batches))
@@ -330,7 +332,7 @@ class Regression(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.1)
 
 
-SAMPLES = torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
+SAMPLES = torch.randn(16, 16, generator=rng(2))
 
 
 def strategy_named(name):
@@ -384,7 +386,7 @@ def distill(rank, strategy):
     with torch.no_grad():
         for weight in dense.parameters():
             weight.mul_(1.5)
-    wl.prune(module, criterion="magnitude", progress=False)
+    prune(module, criterion="magnitude")
 
     batches = SAMPLES.view(4, 4, 16)
     devices = 1
@@ -405,7 +407,7 @@ def distill(rank, strategy):
 def fit_llama(rank, folder, saved):
     """Train a pruned model that FSDP2 shards, and save it; what is sharded, what is refused, and the weights."""
     module = CausalLMModule(folder)
-    windows = [batch["input_ids"] for batch in ZOO["llama"].batches()]
+    windows = [batch["input_ids"] for batch in batches_of("llama")]
     trainer(strategy_named("fsdp2"), wl.KeepZeros()).fit(
         module, DataLoader(windows, batch_size=None)
     )
@@ -420,21 +422,21 @@ def fit_llama(rank, folder, saved):
 
 def save_tied(rank, folder):
     torch.manual_seed(0)
-    config = ZOO["llama"].build().config
+    config = model_of("llama").config
     config.tie_word_embeddings = True
-    module = CausalLMModule(shard(type(ZOO["llama"].build())(config)))
+    module = CausalLMModule(shard(type(model_of("llama"))(config)))
     module.save_pretrained(folder)
     return whole(module.model)
 
 
 def save_classifier(rank, folder):
-    module = wl.ImageClassifierModule(shard(ZOO["convnext"].build()))
+    module = wl.ImageClassifierModule(shard(model_of("convnext")))
     return attempt(lambda: module.save_pretrained(folder))
 
 
 def save_shards(rank, folder):
     fit = trainer(strategy_named("fsdp2"), SavePretrained(folder)).fit
-    return attempt(lambda: fit(CausalLMModule(ZOO["llama"].build()), DataLoader(SAMPLES)))
+    return attempt(lambda: fit(CausalLMModule(model_of("llama")), DataLoader(SAMPLES)))
 
 
 class SlowlySaved(Regression):
@@ -460,15 +462,15 @@ def tensor_parallel(rank, folder):
 
 def prune_batch_norms(rank, batches, shares):
     """The running means of a ResNet whose last blocks both processes prune, each with its batches."""
-    model = ZOO["resnet18"].build().double()
+    model = model_of("resnet18").double()
     prune_both(model, share_of(batches, rank, shares), method="magnitude", only=["layer4.*"])
     return [layer.running_mean for layer in batch_norm_layers(model)]
 
 
 def alone(name, **choices):
     """Prune a specimen in one process; return the model and the report."""
-    model = ZOO[name].build()
-    return model, wl.prune(model, ZOO[name].batches(), progress=False, **choices)
+    model = model_of(name)
+    return model, prune(model, batches_of(name), **choices)
 
 
 def assert_same_weights(weights, expected, tolerance=1e-3):

@@ -1,11 +1,12 @@
 """Models pruned with a recovery, and without it."""
 
-import copy
+from copy import deepcopy
 
 import torch
+from support.layers import rng
+from support.quiet import prune
 from torch import nn
-
-from wanda_lightning import prune
+from torch.testing import assert_close
 
 
 class IntoItsDtype(nn.Linear):
@@ -20,15 +21,15 @@ class IntoItsDtype(nn.Linear):
 
 def pruned_with_and_without(dense, batches, sparsity=0.5, recovery=None, **choices):
     """The model that is pruned without the recovery, the one with it, and its report."""
-    start = copy.deepcopy(dense)
-    model = copy.deepcopy(dense)
-    prune(start, batches, sparsity, progress=False, **choices)
-    report = prune(model, batches, sparsity, recovery=recovery, progress=False, **choices)
+    start = deepcopy(dense)
+    model = deepcopy(dense)
+    prune(start, batches, sparsity, **choices)
+    report = prune(model, batches, sparsity, recovery=recovery, **choices)
     return start, model, report
 
 
 def assert_close_states(model, other, **tolerances):
-    torch.testing.assert_close(model.state_dict(), other.state_dict(), **tolerances)
+    assert_close(model.state_dict(), other.state_dict(), **tolerances)
 
 
 def weights_of(report):
@@ -51,5 +52,5 @@ def blocks(dtype=torch.float64):
 
 
 def some_batches(count, dtype=torch.float64, size=16):
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     return [torch.randn(size, 8, generator=generator).to(dtype) for _ in range(count)]

@@ -4,8 +4,7 @@ import threading
 
 import pytest
 import torch
-
-from wanda_lightning import prune
+from support.quiet import prune
 
 
 class Untouched:
@@ -49,7 +48,7 @@ def refusal(model, batches=None, *args, error=ValueError, written=(), **choices)
     state = state_of(model)
     threads = set(threading.enumerate())
     with pytest.raises(error) as caught:
-        prune(model, batches, *args, progress=False, **choices)
+        prune(model, batches, *args, **choices)
 
     assert changed(model, before) == [f"{name}.weight" for name in written]
     assert state_of(model) == state

@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from support.layers import rng
 from support.zoo import run
 
 from wanda_lightning.calibration.gradients import gradient_statistics
@@ -83,5 +84,5 @@ def gradients(
 
 def drawn(logits, sample):
     """The labels that are drawn from the predictions of one sample, which are rows, by its number."""
-    generator = torch.Generator().manual_seed(sample)
+    generator = rng(sample)
     return torch.multinomial(logits.detach().float().softmax(-1), 1, generator=generator)[:, 0]

@@ -23,7 +23,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from support.mlps import Mlp
+from support.layers import rng
+from support.mlps import Mlp, relu_mlp
 from support.tiny import HEAD, ROPE, VOCABULARY, tiny
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -136,7 +137,7 @@ def _enliven(model):
 
 
 def _batches(batch, config=lambda: None, sizes=(2, 3)):
-    random = torch.Generator().manual_seed(1)
+    random = rng(1)
     built = config()
     return [batch(built, samples, random) for samples in sizes]
 
@@ -449,12 +450,6 @@ def _block_twice():
     return _Blocks(Mlp(), shared, Mlp(), shared)
 
 
-def _plain_mlp():
-    return nn.Sequential(
-        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)
-    )
-
-
 class _Unreached(_Blocks):
     def forward(self, x):
         return self.head(self.blocks[2](self.blocks[0](x)))
@@ -686,7 +681,7 @@ ZOO = {
         lambda: _KeywordsOnly(_KeywordMlp(), _KeywordMlp()), lambda: [{"x": x} for x in _vectors()]
     ),
     "block_twice": _odd(_block_twice),
-    "plain_mlp": _odd(_plain_mlp, blocks=()),
+    "plain_mlp": _odd(lambda: relu_mlp(32, 64, 64, 16), blocks=()),
     "unreached": _odd(lambda: _Unreached(Mlp(), Mlp(), Mlp()), uncalled=("blocks.1.*",)),
     "routed": _odd(lambda: _Routed(Mlp(), Mlp(), Mlp(), Mlp()), _routed_vectors),
     "expert_list": _odd(lambda: _Blocks(_ExpertList(), _ExpertList()), dense=("*.gate",)),
@@ -697,3 +692,13 @@ ZOO = {
         _TorchTransformer, dense=("*.in_proj_weight",), blocks=("encoder.layers.[0-9]",)
     ),
 }
+
+
+def model_of(name):
+    """Build a model of the zoo."""
+    return ZOO[name].build()
+
+
+def batches_of(name):
+    """Return the calibration batches of a model of the zoo."""
+    return ZOO[name].batches()

@@ -1,26 +1,30 @@
 """Training the whole pruned model toward the dense predictions, against AdamW written out by hand."""
 
-import copy
 import json
 import math
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from support.callbacks import zeros
+from support.layers import assert_same, rng
 from support.pairwise import spread
+from support.quiet import prune
 from support.recoveries import (
     assert_close_states,
     pruned_with_and_without,
-    some_batches as batches_of,
+    some_batches as batches_of_size,
     weights_of,
 )
 from support.refusals import refusal
-from support.zoo import ZOO
+from support.zoo import ZOO, batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
-from wanda_lightning import Distill, PruningReport, prune
+from wanda_lightning import Distill, PruningReport
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.training import masked_weights
 from wanda_lightning.training.predictions import DenseTarget, next_tokens
@@ -41,7 +45,7 @@ def classifier(dtype=torch.float64):
     return Classifier().to(dtype)
 
 
-some_batches = partial(batches_of, size=1)
+some_batches = partial(batches_of_size, size=1)
 
 
 def divergence(model, dense, x):
@@ -63,7 +67,7 @@ def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
     steps = math.ceil(len(batches) / config.batch_size) * config.passes
     step = 0
     for number in range(1, config.passes + 1):
-        generator = torch.Generator().manual_seed(config.seed + number)
+        generator = rng(config.seed + number)
         order = torch.randperm(len(batches), generator=generator)
         for chosen in order.split(config.batch_size):
             loss = sum(loss_of(model, dense, batches[index]) for index in chosen) / len(chosen)
@@ -96,7 +100,7 @@ def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
 
 
 def test_of_fewer_than_eight_samples_none_is_held_out():
-    report = prune(classifier(), some_batches(7), recovery=Distill(passes=1), progress=False)
+    report = prune(classifier(), some_batches(7), recovery=Distill(passes=1))
     assert (report.training.trained, report.training.held_out) == (7, 0)
     assert "too few samples to hold any out" in report.notes[-1]
 
@@ -117,8 +121,8 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share)
         kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
         return share * entropy + (1 - share) * kl
 
-    dense = ZOO[name].build().double()
-    samples = [{key: value[:1] for key, value in batch.items()} for batch in ZOO[name].batches()]
+    dense = model_of(name).double()
+    samples = [{key: value[:1] for key, value in batch.items()} for batch in batches_of(name)]
     config = Distill(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
     expected, model, report = pruned_with_and_without(dense, samples, recovery=config)
     adamw_by_hand(expected, dense, weights_of(report), samples, config, loss_of)
@@ -142,9 +146,7 @@ def test_tokens_that_stand_for_images_and_audio_are_not_learned():
 def test_more_samples_need_fewer_passes(monkeypatch, count, enough, passes):
     """But not if a step has few predictions, as with images."""
     monkeypatch.setattr("wanda_lightning.training.distill._ENOUGH", enough)
-    report = prune(
-        classifier(), some_batches(count), 0.5, recovery=Distill(batch_size=1), progress=False
-    )
+    report = prune(classifier(), some_batches(count), 0.5, recovery=Distill(batch_size=1))
     assert len(report.training.passes) == 1 + passes
     assert f"passes={passes}," in report.training.recovery
 
@@ -161,7 +163,7 @@ def test_samples_with_one_prediction_run_together(size):
         return model(x)
 
     batches = some_batches(80 // size, size=size)
-    prune(model, batches, recovery=Distill(passes=1), forward=forward, progress=False)
+    prune(model, batches, recovery=Distill(passes=1), forward=forward)
     assert sizes == [1] + [8] * 8 + [6]  # the first shows whether there are gradients
 
 
@@ -188,12 +190,12 @@ def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatc
     step = torch.optim.AdamW.step
     taken = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: taken.append(step(*args)))
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     batches = [
         {"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)
     ]
     recovery = Distill(passes=1, batch_size=batch_size)
-    report = prune(ZOO["llama"].build(), batches, 0.5, recovery=recovery, progress=False)
+    report = prune(model_of("llama"), batches, 0.5, recovery=recovery)
     assert len(taken) == steps
     assert f"learning_rate={1e-3 * math.sqrt(count / 512)}," in report.training.recovery
 
@@ -217,26 +219,25 @@ def test_a_pass_that_raises_the_held_out_loss_does_not_end_training(
         return next(following)
 
     monkeypatch.setattr(masked_weights.MaskedWeights, "evaluate", evaluate)
-    report = prune(model, some_batches(8), 0.5, recovery=Distill(passes=3), progress=False)
+    report = prune(model, some_batches(8), 0.5, recovery=Distill(passes=3))
     assert [each.held_out for each in report.training.passes] == losses
     assert note in report.notes[-1]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), weights[best], strict=True))
+    assert_same([*model.parameters()], weights[best])
 
 
 def test_weights_may_have_any_layout():
     """Fused AdamW ignores strides."""
     model = classifier(torch.float32)
     batches = some_batches(4, dtype=torch.float32)
-    expected = copy.deepcopy(model)
+    expected = deepcopy(model)
     first = model.body[0].weight.detach()
     second = model.body[3].weight.detach()
     model.body[0].weight = nn.Parameter(first.t().contiguous().t())
     model.body[3].weight = nn.Parameter(second.repeat(1, 2)[:, : second.shape[1]])
     for pruned in (model, expected):
-        prune(pruned, batches, 0.5, recovery=Distill(passes=2), progress=False)
+        prune(pruned, batches, 0.5, recovery=Distill(passes=2))
     assert_close_states(model, expected)
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight == 0, expected.get_parameter(name) == 0)
+    assert_same(zeros(model), zeros(expected))
 
 
 def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
@@ -255,10 +256,10 @@ def test_under_autocast_the_head_of_the_dense_model_is_cast_once():
 def test_a_model_may_be_called_with_a_key_value_cache():
     models = []
     for use_cache in (False, True):
-        model = ZOO["llama"].build().double()
+        model = model_of("llama").double()
         forward = partial(called_with, use_cache, model)
-        batches = ZOO["llama"].batches()
-        prune(model, batches, recovery=Distill(passes=1), forward=forward, progress=False)
+        batches = batches_of("llama")
+        prune(model, batches, recovery=Distill(passes=1), forward=forward)
         models.append(model)
     assert_close_states(*models)
 
@@ -275,9 +276,9 @@ def test_frozen_parameters_and_gradients_are_left_alone():
     model.body[0].requires_grad_(False)
     gradient = torch.ones_like(model.body[3].weight)
     model.body[3].weight.grad = gradient
-    start = copy.deepcopy(model)
-    prune(start, batches, 0.5, progress=False)
-    prune(model, batches, 0.5, recovery="distill", progress=False)
+    start = deepcopy(model)
+    prune(start, batches, 0.5)
+    prune(model, batches, 0.5, recovery="distill")
     assert torch.equal(model.body[0].weight, start.body[0].weight)
     assert not torch.equal(model.body[3].weight, start.body[3].weight)
     assert model.body[3].weight.grad is gradient
@@ -290,7 +291,6 @@ def test_other_outputs_are_compared_by_their_squared_error():
         def forward(self, x):
             return super().forward(x)[:, None].expand(-1, 3, -1) * 2
 
-    torch.manual_seed(0)
     dense = Regressor().double()
     batches = some_batches(2, size=3)
     start, model, report = pruned_with_and_without(
@@ -317,15 +317,10 @@ def test_the_classes_of_a_segmentation_are_in_dimension_1():
             logits = self.layers(x)
             return {"logits": logits.flatten(2).mT if self.flat else logits}
 
-    batches = [
-        torch.randn(2, 3, 2, 6, generator=torch.Generator().manual_seed(i)).double()
-        for i in range(4)
-    ]
+    batches = [torch.randn(2, 3, 2, 6, generator=rng(i)).double() for i in range(4)]
     models = Segmentation(flat=True), Segmentation(flat=False)
-    reports = [
-        prune(model, batches, 0.5, recovery=Distill(passes=2), progress=False) for model in models
-    ]
-    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict())
+    reports = [prune(model, batches, 0.5, recovery=Distill(passes=2)) for model in models]
+    assert_close(models[0].state_dict(), models[1].state_dict())
     losses = [[each.loss for each in report.training.passes[1:]] for report in reports]
     assert losses[0] == pytest.approx(losses[1])
 
@@ -334,10 +329,10 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
     dense = classifier()
     batches = some_batches(16)
     calls = []
-    model = copy.deepcopy(dense)
-    start = copy.deepcopy(dense)
+    model = deepcopy(dense)
+    start = deepcopy(dense)
     step = torch.optim.AdamW.step
-    prune(start, batches, 0.5, progress=False)
+    prune(start, batches, 0.5)
 
     def interrupted(self, *args, **kwargs):
         calls.append(1)
@@ -347,7 +342,7 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
-        prune(model, batches, 0.5, recovery=Distill(passes=3, batch_size=1), progress=False)
+        prune(model, batches, 0.5, recovery=Distill(passes=3, batch_size=1))
     assert caught.value.__notes__[0].startswith("The model is pruned. It holds the best weights")
     assert caught.value.__notes__[0] in caplog.text
     assert torch.equal(model.body[0].weight == 0, start.body[0].weight == 0)
@@ -364,16 +359,15 @@ def test_a_loss_that_is_not_finite_stops():
             logits = super().forward(x)
             return logits * math.inf if torch.is_grad_enabled() and bool((x > 2).any()) else logits
 
-    torch.manual_seed(0)
     batches = some_batches(16)
     batches[3][0, 0] = 3.0
     start, model, report = pruned_with_and_without(Fragile().double(), batches, recovery="distill")
     assert "was not finite, so training stopped" in report.training.stopped
-    assert_close_states(model, start, rtol=0, atol=0)
+    assert_same(model, start)
 
 
 def test_the_report_keeps_the_losses():
-    report = prune(classifier(), some_batches(16), 0.5, recovery="distill", progress=False)
+    report = prune(classifier(), some_batches(16), 0.5, recovery="distill")
     text = report.to_json()
     assert PruningReport.from_json(text) == report
     first = json.loads(text)["training"]["passes"][0]
@@ -383,18 +377,17 @@ def test_the_report_keeps_the_losses():
 
 @pytest.mark.parametrize("name", ["llama", "convnext"])
 def test_blocks_are_trained_as_by_reconstruct_before(name):
-    choices = {"method": "balanced", "sequential": "block", "progress": False}
-    first = ZOO[name].build()
-    both = ZOO[name].build()
-    batches = ZOO[name].batches()
+    choices = {"method": "balanced", "sequential": "block"}
+    first = model_of(name)
+    both = model_of(name)
+    batches = batches_of(name)
     blocks = prune(first, batches, 0.6, recovery="reconstruct", **choices)
     report = prune(
         both, batches, 0.6, recovery=Distill(passes=2, batch_size=1, blocks=True), **choices
     )
     assert [layer.part for layer in report.layers] == [layer.part for layer in blocks.layers]
     assert any(layer.part and layer.part.after < layer.part.before for layer in report.layers)
-    for weight in weights_of(report):
-        assert torch.equal(first.get_parameter(weight) == 0, both.get_parameter(weight) == 0)
+    assert_same(zeros(first), zeros(both))
     assert report.training.passes[-1].loss < report.training.passes[1].loss
 
 
@@ -407,13 +400,12 @@ class Headed(Classifier):
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
-    torch.manual_seed(0)
     dense = Headed().double()
     batches = some_batches(4)
-    model = copy.deepcopy(dense)
+    model = deepcopy(dense)
     target = nn.Sequential(model) if wrapped else model
     recovery = Distill(passes=1, learning_rate=0.1)
-    prune(target, batches, 0.5, skip="*head", recovery=recovery, progress=False)
+    prune(target, batches, 0.5, skip="*head", recovery=recovery)
     assert torch.equal(model.head.bias, dense.head.bias)
     assert not torch.equal(model.body[0].bias, dense.body[0].bias)
 
@@ -449,13 +441,12 @@ def test_impossible_classes_do_not_count():
         def forward(self, x):
             return torch.cat([super().forward(x), torch.full((len(x), 1), -math.inf)], dim=1)
 
-    torch.manual_seed(0)
     model = Masked().double()
     batches = some_batches(4)
     plain = classifier()
     plain.load_state_dict(model.state_dict())
     for each in (model, plain):
-        prune(each, batches, 0.5, recovery="distill", progress=False)
+        prune(each, batches, 0.5, recovery="distill")
     assert_close_states(model, plain)
 
 
@@ -464,18 +455,18 @@ def test_impossible_classes_do_not_count():
 def test_batches_on_a_graph(method, own_forward):
     models = []
     for on_graph in (True, False):
-        model = ZOO["llama"].build()
-        embed = copy.deepcopy(model.get_input_embeddings()).requires_grad_(on_graph)
-        batches = [{"inputs_embeds": embed(batch["input_ids"])} for batch in ZOO["llama"].batches()]
+        model = model_of("llama")
+        embed = deepcopy(model.get_input_embeddings()).requires_grad_(on_graph)
+        batches = [{"inputs_embeds": embed(batch["input_ids"])} for batch in batches_of("llama")]
         forward = partial(lambda model, batch: model(**batch), model) if own_forward else None
-        prune(model, batches, 0.5, method=method, forward=forward, progress=False)
+        prune(model, batches, 0.5, method=method, forward=forward)
         models.append(model)
         assert embed.weight.grad is None
-    assert_close_states(*models, rtol=0, atol=0)
+    assert_same(*models)
 
 
 def padded():
-    batches = [dict(batch) for batch in ZOO["llama_padded"].batches()]
+    batches = [dict(batch) for batch in batches_of("llama_padded")]
     batches[0]["attention_mask"] = batches[0]["attention_mask"].clone()
     batches[0]["attention_mask"][0] = 0
     return batches
@@ -503,7 +494,7 @@ def of_inference_mode():
 def test_odd_batches(make, batches, trained):
     model = make()
     with torch.inference_mode():
-        report = prune(model, batches, 0.5, recovery=Distill(passes=1), progress=False)
+        report = prune(model, batches, 0.5, recovery=Distill(passes=1))
     assert report.training.trained == trained
     assert math.isfinite(report.training.passes[1].loss)
 
@@ -513,4 +504,4 @@ def test_a_sparsity_of_0_trains_nothing():
         classifier(), some_batches(4), 0.0, recovery="distill"
     )
     assert report.training is None
-    assert_close_states(model, start, rtol=0, atol=0)
+    assert_same(model, start)

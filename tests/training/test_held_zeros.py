@@ -10,16 +10,18 @@ from accelerate.state import AcceleratorState
 from lightning.fabric import Fabric
 from support.callbacks import ADAMW, Net, loader, same, train_by_hand, zeros
 from support.held_zeros import OPTIMIZERS
+from support.layers import assert_same
 from support.pairwise import pairwise
+from support.quiet import prune
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
-from wanda_lightning import keep_zeros, prune
+from wanda_lightning import keep_zeros
 
 
 def pruned_net():
     torch.manual_seed(0)
     module = Net()
-    prune(module, method="magnitude", progress=False)
+    prune(module, method="magnitude")
     return module
 
 
@@ -48,7 +50,7 @@ def test_a_plain_loop_takes_the_steps_of_one_that_masks(name, accumulate, clip):
 
     train_by_hand(by_hand, batches, OPTIMIZERS[name](by_hand.parameters()), accumulate, clip)
     assert same(module, by_hand)
-    assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
+    assert_same(zeros(module), pruned)
     assert not _global_optimizer_post_hooks
 
 
@@ -58,7 +60,7 @@ def test_it_holds_until_it_is_released():
     held = keep_zeros(module)
     optimizer = ADAMW(module.parameters())  # created later
     train(module, loader(24), optimizer)
-    assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
+    assert_same(zeros(module), pruned)
     held.release()
     train(module, loader(24), optimizer)
     assert all((pruned[name] & ~where).any() for name, where in zeros(module).items())
@@ -68,7 +70,7 @@ def test_moments_from_before_pruning_are_cleared():
     module = Net()
     optimizer = ADAMW(module.parameters())
     train(module, loader(24), optimizer)
-    prune(module, method="magnitude", progress=False)
+    prune(module, method="magnitude")
     with keep_zeros(module, optimizer):
         for name, weight in module.named_parameters():
             if weight.ndim == 2:
@@ -113,12 +115,12 @@ def test_a_copy_of_another_model_is_refused():
         for model, copies, name in ((module, [dense, other], "Linear"), (other, [dense], "Net")):
             with pytest.raises(ValueError, match=f"a {name} has none of the 3 weights"):
                 held.clear_copies(model, copies)
-    assert all(torch.equal(weight, before[name]) for name, weight in dense.state_dict().items())
+    assert_same(dense.state_dict(), before)
 
 
 def linear(width):
     model = torch.nn.Sequential(torch.nn.Linear(8, width))
-    prune(model, method="magnitude", progress=False)
+    prune(model, method="magnitude")
     return model
 
 
@@ -161,7 +163,7 @@ def test_fabric(precision):
             fabric.backward(model._loss(batch))
             optimizer.step()
             optimizer.zero_grad()
-    assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
+    assert_same(zeros(module), pruned)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -179,4 +181,4 @@ def test_accelerate(precision):
                 )
                 optimizer.step()
                 optimizer.zero_grad()
-    assert all(torch.equal(where, pruned[name]) for name, where in zeros(module).items())
+    assert_same(zeros(module), pruned)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.training.masked_weights import LARGEST_SCALE, MaskedWeights
@@ -39,5 +40,5 @@ def test_gradients_in_float16_neither_vanish_nor_overflow(gain, overflows):
     wide = Step(torch.float32, gain)
     assert half.gradient.dtype == torch.float32
     tolerance = 0.01 * wide.gradient.abs().max().item()
-    torch.testing.assert_close(half.gradient, wide.gradient, rtol=0.01, atol=tolerance)
+    assert_close(half.gradient, wide.gradient, rtol=0.01, atol=tolerance)
     assert (min(half.scales) < LARGEST_SCALE) == overflows

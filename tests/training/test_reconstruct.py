@@ -1,16 +1,19 @@
 """Training the parts of a pruned block, against Adam written out by hand."""
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
+from support.layers import assert_same, rng
+from support.quiet import prune
 from support.recoveries import assert_close_states, blocks, pruned_with_and_without, some_batches
 from support.refusals import refusal
 from support.samples import samples_of
-from support.zoo import ZOO
+from support.zoo import ZOO, batches_of, model_of
 from torch import nn
+from torch.testing import assert_close
 
-from wanda_lightning import PruningReport, Reconstruct, prune
+from wanda_lightning import PruningReport, Reconstruct
 from wanda_lightning.calibration.batches import batch_size, take
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.trees import map_tensors
@@ -20,8 +23,8 @@ from wanda_lightning.training import reconstruct
 
 
 def parts_of(name):
-    model = ZOO[name].build()
-    batches = ZOO[name].batches()
+    model = model_of(name)
+    batches = batches_of(name)
     stops = find_layers(model).stops
     layers = {}
     with torch.no_grad():
@@ -80,7 +83,7 @@ def assert_trained(block, dense, start, batches, epochs):
     """An MLP was trained as by formula on all batches, without its biases; no early stop."""
     expected = adam(dense.mlp, start.mlp, batches, epochs, 0.001)
     for place, weight in zip((0, 2), expected, strict=True):
-        torch.testing.assert_close(block.mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
+        assert_close(block.mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
         assert torch.equal(block.mlp[place].bias, dense.mlp[place].bias)
 
 
@@ -122,8 +125,8 @@ def test_it_is_adam_on_what_the_dense_part_gave(count, epochs):
 
     # The second block learns its own dense outputs on the outputs of the trained first block.
     inputs = [model[0](x) for x in batches]
-    second = copy.deepcopy(dense[1])
-    prune(second, inputs, 0.5, sequential="none", progress=False)  # the block alone, dense inside
+    second = deepcopy(dense[1])
+    prune(second, inputs, 0.5, sequential="none")  # the block alone, dense inside
     assert_trained(model[1], dense[1], second, inputs[:3] + inputs[4:], epochs)
 
 
@@ -146,11 +149,10 @@ def test_with_statistics_of_the_dense_model_it_learns_on_what_the_trained_blocks
 )
 def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     monkeypatch.setattr(reconstruct, "_SAMPLES", 1)
-    choices = {"sparsity": 0.5, "recovery": Reconstruct(epochs=2), "sequential": "block"}
-    choices |= {"keep_batch_norm": True, "progress": False}
-    together = ZOO[name].build().double()
-    alone = ZOO[name].build().double()
-    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, ZOO[name].batches())
+    choices = {"recovery": Reconstruct(epochs=2), "sequential": "block", "keep_batch_norm": True}
+    together = model_of(name).double()
+    alone = model_of(name).double()
+    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, batches_of(name))
     samples = [take(batch, n, n + 1) for batch in batches for n in range(batch_size(batch))]
     assert len(samples) > len(batches)
     first = prune(together, batches, **choices)
@@ -162,12 +164,12 @@ def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
 
 @pytest.mark.parametrize(("count", "size"), [(16, 16), (17, 9), (33, 11), (64, 16)])
 def test_large_batches_have_pieces_of_about_one_size(count, size):
-    x = torch.randn(4 * count, 8, generator=torch.Generator().manual_seed(1)).double()
+    x = torch.randn(4 * count, 8, generator=rng(1)).double()
     whole = list(x.split(count))
     pieces = [piece for batch in whole for piece in batch.split(size)]
     models = blocks(), blocks()
     for model, batches in zip(models, (whole, pieces), strict=True):
-        prune(model, batches, recovery=Reconstruct(epochs=2), progress=False)
+        prune(model, batches, recovery=Reconstruct(epochs=2))
     assert_close_states(*models)
 
 
@@ -209,7 +211,7 @@ class Scored(nn.Module):
 
 @pytest.mark.parametrize("kind", [MinusTheMean, SumUntilHere, WithTable, Scores])
 def test_a_batch_is_not_split_if_samples_would_have_other_outputs(monkeypatch, kind):
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     results = []
     batches = [
         torch.randn(count, 8, generator=generator).double() for count in (64, 64, 40, 64, 64)
@@ -218,16 +220,16 @@ def test_a_batch_is_not_split_if_samples_would_have_other_outputs(monkeypatch, k
         monkeypatch.setattr(reconstruct, "_SAMPLES", largest)
         torch.manual_seed(0)
         model = nn.Sequential(Scored(kind), Scored(kind)).double()
-        report = prune(model, batches, recovery="reconstruct", progress=False)
+        report = prune(model, batches, recovery="reconstruct")
         assert any(layer.part.after < layer.part.before for layer in report.layers)
         results.append(model.state_dict())
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert_same(*results)
 
 
 def test_it_stops_early_and_goes_back():
     recovery = Reconstruct(epochs=50, learning_rate=100.0)
     start, model, report = pruned_with_and_without(blocks(), some_batches(8), recovery=recovery)
-    assert_close_states(model, start, rtol=0, atol=0)
+    assert_same(model, start)
     part = report.layers[0].part
     assert part.name == "0.mlp"
     assert part.before == part.after > 0
@@ -269,7 +271,7 @@ def test_a_part_that_writes_into_its_input_reproduces_itself():
     batches = some_batches(5)
     for block in model:
         block.mlp = WritesIntoItsInput().to(torch.float64)
-    report = prune(model, batches, 0.0, recovery="reconstruct", progress=False)
+    report = prune(model, batches, 0.0, recovery="reconstruct")
     notes = [layer.remarks for layer in report.layers]
     assert notes == [f"error of {i}.mlp 0.00%, trained 0.00%" for i in (0, 0, 1, 1)]
     assert notes[0] in str(report)
@@ -278,12 +280,12 @@ def test_a_part_that_writes_into_its_input_reproduces_itself():
 
 def test_padding_teaches_nothing():
     padded = ZOO["llama_padded"]
-    others = copy.deepcopy(padded.batches())
+    others = deepcopy(padded.batches())
     for batch in others:
         batch["input_ids"][batch["attention_mask"] == 0] = 77
     models = padded.build(), padded.build()
     for model, batches in zip(models, (padded.batches(), others), strict=True):
-        prune(model, batches, 0.5, recovery="reconstruct", progress=False)
+        prune(model, batches, 0.5, recovery="reconstruct")
     assert_close_states(*models)
 
 

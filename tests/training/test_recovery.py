@@ -3,12 +3,13 @@
 import pytest
 import torch
 from support.pairwise import with_nightly
+from support.quiet import prune
 from support.recoveries import IntoItsDtype, blocks, pruned_with_and_without, some_batches
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
 
 import wanda_lightning as wl
-from wanda_lightning import Distill, PruningConfig, Reconstruct, prune
+from wanda_lightning import Distill, PruningConfig, Reconstruct
 from wanda_lightning.models import find_layers
 
 RECOVERIES = {"distill": Distill(passes=1), "reconstruct": Reconstruct()}
@@ -23,8 +24,8 @@ MORE = [("distill", name, "zero_out") for name in ("llama", "gemma2", "gpt2", "g
 @pytest.mark.parametrize(("recovery", "name", "solver"), with_nightly(SAMPLE, MORE))
 def test_only_kept_weights_move_and_nothing_is_left_behind(recovery, name, solver):
     """And in the whole model, with `Distill`, vectors."""
-    dense = ZOO[name].build()
-    batches = ZOO[name].batches() * 2
+    dense = model_of(name)
+    batches = batches_of(name) * 2
     hooks = sum(len(module._forward_hooks) for module in dense.modules())
     start, model, report = pruned_with_and_without(
         dense, batches, recovery=RECOVERIES[recovery], solver=solver
@@ -84,7 +85,7 @@ def test_a_model_runs_in_bfloat16_if_it_can(monkeypatch, recovery, last, dtype):
     first.register_forward_hook(
         lambda module, args, output: runs.add((output.dtype, torch.is_grad_enabled()))
     )
-    report = prune(model, some_batches(8, torch.float32), recovery=recovery, progress=False)
+    report = prune(model, some_batches(8, torch.float32), recovery=recovery)
     assert {(dtype, False), (dtype, True)} <= runs  # held out and in training
     assert first.weight.dtype == torch.float32
     if recovery == "distill":

@@ -1,12 +1,12 @@
 """Attributes of a configuration are found by the shapes that they give."""
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
 import transformers as hf
 from support.tiny import tiny
-from support.zoo import ZOO
+from support.zoo import model_of
 from torch import nn
 
 from wanda_lightning.units.fit_configuration import fit_configuration
@@ -15,7 +15,7 @@ from wanda_lightning.units.fit_configuration import fit_configuration
 def reshaped(model_class, config, new):
     """A model with the shapes of `new`, but with the other configuration."""
     with torch.device("meta"):
-        model = model_class(copy.deepcopy(new))
+        model = model_class(deepcopy(new))
     for module in model.modules():
         if hasattr(module, "config"):
             module.config = config
@@ -42,21 +42,21 @@ def assert_fits(model_class, old, new):
     ],
 )
 def test_the_attributes_with_the_shapes_change(changes):
-    old = ZOO["mixtral"].build().config
-    new = copy.deepcopy(old)
+    old = model_of("mixtral").config
+    new = deepcopy(old)
     new.update(changes)
     assert_fits(hf.MixtralForCausalLM, old, new)
 
 
 def test_an_attribute_of_a_configuration_inside_another_changes():
     old = tiny(hf.Qwen3VLMoeConfig)
-    new = copy.deepcopy(old)
+    new = deepcopy(old)
     new.text_config.num_experts = 3
     assert_fits(hf.Qwen3VLMoeForConditionalGeneration, old, new)
 
 
 def test_shapes_that_no_attribute_gives():
-    model = ZOO["mixtral"].build()
+    model = model_of("mixtral")
     before = model.config.to_dict()
     model.model.layers[0].mlp.gate.weight = nn.Parameter(torch.zeros(3, 32))
     misfit, undo = fit_configuration(model)

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from support.disk import same
+from support.layers import rng
 from support.pairwise import with_nightly
 from support.tiny import VOCABULARY
 from support.zoo import causal, number_of_weights, seeded
@@ -32,7 +33,7 @@ LANGUAGE = {
 EVERY_LANGUAGE_MODEL = pytest.mark.parametrize(
     "name", with_nightly(["llama", "bloom", "llama by the loss"], LANGUAGE)
 )
-IDS = torch.randint(3, VOCABULARY, (8, 16), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(3, VOCABULARY, (8, 16), generator=rng())
 
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)

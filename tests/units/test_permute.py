@@ -1,7 +1,7 @@
 """Permuted models compute the same, in every family, and what cannot be permuted stays as it is."""
 
-import copy
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 
 import peft
@@ -11,14 +11,16 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from support.callbacks import ADAMW, Net, loader, trainer
 from support.disk import same
+from support.layers import assert_same, rng
 from support.pair_cases import replicated
 from support.pairwise import spread
+from support.quiet import prune
 from support.samples import run_of
-from support.zoo import ZOO, run, seeded
+from support.zoo import ZOO, batches_of, model_of, run, seeded
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning import PruningCallback, WandaPrune, prune
+from wanda_lightning import PruningCallback, WandaPrune
 from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.models import find_layers
 from wanda_lightning.units.permute import permute
@@ -55,7 +57,7 @@ def permute_model(model, batches, **choices):
 
 def prune_permuted(model, batches, **choices):
     choices = PERMUTED | choices
-    return prune(model, batches, 0.5, progress=False, **choices)
+    return prune(model, batches, 0.5, **choices)
 
 
 def unchanged(model, dense):
@@ -70,7 +72,7 @@ def outputs(model, batches):
 def specimen(name):
     """A model and its batches; "efficientnet" has squeeze-and-excitation."""
     if name in ZOO:
-        return ZOO[name].build(), ZOO[name].batches()
+        return model_of(name), batches_of(name)
     return seeded(lambda: timm.create_model("test_efficientnet", num_classes=7)), [
         torch.randn(2, 3, 64, 64)
     ]
@@ -83,7 +85,7 @@ def test_the_model_computes_the_same(name, dtype):
     model = model.to(dtype)
     batches = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
     before = outputs(model, batches)
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     blocks = find_layers(model).blocks
     done = permute_model(model, batches)
     inside = {layer.removeprefix(f"{blocks[layer]}.") for layer in done.kept}
@@ -99,11 +101,11 @@ def test_the_model_computes_the_same(name, dtype):
 
 
 def test_it_is_pruned_as_a_model_that_was_permuted_before():
-    model = ZOO["llama"].build()
-    batches = ZOO["llama"].batches()
-    expected = copy.deepcopy(model)
+    model = model_of("llama")
+    batches = batches_of("llama")
+    expected = deepcopy(model)
     permute_model(expected, batches)
-    prune(expected, batches, 0.5, method="wanda", pattern="2:4", progress=False)
+    prune(expected, batches, 0.5, method="wanda", pattern="2:4")
     report = prune_permuted(model, batches)
     assert unchanged(model, expected.state_dict())
     assert report.config["permutation"] == {"name": "Assignment", "iterations": 8}
@@ -121,8 +123,8 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
 
 
 def test_heads_that_a_group_does_not_fit_into_stay():
-    model = ZOO["llama"].build()
-    batches = ZOO["llama"].batches()
+    model = model_of("llama")
+    batches = batches_of("llama")
     done = permute_model(model, batches, pattern="8:16")
     assert {layer.rpartition(".")[2] for layer in done.kept} == {"down_proj"}
 
@@ -205,7 +207,7 @@ MOVED_BACK = {
 
 
 def images(dtype=torch.float32):
-    draw = torch.Generator().manual_seed(0)
+    draw = rng()
     return [torch.randn(2, 5, 16, generator=draw).to(dtype) for _ in range(3)]
 
 
@@ -214,7 +216,7 @@ def images(dtype=torch.float32):
 )
 def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
     model = FIXED[kind]().to(dtype)
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     skip = ["*.gate"] if kind == "read by another" else []
     assert permute_model(model, images(dtype), skip=skip).kept == {}
     assert unchanged(model, dense)
@@ -227,7 +229,7 @@ def test_what_cannot_be_permuted_stays_exactly_as_it_is(kind, dtype, caplog):
 @pytest.mark.parametrize("kind", MOVED_BACK)
 def test_units_are_put_back_if_another_call_uses_them_in_another_way(kind, caplog):
     model = MOVED_BACK[kind]()
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     batches = (
         images()
         if kind == "called again"
@@ -254,13 +256,13 @@ def tied():
 
 def adapted():
     options = {"target_modules": ["up_proj", "o_proj"], "init_lora_weights": False}
-    return peft.get_peft_model(ZOO["llama"].build(), peft.LoraConfig(**options))
+    return peft.get_peft_model(model_of("llama"), peft.LoraConfig(**options))
 
 
 @pytest.mark.parametrize(("make", "batches"), [(tied, images), (adapted, ZOO["llama"].batches)])
 def test_tied_blocks_and_adapters_keep_their_order(make, batches):
     model = make()
-    dense = copy.deepcopy(model.state_dict())
+    dense = deepcopy(model.state_dict())
     with model.disable_adapter() if make is adapted else nullcontext():
         assert permute_model(model, batches()).kept == {}
     assert unchanged(model, dense)
@@ -276,17 +278,15 @@ def test_no_batches_and_bad_batches():
 
 
 def test_two_processes_permute_alike(pair):
-    batches = ZOO["llama"].batches()
+    batches = batches_of("llama")
     choices = {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"}
     for shares in (None, [[0, 1], []]):
         (weights, report), (others, _) = pair.run(replicated, "llama", shares, **choices)
-        assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+        assert_same(weights, others)
         assert any("the inputs of 4 layers are permuted" in note for note in report.notes)
-    model = ZOO["llama"].build()
+    model = model_of("llama")
     prune_permuted(model, batches, method="magnitude")
-    assert all(
-        torch.equal(weights[name], parameter) for name, parameter in model.named_parameters()
-    )
+    assert_same(weights, dict(model.named_parameters()))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")

@@ -1,7 +1,7 @@
 """Structured zeros fill whole hidden units, in every architecture, and what is no unit of its own stays dense."""
 
-import copy
 import time
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,15 +11,18 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support import reference
 from support.disk import same
+from support.layers import rng
 from support.mlps import MIXING, Mlp
+from support.quiet import prune
 from support.refusals import refusal
 from support.samples import calls_of, drawn, run_of, split
-from support.zoo import ZOO, causal, run, seeded
+from support.zoo import ZOO, batches_of, causal, model_of, run, seeded
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
+from torch.testing import assert_close
 
-from wanda_lightning import Fisher, Structured, prune
+from wanda_lightning import Fisher, Structured
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.trees import map_tensors
@@ -59,7 +62,7 @@ def chain(make):
 
 
 def random(*shape):
-    return [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    return [torch.randn(shape, generator=rng(seed)) for seed in range(3)]
 
 
 vectors = partial(random, 4, 32)
@@ -78,7 +81,7 @@ def specimen(name):
 
 def prune_units(model, batches, **choices):
     choices.setdefault("pattern", EACH_OF_4)
-    return prune(model, batches, 0.5, progress=False, **choices)
+    return prune(model, batches, 0.5, **choices)
 
 
 READERS = {
@@ -111,7 +114,7 @@ def pruned(request):
     """A model whose units were pruned, what was found before, and the zero units of each reader."""
     model, batches = specimen(request.param)
     found = coupled_run(model, batches)
-    dense = copy.deepcopy(model)
+    dense = deepcopy(model)
     report = prune_units(model, batches, solver="zero_out", keep_batch_norm=True)
     units = found.removal.units
     return SimpleNamespace(
@@ -151,11 +154,11 @@ def test_nothing_but_the_units_changes(pruned):
 
 def test_the_outputs_are_those_of_the_model_without_the_units(pruned):
     assert not torch.allclose(pruned.outputs, run(pruned.dense, pruned.batches[0]), atol=1e-3)
-    smaller = copy.deepcopy(pruned.model)
+    smaller = deepcopy(pruned.model)
     for reader, units in units_in(smaller, pruned.batches).items():
         units.take(~pruned.zero[reader])
     outputs = run(smaller, pruned.batches[0]).detach()
-    torch.testing.assert_close(outputs, pruned.outputs, rtol=1e-4, atol=1e-4)
+    assert_close(outputs, pruned.outputs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_report_has_the_sparsity_of_each_layer(pruned):
@@ -265,7 +268,7 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
 def test_other_dtypes(name, dtype):
     model, batches = specimen(name)
     rounded = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
-    found = units_in(copy.deepcopy(model).to(dtype), rounded)
+    found = units_in(deepcopy(model).to(dtype), rounded)
     assert list(found) == list(units_in(model, batches)) != []
 
 
@@ -288,7 +291,7 @@ def test_a_skipped_layer_among_writers_reader_and_between_leaves_the_units_of_it
 ):
     model, batches = specimen(name)
     block = model.get_submodule(skip if name == "mobile" else "model.layers.0.mlp")
-    dense = copy.deepcopy(block.state_dict())
+    dense = deepcopy(block.state_dict())
     found = units_in(model, batches)
     layers = {layer.name for layer in prune_units(model, batches, skip=[skip]).layers}
     assert same(block.state_dict(), dense)
@@ -350,16 +353,14 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
             own.removal.unit_columns,
         )
     for reader, value in expected.items():
-        torch.testing.assert_close(got[reader].units, value, rtol=1e-3, atol=1e-9)
+        assert_close(got[reader].units, value, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.25, 0.3, 0.5, 0.7])
 @pytest.mark.parametrize("zeros", [0, 50])
 def test_fisher_meets_the_target_within_one_multiple(sparsity, zeros):
     """Also if many units, such as dead ones, have the same score."""
-    scores = torch.rand(4, 96, generator=torch.Generator().manual_seed(1)) * torch.tensor(
-        [[1], [2], [3], [4]]
-    )
+    scores = torch.rand(4, 96, generator=rng(1)) * torch.tensor([[1], [2], [3], [4]])
     scores[:2, :zeros] = 0
     layers = [UnitLayer(f"layer.{n}", "*", len(each), each) for n, each in enumerate(scores)]
     shares = Fisher().of_units(layers, sparsity, Structured(8)).values()
@@ -372,7 +373,7 @@ def test_fisher_meets_the_target_within_one_multiple(sparsity, zeros):
 
 def test_fisher_takes_the_units_with_the_smallest_scores_for_their_costs():
     """One at a time, until they cost a share of all: the plainest way to say it."""
-    scores = torch.rand(3, 40, generator=torch.Generator().manual_seed(1))
+    scores = torch.rand(3, 40, generator=rng(1))
     costs = torch.tensor([0.25, 0.75, 2.0])
     layers = [
         UnitLayer(f"layer.{n}", "*", 40, each, float(costs[n])) for n, each in enumerate(scores)
@@ -411,9 +412,7 @@ def test_what_a_unit_costs_is_that_of_its_rows_and_columns(cost, per_unit):
 def test_a_slow_block_loses_more_units():
     model = chain(lambda: (Mlp(), Mlp(), Mlp()))
     model[1].between.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-    report = prune(
-        model, vectors(), 0.4, pattern=EACH_OF_4, allocation="fisher_seconds", progress=False
-    )
+    report = prune(model, vectors(), 0.4, pattern=EACH_OF_4, allocation="fisher_seconds")
     zeros = [int((block.down.weight == 0).all(dim=0).sum()) for block in model[:3]]
     assert zeros[1] > max(zeros[0], zeros[2])
     assert max(report.config["unit_costs"], key=report.config["unit_costs"].get) == "1.down"
@@ -452,7 +451,7 @@ def test_uniform_gives_one_ratio_to_all_layers_of_a_kind(widths, sparsity, kept)
 def test_pruning_twice_changes_nothing(name, method):
     model, batches = specimen(name)
     prune_units(model, batches, method=method, keep_batch_norm=True)
-    once = copy.deepcopy(model.state_dict())
+    once = deepcopy(model.state_dict())
     prune_units(model, batches, method=method, keep_batch_norm=True)
     assert same(model.state_dict(), once)
 
@@ -473,7 +472,7 @@ def test_recoveries_keep_the_units_at_zero(recovery):
 
 
 def test_a_sparsity_that_rounds_to_no_unit_is_named(caplog):
-    report = prune(*specimen("llama"), 0.05, pattern="structured", progress=False)
+    report = prune(*specimen("llama"), 0.05, pattern="structured")
     text = "none of 128 hidden units is zero, because sparsity=0.05 rounds to no unit of any layer"
     assert any(note.startswith(text) for note in report.notes)
     assert text in caplog.text
@@ -495,7 +494,7 @@ def test_layers_whose_units_are_never_written_name_their_writers_too():
 
 
 def adapted():
-    return get_peft_model(ZOO["llama"].build(), LoraConfig(target_modules=["up_proj"], r=2))
+    return get_peft_model(model_of("llama"), LoraConfig(target_modules=["up_proj"], r=2))
 
 
 def apart():
@@ -541,6 +540,6 @@ LLAMA = ZOO["llama"].build
     ],
 )
 def test_what_does_not_fit_is_refused(make, choices, text):
-    batches = vectors() if make is apart else ZOO["llama"].batches()
+    batches = vectors() if make is apart else batches_of("llama")
     choices = {"pattern": "structured", **choices}
     assert text in refusal(make(), batches, **choices)

@@ -1,6 +1,6 @@
 """Taking out units: the outputs stay, and whatever would change them stays, too."""
 
-import copy
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -10,10 +10,13 @@ import torch.nn.functional as F
 import transformers as hf
 from peft import LoraConfig, get_peft_model
 from support.disk import same
-from support.mlps import MIXING, Mlp
+from support.layers import rng
+from support.mlps import MIXING, Mlp, relu_mlp
+from support.quiet import prune
 from support.tiny import tiny
-from support.zoo import ZOO
+from support.zoo import batches_of, model_of
 from torch import nn
+from torch.testing import assert_close
 
 import wanda_lightning as wl
 from wanda_lightning.units.block_runs import BlockRuns
@@ -35,7 +38,7 @@ def pruned_image_model(name, in_chans=3):
     architecture, kwargs = IMAGES[name]
     model = timm.create_model(architecture, num_classes=10, in_chans=in_chans, **kwargs).eval()
     images = torch.randn(4, in_chans, 32, 32)
-    wl.prune(model, [images], 0.5, pattern="structured", progress=False)
+    prune(model, [images], 0.5, pattern="structured")
     return model, images
 
 
@@ -43,7 +46,7 @@ def shrunk(model, batch):
     """The report of a shrinking that leaves the outputs as they were."""
     expected = model(batch).detach()
     report = wl.shrink(model, batch)
-    torch.testing.assert_close(model(batch).detach(), expected, rtol=1e-3, atol=1e-4)
+    assert_close(model(batch).detach(), expected, rtol=1e-3, atol=1e-4)
     return report
 
 
@@ -106,7 +109,7 @@ def zero(block, units, readers=("down",), writers=("up",)):
         getattr(block, name).weight[units] = 0
 
 
-X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+X = torch.randn(5, 8, generator=rng(1))
 
 
 def with_zeros(make=small, units=slice(0, 6), **choices):
@@ -131,9 +134,7 @@ def shared():
 
 def without_blocks():
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3)
-    )
+    model = relu_mlp(8, 16, 16, 3)
     with torch.no_grad():
         model[0].weight[:4] = model[2].weight[:, :4] = 0
         model[2].weight[9:] = model[4].weight[:, 9:] = 0
@@ -186,7 +187,7 @@ NOTHING = "Nothing can be removed: no hidden unit is zero on both sides."
 )
 def test_whole_units_are_taken_out_once_and_other_zeros_stay(make, layers, text):
     model = make()
-    before = copy.deepcopy(model.state_dict())
+    before = deepcopy(model.state_dict())
     report = shrunk(model, X)
     assert report.layers == layers
     assert text in str(report)
@@ -196,10 +197,10 @@ def test_whole_units_are_taken_out_once_and_other_zeros_stay(make, layers, text)
 
 
 def test_layers_that_the_batch_does_not_reach_stay():
-    model = ZOO["unreached"].build()
+    model = model_of("unreached")
     for block in model.blocks:
         zero(block, slice(0, 6))
-    report = wl.shrink(model, ZOO["unreached"].batches()[0])
+    report = wl.shrink(model, batches_of("unreached")[0])
     assert list(report.layers) == ["blocks.0.down", "blocks.2.down"]
     assert report.unproven == 6
 
@@ -219,7 +220,7 @@ def test_a_model_for_images_with_other_channels_needs_no_batch(channels):
 
 def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
     model, images = pruned_image_model("convnext")
-    before = copy.deepcopy(model.state_dict())
+    before = deepcopy(model.state_dict())
     calls = []
 
     def interrupted(runs, change, units, keep):
@@ -236,14 +237,13 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(monkeypatch):
 
 
 def test_adapters_are_refused():
-    model = get_peft_model(ZOO["llama"].build(), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(model_of("llama"), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"shrink would break adapters.*Merge them first"):
         wl.shrink(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_and_the_configuration_which_other_models_keep(dtype):
-    torch.manual_seed(0)
     config = tiny(hf.LlamaConfig, initializer_range=0.3)
     model, other = (hf.LlamaForCausalLM(config).to(dtype) for _ in range(2))
     for layer in model.model.layers:
@@ -251,6 +251,6 @@ def test_16_bits_and_the_configuration_which_other_models_keep(dtype):
     ids = torch.randint(64, (2, 9))
     expected = model(ids).logits.detach()
     assert wl.shrink(model).units == 44
-    torch.testing.assert_close(model(ids).logits, expected, rtol=0.1, atol=0.1)
+    assert_close(model(ids).logits, expected, rtol=0.1, atol=0.1)
     assert model.config.intermediate_size == model.model.config.intermediate_size == 42
     assert other.config.intermediate_size == config.intermediate_size == 64

@@ -5,8 +5,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from support import reference
-from support.layers import correlated_layer, output_error, random_layer, seeded, solve
+from support.layers import correlated_layer, output_error, random_layer, rng, solve
 from support.reference import assert_keeps
 
 from wanda_lightning.core.patterns import NM, Unstructured
@@ -51,7 +52,7 @@ def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
 
 def test_wandas_mask_is_used_if_inputs_do_not_correlate():
     weight, _ = random_layer(torch.float64, shape=(6, 32))
-    random = torch.randn(64, 32, generator=seeded()).double()
+    random = torch.randn(64, 32, generator=rng()).double()
     uncorrelated = torch.linalg.qr(random).Q
     tokens = uncorrelated * torch.logspace(-2, 1, 32, dtype=torch.float64)
     tokens[0] += 1e-3  # inputs that correlate a little mislead ADMM
@@ -65,4 +66,4 @@ def test_the_weights_are_the_least_squares_of_the_mask():
     weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
     pruned, keep = solve(ADMM(dampening=0.05, refit_steps=200), weight, tokens)
     expected = reference.least_squares(weight.numpy(), tokens.numpy(), 0.05, keep.numpy())
-    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+    assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)

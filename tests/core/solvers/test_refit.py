@@ -1,10 +1,11 @@
 """Refit against NumPy's least squares."""
 
-import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from support import reference
 from support.layers import correlated_layer, random_layer, solve, statistics
+from torch.testing import assert_close
 
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.patterns import NM, Structured, Unstructured
@@ -19,7 +20,7 @@ def test_a_refit_is_numpys_least_squares(pattern, dampening):
     pruned, keep = solve(Refit(dampening, steps=200), weight, tokens, pattern=pattern)
     assert torch.equal(keep, pattern(Wanda()(weight, statistics(tokens, Wanda)), 0.5))
     expected = reference.least_squares(weight.numpy(), tokens.numpy(), dampening, keep.numpy())
-    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+    assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.01, 0.3])
@@ -39,7 +40,7 @@ def test_a_refit_of_whole_columns_is_torchs_least_squares(dampening, columns):
     left = torch.cat([kept_tokens, pull * torch.eye(32, dtype=torch.float64)])
     right = torch.cat([tokens @ weight.T, pull * weight[:, kept].T])
     expected = torch.linalg.lstsq(left, right).solution.T
-    torch.testing.assert_close(pruned[:, kept], expected, rtol=1e-5, atol=1e-7)
+    assert_close(pruned[:, kept], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_the_columns_that_are_kept_need_not_be_active():
@@ -48,7 +49,7 @@ def test_the_columns_that_are_kept_need_not_be_active():
     pruned, keep = solve(Refit(), weight, tokens, pattern=Structured(2))
     assert pruned.isfinite().all()
     assert keep[0, 20:].all()
-    torch.testing.assert_close(tokens @ pruned.T, tokens @ weight.T, rtol=1e-6, atol=1e-6)
+    assert_close(tokens @ pruned.T, tokens @ weight.T, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 200])
@@ -58,4 +59,4 @@ def test_the_returned_error_is_that_of_the_weights(steps):
     keep = NM(2, 4)(weight.abs(), 0.5)
     fitted, error = refit(weight, weight * keep, keep, gram, steps)
     expected = (tokens @ (fitted - weight).T).square().sum(dim=0)
-    torch.testing.assert_close(error.squeeze(1), expected, rtol=1e-9, atol=0)
+    assert_close(error.squeeze(1), expected, rtol=1e-9, atol=0)

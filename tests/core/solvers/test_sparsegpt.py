@@ -1,8 +1,8 @@
 """SparseGPT against the optimal brain surgeon's update, computed with NumPy's inverse for each column."""
 
-import numpy as np
 import pytest
 import torch
+from numpy.testing import assert_allclose
 from support import reference
 from support.layers import WIDE, random_layer, solve
 from support.reference import assert_keeps
@@ -19,7 +19,7 @@ def surgeon(weight, tokens, keep):
 
 def assert_updated(pruned, weight, tokens, keep):
     expected = surgeon(weight, tokens, keep)
-    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-7, atol=1e-9)
+    assert_allclose(pruned.numpy(), expected, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()])
