@@ -213,7 +213,7 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
         rows = slice(index * length, (index + 1) * length)
         keep_of_sample = None if keep is None else keep[rows]
         _fill_gradient(gradient[rows], logits[rows].detach(), keep_of_sample, first + index)
-    objective: Tensor = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
+    objective = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
     return objective, max(1, logits[..., 0].numel() // sample.size)
 
 

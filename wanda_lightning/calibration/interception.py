@@ -271,7 +271,7 @@ class WeightMemory:
     def _read(self) -> None:
         """Find out where the weights are."""
         self._moves = _moves
-        stacks: dict[int, _Stack] = {}
+        stacks = {}
         for layer in self._layers:
             weight = layer.parameter.detach()
             if is_unloaded(weight):

@@ -423,7 +423,7 @@ def pool_experts(
             families.setdefault(layer.siblings, []).append(layer.name)
 
     replaced = dict(statistics)
-    pooled: dict[str, int] = {}
+    pooled = {}
     for names in families.values():
         counts = {name: statistics[name].count if name in statistics else 0 for name in names}
         enough = min(max(MIN_EXPERT_TOKENS, 1), sum(counts.values()))

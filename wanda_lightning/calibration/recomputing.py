@@ -69,7 +69,7 @@ class _Recomputed:
             return self.forward(*args, **kwargs)
         # Another block may write into them before the second run.
         arguments = clone_arguments(arguments)
-        output_structure: Any = None
+        output_structure = None
 
         def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal output_structure

@@ -153,7 +153,7 @@ class Samples:
         A batch that cannot be split counts as one sample.
         """
         batches = iter(self._batches)
-        first: list[Sample] = []
+        first = []
         for index, batch in enumerate(batches):
             first.append(self._sample(batch, index, self._separable(batch)))
             if sum(sample.size for sample in first) >= count:

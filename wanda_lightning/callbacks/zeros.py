@@ -74,5 +74,5 @@ class KeepZeros(ZerosCallback):
 
 def zeros_callbacks(trainer: Trainer) -> list[ZerosCallback]:
     """Return the callbacks of a Trainer that prune or keep zeros."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ZerosCallback)]

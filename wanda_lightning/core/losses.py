@@ -55,8 +55,7 @@ def summed_divergence(
     """
     if keep is None:
         keep = torch.ones(len(predicted), dtype=torch.bool, device=predicted.device)
-    total: Tensor = _SummedDivergence.apply(predicted, dense, keep, temperature)  # type: ignore[no-untyped-call]
-    return total
+    return _SummedDivergence.apply(predicted, dense, keep, temperature)  # type: ignore[no-untyped-call]
 
 
 class _SummedDivergence(torch.autograd.Function):

@@ -69,7 +69,7 @@ def _write_gram(tokens: Tokens, gram: Gram) -> None:
 @contextmanager
 def _full_precision() -> Iterator[None]:
     """Multiply float32 matrices in float32: with TF32, the Gram matrix would have a precision of ten bits."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     backend_precisions = [backend.fp32_precision for backend in backends]
     try:
         precision = torch.get_float32_matmul_precision()

@@ -129,7 +129,7 @@ class BatchNormStatistics:
 
     def _divide(self, most: int) -> list[Sample]:
         """Choose the first batches, and return every eighth sample, which is held out."""
-        held_out: list[Sample] = []
+        held_out = []
         seen = 0
         for batch in self._samples.first_batches(most):
             following = seen + batch.size
@@ -221,7 +221,7 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
     The frozen ones of detectors, which are classes of their own in every library, normalize by them in training, too.
     """
     missing = (NoneType, UninitializedBuffer)
-    layers: list[nn.Module] = []
+    layers = []
     for module in model.modules():
         is_frozen = "FrozenBatchNorm" in type(module).__name__
         if not (is_frozen or isinstance(module, _BATCH_NORMS)):

@@ -307,7 +307,7 @@ def _with_sparsities(run: Run, removal: Removal, dense: DenseStatistics) -> Run:
             bar.advance()
             return read_dense(layer)
 
-        sparsities: dict[str, float] = {}
+        sparsities = {}
         if plan.processes.rank == 0:
             sparsities = removal.choose_sparsities(plan, dense, read)
         # One process decides: numbers that differ in the last digit could give different masks.

@@ -77,7 +77,7 @@ def load_tasks(
     documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
     tasks: Kwargs = {}
     for name, path in files.items():
-        source: Kwargs = dict.fromkeys(("training_split", "test_split", "fewshot_split"))
+        source = dict.fromkeys(("training_split", "test_split", "fewshot_split"))
         source["validation_split"] = "validation"
         source["custom_dataset"] = lambda name=name, **_: {"validation": documents[name]}
         tasks |= _load({name: source}, _UNFIT.format(path, name))
@@ -176,7 +176,7 @@ def zero_shot(
     finally:
         model.to(home)
 
-    results: Results = {}
+    results = {}
     for name in tasks:
         values = {}
         for key, value in measured["results"][name].items():

@@ -102,7 +102,7 @@ def refuse_if_it_differs(
 
 def _computes_same(mixture: Mixture, call: Call, keep: Units) -> bool:
     """Run a call with the other experts unroutable, and without them; return whether the results are the same."""
-    runs: list[list[Tensor]] = []
+    runs = []
 
     def forward(*args: Any, **kwargs: Any) -> list[Tensor]:
         results = tensors_within(mixture.module.forward(*args, **kwargs))
@@ -131,7 +131,7 @@ def _same_but_for_ties(before: Sequence[Tensor], after: Sequence[Tensor]) -> boo
     eps = coarsest_eps(before)
     if eps < 1e-4 or [x.shape for x in before] != [y.shape for y in after]:
         return False
-    shares: list[float] = []
+    shares = []
     for old, new in zip(before, after, strict=True):
         if old.ndim < 2:
             continue

@@ -49,7 +49,7 @@ class Mixture:
 
     def drop_data(self) -> Callable[[], None]:
         """Move the tensors to the meta device, and return a function that undoes it."""
-        changes: list[Change] = []
+        changes = []
         for slot in self.slots:
             empty = slot.like(slot.tensor.detach().to("meta"))
             changes.append((slot.module, slot.name, empty))

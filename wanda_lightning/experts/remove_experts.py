@@ -153,7 +153,7 @@ class RemoveExperts(Removal):
     def _record(self, run: Run, mixture: Mixture, keep: Units) -> None:
         """Record the matrices of dropped experts as zeros."""
         tokens_of = self._saliency.tokens(mixture)
-        seen: set[int] = set()  # an expert may have several matrices
+        seen = set()  # an expert may have several matrices
         for layer in run.plan.layers:
             if layer.module is not mixture.experts or layer.expert is None:
                 continue

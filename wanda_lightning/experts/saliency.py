@@ -201,7 +201,7 @@ def _from_indices(
             return value[..., index : index + 1]
         return value
 
-    added: list[Tensor] = []
+    added = []
     for index in range(indices.shape[-1]):
         positional = [column(value, index) for value in args]
         keywords = {key: column(value, index) for key, value in kwargs.items()}

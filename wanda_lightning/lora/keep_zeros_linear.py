@@ -176,8 +176,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
 
         base = self.get_base_layer()
         weight = partial(read_weight, base) if self.dequantizes else base.weight
-        product: Tensor = _KeptProduct.apply(x, weight, *factors, addend, transposed, only_delta)  # type: ignore[no-untyped-call]
-        return product
+        return _KeptProduct.apply(x, weight, *factors, addend, transposed, only_delta)  # type: ignore[no-untyped-call]
 
     def unmerged_weight(self) -> Tensor:
         """Return the weight without adapters, dequantized if the layer is quantized."""
@@ -187,7 +186,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s (B A) * keep of one adapter, in the layout of the layer."""
-        delta: Tensor = super().get_delta_weight(adapter)
+        delta = super().get_delta_weight(adapter)
         return delta.masked_fill_((self.unmerged_weight() == 0).to(delta.device), 0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -160,7 +160,7 @@ class _Finder:
         name = module_name if is_weight and module_name else full_name
 
         reason = self._default_reasons.get(module_name)
-        layers: list[Layer] = []
+        layers = []
         if reason is None or not is_weight:
             layers = layers_of(name, module, parameter_name, self.modules, self._by_columns)
         if not is_weight and not layers:

@@ -115,7 +115,7 @@ def _first_convolutions(modules: Modules) -> set[nn.Module]:
 
 def _heads(module: nn.Module) -> set[nn.Module]:
     """Return the modules of the output head that a model or submodel declares."""
-    tops: list[object] = []
+    tops = []
     if callable(_method(module, "get_output_embeddings")):
         tops.append(own_head(module))
     get_classifier = _method(module, "get_classifier")

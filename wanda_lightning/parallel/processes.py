@@ -92,7 +92,7 @@ class Processes:
     def _broadcast(self, value: Value, source: int) -> Value:
         if self.world_size == 1:
             return value
-        objects: list[Any] = [value]  # torch replaces the entries in place
+        objects = [value]  # torch replaces the entries in place
         dist.broadcast_object_list(
             objects, group=self._group, device=self._device, group_src=source
         )

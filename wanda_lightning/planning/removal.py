@@ -90,7 +90,7 @@ class Removal(ABC):
         dense: DenseStatistics = DenseStatistics(),
     ) -> dict[str, Selection]:
         """Return how the weights of each layer are selected; a layer without a sparsity of its own gets the target."""
-        selections: dict[str, Selection] = {}
+        selections = {}
         for layer in plan.layers:
             sparsity = sparsities.get(layer.name, plan.config.sparsity)
             pattern = self.pattern_for(plan, layer, sparsity)

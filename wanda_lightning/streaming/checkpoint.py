@@ -273,7 +273,7 @@ class Checkpoint:
     def as_stored(self, part: str) -> dict[str, Tensor]:
         """Return a loaded part on the CPU, under the names and in the layout of the checkpoint."""
         # The steps of `save_pretrained`, for some of the tensors.
-        model: Any = self.model
+        model = self.model
         ignored = model._keys_to_ignore_on_save or ()
         tensors = {
             name: tensor

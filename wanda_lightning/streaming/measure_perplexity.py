@@ -74,7 +74,7 @@ def perplexity_from_disk(
     numbered = enumerate(batches)
     with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
         while group := list(islice(numbered, AT_ONCE)):
-            samples: list[Sample] = []
+            samples = []
             for index, batch in group:
                 run_batch = partial(run, batch)
                 samples.append(Sample(run_batch, run_batch, batch_index=index))

@@ -74,7 +74,7 @@ def shrink_from_disk(
 
 def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     """Run a small batch through the model, and write each part when it is shrunk."""
-    model: Any = checkpoint.model
+    model = checkpoint.model
     size = model.num_parameters()
     result = Shrunk(parameters=(size, size))
 

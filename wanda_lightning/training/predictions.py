@@ -137,7 +137,7 @@ class DenseTarget:
             return lambda part: rows[part]
 
         # Autocast would cast the matrices of the head anew for each slice.
-        narrow: dict[str, Tensor] = {}
+        narrow = {}
         if torch.is_autocast_enabled(device):
             for name, parameter in head.named_parameters():
                 if parameter.ndim > 1 and parameter.dtype == torch.float32:
@@ -165,7 +165,7 @@ def dense_targets(
 
 def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
     """Return what the dense model predicts for a sample; as the inputs of the head if they are enough."""
-    head_inputs: list[Tensor] = []
+    head_inputs = []
     hook: AbstractContextManager[object] = nullcontext()
     if head is not None:
         hook = head.register_forward_pre_hook(lambda module, args: head_inputs.extend(args))

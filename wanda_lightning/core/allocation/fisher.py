@@ -98,7 +98,7 @@ class Fisher(Allocation):
         """Compare the weights of all layers."""
         distributions = {layer.name: _distribution(layer) for layer in layers}
         lowest, highest = self.limits(sparsity)
-        wanted: Sparsities = {}
+        wanted = {}
 
         # Bisect for the threshold of the whole model.
         low = 0.0
