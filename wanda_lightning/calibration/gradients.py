@@ -1,7 +1,5 @@
 """Measure by backward passes how much the predictions of the dense model depend on each layer."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

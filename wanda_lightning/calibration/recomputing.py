@@ -1,7 +1,5 @@
 """Recompute blocks in the backward pass instead of keeping their activations."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context

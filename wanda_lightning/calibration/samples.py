@@ -1,7 +1,5 @@
 """The calibration batches as samples that can run through the model, each with its padding."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Errors and warnings of the pruning callback about its options, the schedule and the Trainer, as tables of rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Train a network to predict like its dense counterpart."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """The callback that prunes a model inside Lightning's loops."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

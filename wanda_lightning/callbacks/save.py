@@ -1,7 +1,5 @@
 """Keep the best checkpoint of a pruned model, and save the trained model as a folder that its own library loads."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """`KeepZeros`, and the base class of all callbacks that prune or keep zeros."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer

@@ -1,7 +1,5 @@
 """Losses of rows of predictions, each with its gradient."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

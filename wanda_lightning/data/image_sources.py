@@ -1,7 +1,5 @@
 """Open labeled images from digits or a folder, and split them for training and evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Data loaders in a Trainer: training that a resumed run takes up in the middle, and no advice about workers."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from itertools import islice

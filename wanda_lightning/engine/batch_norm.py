@@ -1,7 +1,5 @@
 """Correct the running statistics of BatchNorm layers after pruning."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Make the report of a pruning run, with a note for each thing that a user should know."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

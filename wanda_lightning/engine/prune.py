@@ -1,7 +1,5 @@
 """Prune a model in one shot. This file alone defines the order of the steps."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping

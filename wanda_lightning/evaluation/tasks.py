@@ -4,8 +4,6 @@ lm-eval defines prompts, answers and metrics; this module gives it the documents
 them.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Check that a model has mixtures of experts, and that each computes the same without some of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace

@@ -4,8 +4,6 @@ Whether a mixture is right is measured by the caller: without some experts, it m
 experts unroutable.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Remove whole experts: score what each adds, and take those with the smallest saliency out of each mixture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace

@@ -5,8 +5,6 @@ of its gate times the norm of its output: the norm of what it adds for this toke
 the experts by the gate (Llama 4), it is the norm of what the expert returns for that input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Keep zeros in the Trainer of transformers, and in trainers that derive from it, such as those of TRL."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Prune the layers of one stop with their statistics: solve, write, and record what happened."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

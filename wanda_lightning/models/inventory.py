@@ -1,7 +1,5 @@
 """The inventory of a model: layers to prune, grouped into stops, and what is left dense, with a reason for each."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Layers that can be pruned, whose weights are read and written as matrices; and the names of modules."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import deque

@@ -1,7 +1,5 @@
 """Recognize quantized layers, which cannot be pruned, and read their weights as ordinary numbers."""
 
-from __future__ import annotations
-
 from itertools import starmap
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Why a matrix is left dense: embeddings, heads, routers and stems; and what the report says about other matrices."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """Find out whether a model reads images or tokens, and what it predicts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A causal language model as a LightningModule."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """An image classifier as a LightningModule."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Collection, Mapping

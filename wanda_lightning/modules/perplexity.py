@@ -1,7 +1,5 @@
 """Perplexity over windows of tokens."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

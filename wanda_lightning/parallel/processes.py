@@ -4,8 +4,6 @@ All processes must call the same collectives in the same order; otherwise they w
 code that may fail in a single process runs inside `Processes.fail_together`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Sum the statistics of inputs over several processes."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch

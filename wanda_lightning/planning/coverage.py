@@ -1,7 +1,5 @@
 """Notes on how much of a model is pruned."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

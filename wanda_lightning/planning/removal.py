@@ -1,7 +1,5 @@
 """What leaves a model: weights, hidden units or experts. Each is one class, with the same methods."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace

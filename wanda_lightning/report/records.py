@@ -1,7 +1,5 @@
 """The records of a report, and how they are written as JSON and read back."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections import Counter

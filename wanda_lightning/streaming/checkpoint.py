@@ -4,8 +4,6 @@ This is the only file that uses semi-private functions of transformers: one step
 that everything else (configuration, dtypes, buffers, tied weights) stays its own.
 """
 
-from __future__ import annotations
-
 import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Measure the perplexity of a model that does not fit in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice

@@ -1,7 +1,5 @@
 """Take hidden units that are zero out of a model that does not fit in memory."""
 
-from __future__ import annotations
-
 import logging
 import os
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """Read the blocks of a model when the batches arrive at them, and write them when they are pruned."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Train the kept weights of the whole pruned model to predict like the dense model."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator, Sequence
