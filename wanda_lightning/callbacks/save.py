@@ -158,7 +158,7 @@ class SavePretrained(Callback):
             return
         try:
             saved = self._merge_and_save(trainer, pl_module)
-            if saved is not None:
+            if saved:
                 folder, is_shrunk = saved
                 self._write_card(folder, is_shrunk, trainer)
                 if self.push_to_hub is not None:

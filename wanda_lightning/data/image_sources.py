@@ -34,7 +34,7 @@ class Images(Sequence[tuple[Any, int]]):
             raise UserError(
                 f"The image {image} cannot be read: {type(error).__name__}: {one_line(error)}"
             ) from error
-        if self.transform is not None:
+        if self.transform:
             image = self.transform(image)
         return image, label
 

@@ -28,7 +28,7 @@ class ResumableLoader(DataLoader[Any]):
         """Yield the batches of an epoch, or those that are left of it."""
         skip = 0
         trainer = self.trainer
-        if trainer is not None and trainer.training:
+        if trainer and trainer.training:
             self.generator.manual_seed(self.seed + trainer.current_epoch)
             skip = trainer.fit_loop.batch_idx + 1
         yield from islice(super().__iter__(), skip, None)

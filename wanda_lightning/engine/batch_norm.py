@@ -97,7 +97,7 @@ class BatchNormStatistics:
             self._run(self._add_dense)
             for sample in held_out:
                 dense = _predict(sample)
-                if dense is not None:
+                if dense:
                     self._held_out[sample] = dense
 
     def correct(self) -> BatchNormCorrection | None:
@@ -200,7 +200,7 @@ class BatchNormStatistics:
         with self._processes.fail_together():
             for sample, dense in self._held_out.items():
                 predictions = _predict(sample)
-                assert predictions is not None, "the dense model gave predictions"
+                assert predictions, "the dense model gave predictions"
                 loss = divergence if dense.are_logits else squared_error
                 distance, _ = loss(predictions.rows, dense.rows)
                 total += torch.tensor([float(distance), len(dense.rows)], dtype=torch.float64)

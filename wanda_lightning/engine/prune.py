@@ -143,7 +143,7 @@ def prune_as(
     with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(plan.model, batch_norms):
         run = replace(run, batch_norm=statistics.correct())
     with run.clock.timed("recover", recovery is not None), pruning_mode(plan.model):
-        if recovery is not None:
+        if recovery:
             run = replace(run, training=recovery.train())
     return make_report(run, removal)
 

@@ -38,7 +38,7 @@ def _why_not(
     config: PruningConfig, model: nn.Module, inventory: Inventory, found: Sequence[Mixture]
 ) -> str:
     """Return why experts cannot leave the model; empty if they can."""
-    if adapted_module(model) is not None:
+    if adapted_module(model):
         return "needs whole layers, but the model has adapters. Merge them first."
     if not found:
         return (
@@ -85,7 +85,7 @@ def refuse_if_it_differs(
     kept = int(keep.sum())
     is_same = True  # for a process without a batch
     call = saliency.first_calls.pop(mixture.name, None)  # it holds activations
-    if call is not None:
+    if call:
         is_same = _computes_same(mixture, call, keep)
         # A token cannot choose more experts than there are.
         is_same = is_same and saliency.experts_per_token[mixture.name] <= kept

@@ -64,7 +64,7 @@ def mixtures(model: nn.Module) -> Iterator[Mixture]:
         name = prefix.rpartition(".")[0]
         number = len(getattr(experts, min(stacked)))
         mixture = _mixture(name, modules[name], prefix, experts, number)
-        if mixture is not None:
+        if mixture:
             yield mixture
 
 

@@ -133,7 +133,7 @@ class ExpertSaliency:
         routed = routing.routed
         self.experts_per_token.setdefault(mixture.name, int(routed[:1].sum()))
         mask = fitting_mask(sample.masks, mixture.name, routing.tokens)
-        if mask is not None:
+        if mask:
             routed = routed & mask.keep.flatten().to(routed.device)[:, None]
         elif sample.masks:
             self.padding_counted.add(mixture.name)

@@ -81,7 +81,7 @@ class _KeptProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, left, right = ctx.saved_tensors
-        if ctx.dequantize is not None:
+        if ctx.dequantize:
             weight = ctx.dequantize()
         needs_x, needs_weight, needs_left, needs_right, needs_addend, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_left = grad_right = grad_addend = None

@@ -115,7 +115,7 @@ def _dequantize(model: nn.Module, adapted: Mapping[str, BaseTunerLayer]) -> None
         else:
             model.set_submodule(name, _dequantized_layer(module, dtype))
     loaded_by = getattr(model, "hf_quantizer", None)
-    if loaded_by is not None:
+    if loaded_by:
         loaded_by.remove_quantization_config(model)
 
 

@@ -171,7 +171,7 @@ class _Finder:
             self._note_aliases(owner, name, layers)
         elif is_packed(parameter) or quantizer(module, parameter):
             self._skip(name, parameter, SkipReason.QUANTIZED, why_packed(parameter, module))
-        elif reason is not None:
+        elif reason:
             self._skip(name, parameter, reason.kind, reason.detail)
         elif layers:
             self.layers.extend(layers)

@@ -32,7 +32,7 @@ class Processes:
         self._device = device or torch.device("cpu")
         self.world_size = 1
         self.rank = 0
-        if group is not None:
+        if group:
             self.world_size = dist.get_world_size(group)
             self.rank = dist.get_rank(group)
         # The error that all processes know already, so that an outer block does not announce it again.

@@ -250,7 +250,7 @@ class _Distillation(ModelRecovery):
 
     def _joined(self, batch: _Items) -> list[_Item]:
         """Return the samples of this process in a batch; as one item if they have one prediction each and fit."""
-        items = [item for item in batch if item is not None]
+        items = [item for item in batch if item]
         samples = [item.sample for item in items]
         targets = [item.target for item in items]
         heads = {target.head for target in targets}

@@ -153,7 +153,7 @@ def _unit_scores(layer: UnitLayer) -> Tensor:
 
 def _distribution(layer: DenseLayer) -> Tensor:
     """Return the fraction of the layer's scores that are below the end of each bin."""
-    assert layer.gradients is not None, "Fisher reads gradients"
+    assert layer.gradients, "Fisher reads gradients"
     weight = layer.read()
     scores = widened(weight.abs()).log_().mul_(2)
     scores += layer.gradients.inputs.to(scores.dtype).log()
