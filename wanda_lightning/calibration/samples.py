@@ -263,9 +263,4 @@ def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return batch
     accepted = {parameter.name for parameter in parameters}
-    if not accepted & batch.keys():
-        raise UserError(
-            f"batches hold {sorted(batch)}, but {type(model).__name__}.forward takes {sorted(accepted)}. Give "
-            "forward=, or, in a LightningModule, define calibration_step(batch)."
-        )
     return {key: value for key, value in batch.items() if key in accepted}

@@ -213,11 +213,6 @@ class _Comparison:
         return self.total * (self.temperature**2 / max(1, self.count))  # a batch may be all padding
 
     def _add(self, predicted: Tensor, dense: Tensor, arguments: Kwargs) -> None:
-        if predicted.shape != dense.shape:
-            raise UserError(
-                f"dense must be the model from which the network was pruned, but its logits have the shape "
-                f"{tuple(dense.shape)} and those of the network {tuple(predicted.shape)}."
-            )
         if not predicted.requires_grad:
             raise UserError(
                 "The network must predict with gradients to be distilled, but its predictions have none, as after "

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import BatchFunction
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
-from wanda_lightning.calibration.observer import Observation, Observer, PassiveCalibration
+from wanda_lightning.calibration.observer import (
+    Observation,
+    Observer,
+    PassiveCalibration,
+    StopObserver,
+)
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
@@ -28,7 +33,7 @@ from wanda_lightning.masks.remove_weights import RemoveWeights
 from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import DenseStatistics, Plan, make_plan, refuse_unprunable
 from wanda_lightning.planning.removal import Removal
-from wanda_lightning.planning.run import Run, StopObserver, WeightStore
+from wanda_lightning.planning.run import Run, WeightStore
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 from wanda_lightning.training.predictions import predictions_of

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.calibration import observer
-from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
@@ -19,7 +19,7 @@ from wanda_lightning.experts.saliency import ExpertSaliency
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.removal import Removal
-from wanda_lightning.planning.run import Run, StopObserver
+from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import replace_attributes
 from wanda_lightning.units.fit_configuration import fit_configuration

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.interception import PRODUCTS
-from wanda_lightning.calibration.lockstep import Call, whole_model_calls
-from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.calibration.samples import Sample, Samples
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.surroundings import Surroundings
 from wanda_lightning.calibration.trees import clone_arguments, tensors_within
 from wanda_lightning.common.errors import UserError
@@ -31,7 +31,7 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 _LARGEST_ERROR = 0.05  # of the sum over the experts, relative to the output of the mixture
 
 
-class ExpertSaliency:
+class ExpertSaliency(StopObserver):
     """Sums up the norms of what the experts of some mixtures add, over the tokens of all batches except padding."""
 
     def __init__(self, mixtures: Sequence[Mixture], processes: Processes = SINGLE_PROCESS) -> None:
@@ -52,15 +52,7 @@ class ExpertSaliency:
         """Run the calls that wait at a stop, on copies, and sum what the experts add."""
         with self._processes.fail_together():
             for call in calls:
-                self.watched(stop, call).run(on_copies=True)
-        return self.finish(stop)
-
-    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
-        """Sum what all experts add in one pass of each sample; `tick` follows each."""
-        with self._processes.fail_together():
-            for call in whole_model_calls(samples, tick):
-                self.watched(stop, call).run()
-        samples.refuse_if_empty()
+                self.watched(stop, call).run(on_copies=stop.module is not None)
         return self.finish(stop)
 
     def watched(self, stop: Stop, call: Call) -> Call:

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from wanda_lightning.common.grouping import grouped
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
-from wanda_lightning.report.records import grouped
 
 _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be pruned
 _SHOWN_REASONS = 3

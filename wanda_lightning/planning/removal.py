@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.observer import Observation, Observer
+from wanda_lightning.calibration.observer import Observation, Observer, StopObserver
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
@@ -15,7 +15,7 @@ from wanda_lightning.core.selection import Selection
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, Stop
 from wanda_lightning.planning.coverage import Note, low_coverage
 from wanda_lightning.planning.plan import DenseStatistics, Plan
-from wanda_lightning.planning.run import Run, StopObserver
+from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PruningReport
 
 
