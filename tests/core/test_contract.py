@@ -297,11 +297,6 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, together, s
         (NM, {"n": 4, "m": 4}, "whole numbers with 1 <= N < M <= 1000000, but it is 4:4"),
         (
             PerLayer,
-            {"sparsities": "last"},
-            "sparsities of PerLayer must map names of layers to sparsities",
-        ),
-        (
-            PerLayer,
             {"sparsities": {"last": 1.0}},
             "sparsity of 'last' in PerLayer must be .* at least 0 and below 1",
         ),

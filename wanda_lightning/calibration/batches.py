@@ -3,8 +3,6 @@
 A batch is a tensor, or a nesting of mappings, lists and tuples with tensors and other values.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Add to an error the stop and the calibration batch in which it happened."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

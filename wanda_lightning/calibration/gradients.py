@@ -1,7 +1,5 @@
 """Measure by backward passes how much the predictions of the dense model depend on each layer."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,7 +211,7 @@ def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
         rows = slice(index * length, (index + 1) * length)
         keep_of_sample = None if keep is None else keep[rows]
         _fill_gradient(gradient[rows], logits[rows].detach(), keep_of_sample, first + index)
-    objective: Tensor = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
+    objective = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
     return objective, max(1, logits[..., 0].numel() // sample.size)
 
 

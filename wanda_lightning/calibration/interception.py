@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.torch_internals import is_transformed, visible_attention
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.grouping import grouped
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import Layer
 
@@ -207,10 +209,8 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[None]:
     This includes the forward of the layer's module and every product outside it (see `WeightInterceptor`).
     """
     interceptor = WeightInterceptor(layers, on_product)
-    modules: dict[nn.Module, list[Layer]] = {}
-    for layer in layers:
-        if layer.expert is None:
-            modules.setdefault(layer.module, []).append(layer)  # all groups of a convolution
+    whole = [layer for layer in layers if layer.expert is None]
+    modules = grouped(whole, attrgetter("module"))  # all groups of a convolution
     with ExitStack() as entered:
         for module, layers_of_module in modules.items():
             by_forward = partial(interceptor.by_forward, layers_of_module, module.forward)
@@ -271,7 +271,7 @@ class WeightMemory:
     def _read(self) -> None:
         """Find out where the weights are."""
         self._moves = _moves
-        stacks: dict[int, _Stack] = {}
+        stacks = {}
         for layer in self._layers:
             weight = layer.parameter.detach()
             if is_unloaded(weight):

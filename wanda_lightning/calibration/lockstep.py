@@ -164,14 +164,14 @@ def _visits(
                 batch.advance()
 
         while True:
-            parked = [batch for batch in batches if batch.call is not None]
+            parked = [batch for batch in batches if batch.call]
             first_here = min((batch.stop for batch in parked), default=len(stops))
             index = processes.all_reduce_min(first_here)
             if index == len(stops):
                 return
 
             batches_here = [batch for batch in parked if batch.stop == index]
-            calls = [batch.call for batch in batches_here if batch.call is not None]
+            calls = [batch.call for batch in batches_here if batch.call]
             visit = Visit(stops[index], calls)
             if index not in pending:
                 _note_passed(batches_here, stops[index], passed)
@@ -209,7 +209,7 @@ def _find_passed(batch: _Batch, stops: Sequence[Stop], passed: Passed) -> None:
     """
     # The output of the model does not matter here, so neither do its errors.
     with suppress(Exception):
-        while batch.call is not None:
+        while batch.call:
             batch.advance(batch.call.run())
             if batch.call is None or batch.call.stop in passed.again:
                 break
@@ -222,7 +222,7 @@ def _parking(stops: Sequence[Stop]) -> Iterator[None]:
     with ExitStack() as restored:
         for index, stop in enumerate(stops):
             module = stop.module
-            assert module is not None
+            assert module
             # It would bypass the forward.
             restored.enter_context(patched(module, COMPILED_CALL, None))
             restored.enter_context(
@@ -330,7 +330,7 @@ class _Batch(greenlet):
 
     def advance(self, output: Any = None) -> None:
         """Let the batch run to its next stop, or to its end (called by the scheduler)."""
-        if self.call is not None:
+        if self.call:
             self.visited.add(self.call.stop)
         self.call = None
         self._output = output

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
 from wanda_lightning.calibration.surroundings import refuse_transforms
 from wanda_lightning.calibration.torch_internals import is_mapped, write_count
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.grouping import grouped
 from wanda_lightning.core.statistics import InputStatistics
 from wanda_lightning.models import Layer, Stop, fitting_mask, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, all_reduce_statistics
@@ -37,7 +39,26 @@ class Observation:
     pooled: Mapping[str, int] = field(default_factory=dict)
 
 
-class Observer:
+class StopObserver(Protocol):
+    """Measures what a removal needs while samples run."""
+
+    def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
+        """Run the calls that wait at a stop, on copies, and return what they show."""
+
+    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
+        """Run all samples through the model as one stop, and return what they show; `tick` follows each."""
+        observation = self(stop, whole_model_calls(samples, tick))
+        samples.refuse_if_empty()
+        return observation
+
+    def watched(self, stop: Stop, call: Call) -> Call:
+        """Return a call that also measures when it runs."""
+
+    def finish(self, stop: Stop) -> Observation:
+        """Return what the calls that were `watched` have shown, over all processes."""
+
+
+class Observer(StopObserver):
     """Sums up the inputs of the layers of a stop over the calibration batches of all processes.
 
     `needs` holds the names of the sums.
@@ -60,12 +81,6 @@ class Observer:
                     # The module runs again after it is pruned, and may write into its inputs.
                     call.run(on_copies=stop.module is not None)
         return self.finish(stop)
-
-    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
-        """Observe a stop with all layers in one pass of each sample; `tick` follows each."""
-        observation = self(stop, whole_model_calls(samples, tick))
-        samples.refuse_if_empty()
-        return observation
 
     def watched(self, stop: Stop, call: Call) -> Call:
         """Return a call that also reads the inputs of the stop's layers when it runs; `finish` returns the sums."""
@@ -220,9 +235,8 @@ class _Readings:
 
     def refuse_nonfinite(self, processes: Processes) -> None:
         """Read all checks, and refuse sums that are not finite."""
-        by_device: dict[torch.device, list[Tensor]] = {}  # a model may use several devices
-        for check in self.checks:
-            by_device.setdefault(check.is_finite.device, []).append(check.is_finite)
+        flags = [check.is_finite for check in self.checks]
+        by_device = grouped(flags, attrgetter("device"))  # a model may use several devices
         if all(torch.stack(flags).all() for flags in by_device.values()):
             return
         failed = next(check for check in self.checks if not check.is_finite)
@@ -349,18 +363,16 @@ class BatchInputs:
         if not _has_samples(layer, images):
             batch = batch.unsqueeze(0)
         if self._needs == {"square_sum"}:
-            squares = _fitting(layer.squares(batch), layer, images)
+            squares = layer.squares(batch)
             statistics.add(len(batch) * len(squares), {"square_sum": squares.sum(dim=0)})
         else:
             for tokens in layer.token_chunks(batch):
-                statistics.update(_fitting(tokens, layer, images))
+                statistics.update(tokens)
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
         """Sum the tokens of a product, without padding and without the tokens of other experts."""
         layer = product.layer
         tokens = layer.tokens(product.tokens)
-        if layer.expert is None:
-            _fitting(tokens, layer, product.tokens)
         # An expert gets some of the tokens, in an order of its own, or a copy of all of them.
         in_order = layer.expert is None or product.slot is not None
         keep = None
@@ -397,16 +409,6 @@ def _has_samples(layer: Layer, inputs: Tensor) -> bool:
     return inputs.ndim == 1 - layer.kind.channels
 
 
-def _fitting(tokens: Tensor, layer: Layer, inputs: Tensor) -> Tensor:
-    """Return the tokens, or refuse those that do not have the width of the layer."""
-    if tokens.shape[1] != layer.shape[1]:
-        raise UserError(
-            f"batches must fit the model, but the input of {layer.name} has shape {tuple(inputs.shape)} and the layer "
-            f"takes {layer.shape[1]} features. Check how the batches are made."
-        )
-    return tokens
-
-
 MIN_EXPERT_TOKENS = 32  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
 
 
@@ -417,14 +419,11 @@ def pool_experts(
 
     `padded` are the layers whose statistics include padding.
     """
-    families: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer.siblings:
-            families.setdefault(layer.siblings, []).append(layer.name)
-
     replaced = dict(statistics)
-    pooled: dict[str, int] = {}
-    for names in families.values():
+    pooled = {}
+    experts = [layer for layer in layers if layer.siblings]
+    for family in grouped(experts, attrgetter("siblings")).values():
+        names = [layer.name for layer in family]
         counts = {name: statistics[name].count if name in statistics else 0 for name in names}
         enough = min(max(MIN_EXPERT_TOKENS, 1), sum(counts.values()))
         few = {name: count for name, count in counts.items() if count < enough}

@@ -1,7 +1,5 @@
 """Recompute blocks in the backward pass instead of keeping their activations."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context
@@ -69,7 +67,7 @@ class _Recomputed:
             return self.forward(*args, **kwargs)
         # Another block may write into them before the second run.
         arguments = clone_arguments(arguments)
-        output_structure: Any = None
+        output_structure = None
 
         def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal output_structure

@@ -1,7 +1,5 @@
 """The calibration batches as samples that can run through the model, each with its padding."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,7 +151,7 @@ class Samples:
         A batch that cannot be split counts as one sample.
         """
         batches = iter(self._batches)
-        first: list[Sample] = []
+        first = []
         for index, batch in enumerate(batches):
             first.append(self._sample(batch, index, self._separable(batch)))
             if sum(sample.size for sample in first) >= count:
@@ -265,9 +263,4 @@ def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return batch
     accepted = {parameter.name for parameter in parameters}
-    if not accepted & batch.keys():
-        raise UserError(
-            f"batches hold {sorted(batch)}, but {type(model).__name__}.forward takes {sorted(accepted)}. Give "
-            "forward=, or, in a LightningModule, define calibration_step(batch)."
-        )
     return {key: value for key, value in batch.items() if key in accepted}

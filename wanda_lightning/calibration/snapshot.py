@@ -1,7 +1,5 @@
 """Notice which attributes of objects were set since a moment, and take it back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from operator import is_
 from typing import Any, NamedTuple

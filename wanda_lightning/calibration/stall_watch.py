@@ -56,7 +56,7 @@ class StallWatch:
     def _watch(self) -> None:
         while not StallWatch.reported and not self._finished.wait(PATIENCE / 4):
             running = self._running
-            if running is not None and time.monotonic() - running.since > PATIENCE:
+            if running and time.monotonic() - running.since > PATIENCE:
                 StallWatch.reported = True
                 self._report(running.batch_index)
 

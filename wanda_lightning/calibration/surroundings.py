@@ -147,7 +147,7 @@ class TorchState:
     def __init__(self) -> None:
         devices = ["cpu"]
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is not None:
+        if accelerator:
             devices.append(accelerator.type)
         self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
@@ -222,7 +222,7 @@ def _current_stream() -> torch.Stream | None:
 
 
 def _set_stream(stream: torch.Stream | None) -> None:
-    if stream is not None and stream != torch.accelerator.current_stream():
+    if stream and stream != torch.accelerator.current_stream():
         torch.accelerator.set_stream(stream)  # changes the current device, too
 
 
@@ -282,7 +282,7 @@ class ModuleAttributes:
     def __init__(self, model: nn.Module | None) -> None:
         # Each module with a dictionary of its attributes, or of its buffers.
         self._places: list[tuple[nn.Module, Attributes]] = []
-        for module in model.modules() if model is not None else ():
+        for module in model.modules() if model else ():
             # Most modules are PyTorch's own, which set nothing in a forward pass.
             if not type(module).__module__.startswith("torch.nn."):
                 self._places.append((module, vars(module)))
@@ -324,7 +324,7 @@ class ModuleAttributes:
             self._first.append(batch)
         if batch not in self._first:
             return self._apart.values()
-        inside = {*module.modules()} if module is not None else set()
+        inside = {*module.modules()} if module else set()
         return [attributes for owner, attributes in self._places if owner not in inside]
 
     def _own_values(self, batch: Pass, change: Change) -> dict[Pass, Any] | None:

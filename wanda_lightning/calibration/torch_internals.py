@@ -3,8 +3,6 @@
 `tests/calibration/test_torch_internals.py` names what a release of PyTorch has changed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any

@@ -4,8 +4,6 @@ Batches consist of mappings, lists and tuples, which `map_tensors` rebuilds. Arg
 such as a key-value cache, which `clone_arguments` copies. Autograd sees only the tensors of a tree: `take_out_tensors`.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, ModuleType

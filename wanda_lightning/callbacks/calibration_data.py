@@ -1,7 +1,5 @@
 """The calibration batches of a callback: find them, and run one through the module."""
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Iterable, Iterator

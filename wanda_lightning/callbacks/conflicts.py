@@ -1,7 +1,5 @@
 """Errors and warnings of the pruning callback about its options, the schedule and the Trainer, as tables of rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,7 +26,7 @@ def check_options(
 
     pattern = config.pattern
     recovery = config.recovery
-    if pattern.fixed_sparsity is not None and len(schedule.stages) > 1:
+    if pattern.fixed_sparsity and len(schedule.stages) > 1:
         raise UserError(
             f"schedule must have one stage for {pattern}, whose sparsity is fixed, but it is {schedule}. Prune with "
             "at_step=..., or use pattern='unstructured'."

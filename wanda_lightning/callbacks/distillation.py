@@ -1,7 +1,5 @@
 """Train a network to predict like its dense counterpart."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import hashlib
@@ -117,7 +115,7 @@ class DistillFromDense(Callback):
         """Move the dense model beside the network, and add to the loss of each step from now on."""
         teacher = self._teacher
         network = network_of(pl_module, self.network)
-        assert teacher is not None
+        assert teacher
 
         teacher.to(pl_module.device)
         dtypes = (_dtype_of(network), _dtype_of(teacher))
@@ -159,7 +157,7 @@ class DistillFromDense(Callback):
 
     def load_state_dict(self, state_dict: Kwargs) -> None:
         """Refuse the state of a run with other choices or another dense model."""
-        if self._teacher is not None and state_dict != self.state_dict():
+        if self._teacher and state_dict != self.state_dict():
             raise UserError(
                 f"dense, weight, temperature and network must be the same as in the checkpoint, which DistillFromDense "
                 f"wrote with {state_dict}, but they are {self.state_dict()}, where dense is a fingerprint of the "
@@ -189,7 +187,7 @@ class _Comparison:
                 return forward(*args, **kwargs)
 
             inputs, options = clone_arguments((args, kwargs))  # the network may change its own
-            if options.get("labels") is not None and causal_config(self.teacher) is not None:
+            if options.get("labels") is not None and causal_config(self.teacher):
                 options["labels"] = None  # the dense model's own loss would take memory and time
             with torch.no_grad():
                 dense = _logits(self.teacher(*inputs, **options), "The dense model")
@@ -215,11 +213,6 @@ class _Comparison:
         return self.total * (self.temperature**2 / max(1, self.count))  # a batch may be all padding
 
     def _add(self, predicted: Tensor, dense: Tensor, arguments: Kwargs) -> None:
-        if predicted.shape != dense.shape:
-            raise UserError(
-                f"dense must be the model from which the network was pruned, but its logits have the shape "
-                f"{tuple(dense.shape)} and those of the network {tuple(predicted.shape)}."
-            )
         if not predicted.requires_grad:
             raise UserError(
                 "The network must predict with gradients to be distilled, but its predictions have none, as after "

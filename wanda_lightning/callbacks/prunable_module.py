@@ -1,7 +1,5 @@
 """The members that a module may define for callbacks and data modules, and the model that callbacks prune."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, Protocol, cast
 

@@ -1,7 +1,5 @@
 """The callback that prunes a model inside Lightning's loops."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -200,17 +198,17 @@ class PruningCallback(ZerosCallback):
 
     def on_validation_batch_start(self, _: Any, __: Any, batch: Any, *___: Any) -> None:
         """Collect statistics while the batch runs."""
-        if self._validation is not None:
+        if self._validation:
             self._validation.start_batch(batch)
 
     def on_validation_batch_end(self, *_: Any) -> None:
         """Stop collecting."""
-        if self._validation is not None:
+        if self._validation:
             self._validation.end_batch()
 
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         """Prune with the collected statistics."""
-        if self._validation is not None:
+        if self._validation:
             report = prune_collected(self._validation.plan, self._validation.calibration)
             self._validation = None
             self._publish(report, trainer)
@@ -298,7 +296,7 @@ class PruningCallback(ZerosCallback):
                 self._state = PruningState(self._fixed_choices)
         self._state_is_of_checkpoint = False
 
-        if self.report is not None:
+        if self.report:
             set_metrics(self.report, trainer)
 
     # What to prune, and with which data.

@@ -1,7 +1,5 @@
 """Describe the run of a callback for its report: the names of the model and of the calibration data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer

@@ -1,7 +1,5 @@
 """Keep the best checkpoint of a pruned model, and save the trained model as a folder that its own library loads."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import tempfile
@@ -160,7 +158,7 @@ class SavePretrained(Callback):
             return
         try:
             saved = self._merge_and_save(trainer, pl_module)
-            if saved is not None:
+            if saved:
                 folder, is_shrunk = saved
                 self._write_card(folder, is_shrunk, trainer)
                 if self.push_to_hub is not None:

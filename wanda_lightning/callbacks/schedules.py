@@ -164,7 +164,7 @@ class PruningState:
     def to_checkpoint(self) -> Kwargs:
         """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package."""
         saved = {_NAMES_IN_CHECKPOINTS.get(name, name): value for name, value in vars(self).items()}
-        if self.report is not None:
+        if self.report:
             saved["report"] = self.report.to_json()
         return saved
 

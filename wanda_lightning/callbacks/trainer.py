@@ -1,7 +1,5 @@
 """What callbacks ask a Trainer: its processes, its mode, its metrics, and the averages of other callbacks."""
 
-from __future__ import annotations
-
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer

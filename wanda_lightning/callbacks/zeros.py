@@ -1,7 +1,5 @@
 """`KeepZeros`, and the base class of all callbacks that prune or keep zeros."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -74,5 +72,5 @@ class KeepZeros(ZerosCallback):
 
 def zeros_callbacks(trainer: Trainer) -> list[ZerosCallback]:
     """Return the callbacks of a Trainer that prune or keep zeros."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, ZerosCallback)]

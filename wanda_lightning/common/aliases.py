@@ -1,7 +1,5 @@
 """Types that every room uses."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Write files and folders that appear as a whole or not at all, and refuse places that cannot be written."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

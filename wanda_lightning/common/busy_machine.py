@@ -4,8 +4,6 @@ OpenMP's threads spin while they wait. If other programs need the cores, a threa
 every parallel region, while the thread that it waits for has no core.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import time

@@ -1,7 +1,5 @@
 """Checks of values and installed packages, which import no library."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import inf, isfinite

@@ -1,7 +1,5 @@
 """The data types in which models are loaded, by name and as objects of torch."""
 
-from __future__ import annotations
-
 import torch
 
 from wanda_lightning.common.checks import check_values

@@ -1,7 +1,5 @@
 """Errors that the user can mend, as distinct from faults of this package."""
 
-from __future__ import annotations
-
 
 class UserError(ValueError):
     """Something that the user asked for cannot be done; the message says what was found and what to do."""

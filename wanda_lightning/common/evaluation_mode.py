@@ -1,7 +1,5 @@
 """Run a model in evaluation mode, with random numbers from a seed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Compute in float32 or wider, and in float64 where a device has it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

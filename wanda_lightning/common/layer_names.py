@@ -1,7 +1,5 @@
 """Match the names of layers with the patterns of `skip` and `only`."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import re

@@ -1,7 +1,5 @@
 """The source of a model: a hub id, a local folder, a GGUF file or a timm model; paths are checked at once."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Put numbers, sizes, names and errors into words."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """Criteria score the weights of a layer; the smallest scores are pruned."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Literal

@@ -3,8 +3,6 @@
 All implementations select what a stable sort would select. They differ only in speed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

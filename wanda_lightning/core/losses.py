@@ -1,7 +1,5 @@
 """Losses of rows of predictions, each with its gradient."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -55,8 +53,7 @@ def summed_divergence(
     """
     if keep is None:
         keep = torch.ones(len(predicted), dtype=torch.bool, device=predicted.device)
-    total: Tensor = _SummedDivergence.apply(predicted, dense, keep, temperature)  # type: ignore[no-untyped-call]
-    return total
+    return _SummedDivergence.apply(predicted, dense, keep, temperature)  # type: ignore[no-untyped-call]
 
 
 class _SummedDivergence(torch.autograd.Function):

@@ -1,7 +1,5 @@
 """Multiply tensors by masks, exactly and fast, and store masks in little memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Permutations of a layer's inputs, so that groups of N:M keep larger scores."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """Placeholders for weights that are not in memory."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

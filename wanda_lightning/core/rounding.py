@@ -4,8 +4,6 @@ Two tensors are the same if most entries are close, and the norm of the differen
 activation dominates a norm, so most entries must also be close individually.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

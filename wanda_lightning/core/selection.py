@@ -1,7 +1,5 @@
 """The choices that decide which weights of one layer are kept."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import torch

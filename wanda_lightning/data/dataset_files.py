@@ -1,7 +1,5 @@
 """Load data sets from the Hugging Face hub, and tables and texts from files, by `datasets`."""
 
-from __future__ import annotations
-
 import re
 from itertools import accumulate
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Open labeled images from digits or a folder, and split them for training and evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +34,7 @@ class Images(Sequence[tuple[Any, int]]):
             raise UserError(
                 f"The image {image} cannot be read: {type(error).__name__}: {one_line(error)}"
             ) from error
-        if self.transform is not None:
+        if self.transform:
             image = self.transform(image)
         return image, label
 

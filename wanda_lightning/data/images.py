@@ -1,7 +1,5 @@
 """Labeled images as a LightningDataModule, with the preprocessing of the timm model."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from dataclasses import replace

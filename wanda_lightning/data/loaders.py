@@ -1,7 +1,5 @@
 """Data loaders in a Trainer: training that a resumed run takes up in the middle, and no advice about workers."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from itertools import islice
@@ -30,7 +28,7 @@ class ResumableLoader(DataLoader[Any]):
         """Yield the batches of an epoch, or those that are left of it."""
         skip = 0
         trainer = self.trainer
-        if trainer is not None and trainer.training:
+        if trainer and trainer.training:
             self.generator.manual_seed(self.seed + trainer.current_epoch)
             skip = trainer.fit_loop.batch_idx + 1
         yield from islice(super().__iter__(), skip, None)

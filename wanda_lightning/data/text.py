@@ -139,7 +139,7 @@ class TextDataModule(L.LightningDataModule):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded at first use."""
-        tokenizer: Any = self._given_tokenizer or getattr(self._module, "tokenizer", None)
+        tokenizer = self._given_tokenizer or getattr(self._module, "tokenizer", None)
         reason = "no Trainer runs a module that has one"
         if isinstance(tokenizer, str | os.PathLike):
             reason = f"{tokenizer} has none"

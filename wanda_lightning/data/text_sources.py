@@ -1,7 +1,5 @@
 """Texts by name, from a file, from the hub or in memory, split for calibration and evaluation."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files

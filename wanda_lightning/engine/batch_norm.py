@@ -1,7 +1,5 @@
 """Correct the running statistics of BatchNorm layers after pruning."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -99,7 +97,7 @@ class BatchNormStatistics:
             self._run(self._add_dense)
             for sample in held_out:
                 dense = _predict(sample)
-                if dense is not None:
+                if dense:
                     self._held_out[sample] = dense
 
     def correct(self) -> BatchNormCorrection | None:
@@ -129,7 +127,7 @@ class BatchNormStatistics:
 
     def _divide(self, most: int) -> list[Sample]:
         """Choose the first batches, and return every eighth sample, which is held out."""
-        held_out: list[Sample] = []
+        held_out = []
         seen = 0
         for batch in self._samples.first_batches(most):
             following = seen + batch.size
@@ -202,7 +200,7 @@ class BatchNormStatistics:
         with self._processes.fail_together():
             for sample, dense in self._held_out.items():
                 predictions = _predict(sample)
-                assert predictions is not None, "the dense model gave predictions"
+                assert predictions, "the dense model gave predictions"
                 loss = divergence if dense.are_logits else squared_error
                 distance, _ = loss(predictions.rows, dense.rows)
                 total += torch.tensor([float(distance), len(dense.rows)], dtype=torch.float64)
@@ -221,7 +219,7 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
     The frozen ones of detectors, which are classes of their own in every library, normalize by them in training, too.
     """
     missing = (NoneType, UninitializedBuffer)
-    layers: list[nn.Module] = []
+    layers = []
     for module in model.modules():
         is_frozen = "FrozenBatchNorm" in type(module).__name__
         if not (is_frozen or isinstance(module, _BATCH_NORMS)):

@@ -1,7 +1,5 @@
 """Make the report of a pruning run, with a note for each thing that a user should know."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter
@@ -80,7 +78,7 @@ def _count_parameters(run: Run) -> tuple[int, int]:
 def _left_dense(run: Run, removal: Removal) -> dict[str, SkippedMatrix]:
     """Return the layers of the plan that were not pruned, in model order, and what stays dense with them."""
     done = run.done
-    dense: dict[str, SkippedMatrix] = {}
+    dense = {}
     for layer in run.plan.layers:
         if layer.name not in done.layers:
             dense[layer.name] = done.skipped.get(layer.name) or unreached(layer)
@@ -136,7 +134,7 @@ def _on_layers(run: Run, removal: Removal, dense: Mapping[str, SkippedMatrix]) -
 def _on_passed(run: Run) -> Iterator[Note]:
     """Name the layers whose statistics leave out calls, since a batch reached their stop again or too late."""
     called_again = _shared_outside(run.plan)
-    called_late: set[str] = set()
+    called_late = set()
     for stop in run.plan.stops:
         layers = {layer.name for layer in stop.layers}
         if stop.name in run.done.passed.again:
@@ -162,12 +160,12 @@ def _shared_outside(plan: Plan) -> set[str]:
     """Return the layers whose weight the model also holds outside of their stop, where it is called once more."""
     all_parameters = plan.model.named_parameters(remove_duplicate=False)
     number_of_names = Counter(id(parameter) for _, parameter in all_parameters)
-    shared: set[str] = set()
+    shared = set()
     for stop in plan.stops:
         has_several = any(number_of_names[id(layer.parameter)] > 1 for layer in stop.layers)
         if stop.module is None or not has_several:
             continue
-        outside: set[int] = set()
+        outside = set()
         # The second argument leaves out that module and what it contains.
         for _, module in plan.model.named_modules({stop.module}):
             outside |= {id(parameter) for parameter in module.parameters(recurse=False)}

@@ -1,7 +1,5 @@
 """Prune a model in one shot. This file alone defines the order of the steps."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +14,12 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import BatchFunction
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
-from wanda_lightning.calibration.observer import Observation, Observer, PassiveCalibration
+from wanda_lightning.calibration.observer import (
+    Observation,
+    Observer,
+    PassiveCalibration,
+    StopObserver,
+)
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
@@ -30,7 +33,7 @@ from wanda_lightning.masks.remove_weights import RemoveWeights
 from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import DenseStatistics, Plan, make_plan, refuse_unprunable
 from wanda_lightning.planning.removal import Removal
-from wanda_lightning.planning.run import Run, StopObserver, WeightStore
+from wanda_lightning.planning.run import Run, WeightStore
 from wanda_lightning.report import Permuted, PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 from wanda_lightning.training.predictions import predictions_of
@@ -145,7 +148,7 @@ def prune_as(
     with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(plan.model, batch_norms):
         run = replace(run, batch_norm=statistics.correct())
     with run.clock.timed("recover", recovery is not None), pruning_mode(plan.model):
-        if recovery is not None:
+        if recovery:
             run = replace(run, training=recovery.train())
     return make_report(run, removal)
 
@@ -307,7 +310,7 @@ def _with_sparsities(run: Run, removal: Removal, dense: DenseStatistics) -> Run:
             bar.advance()
             return read_dense(layer)
 
-        sparsities: dict[str, float] = {}
+        sparsities = {}
         if plan.processes.rank == 0:
             sparsities = removal.choose_sparsities(plan, dense, read)
         # One process decides: numbers that differ in the last digit could give different masks.

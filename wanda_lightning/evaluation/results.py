@@ -1,7 +1,5 @@
 """The sparsity of a model, and the results of several models as a table and as JSON."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field

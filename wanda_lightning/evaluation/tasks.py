@@ -4,8 +4,6 @@ lm-eval defines prompts, answers and metrics; this module gives it the documents
 them.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +75,7 @@ def load_tasks(
     documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
     tasks: Kwargs = {}
     for name, path in files.items():
-        source: Kwargs = dict.fromkeys(("training_split", "test_split", "fewshot_split"))
+        source = dict.fromkeys(("training_split", "test_split", "fewshot_split"))
         source["validation_split"] = "validation"
         source["custom_dataset"] = lambda name=name, **_: {"validation": documents[name]}
         tasks |= _load({name: source}, _UNFIT.format(path, name))
@@ -176,7 +174,7 @@ def zero_shot(
     finally:
         model.to(home)
 
-    results: Results = {}
+    results = {}
     for name in tasks:
         values = {}
         for key, value in measured["results"][name].items():

@@ -1,7 +1,5 @@
 """Check that a model has mixtures of experts, and that each computes the same without some of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -40,7 +38,7 @@ def _why_not(
     config: PruningConfig, model: nn.Module, inventory: Inventory, found: Sequence[Mixture]
 ) -> str:
     """Return why experts cannot leave the model; empty if they can."""
-    if adapted_module(model) is not None:
+    if adapted_module(model):
         return "needs whole layers, but the model has adapters. Merge them first."
     if not found:
         return (
@@ -87,7 +85,7 @@ def refuse_if_it_differs(
     kept = int(keep.sum())
     is_same = True  # for a process without a batch
     call = saliency.first_calls.pop(mixture.name, None)  # it holds activations
-    if call is not None:
+    if call:
         is_same = _computes_same(mixture, call, keep)
         # A token cannot choose more experts than there are.
         is_same = is_same and saliency.experts_per_token[mixture.name] <= kept
@@ -102,7 +100,7 @@ def refuse_if_it_differs(
 
 def _computes_same(mixture: Mixture, call: Call, keep: Units) -> bool:
     """Run a call with the other experts unroutable, and without them; return whether the results are the same."""
-    runs: list[list[Tensor]] = []
+    runs = []
 
     def forward(*args: Any, **kwargs: Any) -> list[Tensor]:
         results = tensors_within(mixture.module.forward(*args, **kwargs))
@@ -131,7 +129,7 @@ def _same_but_for_ties(before: Sequence[Tensor], after: Sequence[Tensor]) -> boo
     eps = coarsest_eps(before)
     if eps < 1e-4 or [x.shape for x in before] != [y.shape for y in after]:
         return False
-    shares: list[float] = []
+    shares = []
     for old, new in zip(before, after, strict=True):
         if old.ndim < 2:
             continue

@@ -4,8 +4,6 @@ Whether a mixture is right is measured by the caller: without some experts, it m
 experts unroutable.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -49,7 +47,7 @@ class Mixture:
 
     def drop_data(self) -> Callable[[], None]:
         """Move the tensors to the meta device, and return a function that undoes it."""
-        changes: list[Change] = []
+        changes = []
         for slot in self.slots:
             empty = slot.like(slot.tensor.detach().to("meta"))
             changes.append((slot.module, slot.name, empty))
@@ -66,7 +64,7 @@ def mixtures(model: nn.Module) -> Iterator[Mixture]:
         name = prefix.rpartition(".")[0]
         number = len(getattr(experts, min(stacked)))
         mixture = _mixture(name, modules[name], prefix, experts, number)
-        if mixture is not None:
+        if mixture:
             yield mixture
 
 

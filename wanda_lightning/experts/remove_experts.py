@@ -1,7 +1,5 @@
 """Remove whole experts: score what each adds, and take those with the smallest saliency out of each mixture."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -10,7 +8,7 @@ import torch
 from torch import nn
 
 from wanda_lightning.calibration import observer
-from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
@@ -21,7 +19,7 @@ from wanda_lightning.experts.saliency import ExpertSaliency
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.removal import Removal
-from wanda_lightning.planning.run import Run, StopObserver
+from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import replace_attributes
 from wanda_lightning.units.fit_configuration import fit_configuration
@@ -153,7 +151,7 @@ class RemoveExperts(Removal):
     def _record(self, run: Run, mixture: Mixture, keep: Units) -> None:
         """Record the matrices of dropped experts as zeros."""
         tokens_of = self._saliency.tokens(mixture)
-        seen: set[int] = set()  # an expert may have several matrices
+        seen = set()  # an expert may have several matrices
         for layer in run.plan.layers:
             if layer.module is not mixture.experts or layer.expert is None:
                 continue

@@ -5,8 +5,6 @@ of its gate times the norm of its output: the norm of what it adds for this toke
 the experts by the gate (Llama 4), it is the norm of what the expert returns for that input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -18,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.interception import PRODUCTS
-from wanda_lightning.calibration.lockstep import Call, whole_model_calls
-from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.calibration.lockstep import Call
+from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.calibration.samples import Sample, Samples
+from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.surroundings import Surroundings
 from wanda_lightning.calibration.trees import clone_arguments, tensors_within
 from wanda_lightning.common.errors import UserError
@@ -33,7 +31,7 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 _LARGEST_ERROR = 0.05  # of the sum over the experts, relative to the output of the mixture
 
 
-class ExpertSaliency:
+class ExpertSaliency(StopObserver):
     """Sums up the norms of what the experts of some mixtures add, over the tokens of all batches except padding."""
 
     def __init__(self, mixtures: Sequence[Mixture], processes: Processes = SINGLE_PROCESS) -> None:
@@ -54,15 +52,7 @@ class ExpertSaliency:
         """Run the calls that wait at a stop, on copies, and sum what the experts add."""
         with self._processes.fail_together():
             for call in calls:
-                self.watched(stop, call).run(on_copies=True)
-        return self.finish(stop)
-
-    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
-        """Sum what all experts add in one pass of each sample; `tick` follows each."""
-        with self._processes.fail_together():
-            for call in whole_model_calls(samples, tick):
-                self.watched(stop, call).run()
-        samples.refuse_if_empty()
+                self.watched(stop, call).run(on_copies=stop.module is not None)
         return self.finish(stop)
 
     def watched(self, stop: Stop, call: Call) -> Call:
@@ -135,7 +125,7 @@ class ExpertSaliency:
         routed = routing.routed
         self.experts_per_token.setdefault(mixture.name, int(routed[:1].sum()))
         mask = fitting_mask(sample.masks, mixture.name, routing.tokens)
-        if mask is not None:
+        if mask:
             routed = routed & mask.keep.flatten().to(routed.device)[:, None]
         elif sample.masks:
             self.padding_counted.add(mixture.name)
@@ -201,7 +191,7 @@ def _from_indices(
             return value[..., index : index + 1]
         return value
 
-    added: list[Tensor] = []
+    added = []
     for index in range(indices.shape[-1]):
         positional = [column(value, index) for value in args]
         keywords = {key: column(value, index) for key, value in kwargs.items()}

@@ -1,7 +1,5 @@
 """Keep zeros in the Trainer of transformers, and in trainers that derive from it, such as those of TRL."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -47,12 +45,12 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Find the zeros and hold them."""
         _refuse_distributed_weights(args)
-        assert model is not None, "transformers passes the model to every hook"
+        assert model, "transformers passes the model to every hook"
         self._zeros.release()
         if state.global_step > 0:
             self._resume(state)
         self._zeros.hold_all(model)
-        if optimizer is not None:
+        if optimizer:
             self._zeros.clear([optimizer])
 
     def _resume(self, state: TrainerState) -> None:

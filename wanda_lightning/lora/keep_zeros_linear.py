@@ -81,7 +81,7 @@ class _KeptProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, left, right = ctx.saved_tensors
-        if ctx.dequantize is not None:
+        if ctx.dequantize:
             weight = ctx.dequantize()
         needs_x, needs_weight, needs_left, needs_right, needs_addend, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_left = grad_right = grad_addend = None
@@ -176,8 +176,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
 
         base = self.get_base_layer()
         weight = partial(read_weight, base) if self.dequantizes else base.weight
-        product: Tensor = _KeptProduct.apply(x, weight, *factors, addend, transposed, only_delta)  # type: ignore[no-untyped-call]
-        return product
+        return _KeptProduct.apply(x, weight, *factors, addend, transposed, only_delta)  # type: ignore[no-untyped-call]
 
     def unmerged_weight(self) -> Tensor:
         """Return the weight without adapters, dequantized if the layer is quantized."""
@@ -187,7 +186,7 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s (B A) * keep of one adapter, in the layout of the layer."""
-        delta: Tensor = super().get_delta_weight(adapter)
+        delta = super().get_delta_weight(adapter)
         return delta.masked_fill_((self.unmerged_weight() == 0).to(delta.device), 0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -54,7 +54,7 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     zeros = _packed_zeros(tuner.model)
     merged = tuner.merge_and_unload(adapter_names=names)
     weights = dict(merged.named_parameters(remove_duplicate=False))
-    filled: list[str] = []
+    filled = []
     for name in zeros.keys() & weights.keys():
         weight = weights[name]
         was_zero = unpack(zeros[name], weight.shape).to(weight.device)
@@ -79,7 +79,7 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
 
 def _packed_zeros(model: nn.Module) -> dict[str, Tensor]:
     """Return where each matrix is zero that PEFT adapts or trains whole, by the name that it has without PEFT."""
-    zeros: dict[str, Tensor] = {}
+    zeros = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         # PEFT wraps a layer with adapters as `base_layer`, and one that it trains whole as `original_module`.
         name_after = name.replace(".original_module.", ".").replace(".base_layer.", ".")
@@ -115,7 +115,7 @@ def _dequantize(model: nn.Module, adapted: Mapping[str, BaseTunerLayer]) -> None
         else:
             model.set_submodule(name, _dequantized_layer(module, dtype))
     loaded_by = getattr(model, "hf_quantizer", None)
-    if loaded_by is not None:
+    if loaded_by:
         loaded_by.remove_quantization_config(model)
 
 

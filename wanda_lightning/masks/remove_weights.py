@@ -1,7 +1,5 @@
 """Prune the layers of one stop with their statistics: solve, write, and record what happened."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,7 +46,7 @@ def _reached_layers(run: Run, stop: Stop, observation: Observation) -> list[Laye
     """Return the layers of a stop that can be pruned, and record the others as skipped."""
     if not run.plan.observed:
         return list(stop.layers)
-    reached: list[Layer] = []
+    reached = []
     for layer in stop.layers:
         skipped = _why_dense(layer, observation.inputs.get(layer.name, InputStatistics()))
         if skipped is None:
@@ -140,7 +138,7 @@ def _solve(run: Run, layers: Sequence[Layer], inputs: InputStatistics) -> list[_
     write_counts = [write_count(weight) for weight in weights]
     results = run.plan.config.solver.solve_together(weights, inputs, selections)
 
-    solved_layers: list[_Solved] = []
+    solved_layers = []
     for layer, dense, count, (sparse, _) in zip(
         layers, weights, write_counts, results, strict=True
     ):

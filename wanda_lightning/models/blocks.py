@@ -1,7 +1,5 @@
 """Find the blocks of a model: the repeated modules at which calibration batches wait."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 

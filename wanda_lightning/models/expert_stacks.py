@@ -1,7 +1,5 @@
 """Find the experts and routers of a mixture of experts, and the input dimension of the experts' matrices."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 

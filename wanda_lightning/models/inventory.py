@@ -1,7 +1,5 @@
 """The inventory of a model: layers to prune, grouped into stops, and what is left dense, with a reason for each."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -160,7 +158,7 @@ class _Finder:
         name = module_name if is_weight and module_name else full_name
 
         reason = self._default_reasons.get(module_name)
-        layers: list[Layer] = []
+        layers = []
         if reason is None or not is_weight:
             layers = layers_of(name, module, parameter_name, self.modules, self._by_columns)
         if not is_weight and not layers:
@@ -173,7 +171,7 @@ class _Finder:
             self._note_aliases(owner, name, layers)
         elif is_packed(parameter) or quantizer(module, parameter):
             self._skip(name, parameter, SkipReason.QUANTIZED, why_packed(parameter, module))
-        elif reason is not None:
+        elif reason:
             self._skip(name, parameter, reason.kind, reason.detail)
         elif layers:
             self.layers.extend(layers)

@@ -1,7 +1,5 @@
 """Layers that can be pruned, whose weights are read and written as matrices; and the names of modules."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import deque
@@ -286,7 +284,7 @@ def layers_of(
 ) -> list[Layer]:
     """Return the layers that a parameter holds: none, a single one, or one for each expert or group."""
     kind = kind_of(module) if parameter_name == "weight" else None
-    if kind is not None:
+    if kind:
         groups = module.groups if isinstance(module, nn.Conv1d | nn.Conv2d) else 1
         if groups == 1:
             return [Layer(name, module, kind, siblings=siblings_of(name, modules))]

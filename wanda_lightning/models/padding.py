@@ -1,7 +1,5 @@
 """Which tokens of a batch are padding, from its attention mask."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Recognize quantized layers, which cannot be pruned, and read their weights as ordinary numbers."""
 
-from __future__ import annotations
-
 from itertools import starmap
 from typing import Any
 
@@ -73,7 +71,7 @@ def can_be_read(module: nn.Module) -> bool:
 @torch.no_grad()
 def read_weight(module: Any) -> Tensor:
     """Return the weight of a module that can be read, in floating point; a quantized one is dequantized to a copy."""
-    weight: Any = module.weight
+    weight = module.weight
     match quantizer(module, weight):
         case "torchao":
             return weight.dequantize()

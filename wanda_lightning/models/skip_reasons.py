@@ -1,7 +1,5 @@
 """Why a matrix is left dense: embeddings, heads, routers and stems; and what the report says about other matrices."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from enum import StrEnum
@@ -115,7 +113,7 @@ def _first_convolutions(modules: Modules) -> set[nn.Module]:
 
 def _heads(module: nn.Module) -> set[nn.Module]:
     """Return the modules of the output head that a model or submodel declares."""
-    tops: list[object] = []
+    tops = []
     if callable(_method(module, "get_output_embeddings")):
         tops.append(own_head(module))
     get_classifier = _method(module, "get_classifier")

@@ -1,8 +1,6 @@
 """Find out whether a model reads images or tokens, and what it predicts."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,7 +70,7 @@ def causal_config(model: nn.Module) -> Any | None:
 
 def own_head(module: nn.Module) -> nn.Module | None:
     """Return the output head of a language model of transformers; None for any other module."""
-    find_head: Callable[[], object] | None = getattr(module, "get_output_embeddings", None)
+    find_head = getattr(module, "get_output_embeddings", None)
     if find_head is None:
         return None
     try:

@@ -1,7 +1,5 @@
 """Find tensors that share their memory, such as the embedding and the head of a language model."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain

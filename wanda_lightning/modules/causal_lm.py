@@ -1,7 +1,5 @@
 """A causal language model as a LightningModule."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Mapping
@@ -173,7 +171,7 @@ class CausalLMModule(L.LightningModule):
         if labels is None:
             # The loss ignores -100.
             labels = input_ids.masked_fill(~predicted_tokens(**windows), -100)
-        loss: Tensor = self(**windows, labels=labels, use_cache=False).loss
+        loss = self(**windows, labels=labels, use_cache=False).loss
         self.log("train_loss", loss, prog_bar=True, batch_size=len(input_ids))
         return loss
 

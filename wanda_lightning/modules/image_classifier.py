@@ -1,7 +1,5 @@
 """An image classifier as a LightningModule."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -146,7 +144,7 @@ class ImageClassifierModule(L.LightningModule):
     def _measure(self, loss: str, metrics: MetricCollection, batch: Any, batch_idx: int) -> Tensor:
         images, labels = _read_images(batch)
         size = len(images)
-        logits: Tensor = self(images)
+        logits = self(images)
         self.log(loss, F.cross_entropy(logits.float(), labels), batch_size=size)
         if batch_idx == 0:  # an earlier loop may have been interrupted
             metrics.reset()

@@ -4,8 +4,6 @@ Weights are read only from safetensors and GGUF files, since other checkpoint fo
 non-finite or quantized weights raise an error.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import warnings

@@ -1,14 +1,11 @@
 """Perplexity over windows of tokens."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.float64 import has_float64
 
 _CHUNK = 2**22  # logits per step of the loss, 16 MiB in float32
@@ -21,11 +18,6 @@ def predicted_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor
     """
     predicted = torch.ones_like(input_ids, dtype=torch.bool)
     if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise UserError(
-                f"attention_mask must have the shape of the tokens, {tuple(input_ids.shape)}, but its shape is "
-                f"{tuple(attention_mask.shape)}."
-            )
         real = attention_mask != 0
         predicted = real & real.roll(1, dims=1)
     predicted[:, 0] = False

@@ -1,7 +1,5 @@
 """Models whose weights FSDP2 (`fully_shard`) divides over processes: they train with their zeros, and are saved."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

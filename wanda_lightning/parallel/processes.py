@@ -4,8 +4,6 @@ All processes must call the same collectives in the same order; otherwise they w
 code that may fail in a single process runs inside `Processes.fail_together`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -34,7 +32,7 @@ class Processes:
         self._device = device or torch.device("cpu")
         self.world_size = 1
         self.rank = 0
-        if group is not None:
+        if group:
             self.world_size = dist.get_world_size(group)
             self.rank = dist.get_rank(group)
         # The error that all processes know already, so that an outer block does not announce it again.
@@ -92,7 +90,7 @@ class Processes:
     def _broadcast(self, value: Value, source: int) -> Value:
         if self.world_size == 1:
             return value
-        objects: list[Any] = [value]  # torch replaces the entries in place
+        objects = [value]  # torch replaces the entries in place
         dist.broadcast_object_list(
             objects, group=self._group, device=self._device, group_src=source
         )

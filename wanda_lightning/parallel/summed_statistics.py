@@ -1,7 +1,5 @@
 """Sum the statistics of inputs over several processes."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 
 import torch
@@ -31,8 +29,8 @@ def all_reduce_statistics(
         The statistics of every layer, with a count of 0 if no batch reached it; and the layers whose statistics include
         padding in any process.
     """
-    totals: dict[str, InputStatistics] = {}
-    distinct: list[InputStatistics] = []
+    totals = {}
+    distinct = []
     for layers in _layers_by_input(list(zero_tokens), collected, processes):
         first = layers[0]
         # In a dtype that is equal in all processes, and sorted, as the order of a set differs between them.

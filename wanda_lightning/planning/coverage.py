@@ -1,13 +1,11 @@
 """Notes on how much of a model is pruned."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from wanda_lightning.common.grouping import grouped
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.models import Inventory, SkippedMatrix, SkipReason
-from wanda_lightning.report.records import grouped
 
 _ENOUGH_COVERAGE = 0.8  # fraction of the weights that a user would expect to be pruned
 _SHOWN_REASONS = 3

@@ -8,7 +8,6 @@ from functools import cached_property, partial
 
 from torch import Tensor, nn
 
-from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
@@ -159,11 +158,6 @@ def make_plan(
     Raises:
         ValueError: If the model cannot be pruned as asked.
     """
-    if not isinstance(model, nn.Module):  # a class, or the arguments are swapped
-        kind = f"the class {model.__name__}" if isinstance(model, type) else shown(model)
-        raise UserError(
-            f"model must be a torch.nn.Module, but it is {kind}. Call prune(model, batches)."
-        )
     if is_sharded(model):
         raise UserError(
             "model must be whole in each process, but FSDP or tensor parallelism shards it. Prune it before it is "

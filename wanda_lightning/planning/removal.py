@@ -1,7 +1,5 @@
 """What leaves a model: weights, hidden units or experts. Each is one class, with the same methods."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.observer import Observation, Observer
+from wanda_lightning.calibration.observer import Observation, Observer, StopObserver
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Pattern
@@ -17,7 +15,7 @@ from wanda_lightning.core.selection import Selection
 from wanda_lightning.models import Inventory, Layer, SkippedMatrix, Stop
 from wanda_lightning.planning.coverage import Note, low_coverage
 from wanda_lightning.planning.plan import DenseStatistics, Plan
-from wanda_lightning.planning.run import Run, StopObserver
+from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PruningReport
 
 
@@ -90,7 +88,7 @@ class Removal(ABC):
         dense: DenseStatistics = DenseStatistics(),
     ) -> dict[str, Selection]:
         """Return how the weights of each layer are selected; a layer without a sparsity of its own gets the target."""
-        selections: dict[str, Selection] = {}
+        selections = {}
         for layer in plan.layers:
             sparsity = sparsities.get(layer.name, plan.config.sparsity)
             pattern = self.pattern_for(plan, layer, sparsity)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
-from wanda_lightning.calibration.lockstep import Call, Passed, Visit, Visits, lockstep
-from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep
+from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.calibration.pruning_mode import RestoredBuffers
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.models import Layer, SkippedMatrix, SkipReason
 from wanda_lightning.planning.plan import Plan, refuse_unprunable
 from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
 
@@ -74,22 +73,6 @@ class Run:
             return ""
         pruned = quantity(len(self.done.layers), "layer is", "layers are")
         return f"{pruned} already pruned; the others are dense. {self.store.advice}"
-
-
-class StopObserver(Protocol):
-    """Measures what a removal needs while samples run; `Observer` is the one for input statistics."""
-
-    def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
-        """Run the calls that wait at a stop, on copies, and return what they show."""
-
-    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
-        """Run all samples through the model; `tick` follows each."""
-
-    def watched(self, stop: Stop, call: Call) -> Call:
-        """Return a call that also measures when it runs."""
-
-    def finish(self, stop: Stop) -> Observation:
-        """Return what the calls that were `watched` have shown, over all processes."""
 
 
 class WeightStore:

@@ -1,7 +1,5 @@
 """Metrics, methods and results in words, for pages and model cards."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite

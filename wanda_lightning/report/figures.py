@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.grouping import grouped
 from wanda_lightning.common.wording import abbreviated
 from wanda_lightning.models import SkipReason
-from wanda_lightning.report.records import Layers, PrunedLayer, ReportData, grouped
+from wanda_lightning.report.records import Layers, PrunedLayer, ReportData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

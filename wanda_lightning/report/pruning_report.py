@@ -18,10 +18,11 @@ from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import check_report_path
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.grouping import grouped
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import descriptions, figures
 from wanda_lightning.report.descriptions import METRICS
-from wanda_lightning.report.records import Circumstances, ReportData, as_json, from_parsed, grouped
+from wanda_lightning.report.records import Circumstances, ReportData, as_json, from_parsed
 
 REPORT_NAME = "pruning_report.json"
 _VERSION = 1  # of the JSON; a report without a version is older

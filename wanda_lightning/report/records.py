@@ -1,24 +1,22 @@
 """The records of a report, and how they are written as JSON and read back."""
 
-from __future__ import annotations
-
 import json
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from enum import EnumMeta
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
+from wanda_lightning.common.grouping import grouped
 from wanda_lightning.models import SkippedMatrix
 
 POOLED = "few tokens: pruned with the statistics of all experts"
 """The note on a matrix of an expert that received too few tokens for statistics of its own."""
 
-_Item = TypeVar("_Item")
 _LIBRARIES = (
     "wanda_lightning",
     "torch",
@@ -28,14 +26,6 @@ _LIBRARIES = (
     "datasets",
     "lm_eval",
 )
-
-
-def grouped(items: Iterable[_Item], key: Callable[[_Item], Any]) -> dict[Any, list[_Item]]:
-    """Return the items by key, in the order in which the keys first occur."""
-    groups: dict[Any, list[_Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 def versions() -> dict[str, str]:

@@ -4,8 +4,6 @@ This is the only file that uses semi-private functions of transformers: one step
 that everything else (configuration, dtypes, buffers, tied weights) stays its own.
 """
 
-from __future__ import annotations
-
 import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -273,7 +271,7 @@ class Checkpoint:
     def as_stored(self, part: str) -> dict[str, Tensor]:
         """Return a loaded part on the CPU, under the names and in the layout of the checkpoint."""
         # The steps of `save_pretrained`, for some of the tensors.
-        model: Any = self.model
+        model = self.model
         ignored = model._keys_to_ignore_on_save or ()
         tensors = {
             name: tensor

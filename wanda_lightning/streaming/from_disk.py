@@ -1,7 +1,5 @@
 """Prune a model that does not fit in memory."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Measure the perplexity of a model that does not fit in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
@@ -74,7 +72,7 @@ def perplexity_from_disk(
     numbered = enumerate(batches)
     with pruning_mode(checkpoint.model), ProgressBar("Measuring", total, progress) as bar:
         while group := list(islice(numbered, AT_ONCE)):
-            samples: list[Sample] = []
+            samples = []
             for index, batch in group:
                 run_batch = partial(run, batch)
                 samples.append(Sample(run_batch, run_batch, batch_index=index))

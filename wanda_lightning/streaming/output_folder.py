@@ -1,7 +1,5 @@
 """The folder of a model that is written part by part, and resumed after a crash."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

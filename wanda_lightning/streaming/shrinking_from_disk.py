@@ -1,7 +1,5 @@
 """Take hidden units that are zero out of a model that does not fit in memory."""
 
-from __future__ import annotations
-
 import logging
 import os
 from contextlib import ExitStack
@@ -73,7 +71,7 @@ def shrink_from_disk(
 
 def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     """Run a small batch through the model, and write each part when it is shrunk."""
-    model: Any = checkpoint.model
+    model = checkpoint.model
     size = model.num_parameters()
     result = Shrunk(parameters=(size, size))
 

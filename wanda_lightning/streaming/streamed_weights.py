@@ -1,7 +1,5 @@
 """Read the blocks of a model when the batches arrive at them, and write them when they are pruned."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
@@ -10,11 +8,11 @@ from typing import TypeVar
 from torch import Tensor
 
 from wanda_lightning.calibration.lockstep import Visit, Visits, lockstep
-from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import refuse_unprunable
-from wanda_lightning.planning.run import Run, StopObserver, WeightStore
+from wanda_lightning.planning.run import Run, WeightStore
 from wanda_lightning.streaming.checkpoint import RESIDENT, BlockLoader, Checkpoint, Keys
 from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
 

@@ -1,7 +1,5 @@
 """Train the kept weights of the whole pruned model to predict like the dense model."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -252,7 +250,7 @@ class _Distillation(ModelRecovery):
 
     def _joined(self, batch: _Items) -> list[_Item]:
         """Return the samples of this process in a batch; as one item if they have one prediction each and fit."""
-        items = [item for item in batch if item is not None]
+        items = [item for item in batch if item]
         samples = [item.sample for item in items]
         targets = [item.target for item in items]
         heads = {target.head for target in targets}

@@ -250,7 +250,7 @@ def keep_masks(layers: Iterable[Layer], other_entries: bool) -> _Masks:
     A parameter may have entries that belong to none of the layers, such as those of other experts. The mask is
     `other_entries` there.
     """
-    keep: _Masks = {}
+    keep = {}
     for layer in layers:
         parameter = layer.parameter
         if parameter not in keep:

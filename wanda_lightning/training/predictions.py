@@ -102,7 +102,7 @@ def next_tokens(output: object, sample: Sample, config: Any) -> Tensor | None:
     # Some vocabularies have ids of images for which the head has no row.
     following[(following >= logits.shape[-1]) | torch.isin(following, media)] = -1
     mask = fitting_mask(sample.masks, "", logits)
-    if mask is not None:
+    if mask:
         following[~mask.keep.to(ids.device).roll(-1, dims=1)] = -1
     return rows_of(following.unsqueeze(-1), sample).squeeze(1).to(logits.device)
 
@@ -137,7 +137,7 @@ class DenseTarget:
             return lambda part: rows[part]
 
         # Autocast would cast the matrices of the head anew for each slice.
-        narrow: dict[str, Tensor] = {}
+        narrow = {}
         if torch.is_autocast_enabled(device):
             for name, parameter in head.named_parameters():
                 if parameter.ndim > 1 and parameter.dtype == torch.float32:
@@ -165,9 +165,9 @@ def dense_targets(
 
 def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
     """Return what the dense model predicts for a sample; as the inputs of the head if they are enough."""
-    head_inputs: list[Tensor] = []
+    head_inputs = []
     hook: AbstractContextManager[object] = nullcontext()
-    if head is not None:
+    if head:
         hook = head.register_forward_pre_hook(lambda module, args: head_inputs.extend(args))
     with hook:
         output = sample.predict()
@@ -175,7 +175,7 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
     _refuse_unusable(predictions, sample)
     predictions = predictions.detach()
     # The inputs of the head are much smaller than the predictions, if there are many classes.
-    if head is not None and len(head_inputs) == 1:
+    if head and len(head_inputs) == 1:
         rows = rows_of(head_inputs[0].detach(), sample)
         # A few rows show whether the model changes the outputs of its head.
         part = slice(0, _ROWS_AT_ONCE)

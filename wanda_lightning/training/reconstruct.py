@@ -172,7 +172,7 @@ class _BlockReconstruction(BlockRecovery):
             part = self.parts.pop(0)
             show(part.name)
             trained = _train_part(part, self.config, self.processes)
-            if trained is not None:
+            if trained:
                 yield trained, part.layers
 
 

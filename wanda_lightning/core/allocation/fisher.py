@@ -98,7 +98,7 @@ class Fisher(Allocation):
         """Compare the weights of all layers."""
         distributions = {layer.name: _distribution(layer) for layer in layers}
         lowest, highest = self.limits(sparsity)
-        wanted: Sparsities = {}
+        wanted = {}
 
         # Bisect for the threshold of the whole model.
         low = 0.0
@@ -153,7 +153,7 @@ def _unit_scores(layer: UnitLayer) -> Tensor:
 
 def _distribution(layer: DenseLayer) -> Tensor:
     """Return the fraction of the layer's scores that are below the end of each bin."""
-    assert layer.gradients is not None, "Fisher reads gradients"
+    assert layer.gradients, "Fisher reads gradients"
     weight = layer.read()
     scores = widened(weight.abs()).log_().mul_(2)
     scores += layer.gradients.inputs.to(scores.dtype).log()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Literal
 
 from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.grouping import grouped
 from wanda_lightning.core.allocation.allocation import (
     Allocation,
     DenseLayer,
@@ -48,10 +50,7 @@ class OWL(Allocation):
 
     def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
         """Give less sparsity to blocks with more outliers."""
-        groups: dict[str, list[DenseLayer]] = {}
-        for layer in layers:
-            group = layer.block if self.per == "block" else layer.name
-            groups.setdefault(group, []).append(layer)
+        groups = grouped(layers, attrgetter("block" if self.per == "block" else "name"))
 
         fractions = [self._outliers(members) for members in groups.values()]
         lowest = min(fractions)

@@ -50,12 +50,7 @@ class PerLayer(Allocation):
     sparsities: Mapping[str, float] | tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        try:
-            pairs = tuple(dict(self.sparsities).items())
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"sparsities of PerLayer must map names of layers to sparsities, but they are {self.sparsities!r}."
-            ) from error
+        pairs = tuple(dict(self.sparsities).items())
         for pattern, sparsity in pairs:
             if sparsity not in _SPARSITY:
                 raise UserError(

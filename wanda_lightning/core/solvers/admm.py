@@ -1,7 +1,5 @@
 """Alternate between the best fit and the best mask, so that both are found together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Refit the kept weights to the outputs of the dense layer by least squares."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

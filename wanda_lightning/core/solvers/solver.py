@@ -1,7 +1,5 @@
 """The interface of solvers, and the simplest one."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -82,7 +82,7 @@ class SparseGPT(Solver):
 
         ends = accumulate(len(weight) for weight in weights)
         rows_of = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
-        choosers: list[_Chooser] = []
+        choosers = []
         if self.mask == "upfront":
             keep = [
                 selection.keep(weight, inputs).t()
