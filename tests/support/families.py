@@ -490,7 +490,7 @@ def check_uneven(family):
     batches = family.batches()
     *_, last = [stop.name for stop in find_layers(model).stops if stop.is_block]
     prune(model, batches, 0.25, pattern=Structured(multiple_of=1), skip=[f"{last}.*"])
-    expected = [_floats(copy.deepcopy(model), batch, False) for batch in batches]
+    expected = [_floats(deepcopy(model), batch, False) for batch in batches]
     shrink(model, batches[0])
 
     with tempfile.TemporaryDirectory() as folder:
